@@ -1,0 +1,109 @@
+"""ROUGE-L: minikd.rouge beside rouge_score, on the same pairs, in one process.
+
+    python -m benchmarks.rouge_speed            # 5,000 pairs, 3 repeats, under 2 minutes on one core
+
+needs rouge_score (pip install '.[reference]'). Texts come from ../shared/data/instructions-1100.jsonl where it is
+there, else from a made vocabulary. Two sets of pairs, because the ratio depends on the length: rouge_score's table
+grows with the product of the two lengths, minikd's time with their sum.
+    20-200 words   windows of the running text; the reference is the prediction with 3 words in 10 replaced, or
+                   (every other pair) an unrelated window
+    records        the answers as they stand, 10 words or so, each against another's
+Each repeat times minikd with its stem cache empty (cold), again with it full (warm), then rouge_score (which has no
+cache), so that a slow spell of the machine falls on all three. Medians of the repeats are printed.
+"""
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from pathlib import Path
+
+from rouge_score.rouge_scorer import RougeScorer
+
+from minikd import rouge
+
+INSTRUCTIONS = Path(__file__).parents[1] / ".." / "shared" / "data" / "instructions-1100.jsonl"
+
+
+def load_texts(rng) -> list[tuple[str, str]]:
+    """[(question, answer)], real or made."""
+    if INSTRUCTIONS.exists():
+        records = map(json.loads, INSTRUCTIONS.read_text(encoding="utf-8").splitlines())
+        return [(record["instruction"] + " " + record["input"], record["output"]) for record in records]
+    endings = ["", "", "", "s", "ed", "ing", "ly", "ness", "ation"]
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 6))) + rng.choice(endings) for _ in range(4000)]
+    weights = [1 / rank for rank in range(1, len(words) + 1)]                   # Zipf
+    return [tuple(" ".join(rng.choices(words, weights, k=12)) for _ in "qa") for _ in range(1100)]
+
+
+def make_pairs(count: int, rng) -> dict[str, list]:
+    texts = load_texts(rng)
+    words = " ".join(question + " " + answer for question, answer in texts).split()
+
+    def window():
+        size = rng.randint(20, 200)
+        start = rng.randrange(len(words) - size)
+        return words[start:start + size]
+
+    long = []
+    for index in range(count):
+        prediction = window()
+        reference = window() if index % 2 else [w if rng.random() < 0.7 else rng.choice(words) for w in prediction]
+        long.append((" ".join(prediction), " ".join(reference)))
+    answers = [answer for _, answer in texts]
+    return {"20-200 words": long, "records": [tuple(rng.choices(answers, k=2)) for _ in range(count)]}
+
+
+def timed(score, pairs):
+    start = time.perf_counter()
+    scores = [score(prediction, reference) for prediction, reference in pairs]
+    return time.perf_counter() - start, scores
+
+
+def compare(pairs, stemmer: bool, repeats: int):
+    """-> median seconds (cold, warm, rouge_score) and whether every precision, recall and F1 was equal."""
+    scorer = RougeScorer(["rougeL"], use_stemmer=stemmer)
+
+    def ours(prediction, reference):
+        return rouge.rouge_l(prediction, reference, stemmer)
+
+    def theirs(prediction, reference):
+        return tuple(scorer.score(reference, prediction)["rougeL"])
+
+    seconds, equal = [], True
+    for _ in range(repeats):
+        rouge._STEMS.clear()
+        (cold, first), (warm, second), (peer, expected) = [timed(f, pairs) for f in (ours, ours, theirs)]
+        seconds.append((cold, warm, peer))
+        equal &= first == second == expected
+    return [statistics.median(column) for column in zip(*seconds)], equal
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--pairs", type=int, default=5000, help="pairs in each set")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+
+    source = INSTRUCTIONS.name if INSTRUCTIONS.exists() else "made words"
+    print(f"{cpu_model()}, Python {platform.python_version()}; {args.pairs:,} pairs a set from {source}, "
+          f"median of {args.repeats}")
+    print(f"{'pairs':14}{'stemmer':9}{'equal':7}{'rouge_score':>12}{'minikd cold':>13}{'warm':>9}"
+          f"{'ratio cold':>13}{'warm':>7}     (microseconds a pair)")
+    for name, pairs in make_pairs(args.pairs, random.Random(0)).items():
+        for stemmer in False, True:
+            (cold, warm, peer), equal = compare(pairs, stemmer, args.repeats)
+            cold_us, warm_us, peer_us = (1e6 * seconds / len(pairs) for seconds in (cold, warm, peer))
+            print(f"{name:14}{'on' if stemmer else 'off':9}{'yes' if equal else 'NO':7}{peer_us:12.1f}{cold_us:13.1f}"
+                  f"{warm_us:9.1f}{peer / cold:12.1f}x{peer / warm:6.1f}x", flush=True)
+
+
+if __name__ == "__main__":
+    main()

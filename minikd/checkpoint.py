@@ -1,0 +1,147 @@
+"""A Hugging Face folder <-> a model: single file or shards, tied or untied head, any float dtype on disk."""
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from minikd.files import InputError, atomic_path, local_folder, read_json
+from minikd.model import Qwen2, Qwen2Config
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9                             # transformers' limit, and what hubs serve well
+# Old checkpoints store these; both are computed here (rope_tables), so they may be there or not.
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.masked_bias$")
+
+
+def load_config(folder) -> Qwen2Config:
+    """config.json of a local folder, checked.  Raises InputError for anything that minikd does not compute."""
+    path = Path(folder) / "config.json"
+    return Qwen2Config.from_dict(read_json(path), where=str(path))
+
+
+def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
+    """A model in eval mode from a local folder or a hub name.
+
+    Every tensor goes from the file straight into its place in `dtype` on `device`; no second copy of the
+    model is ever held. Raises InputError for a missing, surplus or misshapen tensor, a truncated file, or
+    an index that names a file that is not there.
+    """
+    folder = local_folder(name, ["config.json", "generation_config.json", "*.safetensors", INDEX, "*token*",
+                                 "vocab.json", "merges.txt", "chat_template*"])
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = Qwen2(config)
+    wanted = {key: tuple(p.shape) for key, p in model.state_dict().items()}
+    files = tensor_files(folder, wanted)
+    model = model.to(dtype).to_empty(device=device)
+    places = model.state_dict()                                 # the parameters themselves, by name
+    # Largest first: while a tensor is read, its pages of the file count beside what is loaded already.
+    for key in sorted(wanted, key=lambda key: -math.prod(wanted[key])):
+        with torch.no_grad(), open_tensors(files[key]) as file:  # reopened for each: closing gives its pages back
+            tensor = file.get_tensor(key)
+            if not tensor.is_floating_point():
+                raise InputError(f"{files[key]}: {key} is {tensor.dtype}; a float tensor was expected")
+            places[key].copy_(tensor)
+    return model.eval().requires_grad_(True)
+
+
+def open_tensors(path: Path):
+    """safe_open, whose complaint about a damaged file becomes one line."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise InputError(f"{path}: is missing; fetch the model again") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: is damaged or cut short, {path.stat().st_size:,} bytes ({error}); "
+                         "fetch it again") from error
+
+
+def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
+    """Which file holds each wanted tensor, after checking every name and shape against the model's."""
+    if (folder / INDEX).exists() and not (folder / SINGLE).exists():
+        named = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
+            raise InputError(f"{folder / INDEX}: has no weight_map of tensors to files; fetch it again")
+        for shard in sorted(set(named.values())):
+            if not (folder / shard).is_file():
+                raise InputError(f"{folder / INDEX}: names {shard}, which is not in the folder; fetch that file")
+        shards = sorted({folder / shard for shard in named.values()})
+    elif (folder / SINGLE).exists():
+        shards = [folder / SINGLE]
+    elif list(folder.glob("*.bin")):
+        raise InputError(f"{folder}: only pickled weights (*.bin), which can run code when opened; "
+                         "convert them to safetensors")
+    else:
+        raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}; is this a model's folder?")
+    found = {}
+    for shard in shards:
+        with open_tensors(shard) as file:
+            found |= {key: (shard, tuple(file.get_slice(key).get_shape())) for key in file.keys()}
+    if "lm_head.weight" not in wanted:
+        found.pop("lm_head.weight", None)                       # a tied head may be stored all the same
+    for key, shape in wanted.items():
+        if key not in found:
+            raise InputError(f"{folder}: tensor {key} {list(shape)} is missing; config.json asks for it")
+        if found[key][1] != shape:
+            raise InputError(f"{found[key][0]}: tensor {key} is {list(found[key][1])}; "
+                             f"config.json asks for {list(shape)}")
+    for key in found:
+        if key not in wanted and not COMPUTED.search(key):
+            raise InputError(f"{found[key][0]}: tensor {key} {list(found[key][1])} has no place in the model that "
+                             "config.json describes; do the two belong together?")
+    return {key: found[key][0] for key in wanted}
+
+
+def save_model(model: Qwen2, folder, shard_bytes: int = SHARD_BYTES):
+    """Writes config.json and the weights, in the dtype they have, whole or not at all.
+
+    One model.safetensors, or shards with an index above `shard_bytes`. A tied head is left out, as in the
+    folders Qwen published. Other files of `folder` (the tokenizer's, a log) and its subfolders are kept.
+    """
+    folder = Path(folder)
+    tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    with atomic_path(folder, folder=True) as new:
+        for old in folder.glob("*"):
+            if old.is_dir():
+                shutil.copytree(old, new / old.name, symlinks=True, copy_function=keep_file)
+            elif not old.match("*.safetensors") and old.name not in (INDEX, "config.json"):
+                keep_file(old, new / old.name)
+        config = model.config.to_dict(dtype=model.head.dtype)
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shards = split_shards(tensors, shard_bytes)
+        for file, keys in shards.items():
+            save_file({key: tensors[key] for key in keys}, new / file, metadata={"format": "pt"})
+            shutil.copymode(new / "config.json", new / file)    # safetensors lets nobody but the owner read
+        if len(shards) > 1:
+            total = sum(value.nbytes for value in tensors.values())
+            index = {"metadata": {"total_size": total},
+                     "weight_map": {key: file for file, keys in shards.items() for key in keys}}
+            (new / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def keep_file(old, new):
+    """A second name for the same file: no copy to wait for, and a log that is open stays the log."""
+    try:
+        os.link(old, new)
+    except OSError:                                             # a file system without hard links
+        shutil.copy2(old, new)
+
+
+def split_shards(tensors: dict, shard_bytes: int) -> dict[str, list[str]]:
+    """Names of files -> the tensors they hold, in order, each file at most `shard_bytes` where a tensor allows."""
+    groups, size = [[]], 0
+    for key, value in tensors.items():
+        if groups[-1] and size + value.nbytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(key)
+        size += value.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, 1)}

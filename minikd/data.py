@@ -1,0 +1,416 @@
+"""Records of the paper's datasets -> (prompt, response) -> ids -> right-padded batches with their own mask.
+
+Formats, recognised from a record's fields. Others (`id`, `topic`, `instruction_original_en`, ...) are ignored, except
+`category`, which any record may carry.
+
+    dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
+                                                       argilla/databricks-dolly-15k-curated-multilingual
+    alpaca      instruction, input, output             `output` may be a list of references, as in MiniLLM/dolly (whose
+                                                       `prompt`, with <n> for newline, repeats them and is not read)
+    chat        messages [{role, content}]             the last assistant turn is the answer
+    bugnet      fail, pass, error, original_status,    alexjercan/bugnet; `change` (replace, insert, delete) is part of
+                language                               the answer and is not read
+    pytorrent   summary or docstring,                  Zenodo 4546290, *.jsonl.gz shards
+                original_string or code
+    codeforces  messages or prompt; generation         open-r1/codeforces-cots: C++, or Python in the folders *_py
+
+Targets are clean, so they are also what ROUGE compares with. The paper's are not: BugNet's begin "Solution type
+replace, solution code", PyTorrent's stand between "### solution code" and "### End of code", while its references are
+bare code (process_data_bugnet.py:45, process_data_pytorrent.py:48 in knowledge_distillLLM), which biases its scores.
+"""
+import ast
+import hashlib
+import random
+import re
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minikd.files import InputError
+from minikd.records import data_files, kind_of, read_records
+
+# ---- a record -> an example
+
+class Dropped(InputError):
+    """A well-formed record that teaches nothing: load_examples goes on, and counts it under `reason`."""
+
+    def __init__(self, where: str, reason: str):
+        super().__init__(f"{where}: {reason}; leave the record out")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Example:
+    messages: tuple[dict, ...]          # the conversation up to the answer: {"role", "content"}
+    instruction: str                    # the same question for the Alpaca-style template
+    input: str                          # may be ""
+    response: str                       # the training target
+    references: tuple[str, ...]         # what ROUGE compares with, one or more
+    category: str                       # the record's own, else the format's name
+    where: str                          # "file.jsonl:812"
+
+
+def recognise(record: dict) -> str | None:
+    """The first format whose fields the record has, null or not; None when there is none."""
+    return next((name for name, (_, needs) in FORMATS.items()
+                 if all(any(key in record for key in either) for either in needs)), None)
+
+
+def to_example(record: dict, where: str, format: str | None = None) -> Example:
+    """One record as an Example; format None recognises it from its fields.
+
+    Raises Dropped for an empty prompt or response, else InputError naming the place and the field.
+    """
+    name = format or recognise(record)
+    if name not in FORMATS:
+        known = "; ".join(f"{key} ({', '.join(' or '.join(n) for n in needs)})" for key, (_, needs) in FORMATS.items())
+        raise InputError(f"{where}: {f'format {name!r}' if name else f'fields ({_names(record)})'} not known; "
+                         f"the formats are {known}")
+    messages, instruction, input, answers = FORMATS[name][0](record, where)
+    category = _text(record, where, "category", default="").strip() or name
+    return Example(messages, instruction, input, answers[0], answers, category, where)
+
+
+def _text(record: dict, where: str, *names: str, default: str | None = None) -> str:
+    """The first of `names` that holds text; null and NaN (a data frame's empty cell) count as absent.
+
+    default  for when all are absent or blank; without one, absent raises InputError, and blank Dropped
+    """
+    filled = {name: record[name] for name in names if name in record and kind_of(record[name]) != "null"}
+    for name, value in filled.items():
+        if not isinstance(value, str):
+            raise InputError(f"{where}: field {name!r} is {kind_of(value)}; make it text")
+        if re.search("[\ud800-\udfff]", value):
+            raise InputError(f"{where}: field {name!r} holds half a character (a lone surrogate); mend its escapes")
+        if value.strip():
+            return value
+    if default is not None:
+        return default
+    if filled:
+        raise Dropped(where, f"empty {names[-1]}")
+    raise InputError(f"{where}: field {names[-1]!r} is {_state(record, names[-1])}; fill it or remove the record "
+                     f"(its fields: {_names(record)})")
+
+
+def _state(record: dict, name: str) -> str:
+    return kind_of(record[name]) if name in record else "missing"
+
+
+def _names(record: dict) -> str:
+    return ", ".join(map(str, islice(record, 12)))
+
+
+def _ask(instruction: str, input: str, question: str = "") -> tuple:
+    """(messages, instruction, input); ChatML's user turn is `question` where it is not just the two joined."""
+    content = question or (f"{instruction}\n\n{input}" if input else instruction)
+    return ({"role": "user", "content": content},), instruction, input
+
+
+def _dolly(record, where):
+    question = _ask(_text(record, where, "instruction"), _text(record, where, "context", "input", default=""))
+    return *question, (_text(record, where, "response"),)
+
+
+def _alpaca(record, where):
+    question = _ask(_text(record, where, "instruction"), _text(record, where, "input", default=""))
+    if not isinstance(record.get("output"), list):
+        return *question, (_text(record, where, "output"),)
+    texts = [_text({"output": text}, where, "output", default="") for text in record["output"]]
+    if not any(texts):
+        raise Dropped(where, "empty output")
+    return *question, tuple(filter(None, texts))                # the first is the target, all are references
+
+
+def _chat(record, where):
+    if not isinstance(record.get("messages"), list):
+        raise InputError(f"{where}: field 'messages' is {_state(record, 'messages')}; make it [{{role, content}}, ...]")
+    turns = []
+    for i, turn in enumerate(record["messages"]):
+        at = f"{where}: messages[{i}]"
+        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
+            raise InputError(f"{at}: not a turn of system, user or assistant; rename or remove it")
+        if _state(turn, "content") in ("null", "missing"):
+            raise InputError(f"{at}: field 'content' is {_state(turn, 'content')}; fill it or remove the record")
+        turns.append({"role": turn["role"], "content": _text(turn, at, "content", default="")})
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    asked = [turn for turn in turns[:last] if turn["role"] != "system"]
+    if not any(turn["role"] == "user" for turn in asked):
+        raise InputError(f"{where}: field 'messages' has no assistant turn after a user turn; add the answer")
+    if not asked[-1]["content"] or not turns[last]["content"]:
+        raise Dropped(where, "empty message")
+    instruction = "\n\n".join(turn["content"] if turn["role"] == "system" or len(asked) == 1 else
+                              f"{turn['role'].title()}: {turn['content']}" for turn in turns[:last])
+    return tuple(turns[:last]), instruction, "", (turns[last]["content"],)
+
+
+def _bugnet(record, where):
+    fail, answer = _text(record, where, "fail"), _text(record, where, "pass")
+    program = f"{_text(record, where, 'language', default='')} program".strip()
+    status = _text(record, where, "original_status", default="")
+    error = _text(record, where, "error", default="0").strip()  # TLE, MLE, WA or a return code, in text
+    error = "" if error == "0" else error                       # "0", a quarter of the set: it did not fail when rerun
+    seen = "".join(f"\n{what}: {text}" for what, text in [("Verdict", status), ("Error when rerun", error)] if text)
+    question = _ask(f"Write a {program} that contains the correction of the code bug in order to fix the bug, fix the "
+                    "issue or fix the error.",                  # the paper's wording, with the record's own language
+                    f"Code that has the bug issue or is incorrect:\n{fail}\n"
+                    f"Use as context the reported error in the code:\n{error or status or 'unknown'}",
+                    f"Fix the bug in this {program}. Answer with the whole program.\n\n{fail}\n{seen}".rstrip())
+    return *question, (answer,)
+
+
+def _pytorrent(record, where):
+    task = _text(record, where, "summary", "docstring")
+    code = without_docstring(_text(record, where, "original_string", "code"))
+    if not code.strip():
+        raise Dropped(where, "empty code")
+    question = _ask("Write a python script that appropriately completes the request.", task,     # the paper's wording
+                    f"Write Python code for this description. Answer with code only.\n\n{task}")
+    return *question, (code,)
+
+
+def _codeforces(record, where):
+    if record.get("finish_reason") == "length":
+        raise Dropped(where, "generation cut short")            # its end is no end, and must not teach one
+    if isinstance(record.get("messages"), list):
+        return _chat(record, where)
+    return *_ask(_text(record, where, "prompt"), ""), (_text(record, where, "generation"),)
+
+
+FORMATS = {         # in the order they are tried: the function, and the fields that tell (one of each group)
+    "codeforces": (_codeforces, [("messages", "prompt"), ("generation",)]),
+    "chat": (_chat, [("messages",)]),
+    "dolly": (_dolly, [("instruction",), ("response",)]),
+    "alpaca": (_alpaca, [("instruction",), ("output",)]),
+    "bugnet": (_bugnet, [("fail",), ("pass",)]),
+    "pytorrent": (_pytorrent, [("summary", "docstring"), ("original_string", "code")]),
+}
+
+
+def without_docstring(code: str) -> str:
+    """Python source less the docstrings of the module and of its outermost defs and classes.
+
+    The docstring is the prompt: left in the target it would be copied, and would inflate ROUGE. A body that was nothing
+    else becomes `pass`. In source that does not parse (Python 2, a fragment) the first triple-quoted text under a line
+    that ends in a colon goes.
+    """
+    code = textwrap.dedent(re.sub("\r\n?", "\n", code))           # a method comes with its class's indentation
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # "\d" in a stranger's string
+            tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return re.sub(r'''(:[ \t]*(?:#[^\n]*)?\n)[ \t]*[rRuUbB]{0,2}("""|\'\'\').*?\2[ \t]*(?:\n|\Z)''', r"\1", code,
+                      count=1, flags=re.DOTALL)
+    defs = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    lines, shared = code.split("\n"), False
+    for scope in reversed([tree, *defs]):                       # from the end, so that line numbers ahead stay true
+        if ast.get_docstring(scope, clean=False) is None:
+            continue
+        doc, *rest = scope.body
+        scope.body = rest if rest or scope is tree else [ast.Pass()]
+        start, end = doc.lineno - 1, doc.end_lineno
+        before, after = lines[start][:doc.col_offset], lines[end - 1].encode()[doc.end_col_offset:]  # ast counts bytes
+        shared |= bool(before.strip()) or after.strip()[:1] not in (b"", b"#")      # def f(): "doc"; return 1
+        while end < len(lines) - 1 and not lines[end].strip():
+            end += 1
+        lines[start:end] = [] if scope.body == rest else [before + "pass"]
+    return ast.unparse(tree) if shared else "\n".join(lines)
+
+
+# ---- files -> examples
+
+@dataclass
+class Report:
+    """What load_examples read. str() is the line to print and log."""
+    read: int = 0
+    kept: int = 0
+    dropped: Counter = field(default_factory=Counter)           # reason -> records
+    first_bad: str = ""                                         # the first malformed one's message
+    files: dict[str, str] = field(default_factory=dict)         # path -> first 16 hex digits of its sha256, because
+                                                                # the hub revises files under one name
+    def __str__(self):
+        lost = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        files = ", ".join(f"{Path(path).name} sha256 {digest}" for path, digest in self.files.items())
+        return (f"{self.kept:,} of {self.read:,} records kept{f' (dropped: {lost})' if lost else ''}; {files}"
+                + (f"\nfirst malformed: {self.first_bad}" if self.first_bad else ""))
+
+
+def load_examples(paths, format: str | None = None, limit: int | None = None,
+                  skip_bad: bool | None = None) -> tuple[list[Example], Report]:
+    """Every usable record of one or more files, folders or hub datasets, in order.
+
+    format    one of FORMATS; None recognises each record
+    limit     stop after that many examples
+    skip_bad  count malformed records instead of raising; None does so for PyTorrent alone, whose published shards
+              hold corrupt lines
+    Raises InputError for the first malformed record, and where no record is usable.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    report = Report()
+    files = [file for path in paths for file in data_files(path)]       # all, before the first is read
+    examples = list(islice((example for file in files for example in _examples(file, format, skip_bad, report)), limit))
+    report.kept = len(examples)
+    if not examples:
+        raise InputError(f"{', '.join(map(str, paths))}: no usable record; {report}")
+    return examples, report
+
+
+def _examples(file: Path, format: str | None, skip_bad: bool | None, report: Report) -> Iterator[Example]:
+    report.files[str(file)] = _sha256(file)
+    name = format
+
+    def refuse(error: InputError):
+        if not (name == "pytorrent" if skip_bad is None else skip_bad):
+            raise error
+        report.read += 1
+        report.dropped["malformed"] += 1
+        report.first_bad = report.first_bad or str(error)
+
+    for where, record in read_records(file, refuse):
+        name = format or recognise(record) or name              # one that lost a field: as the record before it
+        try:
+            example = to_example(record, where, name)
+        except Dropped as error:
+            report.read += 1
+            report.dropped[error.reason] += 1
+        except InputError as error:
+            refuse(error)
+        else:
+            report.read += 1
+            yield example
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def split_examples(examples: list[Example], validation: int | float = 500,
+                   seed: int = 42) -> tuple[list[Example], list[Example]]:
+    """(train, validation), each in the given order; the same prompt never on both sides.
+
+    validation  how many, exactly; below 1, a fraction. The defaults are the paper's.
+    A hash of prompt and seed decides: other records, or another order, move an example only where the count runs out.
+    Raises InputError when the count cannot be met.
+    """
+    count = round(validation * len(examples)) if 0 < validation < 1 else int(validation)
+    if not 0 <= count < len(examples):
+        raise InputError(f"{count} validation examples of {len(examples)} leave none to train on; ask for fewer")
+    groups = {}                                                 # hash -> indices of the examples with that prompt
+    for i, example in enumerate(examples):
+        prompt = " ".join(f"{turn['role']}: {turn['content']}" for turn in example.messages)
+        prompt = " ".join(prompt.split()).casefold()            # other spacing or capitals make no new question
+        groups.setdefault(hashlib.sha256(f"{seed}:{prompt}".encode()).digest(), []).append(i)
+    held = set()
+    for key in sorted(groups):
+        if len(held) + len(groups[key]) <= count:
+            held.update(groups[key])
+    if len(held) < count:
+        raise InputError(f"prompts repeat, so {count} validation examples cannot be set apart; {len(held)} can")
+    return ([example for i, example in enumerate(examples) if i not in held],
+            [example for i, example in enumerate(examples) if i in held])
+
+
+# ---- an example -> ids
+
+def prompt_text(example: Example, tokenizer, template: str = "chatml") -> str:
+    """The text that the answer follows.
+
+    template  "chatml"  the conversation as Qwen2.5's chat template gives it, ending <|im_start|>assistant
+              "alpaca"  the paper's: preamble, ### Instruction:, ### Input: where there is one, ### Response:
+                        Left out are its oddities (process_data_*.py): <|im_start|> without a role before the preamble,
+                        <|im_end|><|im_start|>Assistant: after the last heading (a bare <|im_end|> for PyTorrent),
+                        headings of each dataset's own, "C++" in prompts over Python and the reverse.
+    """
+    if template == "chatml":
+        return tokenizer.chat(list(example.messages), add_generation_prompt=True)
+    if template != "alpaca":
+        raise InputError(f"template {template!r} is not known; choose chatml or alpaca")
+    more = ", paired with an input that provides further context" if example.input else ""
+    given = f"### Input:\n{example.input}\n\n" if example.input else ""
+    return (f"Below is an instruction that describes a task{more}. Write a response that appropriately completes the "
+            f"request.\n\n### Instruction:\n{example.instruction}\n\n{given}### Response:\n")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    prompt: list[int]
+    response: list[int]                 # ends in tokenizer.end_id, unless cut
+    cut: bool                           # the response was cut at max_length, and no end was invented
+    index: int                          # of its Example
+
+
+def encode_examples(examples: list[Example], tokenizer, template: str = "chatml", max_length: int = 512,
+                    max_prompt_length: int = 256) -> tuple[list[Encoded], dict[str, int]]:
+    """Prompt ids and response ids of each example, and counts to print; lengths are in tokens.
+
+    A prompt over max_prompt_length (or that leaves no room for a response) drops its example. A response is cut so that
+    prompt + response <= max_length; its end token may fall to the cut. A response whose text spells a stop token
+    (tokenizer code does) is dropped: sampling would end there, and all after it would be scored for nothing.
+    Raises InputError when nothing is left.
+    """
+    counts = {"encoded": 0, "responses cut": 0, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
+    encoded = []
+    for index, example in enumerate(examples):
+        # Tokenized apart and then joined: the boundary is where sampling has it, which continues the prompt's own ids.
+        prompt = tokenizer.encode(prompt_text(example, tokenizer, template))
+        response = tokenizer.encode(example.response)
+        room = max_length - len(prompt)
+        if len(prompt) > max_prompt_length or room < 1:
+            counts["dropped: prompt too long"] += 1
+        elif not tokenizer.eos_ids.isdisjoint(response):
+            counts["dropped: stop token inside"] += 1
+        else:
+            response.append(tokenizer.end_id)
+            encoded.append(Encoded(prompt, response[:room], len(response) > room, index))
+            counts["encoded"] += 1
+            counts["responses cut"] += encoded[-1].cut
+    if examples and not encoded:
+        raise InputError(f"no example is left of {len(examples)} ({counts}); raise --max-prompt-length or --max-length")
+    return encoded, counts
+
+
+# ---- ids -> batches
+
+@dataclass(frozen=True)
+class Batch:
+    ids: Tensor                         # [B, T] int64, padded on the right: causal attention needs no padding mask
+    mask: Tensor                        # [B, T] bool, True on a response's tokens, its own end included
+
+
+def collate(encoded: list[Encoded], pad_id: int) -> Batch:
+    """Rows of prompt + response as one Batch, as wide as the longest. The mask never asks `id != pad`."""
+    T = max(len(row.prompt) + len(row.response) for row in encoded)
+    ids = torch.full((len(encoded), T), pad_id)                                 # [B, T]
+    mask = torch.zeros(len(encoded), T, dtype=torch.bool)                       # [B, T]
+    for i, row in enumerate(encoded):
+        P, end = len(row.prompt), len(row.prompt) + len(row.response)
+        ids[i, :end] = torch.tensor(row.prompt + row.response)
+        mask[i, P:end] = True
+    return Batch(ids, mask)
+
+
+def batch_order(encoded: list[Encoded], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """One epoch's batches as positions in `encoded`: each once, similar lengths together, batches in random order.
+
+    A function of its arguments alone, so a resumed run skips to batch k without replaying. Lengths are sorted within
+    random pools of 100 batches, so that a row meets other neighbours each epoch. The last, partial batch is kept.
+    """
+    rng = random.Random(f"{seed}:{epoch}")                      # a str seeds through sha512, the same in every process
+    rows, pool = list(range(len(encoded))), 100 * batch_size
+    rng.shuffle(rows)
+    rows = [i for at in range(0, len(rows), pool)
+            for i in sorted(rows[at:at + pool], key=lambda i: len(encoded[i].prompt) + len(encoded[i].response))]
+    batches = [rows[at:at + batch_size] for at in range(0, len(rows), batch_size)]
+    rng.shuffle(batches)
+    return batches

@@ -1,0 +1,121 @@
+"""Paths: where a name leads, a write that is whole or absent, one line for what the user can mend."""
+import ctypes
+import errno
+import json
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message says what, where, and the mend, in one line."""
+
+
+@contextmanager
+def script_errors():
+    """Around a script's main(): `error: what, where, the mend` on stderr and exit status 2, no traceback.
+
+    A bug of ours is neither an InputError nor an OSError, and keeps its traceback.
+    """
+    try:
+        yield
+    except InputError as error:
+        _exit_with(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was saved is whole", file=sys.stderr)
+        sys.exit(130)                                           # 128 + SIGINT, as shells report it
+    except OSError as error:
+        mend = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
+                errno.EACCES: "check the permissions"}.get(error.errno, "check the path and the disk")
+        _exit_with(f"{error.filename or 'file'}: {error.strerror or error}; {mend}")
+
+
+def _exit_with(text: str):
+    print("error: " + " ".join(text.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def atomic_path(path, folder: bool = False):
+    """Yields a temporary path beside `path`; renames it to `path` if the block ends well, else removes it.
+
+    A reader, or a restart after kill -9, finds the old content or the new, never half of either.
+    With `folder`, the yielded path is an empty folder.
+    """
+    path = Path(path).resolve()                                 # "." has a name, and a link keeps leading there
+    if folder and Path.cwd().is_relative_to(path):
+        raise InputError(f"{path}: is the folder you work in, and would be replaced; give another, or one inside it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))   # ours alone, same file system
+    try:
+        new = work / path.name
+        if folder:
+            new.mkdir()
+        yield new
+        for file in [new, *new.rglob("*")] if folder else [new]:
+            if file.is_file() or file.is_dir():                 # not a link that leads nowhere
+                _fsync(file)                                    # the data first, then the name
+        if not (folder and path.exists() and _exchange(new, path)):
+            if folder and path.exists():
+                os.rename(path, work / "old")                   # a folder cannot be renamed over a full one
+            os.replace(new, path)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two names in one step (Linux's renameat2), so that `b` exists at every moment; False where it can't."""
+    try:
+        here, swap = -100, 2                                    # AT_FDCWD, RENAME_EXCHANGE
+        return ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
+    except (AttributeError, OSError):
+        return False
+
+
+def _fsync(path: Path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(path: Path) -> dict:
+    """One JSON object from a file; InputError names the file and the place where it breaks."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: is missing; a Hugging Face model folder has one") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is not JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}; an object was expected")
+    return value
+
+
+def local_folder(name, patterns, kind: str = "model") -> Path:
+    """A local folder as it is; else a Hugging Face hub name, downloaded once into the hub's cache.
+
+    name      "runs/kd" or "Qwen/Qwen2.5-0.5B"
+    patterns  the files wanted from the hub, as globs
+    kind      "model" or "dataset"
+    Raises InputError when it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{name}: is a file; give the {kind}'s folder")
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise InputError(f"{name}: no such folder; give a local folder or a hub name such as Qwen/Qwen2.5-0.5B")
+    from huggingface_hub import snapshot_download               # comes with tokenizers
+    try:
+        return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=patterns))
+    except Exception as error:      # the hub's own, or those of whichever HTTP library its version is built on
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{name}: no such folder here, and the hub did not give it ({reason}); "
+                         f"check the name, the network, or HF_TOKEN for a gated {kind}") from error

@@ -1,0 +1,215 @@
+"""Token-level divergences between a student q and its teacher p, and the LM head applied chunk by chunk.
+
+Every divergence takes logits and returns one value a token, in nats, computed in float32: with 151,936
+rows a bfloat16 softmax is off by up to two thirds of the KL. They are true divergences: 0 when the two agree.
+
+References
+    Knowledge Distillation for Large Language Models, eq. (3) the mixed loss, (4) token-level KL
+    GKD, on-policy distillation                     arXiv:2306.13649, section 2 (JSD of beta)
+    DistiLLM, skew divergences                      arXiv:2402.03898, eq. (4) and (6)
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 2048                                        # head rows a matrix product takes at once on a CPU: fits its cache
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # logits of one model that are alive at once
+
+
+def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log q and log p in float32 at a temperature.  Heads of different height are cut to the shared rows first.
+
+    Qwen2.5 has 151,936 rows up to 3B and 152,064 above; the rows past the tokenizer are never trained. Cut
+    after the softmax, the two would not both sum to 1.
+    """
+    V = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    logq = (student_logits[..., :V].float() / temperature).log_softmax(-1)      # [..., V]
+    logp = (teacher_logits[..., :V].float() / temperature).log_softmax(-1)      # [..., V]
+    return logq, logp
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) = sum_v a_v (log a_v - log b_v).  [..., V], [..., V] -> [...] nats"""
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+    """log(share a + (1 - share) b), without leaving log space: probabilities underflow, their logs do not."""
+    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p || q): the student must cover all that the teacher says.  Paper eq. (4).
+
+    [..., V], [..., V] -> [...] nats. No factor of temperature squared: this is the divergence itself.
+    """
+    logq, logp = log_probs(student_logits, teacher_logits, temperature)
+    return kl(logp, logq)                                                       # Σ p (log p - log q)
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(q || p): the student must say nothing the teacher would not.  MiniLLM's objective at one step.
+
+    [..., V], [..., V] -> [...] nats
+    """
+    logq, logp = log_probs(student_logits, teacher_logits, temperature)
+    return kl(logq, logp)                                                       # Σ q (log q - log p)
+
+
+def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5,
+                   temperature: float = 1.0) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.  GKD, generalized JSD.
+
+    [..., V], [..., V] -> [...] nats. Raises ValueError outside 0 < beta < 1: at both ends the formula is 0
+    everywhere. (trl puts the two KLs there, which its formula does not tend to.)
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta = {beta}: the generalized JSD needs 0 < beta < 1; use forward_kl or reverse_kl")
+    logq, logp = log_probs(student_logits, teacher_logits, temperature)
+    logm = log_mix(logp, logq, beta)                                            # m = βp + (1-β)q
+    return beta * kl(logp, logm) + (1 - beta) * kl(logq, logm)
+
+
+def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.1,
+                    temperature: float = 1.0) -> Tensor:
+    """KL(p || alpha p + (1 - alpha) q).  DistiLLM eq. (4), whose code leaves out -H(p).
+
+    [..., V], [..., V] -> [...] nats. Needs 0 < alpha < 1; bounded by -log(alpha).
+    """
+    logq, logp = log_probs(student_logits, teacher_logits, temperature)
+    return kl(logp, log_mix(logp, logq, alpha))
+
+
+def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.1,
+                    temperature: float = 1.0) -> Tensor:
+    """KL(q || (1 - alpha) p + alpha q).  DistiLLM eq. (6).
+
+    [..., V], [..., V] -> [...] nats. Needs 0 < alpha < 1; bounded by -log(alpha).
+    """
+    logq, logp = log_probs(student_logits, teacher_logits, temperature)
+    return kl(logq, log_mix(logq, logp, alpha))
+
+
+DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, skew_forward_kl, skew_reverse_kl)} | {
+    "jsd": jensen_shannon}                          # the names that --loss takes
+
+
+def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The shift by one, here and nowhere else: the state at t-1 scores the token at t.
+
+    hidden [B, T, D], ids [B, T], mask [B, T] True on response tokens -> states [N, D], targets [N]
+    """
+    return hidden[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]
+
+
+def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor | None = None,
+              teacher_head: Tensor | None = None, divergence=None, kd_ratio: float = 0.0,
+              weight: Tensor | float = 1.0, chunk_bytes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Paper eq. (3) summed over tokens:  Σ_n weight_n ((1 - kd_ratio) CE_n + kd_ratio D(p_n, q_n)).
+
+    hidden          [N, D]   the student's states that score a token (scored_positions)
+    head            [V, D]   the student's LM head
+    targets         [N]      the tokens they score
+    teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated; None for kd_ratio 0
+    divergence      (student logits [n, V], teacher logits [n, V']) -> [n], one of the functions above
+    weight          what each token counts, often 1 / scored tokens of the optimizer step; or one a token [N]
+    returns         the loss (differentiable once), and CE [N] and D [N] a token, for logs
+
+    Full logits are never held. For each chunk of tokens the logits are made, the loss and its gradient
+    taken, and the gradient multiplied on into hidden and head at once, while the logits are in the cache:
+    that is why `weight` has to be known here, and it saves the second head product that recomputing in the
+    backward pass would cost. Under autocast the head multiplies in autocast's dtype.
+    """
+    if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
+        raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
+    shared = len(head) if teacher_head is None else min(len(head), len(teacher_head))   # V, also what CE sees
+    weight = torch.as_tensor(weight, dtype=torch.float32, device=hidden.device).expand(len(hidden))
+    return _HeadLoss.apply(hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, shared,
+                           chunk_bytes or CHUNK_BYTES[hidden.device.type], torch.is_grad_enabled())
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, V,
+                chunk_bytes, grad_enabled):
+        N, device = len(hidden), hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        need_hidden, need_head = (grad_enabled and need for need in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
+        grad_head = torch.zeros_like(head) if need_head else None               # [V, D]
+        ce, kd = hidden.new_zeros(N, dtype=torch.float32), hidden.new_zeros(N, dtype=torch.float32)
+        chunk = min(N, max(1, chunk_bytes // (V * dtype.itemsize)))             # tokens whose logits are alive
+        piece = max(1, chunk // 8)                                              # of those, rows in one softmax
+        with torch.autocast(device, enabled=False):
+            states, table = hidden.to(dtype), head[:V].to(dtype)
+            logits = states.new_empty(chunk, V)                                 # student's, then their gradient
+            soft = teacher_hidden.new_empty(chunk, V, dtype=teacher_head.dtype) if kd_ratio else None
+            for start in range(0, N, chunk):
+                at = slice(start, min(start + chunk, N))
+                apply_head(states[at], table, out=logits)                       # [n, D] -> [n, V]
+                if kd_ratio:
+                    apply_head(teacher_hidden[at].to(teacher_head.dtype), teacher_head[:V], out=soft)
+                for row in range(start, at.stop, piece):
+                    tokens = slice(row, min(row + piece, at.stop))
+                    rows = slice(tokens.start - start, tokens.stop - start)     # the same tokens, within the chunk
+                    ce[tokens], kd[tokens], grad = _token_losses(
+                        logits[rows], targets[tokens], soft[rows] if kd_ratio else None, divergence, kd_ratio,
+                        weight[tokens], need_hidden or need_head)
+                    if grad is not None:
+                        logits[rows] = grad
+                grads = logits[:at.stop - start]                                # [n, V]
+                if need_hidden:
+                    grad_hidden[at] = (table.T @ grads.T).T                     # [n, D]; this order is MKL's faster one
+                if need_head:
+                    _add_outer(grad_head[:V], grads, states[at])
+        ctx.grads = grad_hidden, grad_head
+        ctx.mark_non_differentiable(ce, kd)
+        return weight @ ((1 - kd_ratio) * ce + kd_ratio * kd), ce, kd           # paper eq. (3)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if ctx.grads is None:
+            raise RuntimeError("head_loss can be differentiated once; call it again for a second backward")
+        grads, ctx.grads = ctx.grads, None                                      # given away, not copied
+        return *(g if g is None else g.mul_(grad_loss) for g in grads), *[None] * 9
+
+
+def _token_losses(logits, targets, soft, divergence, kd_ratio, weight, need_grad):
+    """CE [n], divergence [n], and the gradient [n, V] of their weighted sum with respect to the logits [n, V]."""
+    with torch.set_grad_enabled(need_grad):
+        logits = logits.detach().float().requires_grad_(need_grad)
+        ce = kd = logits.new_zeros(len(logits))
+        if kd_ratio < 1:
+            ce = F.cross_entropy(logits, targets, reduction="none")
+        if kd_ratio:
+            kd = divergence(logits, soft)
+        total = weight @ ((1 - kd_ratio) * ce + kd_ratio * kd)
+    return ce.detach(), kd.detach(), torch.autograd.grad(total, logits)[0] if need_grad else None
+
+
+def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
+    """states [n, D], head [V, D] -> logits [n, V], in the first rows of `out` where one is given.
+
+    On a CPU the head goes first and a block of it at a time: 2 x the speed of states @ head.T for n = 64.
+    """
+    if out is None:
+        out = states.new_empty(len(states), len(head))
+    out = out[:len(states)]
+    if states.is_cuda:
+        return torch.mm(states, head.T, out=out)
+    for i in range(0, len(head), BLOCK):
+        out[:, i:i + BLOCK] = (head[i:i + BLOCK] @ states.T).T
+    return out
+
+
+def _add_outer(total: Tensor, grad: Tensor, states: Tensor):
+    """total [V, D] += gradᵀ [V, n] states [n, D], by blocks: no second [V, D] is made."""
+    block = 2 * BLOCK if not total.is_cuda else 16 * BLOCK
+    for i in range(0, len(total), block):
+        if total.dtype == grad.dtype:
+            total[i:i + block].addmm_(grad[:, i:i + block].T, states)
+        else:
+            total[i:i + block] += grad[:, i:i + block].T @ states

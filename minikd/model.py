@@ -1,0 +1,280 @@
+"""The Qwen2 decoder, for training and for decoding alike.
+
+Qwen1.5, Qwen2 and Qwen2.5 dense checkpoints are this model. Parameter names are Hugging Face's, so that
+loading a checkpoint is load_state_dict(strict=True). The body (ids -> hidden states) and the LM head
+(hidden states -> 151,936 logits) are separate: losses and sampling apply the head only where it is needed.
+
+References
+    Qwen2 Technical Report                          arXiv:2407.10671
+    RMSNorm                                         arXiv:1910.07467, eq. (4)
+    RoPE (rotary position embedding)                arXiv:2104.09864, eq. (34)
+    GQA (grouped-query attention)                   arXiv:2305.13245
+    SwiGLU                                          arXiv:2002.05202, eq. (6)
+"""
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minikd.files import InputError
+
+
+@dataclass(frozen=True)
+class Qwen2Config:
+    """The fields of config.json that shape the model; the defaults are transformers' Qwen2Config."""
+    vocab_size: int = 151_936
+    hidden_size: int = 4096
+    intermediate_size: int = 22_016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    max_position_embeddings: int = 32_768
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    head_dim: int | None = None                     # None: hidden_size / num_attention_heads
+
+    def __post_init__(self):
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+
+    @classmethod
+    def from_dict(cls, raw: dict, where: str = "config.json") -> "Qwen2Config":
+        """config.json as transformers 4 writes it (rope_theta) and as 5 does (rope_parameters).
+
+        Raises InputError, naming the field, for what this decoder does not compute: another model_type,
+        sliding-window attention, RoPE scaling, another activation, or sizes that do not fit together.
+        """
+        def refuse(field, value, mend):
+            raise InputError(f"{where}: {field} = {value!r} is not implemented; {mend}")
+
+        if raw.get("model_type") != "qwen2":
+            refuse("model_type", raw.get("model_type"), "minikd reads Qwen1.5, Qwen2 and Qwen2.5 dense models ('qwen2')")
+        for field in ("rope_scaling", "rope_parameters"):                       # transformers 4's name, and 5's
+            rope = raw.get(field) or {}
+            if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+                refuse(field, rope, "use a checkpoint without RoPE scaling")
+        if raw.get("use_sliding_window"):
+            refuse("use_sliding_window", raw["use_sliding_window"], "use a checkpoint with full attention")
+        if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+            refuse("layer_types", raw["layer_types"], "use a checkpoint with full attention")
+        if raw.get("hidden_act", "silu") != "silu":
+            refuse("hidden_act", raw["hidden_act"], "Qwen2 uses 'silu'")
+        if raw.get("quantization_config"):
+            refuse("quantization_config", raw["quantization_config"].get("quant_method"), "use the unquantised folder")
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in raw.items() if k in known and v is not None}
+        values["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or cls.rope_theta
+        for f in fields(cls):
+            value = values.get(f.name, f.default)
+            if f.type is bool:
+                good, wanted = isinstance(value, bool), "true or false"
+            elif f.type is float:
+                good, wanted = type(value) in (int, float) and value >= 0, "a number of at least 0"
+            else:
+                good, wanted = value is None or type(value) is int and value > 0, "a whole number above 0"
+            if not good:
+                raise InputError(f"{where}: {f.name} = {value!r}; {wanted} was expected")
+        if "num_key_value_heads" not in values and "num_attention_heads" in values:
+            values["num_key_value_heads"] = values["num_attention_heads"]
+        config = cls(**values)
+        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2 or not config.head_dim:
+            raise InputError(f"{where}: {config.num_attention_heads} query heads of size {config.head_dim} do not share "
+                             f"{config.num_key_value_heads} key/value heads evenly; check the three fields")
+        return config
+
+    def to_dict(self, dtype: torch.dtype = torch.float32) -> dict:
+        """What transformers 4 and 5 both read: each one's name for the RoPE base and for the dtype."""
+        name = str(dtype).removeprefix("torch.")
+        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **asdict(self),
+                "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"}, "attention_dropout": 0.0,
+                "use_sliding_window": False, "use_cache": True, "dtype": name, "torch_dtype": name}
+
+
+class KVCache:
+    """Keys and values of the tokens already read, per layer [B, K, S, E], allocated once.
+
+    A slot is a column of the cache, the same for all rows; `valid` [B, S] says which slots hold a token of
+    the row. Prompts are right-padded, so a short one leaves a gap before the first new token.
+    """
+
+    def __init__(self, config: Qwen2Config, lengths: Tensor, capacity: int, dtype: torch.dtype):
+        B, prompt, device = len(lengths), int(lengths.max()), lengths.device
+        shape = (B, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.used = 0                                                           # slots filled so far
+        self.lengths = lengths                                                  # [B] the next token's position
+        self.valid = torch.arange(capacity, device=device) < lengths[:, None]   # [B, S]
+        self.valid[:, prompt:] = True                                           # new tokens follow the longest prompt
+        self.gapless = bool((lengths == prompt).all())                          # then decoding needs no mask at all
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends k, v [B, K, T, E] of one layer; returns all so far [B, K, S, E]. advance() moves on."""
+        end = self.used + k.shape[2]
+        self.keys[layer][:, :, self.used:end] = k
+        self.values[layer][:, :, self.used:end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def keep(self, rows: Tensor):
+        """Drops the rows that are finished; rows [B'] are the indices that stay."""
+        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        self.lengths, self.valid = self.lengths[rows], self.valid[rows]
+
+
+class Linear(nn.Linear):
+    """nn.Linear that can also multiply by a copy of its weight in the CPU's own layout (see generate.packed)."""
+    packed = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, D: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(D)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()                                                        # the mean square overflows in half
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)                                   # RMSNorm eq. (4)
+
+
+def rope_tables(positions: Tensor, theta: float, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency.  positions [B or 1, T] -> two of [B or 1, 1, T, E]"""
+    frequency = theta ** (-torch.arange(0, E, 2, device=positions.device).float() / E)   # [E/2], RoPE eq. (15)
+    angle = positions[:, None, :, None].float() * frequency                     # [B, 1, T, E/2]
+    angle = torch.cat((angle, angle), dim=-1)                                   # [B, 1, T, E]: halves, not pairs, as HF
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each (x_i, x_{i+E/2}) by its angle.  RoPE eq. (34).  [B, H, T, E] -> [B, H, T, E]"""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        D, E = config.hidden_size, config.head_dim
+        self.E = E
+        self.q_proj = Linear(D, config.num_attention_heads * E, bias=True)      # Qwen2 has a bias here, and only here
+        self.k_proj = Linear(D, config.num_key_value_heads * E, bias=True)
+        self.v_proj = Linear(D, config.num_key_value_heads * E, bias=True)
+        self.o_proj = Linear(config.num_attention_heads * E, D, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.E).transpose(1, 2)               # [B, H, T, E]
+        k = self.k_proj(x).view(B, T, -1, self.E).transpose(1, 2)               # [B, K, T, E]
+        v = self.v_proj(x).view(B, T, -1, self.E).transpose(1, 2)               # [B, K, T, E]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)                                     # [B, K, S, E]
+        if T == 1 and cache is not None:
+            # One query a head: the H/K heads that share a key stand in the query axis, so keys are not repeated.
+            mask = None if cache.gapless else cache.valid[:, None, None, :k.shape[2]]
+            y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, self.E), k, v, attn_mask=mask)
+        else:                                                                   # right padding: causal is mask enough
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            y = y.transpose(1, 2)                                               # [B, T, H, E]
+        return self.o_proj(y.reshape(B, T, -1))                                 # [B, T, D]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        D, wide = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(D, wide, bias=False)
+        self.up_proj = Linear(D, wide, bias=False)
+        self.down_proj = Linear(wide, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))      # SwiGLU eq. (6)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, *attention) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Body(nn.Module):
+    """Embedding, blocks and the last norm: ids [B, T] -> hidden states [B, T, D]."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
+        if cache is None or cache.used == 0:                                    # a whole sequence, from its start
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]     # [1, T]
+        else:                                                                   # one more token a row
+            positions = cache.lengths[:, None]                                  # [B, 1]
+        x = self.embed_tokens(ids)                                              # [B, T, D]
+        rope = rope_tables(positions, self.config.rope_theta, self.config.head_dim, x.dtype)
+        for i, block in enumerate(self.layers):
+            if checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *rope, i, None, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, *rope, i, cache)
+        if cache is not None:
+            if cache.used:
+                cache.lengths = cache.lengths + 1
+            cache.used += ids.shape[1]
+        return self.norm(x)
+
+
+class Qwen2(nn.Module):
+    """model(ids) gives logits; model.hidden(ids) and model.head are the two halves."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.config = config
+        self.model = Body(config)
+        self.packed_head = None                                                 # set by generate.packed
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """The LM head [V, D]: its own weight, or the embedding's where they are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
+        """Hidden states after the last norm.  ids [B, T] int64 -> [B, T, D]
+
+        checkpointing recomputes each block in the backward pass: less memory, about a third more time.
+        """
+        return self.model(ids, cache, checkpointing)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [B, T] int64 -> logits [B, T, V]. Causal; right padding needs no mask."""
+        return F.linear(self.hidden(ids), self.head)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "Qwen2":
+        """Random weights as Qwen2 starts from: N(0, initializer_range), biases 0, norms 1."""
+        generator = torch.Generator(self.head.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        return self

@@ -1,0 +1,179 @@
+"""A name -> files -> records: .jsonl, .json, .csv (each also .gz) and .parquet, local or from the Hugging Face hub."""
+import csv
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from minikd.files import InputError, local_folder
+
+ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+HUB_METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}   # not records
+
+
+# ---- a name -> files
+
+def data_files(name) -> list[Path]:
+    """The files that one --data argument stands for, in the order they are read.
+
+    "data.jsonl", or a folder or a hub dataset that holds one data file. Where it holds several, "name:choice" picks a
+    file, a folder or a glob in it, and all that matches is read: "open-r1/codeforces-cots:solutions_py".
+    Raises InputError when nothing is there, or several files are and none was chosen.
+    """
+    if Path(name).expanduser().is_file():
+        return [Path(name).expanduser()]
+    base, _, choice = str(name).partition(":")
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        if base.endswith(ENDINGS):                              # runs/data.jsonl is no hub name: do not ask the hub
+            raise InputError(f"{base}: no such file; check the path")
+        if held := _hub_names(base):
+            chosen = _choose(base, held, choice)
+            folder = local_folder(base, chosen, kind="dataset")
+            return [folder / file for file in chosen]           # the cache may hold more, from other choices
+        patterns = [choice, f"{choice}/*"] if choice else [f"*{ending}" for ending in ENDINGS]
+        folder = local_folder(base, patterns, kind="dataset")   # offline: whatever the cache holds
+    held = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    return [folder / file for file in _choose(base, held, choice)]
+
+
+def _hub_names(name: str) -> list[str]:
+    """What a hub dataset holds, asked before a choice costs gigabytes; [] where the hub does not answer."""
+    from huggingface_hub import dataset_info                    # comes with tokenizers
+    try:
+        return [file.rfilename for file in dataset_info(name, timeout=10).siblings]
+    except Exception:       # hub versions raise different HTTP libraries' errors; local_folder, next, says what failed
+        return []
+
+
+def _choose(name: str, held: list[str], choice: str) -> list[str]:
+    data = sorted(file for file in held if file.endswith(ENDINGS) and not file.startswith(".")
+                  and file.rpartition("/")[2] not in HUB_METADATA)
+    found = [file for file in data if fnmatch(file, choice) or fnmatch(file, f"{choice}/*")] if choice else data
+    if found and (choice or len(found) == 1):
+        return found
+    if not data:
+        raise InputError(f"{name}: holds no data file; it takes one of {' '.join(ENDINGS)}")
+    listing = ", ".join(data[:12]) + (f" and {len(data) - 12} more" if len(data) > 12 else "")
+    raise InputError(f"{name}: {f'nothing matches {choice!r}' if choice else 'holds several data files'}; "
+                     f"choose with {name}:FILE, FOLDER or GLOB from {listing}")
+
+
+# ---- a file -> records
+
+def kind_of(value) -> str:
+    absent = value is None or isinstance(value, float) and value != value
+    return "null" if absent else "text" if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def read_records(path, refuse: Callable[[InputError], None] | None = None) -> Iterator[tuple[str, dict]]:
+    """Streams (where, record) from a file, or from what data_files makes of a name; where is "file.jsonl:812".
+
+    refuse  takes the error of a malformed line instead of having it raised. What spoils all that follows (a broken
+            gzip, an unclosed quote in a csv) is raised all the same.
+    Raises InputError naming file and line.
+    """
+    readers = {".jsonl": _json_lines, ".json": _json_file, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    for file in data_files(path):
+        reader = readers.get(Path(file.stem).suffix if file.suffix == ".gz" else file.suffix)
+        if reader is None:
+            raise InputError(f"{file}: the name does not say what it holds; rename it to end in {' '.join(ENDINGS)}")
+        read = 0
+        for read, (where, record) in enumerate(reader(file), 1):
+            if isinstance(record, dict):
+                yield where, record
+                continue
+            if not isinstance(record, InputError):              # readers hand on the errors that they can read past
+                record = InputError(f"{where}: a record is an object with named fields, not {kind_of(record)}; mend it")
+            if refuse is None:
+                raise record
+            refuse(record)
+        if not read:
+            raise InputError(f"{file}: holds no records; check that it was written or downloaded whole")
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
+            for number, line in enumerate(handle, 1):
+                yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{file}: not a whole gzip file ({error}, after line {number}); download it again") from error
+
+
+def _parse(data: bytes, file: Path, line: int = 1):
+    try:
+        return json.loads(data)                                 # of bytes, it also checks UTF-8 and takes a BOM
+    except json.JSONDecodeError as error:
+        line, reason = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
+    except UnicodeDecodeError as error:
+        line, reason = line + error.object.count(b"\n", 0, error.start), str(error)
+    except (ValueError, RecursionError) as error:               # a number of 5,000 digits, lists 1,000 deep
+        reason = str(error)
+    raise InputError(f"{file}:{line}: not JSON ({reason}): {data[:40]!r}; mend or remove it")
+
+
+def _json_lines(file: Path):
+    for number, line in _lines(file):
+        if line.strip(b"\xef\xbb\xbf \t\r\n"):
+            try:
+                yield f"{file}:{number}", _parse(line, file, number)
+            except InputError as error:
+                yield f"{file}:{number}", error
+
+
+def _json_file(file: Path):
+    data = b"".join(line for _, line in _lines(file))
+    try:
+        value = _parse(data, file) if data.strip() else []
+    except InputError as error:
+        if "(Extra data" not in str(error):
+            raise
+        yield from _json_lines(file)                            # JSON Lines named .json, as the hub often has it
+        return
+    value = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        raise InputError(f'{file}: a .json file is a list of records, or {{"data": [...]}}; rewrite it as one')
+    yield from ((f"{file}:record {number}", record) for number, record in enumerate(value, 1))
+
+
+def _csv_rows(file: Path):
+    csv.field_size_limit(2**31 - 1)                             # csv's own 128 KiB stops at a long article or trace
+    text = (line.decode("utf-8-sig" if number == 1 else "utf-8") for number, line in _lines(file))    # -sig: less a BOM
+    rows = csv.reader(text, strict=True)                        # strict: an unclosed quote must not swallow the rest
+    start = 1                                                   # a record may span lines: name its first
+    try:
+        header = [name.strip() for name in next(rows, [])]
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
+            raise InputError(f"{file}:1: the column {twice[0]!r} comes twice; rename or remove one")
+        start = rows.line_num + 1
+        for row in rows:
+            where, start = f"{file}:{start}", rows.line_num + 1
+            if row and row == header:
+                yield where, InputError(f"{where}: the header again, as when files were joined; remove the line")
+            elif row and len(row) != len(header):
+                yield where, InputError(f"{where}: {len(row)} cells under {len(header)} columns; "
+                                        "quote what holds commas or line breaks")
+            elif row:
+                yield where, dict(zip(header, row))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{file}:{start}: not CSV in UTF-8 ({error}); mend the record's quotes or bytes") from error
+
+
+def _parquet_rows(file: Path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{file}: .parquet takes pyarrow (pip install pyarrow); or convert it once: duckdb -c "
+                         f"\"COPY (FROM '{file}') TO '{file.stem}.jsonl' (FORMAT json)\"") from None
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            rows = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
+            yield from ((f"{file}:row {number}", row) for number, row in enumerate(rows, 1))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{file}: not a whole parquet file ({error}); download it again") from error

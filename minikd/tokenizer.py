@@ -1,0 +1,130 @@
+"""Text <-> token ids: tokenizer.json through `tokenizers`, and the chat template written out by hand."""
+import json
+import re
+import shutil
+from pathlib import Path
+
+import tokenizers
+
+from minikd.files import InputError, local_folder, read_json
+
+QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+# A whole system turn, written as one literal of a chat template; a quote or a brace would end the literal.
+SYSTEM_TURN = re.compile(r"""<\|im_start\|>system(?:\\n|\n)((?:[^'"{\\]|\\.|\{\})*)<\|im_end\|>""")
+STOPS = ("<|im_end|>", "<|endoftext|>")             # an answer ends with either; the first that exists ends a turn
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+         "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
+
+
+class Tokenizer:
+    """encode, decode and chat for one Qwen2 tokenizer folder.
+
+    eos_ids  every id that ends an answer: a set, since Instruct models stop at <|im_end|> and base models at
+             <|endoftext|>, and a model between the two at either
+    end_id   the one that training appends to an answer
+    pad_id   <|endoftext|>. It fills rows and is never looked for: masks travel with the ids instead, so that
+             a real <|endoftext|> is not taken for padding.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, folder: Path | None = None, default_system=QWEN25_SYSTEM):
+        self.backend, self.folder, self.default_system = backend, folder, default_system
+        stops = [backend.token_to_id(token) for token in STOPS]
+        if None in stops:
+            raise InputError(f"{folder}: the tokenizer has no {STOPS[stops.index(None)]}; "
+                             "minikd speaks ChatML, as Qwen2 tokenizers do")
+        self.eos_ids, self.end_id, self.pad_id = set(stops), stops[0], stops[1]
+
+    @classmethod
+    def load(cls, name) -> "Tokenizer":
+        """From a local folder or a hub name.  Raises InputError when tokenizer.json is missing or damaged."""
+        folder = local_folder(name, list(FILES))
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise InputError(f"{path}: is missing; copy the tokenizer's files beside the model's")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend.no_truncation()                 # a folder saved while training may ask for either
+            backend.no_padding()
+        except Exception as error:                  # tokenizers raises bare Exception, and nothing narrower
+            raise InputError(f"{path}: is damaged ({error}); fetch it again") from error
+        return cls(backend, folder, default_system(folder))
+
+    def save(self, folder):
+        """Copies the tokenizer's files, and a generation_config.json with every stop id, into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in FILES:
+            if self.folder and (self.folder / file).exists() and self.folder.resolve() != folder.resolve():
+                shutil.copyfile(self.folder / file, folder / file)
+        if not (folder / "generation_config.json").exists():
+            stops = {"eos_token_id": sorted(self.eos_ids), "pad_token_id": self.pad_id}
+            (folder / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n")
+
+    def __len__(self) -> int:
+        """Ids in use, added tokens included: 151,665 for Qwen2.5, fewer than the head's rows."""
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Special tokens written out in the text, such as <|im_end|>, become their ids."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids, skip_special: bool = True) -> str:
+        """Text of the ids; special tokens are left out unless skip_special is False."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def chat(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """ChatML, character for character as the folder's own template renders plain messages.
+
+        messages  [{"role": "system" | "user" | "assistant", "content": str}, ...]
+        Without a system message the template's own is put first: Qwen2.5's by default.
+        """
+        turns = list(messages)
+        if self.default_system is not None and (not turns or turns[0]["role"] != "system"):
+            turns.insert(0, {"role": "system", "content": self.default_system})
+        text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+        return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+
+    def stream(self) -> "Stream":
+        """A decoder that is fed id by id, and gives text as soon as it is whole."""
+        return Stream(self)
+
+
+class Stream:
+    """push(id) returns the text that became certain; never half of a character.
+
+    A character of Spanish, Chinese or emoji may be spread over several byte-level tokens; until the last one
+    arrives, decoding ends in one U+FFFD. Only the ids since the last whole character are decoded again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.ids, self.given = tokenizer, [], 0
+
+    def push(self, token: int) -> str:
+        self.ids.append(int(token))
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            return self.end()
+        new, self.given = text[self.given:-1], len(text) - 1    # only the last character is still in doubt
+        return new
+
+    def end(self) -> str:
+        """What is left when generation stops, an unfinished character as U+FFFD."""
+        text = self.tokenizer.decode(self.ids)[self.given:]
+        self.ids, self.given = [], 0
+        return text
+
+
+def default_system(folder: Path) -> str | None:
+    """The system prompt that this folder's chat template puts first, or None where it puts none.
+
+    Qwen2.5, Qwen2, Qwen1.5 and Qwen2.5-Math each have their own. A folder without a template is taken as Qwen2.5.
+    """
+    template = None
+    if (folder / "chat_template.jinja").exists():                                # transformers 5 writes it apart
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    elif (folder / "tokenizer_config.json").exists():
+        template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if not isinstance(template, str):
+        return QWEN25_SYSTEM
+    turn = SYSTEM_TURN.search(template)
+    return turn and re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape[1], escape[1]), turn[1])

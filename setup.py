@@ -1,0 +1,24 @@
+"""pip install -e .            what the scripts need
+   pip install -e ".[plots]"   and pictures of the curves
+   pip install -e ".[reference]"   and the peers that tests and benchmarks compare with
+"""
+from setuptools import setup
+
+setup(
+    name="minikd",
+    version="0.1.0",
+    description="Knowledge distillation, GRPO and GPTQ for Qwen2 language models, from scratch in plain Python",
+    packages=["minikd"],
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",           # brings jinja2, which a test uses
+        "numpy",
+        "safetensors>=0.4.3",
+        "tokenizers>=0.20",     # brings huggingface_hub, which downloads hub names, and tqdm, the progress bar
+        "pytest",
+    ],
+    extras_require={
+        "plots": ["matplotlib"],
+        "reference": ["transformers>=5", "trl", "rouge_score"],
+    },
+)

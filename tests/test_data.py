@@ -1,0 +1,592 @@
+"""Records -> examples -> ids -> batches: each dataset's schema and quirks, each error, and the masks."""
+import csv
+import gzip
+import json
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minikd import data, records
+from minikd.data import (Dropped, Encoded, batch_order, collate, data_files, encode_examples, load_examples,
+                         prompt_text, read_records, recognise, split_examples, to_example, without_docstring)
+from minikd.files import InputError
+
+SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data here")
+
+DOLLY = {"instruction": "Which is a fish?", "context": "", "response": "Tope", "category": "classification"}
+BUGNET = {"problem_id": "p1", "language": "Python", "original_status": "Wrong Answer", "fail": "print(1)\n",
+          "pass": "print(2)\n", "change": "replace", "i1": 6, "i2": 7, "error": "TLE", "stderr": "", "stdout": "1"}
+PYTORRENT = {"repo": "r", "docstring": "Add one.\n\nReturns int.", "summary": "Add one.", "func_name": "f",
+             "original_string": 'def f(x):\n    """Add one.\n\n    Returns int."""\n    return x + 1\n',
+             "code": "def f(x):\n    return x + 1\n"}
+CODEFORCES = {"id": "1/A", "note": None, "editorial": None, "prompt": "Solve it.", "generation": "<think>\n</think>",
+              "finish_reason": "stop", "messages": [{"role": "user", "content": "Solve it."},
+                                                    {"role": "assistant", "content": "<think>\n</think>"}]}
+
+
+class Letters:
+    """A tokenizer of one id a character; <e> and <p> are its stop and pad."""
+    eos_ids, end_id, pad_id = {1, 2}, 1, 0
+
+    def encode(self, text):
+        return [ord(letter) for letter in text.replace("<e>", "\x01")]
+
+    def chat(self, messages, add_generation_prompt=False):
+        return "".join(f"{m['role'][0]}:{m['content']};" for m in messages) + "a:" * add_generation_prompt
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def message(record, format=None):
+    with pytest.raises(InputError) as caught:
+        to_example(record, "data.jsonl:812", format)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- the schemas
+
+def test_dolly_puts_its_context_under_the_instruction():
+    example = to_example({**DOLLY, "context": "Tope swim."}, "d.jsonl:1")
+    assert example.messages == ({"role": "user", "content": "Which is a fish?\n\nTope swim."},)
+    assert (example.instruction, example.input, example.response) == ("Which is a fish?", "Tope swim.", "Tope")
+    assert (example.references, example.category, example.where) == (("Tope",), "classification", "d.jsonl:1")
+
+
+@pytest.mark.parametrize("context", ["", None, float("nan"), "  "])
+def test_an_absent_context_is_empty_however_it_is_written(context):
+    assert to_example({**DOLLY, "context": context}, "d:1").input == ""
+    assert to_example({key: DOLLY[key] for key in ("instruction", "response")}, "d:1").messages[0]["content"] == \
+        "Which is a fish?"
+
+
+def test_spanish_dolly_ignores_the_english_originals():
+    record = {**DOLLY, "instruction": "¿Qué año?", "instruction_original_en": "Which year?", "id": 3}
+    assert to_example(record, "d:1").instruction == "¿Qué año?"
+
+
+def test_instruction_input_response_is_read_as_dolly_without_losing_the_input():
+    assert to_example({"instruction": "Add.", "input": "1 2", "response": "3"}, "d:1").input == "1 2"
+
+
+def test_alpaca_with_several_outputs_trains_on_the_first_and_compares_with_all():
+    record = {"instruction": "Say hi.", "input": "", "output": ["Hi", "", "Hello"], "prompt": "Say<n>hi", "topic": "x"}
+    example = to_example(record, "d:1")
+    assert (example.response, example.references, example.category) == ("Hi", ("Hi", "Hello"), "alpaca")
+    assert "<n>" not in example.messages[0]["content"]
+    assert to_example({**record, "output": "Hi"}, "d:1").references == ("Hi",)
+
+
+def test_chat_trains_on_the_last_assistant_turn_and_keeps_the_system_prompt():
+    turns = [("system", "Be brief."), ("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two"),
+             ("user", "bye")]
+    example = to_example({"messages": [{"role": role, "content": content} for role, content in turns]}, "d:1")
+    assert [m["content"] for m in example.messages] == ["Be brief.", "1?", "one", "2?"]
+    assert (example.response, example.category) == ("two", "chat")
+    assert example.instruction == "Be brief.\n\nUser: 1?\n\nAssistant: one\n\nUser: 2?"
+    single = to_example({"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "one"}]}, "")
+    assert single.instruction == "1?"
+
+
+def test_bugnet_answers_with_bare_code_and_says_how_it_failed():
+    example = to_example(BUGNET, "d:1")
+    assert example.response == "print(2)\n" and example.references == ("print(2)\n",)
+    asked = example.messages[0]["content"]
+    assert "this Python program" in asked and "Wrong Answer" in asked and "TLE" in asked
+    assert "replace" not in asked + example.instruction + example.input         # `change` is part of the answer
+    assert "C++ program" in to_example({**BUGNET, "language": "C++"}, "d:1").messages[0]["content"]
+
+
+@pytest.mark.parametrize("error", ["0", None, ""])
+def test_bugnet_error_0_means_not_reproduced_and_only_the_verdict_is_told(error):
+    example = to_example({**BUGNET, "error": error}, "d:1")
+    assert "rerun" not in example.messages[0]["content"] and example.messages[0]["content"].endswith("Wrong Answer")
+    assert example.input.endswith("error in the code:\nWrong Answer")
+    bare = to_example({"fail": "x", "pass": "y"}, "d:1")
+    assert bare.messages[0]["content"] == "Fix the bug in this program. Answer with the whole program.\n\nx"
+
+
+def test_pytorrent_target_has_lost_the_docstring_that_is_its_prompt():
+    example = to_example(PYTORRENT, "d:1")
+    assert example.response == "def f(x):\n    return x + 1\n" == example.references[0]
+    assert example.input == "Add one." and example.messages[0]["content"].endswith("\n\nAdd one.")
+
+
+@pytest.mark.parametrize("summary", [None, "", "absent"])
+def test_pytorrent_without_a_summary_asks_with_the_docstring(summary):
+    record = {**PYTORRENT, "summary": summary}
+    if summary == "absent":
+        del record["summary"]
+    assert to_example(record, "d:1").input == PYTORRENT["docstring"]
+
+
+def test_pytorrent_without_original_string_uses_code():
+    assert to_example({"summary": "Add.", "code": "x = 1"}, "d:1").response == "x = 1"
+
+
+def test_codeforces_reads_messages_or_prompt_and_generation_alike():
+    by_messages = to_example(CODEFORCES, "d:1")
+    by_prompt = to_example({**CODEFORCES, "messages": None}, "d:1")
+    assert by_messages == by_prompt
+    assert (by_messages.response, by_messages.category) == ("<think>\n</think>", "codeforces")
+
+
+def test_codeforces_trace_that_ran_into_its_limit_teaches_no_end():
+    with pytest.raises(Dropped, match="cut short"):
+        to_example({**CODEFORCES, "finish_reason": "length"}, "d:1")
+
+
+@pytest.mark.parametrize("name, record", [("dolly", DOLLY), ("bugnet", BUGNET), ("pytorrent", PYTORRENT),
+                                          ("codeforces", CODEFORCES), ("chat", {"messages": []}),
+                                          ("alpaca", {"instruction": "", "input": "", "output": ""}),
+                                          (None, {"text": "Llama-2 dolly"})])
+def test_format_is_recognised_from_fields(name, record):
+    assert recognise(record) == name
+
+
+def test_format_can_be_forced_and_the_records_own_category_wins():
+    both = {"instruction": "i", "response": "r", "output": "o", "category": "es"}
+    assert to_example(both, "d:1").response == "r"
+    assert to_example(both, "d:1", "alpaca").response == "o"
+    assert to_example({**PYTORRENT, "category": "code"}, "d:1").category == "code"
+    assert to_example({**DOLLY, "category": None}, "d:1").category == "dolly"
+
+
+# ---- the docstring that would leak
+
+@pytest.mark.parametrize("code, expected", [
+    ("def f():\n    '''doc'''\n\n    return 1  # why\n", "def f():\n    return 1  # why\n"),
+    ("def f():\n\t'''doc'''\n", "def f():\n\tpass\n"),
+    ("class A:\n    'doc'  # noqa\n    x = 1\n", "class A:\n    x = 1\n"),
+    ("'''module'''\n@wrap\nasync def f(\n    a,\n):\n    r'''doc\n    more'''\n    return a\n",
+     "@wrap\nasync def f(\n    a,\n):\n    return a\n"),
+    ("def f(): 'doc'; return 1", "def f():\n    return 1"),
+    ("    def f(self):\n        '''doc'''\n        return 1\n", "def f(self):\n    return 1\n"),
+    ("def f(self):\n        '''doc'''\n        return 1\n", "def f(self):\n        return 1\n"),
+    ("def f():\r\n    '''doc'''\r\n    return 'é'\r\n", "def f():\n    return 'é'\n"),
+    ("def f():\n    def g():\n        'kept'\n    return g\n", None),
+    ("def f():\n    x = '''kept'''\n    return '\\d'\n", None),
+    ("def f(a):\n    '''doc\n    more'''\n    print 'python 2'\n", "def f(a):\n    print 'python 2'\n"),
+    ("def f(a):  # c\n    \"\"\"doc\"\"\"\n    print a, '''kept'''\n", "def f(a):  # c\n    print a, '''kept'''\n"),
+    ("print 'no docstring'\n", None),
+])
+def test_docstring_is_removed_and_the_rest_stays_as_written(code, expected):
+    assert without_docstring(code) == (code if expected is None else expected)
+
+
+# ---- malformed records
+
+def test_missing_field_is_named_with_file_and_line():
+    assert message({"instruction": "i", "context": "c"}, "dolly").startswith(
+        "data.jsonl:812: field 'response' is missing; ")
+
+
+@pytest.mark.parametrize("value, words", [(None, "null"), (float("nan"), "null"), (3, "a int"), (["x"], "a list"),
+                                          ({"a": 1}, "a dict"), (True, "a bool"), ("\ud800", "lone surrogate")])
+def test_required_field_of_the_wrong_kind_is_named(value, words):
+    text = message({**DOLLY, "response": value})
+    assert "data.jsonl:812" in text and "'response'" in text and words in text
+
+
+@pytest.mark.parametrize("record", [{**DOLLY, "context": 7}, {**DOLLY, "category": 7}, {**BUGNET, "error": 0}])
+def test_optional_field_of_the_wrong_kind_is_named_too(record):
+    assert "a int; make it text" in message(record)
+
+
+def test_unknown_fields_and_unknown_format_list_what_is_known():
+    assert "fields (text) not known" in message({"text": "x"}) and "dolly (instruction, response)" in message({})
+    assert "format 'doly' not known" in message(DOLLY, "doly")
+
+
+@pytest.mark.parametrize("messages, words", [
+    ("hi", "'messages' is text"), (None, "'messages' is null"),
+    ([], "no assistant turn"), ([{"role": "user", "content": "hi"}], "no assistant turn"),
+    ([{"role": "assistant", "content": "hi"}], "no assistant turn"),
+    (["hi"], "messages[0]: not a turn"), ([{"role": "tool", "content": "hi"}], "messages[0]: not a turn"),
+    ([{"role": "user"}], "messages[0]: field 'content' is missing"),
+    ([{"role": "user", "content": None}], "messages[0]: field 'content' is null"),
+    ([{"role": "user", "content": [{"type": "text"}]}], "field 'content' is a list")])
+def test_malformed_conversation_names_the_turn(messages, words):
+    assert words in message({"messages": messages})
+
+
+@pytest.mark.parametrize("record", [
+    {**DOLLY, "response": " \n"}, {**DOLLY, "instruction": ""}, {**BUGNET, "pass": ""}, {**BUGNET, "fail": " "},
+    {**PYTORRENT, "docstring": "", "summary": " "}, {**PYTORRENT, "original_string": "'''only a docstring'''"},
+    {"instruction": "i", "output": ["", " "]}, {"instruction": "i", "output": []},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}])
+def test_empty_prompt_or_response_is_dropped_not_an_error(record, tmp_path):
+    with pytest.raises(Dropped):
+        to_example(record, "d:1")
+    examples, report = load_examples(write(tmp_path / "d.jsonl", DOLLY, record))
+    assert len(examples) == 1 and report.read == 2 and sum(report.dropped.values()) == 1
+
+
+def test_record_that_lost_a_field_is_judged_as_the_record_before_it(tmp_path):
+    file = write(tmp_path / "d.jsonl", DOLLY, {"instruction": "i"})
+    with pytest.raises(InputError, match="d.jsonl:2: field 'response' is missing"):
+        load_examples(file)
+
+
+def test_skip_bad_counts_malformed_records_and_shows_the_first(tmp_path):
+    file = write(tmp_path / "d.jsonl", {"instruction": "i"}, DOLLY, {**DOLLY, "response": None})
+    examples, report = load_examples(file, skip_bad=True)
+    assert (len(examples), report.read, report.dropped) == (1, 3, {"malformed": 2})
+    assert "1 of 3 records kept (dropped: 2 malformed)" in str(report) and "d.jsonl:1" in report.first_bad
+
+
+def test_corrupt_lines_are_skipped_and_counted_in_pytorrent_alone(tmp_path):
+    good = json.dumps(PYTORRENT)
+    shard = tmp_path / "shard.jsonl.gz"
+    with gzip.open(shard, "wt") as handle:
+        handle.write("\n".join([good, good[:50], '{"summary": null, "code": "x"}', good]))
+    examples, report = load_examples(shard)
+    assert [example.where[-1] for example in examples] == ["1", "4"]
+    assert (report.read, report.kept, report.dropped["malformed"]) == (4, 2, 2)
+    with pytest.raises(InputError, match="shard.jsonl.gz:2: not JSON"):
+        load_examples(shard, skip_bad=False)
+
+
+# ---- files
+
+def test_jsonl_takes_bom_crlf_blank_lines_and_no_last_newline(tmp_path):
+    file, line = tmp_path / "d.jsonl", json.dumps(DOLLY).encode()
+    file.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n" + line)
+    assert [where for where, _ in read_records(file)] == [f"{file}:1", f"{file}:4"]
+
+
+def test_gz_json_and_csv_give_the_same_records_as_jsonl(tmp_path):
+    records = [DOLLY, {**DOLLY, "context": 'commas, "quotes"\nand lines', "response": "é" * 200_000}]
+    text = json.dumps(records)
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as handle:
+        handle.write("\n".join(map(json.dumps, records)))
+    (tmp_path / "d.json").write_text(text)
+    (tmp_path / "e.json").write_text('{"version": 1, "data": ' + text + "}")
+    write(tmp_path / "f.json", *records)                                        # JSON Lines under another name
+    with open(tmp_path / "d.csv", "w", newline="", encoding="utf-8-sig") as handle:
+        rows = csv.DictWriter(handle, DOLLY)
+        rows.writeheader()
+        rows.writerows(records)
+    for name in ("d.jsonl.gz", "d.json", "e.json", "f.json", "d.csv"):
+        assert [record for _, record in read_records(tmp_path / name)] == records, name
+
+
+def test_where_counts_lines_in_csv_and_records_in_json(tmp_path):
+    (tmp_path / "d.csv").write_text('instruction,response\n"a\nb",c\n\nd,e\n')
+    assert [where[-6:] for where, _ in read_records(tmp_path / "d.csv")] == [".csv:2", ".csv:5"]
+    (tmp_path / "d.json").write_text("[{}, {}]")
+    assert [where[-9:] for where, _ in read_records(tmp_path / "d.json")] == [":record 1", ":record 2"]
+
+
+def test_parquet_streams_through_pyarrow(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}, {"messages": turns}]),
+                                tmp_path / "d.parquet")
+    examples, _ = load_examples(tmp_path / "d.parquet")
+    assert [example.response for example in examples] == ["ho", "ho"] and examples[1].where.endswith(":row 2")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="not a whole parquet file"):
+        list(read_records(tmp_path / "broken.parquet"))
+
+
+def test_parquet_without_pyarrow_gives_the_conversion_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "es.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match=r"duckdb -c \"COPY \(FROM '.*es.parquet'\) TO 'es.jsonl' \(FORMAT json\)\""):
+        list(read_records(tmp_path / "es.parquet"))
+
+
+GOOD = json.dumps(DOLLY).encode()
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("d.jsonl", GOOD + b"\n{'instruction'}\n", "d.jsonl:2: not JSON (Expecting property name"),
+    ("d.jsonl", GOOD + b"\n[1]\n", "d.jsonl:2: a record is an object with named fields, not a list"),
+    ("d.jsonl", GOOD + b'\n{"response": "\xff"}\n', "d.jsonl:2: not JSON ('utf-8' codec can't decode byte 0xff"),
+    ("d.jsonl", b"[" * 200_000, "d.jsonl:1: not JSON (maximum recursion depth"),
+    ("d.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "d.jsonl:1: not JSON"),
+    ("d.jsonl", b"", "d.jsonl: holds no records"),
+    ("d.jsonl", b"\xef\xbb\xbf\n \n", "d.jsonl: holds no records"),
+    ("d.jsonl.gz", b"plain", "d.jsonl.gz: not a whole gzip file (Not a gzipped file"),
+    ("d.jsonl.gz", gzip.compress(GOOD * 99)[:-20], "d.jsonl.gz: not a whole gzip file (Compressed file ended"),
+    ("d.json", b'[{"a": 1},\n {"b"', "d.json:2: not JSON"),
+    ("d.json", b'[{"a": 1},\n {"b": "\xff"}]', "d.json:2: not JSON"),
+    ("d.json", b"[1]", "d.json:record 1: a record is an object"),
+    ("d.json", b'{"rows": 3}', 'd.json: a .json file is a list of records, or {"data": [...]}'),
+    ("d.json", b" ", "d.json: holds no records"),
+    ("d.csv", b"", "d.csv: holds no records"),
+    ("d.csv", b"instruction,response\n", "d.csv: holds no records"),
+    ("d.csv", b"response,response\na,b\n", "d.csv:1: the column 'response' comes twice"),
+    ("d.csv", b"instruction,response\na,b\ninstruction,response\n", "d.csv:3: the header again"),
+    ("d.csv", b"instruction,response\na,b,c\n", "d.csv:2: 3 cells under 2 columns"),
+    ("d.csv", b"instruction,response\na\n", "d.csv:2: 1 cells under 2 columns"),
+    ("d.csv", b'instruction,response\na,b\nc,"d\ne,f\n', "d.csv:3: not CSV in UTF-8 (unexpected end of data)"),
+    ("d.csv", b"instruction,response\na,b\nc,\xff\n", "d.csv:3: not CSV in UTF-8 ('utf-8' codec"),
+    ("d.txt", GOOD, "d.txt: the name does not say what it holds; rename it to end in .jsonl"),
+])
+def test_broken_file_is_one_line_that_says_where(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_examples(tmp_path / name)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_usable_record_is_an_error_that_counts_why(tmp_path):
+    with pytest.raises(InputError, match="no usable record; 0 of 2 records kept .dropped: 2 empty response"):
+        load_examples(write(tmp_path / "d.jsonl", *[{**DOLLY, "response": ""}] * 2))
+
+
+def test_report_counts_hashes_and_fits_a_line(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", DOLLY, {**DOLLY, "response": ""}), write(tmp_path / "b.jsonl", BUGNET)
+    examples, report = load_examples([a, b])
+    assert [example.category for example in examples] == ["classification", "bugnet"]
+    assert (report.read, report.kept, report.dropped) == (3, 2, {"empty response": 1})
+    digest = subprocess.run(["sha256sum", a], capture_output=True, text=True).stdout[:16]
+    assert report.files[str(a)] == digest
+    assert str(report).startswith(f"2 of 3 records kept (dropped: 1 empty response); a.jsonl sha256 {digest}, b.jsonl")
+    assert len(load_examples([a, b], limit=1)[0]) == 1
+
+
+# ---- folders and the hub
+
+def test_folder_with_one_data_file_is_that_file(tmp_path):
+    file = write(tmp_path / "train.jsonl", DOLLY)
+    (tmp_path / "README.md").write_text("x")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert data_files(tmp_path) == [file]
+
+
+def test_several_data_files_are_listed_and_a_choice_picks_file_folder_or_glob(tmp_path):
+    for name in ("es", "solutions_py"):
+        (tmp_path / name).mkdir()
+    shards = [write(tmp_path / "solutions_py" / f"train-{i}.jsonl", CODEFORCES) for i in (1, 0)][::-1]
+    es = write(tmp_path / "es" / "test.jsonl", DOLLY)
+    with pytest.raises(InputError, match="holds several.*from es/test.jsonl, solutions_py/train-0.jsonl, solutions"):
+        data_files(tmp_path)
+    assert data_files(f"{tmp_path}:es/test.jsonl") == [es]
+    assert data_files(f"{tmp_path}:solutions_py") == shards == data_files(f"{tmp_path}:*train*")
+    with pytest.raises(InputError, match="nothing matches 'fr'"):
+        data_files(f"{tmp_path}:fr")
+
+
+def test_hub_dataset_downloads_only_what_was_chosen(tmp_path, monkeypatch):
+    file, asked = write(tmp_path / "es.jsonl", DOLLY), []
+    write(tmp_path / "stale.jsonl", DOLLY)                                      # in the cache from another choice
+    monkeypatch.setattr(records, "_hub_names", lambda name: ["es.jsonl", "en.jsonl", ".gitattributes", "README.md"])
+    monkeypatch.setattr(records, "local_folder", lambda *args, kind: asked.append((*args, kind)) or tmp_path)
+    with pytest.raises(InputError, match="owner/set: holds several data files.*from en.jsonl, es.jsonl"):
+        load_examples("owner/set")
+    assert asked == []
+    assert data_files("owner/set:es.jsonl") == [file]
+    assert asked == [("owner/set", ["es.jsonl"], "dataset")]
+
+
+def test_hub_dataset_in_the_cache_is_read_offline(tmp_path, monkeypatch):
+    file = write(tmp_path / "es.jsonl", DOLLY)
+    monkeypatch.setattr(records, "_hub_names", lambda name: [])
+    monkeypatch.setattr(records, "local_folder", lambda name, patterns, kind: tmp_path)
+    assert data_files("owner/set") == [file] == data_files("owner/set:es.jsonl")
+
+
+def test_missing_file_is_not_taken_for_a_hub_name(monkeypatch):
+    monkeypatch.setattr(records, "local_folder", None)
+    with pytest.raises(InputError, match="runs/none.jsonl: no such file"):
+        load_examples("runs/none.jsonl")
+
+
+def test_folder_without_data_says_what_it_takes(tmp_path):
+    with pytest.raises(InputError, match="holds no data file"):
+        data_files(tmp_path)
+
+
+# ---- the split
+
+def examples_of(*prompts):
+    return [to_example({"instruction": prompt, "response": f"r{i}"}, f"d:{i}") for i, prompt in enumerate(prompts)]
+
+
+def test_split_is_exact_disjoint_and_keeps_the_order():
+    examples = examples_of(*[f"q{i}" for i in range(100)])
+    for count in (0, 1, 37, 99):
+        train, validation = split_examples(examples, count, seed=1)
+        assert len(validation) == count
+        assert sorted(train + validation, key=examples.index) == examples
+        assert train == [e for e in examples if e in train]
+    assert len(split_examples(examples, 0.1)[1]) == 10
+
+
+def test_split_depends_on_prompt_and_seed_not_on_the_file_order():
+    examples = examples_of(*[f"q{i}" for i in range(100)])
+    held = {e.instruction for e in split_examples(examples, 20, seed=1)[1]}
+    assert held == {e.instruction for e in split_examples(examples[::-1], 20, seed=1)[1]}
+    assert held != {e.instruction for e in split_examples(examples, 20, seed=2)[1]}
+    fewer = {e.instruction for e in split_examples(examples[:90], 20, seed=1)[1]}
+    assert len(held & fewer) >= 15
+
+
+def test_split_keeps_the_same_prompt_on_one_side():
+    prompts = [f"q{i % 30}" for i in range(60)] + [f" Q{i}  " for i in range(30)]   # spacing and case do not hide it
+    train, validation = split_examples(examples_of(*prompts, "alone", "apart"), 32)
+    plain = [{e.instruction.strip().casefold() for e in side} for side in (train, validation)]
+    assert len(validation) == 32 and plain[0].isdisjoint(plain[1])
+
+
+def test_split_that_cannot_be_made_says_so():
+    with pytest.raises(InputError, match="5 validation examples of 5 leave none"):
+        split_examples(examples_of(*"abcde"), 5)
+    with pytest.raises(InputError, match="prompts repeat, so 3 .* cannot be set apart; 2 can"):
+        split_examples(examples_of(*"aabb"), 3)
+
+
+# ---- ids
+
+def encode(*pairs, **options):
+    examples = [to_example({"instruction": prompt, "response": response}, "d:1") for prompt, response in pairs]
+    return encode_examples(examples, Letters(), **options)
+
+
+def test_response_ends_in_the_end_token_and_follows_the_chat_prompt():
+    (row,), counts = encode(("hi", "yo"))
+    assert "".join(map(chr, row.prompt)) == "u:hi;a:" and row.response == [ord("y"), ord("o"), 1]
+    assert not row.cut and row.index == 0 and counts["encoded"] == 1
+
+
+def test_long_response_is_cut_without_an_invented_end_and_counted():
+    (exact, cut, only_the_end), counts = encode(("h", "123"), ("h", "12345"), ("h", "1234"), max_length=10)
+    assert exact.response[-1] == 1 and not exact.cut and len(exact.prompt + exact.response) == 10
+    assert "".join(map(chr, cut.response)) == "1234" and cut.cut
+    assert "".join(map(chr, only_the_end.response)) == "1234" and only_the_end.cut
+    assert counts["responses cut"] == 2
+
+
+def test_long_prompts_are_dropped_and_counted_and_the_index_still_points_at_the_example():
+    rows, counts = encode(("h" * 9, "x"), ("h", "x"), max_prompt_length=6)
+    assert [row.index for row in rows] == [1] and counts["dropped: prompt too long"] == 1
+    rows, counts = encode(("hhh", "x"), ("h", "x"), max_length=7)               # eight prompt tokens leave no room
+    assert [row.index for row in rows] == [1] and counts["dropped: prompt too long"] == 1
+
+
+def test_response_that_spells_a_stop_token_is_dropped_and_counted():
+    rows, counts = encode(("h", "x<e>y"), ("h", "x"))
+    assert [row.index for row in rows] == [1] and counts["dropped: stop token inside"] == 1
+
+
+def test_nothing_left_is_an_error():
+    with pytest.raises(InputError, match="no example is left of 1 .*--max-prompt-length"):
+        encode(("hello", "x"), max_prompt_length=3)
+
+
+def test_alpaca_template_is_the_papers_without_chat_markers():
+    with_input = prompt_text(to_example({**DOLLY, "context": "Tope swim."}, "d:1"), Letters(), "alpaca")
+    assert with_input == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nWhich is a fish?\n\n"
+        "### Input:\nTope swim.\n\n### Response:\n")
+    without = prompt_text(to_example(DOLLY, "d:1"), Letters(), "alpaca")
+    assert "### Input" not in without and without.startswith("Below is an instruction that describes a task. Write a")
+    with pytest.raises(InputError, match="template 'alpacca' is not known; choose chatml or alpaca"):
+        prompt_text(to_example(DOLLY, "d:1"), Letters(), "alpacca")
+
+
+def test_alpaca_template_words_bugnet_and_pytorrent_as_the_paper_does():
+    bug = prompt_text(to_example(BUGNET, "d:1"), Letters(), "alpaca")
+    assert "Write a Python program that contains the correction of the code bug" in bug and "TLE" in bug
+    assert "solution code" not in bug.lower()
+    assert "Write a python script that appropriately completes the request." in \
+        prompt_text(to_example(PYTORRENT, "d:1"), Letters(), "alpaca")
+
+
+# ---- batches
+
+def rows_of(*lengths):
+    return [Encoded([5] * p, [7] * r, False, i) for i, (p, r) in enumerate(lengths)]
+
+
+def test_mask_is_true_on_response_tokens_only_even_where_they_equal_the_pad():
+    rows = [Encoded([0, 5], [0, 1], False, 0), Encoded([5], [7, 8, 9, 1], False, 1)]
+    batch = collate(rows, pad_id=0)
+    assert batch.ids.tolist() == [[0, 5, 0, 1, 0], [5, 7, 8, 9, 1]] and batch.ids.dtype == torch.int64
+    assert batch.mask.tolist() == [[False, False, True, True, False], [False, True, True, True, True]]
+
+
+def test_mask_and_ids_equal_a_slow_loop():
+    rows = rows_of((3, 2), (1, 9), (7, 1), (2, 4))
+    batch = collate(rows, pad_id=99)
+    assert batch.ids.shape == batch.mask.shape == (4, 10) and batch.mask.dtype == torch.bool
+    for b, row in enumerate(rows):
+        whole = row.prompt + row.response
+        for t in range(10):
+            assert batch.ids[b, t] == (whole[t] if t < len(whole) else 99)
+            assert batch.mask[b, t] == (len(row.prompt) <= t < len(whole))
+    assert batch.mask.sum() == sum(len(row.response) for row in rows)
+
+
+@pytest.mark.parametrize("count, size", [(1, 4), (4, 4), (10, 4), (1000, 7), (1000, 1)])
+def test_each_example_comes_once_an_epoch_and_the_partial_batch_is_kept(count, size):
+    order = batch_order(rows_of(*[(i % 50 + 1, 1) for i in range(count)]), size, seed=0, epoch=0)
+    assert sorted(chain(*order)) == list(range(count))
+    assert sorted(map(len, order))[1:] == [size] * (len(order) - 1) and len(order) == -(-count // size)
+
+
+def test_batches_hold_similar_lengths_in_random_order():
+    rows = rows_of(*[((37 * i) % 200 + 1, 1) for i in range(800)])              # lengths 2..201, four of each
+    order = batch_order(rows, 8, seed=0, epoch=0)
+    lengths = [[len(rows[i].prompt) + 1 for i in batch] for batch in order]
+    padded = sum(max(batch) * len(batch) for batch in lengths)
+    assert padded < 1.02 * sum(chain(*lengths))
+    firsts = [batch[0] for batch in lengths]
+    assert firsts != sorted(firsts) and firsts != sorted(firsts, reverse=True)
+
+
+def test_order_differs_by_seed_and_epoch_and_is_the_same_in_every_process():
+    rows = rows_of(*[(i % 5 + 1, 1) for i in range(40)])
+    order = batch_order(rows, 4, seed=3, epoch=1)
+    assert order == batch_order(rows, 4, seed=3, epoch=1)
+    assert order != batch_order(rows, 4, seed=3, epoch=2) and order != batch_order(rows, 4, seed=4, epoch=1)
+    assert {frozenset(batch) for batch in order} != {frozenset(batch) for batch in batch_order(rows, 4, 3, 2)}
+    code = """if True:
+        from minikd.data import *
+        print(batch_order([Encoded([5] * (i % 5 + 1), [7], False, i) for i in range(40)], 4, 3, 1))
+        examples = [to_example({"instruction": f"q{i}", "response": "r"}, "d:1") for i in range(30)]
+        print([e.instruction for e in split_examples(examples, 5, 0)[1]])"""
+    said = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                           cwd=Path(__file__).parents[1], env={"PYTHONHASHSEED": salt}).stdout for salt in "12"]
+    assert said[0] == said[1] and said[0].startswith(str(order))
+
+
+# ---- real data
+
+@needs_shared
+def test_real_dolly_and_alpaca_records_load_and_split():
+    examples, report = load_examples([SHARED / "dolly-sample.jsonl", SHARED / "instructions-1100.jsonl"])
+    assert report.read == 1108 and report.kept == len(examples) == 1108 - sum(report.dropped.values())
+    assert {"open_qa", "alpaca"} <= {example.category for example in examples}
+    train, validation = split_examples(examples, 100)
+    assert {e.messages[0]["content"] for e in train}.isdisjoint(e.messages[0]["content"] for e in validation)
+
+
+@needs_shared
+def test_real_records_through_the_real_tokenizer_come_back_as_text():
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer.from_file(str(SHARED / "qwen2-tokenizer" / "tokenizer.json"))
+    qwen = SimpleNamespace(encode=lambda text: backend.encode(text).ids, chat=Letters().chat, eos_ids={151645, 151643},
+                           end_id=151645)
+    examples, _ = load_examples(SHARED / "dolly-sample.jsonl")
+    rows, counts = encode_examples(examples, qwen, template="alpaca", max_length=200)
+    assert counts["encoded"] == len(rows) > 0
+    batch = collate(rows, pad_id=151643)
+    for row, ids, mask in zip(rows, batch.ids, batch.mask):
+        said = backend.decode(ids[mask].tolist())
+        assert examples[row.index].response.startswith(said) if row.cut else said == examples[row.index].response
+        assert backend.decode(ids[~mask].tolist()) == prompt_text(examples[row.index], qwen, "alpaca")
