@@ -98,21 +98,21 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
     return {key: found[key][0] for key in wanted}
 
 
-def save_model(model: Qwen2, folder, shard_bytes: int = SHARD_BYTES):
-    """Writes config.json and the weights, in the dtype they have, whole or not at all.
+def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES):
+    """Writes config.json and the weights, in `dtype` or the one they have, whole or not at all.
 
     One model.safetensors, or shards with an index above `shard_bytes`. A tied head is left out, as in the
     folders Qwen published. Other files of `folder` (the tokenizer's, a log) and its subfolders are kept.
     """
     folder = Path(folder)
-    tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    tensors = {key: value.detach().to(dtype or value.dtype).contiguous() for key, value in model.state_dict().items()}
     with atomic_path(folder, folder=True) as new:
         for old in folder.glob("*"):
             if old.is_dir():
                 shutil.copytree(old, new / old.name, symlinks=True, copy_function=keep_file)
             elif not old.match("*.safetensors") and old.name not in (INDEX, "config.json"):
                 keep_file(old, new / old.name)
-        config = model.config.to_dict(dtype=model.head.dtype)
+        config = model.config.to_dict(dtype=dtype or model.head.dtype)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         shards = split_shards(tensors, shard_bytes)
         for file, keys in shards.items():

@@ -380,6 +380,12 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
     return encoded, counts
 
 
+def encode_text(texts: list[str], tokenizer, max_length: int = 512) -> list[Encoded]:
+    """Plain text for a language-model loss: every token is scored, after and before a document's <|endoftext|>."""
+    rows = [tokenizer.encode(text) + [tokenizer.pad_id] for text in texts]
+    return [Encoded([tokenizer.pad_id], ids[:max_length - 1], len(ids) >= max_length, i) for i, ids in enumerate(rows)]
+
+
 # ---- ids -> batches
 
 @dataclass(frozen=True)

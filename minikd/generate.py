@@ -61,7 +61,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generat
     if top_p < 1:
         ranked, order = probs.sort(descending=True)
         before = ranked.cumsum(-1) - ranked                     # mass of the likelier tokens; 0 for the first
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(before >= top_p, 0.0))
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill((before >= top_p) & (before > 0), 0.0))
     # Inverse CDF: one random number a row, where multinomial draws one a token of the vocabulary.
     cdf = probs.double().cumsum(-1)                             # float32 would lose the tail of 151,936 rows
     u = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=torch.float64) * cdf[:, -1:]

@@ -140,7 +140,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
         grad_head = torch.zeros_like(head) if need_head else None               # [V, D]
         ce, kd = hidden.new_zeros(N, dtype=torch.float32), hidden.new_zeros(N, dtype=torch.float32)
-        chunk = min(N, max(1, chunk_bytes // (V * dtype.itemsize)))             # tokens whose logits are alive
+        chunk = max(1, min(N, chunk_bytes // (V * dtype.itemsize)))             # tokens whose logits are alive
         piece = max(1, chunk // 8)                                              # of those, rows in one softmax
         with torch.autocast(device, enabled=False):
             states, table = hidden.to(dtype), head[:V].to(dtype)
@@ -166,7 +166,7 @@ class _HeadLoss(torch.autograd.Function):
                     _add_outer(grad_head[:V], grads, states[at])
         ctx.grads = grad_hidden, grad_head
         ctx.mark_non_differentiable(ce, kd)
-        return weight @ ((1 - kd_ratio) * ce + kd_ratio * kd), ce, kd           # paper eq. (3)
+        return (weight * ((1 - kd_ratio) * ce + kd_ratio * kd)).sum(), ce, kd   # paper eq. (3); @ would autocast
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -1,0 +1,73 @@
+"""How good a model is: its loss on held-out text, and its own answers against the references."""
+import json
+from pathlib import Path
+
+import torch
+
+from minikd.data import Encoded, Example, collate
+from minikd.files import atomic_path
+from minikd.generate import generate
+from minikd.losses import head_loss, scored_positions
+from minikd.model import Qwen2
+from minikd.rouge import exact_match, rouge_l_best
+from minikd.tokenizer import Tokenizer
+
+
+@torch.inference_mode()
+def held_out_loss(model: Qwen2, encoded: list[Encoded], pad_id: int, batch_size: int, teacher: Qwen2 | None = None,
+                  divergence=None, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """Cross-entropy and divergence from the teacher, in nats a scored token (0 without a teacher)."""
+    rows = sorted(encoded, key=lambda row: len(row.prompt) + len(row.response))
+    device, sums, count = model.head.device, torch.zeros(2, dtype=torch.float64), 0
+    for start in range(0, len(rows), batch_size):
+        batch = collate(rows[start:start + batch_size], pad_id)
+        ids, mask = batch.ids.to(device), batch.mask.to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            hidden, targets = scored_positions(model.hidden(ids), ids, mask)
+            soft = scored_positions(teacher.hidden(ids), ids, mask)[0] if teacher else None
+            _, ce, kd = head_loss(hidden, model.head, targets, soft, teacher.head if teacher else None, divergence,
+                                  kd_ratio=0.5 if teacher else 0.0)
+        sums += torch.stack([ce.double().sum(), kd.double().sum()]).cpu()
+        count += len(targets)
+    return tuple((sums / max(1, count)).tolist())
+
+
+def answer(model: Qwen2, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, batch_size: int,
+           temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None,
+           progress=None) -> list[str]:
+    """The model's text for each prompt, in their order; batches hold prompts of similar length.
+
+    progress  is called after each batch with the number of answers it made
+    """
+    order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        tokens = generate(model, [prompts[i] for i in rows], max_new_tokens, temperature, top_p, top_k,
+                          tokenizer.eos_ids, None if seed is None else seed + start)
+        for i, ids in zip(rows, tokens):
+            texts[i] = tokenizer.decode(ids).strip()
+        if progress:
+            progress(len(rows))
+    return texts
+
+
+def score_answers(answers: list[str], examples: list[Example], rouge: str = "stemmer") -> list[dict]:
+    """One dict an example, for means and for a jsonl; scores are 0 to 1, the best over its references.
+
+    rouge  "plain"    rouge_score's ASCII words
+           "stemmer"  and its Porter stemmer, as MiniLLM's tables have it
+           "unicode"  letters of every language and the symbols of code (rouge.tokens)
+    """
+    rows = []
+    for text, example in zip(answers, examples, strict=True):
+        p, r, f1 = rouge_l_best(text, example.references, stemmer=rouge == "stemmer", unicode=rouge == "unicode")
+        rows.append({"where": example.where, "category": example.category, "precision": p, "recall": r, "f1": f1,
+                     "exact_match": exact_match(text, example.references, unicode=rouge == "unicode"),
+                     "prediction": text, "references": list(example.references)})
+    return rows
+
+
+def write_jsonl(rows: list[dict], path):
+    """One JSON object a line; whole or not there at all."""
+    with atomic_path(Path(path)) as new:
+        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,160 @@
+"""The embedded default: a small world made on the spot, so that every script runs without a download.
+
+Twelve people have a city, a job, a pet and an age. Records ask about them in English and in Spanish (Dolly's
+fields) and ask for small Python functions (PyTorrent's fields), in falling amounts: 6 : 3 : 2, as the paper's
+"decreasing context levels". The teacher's records are many and clean. The student's are few and human: some
+answers are worded another way, and some are wrong. Prompts of the test set are in neither.
+"""
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from minikd.files import atomic_path
+from minikd.model import Qwen2Config
+from minikd.tokenizer import STOPS, Tokenizer
+
+SHARES = {"english": 6, "spanish": 3, "code": 2}    # how often each domain is drawn
+OTHER_WORDS, WRONG = 0.3, 0.2                       # of the student's answers: reworded; about somebody else
+
+NAMES = "Ana Bruno Carla Diego Elena Felix Gloria Hugo Irene Jorge Karen Luis".split()
+CITIES = "Lima Oslo Rome Cairo Quito Tokyo Delhi Paris Kiev Bogota Miami Lagos".split()
+JOBS = [("nurse", "enfermera"), ("pilot", "piloto"), ("baker", "panadera"), ("judge", "juez"),
+        ("farmer", "granjero"), ("singer", "cantante"), ("dentist", "dentista"), ("tailor", "sastre")]
+PETS = [("cat", "gato"), ("dog", "perro"), ("horse", "caballo"), ("parrot", "loro"), ("rabbit", "conejo")]
+
+# What is asked of one person p or of two, p and q; the usual answer; and the same in other words.
+ENGLISH = [
+    (["Where does {p} live?", "In which city does {p} live?"], "{p} lives in {p.city}.", "It is {p.city}."),
+    (["What does {p} do?", "What is the job of {p}?"], "{p} works as a {p.job}.", "{p} is a {p.job}."),
+    (["Where do {p} and {q} live?", "Tell me the cities of {p} and {q}."],
+     "{p} lives in {p.city} and {q} lives in {q.city}.", "{p.city} and {q.city}."),
+    (["Which pets do {p} and {q} have?", "Tell me the pets of {p} and {q}."],
+     "{p} has a {p.pet} and {q} has a {q.pet}.", "A {p.pet} and a {q.pet}."),
+    (["Who is older, {p} or {q}?", "Is {p} or {q} the older one?"], "{old} is older than {young}.", "It is {old}."),
+    (["Introduce {p} to {q}.", "Tell {q} who {p} is."],
+     "{q}, this is {p}, a {p.job} from {p.city} with a {p.pet}.", "{p} is a {p.job} who lives in {p.city}."),
+]
+SPANISH = [
+    (["¿Dónde vive {p}?", "¿En qué ciudad vive {p}?"], "{p} vive en {p.city}.", "Es {p.city}."),
+    (["¿Qué hace {p}?", "¿Cuál es el oficio de {p}?"], "{p} trabaja como {p.oficio}.", "{p} es {p.oficio}."),
+    (["¿Dónde viven {p} y {q}?", "Dime las ciudades de {p} y {q}."],
+     "{p} vive en {p.city} y {q} vive en {q.city}.", "{p.city} y {q.city}."),
+    (["¿Qué mascotas tienen {p} y {q}?", "Dime las mascotas de {p} y {q}."],
+     "{p} tiene un {p.mascota} y {q} tiene un {q.mascota}.", "Un {p.mascota} y un {q.mascota}."),
+    (["¿Quién es mayor, {p} o {q}?", "¿Es {p} o {q} mayor?"], "{old} es mayor que {young}.", "Es {old}."),
+    (["Presenta a {p} ante {q}.", "Dile a {q} quién es {p}."],
+     "{q}, te presento a {p}, {p.oficio} de {p.city} con un {p.mascota}.", "{p} es {p.oficio} y vive en {p.city}."),
+]
+# What a function of x is asked to do, and the line that does it, usually and in other words.
+STEPS = [("double it", "x = x * 2", "x *= 2"), ("halve it", "x = x / 2", "x /= 2"), ("negate it", "x = -x", "x *= -1"),
+         ("square it", "x = x * x", "x = x ** 2"), ("add one", "x = x + 1", "x += 1"), ("print it", "print(x)", "print(str(x))"),
+         ("subtract ten", "x = x - 10", "x -= 10"), ("round it", "x = round(x)", "x = int(x + 0.5)"),
+         ("drop its sign", "x = abs(x)", "x = max(x, -x)")]
+
+
+class Person:
+    """A name with four facts; str() is the name. The facts are this world's, the same in every run."""
+
+    def __init__(self, name: str, rng: random.Random):
+        self.name, self.city, self.age = name, rng.choice(CITIES), rng.random()
+        (self.job, self.oficio), (self.pet, self.mascota) = rng.choice(JOBS), rng.choice(PETS)
+
+    def __str__(self):
+        return self.name
+
+
+def people(seed: int = 7) -> list[Person]:
+    """The world's twelve; another seed is another world, where the same names have other facts."""
+    rng = random.Random(seed)
+    return [Person(name, rng) for name in NAMES]
+
+
+def record(domain: str, rng: random.Random, world: list[Person], human: bool = False) -> dict:
+    """One record in its dataset's own fields.
+
+    human  answered as people do: in other words at times, and at times about somebody else or with numbers off
+    """
+    other_words, wrong = human and rng.random() < OTHER_WORDS, human and rng.random() < WRONG
+    if domain == "code":
+        steps = rng.sample(STEPS, 3)
+        asked = "Take x, {}, {} and {}.".format(*(ask for ask, _, _ in steps))
+        if wrong:
+            steps[rng.randrange(3)] = rng.choice(STEPS)
+        lines = [f"    {step[1 + other_words]}" for step in steps]
+        return {"docstring": asked, "code": "\n".join(["def f(x):", *lines, "    return x"]), "language": "python",
+                "category": domain}
+    asks, *answers = rng.choice(ENGLISH if domain == "english" else SPANISH)
+    p, q, somebody = rng.sample(world, 3)
+    facts = Person(p.name, random.Random(somebody.name)) if wrong else p        # the name is right, the rest is not
+    old, young = sorted((facts, q), key=lambda person: -person.age)
+    return {"instruction": rng.choice(asks).format(p=p, q=q), "context": "", "category": domain,
+            "response": answers[other_words].format(p=facts, q=q, old=old, young=young)}
+
+
+def question(entry: dict) -> str:
+    return entry.get("instruction") or entry["docstring"]
+
+
+def held_out(entry: dict) -> bool:
+    """A fifth of all prompts, decided by the text alone, belongs to the test set and never to training."""
+    return hashlib.sha256(question(entry).encode()).digest()[0] < 51
+
+
+def records(count: int, seed: int, human: bool = False, test: bool = False) -> list[dict]:
+    """`count` records, domains in their shares; of the test set, each prompt once."""
+    rng, world, found, seen = random.Random(seed), people(), [], set()
+    while len(found) < count:
+        entry = record(draw_domain(rng), rng, world, human)
+        if held_out(entry) == test and not (test and question(entry) in seen):
+            seen.add(question(entry))
+            found.append(entry)
+    return found
+
+
+def draw_domain(rng: random.Random) -> str:
+    return rng.choices(list(SHARES), list(SHARES.values()))[0]
+
+
+def plain_text(count: int, seed: int) -> list[str]:
+    """Text for the student's pretraining: the language, not the facts. Statements of other worlds, no questions."""
+    rng = random.Random(seed)
+    def statement():
+        entry = record(draw_domain(rng), rng, people(rng.randrange(10**6)), human=True)
+        return entry.get("response") or entry["code"]
+    return [f"{statement()} {statement()}" for _ in range(count)]
+
+
+def make_tokenizer(folder) -> Tokenizer:
+    """A byte-level BPE of the world's own text, saved as a Qwen2-like folder: ChatML without a system prompt."""
+    texts = [question(entry) + "\n" + (entry.get("response") or entry["code"]) for entry in records(2000, seed=11)]
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(texts + ["user\n", "assistant\n"] * 50, trainers.BpeTrainer(
+        vocab_size=512, special_tokens=[STOPS[1], "<|im_start|>", STOPS[0]], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    template = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+                "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    with atomic_path(Path(folder), folder=True) as new:
+        backend.save(str(new / "tokenizer.json"))
+        (new / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "Qwen2Tokenizer", "eos_token": STOPS[0], "pad_token": STOPS[1],
+            "chat_template": template}, indent=2) + "\n")
+    return Tokenizer.load(folder)
+
+
+def teacher_config(vocab_size: int) -> Qwen2Config:
+    return Qwen2Config(vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+                       num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                       tie_word_embeddings=True, initializer_range=0.08)
+
+
+def student_config(vocab_size: int) -> Qwen2Config:
+    """A fifth of the teacher's parameters."""
+    return Qwen2Config(vocab_size=vocab_size, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
+                       num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                       tie_word_embeddings=True, initializer_range=0.08)

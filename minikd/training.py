@@ -1,0 +1,161 @@
+"""What two training loops share: optimizer, schedule, log, exact resume, progress. The loops are in the scripts."""
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from minikd.files import InputError, atomic_path, read_json
+from minikd.model import Qwen2
+
+STATE, LOG, CONFIG = "state.safetensors", "log.jsonl", "config.json"
+
+
+def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01, betas=(0.9, 0.95)) -> torch.optim.AdamW:
+    """AdamW; biases and norm weights are not decayed. Fused: one pass over the weights, and no copies of them."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    plain = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
+                             lr=lr, betas=betas, fused=True)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine") -> float:
+    """The rate of step `step` of 0 .. steps-1: linear warm-up, then constant, or a cosine down to a tenth of peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    done = (step - warmup) / max(1, steps - warmup)             # 0 .. 1
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """--dtype auto: bfloat16 on GPUs and on CPUs that multiply it (AVX512-BF16, AMX), else float32.
+
+    It is the dtype of the matrix products and of the teacher; the student's weights stay float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    fast = device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def pick_device(name: str) -> str:
+    """--device auto: the first GPU where there is one.  Raises InputError for one that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch sees no GPU; use --device cpu")
+    return name
+
+
+# ---- what a run leaves behind
+
+class Log:
+    """log.jsonl: one JSON object a line, written as it happens."""
+
+    def __init__(self, folder, upto: int = 0):
+        """Keeps the lines of the first `upto` steps: what a killed run logged past its last state will come again."""
+        self.path = Path(folder) / LOG
+        kept = [line for line in read_log(folder) if line["step"] <= upto] if upto else []
+        with atomic_path(self.path) as new:
+            new.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, **values):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def read_log(folder) -> list[dict]:
+    """The whole lines of log.jsonl; a last one that a kill cut in half is left out."""
+    path = Path(folder) / LOG
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def write_config(folder, settings: dict):
+    """config.json of a run: its settings, the versions and the commit that made it."""
+    here = Path(__file__).resolve().parents[1]
+    git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip() or None,
+                "threads": torch.get_num_threads()}
+    with atomic_path(Path(folder) / CONFIG) as new:
+        new.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2, default=str) + "\n")
+
+
+def save_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, step: int, **facts):
+    """Everything the next step depends on, in one file that is whole or absent: kill -9 costs what came after it.
+
+    facts  small JSON values to find again (best score so far, where in the data)
+    """
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    for i, (_, moments) in enumerate(optimizer.state_dict()["state"].items()):
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
+    with atomic_path(Path(folder) / STATE) as new:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, new,
+                  metadata={"facts": json.dumps({"step": step, **facts})})
+
+
+@torch.no_grad()
+def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:
+    """Puts a saved state back, bit for bit; returns its facts, `step` among them."""
+    path = Path(folder) / STATE
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key, value in model.state_dict().items():
+                value.copy_(file.get_tensor(f"model.{key}"))
+            state = optimizer.state_dict()
+            count = len(list(model.parameters()))
+            names = [key for key in file.keys() if key.startswith("optimizer.0.")]
+            state["state"] = {i: {name.split(".")[2]: file.get_tensor(name.replace(".0.", f".{i}.", 1))
+                                  for name in names} for i in range(count)}
+            optimizer.load_state_dict(state)
+            return json.loads(file.metadata()["facts"])
+    except SafetensorError as error:
+        raise InputError(f"{path}: does not fit this model ({error}); start again without --resume") from error
+
+
+def check_settings(folder, settings: dict):
+    """A resumed run must be the same run.  Raises InputError naming the first setting that differs."""
+    if not (Path(folder) / CONFIG).exists():
+        raise InputError(f"{folder}: nothing to resume there; leave out --resume")
+    before = read_json(Path(folder) / CONFIG)["settings"]
+    for key, value in json.loads(json.dumps(settings, default=str)).items():
+        if before.get(key) != value:
+            raise InputError(f"{folder}: --resume with {key} = {value!r}, but the run began with {before.get(key)!r}; "
+                             "give the same flags, or another --out")
+
+
+class Progress:
+    """A bar on a terminal; in a log, one plain line every few seconds.  Use as `with`, and call update()."""
+
+    def __init__(self, title: str, total: int, start: int = 0, every: float = 10.0):
+        self.title, self.total, self.done, self.every, self.shown = title, total, start, every, time.monotonic()
+        self.bar = tqdm(total=total, initial=start, desc=title, leave=False) if sys.stderr.isatty() else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, note: str = ""):
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update()
+        elif time.monotonic() - self.shown > self.every:
+            self.shown = time.monotonic()
+            print(f"{self.title} {self.done}/{self.total} {note}", file=sys.stderr, flush=True)
+
+    def say(self, text: str):
+        """A line above the bar."""
+        tqdm.write(text) if self.bar is not None else print(text, flush=True)

@@ -1,0 +1,51 @@
+"""What several test files share: two threads, the real data where it is, and a small tokenizer made on the spot."""
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from minikd.tokenizer import Tokenizer
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# Qwen2's own splitting of text into words, numbers one digit at a time, and signs.
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")
+TEXTS = ["The student learns from its teacher, and the teacher learns nothing.", "¿Qué año es? El niño comió piñas.",
+         "def add(a, b):\n    return a + b\n", "你好，世界。你好吗？", "What is 12 + 30? It is 42."] * 4
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """../shared/data, which a clone need not have."""
+    if not SHARED.exists():
+        pytest.skip("no ../shared/data here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    """A byte-level BPE of 400 ids and ChatML's special tokens, as an ordinary tokenizer folder."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        vocab_size=400 - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    backend.add_special_tokens(SPECIAL)                             # after the words, as Qwen's are
+    folder = tmp_path_factory.mktemp("tokenizer")
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder) -> Tokenizer:
+    return Tokenizer.load(tokenizer_folder)

@@ -1,0 +1,137 @@
+"""Makes tests/golden/: tiny random Qwen2 folders, and what transformers computes from them in float32.
+
+    python tests/make_golden.py         needs transformers; one minute; the tests themselves only read the result
+
+For each case: a model's folder as transformers wrote it, and NAME.safetensors with
+    ids [3, 12], logits [3, 12, V]            a full batch
+    padded [3, 12], padded_logits, lengths    the same, right-padded rows of unequal lengths
+    prompts, prompt_lengths, greedy [4, 64]   transformers' generate on a left-padded batch of unequal prompts
+Biases are not zero, norms are not one and weights are large, so that nothing left out would go unseen. The seed of
+each case is the first whose greedy choices all have a margin that rounding cannot turn over.
+"""
+import json
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+GOLDEN = Path(__file__).parent / "golden"
+MARGIN = 2e-3                                       # least gap between the best and second logit of a greedy step
+PROMPTS = (3, 11, 7, 1)                             # lengths
+V = 211
+
+CASES = {
+    "gqa7-tied": dict(
+        shape=dict(hidden_size=56, intermediate_size=96, num_attention_heads=7, num_key_value_heads=1,
+                   rope_theta=1e6, tie_word_embeddings=True),
+        dtype=torch.bfloat16, shards=None, transformers4=False),
+    "gqa6-untied-sharded": dict(
+        shape=dict(hidden_size=72, intermediate_size=80, num_attention_heads=12, num_key_value_heads=2,
+                   rope_theta=1e6, tie_word_embeddings=False),
+        dtype=torch.float16, shards="50KB", transformers4=True),
+    "mha-head-dim": dict(
+        shape=dict(hidden_size=64, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, head_dim=12,
+                   rope_theta=1e4, rms_norm_eps=1e-5, tie_word_embeddings=False),
+        dtype=torch.float32, shards=None, transformers4=False),
+}
+
+
+def random_model(shape: dict, seed: int) -> Qwen2ForCausalLM:
+    """A model no part of which is at its initial value.  Also what the live tests draw from."""
+    shape = dict(shape)
+    rope = {"rope_theta": shape.pop("rope_theta"), "rope_type": "default"}
+    config = Qwen2Config(**{"vocab_size": V, "num_hidden_layers": 2, "max_position_embeddings": 256, **shape},
+                         rope_parameters=rope, pad_token_id=0, eos_token_id=None, bos_token_id=None)
+    model = Qwen2ForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                weight.copy_(1 + 0.3 * noise)
+            elif name.endswith("bias"):
+                weight.copy_(0.5 * noise)
+            elif "embed" in name or "lm_head" in name:
+                weight.copy_(0.4 * noise)
+            else:
+                weight.copy_(1.5 * noise / weight.shape[1] ** 0.5)
+    return model
+
+
+def left_padded(prompts: list[list[int]]) -> dict:
+    width = max(map(len, prompts))
+    return {"input_ids": torch.tensor([[0] * (width - len(p)) + p for p in prompts]),
+            "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])}
+
+
+@torch.no_grad()
+def greedy(model, prompts: list[list[int]], steps: int = 64) -> tuple[torch.Tensor, float]:
+    """New tokens [B, steps], and the least margin by which one was chosen."""
+    inputs = left_padded(prompts)
+    out = model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False,
+                         return_dict_in_generate=True, output_logits=True)
+    best = torch.stack(out.logits).topk(2).values                       # [steps, B, 2]
+    return out.sequences[:, inputs["input_ids"].shape[1]:], float((best[..., 0] - best[..., 1]).min())
+
+
+def as_transformers4_wrote_it(config: dict) -> dict:
+    """The config.json of Qwen2.5-0.5B, with this model's sizes."""
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    return {"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+            "eos_token_id": 151643, "hidden_act": "silu", "initializer_range": 0.02, "max_window_layers": 24,
+            "model_type": "qwen2", "rope_theta": config["rope_parameters"]["rope_theta"], "sliding_window": 32768,
+            "torch_dtype": config["dtype"], "transformers_version": "4.40.1", "use_cache": True, "use_mrope": False,
+            "use_sliding_window": False, **{key: config[key] for key in same}}
+
+
+@torch.no_grad()
+def make(name: str, shape: dict, dtype: torch.dtype, shards: str | None, transformers4: bool) -> dict:
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed + 1000)
+        ids = torch.randint(1, V, (3, 12), generator=generator)
+        prompts = [torch.randint(1, V, (n,), generator=generator).tolist() for n in PROMPTS]
+        model = random_model(shape, seed).to(dtype).float()             # what the file will hold, exactly
+        tokens, margin = greedy(model, prompts)
+        if margin > MARGIN and all(len(set(row[32:].tolist())) > 8 for row in tokens):
+            break
+    else:
+        raise SystemExit(f"{name}: no seed below 100 has margins above {MARGIN}")
+    lengths = torch.tensor([12, 5, 9])
+    mask = torch.arange(12) < lengths[:, None]
+    padded = ids * mask
+    folder = GOLDEN / name
+    model.to(dtype).save_pretrained(folder, **({"max_shard_size": shards} if shards else {}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if transformers4:
+        config = as_transformers4_wrote_it(json.loads((folder / "config.json").read_text()))
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    again, _ = greedy(model, prompts)
+    assert torch.equal(again, tokens), name
+    width = max(PROMPTS)
+    save_file({"ids": ids, "logits": model(ids).logits, "padded": padded, "lengths": lengths,
+               "padded_logits": model(padded, attention_mask=mask.long()).logits,
+               "prompts": torch.tensor([p + [0] * (width - len(p)) for p in prompts]),
+               "prompt_lengths": torch.tensor(PROMPTS), "greedy": tokens.contiguous()}, GOLDEN / f"{name}.safetensors")
+    return {"seed": seed, "least_margin": margin, "dtype_on_disk": str(dtype)}
+
+
+def main():
+    torch.set_num_threads(1)
+    shutil.rmtree(GOLDEN, ignore_errors=True)
+    GOLDEN.mkdir()
+    cases = {name: make(name, **case) for name, case in CASES.items()}
+    made_with = {"torch": torch.__version__, "transformers": transformers.__version__,
+                 "python": platform.python_version(), "cases": cases}
+    (GOLDEN / "made_with.json").write_text(json.dumps(made_with, indent=2) + "\n")
+    size = sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file())
+    print(json.dumps(made_with, indent=2), f"{size:,} bytes", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""A Hugging Face folder in and out: every dtype, every kind of damage by name, and a save that is whole or absent."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minikd import checkpoint
+from minikd.checkpoint import load_config, load_model, save_model, split_shards
+from minikd.files import InputError
+from minikd.model import Qwen2, Qwen2Config
+
+ROOT = Path(__file__).parents[1]
+INDEX = "model.safetensors.index.json"
+NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
+
+
+def tiny(seed: int = 0, tied: bool = False, dtype=torch.float32) -> Qwen2:
+    config = Qwen2Config(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, rope_theta=1e6)
+    model = Qwen2(config).init_weights(seed)
+    with torch.no_grad():                                   # one value a tensor would hide a tensor in another's place
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(seed + 1)))
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A small untied model in one file."""
+    save_model(tiny(), tmp_path / "m")
+    return tmp_path / "m"
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    save_model(tiny(), tmp_path / "s", shard_bytes=6_000)
+    return tmp_path / "s"
+
+
+def same(a: Qwen2, b: Qwen2) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return a.config == b.config and left.keys() == right.keys() and all(
+        torch.equal(left[key], right[key]) and left[key].dtype == right[key].dtype for key in left)
+
+
+def rewrite(folder: Path, change):
+    """Applies change(tensors) to model.safetensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def refusal(name) -> str:
+    with pytest.raises(InputError) as caught:
+        load_model(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# ---- what loads
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard_bytes", [10**9, 6_000])
+def test_what_is_saved_is_loaded(tmp_path, tied, shard_bytes):
+    model = tiny(tied=tied)
+    save_model(model, tmp_path / "m", shard_bytes=shard_bytes)
+    loaded = load_model(tmp_path / "m")
+    assert same(model, loaded) and not loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert (tmp_path / "m" / INDEX).exists() == (shard_bytes < 10**9)
+    assert load_config(tmp_path / "m") == model.config
+    ids = torch.arange(10)[None]
+    assert torch.equal(model(ids), load_model(str(tmp_path / "m"))(ids))
+
+
+@pytest.mark.parametrize("on_disk", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_float_dtype_on_disk_becomes_the_one_asked_for(tmp_path, on_disk, asked):
+    model = tiny(dtype=on_disk)
+    save_model(model, tmp_path / "m")
+    assert all(t.dtype == on_disk for t in load_file(tmp_path / "m" / "model.safetensors").values())
+    loaded = load_model(tmp_path / "m", dtype=asked)
+    assert same(loaded, model.to(asked))
+
+
+def test_a_model_is_saved_in_the_dtype_asked_for_and_keeps_its_own(tmp_path):
+    model = tiny()
+    save_model(model, tmp_path / "m", dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert same(load_model(tmp_path / "m", dtype=torch.bfloat16), tiny(dtype=torch.bfloat16)) and same(model, tiny())
+    assert {t.dtype for t in load_file(tmp_path / "m" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_dtypes_may_be_mixed_in_one_file(folder):
+    rewrite(folder, lambda tensors: tensors.update({NORM: tensors[NORM].bfloat16(), EMBED: tensors[EMBED].half()}))
+    assert {p.dtype for p in load_model(folder).parameters()} == {torch.float32}
+
+
+def test_a_tied_head_may_be_stored_all_the_same(tmp_path):
+    model = tiny(tied=True)
+    save_model(model, tmp_path / "m")
+    assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
+    rewrite(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": tensors[EMBED].clone()}))
+    assert same(model, load_model(tmp_path / "m"))
+
+
+def test_the_tables_that_old_checkpoints_store_are_passed_over(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
+    assert same(tiny(), load_model(folder))
+
+
+def test_shards_of_another_naming_and_order_load(sharded):
+    shards = sorted(sharded.glob("*.safetensors"))
+    assert len(shards) > 3
+    index = json.loads((sharded / INDEX).read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in shards}
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in tiny().parameters())
+    shards[0].rename(sharded / "zebra.safetensors")
+    moved = {key: "zebra.safetensors" if file == shards[0].name else file for key, file in index["weight_map"].items()}
+    (sharded / INDEX).write_text(json.dumps({"weight_map": moved}))
+    assert same(tiny(), load_model(sharded))
+
+
+def test_each_shard_holds_what_fits_and_at_least_one_tensor():
+    tensors = {name: torch.zeros(size) for name, size in zip("abcde", (10, 10, 50, 5, 5))}       # 4 bytes each
+    assert split_shards(tensors, 10**6) == {"model.safetensors": list("abcde")}
+    assert list(split_shards(tensors, 80).values()) == [["a", "b"], ["c"], ["d", "e"]]
+    assert list(split_shards(tensors, 80)) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+# ---- what is refused, by name
+
+def test_a_missing_tensor_is_named_with_the_shape_it_should_have(folder):
+    rewrite(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.bias"))
+    assert "model.layers.1.self_attn.k_proj.bias [8] is missing" in refusal(folder)
+
+
+def test_an_untied_model_without_a_head_is_refused(folder):
+    rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    assert "lm_head.weight [37, 16] is missing" in refusal(folder)
+
+
+def test_a_surplus_tensor_is_named(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(24, 16)}))
+    text = refusal(folder)
+    assert "model.layers.2.mlp.up_proj.weight [24, 16] has no place" in text and "model.safetensors" in text
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(folder):
+    rewrite(folder, lambda tensors: tensors.update({EMBED: torch.zeros(38, 16)}))
+    assert f"{EMBED} is [38, 16]; config.json asks for [37, 16]" in refusal(folder)
+
+
+def test_an_integer_tensor_is_refused(folder):
+    rewrite(folder, lambda tensors: tensors.update({NORM: torch.ones(16, dtype=torch.int8)}))
+    assert f"{NORM} is torch.int8; a float tensor was expected" in refusal(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 0.5, -1], ids=str)
+def test_a_truncated_file_is_named_with_its_size(folder, kept):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:int(kept * len(data)) if isinstance(kept, float) else kept])
+    text = refusal(folder)
+    assert text.startswith(f"{path}: is damaged or cut short, {path.stat().st_size:,} bytes (")
+
+
+def test_a_file_that_is_no_safetensors_is_named(folder):
+    (folder / "model.safetensors").write_text("<html>404 not found</html>" * 20)
+    assert "is damaged or cut short" in refusal(folder)
+
+
+def test_an_index_that_names_an_absent_file_is_refused(sharded):
+    absent = sorted(sharded.glob("*.safetensors"))[1]
+    absent.unlink()
+    text = refusal(sharded)
+    assert text.startswith(f"{sharded / INDEX}: names {absent.name}, which is not in the folder")
+
+
+@pytest.mark.parametrize("content, complaint", [
+    ('{"weight_map": {"a"', "is not JSON"), ("[]", "holds a list"), ('{"metadata": {}}', "has no weight_map"),
+    ('{"weight_map": []}', "has no weight_map"), ('{"weight_map": {"a": 1}}', "has no weight_map"),
+    ('{"weight_map": {"a": "."}}', "names ., which is not"), ('{"weight_map": {}}', f"{EMBED} [37, 16] is missing")])
+def test_a_damaged_index_is_named(sharded, content, complaint):
+    (sharded / INDEX).write_text(content)
+    assert complaint in refusal(sharded)
+
+
+def test_pickled_weights_are_not_opened(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "only pickled weights (*.bin)" in refusal(folder) and "convert" in refusal(folder)
+
+
+def test_a_folder_without_weights_is_named(folder):
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder).startswith(f"{folder}: has neither model.safetensors nor {INDEX}")
+
+
+@pytest.mark.parametrize("content, complaint", [(None, "is missing"), ("{", "is not JSON"), ("[]", "holds a list"),
+                                                ('{"model_type": "llama"}', "model_type = 'llama'")])
+def test_a_config_that_is_not_there_or_not_ours_is_named(folder, content, complaint):
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    text = refusal(folder)
+    assert text.startswith(f"{folder / 'config.json'}: ") and complaint in text
+
+
+def test_weights_of_another_model_are_refused(tmp_path, folder):
+    save_model(tiny(tied=True), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "config.json", folder)
+    assert load_model(folder).config.tie_word_embeddings        # a stored head beside a tied config is passed over
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    assert "model.layers.1." in refusal(folder) and "has no place" in refusal(folder)
+
+
+# ---- what a save leaves
+
+def test_a_save_keeps_the_tokenizer_the_log_and_the_subfolders_and_replaces_the_weights(sharded):
+    (sharded / "tokenizer.json").write_text("{}")
+    (sharded / "state").mkdir()
+    (sharded / "state" / "optimizer.pt").write_bytes(b"123")
+    log = (sharded / "log.jsonl").open("a")
+    print("step 1", file=log, flush=True)
+    save_model(tiny(seed=1), sharded)
+    print("step 2", file=log, flush=True)                   # a log that is open goes on being the log
+    assert set(contents(sharded)) == {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl",
+                                      "state/optimizer.pt"}
+    assert (sharded / "log.jsonl").read_text() == "step 1\nstep 2\n"
+    assert same(tiny(seed=1), load_model(sharded))
+    save_model(tiny(), sharded, shard_bytes=6_000)          # and back: no single file is left to be read instead
+    assert not (sharded / "model.safetensors").exists() and same(tiny(), load_model(sharded))
+
+
+def test_a_save_without_hard_links_keeps_the_same_files(folder, monkeypatch):
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
+    save_model(tiny(seed=1), folder)
+    assert set(contents(folder)) == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(folder):
+    modes = {file.name: file.stat().st_mode for file in folder.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_a_save_into_the_folder_it_was_loaded_from_is_safe(folder):
+    model = load_model(folder)
+    save_model(model, folder)
+    assert same(model, load_model(folder)) and same(model, tiny())
+
+
+@pytest.mark.parametrize("shards_written", [0, 2])
+def test_a_save_that_fails_in_the_middle_leaves_the_old_folder_whole(sharded, monkeypatch, shards_written):
+    before, written = contents(sharded), []
+
+    def full_disk(tensors, path, metadata):
+        if len(written) == shards_written:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        written.append(save_file(tensors, path, metadata=metadata))
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError):
+        save_model(tiny(seed=1), sharded, shard_bytes=6_000)
+    assert len(written) == shards_written and contents(sharded) == before
+    assert [path.name for path in sharded.parent.iterdir()] == [sharded.name]
+    assert same(tiny(), load_model(sharded))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_save_that_is_killed_in_the_middle_leaves_the_old_folder_whole(folder):
+    before = contents(folder)
+    child = os.fork()
+    if child == 0:                                          # no finally, no atexit: as kill -9 from outside
+        def die(tensors, path, metadata):
+            save_file(tensors, path, metadata=metadata)
+            os.kill(os.getpid(), 9)
+        checkpoint.save_file = die
+        save_model(tiny(seed=1), folder)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+    assert contents(folder) == before and same(tiny(), load_model(folder))
+    save_model(tiny(seed=1), folder)                        # and what it left beside is in nobody's way
+    assert same(tiny(seed=1), load_model(folder))
+
+
+# ---- hub names
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """An empty hub cache, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+def test_a_hub_name_is_read_from_the_hubs_cache(hub, sharded):
+    repo = hub / "models--org--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    (repo / "blobs").mkdir()
+    snapshot = repo / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(sharded.iterdir()):            # as the hub keeps them: links to blobs
+        shutil.copy(file, repo / "blobs" / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    assert same(tiny(), load_model("org/tiny"))
+
+
+def test_an_unknown_hub_name_without_network_is_one_line_and_quick(hub):
+    start = time.monotonic()
+    assert refusal("org/unknown").startswith("org/unknown: no such folder here, and the hub did not give it (")
+    assert time.monotonic() - start < 5
+
+
+# ---- memory
+
+PEAK = """
+import sys, torch
+from minikd.checkpoint import load_model
+def memory(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+load_model(sys.argv[2])                                     # whatever is imported or allocated only once
+for dtype in (torch.bfloat16, torch.float32):
+    open("/proc/self/clear_refs", "w").write("5")           # the peak starts anew
+    start = memory("VmRSS")
+    model = load_model(sys.argv[1], dtype=dtype)
+    print((memory("VmHWM") - start) / sum(p.nbytes for p in model.parameters()))
+    del model
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_loading_never_holds_a_second_copy_of_the_model(tmp_path, folder):
+    config = Qwen2Config(vocab_size=20_000, hidden_size=512, intermediate_size=2048, num_hidden_layers=7,
+                         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True)
+    with torch.device("meta"):
+        model = Qwen2(config)
+    model = model.bfloat16().to_empty(device="cpu")         # 75 MB; the weights' values do not matter
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    save_model(model, tmp_path / "big")
+    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "big", folder], capture_output=True, text=True,
+                          cwd=ROOT, check=True)
+    same_dtype, wider = map(float, done.stdout.split())
+    assert 0.5 < same_dtype < 1.25 and 0.5 < wider < 1.25   # the bound on a real shape, 1.15, is benchmarks/'

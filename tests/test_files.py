@@ -1,0 +1,179 @@
+"""One line for what the user can mend, and writes that are whole or absent."""
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from minikd import files
+from minikd.files import InputError, atomic_path, local_folder, read_json, script_errors
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- errors, as a script shows them
+
+def shown(capsys, error: BaseException) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as exit, script_errors():
+        raise error
+    return exit.value.code, capsys.readouterr().err
+
+
+def test_what_the_user_can_mend_is_one_line_and_status_2(capsys):
+    assert shown(capsys, InputError("a.jsonl:3: is\nnot JSON; mend it")) == (
+        2, "error: a.jsonl:3: is not JSON; mend it\n")
+
+
+@pytest.mark.parametrize("number, mend", [(errno.ENOSPC, "free some space"), (errno.ENOENT, "check the path"),
+                                          (errno.EACCES, "check the permissions"), (errno.EIO, "the disk")])
+def test_a_failing_disk_is_one_line_that_names_the_file_and_the_mend(capsys, number, mend):
+    code, text = shown(capsys, OSError(number, os.strerror(number), "runs/log.jsonl"))
+    assert code == 2 and text.startswith("error: runs/log.jsonl: ") and mend in text and text.count("\n") == 1
+
+
+def test_an_interrupt_ends_as_shells_expect(capsys):
+    code, text = shown(capsys, KeyboardInterrupt())
+    assert code == 130 and "interrupted" in text and "Traceback" not in text
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    for bug in (ValueError("shape"), AssertionError(), KeyError("k")):
+        with pytest.raises(type(bug)), script_errors():
+            raise bug
+
+
+def test_a_script_prints_the_line_and_nothing_else():
+    code = "from minikd.files import *\nwith script_errors():\n    read_json(__import__('pathlib').Path('nope.json'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: nope.json: is missing; a Hugging Face model folder has one\n"
+
+
+# ---- atomic_path
+
+def test_a_file_is_replaced_at_the_end_of_the_block_and_not_before(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    path.parent.mkdir()
+    path.write_text("old")
+    with atomic_path(path) as new:
+        new.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and names(path.parent) == ["a.txt"]
+
+
+def test_a_failure_inside_the_block_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(path) as new:
+        new.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two"])
+def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)     # a file system or a system without it
+    path = tmp_path / "model"
+    for content in ("first", "second"):
+        with atomic_path(path, folder=True) as new:
+            (new / content).write_text(content)
+        assert names(path) == [content] and names(tmp_path) == ["model"]
+
+
+def test_a_folder_survives_a_failure_inside_the_block(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(path, folder=True) as new:
+        (new / "half").write_text("half")
+        raise RuntimeError
+    assert names(path) == ["old"] and names(tmp_path) == ["model"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_on_linux_a_folder_exists_at_every_moment_of_its_replacement(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir(), new.mkdir()
+    (new / "mark").touch()
+    assert files._exchange(new, old)                        # in place of two renames with a gap between them
+    assert names(old) == ["mark"] and names(new) == []
+    assert not files._exchange(new, tmp_path / "absent")
+
+
+def test_the_folder_one_works_in_is_not_replaced_under_one(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    for path in (".", tmp_path, tmp_path / "inner"):
+        with pytest.raises(InputError, match="the folder you work in"), atomic_path(path, folder=True):
+            pass
+    with atomic_path("below", folder=True) as new:
+        (new / "a").touch()
+    assert names(tmp_path / "inner") == ["below"]
+
+
+def test_a_link_keeps_leading_to_the_folder_that_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    with atomic_path(tmp_path / "runs", folder=True) as new:
+        (new / "a").touch()
+        (new / "to nowhere").symlink_to("absent")
+    assert (tmp_path / "runs").is_symlink() and names(tmp_path / "disk") == ["a", "to nowhere"]
+
+
+# ---- read_json and local_folder
+
+@pytest.mark.parametrize("content, complaint", [(b"{\"a\": 1,}", "is not JSON"), (b"", "is not JSON"),
+                                                (b"\xff\xfe{}", "is not JSON"), (b"[1]", "holds a list")])
+def test_what_is_not_a_json_object_is_named_in_one_line(tmp_path, content, complaint):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_json(path)
+    assert str(caught.value).startswith(f"{path}: {complaint}") and "\n" not in str(caught.value)
+
+
+def test_a_local_folder_is_itself_and_asks_no_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    assert local_folder(tmp_path, ["*"]) == tmp_path
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert local_folder("a/b", ["*"]) == Path("a/b")        # looks like a hub name, and is there
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./a/b", "/no/such", "a/b/c", "~/no-such-folder"])
+def test_what_cannot_be_a_hub_name_is_refused_without_asking_the_hub(monkeypatch, name):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(InputError, match="no such folder; give a local folder or a hub name"):
+        local_folder(name, ["*"])
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match="is a file; give the model's folder"):
+        local_folder(tmp_path / "model.safetensors", ["*"])
+
+
+@pytest.mark.parametrize("error", [OSError("no route\nto host"), RuntimeError("403 Forbidden"), ValueError()])
+def test_whatever_the_hub_client_raises_becomes_one_line(monkeypatch, error):
+    def download(*_, **__):                                 # a proxy's error, say, is no OSError
+        raise error
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(InputError) as caught:
+        local_folder("org/name", ["*"])
+    text = str(caught.value)
+    assert text.startswith("org/name: no such folder here, and the hub did not give it (") and "\n" not in text
+    assert (str(error).split("\n")[0] or "ValueError") in text
+
+
+def test_the_hub_is_asked_for_the_files_wanted_only(monkeypatch):
+    def download(name, repo_type, allow_patterns):
+        assert (name, repo_type, allow_patterns) == ("org/name", "dataset", ["*.jsonl"])
+        return "/cache/snapshot"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert local_folder("org/name", ["*.jsonl"], kind="dataset") == Path("/cache/snapshot")

@@ -1,0 +1,298 @@
+"""Sampling against slow loops: full forwards again and again, and distributions counted out."""
+import math
+import random
+
+import pytest
+import torch
+
+from minikd.checkpoint import save_model
+from minikd.generate import generate, head_logits, packed, sample
+from minikd.model import Linear, Qwen2, Qwen2Config
+
+V = 97
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23], [8, 8]]
+
+
+def random_model(seed=1, dtype=torch.float32, **shape) -> Qwen2:
+    """No part at its initial value, and logits far enough apart that rounding does not choose the token."""
+    defaults = dict(vocab_size=V, hidden_size=56, intermediate_size=40, num_hidden_layers=2, num_attention_heads=7,
+                    num_key_value_heads=1, rope_theta=1e4, tie_word_embeddings=True, initializer_range=0.3)
+    model = Qwen2(Qwen2Config(**defaults | shape)).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def slow_greedy(model, prompt: list[int], steps: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(steps):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+def count_rows(model, monkeypatch) -> list[tuple[int, int]]:
+    """The shape of ids at every call of model.hidden from here on."""
+    shapes, hidden = [], model.hidden
+
+    def counting(ids, *rest, **named):
+        assert not torch.is_grad_enabled()                                      # no graph grows along the answer
+        shapes.append(tuple(ids.shape))
+        return hidden(ids, *rest, **named)
+
+    monkeypatch.setattr(model, "hidden", counting)
+    return shapes
+
+
+@pytest.mark.parametrize("shape", [dict(), dict(num_attention_heads=6, num_key_value_heads=2, head_dim=10),
+                                   dict(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False)])
+def test_greedy_is_the_argmax_of_full_forwards(shape):
+    model = random_model(**shape)
+    expected = [slow_greedy(model, prompt, 20) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, max_new_tokens=20) == expected
+    assert len({token for answer in expected for token in answer}) > 10         # not one token over and over
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    model = random_model(seed=2)
+    together = generate(model, PROMPTS, max_new_tokens=20)
+    assert together == [generate(model, [prompt], max_new_tokens=20)[0] for prompt in PROMPTS]
+    assert generate(model, PROMPTS[::-1], max_new_tokens=20) == together[::-1]
+    equal = [prompt[:1] for prompt in PROMPTS]                                  # equal lengths need no mask
+    assert generate(model, equal, max_new_tokens=20) == [slow_greedy(model, prompt, 20) for prompt in equal]
+
+
+def until_stop(answer: list[int], stops) -> list[int]:
+    for i, token in enumerate(answer):
+        if token in stops:
+            return answer[:i + 1]
+    return answer
+
+
+def test_a_row_ends_with_any_stop_token_and_then_costs_nothing(monkeypatch):
+    model = random_model(seed=3)
+    free = generate(model, PROMPTS, max_new_tokens=20)
+    stops = {free[0][2], free[2][0], free[3][9]}                                # three rows end at different steps
+    expected = [until_stop(answer, stops) for answer in free]
+    lengths = [len(answer) for answer in expected]
+    assert len(set(lengths)) >= 3 and 20 in lengths
+    shapes = count_rows(model, monkeypatch)
+    assert generate(model, PROMPTS, max_new_tokens=20, eos_ids=stops) == expected
+    assert expected[0][-1] in stops                                             # the stop token is in the answer
+    alive = [sum(length > step for length in lengths) for step in range(20)]    # rows whose step-th token is needed
+    assert shapes == [(5, 8)] + [(rows, 1) for rows in alive[1:]]
+    shapes.clear()
+    generate(model, PROMPTS, max_new_tokens=20, eos_ids=range(V))
+    assert shapes == [(5, 8)]                                                   # all end at once: the prompts only
+
+
+def test_rows_that_leave_do_not_disturb_those_that_stay():
+    model = random_model(seed=4)
+    free = generate(model, PROMPTS, max_new_tokens=20)
+    for stop in {answer[step] for answer in free for step in (0, 3, 7)}:
+        assert generate(model, PROMPTS, 20, eos_ids=[stop]) == [until_stop(answer, [stop]) for answer in free]
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_ran_before():
+    model = random_model()
+    options = dict(max_new_tokens=12, temperature=1.5, top_p=0.95, top_k=50)
+    first = generate(model, PROMPTS, seed=7, **options)
+    torch.manual_seed(123)
+    torch.rand(5)
+    before = torch.random.get_rng_state()
+    assert generate(model, PROMPTS, seed=7, **options) == first
+    assert torch.equal(torch.random.get_rng_state(), before)                    # the global generator is left alone
+    assert generate(model, PROMPTS, seed=8, **options) != first
+    assert generate(model, PROMPTS, **options) != generate(model, PROMPTS, **options)       # no seed: torch's own
+    twins = generate(model, [[5, 6]] * 4, seed=7, **options)
+    assert len({tuple(answer) for answer in twins}) == 4                        # each row draws for itself
+
+
+def test_nothing_to_do_gives_nothing():
+    model = random_model()
+    assert generate(model, []) == []
+    assert generate(model, [[1, 2], [3]], max_new_tokens=0) == [[], []]
+    assert [len(answer) for answer in generate(model, [[1, 2], [3]], max_new_tokens=1)] == [1, 1]
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        generate(random_model(), [[1, 2], []])
+
+
+# ---- one token from logits ----
+
+DRAWS = 20_000
+
+
+def draws(logits, temperature=1.0, top_p=1.0, top_k=0, seed=0, count=DRAWS) -> list[int]:
+    """How often each token came, of `count` draws."""
+    tokens = sample(torch.as_tensor(logits).expand(count, -1), temperature, top_p, top_k,
+                    torch.Generator().manual_seed(seed))
+    return torch.bincount(tokens, minlength=len(logits)).tolist()
+
+
+def slow_probabilities(logits, temperature, top_p, top_k) -> list[float]:
+    """The definitions, token by token: temperature, then top-k, then the nucleus."""
+    powers = [math.exp(x / temperature) for x in logits]
+    ranked = sorted(range(len(logits)), key=lambda v: -powers[v])
+    kept = ranked[:top_k] if top_k else ranked
+    total, mass, nucleus = sum(powers[v] for v in kept), 0.0, []
+    for v in kept:                                                              # the fewest whose mass reaches top_p
+        nucleus.append(v)
+        mass += powers[v] / total
+        if mass >= top_p:
+            break
+    total = sum(powers[v] for v in nucleus)
+    return [powers[v] / total if v in nucleus else 0.0 for v in range(len(logits))]
+
+
+@pytest.mark.parametrize("temperature,top_p,top_k", [
+    (1.0, 1.0, 0), (0.5, 1.0, 0), (2.0, 1.0, 0), (1.0, 1.0, 5), (1.0, 0.8, 0), (1.0, 0.5, 0), (1.0, 1e-9, 0),
+    (0.7, 0.9, 0), (1.0, 1.0, 1), (1.0, 1.0, 1000), (1.5, 0.7, 8), (1.0, 0.6, 3)])
+def test_tokens_come_as_often_as_the_definitions_say(temperature, top_p, top_k):
+    rng = random.Random(1)
+    logits = [rng.uniform(-1.5, 1.5) for _ in range(20)]
+    expected = slow_probabilities(logits, temperature, top_p, top_k)
+    counts = draws(logits, temperature, top_p, top_k)
+    assert [count > 0 for count in counts] == [p > 0 for p in expected]
+    kept = [(count, DRAWS * p) for count, p in zip(counts, expected) if p > 0]
+    chi_square = sum((count - mean) ** 2 / mean for count, mean in kept)
+    freedom = len(kept) - 1
+    assert chi_square <= freedom + 4 * math.sqrt(2 * freedom)                   # mean and 4 standard deviations
+
+
+def test_the_distribution_test_would_see_a_wrong_one():
+    rng = random.Random(1)
+    logits = [rng.uniform(-1.5, 1.5) for _ in range(20)]
+    counts, wrong = draws(logits), slow_probabilities(logits, 1.1, 1.0, 0)      # a temperature off by a tenth
+    assert sum((count - DRAWS * p) ** 2 / (DRAWS * p) for count, p in zip(counts, wrong)) > 19 + 4 * math.sqrt(38)
+
+
+def test_the_nucleus_keeps_the_token_that_reaches_p_and_no_more():
+    logits = [math.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
+
+    def kept(top_p):
+        return [v for v, count in enumerate(draws(logits, top_p=top_p)) if count]
+
+    assert kept(0.39) == [1] and kept(0.41) == [1, 3]
+    assert kept(0.69) == [1, 3] and kept(0.71) == [1, 2, 3] and kept(0.91) == [0, 1, 2, 3]
+    assert kept(0.0) == [1]                                                     # never none at all
+
+
+def test_greedy_and_a_tiny_temperature_take_the_likeliest():
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 2.9]])
+    assert sample(logits, 0.0, 1.0, 0, None).tolist() == [1, 0]
+    assert sample(logits, 0.0, 0.1, 2, None).tolist() == [1, 0]
+    assert sample(logits, 1e-4, 1.0, 0, torch.Generator().manual_seed(0)).tolist() == [1, 0]
+
+
+def test_each_row_is_drawn_from_its_own_logits():
+    logits = torch.full((50, 50), -torch.inf)
+    logits[range(50), torch.randperm(50)] = 0.0
+    for top_p in 1.0, 0.5:
+        assert torch.equal(sample(logits, 1.0, top_p, 0, None), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("top_p,top_k", [(1.0, 0), (0.9, 0), (1.0, 7)])
+def test_a_token_of_probability_zero_is_never_drawn(top_p, top_k, monkeypatch):
+    logits = torch.full((40,), -torch.inf)
+    logits[[3, 4, 20, 36]] = torch.tensor([1.0, 0.5, 0.7, 0.2])                 # zeros first, last and between
+    counts = draws(logits, top_p=top_p, top_k=top_k)
+    assert {v for v, count in enumerate(counts) if count} <= {3, 4, 20, 36}
+    for u in 0.0, 1 - 2**-53:                                                   # the least and the greatest draw
+        monkeypatch.setattr(torch, "rand", lambda *size, dtype, **_: torch.full(size, u, dtype=dtype))
+        assert sample(logits[None], 1.0, top_p, top_k, None).item() in {3, 4, 20, 36}
+
+
+# ---- packed weights: bfloat16 on a CPU ----
+
+@pytest.fixture
+def narrow() -> Qwen2:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    return random_model(dtype=torch.bfloat16, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+
+
+def packed_parts(model) -> int:
+    return sum(m.packed is not None for m in model.modules() if isinstance(m, Linear)) + (model.packed_head is not None)
+
+
+@torch.no_grad()
+def test_packed_weights_give_the_logits_of_plain_ones(narrow):
+    ids = torch.randint(V, (3, 9), generator=torch.Generator().manual_seed(0))
+    states = narrow.hidden(ids)
+    plain = head_logits(narrow, states[:, -1]).float()
+    with packed(narrow, rows=3, steps=16):
+        assert packed_parts(narrow) == 7 * 2 + 1                                # q k v o gate up down, and the head
+        quick = head_logits(narrow, narrow.hidden(ids)[:, -1]).float()
+        torch.testing.assert_close(head_logits(narrow, states[:, -1]).float(), plain, rtol=1e-2, atol=1e-2)
+    assert (quick - plain).norm() < 2e-2 * plain.norm()
+    exact = narrow.float()(ids)[:, -1]
+    assert (quick - exact).norm() < 1.5 * (plain - exact).norm() + 1e-3 * exact.norm()      # no coarser than plain
+
+
+def test_generation_with_packed_weights_takes_the_plain_models_likeliest_token(narrow):
+    answers = generate(narrow, PROMPTS, max_new_tokens=24)                      # long enough to be packed
+    assert len({token for answer in answers for token in answer}) > 10
+    for prompt, answer in zip(PROMPTS, answers):
+        with torch.no_grad():
+            logits = narrow(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1].float()     # [24, V]
+        taken = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert (taken >= logits.max(-1).values - 0.03 * logits.abs().max()).all()   # but for bfloat16's near ties
+
+
+@pytest.mark.parametrize("steps,dtype", [(15, torch.bfloat16), (64, torch.float32)])
+def test_short_answers_and_other_dtypes_are_not_packed(narrow, steps, dtype):
+    with packed(narrow.to(dtype), rows=1, steps=steps):
+        assert packed_parts(narrow) == 0
+
+
+def test_packed_copies_are_gone_afterwards_even_after_an_error(narrow, monkeypatch):
+    seen, hidden = [], narrow.hidden
+
+    def failing(ids, *rest):
+        seen.append(packed_parts(narrow))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return hidden(ids, *rest)
+
+    monkeypatch.setattr(narrow, "hidden", failing)
+    with pytest.raises(KeyboardInterrupt):
+        generate(narrow, PROMPTS, max_new_tokens=24)
+    assert seen == [15, 15, 15] and packed_parts(narrow) == 0
+    monkeypatch.undo()
+    before = {key: value.clone() for key, value in narrow.state_dict().items()}
+    generate(narrow, PROMPTS, max_new_tokens=24)
+    assert packed_parts(narrow) == 0
+    assert narrow.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in narrow.state_dict().items())
+
+
+def test_generation_leaves_the_model_ready_for_training():
+    model = random_model()
+    generate(model, PROMPTS, max_new_tokens=3)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()                           # no inference tensor is left in it
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# ---- transformers, where it is installed ----
+
+@pytest.mark.filterwarnings("ignore")
+def test_greedy_tokens_are_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = random_model(seed=5, num_hidden_layers=3)
+    save_model(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    theirs.generation_config.update(pad_token_id=0, eos_token_id=None)
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])        # left-padded
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    expected = theirs.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=40,
+                               min_new_tokens=40)
+    answers = generate(model, PROMPTS, max_new_tokens=40)
+    assert answers == expected[:, width:].tolist()
+    assert len({token for answer in answers for token in answer}) > 10

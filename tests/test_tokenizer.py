@@ -1,0 +1,264 @@
+"""Text to ids and back: Qwen2's real ids, the chat templates as jinja renders them, streaming, and what is refused."""
+import json
+import random
+import shutil
+
+import jinja2
+import pytest
+import tokenizers
+
+from minikd.files import InputError
+from minikd.tokenizer import QWEN25_SYSTEM, Tokenizer, default_system
+
+TEXTS = ["Hello world!", "¿Qué año es? El niño comió piñas.", "你好，世界。", "def f(x):\n\treturn x  # 12 34\n\n\n", "",
+         "family 👩‍👩‍👧 party 🎉🎉 flag 🇪🇸", "rare 𠜎𠜱 and e\u0301 combined", "a \ufffd of its own \ufffd"]
+
+# The plain-message part of each template, as the Instruct (Qwen1.5: Chat) models' tokenizer_config.json has it once
+# JSON is read: Qwen2.5 escapes its newlines for jinja, Qwen2 and Qwen1.5 hold real ones.
+QWEN25 = r"""{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- messages[0]['content'] }}
+    {%- else %}
+        {{- 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}
+    {%- endif %}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first)
+           or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+QWEN25_MATH = QWEN25.replace(QWEN25_SYSTEM, r"Please reason step by step, and put your final answer within \\boxed{}.")
+QWEN2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+         "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+         "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+QWEN15 = QWEN2.replace("a helpful assistant.", "a helpful assistant")
+NO_SYSTEM = QWEN2.replace("{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}", "")
+
+USER, ASSISTANT = {"role": "user", "content": "Hi {{ there }}\n"}, {"role": "assistant", "content": " Yes?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CHATS = {"one question": [USER], "a system message": [SYSTEM, USER], "an answered one": [USER, ASSISTANT],
+         "two turns": [SYSTEM, USER, ASSISTANT, USER], "a late system message": [USER, ASSISTANT, SYSTEM, USER],
+         "an empty system message": [{"role": "system", "content": ""}, USER]}
+
+
+def with_template(folder, tmp_path, template, apart=False):
+    """A copy of a tokenizer's folder that has the template, in tokenizer_config.json or apart (transformers 5)."""
+    shutil.copytree(folder, tmp_path / "t")
+    if apart:
+        (tmp_path / "t" / "chat_template.jinja").write_text(template)
+    else:
+        (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return tmp_path / "t"
+
+
+def rendered(template: str, messages: list[dict], add_generation_prompt: bool) -> str:
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)          # as transformers sets it
+    return environment.from_string(template).render(messages=messages, add_generation_prompt=add_generation_prompt)
+
+
+# ---- chat
+
+@pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS.keys())
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("template", [QWEN25, QWEN25_MATH, QWEN2, QWEN15, NO_SYSTEM],
+                         ids=["Qwen2.5", "Qwen2.5-Math", "Qwen2", "Qwen1.5", "none"])
+def test_chat_is_character_for_character_what_the_folders_template_renders(tokenizer_folder, tmp_path, template,
+                                                                           messages, asked):
+    tokenizer = Tokenizer.load(with_template(tokenizer_folder, tmp_path, template))
+    before = json.dumps(messages)
+    assert tokenizer.chat(messages, add_generation_prompt=asked) == rendered(template, messages, asked)
+    assert json.dumps(messages) == before                               # the caller's list is the caller's
+
+
+def test_chat_without_a_template_is_qwen25s(tokenizer):
+    assert tokenizer.chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True) == (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.chat([USER]) == rendered(QWEN25, [USER], False)
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("template, system", [
+    (QWEN25, QWEN25_SYSTEM), (QWEN2, "You are a helpful assistant."), (QWEN15, "You are a helpful assistant"),
+    (QWEN25_MATH, r"Please reason step by step, and put your final answer within \boxed{}."), (NO_SYSTEM, None),
+    ("<|im_start|>system\n{{ system }}<|im_end|>\n", None), ("", None)])
+def test_the_default_system_prompt_is_read_from_the_folder(tokenizer_folder, tmp_path, template, system, apart):
+    assert default_system(with_template(tokenizer_folder, tmp_path, template, apart)) == system
+
+
+def test_the_template_apart_wins_and_a_folder_without_any_is_taken_as_qwen25(tokenizer_folder, tmp_path):
+    folder = with_template(tokenizer_folder, tmp_path, QWEN25)
+    (folder / "chat_template.jinja").write_text(QWEN2)
+    assert default_system(folder) == "You are a helpful assistant."
+    assert default_system(tokenizer_folder) == QWEN25_SYSTEM
+    (folder / "chat_template.jinja").unlink(), (folder / "tokenizer_config.json").unlink()
+    assert default_system(folder) == QWEN25_SYSTEM
+
+
+# ---- ids
+
+def test_text_survives_encoding_and_decoding(tokenizer):
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == tokenizer.backend.normalizer.normalize_str(text)     # NFC: é is one letter
+        assert all(type(i) is int and 0 <= i < len(tokenizer) for i in ids)
+    assert len(tokenizer.encode("the teacher")) < len("the teacher")
+
+
+def test_special_tokens_are_one_id_each_and_decoding_leaves_them_out_unless_asked(tokenizer):
+    text = "<|im_start|>user\nHi<|im_end|>\n"
+    ids = tokenizer.encode(text)
+    assert ids[0] == tokenizer.backend.token_to_id("<|im_start|>") and tokenizer.end_id in ids
+    assert tokenizer.decode(ids) == "user\nHi\n" and tokenizer.decode(ids, skip_special=False) == text
+
+
+def test_nothing_is_put_before_or_after_the_text_though_the_folder_asks_for_it(tokenizer_folder, tokenizer, tmp_path):
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.pad_id)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert backend.encode("a").ids[0] == tokenizer.pad_id
+    assert Tokenizer.load(tmp_path).encode("a") == tokenizer.encode("a") and tokenizer.encode("") == []
+
+
+def test_every_stop_ends_an_answer_and_pad_is_not_the_one_that_training_appends(tokenizer):
+    end, pad = (tokenizer.backend.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    assert tokenizer.eos_ids == {end, pad} and tokenizer.end_id == end and tokenizer.pad_id == pad != end
+
+
+def test_a_real_endoftext_has_the_pads_id_so_no_mask_can_be_told_from_ids(tokenizer):
+    assert tokenizer.encode("a<|endoftext|>b").count(tokenizer.pad_id) == 1
+
+
+def test_truncation_and_padding_that_a_folder_was_saved_with_are_switched_off(tokenizer_folder, tokenizer, tmp_path):
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = "The student learns from its teacher."
+    assert len(backend.encode(text).ids) == 64 and len(tokenizer.encode(text)) > 4
+    assert Tokenizer.load(tmp_path).encode(text) == tokenizer.encode(text)
+
+
+# ---- streaming
+
+def streamed(tokenizer, ids) -> list[str]:
+    stream = tokenizer.stream()
+    return [*(stream.push(i) for i in ids), stream.end()]
+
+
+def test_streaming_never_gives_half_a_character_and_adds_up_to_decode(tokenizer):
+    for text in TEXTS[:-1]:
+        pieces = streamed(tokenizer, tokenizer.encode(text))
+        assert "".join(pieces) == tokenizer.decode(tokenizer.encode(text))
+        assert not any("\ufffd" in piece for piece in pieces)
+    assert len(tokenizer.encode("🎉")) == 4                  # so that the test above had halves to give
+    assert streamed(tokenizer, tokenizer.encode("🎉!")) == ["", "", "", "🎉", "!", ""]
+
+
+def test_streaming_holds_back_no_more_than_the_unfinished_character(tokenizer):
+    stream = tokenizer.stream()
+    for i in tokenizer.encode("a 🎉")[:-1]:
+        text = stream.push(i)
+    assert text == "" and stream.end() == "\ufffd"          # generation stopped inside the character
+    assert stream.end() == "" and stream.push(tokenizer.encode("b")[0]) == "b"
+
+
+def test_streaming_adds_up_on_bytes_that_are_no_text_at_all(tokenizer):
+    """What an untrained model says.  The first row: seven bytes that begin nothing, then a whole character."""
+    continuation = tokenizer.encode("🎉")[1]
+    rng = random.Random(0)
+    rows = [[continuation] * 7 + tokenizer.encode("🎉")]
+    rows += [[rng.randrange(rng.choice([256, len(tokenizer)])) for _ in range(30)] for _ in range(300)]
+    for ids in rows:
+        pieces = streamed(tokenizer, ids)
+        assert "".join(pieces) == tokenizer.decode(ids), ids
+    assert "🎉" in "".join(streamed(tokenizer, rows[0]))
+
+
+# ---- folders
+
+def test_save_copies_the_tokenizers_files_and_writes_every_stop(tokenizer_folder, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "new" / "folder")
+    saved = tmp_path / "new" / "folder"
+    assert (saved / "tokenizer.json").read_bytes() == (tokenizer_folder / "tokenizer.json").read_bytes()
+    assert (saved / "tokenizer_config.json").exists()
+    assert json.loads((saved / "generation_config.json").read_text()) == {
+        "eos_token_id": sorted(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
+    again = Tokenizer.load(saved)
+    assert all(again.encode(text) == tokenizer.encode(text) for text in TEXTS)
+    again.save(saved)                                       # into its own folder: nothing to copy, nothing lost
+    assert Tokenizer.load(str(saved)).eos_ids == tokenizer.eos_ids
+
+
+def test_save_keeps_the_template_and_a_generation_config_that_the_model_came_with(tokenizer_folder, tmp_path):
+    folder = with_template(tokenizer_folder, tmp_path, QWEN2, apart=True)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7], "temperature": 0.7}')
+    Tokenizer.load(folder).save(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.7
+    assert Tokenizer.load(tmp_path / "out").chat([USER]) == rendered(QWEN2, [USER], False)
+
+
+@pytest.mark.parametrize("content, complaint", [(None, "is missing; copy the tokenizer's files"),
+                                                (b"{\"model\": ", "is damaged ("), (b"\xff\xfe", "is damaged (")])
+def test_a_tokenizer_json_that_is_missing_or_damaged_is_named_in_one_line(tmp_path, content, complaint):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        Tokenizer.load(tmp_path)
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path / 'tokenizer.json'}: {complaint}") and "\n" not in text
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>"])
+def test_a_tokenizer_that_does_not_speak_chatml_is_refused_by_the_token_it_lacks(tokenizer_folder, tmp_path, token):
+    text = (tokenizer_folder / "tokenizer.json").read_text().replace(json.dumps(token), '"<|other|>"')
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(InputError) as caught:
+        Tokenizer.load(tmp_path)
+    assert f"has no {token}" in str(caught.value)
+
+
+# ---- the real tokenizer, where ../shared/data has it
+
+@pytest.fixture(scope="module")
+def qwen(shared):
+    return Tokenizer.load(shared / "qwen2-tokenizer")
+
+
+def test_the_real_tokenizer_gives_qwens_ids(qwen):
+    assert len(qwen) == 151_665
+    assert qwen.encode("Hello world!") == [9707, 1879, 0]
+    assert (qwen.pad_id, qwen.end_id, qwen.eos_ids) == (151_643, 151_645, {151_643, 151_645})
+    turn = qwen.encode(qwen.chat([USER], add_generation_prompt=True))
+    assert turn[:3] == [151_644, 8948, 198] and turn[-3:] == [151_644, 77_091, 198]        # system, assistant
+
+
+def test_the_real_tokenizer_streams_whole_characters(qwen):
+    for text in TEXTS[:-1]:
+        ids = qwen.encode(text)
+        pieces = streamed(qwen, ids)
+        assert "".join(pieces) == qwen.decode(ids) and not any("\ufffd" in piece for piece in pieces)
+    assert len(qwen.encode("𠜎")) > 1
+
+
+def test_the_saved_real_tokenizer_is_transformers_own(qwen, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    qwen.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS, "<|im_start|>user\n1234<|im_end|>\n", "  three  spaces   "]:
+        assert qwen.encode(text) == theirs.encode(text, add_special_tokens=False), text
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [151_643, 151_645]

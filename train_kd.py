@@ -1,0 +1,334 @@
+"""Supervised fine-tuning and knowledge distillation of a Qwen2 student.
+
+    python train_kd.py                          the toy world: 3 minutes on 2 CPU cores, ends in the paper's Table 1
+    python train_kd.py --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-0.5B \\
+                       --data databricks-dolly-15k.jsonl            the real thing, on one GPU
+    python train_kd.py ... --loss reverse_kl --out runs/rkl         one run instead of the comparison
+    python train_kd.py ... --loss sft --lr 5e-6 1e-5 5e-5           a sweep, drawn as the paper's figure 2
+
+Without --loss, SFT and KD start from the same student and see the same examples for the same steps; a table
+compares Base, SFT, KD and Teacher. Paper: Knowledge Distillation for Large Language Models, eq. (3) and (4).
+"""
+import argparse
+import copy
+import functools
+import inspect
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from minikd import toy
+from minikd.checkpoint import load_model, save_model
+from minikd.data import (FORMATS, Encoded, batch_order, collate, encode_examples, encode_text, load_examples,
+                         split_examples)
+from minikd.evaluate import answer, held_out_loss, score_answers, write_jsonl
+from minikd.files import InputError, script_errors
+from minikd.losses import DIVERGENCES, head_loss, scored_positions
+from minikd.model import Qwen2
+from minikd.plots import plot_curves
+from minikd.rouge import mean_by_category
+from minikd.tokenizer import Tokenizer
+from minikd.training import (STATE, Log, Progress, check_settings, learning_rate, load_state, make_optimizer,
+                             pick_device, pick_dtype, read_log, save_state, write_config)
+
+REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
+            validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
+TOY = dict(steps=400, epochs=None, batch_size=64, lr=[3e-3], warmup=30, weight_decay=0.01, max_new_tokens=48,
+           validation=100, eval_examples=100, rouge="unicode", out="runs/toy", dtype="float32", eval_every=200)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument_group("models and data (none of them: the toy world)").add_argument
+    add("--student", help="folder or hub name to start from")
+    add("--teacher", help="folder or hub name; for every loss but sft")
+    add("--data", nargs="+", help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
+    add("--eval-data", nargs="+", help="records for the table; else the validation split")
+    add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
+    add("--template", choices=("chatml", "alpaca"), default="chatml", help="prompt template (chatml)")
+    add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses are cut (512)")
+    add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped (256)")
+    add("--validation", type=int, help="examples held out of --data (500; toy 100)")
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=["sft", *DIVERGENCES], help="one run with this loss (else SFT and forward_kl, compared)")
+    add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy (0.5)")
+    add("--temperature", type=float, default=1.0, help="divides both models' logits in the divergence (1)")
+    add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture (0.5)")
+    add("--alpha", type=float, default=0.1, help="skew losses: share of the other model in the mixture (0.1)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=float, help="passes over the data (1)")
+    add("--steps", type=int, help="optimizer steps, instead of --epochs (toy 400)")
+    add("--batch-size", type=int, help="examples in a micro-batch (8; toy 64)")
+    add("--grad-accum", type=int, default=1, help="micro-batches in an optimizer step (1)")
+    add("--lr", type=float, nargs="+", help="peak learning rate; several are swept (1e-5; toy 3e-3)")
+    add("--warmup", type=int, help="steps of linear warm-up (0; toy 30)")
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up (cosine)")
+    add("--weight-decay", type=float, help="of weight matrices (0.01)")
+    add("--clip", type=float, default=1.0, help="largest gradient norm (1)")
+    add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", type=int, help="steps between evaluations (each epoch; toy 200)")
+    add("--eval-examples", type=int, help="validation examples answered for ROUGE-L each time (200; toy 100)")
+    add("--max-new-tokens", type=int, help="longest answer (256; toy 48)")
+    add("--rouge", choices=("plain", "stemmer", "unicode"), help="words of ROUGE-L (stemmer; toy unicode)")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="folder for checkpoints, log, table and picture (runs/kd; toy runs/toy)")
+    add("--resume", action="store_true", help="go on where a stopped run of the same flags was")
+    add("--seed", type=int, default=0, help="of the split, the order and the toy world (0)")
+    add("--device", default="auto", help="cpu, cuda, ... (auto)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of products and teacher (auto)")
+    args = parser.parse_args()
+    if args.student is None and (args.teacher or args.data):
+        raise InputError("--teacher or --data without --student; give all three, or none for the toy world")
+    if args.student and not args.data:
+        raise InputError("--student without --data; add --data FILE")
+    if args.student and not args.teacher and args.loss != "sft":
+        raise InputError("--student without --teacher; add --teacher NAME, or --loss sft")
+    args.toy = args.student is None
+    for name, value in (TOY if args.toy else REAL).items():
+        if getattr(args, name) is None or name == "dtype" and args.dtype == "auto":
+            setattr(args, name, None if name == "epochs" and args.steps else value)
+    return args
+
+
+# ---- one run: the loop
+
+def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_rows: list[Encoded], valid_examples, out,
+          loss, teacher=None, kd_ratio=0.5, temperature=1.0, beta=0.5, alpha=0.1, steps, batch_size, grad_accum=1, lr,
+          warmup=0, schedule="cosine", weight_decay=0.01, clip=1.0, gradient_checkpointing=False, eval_every,
+          eval_examples, max_new_tokens, rouge, resume=False, seed=0, dtype=torch.float32, title) -> Qwen2:
+    """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens."""
+    device, optimizer = student.head.device, make_optimizer(student, lr, weight_decay)
+    divergence = None if loss == "sft" else bind(DIVERGENCES[loss], temperature=temperature, beta=beta, alpha=alpha)
+    teacher, kd_ratio = (None, 0.0) if loss == "sft" else (teacher, kd_ratio)
+    facts = load_state(out, student, optimizer) if resume and (out / STATE).exists() else {"step": 0, "best": -1.0}
+    log = Log(out, upto=facts["step"])
+    with Progress(title, steps, start=facts["step"]) as progress:
+        for step, micro_batches in optimizer_steps(rows, facts["step"], steps, batch_size, grad_accum, seed):
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
+            batches = [collate(batch, tokenizer.pad_id) for batch in micro_batches]
+            scored = sum(int(batch.mask.sum()) for batch in batches)            # tokens of this optimizer step
+            ce_sum = kd_sum = 0.0
+            for batch in batches:
+                ids, mask = batch.ids.to(device), batch.mask.to(device)         # [B, T]
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    hidden = student.hidden(ids, checkpointing=gradient_checkpointing)          # [B, T, D]
+                    hidden, targets = scored_positions(hidden, ids, mask)       # [N, D], [N]
+                    soft, soft_head = teacher_states(teacher, ids, mask)        # [N, D'], [V', D']
+                    value, ce, kd = head_loss(hidden, student.head, targets, soft, soft_head, divergence,
+                                              kd_ratio, weight=1 / scored)      # paper eq. (3)
+                value.backward()
+                ce_sum, kd_sum = ce_sum + ce.sum(), kd_sum + kd.sum()
+            norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), clip))
+            if not math.isfinite(norm):
+                raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g}), "
+                                 "or use --dtype float32")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ce, kd = float(ce_sum) / scored, float(kd_sum) / scored
+            log.write(step=step + 1, ce=ce, kd=kd, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
+                      seconds=round(time.perf_counter() - started, 4))
+            progress.update(f"ce {ce:.3f}" + (f" kd {kd:.3f}" if teacher else ""))
+            if (step + 1) % eval_every == 0 or step + 1 == steps:
+                facts = evaluate(student, tokenizer, valid_rows, valid_examples, teacher, divergence, dtype, batch_size,
+                                 eval_examples, max_new_tokens, rouge, facts | {"step": step + 1}, out, log, progress)
+                if step + 1 < steps:
+                    save_state(out, student, optimizer, **facts)
+    log.write(step=steps, done=True)
+    (out / STATE).unlink(missing_ok=True)                       # last/ has the weights; the moments are of no more use
+    return student
+
+
+def optimizer_steps(rows, start: int, steps: int, batch_size: int, grad_accum: int, seed: int):
+    """(step, micro-batches) from step `start` on; step k needs no replay of those before it."""
+    per_epoch = steps_per_epoch(len(rows), batch_size, grad_accum)
+    for step in range(start, steps):
+        epoch, at = divmod(step, per_epoch)
+        if at == 0 or step == start:
+            order = batch_order(rows, batch_size, seed, epoch)
+        yield step, [[rows[i] for i in batch] for batch in order[at * grad_accum:(at + 1) * grad_accum]]
+
+
+def steps_per_epoch(rows: int, batch_size: int, grad_accum: int) -> int:
+    return math.ceil(math.ceil(rows / batch_size) / grad_accum)
+
+
+@torch.inference_mode()
+def teacher_states(teacher: Qwen2 | None, ids, mask):
+    if teacher is None:
+        return None, None
+    return scored_positions(teacher.hidden(ids), ids, mask)[0], teacher.head
+
+
+def bind(divergence, **options):
+    """The divergence with those of the options that it takes."""
+    takes = inspect.signature(divergence).parameters
+    return functools.partial(divergence, **{name: value for name, value in options.items() if name in takes})
+
+
+def evaluate(student, tokenizer, rows, examples, teacher, divergence, dtype, batch_size, eval_examples, max_new_tokens,
+             rouge, facts, out, log, progress) -> dict:
+    """Held-out loss, ROUGE-L of the student's own answers, a sample of them; saves last/, and best/ by ROUGE-L."""
+    judged = student if dtype == torch.float32 else copy.deepcopy(student).to(dtype)
+    ce, kd = held_out_loss(judged, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
+    few = rows[:eval_examples]
+    scores = score_answers(answer(judged, tokenizer, [row.prompt for row in few], max_new_tokens, batch_size),
+                           [examples[row.index] for row in few], rouge)
+    rouge_l = mean_by_category(scores)["all"]["rouge_l"]
+    log.write(step=facts["step"], valid_ce=ce, valid_kd=kd, rouge_l=rouge_l)
+    shown = scores[facts["step"] % len(scores)]
+    progress.say(f"{progress.title} step {facts['step']}: held-out CE {ce:.3f}" + (f", KD {kd:.3f}" if teacher else "")
+                 + f", ROUGE-L {rouge_l:.1f}; asked {shown['references'][0]!r}, said {shown['prediction'][:120]!r}")
+    save_checkpoint(student, tokenizer, out / "last", dtype)
+    if rouge_l > facts["best"]:
+        save_checkpoint(student, tokenizer, out / "best", dtype)
+    return facts | {"best": max(rouge_l, facts["best"])}
+
+
+def save_checkpoint(model: Qwen2, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype):
+    tokenizer.save(folder)
+    save_model(model, folder, dtype=dtype)
+
+
+# ---- several runs: the comparison, the sweep, the toy world
+
+def stage(name: str, out: Path, args, make_student, **settings) -> Qwen2:
+    """One run with its own folder: done already, resumed, or begun.  Returns the best checkpoint, for the table."""
+    folder = out / name if name else out
+    recorded = {key: value for key, value in settings.items() if isinstance(value, (str, int, float, type(None)))}
+    recorded |= {"student": args.student, "teacher": args.teacher, "data": args.data, "dtype": str(args.dtype)}
+    lines = read_log(folder)
+    if lines and not args.resume and not args.toy:
+        raise InputError(f"{folder}: holds a run already, {lines[-1]['step']} steps; "
+                         "go on with --resume, or choose another --out")
+    resume = args.resume and bool(lines)
+    if resume:
+        check_settings(folder, recorded)
+    if not (resume and lines[-1].get("done")):
+        write_config(folder, recorded)
+        train(student=make_student(), out=folder, resume=resume, title=name or args.loss, **settings)
+    return load_model(folder / "best", args.device, args.dtype)
+
+
+def toy_world(args) -> dict[str, Path]:
+    """Makes the records, the tokenizer, the teacher and the student's base under --out; returns their places."""
+    out, seed = Path(args.out), args.seed
+    tokenizer = toy.make_tokenizer(out / "tokenizer")
+    files = {"teacher": toy.records(12_000, seed=1000 + seed), "train": toy.records(600, 2000 + seed, human=True),
+             "test": toy.records(300, seed=3000, test=True)}
+    for name, entries in files.items():
+        write_jsonl(entries, out / "data" / f"{name}.jsonl")
+    common = dict(tokenizer=tokenizer, loss="sft", batch_size=64, warmup=30, eval_examples=100, max_new_tokens=48,
+                  rouge="unicode", seed=seed)
+    clean, _ = load_examples(out / "data" / "teacher.jsonl")
+    train_part, valid_part = split_examples(clean, 100, seed)
+    rows, valid = (encode_examples(part, tokenizer)[0] for part in (train_part, valid_part))
+    common |= dict(valid_rows=valid, valid_examples=valid_part)
+    stage("teacher", out, args, lambda: Qwen2(toy.teacher_config(len(tokenizer))).init_weights(seed), rows=rows,
+          steps=600, lr=2e-3, eval_every=300, **common)
+    text = encode_text(toy.plain_text(3000, seed=4000 + seed), tokenizer)
+    stage("base", out, args, lambda: Qwen2(toy.student_config(len(tokenizer))).init_weights(seed + 1), rows=text,
+          steps=150, lr=4e-3, eval_every=150, **common)
+    return {"student": out / "base" / "best", "teacher": out / "teacher" / "best", "data": [out / "data/train.jsonl"],
+            "eval_data": [out / "data/test.jsonl"]}
+
+
+def check_vocabulary(name: str, model: Qwen2, tokenizer: Tokenizer):
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(f"{name}: the tokenizer has {len(tokenizer):,} ids, the model {model.config.vocab_size:,} rows; "
+                         "do the two belong together?")
+
+
+def show_table(models: dict[str, Qwen2], tokenizer, rows, examples, args, out: Path):
+    """The paper's Table 1: ROUGE-L by category, and one prompt's answers side by side. Also to table.json's jsonl."""
+    columns, answers = {}, {}
+    for name, model in models.items():
+        answers[name] = answer(model, tokenizer, [row.prompt for row in rows], args.max_new_tokens, 4 * args.batch_size)
+        scores = score_answers(answers[name], [examples[row.index] for row in rows], args.rouge)
+        write_jsonl(scores, out / f"answers-{name.lower()}.jsonl")
+        columns[name] = {key: value["rouge_l"] for key, value in mean_by_category(scores).items()}
+    ratio = "KD" in columns and "Teacher" in columns
+    print(f"\nROUGE-L ({args.rouge}) of {len(rows)} held-out prompts")
+    print(f"{'':<14}" + "".join(f"{name:>9}" for name in columns) + ("   KD / Teacher" if ratio else ""))
+    for category in next(iter(columns.values())):
+        values = {name: column[category] for name, column in columns.items()}
+        line = f"{category:<14}" + "".join(f"{value:9.1f}" for value in values.values())
+        print(line + (f"{100 * values['KD'] / max(values['Teacher'], 1e-9):14.0f}%" if ratio else ""))
+    shown = examples[rows[0].index]
+    print(f"\nasked    {shown.messages[-1]['content']!r}\nright    {shown.references[0]!r}")
+    for name in models:
+        print(f"{name:<8} {answers[name][0]!r}")
+    write_jsonl([{"model": name, **column} for name, column in columns.items()], out / "table.jsonl")
+
+
+def main():
+    args = parse_args()
+    out, sweep = Path(args.out), args.lr
+    args.device, started = pick_device(args.device), time.time()
+    args.dtype = pick_dtype(args.dtype, args.device)
+    if args.toy:
+        for name, place in toy_world(args).items():
+            setattr(args, name, [str(p) for p in place] if isinstance(place, list) else str(place))
+    tokenizer = Tokenizer.load(args.student)
+    examples, report = load_examples(args.data, args.format)
+    print(report)
+    train_part, valid_part = split_examples(examples, min(args.validation, len(examples) // 5), args.seed)
+    lengths = dict(template=args.template, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
+    rows, counts = encode_examples(train_part, tokenizer, **lengths)
+    valid_rows, _ = encode_examples(valid_part, tokenizer, **lengths)
+    print(", ".join(f"{count:,} {what}" for what, count in counts.items()) + f"; {len(valid_rows):,} for validation")
+    per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
+    steps = args.steps or math.ceil(args.epochs * per_epoch)
+
+    teacher = None
+    if args.loss != "sft":
+        teacher = load_model(args.teacher, args.device, args.dtype).requires_grad_(False)
+        check_vocabulary(args.teacher, teacher, tokenizer)
+
+    def student():
+        model = load_model(args.student, args.device, torch.float32)
+        check_vocabulary(args.student, model, tokenizer)
+        return model
+
+    settings = dict(tokenizer=tokenizer, rows=rows, valid_rows=valid_rows, valid_examples=valid_part, teacher=teacher,
+                    steps=steps, eval_every=args.eval_every or min(per_epoch, steps), **{name: getattr(args, name) for name in (
+                        "kd_ratio", "temperature", "beta", "alpha", "batch_size", "grad_accum", "warmup", "schedule",
+                        "weight_decay", "clip", "gradient_checkpointing", "eval_examples", "max_new_tokens", "rouge",
+                        "seed", "dtype")})
+    if args.loss and len(sweep) == 1:
+        runs = {args.loss: ""}
+    elif args.loss:
+        runs = {f"{args.loss} lr {lr:g}": f"lr-{lr:g}" for lr in sweep}
+    else:
+        runs = {"SFT": "sft", "KD": "kd"}
+    models = {}
+    for (label, folder), lr in zip(runs.items(), sweep if len(sweep) > 1 else sweep * len(runs)):
+        loss = args.loss or ("sft" if label == "SFT" else "forward_kl")
+        models[label] = stage(folder, out, args, student, loss=loss, lr=lr, **settings)
+
+    models = {"Base": student().to(args.dtype), **models} | ({"Teacher": teacher} if teacher else {})
+    if args.eval_data:
+        test, _ = load_examples(args.eval_data, args.format)
+        test_rows, _ = encode_examples(test, tokenizer, **lengths)
+    else:
+        test, test_rows = valid_part, valid_rows[:args.eval_examples]
+    show_table(models, tokenizer, test_rows, test, args, out)
+    picture = plot_curves({label: out / folder for label, folder in runs.items()}, out / "curves.png",
+                          None if teacher is None else rouge_of(teacher, tokenizer, valid_rows, valid_part, args))
+    print(f"\n{f'curves in {picture}; ' if picture else ''}checkpoints under {out}; {time.time() - started:.0f} s")
+
+
+def rouge_of(model, tokenizer, rows, examples, args) -> float:
+    few = rows[:args.eval_examples]
+    answers = answer(model, tokenizer, [row.prompt for row in few], args.max_new_tokens, args.batch_size)
+    return mean_by_category(score_answers(answers, [examples[row.index] for row in few], args.rouge))["all"]["rouge_l"]
+
+
+if __name__ == "__main__":
+    with script_errors():
+        main()
