@@ -35,7 +35,7 @@ from minikd.training import (STATE, Log, Progress, check_settings, learning_rate
 
 REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
             validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
-TOY = dict(steps=400, epochs=None, batch_size=64, lr=[3e-3], warmup=30, weight_decay=0.01, max_new_tokens=48,
+TOY = dict(steps=400, epochs=None, batch_size=32, lr=[3e-3], warmup=30, weight_decay=0.01, max_new_tokens=48,
            validation=100, eval_examples=100, rouge="unicode", out="runs/toy", dtype="float32", eval_every=200)
 
 
@@ -61,7 +61,7 @@ def parse_args():
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=float, help="passes over the data (1)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs (toy 400)")
-    add("--batch-size", type=int, help="examples in a micro-batch (8; toy 64)")
+    add("--batch-size", type=int, help="examples in a micro-batch (8; toy 32)")
     add("--grad-accum", type=int, default=1, help="micro-batches in an optimizer step (1)")
     add("--lr", type=float, nargs="+", help="peak learning rate; several are swept (1e-5; toy 3e-3)")
     add("--warmup", type=int, help="steps of linear warm-up (0; toy 30)")
@@ -223,17 +223,17 @@ def toy_world(args) -> dict[str, Path]:
              "test": toy.records(300, seed=3000, test=True)}
     for name, entries in files.items():
         write_jsonl(entries, out / "data" / f"{name}.jsonl")
-    common = dict(tokenizer=tokenizer, loss="sft", batch_size=64, warmup=30, eval_examples=100, max_new_tokens=48,
+    common = dict(tokenizer=tokenizer, loss="sft", batch_size=32, warmup=30, eval_examples=100, max_new_tokens=48,
                   rouge="unicode", seed=seed)
     clean, _ = load_examples(out / "data" / "teacher.jsonl")
     train_part, valid_part = split_examples(clean, 100, seed)
     rows, valid = (encode_examples(part, tokenizer)[0] for part in (train_part, valid_part))
     common |= dict(valid_rows=valid, valid_examples=valid_part)
     stage("teacher", out, args, lambda: Qwen2(toy.teacher_config(len(tokenizer))).init_weights(seed), rows=rows,
-          steps=600, lr=2e-3, eval_every=300, **common)
+          steps=500, lr=2e-3, eval_every=250, **common)
     text = encode_text(toy.plain_text(3000, seed=4000 + seed), tokenizer)
     stage("base", out, args, lambda: Qwen2(toy.student_config(len(tokenizer))).init_weights(seed + 1), rows=text,
-          steps=150, lr=4e-3, eval_every=150, **common)
+          steps=200, lr=4e-3, eval_every=200, **common)
     return {"student": out / "base" / "best", "teacher": out / "teacher" / "best", "data": [out / "data/train.jsonl"],
             "eval_data": [out / "data/test.jsonl"]}
 
@@ -272,6 +272,7 @@ def main():
     args.device, started = pick_device(args.device), time.time()
     args.dtype = pick_dtype(args.dtype, args.device)
     if args.toy:
+        torch.set_num_threads(1)                                # its matrices are too small to share
         for name, place in toy_world(args).items():
             setattr(args, name, [str(p) for p in place] if isinstance(place, list) else str(place))
     tokenizer = Tokenizer.load(args.student)

@@ -13,6 +13,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from minikd.data import to_example
 from minikd.files import atomic_path
 from minikd.model import Qwen2Config
 from minikd.tokenizer import STOPS, Tokenizer
@@ -130,11 +131,12 @@ def plain_text(count: int, seed: int) -> list[str]:
 
 def make_tokenizer(folder) -> Tokenizer:
     """A byte-level BPE of the world's own text, saved as a Qwen2-like folder: ChatML without a system prompt."""
-    texts = [question(entry) + "\n" + (entry.get("response") or entry["code"]) for entry in records(2000, seed=11)]
+    examples = [to_example(entry, "toy") for entry in records(2000, seed=11)]
+    texts = [f"user\n{example.messages[0]['content']}\nassistant\n{example.response}" for example in examples]
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(texts + ["user\n", "assistant\n"] * 50, trainers.BpeTrainer(
+    backend.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=512, special_tokens=[STOPS[1], "<|im_start|>", STOPS[0]], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     template = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

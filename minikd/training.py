@@ -136,7 +136,7 @@ def check_settings(folder, settings: dict):
 class Progress:
     """A bar on a terminal; in a log, one plain line every few seconds.  Use as `with`, and call update()."""
 
-    def __init__(self, title: str, total: int, start: int = 0, every: float = 10.0):
+    def __init__(self, title: str, total: int, start: int = 0, every: float = 15.0):
         self.title, self.total, self.done, self.every, self.shown = title, total, start, every, time.monotonic()
         self.bar = tqdm(total=total, initial=start, desc=title, leave=False) if sys.stderr.isatty() else None
 
