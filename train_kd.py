@@ -23,20 +23,20 @@ from minikd import toy
 from minikd.checkpoint import load_model, save_model
 from minikd.data import (FORMATS, Encoded, batch_order, collate, encode_examples, encode_text, load_examples,
                          split_examples)
-from minikd.evaluate import answer, held_out_loss, score_answers, write_jsonl
+from minikd.evaluate import answer, check_vocabulary, held_out_loss, score_answers, write_jsonl
 from minikd.files import InputError, script_errors
 from minikd.losses import DIVERGENCES, head_loss, scored_positions
 from minikd.model import Qwen2
 from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, check_settings, learning_rate, load_state, make_optimizer,
-                             pick_device, pick_dtype, read_log, save_state, write_config)
+from minikd.training import (STATE, Log, Progress, check_positive, check_settings, learning_rate, load_state,
+                             make_optimizer, pick_device, pick_dtype, read_log, save_state, write_config)
 
 REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
             validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
 TOY = dict(steps=400, epochs=None, batch_size=32, lr=[3e-3], warmup=30, weight_decay=0.01, max_new_tokens=48,
-           validation=100, eval_examples=100, rouge="unicode", out="runs/toy", dtype="float32", eval_every=200)
+           validation=100, eval_examples=100, rouge="unicode", out="runs/toy", dtype="float32", eval_every=50)
 
 
 def parse_args():
@@ -70,7 +70,7 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest gradient norm (1)")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=int, help="steps between evaluations (each epoch; toy 200)")
+    add("--eval-every", type=int, help="steps between evaluations (each epoch; toy 50)")
     add("--eval-examples", type=int, help="validation examples answered for ROUGE-L each time (200; toy 100)")
     add("--max-new-tokens", type=int, help="longest answer (256; toy 48)")
     add("--rouge", choices=("plain", "stemmer", "unicode"), help="words of ROUGE-L (stemmer; toy unicode)")
@@ -87,6 +87,12 @@ def parse_args():
         raise InputError("--student without --data; add --data FILE")
     if args.student and not args.teacher and args.loss != "sft":
         raise InputError("--student without --teacher; add --teacher NAME, or --loss sft")
+    check_positive(args, "max_length", "max_prompt_length", "validation", "temperature", "epochs", "steps",
+                   "batch_size", "grad_accum", "lr", "clip", "eval_every", "eval_examples", "max_new_tokens")
+    if not (0 <= args.kd_ratio <= 1 and 0 < args.beta < 1 and 0 < args.alpha < 1):
+        raise InputError("--kd-ratio lies in 0 to 1, --beta and --alpha between them; mend the one that does not")
+    if len(args.lr or ()) > 1 and not args.loss:
+        raise InputError("--lr with several rates sweeps one loss; add --loss, or give one rate for SFT and KD")
     args.toy = args.student is None
     for name, value in (TOY if args.toy else REAL).items():
         if getattr(args, name) is None or name == "dtype" and args.dtype == "auto":
@@ -101,7 +107,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
           warmup=0, schedule="cosine", weight_decay=0.01, clip=1.0, gradient_checkpointing=False, eval_every,
           eval_examples, max_new_tokens, rouge, resume=False, seed=0, dtype=torch.float32, title) -> Qwen2:
     """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens."""
-    device, optimizer = student.head.device, make_optimizer(student, lr, weight_decay)
+    device, optimizer = student.train().head.device, make_optimizer(student, lr, weight_decay)
     divergence = None if loss == "sft" else bind(DIVERGENCES[loss], temperature=temperature, beta=beta, alpha=alpha)
     teacher, kd_ratio = (None, 0.0) if loss == "sft" else (teacher, kd_ratio)
     facts = load_state(out, student, optimizer) if resume and (out / STATE).exists() else {"step": 0, "best": -1.0}
@@ -150,12 +156,13 @@ def optimizer_steps(rows, start: int, steps: int, batch_size: int, grad_accum: i
     for step in range(start, steps):
         epoch, at = divmod(step, per_epoch)
         if at == 0 or step == start:
-            order = batch_order(rows, batch_size, seed, epoch)
-        yield step, [[rows[i] for i in batch] for batch in order[at * grad_accum:(at + 1) * grad_accum]]
+            order = batch_order(rows, batch_size * grad_accum, seed, epoch)     # so that 1 x 8 sees what 8 x 1 sees
+        whole = [rows[i] for i in order[at]]
+        yield step, [whole[i:i + batch_size] for i in range(0, len(whole), batch_size)]
 
 
 def steps_per_epoch(rows: int, batch_size: int, grad_accum: int) -> int:
-    return math.ceil(math.ceil(rows / batch_size) / grad_accum)
+    return math.ceil(rows / (batch_size * grad_accum))
 
 
 @torch.inference_mode()
@@ -201,7 +208,8 @@ def stage(name: str, out: Path, args, make_student, **settings) -> Qwen2:
     """One run with its own folder: done already, resumed, or begun.  Returns the best checkpoint, for the table."""
     folder = out / name if name else out
     recorded = {key: value for key, value in settings.items() if isinstance(value, (str, int, float, type(None)))}
-    recorded |= {"student": args.student, "teacher": args.teacher, "data": args.data, "dtype": str(args.dtype)}
+    recorded |= {flag: getattr(args, flag) for flag in ("student", "teacher", "data", "dtype", "format", "template",
+                                                        "max_length", "max_prompt_length", "validation")}
     lines = read_log(folder)
     if lines and not args.resume and not args.toy:
         raise InputError(f"{folder}: holds a run already, {lines[-1]['step']} steps; "
@@ -238,12 +246,6 @@ def toy_world(args) -> dict[str, Path]:
             "eval_data": [out / "data/test.jsonl"]}
 
 
-def check_vocabulary(name: str, model: Qwen2, tokenizer: Tokenizer):
-    if len(tokenizer) > model.config.vocab_size:
-        raise InputError(f"{name}: the tokenizer has {len(tokenizer):,} ids, the model {model.config.vocab_size:,} rows; "
-                         "do the two belong together?")
-
-
 def show_table(models: dict[str, Qwen2], tokenizer, rows, examples, args, out: Path):
     """The paper's Table 1: ROUGE-L by category, and one prompt's answers side by side. Also to table.json's jsonl."""
     columns, answers = {}, {}
@@ -278,6 +280,8 @@ def main():
     tokenizer = Tokenizer.load(args.student)
     examples, report = load_examples(args.data, args.format)
     print(report)
+    if len(examples) < 5:
+        raise InputError(f"{', '.join(args.data)}: {len(examples)} usable records; give 5 or more, one is held out")
     train_part, valid_part = split_examples(examples, min(args.validation, len(examples) // 5), args.seed)
     lengths = dict(template=args.template, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
     rows, counts = encode_examples(train_part, tokenizer, **lengths)
@@ -297,10 +301,10 @@ def main():
         return model
 
     settings = dict(tokenizer=tokenizer, rows=rows, valid_rows=valid_rows, valid_examples=valid_part, teacher=teacher,
-                    steps=steps, eval_every=args.eval_every or min(per_epoch, steps), **{name: getattr(args, name) for name in (
-                        "kd_ratio", "temperature", "beta", "alpha", "batch_size", "grad_accum", "warmup", "schedule",
-                        "weight_decay", "clip", "gradient_checkpointing", "eval_examples", "max_new_tokens", "rouge",
-                        "seed", "dtype")})
+                    steps=steps, eval_every=args.eval_every or min(per_epoch, steps))
+    settings |= {name: getattr(args, name) for name in (
+        "kd_ratio", "temperature", "beta", "alpha", "batch_size", "grad_accum", "warmup", "schedule", "weight_decay",
+        "clip", "gradient_checkpointing", "eval_examples", "max_new_tokens", "rouge", "seed", "dtype")}
     if args.loss and len(sweep) == 1:
         runs = {args.loss: ""}
     elif args.loss:

@@ -4,13 +4,21 @@ from pathlib import Path
 
 import torch
 
-from minikd.data import Encoded, Example, collate
-from minikd.files import atomic_path
+from minikd.data import Encoded, Example, collate, recognise, to_example
+from minikd.files import InputError, atomic_path
 from minikd.generate import generate
 from minikd.losses import head_loss, scored_positions
 from minikd.model import Qwen2
+from minikd.records import kind_of, read_records
 from minikd.rouge import exact_match, rouge_l_best
 from minikd.tokenizer import Tokenizer
+
+
+def check_vocabulary(name, model: Qwen2, tokenizer: Tokenizer):
+    """Raises InputError where the tokenizer has ids that the model has no row for."""
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(f"{name}: the tokenizer has {len(tokenizer):,} ids, the model {model.config.vocab_size:,} "
+                         "rows; do the two belong together?")
 
 
 @torch.inference_mode()
@@ -43,7 +51,7 @@ def answer(model: Qwen2, tokenizer: Tokenizer, prompts: list[list[int]], max_new
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
         tokens = generate(model, [prompts[i] for i in rows], max_new_tokens, temperature, top_p, top_k,
-                          tokenizer.eos_ids, None if seed is None else seed + start)
+                          tokenizer.eos_ids, None if seed is None else seed * 1_000_003 + start)
         for i, ids in zip(rows, tokens):
             texts[i] = tokenizer.decode(ids).strip()
         if progress:
@@ -71,3 +79,58 @@ def write_jsonl(rows: list[dict], path):
     """One JSON object a line; whole or not there at all."""
     with atomic_path(Path(path)) as new:
         new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+# ---- answers that are written already
+
+def read_predictions(path) -> list[str]:
+    """One answer a line or record: .txt; or .jsonl .json .csv with prediction, text, response or output, or strings."""
+    return [_texts(value, where, ("prediction", "text", "response", "output"), single=True)[0]
+            for where, value in _entries(path)]
+
+
+def read_references(path, format: str | None = None) -> list[Example]:
+    """What each line or record of a file takes for right, one reference or a list.
+
+    Its `references` or `reference` come first (score_answers writes such files); then whatever to_example makes of
+    the record, in `format` where one is given; then a response, output or text of its own, or a plain string.
+    """
+    examples = []
+    for where, value in _entries(path):
+        fields = value if isinstance(value, dict) else {}
+        if format or not {"references", "reference"} & set(fields) and recognise(fields):
+            examples.append(to_example(fields, where, format))
+        else:
+            right = _texts(value, where, ("references", "reference", "response", "output", "text"))
+            examples.append(Example((), "", "", right[0], right, str(fields.get("category") or ""), where))
+    return examples
+
+
+def _entries(path):
+    """(where, value) of each record, or of each line of a .txt, where an empty line is an empty answer."""
+    if Path(path).suffix != ".txt":
+        yield from read_records(path, kinds=(dict, str, list))
+        return
+    data = Path(path).read_bytes()
+    try:
+        lines = data.decode("utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: is not UTF-8 ({error}); save it as UTF-8") from error
+    yield from ((f"{path}:{number}", line.removesuffix("\r")) for number, line in enumerate(lines, 1))
+
+
+def _texts(value, where: str, names: tuple[str, ...], single: bool = False) -> tuple[str, ...]:
+    name = next((name for name in names if value.get(name) is not None), None) if isinstance(value, dict) else None
+    if isinstance(value, dict) and name is None:
+        raise InputError(f"{where}: has none of the fields {', '.join(names)}, but {', '.join(list(value)[:12])}; "
+                         "rename the one that holds the text")
+    found = value if name is None else value[name]
+    texts = tuple(found) if isinstance(found, list) and not single else (found,)
+    for text in texts:
+        if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+            kind = "half a character" if isinstance(text, str) else kind_of(text)
+            raise InputError(f"{where}: {name or 'the record'} is {kind}; make it text")
+    if not texts:
+        raise InputError(f"{where}: {name or 'the record'} is an empty list; give a reference")
+    return texts

@@ -5,8 +5,8 @@ rows a bfloat16 softmax is off by up to two thirds of the KL. They are true dive
 
 References
     Knowledge Distillation for Large Language Models, eq. (3) the mixed loss, (4) token-level KL
-    GKD, on-policy distillation                     arXiv:2306.13649, section 2 (JSD of beta)
-    DistiLLM, skew divergences                      arXiv:2402.03898, eq. (4) and (6)
+    GKD, generalized JSD                            arXiv:2306.13649, eq. (1)
+    DistiLLM, skew divergences                      arXiv:2402.03898, section 3.1
 """
 import math
 
@@ -60,7 +60,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
 def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5,
                    temperature: float = 1.0) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.  GKD, generalized JSD.
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.  GKD eq. (1).
 
     [..., V], [..., V] -> [...] nats. Raises ValueError outside 0 < beta < 1: at both ends the formula is 0
     everywhere. (trl puts the two KLs there, which its formula does not tend to.)
@@ -74,7 +74,7 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, beta: float =
 
 def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.1,
                     temperature: float = 1.0) -> Tensor:
-    """KL(p || alpha p + (1 - alpha) q).  DistiLLM eq. (4), whose code leaves out -H(p).
+    """KL(p || alpha p + (1 - alpha) q).  DistiLLM, whose code leaves out -H(p).
 
     [..., V], [..., V] -> [...] nats. Needs 0 < alpha < 1; bounded by -log(alpha).
     """
@@ -84,7 +84,7 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
 
 def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.1,
                     temperature: float = 1.0) -> Tensor:
-    """KL(q || (1 - alpha) p + alpha q).  DistiLLM eq. (6).
+    """KL(q || (1 - alpha) p + alpha q).  DistiLLM.
 
     [..., V], [..., V] -> [...] nats. Needs 0 < alpha < 1; bounded by -log(alpha).
     """
@@ -126,8 +126,9 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
     shared = len(head) if teacher_head is None else min(len(head), len(teacher_head))   # V, also what CE sees
     weight = torch.as_tensor(weight, dtype=torch.float32, device=hidden.device).expand(len(hidden))
+    chunk_bytes = chunk_bytes or CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
     return _HeadLoss.apply(hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, shared,
-                           chunk_bytes or CHUNK_BYTES[hidden.device.type], torch.is_grad_enabled())
+                           chunk_bytes, torch.is_grad_enabled())
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -143,14 +144,14 @@ class _HeadLoss(torch.autograd.Function):
         chunk = max(1, min(N, chunk_bytes // (V * dtype.itemsize)))             # tokens whose logits are alive
         piece = max(1, chunk // 8)                                              # of those, rows in one softmax
         with torch.autocast(device, enabled=False):
-            states, table = hidden.to(dtype), head[:V].to(dtype)
+            states = hidden.to(dtype)
             logits = states.new_empty(chunk, V)                                 # student's, then their gradient
             soft = teacher_hidden.new_empty(chunk, V, dtype=teacher_head.dtype) if kd_ratio else None
             for start in range(0, N, chunk):
                 at = slice(start, min(start + chunk, N))
-                apply_head(states[at], table, out=logits)                       # [n, D] -> [n, V]
+                apply_head(states[at], head[:V], out=logits)                       # [n, D] -> [n, V]
                 if kd_ratio:
-                    apply_head(teacher_hidden[at].to(teacher_head.dtype), teacher_head[:V], out=soft)
+                    apply_head(teacher_hidden[at].to(soft.dtype), teacher_head[:V], out=soft)
                 for row in range(start, at.stop, piece):
                     tokens = slice(row, min(row + piece, at.stop))
                     rows = slice(tokens.start - start, tokens.stop - start)     # the same tokens, within the chunk
@@ -159,11 +160,10 @@ class _HeadLoss(torch.autograd.Function):
                         weight[tokens], need_hidden or need_head)
                     if grad is not None:
                         logits[rows] = grad
-                grads = logits[:at.stop - start]                                # [n, V]
-                if need_hidden:
-                    grad_hidden[at] = (table.T @ grads.T).T                     # [n, D]; this order is MKL's faster one
-                if need_head:
-                    _add_outer(grad_head[:V], grads, states[at])
+                if need_hidden or need_head:
+                    _backward_head(logits[:at.stop - start], states[at], head[:V],
+                                   grad_hidden[at] if need_hidden else None,
+                                   grad_head[:V] if need_head else None)
         ctx.grads = grad_hidden, grad_head
         ctx.mark_non_differentiable(ce, kd)
         return (weight * ((1 - kd_ratio) * ce + kd_ratio * kd)).sum(), ce, kd   # paper eq. (3); @ would autocast
@@ -181,35 +181,46 @@ def _token_losses(logits, targets, soft, divergence, kd_ratio, weight, need_grad
     """CE [n], divergence [n], and the gradient [n, V] of their weighted sum with respect to the logits [n, V]."""
     with torch.set_grad_enabled(need_grad):
         logits = logits.detach().float().requires_grad_(need_grad)
-        ce = kd = logits.new_zeros(len(logits))
-        if kd_ratio < 1:
+        with torch.set_grad_enabled(need_grad and kd_ratio < 1):                # at ratio 1 it is only logged
             ce = F.cross_entropy(logits, targets, reduction="none")
-        if kd_ratio:
-            kd = divergence(logits, soft)
+        kd = divergence(logits, soft) if kd_ratio else torch.zeros_like(ce)
         total = weight @ ((1 - kd_ratio) * ce + kd_ratio * kd)
     return ce.detach(), kd.detach(), torch.autograd.grad(total, logits)[0] if need_grad else None
 
 
 def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
-    """states [n, D], head [V, D] -> logits [n, V], in the first rows of `out` where one is given.
+    """states [n, D], head [V, D] -> logits [n, V] in states' dtype, in the first rows of `out` where one is given.
 
-    On a CPU the head goes first and a block of it at a time: 2 x the speed of states @ head.T for n = 64.
+    The head goes first and a block of it at a time: on a CPU 2 x the speed of states @ head.T for n = 64. A head in
+    another dtype is cast block by block, so that no second copy of it is held.
     """
     if out is None:
         out = states.new_empty(len(states), len(head))
     out = out[:len(states)]
     if states.is_cuda:
-        return torch.mm(states, head.T, out=out)
+        return torch.mm(states, head.to(states.dtype).T, out=out)
     for i in range(0, len(head), BLOCK):
-        out[:, i:i + BLOCK] = (head[i:i + BLOCK] @ states.T).T
+        out[:, i:i + BLOCK] = (head[i:i + BLOCK].to(states.dtype) @ states.T).T     # ([b, D] [D, n])ᵀ
     return out
 
 
-def _add_outer(total: Tensor, grad: Tensor, states: Tensor):
-    """total [V, D] += gradᵀ [V, n] states [n, D], by blocks: no second [V, D] is made."""
-    block = 2 * BLOCK if not total.is_cuda else 16 * BLOCK
-    for i in range(0, len(total), block):
-        if total.dtype == grad.dtype:
-            total[i:i + block].addmm_(grad[:, i:i + block].T, states)
-        else:
-            total[i:i + block] += grad[:, i:i + block].T @ states
+def _backward_head(grads: Tensor, states: Tensor, head: Tensor, grad_hidden: Tensor | None, grad_head: Tensor | None):
+    """From grads [n, V] of the logits: writes grad_hidden [n, D], and adds to grad_head [V, D] in place."""
+    total = states.new_zeros(states.T.shape, dtype=torch.float32)               # [D, n]
+    block = len(head) if head.is_cuda else BLOCK
+    for i in range(0, len(head), block):
+        grad = grads[:, i:i + block].T                                          # [b, n]
+        if grad_hidden is not None:
+            _add_product(total, head[i:i + block].to(grad.dtype).T, grad)       # += [D, b] [b, n]
+        if grad_head is not None:
+            _add_product(grad_head[i:i + block], grad, states)                  # += [b, n] [n, D]
+    if grad_hidden is not None:
+        grad_hidden.copy_(total.T)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor):
+    """total += a @ b, without a second matrix of total's size where the dtypes allow."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

@@ -212,6 +212,29 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class TiedLookup(torch.autograd.Function):
+    """The lookup in a tied table, in train mode: its gradient is added to table.grad where that lies.
+
+    The head's gradient is there already, as large as the table; a second one for a few hundred rows (544 MB for
+    the 0.5B) would set the peak memory of the step. Only .backward() sees it: torch.autograd.grad needs eval mode.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, ids: Tensor, model: nn.Embedding) -> Tensor:
+        """anchor  any tensor that requires grad, so that backward is called: the table itself must not be an input,
+        or autograd would hold the head's gradient back until the lookup's arrives."""
+        ctx.ids, ctx.table = ids, model.weight
+        return F.embedding(ids, model.weight)                                   # [B, T] -> [B, T, D]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        if ctx.table.grad is None:
+            ctx.table.grad = torch.zeros_like(ctx.table)
+        ctx.table.grad.index_add_(0, ctx.ids.flatten(), grad.flatten(0, 1).to(ctx.table.dtype))
+        return None, None, None
+
+
 class Body(nn.Module):
     """Embedding, blocks and the last norm: ids [B, T] -> hidden states [B, T, D]."""
 
@@ -230,7 +253,10 @@ class Body(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]     # [1, T]
         else:                                                                   # one more token a row
             positions = cache.lengths[:, None]                                  # [B, 1]
-        x = self.embed_tokens(ids)                                              # [B, T, D]
+        if self.training and self.config.tie_word_embeddings and torch.is_grad_enabled():
+            x = TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self.embed_tokens)   # [B, T, D]
+        else:
+            x = self.embed_tokens(ids)                                          # [B, T, D]
         rope = rope_tables(positions, self.config.rope_theta, self.config.head_dim, x.dtype)
         for i, block in enumerate(self.layers):
             if checkpointing and torch.is_grad_enabled():

@@ -69,11 +69,13 @@ def kind_of(value) -> str:
     return "null" if absent else "text" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def read_records(path, refuse: Callable[[InputError], None] | None = None) -> Iterator[tuple[str, dict]]:
+def read_records(path, refuse: Callable[[InputError], None] | None = None,
+                 kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str, dict]]:
     """Streams (where, record) from a file, or from what data_files makes of a name; where is "file.jsonl:812".
 
     refuse  takes the error of a malformed line instead of having it raised. What spoils all that follows (a broken
             gzip, an unclosed quote in a csv) is raised all the same.
+    kinds   what may stand for a record: eval_rouge.py also takes a file of strings
     Raises InputError naming file and line.
     """
     readers = {".jsonl": _json_lines, ".json": _json_file, ".csv": _csv_rows, ".parquet": _parquet_rows}
@@ -83,7 +85,7 @@ def read_records(path, refuse: Callable[[InputError], None] | None = None) -> It
             raise InputError(f"{file}: the name does not say what it holds; rename it to end in {' '.join(ENDINGS)}")
         read = 0
         for read, (where, record) in enumerate(reader(file), 1):
-            if isinstance(record, dict):
+            if isinstance(record, kinds):
                 yield where, record
                 continue
             if not isinstance(record, InputError):              # readers hand on the errors that they can read past

@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from minikd.data import to_example
 from minikd.files import atomic_path
@@ -20,6 +20,10 @@ from minikd.tokenizer import STOPS, Tokenizer
 
 SHARES = {"english": 6, "spanish": 3, "code": 2}    # how often each domain is drawn
 OTHER_WORDS, WRONG = 0.3, 0.2                       # of the student's answers: reworded; about somebody else
+
+# How Qwen2 splits text before BPE. transformers takes it for granted in a qwen2 folder, whatever tokenizer.json says.
+QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+               r"|\s+(?!\S)|\s+")
 
 NAMES = "Ana Bruno Carla Diego Elena Felix Gloria Hugo Irene Jorge Karen Luis".split()
 CITIES = "Lima Oslo Rome Cairo Quito Tokyo Delhi Paris Kiev Bogota Miami Lagos".split()
@@ -52,9 +56,9 @@ SPANISH = [
 ]
 # What a function of x is asked to do, and the line that does it, usually and in other words.
 STEPS = [("double it", "x = x * 2", "x *= 2"), ("halve it", "x = x / 2", "x /= 2"), ("negate it", "x = -x", "x *= -1"),
-         ("square it", "x = x * x", "x = x ** 2"), ("add one", "x = x + 1", "x += 1"), ("print it", "print(x)", "print(str(x))"),
-         ("subtract ten", "x = x - 10", "x -= 10"), ("round it", "x = round(x)", "x = int(x + 0.5)"),
-         ("drop its sign", "x = abs(x)", "x = max(x, -x)")]
+         ("square it", "x = x * x", "x = x ** 2"), ("add one", "x = x + 1", "x += 1"),
+         ("print it", "print(x)", "print(str(x))"), ("subtract ten", "x = x - 10", "x -= 10"),
+         ("round it", "x = round(x)", "x = int(x + 0.5)"), ("drop its sign", "x = abs(x)", "x = max(x, -x)")]
 
 
 class Person:
@@ -134,7 +138,10 @@ def make_tokenizer(folder) -> Tokenizer:
     examples = [to_example(entry, "toy") for entry in records(2000, seed=11)]
     texts = [f"user\n{example.messages[0]['content']}\nassistant\n{example.response}" for example in examples]
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=512, special_tokens=[STOPS[1], "<|im_start|>", STOPS[0]], show_progress=False,

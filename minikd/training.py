@@ -22,8 +22,8 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01, betas=(0
     """AdamW; biases and norm weights are not decayed. Fused: one pass over the weights, and no copies of them."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}],
-                             lr=lr, betas=betas, fused=True)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine") -> float:
@@ -53,7 +53,19 @@ def pick_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch sees no GPU; use --device cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:             # no such kind, no such number, not built in
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu or cuda") from error
     return name
+
+
+def check_positive(args, *names: str):
+    """Raises InputError for the first of these flags that was given a number which is not above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if any(not number > 0 for number in (value if isinstance(value, list) else [value]) if number is not None):
+            raise InputError(f"--{name.replace('_', '-')} {value}: is not above 0; give a larger number")
 
 
 # ---- what a run leaves behind
@@ -76,7 +88,7 @@ class Log:
 def read_log(folder) -> list[dict]:
     """The whole lines of log.jsonl; a last one that a kill cut in half is left out."""
     path = Path(folder) / LOG
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
@@ -86,7 +98,10 @@ def write_config(folder, settings: dict):
     git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip() or None,
                 "threads": torch.get_num_threads()}
-    with atomic_path(Path(folder) / CONFIG) as new:
+    path = Path(folder) / CONFIG
+    if path.exists() and "settings" not in read_json(path):
+        raise InputError(f"{path}: is not a run's but a model's, and would be replaced; choose another --out")
+    with atomic_path(path) as new:
         new.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2, default=str) + "\n")
 
 
@@ -109,6 +124,12 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:
     path = Path(folder) / STATE
     try:
         with safe_open(path, framework="pt") as file:
+            wanted = {f"model.{key}": list(value.shape) for key, value in model.state_dict().items()}
+            held = {key: file.get_slice(key).get_shape() for key in file.keys() if key.startswith("model.")}
+            for key in sorted(wanted.keys() | held.keys()):     # all of them, before the first is touched
+                if wanted.get(key) != held.get(key):
+                    raise InputError(f"{path}: is another model's ({key.removeprefix('model.')} is {held.get(key)}, "
+                                     f"here {wanted.get(key)}); start again without --resume, in another --out")
             for key, value in model.state_dict().items():
                 value.copy_(file.get_tensor(f"model.{key}"))
             state = optimizer.state_dict()
@@ -119,18 +140,18 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:
             optimizer.load_state_dict(state)
             return json.loads(file.metadata()["facts"])
     except SafetensorError as error:
-        raise InputError(f"{path}: does not fit this model ({error}); start again without --resume") from error
+        raise InputError(f"{path}: is damaged ({error}); start again without --resume, in another --out") from error
 
 
 def check_settings(folder, settings: dict):
     """A resumed run must be the same run.  Raises InputError naming the first setting that differs."""
     if not (Path(folder) / CONFIG).exists():
         raise InputError(f"{folder}: nothing to resume there; leave out --resume")
-    before = read_json(Path(folder) / CONFIG)["settings"]
+    before = read_json(Path(folder) / CONFIG).get("settings", {})
     for key, value in json.loads(json.dumps(settings, default=str)).items():
         if before.get(key) != value:
-            raise InputError(f"{folder}: --resume with {key} = {value!r}, but the run began with {before.get(key)!r}; "
-                             "give the same flags, or another --out")
+            raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
+                             f"{before.get(key)}; give the same flags, or another --out")
 
 
 class Progress:
@@ -147,11 +168,11 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def update(self, note: str = ""):
-        self.done += 1
+    def update(self, note: str = "", by: int = 1):
+        self.done += by
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update()
+            self.bar.update(by)
         elif time.monotonic() - self.shown > self.every:
             self.shown = time.monotonic()
             print(f"{self.title} {self.done}/{self.total} {note}", file=sys.stderr, flush=True)

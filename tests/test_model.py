@@ -365,3 +365,18 @@ def test_transformers_opens_what_we_saved_unchanged(tmp_path, tied, dtype, shard
     with torch.no_grad():
         want, got = theirs.float().eval()(ids).logits, model.float()(ids)
     assert (got - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_train_mode_gives_a_tied_table_the_same_gradient_in_place(micro_batches):
+    grads = []
+    for train in (False, True):
+        config = Qwen2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                             num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+        model = Qwen2(config).init_weights(3).train(train)
+        for i in range(micro_batches):                          # from the second on, .grad is there before the head's
+            ids = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(i))
+            torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        grads.append(model.head.grad)
+    assert torch.allclose(grads[0], grads[1], atol=1e-7)
+    assert grads[0].abs().sum() > 0

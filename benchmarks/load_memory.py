@@ -1,0 +1,68 @@
+"""Claim: loading a checkpoint needs at most 1.15 x the model's bytes in the dtype asked for, at its peak.
+
+    python -m benchmarks.load_memory            # a minute on two cores, 3 GB of disk; transformers beside it
+
+Qwen2.5-0.5B's shape with random weights. Each figure is the growth of a child's highest resident memory while it loads and
+then reads every weight once (transformers only maps a file of the right dtype, and leaves the reading to the first
+use), pages of mapped files included, over the bytes of the parameters in the dtype asked for; medians of the turns.
+"""
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.decoding import HALF, make_half
+from benchmarks.measure import child, in_turns, machine, peak_resident, report, reset_peak, resident, table
+from minikd.checkpoint import load_model
+from minikd.model import Qwen2
+
+CASES = [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float32")]
+
+
+def measure(method: str, folder: str, dtype: str):
+    dtype = getattr(torch, dtype)
+    torch.zeros(64, 64) @ torch.zeros(64, 64)                                   # what torch sets up once is not counted
+    if method == "transformers":
+        from transformers import AutoModelForCausalLM, Qwen2ForCausalLM         # noqa: F401  (imports the model's code)
+    before = resident()
+    reset_peak()
+    start = time.perf_counter()
+    if method == "minikd":
+        model = load_model(folder, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    for parameter in model.parameters():
+        parameter.detach().view(-1)[::512].sum()                                # every page of it
+    seconds, grown = time.perf_counter() - start, peak_resident() - before
+    report(ratio=grown / sum(p.nbytes for p in model.parameters()), grown=grown / 1e6, seconds=seconds)
+
+
+def main():
+    if sys.argv[1:2] == ["--child"]:
+        return measure(*sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for stored in "bfloat16", "float32":
+            make_half(Path(folder) / stored, getattr(torch, stored))
+        for stored, asked in CASES:
+            figures = in_turns({method: lambda method=method: child("benchmarks.load_memory", method,
+                                                                    Path(folder) / stored, asked)
+                                for method in ("transformers", "minikd")}, args.repeats)
+            rows.append([f"{stored} folder -> {asked}", *(
+                f"{figures[method][key]:{form}}" for key, form in (("grown", ",.0f"), ("ratio", ".2f"), ("seconds", ".2f"))
+                for method in ("transformers", "minikd"))])
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Qwen2(HALF).parameters())
+    print(f"{count:,} parameters")
+    table(["", "transformers MB", "minikd MB", "transformers ratio", "minikd ratio", "transformers s", "minikd s"], rows)
+    print(f"{args.repeats} turns; " + machine("torch", "transformers"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""ROUGE-L and exact match of a model's answers, or of answers that are written already.
+
+    python eval_rouge.py                                    the toy student that train_kd.py left, on its test set
+    python eval_rouge.py --model runs/kd/kd/best --data test.jsonl
+    python eval_rouge.py --model runs/kd/kd/best --data test.jsonl --temperature 1          as MiniLLM's tables
+    python eval_rouge.py --predictions answers.txt --references test.jsonl
+
+Prints the means by category, x 100, and writes every answer with its scores to a jsonl. MiniLLM samples at
+temperature 1 with seeds 10 to 50: then each number is the mean over the seeds and its standard deviation.
+"""
+import argparse
+import statistics
+from pathlib import Path
+
+from minikd.checkpoint import load_model
+from minikd.data import FORMATS, encode_examples, load_examples
+from minikd.evaluate import answer, check_vocabulary, read_predictions, read_references, score_answers, write_jsonl
+from minikd.files import InputError, script_errors
+from minikd.rouge import mean_by_category
+from minikd.tokenizer import Tokenizer
+from minikd.training import Progress, check_positive, pick_device, pick_dtype
+
+TOY = dict(model="runs/toy/kd/best", data=["runs/toy/data/test.jsonl"], rouge="unicode", max_new_tokens=48,
+           dtype="float32")                                     # as train_kd.py judges it
+REAL = dict(rouge="stemmer", max_new_tokens=256, dtype="auto")
+SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument_group("a model's answers").add_argument
+    add("--model", help="folder or hub name (runs/toy/kd/best)")
+    add("--data", nargs="+", help="records to ask: .jsonl .json .csv .parquet, a folder or a hub dataset")
+    add("--limit", type=int, help="ask only the first LIMIT records")
+    add("--template", choices=("chatml", "alpaca"), default="chatml", help="prompt template (chatml)")
+    add("--max-length", type=int, default=512, help="tokens; a prompt that leaves no room in them is dropped (512)")
+    add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped and counted (256)")
+    add("--max-new-tokens", type=int, help="longest answer (256; toy 48)")
+    add("--batch-size", type=int, default=16, help="prompts answered at once (16)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (0)")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
+    add("--top-k", type=int, default=0, help="sample from this many tokens; 0 is all (0)")
+    add("--seeds", "--seed", type=int, nargs="+", help="one round of answers each (10 20 30 40 50; greedy needs none)")
+    add("--device", default="auto", help="cpu, cuda, ... (auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), help="of the model (auto; toy float32)")
+    add = parser.add_argument_group("answers that are written already, line by line").add_argument
+    add("--predictions", help=".txt, an answer a line; or .jsonl .json .csv with prediction, text, response or output")
+    add("--references", help="the same kinds of file; any records that train_kd.py reads; or a list `references`")
+    add = parser.add_argument_group("both").add_argument
+    add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
+    add("--rouge", choices=("plain", "stemmer", "unicode"), help="words of ROUGE-L (stemmer; toy unicode)")
+    add("--out", help="jsonl of every example's scores (answers.jsonl in the model's folder, else in runs/eval)")
+    args = parser.parse_args()
+    for pair in ("model", "data"), ("predictions", "references"):
+        given = [f"--{name}" for name in pair if getattr(args, name) is not None]
+        if len(given) == 1:
+            raise InputError(f"{given[0]} without --{pair[0] if given[0] != f'--{pair[0]}' else pair[1]}; give both")
+    if args.model and args.predictions:
+        raise InputError("--model and --predictions; give one of them: answers to make, or answers made")
+    if args.seeds and args.temperature == 0:
+        raise InputError("--seeds with --temperature 0: greedy answers are the same for all; add --temperature 1")
+    if not (args.temperature >= 0 and 0 < args.top_p <= 1 and args.top_k >= 0):
+        raise InputError("--temperature and --top-k are at least 0, --top-p is above 0 and at most 1; mend the other")
+    check_positive(args, "limit", "max_length", "max_prompt_length", "max_new_tokens", "batch_size")
+    toy = not (args.model or args.predictions)
+    if toy and not all(Path(path).exists() for path in (TOY["model"], *TOY["data"])):
+        raise InputError(f"{TOY['model']}: no toy student yet; run train_kd.py first, or give --model and --data")
+    for name, value in (TOY if toy else REAL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    folder = Path(args.model or "").expanduser()
+    args.out = Path(args.out or (folder if args.model and folder.is_dir() else Path("runs/eval")) / "answers.jsonl")
+    for path in args.predictions, args.references, *(args.data or []):
+        if path and args.out.resolve() == Path(path).expanduser().resolve():
+            raise InputError(f"--out {args.out}: is one of the files to read; choose another")
+    return args
+
+
+def model_scores(args) -> list[list[dict]]:
+    """One list of score_answers a seed, from the model's own answers."""
+    device = pick_device(args.device)
+    examples, report = load_examples(args.data, args.format, args.limit)
+    tokenizer = Tokenizer.load(args.model)
+    rows, counts = encode_examples(examples, tokenizer, args.template, args.max_length, args.max_prompt_length)
+    lost = ", ".join(f"{count:,} {what}" for what, count in counts.items() if what.startswith("dropped") and count)
+    print(f"{report}{f'; {lost}' if lost else ''}")
+    model = load_model(args.model, device, pick_dtype(args.dtype, device))
+    check_vocabulary(args.model, model, tokenizer)
+    seeds, rounds = (args.seeds or SEEDS) if args.temperature > 0 else [None], []
+    with Progress("answers", len(seeds) * len(rows)) as progress:
+        for seed in seeds:
+            texts = answer(model, tokenizer, [row.prompt for row in rows], args.max_new_tokens, args.batch_size,
+                           args.temperature, args.top_p, args.top_k, seed, lambda count: progress.update(by=count))
+            scores = score_answers(texts, [examples[row.index] for row in rows], args.rouge)
+            rounds.append([score if seed is None else {"seed": seed, **score} for score in scores])
+    return rounds
+
+
+def file_scores(args) -> list[list[dict]]:
+    texts, examples = read_predictions(args.predictions), read_references(args.references, args.format)
+    if len(texts) != len(examples):
+        raise InputError(f"{args.predictions} has {len(texts):,} predictions, {args.references} {len(examples):,} "
+                         "references; line by line, they must be as many")
+    return [score_answers(texts, examples, args.rouge)]
+
+
+def show_table(rounds: list[list[dict]], rouge: str):
+    """Means by category, x 100; over several seeds, their mean and standard deviation."""
+    tables = [mean_by_category(scores) for scores in rounds]
+    width = max(len("category"), *map(len, tables[0]))
+    over = f", mean and standard deviation of {len(rounds)} seeds" if len(rounds) > 1 else ""
+    print(f"\nROUGE-L ({rouge}) and exact match, x 100{over}")
+    print(f"{'category':<{width}} {'examples':>9} {'ROUGE-L':>14} {'exact match':>14}")
+    for category, first in tables[0].items():
+        cells = ""
+        for score in "rouge_l", "exact_match":
+            values = [table[category][score] for table in tables]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells += f" {f'{statistics.fmean(values):.1f}{spread}':>14}"
+        print(f"{category:<{width}} {first['examples']:>9,}{cells}")
+
+
+def main():
+    args = parse_args()
+    rounds = file_scores(args) if args.predictions else model_scores(args)
+    write_jsonl([score for scores in rounds for score in scores], args.out)
+    show_table(rounds, args.rouge)
+    print(f"\nevery example in {args.out}")
+
+
+if __name__ == "__main__":
+    with script_errors():
+        main()

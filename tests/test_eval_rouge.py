@@ -1,0 +1,231 @@
+"""eval_rouge.py on a model and data, and on two files: the same numbers by hand."""
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minikd.checkpoint import load_model, save_model
+from minikd.data import load_examples, prompt_text
+from minikd.files import InputError
+from minikd.generate import generate
+from minikd.evaluate import read_predictions, read_references
+from minikd.model import Qwen2, Qwen2Config
+from minikd.rouge import rouge_l
+
+SCRIPT = Path(__file__).parents[1] / "eval_rouge.py"
+spec = importlib.util.spec_from_file_location("eval_rouge", SCRIPT)
+eval_rouge = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(eval_rouge)
+
+# Three answers whose scores are counted on the fingers: F1 = 2 LCS / (words of both).
+PREDICTIONS = ["the cat sat", "a dog", "It is Rome."]           # LCS 2 of 3+4; 0 of 2+2; 3 of 3+3
+RECORDS = [{"instruction": "Who?", "response": "the cat has sat", "category": "pets"},
+           {"instruction": "And who?", "response": "two cats", "category": "pets"},
+           {"instruction": "Where?", "response": "it is Rome", "category": "places"}]
+TABLE = """\
+ROUGE-L (stemmer) and exact match, x 100
+category  examples        ROUGE-L    exact match
+pets             2           42.9            0.0
+places           1          100.0          100.0
+all              3           61.9           33.3
+"""                                                             # (6/7 + 0) / 2 and (6/7 + 0 + 1) / 3
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join((row if path.suffix == ".txt" else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """run(*flags) -> (exit status, stdout, stderr), in an empty folder."""
+    def call(*flags):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", list(map(str, ["eval_rouge.py", *flags])))
+        status = 0
+        try:
+            with eval_rouge.script_errors():
+                eval_rouge.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer) -> Path:
+    """student/, a tiny model, and data.jsonl, a dozen questions in two categories."""
+    folder = tmp_path_factory.mktemp("world")
+    config = Qwen2Config(vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.5)
+    tokenizer.save(folder / "student")
+    save_model(Qwen2(config).init_weights(1), folder / "student")
+    write(folder / "data.jsonl", [{"instruction": f"Say {'no ' * (5 * i % 12)}", "response": f"n{i} s t u",
+                                   "category": "ab"[i % 2]} for i in range(12)])
+    return folder
+
+
+def scores_in(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+# ---- two files
+
+@pytest.mark.parametrize("ending, wrap", [
+    (".txt", str), (".jsonl", str), (".jsonl", lambda text: {"prediction": text}),
+    (".jsonl", lambda text: {"text": text}), (".jsonl", lambda text: {"id": 7, "response": text}),
+    (".jsonl", lambda text: {"instruction": "?", "output": text})])
+def test_two_files_give_the_table_that_is_counted_by_hand(run, tmp_path, ending, wrap):
+    predictions = write(tmp_path / f"answers{ending}", list(map(wrap, PREDICTIONS)))
+    references = write(tmp_path / "test.jsonl", RECORDS)
+    status, out, err = run("--predictions", predictions, "--references", references)
+    assert status == 0 and TABLE in out, err
+    assert [(row["prediction"], row["f1"], row["exact_match"]) for row in scores_in("runs/eval/answers.jsonl")] == [
+        ("the cat sat", pytest.approx(6 / 7), False), ("a dog", 0.0, False), ("It is Rome.", 1.0, True)]
+
+
+def test_json_and_csv_are_read_as_jsonl_is(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(PREDICTIONS))
+    (tmp_path / "a.csv").write_text('prediction,n\n"the cat sat",1\n"a dog",2\n"It is Rome.",3\n')
+    assert read_predictions(tmp_path / "a.json") == read_predictions(tmp_path / "a.csv") == PREDICTIONS
+
+
+def test_what_the_scripts_write_is_both_the_predictions_and_the_references(run, tmp_path):
+    predictions, references = write(tmp_path / "p.txt", PREDICTIONS), write(tmp_path / "r.jsonl", RECORDS)
+    assert run("--predictions", predictions, "--references", references, "--out", "first.jsonl")[0] == 0
+    status, out, _ = run("--predictions", "first.jsonl", "--references", "first.jsonl", "--out", "second.jsonl")
+    assert status == 0 and TABLE in out
+    keys = {"where", "category", "precision", "recall", "f1", "exact_match", "prediction", "references"}
+    first, second = scores_in("first.jsonl"), scores_in("second.jsonl")
+    assert set(first[0]) == keys and [row | {"where": ""} for row in first] == [row | {"where": ""} for row in second]
+    assert first[1]["where"] == f"{references}:2"
+
+
+@pytest.mark.parametrize("record, references, category", [
+    ({"references": ["a", "b"], "category": "x"}, ("a", "b"), "x"), ({"reference": "a"}, ("a",), ""),
+    ({"instruction": "?", "output": ["a", "b"]}, ("a", "b"), "alpaca"), ({"output": ["a", "b"]}, ("a", "b"), ""),
+    ({"response": "a"}, ("a",), ""), ("a", ("a",), ""), (["a", "b"], ("a", "b"), ""),
+    ({"fail": "x = 1", "pass": "x = 2"}, ("x = 2",), "bugnet"),
+    ({"instruction": "?", "response": "a", "references": ["b"]}, ("b",), "")])
+def test_references_are_a_list_a_text_or_what_the_record_is_trained_on(tmp_path, record, references, category):
+    [example] = read_references(write(tmp_path / "r.jsonl", [record]))
+    assert (example.references, example.category) == (references, category)
+
+
+def test_the_best_of_several_references_counts(run, tmp_path):
+    run("--predictions", write(tmp_path / "p.txt", ["one two"]),
+        "--references", write(tmp_path / "r.jsonl", [{"references": ["three", "one two four", "one"]}]))
+    assert scores_in("runs/eval/answers.jsonl")[0]["f1"] == pytest.approx(4 / 5)
+
+
+def test_a_text_file_is_an_answer_a_line_an_empty_one_included(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffuno\r\n\r\nvector<n> x\n".encode())
+    assert read_predictions(tmp_path / "p.txt") == ["uno", "", "vector<n> x"]   # <n> stays: it may be what was said
+
+
+@pytest.mark.parametrize("words, expected", [("plain", 50.0), ("stemmer", 100.0), ("unicode", 0.0)])
+def test_the_words_of_rouge_are_a_choice(run, tmp_path, words, expected):
+    """'running año' and 'runs ano': stems agree in English, ASCII keeps half of año, and unicode all of it."""
+    pairs = {"plain": ("the running", "the runs"), "stemmer": ("the running", "the runs"), "unicode": ("año", "ano")}
+    predicted, wanted = pairs[words]
+    _, out, _ = run("--rouge", words, "--predictions", write(tmp_path / "p.txt", [predicted]),
+                    "--references", write(tmp_path / "r.txt", [wanted]))
+    assert f"ROUGE-L ({words})" in out and out.split("all")[1].split()[:2] == ["1", f"{expected:.1f}"]
+
+
+# ---- a model and data
+
+def test_the_models_own_answers_are_asked_for_and_scored(run, world, tokenizer):
+    status, out, err = run("--model", world / "student", "--data", world / "data.jsonl", "--max-new-tokens", 6,
+                           "--batch-size", 5, "--dtype", "float32", "--rouge", "plain")
+    assert status == 0, err
+    rows, (examples, _) = scores_in(world / "student/answers.jsonl"), load_examples(world / "data.jsonl")
+    model = load_model(world / "student")
+    for row, example in zip(rows, examples, strict=True):                       # in the data's order, one at a time
+        ids = generate(model, [tokenizer.encode(prompt_text(example, tokenizer))], 6, eos_ids=tokenizer.eos_ids)[0]
+        assert row["prediction"] == tokenizer.decode(ids).strip() and row["where"] == example.where
+        assert (row["precision"], row["recall"], row["f1"]) == rouge_l(row["prediction"], example.response)
+    mean = 100 * statistics.fmean(row["f1"] for row in rows)
+    assert out.split("\nall")[1].split()[:2] == ["12", f"{mean:.1f}"]
+    assert [line.split()[:2] for line in out.splitlines() if line[:2] in ("a ", "b ")] == [["a", "6"], ["b", "6"]]
+
+
+def test_seeds_give_a_mean_and_a_spread_and_the_same_answers_again(run, world):
+    flags = ["--model", world / "student", "--data", world / "data.jsonl", "--max-new-tokens", 6, "--dtype", "float32",
+             "--temperature", 1, "--rouge", "plain"]
+    status, out, err = run(*flags, "--seeds", 10, 20, 30, "--out", "three.jsonl")
+    assert status == 0 and "standard deviation of 3 seeds" in out, err
+    rows = scores_in("three.jsonl")
+    rounds = {seed: [row for row in rows if row["seed"] == seed] for seed in (10, 20, 30)}
+    assert [len(part) for part in rounds.values()] == [12, 12, 12]
+    assert len({tuple(row["prediction"] for row in part) for part in rounds.values()}) == 3
+    means = [100 * statistics.fmean(row["f1"] for row in part) for part in rounds.values()]
+    assert f"{statistics.fmean(means):.1f} ± {statistics.stdev(means):.1f}" in out.split("\nall")[1]
+    run(*flags, "--seed", 20, "--out", "one.jsonl")
+    assert scores_in("one.jsonl") == rounds[20]
+    run(*flags, "--limit", 2, "--out", "default.jsonl")
+    assert [row["seed"] for row in scores_in("default.jsonl")] == [10, 10, 20, 20, 30, 30, 40, 40, 50, 50]  # MiniLLM's
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(run, world, tokenizer):
+    examples, _ = load_examples(world / "data.jsonl")
+    longest = sorted(len(tokenizer.encode(prompt_text(example, tokenizer))) for example in examples)[7]
+    status, out, err = run("--model", world / "student", "--data", world / "data.jsonl", "--max-new-tokens", 2,
+                           "--max-prompt-length", longest, "--out", "short.jsonl")
+    assert status == 0 and "; 4 dropped: prompt too long" in out and len(scores_in("short.jsonl")) == 8, err
+
+
+# ---- as a shell sees it
+
+def test_with_no_flags_and_no_toy_student_it_says_what_to_run_first(tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and list(tmp_path.iterdir()) == []
+    assert done.stderr == ("error: runs/toy/kd/best: no toy student yet; run train_kd.py first, "
+                           "or give --model and --data\n")
+
+
+def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
+    write(tmp_path / "p.txt", PREDICTIONS), write(tmp_path / "r.jsonl", RECORDS)
+    done = subprocess.run([sys.executable, SCRIPT, "--predictions", "p.txt", "--references", "r.jsonl"], cwd=tmp_path,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"\n{TABLE}\nevery example in runs/eval/answers.jsonl\n"
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--predictions", "p.txt"], "--predictions without --references; give both"),
+    (["--data", "r.jsonl"], "--data without --model; give both"),
+    (["--model", "m", "--data", "r.jsonl", "--predictions", "p.txt", "--references", "r.jsonl"], "give one of them"),
+    (["--predictions", "p.txt", "--references", "two.txt"], "p.txt has 3 predictions, two.txt 2 references"),
+    (["--predictions", "none.txt", "--references", "r.jsonl"], "none.txt: No such file"),
+    (["--predictions", "none.jsonl", "--references", "r.jsonl"], "none.jsonl: no such file"),
+    (["--predictions", "p.txt", "--references", "wrong.jsonl"], "wrong.jsonl:2: has none of the fields references"),
+    (["--predictions", "number.jsonl", "--references", "r.jsonl"], "number.jsonl:1: text is a int; make it text"),
+    (["--predictions", "half.jsonl", "--references", "r.jsonl"], "half.jsonl:1: text is half a character"),
+    (["--predictions", "latin.txt", "--references", "r.jsonl"], "latin.txt:2: is not UTF-8"),
+    (["--predictions", "p.txt", "--references", "empty.jsonl"], "empty.jsonl:1: references is an empty list"),
+    (["--predictions", "p.txt", "--references", "r.jsonl", "--out", "./p.txt"], "is one of the files to read"),
+    (["--model", "no/such/model", "--data", "r.jsonl"], "no/such/model: no such folder"),
+    (["--model", "m", "--data", "r.jsonl", "--batch-size", "0"], "--batch-size 0: is not above 0"),
+    (["--model", "m", "--data", "r.jsonl", "--seeds", "1", "2"], "--seeds with --temperature 0"),
+    (["--model", "m", "--data", "r.jsonl", "--top-p", "0"], "--top-p is above 0")])
+def test_bad_input_is_one_line_that_says_what_and_where(run, tmp_path, flags, said):
+    write(tmp_path / "p.txt", PREDICTIONS), write(tmp_path / "two.txt", PREDICTIONS[:2])
+    write(tmp_path / "r.jsonl", RECORDS), write(tmp_path / "wrong.jsonl", [RECORDS[0], {"answer": "a"}, RECORDS[2]])
+    write(tmp_path / "number.jsonl", [{"text": 3}]), write(tmp_path / "empty.jsonl", [{"references": []}])
+    write(tmp_path / "half.jsonl", [{"text": "\ud83d"}])
+    (tmp_path / "latin.txt").write_bytes("uno\naño\ndos\n".encode("latin-1"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    status, out, err = run(*flags)
+    assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_format_that_does_not_fit_the_references_is_named(tmp_path):
+    with pytest.raises(InputError, match="r.jsonl:1: field 'fail' is missing"):
+        read_references(write(tmp_path / "r.jsonl", RECORDS), format="bugnet")

@@ -1,0 +1,47 @@
+"""The README says what is there: its symbols import, its flags exist, its files are the files."""
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SYMBOLS = sorted(set(re.findall(r"`(minikd\.\w+)\.(\w+)`", README)))
+COMMANDS = re.findall(r"python (\w+\.py)([^\n#`&]*)", README)
+
+
+@pytest.mark.parametrize("module, name", SYMBOLS)
+def test_every_symbol_of_the_equation_map_is_there(module, name):
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_the_equation_map_names_tests_that_are_there():
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert len(named) >= 4
+    assert named <= {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+
+
+@pytest.mark.parametrize("script, flags", COMMANDS)
+def test_every_flag_of_a_command_exists(script, flags):
+    text = (ROOT / script).read_text(encoding="utf-8")
+    for flag in re.findall(r"--[\w-]+", flags):
+        assert f'"{flag}"' in text, f"{script} has no {flag}"
+
+
+def test_the_file_list_is_the_package():
+    listed = re.findall(r"^  (\w+\.py) ", README, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "minikd").glob("*.py") if path.name != "__init__.py")
+
+
+def test_every_file_the_readme_links_to_is_there():
+    for link in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_every_benchmark_it_names_is_there():
+    names = set(re.findall(r"benchmarks\.(\w+)", README)) | set(re.findall(r"`(\w+)\.py`", README.split("## Measured")[1]
+                                                                        .split("## Equations")[0]))
+    assert names
+    for name in names:
+        assert (ROOT / "benchmarks" / f"{name}.py").exists(), name

@@ -1,0 +1,385 @@
+"""train_kd.py as it is used: a tiny student, a tiny teacher, two dozen records, and every way to call it."""
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minikd import toy
+from minikd.checkpoint import load_model, save_model
+from minikd.data import encode_examples, load_examples
+from minikd.losses import DIVERGENCES
+from minikd.model import Qwen2, Qwen2Config
+from minikd.training import LOG, STATE, read_log
+
+ROOT = Path(__file__).parents[1]
+FAST = "--epochs 1 --lr 0.01 --max-new-tokens 4 --eval-examples 2 --device cpu --dtype float32".split()
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kd = script("train_kd")
+
+
+def tiny(seed: int, tokenizer, folder, **shape) -> Path:
+    sizes = dict(vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                 num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.3)
+    tokenizer.save(folder)
+    save_model(Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer) -> Path:
+    """student/, teacher/ with a taller head, and data.jsonl: 24 questions with answers of 1 to 8 words."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny(1, tokenizer, folder / "student")
+    tiny(2, tokenizer, folder / "teacher", vocab_size=416, hidden_size=24, num_hidden_layers=2, initializer_range=0.5)
+    records = [{"instruction": f"What is {i} + {i}?", "context": "", "category": "sum" if i % 2 else "echo",
+                "response": " ".join(["It is", str(2 * i), "and", "no", "more", "than", "that"][:1 + i % 7])}
+               for i in range(24)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture
+def run(world, monkeypatch, tmp_path, capsys):
+    """run(*flags) -> (exit status, stdout, stderr), as a shell would see them; --out is tmp_path/run unless given."""
+    def call(*flags, models=("--student", world / "student", "--teacher", world / "teacher"),
+             data=("--data", world / "data.jsonl"), out=tmp_path / "run"):
+        monkeypatch.setattr(sys, "argv", list(map(str, ["train_kd.py", *models, *data, "--out", out, *FAST, *flags])))
+        status = 0
+        try:
+            with kd.script_errors():
+                kd.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return call
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_model(folder).state_dict()
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def steps_of(folder) -> list[dict]:
+    """The lines of optimizer steps, less the clock."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder) if "ce" in line]
+
+
+@pytest.fixture
+def settings(world, tokenizer, tmp_path):
+    """What train() takes, on 20 rows of the data; each call for a fresh student."""
+    examples, _ = load_examples(world / "data.jsonl")
+    rows, _ = encode_examples(examples, tokenizer)
+    return lambda **changed: dict(
+        student=load_model(world / "student"), teacher=load_model(world / "teacher").requires_grad_(False),
+        tokenizer=tokenizer, rows=rows[:20], valid_rows=rows[20:], valid_examples=examples, out=tmp_path / "run",
+        loss="forward_kl", steps=1, batch_size=8, lr=0.01, eval_every=1000, eval_examples=2, max_new_tokens=2,
+        rouge="plain", title="test") | changed
+
+
+# ---- one run
+
+def test_one_run_leaves_checkpoints_a_log_its_settings_and_a_table(run, tmp_path, world):
+    status, out, err = run("--loss", "reverse_kl", "--batch-size", 4, "--eval-every", 2)
+    folder = tmp_path / "run"
+    assert status == 0, err
+    for name in "best", "last":
+        assert load_model(folder / name).config == load_model(world / "student").config
+        assert {"tokenizer.json", "generation_config.json"} <= {path.name for path in (folder / name).iterdir()}
+    assert not same(weights(folder / "last"), weights(world / "student"))
+    lines = read_log(folder)
+    assert [line["step"] for line in lines if "ce" in line] == [1, 2, 3, 4, 5]  # 20 rows for training, 4 a step
+    assert [line["step"] for line in lines if "rouge_l" in line] == [2, 4, 5]   # and after the last
+    assert lines[-1] == {"step": 5, "done": True} and not (folder / STATE).exists()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["loss"] == "reverse_kl" and config["settings"]["student"] == str(world / "student")
+    table = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
+    assert [row["model"] for row in table] == ["Base", "reverse_kl", "Teacher"]
+    assert set(table[0]) == {"model", "all", *(line.split()[0] for line in out.split("held-out prompts")[1].splitlines()
+                                               if line.startswith(("sum", "echo")))}
+
+
+def test_sft_needs_no_teacher_and_logs_no_divergence(run, tmp_path, world):
+    status, out, err = run("--loss", "sft", "--steps", 2, models=("--student", world / "student"))
+    assert status == 0 and "Teacher" not in out, err
+    assert all(line["kd"] == 0 for line in steps_of(tmp_path / "run"))
+
+
+@torch.no_grad()
+def slow_losses(student, teacher, rows) -> tuple[float, float, int]:
+    """Paper eq. (3) and (4) as a loop over rows and tokens: cross-entropy and KL a token, and how many tokens."""
+    ce, kl, count = 0.0, 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row.prompt + row.response])
+        q, p = (model(ids)[0, :, :400].double().log_softmax(-1) for model in (student, teacher))
+        for at in range(len(row.prompt), ids.shape[1]):
+            ce -= float(q[at - 1, ids[0, at]])
+            kl += float((p[at - 1].exp() * (p[at - 1] - q[at - 1])).sum())
+            count += 1
+    return ce / count, kl / count, count
+
+
+def test_the_logged_loss_is_the_mean_over_all_scored_tokens_of_the_step(settings, tmp_path, world):
+    given = settings(batch_size=3, grad_accum=7)                                # 20 rows: six of 3, one of 2
+    ce, kl, count = slow_losses(load_model(world / "student"), given["teacher"], given["rows"])
+    kd.train(**given)
+    line = steps_of(tmp_path / "run")[0]
+    assert (line["ce"], line["kd"], line["tokens"]) == (pytest.approx(ce, rel=1e-5), pytest.approx(kl, rel=1e-5), count)
+
+
+def test_the_held_out_loss_is_the_same_mean_over_rows_the_student_never_sees(settings, tmp_path):
+    given = settings(batch_size=3)                                              # 4 rows: one batch of 3, one of 1
+    ce, kl, _ = slow_losses(kd.train(**given), given["teacher"], given["valid_rows"])
+    [line] = [line for line in read_log(tmp_path / "run") if "rouge_l" in line]
+    assert (line["valid_ce"], line["valid_kd"]) == (pytest.approx(ce, rel=1e-5), pytest.approx(kl, rel=1e-5))
+
+
+def test_every_epoch_reads_each_row_once_in_an_order_of_its_own_from_any_step_on(settings):
+    rows = settings()["rows"]
+    steps = [[[row.index for row in batch] for batch in batches]
+             for _, batches in kd.optimizer_steps(rows, 0, 9, batch_size=4, grad_accum=2, seed=3)]
+    assert kd.steps_per_epoch(20, 4, 2) == 3 and sorted(len(batches) for batches in steps[:3]) == [1, 2, 2]
+    epochs = [sum(sum(steps[at:at + 3], []), []) for at in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and len(set(map(tuple, epochs))) == 3
+    for start in range(9):
+        later = list(kd.optimizer_steps(rows, start, 9, batch_size=4, grad_accum=2, seed=3))
+        assert [step for step, _ in later] == list(range(start, 9))
+        assert [[[row.index for row in batch] for batch in batches] for _, batches in later] == steps[start:]
+
+
+@pytest.mark.parametrize("batch_size, grad_accum", [(1, 8), (2, 4), (4, 2)])
+def test_eight_at_once_is_one_at_a_time_accumulated_to_eight(settings, tmp_path, batch_size, grad_accum):
+    """Over two epochs of three steps, of which the third has 4 rows: the same rows, and each token weighs the same."""
+    runs = {}
+    for sizes in (8, 1), (batch_size, grad_accum):
+        given = settings(out=tmp_path / str(sizes), batch_size=sizes[0], grad_accum=sizes[1], steps=6, lr=1e-3)
+        runs[sizes] = kd.train(**given).state_dict(), steps_of(tmp_path / str(sizes))
+    (one, log), (other, other_log) = runs.values()
+    assert len(log) == len(other_log) == 6 and log[2]["tokens"] < log[1]["tokens"]
+    for a, b in zip(log, other_log):
+        assert a == pytest.approx(b, rel=1e-4)
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loss", DIVERGENCES)
+def test_distilling_brings_the_student_nearer_to_its_teacher_on_what_it_reads(settings, tmp_path, loss):
+    kd.train(**settings(loss=loss, kd_ratio=1.0, steps=15, batch_size=20, weight_decay=0.0))
+    distance = [line["kd"] for line in steps_of(tmp_path / "run")]
+    assert distance[0] > 0 and distance[-1] < 0.9 * distance[0]
+
+
+def test_kd_ratio_weighs_the_two_losses(settings, tmp_path):
+    """At 0 the teacher changes nothing; at 1 the targets change nothing, and the log still tells their cross-entropy
+    apart from the divergence."""
+    sft = kd.train(**settings(loss="sft", steps=2)).state_dict()
+    assert same(sft, kd.train(**settings(kd_ratio=0.0, steps=2)).state_dict())
+    assert not same(sft, kd.train(**settings(kd_ratio=0.5, steps=2)).state_dict())
+
+
+def test_the_loss_options_reach_the_loss(settings, tmp_path):
+    first = lambda **changed: (kd.train(**settings(**changed)), steps_of(tmp_path / "run")[0]["kd"])[1]
+    assert first(loss="jsd", beta=0.5) != first(loss="jsd", beta=0.9)
+    assert first(loss="skew_forward_kl", alpha=0.1) != first(loss="skew_forward_kl", alpha=0.5)
+    assert first(temperature=1.0) > first(temperature=4.0) > 0
+    assert first(temperature=1.0) == first(temperature=1.0, beta=0.9, alpha=0.5)    # that forward_kl does not take
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else(settings):
+    plain = kd.train(**settings(steps=2)).state_dict()
+    again = kd.train(**settings(steps=2, gradient_checkpointing=True)).state_dict()
+    for key in plain:
+        torch.testing.assert_close(plain[key], again[key], atol=1e-6, rtol=1e-5)
+
+
+def test_a_student_whose_head_is_taller_than_the_teachers_learns_the_shared_rows(settings, world, tokenizer, tmp_path):
+    tall = tiny(3, tokenizer, tmp_path / "tall", vocab_size=432, tie_word_embeddings=False)
+    before = weights(tall)["lm_head.weight"]
+    student = kd.train(**settings(student=load_model(tall), steps=3, weight_decay=0.0))
+    after = student.state_dict()["lm_head.weight"]
+    assert torch.equal(before[416:], after[416:]) and not torch.equal(before[:416], after[:416])
+    assert load_model(tmp_path / "run" / "last").config.vocab_size == 432
+
+
+def test_best_is_the_checkpoint_of_the_highest_rouge_and_last_the_last(settings, tmp_path, monkeypatch):
+    scores = iter([30.0, 50.0, 40.0])
+    monkeypatch.setattr(kd, "mean_by_category", lambda rows: {"all": {"rouge_l": next(scores)}})
+    saved = {}
+    monkeypatch.setattr(kd, "save_checkpoint", lambda model, _, folder, dtype: saved.setdefault(folder.name, []).append(
+        model.head.detach().clone()))
+    kd.train(**settings(steps=3, eval_every=1))
+    assert len(saved["last"]) == 3 and len(saved["best"]) == 2
+    assert torch.equal(saved["best"][1], saved["last"][1]) and not torch.equal(saved["best"][1], saved["last"][2])
+
+
+# ---- several runs
+
+def test_without_a_loss_sft_and_kd_read_the_same_batches_in_the_same_order(run, tmp_path, monkeypatch):
+    batches, collate = [], kd.collate
+    monkeypatch.setattr(kd, "collate", lambda rows, pad_id: (batches.append([row.index for row in rows]),
+                                                             collate(rows, pad_id))[1])
+    status, out, err = run("--batch-size", 4, "--grad-accum", 2, "--epochs", 2)
+    folder = tmp_path / "run"
+    assert status == 0, err
+    half = len(batches) // 2
+    assert batches[:half] == batches[half:] and sorted(sum(batches[:half], [])) == sorted(2 * list(range(20)))
+    assert [line["lr"] for line in steps_of(folder / "sft")] == [line["lr"] for line in steps_of(folder / "kd")]
+    assert steps_of(folder / "sft")[0]["ce"] == steps_of(folder / "kd")[0]["ce"]     # the same student, not yet moved
+    assert not same(weights(folder / "sft/last"), weights(folder / "kd/last"))
+    table = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
+    assert [row["model"] for row in table] == ["Base", "SFT", "KD", "Teacher"]
+    for row in table:
+        answers = [json.loads(line) for line in (folder / f"answers-{row['model'].lower()}.jsonl").open()]
+        assert 100 * sum(answer["f1"] for answer in answers) / len(answers) == pytest.approx(row["all"])
+    assert "KD / Teacher" in out and "asked" in out
+
+
+def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, tmp_path):
+    status, out, err = run("--loss", "sft", "--steps", 2, "--lr", "0.001", "0.01")
+    assert status == 0, err
+    for lr in 0.001, 0.01:
+        assert steps_of(tmp_path / "run" / f"lr-{lr}")[0]["lr"] == lr
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- stopping and going on
+
+def test_after_kill_minus_nine_resume_ends_in_the_same_bits(run, tmp_path, world):
+    flags = ["--loss", "forward_kl", "--steps", "36", "--eval-every", "6", "--batch-size", "8", "--warmup", "5"]
+    assert run(*flags, out=tmp_path / "whole")[0] == 0
+    killed = tmp_path / "killed"
+    command = [sys.executable, ROOT / "train_kd.py", "--student", world / "student", "--teacher", world / "teacher",
+               "--data", world / "data.jsonl", "--out", killed, *FAST, *flags]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not ((killed / STATE).exists() and len(steps_of(killed)) > 7):
+                assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+                time.sleep(0.002)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and 7 < len(steps_of(killed)) < 36
+    with open(killed / LOG, "a") as log:
+        log.write('{"step": 1')                                                 # as if the kill had cut a line
+    status, out, err = run(*flags, "--resume", out=killed)
+    assert status == 0, err
+    assert steps_of(killed) == steps_of(tmp_path / "whole")
+    for name in "last", "best":
+        assert same(weights(killed / name), weights(tmp_path / "whole" / name))
+
+
+def test_resume_skips_what_is_done_and_runs_what_is_not(run, tmp_path, monkeypatch):
+    assert run("--steps", 2)[0] == 0
+    before = (tmp_path / "run/sft/last/model.safetensors").stat().st_mtime_ns
+    (tmp_path / "run/kd" / LOG).unlink()                                        # stopped between the two
+    assert run("--steps", 2, "--resume")[0] == 0
+    assert (tmp_path / "run/sft/last/model.safetensors").stat().st_mtime_ns == before
+    assert read_log(tmp_path / "run/kd")[-1]["done"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--kd-ratio", "0.9"], "--kd-ratio 0.9, but the run began with 0.5"),
+    (["--seed", "3"], "--seed 3, but the run began with 0"),
+    (["--max-length", "300"], "--max-length 300, but the run began with 512"),
+    (["--template", "alpaca"], "--template alpaca, but the run began with chatml"),
+    (["--steps", "3"], "--steps 3, but the run began with 2")])
+def test_resume_with_another_flag_is_refused(run, flags, said):
+    first = ["--loss", "forward_kl", "--steps", "2"]
+    assert run(*first)[0] == 0
+    status, _, err = run(*first, "--resume", *flags)
+    assert status == 2 and said in err and err.count("\n") == 1
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(run, tmp_path):
+    assert run("--loss", "sft", "--steps", 2)[0] == 0
+    before = (tmp_path / "run" / LOG).read_bytes()
+    status, _, err = run("--loss", "sft", "--steps", 2)
+    assert status == 2 and "holds a run already, 2 steps; go on with --resume" in err and err.count("\n") == 1
+    assert (tmp_path / "run" / LOG).read_bytes() == before
+
+
+def test_the_students_own_folder_is_not_taken_for_out(run, world):
+    before = (world / "student/config.json").read_bytes()
+    status, _, err = run("--loss", "sft", "--steps", 1, out=world / "student")
+    assert status == 2 and "would be replaced; choose another --out" in err
+    assert (world / "student/config.json").read_bytes() == before
+
+
+# ---- what the user can mend
+
+@pytest.mark.parametrize("flags, said", [
+    (dict(data=("--data", "no/such.jsonl")), "no/such.jsonl: no such file"),
+    (dict(models=("--student", "no/such/student", "--teacher", "no/such/teacher")), "no/such/student: no such folder"),
+    (dict(models=("--student", "{world}/student")), "--student without --teacher"),
+    (dict(models=("--teacher", "{world}/teacher")), "--teacher or --data without --student"),
+    (dict(models=("--student", "{world}/student", "--teacher", "{world}/short")), "short: the tokenizer has "),
+    (dict(data=()), "--student without --data"),
+    (dict(data=("--data", "{world}/bad.jsonl")), "bad.jsonl:7: field 'response' is a int; make it text"),
+    (dict(data=("--data", "{world}/few.jsonl")), "4 usable records; give 5 or more")])
+def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, tmp_path, flags, said):
+    lines = (world / "data.jsonl").read_text().splitlines(keepends=True)
+    (world / "few.jsonl").write_text("".join(lines[:4]))
+    (world / "bad.jsonl").write_text("".join([*lines[:6], '{"instruction": "Why?", "response": 3}\n', *lines[6:]]))
+    tiny(4, tokenizer, world / "short", vocab_size=100)
+    flags = {name: [value.format(world=world) for value in values] for name, values in flags.items()}
+    status, _, err = run(**flags)
+    assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()                                      # and nothing was begun
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--batch-size", "0"], "--batch-size 0: is not above 0"), (["--lr", "nan"], "--lr [nan]: is not above 0"),
+    (["--validation", "0"], "--validation 0"), (["--eval-examples", "-1"], "--eval-examples -1"),
+    (["--kd-ratio", "1.5"], "--kd-ratio lies in 0 to 1"), (["--alpha", "0"], "--alpha between"),
+    (["--lr", "1e-3", "1e-2"], "--lr with several rates sweeps one loss"),
+    (["--loss", "sft", "--lr", "1e30", "--steps", "9"], "is not finite; lower --lr")])
+def test_a_flag_out_of_range_is_one_line_that_names_it(run, flags, said):
+    status, _, err = run(*flags)
+    assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_the_script_itself_ends_with_status_2_and_no_traceback(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train_kd.py", "--student", "x"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: --student without --data; add --data FILE\n"
+
+
+# ---- the toy world, shrunk
+
+def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge_agrees(tmp_path, monkeypatch, capsys):
+    few, train, text = toy.records, kd.train, toy.plain_text
+    monkeypatch.setattr(toy, "records", lambda count, *rest, **named: few(
+        min(count, 30 if "test" in named else 160), *rest, **named))
+    monkeypatch.setattr(toy, "plain_text", lambda count, seed: text(20, seed))
+    short = dict(steps=2, eval_every=2, eval_examples=4, max_new_tokens=4, batch_size=8)
+    monkeypatch.setattr(kd, "train", lambda **settings: train(**settings | short))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_kd.py", "--validation", "20", "--max-new-tokens", "4"])
+    kd.main()
+    out, err = capsys.readouterr()
+    assert all(f"\n{name} " in out for name in "code english spanish all asked right Base SFT KD Teacher".split())
+    assert {"teacher", "base", "sft", "kd", "data", "table.jsonl"} <= {path.name for path in Path("runs/toy").iterdir()}
+    table = {row["model"]: row["all"] for row in map(json.loads, open("runs/toy/table.jsonl"))}
+    assert list(table) == ["Base", "SFT", "KD", "Teacher"]
+    monkeypatch.setattr(sys, "argv", ["eval_rouge.py", "--max-new-tokens", "4"])
+    script("eval_rouge").main()
+    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("all ")][-1]
+    assert float(last.split()[2]) == pytest.approx(table["KD"], abs=0.051)
