@@ -11,8 +11,6 @@ compares Base, SFT, KD and Teacher. Paper: Knowledge Distillation for Large Lang
 """
 import argparse
 import copy
-import functools
-import inspect
 import math
 import time
 from pathlib import Path
@@ -21,11 +19,11 @@ import torch
 
 from minikd import toy
 from minikd.checkpoint import load_model, save_model
-from minikd.data import (FORMATS, Encoded, batch_order, collate, encode_examples, encode_text, load_examples,
-                         split_examples)
-from minikd.evaluate import answer, check_vocabulary, held_out_loss, score_answers, write_jsonl
+from minikd.data import (FORMATS, Encoded, collate, encode_examples, encode_text, load_examples, optimizer_steps,
+                         split_examples, steps_per_epoch)
+from minikd.evaluate import answer_and_score, check_vocabulary, held_out_loss, show_table, write_jsonl
 from minikd.files import InputError, script_errors
-from minikd.losses import DIVERGENCES, head_loss, scored_positions
+from minikd.losses import DIVERGENCES, head_loss, pick_divergence, scored_positions
 from minikd.model import Qwen2
 from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
@@ -108,7 +106,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
           eval_examples, max_new_tokens, rouge, resume=False, seed=0, dtype=torch.float32, title) -> Qwen2:
     """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens."""
     device, optimizer = student.train().head.device, make_optimizer(student, lr, weight_decay)
-    divergence = None if loss == "sft" else bind(DIVERGENCES[loss], temperature=temperature, beta=beta, alpha=alpha)
+    options = dict(temperature=temperature, beta=beta, alpha=alpha)
+    divergence = None if loss == "sft" else pick_divergence(loss, **options)
     teacher, kd_ratio = (None, 0.0) if loss == "sft" else (teacher, kd_ratio)
     facts = load_state(out, student, optimizer) if resume and (out / STATE).exists() else {"step": 0, "best": -1.0}
     log = Log(out, upto=facts["step"])
@@ -150,21 +149,6 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     return student
 
 
-def optimizer_steps(rows, start: int, steps: int, batch_size: int, grad_accum: int, seed: int):
-    """(step, micro-batches) from step `start` on; step k needs no replay of those before it."""
-    per_epoch = steps_per_epoch(len(rows), batch_size, grad_accum)
-    for step in range(start, steps):
-        epoch, at = divmod(step, per_epoch)
-        if at == 0 or step == start:
-            order = batch_order(rows, batch_size * grad_accum, seed, epoch)     # so that 1 x 8 sees what 8 x 1 sees
-        whole = [rows[i] for i in order[at]]
-        yield step, [whole[i:i + batch_size] for i in range(0, len(whole), batch_size)]
-
-
-def steps_per_epoch(rows: int, batch_size: int, grad_accum: int) -> int:
-    return math.ceil(rows / (batch_size * grad_accum))
-
-
 @torch.inference_mode()
 def teacher_states(teacher: Qwen2 | None, ids, mask):
     if teacher is None:
@@ -172,25 +156,18 @@ def teacher_states(teacher: Qwen2 | None, ids, mask):
     return scored_positions(teacher.hidden(ids), ids, mask)[0], teacher.head
 
 
-def bind(divergence, **options):
-    """The divergence with those of the options that it takes."""
-    takes = inspect.signature(divergence).parameters
-    return functools.partial(divergence, **{name: value for name, value in options.items() if name in takes})
-
-
 def evaluate(student, tokenizer, rows, examples, teacher, divergence, dtype, batch_size, eval_examples, max_new_tokens,
              rouge, facts, out, log, progress) -> dict:
     """Held-out loss, ROUGE-L of the student's own answers, a sample of them; saves last/, and best/ by ROUGE-L."""
     judged = student if dtype == torch.float32 else copy.deepcopy(student).to(dtype)
     ce, kd = held_out_loss(judged, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
-    few = rows[:eval_examples]
-    scores = score_answers(answer(judged, tokenizer, [row.prompt for row in few], max_new_tokens, batch_size),
-                           [examples[row.index] for row in few], rouge)
+    scores = answer_and_score(judged, tokenizer, rows[:eval_examples], examples, max_new_tokens, batch_size, rouge)
     rouge_l = mean_by_category(scores)["all"]["rouge_l"]
     log.write(step=facts["step"], valid_ce=ce, valid_kd=kd, rouge_l=rouge_l)
-    shown = scores[facts["step"] % len(scores)]
+    i = facts["step"] % len(scores)                             # another sample each time
     progress.say(f"{progress.title} step {facts['step']}: held-out CE {ce:.3f}" + (f", KD {kd:.3f}" if teacher else "")
-                 + f", ROUGE-L {rouge_l:.1f}; asked {shown['references'][0]!r}, said {shown['prediction'][:120]!r}")
+                 + f", ROUGE-L {rouge_l:.1f}; asked {examples[rows[i].index].messages[-1]['content'][:80]!r}, "
+                 + f"said {scores[i]['prediction'][:80]!r}")
     save_checkpoint(student, tokenizer, out / "last", dtype)
     if rouge_l > facts["best"]:
         save_checkpoint(student, tokenizer, out / "best", dtype)
@@ -204,79 +181,60 @@ def save_checkpoint(model: Qwen2, tokenizer: Tokenizer, folder: Path, dtype: tor
 
 # ---- several runs: the comparison, the sweep, the toy world
 
-def stage(name: str, out: Path, args, make_student, **settings) -> Qwen2:
-    """One run with its own folder: done already, resumed, or begun.  Returns the best checkpoint, for the table."""
-    folder = out / name if name else out
-    recorded = {key: value for key, value in settings.items() if isinstance(value, (str, int, float, type(None)))}
-    recorded |= {flag: getattr(args, flag) for flag in ("student", "teacher", "data", "dtype", "format", "template",
-                                                        "max_length", "max_prompt_length", "validation")}
+def stage(folder: Path, make_student, *, resume: bool, replace: bool, recorded: dict, **settings):
+    """One run in its own folder: done already, resumed, or begun; its models are in best/ and last/."""
+    recorded |= {key: value for key, value in settings.items() if isinstance(value, (str, int, float, type(None)))}
     lines = read_log(folder)
-    if lines and not args.resume and not args.toy:
+    if lines and not resume and not replace:
         raise InputError(f"{folder}: holds a run already, {lines[-1]['step']} steps; "
                          "go on with --resume, or choose another --out")
-    resume = args.resume and bool(lines)
-    if resume:
+    if resume and lines:
         check_settings(folder, recorded)
-    if not (resume and lines[-1].get("done")):
-        write_config(folder, recorded)
-        train(student=make_student(), out=folder, resume=resume, title=name or args.loss, **settings)
-    return load_model(folder / "best", args.device, args.dtype)
+        if lines[-1].get("done"):
+            return print(f"{folder}: done already")
+    write_config(folder, recorded)
+    train(student=make_student(), out=folder, resume=resume and bool(lines), title=folder.name, **settings)
 
 
-def toy_world(args) -> dict[str, Path]:
-    """Makes the records, the tokenizer, the teacher and the student's base under --out; returns their places."""
-    out, seed = Path(args.out), args.seed
+def toy_world(out: Path, seed: int, resume: bool):
+    """Makes the records, the tokenizer, the teacher and the student's base under `out`."""
     tokenizer = toy.make_tokenizer(out / "tokenizer")
     files = {"teacher": toy.records(12_000, seed=1000 + seed), "train": toy.records(600, 2000 + seed, human=True),
              "test": toy.records(300, seed=3000, test=True)}
     for name, entries in files.items():
         write_jsonl(entries, out / "data" / f"{name}.jsonl")
-    common = dict(tokenizer=tokenizer, loss="sft", batch_size=32, warmup=30, eval_examples=100, max_new_tokens=48,
-                  rouge="unicode", seed=seed)
-    clean, _ = load_examples(out / "data" / "teacher.jsonl")
+    clean, report = load_examples(out / "data" / "teacher.jsonl")
     train_part, valid_part = split_examples(clean, 100, seed)
     rows, valid = (encode_examples(part, tokenizer)[0] for part in (train_part, valid_part))
-    common |= dict(valid_rows=valid, valid_examples=valid_part)
-    stage("teacher", out, args, lambda: Qwen2(toy.teacher_config(len(tokenizer))).init_weights(seed), rows=rows,
-          steps=500, lr=2e-3, eval_every=250, **common)
+    common = dict(tokenizer=tokenizer, loss="sft", batch_size=32, warmup=30, eval_examples=100, max_new_tokens=48,
+                  rouge="unicode", seed=seed, valid_rows=valid, valid_examples=valid_part, resume=resume, replace=True)
+    stage(out / "teacher", lambda: Qwen2(toy.teacher_config(len(tokenizer))).init_weights(seed), rows=rows, steps=500,
+          lr=2e-3, eval_every=250, recorded={"data": report.files}, **common)
     text = encode_text(toy.plain_text(3000, seed=4000 + seed), tokenizer)
-    stage("base", out, args, lambda: Qwen2(toy.student_config(len(tokenizer))).init_weights(seed + 1), rows=text,
-          steps=200, lr=4e-3, eval_every=200, **common)
-    return {"student": out / "base" / "best", "teacher": out / "teacher" / "best", "data": [out / "data/train.jsonl"],
-            "eval_data": [out / "data/test.jsonl"]}
+    stage(out / "base", lambda: Qwen2(toy.student_config(len(tokenizer))).init_weights(seed + 1), rows=text, steps=200,
+          lr=4e-3, eval_every=200, recorded={}, **common)
 
 
-def show_table(models: dict[str, Qwen2], tokenizer, rows, examples, args, out: Path):
-    """The paper's Table 1: ROUGE-L by category, and one prompt's answers side by side. Also to table.json's jsonl."""
-    columns, answers = {}, {}
-    for name, model in models.items():
-        answers[name] = answer(model, tokenizer, [row.prompt for row in rows], args.max_new_tokens, 4 * args.batch_size)
-        scores = score_answers(answers[name], [examples[row.index] for row in rows], args.rouge)
-        write_jsonl(scores, out / f"answers-{name.lower()}.jsonl")
-        columns[name] = {key: value["rouge_l"] for key, value in mean_by_category(scores).items()}
-    ratio = "KD" in columns and "Teacher" in columns
-    print(f"\nROUGE-L ({args.rouge}) of {len(rows)} held-out prompts")
-    print(f"{'':<14}" + "".join(f"{name:>9}" for name in columns) + ("   KD / Teacher" if ratio else ""))
-    for category in next(iter(columns.values())):
-        values = {name: column[category] for name, column in columns.items()}
-        line = f"{category:<14}" + "".join(f"{value:9.1f}" for value in values.values())
-        print(line + (f"{100 * values['KD'] / max(values['Teacher'], 1e-9):14.0f}%" if ratio else ""))
-    shown = examples[rows[0].index]
-    print(f"\nasked    {shown.messages[-1]['content']!r}\nright    {shown.references[0]!r}")
-    for name in models:
-        print(f"{name:<8} {answers[name][0]!r}")
-    write_jsonl([{"model": name, **column} for name, column in columns.items()], out / "table.jsonl")
+def planned(args) -> list[tuple[str, str, float, str]]:
+    """(label, loss, learning rate, folder under --out) of every run that the flags ask for."""
+    if args.loss is None:
+        return [("SFT", "sft", args.lr[0], "sft"), ("KD", "forward_kl", args.lr[0], "kd")]
+    if len(args.lr) == 1:
+        return [(args.loss, args.loss, args.lr[0], "")]
+    return [(f"{args.loss} lr {lr:g}", args.loss, lr, f"lr-{lr:g}") for lr in args.lr]
 
 
 def main():
     args = parse_args()
-    out, sweep = Path(args.out), args.lr
-    args.device, started = pick_device(args.device), time.time()
-    args.dtype = pick_dtype(args.dtype, args.device)
+    out, started = Path(args.out), time.time()
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
     if args.toy:
         torch.set_num_threads(1)                                # its matrices are too small to share
-        for name, place in toy_world(args).items():
-            setattr(args, name, [str(p) for p in place] if isinstance(place, list) else str(place))
+        toy_world(out, args.seed, args.resume)
+        args.student, args.teacher = str(out / "base" / "best"), str(out / "teacher" / "best")
+        args.data, args.eval_data = [str(out / "data" / "train.jsonl")], [str(out / "data" / "test.jsonl")]
+
     tokenizer = Tokenizer.load(args.student)
     examples, report = load_examples(args.data, args.format)
     print(report)
@@ -292,46 +250,37 @@ def main():
 
     teacher = None
     if args.loss != "sft":
-        teacher = load_model(args.teacher, args.device, args.dtype).requires_grad_(False)
+        teacher = load_model(args.teacher, device, dtype).requires_grad_(False)
         check_vocabulary(args.teacher, teacher, tokenizer)
 
     def student():
-        model = load_model(args.student, args.device, torch.float32)
+        model = load_model(args.student, device, torch.float32)
         check_vocabulary(args.student, model, tokenizer)
         return model
 
     settings = dict(tokenizer=tokenizer, rows=rows, valid_rows=valid_rows, valid_examples=valid_part, teacher=teacher,
-                    steps=steps, eval_every=args.eval_every or min(per_epoch, steps))
+                    steps=steps, eval_every=args.eval_every or min(per_epoch, steps), dtype=dtype)
     settings |= {name: getattr(args, name) for name in (
         "kd_ratio", "temperature", "beta", "alpha", "batch_size", "grad_accum", "warmup", "schedule", "weight_decay",
-        "clip", "gradient_checkpointing", "eval_examples", "max_new_tokens", "rouge", "seed", "dtype")}
-    if args.loss and len(sweep) == 1:
-        runs = {args.loss: ""}
-    elif args.loss:
-        runs = {f"{args.loss} lr {lr:g}": f"lr-{lr:g}" for lr in sweep}
-    else:
-        runs = {"SFT": "sft", "KD": "kd"}
-    models = {}
-    for (label, folder), lr in zip(runs.items(), sweep if len(sweep) > 1 else sweep * len(runs)):
-        loss = args.loss or ("sft" if label == "SFT" else "forward_kl")
-        models[label] = stage(folder, out, args, student, loss=loss, lr=lr, **settings)
+        "clip", "gradient_checkpointing", "eval_examples", "max_new_tokens", "rouge", "seed", "resume")}
+    recorded = {"student": args.student, "teacher": args.teacher, "data": report.files, "format": args.format,
+                "dtype": str(dtype), "validation": args.validation, **lengths}
+    for _, loss, lr, folder in planned(args):
+        stage(out / folder, student, loss=loss, lr=lr, replace=args.toy, recorded=dict(recorded), **settings)
 
-    models = {"Base": student().to(args.dtype), **models} | ({"Teacher": teacher} if teacher else {})
+    models = {"Base": student().to(dtype)}
+    models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
+    models |= {"Teacher": teacher} if teacher else {}
+    test, test_rows = valid_part, valid_rows[:args.eval_examples]
     if args.eval_data:
         test, _ = load_examples(args.eval_data, args.format)
         test_rows, _ = encode_examples(test, tokenizer, **lengths)
-    else:
-        test, test_rows = valid_part, valid_rows[:args.eval_examples]
-    show_table(models, tokenizer, test_rows, test, args, out)
-    picture = plot_curves({label: out / folder for label, folder in runs.items()}, out / "curves.png",
-                          None if teacher is None else rouge_of(teacher, tokenizer, valid_rows, valid_part, args))
+    answers = dict(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, rouge=args.rouge)
+    show_table(models, tokenizer, test_rows, test, out, **answers)
+    dashed = answer_and_score(teacher, tokenizer, valid_rows[:args.eval_examples], valid_part, **answers) if teacher else []
+    picture = plot_curves({label: out / folder for label, _, _, folder in planned(args)}, out / "curves.png",
+                          mean_by_category(dashed)["all"]["rouge_l"] if teacher else None)
     print(f"\n{f'curves in {picture}; ' if picture else ''}checkpoints under {out}; {time.time() - started:.0f} s")
-
-
-def rouge_of(model, tokenizer, rows, examples, args) -> float:
-    few = rows[:args.eval_examples]
-    answers = answer(model, tokenizer, [row.prompt for row in few], args.max_new_tokens, args.batch_size)
-    return mean_by_category(score_answers(answers, [examples[row.index] for row in few], args.rouge))["all"]["rouge_l"]
 
 
 if __name__ == "__main__":

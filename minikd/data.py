@@ -20,6 +20,7 @@ bare code (process_data_bugnet.py:45, process_data_pytorrent.py:48 in knowledge_
 """
 import ast
 import hashlib
+import math
 import random
 import re
 import textwrap
@@ -376,7 +377,8 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
             counts["encoded"] += 1
             counts["responses cut"] += encoded[-1].cut
     if examples and not encoded:
-        raise InputError(f"no example is left of {len(examples)} ({counts}); raise --max-prompt-length or --max-length")
+        lost = ", ".join(f"{count} {what.removeprefix('dropped: ')}" for what, count in counts.items() if count)
+        raise InputError(f"no example is left of {len(examples)} ({lost}); raise --max-prompt-length or --max-length")
     return encoded, counts
 
 
@@ -420,3 +422,19 @@ def batch_order(encoded: list[Encoded], batch_size: int, seed: int, epoch: int) 
     batches = [rows[at:at + batch_size] for at in range(0, len(rows), batch_size)]
     rng.shuffle(batches)
     return batches
+
+
+def optimizer_steps(rows: list[Encoded], start: int, steps: int, batch_size: int, grad_accum: int,
+                    seed: int) -> Iterator[tuple[int, list[list[Encoded]]]]:
+    """(step, its micro-batches) for steps start .. steps-1; step k needs no replay of those before it."""
+    per_epoch = steps_per_epoch(len(rows), batch_size, grad_accum)
+    for step in range(start, steps):
+        epoch, at = divmod(step, per_epoch)
+        if at == 0 or step == start:
+            order = batch_order(rows, batch_size * grad_accum, seed, epoch)     # so that 1 x 8 sees what 8 x 1 sees
+        whole = [rows[i] for i in order[at]]
+        yield step, [whole[i:i + batch_size] for i in range(0, len(whole), batch_size)]
+
+
+def steps_per_epoch(rows: int, batch_size: int, grad_accum: int) -> int:
+    return math.ceil(rows / (batch_size * grad_accum))

@@ -10,7 +10,7 @@ from minikd.generate import generate
 from minikd.losses import head_loss, scored_positions
 from minikd.model import Qwen2
 from minikd.records import kind_of, read_records
-from minikd.rouge import exact_match, rouge_l_best
+from minikd.rouge import exact_match, mean_by_category, rouge_l_best
 from minikd.tokenizer import Tokenizer
 
 
@@ -73,6 +73,38 @@ def score_answers(answers: list[str], examples: list[Example], rouge: str = "ste
                      "exact_match": exact_match(text, example.references, unicode=rouge == "unicode"),
                      "prediction": text, "references": list(example.references)})
     return rows
+
+
+def answer_and_score(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], examples: list[Example],
+                     max_new_tokens: int, batch_size: int, rouge: str = "stemmer") -> list[dict]:
+    """score_answers of the model's own greedy answers to rows; row.index points into examples."""
+    answers = answer(model, tokenizer, [row.prompt for row in rows], max_new_tokens, batch_size)
+    return score_answers(answers, [examples[row.index] for row in rows], rouge)
+
+
+def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encoded], examples: list[Example], out,
+               max_new_tokens: int, batch_size: int, rouge: str = "stemmer"):
+    """Prints the paper's Table 1: ROUGE-L by category, a column a model, and one prompt's answers side by side.
+
+    The table goes to out/table.jsonl, every answer with its scores to out/answers-MODEL.jsonl.
+    """
+    columns, first = {}, {}
+    for name, model in models.items():
+        scores = answer_and_score(model, tokenizer, rows, examples, max_new_tokens, batch_size, rouge)
+        write_jsonl(scores, Path(out) / f"answers-{name.lower().replace(' ', '-')}.jsonl")
+        columns[name] = {key: value["rouge_l"] for key, value in mean_by_category(scores).items()}
+        first[name] = scores[0]["prediction"]
+    write_jsonl([{"model": name, **column} for name, column in columns.items()], Path(out) / "table.jsonl")
+    ratio, width = {"KD", "Teacher"} <= set(columns), max(8, *map(len, columns))
+    print(f"\nROUGE-L ({rouge}) of {len(rows)} held-out prompts")
+    print(f"{'':<14}" + "".join(f"{name:>{width + 1}}" for name in columns) + ("  KD / Teacher" if ratio else ""))
+    for category in next(iter(columns.values())):
+        line = f"{category:<14}" + "".join(f"{column[category]:{width + 1}.1f}" for column in columns.values())
+        kept = 100 * columns["KD"][category] / max(columns["Teacher"][category], 1e-9) if ratio else 0
+        print(line + (f"{kept:13.0f}%" if ratio else ""))
+    shown = examples[rows[0].index]
+    for name, text in {"asked": shown.messages[-1]["content"], "right": shown.references[0], **first}.items():
+        print(f"{name:<{width}} {text!r}")
 
 
 def write_jsonl(rows: list[dict], path):

@@ -49,7 +49,8 @@ def atomic_path(path, folder: bool = False):
     if folder and Path.cwd().is_relative_to(path):
         raise InputError(f"{path}: is the folder you work in, and would be replaced; give another, or one inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))   # ours alone, same file system
+    _sweep(path)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent))   # ours, same file system
     try:
         new = work / path.name
         if folder:
@@ -65,6 +66,17 @@ def atomic_path(path, folder: bool = False):
         _fsync(path.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _sweep(path: Path):
+    """Removes what processes that were killed while they wrote `path` left beside it: gigabytes, for a model."""
+    if not path.exists():                                       # then theirs may be the only copy
+        return
+    for left in path.parent.iterdir():
+        pid = left.name.removeprefix(f".{path.name}.").partition(".")[0]
+        if left.name.startswith(f".{path.name}.") and pid.isdigit() and not Path(f"/proc/{pid}").exists() \
+                and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -8,6 +8,8 @@ References
     GKD, generalized JSD                            arXiv:2306.13649, eq. (1)
     DistiLLM, skew divergences                      arXiv:2402.03898, section 3.1
 """
+import functools
+import inspect
 import math
 
 import torch
@@ -94,6 +96,12 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
 
 DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, skew_forward_kl, skew_reverse_kl)} | {
     "jsd": jensen_shannon}                          # the names that --loss takes
+
+
+def pick_divergence(name: str, **options):
+    """The divergence called `name` with those of the options (temperature, beta, alpha) that it takes."""
+    takes = inspect.signature(DIVERGENCES[name]).parameters
+    return functools.partial(DIVERGENCES[name], **{key: value for key, value in options.items() if key in takes})
 
 
 def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -177,3 +177,17 @@ def test_the_hub_is_asked_for_the_files_wanted_only(monkeypatch):
         return "/cache/snapshot"
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert local_folder("org/name", ["*.jsonl"], kind="dataset") == Path("/cache/snapshot")
+
+
+def test_what_a_killed_writer_left_is_swept_by_the_next_write_but_not_a_living_ones(tmp_path):
+    path = tmp_path / "last"
+    with atomic_path(path, folder=True):
+        pass
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, alive, other = (tmp_path / name for name in (f".last.{dead.pid}.x", f".last.{os.getpid()}.x", ".lasting.1.x"))
+    for folder in (left, alive, other):
+        folder.mkdir()
+    with atomic_path(path, folder=True):
+        pass
+    assert not left.exists() and alive.exists() and other.exists()
