@@ -12,6 +12,7 @@ compares Base, SFT, KD and Teacher. Paper: Knowledge Distillation for Large Lang
 import argparse
 import copy
 import math
+import random
 import time
 from pathlib import Path
 
@@ -164,7 +165,7 @@ def evaluate(student, tokenizer, rows, examples, teacher, divergence, dtype, bat
     scores = answer_and_score(judged, tokenizer, rows[:eval_examples], examples, max_new_tokens, batch_size, rouge)
     rouge_l = mean_by_category(scores)["all"]["rouge_l"]
     log.write(step=facts["step"], valid_ce=ce, valid_kd=kd, rouge_l=rouge_l)
-    i = facts["step"] % len(scores)                             # another sample each time
+    i = random.Random(facts["step"]).randrange(len(scores))     # another sample each time
     progress.say(f"{progress.title} step {facts['step']}: held-out CE {ce:.3f}" + (f", KD {kd:.3f}" if teacher else "")
                  + f", ROUGE-L {rouge_l:.1f}; asked {examples[rows[i].index].messages[-1]['content'][:80]!r}, "
                  + f"said {scores[i]['prediction'][:80]!r}")
@@ -252,6 +253,7 @@ def main():
     if args.loss != "sft":
         teacher = load_model(args.teacher, device, dtype).requires_grad_(False)
         check_vocabulary(args.teacher, teacher, tokenizer)
+        tokenizer.check_same(args.teacher)
 
     def student():
         model = load_model(args.student, device, torch.float32)

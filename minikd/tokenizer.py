@@ -60,6 +60,19 @@ class Tokenizer:
             stops = {"eos_token_id": sorted(self.eos_ids), "pad_token_id": self.pad_id}
             (folder / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n")
 
+    def check_same(self, name):
+        """Raises InputError where the tokenizer in folder or hub name `name` gives other ids than this one.
+
+        A student learns its teacher's probabilities id by id. A folder without a tokenizer is taken on trust.
+        """
+        if not (local_folder(name, list(FILES)) / "tokenizer.json").exists():
+            return
+        mine, other = (t.backend.get_vocab(with_added_tokens=True) for t in (self, Tokenizer.load(name)))
+        if mine != other:
+            token = min(set(mine.items()) ^ set(other.items()), key=lambda item: item[1])[0]
+            raise InputError(f"{name}: its tokenizer differs from {self.folder}'s, first in {token!r}; token-level "
+                             "distillation needs a teacher with the student's tokenizer")
+
     def __len__(self) -> int:
         """Ids in use, added tokens included: 151,665 for Qwen2.5, fewer than the head's rows."""
         return self.backend.get_vocab_size()

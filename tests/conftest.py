@@ -1,4 +1,4 @@
-"""What several test files share: two threads, the real data where it is, and a small tokenizer made on the spot."""
+"""What several test files share: one thread (a busy neighbour makes two slower), the real data where it is, and a small tokenizer made on the spot."""
 import json
 from pathlib import Path
 

@@ -262,3 +262,14 @@ def test_the_saved_real_tokenizer_is_transformers_own(qwen, tmp_path):
     for text in [*TEXTS, "<|im_start|>user\n1234<|im_end|>\n", "  three  spaces   "]:
         assert qwen.encode(text) == theirs.encode(text, add_special_tokens=False), text
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [151_643, 151_645]
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_and_one_without_is_taken_on_trust(tokenizer_folder, tmp_path):
+    mine = Tokenizer.load(tokenizer_folder)
+    mine.check_same(tokenizer_folder)
+    mine.check_same(tmp_path)
+    raw = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    raw["model"]["vocab"] = {{"a": "b", "b": "a"}.get(key, key): value for key, value in raw["model"]["vocab"].items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"differs from .*, first in '[ab]'"):
+        mine.check_same(tmp_path)
