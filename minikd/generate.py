@@ -83,7 +83,8 @@ def packed(model: Qwen2, rows: int, steps: int):
     the memory's speed. Packing costs about as much as five steps, and a copy of the weights for as long.
     """
     weight = model.head
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or steps < 16 or not torch.backends.mkldnn.enabled:
+    worth = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and steps >= 16
+    if not (worth and torch.backends.mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         yield
         return
     layers = [module for module in model.modules() if isinstance(module, Linear)]
