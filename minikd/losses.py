@@ -114,7 +114,8 @@ def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor,
 
 def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor | None = None,
               teacher_head: Tensor | None = None, divergence=None, kd_ratio: float = 0.0,
-              weight: Tensor | float = 1.0, chunk_bytes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+              weight: Tensor | float = 1.0, policy=None,
+              chunk_bytes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Paper eq. (3) summed over tokens:  Σ_n weight_n ((1 - kd_ratio) CE_n + kd_ratio D(p_n, q_n)).
 
     hidden          [N, D]   the student's states that score a token (scored_positions)
@@ -123,6 +124,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated; None for kd_ratio 0
     divergence      (student logits [n, V], teacher logits [n, V']) -> [n], one of the functions above
     weight          what each token counts, often 1 / scored tokens of the optimizer step; or one a token [N]
+    policy          (log q of the targets [n], which of the N tokens they are: a slice) -> [n], in cross-entropy's
+                    place: the objective of a policy gradient (clipped_surrogate)
     returns         the loss (differentiable once), and CE [N] and D [N] a token, for logs
 
     Full logits are never held. For each chunk of tokens the logits are made, the loss and its gradient
@@ -135,22 +138,22 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     shared = len(head) if teacher_head is None else min(len(head), len(teacher_head))   # V, also what CE sees
     weight = torch.as_tensor(weight, dtype=torch.float32, device=hidden.device).expand(len(hidden))
     chunk_bytes = chunk_bytes or CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
-    return _HeadLoss.apply(hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, shared,
-                           chunk_bytes, torch.is_grad_enabled())
+    return _HeadLoss.apply(hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy,
+                           shared, chunk_bytes, torch.is_grad_enabled())
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, V,
+    def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy, V,
                 chunk_bytes, grad_enabled):
         N, device = len(hidden), hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         need_hidden, need_head = (grad_enabled and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
         grad_head = torch.zeros_like(head) if need_head else None               # [V, D]
-        ce, kd = hidden.new_zeros(N, dtype=torch.float32), hidden.new_zeros(N, dtype=torch.float32)
+        ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))
         chunk = max(1, min(N, chunk_bytes // (V * dtype.itemsize)))             # tokens whose logits are alive
-        piece = max(1, chunk // 8)                                              # of those, rows in one softmax
+        piece = max(1, chunk // 16)                                             # of those, rows in one softmax
         with torch.autocast(device, enabled=False):
             states = hidden.to(dtype)
             logits = states.new_empty(chunk, V)                                 # student's, then their gradient
@@ -163,9 +166,9 @@ class _HeadLoss(torch.autograd.Function):
                 for row in range(start, at.stop, piece):
                     tokens = slice(row, min(row + piece, at.stop))
                     rows = slice(tokens.start - start, tokens.stop - start)     # the same tokens, within the chunk
-                    ce[tokens], kd[tokens], grad = _token_losses(
+                    ce[tokens], kd[tokens], total[tokens], grad = _token_losses(
                         logits[rows], targets[tokens], soft[rows] if kd_ratio else None, divergence, kd_ratio,
-                        weight[tokens], need_hidden or need_head)
+                        weight[tokens], policy and functools.partial(policy, at=tokens), need_hidden or need_head)
                     if grad is not None:
                         logits[rows] = grad
                 if need_hidden or need_head:
@@ -174,7 +177,7 @@ class _HeadLoss(torch.autograd.Function):
                                    grad_head[:V] if need_head else None)
         ctx.grads = grad_hidden, grad_head
         ctx.mark_non_differentiable(ce, kd)
-        return (weight * ((1 - kd_ratio) * ce + kd_ratio * kd)).sum(), ce, kd   # paper eq. (3); @ would autocast
+        return total.sum(), ce, kd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -182,18 +185,47 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("head_loss can be differentiated once; call it again for a second backward")
         grads, ctx.grads = ctx.grads, None                                      # given away, not copied
-        return *(g if g is None else g.mul_(grad_loss) for g in grads), *[None] * 9
+        return *(g if g is None else g.mul_(grad_loss) for g in grads), *[None] * 10
 
 
-def _token_losses(logits, targets, soft, divergence, kd_ratio, weight, need_grad):
-    """CE [n], divergence [n], and the gradient [n, V] of their weighted sum with respect to the logits [n, V]."""
+def _token_losses(logits, targets, soft, divergence, kd_ratio, weight, policy, need_grad):
+    """CE [n], divergence [n], their weighted sum [n], and its gradient [n, V] with respect to the logits [n, V]."""
     with torch.set_grad_enabled(need_grad):
         logits = logits.detach().float().requires_grad_(need_grad)
         with torch.set_grad_enabled(need_grad and kd_ratio < 1):                # at ratio 1 it is only logged
             ce = F.cross_entropy(logits, targets, reduction="none")
+            cost = policy(-ce) if policy else ce
         kd = divergence(logits, soft) if kd_ratio else torch.zeros_like(ce)
-        total = weight @ ((1 - kd_ratio) * ce + kd_ratio * kd)
-    return ce.detach(), kd.detach(), torch.autograd.grad(total, logits)[0] if need_grad else None
+        total = weight * ((1 - kd_ratio) * cost + kd_ratio * kd)                # paper eq. (3)
+        grad = torch.autograd.grad(total.sum(), logits)[0] if need_grad else None
+    return ce.detach(), kd.detach(), total.detach(), grad
+
+
+def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: float = 0.2) -> Tensor:
+    """-min(ρ A, clip(ρ, 1 - clip, 1 + clip) A), ρ = q / q_old of the sampled token.  PPO (arXiv:1707.06347) eq. (7).
+
+    [N] each -> [N], to be minimised. Its gradient is -A ∇ log q where q is still q_old, and 0 where an update has
+    moved ρ past the clip already in the direction that A wants.
+    """
+    ratio = (logq - old_logq).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+@torch.inference_mode()
+def compare_heads(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
+                  divergence=reverse_kl) -> dict[str, Tensor]:
+    """Metrics of each token [N], the inputs as in head_loss: ce, kd (the given divergence), forward_kl, reverse_kl in
+    nats, and agreement, 1 where the likeliest token of both is the same."""
+    def metrics(logits, soft):
+        logq, logp = log_probs(logits, soft, temperature=1.0)
+        values.append(torch.stack([divergence(logits, soft), kl(logp, logq), kl(logq, logp),
+                                   (logq.argmax(-1) == logp.argmax(-1)).float()]))          # [4, n]
+        return values[-1][0]
+
+    values = []
+    _, ce, _ = head_loss(hidden, head, targets, teacher_hidden, teacher_head, metrics, kd_ratio=0.5)
+    names = "kd", "forward_kl", "reverse_kl", "agreement"
+    return {"ce": ce} | dict(zip(names, torch.cat(values, dim=1), strict=True))
 
 
 def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minikd.losses import (DIVERGENCES, forward_kl, head_loss, jensen_shannon, reverse_kl, scored_positions,
+from minikd.losses import (DIVERGENCES, clipped_surrogate, compare_heads, forward_kl, head_loss, jensen_shannon, reverse_kl, scored_positions,
                            skew_forward_kl, skew_reverse_kl)
 from minikd.model import Qwen2, Qwen2Config
 
@@ -206,7 +206,7 @@ def test_the_last_prompt_position_scores_the_first_reply_token_and_padding_score
 
 # ---- the head, chunk by chunk ----
 
-N, V, D, DT = 23, 41, 6, 10                         # scored tokens, vocabulary, student's and teacher's hidden size
+N, V, D, DT = 53, 41, 6, 10                         # scored tokens, vocabulary, student's and teacher's hidden size
 
 
 def head_inputs(student_rows=V, teacher_rows=V):
@@ -230,7 +230,7 @@ def gradients(loss, *tensors):
     return torch.autograd.grad(loss, tensors)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 17, 22, 23, 1000])              # in a chunk; its eighth in a softmax
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 35, 52, 53, 1000])             # in a chunk; its 16th in a softmax
 @pytest.mark.parametrize("kd_ratio", [0.5, 1.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_head_loss_is_the_loss_of_full_logits(name, kd_ratio, tokens):
@@ -419,3 +419,57 @@ def test_full_logits_are_never_made_forward_or_backward(name, autocast):
         with Largest() as theirs:
             naive(hidden, head, **rest)[0].backward()
     assert ours.elements == chunk * v and theirs.elements >= n * v
+
+
+# ---- a policy gradient through the same head, and the metrics
+
+def slow_surrogate(logq, old, advantage, clip):
+    return [-min(math.exp(q - o) * a, max(1 - clip, min(1 + clip, math.exp(q - o))) * a)
+            for q, o, a in zip(logq.tolist(), old.tolist(), advantage.tolist())]
+
+
+def test_the_clipped_surrogate_is_ppos_eq_7_and_stops_where_the_ratio_went_too_far():
+    logq = torch.log(torch.tensor([0.5, 0.5, 0.5, 0.5, 0.9])).requires_grad_()
+    old, advantage = torch.log(torch.tensor([0.5, 0.3, 0.3, 0.9, 0.5])), torch.tensor([1.5, 2.0, -2.0, -1.0, -1.0])
+    ours = clipped_surrogate(logq, old, advantage, 0.2)
+    assert ours.tolist() == pytest.approx(slow_surrogate(logq, old, advantage, 0.2), rel=1e-6)
+    grad = torch.autograd.grad(ours.sum(), logq)[0]
+    assert grad[0] == pytest.approx(-1.5)                                       # -A where q is still q_old
+    assert grad[1] == 0 and grad[3] == 0                                        # far enough, the way that A wants
+    assert grad[2] == pytest.approx(2 * 5 / 3) and grad[4] == pytest.approx(1.8)    # too far the other way: pulled back
+
+
+@pytest.mark.parametrize("tokens", [3, 17, 1000])
+@pytest.mark.parametrize("kd_ratio", [0.0, 0.5])
+def test_a_policy_takes_cross_entropys_place_chunk_by_chunk(tokens, kd_ratio):
+    inputs, generator = head_inputs(V, V - 3), torch.Generator().manual_seed(5)
+    old, advantage, weight = (torch.randn(N, generator=generator) for _ in range(3))
+    student = inputs["hidden"] @ inputs["head"][:V - 3].T
+    teacher = inputs["teacher_hidden"] @ inputs["teacher_head"].T
+    logq = student.log_softmax(-1).gather(1, inputs["targets"][:, None])[:, 0]
+    old = (logq + 0.3 * old).detach()
+    surrogate = clipped_surrogate(logq, old, advantage)
+    expected = (weight * ((1 - kd_ratio) * surrogate + kd_ratio * reverse_kl(student, teacher))).sum()
+    loss, ce, _ = head_loss(**inputs, divergence=reverse_kl, kd_ratio=kd_ratio, weight=weight, chunk_bytes=tokens * V * 4,
+                            policy=lambda now, at: clipped_surrogate(now, old[at], advantage[at]))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ce, -logq.detach(), rtol=1e-5, atol=1e-5)        # still what is logged
+    of = inputs["hidden"], inputs["head"]
+    for ours, theirs in zip(gradients(loss, *of), gradients(expected, *of)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_metrics_are_those_of_full_logits():
+    inputs = head_inputs(V, V - 3)
+    inputs["hidden"] = inputs["hidden"].detach().index_fill(0, torch.tensor([4, 9]), 0.0)   # there both are uniform
+    inputs["teacher_hidden"][4:10] = 0.0
+    student = (inputs["hidden"] @ inputs["head"][:V - 3].T).detach()
+    teacher = inputs["teacher_hidden"] @ inputs["teacher_head"].T
+    ours = compare_heads(**inputs, divergence=jensen_shannon)
+    torch.testing.assert_close(ours["ce"], F.cross_entropy(student, inputs["targets"], reduction="none"))
+    teacher = inputs["teacher_hidden"] @ inputs["teacher_head"].T
+    for name, expected in dict(kd=jensen_shannon(student, teacher), forward_kl=forward_kl(student, teacher),
+                               reverse_kl=reverse_kl(student, teacher)).items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-6)
+    assert ours["agreement"].tolist() == (student.argmax(-1) == teacher.argmax(-1)).float().tolist()
+    assert 0 < ours["agreement"].sum() < N
