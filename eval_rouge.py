@@ -86,7 +86,7 @@ def model_scores(args) -> list[list[dict]]:
     lost = ", ".join(f"{count:,} {what}" for what, count in counts.items() if what.startswith("dropped") and count)
     print(f"{report}{f'; {lost}' if lost else ''}")
     model = load_model(args.model, device, pick_dtype(args.dtype, device))
-    check_vocabulary(args.model, model, tokenizer)
+    check_vocabulary(args.model, model.config, tokenizer)
     seeds, rounds = (args.seeds or SEEDS) if args.temperature > 0 else [None], []
     with Progress("answers", len(seeds) * len(rows)) as progress:
         for seed in seeds:

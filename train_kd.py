@@ -1,16 +1,19 @@
 """Supervised fine-tuning and knowledge distillation of a Qwen2 student.
 
-    python train_kd.py                          the toy world: 3 minutes on 2 CPU cores, ends in the paper's Table 1
+    python train_kd.py                          the toy world: 80 s on a CPU, ends in the paper's Table 1
     python train_kd.py --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-0.5B \\
                        --data databricks-dolly-15k.jsonl            the real thing, on one GPU
     python train_kd.py ... --loss reverse_kl --out runs/rkl         one run instead of the comparison
+    python train_kd.py ... --loss reverse_kl --on-policy 1          on the student's own answers (GKD)
+    python train_kd.py ... --loss minillm --student runs/kd/sft/best    MiniLLM, from a student that can answer
+    python train_kd.py ... --cache-teacher runs/cache               the teacher's body runs once, not every epoch
     python train_kd.py ... --loss sft --lr 5e-6 1e-5 5e-5           a sweep, drawn as the paper's figure 2
 
 Without --loss, SFT and KD start from the same student and see the same examples for the same steps; a table
 compares Base, SFT, KD and Teacher. Paper: Knowledge Distillation for Large Language Models, eq. (3) and (4).
 """
 import argparse
-import copy
+import itertools
 import math
 import random
 import time
@@ -18,16 +21,18 @@ from pathlib import Path
 
 import torch
 
-from minikd import toy
-from minikd.checkpoint import load_model, save_model
-from minikd.data import (FORMATS, Encoded, collate, encode_examples, encode_text, load_examples, optimizer_steps,
-                         split_examples, steps_per_epoch)
-from minikd.evaluate import answer_and_score, check_vocabulary, held_out_loss, show_table, write_jsonl
+from minikd import minillm, toy
+from minikd.checkpoint import load_config, load_head, load_model, model_folder, save_model
+from minikd.data import (FORMATS, Encoded, collate, encode_examples, encode_text, load_examples, load_texts,
+                         optimizer_steps, split_examples, steps_per_epoch)
+from minikd.evaluate import answer_and_score, check_vocabulary, compare, show_table, write_jsonl
 from minikd.files import InputError, script_errors
-from minikd.losses import DIVERGENCES, head_loss, pick_divergence, scored_positions
-from minikd.model import Qwen2
+from minikd.generate import respond
+from minikd.losses import (DIVERGENCES, clipped_surrogate, head_loss, pick_divergence, reverse_kl, scored_positions)
+from minikd.model import Qwen2, cast_copy
 from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
+from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_files, teacher_responses
 from minikd.tokenizer import Tokenizer
 from minikd.training import (STATE, Log, Progress, check_positive, check_settings, learning_rate, load_state,
                              make_optimizer, pick_device, pick_dtype, read_log, save_state, write_config)
@@ -43,20 +48,32 @@ def parse_args():
                                      allow_abbrev=False)
     add = parser.add_argument_group("models and data (none of them: the toy world)").add_argument
     add("--student", help="folder or hub name to start from")
-    add("--teacher", help="folder or hub name; for every loss but sft")
+    add("--teacher", help="folder or hub name; for all but --loss sft")
     add("--data", nargs="+", help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
     add("--eval-data", nargs="+", help="records for the table; else the validation split")
+    add("--lm-data", nargs="+", help="plain text (records with `text`): its cross-entropy joins every step")
     add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="prompt template (chatml)")
     add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses are cut (512)")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped (256)")
     add("--validation", type=int, help="examples held out of --data (500; toy 100)")
     add = parser.add_argument_group("loss").add_argument
-    add("--loss", choices=["sft", *DIVERGENCES], help="one run with this loss (else SFT and forward_kl, compared)")
+    add("--loss", choices=["sft", *DIVERGENCES, "minillm"],
+        help="one run with this loss (else SFT and forward_kl, compared)")
     add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy (0.5)")
     add("--temperature", type=float, default=1.0, help="divides both models' logits in the divergence (1)")
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture (0.5)")
     add("--alpha", type=float, default=0.1, help="skew losses: share of the other model in the mixture (0.1)")
+    add("--lm-coef", type=float, default=1.0, help="weight of the loss on --lm-data (1)")
+    add = parser.add_argument_group("whose answers are learned from").add_argument
+    add("--on-policy", type=float, default=0.0, help="share of steps on the student's own answers, without CE (0)")
+    add("--seq-kd", action="store_true", help="the teacher's answers, sampled once, in place of the data's")
+    add("--cache-teacher", metavar="DIR", help="keep the teacher's states there; only its head stays in memory")
+    add = parser.add_argument_group("MiniLLM").add_argument
+    add("--mix", type=float, default=0.2, help="share of the teacher in the distribution sampled from (0.2)")
+    add("--rollouts", type=int, default=256, help="answers sampled at a time (256)")
+    add("--inner-epochs", type=int, default=4, help="times each is learned from (4)")
+    add("--ratio-clip", type=float, default=0.2, help="how far q / q_old may move (0.2)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=float, help="passes over the data (1)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs (toy 400)")
@@ -80,18 +97,7 @@ def parse_args():
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of products and teacher (auto)")
     args = parser.parse_args()
-    if args.student is None and (args.teacher or args.data):
-        raise InputError("--teacher or --data without --student; give all three, or none for the toy world")
-    if args.student and not args.data:
-        raise InputError("--student without --data; add --data FILE")
-    if args.student and not args.teacher and args.loss != "sft":
-        raise InputError("--student without --teacher; add --teacher NAME, or --loss sft")
-    check_positive(args, "max_length", "max_prompt_length", "validation", "temperature", "epochs", "steps",
-                   "batch_size", "grad_accum", "lr", "clip", "eval_every", "eval_examples", "max_new_tokens")
-    if not (0 <= args.kd_ratio <= 1 and 0 < args.beta < 1 and 0 < args.alpha < 1):
-        raise InputError("--kd-ratio lies in 0 to 1, --beta and --alpha between them; mend the one that does not")
-    if len(args.lr or ()) > 1 and not args.loss:
-        raise InputError("--lr with several rates sweeps one loss; add --loss, or give one rate for SFT and KD")
+    check_flags(args)
     args.toy = args.student is None
     for name, value in (TOY if args.toy else REAL).items():
         if getattr(args, name) is None or name == "dtype" and args.dtype == "auto":
@@ -99,74 +105,127 @@ def parse_args():
     return args
 
 
+def check_flags(args):
+    """Raises InputError for flags that do not go together."""
+    asks = args.on_policy or args.seq_kd or args.cache_teacher
+    if args.student is None and (args.teacher or args.data):
+        raise InputError("--teacher or --data without --student; give all three, or none for the toy world")
+    if args.student and not args.data:
+        raise InputError("--student without --data; add --data FILE")
+    if args.student and not args.teacher and (args.loss != "sft" or asks):
+        raise InputError("--student without --teacher; add --teacher NAME, or --loss sft alone")
+    check_positive(args, "max_length", "max_prompt_length", "validation", "temperature", "epochs", "steps",
+                   "batch_size", "grad_accum", "lr", "clip", "eval_every", "eval_examples", "max_new_tokens",
+                   "rollouts", "inner_epochs", "ratio_clip", "lm_coef")
+    if not (0 <= args.kd_ratio <= 1 and 0 < args.beta < 1 and 0 < args.alpha < 1):
+        raise InputError("--kd-ratio lies in 0 to 1, --beta and --alpha between them; mend the one that does not")
+    if not (0 <= args.on_policy <= 1 and 0 <= args.mix < 1):
+        raise InputError("--on-policy lies in 0 to 1, --mix in 0 to below 1; mend the one that does not")
+    if args.on_policy and args.loss in ("sft", "minillm", None):
+        raise InputError(f"--on-policy needs a divergence (MiniLLM is on-policy by itself); add --loss reverse_kl")
+    if args.cache_teacher and (args.on_policy or args.loss in ("sft", "minillm")):
+        raise InputError("--cache-teacher holds what the teacher says of the data; own answers are new each time, and "
+                         "SFT asks no teacher: leave it out")
+    if args.seq_kd and args.loss == "minillm":
+        raise InputError("--seq-kd with --loss minillm: MiniLLM learns from its own answers; leave one out")
+    if len(args.lr or ()) > 1 and not args.loss:
+        raise InputError("--lr with several rates sweeps one loss; add --loss, or give one rate for SFT and KD")
+
+
 # ---- one run: the loop
 
 def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_rows: list[Encoded], valid_examples, out,
-          loss, teacher=None, kd_ratio=0.5, temperature=1.0, beta=0.5, alpha=0.1, steps, batch_size, grad_accum=1, lr,
-          warmup=0, schedule="cosine", weight_decay=0.01, clip=1.0, gradient_checkpointing=False, eval_every,
-          eval_examples, max_new_tokens, rouge, resume=False, seed=0, dtype=torch.float32, title) -> Qwen2:
+          loss, teacher: Teacher | CachedTeacher | None = None, kd_ratio=0.5, temperature=1.0, beta=0.5, alpha=0.1,
+          lm_rows=(), lm_coef=1.0, on_policy=0.0, mix=0.2, rollouts=256, inner_epochs=4, ratio_clip=0.2, steps,
+          batch_size, grad_accum=1, lr, warmup=0, schedule="cosine", weight_decay=0.01, clip=1.0,
+          gradient_checkpointing=False, eval_every, eval_examples, max_new_tokens, rouge, resume=False, seed=0,
+          dtype=torch.float32, title) -> Qwen2:
     """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens."""
-    device, optimizer = student.train().head.device, make_optimizer(student, lr, weight_decay)
-    options = dict(temperature=temperature, beta=beta, alpha=alpha)
-    divergence = None if loss == "sft" else pick_divergence(loss, **options)
+    optimizer = make_optimizer(student.train(), lr, weight_decay)
+    divergence = None if loss == "sft" else reverse_kl if loss == "minillm" else pick_divergence(
+        loss, temperature=temperature, beta=beta, alpha=alpha)
     teacher, kd_ratio = (None, 0.0) if loss == "sft" else (teacher, kd_ratio)
-    facts = load_state(out, student, optimizer) if resume and (out / STATE).exists() else {"step": 0, "best": -1.0}
+    facts, held = {"step": 0, "best": -1.0}, {}
+    if resume and (out / STATE).exists():
+        facts, held = load_state(out, student, optimizer)
+    sampled, order = minillm.unpack_rollouts(held), (batch_size, grad_accum, seed)
+    own = dict(batch_size=batch_size * grad_accum, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
+    copy = None                                                 # of the student in `dtype`, to sample with
+    source = optimizer_steps(rows, facts["step"], steps, *order)
+    if loss == "minillm":
+        source = minillm.rollout_steps(sampled, rows, facts["step"], steps, *order, rollouts, inner_epochs, dict(
+            own, student=student, teacher=teacher.model, pad_id=tokenizer.pad_id, mix=mix, dtype=dtype))
+    texts = optimizer_steps(lm_rows, facts["step"], steps, *order) if lm_rows else itertools.repeat((0, ()))
+    gradients = dict(student=student, pad_id=tokenizer.pad_id, dtype=dtype, checkpointing=gradient_checkpointing)
     log = Log(out, upto=facts["step"])
     with Progress(title, steps, start=facts["step"]) as progress:
-        for step, micro_batches in optimizer_steps(rows, facts["step"], steps, batch_size, grad_accum, seed):
-            started = time.perf_counter()
+        for (step, batches), (_, lm_batches) in zip(source, texts):
+            started, terms = time.perf_counter(), dict(teacher=teacher, divergence=divergence, kd_ratio=kd_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
-            batches = [collate(batch, tokenizer.pad_id) for batch in micro_batches]
-            scored = sum(int(batch.mask.sum()) for batch in batches)            # tokens of this optimizer step
-            ce_sum = kd_sum = 0.0
-            for batch in batches:
-                ids, mask = batch.ids.to(device), batch.mask.to(device)         # [B, T]
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    hidden = student.hidden(ids, checkpointing=gradient_checkpointing)          # [B, T, D]
-                    hidden, targets = scored_positions(hidden, ids, mask)       # [N, D], [N]
-                    soft, soft_head = teacher_states(teacher, ids, mask)        # [N, D'], [V', D']
-                    value, ce, kd = head_loss(hidden, student.head, targets, soft, soft_head, divergence,
-                                              kd_ratio, weight=1 / scored)      # paper eq. (3)
-                value.backward()
-                ce_sum, kd_sum = ce_sum + ce.sum(), kd_sum + kd.sum()
+            if random.Random(f"{seed}:{step}").random() < on_policy:            # GKD: alternate on-policy steps
+                copy = cast_copy(student, dtype, copy)
+                answers = respond(copy, sum(batches, []), seed=seed + 7919 * step, **own)
+                batches = [answers[i:i + batch_size] for i in range(0, len(answers), batch_size)]
+                terms["kd_ratio"] = 1.0                                         # its own answers are no targets
+            scored = sum(len(row.response) for row in sum(batches, []))         # tokens of this optimizer step
+            sums = sum(add_gradients(batch, weight=1 / scored, ratio_clip=ratio_clip, **terms, **gradients)
+                       for batch in batches)                                    # [2] CE and divergence
+            lm_scored = max(1, sum(len(row.response) for row in sum(lm_batches, [])))
+            lm_sums = sum(add_gradients(batch, weight=lm_coef / lm_scored, **gradients) for batch in lm_batches)
             norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), clip))
             if not math.isfinite(norm):
                 raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g}), "
                                  "or use --dtype float32")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            ce, kd = float(ce_sum) / scored, float(kd_sum) / scored
+            ce, kd = (sums / scored).tolist()
             log.write(step=step + 1, ce=ce, kd=kd, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
+                      **({"lm_ce": float(lm_sums[0]) / lm_scored} if lm_batches else {}),
                       seconds=round(time.perf_counter() - started, 4))
             progress.update(f"ce {ce:.3f}" + (f" kd {kd:.3f}" if teacher else ""))
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 facts = evaluate(student, tokenizer, valid_rows, valid_examples, teacher, divergence, dtype, batch_size,
                                  eval_examples, max_new_tokens, rouge, facts | {"step": step + 1}, out, log, progress)
                 if step + 1 < steps:
-                    save_state(out, student, optimizer, **facts)
+                    save_state(out, student, optimizer, facts, minillm.pack_rollouts(sampled))
     log.write(step=steps, done=True)
     (out / STATE).unlink(missing_ok=True)                       # last/ has the weights; the moments are of no more use
     return student
 
 
-@torch.inference_mode()
-def teacher_states(teacher: Qwen2 | None, ids, mask):
-    if teacher is None:
-        return None, None
-    return scored_positions(teacher.hidden(ids), ids, mask)[0], teacher.head
+def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id: int, dtype: torch.dtype,
+                  checkpointing: bool, teacher=None, divergence=None, kd_ratio=0.0, ratio_clip=0.2) -> torch.Tensor:
+    """Forward and backward of one micro-batch, each token of it counted `weight`; returns the sums of CE and D [2]."""
+    device, (ids, mask) = student.head.device, vars(collate(batch, pad_id)).values()
+    ids, mask = ids.to(device), mask.to(device)                                 # [B, T]
+    terms = dict(divergence=divergence, kd_ratio=kd_ratio, weight=weight)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        hidden = student.hidden(ids, checkpointing=checkpointing)               # [B, T, D]
+        hidden, targets = scored_positions(hidden, ids, mask)                   # [N, D], [N]
+        if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7): KL_t + the surrogate
+            old, advantage, soft = (torch.cat([getattr(row, name) for row in batch]).to(device)
+                                    for name in minillm.FROZEN)                 # [N], [N], [N, D']
+            terms |= dict(kd_ratio=0.5, weight=2 * weight, policy=lambda logq, at: clipped_surrogate(
+                logq, old[at], advantage[at], ratio_clip))
+        else:                                                                   # paper eq. (3): CE and divergence
+            soft = teacher.states(batch, ids, mask) if teacher and kd_ratio else None           # [N, D']
+        value, ce, kd = head_loss(hidden, student.head, targets, soft, teacher.head if teacher else None, **terms)
+    value.backward()
+    return torch.stack([ce.sum(), kd.sum()])
 
 
 def evaluate(student, tokenizer, rows, examples, teacher, divergence, dtype, batch_size, eval_examples, max_new_tokens,
              rouge, facts, out, log, progress) -> dict:
     """Held-out loss, ROUGE-L of the student's own answers, a sample of them; saves last/, and best/ by ROUGE-L."""
-    judged = student if dtype == torch.float32 else copy.deepcopy(student).to(dtype)
-    ce, kd = held_out_loss(judged, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
+    judged = cast_copy(student, dtype)
+    held = compare(judged, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
     scores = answer_and_score(judged, tokenizer, rows[:eval_examples], examples, max_new_tokens, batch_size, rouge)
     rouge_l = mean_by_category(scores)["all"]["rouge_l"]
-    log.write(step=facts["step"], valid_ce=ce, valid_kd=kd, rouge_l=rouge_l)
+    log.write(step=facts["step"], rouge_l=rouge_l, **{f"valid_{key}": value for key, value in held.items()})
     i = random.Random(facts["step"]).randrange(len(scores))     # another sample each time
-    progress.say(f"{progress.title} step {facts['step']}: held-out CE {ce:.3f}" + (f", KD {kd:.3f}" if teacher else "")
+    progress.say(f"{progress.title} step {facts['step']}: held-out CE {held['ce']:.3f}"
+                 + (f", KD {held['kd']:.3f}" if teacher else "")
                  + f", ROUGE-L {rouge_l:.1f}; asked {examples[rows[i].index].messages[-1]['content'][:80]!r}, "
                  + f"said {scores[i]['prediction'][:80]!r}")
     save_checkpoint(student, tokenizer, out / "last", dtype)
@@ -225,6 +284,24 @@ def planned(args) -> list[tuple[str, str, float, str]]:
     return [(f"{args.loss} lr {lr:g}", args.loss, lr, f"lr-{lr:g}") for lr in args.lr]
 
 
+def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher | CachedTeacher:
+    """The teacher as the loop meets it: alive, or with --cache-teacher its states of `rows`, made where missing."""
+    folder = model_folder(args.teacher)
+    tokenizer.check_same(folder)
+    config = load_config(folder)
+    check_vocabulary(args.teacher, config, tokenizer)
+    load = lambda: load_model(folder, device, dtype).requires_grad_(False)
+    if not args.cache_teacher:
+        return Teacher(load())
+    made_from = {"teacher": teacher_files(folder), "dtype": str(dtype), "data": sorted(data.values()), "seq_kd": args.seq_kd, **lengths}
+    with Progress(f"{args.cache_teacher}: teacher's states, rows", len(rows)) as progress:
+        computed = fill_cache(args.cache_teacher, rows, made_from, load, config.hidden_size, tokenizer.pad_id,
+                              args.batch_size, dtype, progress=lambda count: progress.update(by=count))
+    print(f"{args.cache_teacher}: {computed:,} tokens computed; "
+          f"{2 * config.hidden_size:,} bytes a scored token, {sum(len(row.response) for row in rows):,} of them")
+    return CachedTeacher(args.cache_teacher, load_head(folder, device, dtype))
+
+
 def main():
     args = parse_args()
     out, started = Path(args.out), time.time()
@@ -248,40 +325,51 @@ def main():
     print(", ".join(f"{count:,} {what}" for what, count in counts.items()) + f"; {len(valid_rows):,} for validation")
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or math.ceil(args.epochs * per_epoch)
-
-    teacher = None
-    if args.loss != "sft":
-        teacher = load_model(args.teacher, device, dtype).requires_grad_(False)
-        check_vocabulary(args.teacher, teacher, tokenizer)
-        tokenizer.check_same(args.teacher)
+    texts, text_files = load_texts(args.lm_data) if args.lm_data else ([], None)
 
     def student():
         model = load_model(args.student, device, torch.float32)
-        check_vocabulary(args.student, model, tokenizer)
+        check_vocabulary(args.student, model.config, tokenizer)
         return model
 
+    teacher = None
+    if args.seq_kd:
+        model = load_model(args.teacher, device, dtype)
+        with Progress("the teacher's answers", len(rows)) as progress:
+            rows = teacher_responses(out / "teacher-answers.jsonl", model, rows, teacher_files(model_folder(
+                args.teacher)), tokenizer, args.batch_size, args.max_new_tokens, args.seed,
+                progress=lambda count: progress.update(by=count))
+    if args.teacher:                                            # SFT too, where one is given: the table compares with it
+        teacher = open_teacher(args, tokenizer, rows + valid_rows, device, dtype, lengths, report.files)
+
     settings = dict(tokenizer=tokenizer, rows=rows, valid_rows=valid_rows, valid_examples=valid_part, teacher=teacher,
-                    steps=steps, eval_every=args.eval_every or min(per_epoch, steps), dtype=dtype)
+                    steps=steps, eval_every=args.eval_every or min(per_epoch, steps), dtype=dtype,
+                    lm_rows=encode_text(texts, tokenizer, args.max_length))
     settings |= {name: getattr(args, name) for name in (
-        "kd_ratio", "temperature", "beta", "alpha", "batch_size", "grad_accum", "warmup", "schedule", "weight_decay",
-        "clip", "gradient_checkpointing", "eval_examples", "max_new_tokens", "rouge", "seed", "resume")}
+        "kd_ratio", "temperature", "beta", "alpha", "lm_coef", "on_policy", "mix", "rollouts", "inner_epochs",
+        "ratio_clip", "batch_size", "grad_accum", "warmup", "schedule", "weight_decay", "clip",
+        "gradient_checkpointing", "eval_examples", "max_new_tokens", "rouge", "seed", "resume")}
     recorded = {"student": args.student, "teacher": args.teacher, "data": report.files, "format": args.format,
+                "lm_data": text_files, "seq_kd": args.seq_kd, "cache_teacher": args.cache_teacher,
                 "dtype": str(dtype), "validation": args.validation, **lengths}
     for _, loss, lr, folder in planned(args):
         stage(out / folder, student, loss=loss, lr=lr, replace=args.toy, recorded=dict(recorded), **settings)
 
+    judge = teacher.model if isinstance(teacher, Teacher) else None
+    if isinstance(teacher, CachedTeacher):                      # the table asks it for answers
+        judge = load_model(args.teacher, device, dtype).requires_grad_(False)
     models = {"Base": student().to(dtype)}
     models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
-    models |= {"Teacher": teacher} if teacher else {}
+    models |= {"Teacher": judge} if judge else {}
     test, test_rows = valid_part, valid_rows[:args.eval_examples]
     if args.eval_data:
         test, _ = load_examples(args.eval_data, args.format)
         test_rows, _ = encode_examples(test, tokenizer, **lengths)
     answers = dict(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, rouge=args.rouge)
     show_table(models, tokenizer, test_rows, test, out, **answers)
-    dashed = answer_and_score(teacher, tokenizer, valid_rows[:args.eval_examples], valid_part, **answers) if teacher else []
+    dashed = answer_and_score(judge, tokenizer, valid_rows[:args.eval_examples], valid_part, **answers) if judge else []
     picture = plot_curves({label: out / folder for label, _, _, folder in planned(args)}, out / "curves.png",
-                          mean_by_category(dashed)["all"]["rouge_l"] if teacher else None)
+                          mean_by_category(dashed)["all"]["rouge_l"] if judge else None)
     print(f"\n{f'curves in {picture}; ' if picture else ''}checkpoints under {out}; {time.time() - started:.0f} s")
 
 

@@ -34,23 +34,44 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     model is ever held. Raises InputError for a missing, surplus or misshapen tensor, a truncated file, or
     an index that names a file that is not there.
     """
-    folder = local_folder(name, ["config.json", "generation_config.json", "*.safetensors", INDEX, "*token*",
-                                 "vocab.json", "merges.txt", "chat_template*"])
-    config = load_config(folder)
-    with torch.device("meta"):
-        model = Qwen2(config)
-    wanted = {key: tuple(p.shape) for key, p in model.state_dict().items()}
-    files = tensor_files(folder, wanted)
+    model, wanted, files = outline(model_folder(name))
     model = model.to(dtype).to_empty(device=device)
     places = model.state_dict()                                 # the parameters themselves, by name
     # Largest first: while a tensor is read, its pages of the file count beside what is loaded already.
     for key in sorted(wanted, key=lambda key: -math.prod(wanted[key])):
-        with torch.no_grad(), open_tensors(files[key]) as file:  # reopened for each: closing gives its pages back
-            tensor = file.get_tensor(key)
-            if not tensor.is_floating_point():
-                raise InputError(f"{files[key]}: {key} is {tensor.dtype}; a float tensor was expected")
-            places[key].copy_(tensor)
+        with torch.no_grad():
+            places[key].copy_(read_tensor(files[key], key))
     return model.eval().requires_grad_(True)
+
+
+def load_head(name, device="cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The LM head [V, D] alone, of a model that load_model would load; errors as there."""
+    model, _, files = outline(model_folder(name))
+    key = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+    return read_tensor(files[key], key).to(device, dtype)
+
+
+def model_folder(name) -> Path:
+    """The local folder of a model that is there, or on the hub, with its tokenizer's files."""
+    return local_folder(name, ["config.json", "generation_config.json", "*.safetensors", INDEX, "*token*",
+                               "vocab.json", "merges.txt", "chat_template*"])
+
+
+def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:
+    """A model without memory for its weights, the shape of each, and the file that holds each; all checked."""
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = Qwen2(config)
+    wanted = {key: tuple(p.shape) for key, p in model.state_dict().items()}
+    return model, wanted, tensor_files(folder, wanted)
+
+
+def read_tensor(path: Path, key: str) -> torch.Tensor:
+    with open_tensors(path) as file:                            # opened for each: closing gives its pages back
+        tensor = file.get_tensor(key)
+    if not tensor.is_floating_point():
+        raise InputError(f"{path}: {key} is {tensor.dtype}; a float tensor was expected")
+    return tensor
 
 
 def open_tensors(path: Path):

@@ -27,6 +27,7 @@ import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -34,7 +35,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minikd.files import InputError
+from minikd.files import InputError, sha256
 from minikd.records import data_files, kind_of, read_records
 
 # ---- a record -> an example
@@ -264,7 +265,7 @@ def load_examples(paths, format: str | None = None, limit: int | None = None,
 
 
 def _examples(file: Path, format: str | None, skip_bad: bool | None, report: Report) -> Iterator[Example]:
-    report.files[str(file)] = _sha256(file)
+    report.files[str(file)] = sha256(file)
     name = format
 
     def refuse(error: InputError):
@@ -288,12 +289,20 @@ def _examples(file: Path, format: str | None, skip_bad: bool | None, report: Rep
             yield example
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+def load_texts(paths) -> tuple[list[str], dict[str, str]]:
+    """Plain text for a language-model loss: the field `text` of every record, and each file's hash; blanks left out.
+
+    Raises InputError for the first malformed record, and where there is no text.
+    """
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    files = [file for path in paths for file in data_files(path)]
+    texts = []
+    for where, record in (entry for file in files for entry in read_records(file)):
+        with suppress(Dropped):
+            texts.append(_text(record, where, "text"))
+    if not texts:
+        raise InputError(f"{', '.join(map(str, paths))}: holds no text; give records with a field 'text'")
+    return texts, {str(file): sha256(file) for file in files}
 
 
 def split_examples(examples: list[Example], validation: int | float = 500,
@@ -383,9 +392,17 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
 
 
 def encode_text(texts: list[str], tokenizer, max_length: int = 512) -> list[Encoded]:
-    """Plain text for a language-model loss: every token is scored, after and before a document's <|endoftext|>."""
-    rows = [tokenizer.encode(text) + [tokenizer.pad_id] for text in texts]
-    return [Encoded([tokenizer.pad_id], ids[:max_length - 1], len(ids) >= max_length, i) for i, ids in enumerate(rows)]
+    """Plain text for a language-model loss: every token is scored, after and before a document's <|endoftext|>.
+
+    A document longer than max_length becomes several rows; each after the first begins with the last token of the one
+    before, so that none is scored twice or left out.
+    """
+    rows = []
+    for index, text in enumerate(texts):
+        ids = [tokenizer.pad_id, *tokenizer.encode(text), tokenizer.pad_id]
+        rows += [Encoded(ids[at:at + 1], ids[at + 1:at + max_length], at + max_length < len(ids), index)
+                 for at in range(0, len(ids) - 1, max_length - 1)]
+    return rows
 
 
 # ---- ids -> batches

@@ -1,43 +1,76 @@
 """How good a model is: its loss on held-out text, and its own answers against the references."""
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from minikd.data import Encoded, Example, collate, recognise, to_example
 from minikd.files import InputError, atomic_path
-from minikd.generate import generate
-from minikd.losses import head_loss, scored_positions
-from minikd.model import Qwen2
+from minikd.generate import generate, respond
+from minikd.losses import compare_heads, head_loss, reverse_kl, scored_positions
+from minikd.model import Qwen2, Qwen2Config
 from minikd.records import kind_of, read_records
-from minikd.rouge import exact_match, mean_by_category, rouge_l_best
+from minikd.rouge import exact_match, mean_by_category, rouge_l_best, tokens
+from minikd.teacher import Teacher
 from minikd.tokenizer import Tokenizer
 
+METRICS = {                                         # beside ROUGE-L in show_table: what it is, digits after the point
+    "retention": ("of the teacher's ROUGE-L", 2), "mean length": ("tokens of an answer", 1),
+    "distinct-4": ("share of different 4-grams", 2), "ce": ("nats a token, on the references", 3),
+    "forward_kl": ("nats a token, on the references", 3), "reverse_kl": ("nats a token, on the references", 3),
+    "agreement": ("the teacher's likeliest token too", 3), "sequence KL": ("KL(q||p), nats an answer of its own", 2)}
 
-def check_vocabulary(name, model: Qwen2, tokenizer: Tokenizer):
+
+def check_vocabulary(name, config: Qwen2Config, tokenizer: Tokenizer):
     """Raises InputError where the tokenizer has ids that the model has no row for."""
-    if len(tokenizer) > model.config.vocab_size:
-        raise InputError(f"{name}: the tokenizer has {len(tokenizer):,} ids, the model {model.config.vocab_size:,} "
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"{name}: the tokenizer has {len(tokenizer):,} ids, the model {config.vocab_size:,} "
                          "rows; do the two belong together?")
 
 
 @torch.inference_mode()
-def held_out_loss(model: Qwen2, encoded: list[Encoded], pad_id: int, batch_size: int, teacher: Qwen2 | None = None,
-                  divergence=None, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """Cross-entropy and divergence from the teacher, in nats a scored token (0 without a teacher)."""
-    rows = sorted(encoded, key=lambda row: len(row.prompt) + len(row.response))
-    device, sums, count = model.head.device, torch.zeros(2, dtype=torch.float64), 0
+def compare(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, teacher=None, divergence=reverse_kl,
+            dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """Means over all scored tokens of the rows: `ce`, and with a teacher what losses.compare_heads measures.
+
+    teacher  teacher.Teacher or CachedTeacher; None for cross-entropy alone
+    """
+    rows = sorted(rows, key=lambda row: len(row.prompt) + len(row.response))
+    device, sums, count = model.head.device, {}, 0
     for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start:start + batch_size], pad_id)
+        part = rows[start:start + batch_size]
+        batch = collate(part, pad_id)
         ids, mask = batch.ids.to(device), batch.mask.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             hidden, targets = scored_positions(model.hidden(ids), ids, mask)
-            soft = scored_positions(teacher.hidden(ids), ids, mask)[0] if teacher else None
-            _, ce, kd = head_loss(hidden, model.head, targets, soft, teacher.head if teacher else None, divergence,
-                                  kd_ratio=0.5 if teacher else 0.0)
-        sums += torch.stack([ce.double().sum(), kd.double().sum()]).cpu()
+            if teacher:
+                values = compare_heads(hidden, model.head, targets, teacher.states(part, ids, mask), teacher.head,
+                                       divergence)
+            else:
+                values = {"ce": head_loss(hidden, model.head, targets)[1]}
+        sums = {key: sums.get(key, 0.0) + float(value.double().sum()) for key, value in values.items()}
         count += len(targets)
-    return tuple((sums / max(1, count)).tolist())
+    return {key: value / max(1, count) for key, value in sums.items()}
+
+
+def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher, batch_size: int, max_new_tokens: int,
+                seed: int = 0) -> float:
+    """KL(q || p) over whole answers to the rows' prompts, MiniLLM eq. (1): nats an answer.
+
+    Its mean over answers that the model samples itself, of the exact divergence at each step: the same expectation
+    as log q(y) - log p(y), with less noise.
+    """
+    own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids, seed=seed)
+    tokens = sum(len(row.response) for row in own)
+    return compare(model, own, tokenizer.pad_id, batch_size, teacher)["reverse_kl"] * tokens / len(own)
+
+
+def distinct(texts: list[str], n: int = 4) -> float:
+    """Share of different n-grams among all n-grams of words (Li et al. 2016, arXiv:1510.03055); 0 without any."""
+    grams = Counter(gram for words in (tokens(text, unicode=True) for text in texts)
+                    for gram in zip(*(words[i:] for i in range(n))))
+    return len(grams) / max(1, grams.total())
 
 
 def answer(model: Qwen2, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, batch_size: int,
@@ -84,24 +117,38 @@ def answer_and_score(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], ex
 
 def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encoded], examples: list[Example], out,
                max_new_tokens: int, batch_size: int, rouge: str = "stemmer"):
-    """Prints the paper's Table 1: ROUGE-L by category, a column a model, and one prompt's answers side by side.
+    """Prints the paper's Table 1: ROUGE-L by category, a column a model; then what else tells the models apart, and
+    one prompt's answers side by side. A model called Teacher is what the others are compared with.
 
     The table goes to out/table.jsonl, every answer with its scores to out/answers-MODEL.jsonl.
     """
     columns, first = {}, {}
+    teacher = Teacher(models["Teacher"]) if "Teacher" in models else None
     for name, model in models.items():
         scores = answer_and_score(model, tokenizer, rows, examples, max_new_tokens, batch_size, rouge)
         write_jsonl(scores, Path(out) / f"answers-{name.lower().replace(' ', '-')}.jsonl")
         columns[name] = {key: value["rouge_l"] for key, value in mean_by_category(scores).items()}
-        first[name] = scores[0]["prediction"]
+        first[name], texts = scores[0]["prediction"], [row["prediction"] for row in scores]
+        metrics = {"mean length": sum(len(tokenizer.encode(text)) for text in texts) / len(texts),
+                   "distinct-4": distinct(texts)}
+        if teacher and name != "Teacher":
+            metrics |= compare(model, rows, tokenizer.pad_id, batch_size, teacher)
+            metrics["sequence KL"] = sequence_kl(model, tokenizer, rows, teacher, batch_size, max_new_tokens)
+        columns[name]["metrics"] = metrics
+    if teacher:
+        for column in columns.values():
+            column["metrics"]["retention"] = column["all"] / max(columns["Teacher"]["all"], 1e-9)
     write_jsonl([{"model": name, **column} for name, column in columns.items()], Path(out) / "table.jsonl")
-    ratio, width = {"KD", "Teacher"} <= set(columns), max(8, *map(len, columns))
+    width = max(8, *map(len, columns))
     print(f"\nROUGE-L ({rouge}) of {len(rows)} held-out prompts")
-    print(f"{'':<14}" + "".join(f"{name:>{width + 1}}" for name in columns) + ("  KD / Teacher" if ratio else ""))
-    for category in next(iter(columns.values())):
-        line = f"{category:<14}" + "".join(f"{column[category]:{width + 1}.1f}" for column in columns.values())
-        kept = 100 * columns["KD"][category] / max(columns["Teacher"][category], 1e-9) if ratio else 0
-        print(line + (f"{kept:13.0f}%" if ratio else ""))
+    print(f"{'':<14}" + "".join(f"{name:>{width + 1}}" for name in columns))
+    for category in [key for key in next(iter(columns.values())) if key != "metrics"]:
+        print(f"{category:<14}" + "".join(f"{column[category]:{width + 1}.1f}" for column in columns.values()))
+    for key, (what, digits) in METRICS.items():
+        cells = [column["metrics"].get(key) for column in columns.values()]
+        if any(cell is not None for cell in cells):
+            print(f"{key.replace('_', ' '):<14}" + "".join(
+                f"{'-' if cell is None else f'{cell:.{digits}f}':>{width + 1}}" for cell in cells) + f"  {what}")
     shown = examples[rows[0].index]
     for name, text in {"asked": shown.messages[-1]["content"], "right": shown.references[0], **first}.items():
         print(f"{name:<{width}} {text!r}")

@@ -1,6 +1,7 @@
 """Paths: where a name leads, a write that is whole or absent, one line for what the user can mend."""
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -107,6 +108,15 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}; an object was expected")
     return value
+
+
+def sha256(path) -> str:
+    """Of a file's content, cut to 16 digits: enough to tell that it changed."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def local_folder(name, patterns, kind: str = "model") -> Path:

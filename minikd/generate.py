@@ -1,27 +1,38 @@
-"""Batched sampling with a KV cache: prompts of different lengths, several stop ids, finished rows leave."""
-from contextlib import contextmanager
+"""Batched sampling with a KV cache: prompts of different lengths, several stop ids, finished rows leave.
+
+References
+    nucleus sampling                    arXiv:1904.09751
+    MiniLLM, teacher-mixed sampling     arXiv:2306.08543, eq. (4)
+"""
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-from minikd.losses import apply_head
+from minikd.data import Encoded
+from minikd.losses import apply_head, log_mix, log_probs
 from minikd.model import KVCache, Linear, Qwen2
 
 
 @torch.inference_mode()
 def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, temperature: float = 0.0,
-             top_p: float = 1.0, top_k: int = 0, eos_ids=(), seed: int | None = None) -> list[list[int]]:
+             top_p: float = 1.0, top_k: int = 0, eos_ids=(), seed: int | None = None, teacher: Qwen2 | None = None,
+             mix: float = 0.0, vocab: int | None = None) -> list[list[int]]:
     """Continues every prompt; returns the new tokens only, a stop token that ended the row included.
 
     temperature  0 is greedy
     top_k        keep the k likeliest tokens; 0 keeps all
-    top_p        then keep the fewest tokens whose probability reaches p (nucleus, arXiv:1904.09751)
+    top_p        then keep the fewest tokens whose probability reaches p (nucleus)
     eos_ids      a row ends after any of these; one that reaches max_new_tokens ends without
     seed         of this call alone: the same call gives the same tokens, whatever ran before
+    vocab        only ids below it: heads have rows past the tokenizer's ids, and a teacher may have more than a student
+    teacher      each token is drawn from (1 - mix) model + mix teacher, the probabilities mixed; temperature 1
     Raises ValueError for an empty prompt: there is no state to sample the first token from.
     """
     if not all(prompts):
         raise ValueError("generate: a prompt is empty; give each at least one token")
+    if mix and (teacher is None or temperature != 1 or not 0 < mix < 1):
+        raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
     answers = [[] for _ in prompts]
     if not prompts or max_new_tokens < 1:
         return answers
@@ -30,13 +41,20 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)              # [B]
     width = max(map(len, prompts))
     ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)   # [B, P]
-    cache = KVCache(model.config, lengths, width + max_new_tokens - 1, model.head.dtype)
-    with packed(model, rows=len(prompts), steps=max_new_tokens):
-        states = model.hidden(ids, cache)                                                   # [B, P, D]
-        states = states[torch.arange(len(ids), device=device), lengths - 1]                 # [B, D] each row's last
+    readers = [model, teacher] if mix else [model]
+    with ExitStack() as stack:
+        for reader in readers:
+            stack.enter_context(packed(reader, rows=len(prompts), steps=max_new_tokens))
+        caches = [KVCache(reader.config, lengths, width + max_new_tokens - 1, reader.head.dtype) for reader in readers]
+        last = torch.arange(len(ids), device=device), lengths - 1                           # each row's last token
+        states = [reader.hidden(ids, cache)[last] for reader, cache in zip(readers, caches)]    # [B, D] each
         alive = list(range(len(prompts)))                                                   # rows still being written
         for step in range(max_new_tokens):
-            tokens = sample(head_logits(model, states), temperature, top_p, top_k, generator)   # [B]
+            logits = head_logits(model, states[0])[:, :vocab]                               # [B, V]
+            if mix:
+                logq, logp = log_probs(logits, head_logits(teacher, states[1]), temperature)
+                logits = log_mix(logp, logq, mix)                                           # MiniLLM eq. (4)
+            tokens = sample(logits, temperature, top_p, top_k, generator)                   # [B]
             for row, token in zip(alive, tokens.tolist()):
                 answers[row].append(token)
             going = [i for i, row in enumerate(alive) if answers[row][-1] not in stops]
@@ -44,9 +62,26 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
                 return answers
             if len(going) < len(alive):                         # a finished row stops costing
                 rows = torch.tensor(going, device=device)
-                cache.keep(rows)
+                for cache in caches:
+                    cache.keep(rows)
                 tokens, alive = tokens[rows], [alive[i] for i in going]
-            states = model.hidden(tokens[:, None], cache)[:, 0]                             # [B, D]
+            states = [reader.hidden(tokens[:, None], cache)[:, 0] for reader, cache in zip(readers, caches)]
+
+
+def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,
+            seed: int = 0, **options) -> list[Encoded]:
+    """The rows with responses of the model's own, in their order; batches hold prompts of similar length.
+
+    options  those of generate. A response that reached max_new_tokens is `cut`, and no end is invented for it.
+    """
+    order, own = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt)), list(rows)
+    for start in range(0, len(order), batch_size):
+        at = order[start:start + batch_size]
+        responses = generate(model, [rows[i].prompt for i in at], max_new_tokens, temperature, eos_ids=eos_ids,
+                             seed=seed * 1_000_003 + start, **options)
+        for i, response in zip(at, responses):
+            own[i] = Encoded(rows[i].prompt, response, response[-1] not in eos_ids, rows[i].index)
+    return own
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator) -> Tensor:

@@ -307,3 +307,20 @@ class Qwen2(nn.Module):
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
+
+
+@torch.no_grad()
+def cast_copy(model: Qwen2, dtype: torch.dtype, into: Qwen2 | None = None) -> Qwen2:
+    """The model's weights in another dtype, to sample with while the model trains; the model itself in its own.
+
+    into  an earlier copy, whose memory is used again
+    """
+    if model.head.dtype == dtype:
+        return model
+    if into is None:
+        with torch.device("meta"):
+            into = Qwen2(model.config).to(dtype)
+        into = into.to_empty(device=model.head.device).eval().requires_grad_(False)
+    for new, old in zip(into.parameters(), model.parameters(), strict=True):
+        new.copy_(old)
+    return into

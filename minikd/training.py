@@ -105,22 +105,24 @@ def write_config(folder, settings: dict):
         new.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2, default=str) + "\n")
 
 
-def save_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, step: int, **facts):
+def save_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, facts: dict, more: dict | None = None):
     """Everything the next step depends on, in one file that is whole or absent: kill -9 costs what came after it.
 
-    facts  small JSON values to find again (best score so far, where in the data)
+    facts  small JSON values to find again: the step, the best score so far
+    more   tensors to find again (rollouts), by name
     """
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    tensors = {f"more.{key}": value for key, value in (more or {}).items()}
+    tensors |= {f"model.{key}": value for key, value in model.state_dict().items()}
     for i, (_, moments) in enumerate(optimizer.state_dict()["state"].items()):
         tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
     with atomic_path(Path(folder) / STATE) as new:
         save_file({key: value.contiguous() for key, value in tensors.items()}, new,
-                  metadata={"facts": json.dumps({"step": step, **facts})})
+                  metadata={"facts": json.dumps(facts)})
 
 
 @torch.no_grad()
-def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:
-    """Puts a saved state back, bit for bit; returns its facts, `step` among them."""
+def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """Puts a saved state back, bit for bit; returns its facts, and the tensors saved as `more`."""
     path = Path(folder) / STATE
     try:
         with safe_open(path, framework="pt") as file:
@@ -138,7 +140,8 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> dict:
             state["state"] = {i: {name.split(".")[2]: file.get_tensor(name.replace(".0.", f".{i}.", 1))
                                   for name in names} for i in range(count)}
             optimizer.load_state_dict(state)
-            return json.loads(file.metadata()["facts"])
+            more = {key.removeprefix("more."): file.get_tensor(key) for key in file.keys() if key.startswith("more.")}
+            return json.loads(file.metadata()["facts"]), more
     except SafetensorError as error:
         raise InputError(f"{path}: is damaged ({error}); start again without --resume, in another --out") from error
 

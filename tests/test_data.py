@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minikd import data, records
-from minikd.data import (Dropped, Encoded, batch_order, collate, data_files, encode_examples, load_examples,
+from minikd.data import (Dropped, Encoded, batch_order, collate, data_files, encode_examples, encode_text, load_examples, load_texts,
                          prompt_text, read_records, recognise, split_examples, to_example, without_docstring)
 from minikd.files import InputError
 
@@ -563,6 +563,28 @@ def test_order_differs_by_seed_and_epoch_and_is_the_same_in_every_process():
     said = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                            cwd=Path(__file__).parents[1], env={"PYTHONHASHSEED": salt}).stdout for salt in "12"]
     assert said[0] == said[1] and said[0].startswith(str(order))
+
+
+# ---- plain text
+
+def test_plain_text_is_scored_whole_and_once_in_windows():
+    tokenizer = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text], pad_id=0)
+    rows = encode_text(["abcdefgh", "xy", ""], tokenizer, max_length=4)
+    assert [(row.prompt, row.response) for row in rows] == [
+        ([0], [97, 98, 99]), ([99], [100, 101, 102]), ([102], [103, 104, 0]), ([0], [120, 121, 0]), ([0], [0])]
+    assert [row.index for row in rows] == [0, 0, 0, 1, 2] and [row.cut for row in rows] == [True, True, False, False, False]
+
+
+def test_texts_are_the_field_text_of_any_data_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "id": 1}\n{"text": " "}\n{"text": "two"}\n')
+    texts, files = load_texts(tmp_path / "a.jsonl")
+    assert texts == ["one", "two"] and list(files) == [str(tmp_path / "a.jsonl")]
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"words": "two"}\n')
+    with pytest.raises(InputError, match="b.jsonl:2: field 'text' is missing"):
+        load_texts(tmp_path / "b.jsonl")
+    (tmp_path / "c.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(InputError, match="holds no text"):
+        load_texts([tmp_path / "c.jsonl"])
 
 
 # ---- real data

@@ -14,8 +14,10 @@ import torch
 from minikd import toy
 from minikd.checkpoint import load_model, save_model
 from minikd.data import encode_examples, load_examples
+from minikd.evaluate import sequence_kl
 from minikd.losses import DIVERGENCES
 from minikd.model import Qwen2, Qwen2Config
+from minikd.teacher import Teacher
 from minikd.training import LOG, STATE, read_log
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +90,7 @@ def settings(world, tokenizer, tmp_path):
     examples, _ = load_examples(world / "data.jsonl")
     rows, _ = encode_examples(examples, tokenizer)
     return lambda **changed: dict(
-        student=load_model(world / "student"), teacher=load_model(world / "teacher").requires_grad_(False),
+        student=load_model(world / "student"), teacher=Teacher(load_model(world / "teacher").requires_grad_(False)),
         tokenizer=tokenizer, rows=rows[:20], valid_rows=rows[20:], valid_examples=examples, out=tmp_path / "run",
         loss="forward_kl", steps=1, batch_size=8, lr=0.01, eval_every=1000, eval_examples=2, max_new_tokens=2,
         rouge="plain", title="test") | changed
@@ -112,7 +114,7 @@ def test_one_run_leaves_checkpoints_a_log_its_settings_and_a_table(run, tmp_path
     assert config["settings"]["loss"] == "reverse_kl" and config["settings"]["student"] == str(world / "student")
     table = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
     assert [row["model"] for row in table] == ["Base", "reverse_kl", "Teacher"]
-    assert set(table[0]) == {"model", "all", *(line.split()[0] for line in out.split("held-out prompts")[1].splitlines()
+    assert set(table[0]) == {"model", "all", "metrics", *(line.split()[0] for line in out.split("held-out prompts")[1].splitlines()
                                                if line.startswith(("sum", "echo")))}
 
 
@@ -138,7 +140,7 @@ def slow_losses(student, teacher, rows) -> tuple[float, float, int]:
 
 def test_the_logged_loss_is_the_mean_over_all_scored_tokens_of_the_step(settings, tmp_path, world):
     given = settings(batch_size=3, grad_accum=7)                                # 20 rows: six of 3, one of 2
-    ce, kl, count = slow_losses(load_model(world / "student"), given["teacher"], given["rows"])
+    ce, kl, count = slow_losses(load_model(world / "student"), given["teacher"].model, given["rows"])
     kd.train(**given)
     line = steps_of(tmp_path / "run")[0]
     assert (line["ce"], line["kd"], line["tokens"]) == (pytest.approx(ce, rel=1e-5), pytest.approx(kl, rel=1e-5), count)
@@ -146,7 +148,7 @@ def test_the_logged_loss_is_the_mean_over_all_scored_tokens_of_the_step(settings
 
 def test_the_held_out_loss_is_the_same_mean_over_rows_the_student_never_sees(settings, tmp_path):
     given = settings(batch_size=3)                                              # 4 rows: one batch of 3, one of 1
-    ce, kl, _ = slow_losses(kd.train(**given), given["teacher"], given["valid_rows"])
+    ce, kl, _ = slow_losses(kd.train(**given), given["teacher"].model, given["valid_rows"])
     [line] = [line for line in read_log(tmp_path / "run") if "rouge_l" in line]
     assert (line["valid_ce"], line["valid_kd"]) == (pytest.approx(ce, rel=1e-5), pytest.approx(kl, rel=1e-5))
 
@@ -248,7 +250,7 @@ def test_without_a_loss_sft_and_kd_read_the_same_batches_in_the_same_order(run, 
     for row in table:
         answers = [json.loads(line) for line in (folder / f"answers-{row['model'].lower()}.jsonl").open()]
         assert 100 * sum(answer["f1"] for answer in answers) / len(answers) == pytest.approx(row["all"])
-    assert "KD / Teacher" in out and "asked" in out
+    assert "\nretention " in out and "asked" in out
 
 
 def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, tmp_path):
@@ -258,6 +260,108 @@ def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, tmp_path):
         assert steps_of(tmp_path / "run" / f"lr-{lr}")[0]["lr"] == lr
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- whose answers are learned from
+
+MODES = {"on-policy": ["--loss", "reverse_kl", "--on-policy", "0.6"],
+         "minillm": ["--loss", "minillm", "--rollouts", "8", "--inner-epochs", "2"],
+         "seq-kd": ["--loss", "forward_kl", "--seq-kd"],
+         "cache": ["--loss", "forward_kl", "--cache-teacher", "{cache}"],
+         "plain text": ["--loss", "forward_kl", "--lm-data", "{text}"]}
+
+
+@pytest.fixture
+def mode(tmp_path):
+    """The flags of a mode of MODES."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of a book."}) + "\n" for i in range(9)))
+    return lambda name: [flag.format(cache=tmp_path / "cache", text=tmp_path / "text.jsonl") for flag in MODES[name]]
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_goes_on_from_its_last_state_to_the_same_bits(run, mode, tmp_path, monkeypatch, name):
+    flags = [*mode(name), "--steps", "10", "--eval-every", "3", "--batch-size", "4", "--grad-accum", "2", "--lr", "0.003"]
+    assert run(*flags, out=tmp_path / "whole")[0] == 0
+    write = kd.Log.write
+
+    def stop(log, **values):                                                    # as kill -9 would, at the 8th step
+        if values["step"] == 8:
+            raise KeyboardInterrupt
+        write(log, **values)
+
+    monkeypatch.setattr(kd.Log, "write", stop)
+    assert run(*flags, out=tmp_path / "killed")[0] == 130
+    monkeypatch.setattr(kd.Log, "write", write)
+    status, _, err = run(*flags, "--resume", out=tmp_path / "killed")
+    assert status == 0, err
+    assert len(steps_of(tmp_path / "whole")) == 10 and steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole")
+    assert same(weights(tmp_path / "killed/last"), weights(tmp_path / "whole/last"))
+
+
+def test_on_policy_steps_learn_from_the_students_own_answers_without_cross_entropy(settings, tmp_path, monkeypatch):
+    seen, add = [], kd.add_gradients
+    monkeypatch.setattr(kd, "add_gradients", lambda batch, **terms: (seen.append((batch, terms["kd_ratio"])),
+                                                                     add(batch, **terms))[1])
+    given = settings(loss="jsd", on_policy=0.5, steps=12, max_new_tokens=5)
+    kd.train(**given)
+    data = {(tuple(row.prompt), tuple(row.response)) for row in given["rows"]}
+    own = [not data & {(tuple(row.prompt), tuple(row.response)) for row in batch} for batch, _ in seen]
+    assert 2 < sum(own) < 10 and [ratio for _, ratio in seen] == [1.0 if mine else 0.5 for mine in own]
+    prompts = {prompt for prompt, _ in data}
+    assert all(tuple(row.prompt) in prompts and len(row.response) <= 5
+               for (batch, _), mine in zip(seen, own) for row in batch if mine)
+
+
+def test_minillm_draws_the_student_to_its_teacher_in_the_reverse_kl_of_its_own_answers(settings, tokenizer, world):
+    given = settings(loss="minillm", steps=60, rollouts=40, inner_epochs=2, batch_size=20, max_new_tokens=6, lr=0.01)
+    distance = lambda student: sequence_kl(student, tokenizer, given["rows"] * 10, given["teacher"], 200, 6)
+    before = distance(load_model(world / "student"))
+    assert distance(kd.train(**given).eval()) < 0.8 * before
+
+
+def test_with_a_cache_the_run_is_the_live_teachers_but_for_bfloat16_and_its_body_is_not_there(run, mode, tmp_path,
+                                                                                              monkeypatch):
+    flags = ["--loss", "forward_kl", "--epochs", "3", "--batch-size", "4"]
+    assert run(*flags, out=tmp_path / "live")[0] == 0
+    loads, load = [], kd.load_model
+    monkeypatch.setattr(kd, "load_model", lambda name, *rest: (loads.append(Path(name).name), load(name, *rest))[1])
+    status, out, err = run(*flags, *mode("cache")[2:], out=tmp_path / "cached")
+    assert status == 0 and "48 bytes a scored token" in out, err                # 2 x 24, the teacher's width
+    assert loads == ["teacher", "student", "teacher", "student", "best"]        # to fill the cache, and for the table
+    live, cached = (steps_of(tmp_path / name) for name in ("live", "cached"))
+    assert len(live) == 15
+    for a, b in zip(live, cached, strict=True):
+        assert b["kd"] == pytest.approx(a["kd"], rel=1e-2) and b["ce"] == pytest.approx(a["ce"], rel=1e-2)
+    table = [json.loads((tmp_path / name / "table.jsonl").read_text().splitlines()[2]) for name in ("live", "cached")]
+    assert table[0] == table[1]                                                 # the teacher's own column
+    loads.clear()
+    assert run(*flags, *mode("cache")[2:], out=tmp_path / "again")[0] == 0
+    assert loads == ["student", "teacher", "student", "best"]                   # all was in the cache
+
+
+def test_a_cache_of_other_data_or_another_template_is_refused(run, mode, world, tmp_path):
+    assert run(*mode("cache"), "--steps", "1", out=tmp_path / "first")[0] == 0
+    assert run(*mode("cache"), "--steps", "1", "--seed", "5", out=tmp_path / "split")[0] == 0   # the same rows, split anew
+    (tmp_path / "fewer.jsonl").write_text("".join((world / "data.jsonl").read_text().splitlines(keepends=True)[3:]))
+    for changed, said in ((["--template", "alpaca"], "its template is chatml, here alpaca"),
+                          (["--max-length", "300"], "its max_length is 512, here 300"),
+                          (["--data", tmp_path / "fewer.jsonl"], "its data is ['c0ef53cc07026d77'], here")):
+        status, _, err = run(*mode("cache"), "--steps", "1", *changed, out=tmp_path / "second")
+        assert status == 2 and said in err and "choose another --cache-teacher" in err and err.count("\n") == 1
+
+
+def test_plain_text_joins_every_step_and_is_logged(run, mode, tmp_path):
+    assert run(*mode("plain text"), "--steps", "3", out=tmp_path / "with")[0] == 0
+    assert run(*mode("plain text"), "--steps", "3", "--lm-coef", "1e-9", out=tmp_path / "without")[0] == 0
+    assert all(line["lm_ce"] > 0 for line in steps_of(tmp_path / "with"))
+    assert steps_of(tmp_path / "with")[2]["lm_ce"] < steps_of(tmp_path / "without")[2]["lm_ce"]
+
+
+def test_sequence_level_kd_learns_from_what_the_teacher_says(run, mode, tmp_path):
+    assert run(*mode("seq-kd"), "--steps", "2")[0] == 0
+    first, *answers = (tmp_path / "run/teacher-answers.jsonl").read_text().splitlines()
+    assert len(answers) == 20 and "model.safetensors" in first
+    assert steps_of(tmp_path / "run")[0]["tokens"] <= 8 * 4                     # --max-new-tokens 4
 
 
 # ---- stopping and going on
@@ -351,6 +455,11 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
     (["--validation", "0"], "--validation 0"), (["--eval-examples", "-1"], "--eval-examples -1"),
     (["--kd-ratio", "1.5"], "--kd-ratio lies in 0 to 1"), (["--alpha", "0"], "--alpha between"),
     (["--lr", "1e-3", "1e-2"], "--lr with several rates sweeps one loss"),
+    (["--on-policy", "1.5"], "--on-policy lies in 0 to 1"), (["--mix", "1"], "--mix in 0 to below 1"),
+    (["--on-policy", "0.5"], "--on-policy needs a divergence"),
+    (["--loss", "minillm", "--cache-teacher", "x"], "own answers are new each time"),
+    (["--loss", "minillm", "--seq-kd"], "leave one out"), (["--rollouts", "0"], "--rollouts 0: is not above 0"),
+    (["--lm-data", "no/such.jsonl"], "no/such.jsonl: no such file"),
     (["--loss", "sft", "--lr", "1e30", "--steps", "9"], "is not finite; lower --lr")])
 def test_a_flag_out_of_range_is_one_line_that_names_it(run, flags, said):
     status, _, err = run(*flags)

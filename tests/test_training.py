@@ -144,10 +144,11 @@ def test_a_state_comes_back_bit_for_bit_moments_and_all(tmp_path, tied):
     model = small_model(tie_word_embeddings=tied)
     optimizer = make_optimizer(model, 0.01)
     take_steps(model, optimizer, 3)
-    save_state(tmp_path, model, optimizer, step=3, best=41.5)
+    save_state(tmp_path, model, optimizer, {"step": 3, "best": 41.5}, {"ids": torch.arange(5)})
     other = small_model(seed=2, tie_word_embeddings=tied)
     fresh = make_optimizer(other, 0.01)
-    assert load_state(tmp_path, other, fresh) == {"step": 3, "best": 41.5}
+    facts, more = load_state(tmp_path, other, fresh)
+    assert facts == {"step": 3, "best": 41.5} and more.keys() == {"ids"} and more["ids"].tolist() == list(range(5))
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         moments, again = optimizer.state[mine], fresh.state[theirs]
@@ -163,10 +164,10 @@ def test_a_state_is_one_file_that_replaces_the_one_before(tmp_path):
     optimizer = make_optimizer(model, 0.01)
     for step in 1, 2:
         take_steps(model, optimizer, 1)
-        save_state(tmp_path, model, optimizer, step=step)
+        save_state(tmp_path, model, optimizer, {"step": step})
     assert [path.name for path in tmp_path.iterdir()] == [STATE]
     assert float(load_file(tmp_path / STATE)["optimizer.0.step"]) == 2
-    assert load_state(tmp_path, small_model(), make_optimizer(small_model(), 0.01))["step"] == 2
+    assert load_state(tmp_path, small_model(), make_optimizer(small_model(), 0.01))[0]["step"] == 2
 
 
 @pytest.mark.parametrize("shape, named", [(dict(num_hidden_layers=3), "layers.2"),
@@ -176,7 +177,7 @@ def test_a_state_is_one_file_that_replaces_the_one_before(tmp_path):
                                           (dict(tie_word_embeddings=False), "lm_head")])
 def test_a_state_of_another_model_is_refused_in_one_line_and_nothing_is_touched(tmp_path, shape, named):
     model = small_model()
-    save_state(tmp_path, model, make_optimizer(model, 0.01), step=1)
+    save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 1})
     other = small_model(seed=2, **shape)
     before = [p.detach().clone() for p in other.parameters()]
     with pytest.raises(InputError, match=f"{STATE}: is another model's .*{named}.*; start again") as error:
@@ -187,7 +188,7 @@ def test_a_state_of_another_model_is_refused_in_one_line_and_nothing_is_touched(
 
 def test_a_state_cut_short_is_named(tmp_path):
     model = small_model()
-    save_state(tmp_path, model, make_optimizer(model, 0.01), step=1)
+    save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 1})
     (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:-50])
     with pytest.raises(InputError, match=f"{STATE}: is damaged .*; start again"):
         load_state(tmp_path, model, make_optimizer(model, 0.01))

@@ -1,0 +1,85 @@
+"""Claims: MiniLLM ends nearer to its teacher than SFT and forward-KL distillation, in the reverse KL on held-out
+prompts; and distillation on the student's own answers nearer than on the data's. Toy world, mean and sd over seeds.
+
+    python -m benchmarks.distill_table          # 20 minutes on one CPU core
+
+Each seed: `python train_kd.py --seed S` makes teacher and data and trains a student by SFT; every method goes on from
+that student, for the same number of updates at the same rate on the same prompts (kd_ratio 1: the divergence alone).
+300 held-out prompts. `sequence KL` is KL(q || p) over whole answers, MiniLLM's objective, in nats an answer;
+`reverse KL` and `forward KL` are nats a token, on the references.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+from benchmarks.measure import machine
+
+ROOT = Path(__file__).parents[1]
+METHODS = {"SFT": "--loss sft", "forward KL": "--loss forward_kl", "reverse KL": "--loss reverse_kl",
+           "JSD": "--loss jsd", "skew forward KL": "--loss skew_forward_kl", "skew reverse KL": "--loss skew_reverse_kl",
+           "JSD, on-policy": "--loss jsd --on-policy 1", "reverse KL, on-policy": "--loss reverse_kl --on-policy 1",
+           "MiniLLM": "--loss minillm"}
+COLUMNS = {"ROUGE-L": 1, "retention": 2, "sequence KL": 2, "reverse_kl": 3, "forward_kl": 3, "agreement": 3,
+           "mean length": 1, "distinct-4": 3, "seconds": 0}
+
+
+def run(*flags) -> float:
+    """Seconds of one train_kd.py on one thread."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, str(ROOT / "train_kd.py"), *map(str, flags)], check=True, cwd=ROOT,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def last_rows(folder: Path) -> dict[str, dict]:
+    """model -> its columns, of a run's table."""
+    rows = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
+    return {row["model"]: {"ROUGE-L": row["all"], **row["metrics"]} for row in rows}
+
+
+def one_seed(seed: int, folder: Path, steps: int, lr: float) -> dict[str, dict]:
+    run("--seed", seed, "--out", folder)
+    rows = {}
+    for name, flags in METHODS.items():
+        out = folder / name.replace(" ", "-").replace(",", "")
+        seconds = run("--student", folder / "sft/best", "--teacher", folder / "teacher/best", "--data",
+                      folder / "data/train.jsonl", "--eval-data", folder / "data/test.jsonl", "--rouge", "unicode",
+                      "--dtype", "float32", "--kd-ratio", 1, "--batch-size", 32, "--steps", steps, "--lr", lr,
+                      "--warmup", 30, "--validation", 100, "--eval-every", steps, "--max-new-tokens", 48,
+                      "--eval-examples", 100, "--seed", seed, "--out", out, *flags.split())
+        start, trained, teacher = last_rows(out).values()
+        rows[name] = trained | {"seconds": seconds}
+    return {"start (SFT)": start, **rows, "teacher": teacher}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        seeds = [one_seed(seed, Path(folder) / str(seed), args.steps, args.lr) for seed in args.seeds]
+    print(f"{len(seeds)} seeds, {args.steps} updates each, lr {args.lr:g}; {machine('torch')}")
+    print("| | " + " | ".join(key.replace("_", " ") for key in COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS))
+    for name in seeds[0]:
+        cells = []
+        for key, digits in COLUMNS.items():
+            values = [seed[name][key] for seed in seeds if key in seed[name]]
+            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and key != "seconds" else ""
+            cells.append(f"{mean(values):.{digits}f}{spread}" if values else "")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    for better, worse in (("MiniLLM", "forward KL"), ("MiniLLM", "SFT"), ("reverse KL, on-policy", "reverse KL")):
+        for key in "sequence KL", "reverse_kl":
+            pairs = [(seed[better][key], seed[worse][key]) for seed in seeds]
+            print(f"{key}: {better} below {worse} in {sum(a < b for a, b in pairs)} of {len(pairs)} seeds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What the student is compared with: the teacher itself, or its states on disk, computed once."""
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minikd.data import Encoded, collate
+from minikd.files import InputError, atomic_path, read_json, sha256
+from minikd.generate import respond
+from minikd.losses import scored_positions
+from minikd.model import Qwen2
+
+FACTS, SHARD_TOKENS = "cache.json", 50_000          # a shard of a 3B teacher's states is 205 MB
+
+
+class Teacher:
+    """The model itself: `states` runs its body on every batch."""
+
+    def __init__(self, model: Qwen2):
+        self.model, self.head = model, model.head                               # head [V', D']
+
+    @torch.inference_mode()
+    def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
+        """The states that score the rows' responses, in order: ids and mask [B, T], N scored tokens -> [N, D']"""
+        return scored_positions(self.model.hidden(ids), ids, mask)[0]
+
+
+class CachedTeacher:
+    """The same states, read from a folder that fill_cache wrote; of the teacher itself only the head is in memory.
+
+    Exact soft targets: the head applied to these states gives the teacher's whole distribution, where stored top-k
+    probabilities would not. A state is D' bfloat16 numbers, 2 D' bytes a scored token.
+    """
+
+    def __init__(self, folder, head: Tensor):
+        self.folder, self.head = Path(folder), head
+        self.shards, self.place = {}, {}                                        # row's digest -> (shard, first token)
+        for shard, rows in read_json(self.folder / FACTS)["shards"].items():
+            at = 0
+            for digest, length in rows:
+                self.place[digest] = shard, at
+                at += length
+
+    def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat([self._read(row) for row in rows]).to(self.head.device, non_blocking=True)
+
+    def _read(self, row: Encoded) -> Tensor:
+        """[n, D'] of one row, from a file that is mapped into memory, not read whole."""
+        shard, at = self.place[digest_of(row)]
+        if shard not in self.shards:
+            self.shards[shard] = safe_open(self.folder / shard, framework="pt").get_slice("states")
+        return self.shards[shard][at:at + len(row.response)]
+
+
+def digest_of(row: Encoded) -> str:
+    """Of what a row's states depend on, beside the teacher: its ids, and which of them are scored."""
+    return hashlib.sha256(f"{row.prompt}{row.response}".encode()).hexdigest()[:24]
+
+
+def fingerprint(digests) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:24]
+
+
+def teacher_files(folder) -> dict[str, str]:
+    """What a folder's model computes, as hashes of its files: a teacher trained on under the same name is another."""
+    return {path.name: sha256(path) for path in sorted(Path(folder).iterdir())
+            if path.name == "config.json" or path.suffix == ".safetensors"}
+
+
+def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, pad_id: int, batch_size: int,
+               dtype: torch.dtype = torch.float32, progress=None) -> int:
+    """Writes the teacher's states of every row, as far as they are not there yet; returns the tokens it computed.
+
+    made_from  JSON values that the states depend on; a folder made from others is refused (InputError)
+    load       () -> the teacher; not called where nothing is missing, and its memory is free again afterwards
+    width      D' of the teacher
+    progress   called after each batch with its number of rows
+    Shards of some 50,000 tokens are written whole and then named; after a kill the missing ones are made, and one
+    that is damaged or of another shape is made again.
+    """
+    folder, unique = Path(folder), {digest_of(row): row for row in rows}
+    shards = plan_shards(unique)
+    made_from = json.loads(json.dumps(made_from | {"rows": fingerprint(sorted(unique))}))
+    check_made_from(folder, made_from)
+    with atomic_path(folder / FACTS) as new:
+        new.write_text(json.dumps({"made_from": made_from, "shards": shards}) + "\n")
+    missing = {name: plan for name, plan in shards.items() if not whole(folder / name, plan, width)}
+    teacher = Teacher(load()) if missing else None
+    for name, plan in missing.items():
+        states = []
+        for start in range(0, len(plan), batch_size):
+            part = [unique[digest] for digest, _ in plan[start:start + batch_size]]
+            batch, device = collate(part, pad_id), teacher.head.device
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                states.append(teacher.states(part, batch.ids.to(device), batch.mask.to(device)).bfloat16().cpu())
+            if progress:
+                progress(len(part))
+        with atomic_path(folder / name) as new:
+            save_file({"states": torch.cat(states)}, new, metadata={"rows": fingerprint(digest for digest, _ in plan)})
+    return sum(length for plan in missing.values() for _, length in plan)
+
+
+def plan_shards(unique: dict[str, Encoded]) -> dict[str, list]:
+    """shard's file -> [digest, scored tokens] of its rows: similar lengths together, SHARD_TOKENS and a row at most."""
+    shards, tokens = {}, SHARD_TOKENS
+    for digest, row in sorted(unique.items(), key=lambda item: (len(item[1].prompt) + len(item[1].response), item[0])):
+        if tokens >= SHARD_TOKENS:
+            plan, tokens = shards.setdefault(f"states-{len(shards):05d}.safetensors", []), 0
+        plan.append([digest, len(row.response)])
+        tokens += len(row.response)
+    return shards
+
+
+def check_made_from(folder: Path, made_from: dict):
+    """Raises InputError where `folder` holds another cache, or something else, naming what differs."""
+    if not (folder / FACTS).exists():
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise InputError(f"{folder}: is not empty, and no cache of a teacher's; choose another --cache-teacher")
+        return
+    before = read_json(folder / FACTS).get("made_from", {})
+    for key, value in made_from.items():
+        if before.get(key) != value:
+            what = ("its rows are others (the tokenizer, or answers of --seq-kd)" if key == "rows" else
+                    f"its {key} is {before.get(key)}, here {value}")
+            raise InputError(f"{folder}: was made from something else: {what}; choose another --cache-teacher")
+
+
+def whole(path: Path, plan: list, width: int) -> bool:
+    """Whether a shard is there, undamaged as far as its header and its size tell, and holds these rows."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            states = file.get_slice("states")
+            return (states.get_shape(), states.get_dtype(), file.metadata()["rows"]) == (
+                [sum(length for _, length in plan), width], "BF16", fingerprint(digest for digest, _ in plan))
+    except (OSError, SafetensorError, KeyError, TypeError):
+        return False
+
+
+def teacher_responses(path, teacher: Qwen2, rows: list[Encoded], made_from: dict, tokenizer, batch_size: int,
+                      max_new_tokens: int, seed: int, progress=None) -> list[Encoded]:
+    """Sequence-level KD (Kim and Rush 2016, arXiv:1606.07947): the rows with responses sampled from the teacher.
+
+    They are sampled once, at temperature 1, and kept in `path`, one JSON object a line after a first one that says
+    what they were made from. After a kill, what was sampled is read and the rest is sampled, to the same tokens.
+    Raises InputError where `path` was made from something else.
+    """
+    path, step = Path(path), 8 * batch_size                     # rows sampled between two writes
+    first = json.dumps({"made_from": made_from, "rows": fingerprint(map(digest_of, rows)), "seed": seed,
+                        "max_new_tokens": max_new_tokens, "batch_size": batch_size}, sort_keys=True)
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    lines = text.split("\n")[:-1] or [first]                    # the last is empty, or cut by a kill
+    if lines[0] != first:
+        raise InputError(f"{path}: holds the answers of another teacher, or to other prompts; choose another --out")
+    held = len(lines) - 1
+    held -= held % step if held < len(rows) else 0              # whole writes, whose seeds are known
+    with atomic_path(path) as new:
+        new.write_text("\n".join(lines[:1 + held]) + "\n", encoding="utf-8")
+    responses = [json.loads(line)["ids"] for line in lines[1:1 + held]]
+    for start in range(held, len(rows), step):
+        own = respond(teacher, rows[start:start + step], batch_size, max_new_tokens, tokenizer.eos_ids, seed=seed + start,
+                      vocab=len(tokenizer))
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"ids": row.response, "text": tokenizer.decode(row.response)}) + "\n"
+                            for row in own)
+        responses += [row.response for row in own]
+        if progress:
+            progress(len(own))
+    return [Encoded(row.prompt, ids, ids[-1] not in tokenizer.eos_ids, row.index)
+            for row, ids in zip(rows, responses, strict=True)]

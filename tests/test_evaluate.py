@@ -1,0 +1,74 @@
+"""Distances between two models, on references and on answers of their own, against full forwards one row at a time."""
+import itertools
+
+import pytest
+import torch
+
+from minikd.data import Encoded
+from minikd.evaluate import compare, distinct, sequence_kl
+from minikd.model import Qwen2, Qwen2Config, cast_copy
+from minikd.teacher import Teacher
+
+
+class Ids:
+    """A tokenizer's two numbers."""
+    pad_id, eos_ids = 0, {0}
+
+
+def model(seed: int, **shape) -> Qwen2:
+    sizes = dict(vocab_size=3, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                 num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.5)
+    return Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed).eval().requires_grad_(False)
+
+
+STUDENT, TEACHER = model(1), model(2, hidden_size=24, num_attention_heads=3)
+ROWS = [Encoded([1, 2, 1][:1 + i % 3], [2, 1, 1, 0][:1 + i % 4], False, i) for i in range(11)]
+
+
+def steps(row):
+    """(log q, log p, target) of each response token of one row."""
+    logq, logp = (m(torch.tensor([row.prompt + row.response]))[0].double().log_softmax(-1) for m in (STUDENT, TEACHER))
+    return [(logq[at - 1], logp[at - 1], (row.prompt + row.response)[at])
+            for at in range(len(row.prompt), len(row.prompt) + len(row.response))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 50])
+def test_means_run_over_all_scored_tokens(batch_size):
+    found = [step for row in ROWS for step in steps(row)]
+    expected = {"ce": [-float(q[token]) for q, _, token in found],
+                "forward_kl": [float((p.exp() * (p - q)).sum()) for q, p, _ in found],
+                "reverse_kl": [float((q.exp() * (q - p)).sum()) for q, p, _ in found],
+                "agreement": [float(q.argmax() == p.argmax()) for q, p, _ in found]}
+    ours = compare(STUDENT, ROWS, 0, batch_size, Teacher(TEACHER))
+    for name, values in expected.items():
+        assert ours[name] == pytest.approx(sum(values) / len(values), rel=1e-5), name
+    assert ours["kd"] == ours["reverse_kl"]
+    alone = compare(STUDENT, ROWS, 0, batch_size)
+    assert alone.keys() == {"ce"} and alone["ce"] == pytest.approx(ours["ce"], rel=1e-6)
+
+
+def test_sequence_kl_is_the_kl_between_whole_answers():
+    """Every answer of at most three tokens, END first among them, with its probability; and the estimate from 6,000."""
+    exact = 0.0
+    for y in (y for n in (1, 2, 3) for y in itertools.product(range(3), repeat=n)
+              if 0 not in y[:-1] and (y[-1] == 0 or n == 3)):
+        found = steps(Encoded([1, 2], list(y), False, 0))
+        log_q, log_p = sum(float(q[token]) for q, _, token in found), sum(float(p[token]) for _, p, token in found)
+        exact += torch.tensor(log_q).exp().item() * (log_q - log_p)
+    ours = sequence_kl(STUDENT, Ids, [Encoded([1, 2], [1], False, 0)] * 6000, Teacher(TEACHER), 2000, 3)
+    assert ours == pytest.approx(exact, rel=0.03)
+
+
+def test_distinct_4_counts_different_runs_of_four_words():
+    assert distinct(["a b c d e", "b c d e f"]) == 3 / 4                        # abcd, bcde twice, cdef
+    assert distinct(["a b c", ""]) == 0 and distinct(["a b a b a b"], n=2) == 2 / 5
+
+
+def test_a_copy_in_another_dtype_follows_the_model_and_shares_nothing():
+    source = model(5).train()
+    copy = cast_copy(source, torch.bfloat16)
+    assert not copy.training and copy.head.dtype == torch.bfloat16 and not copy.head.requires_grad
+    source.head.mul_(2)
+    assert not torch.equal(copy.head, source.head.bfloat16())
+    assert cast_copy(source, torch.bfloat16, copy) is copy and torch.equal(copy.head, source.head.bfloat16())
+    assert cast_copy(source, torch.float32) is source

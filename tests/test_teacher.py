@@ -1,0 +1,170 @@
+"""The teacher's states on disk: the same numbers, refused where they are another's, completed where they are cut."""
+import json
+import shutil
+
+import pytest
+import torch
+
+from minikd import teacher as module
+from minikd.checkpoint import load_head, load_model, save_model
+from minikd.data import Encoded, collate
+from minikd.files import InputError
+from minikd.losses import forward_kl, head_loss, scored_positions
+from minikd.model import Qwen2, Qwen2Config
+from minikd.teacher import (FACTS, CachedTeacher, Teacher, digest_of, fill_cache, teacher_files, teacher_responses)
+
+
+def model(seed=2, **shape) -> Qwen2:
+    sizes = dict(vocab_size=400, hidden_size=24, intermediate_size=24, num_hidden_layers=2, num_attention_heads=3,
+                 num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.3)
+    return Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed).eval().requires_grad_(False)
+
+
+ROWS = [Encoded([1 + i, 2][:1 + i % 2], [3 + i, 4, 5, 6][:1 + i % 4], False, i) for i in range(30)]
+TEACHER, STUDENT = model(), model(1, hidden_size=16, num_attention_heads=2).requires_grad_(True)
+
+
+@pytest.fixture
+def fill(tmp_path, monkeypatch):
+    """fill(rows=..., made_from=..., ...) -> tokens computed, in shards of 10 tokens; fill.loads counts teachers."""
+    monkeypatch.setattr(module, "SHARD_TOKENS", 10)
+
+    def call(rows=ROWS, made_from=dict(teacher="a"), width=24, batch_size=3, **options):
+        return fill_cache(tmp_path / "cache", rows, made_from, load, width, pad_id=0, batch_size=batch_size, **options)
+
+    def load():
+        call.loads += 1
+        return TEACHER
+
+    call.loads = 0
+    return call
+
+
+def inputs(rows):
+    batch = collate(rows, 0)
+    return batch.ids, batch.mask
+
+
+def test_cached_states_are_the_teachers_own_in_bfloat16(fill, tmp_path):
+    assert fill() == sum(len(row.response) for row in ROWS)
+    cached, live = CachedTeacher(tmp_path / "cache", TEACHER.head), Teacher(TEACHER)
+    for rows in ROWS[:7], ROWS[::-3], [ROWS[4]]:
+        expected = live.states(rows, *inputs(rows))
+        ours = cached.states(rows, *inputs(rows))
+        assert ours.dtype == torch.bfloat16 and ours.shape == expected.shape
+        torch.testing.assert_close(ours.float(), expected, rtol=2**-8, atol=1e-4)           # one rounding to 8 bits
+    assert len(list((tmp_path / "cache").glob("states-*.safetensors"))) > 3
+
+
+def test_loss_and_gradient_with_the_cache_are_those_of_the_live_teacher(fill, tmp_path):
+    fill()
+    ids, mask = inputs(ROWS[:8])
+    found = []
+    for teacher in Teacher(TEACHER), CachedTeacher(tmp_path / "cache", TEACHER.head):
+        states, targets = scored_positions(STUDENT.hidden(ids), ids, mask)
+        loss, *_ = head_loss(states, STUDENT.head, targets, teacher.states(ROWS[:8], ids, mask), teacher.head, forward_kl,
+                             kd_ratio=1.0, weight=1 / len(targets))
+        found.append((loss, torch.autograd.grad(loss, STUDENT.model.layers[0].mlp.up_proj.weight)[0]))
+    (loss, grad), (other, other_grad) = found
+    assert other.item() == pytest.approx(loss.item(), rel=1e-3)
+    assert float((grad - other_grad).norm()) < 5e-3 * float(grad.norm())        # a teacher in float32, its states rounded
+    assert not torch.equal(grad, other_grad)
+
+
+def test_a_cache_that_is_whole_needs_no_teacher(fill):
+    fill()
+    assert fill() == 0 and fill.loads == 1
+
+
+def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(fill, tmp_path):
+    whole = fill()
+    folder = tmp_path / "cache"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shards = sorted(folder.glob("states-*"))
+    shards[0].unlink()                                                          # never written
+    shards[1].write_bytes(shards[1].read_bytes()[:-5])                          # cut short
+    shards[2].write_bytes(b"")                                                  # and to nothing
+    shutil.copy(shards[4], shards[3])                                           # another shard's
+    kept = shards[5].stat().st_mtime_ns
+    lengths = {name: sum(n for _, n in rows) for name, rows in json.loads((folder / FACTS).read_text())["shards"].items()}
+    assert 0 < fill() == sum(lengths[path.name] for path in shards[:4]) < whole
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert shards[5].stat().st_mtime_ns == kept
+
+
+def test_a_cache_of_something_else_is_refused_by_name(fill, tmp_path):
+    fill()
+    for changed, said in ((dict(made_from=dict(teacher="b")), "its teacher is a, here b"),
+                          (dict(made_from=dict(teacher="a", template="alpaca")), "its template is None, here alpaca"),
+                          (dict(rows=ROWS[:-1]), "its rows are others")):
+        with pytest.raises(InputError, match=said):
+            fill(**changed)
+    assert fill() == 0                                                          # and it is still what it was
+
+
+def test_a_folder_with_other_files_is_not_taken_for_a_cache(fill, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.tex").write_text("!")
+    with pytest.raises(InputError, match="is not empty, and no cache"):
+        fill()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.tex"]
+
+
+def test_the_order_of_the_rows_and_repeats_do_not_matter(fill):
+    fill()
+    assert fill(rows=ROWS[::-1] + ROWS[:5]) == 0
+
+
+def test_the_digest_tells_prompt_from_response():
+    assert digest_of(Encoded([1, 2], [3], False, 0)) != digest_of(Encoded([1], [2, 3], False, 0))
+    assert digest_of(Encoded([1], [2], False, 0)) == digest_of(Encoded([1], [2], True, 9))
+
+
+def test_another_training_step_is_another_teacher(tmp_path):
+    save_model(TEACHER, tmp_path / "t")
+    before = teacher_files(tmp_path / "t")
+    save_model(model(3), tmp_path / "t")
+    after = teacher_files(tmp_path / "t")
+    assert before.keys() == after.keys() == {"config.json", "model.safetensors"}
+    assert before["config.json"] == after["config.json"] and before["model.safetensors"] != after["model.safetensors"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_alone_is_the_models_head(tmp_path, tied):
+    save_model(model(tie_word_embeddings=tied), tmp_path, shard_bytes=20_000)
+    assert torch.equal(load_head(tmp_path, dtype=torch.bfloat16), load_model(tmp_path, dtype=torch.bfloat16).head)
+
+
+# ---- sequence-level KD
+
+@pytest.fixture
+def respond(tmp_path, tokenizer):
+    return lambda rows=ROWS, made_from="a", seed=0, **options: teacher_responses(
+        tmp_path / "answers.jsonl", TEACHER, rows, made_from, tokenizer, batch_size=1, max_new_tokens=4, seed=seed, **options)
+
+
+def test_the_teachers_answers_take_the_place_of_the_datas(respond, tokenizer):
+    own = respond()
+    assert [(row.prompt, row.index) for row in own] == [(row.prompt, row.index) for row in ROWS]
+    assert all(row.response != old.response and 1 <= len(row.response) <= 4 for row, old in zip(own, ROWS))
+    assert all(row.cut == (row.response[-1] not in tokenizer.eos_ids) for row in own)
+
+
+def test_answers_cut_off_by_a_kill_are_completed_to_the_same(respond, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    whole = respond()
+    text = path.read_bytes()
+    lines = text.split(b"\n")
+    for kept in 0, 1, 9, 12, 30:
+        path.write_bytes(b"".join(line + b"\n" for line in lines[:kept]) + b'{"ids": [1')
+        asked = []
+        assert respond(progress=asked.append) == whole and path.read_bytes() == text
+        assert sum(asked) == 30 - max(0, kept - 1) // 8 * 8                     # 8 answers are written at a time
+    assert respond(progress=lambda _: pytest.fail("all of them are there")) == whole
+
+
+def test_answers_of_another_teacher_or_to_other_prompts_are_refused(respond):
+    respond()
+    for changed in dict(made_from="b"), dict(rows=ROWS[1:]), dict(seed=1):
+        with pytest.raises(InputError, match="answers of another teacher, or to other prompts"):
+            respond(**changed)
