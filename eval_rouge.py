@@ -8,7 +8,6 @@
 Prints the means by category, x 100, and writes every answer with its scores to a jsonl. MiniLLM samples at
 temperature 1 with seeds 10 to 50: then each number is the mean over the seeds and its standard deviation.
 """
-import argparse
 import statistics
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from minikd.evaluate import answer, check_vocabulary, read_predictions, read_ref
 from minikd.files import InputError, script_errors
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import Progress, check_positive, pick_device, pick_dtype
+from minikd.training import Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype
 
 TOY = dict(model="runs/toy/kd/best", data=["runs/toy/data/test.jsonl"], rouge="unicode", max_new_tokens=48,
            dtype="float32")                                     # as train_kd.py judges it
@@ -27,13 +26,12 @@ SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    add = parser.add_argument_group("a model's answers").add_argument
+    parser = make_parser(__doc__)
+    add = flag_group(parser, "a model's answers")
     add("--model", help="folder or hub name (runs/toy/kd/best)")
-    add("--data", nargs="+", help="records to ask: .jsonl .json .csv .parquet, a folder or a hub dataset")
+    add("--data", nargs="+", metavar="FILE", help="records to ask: .jsonl .json .csv .parquet, a folder or a hub dataset")
     add("--limit", type=int, help="ask only the first LIMIT records")
-    add("--template", choices=("chatml", "alpaca"), default="chatml", help="prompt template (chatml)")
+    add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt: chatml or alpaca (chatml)")
     add("--max-length", type=int, default=512, help="tokens; a prompt that leaves no room in them is dropped (512)")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped and counted (256)")
     add("--max-new-tokens", type=int, help="longest answer (256; toy 48)")
@@ -43,13 +41,15 @@ def parse_args():
     add("--top-k", type=int, default=0, help="sample from this many tokens; 0 is all (0)")
     add("--seeds", "--seed", type=int, nargs="+", help="one round of answers each (10 20 30 40 50; greedy needs none)")
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), help="of the model (auto; toy float32)")
-    add = parser.add_argument_group("answers that are written already, line by line").add_argument
+    add("--dtype", choices=("auto", "float32", "bfloat16"),
+        help="of the model: auto, float32, bfloat16 (auto; toy float32)")
+    add = flag_group(parser, "answers that are written already, line by line")
     add("--predictions", help=".txt, an answer a line; or .jsonl .json .csv with prediction, text, response or output")
     add("--references", help="the same kinds of file; any records that train_kd.py reads; or a list `references`")
-    add = parser.add_argument_group("both").add_argument
-    add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
-    add("--rouge", choices=("plain", "stemmer", "unicode"), help="words of ROUGE-L (stemmer; toy unicode)")
+    add = flag_group(parser, "both")
+    add("--format", choices=FORMATS, help=f"schema of the records: {', '.join(FORMATS)} (recognised)")
+    add("--rouge", choices=("plain", "stemmer", "unicode"),
+        help="words of ROUGE-L: plain, stemmer, unicode (stemmer; toy unicode)")
     add("--out", help="jsonl of every example's scores (answers.jsonl in the model's folder, else in runs/eval)")
     args = parser.parse_args()
     for pair in ("model", "data"), ("predictions", "references"):

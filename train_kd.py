@@ -12,7 +12,6 @@
 Without --loss, SFT and KD start from the same student and see the same examples for the same steps; a table
 compares Base, SFT, KD and Teacher. Paper: Knowledge Distillation for Large Language Models, eq. (3) and (4).
 """
-import argparse
 import itertools
 import math
 import random
@@ -34,8 +33,8 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_files, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, check_positive, check_settings, learning_rate, load_state,
-                             make_optimizer, pick_device, pick_dtype, read_log, save_state, write_config)
+from minikd.training import (STATE, Log, Progress, check_positive, check_settings, flag_group, learning_rate, load_state,
+                             make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state, write_config)
 
 REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
             validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
@@ -44,61 +43,65 @@ TOY = dict(steps=400, epochs=None, batch_size=32, lr=[3e-3], warmup=30, weight_d
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    add = parser.add_argument_group("models and data (none of them: the toy world)").add_argument
+    parser = make_parser(__doc__)
+    add = flag_group(parser, "models and data (none of them: the toy world)")
     add("--student", help="folder or hub name to start from")
     add("--teacher", help="folder or hub name; for all but --loss sft")
-    add("--data", nargs="+", help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
-    add("--eval-data", nargs="+", help="records for the table; else the validation split")
-    add("--lm-data", nargs="+", help="plain text (records with `text`): its cross-entropy joins every step")
-    add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
-    add("--template", choices=("chatml", "alpaca"), default="chatml", help="prompt template (chatml)")
+    add("--data", nargs="+", metavar="FILE", help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
+    add("--eval-data", nargs="+", metavar="FILE", help="records for the table; else the validation split")
+    add("--lm-data", nargs="+", metavar="FILE", help="plain text (records with `text`): its cross-entropy joins every step")
+    add("--format", choices=FORMATS,
+        help=f"schema of the records: {', '.join(FORMATS)} (recognised)")
+    add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt: chatml or alpaca (chatml)")
     add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses are cut (512)")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped (256)")
     add("--validation", type=int, help="examples held out of --data (500; toy 100)")
-    add = parser.add_argument_group("loss").add_argument
+    add = flag_group(parser, "loss")
     add("--loss", choices=["sft", *DIVERGENCES, "minillm"],
-        help="one run with this loss (else SFT and forward_kl, compared)")
+        help=f"sft, {', '.join(DIVERGENCES)}, minillm (sft and forward_kl)")
     add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy (0.5)")
     add("--temperature", type=float, default=1.0, help="divides both models' logits in the divergence (1)")
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture (0.5)")
     add("--alpha", type=float, default=0.1, help="skew losses: share of the other model in the mixture (0.1)")
     add("--lm-coef", type=float, default=1.0, help="weight of the loss on --lm-data (1)")
-    add = parser.add_argument_group("whose answers are learned from").add_argument
+    add = flag_group(parser, "whose answers are learned from")
     add("--on-policy", type=float, default=0.0, help="share of steps on the student's own answers, without CE (0)")
     add("--seq-kd", action="store_true", help="the teacher's answers, sampled once, in place of the data's")
     add("--cache-teacher", metavar="DIR", help="keep the teacher's states there; only its head stays in memory")
-    add = parser.add_argument_group("MiniLLM").add_argument
+    add = flag_group(parser, "MiniLLM")
     add("--mix", type=float, default=0.2, help="share of the teacher in the distribution sampled from (0.2)")
     add("--rollouts", type=int, default=256, help="answers sampled at a time (256)")
     add("--inner-epochs", type=int, default=4, help="times each is learned from (4)")
     add("--ratio-clip", type=float, default=0.2, help="how far q / q_old may move (0.2)")
-    add = parser.add_argument_group("optimisation").add_argument
+    add = flag_group(parser, "optimisation")
     add("--epochs", type=float, help="passes over the data (1)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs (toy 400)")
     add("--batch-size", type=int, help="examples in a micro-batch (8; toy 32)")
     add("--grad-accum", type=int, default=1, help="micro-batches in an optimizer step (1)")
     add("--lr", type=float, nargs="+", help="peak learning rate; several are swept (1e-5; toy 3e-3)")
     add("--warmup", type=int, help="steps of linear warm-up (0; toy 30)")
-    add("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up (cosine)")
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up: cosine or constant (cosine)")
     add("--weight-decay", type=float, help="of weight matrices (0.01)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (1)")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
-    add = parser.add_argument_group("evaluation").add_argument
+    add = flag_group(parser, "evaluation")
     add("--eval-every", type=int, help="steps between evaluations (each epoch; toy 50)")
     add("--eval-examples", type=int, help="validation examples answered for ROUGE-L each time (200; toy 100)")
     add("--max-new-tokens", type=int, help="longest answer (256; toy 48)")
-    add("--rouge", choices=("plain", "stemmer", "unicode"), help="words of ROUGE-L (stemmer; toy unicode)")
-    add = parser.add_argument_group("run").add_argument
+    add("--rouge", choices=("plain", "stemmer", "unicode"),
+        help="words of ROUGE-L: plain, stemmer, unicode (stemmer; toy unicode)")
+    add = flag_group(parser, "run")
     add("--out", help="folder for checkpoints, log, table and picture (runs/kd; toy runs/toy)")
     add("--resume", action="store_true", help="go on where a stopped run of the same flags was")
     add("--seed", type=int, default=0, help="of the split, the order and the toy world (0)")
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of products and teacher (auto)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="of products and teacher: auto, float32, bfloat16 (auto)")
     args = parser.parse_args()
     check_flags(args)
     args.toy = args.student is None
+    if args.toy and (args.loss == "minillm" or args.on_policy):
+        args.lr = args.lr or [1e-3]                             # it goes on from SFT
     for name, value in (TOY if args.toy else REAL).items():
         if getattr(args, name) is None or name == "dtype" and args.dtype == "auto":
             setattr(args, name, None if name == "epochs" and args.steps else value)
@@ -352,6 +355,9 @@ def main():
     recorded = {"student": args.student, "teacher": args.teacher, "data": report.files, "format": args.format,
                 "lm_data": text_files, "seq_kd": args.seq_kd, "cache_teacher": args.cache_teacher,
                 "dtype": str(dtype), "validation": args.validation, **lengths}
+    if args.toy and (args.loss == "minillm" or args.on_policy):                 # which ask for a student that can answer
+        stage(out / "sft", student, loss="sft", lr=3e-3, replace=True, recorded=dict(recorded), **settings)
+        args.student = recorded["student"] = str(out / "sft" / "best")
     for _, loss, lr, folder in planned(args):
         stage(out / folder, student, loss=loss, lr=lr, replace=args.toy, recorded=dict(recorded), **settings)
 

@@ -1,4 +1,5 @@
 """What two training loops share: optimizer, schedule, log, exact resume, progress. The loops are in the scripts."""
+import argparse
 import json
 import math
 import platform
@@ -58,6 +59,24 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:             # no such kind, no such number, not built in
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu or cuda") from error
     return name
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help is the script's docstring, then a line a flag; no flag may be abbreviated."""
+    return argparse.ArgumentParser(description=doc, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=(
+        lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=125)))
+
+
+def flag_group(parser: argparse.ArgumentParser, title: str):
+    """The add_argument of a new group; a number's value is shown as N or X, a choice by the flag's own help."""
+    group = parser.add_argument_group(title)
+
+    def add(name, *more, **options):
+        if "action" not in options:
+            options.setdefault("metavar", {int: "N", float: "X"}.get(options.get("type"), name.strip("-").upper()))
+        return group.add_argument(name, *more, **options)
+
+    return add
 
 
 def check_positive(args, *names: str):

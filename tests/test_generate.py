@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from minikd.checkpoint import save_model
-from minikd.generate import generate, head_logits, packed, sample
+from minikd.generate import generate, generate_with_log_probs, head_logits, packed, sample
 from minikd.model import Linear, Qwen2, Qwen2Config
+
+
+def draw(*arguments) -> torch.Tensor:
+    """The tokens of sample, without their log-probabilities."""
+    return sample(*arguments)[0]
 
 V = 97
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23], [8, 8]]
@@ -130,7 +135,7 @@ DRAWS = 20_000
 
 def draws(logits, temperature=1.0, top_p=1.0, top_k=0, seed=0, count=DRAWS) -> list[int]:
     """How often each token came, of `count` draws."""
-    tokens = sample(torch.as_tensor(logits).expand(count, -1), temperature, top_p, top_k,
+    tokens = draw(torch.as_tensor(logits).expand(count, -1), temperature, top_p, top_k,
                     torch.Generator().manual_seed(seed))
     return torch.bincount(tokens, minlength=len(logits)).tolist()
 
@@ -185,16 +190,16 @@ def test_the_nucleus_keeps_the_token_that_reaches_p_and_no_more():
 
 def test_greedy_and_a_tiny_temperature_take_the_likeliest():
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, -1.0, 2.9]])
-    assert sample(logits, 0.0, 1.0, 0, None).tolist() == [1, 0]
-    assert sample(logits, 0.0, 0.1, 2, None).tolist() == [1, 0]
-    assert sample(logits, 1e-4, 1.0, 0, torch.Generator().manual_seed(0)).tolist() == [1, 0]
+    assert draw(logits, 0.0, 1.0, 0, None).tolist() == [1, 0]
+    assert draw(logits, 0.0, 0.1, 2, None).tolist() == [1, 0]
+    assert draw(logits, 1e-4, 1.0, 0, torch.Generator().manual_seed(0)).tolist() == [1, 0]
 
 
 def test_each_row_is_drawn_from_its_own_logits():
     logits = torch.full((50, 50), -torch.inf)
     logits[range(50), torch.randperm(50)] = 0.0
     for top_p in 1.0, 0.5:
-        assert torch.equal(sample(logits, 1.0, top_p, 0, None), logits.argmax(-1))
+        assert torch.equal(draw(logits, 1.0, top_p, 0, None), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("top_p,top_k", [(1.0, 0), (0.9, 0), (1.0, 7)])
@@ -205,7 +210,7 @@ def test_a_token_of_probability_zero_is_never_drawn(top_p, top_k, monkeypatch):
     assert {v for v, count in enumerate(counts) if count} <= {3, 4, 20, 36}
     for u in 0.0, 1 - 2**-53:                                                   # the least and the greatest draw
         monkeypatch.setattr(torch, "rand", lambda *size, dtype, **_: torch.full(size, u, dtype=dtype))
-        assert sample(logits[None], 1.0, top_p, top_k, None).item() in {3, 4, 20, 36}
+        assert draw(logits[None], 1.0, top_p, top_k, None).item() in {3, 4, 20, 36}
 
 
 # ---- packed weights: bfloat16 on a CPU ----
@@ -296,3 +301,46 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path):
     answers = generate(model, PROMPTS, max_new_tokens=40)
     assert answers == expected[:, width:].tolist()
     assert len({token for answer in answers for token in answer}) > 10
+
+
+# ---- groups, and the log-probability of what was drawn
+
+def test_samples_of_a_prompt_are_what_its_repeats_would_give():
+    """G rows from one prefill: the same tokens as G rows that were each read, for the same seed."""
+    model = random_model()
+    grouped = generate(model, PROMPTS, 12, temperature=1.0, seed=3, samples=3, eos_ids={3, 50, 71})
+    repeated = generate(model, [prompt for prompt in PROMPTS for _ in range(3)], 12, temperature=1.0, seed=3,
+                        eos_ids={3, 50, 71})
+    assert grouped == repeated and len({tuple(row) for row in grouped}) > 10
+    assert len({len(row) for row in grouped}) > 1                               # some ended early
+
+
+def test_a_group_reads_its_prompt_once(monkeypatch):
+    model = random_model()
+    shapes = count_rows(model, monkeypatch)
+    generate(model, PROMPTS[:2], 3, temperature=1.0, seed=1, samples=4)
+    assert shapes == [(2, 3), (8, 1), (8, 1)]
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5)])
+def test_log_probabilities_are_those_of_the_distribution_that_was_sampled(temperature, top_p, top_k):
+    model = random_model()
+    answers, chances = generate_with_log_probs(model, PROMPTS, 8, temperature, top_p, top_k, eos_ids={3}, seed=2, samples=2)
+    for prompt, answer, chance in zip([p for p in PROMPTS for _ in range(2)], answers, chances, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1].double() / temperature
+        for row, token, ours in zip(logits, answer, chance, strict=True):
+            p = row.softmax(-1)
+            ranked = p.argsort(descending=True).tolist()
+            kept = ranked[:top_k or V]
+            while top_p < 1 and float(p[kept[:-1]].sum()) >= top_p:
+                kept.pop()
+            assert token in kept and ours == pytest.approx(math.log(p[token] / p[kept].sum()), abs=2e-5)
+
+
+def test_greedy_chances_are_certain_and_ids_past_vocab_are_never_drawn():
+    model = random_model()
+    answers, chances = generate_with_log_probs(model, PROMPTS, 5, temperature=0.0)
+    assert answers == generate(model, PROMPTS, 5) and all(chance == 0 for row in chances for chance in row)
+    few = generate(model, PROMPTS, 30, temperature=3.0, seed=1, vocab=11)
+    assert {token for row in few for token in row} == set(range(11))
