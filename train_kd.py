@@ -202,14 +202,14 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
     """Forward and backward of one micro-batch, each token of it counted `weight`; returns the sums of CE and D [2]."""
     device, (ids, mask) = student.head.device, vars(collate(batch, pad_id)).values()
     ids, mask = ids.to(device), mask.to(device)                                 # [B, T]
-    terms = dict(divergence=divergence, kd_ratio=kd_ratio, weight=weight)
+    terms = dict(divergence=divergence if kd_ratio else None, kd_ratio=kd_ratio, weight=weight)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         hidden = student.hidden(ids, checkpointing=checkpointing)               # [B, T, D]
         hidden, targets = scored_positions(hidden, ids, mask)                   # [N, D], [N]
         if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7): KL_t + the surrogate
             old, advantage, soft = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                     for name in minillm.FROZEN)                 # [N], [N], [N, D']
-            terms |= dict(kd_ratio=0.5, weight=2 * weight, policy=lambda logq, at: clipped_surrogate(
+            terms |= dict(divergence=divergence, kd_ratio=0.5, weight=2 * weight, policy=lambda logq, at: clipped_surrogate(
                 logq, old[at], advantage[at], ratio_clip))
         else:                                                                   # paper eq. (3): CE and divergence
             soft = teacher.states(batch, ids, mask) if teacher and kd_ratio else None           # [N, D']

@@ -31,9 +31,9 @@ SHAPES = {"student": Qwen2Config(hidden_size=896, intermediate_size=4864, num_at
                                  **COMMON),
           "teacher": Qwen2Config(hidden_size=2048, intermediate_size=11008, num_attention_heads=16,
                                  num_hidden_layers=36, **COMMON)}
-SMALL = {"student": Qwen2Config(hidden_size=448, intermediate_size=1216, num_attention_heads=7, num_hidden_layers=4,
+SMALL = {"student": Qwen2Config(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_hidden_layers=4,
                                 **COMMON),
-         "teacher": Qwen2Config(hidden_size=1024, intermediate_size=2752, num_attention_heads=8, num_hidden_layers=8,
+         "teacher": Qwen2Config(hidden_size=1024, intermediate_size=2752, num_attention_heads=16, num_hidden_layers=8,
                                 **COMMON)}
 ROWS, LENGTH = 4, 256
 
@@ -81,8 +81,8 @@ def step(student, teacher, batch, dtype) -> float:
     return float(kd) / scored
 
 
-def exact(folder: Path, dtype: torch.dtype):
-    student, batch, found = load_model(folder / "student").train(), rows_of(1)[0], []
+def exact(folder: Path, dtype: torch.dtype, steps: int):
+    student, batch, found = load_model(folder / "student").train(), rows_of(steps)[0], []
     for method in "live", "cached":
         loss = step(student, teacher_of(method, folder, dtype), batch, dtype)
         found.append((loss, [p.grad.clone() for p in student.parameters()]))
@@ -97,7 +97,7 @@ def main():
     if sys.argv[1:2] == ["--child"]:
         torch.set_num_threads(2)
         what, folder, dtype, steps = sys.argv[2], Path(sys.argv[3]), getattr(torch, sys.argv[4]), int(sys.argv[5])
-        return {"fill": lambda: fill(folder, dtype, steps), "exact": lambda: exact(folder, dtype)}.get(
+        return {"fill": lambda: fill(folder, dtype, steps), "exact": lambda: exact(folder, dtype, steps)}.get(
             what, lambda: train(what, folder, dtype, steps))()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=4, help="of each child; the first is not timed")

@@ -9,19 +9,24 @@ take turns. Seconds are the median of the steps after the first; peak is the chi
 what it held when the first step began. Both load both models from the same bfloat16 folders.
     float32     student, teacher and products in float32
     bf16        autocast; the student's weights float32, the teacher's bfloat16
+    naive       the same step of minikd with full logits: student(ids), teacher(ids), forward_kl, mean
+    lean        minikd with the teacher's states at hand and its body gone (as --cache-teacher leaves it) and
+                --gradient-checkpointing; measured from the first step on
     default     trl as it comes: bf16 as above, and gradient checkpointing (the two rows above have it off)
 """
 import argparse
+import gc
 import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from benchmarks.measure import child, in_turns, machine, peak_resident, report, resident, table
+from benchmarks.measure import child, in_turns, machine, peak_resident, report, reset_peak, resident, table
 from minikd.checkpoint import load_model, save_model
 from minikd.losses import forward_kl, head_loss, scored_positions
 from minikd.model import Qwen2, Qwen2Config
@@ -45,21 +50,31 @@ def tensors(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([row["input_ids"] for row in rows]), torch.arange(LENGTH) >= prompts[:, None]
 
 
-def minikd(folder: Path, mode: str, steps: int):
+def minikd(folder: Path, mode: str, steps: int, full_logits: bool = False, lean: bool = False):
     teacher_dtype = torch.float32 if mode == "float32" else torch.bfloat16
     student = load_model(folder / "student").train()
     teacher = load_model(folder / "teacher", dtype=teacher_dtype).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    rows, seconds, losses, before = dataset(steps), [], [], resident()
+    rows, seconds, losses, kept, head = dataset(steps), [], [], [], teacher.head.detach()
+    if lean:
+        head, kept = head.clone(), [states_of(teacher, rows[at:at + ROWS]) for at in range(0, len(rows), ROWS)]
+        del teacher
+        gc.collect()
+        reset_peak()
+    before = resident()
     for step in range(steps):
         start = time.perf_counter()
         ids, mask = tensors(rows[ROWS * step:ROWS * (step + 1)])
         with nullcontext() if mode == "float32" else torch.autocast("cpu", torch.bfloat16):
-            hidden, targets = scored_positions(student.hidden(ids), ids, mask)
-            with torch.inference_mode():
-                soft, _ = scored_positions(teacher.hidden(ids), ids, mask)
-            loss, _, _ = head_loss(hidden, student.head, targets, soft, teacher.head, forward_kl, kd_ratio=1.0,
-                                   weight=1 / len(targets))
+            if full_logits:
+                with torch.no_grad():
+                    soft = scored_positions(teacher(ids), ids, mask)[0]         # [N, V]
+                loss = forward_kl(scored_positions(student(ids), ids, mask)[0], soft).mean()
+            else:
+                hidden, targets = scored_positions(student.hidden(ids, checkpointing=lean), ids, mask)
+                soft = kept[step] if lean else states_of(teacher, rows[ROWS * step:ROWS * (step + 1)])
+                loss, _, _ = head_loss(hidden, student.head, targets, soft, head, forward_kl, kd_ratio=1.0,
+                                       weight=1 / len(targets))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -67,6 +82,12 @@ def minikd(folder: Path, mode: str, steps: int):
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
     return seconds, losses, before
+
+
+@torch.inference_mode()
+def states_of(teacher: Qwen2, rows: list[dict]) -> torch.Tensor:
+    ids, mask = tensors(rows)
+    return scored_positions(teacher.hidden(ids), ids, mask)[0]                  # [N, D']
 
 
 def tokenizer():
@@ -120,7 +141,8 @@ def trl(folder: Path, mode: str, steps: int):
 
 def measure(method: str, mode: str, steps: int, folder: str):
     torch.set_num_threads(2)
-    seconds, losses, before = {"minikd": minikd, "trl": trl}[method](Path(folder), mode, steps)
+    seconds, losses, before = {"minikd": minikd, "trl": trl, "naive": partial(minikd, full_logits=True),
+                                "lean": partial(minikd, lean=True)}[method](Path(folder), mode, steps)
     assert len(seconds) == len(losses) == steps
     report(seconds=median(seconds[1:]), peak=peak_resident() / 1e9, before=before / 1e9, loss=losses[0],
            last=losses[-1])
@@ -132,8 +154,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=4, help="of each child; the first is not timed")
     parser.add_argument("--repeats", type=int, default=1, help="children a row")
+    parser.add_argument("--peers", nargs="+", default=["trl", "naive"], choices=["trl", "naive"])
     args = parser.parse_args()
-    runs = [(method, mode) for mode in ("float32", "bf16") for method in ("trl", "minikd")] + [("trl", "default")]
+    runs = [(method, mode) for mode in ("float32", "bf16") for method in (*args.peers, "lean", "minikd")]
+    runs += [("trl", "default")] if "trl" in args.peers else []
     with tempfile.TemporaryDirectory() as folder:
         for name, config in SHAPES.items():
             save_model(Qwen2(config).to(torch.bfloat16).init_weights(len(name)), Path(folder) / name)
@@ -143,7 +167,7 @@ def main():
     for method, mode in runs:
         theirs = figures[method, mode]
         ours = figures["minikd", "float32" if mode == "float32" else "bf16"]
-        ratios = ["", ""] if method == "minikd" else [f"{theirs['seconds'] / ours['seconds']:.2f}x",
+        ratios = ["", ""] if method in ("minikd", "lean") else [f"{theirs['seconds'] / ours['seconds']:.2f}x",
                                                       f"{ours['peak'] / theirs['peak']:.2f}"]
         rows.append([f"{mode} {method}", f"{theirs['seconds']:.2f}", f"{theirs['peak']:.2f}", f"{theirs['before']:.2f}",
                      f"{theirs['loss']:.4f}", f"{theirs['last']:.4f}", f"{theirs['others']:.0%}", *ratios])

@@ -94,6 +94,12 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
     return kl(logq, log_mix(logq, logp, alpha))
 
 
+def entropy(logits: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+    """H(q) of one model.  [..., V] -> [...] nats"""
+    logq = logits.float().log_softmax(-1)
+    return -(logq.exp() * logq).sum(-1)
+
+
 DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, skew_forward_kl, skew_reverse_kl)} | {
     "jsd": jensen_shannon}                          # the names that --loss takes
 
@@ -114,7 +120,7 @@ def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor,
 
 def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor | None = None,
               teacher_head: Tensor | None = None, divergence=None, kd_ratio: float = 0.0,
-              weight: Tensor | float = 1.0, policy=None,
+              weight: Tensor | float = 1.0, policy=None, vocab: int | None = None,
               chunk_bytes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Paper eq. (3) summed over tokens:  Σ_n weight_n ((1 - kd_ratio) CE_n + kd_ratio D(p_n, q_n)).
 
@@ -122,10 +128,12 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     head            [V, D]   the student's LM head
     targets         [N]      the tokens they score
     teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated; None for kd_ratio 0
-    divergence      (student logits [n, V], teacher logits [n, V']) -> [n], one of the functions above
+    divergence      (student logits [n, V], teacher logits [n, V']) -> [n], one of the functions above; with kd_ratio 0
+                    it is measured only, and it may do without a teacher (entropy)
     weight          what each token counts, often 1 / scored tokens of the optimizer step; or one a token [N]
     policy          (log q of the targets [n], which of the N tokens they are: a slice) -> [n], in cross-entropy's
                     place: the objective of a policy gradient (clipped_surrogate)
+    vocab           only the head's first rows, where sampling knew no others
     returns         the loss (differentiable once), and CE [N] and D [N] a token, for logs
 
     Full logits are never held. For each chunk of tokens the logits are made, the loss and its gradient
@@ -135,7 +143,9 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     """
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
-    shared = len(head) if teacher_head is None else min(len(head), len(teacher_head))   # V, also what CE sees
+    divergence = divergence or (lambda logits, soft: torch.zeros(len(logits), device=logits.device))
+    shared = min(len(x) for x in (head, teacher_head) if x is not None)         # V, also what CE sees
+    shared = min(shared, vocab or shared)
     weight = torch.as_tensor(weight, dtype=torch.float32, device=hidden.device).expand(len(hidden))
     chunk_bytes = chunk_bytes or CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
     return _HeadLoss.apply(hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy,
@@ -157,17 +167,17 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             states = hidden.to(dtype)
             logits = states.new_empty(chunk, V)                                 # student's, then their gradient
-            soft = teacher_hidden.new_empty(chunk, V, dtype=teacher_head.dtype) if kd_ratio else None
+            soft = None if teacher_hidden is None else teacher_hidden.new_empty(chunk, V, dtype=teacher_head.dtype)
             for start in range(0, N, chunk):
                 at = slice(start, min(start + chunk, N))
                 apply_head(states[at], head[:V], out=logits)                       # [n, D] -> [n, V]
-                if kd_ratio:
+                if soft is not None:
                     apply_head(teacher_hidden[at].to(soft.dtype), teacher_head[:V], out=soft)
                 for row in range(start, at.stop, piece):
                     tokens = slice(row, min(row + piece, at.stop))
                     rows = slice(tokens.start - start, tokens.stop - start)     # the same tokens, within the chunk
                     ce[tokens], kd[tokens], total[tokens], grad = _token_losses(
-                        logits[rows], targets[tokens], soft[rows] if kd_ratio else None, divergence, kd_ratio,
+                        logits[rows], targets[tokens], None if soft is None else soft[rows], divergence, kd_ratio,
                         weight[tokens], policy and functools.partial(policy, at=tokens), need_hidden or need_head)
                     if grad is not None:
                         logits[rows] = grad
@@ -195,7 +205,8 @@ def _token_losses(logits, targets, soft, divergence, kd_ratio, weight, policy, n
         with torch.set_grad_enabled(need_grad and kd_ratio < 1):                # at ratio 1 it is only logged
             ce = F.cross_entropy(logits, targets, reduction="none")
             cost = policy(-ce) if policy else ce
-        kd = divergence(logits, soft) if kd_ratio else torch.zeros_like(ce)
+        with torch.set_grad_enabled(need_grad and kd_ratio > 0):
+            kd = divergence(logits, soft)
         total = weight * ((1 - kd_ratio) * cost + kd_ratio * kd)                # paper eq. (3)
         grad = torch.autograd.grad(total.sum(), logits)[0] if need_grad else None
     return ce.detach(), kd.detach(), total.detach(), grad

@@ -20,14 +20,13 @@ Departures of its published code (LMOps/minillm, losses.py, sampler.py) that are
 What its code does and the paper does not say, done here too: advantages are whitened, rewards clipped, and the exact
 step has no weight w_t: the mean of w_t over y_t is 1, so that the weight would only add noise.
 """
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from minikd.data import Encoded, collate, optimizer_steps, steps_per_epoch
+from minikd.data import Encoded, collate, next_rows, optimizer_steps, steps_per_epoch
 from minikd.generate import respond
 from minikd.losses import head_loss, log_mix, scored_positions
 from minikd.model import Qwen2, cast_copy
@@ -124,19 +123,11 @@ def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps
     while step < steps:
         phase, at = divmod(step, length)
         if at == 0:
-            sampled[:] = collect(rows=prompts_of(rows, phase, rollouts, seed), seed=seed + 7919 * phase, **collecting)
+            sampled[:] = collect(rows=next_rows(rows, phase, rollouts, seed), seed=seed + 7919 * phase, **collecting)
         for inner, batches in optimizer_steps(sampled, at, min(length, steps - phase * length), batch_size, grad_accum,
                                               seed + 7919 * phase):
             yield phase * length + inner, batches
         step = (phase + 1) * length
-
-
-def prompts_of(rows: list[Encoded], phase: int, count: int, seed: int) -> list[Encoded]:
-    """The next `count` rows of an endless reading that goes through all of them, in a new order each time."""
-    epochs, places = {}, [divmod(i, len(rows)) for i in range(phase * count, (phase + 1) * count)]
-    for epoch in {epoch for epoch, _ in places}:
-        epochs[epoch] = random.Random(f"{seed}:{epoch}").sample(rows, len(rows))
-    return [epochs[epoch][at] for epoch, at in places]
 
 
 FROZEN = [field.name for field in fields(Rollout) if field.type is Tensor]

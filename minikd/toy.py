@@ -133,10 +133,11 @@ def plain_text(count: int, seed: int) -> list[str]:
     return [f"{statement()} {statement()}" for _ in range(count)]
 
 
-def make_tokenizer(folder) -> Tokenizer:
-    """A byte-level BPE of the world's own text, saved as a Qwen2-like folder: ChatML without a system prompt."""
-    examples = [to_example(entry, "toy") for entry in records(2000, seed=11)]
-    texts = [f"user\n{example.messages[0]['content']}\nassistant\n{example.response}" for example in examples]
+def make_tokenizer(folder, texts: list[str] | None = None) -> Tokenizer:
+    """A byte-level BPE of the given texts, or of the world's own, saved as a Qwen2-like folder: ChatML without a system
+    prompt."""
+    examples = [to_example(entry, "toy") for entry in ([] if texts else records(2000, seed=11))]
+    texts = texts or [f"user\n{example.messages[0]['content']}\nassistant\n{example.response}" for example in examples]
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([

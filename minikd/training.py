@@ -90,12 +90,12 @@ def check_positive(args, *names: str):
 # ---- what a run leaves behind
 
 class Log:
-    """log.jsonl: one JSON object a line, written as it happens."""
+    """log.jsonl, or another name: one JSON object a line, written as it happens."""
 
-    def __init__(self, folder, upto: int = 0):
+    def __init__(self, folder, upto: int = 0, name: str = LOG):
         """Keeps the lines of the first `upto` steps: what a killed run logged past its last state will come again."""
-        self.path = Path(folder) / LOG
-        kept = [line for line in read_log(folder) if line["step"] <= upto] if upto else []
+        self.path = Path(folder) / name
+        kept = [line for line in read_log(folder, name) if line["step"] <= upto] if upto else []
         with atomic_path(self.path) as new:
             new.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -104,9 +104,9 @@ class Log:
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
-def read_log(folder) -> list[dict]:
+def read_log(folder, name: str = LOG) -> list[dict]:
     """The whole lines of log.jsonl; a last one that a kill cut in half is left out."""
-    path = Path(folder) / LOG
+    path = Path(folder) / name
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from minikd.data import Encoded
+from minikd.data import Encoded, next_rows
 from minikd.generate import generate
 from minikd.losses import clipped_surrogate, head_loss, reverse_kl
-from minikd.minillm import (FROZEN, Rollout, collect, importance_weights, pack_rollouts, prompts_of, rewards_to_go,
+from minikd.minillm import (FROZEN, Rollout, collect, importance_weights, pack_rollouts, rewards_to_go,
                             rollout_steps, unpack_rollouts, whiten)
 from minikd.model import Qwen2, Qwen2Config
 
@@ -259,7 +259,7 @@ def test_the_steps_after_a_resume_are_the_steps_of_the_whole_run():
 
 
 def test_prompts_are_all_read_before_one_comes_again():
-    read = [row.index for phase in range(5) for row in prompts_of(ROWS, phase, 5, seed=1)]
+    read = [row.index for phase in range(5) for row in next_rows(ROWS, phase, 5, seed=1)]
     assert sorted(read[:12]) == list(range(12)) and sorted(read[12:24]) == list(range(12)) and read[:12] != read[12:24]
 
 

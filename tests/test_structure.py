@@ -3,7 +3,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("files model checkpoint tokenizer records data toy losses generate teacher minillm grpo rewards sandbox quant gptq "
+ORDER = ("files model checkpoint tokenizer records data toy losses generate teacher minillm grpo problems sandbox rewards quant gptq "
          "rouge evaluate training plots").split()
 HEAVY = {"transformers", "trl", "datasets", "accelerate", "triton"}
 
