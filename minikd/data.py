@@ -426,19 +426,18 @@ def collate(encoded: list[Encoded], pad_id: int) -> Batch:
 
 
 def batch_order(encoded: list[Encoded], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """One epoch's batches as positions in `encoded`: each once, similar lengths together, batches in random order.
+    """One epoch's batches as positions in `encoded`: random ones, each row once, the shortest of a batch first.
 
-    A function of its arguments alone, so a resumed run skips to batch k without replaying. Lengths are sorted within
-    random pools of 100 batches, so that a row meets other neighbours each epoch. The last, partial batch is kept.
+    A function of its arguments alone, so a resumed run skips to batch k without replaying. The batches themselves are
+    not sorted by length, though it would save padding: a step divides by its own scored tokens, so that in a batch of
+    short answers alone each token would count many times what it counts beside long ones, and the student would learn
+    to be brief. Within a step lengths are sorted, so that its micro-batches are padded little. The last batch may be
+    partial.
     """
-    rng = random.Random(f"{seed}:{epoch}")                      # a str seeds through sha512, the same in every process
-    rows, pool = list(range(len(encoded))), 100 * batch_size
-    rng.shuffle(rows)
-    rows = [i for at in range(0, len(rows), pool)
-            for i in sorted(rows[at:at + pool], key=lambda i: len(encoded[i].prompt) + len(encoded[i].response))]
-    batches = [rows[at:at + batch_size] for at in range(0, len(rows), batch_size)]
-    rng.shuffle(batches)
-    return batches
+    rows = list(range(len(encoded)))
+    random.Random(f"{seed}:{epoch}").shuffle(rows)              # a str seeds through sha512, the same in every process
+    return [sorted(rows[at:at + batch_size], key=lambda i: len(encoded[i].prompt) + len(encoded[i].response))
+            for at in range(0, len(rows), batch_size)]
 
 
 def optimizer_steps(rows: list[Encoded], start: int, steps: int, batch_size: int, grad_accum: int,
