@@ -213,7 +213,7 @@ def test_a_token_of_probability_zero_is_never_drawn(top_p, top_k, monkeypatch):
         assert draw(logits[None], 1.0, top_p, top_k, None).item() in {3, 4, 20, 36}
 
 
-# ---- packed weights: bfloat16 on a CPU ----
+# ---- packed weights, on a CPU ----
 
 @pytest.fixture
 def narrow() -> Qwen2:
@@ -254,6 +254,20 @@ def test_generation_with_packed_weights_takes_the_plain_models_likeliest_token(n
 def test_short_answers_and_other_dtypes_are_not_packed(narrow, steps, dtype):
     with packed(narrow.to(dtype), rows=1, steps=steps):
         assert packed_parts(narrow) == 0
+
+
+def test_in_float32_a_large_model_is_packed_for_several_rows():
+    large = random_model(vocab_size=20_000)
+    with torch.inference_mode():
+        states = torch.randn(6, 56)
+        plain = large.hidden(torch.tensor(PROMPTS[2:3])), head_logits(large, states)
+        with packed(large, rows=6, steps=16):
+            assert packed_parts(large) == 15
+            for ours, theirs in zip((large.hidden(torch.tensor(PROMPTS[2:3])), head_logits(large, states)), plain):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        for rows, steps in (3, 16), (6, 15):
+            with packed(large, rows=rows, steps=steps):
+                assert packed_parts(large) == 0
 
 
 def test_packed_copies_are_gone_afterwards_even_after_an_error(narrow, monkeypatch):
