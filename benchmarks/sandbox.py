@@ -1,0 +1,84 @@
+"""Claim: of 1,000 short programs, right, wrong, raising, endless or hostile, none is misjudged and nothing is left.
+
+    python -m benchmarks.sandbox                # about a minute
+
+Each program should print the sum of its stdin. Misjudged is one of another status than its kind's, or of status "ok"
+and another outcome of same_output. `left` counts afterwards the processes, descriptors and folders of all runs.
+"""
+import argparse
+import os
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.measure import machine, table
+from minikd.sandbox import isolation, run_programs, same_output
+
+WAIT = 1.0                  # seconds an endless loop is given
+RIGHT = "print(sum(map(int, input().split())))"
+KINDS = {                   # kind: (programs, [sources], status, is the output right?)
+    "right": (700, [RIGHT, "import sys\nprint(sum(int(x) for x in sys.stdin.read().split()))",
+                    "import collections, heapq, json, math, re\na = list(map(int, input().split()))\nprint(sum(a), '')",
+                    "import os, sys\nprint(sum(map(int, input().split())), flush=True)\nos._exit(0)"], "ok", True),
+    "wrong": (130, ["print(0)", f"{RIGHT}\nprint('done')", "print('sum:')\n" + RIGHT, "print(input())", "",
+                    "import sys\nsys.exit(0)"], "ok", False),
+    "raising": (100, ["print(1 / 0)", "print(int(input()))", "print(", f"{RIGHT}\nexit(1)", "import numpy"],
+                "error", False),
+    "endless": (20, ["while True: pass", "import time\ntime.sleep(99)"], "timeout", False),
+    "hostile": (50, ["import os\nwhile True: os.fork()", "import os\nos.kill(os.getppid(), 9)",
+                     "import socket\nsocket.socket(type=socket.SOCK_DGRAM)", "print(open('/etc/passwd').read())",
+                     "open('f', 'wb').write(bytes(1 << 25))", "import os\nos.kill(os.getpid(), 9)",
+                     "import os\nprint(open(f'/proc/{os.getppid()}/environ').read())"], "error", False),
+}
+
+
+def programs() -> list[tuple]:
+    """(kind, status, is the output right?, expected output, job), the kinds evenly mixed."""
+    found = []
+    for kind, (count, sources, status, right) in KINDS.items():
+        for i in range(count):
+            job = {"source": sources[i % len(sources)], "stdin": f"{i + 1} {7 * i + 2} {i * i}\n"}
+            if kind == "endless":
+                job["timeout"] = WAIT
+            found.append(((i + 0.5) / count, kind, status, right, f"{1 + i + 7 * i + 2 + i * i}\n", job))
+    return [rest for _, *rest in sorted(found, key=lambda entry: entry[0])]
+
+
+def left(folder: str) -> int:
+    """Processes of any sandbox, this process's descriptors, and what lies in the temporary folder."""
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    running = sum(b"def _boot(" in line or b"def _supervise(" in line for line in lines)
+    return running + len(os.listdir("/proc/self/fd")) + len(os.listdir(folder))
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False).parse_args()
+    print(isolation())
+    entries, rows, rates = programs(), [], []
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
+        os.chmod(folder, 0o755)                                     # the programs' user must reach what is inside
+        tempfile.tempdir, before = folder, left(folder)
+        for loops in (True, False):
+            chosen = [entry for entry in entries if loops or entry[0] != "endless"]
+            start = time.monotonic()
+            results = run_programs([job for *_, job in chosen])
+            seconds = time.monotonic() - start
+            wrong = Counter(kind for (kind, status, right, expected, _), result in zip(chosen, results)
+                            if result.status != status
+                            or status == "ok" and same_output(result.stdout, expected) != right)
+            median = sorted(result.seconds for result in results)[len(results) // 2]
+            rates.append(f"{len(chosen) / seconds:.0f}")
+            rows.append(["all" if loops else "without the endless loops", len(chosen), f"{seconds:.1f}", rates[-1],
+                         f"{1000 * median:.0f}", sum(wrong.values()), left(folder) - before])
+            if wrong:
+                print("misjudged:", dict(wrong))
+        tempfile.tempdir = None
+    table(["", "programs", "seconds", "programs/s", "median ms each", "misjudged", "left"], rows)
+    print(machine())
+    if any(row[-1] or row[-2] for row in rows):
+        raise SystemExit("the claim does not hold")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Problems whose answers can be checked: two toy tasks made on the spot, and records of datasets.
+
+    sums        two-digit addition, the carry written as Step 1 and Step 2; the answer is a number
+    code        f(2)=7, f(5)=13: write a program that prints f(x) for the x it reads; tests decide
+    codeforces  open-r1/codeforces-cots and open-r1/codeforces: statement, examples, official_tests, limits
+    question    GSM8K and others: question or problem, answer
+
+The toy students learn first from answers of mixed quality, some wrong and some without their thoughts: GRPO then
+prefers the good ones. It sharpens what is there, and teaches no new skill.
+"""
+import hashlib
+import random
+from dataclasses import dataclass
+
+from minikd.data import Encoded, Example, data_files
+from minikd.files import InputError
+from minikd.records import kind_of, read_records
+
+NOISE, UNTAGGED = 0.25, 0.3             # of the toy answers to learn from: wrong in a step; without think and answer tags
+
+SYSTEM = ("You first think about the problem step by step and then give the answer. Write your thoughts between <think> "
+          "and </think>, as Step 1, Step 2 and so on, and the answer after them.")
+PYTHON = "Write a Python 3 program that reads standard input and writes standard output, in a ```python block."
+
+
+@dataclass(frozen=True)
+class Problem:
+    messages: tuple[dict, ...]          # what is asked, for tokenizer.chat
+    facts: dict                         # what rewards look at: answer; tests [{input, output}], time_limit (s), ...
+    where: str                          # "file.jsonl:812"
+
+
+# ---- toy tasks
+
+def held_out(text: str) -> bool:
+    """A fifth of all questions, decided by the text alone, is asked in the end and never before."""
+    return hashlib.sha256(text.encode()).digest()[0] < 51
+
+
+def tagged(steps: list[str], answer: str) -> str:
+    thoughts = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, 1))
+    return f"<think>\n{thoughts}\n</think>\n{answer}"
+
+
+def sum_problem(rng: random.Random) -> tuple[str, dict, str, str, str]:
+    """Question, facts, a right answer, one that is wrong in a step, and one without its thoughts."""
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    wrong = rng.choice([-2, -1, 1, 2])
+
+    def steps(slip):
+        ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
+        tens = a // 10 + b // 10 + carry + slip
+        plus = f"+{carry}" if carry else ""
+        return [f"{a % 10}+{b % 10}={ones}", f"{a // 10}+{b // 10}{plus}={tens}"], str(10 * tens + ones % 10)
+
+    right, bad = steps(0), steps(wrong)
+    return (f"{a}+{b}", {"answer": str(a + b)}, *(tagged(s, f"<answer>\n{n}\n</answer>") for s, n in (right, bad)), right[1])
+
+
+def program_problem(rng: random.Random) -> tuple[str, dict, str, str, str]:
+    """The same for a line f(x) = m x + c through two points: the answer is a program."""
+    m, c, x = rng.randint(2, 9), rng.randint(0, 9), rng.sample(range(1, 10), 2)
+    x, z = sorted(x)
+    wrong = rng.choice([-2, -1, 1, 2])
+
+    def program(m, c):
+        return f"```python\nprint({m}*int(input())+{c})\n```"
+
+    tests = [{"input": f"{v}\n", "output": f"{m * v + c}\n"} for v in (0, 3, 7, 12)]
+    steps = lambda m, c: [f"({m * z + c - m * x - c})/({z}-{x})={m}", f"{m * x + c}-{m}*{x}={c}"]
+    slipped = (m, c + wrong) if rng.random() < 0.5 else (max(1, m + wrong), c)
+    return (f"f({x})={m * x + c}, f({z})={m * z + c}", {"tests": tests, "time_limit": 2.0, "language": "python"},
+            tagged(steps(m, c), program(m, c)), tagged(steps(*slipped), program(*slipped)), program(m, c))
+
+
+TASKS = {"sums": sum_problem, "code": program_problem}
+
+
+def toy_problems(task: str, count: int, seed: int, test: bool = False) -> list[Problem]:
+    """`count` different questions; those of the test are never among the others."""
+    return [Problem(({"role": "user", "content": question},), facts, f"{task}:{i}")
+            for i, (question, facts, *_) in enumerate(_draw(task, count, seed, test, once=True))]
+
+
+def toy_records(task: str, count: int, seed: int, test: bool = False, clean: bool = False) -> list[dict]:
+    """Records to learn the task from (train_kd.py reads them): mixed quality, or with `clean` all of them right."""
+    rng, records = random.Random(seed + 1), []
+    for question, _, right, wrong, bare in _draw(task, count, seed, test, once=test):
+        answer = wrong if rng.random() < NOISE else right
+        answer = right if clean else bare if rng.random() < UNTAGGED else answer
+        records.append({"instruction": question, "context": "", "response": answer, "category": task})
+    return records
+
+
+def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tuple]:
+    rng, found, seen, tries = random.Random(seed), [], set(), 0
+    while len(found) < count:
+        tries += 1
+        if tries > 20 * count + 1000:
+            raise InputError(f"{task}: there are not {count} different questions; ask for at most {len(found)}")
+        drawn = TASKS[task](rng)
+        if held_out(drawn[0]) == test and not (once and drawn[0] in seen):
+            seen.add(drawn[0])
+            found.append(drawn)
+    return found
+
+
+# ---- records
+
+def load_problems(paths, limit: int | None = None) -> list[Problem]:
+    """Problems of the records in files, folders or hub datasets.
+
+    Raises InputError for a record that is no problem, or whose fields have the wrong kind, naming the place.
+    """
+    paths = [paths] if isinstance(paths, str) else list(paths)
+    problems = []
+    for file in [file for path in paths for file in data_files(path)]:
+        for where, record in read_records(file):
+            if limit is not None and len(problems) >= limit:
+                return problems
+            problems.append(to_problem(record, where))
+    if not problems:
+        raise InputError(f"{', '.join(map(str, paths))}: holds no record")
+    return problems
+
+
+def to_problem(record: dict, where: str) -> Problem:
+    """One record, recognised by its fields: a Codeforces statement, or a question with its answer."""
+    if kind_of(record.get("description")) != "null" and ("input_format" in record or "examples" in record):
+        text, facts = _codeforces(record, where)
+    else:
+        field = next((name for name in ("question", "problem", "instruction", "prompt")
+                      if isinstance(record.get(name), str)), None)
+        answer = next((record[name] for name in ("answer", "response", "output", "solution") if name in record), None)
+        if field is None or not isinstance(answer, (str, int, float)):
+            raise InputError(f"{where}: is no problem: give `question` and `answer`, or Codeforces' `description` and "
+                             f"`examples` (its fields: {', '.join(list(record)[:12])})")
+        text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K's mark
+    return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts, where)
+
+
+def _codeforces(record: dict, where: str) -> tuple[str, dict]:
+    """Statement and facts. No tests where they could not decide: a checker accepts several outputs, files are read."""
+    examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
+    judged = record.get("generated_checker") is None and record.get("input_mode") in (None, "stdio")
+    parts = [f"# {record['title']}" if record.get("title") else "", record["description"],
+             f"## Input\n{record['input_format']}" if record.get("input_format") else "",
+             f"## Output\n{record['output_format']}" if record.get("output_format") else "",
+             *(f"## Example\nInput:\n{test['input']}\nOutput:\n{test['output']}" for test in examples),
+             f"## Note\n{record['note']}" if record.get("note") else "",
+             f"Time limit: {record.get('time_limit') or 2} seconds. {PYTHON}"]
+    facts = {"tests": examples + [test for test in tests if test not in examples] if judged else [], "language": "python"}
+    for name in "time_limit", "memory_limit":
+        if isinstance(record.get(name), (int, float)):
+            facts[name] = float(record[name])
+    return "\n\n".join(part for part in parts if part), facts
+
+
+def _tests(record: dict, name: str, where: str) -> list[dict]:
+    value = record.get(name)
+    if kind_of(value) == "null":
+        return []
+    if not isinstance(value, list) or not all(isinstance(test, dict) and isinstance(test.get("input"), str)
+                                              and isinstance(test.get("output"), str) for test in value):
+        raise InputError(f"{where}: field {name!r} is no list of {{input, output}} texts; mend the record")
+    return [{"input": test["input"], "output": test["output"]} for test in value]
+
+
+def encode_problems(problems: list[Problem], tokenizer, max_prompt_length: int = 1024) -> list[Encoded]:
+    """Prompts as rows without a response; row.index points into `problems`. Longer prompts are left out.
+
+    Raises InputError when none is left.
+    """
+    prompts = [tokenizer.encode(tokenizer.chat(list(problem.messages), add_generation_prompt=True)) for problem in problems]
+    rows = [Encoded(prompt, [], False, i) for i, prompt in enumerate(prompts) if len(prompt) <= max_prompt_length]
+    if not rows:
+        raise InputError(f"no problem is left of {len(problems)}: all prompts are longer than {max_prompt_length} tokens; "
+                         "raise --max-prompt-length")
+    return rows
+
+

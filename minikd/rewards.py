@@ -1,0 +1,259 @@
+"""Rewards for answers that think first: `<think>...</think>`, then the answer, bare or in `<answer>...</answer>`.
+
+    f(completions, problems, **options) -> a number each, or None for what cannot be judged
+
+problems[i] is a dict: "answer"; "tests" [{"input", "output"}], "time_limit" (s), "memory_limit" (MB), "language".
+A None counts nowhere: neither as 0 nor as the half that the paper's script pays where it cannot read the gold answer.
+
+Sources
+    the paper       Knowledge Distillation for Large Language Models; its grpo_rl.py follows open-r1
+    open-r1         huggingface/open-r1 at 1416fa0, src/open_r1/rewards.py, by line; cf_code: its cf_scoring.py
+    DAPO            arXiv:2503.14476, eq. (13)
+
+Departures from the published code, most of them loopholes closed
+    format      the whole completion has to match, each tag once: open-r1's MULTILINE lets text after the end and a
+                second think block pass. Answer tags are optional, and so are line breaks inside the tags.
+    steps       in the thoughts alone, a marker once however often it is said. Numbered lines count on every line, as in
+                the paper (in open-r1 on a text's first), and "Step 1" without a colon; "3.14", "-5", "---" do not.
+    length      in characters; open-r1 counts tokens.
+    answer      as text or as a number, no math-verify; an answer that nothing marks is none.
+    code        all tests or nothing unless asked (open-r1: the fraction). stdout is compared whole (its zip accepts a
+                first line alone), a timeout fails its own test only, the last block counts whatever its mark
+                (open-r1: the last ```python). No code, and code that does not compile, are 0 (cf_code: -1 and -0.1).
+"""
+import importlib.util
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+from functools import wraps
+from pathlib import Path
+
+from minikd import sandbox
+from minikd.files import InputError
+
+Values = list[float | None]
+
+_MARKERS = re.compile(r"\bStep \d+\b|^\d+\.(?!\d)|^[-*] +\S.*|\b(?:First|Second|Next|Finally),", re.MULTILINE)
+_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?", re.ASCII | re.IGNORECASE)
+_PYTHON = ("", "python", "python3", "py")       # what a fence may say; one that says nothing is taken for Python
+
+
+# ---- the parts of a completion
+
+def think_part(completion: str) -> str | None:
+    """The first <think>...</think>, stripped; None where there is none, or where it never ends."""
+    thoughts, end, _ = completion.partition("<think>")[2].partition("</think>")
+    return thoughts.strip() if end else None
+
+
+def answer_part(completion: str) -> str | None:
+    """Inside the one <answer> pair after the thoughts, or else all that follows the last </think>; stripped.
+
+    None without either, and where thoughts begin that never end: what stands in them is no answer.
+    """
+    _, closed, rest = completion.rpartition("</think>")
+    if "<think>" in rest:
+        return None
+    inside, end, _ = rest.partition("<answer>")[2].partition("</answer>")
+    if end and rest.count("<answer>") == rest.count("</answer>") == 1:          # of two pairs, neither is the answer
+        return inside.strip()
+    return rest.strip() if closed else None
+
+
+def extract_code(text: str) -> str | None:
+    """The last fenced block that is closed; None where there is none, or it is marked as anything but Python."""
+    fence, lines, code = None, [], None
+    for line in text.split("\n"):
+        mark = re.fullmatch(r"(`{3,})([^`]*)", line)
+        if mark and fence is None:
+            fence, lines = mark, []
+        elif mark and len(mark[1]) >= len(fence[1]) and not mark[2].strip():
+            language = (fence[2].split() or [""])[0].lower()
+            fence, code = None, "\n".join(lines) + "\n" if lines and language in _PYTHON else None
+        else:
+            lines.append(line)
+    return code
+
+
+# ---- form
+
+def format_fault(completion: str) -> str | None:
+    """Why a completion is not thoughts and then an answer, in a few words; None if it is."""
+    for tag in "<think>", "</think>":
+        if completion.count(tag) != 1:
+            return f"{completion.count(tag)} times {tag}"
+    if not completion.startswith("<think>"):
+        return "text before <think>"
+    thoughts, _, answer = (part.strip() for part in completion.removeprefix("<think>").partition("</think>"))
+    if "<answer>" in completion or "</answer>" in completion:
+        inside = answer.removeprefix("<answer>").removesuffix("</answer>")
+        if answer != f"<answer>{inside}</answer>" or completion.count("<answer>") + completion.count("</answer>") != 2:
+            return "no single pair of answer tags around the whole answer"
+        answer = inside.strip()
+    return "no thoughts" if not thoughts else "no answer" if not answer else None
+
+
+def format_reward(completions: list[str], problems: list[dict]) -> Values:
+    """1 for thoughts and then an answer, nothing before, between or after; else 0.             open-r1 line 85"""
+    return [float(format_fault(completion) is None) for completion in completions]
+
+
+def tags_reward(completions: list[str], problems: list[dict]) -> Values:
+    """A quarter for each tag, with its line breaks, that is there exactly once.                open-r1 line 93"""
+    tags = "<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>"
+    return [0.25 * sum(completion.count(tag) == 1 for tag in tags) for completion in completions]
+
+
+def steps_reward(completions: list[str], problems: list[dict]) -> Values:
+    """min(1, n / 3) for n different markers of steps in the thoughts.                          open-r1 line 115
+
+    `Step 1`; at the start of a line `1.` or a bullet, which is its whole line; `First,` `Second,` `Next,` `Finally,`.
+    """
+    return [min(1.0, len(set(_MARKERS.findall(think_part(completion) or ""))) / 3) for completion in completions]
+
+
+# ---- length and repetition
+
+def length_reward(completions: list[str], problems: list[dict], max_length: int = 2000, margin: int = 400) -> Values:
+    """0 up to max_length - margin characters, then falling to -1 at max_length.      DAPO eq. (13), open-r1 line 620
+
+    By default for about 512 tokens, with DAPO's margin of a fifth.
+    """
+    over = [len(completion) - (max_length - margin) for completion in completions]
+    return [0.0 if n <= 0 else -n / margin if n <= margin else -1.0 for n in over]
+
+
+def repetition_reward(completions: list[str], problems: list[dict], n: int = 3, max_penalty: float = -1.0) -> Values:
+    """max_penalty (1 - different / all) over the n-grams of lower-case words; 0 if too short.     open-r1 line 285"""
+    values = []
+    for completion in completions:
+        words = completion.lower().split()
+        grams = list(zip(*(words[i:] for i in range(n))))
+        again = len(grams) - len(set(grams))
+        values.append(max_penalty * again / len(grams) if again else 0.0)
+    return values
+
+
+# ---- right or wrong
+
+def answer_reward(completions: list[str], problems: list[dict]) -> Values:
+    """1 if the answer is the problem's, as text or as a number (1,000 = 1000.0); else, and without an answer, 0."""
+    values = []
+    for completion, problem in zip(completions, problems, strict=True):
+        answer, gold = answer_part(completion), problem.get("answer")
+        values.append(None if gold is None else float(answer is not None and _same_answer(answer, gold.strip())))
+    return values
+
+
+def _same_answer(a: str, b: str) -> bool:
+    if _NUMBER.fullmatch(a) and _NUMBER.fullmatch(b):
+        return Decimal(a.replace(",", "")) == Decimal(b.replace(",", ""))       # exact at any length, unlike float
+    return a == b
+
+
+def code_reward(completions: list[str], problems: list[dict], partial: bool = False, max_seconds: float = 10.0,
+                max_memory: int = 512) -> Values:
+    """1 if the answer's program passes all tests, else 0; with `partial` the fraction it passes.  open-r1 line 511
+
+    The program is the answer's last fenced block; the text's, if that has no think tags (a fence marks itself).
+    None if the problem has no tests or wants another language.  max_seconds and max_memory (MB) cap its limits.
+    The programs of all completions run side by side, each once on an input. Without `partial` a program that fails a
+    test sees no later one: an endless loop costs one time limit, not one a test.
+    """
+    asked = []                                  # per completion: (run_program's arguments, the output wanted) a test
+    for completion, problem in zip(completions, problems, strict=True):
+        python = (problem.get("language") or "python").lower().startswith("py")
+        answer = answer_part(completion)
+        if answer is None and "<think>" not in completion:
+            answer = completion
+        source = extract_code(answer or "")
+        limits = (min(problem.get("time_limit") or 5.0, max_seconds),                      # 5 s: open-r1's
+                  int(max(64, min(problem.get("memory_limit") or 512, max_memory))))       # Python alone takes 30 MB
+        asked.append([((source, test["input"], *limits), test["output"]) for test in problem["tests"] if source]
+                     if python and problem.get("tests") else None)
+    runs = list(dict.fromkeys(run for tests in asked for run, _ in tests or []))
+    jobs = [dict(zip(("source", "stdin", "timeout", "memory_mb"), run)) for run in runs]
+    results, values = dict(zip(runs, sandbox.run_programs(jobs))), []
+    for tests in asked:
+        right = [results[run].status == "ok" and sandbox.same_output(results[run].stdout, wanted)
+                 for run, wanted in tests or []]
+        share = sum(right) / max(1, len(right))
+        values.append(None if tests is None else share if partial else float(share == 1))
+    return values
+
+
+REWARDS = {"format": format_reward, "tags": tags_reward, "steps": steps_reward, "length": length_reward,
+           "repetition": repetition_reward, "answer": answer_reward, "code": code_reward}
+
+
+# ---- several rewards together
+
+def combine(values: dict[str, Values], weights: dict[str, float]) -> Values:
+    """Weighted sum over the rewards that judged a completion; None where none did.
+
+    values   name -> one value a completion
+    weights  name -> weight; 1 where a name is missing
+    """
+    if unknown := set(weights) - set(values):
+        raise InputError(f"a weight for {', '.join(sorted(unknown))}, but the rewards are {', '.join(values)}")
+    totals = []
+    for row in zip(*values.values(), strict=True):
+        judged = [weights.get(name, 1.0) * value for name, value in zip(values, row) if value is not None]
+        totals.append(sum(judged) if judged else None)
+    return totals
+
+
+def summary(values: dict[str, Values]) -> dict[str, dict]:
+    """Per reward the mean and population std of what it judged (None of nothing), and the share it left unjudged."""
+    found = {}
+    for name, column in values.items():
+        judged = [value for value in column if value is not None]
+        mean, std = (statistics.fmean(judged), statistics.pstdev(judged)) if judged else (None, None)
+        found[name] = {"mean": mean, "std": std, "unjudged": 1 - len(judged) / max(1, len(column))}
+    return found
+
+
+def load_rewards(names: str) -> dict[str, Callable[..., Values]]:
+    """"format,steps,my_rewards.py:brevity" -> name -> function; a function of your own is called as REWARDS' are.
+
+    Raises InputError for a name that is unknown or there twice, a file that does not load, a function it does not have.
+    """
+    found = {}
+    for entry in map(str.strip, names.split(",")):
+        path, _, name = entry.rpartition(":")
+        if not path and name not in REWARDS:
+            raise InputError(f"no reward {name!r} in {names!r}; give some of {', '.join(REWARDS)}, or FILE.py:FUNCTION")
+        if name in found:
+            raise InputError(f"reward {name!r} is twice in {names!r}; name each once")
+        found[name] = _from_file(path, name) if path else REWARDS[name]
+    return found
+
+
+def _from_file(path: str, name: str) -> Callable[..., Values]:
+    """A function of the user's own file. What it returns is checked; NaN and infinity are no judgement."""
+    file, module_name = Path(path).expanduser(), "rewards_of_" + re.sub(r"\W", "_", path)
+    if file.suffix != ".py" or not file.is_file():
+        raise InputError(f"{path}:{name}: there is no Python file {path}; give FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)   # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:                                                  # whatever the file does
+        raise InputError(f"{path}: does not load ({type(error).__name__}: {error}); mend it") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"{path}: has no function {name!r}; define it, or check the name")
+
+    @wraps(function)
+    def checked(completions, problems, **options):
+        values = function(completions, problems, **options)
+        try:
+            return [None if value is None or not math.isfinite(value) else float(value)
+                    for _, value in zip(completions, values, strict=True)]
+        except (TypeError, ValueError):
+            raise InputError(f"{path}:{name}: returned {values!r:.60} for {len(completions)} completions; "
+                             "return a number or None for each") from None
+    return checked

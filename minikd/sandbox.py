@@ -1,0 +1,443 @@
+"""Runs programs that nobody has read: a model's answers, judged by what they print.
+
+The caller alone holds the expected output; a program gets its source, its stdin and nothing else. One run is three
+processes; none is started with preexec_fn, so the caller may have threads and torch:
+
+    run_program    the clock, the output caps and the disk limit
+    supervisor     adopts every descendant of the program (a subreaper) and ends after the last of them
+    the program    a fresh interpreter, under limits of the kernel's that nothing inside it can lift
+
+The functions from _supervise to _boot run in the last two, handed to `python -c` as source. The limits, each more
+than once where it matters, so that a kernel or container may lack some; isolation() says which were reached:
+
+    rlimits        memory, CPU time, file size, open files, no processes or threads (root is exempt: hence the uid)
+    uid            root becomes 65534: root's files, processes and environment are closed
+    namespaces     no network, TCP or UDP; no IPC. An ordinary user's: his processes' memory and environment, too
+    Landlock       reads Python and the system's libraries, writes the private folder; ABI 4: no TCP, 6: no signals
+    seccomp        no processes, threads, sockets, folders, tracing; signals to itself alone
+
+No boundary against bugs of the kernel itself. Without Landlock what the uid can read can be read.
+
+References
+    Landlock    docs.kernel.org/userspace-api/landlock.html
+    seccomp     docs.kernel.org/userspace-api/seccomp_filter.html
+"""
+import _signal                  # signal's C half: the enums of the other take 4 ms to import
+import ctypes
+import functools
+import inspect
+import math
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from minikd.files import InputError
+
+MB = 1 << 20
+NOBODY = 65534
+OUTPUT = MB                 # bytes of stdout, and of stderr
+DISK, FILES = 8 * MB, 200   # of the private folder, which is flat
+TICK = 0.05                 # seconds between two looks at it
+LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPROC": 0}     # NPROC counts threads too
+READABLE = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime",
+            "/dev/zero", "/dev/random", "/dev/urandom"]
+# System calls that no answer needs, by their numbers on (x86_64, aarch64): new processes and threads, sockets, other
+# processes, ways around the filter, folders, and objects that outlive their maker. -1: that machine has none.
+DENIED = {
+    "fork": (57, -1), "vfork": (58, -1), "clone": (56, 220), "clone3": (435, 435), "socket": (41, 198),
+    "socketpair": (53, 199), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_send_signal": (424, 424), "ptrace": (101, 117), "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271), "io_uring_setup": (425, 425), "bpf": (321, 280), "userfaultfd": (323, 282),
+    "perf_event_open": (298, 241), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40),
+    "mkdir": (83, -1), "mkdirat": (258, 34), "memfd_create": (319, 279), "add_key": (248, 217),
+    "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186),
+    "mq_open": (240, 180)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a program. status "ok" is exit code 0 and no more: whether it was right, its stdout says.
+
+    status   "ok", "error" (another exit code, an exception, a signal), "timeout", "memory" (ended by MemoryError),
+             "output" (more than OUTPUT bytes), "disk" (more than DISK bytes or FILES files)
+    stdout   UTF-8, what is not replaced by U+FFFD; cut at OUTPUT bytes
+    stderr   likewise
+    seconds  by the caller's clock, both interpreter starts included
+    """
+    status: str
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+# ---- for the caller
+
+def run_program(source: str, stdin: str = "", timeout: float = 5.0, memory_mb: int = 512) -> Result:
+    """Runs Python source in a sandbox; whatever it does, the result says so and nothing is raised.
+
+    timeout    seconds of wall clock
+    memory_mb  of address space; the interpreter itself takes some 30
+    Raises InputError where programs cannot be confined: not on Linux, or by a root that cannot become another user.
+    """
+    return _run(source, stdin, timeout, memory_mb)[0]
+
+
+def run_programs(jobs, workers: int | None = None) -> list[Result]:
+    """Results in the order of the jobs, each a dict of run_program's keywords or a tuple of its arguments.
+
+    workers  programs at a time: the cores this process may use, and 2 at least, so that a loop stalls nobody
+    """
+    def run(job):
+        return run_program(**job) if isinstance(job, dict) else run_program(*job)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    with ThreadPoolExecutor(workers or max(2, cores)) as pool:
+        return list(pool.map(run, jobs))
+
+
+@functools.lru_cache(maxsize=None)
+def isolation() -> str:
+    """The level reached on this machine, found out once with an empty program; print it beside results."""
+    return _run("", "", 30.0, 512)[1]
+
+
+def same_output(stdout: str, expected: str) -> bool:
+    """Line by line the same words: blanks count once, those at a line's ends and empty last lines not at all.
+
+    Every line counts. To compare lines while both texts have some would accept the first line alone, or a right
+    answer with anything after it.
+    """
+    ours, theirs = ([line.split() for line in text.rstrip().split("\n")] for text in (stdout, expected))
+    return ours == theirs
+
+
+# ---- one run, seen from outside
+
+def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
+    """run_program's work -> (result, the level of isolation that was reached)."""
+    if sys.platform != "linux":
+        raise InputError(f"sandbox: programs cannot be confined on {sys.platform}; run them on Linux")
+    start = time.monotonic()
+    try:
+        source, stdin = source.encode(), stdin.encode()
+    except UnicodeEncodeError as error:                         # a lone surrogate
+        return Result("error", "", f"not run: {error}", 0.0), ""
+    if b"\0" in source + stdin:                                 # Python 3.10 would run the lines before it
+        return Result("error", "", "not run: a NUL in the source or in stdin", 0.0), ""
+    folder = tempfile.mkdtemp(prefix="minikd-")
+    try:
+        options = _prepare(folder, source, stdin, timeout, memory_mb)
+        with _supervisor(folder, options) as (process, report):
+            verdict, out, err, said = _watch(process, report, folder, start + timeout)
+        seconds = time.monotonic() - start
+    finally:
+        if os.geteuid():                                        # root needs none, and must not follow a planted link
+            with suppress(OSError):
+                os.chmod(folder, 0o700)
+        shutil.rmtree(folder, ignore_errors=True)
+    level, code, *_ = said.decode().split("\n") + [""]
+    if level.startswith("refused") or not (level or verdict):
+        raise InputError(f"sandbox: {level or 'did not start: ' + err.decode(errors='replace')[-300:]}")
+    out, err = (bytes(text[:OUTPUT]).decode(errors="replace") for text in (out, err))
+    if not verdict:
+        last = err.rstrip().rpartition("\n")[2]
+        memory = code == "1" and last.partition(":")[0] == "MemoryError"
+        verdict = "ok" if code == "0" else "memory" if memory else "error"
+    return Result(verdict, out, err, seconds), level
+
+
+def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
+    """Fills the private folder and hands it to the user the program will be -> the supervisor's options."""
+    for name, content in (("program.py", source), ("stdin", stdin)):
+        with open(f"{folder}/{name}", "xb") as file:
+            file.write(content)
+    root, as_root = os.geteuid() == 0, os.environ.get("MINIKD_SANDBOX_AS_ROOT") == "1"
+    if root and not as_root:
+        os.chown(folder, NOBODY, NOBODY)
+        os.chown(f"{folder}/program.py", NOBODY, NOBODY)
+    python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)         # not a venv's link
+    seconds = math.ceil(timeout) + 1                            # of CPU: a second guard, behind the clock
+    return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED,
+            "boot": inspect.getsource(_boot) + "_boot()", "uid": NOBODY if root and not as_root else None,
+            "readable": READABLE + [python, f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)],
+            "limits": LIMITS | {"RLIMIT_CPU": seconds, "RLIMIT_AS": int(memory_mb * MB)}}
+
+
+@contextmanager
+def _supervisor(folder, options):
+    """The supervisor's process and the pipe it reports on; in the end it is dead, and everything below it."""
+    report, write = os.pipe()
+    try:
+        with open(f"{folder}/stdin", "rb") as stdin:
+            os.unlink(stdin.name)
+            process = subprocess.Popen(
+                [options["python"], "-I", "-S", "-B", "-c", f"{_trampoline()}\n_supervise({write}, {options!r})"],
+                stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, pass_fds=[write], env={},
+                cwd=folder, start_new_session=True)
+    except BaseException:
+        os.close(report)
+        raise
+    finally:
+        os.close(write)
+    try:
+        with process:
+            try:
+                yield process, report
+            finally:
+                _stop(process)
+    finally:
+        os.close(report)
+
+
+def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray, bytearray]:
+    """Reads until the supervisor is gone or a limit is passed -> (which one or "", stdout, stderr, the report).
+
+    The end of stdout means nothing: a program may close it and go on, or leave it to a child.
+    """
+    out, err, said = bytearray(), bytearray(), bytearray()
+    texts = {process.stdout.fileno(): out, process.stderr.fileno(): err, report: said}
+    poll, verdict, look = select.poll(), "", 0.0
+    for stream in texts:
+        poll.register(stream, select.POLLIN)
+
+    def read(seconds) -> bool:
+        ready = poll.poll(1000 * max(0.0, seconds))
+        for stream, _ in ready:
+            data = os.read(stream, 1 << 16)
+            texts[stream].extend(data)
+            if not data:
+                poll.unregister(stream)
+                texts.pop(stream)
+        return bool(ready)
+
+    def too_long() -> bool:
+        return max(len(out), len(err)) > OUTPUT
+
+    while report in texts and said.count(b"\n") < 2 and not verdict:
+        read(min(TICK, deadline - time.monotonic()))
+        now = time.monotonic()
+        if too_long():
+            verdict = "output"
+        elif now >= look:
+            verdict, look = "disk" if _too_much(folder) else "", now + TICK
+        if now >= deadline and said.count(b"\n") < 2:
+            verdict = verdict or "timeout"
+    _stop(process)
+    while not too_long() and read(0):                           # what was in the pipes; nobody writes any more
+        pass
+    return verdict or ("output" if too_long() else "disk" if _too_much(folder) else ""), out, err, said
+
+
+def _stop(process):
+    """Ends the supervisor, which ends the program and all its descendants first."""
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:                           # the machine is stuck; the program dies with its parent
+        process.kill()
+
+
+def _too_much(folder) -> bool:
+    size = count = 0
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):               # deleted meanwhile
+                    count, size = count + 1, size + 512 * entry.stat(follow_symlinks=False).st_blocks
+                if count > FILES or size > DISK:
+                    return True
+    except PermissionError:                                     # an ordinary user's program locked its own folder
+        return True
+    return False
+
+
+# ---- one run, seen from inside: these functions go to a bare interpreter as source
+
+def _supervise(report, options):
+    """Forks the program, waits, kills what it left; writes "LEVEL\\nEXIT CODE\\n" to `report`, or "refused: why"."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl.argtypes = [ctypes.c_int] + 4 * [ctypes.c_ulong]
+    libc.prctl(36, 1, 0, 0, 0)                                  # PR_SET_CHILD_SUBREAPER: orphans become our children
+
+    def end(*_):                                                # also at any moment of what follows, by SIGTERM
+        _kill_below()
+        if os.getppid() != options["parent"]:                   # nobody is left to remove the private folder
+            for name in os.listdir("."):
+                os.unlink(name)
+            os.rmdir(os.getcwd())
+        os._exit(0)                                             # 1 ms sooner than the interpreter's own end
+
+    _signal.signal(_signal.SIGTERM, end)
+    libc.prctl(1, _signal.SIGTERM, 0, 0, 0)                     # PR_SET_PDEATHSIG: likewise if the caller is killed
+    os.set_inheritable(report, False)
+    if os.getppid() != options["parent"]:
+        end()
+    child = os.fork()
+    if not child:
+        try:
+            _become(libc, report, options)
+        except BaseException as error:
+            os.write(report, f"refused: {error}".encode())
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    _kill_below()
+    os.write(report, f"\n{os.waitstatus_to_exitcode(status)}\n".encode())
+    end()
+
+
+def _kill_below():
+    """Kills children until there are none: the dead one's children become ours, setsid or not."""
+    while True:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/stat", "rb") as file:
+                    parent = int(file.read().rpartition(b")")[2].split()[1])
+                if parent == os.getpid():
+                    os.kill(int(pid), _signal.SIGKILL)
+            except OSError:                                     # gone meanwhile, or another user's
+                pass
+        time.sleep(0.001)
+
+
+def _become(libc, report, options):
+    """Gives up, for good, all but what the program needs, and becomes it. Raises where it must not be run."""
+    import resource                                             # not on Windows, where the caller imports this file
+    os.setsid()
+    root, uid = os.geteuid() == 0, options["uid"]
+    level = ["rlimits", f"uid {os.geteuid() if uid is None else uid}"]
+    spaces = 0x40000000 | 0x08000000 | (0 if root else 0x10000000)      # CLONE_NEWNET, NEWIPC, NEWUSER
+    level.append("no network namespace" if libc.unshare(spaces) else "own network and IPC namespaces")
+    if root and uid is not None:
+        _uncover(libc, options["prefix"])
+    if libc.prctl(38, 1, 0, 0, 0):                              # PR_SET_NO_NEW_PRIVS
+        raise OSError("this kernel lacks no_new_privs")
+    abi = _landlock(libc, options["readable"])
+    level.append(f"Landlock ABI {abi}" if abi else "no Landlock: files can be read")
+    if root and uid is None:                                    # opted in
+        for capability in range(64):
+            libc.prctl(24, capability, 0, 0, 0)                 # PR_CAPBSET_DROP: none is left after execve
+    elif root:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+        except OSError as error:
+            raise OSError(f"root cannot become uid {uid} ({error}); run as an ordinary user, or set "
+                          "MINIKD_SANDBOX_AS_ROOT=1") from error
+    for name, value in options["limits"].items():               # after the uid: it may not change past NPROC
+        which = getattr(resource, name)
+        hard = resource.getrlimit(which)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(which, (value, value))
+    libc.prctl(1, _signal.SIGKILL, 0, 0, 0)                     # PR_SET_PDEATHSIG: dies with the supervisor
+    level.append("seccomp" if _seccomp(libc, options["denied"]) else "no seccomp")
+    os.write(report, ", ".join(level).encode())
+    python = options["python"]                                  # no random hash seed: the same source, the same output
+    os.execve(python, [python, "-s", "-S", "-B", "-X", "utf8", "-c", options["boot"]], {"PYTHONHASHSEED": "0"})
+
+
+def _uncover(libc, prefix):
+    """Lets others reach root's own Python (/root/.pyenv), with nothing around it, in a mount namespace."""
+    paths = [prefix[:i] for i, letter in enumerate(prefix + "/") if letter == "/" and i]
+    above = [path for path in paths if not os.stat(path).st_mode & 1]
+    if not above:
+        return
+
+    def mount(*arguments):
+        return libc.mount(*(a and a.encode() if not isinstance(a, int) else ctypes.c_ulong(a) for a in arguments))
+
+    os.umask(0o022)
+    failed = libc.unshare(0x20000) or mount(None, "/", None, 0x44000, None)         # CLONE_NEWNS; MS_REC, MS_PRIVATE
+    handle = os.open(prefix, os.O_PATH)
+    if not failed and not mount("tmpfs", above[0], "tmpfs", 0, "mode=755,size=64k"):
+        os.makedirs(prefix)
+        failed = mount(f"/proc/self/fd/{handle}", prefix, None, 0x1000, None)       # MS_BIND
+    os.close(handle)
+    if failed or not os.path.exists(f"{prefix}/lib"):
+        raise OSError(f"{above[0]} hides this Python from other users; take one that all can run, or chmod o+x it")
+
+
+def _landlock(libc, readable) -> int:
+    """Files: `readable` alone, and the current folder to write to, without subfolders. No TCP, no signals to others.
+
+    Returns the kernel's ABI, 0 if it has none. What it handles depends on that: moves from 2 on, truncation 3, TCP 4,
+    devices' ioctl 5, signals and abstract sockets 6.
+    """
+    abi = libc.syscall(444, None, ctypes.c_size_t(0), 1)        # landlock_create_ruleset: the version
+    if abi < 1:
+        return 0
+    every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
+    handled = (ctypes.c_uint64 * 3)(every, 3, 3)
+    ruleset = libc.syscall(444, handled, ctypes.c_size_t(8 if abi < 4 else 16 if abi < 6 else 24), 0)
+    execute, write, read, read_dir, remove, make, truncate = 1, 2, 4, 8, 32, 256, 1 << 14
+    rules = [(path, execute | read | read_dir) for path in readable]
+    rules += [("/dev/null", read | write), (".", read | write | read_dir | remove | make | truncate)]
+    for path, allowed in rules:
+        if os.path.exists(path):
+            handle = os.open(path, os.O_PATH)
+            allowed &= every if os.path.isdir(path) else execute | read | write
+            rule = allowed.to_bytes(8, sys.byteorder) + handle.to_bytes(4, sys.byteorder)
+            if libc.syscall(445, ruleset, 1, rule, 0):          # landlock_add_rule, LANDLOCK_RULE_PATH_BENEATH
+                raise OSError(f"Landlock refused a rule for {path}: {os.strerror(ctypes.get_errno())}")
+            os.close(handle)
+    if ruleset < 0 or libc.syscall(446, ruleset, 0):            # landlock_restrict_self
+        raise OSError(f"Landlock failed: {os.strerror(ctypes.get_errno())}")
+    os.close(ruleset)
+    return abi
+
+
+def _seccomp(libc, denied) -> bool:
+    """EPERM for the system calls in `denied`, and for signals to others than oneself; False where it cannot be had."""
+    machine = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
+    if machine is None:
+        return False
+    load, equal, above, end = 0x20, 0x15, 0x35, 0x06            # BPF: load a word, jump if ==, if >=, return
+    deny, allow = (end, 0, 0, 0x50001), (end, 0, 0, 0x7FFF0000)
+    code = [(load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[machine]), deny,    # another ABI's numbers
+            (load, 0, 0, 0), (above, 0, 1, 0x40000000), deny]                           # x32
+    for numbers in denied.values():
+        if numbers[machine] >= 0:
+            code += [(equal, 0, 1, numbers[machine]), deny]
+    for number in ((62, 234), (129, 131))[machine]:             # kill, tgkill: the first argument must be one's own pid
+        code += [(equal, 0, 4, number), (load, 0, 0, 16), (equal, 1, 0, os.getpid()), deny, allow]
+    code.append(allow)
+    word = sys.byteorder
+    raw = b"".join(c.to_bytes(2, word) + bytes([yes, no]) + k.to_bytes(4, word) for c, yes, no, k in code)
+    program = ctypes.create_string_buffer(raw, len(raw))
+    length = int.from_bytes(len(code).to_bytes(2, word) + bytes(6), word)               # struct sock_fprog
+    header = (ctypes.c_uint64 * 2)(length, ctypes.addressof(program))
+    return libc.prctl(22, 2, ctypes.addressof(header), 0, 0) == 0       # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+def _boot():
+    """In the new interpreter: what `python program.py` does, with the exit() and quit() that -S leaves out."""
+    import _sitebuiltins
+    import builtins
+    import sys
+    builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D")
+    sys.excepthook = lambda kind, error, trace: sys.__excepthook__(     # without this function's two frames
+        kind, error.with_traceback(trace.tb_next and trace.tb_next.tb_next), None)
+    main = sys.modules["__main__"].__dict__
+    main["__file__"] = sys.argv[0] = "program.py"
+    del main["_boot"]
+    with open("program.py", "rb") as file:
+        code = compile(file.read(), "program.py", "exec", dont_inherit=True)
+    exec(code, main)
+
+
+@functools.lru_cache(maxsize=None)
+def _trampoline() -> str:
+    parts = (_supervise, _kill_below, _become, _uncover, _landlock, _seccomp)
+    return "import _signal, ctypes, os, sys, time\n\n" + "\n\n".join(map(inspect.getsource, parts))

@@ -1,0 +1,218 @@
+"""GRPO's formulas as slow loops, trl's own code on the same numbers where it is installed, and gradients by the chain rule."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minikd import grpo
+from minikd.data import Encoded, collate
+from minikd.grpo import (NORMS, group_advantages, k3, policy_loss, sample_groups, sequence_old, token_log_probs,
+                         token_weights, was_clipped)
+from minikd.losses import entropy, head_loss, scored_positions
+from minikd.model import Qwen2, Qwen2Config
+
+N, R = 6, 7                                         # answers, tokens
+
+
+def numbers(seed=0):
+    """logp (differentiated), old, ref [N, R], advantages [N], mask [N, R] of answers of 1 to 7 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    logp, old, ref = (-0.1 - 2 * torch.rand(N, R, generator=generator) for _ in range(3))
+    old, ref = logp + 0.8 * (old - old.mean()), logp + 0.4 * (ref - ref.mean())             # ratios on both sides of 1
+    advantages = torch.randn(N, generator=generator)
+    mask = torch.arange(R) < torch.tensor([7, 1, 3, 5, 6, 2])[:, None]
+    return logp.requires_grad_(), old, ref, advantages, mask
+
+
+def slow_loss(logp, old, ref, advantages, clip=0.2, beta=0.04, clip_high=None):
+    """Paper eq. (6) and (7) in plain Python: what is to be minimised, for each token."""
+    high = clip if clip_high is None else clip_high
+    found = []
+    for i in range(N):
+        row = []
+        for t in range(R):
+            ratio, A = math.exp(logp[i, t] - old[i, t]), float(advantages[i])
+            d = float(ref[i, t] - logp[i, t])
+            row.append(-min(ratio * A, min(max(ratio, 1 - clip), 1 + high) * A) + beta * (math.exp(d) - d - 1))
+        found.append(row)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(clip=0.1, beta=0.0), dict(clip_high=0.28), dict(beta=1.0, clip=0.5)])
+def test_the_loss_of_a_token_is_the_papers(options):
+    logp, old, ref, advantages, _ = numbers()
+    torch.testing.assert_close(policy_loss(logp, old, ref, advantages, **options).detach(),
+                               slow_loss(logp.detach(), old, ref, advantages, **options), rtol=1e-5, atol=1e-6)
+    clipped = was_clipped(logp.detach(), old, advantages, options.get("clip", 0.2), options.get("clip_high"))
+    assert 0 < clipped.sum() < N * R
+    grad = torch.autograd.grad(policy_loss(logp, old, ref, advantages, **options | dict(beta=0.0)).sum(), logp)[0]
+    assert torch.equal(grad == 0, clipped)                                      # what is counted is what gets no gradient
+
+
+def test_the_gradient_of_k3_is_that_of_the_papers_formula():
+    logp, _, ref, *_ = numbers()
+    grad = torch.autograd.grad(k3(logp, ref).sum(), logp)[0]
+    torch.testing.assert_close(grad, 1 - (ref - logp.detach()).exp(), rtol=1e-5, atol=1e-6)
+    assert (k3(logp, ref) >= 0).all() and k3(ref, ref).eq(0).all()
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_advantages_are_the_definition_and_what_was_not_judged_is_left_out(scale):
+    rewards = torch.tensor([[1.0, 0.0, 0.5, 2.0], [3.0, 3.0, 3.0, 3.0], [1.0, math.nan, 0.0, math.nan],
+                            [math.nan, 4.0, math.nan, math.nan], [math.nan] * 4])
+    ours = group_advantages(rewards, scale)
+    for row, found in zip(rewards.tolist(), ours.tolist()):
+        judged = [r for r in row if not math.isnan(r)]
+        mean = sum(judged) / max(1, len(judged))
+        std = math.sqrt(sum((r - mean) ** 2 for r in judged) / max(1, len(judged) - 1))
+        for r, advantage in zip(row, found):
+            right = (r - mean) / ((std + 1e-4) if scale == "std" else 1) if not math.isnan(r) and len(judged) > 1 else 0.0
+            assert advantage == pytest.approx(right, abs=1e-6)
+    with pytest.raises(ValueError, match="'std' or 'none'"):
+        group_advantages(rewards, "batch")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_weights_are_one_over_what_the_variant_divides_by(norm):
+    lengths, counted = [4, 1, 10, 3], [True, True, False, True]
+    for keep in None, counted:
+        ours = token_weights(lengths, norm, 12, keep)
+        kept = [i for i in range(4) if keep is None or keep[i]]
+        for i in range(4):
+            divisor = {"sequence": len(kept) * lengths[i], "token": sum(lengths[j] for j in kept),
+                       "constant": len(kept) * 12}[norm]
+            assert ours[i] == pytest.approx(1 / divisor if i in kept else 0)
+        if norm != "constant":                                                  # a mean: the tokens' weights add up to 1
+            assert sum(weight * length for weight, length in zip(ours, lengths)) == pytest.approx(1)
+    with pytest.raises(ValueError, match="norm"):
+        token_weights(lengths, "batch")
+
+
+def test_one_ratio_a_sequence_has_gspos_value_and_gradient():
+    """s_i = exp(mean_t log ratio), clipped as a whole: by autograd on the definition, and through sequence_old."""
+    logp, old, ref, advantages, mask = numbers(3)
+    lengths = mask.sum(1)
+    s = (((logp - old) * mask).sum(1) / lengths).exp()                          # [N]
+    expected = -torch.minimum(s * advantages, s.clamp(0.8, 1.2) * advantages)
+    past = torch.stack([torch.cat([sequence_old(logp[i, :n].detach(), old[i, :n]), old[i, n:]])
+                        for i, n in enumerate(lengths.tolist())])
+    ours = (policy_loss(logp, past, ref, advantages, beta=0.0) * mask).sum(1) / lengths
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logp, retain_graph=True)[0] for x in (ours, expected)),
+                               rtol=1e-5, atol=1e-6)
+
+
+# ---- trl
+
+VARIANTS = {"grpo": ("sequence", {}), "dapo": ("token", dict(clip_high=0.28)), "dr_grpo": ("constant", {}),
+            "bnpo": ("token", {}), "gspo": ("sequence", dict(ratio="sequence"))}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradient_are_trls(variant, beta):
+    """trl's own _compute_loss, given our log-probabilities as its model's."""
+    trainer = pytest.importorskip("trl").GRPOTrainer
+    logp, old, ref, advantages, mask = numbers(5)
+    norm, options = VARIANTS[variant]
+    level = options.pop("ratio", "token") if variant != "gspo" else "sequence"
+    high = options.get("clip_high", 0.2)
+    nothing = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1)
+    fake = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logp, torch.zeros_like(logp), None), aux_loss_enabled=False,
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=level, beta=beta,
+        loss_type="grpo" if variant == "gspo" else variant, epsilon_low=0.2, epsilon_high=high, use_vllm=False,
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1), accelerator=nothing,
+        current_gradient_accumulation_steps=1, max_completion_length=12, model=SimpleNamespace(training=True),
+        _entropy_bonus_enabled=False, _metrics={"train": __import__("collections").defaultdict(list)})
+    ids = torch.ones(N, 1, dtype=torch.long)
+    theirs = trainer._compute_loss(fake, None, dict(
+        prompt_ids=ids, prompt_mask=ids, completion_ids=mask.long(), completion_mask=mask.long(), advantages=advantages,
+        old_per_token_logps=old, ref_per_token_logps=ref, num_items_in_batch=mask.sum()))
+    past = old
+    if level == "sequence":
+        past = torch.stack([torch.cat([sequence_old(row[:n].detach(), before[:n]), before[n:]])
+                            for row, before, n in zip(logp, old, mask.sum(1).tolist())])
+    weights = torch.tensor(token_weights(mask.sum(1).tolist(), norm, 12))
+    ours = (policy_loss(logp, past, ref, advantages, beta=beta, clip_high=high) * mask * weights[:, None]).sum()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logp, retain_graph=True)[0] for x in (ours, theirs)), rtol=1e-5,
+                               atol=1e-6)
+
+
+# ---- through a model
+
+def model(seed=1) -> Qwen2:
+    return Qwen2(Qwen2Config(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                             num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.4)).init_weights(seed)
+
+
+class Tokens:
+    eos_ids, pad_id = {7, 8}, 0
+
+    def __len__(self):
+        return 29
+
+
+ROWS = [Encoded([1 + i, 2, 5][:1 + i % 3], [], False, 10 + i) for i in range(4)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_log_probabilities_are_those_that_training_computes(temperature):
+    policy = model().eval()
+    answers, old = sample_groups(policy, ROWS, 3, 9, Tokens(), temperature, seed=1)
+    assert [answer.index for answer in answers] == [10, 10, 10, 11, 11, 11, 12, 12, 12, 13, 13, 13]
+    assert all(answer.prompt == ROWS[answer.index - 10].prompt for answer in answers)
+    assert all(answer.cut == (answer.response[-1] not in {7, 8}) for answer in answers)
+    assert {token for answer in answers for token in answer.response} <= set(range(29))
+    again = token_log_probs(policy, answers, 0, 5, temperature, vocab=29)
+    for answer, ours, theirs in zip(answers, old, again, strict=True):
+        with torch.no_grad():
+            logits = policy(torch.tensor([answer.prompt + answer.response]))[0, len(answer.prompt) - 1:-1, :29] / temperature
+        exact = logits.double().log_softmax(-1).gather(1, torch.tensor(answer.response)[:, None])[:, 0].float()
+        torch.testing.assert_close(theirs, exact, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours, exact, atol=2e-5, rtol=1e-5)
+
+
+def test_the_step_is_the_formula_on_full_logits():
+    """Loss and gradient through the chunked head, of a batch of answers, against plain autograd on every logit."""
+    policy, generator = model().train(), torch.Generator().manual_seed(2)
+    answers, old = sample_groups(policy, ROWS, 3, 9, Tokens(), 0.8, seed=1)
+    old = [row + 0.3 * torch.randn(len(row), generator=generator) for row in old]
+    ref = [row + 0.3 * torch.randn(len(row), generator=generator) for row in old]
+    A = torch.randn(len(answers), generator=generator)
+    weights = token_weights([len(answer.response) for answer in answers], "sequence")
+    expected = 0.0
+    policy.eval()
+    for answer, o, r, a, w in zip(answers, old, ref, A, weights):
+        logits = policy(torch.tensor([answer.prompt + answer.response]))[0, len(answer.prompt) - 1:-1] / 0.8
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(answer.response)[:, None])[:, 0]
+        expected = expected + w * policy_loss(logp[None], o[None], r[None], a[None]).sum()
+    theirs = torch.autograd.grad(expected, list(policy.parameters()))
+    batch = collate(answers, 0)
+    states, targets = scored_positions(policy.hidden(batch.ids), batch.ids, batch.mask)
+    lengths = torch.tensor([len(answer.response) for answer in answers])
+    flat = lambda x: torch.as_tensor(x).repeat_interleave(lengths)
+    o, r, a = torch.cat(old), torch.cat(ref), flat(A)
+    loss, ce, spread = head_loss(states / 0.8, policy.head, targets, weight=flat(weights), divergence=entropy, chunk_bytes=800,
+                                 policy=lambda now, at: policy_loss(now[:, None], o[at][:, None], r[at][:, None], a[at])[:, 0])
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for ours, grad in zip(torch.autograd.grad(loss, list(policy.parameters())), theirs):
+        torch.testing.assert_close(ours, grad, rtol=1e-4, atol=1e-6)
+    logits = (states / 0.8 @ policy.head.T).detach()
+    torch.testing.assert_close(spread, torch.distributions.Categorical(logits=logits).entropy(), rtol=1e-5, atol=1e-6)
+
+
+def test_on_policy_the_first_update_is_reinforce():
+    """ρ = 1: the gradient is -A ∇ log π, however wide the clip."""
+    logp, _, ref, advantages, _ = numbers()
+    grads = [torch.autograd.grad(policy_loss(logp, logp.detach(), ref, advantages, clip=clip, beta=0).sum(), logp)[0]
+             for clip in (0.01, 0.5)]
+    for grad in grads:
+        torch.testing.assert_close(grad, -advantages[:, None].expand(N, R))
+
+
+def test_the_module_says_where_its_variants_come_from():
+    for name in "2402.03300", "2503.20783", "2503.14476", "2507.18071":
+        assert name in grpo.__doc__

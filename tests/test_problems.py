@@ -1,0 +1,127 @@
+"""Problems: the toy tasks are right where they say so, and records of datasets keep what decides."""
+import json
+import random
+import re
+
+import pytest
+
+from minikd.data import encode_examples, to_example
+from minikd.files import InputError
+from minikd.problems import (NOISE, TASKS, UNTAGGED, encode_problems, held_out, load_problems, to_problem, toy_problems,
+                             toy_records)
+from minikd.rewards import answer_part, extract_code, format_reward, steps_reward
+
+
+def test_a_sums_answer_is_the_sum_and_its_steps_are_true():
+    for record in toy_records("sums", 200, seed=1, clean=True):
+        a, b = map(int, record["instruction"].split("+"))
+        assert answer_part(record["response"]) == str(a + b)
+        for left, right in re.findall(r"Step \d: ([\d+]+)=(\d+)", record["response"]):
+            assert sum(map(int, left.split("+"))) == int(right)
+        assert record["response"].count("Step") == 2 and format_reward([record["response"]], [{}]) == [1.0]
+
+
+def test_a_code_answer_is_the_line_through_both_points():
+    for record in toy_records("code", 100, seed=1, clean=True):
+        program = extract_code(record["response"])
+        m, c = map(int, re.fullmatch(r"print\((\d+)\*int\(input\(\)\)\+(\d+)\)\n", program).groups())
+        points = re.findall(r"f\((\d+)\)=(\d+)", record["instruction"])
+        assert len(points) == 2 and all(m * int(x) + c == int(y) for x, y in points)
+        for left, right in re.findall(r"Step \d: ([\d()+*/-]+)=(\d+)", record["response"]):
+            assert eval(left) == int(right)                                     # our own text, of digits and signs
+    for problem in toy_problems("code", 20, seed=3):
+        (x, y), *_ = re.findall(r"f\((\d+)\)=(\d+)", problem.messages[0]["content"])
+        tests = {int(test["input"]): int(test["output"]) for test in problem.facts["tests"]}
+        m = (tests[12] - tests[0]) // 12
+        assert m * int(x) + tests[0] == int(y) and all(m * v + tests[0] == out for v, out in tests.items())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_answers_to_learn_from_are_of_mixed_quality(task):
+    mixed, clean = (toy_records(task, 2000, seed=1, clean=clean) for clean in (False, True))
+    assert [record["instruction"] for record in mixed] == [record["instruction"] for record in clean]
+    bare = [a["response"] for a in mixed if "<think>" not in a["response"]]
+    tagged = [(a["response"], b["response"]) for a, b in zip(mixed, clean) if "<think>" in a["response"]]
+    assert abs(len(bare) / 2000 - UNTAGGED) < 0.05
+    assert abs(sum(a != b for a, b in tagged) / len(tagged) - NOISE) < 0.05
+
+
+@pytest.mark.parametrize("task, count", [("sums", 300), ("code", 300)])
+def test_questions_of_the_test_are_never_learned_from(task, count):
+    asked, tests = toy_problems(task, count, seed=0), toy_problems(task, count // 3, seed=1, test=True)
+    text = lambda problems: {problem.messages[-1]["content"] for problem in problems}
+    assert len(text(asked)) == count and len(text(tests)) == count // 3
+    assert text(asked).isdisjoint(text(tests)) and all(map(held_out, text(tests)))
+    assert not any(held_out(record["instruction"]) for record in toy_records(task, 500, seed=2))
+
+
+def test_more_questions_than_there_are_is_one_line():
+    with pytest.raises(InputError, match="sums: there are not 6700 different questions"):
+        toy_problems("sums", 6700, seed=0)
+
+
+def test_toy_records_are_what_train_kd_reads(tokenizer):
+    rows, counts = encode_examples([to_example(record, "x") for record in toy_records("sums", 20, seed=1)], tokenizer)
+    assert counts["encoded"] == 20 and steps_reward([tokenizer.decode(rows[0].response)], [{}])[0] in (0.0, 2 / 3)
+
+
+# ---- records of datasets
+
+RECORD = {  # the fields of open-r1/codeforces-cots, as its card lists them; the text is our own
+    "id": "1/A", "aliases": None, "contest_id": "1", "contest_name": "Practice", "contest_type": "ICPC",
+    "contest_start": 0, "contest_start_year": 2010, "index": "A", "time_limit": 1.0, "memory_limit": 256.0,
+    "title": "Twice", "description": "Given n, print 2n.", "input_format": "One integer n.",
+    "output_format": "One integer.", "examples": [{"input": "3\n", "output": "6\n"}], "note": None, "editorial": None,
+    "prompt": "You will be given a problem ...", "generation": "<think>\n...", "finish_reason": "stop",
+    "api_metadata": {"completion_tokens": 3}, "interaction_format": None,
+    "messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+
+
+def test_a_codeforces_record_becomes_its_statement_and_its_tests():
+    official = [{"input": "3\n", "output": "6\n"}, {"input": "10\n", "output": "20\n"}]
+    problem = to_problem(RECORD | {"official_tests": official}, "cots.jsonl:1")
+    asked = problem.messages[-1]["content"]
+    assert [message["role"] for message in problem.messages] == ["system", "user"]
+    for part in "# Twice", "Given n, print 2n.", "## Input\nOne integer n.", "3\n", "Time limit: 1.0 seconds", "```python":
+        assert part in asked
+    assert "10\n" not in asked                                                  # the official tests stay secret
+    assert problem.facts == {"tests": official, "language": "python", "time_limit": 1.0, "memory_limit": 256.0}
+    assert to_problem(RECORD | {"examples": None}, "x").facts["tests"] == []
+
+
+@pytest.mark.parametrize("changed", [{"generated_checker": "def check(): ..."}, {"input_mode": "file"}])
+def test_what_a_comparison_could_not_judge_has_no_tests(changed):
+    assert to_problem(RECORD | changed, "x").facts["tests"] == []
+
+
+def test_a_question_with_its_answer_is_a_problem():
+    gsm = to_problem({"question": "2 + 2?", "answer": "Two and two is 4.\n#### 4"}, "x")
+    assert gsm.facts == {"answer": "4"} and gsm.messages[-1]["content"] == "2 + 2?"
+    assert to_problem({"problem": "1 + 1?", "answer": 2}, "x").facts == {"answer": "2"}
+
+
+@pytest.mark.parametrize("record, said", [
+    ({"title": "x"}, "is no problem: give `question` and `answer`"), ({"question": "Why?"}, "is no problem"),
+    (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is no list of {input, output} texts")])
+def test_a_record_that_is_no_problem_is_one_line_with_its_place(tmp_path, record, said):
+    (tmp_path / "bad.jsonl").write_text(json.dumps(RECORD) + "\n" + json.dumps(record) + "\n")
+    with pytest.raises(InputError) as error:
+        load_problems(str(tmp_path / "bad.jsonl"))
+    assert said in str(error.value) and "bad.jsonl:2" in str(error.value)
+    assert len(load_problems([str(tmp_path / "bad.jsonl")], limit=1)) == 1
+
+
+def test_prompts_that_are_too_long_are_left_out(tokenizer):
+    problems = toy_problems("sums", 5, seed=1) + [to_problem(RECORD, "x")]
+    longest = max(len(row.prompt) for row in encode_problems(problems[:5], tokenizer))
+    rows = encode_problems(problems, tokenizer, max_prompt_length=longest)
+    assert [row.index for row in rows] == [0, 1, 2, 3, 4] and all(row.response == [] for row in rows)
+    with pytest.raises(InputError, match="raise --max-prompt-length"):
+        encode_problems(problems, tokenizer, max_prompt_length=3)
+
+
+def test_the_random_draw_is_the_seeds_alone():
+    random.seed(1)
+    first = toy_records("code", 5, seed=9)
+    random.seed(2)
+    assert toy_records("code", 5, seed=9) == first != toy_records("code", 5, seed=10)

@@ -1,0 +1,486 @@
+"""Rewards by examples written by hand; each loophole of the published code beside what it is paid here."""
+import itertools
+import math
+import random
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from minikd import sandbox
+from minikd.files import InputError
+from minikd.rewards import (REWARDS, answer_part, answer_reward, code_reward, combine, extract_code, format_fault,
+                            format_reward, length_reward, load_rewards, repetition_reward, steps_reward, summary,
+                            tags_reward, think_part)
+
+GOOD = "<think>\nStep 1: 3+4=7\n</think>\n<answer>\n7\n</answer>"
+TAGS = "<think>", "</think>", "<answer>", "</answer>"
+
+
+def one(reward, completion, problem=None, **options):
+    [value] = reward([completion], [problem or {}], **options)
+    return value
+
+
+def steps_in(thoughts):
+    """Hits, of three, in these thoughts."""
+    return round(3 * one(steps_reward, f"<think>\n{thoughts}\n</think>\nx"))
+
+
+def block(code, mark="python"):
+    return f"```{mark}\n{code}\n```"
+
+
+def says(code):
+    return f"<think>\nhm\n</think>\n<answer>\n{code}\n</answer>"
+
+
+# ---- the parts
+
+def test_thoughts_are_the_first_closed_pair():
+    assert think_part(GOOD) == "Step 1: 3+4=7"
+    assert think_part("<think>a</think> b <think>c</think>") == "a"
+    for text in "", "a", "<think>a", "a</think>", "</think>a<think>":
+        assert think_part(text) is None
+
+
+@pytest.mark.parametrize("text, answer", [
+    (GOOD, "7"),
+    ("<think>a</think> 7 ", "7"),
+    ("<think>a</think>", ""),
+    ("a</think>7", "7"),                                                # the prompt may have opened the thoughts
+    ("<answer>7</answer>", "7"),
+    ("<think><answer>6</answer></think><answer>7</answer>", "7"),       # what is drafted in the thoughts is no answer
+    ("<think><answer>6</answer></think>7", "7"),
+    ("<think>a</think>It is <answer>7</answer>.", "7"),
+    ("<think>a</think>6<think>b</think>7", "7"),
+    ("<think>a</think><answer>7", "<answer>7"),                         # cut: not the text 7
+    ("<think>a</think><answer>6</answer><answer>7</answer>", "<answer>6</answer><answer>7</answer>"),
+    ("<think>a</think></answer>7<answer>", "</answer>7<answer>"),
+    ("7", None),
+    ("", None),
+    ("<think>a <answer>7</answer>", None),                              # the thoughts never end
+    ("<think>a</think>6<think>7", None),
+    ("<answer>6</answer><answer>7</answer>", None),
+])
+def test_the_answer_stands_in_its_tags_or_after_the_thoughts(text, answer):
+    assert answer_part(text) == answer
+
+
+@pytest.mark.parametrize("text, code", [
+    ("```python\na = 1\n```", "a = 1\n"),
+    ("```py\na\n```", "a\n"),
+    ("```Python3 title=x\na\n```", "a\n"),
+    ("```\na\n```", "a\n"),
+    ("So:\n```python\na\n\n  b\n```\nDone.", "a\n\n  b\n"),
+    ("```python\r\na\r\n```\r\n", "a\r\n"),
+    ("```python\nfirst\n```\nno:\n```python\nsecond\n```", "second\n"),
+    ("```python\nfirst\n```\n```python\ncut", "first\n"),               # a block that is not closed is none
+    ("```python\ns = '''\n    ```\n'''\n```", "s = '''\n    ```\n'''\n"),
+    ("````python\n```\na\n```\n````", "```\na\n```\n"),                 # as in CommonMark
+    ("```cpp\nint x;\n```", None),
+    ("```c++\nint x;\n```", None),
+    ("```python\nfirst\n```\n```cpp\nint x;\n```", None),               # the last block is the answer, whatever it is
+    ("```python\n```", None),
+    ("a = `1`", None),
+    ("```a```", None),
+    ("", None),
+])
+def test_code_is_the_last_fenced_block(text, code):
+    assert extract_code(text) == code
+
+
+# ---- form
+
+@pytest.mark.parametrize("text, fault", [
+    (GOOD, None),
+    (GOOD + "\n", None),
+    ("<think>a</think>7", None),
+    ("<think>a\nb\n</think>\n\n7\n", None),
+    ("<think>a</think><answer>7</answer>", None),
+    ("", "0 times <think>"),
+    ("7", "0 times <think>"),
+    ("<think>a", "0 times </think>"),
+    ("<think>a</think>7<think>b</think>", "2 times <think>"),
+    ("<think>a</think></think>7", "2 times </think>"),
+    ("So <think>a</think>7", "text before"),
+    ("\n<think>a</think>7", "text before"),
+    ("</think>7<think>", "text before"),
+    ("<think>\n \n</think>7", "no thoughts"),
+    ("<think>a</think>\n", "no answer"),
+    ("<think>a</think><answer>\n</answer>", "no answer"),
+    ("<think>a</think><answer>7", "answer tags"),
+    ("<think>a</think>7</answer>", "answer tags"),
+    ("<think>a</think></answer>7<answer>", "answer tags"),
+    ("<think>a</think><answer>7</answer> done", "answer tags"),
+    ("<think>a</think>so <answer>7</answer>", "answer tags"),
+    ("<think>a</think><answer>6</answer><answer>7</answer>", "answer tags"),
+    ("<think>a</think><answer><answer>7</answer></answer>", "answer tags"),
+    ("<think><answer>7</answer></think>7", "answer tags"),
+    ("<think>the <answer> tag</think><answer>7</answer>", "answer tags"),
+    ("<answer>7</answer><think>a</think>", "text before"),
+    ("<Think>a</Think>7", "0 times"),
+])
+def test_format_is_thoughts_and_then_an_answer(text, fault):
+    assert one(format_reward, text) == (fault is None)
+    assert (format_fault(text) is None) if fault is None else fault in format_fault(text)
+
+
+def open_r1_format(text):
+    """rewards.py line 87."""
+    pattern = r"^<think>\n.*?\n</think>\n<answer>\n.*?\n</answer>$"
+    return bool(re.match(pattern, text, re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize("text", [
+    GOOD + "\nand more text",
+    "<think>\na\n</think>\n<think>\nb\n</think>\n<answer>\n7\n</answer>",
+    GOOD + "\n" + GOOD,
+    "<think>\na\n</think>\n<answer>\n6\n</answer>\n<answer>\n7\n</answer>",
+])
+def test_the_loopholes_of_multiline_are_closed(text):
+    assert open_r1_format(text) and one(format_reward, text) == 0
+    assert open_r1_format(GOOD) and one(format_reward, GOOD) == 1
+
+
+def slow_format(text):
+    """A second way: the text as a list of its tags and of what is between them."""
+    parts = [part for part in re.split("(</?(?:think|answer)>)", text) if part.strip()]
+    words = [part if part in TAGS else "text" for part in parts]
+    shapes = (["<think>", "text", "</think>", "text"],
+              ["<think>", "text", "</think>", "<answer>", "text", "</answer>"])
+    return text.startswith("<think>") and words in shapes
+
+
+def test_format_agrees_with_a_second_implementation_on_tag_soup():
+    rng, right = random.Random(0), 0
+    pieces = [*TAGS, "a", "b\nc", "\n", " ", "<", "think>"]
+    texts = ["".join(rng.choices(pieces, k=rng.randint(0, 9))) for _ in range(20_000)]
+    texts += ["".join(x) for n in range(7) for x in itertools.product(["<think>", "</think>", "a\n", "\n"], repeat=n)]
+    for _ in range(5_000):                                              # a good one, damaged in a place or in none
+        parts = ["<think>", "a", "</think>", "<answer>", "7", "</answer>"]
+        for _ in range(rng.randint(0, 2)):
+            parts[rng.randrange(6)] = rng.choice(pieces)
+        texts.append("".join(parts))
+    for text in texts:
+        assert one(format_reward, text) == slow_format(text), text
+        right += slow_format(text)
+    assert right > 500
+
+
+def test_what_the_format_accepts_has_both_parts():
+    rng = random.Random(1)
+    for _ in range(20_000):
+        text = "<think>" + "".join(rng.choices([*TAGS[1:], "a", "\n"], k=rng.randint(1, 6)))
+        if one(format_reward, text):
+            assert think_part(text) and answer_part(text)
+
+
+@pytest.mark.parametrize("text, value", [
+    (GOOD, 1), ("", 0), ("<think>\na", 0.25), ("<think>a</think>7", 0), ("<think>\na\n</think>\n7", 0.5),
+    (GOOD + GOOD, 0),                                                   # every tag twice; the </think> as well
+    (GOOD + "\n</answer>", 0.75), ("\n</think>\n<answer>\n", 0.5),      # one line break may serve two tags
+])
+def test_tags_pays_a_quarter_for_each_that_is_there_once(text, value):
+    assert one(tags_reward, text) == value
+
+
+@pytest.mark.parametrize("thoughts, hits", [
+    ("Step 1: a\nStep 2: b\nStep 3: c", 3),
+    ("Step 1 a\nStep 2 b", 2),                                          # the colon may be missing
+    ("We do Step 1: a, then Step 2: b", 2),
+    ("1. a\n2. b\n3. c", 3),                                            # open-r1 counts the first line of a text alone
+    ("- a\n- b\n* c", 3),
+    ("First, a. Second, b. Next, c. Finally, d.", 3),                   # 1 is the most there is
+    ("First a, Next b", 0),
+    ("Step 1: Step 1: Step 1:", 1),                                     # said again, it counts once
+    ("First, First, First,", 1),
+    ("1.\n1.\n1.", 1),
+    ("- a\n- a\n- a", 1),
+    ("-\n-\n-", 0),
+    ("---\n-5\n**bold**\n*x*", 0),
+    ("3.14\n2.71\n1.41", 0),
+    ("a 1. b 2. c", 0),
+    ("Steps 1, Step A, step 1, FirstStep 1", 0),
+    ("no marker", 0),
+])
+def test_steps_counts_different_markers(thoughts, hits):
+    assert steps_in(thoughts) == hits
+
+
+def test_steps_outside_the_thoughts_do_not_count():
+    steps = "Step 1: a\nStep 2: b\nStep 3: c"
+    assert one(steps_reward, f"<think>\nhm\n</think>\n{steps}") == 0
+    assert one(steps_reward, f"{steps}<think>\nStep 1: a\n</think>\n{steps}") == 1 / 3
+    assert one(steps_reward, steps) == 0
+    assert one(steps_reward, f"<think>\n{steps}") == 0                  # never closed
+    assert one(steps_reward, f"<think>\n{steps}\n</think>") == 1
+
+
+# ---- length and repetition
+
+def test_length_is_eq_13_of_dapo():
+    def paper(n, longest, cache):
+        return 0 if n <= longest - cache else ((longest - cache) - n) / cache if n <= longest else -1
+    for n in range(130):
+        assert one(length_reward, "x" * n, max_length=100, margin=20) == paper(n, 100, 20)
+    assert [one(length_reward, "x" * n, max_length=100, margin=20) for n in (80, 85, 100, 101)] == [0, -0.25, -1, -1]
+
+
+def test_length_without_a_margin_is_a_wall():
+    assert [one(length_reward, "x" * n, max_length=9, margin=0) for n in (9, 10)] == [0, -1]
+
+
+@pytest.mark.parametrize("text, value", [
+    ("", 0), ("a b", 0), ("a b c", 0), ("a b c d e f", 0),
+    ("a a a a", -1 / 2),                                                # aaa twice
+    ("A b C a B c", -1 / 4),                                            # abc bca cab abc
+    ("a " * 102, -99 / 100),
+])
+def test_repetition_is_the_share_of_word_trigrams_said_before(text, value):
+    assert one(repetition_reward, text) == pytest.approx(value)
+    assert math.copysign(1, one(repetition_reward, "a b c")) == 1       # 0, not -0
+
+
+def test_repetition_takes_other_lengths_and_penalties():
+    assert one(repetition_reward, "a b a b", n=2, max_penalty=-0.3) == pytest.approx(-0.1)
+
+
+# ---- answers
+
+@pytest.mark.parametrize("said, gold, right", [
+    ("42", "42", True), ("42", " 42\n", True), ("43", "42", False), ("", "42", False), ("Paris", "Paris", True),
+    ("paris", "Paris", False), ("1,000", "1000", True), ("1000.0", "1,000", True), ("1e3", "1000", True),
+    ("-7", "-7.0", True), ("+7", "7", True), (".5", "0.50", True), ("5.", "5", True), ("-0", "0", True),
+    ("1,00", "100", False), ("0.1", "0.10000000000000001", False), ("9007199254740993", "9007199254740992", False),
+    ("1e9999", "1", False), ("1e999999999999", "1", False), ("nan", "nan", True), ("sNaN", "1", False),
+    ("42 apples", "42", False), ("6 7", "67", False), ("41, 42, 43", "42", False), ("1/2", "0.5", False),
+])
+def test_answers_are_equal_as_texts_or_as_numbers(said, gold, right):
+    assert one(answer_reward, f"<think>a</think><answer>{said}</answer>", {"answer": gold}) == right
+    assert one(answer_reward, f"<think>a</think>\n{said}\n", {"answer": gold}) == right
+
+
+def test_an_answer_that_is_not_marked_is_none():
+    gold = {"answer": "42"}
+    for text in "42", "", "<think>42", "<think>so <answer>42</answer>", "<answer>41</answer><answer>42</answer>":
+        assert one(answer_reward, text, gold) == 0
+    assert one(answer_reward, "<answer>42</answer>", gold) == 1
+
+
+def test_without_a_right_answer_nobody_is_judged():
+    assert answer_reward([GOOD, GOOD, "x"], [{"answer": "7"}, {}, {"answer": None}]) == [1, None, None]
+
+
+# ---- code, in the sandbox
+
+DOUBLE = {"tests": [{"input": "3\n", "output": "6\n"}, {"input": "5\n", "output": "10\n"}], "time_limit": 5.0,
+          "language": "python"}
+LINES = {"tests": [{"input": "2\n", "output": "1\n2\n"}]}
+RIGHT = "print(2 * int(input()))"
+
+
+@pytest.mark.parametrize("completion, problem, value", [
+    (says(block(RIGHT)), DOUBLE, 1),
+    (says(block(RIGHT, "")), DOUBLE, 1),
+    (block(RIGHT), DOUBLE, 1),                                          # no thoughts: `format` pays those
+    ("<think>a</think>" + block(RIGHT), DOUBLE, 1),
+    (says("It is " + block(RIGHT)), DOUBLE, 0),                         # a fence begins its line, or it is none
+    (says(block("print(3 * int(input()))")), DOUBLE, 0),
+    (says(block("print(6)")), DOUBLE, 0),                               # one test of two
+    (says(block("print(' ', 2 * int(input()), ' \\n')")), DOUBLE, 1),   # blanks
+    (says(block("print(1)")), LINES, 0),                                # the first line alone
+    (says(block("print('1\\n2\\n3')")), LINES, 0),                      # and something after it
+    (says(block("print('1 2')")), LINES, 0),
+    (says(block(RIGHT + "\nexit(1)")), DOUBLE, 0),                      # right, then a failure
+    (says(block("import sys; sys.exit(0)")), DOUBLE, 0),
+    (says(block("print(2 *")), DOUBLE, 0),
+    (says(RIGHT), DOUBLE, 0),                                           # no block
+    (says(""), DOUBLE, 0),
+    (says(block("")), DOUBLE, 0),
+    (says(block("int main() {}", "cpp")), DOUBLE, 0),
+    (says(block("print()") + "\nNo:\n" + block(RIGHT)), DOUBLE, 1),     # the last counts
+    (says(block(RIGHT) + "\nNo:\n" + block("print()")), DOUBLE, 0),
+    (f"<think>\n{block(RIGHT)}\n</think>\nSee above.", DOUBLE, 0),      # not what stands in the thoughts
+    (f"<think>\n{block(RIGHT)}", DOUBLE, 0),
+    (says(block(RIGHT)), {}, None),
+    (says(block(RIGHT)), {"tests": []}, None),
+    (says(block(RIGHT)), {"tests": None}, None),
+    (says(block(RIGHT)), {**DOUBLE, "language": "cpp"}, None),
+    (says("nothing"), {**DOUBLE, "language": "cpp"}, None),
+])
+def test_code_is_right_when_it_passes_every_test(completion, problem, value):
+    assert one(code_reward, completion, problem) == value
+
+
+def test_an_endless_loop_fails_its_own_test_only():
+    program = "n = int(input())\nwhile n == 3: pass\nprint(2 * n)"
+    problem = {**DOUBLE, "time_limit": 0.7}
+    assert one(code_reward, says(block(program)), problem) == 0
+    assert one(code_reward, says(block(program)), problem, partial=True) == 0.5
+    assert one(code_reward, says(block(program)), {**DOUBLE, "time_limit": 60}, max_seconds=0.7) == 0
+
+
+def test_partial_credit_is_the_fraction_of_tests_passed():
+    answers = [says(block(RIGHT)), says(block("print(6)")), says(block("print(0)")), says("none")]
+    paid = code_reward(answers, [DOUBLE] * 4, partial=True)
+    assert paid == [1, 0.5, 0, 0]
+
+
+# ---- code, the sandbox counted
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What run_programs was asked for; its programs print their own text and the stdin."""
+    seen = []
+    def run_programs(jobs, workers=None):
+        seen.append(jobs)
+        return [SimpleNamespace(status="ok", stdout=job["source"] + job["stdin"], stderr="", seconds=0) for job in jobs]
+    monkeypatch.setattr(sandbox, "run_programs", run_programs)
+    return seen
+
+
+def test_all_completions_run_in_one_call_and_the_same_run_once(calls):
+    problem = {"tests": [{"input": "x", "output": "a\nx"}, {"input": "y", "output": "a\ny"}]}
+    other = {"tests": [{"input": "x", "output": "b\nx"}]}
+    completions = [says(block("a")), says(block("a")), says("none"), says(block("b")), says(block("b"))]
+    assert code_reward(completions, [problem] * 3 + [problem, other]) == [1, 1, 0, 0, 1]
+    [jobs] = calls
+    assert [(job["source"], job["stdin"]) for job in jobs] == [("a\n", "x"), ("a\n", "y"), ("b\n", "x"), ("b\n", "y")]
+
+
+def test_the_limits_are_the_problems_and_are_capped(calls):
+    test = [{"input": "", "output": ""}]
+    limits = [{}, {"time_limit": 1.5, "memory_limit": 256.0}, {"time_limit": 60, "memory_limit": 4096},
+              {"memory_limit": 4}, {"time_limit": None, "memory_limit": None}]
+    code_reward([says(block(str(i))) for i in range(5)], [{"tests": test} | limit for limit in limits], max_seconds=4.0)
+    given = [(job["timeout"], job["memory_mb"]) for job in calls[0]]
+    assert given == [(4, 512), (1.5, 256), (4, 512), (4, 64), (4, 512)]
+    code_reward([says(block("a"))], [{"tests": test}])
+    assert calls[1][0]["timeout"] == 5
+
+
+def test_a_status_that_is_not_ok_fails_whatever_was_printed(monkeypatch):
+    results = [SimpleNamespace(status=status, stdout="1") for status in ("ok", "error", "timeout", "memory")]
+    monkeypatch.setattr(sandbox, "run_programs", lambda jobs: results)
+    problem = {"tests": [{"input": str(i), "output": "1"} for i in range(4)]}
+    assert one(code_reward, says(block("x")), problem, partial=True) == 0.25
+
+
+def test_the_tests_of_one_input_may_want_two_outputs(calls):
+    problem = {"tests": [{"input": "x", "output": "a\nx"}, {"input": "x", "output": "no"}]}
+    assert one(code_reward, says(block("a")), problem, partial=True) == 0.5
+    assert len(calls[0]) == 1
+
+
+def test_every_reward_gives_a_value_a_completion(calls):
+    for name, reward in REWARDS.items():
+        assert reward([], []) == []
+        values = reward([GOOD, "", "x"], [{"answer": "7"}, {}, DOUBLE])
+        assert len(values) == 3 and all(value is None or isinstance(value, float) for value in values), name
+
+
+# ---- several rewards
+
+def test_combine_is_the_weighted_sum_of_those_that_judged():
+    values = {"code": [1.0, None, 0.0, None], "format": [1.0, 1.0, 0.0, None]}
+    assert combine(values, {"code": 1.0, "format": 0.1}) == [1.1, 0.1, 0.0, None]
+    assert combine(values, {"code": 2.0}) == [3.0, 1.0, 0.0, None]      # a weight that is not given is 1
+    assert combine({"code": []}, {}) == []
+    with pytest.raises(InputError, match="weight for cod, .*code, format"):
+        combine(values, {"cod": 1.0})
+
+
+def test_combine_refuses_columns_of_different_lengths():
+    with pytest.raises(ValueError):
+        combine({"a": [1.0], "b": [1.0, 2.0]}, {})
+
+
+def test_summary_is_over_what_was_judged():
+    found = summary({"code": [1.0, None, 0.0, None], "format": [1.0, 1.0], "none": [None], "empty": []})
+    assert found == {"code": {"mean": 0.5, "std": 0.5, "unjudged": 0.5}, "format": {"mean": 1, "std": 0, "unjudged": 0},
+                     "none": {"mean": None, "std": None, "unjudged": 1},
+                     "empty": {"mean": None, "std": None, "unjudged": 1}}
+
+
+# ---- rewards by name, and one's own
+
+def test_rewards_are_found_by_name_in_the_order_given():
+    assert list(load_rewards("steps, format,code")) == ["steps", "format", "code"]
+    assert load_rewards("format")["format"] is format_reward
+    assert load_rewards(",".join(REWARDS)) == REWARDS
+
+
+@pytest.mark.parametrize("names, message", [
+    ("formal", "no reward 'formal' in 'formal'; give some of format, tags, steps, .* FILE.py:FUNCTION"),
+    ("format,", "no reward ''"), ("", "no reward ''"), ("format,format", "'format' is twice"),
+    ("mine.py", "no reward 'mine.py'"), ("nowhere/mine.py:f", "nowhere/mine.py:f: there is no Python file"),
+    ("code:partial", "no Python file code"),
+])
+def test_a_wrong_name_is_told_in_one_line(names, message):
+    with pytest.raises(InputError, match=message) as error:
+        load_rewards(names)
+    assert "\n" not in str(error.value)
+
+
+def user_file(tmp_path, text, name="mine.py"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_a_function_of_ones_own_file_is_a_reward(tmp_path):
+    path = user_file(tmp_path, """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Scale:
+    by: float = 100
+
+def brevity(completions, problems, scale=1):
+    "Short is good."
+    return [1 - scale * len(c) / Scale().by if p.get("answer") else None for c, p in zip(completions, problems)]
+
+def odd(completions, problems):
+    return [float("nan"), float("inf"), True, 2][:len(completions)]
+""")
+    rewards = load_rewards(f"format,{path}:brevity,{path}:odd")
+    assert list(rewards) == ["format", "brevity", "odd"]
+    assert rewards["brevity"](["x" * 10, "x"], [{"answer": "1"}, {}]) == [0.9, None]
+    assert rewards["brevity"](["x" * 10], [{"answer": "1"}], scale=2) == [0.8]
+    assert rewards["brevity"].__doc__ == "Short is good."
+    assert rewards["odd"](list("abcd"), [{}] * 4) == [None, None, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("body, message", [
+    ("return [1.0]", r"mine.py:f: returned \[1.0\] for 2 completions; return"),
+    ("return None", "returned None for 2"), ("return 1.0", "returned 1.0 for 2"),
+    ("return ['a', 'b']", r"returned \['a', 'b'\]"),
+])
+def test_what_it_returns_is_checked(tmp_path, body, message):
+    path = user_file(tmp_path, f"def f(completions, problems):\n    {body}\n")
+    with pytest.raises(InputError, match=message):
+        load_rewards(f"{path}:f")["f"](["a", "b"], [{}, {}])
+
+
+def test_its_own_errors_are_its_own(tmp_path):
+    path = user_file(tmp_path, "def f(completions, problems):\n    raise ValueError('mine')\n")
+    with pytest.raises(ValueError, match="^mine$"):
+        load_rewards(f"{path}:f")["f"](["a"], [{}])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("def g(: pass", r"mine.py: does not load \(SyntaxError"), ("import nothing_of_this_name", "ModuleNotFoundError"),
+    ("1 / 0", "ZeroDivisionError"), ("f = 3", "has no function 'f'"), ("", "has no function 'f'"),
+])
+def test_a_file_that_does_not_load_is_told_in_one_line(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        load_rewards(f"{user_file(tmp_path, text)}:f")
+
+
+def test_one_name_from_two_files_is_refused(tmp_path):
+    a, b = (user_file(tmp_path, "def f(completions, problems): return [0] * len(completions)\n", name)
+            for name in ("a.py", "b.py"))
+    with pytest.raises(InputError, match="'f' is twice"):
+        load_rewards(f"{a}:f,{b}:f")

@@ -1,0 +1,412 @@
+"""Programs that nobody has read: the ordinary ones run, every attack is contained, and nothing of either is left."""
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from minikd import sandbox
+from minikd.files import InputError
+from minikd.sandbox import isolation, run_program, run_programs, same_output
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux alone")
+
+
+def processes(caller: int | None = None) -> list[str]:
+    """The sandboxed programs and supervisors of this process, or of another; orphans are everybody's."""
+    found, ours = [], f"'parent': {caller or os.getpid()},"
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (path / "cmdline").read_text(errors="replace")
+            parent = (path / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+            above = Path(f"/proc/{parent}/cmdline").read_text(errors="replace") if "def _boot(" in text else ""
+        except OSError:                                             # gone meanwhile
+            continue
+        supervisor = text if "def _supervise(" in text else above
+        if supervisor and (ours in supervisor or "def _supervise(" not in supervisor):
+            found.append(f"{path.name} {text[:60]}")
+    return found
+
+
+def descriptors() -> list[str]:
+    return sorted(f"{name} {os.readlink(f'/proc/self/fd/{name}')}" for name in os.listdir("/proc/self/fd")
+                  if os.path.lexists(f"/proc/self/fd/{name}"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(monkeypatch):
+    """Around every test: the same processes, descriptors and children afterwards, and an empty temporary folder."""
+    folder = tempfile.mkdtemp(prefix="test-sandbox-")
+    os.chmod(folder, 0o755)
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    before = processes(), descriptors()
+    yield Path(folder)
+    after, names = (processes(), descriptors()), os.listdir(folder)
+    shutil.rmtree(folder)
+    assert (after, names) == (before, [])
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def without(monkeypatch, *layers):
+    """Takes layers away, as an older kernel or a container does."""
+    source, changes = sandbox._trampoline(), {
+        "Landlock": ("abi = libc.syscall(444, None, ctypes.c_size_t(0), 1)", "abi = -1"),
+        "seccomp": ("if machine is None", "if True"), "namespaces": ("libc.unshare(spaces)", "1")}
+    for layer in layers:
+        if layer == "NPROC":
+            monkeypatch.setattr(sandbox, "LIMITS", {k: v for k, v in sandbox.LIMITS.items() if k != "RLIMIT_NPROC"})
+        else:
+            assert source.count(changes[layer][0]) == 1
+            source = source.replace(*changes[layer])
+    monkeypatch.setattr(sandbox, "_trampoline", lambda: source)
+
+
+def needs(*layers):
+    for layer in layers:
+        if layer not in isolation() or f"no {layer}" in isolation():
+            pytest.skip(f"this machine has no {layer}: {isolation()}")
+
+
+# ---- ordinary programs
+
+@pytest.mark.parametrize("source, stdin, stdout", [
+    ("print(int(input()) + int(input()))", "20\n22\n", "42\n"),
+    ("import math, collections, json, heapq, itertools, re, decimal, random, bisect, string, fractions\n"
+     "print(json.dumps(collections.Counter('aab')), math.pi, heapq.nsmallest(1, [3, 1]))",
+     "", '{"a": 2, "b": 1} 3.141592653589793 [1]\n'),
+    ("print('¿año? 世界 🙂', input())", "ñandú", "¿año? 世界 🙂 ñandú\n"),
+    ("open('a.txt', 'w').write('kept')\nprint(open('a.txt').read())", "", "kept\n"),
+    ("import sys\nsys.setrecursionlimit(5000)\nf = lambda n: n and 1 + f(n - 1)\nprint(f(4000))", "", "4000\n"),
+    ("open('/dev/null', 'w').write('x')\nprint(len(open('/dev/null').read() + open('/dev/zero').read(9)))", "", "9\n"),
+    ("if __name__ == '__main__': print(__file__.split('/')[-1])", "", "program.py\n"),
+    ("print('left')\nexit()\nprint('not reached')", "", "left\n"),
+    ("import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))), __name__, sorted(globals())[-1])",
+     "", "<class '__main__.A'> __main__ pickle\n"),
+    ("print('no newline', end='')", "", "no newline"),
+    ("", "", ""),
+], ids=["input", "imports", "unicode", "a file", "recursion", "devices", "main", "exit", "pickle", "no newline",
+        "empty"])
+def test_an_ordinary_program_runs(source, stdin, stdout):
+    result = run_program(source, stdin)
+    assert (result.status, result.stdout, result.stderr) == ("ok", stdout, "") and 0.005 < result.seconds < 3
+
+
+def test_an_exception_is_an_error_with_its_traceback_and_what_was_printed_before():
+    result = run_program("print('before')\n1 / 0")
+    assert (result.status, result.stdout) == ("error", "before\n")
+    lines = result.stderr.splitlines()                              # as `python program.py` shows it
+    assert lines[:3] == ["Traceback (most recent call last):", '  File "program.py", line 2, in <module>', "    1 / 0"]
+    assert lines[-1] == "ZeroDivisionError: division by zero"
+    lines = run_program("print('never'").stderr.splitlines()
+    assert (lines[0], lines[-1]) == ('  File "program.py", line 1', "SyntaxError: '(' was never closed")
+    assert run_program("print(1)\nexit(3)").status == run_program("print(sys.argv)").status == "error"
+
+
+def test_the_same_program_prints_the_same_twice():
+    source = "print({'a', 'b', 'c', 'd', 'e', 'f'})"                # a random hash seed would shuffle it
+    assert run_program(source).stdout == run_program(source).stdout
+
+
+def test_stdin_larger_than_a_pipe_arrives_and_need_not_be_read():
+    text = "x" * 3_000_000
+    assert run_program("import sys\nprint(len(sys.stdin.read()))", text).stdout == "3000000\n"
+    assert run_program("print('done')", text).stdout == "done\n"
+
+
+def test_timeout_and_memory_are_the_callers():
+    source = "import time\ntime.sleep(0.6)\nprint('late')"
+    assert run_program(source, timeout=0.3).status == "timeout" and run_program(source, timeout=3).status == "ok"
+    source = "x = bytearray(200 << 20)\nprint(len(x))"
+    assert run_program(source, memory_mb=128).status == "memory" and run_program(source, memory_mb=400).status == "ok"
+
+
+def test_a_timeout_keeps_what_was_printed_and_ends_on_time():
+    result = run_program("print('first', flush=True)\nwhile True: pass", timeout=0.5)
+    assert (result.status, result.stdout) == ("timeout", "first\n") and 0.5 <= result.seconds < 1.5
+    assert run_program("print(1)", timeout=0).status == "timeout"
+
+
+# ---- attacks: (source, status); what they print must not be what they hoped for
+
+LOOP = "while True:\n    pass"
+ATTACKS = {
+    "endless loop": (LOOP, "timeout"),
+    "sleep": ("import time\ntime.sleep(60)", "timeout"),
+    "one long C call": ("99**98**97", "timeout"),
+    "ignored signals": ("import signal\nfor s in (15, 24, 1, 2): signal.signal(s, signal.SIG_IGN)\n" + LOOP, "timeout"),
+    "stops itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", "timeout"),
+    "closed stdout, then hangs": ("import os, time\nos.close(1); os.close(2); os.close(0)\ntime.sleep(60)", "timeout"),
+    "memory bomb": ("x = []\nwhile True: x.append(bytearray(10 << 20))", "memory"),
+    "memory at once": ("x = [0] * 10**10", "memory"),
+    "fork bomb": ("import os\nwhile True: os.fork()", "error"),
+    "threads": ("import threading\nthreading.Thread(target=print).start()", "error"),
+    "posix_spawn": ("import os\nos.posix_spawn('/bin/sleep', ['sleep', '60'], {})", "error"),
+    "subprocess": ("import subprocess\nsubprocess.run(['/bin/echo', 'hoped'])", "error"),
+    "another program in its place": ("import os\nos.execv('/bin/echo', ['echo', 'hoped'])", "error"),
+    "1 GB file": ("with open('big', 'wb') as f:\n    for _ in range(1000): f.write(bytes(1 << 20))", "error"),
+    "many large files": ("for i in range(99): open(f'f{i}', 'wb').write(bytes(1000000))\n" + LOOP, "disk"),
+    "many files, then gone": ("for i in range(3000): open(str(i), 'w').close()", "disk"),
+    "folders": ("import os\nwhile True:\n    os.mkdir('a')\n    os.chdir('a')", "error"),
+    "locked folder": ("import os\nopen('a', 'w')\nos.chmod('.', 0)", "disk" if os.geteuid() else "ok"),
+    "huge stdout": ("while True: print('x' * 10000)", "output"),
+    "huge stderr": ("import sys\nwhile True: sys.stderr.write('x' * 10000)", "output"),
+    "large stdout, then ends": ("print('x' * 1_100_000)", "output"),
+    "kills its parent": ("import os\nos.kill(os.getppid(), 9)", "error"),
+    "kills all": ("import os\nos.kill(-1, 9)", "error"),
+    "kills itself": ("import os\nos.kill(os.getpid(), 9)", "error"),
+    "aborts": ("import os\nos.abort()", "error"),
+    "crashes": ("import ctypes\nctypes.string_at(0)", "error"),
+    "reads the machine's files": ("print(open('/etc/passwd').read())", "error"),
+    "looks around": ("import os\nprint(os.listdir('/tmp'))", "error"),
+    "reads processes": ("import os\nos.listdir('/proc')", "error"),
+    "becomes root": ("import os\nos.setuid(0)\nos.setgid(0)\nopen('/root/hoped', 'w')", "error"),
+    "raises its limits": ("import resource\nresource.setrlimit(resource.RLIMIT_NPROC, (9, 9))", "error"),
+    "own namespace": ("import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0", "error"),
+    "System V memory": ("import ctypes\nassert ctypes.CDLL(None).shmget(77, 4096, 0o1666) >= 0", "error"),
+    "a Unix socket": ("import socket\nsocket.socketpair()", "error"),
+    "leaves early": ("import sys\nsys.exit(0)\nprint('hoped')", "ok"),
+    "leaves at once": ("import os\nprint('hoped')\nos._exit(0)", "ok"),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_is_contained(name):
+    needs("Landlock", "seccomp")
+    source, status = ATTACKS[name]
+    start = time.monotonic()
+    result = run_program(source, timeout=0.7 if status == "timeout" else 10, memory_mb=256)
+    assert result.status == status, result
+    assert "hoped" not in result.stdout and len(result.stdout) <= sandbox.OUTPUT
+    assert time.monotonic() - start < (1.7 if status == "timeout" else 8)
+
+
+def test_nothing_outside_is_read_or_written(nothing_left):
+    needs("Landlock")
+    with tempfile.TemporaryDirectory(dir=nothing_left.parent) as folder:
+        fixture = f"{folder}/expected.txt"
+        Path(fixture).write_text("hoped")
+        os.chmod(folder, 0o777), os.chmod(fixture, 0o666)           # everybody's: only Landlock is between
+        for source in (f"print(open({fixture!r}).read())", f"open({fixture!r}, 'w').write('gone')",
+                       f"import os\nos.unlink({fixture!r})", f"open('{folder}/new', 'w')", "open('/dev/shm/new', 'w')",
+                       f"import os\nos.link({fixture!r}, 'mine')", f"import os\nos.rename({fixture!r}, 'mine')",
+                       f"import os\nos.symlink({fixture!r}, 'link')\nprint(open('link').read())"):
+            result = run_program(source)
+            assert result.status == "error" and "hoped" not in result.stdout, source
+            assert "PermissionError" in result.stderr or "cross-device" in result.stderr.lower(), result.stderr
+        assert Path(fixture).read_text() == "hoped" and os.listdir(folder) == ["expected.txt"]
+
+
+def test_the_environment_is_empty_and_nobody_elses_is_seen(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hoped")
+    result = run_program("import os\nprint(dict(os.environ), open('/proc/self/environ').read())\n")
+    assert "hoped" not in result.stdout
+    assert eval(run_program("import os\nprint(sorted(os.environ))").stdout) in (
+        ["LC_CTYPE", "PYTHONHASHSEED"], ["PYTHONHASHSEED"])
+
+
+@pytest.mark.parametrize("layers", [(), ("Landlock",), ("seccomp",), ("namespaces",)])
+def test_the_callers_environment_is_closed_by_more_than_one_layer(monkeypatch, layers):
+    if layers == ("Landlock",) and "namespaces" not in isolation() and os.geteuid():
+        pytest.skip("an ordinary user without namespaces has Landlock alone")
+    without(monkeypatch, *layers)
+    result = run_program(f"for pid in ({os.getpid()}, __import__('os').getppid()):\n    try:\n"
+                         "        print(open(f'/proc/{pid}/environ').read())\n    except OSError: print('no')")
+    assert (result.status, result.stdout) == ("ok", "no\nno\n"), result
+
+
+@pytest.mark.parametrize("layers", [(), ("Landlock",), ("seccomp",), ("namespaces",)])
+def test_no_network_with_any_one_layer_missing(monkeypatch, layers):
+    if layers == ("seccomp",):
+        needs("namespaces")
+    without(monkeypatch, *layers)
+    with socket.socket() as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
+        for server in (tcp, udp):
+            server.bind(("127.0.0.1", 0))
+            server.settimeout(0.05)
+        tcp.listen()
+        result = run_program(f"import socket\nsocket.create_connection(('127.0.0.1', {tcp.getsockname()[1]}))")
+        assert result.status == "error", result
+        run_program("import socket\ns = socket.socket(type=socket.SOCK_DGRAM)\n"
+                    f"s.sendto(b'hoped', ('127.0.0.1', {udp.getsockname()[1]}))")
+        for receive in (tcp.accept, lambda: udp.recv(99)):
+            with pytest.raises(TimeoutError):
+                receive()
+
+
+@pytest.mark.parametrize("layers", [("NPROC",), ("seccomp",)])
+def test_no_process_is_made_with_either_layer_missing(monkeypatch, layers):
+    without(monkeypatch, *layers)
+    assert run_program("import os\nprint(os.fork())").status == "error"
+
+
+@pytest.mark.parametrize("layers", [("seccomp",), ("Landlock",), ("seccomp", "Landlock", "namespaces")])
+def test_the_caller_is_not_killed_with_layers_missing(monkeypatch, layers):
+    if len(layers) == 3 and os.geteuid():
+        pytest.skip("an ordinary user's program is that user: the uid protects root's processes alone")
+    without(monkeypatch, *layers)
+    result = run_program(f"import os\nfor pid in (os.getppid(), {os.getpid()}):\n    try: os.kill(pid, 9)\n"
+                         "    except OSError: print('no')")
+    assert (result.status, result.stdout) == ("ok", "no\nno\n"), result
+
+
+FORKS = "import os, time\nfor _ in range(20):\n" \
+        "    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n" \
+        "            time.sleep(0.3)\n            open('late', 'w').write('x')\n            os.write(1, b'late')\n" \
+        "            time.sleep(60)\n        os._exit(0)\n"
+
+
+@pytest.mark.parametrize("end, status", [("print('hoped')", "ok"), ("time.sleep(60)", "timeout"),
+                                         ("os.kill(os.getpid(), 9)", "error")])
+def test_grandchildren_in_their_own_sessions_die_with_the_run_if_the_kernel_lets_them_start(monkeypatch, end, status):
+    without(monkeypatch, "NPROC", "seccomp")
+    result = run_program(FORKS + end, timeout=0.8 if status == "timeout" else 5)
+    assert result.status == status and result.seconds < 2, result
+    assert ("late" in result.stdout) == (status == "timeout")       # it ran; in the others it was dead before
+
+
+@pytest.mark.parametrize("layers", [("Landlock",), ("seccomp",), ("namespaces",),
+                                    ("Landlock", "seccomp", "namespaces")])
+def test_isolation_says_what_is_missing(monkeypatch, layers):
+    sandbox.isolation.cache_clear()
+    without(monkeypatch, *layers)
+    text = isolation()
+    sandbox.isolation.cache_clear()
+    assert text.startswith(f"rlimits, uid {os.geteuid() or 65534}, ")
+    for layer, words in (("Landlock", "no Landlock: files can be read"), ("namespaces", "no network namespace"),
+                         ("seccomp", "no seccomp")):
+        assert (words in text) == (layer in layers) or f"no {layer}" in sandbox.isolation(), text
+
+
+# ---- the verdict is the caller's
+
+@pytest.mark.parametrize("source", [
+    "import sys\nframe = sys._getframe()\nwhile frame.f_back: frame = frame.f_back\n"
+    "for value in list(frame.f_globals.values()): print(str(value)[:200])\nprint(sorted(sys.modules)[:3])",
+    "class Equal:\n    def __eq__(self, other): return True\n    def __repr__(self): return ''\nprint(Equal())",
+    "import builtins\nbuiltins.print = lambda *a: None\nbuiltins.open = None\nstr.__eq__\nprint(42)",
+    "import gc\nfor x in gc.get_objects():\n    if isinstance(x, dict) and 'expected' in x: print(x['expected'])",
+    "import sys\nsys.exit(0)",
+    "import os\nos._exit(0)",
+    "import atexit, os\natexit.register(lambda: os._exit(0))\nraise SystemError",
+], ids=["frames", "__eq__", "builtins", "gc", "sys.exit", "os._exit", "atexit"])
+def test_a_trick_inside_the_program_does_not_reach_what_is_compared(source):
+    expected = "42\n"
+    result = run_program(source)
+    assert result.status == "ok" and not same_output(result.stdout, expected) and "expected" not in result.stdout
+
+
+@pytest.mark.parametrize("stdout, expected, same", [
+    ("1\n2\n", "1\n2", True), ("1  2 \t3 \n", "1 2 3\n", True), ("1\r\n2\r\n", "1\n2\n", True), ("1\n\n\n", "1", True),
+    ("", "", True), ("\n", "", True), ("1", "1\n2\n", False), ("1\n", "1\n2\n", False), ("1\n2\n3\n", "1\n2\n", False),
+    ("1\n2\nand more", "1\n2\n", False), ("1 2", "12", False), ("1 2", "1\n2", False), ("1\n\n2", "1\n2", False),
+    ("2\n1", "1\n2", False), ("", "1", False), ("1", "", False), ("1.0", "1", False), ("YES", "yes", False),
+    ("debug\n1", "1", False)])
+def test_outputs_are_the_same_line_by_line_whatever_the_blanks(stdout, expected, same):
+    assert same_output(stdout, expected) == same
+
+
+@pytest.mark.parametrize("written, seen", [(b"\xff\xfe caf\xc3", "\ufffd\ufffd caf\ufffd"), (b"a\0b", "a\0b"),
+                                           (b"\xed\xa0\x80", "\ufffd\ufffd\ufffd")])
+def test_any_bytes_in_stdout_become_text(written, seen):
+    result = run_program(f"import sys\nsys.stdout.buffer.write({written!r})\nsys.stderr.buffer.write({written!r})")
+    assert (result.status, result.stdout, result.stderr) == ("ok", seen, seen)
+
+
+@pytest.mark.parametrize("source, stdin", [("print(1)\0", ""), ("print('\ud800')", ""), ("print(1)", "\ud800"),
+                                           ("print(1)", "a\0b")])
+def test_what_cannot_be_handed_over_is_an_error_and_no_exception(source, stdin):
+    result = run_program(source, stdin)
+    assert (result.status, result.stdout) == ("error", "") and result.stderr.startswith("not run: ")
+
+
+# ---- many, and from odd callers
+
+def test_one_endless_loop_among_fifty_stalls_nobody():
+    jobs = [{"source": f"print({i})"} for i in range(50)]
+    jobs[3] = (LOOP, "", 3.0)
+    ends, run = {}, sandbox.run_program
+
+    def timed(*arguments, **keywords):
+        result = run(*arguments, **keywords)
+        ends[result.stdout or "loop"] = time.monotonic()
+        return result
+    sandbox.run_program = timed
+    try:
+        results = run_programs(jobs)
+    finally:
+        sandbox.run_program = run
+    assert results[3].status == "timeout"
+    assert [r.stdout for i, r in enumerate(results) if i != 3] == [f"{i}\n" for i in range(50) if i != 3]
+    assert sorted(ends, key=ends.get).index("loop") > 5             # others ended while it ran
+    assert run_programs([]) == []
+
+
+def test_parallel_runs_do_not_meet(monkeypatch):
+    without(monkeypatch, "NPROC", "seccomp")
+    waits = "import time\ntime.sleep(0.5)\nprint('kept')"
+    results = run_programs([{"source": FORKS + "print('hoped')"}, {"source": waits}] * 3, workers=6)
+    assert [r.stdout for r in results] == ["hoped\n", "kept\n"] * 3
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_thread_may_call_and_another_process_may_hold_the_pipes():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run_program("import time\ntime.sleep(0.3)\nprint(1)")))
+    thread.start()
+    time.sleep(0.1)
+    child = os.fork()                                               # as a DataLoader's workers are
+    if not child:
+        time.sleep(3)
+        os._exit(0)
+    thread.join()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert results[0].status == "ok" and results[0].seconds < 2
+
+
+def test_a_caller_that_is_killed_leaves_nothing(nothing_left):
+    code = f"import tempfile\ntempfile.tempdir = {str(nothing_left)!r}\nfrom minikd.sandbox import run_program\n" \
+           "run_program('while True: pass', timeout=60)"
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    deadline = time.monotonic() + 10
+    while len(processes(caller.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(processes(caller.pid)) == 2
+    caller.kill()
+    caller.wait()
+    while (processes(caller.pid) or os.listdir(nothing_left)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert processes(caller.pid) == os.listdir(nothing_left) == []
+
+
+def test_an_interrupt_ends_the_run(nothing_left):
+    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_program(LOOP, timeout=60)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root's refusal")
+def test_a_root_that_cannot_become_another_user_refuses_unless_told_otherwise(monkeypatch):
+    source = sandbox._trampoline().replace("os.setgroups([])", "raise OSError('not permitted')")
+    monkeypatch.setattr(sandbox, "_trampoline", lambda: source)
+    with pytest.raises(InputError, match="root cannot become uid 65534 .* or set MINIKD_SANDBOX_AS_ROOT=1"):
+        run_program("print(1)")
+    monkeypatch.setenv("MINIKD_SANDBOX_AS_ROOT", "1")
+    assert run_program("print(__import__('os').getuid())").stdout == "0\n"
+    assert run_program("import os\nprint(os.fork())").status == "error"
+    assert run_program("open('/etc/new', 'w')").status == "error"
+    assert run_program("import os\nos.chown('program.py', 1, 1)").status == "error"     # no capability is left
+
+
+def test_other_systems_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(InputError, match="cannot be confined on darwin; run them on Linux"):
+        run_programs([("print(1)",)])

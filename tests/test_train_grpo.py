@@ -1,0 +1,205 @@
+"""train_grpo.py as it is used: a tiny model, sums, the real sandbox, and every way to call it."""
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minikd import problems
+from minikd.checkpoint import load_model, save_model
+from minikd.model import Qwen2, Qwen2Config
+from minikd.training import STATE, read_log
+from test_problems import RECORD
+
+ROOT = Path(__file__).parents[1]
+FAST = ("--steps 4 --prompts 2 --group-size 4 --max-new-tokens 6 --batch-size 3 --eval-every 2 --eval-examples 3 "
+        "--lr 0.01 --device cpu --dtype float32").split()
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+rl = script("train_grpo")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer) -> Path:
+    """model/, sums.jsonl of questions with answers, and ours.py, which pays for low ids: something to learn."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer.save(folder / "model")
+    save_model(Qwen2(Qwen2Config(vocab_size=416, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                 num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+                                 initializer_range=0.2)).init_weights(1), folder / "model")
+    (folder / "sums.jsonl").write_text("".join(json.dumps({"question": f"{i}+1", "answer": str(i + 1)}) + "\n"
+                                               for i in range(20)))
+    (folder / "ours.py").write_text("def early(completions, problems):\n"
+                                    "    return [sum(c < 'N' for c in text) / max(1, len(text)) for text in completions]\n"
+                                    "def nothing(completions, problems):\n    return [0.0] * len(completions)\n"
+                                    "def unsure(completions, problems):\n    return [None] * len(completions)\n")
+    return folder
+
+
+@pytest.fixture
+def run(world, monkeypatch, tmp_path, capsys):
+    """run(*flags) -> (exit status, stdout, stderr), as a shell would see them; --out is tmp_path/run unless given."""
+    def call(*flags, rewards="{world}/ours.py:early", model=("--model", world / "model"),
+             data=("--data", world / "sums.jsonl"), out=tmp_path / "run"):
+        monkeypatch.setattr(sys, "argv", list(map(str, ["train_grpo.py", *model, *data, "--out", out, *FAST, "--rewards",
+                                                        rewards.format(world=world), *flags])))
+        status = 0
+        try:
+            with rl.script_errors():
+                rl.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return call
+
+
+def steps_of(folder) -> list[dict]:
+    """The lines of steps, less the clock."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder) if "reward" in line]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_model(folder).state_dict()
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_leaves_a_model_a_log_and_every_completion(run, world, tmp_path):
+    status, out, err = run("--rewards", f"{world}/ours.py:early,format,answer", "--reward-weights", "1,0.5,0.5")
+    folder = tmp_path / "run"
+    assert status == 0, err
+    assert load_model(folder / "last").config == load_model(world / "model").config
+    lines = steps_of(folder)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and not (folder / STATE).exists()
+    assert {"reward/early", "reward/early/std", "reward/format/unjudged", "flat", "kl", "entropy", "clipped", "length",
+            "truncated", "grad_norm"} <= set(lines[0])
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[-1]["kl"] > 0 and lines[0]["clipped"] == 0
+    assert 0 < lines[0]["entropy"] <= torch.tensor(416.0).log().item()
+    said = read_log(folder, "completions.jsonl")
+    assert len(said) == 4 * 8 and {"prompt", "completion", "reward", "advantage", "rewards"} <= set(said[0])
+    for step in range(4):                                                       # each group's advantages add up to 0
+        for group in 0, 4:
+            rows = said[8 * step + group:8 * step + group + 4]
+            assert len({row["prompt"] for row in rows}) == 1
+            assert sum(row["advantage"] for row in rows) == pytest.approx(0, abs=1e-4)
+            assert rows[0]["reward"] == pytest.approx(sum(share * rows[0]["rewards"][name] for name, share in (
+                ("early", 1), ("format", 0.5), ("answer", 0.5))))
+    assert "held-out problems" in out and "greedy" in out and "sampled" in out
+
+
+def test_what_is_paid_for_comes_more_often(run, tmp_path):
+    assert run("--steps", "30", "--beta", "0", "--eval-every", "30", "--prompts", "4", "--group-size", "8")[0] == 0
+    lines = steps_of(tmp_path / "run")
+    early, late = (sum(line["reward"] for line in part) / 5 for part in (lines[:5], lines[-5:]))
+    assert late > early + 0.15
+
+
+VARIANTS = [[], ["--inner-epochs", "2"], ["--norm", "constant", "--scale", "none"],
+            ["--norm", "token", "--clip-high", "0.28", "--drop-flat"], ["--ratio", "sequence", "--inner-epochs", "2"],
+            ["--beta", "0"], ["--mask-truncated"], ["--temperature", "0.7"], ["--gradient-checkpointing"]]
+
+
+@pytest.mark.parametrize("flags", VARIANTS, ids=" ".join)
+def test_every_variant_goes_on_from_its_last_state_to_the_same_bits(run, tmp_path, monkeypatch, flags):
+    assert run(*flags, out=tmp_path / "whole")[0] == 0
+    write = rl.Log.write
+
+    def stop(log, **values):                                                    # as kill -9 would, in the 4th step
+        if values["step"] == 4:
+            raise KeyboardInterrupt
+        write(log, **values)
+
+    monkeypatch.setattr(rl.Log, "write", stop)
+    assert run(*flags, out=tmp_path / "killed")[0] == 130
+    monkeypatch.setattr(rl.Log, "write", write)
+    status, _, err = run(*flags, "--resume", out=tmp_path / "killed")
+    assert status == 0, err
+    assert steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole") and len(steps_of(tmp_path / "whole")) == 4
+    assert read_log(tmp_path / "killed", "completions.jsonl") == read_log(tmp_path / "whole", "completions.jsonl")
+    assert same(weights(tmp_path / "killed/last"), weights(tmp_path / "whole/last"))
+
+
+def test_micro_batches_change_nothing(run, tmp_path):
+    for size in 1, 8:
+        assert run("--batch-size", size, "--inner-epochs", "2", out=tmp_path / str(size))[0] == 0
+    one, eight = steps_of(tmp_path / "1"), steps_of(tmp_path / "8")
+    for a, b in zip(one[:2], eight[:2], strict=True):                           # later samples may differ by a rounding
+        assert a["reward"] == pytest.approx(b["reward"]) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_when_nothing_is_ever_paid_it_stops_and_says_so(run):
+    status, _, err = run("--patience", "3", rewards="{world}/ours.py:nothing")
+    assert status == 2 and "every reward was 0 for 3 steps" in err and err.count("\n") == 1
+
+
+def test_what_nobody_can_judge_moves_nothing(run, world, tmp_path):
+    assert run("--beta", "0", rewards="{world}/ours.py:unsure")[0] == 0
+    assert same(weights(tmp_path / "run/last"), weights(world / "model"))
+    assert all(line["reward"] is None and line["flat"] == 1 for line in steps_of(tmp_path / "run"))
+
+
+def test_a_codeforces_record_goes_through_prompt_rollout_sandbox_and_update(run, world, tmp_path):
+    """The dataset's own fields; a model this small writes no program, so one is put into its mouth."""
+    (tmp_path / "cots.jsonl").write_text("".join(json.dumps(RECORD | {"id": str(i)}) + "\n" for i in range(6)))
+    decode, right = rl.Tokenizer.decode, "<think>\nStep 1: double it\n</think>\n```python\nprint(2 * int(input()))\n```"
+    wrong = right.replace("2 *", "3 *")
+    count = iter(range(10**6))
+    try:
+        rl.Tokenizer.decode = lambda self, ids, *rest: [right, wrong, decode(self, ids, *rest)][next(count) % 3]
+        status, out, err = run("--max-prompt-length", "600", rewards="format,steps,code",
+                               data=("--data", tmp_path / "cots.jsonl"))
+    finally:
+        rl.Tokenizer.decode = decode
+    assert status == 0, err
+    assert "sandbox: " in out
+    paid = [row["rewards"]["code"] for row in read_log(tmp_path / "run", "completions.jsonl")]
+    assert set(paid) == {0.0, 1.0} and abs(sum(paid) / len(paid) - 1 / 3) < 0.15
+    assert not same(weights(tmp_path / "run/last"), weights(world / "model"))
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--group-size", "1"], "--group-size 1: an answer is judged against its group"), (["--beta", "-1"], "--beta -1"),
+    (["--rewards", "nice"], "no reward 'nice'"), (["--reward-weights", "1,2"], "2 for 1 rewards"),
+    (["--reward-weights", "much"], "is no list of numbers"), (["--lr", "0"], "--lr 0.0: is not above 0"),
+    (["--data", "no/such.jsonl"], "no/such.jsonl: no such file"), (["--max-prompt-length", "2"], "raise --max-prompt-length"),
+    (["--lr", "1e30"], "is not finite; lower --lr"), (["--model", "no/such/model"], "no/such/model: no such folder")])
+def test_bad_input_is_one_line(run, flags, said):
+    status, _, err = run(*flags)
+    assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run):
+    assert run("--steps", "2")[0] == 0
+    status, _, err = run("--steps", "2")
+    assert status == 2 and "holds a run already, 2 steps" in err
+    status, _, err = run("--steps", "2", "--clip", "0.3", "--resume")
+    assert status == 2 and "--clip 0.3, but the run began with 0.2" in err
+    status, out, _ = run("--steps", "2", "--resume")
+    assert status == 0 and "done already" in out
+
+
+@pytest.mark.parametrize("task", ["sums", "code"])
+def test_with_no_flags_a_toy_student_is_taught_and_goes_through_a_step(monkeypatch, tmp_path, capsys, task):
+    records = problems.toy_records
+    monkeypatch.setattr(problems, "toy_records", lambda task, count, **named: records(task, 300, **named))
+    monkeypatch.setattr(rl, "TOY_LESSONS", {"sums": 3, "code": 3})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py", "--task", task, "--steps", "2", "--eval-examples", "5", "--prompts",
+                                      "2", "--group-size", "2", "--max-new-tokens", "5"])
+    rl.main()
+    out = capsys.readouterr().out
+    assert "step 0: held-out greedy" in out and "held-out problems" in out
+    assert {"start", "last", "log.jsonl", "completions.jsonl", "config.json"} <= {
+        path.name for path in (tmp_path / f"runs/grpo-{task}").iterdir()}
+    assert "weights" in json.dumps(json.loads((tmp_path / f"runs/grpo-{task}/config.json").read_text()))

@@ -1,0 +1,372 @@
+"""GRPO: a model learns to think in steps and to answer what can be checked.
+
+    python train_grpo.py                        two-digit sums, 3 minutes on a CPU; accuracy before and after
+    python train_grpo.py --task code            small programs, judged by running them in the sandbox
+    python train_grpo.py --model runs/kd/kd/best --data open-r1/codeforces-cots:solutions_py      the real thing
+    python train_grpo.py ... --rewards format,code,my_rewards.py:brevity --reward-weights 0.1,1,0.1
+    python train_grpo.py ... --norm constant --scale none                       Dr. GRPO
+    python train_grpo.py ... --norm token --clip-high 0.28 --drop-flat          DAPO
+    python train_grpo.py ... --ratio sequence --clip 3e-4                       GSPO
+
+Each step samples a group of answers to each of some prompts, pays them, and raises the probability of those that are
+better than their group. Paper: Knowledge Distillation for Large Language Models, eq. (5) to (7); see minikd/grpo.py.
+"""
+import functools
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from minikd import grpo, problems, sandbox, toy
+from minikd.checkpoint import load_model, save_model
+from minikd.data import Encoded, collate, encode_examples, next_rows, to_example
+from minikd.evaluate import check_vocabulary
+from minikd.files import InputError, script_errors
+from minikd.losses import entropy, head_loss, scored_positions
+from minikd.model import Qwen2, cast_copy
+from minikd.plots import plot_rewards
+from minikd.rewards import combine, load_rewards, summary
+from minikd.tokenizer import Tokenizer
+from minikd.training import (STATE, Log, Progress, check_positive, check_settings, flag_group, learning_rate, load_state,
+                             make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state, write_config)
+
+REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8, lr=1e-6, rewards="format,steps,code",
+            reward_weights=None, eval_examples=64, eval_every=50, out="runs/grpo", dtype="auto")
+TOY = dict(prompts=16, group_size=16, max_new_tokens=72, steps=250, batch_size=256, lr=3e-4, eval_examples=200,
+           eval_every=50, dtype="float32")
+TOY_REWARDS = {"sums": "answer,format,steps", "code": "code,format,steps"}
+TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before
+TOY_WEIGHTS = "1,0.05,0.05"                                     # pay more for the form, and it rises while accuracy dies
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    add = flag_group(parser, "model and problems (none of them: a toy task)")
+    add("--model", help="folder or hub name; best a student that was distilled (else a toy student, taught first)")
+    add("--data", nargs="+", metavar="FILE", help="records with a question and an answer, or with tests; else a toy task")
+    add("--task", choices=list(problems.TASKS), default="sums", help="toy task: sums or code (sums)")
+    add("--limit", type=int, help="read only the first LIMIT records")
+    add("--max-prompt-length", type=int, default=1024, help="tokens; longer prompts are dropped and counted (1024)")
+    add = flag_group(parser, "sampling and rewards")
+    add("--prompts", type=int, help="problems in a step (8; toy 16)")
+    add("--group-size", type=int, help="answers to each (8; toy 16)")
+    add("--max-new-tokens", type=int, help="longest answer (512; toy 72)")
+    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities learned on (1)")
+    add("--rewards", help="names or file.py:function, with commas (format,steps,code; toy answer,format,steps)")
+    add("--reward-weights", help="a number each, with commas (1 each; toy 1,0.05,0.05)")
+    add = flag_group(parser, "loss")
+    add("--clip", type=float, default=0.2, help="how far the ratio of policies may move (0.2)")
+    add("--clip-high", type=float, help="the same above 1, where it differs; DAPO 0.28")
+    add("--beta", type=float, default=0.04, help="weight of the KL to the model it starts from; 0 needs no copy of it (0.04)")
+    add("--scale", choices=("std", "none"), default="std", help="advantages over their group's deviation: std, none (std)")
+    add("--norm", choices=grpo.NORMS, default="sequence", help="mean over: sequence, token, constant (sequence)")
+    add("--ratio", choices=("token", "sequence"), default="token", help="one ratio a token, or a sequence: GSPO (token)")
+    add("--inner-epochs", type=int, default=1, help="updates on the answers of one step (1)")
+    add("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens do not count")
+    add("--drop-flat", action="store_true", help="groups whose answers are all paid the same do not count")
+    add = flag_group(parser, "optimisation")
+    add("--steps", type=int, help="samplings (500; toy 250)")
+    add("--batch-size", type=int, help="answers in a micro-batch (8; toy 256)")
+    add("--lr", type=float, help="peak learning rate (1e-6; toy 3e-4)")
+    add("--warmup", type=int, default=0, help="steps of linear warm-up (0)")
+    add("--schedule", choices=("cosine", "constant"), default="constant", help="after it: cosine or constant (constant)")
+    add("--weight-decay", type=float, default=0.0, help="of weight matrices (0)")
+    add("--max-grad-norm", type=float, default=1.0, help="largest gradient norm (1)")
+    add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    add("--patience", type=int, default=50, help="stop after so many steps in which every reward was 0 (50)")
+    add = flag_group(parser, "run")
+    add("--eval-every", type=int, help="steps between evaluations on held-out problems (50)")
+    add("--eval-examples", type=int, help="how many of those (64; toy 200)")
+    add("--out", help="folder for checkpoints, log, completions and picture (runs/grpo; toy runs/grpo-TASK)")
+    add("--resume", action="store_true", help="go on where a stopped run of the same flags was")
+    add("--seed", type=int, default=0, help="of sampling, order and the toy (0)")
+    add("--device", default="auto", help="cpu, cuda, ... (auto)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="of products and sampling: auto, float32, bfloat16 (auto)")
+    args = parser.parse_args()
+    if args.data and not args.model:
+        raise InputError("--data without --model; add --model FOLDER")
+    args.toy = not args.data
+    defaults = TOY | dict(rewards=TOY_REWARDS[args.task], out=f"runs/grpo-{args.task}") if args.toy else REAL
+    if args.toy and not args.rewards:
+        args.reward_weights = args.reward_weights or TOY_WEIGHTS
+    for name, value in defaults.items():
+        if getattr(args, name) is None or name == "dtype" and args.dtype == "auto":
+            setattr(args, name, value)
+    check_positive(args, "limit", "max_prompt_length", "prompts", "group_size", "max_new_tokens", "temperature", "clip",
+                   "clip_high", "inner_epochs", "steps", "batch_size", "lr", "max_grad_norm", "patience", "eval_every",
+                   "eval_examples")
+    if args.group_size < 2:
+        raise InputError("--group-size 1: an answer is judged against its group; give 2 or more")
+    if args.beta < 0:
+        raise InputError(f"--beta {args.beta}: a KL cannot be wanted; give 0 or more")
+    return args
+
+
+def parse_weights(text: str | None, names: list[str]) -> dict[str, float]:
+    """'1,0.05' and the rewards' names -> a weight each; without a text, 1 each."""
+    try:
+        weights = [float(part) for part in text.split(",")] if text else [1.0] * len(names)
+    except ValueError:
+        raise InputError(f"--reward-weights {text}: is no list of numbers; give {len(names)}, with commas") from None
+    if len(weights) != len(names):
+        raise InputError(f"--reward-weights {text}: {len(weights)} for {len(names)} rewards ({', '.join(names)})")
+    return dict(zip(names, weights))
+
+
+# ---- the loop
+
+def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: list[Encoded], facts: list[dict],
+          judge, out, rewards: dict, weights: dict, prompts, group_size, max_new_tokens, temperature=1.0, clip=0.2,
+          clip_high=None, beta=0.04, scale="std", norm="sequence", ratio="token", inner_epochs=1, mask_truncated=False,
+          drop_flat=False, steps, batch_size, lr, warmup=0, schedule="constant", weight_decay=0.0, max_grad_norm=1.0,
+          gradient_checkpointing=False, patience=50, eval_every, resume=False, seed=0, dtype=torch.float32) -> Qwen2:
+    """Trains `model` in place; returns it.  rows are prompts, row.index points into facts: what the rewards look at."""
+    optimizer, done, copy, unpaid = make_optimizer(model.train(), lr, weight_decay), {"step": 0}, None, 0
+    if resume and (out / STATE).exists():
+        done, _ = load_state(out, model, optimizer)
+    log, said = Log(out, upto=done["step"]), Log(out, upto=done["step"], name="completions.jsonl")
+    scoring = dict(pad_id=tokenizer.pad_id, temperature=temperature, vocab=len(tokenizer), dtype=dtype)
+    terms = dict(clip=clip, clip_high=clip_high, beta=beta, checkpointing=gradient_checkpointing)
+    with Progress("grpo", steps, start=done["step"]) as progress:
+        if done["step"] == 0:
+            copy = cast_copy(model, dtype, copy)
+            report(judge(copy), 0, log, progress)
+        for step in range(done["step"], steps):
+            clock = [time.perf_counter()]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
+            copy = cast_copy(model, dtype, copy)                                # the policy, in the dtype that samples fast
+            asked = next_rows(rows, step, prompts, seed)
+            answers, old = grpo.sample_groups(copy, asked, group_size, max_new_tokens, tokenizer, temperature,
+                                              seed=seed * 1_000_003 + step)     # P G answers, log-probabilities of each
+            clock.append(time.perf_counter())
+            texts = [tokenizer.decode(answer.response) for answer in answers]
+            paid, total = pay(texts, [facts[answer.index] for answer in answers], rewards, weights)
+            clock.append(time.perf_counter())
+            advantages = grpo.group_advantages(total.view(-1, group_size), scale)           # [P, G], paper eq. (5)
+            flat = advantages.eq(0).all(1)                                      # [P] groups without signal
+            counted = [not (mask_truncated and answer.cut or drop_flat and flat[i // group_size])
+                       for i, answer in enumerate(answers)]
+            share = grpo.token_weights([len(answer.response) for answer in answers], norm, max_new_tokens, counted)
+            ref = grpo.token_log_probs(reference, answers, batch_size=batch_size, **scoring) if beta else old
+            for _ in range(inner_epochs):
+                past = old
+                if ratio == "sequence":                                         # GSPO: every token's ratio is its answer's
+                    now = grpo.token_log_probs(model, answers, batch_size=batch_size, **scoring)
+                    past = [grpo.sequence_old(a, b) for a, b in zip(now, old)]
+                sums = torch.zeros(4)
+                for batch in longest_first(answers, counted, batch_size):
+                    pick = lambda values: [values[i] for i in batch]
+                    sums += add_gradients(pick(answers), pick(past), pick(ref), advantages.view(-1)[batch], pick(share),
+                                          model=model, **terms, **scoring)
+                length = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+                if not math.isfinite(length):
+                    raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g})")
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            clock.append(time.perf_counter())
+            line = describe(answers, paid, total, flat, sums, clock) | {"grad_norm": length}
+            log.write(step=step + 1, **line)
+            for i, answer in enumerate(answers):
+                said.write(step=step + 1, prompt=tokenizer.decode(answer.prompt), completion=texts[i],
+                           reward=number(total[i]), advantage=float(advantages.view(-1)[i]),
+                           rewards={name: values[i] for name, values in paid.items()})
+            progress.update(f"reward {line['reward'] or 0:.3f} kl {line['kl']:.3f} length {line['length']:.0f}")
+            unpaid = 0 if total.nan_to_num().any() else unpaid + 1
+            if unpaid == patience:
+                raise InputError(f"{out}: every reward was 0 for {patience} steps, so there is nothing to learn from; start "
+                                 "from a model that sometimes succeeds, or pay for less (--rewards)")
+            if (step + 1) % eval_every == 0 or step + 1 == steps:
+                copy = cast_copy(model, dtype, copy)
+                report(judge(copy), step + 1, log, progress)
+                if line["truncated"] > 0.9:
+                    progress.say(f"{line['truncated']:.0%} of the answers were cut; raise --max-new-tokens")
+                tokenizer.save(out / "last")
+                save_model(model, out / "last", dtype=dtype)
+                if step + 1 < steps:
+                    save_state(out, model, optimizer, {"step": step + 1})
+    log.write(step=steps, done=True)
+    (out / STATE).unlink(missing_ok=True)                       # last/ has the weights; the moments are of no more use
+    return model
+
+
+def pay(texts: list[str], facts: list[dict], rewards: dict, weights: dict) -> tuple[dict[str, list], torch.Tensor]:
+    """What each reward gives each completion (None: not judged), and the weighted sums, NaN where nothing judged."""
+    paid = {name: reward(texts, facts) for name, reward in rewards.items()}
+    return paid, torch.tensor([math.nan if value is None else value for value in combine(paid, weights)])
+
+
+def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) -> list[list[int]]:
+    """Micro-batches of the answers that count: the longest first, so that memory runs out at once or never."""
+    order = sorted((i for i, keep in enumerate(counted) if keep),
+                   key=lambda i: -len(answers[i].prompt) - len(answers[i].response))
+    return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
+
+
+def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model: Qwen2, pad_id: int, dtype: torch.dtype,
+                  temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
+                  checkpointing: bool) -> torch.Tensor:
+    """Forward and backward of one micro-batch of answers; returns sums over its tokens: KL, entropy, clipped, 1 [4]."""
+    device, (ids, mask) = model.head.device, vars(collate(batch, pad_id)).values()
+    ids, mask = ids.to(device), mask.to(device)                                 # [B, T]
+    lengths = torch.tensor([len(row.response) for row in batch])
+    old, ref = torch.cat(old).to(device), torch.cat(ref).to(device)             # [N]
+    A, weight = (torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)  # [N] from one an answer
+                 for x in (advantages, weights))
+    terms = dict(clip=clip, clip_high=clip_high)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)   # [N, D], [N]
+        value, ce, spread = head_loss(                                          # logits / T: the head is linear
+            states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,
+            policy=lambda logp, at: grpo.policy_loss(logp[:, None], old[at][:, None], ref[at][:, None], A[at], beta=beta,
+                                                     **terms)[:, 0])            # paper eq. (6)
+    value.backward()
+    clipped = grpo.was_clipped(-ce[:, None], old[:, None], A, **terms)
+    return torch.stack([grpo.k3(-ce, ref).sum(), spread.sum(), clipped.sum(), lengths.sum()]).cpu()
+
+
+def describe(answers, paid: dict[str, list], total, flat, sums, clock) -> dict:
+    """The log's line of one step; KL, entropy (nats a token) and the clipped share are those of the last update."""
+    kl, spread, clipped, _ = (sums / sums[3].clamp(min=1)).tolist()
+    seconds = {name: round(b - a, 4) for name, a, b in zip(("sampling", "rewards", "update"), clock, clock[1:])}
+    return {"reward": number(total.nanmean()), **flattened(paid), "flat": float(flat.float().mean()), "kl": kl,
+            "entropy": spread, "clipped": clipped, "seconds": seconds,
+            "length": sum(len(answer.response) for answer in answers) / len(answers),
+            "truncated": sum(answer.cut for answer in answers) / len(answers)}
+
+
+def flattened(paid: dict[str, list]) -> dict:
+    """"reward/format" -> its mean, "reward/format/std", "reward/format/unjudged"."""
+    return {f"reward/{name}" + ("" if key == "mean" else f"/{key}"): value
+            for name, row in summary(paid).items() for key, value in row.items()}
+
+
+def number(value) -> float | None:
+    """JSON knows no NaN."""
+    return None if math.isnan(value) else float(value)
+
+
+def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: list[dict], rewards: dict, max_new_tokens: int,
+             seed: int) -> dict:
+    """Accuracy on held-out problems, `greedy` and `sampled` at temperature 1, and each reward's mean over the sampled.
+
+    A problem is solved where the reward `answer` or `code` says so; without either, the sum of all rewards stands here.
+    """
+    found = {}
+    for name, temperature in ("greedy", 0.0), ("sampled", 1.0):
+        answers, _ = grpo.sample_groups(model, rows, 1, max_new_tokens, tokenizer, temperature, seed=seed)
+        texts = [tokenizer.decode(answer.response) for answer in answers]
+        paid, total = pay(texts, [facts[row.index] for row in rows], rewards, dict.fromkeys(rewards, 1.0))
+        solved = next((paid[key] for key in ("answer", "code") if key in paid), [number(value) for value in total])
+        found[name] = number(torch.tensor([value for value in solved if value is not None]).float().mean())
+    found |= {key: value for key, value in flattened(paid).items() if key.count("/") == 1}
+    return found | {"length": sum(len(answer.response) for answer in answers) / len(answers), "sample": texts[0]}
+
+
+def report(found: dict, step: int, log: Log, progress: Progress):
+    """What accuracy() found, to the log and to the reader."""
+    log.write(step=step, **{f"valid_{key}": value for key, value in found.items()})
+    numbers = ", ".join(f"{key.removeprefix('reward/')} {value:.2f}" for key, value in found.items()
+                        if isinstance(value, float))
+    progress.say(f"step {step}: held-out {numbers}; says {found['sample'][:120]!r}")
+
+
+def show_change(lines: list[dict]):
+    """The held-out problems before and after, from a run's log."""
+    before, *_, after = [line for line in lines if "valid_sample" in line]
+    print(f"\n{'held-out problems':<22}{'before':>10}{'after':>10}")
+    for key in (key for key in before if key not in ("step", "valid_sample")):
+        cells = ["-" if value is None else f"{value:.3f}" for value in (before[key], after[key])]
+        print(f"{key.removeprefix('valid_').removeprefix('reward/'):<22}{cells[0]:>10}{cells[1]:>10}")
+    print(f"before {before['valid_sample']!r}\nafter  {after['valid_sample']!r}")
+
+
+# ---- the toy: a student that GRPO can start from
+
+def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
+    """A tokenizer and a small student, taught by supervised fine-tuning on answers of mixed quality."""
+    folder = out / "start"
+    if resume and (folder / "config.json").exists():
+        return folder
+    records = problems.toy_records(task, 8000, seed=1000 + seed)
+    tokenizer = toy.make_tokenizer(out / "tokenizer", [f"{r['instruction']}\n{r['response']}" for r in records[:2000]])
+    rows, _ = encode_examples([to_example(record, f"{task}:{i}") for i, record in enumerate(records)], tokenizer)
+    student = Qwen2(toy.student_config(len(tokenizer))).init_weights(seed).train()
+    steps, batch_size = TOY_LESSONS[task], 64
+    optimizer = make_optimizer(student, 4e-3)
+    with Progress("teaching the student", steps) as progress:
+        for step in range(steps):                               # lengths mixed: a batch of bare answers alone would count
+            batch = next_rows(rows, step, batch_size, seed)     # their few tokens ten times
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, 4e-3, warmup=50)
+            ids, mask = vars(collate(batch, tokenizer.pad_id)).values()
+            loss, _, _ = head_loss(*head_inputs(student, ids, mask), weight=1 / int(mask.sum()))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.update(f"ce {float(loss.detach()):.3f}")
+    tokenizer.save(folder)
+    save_model(student, folder)
+    return folder
+
+
+def head_inputs(model: Qwen2, ids, mask):
+    states, targets = scored_positions(model.hidden(ids), ids, mask)
+    return states, model.head, targets
+
+
+def main():
+    args = parse_args()
+    out, started = Path(args.out), time.time()
+    rewards = load_rewards(args.rewards)
+    weights = parse_weights(args.reward_weights, list(rewards))
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    lines = read_log(out)
+    if lines and not args.resume and not args.toy:
+        raise InputError(f"{out}: holds a run already, {lines[-1]['step']} steps; go on with --resume, or choose another --out")
+    if args.toy:
+        torch.set_num_threads(1)                                # its matrices are too small to share
+        args.model = args.model or str(toy_student(args.task, out, args.seed, args.resume))
+        asked = problems.toy_problems(args.task, 3000 if args.task == "sums" else 1000, seed=args.seed)
+        tests = problems.toy_problems(args.task, args.eval_examples, seed=99, test=True)
+    else:
+        asked = problems.load_problems(args.data, args.limit)
+        count = min(args.eval_examples, max(1, len(asked) // 5))
+        asked, tests = asked[count:], asked[:count]
+    tokenizer = Tokenizer.load(args.model)
+    rows, valid_rows = (problems.encode_problems(part, tokenizer, args.max_prompt_length) for part in (asked, tests))
+    print(f"{len(rows):,} problems, {len(valid_rows)} held out; {len(asked) + len(tests) - len(rows) - len(valid_rows)} "
+          "dropped: prompt too long")
+    if "code" in rewards:
+        print(f"sandbox: {sandbox.isolation()}")
+    model = load_model(args.model, device, torch.float32)
+    check_vocabulary(args.model, model.config, tokenizer)
+    reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None
+    names = ("prompts", "group_size", "max_new_tokens", "temperature", "clip", "clip_high", "beta", "scale", "norm", "ratio",
+             "inner_epochs", "mask_truncated", "drop_flat", "steps", "batch_size", "lr", "warmup", "schedule",
+             "weight_decay", "max_grad_norm", "gradient_checkpointing", "patience", "eval_every", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    recorded = settings | {"model": args.model, "data": args.data, "task": args.task, "rewards": args.rewards,
+                           "reward_weights": weights, "dtype": str(dtype), "limit": args.limit}
+    if args.resume and lines:
+        check_settings(out, recorded)
+        if lines[-1].get("done"):
+            return print(f"{out}: done already")
+    write_config(out, recorded)
+    judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, facts=[problem.facts for problem in tests],
+                              rewards=rewards, max_new_tokens=args.max_new_tokens, seed=args.seed)
+    train(model=model, reference=reference, tokenizer=tokenizer, rows=rows, judge=judge, out=out, rewards=rewards,
+          facts=[problem.facts for problem in asked], weights=weights, dtype=dtype, resume=args.resume and bool(lines),
+          **settings)
+    show_change(read_log(out))
+    picture = plot_rewards(out, out / "curves.png")
+    print(f"\n{f'curves in {picture}; ' if picture else ''}{out}/last is the model; {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    with script_errors():
+        main()
