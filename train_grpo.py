@@ -356,6 +356,8 @@ def main():
         check_settings(out, recorded)
         if lines[-1].get("done"):
             return print(f"{out}: done already")
+    if not args.resume:
+        (out / STATE).unlink(missing_ok=True)                   # an earlier run's, which would be taken for this one's
     write_config(out, recorded)
     judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, facts=[problem.facts for problem in tests],
                               rewards=rewards, max_new_tokens=args.max_new_tokens, seed=args.seed)

@@ -53,14 +53,14 @@ def parse_args():
     add("--format", choices=FORMATS,
         help=f"schema of the records: {', '.join(FORMATS)} (recognised)")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt: chatml or alpaca (chatml)")
-    add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses are cut (512)")
+    add("--max-length", type=int, default=512, help="tokens of prompt and the data's response, which is cut to it (512)")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped (256)")
     add("--validation", type=int, help="examples held out of --data (500; toy 100)")
     add = flag_group(parser, "loss")
     add("--loss", choices=["sft", *DIVERGENCES, "minillm"],
         help=f"sft, {', '.join(DIVERGENCES)}, minillm (sft and forward_kl)")
     add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy (0.5)")
-    add("--temperature", type=float, default=1.0, help="divides both models' logits in the divergence (1)")
+    add("--temperature", type=float, default=1.0, help="divides both models' logits in the divergence; not MiniLLM's (1)")
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture (0.5)")
     add("--alpha", type=float, default=0.1, help="skew losses: share of the other model in the mixture (0.1)")
     add("--lm-coef", type=float, default=1.0, help="weight of the loss on --lm-data (1)")
@@ -74,7 +74,7 @@ def parse_args():
     add("--inner-epochs", type=int, default=4, help="times each is learned from (4)")
     add("--ratio-clip", type=float, default=0.2, help="how far q / q_old may move (0.2)")
     add = flag_group(parser, "optimisation")
-    add("--epochs", type=float, help="passes over the data (1)")
+    add("--epochs", type=float, help="passes over the data; MiniLLM: its steps (1)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs (toy 400)")
     add("--batch-size", type=int, help="examples in a micro-batch (8; toy 32)")
     add("--grad-accum", type=int, default=1, help="micro-batches in an optimizer step (1)")
@@ -131,6 +131,10 @@ def check_flags(args):
                          "SFT asks no teacher: leave it out")
     if args.seq_kd and args.loss == "minillm":
         raise InputError("--seq-kd with --loss minillm: MiniLLM learns from its own answers; leave one out")
+    if args.weight_decay is not None and args.weight_decay < 0:
+        raise InputError(f"--weight-decay {args.weight_decay}: weights would grow; give 0 or more")
+    if len({f"{lr:g}" for lr in args.lr or ()}) < len(args.lr or ()):
+        raise InputError(f"--lr {args.lr}: two rates are the same; give each once")
     if len(args.lr or ()) > 1 and not args.loss:
         raise InputError("--lr with several rates sweeps one loss; add --loss, or give one rate for SFT and KD")
 
@@ -147,7 +151,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     optimizer = make_optimizer(student.train(), lr, weight_decay)
     divergence = None if loss == "sft" else reverse_kl if loss == "minillm" else pick_divergence(
         loss, temperature=temperature, beta=beta, alpha=alpha)
-    teacher, kd_ratio = (None, 0.0) if loss == "sft" else (teacher, kd_ratio)
+    teacher, kd_ratio, on_policy = (None, 0.0, 0.0) if loss == "sft" else (teacher, kd_ratio, on_policy)
     facts, held = {"step": 0, "best": -1.0}, {}
     if resume and (out / STATE).exists():
         facts, held = load_state(out, student, optimizer)
@@ -168,7 +172,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
             if random.Random(f"{seed}:{step}").random() < on_policy:            # GKD: alternate on-policy steps
                 copy = cast_copy(student, dtype, copy)
-                answers = respond(copy, sum(batches, []), seed=seed + 7919 * step, **own)
+                answers = respond(copy, sum(batches, []), seed=seed + 7919 * step, **own,
+                                  vocab=min(len(student.head), len(teacher.head)))      # what both have a row for
                 batches = [answers[i:i + batch_size] for i in range(0, len(answers), batch_size)]
                 terms["kd_ratio"] = 1.0                                         # its own answers are no targets
             scored = sum(len(row.response) for row in sum(batches, []))         # tokens of this optimizer step
@@ -255,6 +260,8 @@ def stage(folder: Path, make_student, *, resume: bool, replace: bool, recorded: 
         check_settings(folder, recorded)
         if lines[-1].get("done"):
             return print(f"{folder}: done already")
+    if not resume:
+        (folder / STATE).unlink(missing_ok=True)                # an earlier run's, which would be taken for this one's
     write_config(folder, recorded)
     train(student=make_student(), out=folder, resume=resume and bool(lines), title=folder.name, **settings)
 
@@ -287,12 +294,26 @@ def planned(args) -> list[tuple[str, str, float, str]]:
     return [(f"{args.loss} lr {lr:g}", args.loss, lr, f"lr-{lr:g}") for lr in args.lr]
 
 
+def check_teacher(name, tokenizer):
+    """Raises InputError where the teacher's tokenizer is another one, or has more ids than the teacher rows."""
+    folder = model_folder(name)
+    tokenizer.check_same(folder)
+    check_vocabulary(name, load_config(folder), tokenizer)
+
+
+def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
+    """--seq-kd: the rows with the teacher's answers, sampled where they are not there yet."""
+    load = lambda: load_model(args.teacher, device, dtype)
+    made_from = {"teacher": teacher_files(model_folder(args.teacher)), "dtype": str(dtype)}
+    with Progress("the teacher's answers", len(rows)) as progress:
+        return teacher_responses(out / "teacher-answers.jsonl", load, rows, made_from, tokenizer, args.batch_size,
+                                 args.max_new_tokens, args.seed, progress=lambda count: progress.update(by=count))
+
+
 def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher | CachedTeacher:
     """The teacher as the loop meets it: alive, or with --cache-teacher its states of `rows`, made where missing."""
     folder = model_folder(args.teacher)
-    tokenizer.check_same(folder)
     config = load_config(folder)
-    check_vocabulary(args.teacher, config, tokenizer)
     load = lambda: load_model(folder, device, dtype).requires_grad_(False)
     if not args.cache_teacher:
         return Teacher(load())
@@ -329,6 +350,10 @@ def main():
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or math.ceil(args.epochs * per_epoch)
     texts, text_files = load_texts(args.lm_data) if args.lm_data else ([], None)
+    test, test_rows = valid_part, valid_rows[:args.eval_examples]
+    if args.eval_data:
+        test, _ = load_examples(args.eval_data, args.format)
+        test_rows, _ = encode_examples(test, tokenizer, **lengths)
 
     def student():
         model = load_model(args.student, device, torch.float32)
@@ -336,13 +361,10 @@ def main():
         return model
 
     teacher = None
-    if args.seq_kd:
-        model = load_model(args.teacher, device, dtype)
-        with Progress("the teacher's answers", len(rows)) as progress:
-            rows = teacher_responses(out / "teacher-answers.jsonl", model, rows, teacher_files(model_folder(
-                args.teacher)), tokenizer, args.batch_size, args.max_new_tokens, args.seed,
-                progress=lambda count: progress.update(by=count))
     if args.teacher:                                            # SFT too, where one is given: the table compares with it
+        check_teacher(args.teacher, tokenizer)
+        if args.seq_kd:
+            rows = ask_teacher(args, tokenizer, rows, device, dtype, out)
         teacher = open_teacher(args, tokenizer, rows + valid_rows, device, dtype, lengths, report.files)
 
     settings = dict(tokenizer=tokenizer, rows=rows, valid_rows=valid_rows, valid_examples=valid_part, teacher=teacher,
@@ -367,10 +389,6 @@ def main():
     models = {"Base": student().to(dtype)}
     models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
     models |= {"Teacher": judge} if judge else {}
-    test, test_rows = valid_part, valid_rows[:args.eval_examples]
-    if args.eval_data:
-        test, _ = load_examples(args.eval_data, args.format)
-        test_rows, _ = encode_examples(test, tokenizer, **lengths)
     answers = dict(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, rouge=args.rouge)
     show_table(models, tokenizer, test_rows, test, out, **answers)
     dashed = answer_and_score(judge, tokenizer, valid_rows[:args.eval_examples], valid_part, **answers) if judge else []

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from minikd.files import InputError, atomic_path, local_folder, read_json
+from minikd.files import InputError, atomic_path, local_folder, read_json, save_tensors
 from minikd.model import Qwen2, Qwen2Config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -139,7 +138,7 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         shards = split_shards(tensors, shard_bytes)
         for file, keys in shards.items():
-            save_file({key: tensors[key] for key in keys}, new / file, metadata={"format": "pt"})
+            save_tensors({key: tensors[key] for key in keys}, new / file, {"format": "pt"})
             shutil.copymode(new / "config.json", new / file)    # safetensors lets nobody but the owner read
         if len(shards) > 1:
             total = sum(value.nbytes for value in tensors.values())

@@ -61,7 +61,8 @@ def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher
     Its mean over answers that the model samples itself, of the exact divergence at each step: the same expectation
     as log q(y) - log p(y), with less noise.
     """
-    own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids, seed=seed)
+    own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids, seed=seed,
+                  vocab=min(len(model.head), len(teacher.head)))        # what the teacher has a row for
     tokens = sum(len(row.response) for row in own)
     return compare(model, own, tokenizer.pad_id, batch_size, teacher)["reverse_kl"] * tokens / len(own)
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,7 @@ def script_errors():
         print("\ninterrupted; what was saved is whole", file=sys.stderr)
         sys.exit(130)                                           # 128 + SIGINT, as shells report it
     except OSError as error:
-        mend = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
+        mend = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path", errno.EFBIG: "raise the limit on a file's size",
                 errno.EACCES: "check the permissions"}.get(error.errno, "check the path and the disk")
         _exit_with(f"{error.filename or 'file'}: {error.strerror or error}; {mend}")
 
@@ -108,6 +109,18 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}; an object was expected")
     return value
+
+
+def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
+    """safetensors' save_file, whose complaint about a full disk becomes the OSError it was."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    try:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
 
 
 def sha256(path) -> str:

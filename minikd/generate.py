@@ -50,7 +50,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     if not answers or max_new_tokens < 1:
         return answers, chances
     device, stops = model.head.device, frozenset(eos_ids)
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)              # [B]
     width = max(map(len, prompts))
     ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)   # [B, P]

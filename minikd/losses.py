@@ -131,7 +131,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     divergence      (student logits [n, V], teacher logits [n, V']) -> [n], one of the functions above; with kd_ratio 0
                     it is measured only, and it may do without a teacher (entropy)
     weight          what each token counts, often 1 / scored tokens of the optimizer step; or one a token [N]
-    policy          (log q of the targets [n], which of the N tokens they are: a slice) -> [n], in cross-entropy's
+    policy          (log q of the targets [n], at=which of the N tokens they are, a slice) -> [n], in cross-entropy's
                     place: the objective of a policy gradient (clipped_surrogate)
     vocab           only the head's first rows, where sampling knew no others
     returns         the loss (differentiable once), and CE [N] and D [N] a token, for logs

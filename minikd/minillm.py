@@ -83,7 +83,7 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
     options  of rewards_to_go
     """
     own = respond(cast_copy(student, dtype), rows, batch_size, max_new_tokens, eos_ids, seed=seed, teacher=teacher,
-                  mix=mix)
+                  mix=mix, vocab=min(len(student.head), len(teacher.head)))     # what both have a row for
     order = sorted(range(len(own)), key=lambda i: len(own[i].prompt) + len(own[i].response))
     frozen, device = {}, student.head.device
     for start in range(0, len(order), batch_size):

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minikd.data import Encoded, collate
-from minikd.files import InputError, atomic_path, read_json, sha256
+from minikd.files import InputError, atomic_path, read_json, save_tensors, sha256
 from minikd.generate import respond
 from minikd.losses import scored_positions
 from minikd.model import Qwen2
@@ -86,8 +85,9 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
     shards = plan_shards(unique)
     made_from = json.loads(json.dumps(made_from | {"rows": fingerprint(sorted(unique))}))
     check_made_from(folder, made_from)
-    with atomic_path(folder / FACTS) as new:
-        new.write_text(json.dumps({"made_from": made_from, "shards": shards}) + "\n")
+    if not (folder / FACTS).exists():
+        with atomic_path(folder / FACTS) as new:
+            new.write_text(json.dumps({"made_from": made_from, "shards": shards}) + "\n")
     missing = {name: plan for name, plan in shards.items() if not whole(folder / name, plan, width)}
     teacher = Teacher(load()) if missing else None
     for name, plan in missing.items():
@@ -100,7 +100,7 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
             if progress:
                 progress(len(part))
         with atomic_path(folder / name) as new:
-            save_file({"states": torch.cat(states)}, new, metadata={"rows": fingerprint(digest for digest, _ in plan)})
+            save_tensors({"states": torch.cat(states)}, new, {"rows": fingerprint(digest for digest, _ in plan)})
     return sum(length for plan in missing.values() for _, length in plan)
 
 
@@ -140,26 +140,32 @@ def whole(path: Path, plan: list, width: int) -> bool:
         return False
 
 
-def teacher_responses(path, teacher: Qwen2, rows: list[Encoded], made_from: dict, tokenizer, batch_size: int,
+def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenizer, batch_size: int,
                       max_new_tokens: int, seed: int, progress=None) -> list[Encoded]:
     """Sequence-level KD (Kim and Rush 2016, arXiv:1606.07947): the rows with responses sampled from the teacher.
 
+    load  () -> the teacher; not called where all answers are there, and its memory is free again afterwards
     They are sampled once, at temperature 1, and kept in `path`, one JSON object a line after a first one that says
     what they were made from. After a kill, what was sampled is read and the rest is sampled, to the same tokens.
     Raises InputError where `path` was made from something else.
     """
     path, step = Path(path), 8 * batch_size                     # rows sampled between two writes
-    first = json.dumps({"made_from": made_from, "rows": fingerprint(map(digest_of, rows)), "seed": seed,
-                        "max_new_tokens": max_new_tokens, "batch_size": batch_size}, sort_keys=True)
+    made_from = json.loads(json.dumps(made_from | {"rows": fingerprint(map(digest_of, rows)), "seed": seed,
+                                                   "max_new_tokens": max_new_tokens, "batch_size": batch_size}))
+    first = json.dumps(made_from, sort_keys=True)
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     lines = text.split("\n")[:-1] or [first]                    # the last is empty, or cut by a kill
     if lines[0] != first:
-        raise InputError(f"{path}: holds the answers of another teacher, or to other prompts; choose another --out")
+        before = json.loads(lines[0])
+        what = next(key for key in made_from if before.get(key) != made_from[key])
+        raise InputError(f"{path}: holds other answers: their {what} is {before.get(what)}, here {made_from[what]}; choose "
+                         "another --out")
     held = len(lines) - 1
     held -= held % step if held < len(rows) else 0              # whole writes, whose seeds are known
     with atomic_path(path) as new:
         new.write_text("\n".join(lines[:1 + held]) + "\n", encoding="utf-8")
     responses = [json.loads(line)["ids"] for line in lines[1:1 + held]]
+    teacher = load() if held < len(rows) else None
     for start in range(held, len(rows), step):
         own = respond(teacher, rows[start:start + step], batch_size, max_new_tokens, tokenizer.eos_ids, seed=seed + start,
                       vocab=len(tokenizer))

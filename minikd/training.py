@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from minikd.files import InputError, atomic_path, read_json
+from minikd.files import InputError, atomic_path, read_json, save_tensors
 from minikd.model import Qwen2
 
 STATE, LOG, CONFIG = "state.safetensors", "log.jsonl", "config.json"
@@ -80,11 +79,11 @@ def flag_group(parser: argparse.ArgumentParser, title: str):
 
 
 def check_positive(args, *names: str):
-    """Raises InputError for the first of these flags that was given a number which is not above 0."""
+    """Raises InputError for the first of these flags that was given a number which is not above 0, or not finite."""
     for name in names:
         value = getattr(args, name)
-        if any(not number > 0 for number in (value if isinstance(value, list) else [value]) if number is not None):
-            raise InputError(f"--{name.replace('_', '-')} {value}: is not above 0; give a larger number")
+        if any(not 0 < number < math.inf for number in (value if isinstance(value, list) else [value]) if number is not None):
+            raise InputError(f"--{name.replace('_', '-')} {value}: is not above 0 and finite; give another number")
 
 
 # ---- what a run leaves behind
@@ -135,8 +134,7 @@ def save_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, facts: di
     for i, (_, moments) in enumerate(optimizer.state_dict()["state"].items()):
         tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
     with atomic_path(Path(folder) / STATE) as new:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, new,
-                  metadata={"facts": json.dumps(facts)})
+        save_tensors(tensors, new, {"facts": json.dumps(facts)})
 
 
 @torch.no_grad()

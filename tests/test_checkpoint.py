@@ -272,7 +272,7 @@ def test_a_save_that_fails_in_the_middle_leaves_the_old_folder_whole(sharded, mo
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
         written.append(save_file(tensors, path, metadata=metadata))
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(checkpoint, "save_tensors", full_disk)
     with pytest.raises(OSError):
         save_model(tiny(seed=1), sharded, shard_bytes=6_000)
     assert len(written) == shards_written and contents(sharded) == before
@@ -288,7 +288,7 @@ def test_a_save_that_is_killed_in_the_middle_leaves_the_old_folder_whole(folder)
         def die(tensors, path, metadata):
             save_file(tensors, path, metadata=metadata)
             os.kill(os.getpid(), 9)
-        checkpoint.save_file = die
+        checkpoint.save_tensors = die
         save_model(tiny(seed=1), folder)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9

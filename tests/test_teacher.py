@@ -139,8 +139,8 @@ def test_the_head_alone_is_the_models_head(tmp_path, tied):
 
 @pytest.fixture
 def respond(tmp_path, tokenizer):
-    return lambda rows=ROWS, made_from="a", seed=0, **options: teacher_responses(
-        tmp_path / "answers.jsonl", TEACHER, rows, made_from, tokenizer, batch_size=1, max_new_tokens=4, seed=seed, **options)
+    return lambda rows=ROWS, made_from=dict(teacher="a"), seed=0, load=lambda: TEACHER, **options: teacher_responses(
+        tmp_path / "answers.jsonl", load, rows, made_from, tokenizer, batch_size=1, max_new_tokens=4, seed=seed, **options)
 
 
 def test_the_teachers_answers_take_the_place_of_the_datas(respond, tokenizer):
@@ -160,11 +160,12 @@ def test_answers_cut_off_by_a_kill_are_completed_to_the_same(respond, tmp_path):
         asked = []
         assert respond(progress=asked.append) == whole and path.read_bytes() == text
         assert sum(asked) == 30 - max(0, kept - 1) // 8 * 8                     # 8 answers are written at a time
-    assert respond(progress=lambda _: pytest.fail("all of them are there")) == whole
+    assert respond(load=lambda: pytest.fail("all of them are there")) == whole
 
 
 def test_answers_of_another_teacher_or_to_other_prompts_are_refused(respond):
     respond()
-    for changed in dict(made_from="b"), dict(rows=ROWS[1:]), dict(seed=1):
-        with pytest.raises(InputError, match="answers of another teacher, or to other prompts"):
+    for changed, said in ((dict(made_from=dict(teacher="b")), "their teacher is a, here b"), (dict(rows=ROWS[1:]), "their rows"),
+                          (dict(seed=1), "their seed is 0, here 1")):
+        with pytest.raises(InputError, match=said):
             respond(**changed)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minikd import toy
+from minikd import minillm, toy
 from minikd.checkpoint import load_model, save_model
 from minikd.data import encode_examples, load_examples
 from minikd.evaluate import sequence_kl
@@ -265,7 +265,9 @@ def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, tmp_path):
 # ---- whose answers are learned from
 
 MODES = {"on-policy": ["--loss", "reverse_kl", "--on-policy", "0.6"],
-         "minillm": ["--loss", "minillm", "--rollouts", "8", "--inner-epochs", "2"],
+         "minillm": ["--loss", "minillm", "--rollouts", "16", "--inner-epochs", "4"],     # 8 steps from one sampling on
+         "minillm in bfloat16": ["--loss", "minillm", "--rollouts", "16", "--inner-epochs", "4", "--dtype", "bfloat16"],
+         "on-policy in bfloat16": ["--loss", "jsd", "--on-policy", "0.6", "--dtype", "bfloat16"],
          "seq-kd": ["--loss", "forward_kl", "--seq-kd"],
          "cache": ["--loss", "forward_kl", "--cache-teacher", "{cache}"],
          "plain text": ["--loss", "forward_kl", "--lm-data", "{text}"]}
@@ -280,6 +282,8 @@ def mode(tmp_path):
 
 @pytest.mark.parametrize("name", MODES)
 def test_every_mode_goes_on_from_its_last_state_to_the_same_bits(run, mode, tmp_path, monkeypatch, name):
+    kept = [minillm.collect]
+    monkeypatch.setattr(minillm, "collect", lambda **options: (kept.append(options["seed"]), kept[0](**options))[1])
     flags = [*mode(name), "--steps", "10", "--eval-every", "3", "--batch-size", "4", "--grad-accum", "2", "--lr", "0.003"]
     assert run(*flags, out=tmp_path / "whole")[0] == 0
     write = kd.Log.write
@@ -292,8 +296,11 @@ def test_every_mode_goes_on_from_its_last_state_to_the_same_bits(run, mode, tmp_
     monkeypatch.setattr(kd.Log, "write", stop)
     assert run(*flags, out=tmp_path / "killed")[0] == 130
     monkeypatch.setattr(kd.Log, "write", write)
+    before = len(kept)
     status, _, err = run(*flags, "--resume", out=tmp_path / "killed")
     assert status == 0, err
+    if "minillm" in name:                                                       # the state of step 6 held the rollouts
+        assert kept[1:3] == [0, 7919] and kept[before:] == [7919]
     assert len(steps_of(tmp_path / "whole")) == 10 and steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole")
     assert same(weights(tmp_path / "killed/last"), weights(tmp_path / "whole/last"))
 
@@ -317,6 +324,56 @@ def test_minillm_draws_the_student_to_its_teacher_in_the_reverse_kl_of_its_own_a
     distance = lambda student: sequence_kl(student, tokenizer, given["rows"] * 10, given["teacher"], 200, 6)
     before = distance(load_model(world / "student"))
     assert distance(kd.train(**given).eval()) < 0.8 * before
+
+
+def test_a_minillm_step_is_the_formula_on_full_logits(world, settings, tokenizer):
+    """add_gradients, and collect's numbers in it, against autograd on every logit: KL_t and the clipped surrogate, each
+    once a token."""
+    given = settings()
+    teacher = given["teacher"].model
+    rollouts = minillm.collect(student=load_model(world / "student"), teacher=teacher, rows=given["rows"] * 2, mix=0.2,
+                               pad_id=tokenizer.pad_id, eos_ids=tokenizer.eos_ids, batch_size=7, max_new_tokens=6)
+    student = load_model(world / "student").train()
+    with torch.no_grad():                                                       # so that some ratios are past the clip
+        for i, weight in enumerate(student.parameters()):
+            weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    tokens = sum(len(row.response) for row in rollouts)
+    for at in range(0, len(rollouts), 7):
+        kd.add_gradients(rollouts[at:at + 7], student=student, weight=1 / tokens, pad_id=0, dtype=torch.float32,
+                         checkpointing=False, teacher=given["teacher"], divergence=kd.reverse_kl, ratio_clip=0.2)
+    ours = [weight.grad.clone() for weight in student.parameters()]
+    student.zero_grad(set_to_none=True)
+    loss, clipped = 0.0, 0
+    student.eval()
+    for row in rollouts:
+        ids, at = torch.tensor([row.prompt + row.response]), slice(len(row.prompt) - 1, -1)
+        logq, logp = (model(ids)[0, at, :400].log_softmax(-1) for model in (student, teacher))
+        chosen = logq.gather(1, torch.tensor(row.response)[:, None])[:, 0]
+        for t in range(len(row.response)):
+            ratio, A = (chosen[t] - row.old_logq[t]).exp(), row.advantage[t]
+            clipped += not 0.8 < ratio < 1.2
+            loss = loss - torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A) + (logq[t].exp() * (logq[t] - logp[t])).sum()
+    assert 10 < clipped < tokens - 10
+    for grad, theirs in zip(ours, torch.autograd.grad(loss / tokens, list(student.parameters())), strict=True):
+        torch.testing.assert_close(grad, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("flags", [["--loss", "forward_kl"], ["--loss", "reverse_kl", "--on-policy", "1"],
+                                   ["--loss", "minillm"], ["--loss", "minillm", "--mix", "0"]], ids=" ".join)
+def test_a_student_with_more_rows_than_its_teacher_says_nothing_the_teacher_has_no_row_for(run, tokenizer, tmp_path, world,
+                                                                                            flags):
+    tiny(3, tokenizer, tmp_path / "tall", vocab_size=999, initializer_range=0.1)
+    status, out, err = run(*flags, "--steps", "2", models=("--student", tmp_path / "tall", "--teacher", world / "teacher"))
+    assert status == 0 and "sequence KL" in out, err
+
+
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(world, tmp_path):
+    command = [sys.executable, ROOT / "train_kd.py", "--student", world / "student", "--teacher", world / "teacher", "--data",
+               world / "data.jsonl", "--out", tmp_path / "run", *FAST, "--loss", "forward_kl", "--eval-every", "1"]
+    done = subprocess.run(["bash", "-c", 'ulimit -f 60; "$0" "$@"', *map(str, command)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})            # the state is larger than that, a model not
+    assert done.returncode == 2 and "state.safetensors" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert load_model(tmp_path / "run/last").config.hidden_size == 16
 
 
 def test_with_a_cache_the_run_is_the_live_teachers_but_for_bfloat16_and_its_body_is_not_there(run, mode, tmp_path,
@@ -400,6 +457,33 @@ def test_resume_skips_what_is_done_and_runs_what_is_not(run, tmp_path, monkeypat
     assert read_log(tmp_path / "run/kd")[-1]["done"]
 
 
+def test_a_state_that_an_earlier_run_left_is_not_resumed_from(tmp_path, monkeypatch, settings):
+    """The toy's runs replace earlier ones: killed before its first state, a run must not find the earlier one's."""
+    given = settings(steps=6, eval_every=2)
+    rest = {key: value for key, value in given.items() if key not in ("student", "out", "title")}
+    write = kd.Log.write
+
+    def stop(at):
+        def until(log, **values):
+            if values["step"] == at and "ce" in values:
+                raise KeyboardInterrupt
+            write(log, **values)
+        return until
+
+    def begin(lr, at, resume=False):
+        monkeypatch.setattr(kd.Log, "write", stop(at))
+        kd.stage(tmp_path / "run", lambda: load_model(given["student_folder"]), resume=resume, replace=True, recorded={},
+                 **rest | {"lr": lr})
+
+    given["student_folder"] = tmp_path / "start"
+    save_model(given["student"], tmp_path / "start")
+    for lr, at in (0.01, 5), (0.001, 2):
+        with pytest.raises(KeyboardInterrupt):
+            begin(lr, at)
+    begin(0.001, 99, resume=True)
+    assert [line["step"] for line in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--kd-ratio", "0.9"], "--kd-ratio 0.9, but the run began with 0.5"),
     (["--seed", "3"], "--seed 3, but the run began with 0"),
@@ -455,6 +539,9 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
     (["--validation", "0"], "--validation 0"), (["--eval-examples", "-1"], "--eval-examples -1"),
     (["--kd-ratio", "1.5"], "--kd-ratio lies in 0 to 1"), (["--alpha", "0"], "--alpha between"),
     (["--lr", "1e-3", "1e-2"], "--lr with several rates sweeps one loss"),
+    (["--epochs", "inf"], "--epochs inf: is not above 0 and finite"), (["--weight-decay", "-1"], "give 0 or more"),
+    (["--loss", "sft", "--lr", "0.01", "1e-2"], "two rates are the same"),
+    (["--eval-data", "no/such.jsonl"], "no/such.jsonl: no such file"),
     (["--on-policy", "1.5"], "--on-policy lies in 0 to 1"), (["--mix", "1"], "--mix in 0 to below 1"),
     (["--on-policy", "0.5"], "--on-policy needs a divergence"),
     (["--loss", "minillm", "--cache-teacher", "x"], "own answers are new each time"),
@@ -492,3 +579,23 @@ def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge
     script("eval_rouge").main()
     last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("all ")][-1]
     assert float(last.split()[2]) == pytest.approx(table["KD"], abs=0.051)
+
+
+@pytest.mark.parametrize("flags", [["--loss", "minillm"], ["--loss", "reverse_kl", "--on-policy", "1"]], ids=" ".join)
+def test_in_the_toy_world_own_answers_begin_from_a_student_that_was_fine_tuned(tmp_path, monkeypatch, capsys, flags):
+    few, train, text, starts = toy.records, kd.train, toy.plain_text, {}
+    monkeypatch.setattr(toy, "records", lambda count, *rest, **named: few(
+        min(count, 30 if "test" in named else 160), *rest, **named))
+    monkeypatch.setattr(toy, "plain_text", lambda count, seed: text(20, seed))
+    short = dict(steps=2, eval_every=2, eval_examples=4, max_new_tokens=4, batch_size=8)
+
+    def shortened(**settings):
+        starts[settings["out"].name] = settings["student"].head.detach().clone()
+        return train(**settings | short)
+
+    monkeypatch.setattr(kd, "train", shortened)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_kd.py", "--validation", "20", "--max-new-tokens", "4", *flags])
+    kd.main()
+    assert list(starts) == ["teacher", "base", "sft", "toy"]
+    assert torch.equal(starts["toy"], load_model("runs/toy/sft/best").head)
