@@ -29,7 +29,8 @@ def parse_args():
     parser = make_parser(__doc__)
     add = flag_group(parser, "a model's answers")
     add("--model", help="folder or hub name (runs/toy/kd/best)")
-    add("--data", nargs="+", metavar="FILE", help="records to ask: .jsonl .json .csv .parquet, a folder or a hub dataset")
+    add("--data", nargs="+", metavar="FILE",
+        help="records to ask: .jsonl .json .csv .parquet, a folder or a hub dataset")
     add("--limit", type=int, help="ask only the first LIMIT records")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt: chatml or alpaca (chatml)")
     add("--max-length", type=int, default=512, help="tokens; a prompt that leaves no room in them is dropped (512)")

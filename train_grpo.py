@@ -21,15 +21,15 @@ import torch
 from minikd import grpo, problems, sandbox, toy
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded, collate, encode_examples, next_rows, to_example
-from minikd.evaluate import check_vocabulary
 from minikd.files import InputError, script_errors
 from minikd.losses import entropy, head_loss, scored_positions
 from minikd.model import Qwen2, cast_copy
 from minikd.plots import plot_rewards
 from minikd.rewards import combine, load_rewards, summary
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, check_positive, check_settings, flag_group, learning_rate, load_state,
-                             make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state, write_config)
+from minikd.training import (STATE, Log, Progress, check_positive, check_settings, flag_group, learning_rate,
+                             load_state, load_student, make_optimizer, make_parser, pick_device, pick_dtype, read_log,
+                             save_state, write_config)
 
 REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8, lr=1e-6, rewards="format,steps,code",
             reward_weights=None, eval_examples=64, eval_every=50, out="runs/grpo", dtype="auto")
@@ -37,14 +37,15 @@ TOY = dict(prompts=16, group_size=16, max_new_tokens=72, steps=250, batch_size=2
            eval_every=50, dtype="float32")
 TOY_REWARDS = {"sums": "answer,format,steps", "code": "code,format,steps"}
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before
-TOY_WEIGHTS = "1,0.05,0.05"                                     # pay more for the form, and it rises while accuracy dies
+TOY_WEIGHTS = "1,0.05,0.05"                                     # paid more, the form rises while accuracy dies
 
 
 def parse_args():
     parser = make_parser(__doc__)
     add = flag_group(parser, "model and problems (none of them: a toy task)")
     add("--model", help="folder or hub name; best a student that was distilled (else a toy student, taught first)")
-    add("--data", nargs="+", metavar="FILE", help="records with a question and an answer, or with tests; else a toy task")
+    add("--data", nargs="+", metavar="FILE",
+        help="records with a question and an answer, or with tests; else a toy task")
     add("--task", choices=list(problems.TASKS), default="sums", help="toy task: sums or code (sums)")
     add("--limit", type=int, help="read only the first LIMIT records")
     add("--max-prompt-length", type=int, default=1024, help="tokens; longer prompts are dropped and counted (1024)")
@@ -58,10 +59,12 @@ def parse_args():
     add = flag_group(parser, "loss")
     add("--clip", type=float, default=0.2, help="how far the ratio of policies may move (0.2)")
     add("--clip-high", type=float, help="the same above 1, where it differs; DAPO 0.28")
-    add("--beta", type=float, default=0.04, help="weight of the KL to the model it starts from; 0 needs no copy of it (0.04)")
-    add("--scale", choices=("std", "none"), default="std", help="advantages over their group's deviation: std, none (std)")
+    add("--beta", type=float, default=0.04, help="weight of the KL to the start; 0 needs no copy of it (0.04)")
+    add("--scale", choices=("std", "none"), default="std",
+        help="advantages over their group's deviation: std, none (std)")
     add("--norm", choices=grpo.NORMS, default="sequence", help="mean over: sequence, token, constant (sequence)")
-    add("--ratio", choices=("token", "sequence"), default="token", help="one ratio a token, or a sequence: GSPO (token)")
+    add("--ratio", choices=("token", "sequence"), default="token",
+        help="one ratio a token, or a sequence: GSPO (token)")
     add("--inner-epochs", type=int, default=1, help="updates on the answers of one step (1)")
     add("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens do not count")
     add("--drop-flat", action="store_true", help="groups whose answers are all paid the same do not count")
@@ -70,7 +73,8 @@ def parse_args():
     add("--batch-size", type=int, help="answers in a micro-batch (8; toy 256)")
     add("--lr", type=float, help="peak learning rate (1e-6; toy 3e-4)")
     add("--warmup", type=int, default=0, help="steps of linear warm-up (0)")
-    add("--schedule", choices=("cosine", "constant"), default="constant", help="after it: cosine or constant (constant)")
+    add("--schedule", choices=("cosine", "constant"), default="constant",
+        help="after it: cosine or constant (constant)")
     add("--weight-decay", type=float, default=0.0, help="of weight matrices (0)")
     add("--max-grad-norm", type=float, default=1.0, help="largest gradient norm (1)")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
@@ -137,7 +141,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             clock = [time.perf_counter()]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
-            copy = cast_copy(model, dtype, copy)                                # the policy, in the dtype that samples fast
+            copy = cast_copy(model, dtype, copy)                                # the policy, in the dtype that is fast
             asked = next_rows(rows, step, prompts, seed)
             answers, old = grpo.sample_groups(copy, asked, group_size, max_new_tokens, tokenizer, temperature,
                                               seed=seed * 1_000_003 + step)     # P G answers, log-probabilities of each
@@ -153,7 +157,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             ref = grpo.token_log_probs(reference, answers, batch_size=batch_size, **scoring) if beta else old
             for _ in range(inner_epochs):
                 past = old
-                if ratio == "sequence":                                         # GSPO: every token's ratio is its answer's
+                if ratio == "sequence":                                         # GSPO: a token's ratio is its answer's
                     now = grpo.token_log_probs(model, answers, batch_size=batch_size, **scoring)
                     past = [grpo.sequence_old(a, b) for a, b in zip(now, old)]
                 sums = torch.zeros(4)
@@ -176,8 +180,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             progress.update(f"reward {line['reward'] or 0:.3f} kl {line['kl']:.3f} length {line['length']:.0f}")
             unpaid = 0 if total.nan_to_num().any() else unpaid + 1
             if unpaid == patience:
-                raise InputError(f"{out}: every reward was 0 for {patience} steps, so there is nothing to learn from; start "
-                                 "from a model that sometimes succeeds, or pay for less (--rewards)")
+                raise InputError(f"{out}: every reward was 0 for {patience} steps, so there is nothing to learn from; "
+                                 "start from a model that sometimes succeeds, or pay for less (--rewards)")
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 copy = cast_copy(model, dtype, copy)
                 report(judge(copy), step + 1, log, progress)
@@ -220,8 +224,8 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model:
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)   # [N, D], [N]
         value, ce, spread = head_loss(                                          # logits / T: the head is linear
             states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,
-            policy=lambda logp, at: grpo.policy_loss(logp[:, None], old[at][:, None], ref[at][:, None], A[at], beta=beta,
-                                                     **terms)[:, 0])            # paper eq. (6)
+            policy=lambda logp, at: grpo.policy_loss(logp[:, None], old[at][:, None], ref[at][:, None], A[at],
+                                                     beta=beta, **terms)[:, 0])             # paper eq. (6)
     value.backward()
     clipped = grpo.was_clipped(-ce[:, None], old[:, None], A, **terms)
     return torch.stack([grpo.k3(-ce, ref).sum(), spread.sum(), clipped.sum(), lengths.sum()]).cpu()
@@ -248,8 +252,8 @@ def number(value) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: list[dict], rewards: dict, max_new_tokens: int,
-             seed: int) -> dict:
+def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: list[dict], rewards: dict,
+             max_new_tokens: int, seed: int) -> dict:
     """Accuracy on held-out problems, `greedy` and `sampled` at temperature 1, and each reward's mean over the sampled.
 
     A problem is solved where the reward `answer` or `code` says so; without either, the sum of all rewards stands here.
@@ -297,8 +301,8 @@ def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
     steps, batch_size = TOY_LESSONS[task], 64
     optimizer = make_optimizer(student, 4e-3)
     with Progress("teaching the student", steps) as progress:
-        for step in range(steps):                               # lengths mixed: a batch of bare answers alone would count
-            batch = next_rows(rows, step, batch_size, seed)     # their few tokens ten times
+        for step in range(steps):
+            batch = next_rows(rows, step, batch_size, seed)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, 4e-3, warmup=50)
             ids, mask = vars(collate(batch, tokenizer.pad_id)).values()
@@ -327,7 +331,8 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     lines = read_log(out)
     if lines and not args.resume and not args.toy:
-        raise InputError(f"{out}: holds a run already, {lines[-1]['step']} steps; go on with --resume, or choose another --out")
+        raise InputError(f"{out}: holds a run already, {lines[-1]['step']} steps; "
+                         "go on with --resume, or choose another --out")
     if args.toy:
         torch.set_num_threads(1)                                # its matrices are too small to share
         args.model = args.model or str(toy_student(args.task, out, args.seed, args.resume))
@@ -339,15 +344,14 @@ def main():
         asked, tests = asked[count:], asked[:count]
     tokenizer = Tokenizer.load(args.model)
     rows, valid_rows = (problems.encode_problems(part, tokenizer, args.max_prompt_length) for part in (asked, tests))
-    print(f"{len(rows):,} problems, {len(valid_rows)} held out; {len(asked) + len(tests) - len(rows) - len(valid_rows)} "
-          "dropped: prompt too long")
+    dropped = len(asked) + len(tests) - len(rows) - len(valid_rows)
+    print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
     if "code" in rewards:
         print(f"sandbox: {sandbox.isolation()}")
-    model = load_model(args.model, device, torch.float32)
-    check_vocabulary(args.model, model.config, tokenizer)
+    model = load_student(args.model, device, tokenizer)
     reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None
-    names = ("prompts", "group_size", "max_new_tokens", "temperature", "clip", "clip_high", "beta", "scale", "norm", "ratio",
-             "inner_epochs", "mask_truncated", "drop_flat", "steps", "batch_size", "lr", "warmup", "schedule",
+    names = ("prompts", "group_size", "max_new_tokens", "temperature", "clip", "clip_high", "beta", "scale", "norm",
+             "ratio", "inner_epochs", "mask_truncated", "drop_flat", "steps", "batch_size", "lr", "warmup", "schedule",
              "weight_decay", "max_grad_norm", "gradient_checkpointing", "patience", "eval_every", "seed")
     settings = {name: getattr(args, name) for name in names}
     recorded = settings | {"model": args.model, "data": args.data, "task": args.task, "rewards": args.rewards,
@@ -359,8 +363,9 @@ def main():
     if not args.resume:
         (out / STATE).unlink(missing_ok=True)                   # an earlier run's, which would be taken for this one's
     write_config(out, recorded)
-    judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, facts=[problem.facts for problem in tests],
-                              rewards=rewards, max_new_tokens=args.max_new_tokens, seed=args.seed)
+    judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, rewards=rewards,
+                              facts=[problem.facts for problem in tests], max_new_tokens=args.max_new_tokens,
+                              seed=args.seed)
     train(model=model, reference=reference, tokenizer=tokenizer, rows=rows, judge=judge, out=out, rewards=rewards,
           facts=[problem.facts for problem in asked], weights=weights, dtype=dtype, resume=args.resume and bool(lines),
           **settings)

@@ -33,8 +33,9 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_files, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, check_positive, check_settings, flag_group, learning_rate, load_state,
-                             make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state, write_config)
+from minikd.training import (STATE, Log, Progress, check_positive, check_settings, flag_group, learning_rate,
+                             load_state, load_student, make_optimizer, make_parser, pick_device, pick_dtype, read_log,
+                             save_state, write_config)
 
 REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
             validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
@@ -47,20 +48,22 @@ def parse_args():
     add = flag_group(parser, "models and data (none of them: the toy world)")
     add("--student", help="folder or hub name to start from")
     add("--teacher", help="folder or hub name; for all but --loss sft")
-    add("--data", nargs="+", metavar="FILE", help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
+    add("--data", nargs="+", metavar="FILE",
+        help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
     add("--eval-data", nargs="+", metavar="FILE", help="records for the table; else the validation split")
-    add("--lm-data", nargs="+", metavar="FILE", help="plain text (records with `text`): its cross-entropy joins every step")
+    add("--lm-data", nargs="+", metavar="FILE",
+        help="plain text (records with `text`): its cross-entropy joins every step")
     add("--format", choices=FORMATS,
         help=f"schema of the records: {', '.join(FORMATS)} (recognised)")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt: chatml or alpaca (chatml)")
-    add("--max-length", type=int, default=512, help="tokens of prompt and the data's response, which is cut to it (512)")
+    add("--max-length", type=int, default=512, help="tokens of prompt and data's response, which is cut to it (512)")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped (256)")
     add("--validation", type=int, help="examples held out of --data (500; toy 100)")
     add = flag_group(parser, "loss")
     add("--loss", choices=["sft", *DIVERGENCES, "minillm"],
         help=f"sft, {', '.join(DIVERGENCES)}, minillm (sft and forward_kl)")
     add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy (0.5)")
-    add("--temperature", type=float, default=1.0, help="divides both models' logits in the divergence; not MiniLLM's (1)")
+    add("--temperature", type=float, default=1.0, help="divides both models' logits; not in MiniLLM (1)")
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture (0.5)")
     add("--alpha", type=float, default=0.1, help="skew losses: share of the other model in the mixture (0.1)")
     add("--lm-coef", type=float, default=1.0, help="weight of the loss on --lm-data (1)")
@@ -80,7 +83,8 @@ def parse_args():
     add("--grad-accum", type=int, default=1, help="micro-batches in an optimizer step (1)")
     add("--lr", type=float, nargs="+", help="peak learning rate; several are swept (1e-5; toy 3e-3)")
     add("--warmup", type=int, help="steps of linear warm-up (0; toy 30)")
-    add("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up: cosine or constant (cosine)")
+    add("--schedule", choices=("cosine", "constant"), default="cosine",
+        help="after the warm-up: cosine or constant (cosine)")
     add("--weight-decay", type=float, help="of weight matrices (0.01)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (1)")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
@@ -214,8 +218,8 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
         if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7): KL_t + the surrogate
             old, advantage, soft = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                     for name in minillm.FROZEN)                 # [N], [N], [N, D']
-            terms |= dict(divergence=divergence, kd_ratio=0.5, weight=2 * weight, policy=lambda logq, at: clipped_surrogate(
-                logq, old[at], advantage[at], ratio_clip))
+            terms |= dict(divergence=divergence, kd_ratio=0.5, weight=2 * weight)
+            terms["policy"] = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
         else:                                                                   # paper eq. (3): CE and divergence
             soft = teacher.states(batch, ids, mask) if teacher and kd_ratio else None           # [N, D']
         value, ce, kd = head_loss(hidden, student.head, targets, soft, teacher.head if teacher else None, **terms)
@@ -317,7 +321,8 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
     load = lambda: load_model(folder, device, dtype).requires_grad_(False)
     if not args.cache_teacher:
         return Teacher(load())
-    made_from = {"teacher": teacher_files(folder), "dtype": str(dtype), "data": sorted(data.values()), "seq_kd": args.seq_kd, **lengths}
+    made_from = {"teacher": teacher_files(folder), "dtype": str(dtype), "data": sorted(data.values()),
+                 "seq_kd": args.seq_kd, **lengths}
     with Progress(f"{args.cache_teacher}: teacher's states, rows", len(rows)) as progress:
         computed = fill_cache(args.cache_teacher, rows, made_from, load, config.hidden_size, tokenizer.pad_id,
                               args.batch_size, dtype, progress=lambda count: progress.update(by=count))
@@ -355,13 +360,10 @@ def main():
         test, _ = load_examples(args.eval_data, args.format)
         test_rows, _ = encode_examples(test, tokenizer, **lengths)
 
-    def student():
-        model = load_model(args.student, device, torch.float32)
-        check_vocabulary(args.student, model.config, tokenizer)
-        return model
+    student = lambda: load_student(args.student, device, tokenizer)
 
     teacher = None
-    if args.teacher:                                            # SFT too, where one is given: the table compares with it
+    if args.teacher:                                            # SFT too, where one is given: for the table
         check_teacher(args.teacher, tokenizer)
         if args.seq_kd:
             rows = ask_teacher(args, tokenizer, rows, device, dtype, out)
@@ -377,7 +379,7 @@ def main():
     recorded = {"student": args.student, "teacher": args.teacher, "data": report.files, "format": args.format,
                 "lm_data": text_files, "seq_kd": args.seq_kd, "cache_teacher": args.cache_teacher,
                 "dtype": str(dtype), "validation": args.validation, **lengths}
-    if args.toy and (args.loss == "minillm" or args.on_policy):                 # which ask for a student that can answer
+    if args.toy and (args.loss == "minillm" or args.on_policy):                 # they need a student that can answer
         stage(out / "sft", student, loss="sft", lr=3e-3, replace=True, recorded=dict(recorded), **settings)
         args.student = recorded["student"] = str(out / "sft" / "best")
     for _, loss, lr, folder in planned(args):

@@ -34,7 +34,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tables, seconds = zip(*(run(seed, Path(folder) / str(seed)) for seed in args.seeds))
-    models, categories = list(tables[0]), list(tables[0]["Base"])
+    models, categories = list(tables[0]), [key for key in tables[0]["Base"] if key != "metrics"]
     print(machine())
     print(f"{len(args.seeds)} seeds, {mean(seconds):.0f} s each")
     print("| | " + " | ".join(models) + " | KD / Teacher |\n|---" * 1 + "|" + "---|" * (len(models) + 1))

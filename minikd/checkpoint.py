@@ -1,4 +1,4 @@
-"""A Hugging Face folder <-> a model: single file or shards, tied or untied head, any float dtype on disk."""
+"""A Hugging Face folder <-> a model: one file or shards, tied or untied head, any float dtype on disk, or 4 bits."""
 import json
 import math
 import os
@@ -11,8 +11,11 @@ from safetensors import SafetensorError, safe_open
 
 from minikd.files import InputError, atomic_path, local_folder, read_json, save_tensors
 from minikd.model import Qwen2, Qwen2Config
+from minikd.quant import swap_linears, version_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+QUANTIZE = "quantize_config.json"
+PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
 SHARD_BYTES = 5 * 10**9                             # transformers' limit, and what hubs serve well
 # Old checkpoints store these; both are computed here (rope_tables), so they may be there or not.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.masked_bias$")
@@ -39,7 +42,7 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     # Largest first: while a tensor is read, its pages of the file count beside what is loaded already.
     for key in sorted(wanted, key=lambda key: -math.prod(wanted[key])):
         with torch.no_grad():
-            places[key].copy_(read_tensor(files[key], key))
+            places[key].copy_(read_tensor(files[key], key, places[key].is_floating_point()))
     return model.eval().requires_grad_(True)
 
 
@@ -61,15 +64,43 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:
     config = load_config(folder)
     with torch.device("meta"):
         model = Qwen2(config)
+        model.quantization = read_quantization(folder)
+        if model.quantization:
+            swap_linears(model, model.quantization["group_size"], version_of(model.quantization))
     wanted = {key: tuple(p.shape) for key, p in model.state_dict().items()}
     return model, wanted, tensor_files(folder, wanted)
 
 
-def read_tensor(path: Path, key: str) -> torch.Tensor:
+def read_quantization(folder: Path) -> dict | None:
+    """config.json's quantization_config, checked; None where there is none.
+
+    Raises InputError for other methods, formats and numbers of bits.
+    """
+    path = folder / "config.json"
+    raw = read_json(path).get("quantization_config")
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: quantization_config is no object; fetch it again")
+    format = raw.get("checkpoint_format", "gptq")
+    for field, value, good in (("quant_method", raw.get("quant_method"), ["gptq"]), ("bits", raw.get("bits"), [4]),
+                               ("checkpoint_format", format, ["gptq", "gptq_v2"]),
+                               ("lm_head", raw.get("lm_head", False), [False])):
+        if value not in good:
+            raise InputError(f"{path}: quantization_config has {field} = {value!r}; minikd reads "
+                             f"{' or '.join(map(repr, good))}: use the unquantised folder")
+    if type(raw.get("group_size")) is not int:
+        raise InputError(f"{path}: quantization_config has group_size = {raw.get('group_size')!r}; "
+                         "a whole number was expected")
+    return raw
+
+
+def read_tensor(path: Path, key: str, floating: bool = True) -> torch.Tensor:
     with open_tensors(path) as file:                            # opened for each: closing gives its pages back
         tensor = file.get_tensor(key)
-    if not tensor.is_floating_point():
-        raise InputError(f"{path}: {key} is {tensor.dtype}; a float tensor was expected")
+    if tensor.is_floating_point() != floating:
+        kind = "a float" if floating else "an integer"
+        raise InputError(f"{path}: {key} is {tensor.dtype}; {kind} tensor was expected")
     return tensor
 
 
@@ -124,17 +155,23 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
     """Writes config.json and the weights, in `dtype` or the one they have, whole or not at all.
 
     One model.safetensors, or shards with an index above `shard_bytes`. A tied head is left out, as in the
-    folders Qwen published. Other files of `folder` (the tokenizer's, a log) and its subfolders are kept.
+    folders Qwen published. A 4-bit model's codes and scales are written as they are, its quantization_config
+    goes into config.json and, for tools that look there, quantize_config.json. Other files of `folder` (the
+    tokenizer's, a log) and its subfolders are kept.
     """
     folder = Path(folder)
-    tensors = {key: value.detach().to(dtype or value.dtype).contiguous() for key, value in model.state_dict().items()}
+    tensors = {key: value.detach().to(value.dtype if key.endswith(PACKED) else dtype or value.dtype).contiguous()
+               for key, value in model.state_dict().items()}
     with atomic_path(folder, folder=True) as new:
         for old in folder.glob("*"):
             if old.is_dir():
                 shutil.copytree(old, new / old.name, symlinks=True, copy_function=keep_file)
-            elif not old.match("*.safetensors") and old.name not in (INDEX, "config.json"):
+            elif not old.match("*.safetensors") and old.name not in (INDEX, "config.json", QUANTIZE):
                 keep_file(old, new / old.name)
         config = model.config.to_dict(dtype=dtype or model.head.dtype)
+        if model.quantization:
+            config["quantization_config"] = model.quantization
+            (new / QUANTIZE).write_text(json.dumps(model.quantization, indent=2) + "\n")
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         shards = split_shards(tensors, shard_bytes)
         for file, keys in shards.items():

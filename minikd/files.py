@@ -30,8 +30,9 @@ def script_errors():
         print("\ninterrupted; what was saved is whole", file=sys.stderr)
         sys.exit(130)                                           # 128 + SIGINT, as shells report it
     except OSError as error:
-        mend = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path", errno.EFBIG: "raise the limit on a file's size",
-                errno.EACCES: "check the permissions"}.get(error.errno, "check the path and the disk")
+        mend = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
+                errno.EFBIG: "raise the limit on a file's size", errno.EACCES: "check the permissions"}
+        mend = mend.get(error.errno, "check the path and the disk")
         _exit_with(f"{error.filename or 'file'}: {error.strerror or error}; {mend}")
 
 

@@ -125,7 +125,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generat
     cdf = probs.double().cumsum(-1)                             # float32 would lose the tail of 151,936 rows
     total = cdf[:, -1:]                                                                     # [B, 1] below 1 where cut
     u = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=torch.float64) * total
-    tokens = torch.searchsorted(cdf, u, right=True).clamp_(max=probs.shape[-1] - 1)         # [B, 1]; right: never mass 0
+    tokens = torch.searchsorted(cdf, u, right=True).clamp_(max=probs.shape[-1] - 1)        # [B, 1]; right: never mass 0
     return tokens[:, 0], (probs.gather(1, tokens) / total).log()[:, 0]
 
 
@@ -146,7 +146,7 @@ def packed(model: Qwen2, rows: int, steps: int):
     """
     weight = model.head
     worth = (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-             or weight.dtype == torch.float32 and rows >= 4 and weight.numel() > 1 << 20)       # a toy's lies in the cache
+             or weight.dtype == torch.float32 and rows >= 4 and weight.numel() > 1 << 20)    # a toy's lies in cache
     if not (worth and steps >= 16 and weight.device.type == "cpu" and torch.backends.mkldnn.enabled):
         yield
         return

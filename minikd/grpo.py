@@ -104,15 +104,15 @@ def sequence_old(logp: Tensor, old_logp: Tensor) -> Tensor:
 @torch.no_grad()
 def token_log_probs(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, temperature: float = 1.0,
                     vocab: int | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Log-probability of every response token, at a temperature: [n] for each row, in order. Full logits are never held."""
-    order, found, device = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].response)), {}, None
+    """Log-probability of every response token, at a temperature: [n] for each row, in order.  Chunked: head_loss's."""
+    order, found = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].response)), {}
     for start in range(0, len(rows), batch_size):
         at = order[start:start + batch_size]
         batch, device = collate([rows[i] for i in at], pad_id), model.head.device
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             ids, mask = batch.ids.to(device), batch.mask.to(device)
             states, targets = scored_positions(model.hidden(ids), ids, mask)    # [N, D], [N]
-            ce = head_loss(states / temperature, model.head, targets, vocab=vocab)[1]        # logits / T: the head is linear
+            ce = head_loss(states / temperature, model.head, targets, vocab=vocab)[1]       # logits / T, by linearity
         found |= dict(zip(at, (-ce).split([len(rows[i].response) for i in at])))
     return [found[i] for i in range(len(rows))]
 

@@ -2,7 +2,7 @@
 
 The objective is L = KL(q || p) over whole answers y = y_1 .. y_T, q the student and p the teacher; eq. (2), (3):
 
-    ∇L = E_q Σ_t [ ∇ KL(q_t || p_t)  -  R_{t+1} ∇ log q(y_t) ],     R_{t+1} = Σ_{i>t} r_i,   r_i = log p(y_i) - log q(y_i)
+    ∇L = E_q Σ_t [ ∇ KL(q_t || p_t)  -  R_{t+1} ∇ log q(y_t) ],  R_{t+1} = Σ_{i>t} r_i,  r_i = log p(y_i) - log q(y_i)
 
 The first part is the step itself, exact over the whole vocabulary; the second is what y_t does to the steps after it.
 collect() samples answers and freezes what that gradient needs; the loss of an update is head_loss with the reverse KL

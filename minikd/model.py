@@ -63,8 +63,6 @@ class Qwen2Config:
             refuse("layer_types", raw["layer_types"], "use a checkpoint with full attention")
         if raw.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", raw["hidden_act"], "Qwen2 uses 'silu'")
-        if raw.get("quantization_config"):
-            refuse("quantization_config", raw["quantization_config"].get("quant_method"), "use the unquantised folder")
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in raw.items() if k in known and v is not None}
         values["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or cls.rope_theta
@@ -278,6 +276,7 @@ class Qwen2(nn.Module):
         self.config = config
         self.model = Body(config)
         self.packed_head = None                                                 # set by generate.packed
+        self.quantization = None                                                # quantization_config of a 4-bit model
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 

@@ -16,10 +16,10 @@ from minikd.data import Encoded, Example, data_files
 from minikd.files import InputError
 from minikd.records import kind_of, read_records
 
-NOISE, UNTAGGED = 0.25, 0.3             # of the toy answers to learn from: wrong in a step; without think and answer tags
+NOISE, UNTAGGED = 0.25, 0.3             # of the toy answers to learn from: wrong in a step; without their thoughts
 
-SYSTEM = ("You first think about the problem step by step and then give the answer. Write your thoughts between <think> "
-          "and </think>, as Step 1, Step 2 and so on, and the answer after them.")
+SYSTEM = ("You first think about the problem step by step and then give the answer. Write your thoughts between "
+          "<think> and </think>, as Step 1, Step 2 and so on, and the answer after them.")
 PYTHON = "Write a Python 3 program that reads standard input and writes standard output, in a ```python block."
 
 
@@ -54,7 +54,8 @@ def sum_problem(rng: random.Random) -> tuple[str, dict, str, str, str]:
         return [f"{a % 10}+{b % 10}={ones}", f"{a // 10}+{b // 10}{plus}={tens}"], str(10 * tens + ones % 10)
 
     right, bad = steps(0), steps(wrong)
-    return (f"{a}+{b}", {"answer": str(a + b)}, *(tagged(s, f"<answer>\n{n}\n</answer>") for s, n in (right, bad)), right[1])
+    thought = [tagged(s, f"<answer>\n{n}\n</answer>") for s, n in (right, bad)]
+    return f"{a}+{b}", {"answer": str(a + b)}, *thought, right[1]
 
 
 def program_problem(rng: random.Random) -> tuple[str, dict, str, str, str]:
@@ -149,7 +150,8 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
              *(f"## Example\nInput:\n{test['input']}\nOutput:\n{test['output']}" for test in examples),
              f"## Note\n{record['note']}" if record.get("note") else "",
              f"Time limit: {record.get('time_limit') or 2} seconds. {PYTHON}"]
-    facts = {"tests": examples + [test for test in tests if test not in examples] if judged else [], "language": "python"}
+    tests = examples + [test for test in tests if test not in examples]
+    facts = {"tests": tests if judged else [], "language": "python"}
     for name in "time_limit", "memory_limit":
         if isinstance(record.get(name), (int, float)):
             facts[name] = float(record[name])
@@ -171,10 +173,11 @@ def encode_problems(problems: list[Problem], tokenizer, max_prompt_length: int =
 
     Raises InputError when none is left.
     """
-    prompts = [tokenizer.encode(tokenizer.chat(list(problem.messages), add_generation_prompt=True)) for problem in problems]
+    prompts = [tokenizer.encode(tokenizer.chat(list(problem.messages), add_generation_prompt=True))
+               for problem in problems]
     rows = [Encoded(prompt, [], False, i) for i, prompt in enumerate(prompts) if len(prompt) <= max_prompt_length]
     if not rows:
-        raise InputError(f"no problem is left of {len(problems)}: all prompts are longer than {max_prompt_length} tokens; "
+        raise InputError(f"no problem is left of {len(problems)}: all prompts exceed {max_prompt_length} tokens; "
                          "raise --max-prompt-length")
     return rows
 

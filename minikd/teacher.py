@@ -158,8 +158,8 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     if lines[0] != first:
         before = json.loads(lines[0])
         what = next(key for key in made_from if before.get(key) != made_from[key])
-        raise InputError(f"{path}: holds other answers: their {what} is {before.get(what)}, here {made_from[what]}; choose "
-                         "another --out")
+        raise InputError(f"{path}: holds other answers: their {what} is {before.get(what)}, here {made_from[what]}; "
+                         "choose another --out")
     held = len(lines) - 1
     held -= held % step if held < len(rows) else 0              # whole writes, whose seeds are known
     with atomic_path(path) as new:
@@ -167,8 +167,8 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     responses = [json.loads(line)["ids"] for line in lines[1:1 + held]]
     teacher = load() if held < len(rows) else None
     for start in range(held, len(rows), step):
-        own = respond(teacher, rows[start:start + step], batch_size, max_new_tokens, tokenizer.eos_ids, seed=seed + start,
-                      vocab=len(tokenizer))
+        own = respond(teacher, rows[start:start + step], batch_size, max_new_tokens, tokenizer.eos_ids,
+                      seed=seed + start, vocab=len(tokenizer))
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps({"ids": row.response, "text": tokenizer.decode(row.response)}) + "\n"
                             for row in own)

@@ -12,10 +12,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from minikd.checkpoint import load_model
+from minikd.evaluate import check_vocabulary
 from minikd.files import InputError, atomic_path, read_json, save_tensors
 from minikd.model import Qwen2
 
 STATE, LOG, CONFIG = "state.safetensors", "log.jsonl", "config.json"
+
+
+def load_student(name, device, tokenizer) -> Qwen2:
+    """The model to train, in float32.  Raises InputError for a 4-bit one, whose weights cannot move, and for another
+    tokenizer's."""
+    model = load_model(name, device, torch.float32)
+    if model.quantization:
+        raise InputError(f"{name}: holds 4-bit weights, which cannot be trained; give the folder it was made from")
+    check_vocabulary(name, model.config, tokenizer)
+    return model
 
 
 def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01, betas=(0.9, 0.95)) -> torch.optim.AdamW:
@@ -82,7 +94,8 @@ def check_positive(args, *names: str):
     """Raises InputError for the first of these flags that was given a number which is not above 0, or not finite."""
     for name in names:
         value = getattr(args, name)
-        if any(not 0 < number < math.inf for number in (value if isinstance(value, list) else [value]) if number is not None):
+        numbers = value if isinstance(value, list) else [value]
+        if any(not 0 < number < math.inf for number in numbers if number is not None):
             raise InputError(f"--{name.replace('_', '-')} {value}: is not above 0 and finite; give another number")
 
 

@@ -1,4 +1,5 @@
 """A Hugging Face folder in and out: every dtype, every kind of damage by name, and a save that is whole or absent."""
+import copy
 import json
 import os
 import shutil
@@ -10,12 +11,15 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minikd import checkpoint
 from minikd.checkpoint import load_config, load_model, save_model, split_shards
 from minikd.files import InputError
+from minikd.generate import generate
 from minikd.model import Qwen2, Qwen2Config
+from minikd.quant import W4Linear, decode_groups, round_to_nearest, to_w4, to_words
 
 ROOT = Path(__file__).parents[1]
 INDEX = "model.safetensors.index.json"
@@ -359,3 +363,81 @@ def test_loading_never_holds_a_second_copy_of_the_model(tmp_path, folder):
                           cwd=ROOT, check=True)
     same_dtype, wider = map(float, done.stdout.split())
     assert 0.5 < same_dtype < 1.25 and 0.5 < wider < 1.25   # the bound on a real shape, 1.15, is benchmarks/'
+
+
+# ---- 4-bit folders
+
+SHAPE = dict(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, initializer_range=0.3)
+
+
+def rounded(tied=True, sym=True, group=32, seed=3):
+    """A model with every layer rounded to nearest in place, and the same with packed layers."""
+    plain = Qwen2(Qwen2Config(**SHAPE | dict(tie_word_embeddings=tied))).init_weights(seed).eval()
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            if name.endswith("bias"):
+                weight.copy_(torch.linspace(-1, 1, len(weight)).half().float())
+    layers = {}
+    for name, layer in plain.named_modules():
+        if name.startswith("model.layers.") and hasattr(layer, "weight") and layer.weight.dim() == 2:
+            found = round_to_nearest(layer.weight.detach(), group_size=group, sym=sym)
+            layers[name] = to_words(*found, version=1 if sym else 2)
+            with torch.no_grad():
+                layer.weight.copy_(decode_groups(*found))
+    return plain, to_w4(copy.deepcopy(plain), layers, group, sym, damp_percent=0.01)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_4_bit_folder_is_the_rounded_model(tmp_path, tied, sym):
+    plain, packed = rounded(tied, sym)
+    save_model(packed, tmp_path / "w4", dtype=torch.bfloat16)
+    ids = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids), plain(ids), rtol=1e-5, atol=1e-5)
+    again = load_model(tmp_path / "w4")
+    save_model(plain, tmp_path / "plain", dtype=torch.bfloat16)                 # whose embeddings lose the same bits
+    for name, layer in again.named_modules():
+        if isinstance(layer, W4Linear):
+            assert torch.equal(layer.weight(), plain.get_submodule(name).weight)
+            assert layer.scales.dtype == torch.float16
+    for dtype in torch.float32, torch.bfloat16:
+        model = load_model(tmp_path / "w4", dtype=dtype)
+        assert model.model.layers[0].mlp.up_proj.scales.dtype == torch.float16  # not rounded by the model's own dtype
+        with torch.no_grad():
+            ours, theirs = model(ids).float(), load_model(tmp_path / "w4")(ids)
+        assert float((ours - theirs).norm() / theirs.norm()) < (1e-6 if dtype == torch.float32 else 0.06)
+    config = json.loads((tmp_path / "w4/config.json").read_text())["quantization_config"]
+    assert config == json.loads((tmp_path / "w4/quantize_config.json").read_text())
+    assert {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": sym, "desc_act": False,
+            "checkpoint_format": "gptq" if sym else "gptq_v2"}.items() <= config.items()
+    with safe_open(tmp_path / "w4/model.safetensors", framework="pt") as file:
+        assert ("lm_head.weight" in file.keys()) != tied
+    save_model(again, tmp_path / "twice")
+    assert (load_model(tmp_path / "twice").state_dict()["model.layers.1.mlp.down_proj.qweight"]
+            == packed.state_dict()["model.layers.1.mlp.down_proj.qweight"]).all()
+
+
+def test_a_4_bit_model_answers_as_any_other(tmp_path):
+    plain, packed = rounded()
+    save_model(packed, tmp_path)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    assert generate(load_model(tmp_path), prompts, 20) == generate(plain, prompts, 20)
+    narrow = load_model(tmp_path, dtype=torch.bfloat16)
+    assert [len(row) for row in generate(narrow, prompts, 20)] == [20, 20, 20]
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"quant_method": "awq"}, "quant_method = 'awq'"), ({"bits": 8}, "bits = 8"), ({"group_size": "128"}, "group_size = '128'"),
+    ({"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'"), ({"lm_head": True}, "lm_head = True"),
+    ({"group_size": 48}, "cannot be cut into groups of 48"), (None, "quantization_config is no object")])
+def test_another_quantisation_is_one_line(tmp_path, changed, said):
+    _, packed = rounded()
+    save_model(packed, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = "gptq" if changed is None else config["quantization_config"] | changed
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path)
+    assert said in str(error.value) and "\n" not in str(error.value)

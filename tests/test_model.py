@@ -252,7 +252,6 @@ def test_a_config_survives_its_own_writing():
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters = "),  # and 5
     ({"rope_parameters": [1e6]}, "rope_parameters = "),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config = "),
     ({"hidden_size": 56.0}, "hidden_size = 56.0"), ({"vocab_size": "300"}, "vocab_size = '300'"),
     ({"vocab_size": True}, "vocab_size = True"), ({"num_hidden_layers": -1}, "num_hidden_layers = -1"),
     ({"num_attention_heads": 0}, "num_attention_heads = 0"), ({"num_key_value_heads": 0}, "num_key_value_heads = 0"),

@@ -384,7 +384,7 @@ def test_with_a_cache_the_run_is_the_live_teachers_but_for_bfloat16_and_its_body
     monkeypatch.setattr(kd, "load_model", lambda name, *rest: (loads.append(Path(name).name), load(name, *rest))[1])
     status, out, err = run(*flags, *mode("cache")[2:], out=tmp_path / "cached")
     assert status == 0 and "48 bytes a scored token" in out, err                # 2 x 24, the teacher's width
-    assert loads == ["teacher", "student", "teacher", "student", "best"]        # to fill the cache, and for the table
+    assert loads == ["teacher", "teacher", "best"]                              # to fill the cache, and for the table
     live, cached = (steps_of(tmp_path / name) for name in ("live", "cached"))
     assert len(live) == 15
     for a, b in zip(live, cached, strict=True):
@@ -393,7 +393,7 @@ def test_with_a_cache_the_run_is_the_live_teachers_but_for_bfloat16_and_its_body
     assert table[0] == table[1]                                                 # the teacher's own column
     loads.clear()
     assert run(*flags, *mode("cache")[2:], out=tmp_path / "again")[0] == 0
-    assert loads == ["student", "teacher", "student", "best"]                   # all was in the cache
+    assert loads == ["teacher", "best"]                                         # all was in the cache
 
 
 def test_a_cache_of_other_data_or_another_template_is_refused(run, mode, world, tmp_path):

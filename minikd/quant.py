@@ -1,0 +1,276 @@
+"""Few-bit weights: the grid, int4 packing, and a linear layer that multiplies by packed codes.
+
+A weight is  scale x (code - zero),  one scale and one zero for each group of consecutive inputs of an output row.
+Paper eq. (8), (9):  code = clamp(round(w / scale) + zero, 0, 2^bits - 1).
+
+int4 as the `gptq` format stores it (qweight, int32 [I/8, O]; qzeros, int32 [I/g, O/8]):
+
+    qweight[r, o]   bits 31..28  27..24  23..20  19..16  15..12  11..8   7..4    3..0
+                    input  8r+7    8r+6    8r+5    8r+4    8r+3    8r+2    8r+1    8r        of output o
+    qzeros[g, c]    output 8c+7    8c+6    8c+5    8c+4    8c+3    8c+2    8c+1    8c        of group g
+
+Format v1 stores zero - 1 (so a symmetric zero of 8 reads 0x77777777), v2 the zero itself.
+"""
+import ctypes
+import functools
+from contextlib import suppress
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minikd.files import InputError
+from minikd.model import Linear, Qwen2
+
+
+# ---- the grid
+
+def check_groups(inputs: int, group_size: int, where: str = "weight") -> int:
+    """The group size, -1 being the whole row.  Raises InputError where it does not divide the row."""
+    size = inputs if group_size == -1 else group_size
+    if size < 1 or inputs % size:
+        raise InputError(f"{where}: {inputs} inputs cannot be cut into groups of {group_size}; give a divisor, "
+                         "or -1 for one group a row")
+    return size
+
+
+def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool = False) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each row.  [O, n] -> [O], [O], float32; the scale is one that float16 can store
+
+    sym          zero is 2^(bits-1), the range is as wide to both sides; else it runs from the least to the greatest
+                 weight, 0 included
+    clip_search  the range shrunk by up to a half, as far as that lowers the sum of |error|^2.4 (GPTQ's reference code)
+    """
+    top = 2**bits - 1
+    low, high = weight.float().amin(1).clamp(max=0), weight.float().amax(1).clamp(min=0)           # [O] each
+    if sym:
+        high = torch.maximum(high, -low)
+        low = -high
+    scale, zero = _grid_of(low, high, top, sym)
+    if not clip_search:
+        return scale, zero
+    best = torch.full_like(scale, torch.inf)
+    for share in torch.linspace(1, 0.5, 41).tolist():
+        tried = _grid_of(share * low, share * high, top, sym)
+        codes = encode(weight, *(part[:, None] for part in tried), bits=bits)
+        error = (decode(codes, *(part[:, None] for part in tried)) - weight).abs().pow(2.4).sum(1)
+        better = error < best
+        best, scale, zero = (torch.where(better, new, old) for new, old in zip((error, *tried), (best, scale, zero)))
+    return scale, zero
+
+
+def _grid_of(low: Tensor, high: Tensor, top: int, sym: bool) -> tuple[Tensor, Tensor]:
+    scale = ((high - low) / top).clamp(max=65504).half().float()    # as stored: errors are made good against this one
+    scale = torch.where(scale > 0, scale, 1.0)                  # a row of zeros, or of what is 0 in float16
+    zero = torch.full_like(scale, (top + 1) // 2) if sym else (-low / scale).round().clamp(0, top)
+    return scale, zero
+
+
+def encode(weight: Tensor, scale: Tensor, zero: Tensor, bits: int = 4) -> Tensor:
+    """Paper eq. (8).  [O, n] by scale and zero that broadcast -> uint8 [O, n]"""
+    return ((weight / scale).round() + zero).clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Paper eq. (9): scale (code - zero).  -> float32"""
+    return scale * (codes.float() - zero)
+
+
+def decode_groups(codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None = None) -> Tensor:
+    """[O, I], [O, groups] twice -> the weight [O, I] in float32.  g_idx [I]: each input's group, if not in order"""
+    if g_idx is not None:
+        return decode(codes, scales[:, g_idx], zeros[:, g_idx])
+    O, I = codes.shape
+    grouped = decode(codes.view(O, scales.shape[1], -1), scales[..., None], zeros[..., None])   # [O, groups, g]
+    return grouped.view(O, I)
+
+
+def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: bool = True,
+                     clip_search: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The baseline (RTN): every weight to the nearest point of its group's grid.
+
+    [O, I] -> codes uint8 [O, I], scales [O, I/g], zeros [O, I/g]
+    Raises InputError where group_size does not divide I, ValueError for a weight that is not finite.
+    """
+    if not weight.isfinite().all():
+        raise ValueError("round_to_nearest: the weight has values that are not finite")
+    O, I = weight.shape
+    size = check_groups(I, group_size)
+    groups = weight.float().reshape(-1, size)                                                   # [O I/g, g]
+    scale, zero = find_grid(groups, bits, sym, clip_search)
+    codes = encode(groups, scale[:, None], zero[:, None], bits)
+    return codes.view(O, I), scale.view(O, -1), zero.view(O, -1)
+
+
+# ---- int4 in int32 words
+
+def pack(codes: Tensor, dim: int) -> Tensor:
+    """Eight 4-bit codes a word along `dim`, the first lowest.  uint8 [..., n, ...] -> int32 [..., n/8, ...]"""
+    parts = codes.movedim(dim, 0).unflatten(0, (-1, 8)).long()                                  # [n/8, 8, ...]
+    words = sum(parts[:, i] << 4 * i for i in range(8))                                         # up to 2^32 - 1
+    return torch.where(words >= 2**31, words - 2**32, words).int().movedim(0, dim).contiguous()
+
+
+def unpack(words: Tensor, dim: int) -> Tensor:
+    """pack's inverse.  int32 [..., m, ...] -> uint8 [..., 8m, ...]"""
+    words = words.movedim(dim, 0)                                                               # [m, ...]
+    parts = torch.empty(len(words), 8, *words.shape[1:], dtype=torch.uint8, device=words.device)    # [m, 8, ...]
+    for i in range(8):
+        parts[:, i] = (words >> 4 * i) & 15
+    return parts.flatten(0, 1).movedim(0, dim).contiguous()
+
+
+def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> dict[str, Tensor]:
+    """A layer's tensors as a `gptq` folder names them.
+
+    codes uint8 [O, I], scales and zeros [O, I/g] -> qweight int32 [I/8, O], qzeros int32 [I/g, O/8],
+    scales float16 [I/g, O], g_idx int32 [I]
+    Raises InputError where O or I are no multiples of 8, and for a zero of 0 in v1, where it would wrap into its
+    neighbour's bits in most readers.
+    """
+    (O, I), size = codes.shape, codes.shape[1] // scales.shape[1]
+    if O % 8 or I % 8:
+        raise InputError(f"a layer of {I} inputs and {O} outputs cannot be packed: both must be multiples of 8")
+    if version == 1 and (zeros < 1).any():
+        raise InputError("a zero point of 0 cannot be stored in format gptq; use gptq_v2")
+    stored = zeros.to(torch.uint8) - (1 if version == 1 else 0)
+    return {"qweight": pack(codes.T, 0), "qzeros": pack(stored.T, 1), "scales": scales.T.half().contiguous(),
+            "g_idx": torch.arange(I, dtype=torch.int32) // size}
+
+
+def from_words(qweight: Tensor, qzeros: Tensor, scales: Tensor, version: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """to_words' inverse, whoever wrote them: codes uint8 [O, I], scales, zeros float32 [O, I/g], in g_idx's groups."""
+    zeros = unpack(qzeros, 1).T.float()
+    if version == 1:
+        zeros = (zeros + 1) % 16                                # a 15 was a 0 less 1
+    return unpack(qweight, 0).T.contiguous(), scales.T.float().contiguous(), zeros.contiguous()
+
+
+# ---- the layer
+
+class W4Linear(nn.Module):
+    """y = x W^T + b, W held as 4-bit codes. How it multiplies is decided in `choose`, in one place.
+
+    The buffers are those of a `gptq` folder; `prepare` makes what the chosen way needs from them, once a dtype.
+    """
+
+    def __init__(self, inputs: int, outputs: int, group_size: int, bias: bool, version: int = 1):
+        super().__init__()
+        size = check_groups(inputs, group_size)
+        self.inputs, self.outputs, self.size, self.version = inputs, outputs, size, version
+        self.register_buffer("qweight", torch.zeros(inputs // 8, outputs, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(inputs // size, outputs // 8, dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(inputs // size, outputs, dtype=torch.float16))
+        self.register_buffer("g_idx", torch.arange(inputs, dtype=torch.int32) // size)
+        self.register_buffer("bias", torch.zeros(outputs) if bias else None)
+        self.prepared = None                                    # (dtype, what the CPU operator takes), not saved
+
+    def weight(self) -> Tensor:
+        """Dequantised, float32 [O, I]: the oracle of every other way."""
+        codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
+        return decode_groups(codes, scales, zeros, None if self.in_order else self.g_idx.long())
+
+    @functools.cached_property
+    def in_order(self) -> bool:
+        """Whether groups are consecutive inputs; other tools' act-order shuffles them."""
+        return bool((self.g_idx == torch.arange(self.inputs, device=self.g_idx.device) // self.size).all())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, choose(self, x))
+
+    def multiply(self, x: Tensor, way: str) -> Tensor:
+        """x [..., I] -> [..., O], by one of the ways that `choose` names."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if way == "dequantise":                                 # any dtype, anywhere; gradients with respect to x
+            return F.linear(x, self.weight().to(x.dtype), bias)
+        rows = x.reshape(-1, self.inputs)                                                       # [N, I]
+        packed, scales_zeros = self.prepare(x.dtype)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.size, scales_zeros).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+
+    def prepare(self, dtype: torch.dtype):
+        """For torch's CPU operator: w = (code - 8) scale + (8 - zero) scale. Its layout differs by CPU: not saved."""
+        if self.prepared is None or self.prepared[0] != dtype:
+            codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+            pair = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1)          # [I/g, O, 2]
+            self.prepared = dtype, (packed, pair.to(dtype).contiguous())
+            del codes
+            give_memory_back()
+        return self.prepared[1]
+
+
+    def _apply(self, fn, recurse=True):
+        """model.to(bfloat16) must not round the scales: they stay in float16, as stored."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device) if not scales.is_meta else self.scales.half()
+        self.prepared = None
+        return self
+
+
+def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Linear]:
+    """Every linear layer of the blocks becomes an empty W4Linear of the same shape, where it is; returns them by name.
+
+    Embeddings, norms and the head stay as they are.  Raises InputError for a group size that does not divide a layer.
+    """
+    found = {}
+    for name, layer in [(name, layer) for name, layer in model.named_modules()
+                        if isinstance(layer, Linear) and name.startswith("model.layers.")]:
+        check_groups(layer.in_features, group_size, name)
+        with torch.device(layer.weight.device):
+            new = W4Linear(layer.in_features, layer.out_features, group_size, layer.bias is not None, version)
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
+        found[name] = new
+    return found
+
+
+def quantization_config(group_size: int, sym: bool, version: int, **meta) -> dict:
+    """What transformers, GPTQModel and vLLM look for. Static groups: desc_act is false in whatever order it solved."""
+    format = "gptq" if version == 1 else "gptq_v2"
+    return {"quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": sym, "desc_act": False,
+            "lm_head": False, "checkpoint_format": format, "format": format, "pack_dtype": "int32",
+            "meta": {"quantizer": ["minikd:0.1"], **meta}}
+
+
+def version_of(quantization: dict) -> int:
+    """1 for format `gptq`, 2 for `gptq_v2`."""
+    return 2 if quantization.get("checkpoint_format") == "gptq_v2" else 1
+
+
+def to_w4(model: Qwen2, layers: dict[str, tuple], group_size: int, sym: bool, **meta) -> Qwen2:
+    """The model with its blocks' linear layers replaced by packed ones; the rest of it is kept, not copied.
+
+    layers  name -> to_words of that layer, in version 1 where it is symmetric, else 2
+    meta    what the folder says of how they were found: damp_percent, static_groups, ...
+    """
+    version = 1 if sym else 2
+    model.quantization = quantization_config(group_size, sym, version, **meta)
+    biases = {name: model.get_submodule(name).bias for name in layers}
+    for name, layer in swap_linears(model, group_size, version).items():
+        layer.load_state_dict(layers[name] | ({} if biases[name] is None else {"bias": biases[name].detach().half()}))
+    return model
+
+
+def give_memory_back():
+    """The allocator keeps what a layer's int32 codes took, eight times the layer: 1.1 GB for the 0.5B."""
+    with suppress(OSError, AttributeError):                     # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+MANY_ROWS = 768                         # from here on dequantising and multiplying is faster: benchmarks/w4_linear.py
+
+
+def choose(layer: W4Linear, x: Tensor) -> str:
+    """How `layer` multiplies x [..., I]: "int4" by torch's CPU operator, or "dequantise" and multiply.
+
+    The CUDA kernel will be a third way here; until it is there, CUDA tensors are dequantised.
+    """
+    rows = x.numel() // layer.inputs
+    fits = layer.outputs % 16 == 0 and layer.size in (32, 64, 128, 256) and layer.in_order
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and fits and rows < MANY_ROWS and not (
+            torch.is_grad_enabled() and x.requires_grad):
+        return "int4"
+    return "dequantise"

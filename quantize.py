@@ -1,0 +1,164 @@
+"""4-bit weights by GPTQ, in a folder that minikd, transformers with GPTQModel, and vLLM open.
+
+    python quantize.py                          what the toy pipeline left: GPTQ beside round-to-nearest, measured
+    python quantize.py --model runs/kd/kd/best --calibration databricks-dolly-15k.jsonl --out runs/kd/w4
+    python quantize.py ... --method rtn         the baseline: every weight to the nearest point of its grid
+    python quantize.py ... --asym               zero points of their own (format gptq_v2, which fewer tools read)
+
+Only the blocks' linear layers are packed; embeddings, norms and the head stay as they are. Paper eq. (8), (9);
+GPTQ arXiv:2210.17323. See minikd/gptq.py and, for the layout, minikd/quant.py.
+"""
+import functools
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+
+from minikd.checkpoint import load_config, load_model, model_folder, read_quantization, save_model
+from minikd.data import data_files, encode_examples, encode_text, load_examples, load_texts, recognise
+from minikd.evaluate import answer_and_score, check_vocabulary, compare
+from minikd.files import InputError, script_errors
+from minikd.gptq import quantize_model
+from minikd.quant import check_groups, to_w4, to_words
+from minikd.records import read_records
+from minikd.rouge import mean_by_category
+from minikd.tokenizer import Tokenizer
+from minikd.training import Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype
+
+TOY = dict(model="runs/toy/kd/best", calibration=["runs/toy/data/train.jsonl"], eval_data=["runs/toy/data/test.jsonl"],
+           out="runs/toy/w4", group_size=32, rouge="unicode", max_new_tokens=48, dtype="float32")
+REAL = dict(group_size=128, rouge="stemmer", max_new_tokens=256, dtype="auto")
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    add = flag_group(parser, "model and data")
+    add("--model", help="folder or hub name (runs/toy/kd/best)")
+    add("--calibration", nargs="+", metavar="FILE",
+        help="records as train_kd.py reads them, or plain text (field `text`)")
+    add("--samples", type=int, default=128, help="calibration rows, drawn at random (128)")
+    add("--length", type=int, default=2048, help="longest of them, in tokens (2048)")
+    add("--eval-data", nargs="+", metavar="FILE", help="records: perplexity and ROUGE-L before and after")
+    add("--eval-examples", type=int, default=200, help="how many of those (200)")
+    add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt: chatml or alpaca (chatml)")
+    add = flag_group(parser, "quantisation")
+    add("--method", choices=("gptq", "rtn"), help="gptq or rtn (gptq; toy both)")
+    add("--bits", type=int, default=4, help="of a weight; folders hold 4 (4)")
+    add("--group-size", type=int, help="inputs that share a scale, -1 for a whole row (128; toy 32)")
+    add("--asym", action="store_true", help="a zero point a group, else the range is symmetric")
+    add("--no-act-order", action="store_true", help="columns in their own order, not the most important first")
+    add("--damp", type=float, default=0.01, help="of the Hessian's mean diagonal, added to it (0.01)")
+    add("--clip-search", action="store_true", help="shrink each group's range where that lowers its error")
+    add = flag_group(parser, "run")
+    add("--out", help="folder to write (runs/toy/w4-METHOD)")
+    add("--batch-size", type=int, default=4, help="calibration rows at a time (4)")
+    add("--max-new-tokens", type=int, help="longest answer (256; toy 48)")
+    add("--rouge", choices=("plain", "stemmer", "unicode"),
+        help="words of ROUGE-L: plain, stemmer, unicode (stemmer; toy unicode)")
+    add("--seed", type=int, default=0, help="of the calibration rows (0)")
+    add("--device", default="auto", help="cpu, cuda, ... (auto)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="of calibration and of what is not packed: auto, float32, bfloat16 (auto)")
+    args = parser.parse_args()
+    toy = args.model is None
+    if toy and not Path(TOY["model"]).exists():
+        raise InputError(f"{TOY['model']}: no toy student yet; run train_kd.py first, or give --model, --calibration "
+                         "and --out")
+    for name, value in (TOY if toy else REAL).items():
+        if getattr(args, name) is None or name == "dtype" and args.dtype == "auto":
+            setattr(args, name, value)
+    if args.out is None:
+        raise InputError("--model without --out; add --out FOLDER")
+    args.methods = [args.method] if args.method else ["rtn", "gptq"] if toy else ["gptq"]
+    if "gptq" in args.methods and not args.calibration:
+        raise InputError("--method gptq without --calibration; add --calibration FILE, or choose --method rtn")
+    if args.bits != 4:
+        raise InputError(f"--bits {args.bits}: a folder is written for 4; for others use gptq.quantize_model")
+    check_positive(args, "samples", "length", "eval_examples", "batch_size", "max_new_tokens")
+    if not 0 <= args.damp < math.inf:
+        raise InputError(f"--damp {args.damp}: is not 0 or more; 0.01 is usual")
+    return args
+
+
+def calibration_rows(paths, tokenizer, samples: int, length: int, template: str, seed: int) -> list:
+    """Rows of at most `length` tokens: text in windows, or prompts with their responses."""
+    first = next(iter(read_records(data_files(paths[0])[0])), ("", {}))[1]
+    if recognise(first) is None and "text" in first:
+        rows = encode_text(load_texts(paths)[0], tokenizer, length)
+    else:
+        rows, _ = encode_examples(load_examples(paths)[0], tokenizer, template, length, length)
+    return random.Random(seed).sample(rows, min(samples, len(rows)))
+
+
+def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype) -> int:
+    """Writes the 4-bit folder `out`; returns how many layers GPTQ did not make better than rounding."""
+    model, worse, started = load_model(folder, device, dtype), [], time.perf_counter()
+    with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
+        def on_layer(name, error, rtn, bad):
+            worse.extend([name] if bad else [])
+            progress.update("" if error is None else f"{name}: error {error:.2e}, rounding {rtn:.2e}")
+
+        words = quantize_model(
+            model, rows, tokenizer.pad_id, bits=args.bits, group_size=args.group_size, sym=not args.asym,
+            act_order=not args.no_act_order, damp=args.damp, clip_search=args.clip_search, method=method,
+            batch_size=args.batch_size, on_layer=on_layer,
+            store=functools.partial(to_words, version=2 if args.asym else 1))
+    to_w4(model, words, args.group_size, not args.asym, damp_percent=args.damp, static_groups=not args.no_act_order,
+          true_sequential=True, method=method)
+    tokenizer.save(out)
+    save_model(model, out, dtype=torch.bfloat16 if dtype == torch.bfloat16 else None)
+    print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s")
+    for name in worse:
+        print(f"WARNING: {name}: GPTQ is no better than rounding; is the calibration data what the model will read?")
+    return len(worse)
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def measure(folder: Path, tokenizer: Tokenizer, examples: list, rows: list, args, device: str, dtype) -> dict:
+    """Size, perplexity of the references, and ROUGE-L of the model's own answers."""
+    model = load_model(folder, device, dtype)
+    ce = compare(model, rows, tokenizer.pad_id, args.batch_size)["ce"]
+    scores = answer_and_score(model, tokenizer, rows, examples, args.max_new_tokens, 16, args.rouge)
+    return {"MB": weight_bytes(folder) / 1e6, "perplexity": math.exp(ce),
+            "ROUGE-L": mean_by_category(scores)["all"]["rouge_l"]}
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    folder = model_folder(args.model)
+    if read_quantization(folder):
+        raise InputError(f"{folder}: is quantised already; give the folder it was made from")
+    config = load_config(folder)
+    for size in config.hidden_size, config.intermediate_size:
+        check_groups(size, args.group_size, str(folder))
+    tokenizer = Tokenizer.load(folder)
+    check_vocabulary(args.model, config, tokenizer)
+    rows = calibration_rows(args.calibration, tokenizer, args.samples, args.length, args.template,
+                            args.seed) if args.calibration else []
+    examples, eval_rows = [], []
+    if args.eval_data:
+        examples, _ = load_examples(args.eval_data, limit=args.eval_examples)
+        eval_rows, _ = encode_examples(examples, tokenizer, args.template)
+    outs = {method: Path(args.out if args.method or len(args.methods) == 1 else f"{args.out}-{method}")
+            for method in args.methods}
+    for method, out in outs.items():
+        if out.resolve() == folder.resolve():
+            raise InputError(f"--out {out}: is the model's own folder; choose another")
+        quantize(args, folder, tokenizer, rows, method, out, device, dtype)
+    if eval_rows:
+        print(f"\n{len(eval_rows)} examples {'MB':>15}{'perplexity':>12}{'ROUGE-L':>9}")
+        for name, path in {"as it was": folder, **outs}.items():
+            found = measure(path, tokenizer, examples, eval_rows, args, device, dtype)
+            print(f"{name:<20}{found['MB']:>10.2f}{found['perplexity']:>12.4f}{found['ROUGE-L']:>9.1f}")
+
+
+if __name__ == "__main__":
+    with script_errors():
+        main()

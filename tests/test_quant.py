@@ -1,0 +1,171 @@
+"""The grid as slow loops, the words bit by bit in plain integers, and a layer that multiplies as its weight does."""
+import numpy as np
+import pytest
+import torch
+
+from minikd.files import InputError
+from minikd.quant import (W4Linear, check_groups, choose, decode_groups, find_grid, from_words, pack, round_to_nearest,
+                          to_words, unpack)
+
+
+def matrix(O=16, I=64, seed=0):
+    return torch.randn(O, I, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0.1, 3, O)[:, None]
+
+
+def slow_grid(row: list[float], bits: int, sym: bool) -> tuple[float, float]:
+    low, high = min(0.0, *row), max(0.0, *row)
+    if sym:
+        high = max(high, -low)
+        low = -high
+    scale = float(np.float16((np.float32(high) - np.float32(low)) / np.float32(2**bits - 1))) or 1.0
+    return scale, float(2**(bits - 1)) if sym else float(np.clip(np.round(-low / scale), 0, 2**bits - 1))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group", [16, 64, -1])
+def test_round_to_nearest_is_the_papers_grid_weight_by_weight(bits, sym, group):
+    weight = matrix()
+    weight[3], weight[4] = weight[4].abs(), 0.0                                 # one-sided, and nothing at all
+    codes, scales, zeros = round_to_nearest(weight, bits, group, sym)
+    size = 64 if group == -1 else group
+    assert codes.dtype == torch.uint8 and scales.shape == zeros.shape == (16, 64 // size)
+    off = 0
+    for o in range(16):
+        for g in range(64 // size):
+            row = weight[o, g * size:(g + 1) * size].tolist()
+            scale, zero = slow_grid(row, bits, sym)
+            assert (float(scales[o, g]), float(zeros[o, g])) == (pytest.approx(scale, rel=1e-6), zero)
+            for i, w in enumerate(row):
+                code = min(max(round(float(np.float32(w) / np.float32(scale))) + zero, 0), 2**bits - 1)
+                off += code != int(codes[o, g * size + i])
+    assert off == 0
+    error = (decode_groups(codes, scales, zeros) - weight).abs()
+    if not sym:                                                                 # at most half a step off (and the ends)
+        assert (error <= 0.5 * scales.repeat_interleave(size, 1) * 1.01 + 1e-6).float().mean() > 0.99
+    assert error[4].eq(0).all()
+
+
+def test_more_bits_are_nearer_and_a_searched_clip_is_no_worse():
+    weight = matrix() ** 3                                                      # heavy tails
+    errors = [float((decode_groups(*round_to_nearest(weight, bits, 64)) - weight).square().sum()) for bits in (2, 3, 4, 6, 8)]
+    assert errors == sorted(errors, reverse=True)
+    loss = lambda clip: (decode_groups(*round_to_nearest(weight, 3, 64, clip_search=clip)) - weight).abs().pow(2.4).sum()
+    assert loss(True) < 0.95 * loss(False)
+
+
+def test_a_scale_is_one_that_float16_stores():
+    scale, _ = find_grid(matrix(), 4)
+    assert torch.equal(scale, scale.half().float())
+    assert find_grid(1e7 * matrix(), 4)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_eight_codes_make_a_word_the_first_lowest(dim):
+    codes = torch.randint(0, 16, (24, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    words = pack(codes, dim)
+    table = codes.numpy().astype(np.uint64) if dim == 0 else codes.numpy().T.astype(np.uint64)
+    expected = np.array([[sum(int(table[8 * r + j, c]) << 4 * j for j in range(8)) for c in range(table.shape[1])]
+                         for r in range(table.shape[0] // 8)], dtype=np.uint64).astype(np.uint32).view(np.int32)
+    assert words.dtype == torch.int32 and np.array_equal(words.numpy(), expected if dim == 0 else expected.T)
+    assert torch.equal(unpack(words, dim), codes)
+
+
+@pytest.mark.parametrize("version, symmetric", [(1, 0x77777777), (2, -0x77777778)])
+def test_a_layers_words_read_as_the_format_says_and_come_back(version, symmetric):
+    weight = matrix(16, 64)
+    codes, scales, zeros = round_to_nearest(weight, group_size=32)
+    words = to_words(codes, scales, zeros, version)
+    assert {name: (tuple(value.shape), value.dtype) for name, value in words.items()} == {
+        "qweight": ((8, 16), torch.int32), "qzeros": ((2, 2), torch.int32), "scales": ((2, 16), torch.float16),
+        "g_idx": ((64,), torch.int32)}
+    assert words["qzeros"].eq(symmetric).all() and words["g_idx"].tolist() == [0] * 32 + [1] * 32
+    q, z, s, g = (words[name].numpy() for name in ("qweight", "qzeros", "scales", "g_idx"))
+    for o, i in (0, 0), (5, 9), (15, 63), (8, 31), (7, 32):                     # a reader that shares no line with ours
+        code = (int(q[i // 8, o]) >> 4 * (i % 8)) & 15
+        zero = ((int(z[g[i], o // 8]) >> 4 * (o % 8)) & 15) + (version == 1)
+        value = float(s[g[i], o]) * (code - zero)
+        assert value == pytest.approx(float(decode_groups(codes, scales, zeros)[o, i]), rel=1e-6)
+    for ours, theirs in zip(from_words(words["qweight"], words["qzeros"], words["scales"], version), (codes, scales, zeros)):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_asymmetric_zero_of_0_is_for_v2_alone():
+    codes, scales, zeros = round_to_nearest(matrix().abs(), sym=False, group_size=64)
+    assert (zeros == 0).all()
+    with pytest.raises(InputError, match="use gptq_v2"):
+        to_words(codes, scales, zeros)
+    again = from_words(*list(to_words(codes, scales, zeros, version=2).values())[:3], version=2)
+    assert all(torch.equal(a, b) for a, b in zip(again, (codes, scales, zeros)))
+
+
+@pytest.mark.parametrize("size, inputs", [(48, 64), (0, 64), (128, 64)])
+def test_a_group_size_that_does_not_divide_is_one_line(size, inputs):
+    with pytest.raises(InputError, match="give a divisor"):
+        check_groups(inputs, size)
+
+
+def test_what_cannot_be_packed_or_is_not_finite_is_refused():
+    with pytest.raises(InputError, match="multiples of 8"):
+        to_words(*round_to_nearest(matrix(12, 64), group_size=64))
+    weight = matrix()
+    weight[2, 3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        round_to_nearest(weight, group_size=64)
+
+
+# ---- the layer
+
+def layer(O=32, I=128, group=64, sym=True, bias=True, version=1):
+    codes, scales, zeros = round_to_nearest(matrix(O, I), group_size=group, sym=sym)
+    made = W4Linear(I, O, group, bias, version)
+    words = to_words(codes, scales, zeros.clamp(min=1), version)
+    made.load_state_dict(words | ({"bias": torch.linspace(-1, 1, O)} if bias else {}))
+    return made, decode_groups(codes, scales, zeros.clamp(min=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sym, version", [(True, 1), (False, 2), (False, 1)])
+@pytest.mark.parametrize("rows", [1, 5, 500])
+def test_the_layer_multiplies_as_its_weight_does(dtype, sym, version, rows):
+    made, weight = layer(sym=sym, version=version)
+    assert torch.equal(made.weight(), weight)
+    x = torch.randn(2, rows, 128, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    expected = x.double() @ weight.double().T + made.bias.double()
+    with torch.no_grad():
+        y = made(x)
+    assert y.dtype == dtype and y.shape == (2, rows, 32)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert float((y.double() - expected).norm() / expected.norm()) < tolerance
+
+
+def test_each_way_is_taken_where_it_may_be():
+    made, _ = layer()
+    narrow, wide = torch.zeros(1, 128).bfloat16(), torch.zeros(1, 128)
+    with torch.no_grad():
+        assert choose(made, narrow) == "int4" and choose(made, wide) == "dequantise"
+        assert choose(made, narrow.expand(1000, 128)) == "dequantise"           # many rows
+        assert choose(layer(group=16)[0], narrow) == "dequantise"               # a group the operator does not know
+    assert choose(made, narrow.clone().requires_grad_()) == "dequantise"
+
+
+def test_the_gradient_goes_through_to_the_input():
+    made, weight = layer()
+    x = torch.randn(3, 128, requires_grad=True)
+    made(x).square().sum().backward()
+    theirs = torch.autograd.grad((x @ weight.T + made.bias).square().sum(), x)[0]
+    torch.testing.assert_close(x.grad, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_in_another_order_are_read_by_g_idx():
+    """As other tools' act-order writes them."""
+    made, weight = layer()
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(4))
+    codes, scales, zeros = from_words(made.qweight, made.qzeros, made.scales)
+    shuffled = W4Linear(128, 32, 64, True)
+    shuffled.load_state_dict(to_words(codes[:, order], scales, zeros) | {"g_idx": made.g_idx[order], "bias": made.bias})
+    assert not shuffled.in_order and torch.equal(shuffled.weight(), weight[:, order])
+    x = torch.randn(3, 128).bfloat16()
+    with torch.no_grad():
+        assert choose(shuffled, x) == "dequantise"
+        torch.testing.assert_close(shuffled(x[:, order]), made(x), rtol=5e-2, atol=5e-1)

@@ -1,0 +1,163 @@
+"""quantize.py as it is used: a tiny model, two dozen records, and every way to call it."""
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minikd.checkpoint import load_model, save_model
+from minikd.model import Qwen2, Qwen2Config
+from minikd.quant import W4Linear
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+qz = script("quantize")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer.save(folder / "model")
+    save_model(Qwen2(Qwen2Config(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                 num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+                                 initializer_range=0.2)).init_weights(1), folder / "model")
+    (folder / "data.jsonl").write_text("".join(json.dumps({"instruction": f"What is {i}?", "response": f"It is {i}."}) + "\n"
+                                               for i in range(24)))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"Page {i} of a book. " * 9}) + "\n" for i in range(9)))
+    return folder
+
+
+@pytest.fixture
+def run(world, monkeypatch, tmp_path, capsys):
+    """run(*flags) -> (exit status, stdout, stderr), as a shell would see them."""
+    def call(*flags, model=("--model", world / "model"), data=("--calibration", world / "data.jsonl"),
+             out=("--out", tmp_path / "w4")):
+        monkeypatch.setattr(sys, "argv", list(map(str, ["quantize.py", *model, *data, *out, "--group-size", "16", "--dtype",
+                                                        "float32", "--device", "cpu", *flags])))
+        status = 0
+        try:
+            with qz.script_errors():
+                qz.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return call
+
+
+IDS = torch.randint(400, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def logits(folder) -> torch.Tensor:
+    with torch.no_grad():
+        return load_model(folder)(IDS)
+
+
+@pytest.mark.parametrize("flags, version", [([], "gptq"), (["--method", "rtn"], "gptq"), (["--asym"], "gptq_v2"),
+                                            (["--no-act-order", "--clip-search"], "gptq"), (["--group-size", "-1"], "gptq")])
+def test_the_folder_loads_and_is_near_the_model(run, world, tmp_path, flags, version):
+    status, out, err = run(*flags)
+    assert status == 0, err
+    model = load_model(tmp_path / "w4")
+    layers = [layer for layer in model.modules() if isinstance(layer, W4Linear)]
+    assert len(layers) == 14 and model.quantization["checkpoint_format"] == version
+    far = float((logits(tmp_path / "w4") - logits(world / "model")).norm() / logits(world / "model").norm())
+    assert 0.001 < far < 0.5
+    assert torch.equal(model.head, load_model(world / "model").head)
+    assert {"tokenizer.json", "generation_config.json", "quantize_config.json"} <= {
+        path.name for path in (tmp_path / "w4").iterdir()}
+    assert f"{tmp_path / 'w4'}: " in out and " MB" in out
+
+
+def test_gptq_is_nearer_than_rounding_on_what_it_calibrates_on(run, world, tmp_path):
+    assert run(out=("--out", tmp_path / "gptq"))[0] == 0
+    assert run("--method", "rtn", out=("--out", tmp_path / "rtn"))[0] == 0
+    tokenizer = qz.Tokenizer.load(world / "model")
+    rows = qz.calibration_rows([world / "data.jsonl"], tokenizer, 24, 512, "chatml", 0)
+    plain, found = load_model(world / "model"), {}
+    for name in "gptq", "rtn":
+        model, found[name] = load_model(tmp_path / name), 0.0
+        for row in rows:
+            ids = torch.tensor([row.prompt + row.response])
+            with torch.no_grad():
+                found[name] += float((model.hidden(ids) - plain.hidden(ids)).square().sum())
+    assert found["gptq"] < found["rtn"]
+
+
+def test_plain_text_calibrates_too_and_the_evaluation_is_printed(run, world):
+    status, out, err = run("--eval-data", world / "data.jsonl", "--max-new-tokens", "4", "--eval-examples", "5",
+                           data=("--calibration", world / "text.jsonl"))
+    assert status == 0, err
+    rows = [line.split() for line in out.splitlines() if line.startswith(("as it was", "gptq"))]
+    assert len(rows) == 2 and "5 examples" in out
+    assert float(rows[1][-2]) == pytest.approx(float(rows[0][-2]), rel=0.5)     # perplexities
+
+
+@pytest.mark.parametrize("flags, said", [
+    (dict(data=()), "--method gptq without --calibration"), (dict(out=()), "--model without --out"),
+    (dict(flags=["--group-size", "48"]), "cannot be cut into groups of 48"), (dict(flags=["--bits", "3"]), "--bits 3"),
+    (dict(flags=["--damp", "-1"]), "--damp -1"), (dict(model=("--model", "no/such")), "no/such: no such folder"),
+    (dict(data=("--calibration", "no/such.jsonl")), "no/such.jsonl: no such file"),
+    (dict(out=("--out", "{world}/model")), "is the model's own folder")])
+def test_bad_input_is_one_line(run, world, flags, said):
+    more = flags.pop("flags", [])
+    flags = {name: [str(value).format(world=world) for value in values] for name, values in flags.items()}
+    status, _, err = run(*more, **flags)
+    assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_a_folder_that_is_quantised_already_is_refused(run, tmp_path):
+    assert run("--method", "rtn")[0] == 0
+    status, _, err = run("--method", "rtn", model=("--model", tmp_path / "w4"), out=("--out", tmp_path / "again"))
+    assert status == 2 and "is quantised already" in err and not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("name, flags", [("train_kd", ["--loss", "sft", "--student"]), ("train_grpo", ["--model"])])
+def test_four_bits_are_not_trained(run, world, tmp_path, monkeypatch, capsys, name, flags):
+    assert run("--method", "rtn")[0] == 0
+    module = script(name)
+    monkeypatch.setattr(sys, "argv", list(map(str, [f"{name}.py", *flags, tmp_path / "w4", "--data", world / "data.jsonl", "--out",
+                                                    tmp_path / "run", "--rewards" if name == "train_grpo" else "--seed",
+                                                    "answer" if name == "train_grpo" else 0])))
+    with pytest.raises(SystemExit), module.script_errors():
+        module.main()
+    assert "holds 4-bit weights, which cannot be trained" in capsys.readouterr().err
+
+
+def test_a_model_with_broken_weights_is_refused_by_the_layers_name(run, world, tmp_path, tokenizer):
+    model = load_model(world / "model")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 3] = torch.inf
+    tokenizer.save(tmp_path / "broken")
+    save_model(model, tmp_path / "broken")
+    status, _, err = run(model=("--model", tmp_path / "broken"))
+    assert status == 2 and "model.layers.1.mlp.down_proj" in err and "not finite" in err
+    assert not (tmp_path / "w4").exists()
+
+
+def test_a_kill_in_the_middle_leaves_nothing_that_loads(world, tmp_path):
+    out = tmp_path / "w4"
+    command = [sys.executable, ROOT / "quantize.py", "--model", world / "model", "--calibration", world / "text.jsonl", "--out",
+               out, "--group-size", "16", "--dtype", "float32"]
+    with subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE) as process:
+        time.sleep(2.0)                                                         # it imports torch, or is in the middle
+        process.send_signal(signal.SIGKILL)
+    assert not (out / "config.json").exists() or load_model(out)                # absent, or whole
+
+
+def test_with_no_flags_and_no_toy_student_it_says_what_to_run_first(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "quantize.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "run train_kd.py first" in done.stderr and "Traceback" not in done.stderr
