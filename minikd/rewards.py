@@ -160,8 +160,8 @@ def code_reward(completions: list[str], problems: list[dict], partial: bool = Fa
 
     The program is the answer's last fenced block; the text's, if that has no think tags (a fence marks itself).
     None if the problem has no tests or wants another language.  max_seconds and max_memory (MB) cap its limits.
-    The programs of all completions run side by side, each once on an input. Without `partial` a program that fails a
-    test sees no later one: an endless loop costs one time limit, not one a test.
+    The programs of all completions run side by side, each once on an input, whose outcome is remembered. Without
+    `partial` a program that fails a test sees no later one: an endless loop costs one time limit, not one a test.
     """
     asked = []                                  # per completion: (run_program's arguments, the output wanted) a test
     for completion, problem in zip(completions, problems, strict=True):
@@ -174,15 +174,33 @@ def code_reward(completions: list[str], problems: list[dict], partial: bool = Fa
                   int(max(64, min(problem.get("memory_limit") or 512, max_memory))))       # Python alone takes 30 MB
         asked.append([((source, test["input"], *limits), test["output"]) for test in problem["tests"] if source]
                      if python and problem.get("tests") else None)
-    runs = list(dict.fromkeys(run for tests in asked for run, _ in tests or []))
-    jobs = [dict(zip(("source", "stdin", "timeout", "memory_mb"), run)) for run in runs]
-    results, values = dict(zip(runs, sandbox.run_programs(jobs))), []
-    for tests in asked:
-        right = [results[run].status == "ok" and sandbox.same_output(results[run].stdout, wanted)
-                 for run, wanted in tests or []]
-        share = sum(right) / max(1, len(right))
-        values.append(None if tests is None else share if partial else float(share == 1))
-    return values
+    passed = [[] for _ in asked]                # per completion: whether it passed each test so far
+    start, end = 0, None if partial else 1
+    while any(tests[start:end] for tests in asked if tests):    # all tests at once, or rounds of 1, 1, 2, 4, ...
+        due = [(tests[start:end], right) for tests, right in zip(asked, passed) if tests and (partial or all(right))]
+        results = _run_all({run for tests, _ in due for run, _ in tests})
+        for tests, right in due:
+            right += [results[run].status == "ok" and sandbox.same_output(results[run].stdout, wanted)
+                      for run, wanted in tests]
+        if end is None or not due:
+            break
+        start, end = end, 2 * end
+    return [None if tests is None else sum(right) / max(1, len(right)) if partial else float(all(right) and right != [])
+            for tests, right in zip(asked, passed)]
+
+
+_DONE = {}                                      # run_program's arguments -> its result, of this process's programs
+
+
+def _run_all(runs: set[tuple]) -> dict[tuple, sandbox.Result]:
+    """Results of the runs; those that ended by themselves are remembered, as a policy repeats its programs."""
+    fresh = sorted(run for run in runs if run not in _DONE)
+    if len(_DONE) > 50_000:
+        _DONE.clear()
+    jobs = [dict(zip(("source", "stdin", "timeout", "memory_mb"), run)) for run in fresh]
+    found = {run: _DONE[run] for run in runs if run in _DONE} | dict(zip(fresh, sandbox.run_programs(jobs)))
+    _DONE.update((run, found[run]) for run in fresh if found[run].status in ("ok", "error"))
+    return found
 
 
 REWARDS = {"format": format_reward, "tags": tags_reward, "steps": steps_reward, "length": length_reward,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minikd import sandbox
+from minikd import rewards, sandbox
 from minikd.files import InputError
 from minikd.rewards import (REWARDS, answer_part, answer_reward, code_reward, combine, extract_code, format_fault,
                             format_reward, length_reward, load_rewards, repetition_reward, steps_reward, summary,
@@ -329,6 +329,13 @@ def test_partial_credit_is_the_fraction_of_tests_passed():
 
 # ---- code, the sandbox counted
 
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    rewards._DONE.clear()
+    yield
+    rewards._DONE.clear()
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """What run_programs was asked for; its programs print their own text and the stdin."""
@@ -340,13 +347,24 @@ def calls(monkeypatch):
     return seen
 
 
-def test_all_completions_run_in_one_call_and_the_same_run_once(calls):
+def test_completions_run_side_by_side_the_same_run_once_and_none_after_it_failed(calls):
     problem = {"tests": [{"input": "x", "output": "a\nx"}, {"input": "y", "output": "a\ny"}]}
     other = {"tests": [{"input": "x", "output": "b\nx"}]}
     completions = [says(block("a")), says(block("a")), says("none"), says(block("b")), says(block("b"))]
     assert code_reward(completions, [problem] * 3 + [problem, other]) == [1, 1, 0, 0, 1]
-    [jobs] = calls
-    assert [(job["source"], job["stdin"]) for job in jobs] == [("a\n", "x"), ("a\n", "y"), ("b\n", "x"), ("b\n", "y")]
+    asked = [[(job["source"], job["stdin"]) for job in jobs] for jobs in calls if jobs]
+    assert asked == [[("a\n", "x"), ("b\n", "x")], [("a\n", "y")]]             # b failed its first test of the two
+    assert code_reward(completions, [problem] * 3 + [problem, other]) == [1, 1, 0, 0, 1]
+    assert not any(calls[2:])                                                   # all of it is remembered
+
+
+def test_rounds_grow_and_reach_every_test(calls):
+    problem = {"tests": [{"input": str(i), "output": f"a\n{i}"} for i in range(11)]}
+    assert one(code_reward, says(block("a")), problem) == 1
+    assert [len(jobs) for jobs in calls] == [1, 1, 2, 4, 3]
+    problem["tests"][10]["output"] = "no"
+    assert one(code_reward, says(block("a")), problem) == 0
+    assert one(code_reward, says(block("a")), problem, partial=True) == pytest.approx(10 / 11)
 
 
 def test_the_limits_are_the_problems_and_are_capped(calls):
