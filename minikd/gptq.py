@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from minikd.data import Encoded, collate
 from minikd.files import InputError
 from minikd.model import Block, Qwen2, rope_tables
-from minikd.quant import check_groups, decode, decode_groups, encode, find_grid, round_to_nearest
+from minikd.quant import (check_groups, decode, decode_groups, encode, find_grid, give_memory_back,
+                          round_to_nearest)
 
 BLOCK = 512                                         # columns of a Hessian or of its factor worked on at once
 MAX_DAMP = 10.0                                     # with this no matrix that is a sum of x x^T stays singular
@@ -295,6 +296,8 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         found, report = quantize_layer(layers[name], hessian, name, grid, act_order, damp)
         found = tuple(part.to(home) for part in found)
         results[name] = store(*found) if store else found
+        del found, hessian
+        give_memory_back()
         if on_layer:
             on_layer(name, *report)
     return results
