@@ -388,9 +388,13 @@ def test_a_caller_that_is_killed_leaves_nothing(nothing_left):
 
 
 def test_an_interrupt_ends_the_run(nothing_left):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job ignores it
     threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_program(LOOP, timeout=60)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_program(LOOP, timeout=60)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root's refusal")
