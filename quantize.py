@@ -92,8 +92,8 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
     return random.Random(seed).sample(rows, min(samples, len(rows)))
 
 
-def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype) -> int:
-    """Writes the 4-bit folder `out`; returns how many layers GPTQ did not make better than rounding."""
+def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype):
+    """Writes the 4-bit folder `out`, and names the layers that GPTQ did not make better than rounding."""
     model, worse, started = load_model(folder, device, dtype), [], time.perf_counter()
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
         def on_layer(name, error, rtn, bad):
@@ -112,7 +112,6 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
     print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s")
     for name in worse:
         print(f"WARNING: {name}: GPTQ is no better than rounding; is the calibration data what the model will read?")
-    return len(worse)
 
 
 def weight_bytes(folder: Path) -> int:

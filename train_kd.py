@@ -129,7 +129,7 @@ def check_flags(args):
     if not (0 <= args.on_policy <= 1 and 0 <= args.mix < 1):
         raise InputError("--on-policy lies in 0 to 1, --mix in 0 to below 1; mend the one that does not")
     if args.on_policy and args.loss in ("sft", "minillm", None):
-        raise InputError(f"--on-policy needs a divergence (MiniLLM is on-policy by itself); add --loss reverse_kl")
+        raise InputError("--on-policy needs a divergence (MiniLLM is on-policy by itself); add --loss reverse_kl")
     if args.cache_teacher and (args.on_policy or args.loss in ("sft", "minillm")):
         raise InputError("--cache-teacher holds what the teacher says of the data; own answers are new each time, and "
                          "SFT asks no teacher: leave it out")

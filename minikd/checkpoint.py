@@ -96,6 +96,7 @@ def read_quantization(folder: Path) -> dict | None:
 
 
 def read_tensor(path: Path, key: str, floating: bool = True) -> torch.Tensor:
+    """One tensor of a safetensors file.  Raises InputError where it holds integers for floats, or the reverse."""
     with open_tensors(path) as file:                            # opened for each: closing gives its pages back
         tensor = file.get_tensor(key)
     if tensor.is_floating_point() != floating:

@@ -144,6 +144,7 @@ def pack_rollouts(rollouts: list[Rollout]) -> dict[str, Tensor]:
 
 
 def unpack_rollouts(tensors: dict[str, Tensor]) -> list[Rollout]:
+    """pack_rollouts' inverse, bit for bit; no tensors are no rollouts."""
     if not tensors:
         return []
     numbers = tensors["numbers"].tolist()

@@ -202,6 +202,7 @@ class Progress:
             self.bar.close()
 
     def update(self, note: str = "", by: int = 1):
+        """`by` more steps are done; `note` stands beside the bar."""
         self.done += by
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
