@@ -103,7 +103,7 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
         words = quantize_model(
             model, rows, tokenizer.pad_id, bits=args.bits, group_size=args.group_size, sym=not args.asym,
             act_order=not args.no_act_order, damp=args.damp, clip_search=args.clip_search, method=method,
-            batch_size=args.batch_size, on_layer=on_layer,
+            batch_size=args.batch_size, on_layer=on_layer, keep=False,
             store=functools.partial(to_words, version=2 if args.asym else 1))
     to_w4(model, words, args.group_size, not args.asym, damp_percent=args.damp, static_groups=not args.no_act_order,
           true_sequential=True, method=method)

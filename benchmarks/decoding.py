@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from benchmarks.measure import child, in_turns, machine, peak_resident, report, table
 from minikd.checkpoint import load_model, save_model
 from minikd.generate import generate
+from minikd.layout import use_int8_head
 from minikd.model import Qwen2, Qwen2Config
 
 PROMPT, NEW = 28, 64
@@ -31,8 +33,10 @@ def make_half(folder, dtype=torch.bfloat16):
     save_model(Qwen2(HALF).to(dtype).init_weights(0), folder)
 
 
-def minikd(folder, group: int):
+def minikd(folder, group: int, int8_head: bool = False):
     model = load_model(folder, dtype=torch.bfloat16)
+    if int8_head:
+        use_int8_head(model)
     return lambda prompts, new: generate(model, prompts, new, temperature=float(group > 1), samples=group, seed=0)
 
 
@@ -53,10 +57,11 @@ def transformers(folder, group: int):
 def measure(method: str, batch: int, group: int, folder: str):
     """In the child: a short warm-up, then one timed call."""
     torch.set_num_threads(2)
-    answer = {"minikd": minikd, "transformers": transformers}[method](folder, group)
+    answer = {"minikd": minikd, "minikd int8 head": partial(minikd, int8_head=True),
+              "transformers": transformers}[method](folder, group)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(HALF.vocab_size, (batch, PROMPT), generator=generator).tolist()
-    answer(prompts, 2)
+    answer(prompts, 16)
     start = time.perf_counter()
     tokens = answer(prompts, NEW)
     seconds = time.perf_counter() - start

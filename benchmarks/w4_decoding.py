@@ -39,7 +39,7 @@ def main():
         size = {name: sum(file.stat().st_size for file in (folder / name).glob("*.safetensors")) / 1e6
                 for name in ("bf16", "w4")}
         for batch in 1, 8:
-            runs = {("transformers", "bf16"), ("minikd", "bf16"), ("minikd", "w4")}
+            runs = {("transformers", "bf16"), ("minikd", "bf16"), ("minikd", "w4"), ("minikd int8 head", "w4")}
             figures = in_turns({run: lambda run=run: child("benchmarks.w4_decoding", run[0], folder / run[1], batch)
                                 for run in sorted(runs)}, args.repeats)
             ours = figures["minikd", "w4"]

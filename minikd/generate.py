@@ -4,14 +4,17 @@ References
     nucleus sampling                    arXiv:1904.09751
     MiniLLM, teacher-mixed sampling     arXiv:2306.08543, eq. (4)
 """
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from minikd.data import Encoded
-from minikd.losses import apply_head, log_mix, log_probs
-from minikd.model import KVCache, Linear, Qwen2
+from minikd.layout import head_logits, laid_out
+from minikd.losses import log_mix, log_probs as pair_log_probs
+from minikd.model import KVCache, Qwen2, StaticCache
+
+LOOK = 16                                                       # steps that a GPU runs ahead of the host
 
 
 def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, temperature: float = 0.0,
@@ -33,62 +36,137 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
 @torch.inference_mode()
 def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, temperature: float = 1.0,
                             top_p: float = 1.0, top_k: int = 0, eos_ids=(), seed: int | None = None, samples: int = 1,
-                            teacher: Qwen2 | None = None, mix: float = 0.0,
-                            vocab: int | None = None) -> tuple[list[list[int]], list[list[float]]]:
+                            teacher: Qwen2 | None = None, mix: float = 0.0, vocab: int | None = None,
+                            graphs: bool | None = None) -> tuple[list[list[int]], list[list[float]]]:
     """generate's new tokens, and the log-probability of each under the distribution it was drawn from, temperature and
     truncation included; 0 where greedy.
 
     samples  answers to each prompt, next to each other in the result; they share the prompt's prefill
     teacher  each token is drawn from (1 - mix) model + mix teacher, the probabilities mixed; temperature 1
     vocab    only ids below it: heads have rows past the tokenizer's ids, and a teacher may have more than a student
+    graphs   a step touches fixed places on the device alone, and a CUDA graph replays it; the host looks at the tokens
+             every LOOK steps, and rows that ended leave when half have. By default on CUDA. On a CPU the same step,
+             without a graph.
     """
     if not all(prompts):
         raise ValueError("generate: a prompt is empty; give each at least one token")
     if mix and (teacher is None or temperature != 1 or not 0 < mix < 1):
         raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
-    answers, chances = ([[] for _ in range(len(prompts) * samples)] for _ in range(2))
+    answers, log_probs = ([[] for _ in range(len(prompts) * samples)] for _ in range(2))
     if not answers or max_new_tokens < 1:
-        return answers, chances
+        return answers, log_probs
     device, stops = model.head.device, frozenset(eos_ids)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)              # [B]
-    width = max(map(len, prompts))
-    ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)   # [B, P]
+    u = torch.rand(max_new_tokens, len(answers), generator=generator, dtype=torch.float64, device=device)
+    graphs = device.type == "cuda" if graphs is None else graphs
     readers = [model, teacher] if mix else [model]
+
+    def draw(states, u):
+        """One token a row, from the readers' states [B, D] and a random number each [B]; and its log-probability."""
+        logits = head_logits(model, states[0])[:, :vocab]                                   # [B, V]
+        if mix:
+            logits = mixture(logits, head_logits(teacher, states[1]), mix)
+        return sample(logits, temperature, top_p, top_k, u)
+
     with ExitStack() as stack:
         for reader in readers:
-            stack.enter_context(packed(reader, rows=len(answers), steps=max_new_tokens))
-        caches = [KVCache(reader.config, lengths, width + max_new_tokens - 1, reader.head.dtype) for reader in readers]
-        last = torch.arange(len(ids), device=device), lengths - 1                           # each prompt's last token
-        states = [reader.hidden(ids, cache)[last] for reader, cache in zip(readers, caches)]    # [B, D] each
-        alive = list(range(len(answers)))                                                   # rows still being written
-        if samples > 1:                                         # G rows go on from each prompt's one prefill
-            rows = torch.arange(len(ids), device=device).repeat_interleave(samples)         # [B G]
-            states = [state[rows] for state in states]                                      # [B G, D]
-            for cache in caches:
-                cache.keep(rows)
-        for step in range(max_new_tokens):
-            logits = head_logits(model, states[0])[:, :vocab]                               # [B, V]
-            if mix:
-                logits = mixture(logits, head_logits(teacher, states[1]), mix)
-            tokens, chosen = sample(logits, temperature, top_p, top_k, generator)           # [B], [B]
-            for row, token, chance in zip(alive, tokens.tolist(), chosen.tolist()):
-                answers[row].append(token)
-                chances[row].append(chance)
-            going = [i for i, row in enumerate(alive) if answers[row][-1] not in stops]
-            if not going or step == max_new_tokens - 1:
-                return answers, chances
-            if len(going) < len(alive):                         # a finished row stops costing
-                rows = torch.tensor(going, device=device)
-                for cache in caches:
-                    cache.keep(rows)
-                tokens, alive = tokens[rows], [alive[i] for i in going]
-            states = [reader.hidden(tokens[:, None], cache)[:, 0] for reader, cache in zip(readers, caches)]
+            stack.enter_context(laid_out(reader, rows=len(answers), steps=max_new_tokens))
+        caches, states = zip(*(prefill(reader, prompts, max_new_tokens, samples) for reader in readers))
+        if graphs:
+            caches = [StaticCache(cache) for cache in caches]
+        rows, alive, seen = Rows(readers, caches, states, draw, u), list(range(len(answers))), 0
+        step = Replay(rows.step, graphs and device.type == "cuda")
+        for done in range(1, max_new_tokens + 1):               # tokens that every row has
+            if not graphs or done in (1, max_new_tokens) or done % LOOK == 0:
+                fresh = zip(alive, rows.drawn[seen:done].T.tolist(), rows.chances[seen:done].T.tolist())
+                going = [i for i, row in enumerate(fresh) if extend(answers, log_probs, stops, *row)]
+                if not going or done == max_new_tokens:
+                    break
+                if len(going) <= (len(alive) // 2 if graphs else len(alive) - 1):
+                    rows.keep(torch.tensor(going, device=device))           # finished rows stop costing
+                    alive, step = [alive[i] for i in going], Replay(rows.step, step.on)
+                seen = done
+            step()
+    return answers, log_probs
+
+
+def prefill(reader: Qwen2, prompts: list[list[int]], max_new_tokens: int, samples: int) -> tuple[KVCache, Tensor]:
+    """Reads the prompts once: a cache with room for the answers, `samples` rows a prompt, and the states [B, D] that
+    the first new tokens are drawn from."""
+    device, width = reader.head.device, max(map(len, prompts))
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)              # [P]
+    ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)     # [P, T]
+    capacity = -(-(width + max_new_tokens - 1) // 8) * 8                    # attention under a mask wants multiples of 8
+    cache = KVCache(reader.config, lengths, capacity, reader.head.dtype)
+    states = reader.hidden(ids, cache)[torch.arange(len(ids), device=device), lengths - 1]  # [P, D]
+    if samples == 1:
+        return cache, states
+    rows = torch.arange(len(ids), device=device).repeat_interleave(samples)                 # [B]
+    cache.keep(rows)
+    return cache, states[rows]
+
+
+class Rows:
+    """The answers being written, on the device: every row's newest token, the caches, all that was drawn so far."""
+
+    def __init__(self, readers, caches, states, draw, u: Tensor):
+        """draw  (states, random numbers [B]) -> tokens [B], log-probabilities [B].   u [max_new_tokens, B]"""
+        self.readers, self.caches, self.draw, self.u = readers, caches, draw, u
+        self.at = torch.zeros(1, dtype=torch.long, device=u.device)         # how many steps were made
+        self.drawn, self.chances = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)   # [max_new_tokens, B]
+        self.tokens, self.chances[0] = draw(states, u[0])                                   # [B]
+        self.drawn[0] = self.tokens
+
+    def step(self):
+        """The next token of every row. It reads and writes fixed places alone, so that a graph can replay it."""
+        states = [reader.hidden(self.tokens[:, None], cache)[:, 0] for reader, cache in zip(self.readers, self.caches)]
+        tokens, chances = self.draw(states, self.u.index_select(0, self.at + 1)[0])         # [B], [B]
+        self.at += 1
+        self.tokens.copy_(tokens)
+        self.drawn.index_copy_(0, self.at, tokens[None])
+        self.chances.index_copy_(0, self.at, chances[None].double())
+
+    def keep(self, rows: Tensor):
+        """Drops the rows that are finished; rows [B'] are the indices that stay."""
+        for cache in self.caches:
+            cache.keep(rows)
+        self.tokens = self.tokens[rows]
+        self.u, self.drawn, self.chances = self.u[:, rows], self.drawn[:, rows], self.chances[:, rows]
+
+
+def extend(answers: list, log_probs: list, stops: frozenset, row: int, tokens: list, chances: list) -> bool:
+    """Adds what was drawn for a row, up to a stop token; whether the row goes on after it."""
+    if answers[row] and answers[row][-1] in stops:
+        return False
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+    answers[row] += tokens[:end]
+    log_probs[row] += chances[:end]
+    return tokens[end - 1] not in stops
+
+
+class Replay:
+    """Calls `step`: the first time as it is, then from a CUDA graph of it, which is one launch and no Python.
+
+    The first call makes what may not be made under capture: cuBLAS's workspaces, kernels compiled at first use.
+    """
+
+    def __init__(self, step, on: bool):
+        self.step, self.on, self.warm, self.graph = step, on, False, None
+
+    def __call__(self):
+        if not (self.on and self.warm):
+            self.warm = True
+            return self.step()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):                  # records, without running
+                self.step()
+        self.graph.replay()
 
 
 def mixture(logits: Tensor, teacher_logits: Tensor, mix: float) -> Tensor:
     """log((1 - mix) q + mix p).  MiniLLM eq. (4).  [B, V], [B, V'] -> [B, rows that both have]"""
-    logq, logp = log_probs(logits, teacher_logits, temperature=1.0)
+    logq, logp = pair_log_probs(logits, teacher_logits, temperature=1.0)
     return log_mix(logp, logq, mix)
 
 
@@ -108,10 +186,13 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
     return own
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator) -> tuple[Tensor, Tensor]:
-    """One token a row, from logits [B, V], in the order temperature, top-k, top-p: tokens [B], log-probabilities [B]"""
+def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row, from logits [B, V], in the order temperature, top-k, top-p: tokens [B], log-probabilities [B]
+
+    u  [B] float64, uniform in [0, 1): one random number a row, where multinomial draws one a token of the vocabulary
+    """
     if temperature <= 0:
-        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+        return logits.max(-1).indices, torch.zeros(len(logits), device=logits.device)   # argmax of bfloat16: 4x slower
     logits = logits.float() / temperature
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]                      # [B, 1]
@@ -121,42 +202,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generat
         ranked, order = probs.sort(descending=True)
         before = ranked.cumsum(-1) - ranked                     # mass of the likelier tokens; 0 for the first
         probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill((before >= top_p) & (before > 0), 0.0))
-    # Inverse CDF: one random number a row, where multinomial draws one a token of the vocabulary.
     cdf = probs.double().cumsum(-1)                             # float32 would lose the tail of 151,936 rows
     total = cdf[:, -1:]                                                                     # [B, 1] below 1 where cut
-    u = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=torch.float64) * total
-    tokens = torch.searchsorted(cdf, u, right=True).clamp_(max=probs.shape[-1] - 1)        # [B, 1]; right: never mass 0
+    tokens = torch.searchsorted(cdf, u[:, None] * total, right=True)                        # [B, 1]; right: never mass 0
+    tokens = tokens.clamp_(max=probs.shape[-1] - 1)
     return tokens[:, 0], (probs.gather(1, tokens) / total).log()[:, 0]
-
-
-def head_logits(model: Qwen2, states: Tensor) -> Tensor:
-    """states [B, D] -> logits [B, V], through the packed head while there is one."""
-    if model.packed_head is not None:
-        return torch.ops.mkldnn._linear_pointwise(states, model.packed_head, None, "none", [], "")
-    return apply_head(states, model.head)
-
-
-@contextmanager
-def packed(model: Qwen2, rows: int, steps: int):
-    """Within the block, every weight has a second copy in the layout oneDNN multiplies few rows by fastest.
-
-    On a CPU only, where a step reads every weight once: the plain layout reaches 60% of the memory's speed in bfloat16,
-    and in float32, from a few rows on, a third. Packing costs about as much as five steps, and a copy of the weights
-    for as long.
-    """
-    weight = model.head
-    worth = (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-             or weight.dtype == torch.float32 and rows >= 4 and weight.numel() > 1 << 20)    # a toy's lies in cache
-    if not (worth and steps >= 16 and weight.device.type == "cpu" and torch.backends.mkldnn.enabled):
-        yield
-        return
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
-    try:
-        for layer in layers:
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows)
-        model.packed_head = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        yield
-    finally:
-        for layer in layers:
-            layer.packed = None
-        model.packed_head = None

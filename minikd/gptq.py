@@ -265,10 +265,16 @@ def quantize_layer(layer: nn.Linear, hessian: Tensor | None, name: str, grid: di
     return found, report
 
 
+def block_of(name: str) -> int:
+    """17 of model.layers.17.mlp.up_proj"""
+    return int(name.split(".")[2])
+
+
 @torch.no_grad()
 def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int = 4, group_size: int = 128,
                    sym: bool = True, act_order: bool = True, damp: float = 0.01, clip_search: bool = False,
-                   method: str = "gptq", batch_size: int = 4, device=None, on_layer=None, store=None) -> dict:
+                   method: str = "gptq", batch_size: int = 4, device=None, on_layer=None, store=None,
+                   keep: bool = True) -> dict:
     """Quantises every linear layer of the blocks; embeddings, norms, biases and head stay.
 
     rows      calibration: all their tokens count, prompt and response
@@ -277,9 +283,11 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     on_layer  called after each layer: (name, its relative output error, that of RTN, whether it is not below RTN's,
               of which a warning tells too); both errors are None for "rtn"
     store     (codes, scales, zeros) -> what the result holds of a layer; quant.to_words halves its memory
+    keep      False: a block's weights are let go when the next one's turn comes, for a caller who goes on with to_w4;
+              so memory falls as the work goes on
     returns   {"model.layers.0.self_attn.q_proj": (codes uint8 [O, I], scales [O, I/g], zeros [O, I/g]), ...}
 
-    The model ends with the decoded weights in place, in its own dtype.
+    The model ends with the decoded weights in place, in its own dtype, or without them.
     Raises InputError, naming the layer, as quantize_matrix and Hessian.finish do; past the first layer's report the
     model is then of no use.
     """
@@ -293,6 +301,9 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         order = calibrate(model, calibration_batches(rows, pad_id, batch_size), torch.device(device or home))
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in order:
+        for other, layer in layers.items() if not keep else ():
+            if block_of(other) < block_of(name):
+                layer.weight.data = layer.weight.new_empty(0)
         found, report = quantize_layer(layers[name], hessian, name, grid, act_order, damp)
         found = tuple(part.to(home) for part in found)
         results[name] = store(*found) if store else found

@@ -111,11 +111,21 @@ class KVCache:
         self.gapless = bool((lengths == prompt).all())                          # then decoding needs no mask at all
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k, v [B, K, T, E] of one layer; returns all so far [B, K, S, E]. Body moves `used` on."""
+        """Appends k, v [B, K, T, E] of one layer; returns all so far [B, K, S, E]. `advance` moves `used` on."""
         end = self.used + k.shape[2]
         self.keys[layer][:, :, self.used:end] = k
         self.values[layer][:, :, self.used:end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def mask(self, S: int) -> Tensor | None:
+        """Which of the first S slots a row may look at, [B, 1, 1, S] bool; None: all of them."""
+        return None if self.gapless else self.valid[:, None, None, :S]
+
+    def advance(self, T: int):
+        """After T tokens a row went through all layers."""
+        if self.used:
+            self.lengths = self.lengths + 1
+        self.used += T
 
     def keep(self, rows: Tensor):
         """Drops the rows that are finished; rows [B'] are the indices that stay."""
@@ -123,8 +133,38 @@ class KVCache:
         self.lengths, self.valid = self.lengths[rows], self.valid[rows]
 
 
+class StaticCache(KVCache):
+    """The cache of a step that a CUDA graph replays: what changes from step to step lies on the device, at fixed places.
+
+    Each step reads every slot, and `valid` hides those not yet written.
+    """
+
+    def __init__(self, cache: KVCache):
+        """Takes over the tensors of a cache whose prompts are read."""
+        self.keys, self.values, self.used = cache.keys, cache.values, cache.used
+        for slots in self.keys + self.values:
+            slots[:, :, cache.used:] = 0                                        # hidden slots count 0 times their value
+        capacity, device = cache.valid.shape[1], cache.valid.device
+        self.slot = torch.tensor([cache.used], device=device)                   # [1] where the next token goes
+        self.lengths = cache.lengths.clone()
+        self.valid = cache.valid & (torch.arange(capacity, device=device) <= self.slot)         # [B, S]
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys[layer].index_copy_(2, self.slot, k)
+        self.values[layer].index_copy_(2, self.slot, v)
+        return self.keys[layer], self.values[layer]
+
+    def mask(self, S: int) -> Tensor:
+        return self.valid[:, None, None]
+
+    def advance(self, T: int):
+        self.lengths += 1
+        self.slot += 1
+        self.valid.index_fill_(1, self.slot.clamp(max=self.valid.shape[1] - 1), True)   # the last step has no next
+
+
 class Linear(nn.Linear):
-    """nn.Linear that can also multiply by a copy of its weight in the CPU's own layout (see generate.packed)."""
+    """nn.Linear that can also multiply by a copy of its weight in the CPU's own layout (layout.py)."""
     packed = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,6 +179,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(D)), eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and not torch.is_grad_enabled():                           # one kernel instead of seven
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = x.float()                                                        # the mean square overflows in half
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)                                   # RMSNorm eq. (4)
@@ -162,24 +204,31 @@ class Attention(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
-        self.E = E
+        self.E, self.K = E, config.num_key_value_heads
+        self.joined = None                                                      # q, k, v as one product: layout.laid_out
         self.q_proj = Linear(D, config.num_attention_heads * E, bias=True)      # Qwen2 has a bias here, and only here
         self.k_proj = Linear(D, config.num_key_value_heads * E, bias=True)
         self.v_proj = Linear(D, config.num_key_value_heads * E, bias=True)
         self.o_proj = Linear(config.num_attention_heads * E, D, bias=False)
 
+    def project(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> query, key and value heads side by side, [B, T, (H + 2K) E]"""
+        if self.joined is not None:
+            return self.joined(x)
+        return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.E).transpose(1, 2)               # [B, H, T, E]
-        k = self.k_proj(x).view(B, T, -1, self.E).transpose(1, 2)               # [B, K, T, E]
-        v = self.v_proj(x).view(B, T, -1, self.E).transpose(1, 2)               # [B, K, T, E]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        heads = self.project(x).view(B, T, -1, self.E).transpose(1, 2)          # [B, H + 2K, T, E]
+        v = heads[:, -self.K:]                                                  # [B, K, T, E]
+        turned = rotate(heads[:, :-self.K], cos, sin)                           # [B, H + K, T, E]
+        q, k = turned[:, :-self.K], turned[:, -self.K:]                         # [B, H, T, E], [B, K, T, E]
         if cache is not None:
             k, v = cache.write(layer, k, v)                                     # [B, K, S, E]
         if T == 1 and cache is not None:
             # One query a head: the H/K heads that share a key stand in the query axis, so keys are not repeated.
-            mask = None if cache.gapless else cache.valid[:, None, None, :k.shape[2]]
-            y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, self.E), k, v, attn_mask=mask)
+            q = q.reshape(B, self.K, -1, self.E)                                # [B, K, H/K, E]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask(k.shape[2]))
         else:                                                                   # right padding: causal is mask enough
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
             y = y.transpose(1, 2)                                               # [B, T, H, E]
@@ -193,9 +242,14 @@ class MLP(nn.Module):
         self.gate_proj = Linear(D, wide, bias=False)
         self.up_proj = Linear(D, wide, bias=False)
         self.down_proj = Linear(wide, D, bias=False)
+        self.joined = None                                                      # gate and up as one product
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))      # SwiGLU eq. (6)
+        if self.joined is not None:
+            gate, up = self.joined(x).chunk(2, dim=-1)                          # [B, T, I] each
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(F.silu(gate) * up)                                # SwiGLU eq. (6)
 
 
 class Block(nn.Module):
@@ -262,9 +316,7 @@ class Body(nn.Module):
             else:
                 x = block(x, *rope, i, cache)
         if cache is not None:
-            if cache.used:
-                cache.lengths = cache.lengths + 1
-            cache.used += ids.shape[1]
+            cache.advance(ids.shape[1])
         return self.norm(x)
 
 
@@ -275,7 +327,7 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self.model = Body(config)
-        self.packed_head = None                                                 # set by generate.packed
+        self.packed_head = self.int8_head = None                                # set by layout.py
         self.quantization = None                                                # quantization_config of a 4-bit model
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -295,6 +347,20 @@ class Qwen2(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, T] int64 -> logits [B, T, V]. Causal; right padding needs no mask."""
         return F.linear(self.hidden(ids), self.head)
+
+    def lay_back(self):
+        """Undoes layout.laid_out: every layer multiplies by its own weight again."""
+        self.packed_head = None
+        for module in self.modules():
+            if isinstance(module, (Attention, MLP)):
+                module.joined = None
+            elif isinstance(module, Linear):
+                module.packed = None
+
+    def _apply(self, fn, recurse=True):
+        self.lay_back()                                                         # another dtype or device
+        self.int8_head = None
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Qwen2":

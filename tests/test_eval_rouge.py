@@ -229,3 +229,12 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, tmp_path, flags, sa
 def test_a_format_that_does_not_fit_the_references_is_named(tmp_path):
     with pytest.raises(InputError, match="r.jsonl:1: field 'fail' is missing"):
         read_references(write(tmp_path / "r.jsonl", RECORDS), format="bugnet")
+
+
+def test_an_int8_head_answers_as_the_head_does(run, world):
+    flags = "--model", world / "student", "--data", world / "data.jsonl", "--dtype", "float32", "--max-new-tokens", 12
+    assert run(*flags, "--batch-size", 2, "--out", "plain.jsonl")[0] == 0
+    assert run(*flags, "--batch-size", 2, "--out", "int8.jsonl", "--int8-head")[0] == 0
+    plain, int8 = scores_in("plain.jsonl"), scores_in("int8.jsonl")
+    same = sum(a["prediction"] == b["prediction"] for a, b in zip(plain, int8))
+    assert same >= len(plain) / 2                               # a near tie may fall the other way

@@ -1,18 +1,19 @@
 """Sampling against slow loops: full forwards again and again, and distributions counted out."""
 import math
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from minikd.checkpoint import save_model
-from minikd.generate import generate, generate_with_log_probs, head_logits, packed, sample
-from minikd.model import Linear, Qwen2, Qwen2Config
+from minikd.generate import Replay, generate, generate_with_log_probs, sample
+from minikd.model import Qwen2, Qwen2Config
 
 
-def draw(*arguments) -> torch.Tensor:
+def draw(logits, temperature, top_p, top_k, generator) -> torch.Tensor:
     """The tokens of sample, without their log-probabilities."""
-    return sample(*arguments)[0]
+    return sample(logits, temperature, top_p, top_k, torch.rand(len(logits), generator=generator, dtype=torch.float64))[0]
 
 V = 97
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23], [8, 8]]
@@ -128,6 +129,66 @@ def test_an_empty_prompt_is_refused():
         generate(random_model(), [[1, 2], []])
 
 
+# ---- a step at fixed places, as a CUDA graph replays it ----
+
+@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=1.3, top_p=0.9, seed=5),
+                                     dict(temperature=1.0, samples=3, seed=2, vocab=90)])
+def test_a_step_for_graphs_gives_the_plain_steps_tokens(options):
+    model = random_model(seed=3)
+    for prompts in PROMPTS, [[5, 6], [7, 8]]:                                   # with a gap after short prompts, without
+        free, chances = generate_with_log_probs(model, prompts, 40, **options)
+        for stops in (), {free[0][2], free[1][20], free[-1][33]}:
+            plain = generate_with_log_probs(model, prompts, 40, eos_ids=stops, **options)
+            static = generate_with_log_probs(model, prompts, 40, eos_ids=stops, graphs=True, **options)
+            assert static[0] == plain[0]
+            for ours, theirs in zip(static[1], plain[1]):
+                assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_a_step_for_graphs_mixes_a_teacher_in():
+    model, teacher = random_model(seed=3), random_model(seed=4, num_hidden_layers=1)
+    options = dict(max_new_tokens=30, temperature=1.0, teacher=teacher, mix=0.4, seed=1, eos_ids=[3, 4, 5])
+    assert generate(model, PROMPTS, graphs=True, **options) == generate(model, PROMPTS, **options)
+
+
+def test_with_graphs_rows_leave_by_halves_at_every_look(monkeypatch):
+    model = random_model(seed=3)
+    free = generate(model, PROMPTS, max_new_tokens=64)
+    stops = {free[0][2], free[2][0], free[3][9]}
+    lengths = [len(until_stop(answer, stops)) for answer in free]
+    shapes = count_rows(model, monkeypatch)
+    generate(model, PROMPTS, max_new_tokens=64, eos_ids=stops, graphs=True)
+    expected, rows, left = [(5, 8)], 5, lengths
+    for done in range(1, 64):
+        if done == 1 or done % 16 == 0:
+            left = [length for length in left if length > done]
+            if not left:
+                break
+            rows = len(left) if len(left) <= rows // 2 else rows
+        expected.append((rows, 1))
+    assert shapes == expected and len({rows for rows, _ in shapes}) > 1
+
+
+def test_a_graph_is_recorded_at_the_second_step_and_then_replayed(monkeypatch):
+    log = []
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    @contextmanager
+    def recording(graph):
+        log.append("record")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    replay = Replay(lambda: log.append("step"), on=True)
+    for _ in range(4):
+        replay()
+    assert log == ["step", "record", "step", "replay", "replay", "replay"]
+
+
 # ---- one token from logits ----
 
 DRAWS = 20_000
@@ -203,92 +264,14 @@ def test_each_row_is_drawn_from_its_own_logits():
 
 
 @pytest.mark.parametrize("top_p,top_k", [(1.0, 0), (0.9, 0), (1.0, 7)])
-def test_a_token_of_probability_zero_is_never_drawn(top_p, top_k, monkeypatch):
+def test_a_token_of_probability_zero_is_never_drawn(top_p, top_k):
     logits = torch.full((40,), -torch.inf)
     logits[[3, 4, 20, 36]] = torch.tensor([1.0, 0.5, 0.7, 0.2])                 # zeros first, last and between
     counts = draws(logits, top_p=top_p, top_k=top_k)
     assert {v for v, count in enumerate(counts) if count} <= {3, 4, 20, 36}
     for u in 0.0, 1 - 2**-53:                                                   # the least and the greatest draw
-        monkeypatch.setattr(torch, "rand", lambda *size, dtype, **_: torch.full(size, u, dtype=dtype))
-        assert draw(logits[None], 1.0, top_p, top_k, None).item() in {3, 4, 20, 36}
-
-
-# ---- packed weights, on a CPU ----
-
-@pytest.fixture
-def narrow() -> Qwen2:
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("torch was built without oneDNN")
-    return random_model(dtype=torch.bfloat16, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
-
-
-def packed_parts(model) -> int:
-    return sum(m.packed is not None for m in model.modules() if isinstance(m, Linear)) + (model.packed_head is not None)
-
-
-@torch.no_grad()
-def test_packed_weights_give_the_logits_of_plain_ones(narrow):
-    ids = torch.randint(V, (3, 9), generator=torch.Generator().manual_seed(0))
-    states = narrow.hidden(ids)
-    plain = head_logits(narrow, states[:, -1]).float()
-    with packed(narrow, rows=3, steps=16):
-        assert packed_parts(narrow) == 7 * 2 + 1                                # q k v o gate up down, and the head
-        quick = head_logits(narrow, narrow.hidden(ids)[:, -1]).float()
-        torch.testing.assert_close(head_logits(narrow, states[:, -1]).float(), plain, rtol=1e-2, atol=1e-2)
-    assert (quick - plain).norm() < 2e-2 * plain.norm()
-    exact = narrow.float()(ids)[:, -1]
-    assert (quick - exact).norm() < 1.5 * (plain - exact).norm() + 1e-3 * exact.norm()      # no coarser than plain
-
-
-def test_generation_with_packed_weights_takes_the_plain_models_likeliest_token(narrow):
-    answers = generate(narrow, PROMPTS, max_new_tokens=24)                      # long enough to be packed
-    assert len({token for answer in answers for token in answer}) > 10
-    for prompt, answer in zip(PROMPTS, answers):
-        with torch.no_grad():
-            logits = narrow(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1].float()     # [24, V]
-        taken = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        assert (taken >= logits.max(-1).values - 0.03 * logits.abs().max()).all()   # but for bfloat16's near ties
-
-
-@pytest.mark.parametrize("steps,dtype", [(15, torch.bfloat16), (64, torch.float32)])
-def test_short_answers_and_other_dtypes_are_not_packed(narrow, steps, dtype):
-    with packed(narrow.to(dtype), rows=1, steps=steps):
-        assert packed_parts(narrow) == 0
-
-
-def test_in_float32_a_large_model_is_packed_for_several_rows():
-    large = random_model(vocab_size=20_000)
-    with torch.inference_mode():
-        states = torch.randn(6, 56)
-        plain = large.hidden(torch.tensor(PROMPTS[2:3])), head_logits(large, states)
-        with packed(large, rows=6, steps=16):
-            assert packed_parts(large) == 15
-            for ours, theirs in zip((large.hidden(torch.tensor(PROMPTS[2:3])), head_logits(large, states)), plain):
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        for rows, steps in (3, 16), (6, 15):
-            with packed(large, rows=rows, steps=steps):
-                assert packed_parts(large) == 0
-
-
-def test_packed_copies_are_gone_afterwards_even_after_an_error(narrow, monkeypatch):
-    seen, hidden = [], narrow.hidden
-
-    def failing(ids, *rest):
-        seen.append(packed_parts(narrow))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return hidden(ids, *rest)
-
-    monkeypatch.setattr(narrow, "hidden", failing)
-    with pytest.raises(KeyboardInterrupt):
-        generate(narrow, PROMPTS, max_new_tokens=24)
-    assert seen == [15, 15, 15] and packed_parts(narrow) == 0
-    monkeypatch.undo()
-    before = {key: value.clone() for key, value in narrow.state_dict().items()}
-    generate(narrow, PROMPTS, max_new_tokens=24)
-    assert packed_parts(narrow) == 0
-    assert narrow.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[key]) for key, value in narrow.state_dict().items())
+        chosen, _ = sample(logits[None], 1.0, top_p, top_k, torch.tensor([u], dtype=torch.float64))
+        assert chosen.item() in {3, 4, 20, 36}
 
 
 def test_generation_leaves_the_model_ready_for_training():

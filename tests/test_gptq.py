@@ -8,7 +8,7 @@ from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.gptq import Hessian, full_precision, inverse_factor, output_errors, quantize_matrix, quantize_model
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import decode_groups, round_to_nearest, to_words
+from minikd.quant import decode_groups, round_to_nearest, to_w4, to_words
 
 
 def random_layer(O, I, seed, tokens=4096):
@@ -318,6 +318,21 @@ def test_a_bfloat16_model_is_calibrated_in_its_dtype_and_results_can_be_packed_a
     for name, parts in found.items():
         assert torch.equal(model.state_dict()[name + ".weight"], decode_groups(*parts).bfloat16())
         assert torch.equal(words[name]["qweight"], to_words(*parts)["qweight"])
+
+
+def test_blocks_that_are_done_can_be_let_go_on_the_way():
+    model, held = tiny(), []
+
+    def weigh(name, *_):
+        held.append(sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2))
+
+    words = quantize_model(model, calibration(), 0, store=to_words, keep=False, on_layer=weigh, **OPTIONS)
+    assert held[:7] == held[:1] * 7 and held[7] < held[0]
+    right = tiny()
+    for name, found in quantize_model(right, calibration(), 0, store=to_words, **OPTIONS).items():
+        assert all(torch.equal(words[name][key], found[key]) for key in found)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(to_w4(model, words, 16, True)(ids), right(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_a_bad_layer_is_named_before_any_is_changed():

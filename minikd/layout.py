@@ -1,0 +1,135 @@
+"""How a model's weights lie while it decodes: layers that share an input joined, packed for a CPU, the head in int8.
+
+A step of decoding reads every weight once and does little else, so that its time is the bytes it reads, how well they
+lie, and the number of calls.
+"""
+import warnings
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from minikd.files import InputError
+from minikd.losses import apply_head
+from minikd.model import Linear, Qwen2
+from minikd.quant import W4Linear
+
+WORTH = 16                              # steps from which on laying out is paid back: packing costs about five
+INT8_ROWS = 4                           # from here on the head in bfloat16 is as fast: benchmarks/w4_decoding.py
+
+
+@contextmanager
+def laid_out(model: Qwen2, rows: int, steps: int):
+    """Within the block, q/k/v are one product, gate/up another, and on a CPU each weight has a second copy as oneDNN
+    multiplies few rows by fastest.
+
+    The plain layout reaches 60% of a CPU's memory speed in bfloat16, and in float32, from a few rows on, a third. On a
+    GPU and at 4 bits nothing is held twice. A 4-bit model, whose weights no training moves, stays laid out.
+    """
+    weight = model.head
+    pack = weight.device.type == "cpu" and torch.backends.mkldnn.enabled and (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        or weight.dtype == torch.float32 and rows >= 4 and weight.numel() > 1 << 20)        # a toy's lies in cache
+    if steps < WORTH or not (pack or weight.is_cuda):
+        yield
+        return
+    try:
+        for block in model.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            for half, parts in ((attention, [attention.q_proj, attention.k_proj, attention.v_proj]),
+                                (mlp, [mlp.gate_proj, mlp.up_proj])):
+                if half.joined is None:
+                    half.joined = pack_joined(parts, rows) if pack and isinstance(parts[0], Linear) else join(parts)
+            for layer in attention.o_proj, mlp.down_proj:
+                if pack and isinstance(layer, Linear):
+                    layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows)
+        if pack and model.packed_head is None and not (model.int8_head and rows < INT8_ROWS):
+            model.packed_head = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        yield
+    finally:
+        if not model.quantization:
+            model.lay_back()
+
+
+def pack_joined(parts: list[Linear], rows: int):
+    """x -> the outputs of several layers side by side, by one product with a packed copy of their weights."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([part.weight for part in parts]), rows)
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.inference_mode(False)                            # the parts go on to be trained
+@torch.no_grad()
+def join(parts: list[nn.Module]):
+    """x -> the outputs of several layers side by side, by one product for all of them.
+
+    The parts' tensors become views of the joined ones, so that no weight is held twice. None where the inputs of 4-bit
+    parts are grouped differently, as other tools' act-order may leave them.
+    """
+    first = parts[0]
+    if isinstance(first, W4Linear):
+        if not all(torch.equal(part.g_idx, first.g_idx) for part in parts):
+            return None
+        joined = W4Linear(first.inputs, 8, first.size, first.bias is not None, first.version)
+        joined.outputs, joined.g_idx = sum(part.outputs for part in parts), first.g_idx
+        dims = {"qweight": 1, "qzeros": 1, "scales": 1, "bias": 0}
+    else:
+        joined = Linear(1, 1, bias=first.bias is not None).requires_grad_(False)
+        dims = {"weight": 0, "bias": 0}
+    for name, dim in dims.items():
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0] is not None:
+            whole = torch.cat([tensor.detach() for tensor in tensors], dim)
+            for tensor, view in zip(tensors, whole.split([tensor.shape[dim] for tensor in tensors], dim)):
+                tensor.data = view
+            getattr(joined, name).data = whole
+    for part in parts:
+        part.prepared = None                            # a 4-bit part's own; what it was made for is joined now
+    return joined.forward                               # not the module: it would be listed among its parts
+
+
+# ---- the head
+
+def head_logits(model: Qwen2, states: Tensor) -> Tensor:
+    """states [B, D] -> logits [B, V], through the int8 or the packed head while there is one."""
+    if model.int8_head is not None and len(states) < INT8_ROWS:
+        return model.int8_head(states)
+    if model.packed_head is not None:
+        return torch.ops.mkldnn._linear_pointwise(states, model.packed_head, None, "none", [], "")
+    return apply_head(states, model.head)
+
+
+def use_int8_head(model: Qwen2):
+    """From here on generate reads the head at 8 bits where that is faster: a few rows on a CPU. The folder, and
+    whatever else the model computes, stay as they are.  Raises InputError off a CPU, and where torch has no such
+    product: it is to leave torch for torchao one day."""
+    if model.head.device.type != "cpu":
+        raise InputError(f"an int8 head on {model.head.device}: it is for CPUs; leave out --int8-head")
+    if not hasattr(torch, "_make_per_channel_quantized_tensor") or torch.backends.quantized.engine == "none":
+        raise InputError(f"an int8 head with torch {torch.__version__}: has no int8 product; leave out --int8-head")
+    model.int8_head = partial(multiply_int8, pack_int8(model.head.detach()))
+
+
+def pack_int8(weight: Tensor):
+    """[V, D] -> the same as  scale_v x int8,  scale_v = max_d |w_vd| / 127,  packed for torch's int8 product."""
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = weight.abs().amax(1).double().clamp(min=1e-12) / 127                           # [V]
+    for at in range(0, len(weight), 8192):                      # in float32 all at once would be four heads
+        codes[at:at + 8192] = (weight[at:at + 8192].float() / scales[at:at + 8192, None].float()).round()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                         # it will leave torch: use_int8_head says so
+        grid = torch._make_per_channel_quantized_tensor(codes, scales, torch.zeros(len(weight), dtype=torch.long), 0)
+    return torch.ops.quantized.linear_prepack(grid, None)
+
+
+def multiply_int8(packed, x: Tensor) -> Tensor:
+    """[B, D] -> [B, V].  The operator takes inputs of 8 bits too, too few beside outliers of 50 times the rest. What
+    they leave over goes along as further rows, so that inputs have 16 bits and the weights are read once all the same.
+    """
+    wide = x.float()
+    scale = max(float(wide.abs().amax()), 1e-12) / 127
+    high = (wide / scale).round() * scale                                                   # [B, D]
+    rows = torch.cat([high, (wide - high) * 254])               # a rest is at most half a step: 254 of it fill the range
+    y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, scale, 128, packed)
+    return torch.add(y[:len(x)], y[len(x):], alpha=1 / 254).to(x.dtype)                     # [B, V]

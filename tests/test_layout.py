@@ -1,0 +1,196 @@
+"""Weights laid out for decoding give what plain ones give, and leave no trace."""
+import pytest
+import torch
+
+from minikd.files import InputError
+from minikd.gptq import quantize_model
+from minikd.generate import generate
+from minikd.layout import INT8_ROWS, head_logits, join, laid_out, use_int8_head
+from minikd.model import Linear, Qwen2
+from minikd.quant import W4Linear, to_w4, to_words
+from test_generate import PROMPTS, V, random_model
+
+# ---- packed weights, on a CPU ----
+
+@pytest.fixture
+def narrow() -> Qwen2:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    return random_model(dtype=torch.bfloat16, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+
+
+def packed_parts(model) -> int:
+    parts = [m.packed for m in model.modules() if isinstance(m, Linear)] + [model.packed_head]
+    parts += [half.joined for block in model.model.layers for half in (block.self_attn, block.mlp)]
+    return sum(part is not None for part in parts)
+
+
+@torch.no_grad()
+def test_packed_weights_give_the_logits_of_plain_ones(narrow):
+    ids = torch.randint(V, (3, 9), generator=torch.Generator().manual_seed(0))
+    states = narrow.hidden(ids)
+    plain = head_logits(narrow, states[:, -1]).float()
+    with laid_out(narrow, rows=3, steps=16):
+        assert packed_parts(narrow) == 4 * 2 + 1                                # qkv o gate-up down, and the head
+        quick = head_logits(narrow, narrow.hidden(ids)[:, -1]).float()
+        torch.testing.assert_close(head_logits(narrow, states[:, -1]).float(), plain, rtol=1e-2, atol=1e-2)
+    assert (quick - plain).norm() < 2e-2 * plain.norm()
+    exact = narrow.float()(ids)[:, -1]
+    assert (quick - exact).norm() < 1.5 * (plain - exact).norm() + 1e-3 * exact.norm()      # no coarser than plain
+
+
+def test_generation_with_packed_weights_takes_the_plain_models_likeliest_token(narrow):
+    answers = generate(narrow, PROMPTS, max_new_tokens=24)                      # long enough to be packed
+    assert len({token for answer in answers for token in answer}) > 10
+    for prompt, answer in zip(PROMPTS, answers):
+        with torch.no_grad():
+            logits = narrow(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1].float()     # [24, V]
+        taken = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert (taken >= logits.max(-1).values - 0.03 * logits.abs().max()).all()   # but for bfloat16's near ties
+
+
+@pytest.mark.parametrize("steps,dtype", [(15, torch.bfloat16), (64, torch.float32)])
+def test_short_answers_and_other_dtypes_are_not_laid_out(narrow, steps, dtype):
+    with laid_out(narrow.to(dtype), rows=1, steps=steps):
+        assert packed_parts(narrow) == 0
+
+
+def test_in_float32_a_large_model_is_packed_for_several_rows():
+    large = random_model(vocab_size=20_000)
+    with torch.inference_mode():
+        states = torch.randn(6, 56)
+        plain = large.hidden(torch.tensor(PROMPTS[2:3])), head_logits(large, states)
+        with laid_out(large, rows=6, steps=16):
+            assert packed_parts(large) == 9
+            for ours, theirs in zip((large.hidden(torch.tensor(PROMPTS[2:3])), head_logits(large, states)), plain):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        for rows, steps in (3, 16), (6, 15):
+            with laid_out(large, rows=rows, steps=steps):
+                assert packed_parts(large) == 0
+
+
+def test_packed_copies_are_gone_afterwards_even_after_an_error(narrow, monkeypatch):
+    seen, hidden = [], narrow.hidden
+
+    def failing(ids, *rest):
+        seen.append(packed_parts(narrow))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return hidden(ids, *rest)
+
+    monkeypatch.setattr(narrow, "hidden", failing)
+    with pytest.raises(KeyboardInterrupt):
+        generate(narrow, PROMPTS, max_new_tokens=24)
+    assert seen == [9, 9, 9] and packed_parts(narrow) == 0
+    monkeypatch.undo()
+    before = {key: value.clone() for key, value in narrow.state_dict().items()}
+    generate(narrow, PROMPTS, max_new_tokens=24)
+    assert packed_parts(narrow) == 0
+    assert narrow.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in narrow.state_dict().items())
+
+
+
+# ---- joined layers, as on a GPU ----
+
+@torch.no_grad()
+def test_joined_layers_give_the_outputs_of_all_and_hold_nothing_twice():
+    model, x = random_model(), torch.randn(3, 56)
+    attention = model.model.layers[0].self_attn
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = torch.cat([part(x) for part in parts], -1)
+    joined = join(parts)
+    torch.testing.assert_close(joined(x), expected)
+    parts[1].weight += 1                                                        # as an optimizer moves it, in place
+    torch.testing.assert_close(joined(x), torch.cat([part(x) for part in parts], -1))
+    parts[1].weight -= 1
+    assert len({part.weight.untyped_storage().data_ptr() for part in parts}) == 1
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key])
+
+
+def test_parts_of_a_joined_layer_are_trained_and_saved_as_before(tmp_path):
+    from minikd.checkpoint import load_model, save_model
+    model = random_model()
+    with torch.inference_mode():
+        mlp = model.model.layers[0].mlp
+        join([mlp.gate_proj, mlp.up_proj])
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert mlp.gate_proj.weight.grad.shape == (40, 56) and mlp.up_proj.weight.grad.abs().sum() > 0
+    save_model(model, tmp_path)
+    for key, value in load_model(tmp_path).state_dict().items():
+        assert torch.equal(value, model.state_dict()[key])
+
+
+def four_bits(dtype=torch.bfloat16) -> Qwen2:
+    model = random_model(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, dtype=dtype)
+    return to_w4(model, quantize_model(model, [], 0, method="rtn", group_size=32, store=to_words), 32, True)
+
+
+def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
+    model, ids = four_bits(), torch.tensor(PROMPTS[2:3])
+    with torch.inference_mode():
+        expected = model(ids).float()
+        with laid_out(model, rows=1, steps=16):
+            pass
+        attention = model.model.layers[0].self_attn
+        assert attention.joined is not None and model.packed_head is not None
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+        assert len({part.qweight.untyped_storage().data_ptr() for part in parts}) == 1
+        for part in parts:
+            part.qweight, part.prepared = part.qweight.clone(), None            # what follows does not read the parts
+        kept, first = attention.joined, model(ids).float()
+        assert (first - expected).norm() <= 2e-2 * expected.norm()
+        with laid_out(model, rows=1, steps=16):
+            assert attention.joined is kept
+    model.float()
+    assert packed_parts(model) == 0
+    with torch.inference_mode():
+        assert (model(ids) - expected).norm() <= 6e-2 * expected.norm()        # bfloat16 against float32
+
+
+def test_4_bit_layers_grouped_differently_are_not_joined():
+    model = four_bits()
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.g_idx = mlp.up_proj.g_idx.flip(0)
+    assert join([mlp.gate_proj, mlp.up_proj]) is None
+    assert isinstance(mlp.gate_proj, W4Linear) and len(generate(model, PROMPTS, 20)[0]) == 20
+
+
+# ---- the head in int8 ----
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_head_is_the_head_to_8_bits_even_beside_outliers(dtype):
+    model = random_model(dtype=dtype)
+    use_int8_head(model)
+    head = model.head.detach().double()
+    scale = head.abs().amax(1, keepdim=True) / 127
+    rounded = (head / scale).round() * scale                                    # what 8 bits hold of the weights
+    states = torch.randn(INT8_ROWS - 1, 56)
+    states[0, 3], states[1, 5] = 60.0, -300.0
+    states = states.to(dtype)
+    expected = states.double() @ rounded.T
+    for row in range(len(states)):                                              # alone, and with rows of other sizes
+        ours = head_logits(model, states[row:row + 1]).double()
+        assert ours.shape == (1, V) and (ours - expected[row]).norm() < (5e-4 if dtype == torch.float32 else 5e-3) * expected[row].norm()
+    ours = head_logits(model, states).double()
+    assert ((ours - expected).norm(dim=1) < 5e-3 * expected.norm(dim=1)).all()
+    assert not torch.equal(ours, head_logits(random_model(dtype=dtype), states).double())
+    assert head_logits(model, states[:1] * 0).eq(0).all()
+
+
+def test_many_rows_read_the_head_as_it_is():
+    model = random_model()
+    states = torch.randn(INT8_ROWS, 56)
+    expected = head_logits(model, states)
+    use_int8_head(model)
+    assert torch.equal(head_logits(model, states), expected)
+    model.to(torch.bfloat16)
+    assert model.int8_head is None
+
+
+def test_an_int8_head_is_for_cpus():
+    model = random_model().to("meta")
+    with pytest.raises(InputError, match="leave out --int8-head"):
+        use_int8_head(model)
