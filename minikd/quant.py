@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minikd.files import InputError
 from minikd.model import Linear, Qwen2
+from minikd.w4_cuda import available, fits, repack
 
 
 # ---- the grid
@@ -163,7 +164,7 @@ class W4Linear(nn.Module):
         self.register_buffer("scales", torch.zeros(inputs // size, outputs, dtype=torch.float16))
         self.register_buffer("g_idx", torch.arange(inputs, dtype=torch.int32) // size)
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
-        self.prepared = None                                    # (dtype, what the CPU operator takes), not saved
+        self.prepared = None                                    # (way, dtype), what that way takes; not saved
 
     def weight(self) -> Tensor:
         """Dequantised, float32 [O, I]: the oracle of every other way."""
@@ -184,21 +185,24 @@ class W4Linear(nn.Module):
         if way == "dequantise":                                 # any dtype, anywhere; gradients with respect to x
             return F.linear(x, self.weight().to(x.dtype), bias)
         rows = x.reshape(-1, self.inputs)                                                       # [N, I]
-        packed, scales_zeros = self.prepare(x.dtype)
+        if self.prepared is None or self.prepared[0] != (way, x.dtype):
+            self.prepared = (way, x.dtype), self.prepare(way, x.dtype)
+            give_memory_back()
+        if way == "kernel":
+            y = torch.ops.minikd.w4_matmul(rows, *self.prepared[1], bias, self.outputs, self.size)
+            return y.view(*x.shape[:-1], -1)
+        packed, scales_zeros = self.prepared[1]
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.size, scales_zeros).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 
-    def prepare(self, dtype: torch.dtype):
-        """For torch's CPU operator: w = (code - 8) scale + (8 - zero) scale. Its layout differs by CPU: not saved."""
-        if self.prepared is None or self.prepared[0] != dtype:
-            codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-            pair = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1)          # [I/g, O, 2]
-            self.prepared = dtype, (packed, pair.to(dtype).contiguous())
-            del codes
-            give_memory_back()
-        return self.prepared[1]
-
+    def prepare(self, way: str, dtype: torch.dtype) -> tuple:
+        """Codes and grid as a way takes them, made once. int4's layout differs from CPU to CPU: it is not for saving."""
+        codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
+        if way == "kernel":
+            return repack(codes, scales, zeros)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        pair = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1)              # [I/g, O, 2]
+        return packed, pair.to(dtype).contiguous()              # w = (code - 8) scale + (8 - zero) scale
 
     def _apply(self, fn, recurse=True):
         """model.to(bfloat16) must not round the scales: they stay in float16, as stored."""
@@ -264,13 +268,13 @@ MANY_ROWS = 768                         # from here on dequantising and multiply
 
 
 def choose(layer: W4Linear, x: Tensor) -> str:
-    """How `layer` multiplies x [..., I]: "int4" by torch's CPU operator, or "dequantise" and multiply.
-
-    The CUDA kernel will be a third way here; until it is there, CUDA tensors are dequantised.
-    """
+    """How `layer` multiplies x [..., I]: "kernel", our own on a GPU (w4_matmul.cu, which has a plan by rows of its own);
+    "int4", torch's operator on a CPU; or "dequantise" and multiply: anywhere, and where a gradient is wanted."""
+    if x.dtype != torch.bfloat16 or not layer.in_order or torch.is_grad_enabled() and x.requires_grad:
+        return "dequantise"
+    if x.is_cuda and fits(layer.outputs, layer.inputs, layer.size) and available(x.device.index):
+        return "kernel"
     rows = x.numel() // layer.inputs
-    fits = layer.outputs % 16 == 0 and layer.size in (32, 64, 128, 256) and layer.in_order
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and fits and rows < MANY_ROWS and not (
-            torch.is_grad_enabled() and x.requires_grad):
+    if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.size in (32, 64, 128, 256) and rows < MANY_ROWS:
         return "int4"
     return "dequantise"

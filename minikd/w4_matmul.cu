@@ -1,0 +1,302 @@
+// W4A16 on CUDA: y = x W^T + b with W in 4-bit codes, x and y in bfloat16, sums in float32. No header is included, so that
+// NVRTC compiles this file on a machine that has only torch's own CUDA libraries. From naive to fast:
+//
+//   w4_naive        one thread an output, one code at a time: what the others must give
+//   w4_matvec_*     1 to 4 rows: every lane takes 16 bytes of codes at once and multiplies them out by hand
+//   w4_mma_*        up to 64 rows: the same 16 bytes are operands of tensor-core products as they come
+//   w4_dequantise   more rows: W in bfloat16, once, for cuBLAS
+//
+// The layout, made at load by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with codes that
+// are their zero; a tile is 1,024 bytes in a row, read by one warp in two loads of 16 bytes a lane, without gaps:
+//
+//   tile (n/16, k/128) = [half: output n%16 / 8][lane 0..31][word 0..3],   lane = 4 (n % 8) + t
+//   word j of lane (g, t) holds 8 consecutive inputs  k = 32 j + 8 t + 0..7  of output  8 half + g:
+//
+//     bits   31..28  27..24  23..20  19..16  15..12  11..8   7..4    3..0
+//     input    7       5       3       1       6       4       2       0
+//
+//   so that (word >> 4i) & 0x000f000f is the pair of inputs (2i, 2i + 1), one in each half of a register.
+//
+// scales [groups, N'] float16 and, unless all zeros are 8, zeros [groups, N'] uint8, N' = N padded to 16; a group is 32, 64
+// or a multiple of 128 consecutive inputs. K is a multiple of 8.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+struct alignas(16) Words { u32 w[4]; };                 // 32 codes, or 8 bfloat16 values
+
+#ifndef W4_ON_CPU                                       // tests/cuda_on_cpu.h gives plain C++ for these few lines
+
+__device__ __forceinline__ Words load_once(const Words* p) {    // weights pass by the L1: nobody reads them twice
+    Words v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ Words load(const Words* p) {         // x stays in the L1: every warp of the block reads it
+    Words v;
+    asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ u32 minus_pair(u32 a, u32 b) {       // a - b, two bfloat16 at once; there is an fma, no sub
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+    return d;
+}
+__device__ __forceinline__ float half_to_float(u16 h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+__device__ __forceinline__ u16 to_bf16(float f) {
+    u16 h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+}
+// c [16, 8] += a [16, 16] b [16, 8].  Lane (g, t) holds a[g, 2t..], a[g+8, 2t..], a[g, 2t+8..], a[g+8, 2t+8..];
+// b[2t.., g], b[2t+8.., g];  c[g, 2t], c[g, 2t+1], c[g+8, 2t], c[g+8, 2t+1].
+__device__ __forceinline__ void mma(float* c, const u32* a, const u32* b) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#endif
+
+__device__ __forceinline__ float bf16(u32 bits) { return __uint_as_float(bits << 16); }
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// code - zero of inputs (2i, 2i + 1), exactly.  bfloat16 has 7 bits after the leading one, so that 0x4300 | code is
+// 128 + code: no conversion, one logical instruction for two codes; `zero` holds 128 + zero twice.
+__device__ __forceinline__ u32 decode_pair(u32 word, int i, u32 zero) {
+    return minus_pair(((word >> 4 * i) & 0x000f000fu) | 0x43004300u, zero);
+}
+
+struct Grid { float scale; u32 zero; };
+
+__device__ __forceinline__ Grid grid_of(const u16* scales, const u8* zeros, int at) {
+    u32 zero = zeros ? zeros[at] : 8;
+    return Grid{half_to_float(scales[at]), 0x43004300u | zero | zero << 16};
+}
+
+#define ARGUMENTS const Words* words, const u16* scales, const u8* zeros, const u16* x, const u16* bias, u16* y, \
+                  int M, int N, int K, int group
+#define PASS words, scales, zeros, x, bias, y, M, N, K, group
+
+__device__ __forceinline__ int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// ---- naive: grid (N / 128, M), one output a thread
+
+extern "C" __global__ void w4_naive(ARGUMENTS) {
+    int n = blockIdx.x * blockDim.x + threadIdx.x, m = blockIdx.y, blocks = round_up(K, 128) / 128;
+    if (n >= N) return;
+    float sum = 0;
+    for (int k = 0; k < K; k++) {
+        const Words* tile = words + ((long long)(n / 16) * blocks + k / 128) * 64;
+        u32 word = tile[n % 16 / 8 * 32 + n % 8 * 4 + k % 32 / 8].w[k % 128 / 32];
+        int code = word >> (k % 8 / 2 * 4 + k % 2 * 16) & 15, at = k / group * round_up(N, 16) + n;
+        sum += half_to_float(scales[at]) * (code - (zeros ? zeros[at] : 8)) * bf16(x[(long long)m * K + k]);
+    }
+    y[(long long)m * N + n] = to_bf16(sum + (bias ? bf16(bias[n]) : 0));
+}
+
+// ---- what the two fast ones share
+
+const int WARPS = 8;                                    // a block's warps take turns along K, and add up at the end
+
+// 8 inputs of row m from input k on; zeros past the last row or input.
+__device__ __forceinline__ Words inputs(const u16* x, int m, int k, int M, int K) {
+    if (m < M && k < K) return load((const Words*)(x + (long long)m * K + k));
+    return Words{{0, 0, 0, 0}};
+}
+
+// Sums of all warps [rows, columns], one warp after the other so that the result never depends on who came first;
+// then y, transposed: neighbouring threads write neighbouring outputs.
+template <int ROWS, int COLUMNS>
+__device__ __forceinline__ void write_out(float (*sum)[COLUMNS + 1], int first, const u16* bias, u16* y, int M, int N) {
+    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += 32 * WARPS) {
+        int n = first + i % ROWS, m = i / ROWS;
+        if (n < N && m < M)
+            y[(long long)m * N + n] = to_bf16(sum[i % ROWS][m] + (bias ? bf16(bias[n]) : 0));
+    }
+}
+
+// ---- matrix-vector: grid (N / 16), a warp takes every 8th tile of 16 outputs x 128 inputs
+
+template <int ROWS>
+__device__ __forceinline__ void matvec(ARGUMENTS) {
+    __shared__ float sum[16][ROWS + 1];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    int blocks = round_up(K, 128) / 128, stride = round_up(N, 16), each = group < 128 ? group / 32 : 4;
+    const Words* tile = words + (long long)blockIdx.x * blocks * 64 + lane;
+    float total[2][ROWS] = {};                          // outputs g and g + 8 of the tile
+    Words next[2];
+    if (warp < blocks) next[0] = load_once(tile + warp * 64), next[1] = load_once(tile + warp * 64 + 32);
+    for (int b = warp; b < blocks; b += WARPS) {
+        Words now[2] = {next[0], next[1]};
+        if (b + WARPS < blocks) {                       // the next tile is on its way while this one is multiplied
+            next[0] = load_once(tile + (b + WARPS) * 64);
+            next[1] = load_once(tile + (b + WARPS) * 64 + 32);
+        }
+        float part[2][ROWS] = {};                       // of one group
+        Grid grid[2];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int k = b * 128 + j * 32;
+            if (j % each == 0 && k < K)
+                for (int h = 0; h < 2; h++)
+                    grid[h] = grid_of(scales, zeros, k / group * stride + blockIdx.x * 16 + h * 8 + g);
+            Words in[ROWS];
+#pragma unroll
+            for (int m = 0; m < ROWS; m++) in[m] = inputs(x, m, k + 8 * t, M, K);
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    u32 pair = decode_pair(now[h].w[j], i, grid[h].zero);
+#pragma unroll
+                    for (int m = 0; m < ROWS; m++) {
+                        part[h][m] += low(pair) * low(in[m].w[i]);
+                        part[h][m] += high(pair) * high(in[m].w[i]);
+                    }
+                }
+            if ((j + 1) % each == 0) {                  // the scale once a group, not once a weight
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+#pragma unroll
+                    for (int m = 0; m < ROWS; m++) total[h][m] += grid[h].scale * part[h][m], part[h][m] = 0;
+            }
+        }
+    }
+    for (int turn = 0; turn < WARPS; turn++) {
+        if (turn == warp)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int m = 0; m < ROWS; m++) {
+                    float v = total[h][m];
+                    v += __shfl_xor_sync(~0u, v, 1);    // the four lanes of an output
+                    v += __shfl_xor_sync(~0u, v, 2);
+                    if (t == 0) sum[h * 8 + g][m] = v + (turn ? sum[h * 8 + g][m] : 0);
+                }
+        __syncthreads();
+    }
+    write_out<16, ROWS>(sum, blockIdx.x * 16, bias, y, M, N);
+}
+
+extern "C" __global__ void __launch_bounds__(256) w4_matvec_1(ARGUMENTS) { matvec<1>(PASS); }
+extern "C" __global__ void __launch_bounds__(256) w4_matvec_2(ARGUMENTS) { matvec<2>(PASS); }
+extern "C" __global__ void __launch_bounds__(256) w4_matvec_4(ARGUMENTS) { matvec<4>(PASS); }
+
+// ---- tensor cores: grid (N / (16 TILES)); a warp multiplies TILES x 16 outputs by 8 COLUMNS rows of x
+//
+// A product sums over 16 inputs in any order, if both operands keep it. So a lane's own 8 inputs, 32 j + 8 t + 0..7, serve
+// as they lie: 0..3 for the first product of word j, 4..7 for the second. No shuffle, no shared memory.
+
+template <int COLUMNS, int TILES>
+__device__ __forceinline__ void tensor(ARGUMENTS) {
+    __shared__ float sum[16 * TILES][8 * COLUMNS + 1];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    int blocks = round_up(K, 128) / 128, stride = round_up(N, 16), each = group < 128 ? group / 32 : 4;
+    const Words* tile = words + (long long)blockIdx.x * TILES * blocks * 64 + lane;
+    int tiles = min(TILES, stride / 16 - (int)blockIdx.x * TILES);      // the last block may have fewer
+    float total[TILES][COLUMNS][4] = {};
+    Words next[TILES][2] = {};
+    for (int r = 0; r < TILES; r++)
+        if (r < tiles && warp < blocks)
+            for (int h = 0; h < 2; h++) next[r][h] = load_once(tile + (r * blocks + warp) * 64 + h * 32);
+    for (int b = warp; b < blocks; b += WARPS) {
+        Words now[TILES][2];
+#pragma unroll
+        for (int r = 0; r < TILES; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                now[r][h] = next[r][h];
+                if (r < tiles && b + WARPS < blocks) next[r][h] = load_once(tile + (r * blocks + b + WARPS) * 64 + h * 32);
+            }
+        float part[TILES][COLUMNS][4] = {};
+        Grid grid[TILES][2] = {};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int k = b * 128 + j * 32;
+            if (j % each == 0 && k < K)
+#pragma unroll
+                for (int r = 0; r < TILES; r++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++)
+                        if (r < tiles)
+                            grid[r][h] = grid_of(scales, zeros,
+                                                 k / group * stride + (blockIdx.x * TILES + r) * 16 + h * 8 + g);
+            Words in[COLUMNS];
+#pragma unroll
+            for (int c = 0; c < COLUMNS; c++) in[c] = inputs(x, 8 * c + g, k + 8 * t, M, K);
+#pragma unroll
+            for (int r = 0; r < TILES; r++)
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) {
+                    u32 a[4] = {decode_pair(now[r][0].w[j], i, grid[r][0].zero),
+                                decode_pair(now[r][1].w[j], i, grid[r][1].zero),
+                                decode_pair(now[r][0].w[j], i + 1, grid[r][0].zero),
+                                decode_pair(now[r][1].w[j], i + 1, grid[r][1].zero)};
+#pragma unroll
+                    for (int c = 0; c < COLUMNS; c++) mma(part[r][c], a, in[c].w + i);
+                }
+            if ((j + 1) % each == 0) {                  // codes are exact in bfloat16; the scale comes in in float32
+#pragma unroll
+                for (int r = 0; r < TILES; r++)
+#pragma unroll
+                    for (int c = 0; c < COLUMNS; c++)
+#pragma unroll
+                        for (int q = 0; q < 4; q++)
+                            total[r][c][q] += grid[r][q / 2].scale * part[r][c][q], part[r][c][q] = 0;
+            }
+        }
+    }
+    for (int turn = 0; turn < WARPS; turn++) {
+        if (turn == warp)
+#pragma unroll
+            for (int r = 0; r < TILES; r++)
+#pragma unroll
+                for (int c = 0; c < COLUMNS; c++)
+#pragma unroll
+                    for (int q = 0; q < 4; q++) {
+                        float* place = &sum[r * 16 + q / 2 * 8 + g][8 * c + 2 * t + q % 2];
+                        *place = total[r][c][q] + (turn ? *place : 0);
+                    }
+        __syncthreads();
+    }
+    write_out<16 * TILES, 8 * COLUMNS>(sum, blockIdx.x * 16 * TILES, bias, y, M, N);
+}
+
+extern "C" __global__ void __launch_bounds__(256) w4_mma_8(ARGUMENTS) { tensor<1, 1>(PASS); }
+extern "C" __global__ void __launch_bounds__(256) w4_mma_16(ARGUMENTS) { tensor<2, 1>(PASS); }
+extern "C" __global__ void __launch_bounds__(256) w4_mma_32(ARGUMENTS) { tensor<4, 1>(PASS); }
+extern "C" __global__ void __launch_bounds__(256) w4_mma_64(ARGUMENTS) { tensor<8, 1>(PASS); }
+extern "C" __global__ void __launch_bounds__(256) w4_mma_32_wide(ARGUMENTS) { tensor<4, 2>(PASS); }
+extern "C" __global__ void __launch_bounds__(256) w4_mma_64_wide(ARGUMENTS) { tensor<8, 2>(PASS); }
+
+// ---- dequantise: grid (N / 16, K / 1024), a warp a tile; y is W [N, K], padding left out
+
+extern "C" __global__ void __launch_bounds__(256) w4_dequantise(ARGUMENTS) {
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, blocks = round_up(K, 128) / 128;
+    int b = blockIdx.y * WARPS + threadIdx.x / 32;
+    if (b >= blocks) return;
+    for (int h = 0; h < 2; h++) {
+        int n = blockIdx.x * 16 + h * 8 + g;
+        Words codes = load_once(words + ((long long)blockIdx.x * blocks + b) * 64 + h * 32 + lane);
+        for (int j = 0; j < 4; j++) {
+            int k = b * 128 + j * 32 + 8 * t;
+            if (n >= N || k >= K) continue;
+            Grid grid = grid_of(scales, zeros, k / group * round_up(N, 16) + n);
+            Words out;
+            for (int i = 0; i < 4; i++) {
+                u32 pair = decode_pair(codes.w[j], i, grid.zero);
+                out.w[i] = to_bf16(grid.scale * low(pair)) | (u32)to_bf16(grid.scale * high(pair)) << 16;
+            }
+            *(Words*)(y + (long long)n * K + k) = out;
+        }
+    }
+}

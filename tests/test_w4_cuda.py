@@ -1,0 +1,232 @@
+"""w4_matmul.cu, number by number on a CPU (cuda_on_cpu.h), its layout bit by bit, its build, and the way it falls back."""
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from minikd import quant, w4_cuda
+from minikd.quant import W4Linear, choose, decode_groups, round_to_nearest
+from minikd.w4_cuda import KERNELS, Unavailable, build, fits, plan, repack
+
+HERE = Path(__file__).parent
+
+
+def layer(N: int, K: int, group: int, sym: bool, seed=0):
+    """Random codes in the full range, scales and zeros; and the weight they stand for, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (N, K), generator=generator).to(torch.uint8)
+    scales = (torch.rand(N, K // group, generator=generator) + 0.5).half().float() * 0.02
+    scales = scales.half().float()
+    zeros = torch.full_like(scales, 8) if sym else torch.randint(0, 16, scales.shape, generator=generator).float()
+    return codes, scales, zeros, decode_groups(codes, scales, zeros).double()
+
+
+def test_the_layout_is_the_one_that_is_drawn():
+    codes, scales, zeros, _ = layer(40, 192, 64, sym=False)
+    words, packed_scales, packed_zeros = repack(codes, scales, zeros)
+    assert words.shape == (3, 2, 2, 32, 4) and words.dtype == torch.int32
+    order = {0: 0, 4: 1, 8: 2, 12: 3, 16: 0, 20: 1, 24: 2, 28: 3}               # bits -> pair, from the drawing
+    for tile in range(3):
+        for block in range(2):
+            for half in range(2):
+                for lane in range(32):
+                    for j in range(4):
+                        word = int(words[tile, block, half, lane, j]) & 0xffffffff
+                        for shift, pair in order.items():
+                            n = tile * 16 + half * 8 + lane // 4
+                            k = block * 128 + 32 * j + 8 * (lane % 4) + 2 * pair + shift // 16
+                            code = word >> shift & 15
+                            assert code == (int(codes[n, k]) if n < 40 and k < 192 else 8)
+    assert torch.equal(packed_scales[:, :40].float(), scales.T) and (packed_scales[:, 40:] == 0).all()
+    assert torch.equal(packed_zeros[:, :40].float(), zeros.T) and packed_zeros.shape == (3, 48)
+    assert repack(codes, scales, torch.full_like(zeros, 8))[2] is None
+
+
+# ---- the kernels themselves, on the CPU
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> ctypes.CDLL:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library = tmp_path_factory.mktemp("kernels") / "w4.so"
+    subprocess.run([compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f'-DW4_SOURCE="{w4_cuda.SOURCE}"', "-x", "c++",
+                    HERE / "cuda_on_cpu.h", "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def run(kernels, name, grid, threads, words, scales, zeros, x, bias, y, M, N, K, group):
+    """As w4_cuda.launch, on the CPU."""
+    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in (words, scales, zeros, x, bias, y)]
+    kernels.launch(ctypes.cast(getattr(kernels, name), ctypes.c_void_p), *grid, threads, *pointers, M, N, K, group)
+
+
+def check(kernels, name, grid, M, N, K, group, sym=True, biased=True, threads=256):
+    codes, scales, zeros, weight = layer(N, K, group, sym, seed=M)
+    generator = torch.Generator().manual_seed(M + N)
+    x = torch.randn(M, K, generator=generator).bfloat16()
+    bias = torch.randn(N, generator=generator).bfloat16() if biased else None
+    y = torch.full((M + 1, N), torch.nan).bfloat16()                            # poisoned, and a row that must stay so
+    run(kernels, name, grid, threads, *repack(codes, scales, zeros), x, bias, y, M, N, K, group)
+    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
+    assert y[M].isnan().all()
+    error = (y[:M].double() - expected).norm() / expected.norm()
+    assert error < 3e-3, (name, M, N, K, group, error)                          # bfloat16's rounding of y alone
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 8, 9, 16, 33, 64])
+def test_every_batch_size_gives_the_product(kernels, M):
+    check(kernels, *plan(M, 128)[:2], M, 128, 256, 128)
+
+
+@pytest.mark.parametrize("N, K, group", [(8, 8 * 8, 64), (24, 1152, 32), (40, 192, 64), (128, 896, 128), (64, 512, 512),
+                                         (16, 2048, 256)])
+@pytest.mark.parametrize("sym", [True, False])
+def test_every_shape_gives_the_product(kernels, N, K, group, sym):
+    for name, rows in ("w4_naive", 3), ("w4_matvec_1", 1), ("w4_matvec_2", 2), ("w4_matvec_4", 3), ("w4_mma_8", 5):
+        grid = (-(-N // 128), rows) if name == "w4_naive" else (-(-N // 16), 1)
+        check(kernels, name, grid, rows, N, K, group, sym, biased=sym, threads=128 if name == "w4_naive" else 256)
+
+
+@pytest.mark.parametrize("name, M", [("w4_mma_32_wide", 20), ("w4_mma_64_wide", 50)])
+@pytest.mark.parametrize("N", [80, 64])                                         # an odd number of tiles, and an even one
+def test_two_tiles_a_warp_give_the_product(kernels, name, M, N):
+    check(kernels, name, (-(-N // 32), 1), M, N, 256, 64, sym=False)
+
+
+@pytest.mark.parametrize("N, K, group, sym", [(40, 1216, 64, False), (16, 896, 128, True)])
+def test_the_dequantised_weight_is_the_weight(kernels, N, K, group, sym):
+    codes, scales, zeros, weight = layer(N, K, group, sym)
+    y = torch.full((N + 1, K), torch.nan).bfloat16()
+    words, *grid = repack(codes, scales, zeros)
+    run(kernels, "w4_dequantise", (words.shape[0], -(-words.shape[1] // 8)), 256, words, *grid, None, None, y, 0, N, K, group)
+    assert torch.equal(y[:N], weight.bfloat16()) and y[N].isnan().all()
+
+
+def test_the_check_would_see_a_wrong_nibble(kernels):
+    codes, scales, zeros, weight = layer(16, 128, 128, True)
+    words, *grid = repack(codes, scales, zeros)
+    words[0, 0, 1, 17, 2] ^= 8 << 20
+    y, x = torch.zeros(1, 16).bfloat16(), torch.ones(1, 128).bfloat16()
+    run(kernels, "w4_matvec_1", (1, 1), 256, words, *grid, x, None, y, 1, 16, 128, 128)
+    off = (y.double() - x.double() @ weight.T).abs()[0]
+    assert off[8 + 17 // 4] > 4 * scales[12] and off.sort().values[-2] < 0.1 * off.max()
+
+
+# ---- the operator
+
+@pytest.fixture
+def on_cpu(kernels, monkeypatch) -> list:
+    """The operator runs on the CPU; -> the names of the kernels that it launched."""
+    launched = []
+
+    def launch(name, *rest):
+        launched.append(name)
+        run(kernels, name, *rest)
+
+    monkeypatch.setattr(w4_cuda, "launch", launch)
+    return launched
+
+
+@pytest.mark.parametrize("M, expected", [(0, []), (1, ["w4_matvec_1"]), (7, ["w4_mma_8"]), (65, ["w4_dequantise"])])
+def test_the_operator_takes_the_planned_kernel_and_any_x(on_cpu, M, expected):
+    codes, scales, zeros, weight = layer(48, 256, 64, sym=False)
+    bias = torch.randn(48).bfloat16()
+    wide = torch.randn(M + 1, 300).bfloat16()
+    for x in wide[:M, 3:259], wide.flatten()[1:1 + M * 256].view(M, 256):       # rows apart; an odd address
+        on_cpu.clear()
+        y = w4_cuda.multiply(x, *repack(codes, scales, zeros), bias, 48, 64)
+        assert on_cpu == expected and y.shape == (M, 48)
+        torch.testing.assert_close(y.double(), x.double() @ weight.T + bias.double(), rtol=2e-2, atol=2e-2)
+
+
+def test_a_4_bit_layer_multiplies_by_the_kernel(on_cpu, monkeypatch):
+    w4_cuda.w4_matmul.register_kernel("cpu")(w4_cuda.multiply)
+    codes, scales, zeros = round_to_nearest(torch.randn(40, 128), group_size=64, sym=False)
+    made = W4Linear(128, 40, 64, True, version=2)
+    made.load_state_dict(quant.to_words(codes, scales, zeros, 2) | {"bias": torch.randn(40)})
+    x = torch.randn(2, 3, 128).bfloat16()
+    y = made.multiply(x, "kernel")
+    assert on_cpu == ["w4_mma_8"] and y.shape == (2, 3, 40)
+    torch.testing.assert_close(y, made.multiply(x, "dequantise"), rtol=2e-2, atol=2e-2)
+    made.multiply(x, "kernel")
+    assert made.prepared[0] == ("kernel", torch.bfloat16)
+    torch.library.opcheck(torch.ops.minikd.w4_matmul.default,
+                          (x[0], *made.prepared[1], made.bias.bfloat16(), 40, 64), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_on_a_gpu_the_kernel_is_chosen_where_it_can_be(monkeypatch):
+    class OnGPU:                                                                # what choose asks of x
+        def __init__(self, dtype=torch.bfloat16, requires_grad=False):
+            self.dtype, self.requires_grad, self.is_cuda, self.device = dtype, requires_grad, True, torch.device("cuda:0")
+
+        def numel(self):
+            return 256
+
+    monkeypatch.setattr(quant, "available", lambda index: True)
+    made = W4Linear(128, 40, 64, True)
+    assert choose(made, OnGPU()) == "kernel"
+    assert choose(made, OnGPU(torch.float32)) == choose(made, OnGPU(requires_grad=True)) == "dequantise"
+    assert choose(W4Linear(128, 40, 16, True), OnGPU()) == "dequantise"
+    made.g_idx, _ = made.g_idx.flip(0), made.__dict__.pop("in_order", None)
+    assert choose(made, OnGPU()) == "dequantise"
+    monkeypatch.setattr(quant, "available", lambda index: False)
+    assert choose(W4Linear(128, 40, 64, True), OnGPU()) == "dequantise"
+
+
+# ---- choosing, building, falling back
+
+def test_a_plan_covers_all_outputs_and_rows():
+    for M in range(1, w4_cuda.MMA_ROWS + 1):
+        for N in 8, 128, 896, 9728, 22_016:
+            name, (x, y), threads = plan(M, N)
+            assert name in KERNELS and y == 1 and threads == 256
+            wide = 2 if name.endswith("wide") else 1
+            assert (x - 1) * 16 * wide < N <= x * 16 * wide
+            assert M <= int(name.split("_")[2])
+    assert fits(128, 896, 128) and fits(16, 64, 64) and fits(8, 4864, 4864) and not fits(8, 64, 16) and not fits(8, 96, 96)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_nvcc_builds_it_without_a_header_and_the_second_time_it_is_there(arch, tmp_path, monkeypatch):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
+    monkeypatch.setattr(w4_cuda, "find_nvrtc", lambda: (_ for _ in ()).throw(Unavailable("none here")))
+    path = build(arch)
+    assert path.parent == tmp_path and path.read_bytes()[:4] == b"\x7fELF"
+    assert all(name.encode() in path.read_bytes() for name in KERNELS)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert build(arch) == path
+
+
+def test_without_a_compiler_one_line_says_why_and_layers_are_dequantised(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    w4_cuda.functions.cache_clear(), w4_cuda.available.cache_clear()
+    assert not w4_cuda.available(0) and not w4_cuda.available(0)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "libnvrtc" in said and "nvcc is not on the PATH" in said and "dequantised" in said
+    assert list(tmp_path.iterdir()) == []
+    w4_cuda.functions.cache_clear(), w4_cuda.available.cache_clear()
+
+
+def test_a_source_that_does_not_compile_says_what_the_compiler_said(monkeypatch):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    with pytest.raises(Unavailable, match="nvcc: .*error"):
+        w4_cuda.nvcc(b"__global__ void f() { nonsense; }", "sm_90")
+
+
+def test_the_operator_has_a_shape_without_a_gpu():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        x = torch.empty(5, 896, device="cuda", dtype=torch.bfloat16)
+        words = torch.empty(8, 7, 2, 32, 4, device="cuda", dtype=torch.int32)
+        y = torch.ops.minikd.w4_matmul(x, words, torch.empty(7, 128, device="cuda", dtype=torch.float16), None, None, 128, 128)
+    assert y.shape == (5, 128) and y.dtype == torch.bfloat16 and y.device.type == "cuda"
