@@ -27,9 +27,9 @@ from minikd.model import Qwen2, cast_copy
 from minikd.plots import plot_rewards
 from minikd.rewards import combine, load_rewards, summary
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, check_positive, check_settings, flag_group, learning_rate,
-                             load_state, load_student, make_optimizer, make_parser, pick_device, pick_dtype, read_log,
-                             save_state, write_config)
+from minikd.training import (STATE, Log, Progress, check_positive, check_settings, compile_blocks, flag_group,
+                             learning_rate, load_state, load_student, make_optimizer, make_parser, pick_device,
+                             pick_dtype, read_log, save_state, write_config)
 
 REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8, lr=1e-6, rewards="format,steps,code",
             reward_weights=None, eval_examples=64, eval_every=50, out="runs/grpo", dtype="auto")
@@ -78,6 +78,7 @@ def parse_args():
     add("--weight-decay", type=float, default=0.0, help="of weight matrices (0)")
     add("--max-grad-norm", type=float, default=1.0, help="largest gradient norm (1)")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    add("--compile", action="store_true", help="torch.compile the blocks for training: for long runs on a GPU")
     add("--patience", type=int, default=50, help="stop after so many steps in which every reward was 0 (50)")
     add = flag_group(parser, "run")
     add("--eval-every", type=int, help="steps between evaluations on held-out problems (50)")
@@ -125,9 +126,12 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
           judge, out, rewards: dict, weights: dict, prompts, group_size, max_new_tokens, temperature=1.0, clip=0.2,
           clip_high=None, beta=0.04, scale="std", norm="sequence", ratio="token", inner_epochs=1, mask_truncated=False,
           drop_flat=False, steps, batch_size, lr, warmup=0, schedule="constant", weight_decay=0.0, max_grad_norm=1.0,
-          gradient_checkpointing=False, patience=50, eval_every, resume=False, seed=0, dtype=torch.float32) -> Qwen2:
+          gradient_checkpointing=False, compile=False, patience=50, eval_every, resume=False, seed=0,
+          dtype=torch.float32) -> Qwen2:
     """Trains `model` in place; returns it.  rows are prompts, row.index points into facts: what the rewards look at."""
     optimizer, done, copy, unpaid = make_optimizer(model.train(), lr, weight_decay), {"step": 0}, None, 0
+    if compile:
+        compile_blocks(model, *([reference] if reference else []))
     if resume and (out / STATE).exists():
         done, _ = load_state(out, model, optimizer)
     log, said = Log(out, upto=done["step"]), Log(out, upto=done["step"], name="completions.jsonl")
@@ -213,8 +217,8 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model:
                   temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
                   checkpointing: bool) -> torch.Tensor:
     """Forward and backward of one micro-batch of answers; returns sums over its tokens: KL, entropy, clipped, 1 [4]."""
-    device, (ids, mask) = model.head.device, vars(collate(batch, pad_id)).values()
-    ids, mask = ids.to(device), mask.to(device)                                 # [B, T]
+    device = model.head.device
+    ids, mask = collate(batch, pad_id).to(device)                               # [B, T]
     lengths = torch.tensor([len(row.response) for row in batch])
     old, ref = torch.cat(old).to(device), torch.cat(ref).to(device)             # [N]
     A, weight = (torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)  # [N] from one an answer
@@ -352,7 +356,7 @@ def main():
     reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None
     names = ("prompts", "group_size", "max_new_tokens", "temperature", "clip", "clip_high", "beta", "scale", "norm",
              "ratio", "inner_epochs", "mask_truncated", "drop_flat", "steps", "batch_size", "lr", "warmup", "schedule",
-             "weight_decay", "max_grad_norm", "gradient_checkpointing", "patience", "eval_every", "seed")
+             "weight_decay", "max_grad_norm", "gradient_checkpointing", "compile", "patience", "eval_every", "seed")
     settings = {name: getattr(args, name) for name in names}
     recorded = settings | {"model": args.model, "data": args.data, "task": args.task, "rewards": args.rewards,
                            "reward_weights": weights, "dtype": str(dtype), "limit": args.limit}

@@ -33,9 +33,9 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_files, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, check_positive, check_settings, flag_group, learning_rate,
-                             load_state, load_student, make_optimizer, make_parser, pick_device, pick_dtype, read_log,
-                             save_state, write_config)
+from minikd.training import (STATE, Log, Progress, check_positive, check_settings, compile_blocks, flag_group,
+                             learning_rate, load_state, load_student, make_optimizer, make_parser, pick_device,
+                             pick_dtype, read_log, save_state, write_config)
 
 REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
             validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
@@ -88,6 +88,7 @@ def parse_args():
     add("--weight-decay", type=float, help="of weight matrices (0.01)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (1)")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    add("--compile", action="store_true", help="torch.compile the blocks for training: for long runs on a GPU")
     add = flag_group(parser, "evaluation")
     add("--eval-every", type=int, help="steps between evaluations (each epoch; toy 50)")
     add("--eval-examples", type=int, help="validation examples answered for ROUGE-L each time (200; toy 100)")
@@ -149,13 +150,15 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
           loss, teacher: Teacher | CachedTeacher | None = None, kd_ratio=0.5, temperature=1.0, beta=0.5, alpha=0.1,
           lm_rows=(), lm_coef=1.0, on_policy=0.0, mix=0.2, rollouts=256, inner_epochs=4, ratio_clip=0.2, steps,
           batch_size, grad_accum=1, lr, warmup=0, schedule="cosine", weight_decay=0.01, clip=1.0,
-          gradient_checkpointing=False, eval_every, eval_examples, max_new_tokens, rouge, resume=False, seed=0,
-          dtype=torch.float32, title) -> Qwen2:
+          gradient_checkpointing=False, compile=False, eval_every, eval_examples, max_new_tokens, rouge, resume=False,
+          seed=0, dtype=torch.float32, title) -> Qwen2:
     """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens."""
     optimizer = make_optimizer(student.train(), lr, weight_decay)
     divergence = None if loss == "sft" else reverse_kl if loss == "minillm" else pick_divergence(
         loss, temperature=temperature, beta=beta, alpha=alpha)
     teacher, kd_ratio, on_policy = (None, 0.0, 0.0) if loss == "sft" else (teacher, kd_ratio, on_policy)
+    if compile:
+        compile_blocks(student, *([teacher.model] if isinstance(teacher, Teacher) else []))
     facts, held = {"step": 0, "best": -1.0}, {}
     if resume and (out / STATE).exists():
         facts, held = load_state(out, student, optimizer)
@@ -209,8 +212,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
 def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id: int, dtype: torch.dtype,
                   checkpointing: bool, teacher=None, divergence=None, kd_ratio=0.0, ratio_clip=0.2) -> torch.Tensor:
     """Forward and backward of one micro-batch, each token of it counted `weight`; returns the sums of CE and D [2]."""
-    device, (ids, mask) = student.head.device, vars(collate(batch, pad_id)).values()
-    ids, mask = ids.to(device), mask.to(device)                                 # [B, T]
+    device = student.head.device
+    ids, mask = collate(batch, pad_id).to(device)                               # [B, T]
     terms = dict(divergence=divergence if kd_ratio else None, kd_ratio=kd_ratio, weight=weight)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         hidden = student.hidden(ids, checkpointing=checkpointing)               # [B, T, D]
@@ -375,7 +378,7 @@ def main():
     settings |= {name: getattr(args, name) for name in (
         "kd_ratio", "temperature", "beta", "alpha", "lm_coef", "on_policy", "mix", "rollouts", "inner_epochs",
         "ratio_clip", "batch_size", "grad_accum", "warmup", "schedule", "weight_decay", "clip",
-        "gradient_checkpointing", "eval_examples", "max_new_tokens", "rouge", "seed", "resume")}
+        "gradient_checkpointing", "compile", "eval_examples", "max_new_tokens", "rouge", "seed", "resume")}
     recorded = {"student": args.student, "teacher": args.teacher, "data": report.files, "format": args.format,
                 "lm_data": text_files, "seq_kd": args.seq_kd, "cache_teacher": args.cache_teacher,
                 "dtype": str(dtype), "validation": args.validation, **lengths}

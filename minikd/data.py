@@ -412,6 +412,12 @@ class Batch:
     ids: Tensor                         # [B, T] int64, padded on the right: causal attention needs no padding mask
     mask: Tensor                        # [B, T] bool, True on a response's tokens, its own end included
 
+    def to(self, device) -> tuple[Tensor, Tensor]:
+        """ids and mask on a device. A GPU fetches them from pinned memory when it comes to them; nobody waits."""
+        if torch.device(device).type != "cuda":
+            return self.ids.to(device), self.mask.to(device)
+        return tuple(part.pin_memory().to(device, non_blocking=True) for part in (self.ids, self.mask))
+
 
 def collate(encoded: list[Encoded], pad_id: int) -> Batch:
     """Rows of prompt + response as one Batch, as wide as the longest. The mask never asks `id != pad`."""

@@ -40,8 +40,7 @@ def compare(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, tea
     device, sums, count = model.head.device, {}, 0
     for start in range(0, len(rows), batch_size):
         part = rows[start:start + batch_size]
-        batch = collate(part, pad_id)
-        ids, mask = batch.ids.to(device), batch.mask.to(device)
+        ids, mask = collate(part, pad_id).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             hidden, targets = scored_positions(model.hidden(ids), ids, mask)
             if teacher:

@@ -108,9 +108,9 @@ def token_log_probs(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: 
     order, found = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].response)), {}
     for start in range(0, len(rows), batch_size):
         at = order[start:start + batch_size]
-        batch, device = collate([rows[i] for i in at], pad_id), model.head.device
+        device = model.head.device
+        ids, mask = collate([rows[i] for i in at], pad_id).to(device)           # [B, T]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            ids, mask = batch.ids.to(device), batch.mask.to(device)
             states, targets = scored_positions(model.hidden(ids), ids, mask)    # [N, D], [N]
             ce = head_loss(states / temperature, model.head, targets, vocab=vocab)[1]       # logits / T, by linearity
         found |= dict(zip(at, (-ce).split([len(rows[i].response) for i in at])))

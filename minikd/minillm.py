@@ -88,8 +88,7 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
     frozen, device = {}, student.head.device
     for start in range(0, len(order), batch_size):
         at = order[start:start + batch_size]
-        batch = collate([own[i] for i in at], pad_id)
-        ids, mask = batch.ids.to(device), batch.mask.to(device)
+        ids, mask = collate([own[i] for i in at], pad_id).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             states, targets = scored_positions(student.hidden(ids), ids, mask)              # [N, D], [N]
             soft, _ = scored_positions(teacher.hidden(ids), ids, mask)                      # [N, D']

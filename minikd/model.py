@@ -264,6 +264,11 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def run_block(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A block without a cache. Body.compiled is this function through torch.compile: one graph that all blocks share."""
+    return block(x, cos, sin, 0, None)
+
+
 class TiedLookup(torch.autograd.Function):
     """The lookup in a tied table, in train mode: its gradient is added to table.grad where that lies.
 
@@ -299,6 +304,7 @@ class Body(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.compiled = None                                                    # set by training.compile_blocks
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
         if cache is None or cache.used == 0:                                    # a whole sequence, from its start
@@ -310,11 +316,14 @@ class Body(nn.Module):
         else:
             x = self.embed_tokens(ids)                                          # [B, T, D]
         rope = rope_tables(positions, self.config.rope_theta, self.config.head_dim, x.dtype)
+        run = self.compiled or run_block
         for i, block in enumerate(self.layers):
-            if checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *rope, i, None, use_reentrant=False, preserve_rng_state=False)
-            else:
+            if cache is not None:
                 x = block(x, *rope, i, cache)
+            elif checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run, block, x, *rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = run(block, x, *rope)
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.norm(x)

@@ -94,9 +94,9 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
         states = []
         for start in range(0, len(plan), batch_size):
             part = [unique[digest] for digest, _ in plan[start:start + batch_size]]
-            batch, device = collate(part, pad_id), teacher.head.device
+            device = teacher.head.device
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                states.append(teacher.states(part, batch.ids.to(device), batch.mask.to(device)).bfloat16().cpu())
+                states.append(teacher.states(part, *collate(part, pad_id).to(device)).bfloat16().cpu())
             if progress:
                 progress(len(part))
         with atomic_path(folder / name) as new:

@@ -204,6 +204,22 @@ def test_the_loss_options_reach_the_loss(settings, tmp_path):
     assert first(temperature=1.0) == first(temperature=1.0, beta=0.9, alpha=0.5)    # that forward_kl does not take
 
 
+def test_compile_changes_time_and_nothing_else(settings, monkeypatch):
+    """torch.compile's tracing, one graph for all blocks of a model, without its code generator (half a minute)."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    plain = kd.train(**settings(steps=2)).state_dict()
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend=backend, fullgraph=True, **options))
+    again = kd.train(**settings(steps=2, compile=True, gradient_checkpointing=True)).state_dict()
+    assert all(torch.equal(plain[key], value) for key, value in again.items())
+    assert 2 <= len(graphs) <= 6                                # student and teacher, with gradients and without
+
+
 def test_gradient_checkpointing_changes_memory_and_nothing_else(settings):
     plain = kd.train(**settings(steps=2)).state_dict()
     again = kd.train(**settings(steps=2, gradient_checkpointing=True)).state_dict()
