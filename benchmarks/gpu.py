@@ -1,0 +1,417 @@
+"""Everything that wants a GPU, in one run: builds the kernel, checks it, times it and all that stands on it.
+
+    python -m benchmarks.gpu                    # about 20 minutes on one H100 or H200; --only machine kernel ... for parts
+    python -m benchmarks.gpu --device cpu --tiny        # small shapes: whether the script itself runs
+
+Claims (one H200, random weights in Qwen2.5's shapes, peers in the same run):
+    kernel    relative error under 1e-2 on every shape and batch, into poisoned outputs
+    matmul    layers of 20 MB and more: 70% of the copy bandwidth at batch 1, 3 x bfloat16 cuBLAS, not slower than torch's
+              int4 at batches 1 to 16; buffers rotate beyond the L2
+    decoding  batch 1: 60 / 70 / 75% of the memory's limit at 0.5B / 1.5B / 3B in bfloat16, 5 x transformers; 4 bits 1.6 x
+              / 2.3 x ours in bfloat16 at 0.5B / 3B
+    sampling  64 rows x 512 tokens, 0.5B: 8 x transformers
+    kd        3B teacher, 0.5B student, 8 x 512, forward KL: 2 x transformers with full logits at half its memory, 45% of
+              the matrix units' rate; from the cached teacher's states 2 x the live one
+    gptq      128 x 2,048 tokens: 60 s (0.5B), 4 minutes (3B), within 1.3 x the bfloat16 model
+Every time is a median; spread is (90th - 10th percentile) / median. A section that fails says so and the next one runs.
+"""
+import argparse
+import gc
+import statistics
+import time
+import traceback
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.measure import machine, table
+from minikd import w4_cuda
+from minikd.data import Encoded
+from minikd.generate import generate
+from minikd.gptq import quantize_model
+from minikd.losses import forward_kl, head_loss, scored_positions
+from minikd.model import Qwen2, Qwen2Config
+from minikd.quant import decode_groups, round_to_nearest, to_w4, to_words
+from minikd.training import compile_blocks, make_optimizer
+
+COMMON = dict(num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)
+SHAPES = {"0.5B": Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, **COMMON),
+          "1.5B": Qwen2Config(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, **COMMON),
+          "3B": Qwen2Config(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, **COMMON)}
+LAYERS = [(1152, 896), (896, 896), (9728, 896), (896, 4864), (128, 896), (17920, 1536), (1536, 8960), (2560, 2048),
+          (22016, 2048), (2048, 11008), (37888, 3584), (3584, 18944)]         # outputs x inputs; the last of the 7B
+BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 64, 257]
+TEACHER, TOKENS = "3B", 512
+L2 = 64 << 20                                       # an H200's 60 MB; an H100's are 50
+
+
+def median(values) -> float:
+    return statistics.median(values)
+
+
+def spread(values) -> str:
+    ranked = sorted(values)
+    return f"{(ranked[int(0.9 * (len(ranked) - 1))] - ranked[int(0.1 * (len(ranked) - 1))]) / median(values):.0%}"
+
+
+def seconds_of(run, repeats: int, device: str, warm: int = 2) -> list[float]:
+    """Each call by itself, by device events where there are any."""
+    found = []
+    for i in range(warm + repeats):
+        if device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            found.append(begin.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+    return found[warm:]
+
+
+def rotating(calls: list, device: str, repeats: int = 30) -> list[float]:
+    """Seconds of one call, the calls taking turns so that none finds its weights in the L2; one graph replays all."""
+    for call in calls:
+        call()
+    if device != "cuda":
+        return [value / len(calls) for value in seconds_of(lambda: [call() for call in calls], 2, device, warm=0)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return [value / len(calls) for value in seconds_of(graph.replay, repeats, device)]
+
+
+def make(config: Qwen2Config, device: str, dtype=torch.bfloat16, seed=0) -> Qwen2:
+    with torch.device(device):
+        return Qwen2(config).to(dtype).init_weights(seed).eval()
+
+
+def four_bits(model: Qwen2) -> Qwen2:
+    return to_w4(model, quantize_model(model, [], 0, method="rtn", store=to_words), 128, True)
+
+
+def theirs(config: Qwen2Config, device: str, dtype=torch.bfloat16):
+    """The same shape in transformers; None where that is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    transformers.logging.set_verbosity_error()
+    raw = config.to_dict(dtype)
+    with torch.device(device):
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**raw)).to(dtype).eval()
+    model.generation_config.update(pad_token_id=0, eos_token_id=None, bos_token_id=None)
+    return model
+
+
+def fresh(device: str):
+    """Nothing of what was measured before is left in memory, and the peak counts from here."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gb(device: str) -> float:
+    return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else float("nan")
+
+
+# ---- sections; each takes the device, whether shapes are tiny, and `limits`, what the machine itself can do
+
+def measure_machine(device, tiny, limits):
+    if device == "cuda":
+        import subprocess
+        asked = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+                               capture_output=True, text=True).stdout.strip()
+        print(f"{asked}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    size, n = (1 << 24, 512) if tiny else (4 << 30, 8192)
+    source, target = torch.empty(size, dtype=torch.uint8, device=device).random_(), torch.empty(size, dtype=torch.uint8, device=device)
+    times = seconds_of(lambda: target.copy_(source), 10, device)
+    limits["bandwidth"] = 2 * size / median(times)
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    flops = seconds_of(lambda: a @ b, 10, device)
+    limits["flops"] = 2 * n**3 / median(flops)
+    print(f"copy {limits['bandwidth'] / 1e12:.2f} TB/s (read and written, spread {spread(times)}); bfloat16 product "
+          f"{limits['flops'] / 1e12:.0f} TFLOP/s (spread {spread(flops)})")
+
+
+def packed_layer(N: int, K: int, device: str, sym=True, group=128, seed=0):
+    """A layer rounded to nearest, as the kernel takes it; and the weight its codes stand for."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weight = torch.randn(N, K, device=device, generator=generator) * 0.02
+    parts = round_to_nearest(weight, group_size=group, sym=sym)
+    return w4_cuda.repack(*parts), decode_groups(*parts)
+
+
+def check_kernel(device, tiny, limits):
+    if device != "cuda":
+        return print("the kernel needs a GPU; tests/test_w4_cuda.py runs it on a CPU")
+    for compiler in w4_cuda.nvrtc, w4_cuda.nvcc:
+        start = time.perf_counter()
+        try:
+            size = len(compiler(w4_cuda.SOURCE.read_bytes(), "sm_%d%d" % torch.cuda.get_device_capability()))
+            print(f"{compiler.__name__}: {size:,} bytes in {time.perf_counter() - start:.1f} s")
+        except w4_cuda.Unavailable as reason:
+            print(f"{compiler.__name__}: {reason}")
+    worst, count = {}, 0
+    for N, K in LAYERS:
+        for sym, group in ((True, 128), (False, 128), (True, 64), (True, 32), (True, K)):
+            packed, weight = packed_layer(N, K, device, sym, group, seed=N + group)
+            exact = weight.double()
+            for M in BATCHES if group == 128 else (1, 5, 64):
+                x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
+                bias = torch.randn(N, device=device, dtype=torch.bfloat16)
+                expected = x.double() @ exact.T + bias.double()
+                names = [w4_cuda.plan(M, N)] if M <= 64 else []
+                names += [("w4_naive", (-(-N // 128), M), 128)] if M <= 4 else []
+                names += [(f"w4_mma_{n}", (-(-N // 16), 1), 256) for n in (8, 16, 32, 64) if n >= M]
+                names += [(f"w4_mma_{n}_wide", (-(-N // 32), 1), 256) for n in (32, 64) if n >= M]
+                found = {"operator": torch.ops.minikd.w4_matmul(x, *packed, bias, N, group)}
+                for name, grid, threads in names:
+                    found[name] = torch.full((M, N), torch.nan, device=device, dtype=torch.bfloat16)
+                    w4_cuda.launch(name, grid, threads, *packed, x, bias, found[name], M, N, K, group)
+                for name, y in found.items():
+                    error = float((y.double() - expected).norm() / expected.norm())
+                    count += 1
+                    if not error <= worst.get(name, (0.0,))[0]:
+                        worst[name] = error, f"{N} x {K}, g {group}, batch {M}"
+            del exact
+    table(["kernel", "worst relative error", "where", ""], [
+        [name, f"{error:.2e}", where, "" if error < 1e-2 else "TOO LARGE"] for name, (error, where) in worst.items()])
+    print(f"{count} products against float64")
+
+
+def time_matmul(device, tiny, limits):
+    shapes = [(256, 256)] if tiny else [(N, K) for N, K in LAYERS if N * K >= 1_000_000]
+    rows = []
+    for N, K in shapes:
+        copies = 1 if tiny else max(2, 3 * L2 // (N * K // 2) + 1)
+        packed = [packed_layer(N, K, device, seed=i)[0] for i in range(copies)]
+        dense = [torch.randn(N, K, device=device, dtype=torch.bfloat16) for _ in range(copies)]
+        peer = torch_int4(N, K, device, copies)
+        for M in [1, 4] if tiny else [1, 2, 3, 4, 8, 16, 32, 64, 128, 257]:
+            x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
+            calls = {"cuBLAS": [lambda w=w: F.linear(x, w) for w in dense]}
+            if peer:
+                calls["torch int4"] = [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w[0], 128, w[1]) for w in peer]
+            if device == "cuda":
+                calls["operator"] = [lambda p=p: torch.ops.minikd.w4_matmul(x, *p, None, N, 128) for p in packed]
+                y, tiles = torch.empty(M, N, device=device, dtype=torch.bfloat16), -(-N // 16)
+                for name, most, wide in (("w4_matvec_1", 1, 1), ("w4_matvec_2", 2, 1), ("w4_matvec_4", 4, 1),
+                                         ("w4_mma_8", 8, 1), ("w4_mma_16", 16, 1), ("w4_mma_32", 32, 1),
+                                         ("w4_mma_32_wide", 32, 2), ("w4_mma_64", 64, 1), ("w4_mma_64_wide", 64, 2)):
+                    if most / 4 < M <= most or name == "w4_mma_8" and M <= 8:
+                        calls[name] = [lambda p=p, name=name, wide=wide: w4_cuda.launch(
+                            name, (-(-tiles // wide), 1), 256, *p, x, None, y, M, N, K, 128) for p in packed]
+            times = {name: rotating(call, device) for name, call in calls.items()}
+            ours = median(times.get("operator", times["cuBLAS"]))
+            moved = packed[0][0].nbytes + packed[0][1].nbytes + 2 * M * (N + K)
+            rows.append([f"{N} x {K}, batch {M}", f"{ours * 1e6:.1f}", f"{moved / ours / limits['bandwidth']:.0%}",
+                         *(f"{median(times[name]) / ours:.2f}x" if name in times else "-" for name in ("cuBLAS", "torch int4")),
+                         ", ".join(f"{name.removeprefix('w4_')} {median(value) * 1e6:.1f}" for name, value in times.items()
+                                   if name.startswith("w4_")), spread(times.get("operator", times["cuBLAS"]))])
+        del packed, dense, peer
+        fresh(device)
+    table(["layer", "operator us", "of copy", "cuBLAS", "torch int4", "each kernel us", "spread"], rows)
+
+
+def torch_int4(N: int, K: int, device: str, copies: int):
+    """Weights for torch's own int4 product on a GPU; None where it does not take them."""
+    try:
+        made = []
+        for _ in range(copies):
+            codes = torch.randint(256, (N, K // 2), device=device, dtype=torch.uint8)
+            scales_zeros = torch.rand(K // 128, N, 2, device=device).bfloat16()
+            made.append((torch.ops.aten._convert_weight_to_int4pack(codes, 8), scales_zeros))
+        torch.ops.aten._weight_int4pack_mm(torch.zeros(1, K, device=device, dtype=torch.bfloat16), made[0][0], 128, made[0][1])
+        return made
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def time_decoding(device, tiny, limits):
+    names = list(SHAPES)[:1] if tiny else list(SHAPES)
+    new, rows, speeds = (20 if tiny else 256), [], {}
+    prompt = torch.randint(1000, (28,), generator=torch.Generator().manual_seed(0)).tolist()
+    for name in names:
+        for kind in "bf16", "w4", "transformers":
+            fresh(device)
+            model = theirs(SHAPES[name], device) if kind == "transformers" else make(SHAPES[name], device)
+            if model is None:
+                continue
+            if kind == "w4":
+                model = four_bits(model)
+                fresh(device)
+            run = (lambda n: transformers_answer(model, [prompt], n)) if kind == "transformers" else (
+                lambda n: generate(model, [prompt], n))
+            run(24)
+            # The prompt, the graph's recording and the first steps cost the same in both: the difference is a step's cost.
+            times = [(time_once(run, new, device) - time_once(run, new // 2, device)) / (new - new // 2) for _ in range(5)]
+            whole = new / time_once(run, new, device)
+            read = bytes_of_a_step(model) if kind != "transformers" else float("nan")
+            speeds[name, kind] = 1 / median(times)
+            rows.append([f"{name} {kind}", f"{speeds[name, kind]:,.0f}", f"{whole:,.0f}",
+                         f"{read * speeds[name, kind] / limits['bandwidth']:.0%}" if read == read else "-",
+                         *(f"{speeds[name, kind] / speeds[name, other]:.2f}x" if (name, other) in speeds else "-"
+                           for other in ("bf16",)), spread(times), f"{peak_gb(device):.2f}"])
+            del model, run
+    table(["batch 1", "tokens/s a step", "whole call", "of the copy's", "of bf16", "spread", "peak GB"], rows)
+
+
+def time_once(run, count: int, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run(count)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def transformers_answer(model, prompts: list, new: int, sample: bool = False):
+    ids = torch.tensor(prompts, device=model.device)
+    with torch.inference_mode():
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=sample, top_k=0,
+                              max_new_tokens=new, min_new_tokens=new)
+
+
+def bytes_of_a_step(model: Qwen2) -> int:
+    """Weights that one token reads: codes and scales, or the plain weights; the head; not the lookup."""
+    held = {key: value.nbytes for key, value in model.state_dict().items() if not key.endswith(("g_idx", "qzeros"))}
+    return sum(held.values())
+
+
+def time_sampling(device, tiny, limits):
+    config, rows, new = SHAPES["0.5B"], 4 if tiny else 64, 20 if tiny else 512
+    prompt, found = list(range(100, 164)), []
+    for kind in "minikd", "transformers":
+        fresh(device)
+        model = make(config, device) if kind == "minikd" else theirs(config, device)
+        if model is None:
+            continue
+        run = (lambda n: generate(model, [prompt], n, temperature=1.0, samples=rows, seed=0)) if kind == "minikd" else (
+            lambda n: transformers_answer(model, [prompt] * rows, n, sample=True))
+        run(20)
+        times = [time_once(run, new, device) for _ in range(1 if tiny else 3)]
+        found.append([kind, f"{rows * new / median(times):,.0f}", spread(times), f"{peak_gb(device):.2f}"])
+        del model, run
+    table([f"{rows} rows x {new}", "tokens/s", "spread", "peak GB"], found)
+
+
+def time_kd(device, tiny, limits):
+    batch, student_shape, teacher_shape = (2, SHAPES["0.5B"], SHAPES["0.5B"]) if tiny else (8, SHAPES["0.5B"], SHAPES[TEACHER])
+    length, prompt, steps = (32, 8, 2) if tiny else (TOKENS, 128, 10)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(student_shape.vocab_size, (batch, length), generator=generator).to(device)
+    mask = (torch.arange(length) >= prompt).expand(batch, -1).to(device)
+    scored, rows, first = int(mask.sum()), [], None
+    for kind in "minikd", "minikd --compile", "minikd cached", "transformers", "transformers compiled":
+        if tiny and "compile" in kind:              # longer than all the rest
+            continue
+        fresh(device)
+        ours, cast = kind.startswith("minikd"), torch.autocast(device, torch.bfloat16)
+        student = make(student_shape, device, torch.float32) if ours else theirs(student_shape, device, torch.float32)
+        teacher = make(teacher_shape, device, seed=1) if ours else theirs(teacher_shape, device)
+        if student is None:
+            continue
+        student.train()
+        optimizer = make_optimizer(student, 1e-5) if ours else torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
+        if kind == "minikd --compile":
+            compile_blocks(student, teacher)
+        if kind == "transformers compiled":
+            student.forward, teacher.forward = torch.compile(student.forward), torch.compile(teacher.forward)
+        head, kept = teacher.head.detach() if ours else None, None
+        if kind == "minikd cached":
+            with torch.inference_mode():
+                kept = scored_positions(teacher.hidden(ids), ids, mask)[0].cpu()
+            head = head.clone()
+            kept = kept.pin_memory() if device == "cuda" else kept
+            teacher = None
+            fresh(device)
+
+        def step():
+            with cast:
+                if ours:
+                    hidden, targets = scored_positions(student.hidden(ids), ids, mask)
+                    with torch.inference_mode():
+                        soft = kept.to(device, non_blocking=True) if kept is not None else scored_positions(
+                            teacher.hidden(ids), ids, mask)[0]
+                    loss = head_loss(hidden, student.head, targets, soft, head, forward_kl, 1.0, 1 / len(targets))[0]
+                else:
+                    with torch.no_grad():
+                        soft = teacher(input_ids=ids).logits[:, :-1]
+                    loss = (forward_kl(student(input_ids=ids).logits[:, :-1], soft) * mask[:, 1:]).sum() / scored
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss
+
+        loss = float(step().detach())
+        times = seconds_of(step, steps, device)
+        flops = model_flops(student_shape, batch * length, scored, 6) + (kind != "minikd cached") * model_flops(
+            teacher_shape, batch * length, scored, 2)
+        first = first or median(times)
+        rows.append([kind, f"{median(times) * 1e3:.1f}", f"{first / median(times):.2f}x", f"{batch * length / median(times):,.0f}",
+                     f"{flops / median(times) / 989e12:.0%}", f"{flops / median(times) / limits['flops']:.0%}",
+                     f"{peak_gb(device):.2f}", f"{loss:.3f}", spread(times)])
+        student = teacher = optimizer = step = head = kept = None
+    table(["", "ms a step", "speed", "padded tokens/s", "MFU of 989T", "of the product", "peak GB", "loss", "spread"], rows)
+
+
+def model_flops(config: Qwen2Config, tokens: int, scored: int, per: int) -> float:
+    """`per` 2 forward, 6 with backward, times parameters times tokens; the head where a token is scored; no attention."""
+    D, E = config.hidden_size, config.head_dim
+    block = D * E * 2 * (config.num_attention_heads + config.num_key_value_heads) + 3 * D * config.intermediate_size
+    return per * (config.num_hidden_layers * block * tokens + config.vocab_size * D * scored)
+
+
+def time_gptq(device, tiny, limits):
+    rows = []
+    for name in ["0.5B"] if tiny else ["0.5B", "3B"]:
+        fresh(device)
+        count, length = (2, 64) if tiny else (128, 2048)
+        ids = torch.randint(SHAPES[name].vocab_size, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+        model, errors = make(SHAPES[name], device), []
+        size = sum(weight.nbytes for weight in model.parameters()) / 1e9
+        start = time.perf_counter()
+        quantize_model(model, [Encoded(row[:1], row[1:], True, i) for i, row in enumerate(ids)], 0, store=to_words, keep=False,
+                       batch_size=2, on_layer=lambda _, error, rtn, bad: errors.append(error / rtn))
+        rows.append([name, f"{time.perf_counter() - start:.0f}", f"{peak_gb(device):.2f}", f"{peak_gb(device) / size:.2f}",
+                     f"{statistics.fmean(errors):.2f}"])
+        del model
+    table(["GPTQ", "seconds", "peak GB", "of the bfloat16 model", "error, of RTN's"], rows)
+
+
+SECTIONS = {"machine": measure_machine, "kernel": check_kernel, "matmul": time_matmul, "decoding": time_decoding,
+            "sampling": time_sampling, "kd": time_kd, "gptq": time_gptq}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes: does the script run")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    args = parser.parse_args()
+    if args.tiny:
+        SHAPES.update({name: replace(SHAPES["0.5B"], vocab_size=2000, hidden_size=128, intermediate_size=256, head_dim=32,
+                                     num_hidden_layers=2, num_attention_heads=4) for name in SHAPES})
+    limits = {"bandwidth": float("nan"), "flops": float("nan")}
+    for name in dict.fromkeys(["machine", *args.only]):
+        print(f"\n== {name}", flush=True)
+        start = time.perf_counter()
+        try:
+            SECTIONS[name](args.device, args.tiny, limits)
+        except Exception:                           # one claim that cannot be measured must not cost the others
+            traceback.print_exc(limit=-3)
+        print(f"({time.perf_counter() - start:.0f} s)", flush=True)
+    print(machine("torch"))
+
+
+if __name__ == "__main__":
+    main()
