@@ -1,5 +1,6 @@
 """What several test files share: one thread (a busy neighbour makes two slower), the real data where it is, and a small tokenizer made on the spot."""
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from minikd.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parents[1]))               # benchmarks/, which is not installed
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
