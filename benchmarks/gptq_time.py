@@ -2,50 +2,95 @@
 memory of the model in bfloat16.
 
     python -m benchmarks.gptq_time              # 5 minutes on two cores, 2 GB of memory and of disk
+    python -m benchmarks.gptq_time --peer PYTHON        # beside GPTQModel, which the interpreter PYTHON has
 
-Qwen2.5-0.5B's shape, random weights, random tokens; sym, group 128, act-order with static groups: quantize.py's defaults.
-Peak is the child's highest resident memory from loading to the end, less what the process held before it loaded.
+Qwen2.5-0.5B's shape, random weights, random tokens; sym, group 128, act-order with static groups, as quantize.py takes
+them. GPTQModel gets the same folder, ids, group size, damping and batches of 4 rows, and else its defaults: act-order
+inside groups and of groups, finished layers offloaded to disk. Without GPTQMODEL_CPU_WORKERS=4 it fails on two cores.
+"load to end" is from loading to the written folder. Peak is the child's highest resident memory from loading to the
+end, less what the process held before it loaded. What GPTQModel compiles on its first run is not counted: run it twice.
 """
+import argparse
+import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks import decoding
-from benchmarks.measure import child, machine, peak_resident, report, resident
+from benchmarks.decoding import HALF
+from benchmarks.measure import child, machine, peak_resident, report, resident, table
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
 from minikd.gptq import quantize_model
+from minikd.model import Qwen2
 from minikd.quant import to_w4, to_words
+from minikd.toy import make_tokenizer
 
 ROWS, LENGTH = 16, 512
 
 
-def measure(folder: Path):
+def minikd(folder: Path, ids: list, clock) -> dict:
+    errors = []
+    model = load_model(folder, dtype=torch.bfloat16)
+    clock()
+    words = quantize_model(model, [Encoded(row[:1], row[1:], True, i) for i, row in enumerate(ids)], 0,
+                           store=to_words, keep=False,
+                           on_layer=lambda name, error, rtn, bad: errors.append((error / rtn, bad)))
+    clock()
+    save_model(to_w4(model, words, 128, True), folder / "w4")
+    return dict(error=sum(error for error, _ in errors) / len(errors), worse=sum(bad for _, bad in errors),
+                layers=len(errors))
+
+
+def gptqmodel(folder: Path, ids: list, clock) -> dict:
+    from gptqmodel import GPTQModel, QuantizeConfig
+    config = QuantizeConfig(bits=4, group_size=128, sym=True, damp_percent=0.01)
+    model = GPTQModel.load(str(folder), config, device="cpu")
+    clock()
+    done = model.quantize([dict(input_ids=row, attention_mask=[1] * len(row)) for row in ids], batch_size=4)
+    clock()
+    model.save(str(folder / "gptqmodel"))
+    return dict(layers=sum(map(len, done.values())))
+
+
+def measure(method: str, folder: Path):
     torch.set_num_threads(2)
     ids = torch.randint(151_643, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
-    before, errors, start = resident(), [], time.perf_counter()
-    model = load_model(folder, dtype=torch.bfloat16)
-    size = sum(weight.nbytes for weight in model.parameters())
-    words = quantize_model(model, [Encoded(row[:1], row[1:], True, i) for i, row in enumerate(ids)], 0,
-                           store=to_words, on_layer=lambda name, error, rtn, bad: errors.append((error / rtn, bad)))
-    seconds = time.perf_counter() - start
-    save_model(to_w4(model, words, 128, True), folder / "w4")
-    report(seconds=seconds, peak=(peak_resident() - before) / size, gigabytes=(peak_resident() - before) / 1e9,
-           error=sum(error for error, _ in errors) / len(errors), worse=sum(bad for _, bad in errors), layers=len(errors))
+    if method == "gptqmodel":
+        import gptqmodel as _                                   # its imports are not its model's memory
+    size = (folder / "model.safetensors").stat().st_size
+    before, times = resident(), [time.perf_counter()]
+    figures = globals()[method](folder, ids, lambda: times.append(time.perf_counter()))
+    report(**figures, quantise=times[2] - times[1], whole=time.perf_counter() - times[0],
+           peak=(peak_resident() - before) / size, gigabytes=(peak_resident() - before) / 1e9)
 
 
 def main():
     if sys.argv[1:2] == ["--child"]:
-        return measure(Path(sys.argv[2]))
+        return measure(sys.argv[2], Path(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--peer", metavar="PYTHON", help="an interpreter that has gptqmodel")
+    parser.add_argument("--layers", type=int, default=24)
+    args = parser.parse_args()
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        decoding.make_half(Path(folder))
-        row = child("benchmarks.gptq_time", folder)
-    print(f"{row['layers']:.0f} layers in {row['seconds']:.0f} s; peak {row['gigabytes']:.2f} GB, {row['peak']:.2f} of the "
-          f"bfloat16 model; output error {row['error']:.2f} of round-to-nearest's in the mean, not below it in "
-          f"{row['worse']:.0f}; others {row['others']:.0%}; {machine('torch')}")
+        make_tokenizer(folder)                                  # GPTQModel wants one; nobody reads it
+        save_model(Qwen2(replace(HALF, num_hidden_layers=args.layers)).bfloat16().init_weights(0), folder)
+        ours = child("benchmarks.gptq_time", "minikd", folder)
+        found = {"minikd": ours}
+        if args.peer:
+            os.environ["GPTQMODEL_CPU_WORKERS"] = "4"
+            found["gptqmodel"] = child("benchmarks.gptq_time", "gptqmodel", folder, python=args.peer)
+    for name, row in found.items():
+        rows.append([name, f"{row['layers']:.0f}", f"{row['peak']:.2f}", f"{row['others']:.0%}"])
+        for key, digits in ("gigabytes", 2), ("whole", 0), ("quantise", 0):
+            rows[-1][2:2] = [f"{row[key]:.{digits}f}", f"{row[key] / ours[key]:.2f}x"]
+    table(["", "layers", "quantise s", "", "load to end s", "", "peak GB", "", "of bfloat16", "others"], rows)
+    print(f"minikd's output error {ours['error']:.2f} of round-to-nearest's in the mean, not below it in "
+          f"{ours['worse']:.0f}; {machine('torch')}")
 
 
 if __name__ == "__main__":

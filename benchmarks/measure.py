@@ -76,10 +76,10 @@ def settle(patience: float = 60):
             return
 
 
-def child(module: str, *arguments) -> dict:
-    """Runs `python -m module --child arguments...`; returns what its report() printed, and 'others': the share of the
+def child(module: str, *arguments, python: str = sys.executable) -> dict:
+    """Runs `python -m module --child arguments...`, by another interpreter where a peer needs one; returns what its report() printed, and 'others': the share of the
     cores that other processes took meanwhile."""
-    command = [sys.executable, "-m", module, "--child", *map(str, arguments)]
+    command = [python, "-m", module, "--child", *map(str, arguments)]
     settle()
     before, start = busy_seconds() - own_seconds(), time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=os.environ | QUIET, capture_output=True, text=True)

@@ -178,14 +178,14 @@ def output_errors(weight: Tensor, quantized: list[Tensor], hessian: Tensor) -> l
 
 # ---- a model, layer by layer
 
-def stages(block: Block, rope: dict, layer: int) -> list:
+def stages(block: Block, rope: dict) -> list:
     """What to run through a block, and in which order its layers are quantised: each sees what those before it do.
 
     -> [(half of the block, [(names of layers that share their inputs, x -> those inputs [B, T, I])])]
     A half maps x [B, T, D] to x [B, T, D].  rope: T -> the tables of rope_tables
     """
     def attend(x):
-        return x + block.self_attn(block.input_layernorm(x), *rope[x.shape[1]], layer, None)
+        return x + block.self_attn(block.input_layernorm(x), *rope[x.shape[1]], None)
 
     def feed(x):
         return x + block.mlp(block.post_attention_layernorm(x))
@@ -236,7 +236,7 @@ def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device) -> Ite
             for T in {x.shape[1] for x in states}}
     for i, block in enumerate(model.model.layers):
         block.to(device)
-        for half, steps in stages(block, rope, i):
+        for half, steps in stages(block, rope):
             for names, inputs in steps:
                 hessian = Hessian(block.get_submodule(names[0]).in_features, device)
                 for x, (_, mask) in zip(states, batches, strict=True):

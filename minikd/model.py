@@ -12,6 +12,7 @@ References
     SwiGLU                                          arXiv:2002.05202, eq. (6)
 """
 from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,23 @@ class Qwen2Config:
                 "use_sliding_window": False, "use_cache": True, "dtype": name, "torch_dtype": name}
 
 
+class Slots(NamedTuple):
+    """One layer's part of a cache."""
+    keys: Tensor                                                                # [B, K, S, E]
+    values: Tensor                                                              # [B, K, S, E]
+    at: int | Tensor                                                            # slots filled so far; [1] on the device
+    mask: Tensor | None                                                         # [B, 1, 1, S]: what a new token may see
+
+    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends k, v [B, K, T, E]; returns all that attention reads [B, K, S, E]."""
+        if isinstance(self.at, Tensor):                                         # StaticCache: always the whole of it
+            return self.keys.index_copy_(2, self.at, k), self.values.index_copy_(2, self.at, v)
+        end = self.at + k.shape[2]
+        self.keys[:, :, self.at:end] = k
+        self.values[:, :, self.at:end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
 class KVCache:
     """Keys and values of the tokens already read, per layer [B, K, S, E], allocated once.
 
@@ -110,16 +128,10 @@ class KVCache:
         self.valid[:, prompt:] = True                                           # new tokens follow the longest prompt
         self.gapless = bool((lengths == prompt).all())                          # then decoding needs no mask at all
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k, v [B, K, T, E] of one layer; returns all so far [B, K, S, E]. `advance` moves `used` on."""
-        end = self.used + k.shape[2]
-        self.keys[layer][:, :, self.used:end] = k
-        self.values[layer][:, :, self.used:end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def mask(self, S: int) -> Tensor | None:
-        """Which of the first S slots a row may look at, [B, 1, 1, S] bool; None: all of them."""
-        return None if self.gapless else self.valid[:, None, None, :S]
+    def layer(self, i: int) -> Slots:
+        """For the next token of layer i; `advance` follows once it went through all of them."""
+        mask = None if self.gapless else self.valid[:, None, None, :self.used + 1]
+        return Slots(self.keys[i], self.values[i], self.used, mask)
 
     def advance(self, T: int):
         """After T tokens a row went through all layers."""
@@ -145,17 +157,12 @@ class StaticCache(KVCache):
         for slots in self.keys + self.values:
             slots[:, :, cache.used:] = 0                                        # hidden slots count 0 times their value
         capacity, device = cache.valid.shape[1], cache.valid.device
-        self.slot = torch.tensor([cache.used], device=device)                   # [1] where the next token goes
+        self.slot = torch.full((1,), cache.used, device=device)                 # [1] where the next token goes
         self.lengths = cache.lengths.clone()
         self.valid = cache.valid & (torch.arange(capacity, device=device) <= self.slot)         # [B, S]
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys[layer].index_copy_(2, self.slot, k)
-        self.values[layer].index_copy_(2, self.slot, v)
-        return self.keys[layer], self.values[layer]
-
-    def mask(self, S: int) -> Tensor:
-        return self.valid[:, None, None]
+    def layer(self, i: int) -> Slots:
+        return Slots(self.keys[i], self.values[i], self.slot, self.valid[:, None, None])
 
     def advance(self, T: int):
         self.lengths += 1
@@ -217,18 +224,18 @@ class Attention(nn.Module):
             return self.joined(x)
         return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
         B, T, _ = x.shape
         heads = self.project(x).view(B, T, -1, self.E).transpose(1, 2)          # [B, H + 2K, T, E]
         v = heads[:, -self.K:]                                                  # [B, K, T, E]
         turned = rotate(heads[:, :-self.K], cos, sin)                           # [B, H + K, T, E]
         q, k = turned[:, :-self.K], turned[:, -self.K:]                         # [B, H, T, E], [B, K, T, E]
-        if cache is not None:
-            k, v = cache.write(layer, k, v)                                     # [B, K, S, E]
-        if T == 1 and cache is not None:
+        if slots is not None:
+            k, v = slots.write(k, v)                                            # [B, K, S, E]
+        if T == 1 and slots is not None:
             # One query a head: the H/K heads that share a key stand in the query axis, so keys are not repeated.
             q = q.reshape(B, self.K, -1, self.E)                                # [B, K, H/K, E]
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask(k.shape[2]))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=slots.mask)
         else:                                                                   # right padding: causal is mask enough
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
             y = y.transpose(1, 2)                                               # [B, T, H, E]
@@ -264,9 +271,9 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def run_block(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A block without a cache. Body.compiled is this function through torch.compile: one graph that all blocks share."""
-    return block(x, cos, sin, 0, None)
+def run_block(block: Block, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
+    """Body.compiled is this function through torch.compile: one graph that all blocks share."""
+    return block(x, cos, sin, slots)
 
 
 class TiedLookup(torch.autograd.Function):
@@ -316,14 +323,14 @@ class Body(nn.Module):
         else:
             x = self.embed_tokens(ids)                                          # [B, T, D]
         rope = rope_tables(positions, self.config.rope_theta, self.config.head_dim, x.dtype)
-        run = self.compiled or run_block
+        fixed = cache is None or isinstance(cache, StaticCache)                 # a plain cache is longer each step
+        run = self.compiled if self.compiled and fixed else run_block
         for i, block in enumerate(self.layers):
-            if cache is not None:
-                x = block(x, *rope, i, cache)
-            elif checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run, block, x, *rope, use_reentrant=False, preserve_rng_state=False)
+            slots = None if cache is None else cache.layer(i)
+            if checkpointing and torch.is_grad_enabled():
+                x = checkpoint(run, block, x, *rope, slots, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = run(block, x, *rope)
+                x = run(block, x, *rope, slots)
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.norm(x)
@@ -395,6 +402,7 @@ def cast_copy(model: Qwen2, dtype: torch.dtype, into: Qwen2 | None = None) -> Qw
         with torch.device("meta"):
             into = Qwen2(model.config).to(dtype)
         into = into.to_empty(device=model.head.device).eval().requires_grad_(False)
+    into.model.compiled = model.model.compiled
     for new, old in zip(into.parameters(), model.parameters(), strict=True):
         new.copy_(old)
     return into

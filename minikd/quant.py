@@ -140,10 +140,11 @@ def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> 
 
 
 def from_words(qweight: Tensor, qzeros: Tensor, scales: Tensor, version: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """to_words' inverse, whoever wrote them: codes uint8 [O, I], scales, zeros float32 [O, I/g], in g_idx's groups."""
-    zeros = unpack(qzeros, 1).T.float()
-    if version == 1:
-        zeros = (zeros + 1) % 16                                # a 15 was a 0 less 1
+    """to_words' inverse, whoever wrote them: codes uint8 [O, I], scales, zeros float32 [O, I/g], in g_idx's groups.
+
+    Version 1 is undone as GPTQModel does it, a word at a time: where a zero of 0 borrowed from its neighbour, it pays back.
+    """
+    zeros = unpack(qzeros + 0x11111111 if version == 1 else qzeros, 1).T.float()
     return unpack(qweight, 0).T.contiguous(), scales.T.float().contiguous(), zeros.contiguous()
 
 

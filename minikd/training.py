@@ -39,12 +39,11 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01, betas=(0
 
 
 def compile_blocks(*models: Qwen2):
-    """Lets torch.compile fuse what stands between the products of a block, for whole sequences (not for decoding).
-
-    One graph serves all blocks of a model, and lengths are left open, so that it is compiled once: half a minute.
+    """Lets torch.compile fuse what stands between the products of a block: over whole sequences, and in a step of
+    decoding that a CUDA graph replays. One graph serves all blocks; each kind of call takes half a minute to compile.
     """
     for model in models:
-        model.model.compiled = torch.compile(run_block, dynamic=True)
+        model.model.compiled = torch.compile(run_block)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine") -> float:

@@ -9,6 +9,7 @@ import torch
 from minikd.checkpoint import save_model
 from minikd.generate import Replay, generate, generate_with_log_probs, sample
 from minikd.model import Qwen2, Qwen2Config
+from minikd.training import compile_blocks
 
 
 def draw(logits, temperature, top_p, top_k, generator) -> torch.Tensor:
@@ -149,6 +150,23 @@ def test_a_step_for_graphs_mixes_a_teacher_in():
     model, teacher = random_model(seed=3), random_model(seed=4, num_hidden_layers=1)
     options = dict(max_new_tokens=30, temperature=1.0, teacher=teacher, mix=0.4, seed=1, eos_ids=[3, 4, 5])
     assert generate(model, PROMPTS, graphs=True, **options) == generate(model, PROMPTS, **options)
+
+
+def test_a_compiled_step_gives_the_same_tokens_from_one_graph_for_all_blocks(monkeypatch):
+    """torch.compile's tracing, without its code generator."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend=backend, fullgraph=True))
+    model = random_model(seed=3, num_hidden_layers=4)
+    plain = generate(model, PROMPTS, max_new_tokens=40, eos_ids=[60])
+    compile_blocks(model)
+    assert generate(model, PROMPTS, max_new_tokens=40, eos_ids=[60], graphs=True) == plain
+    assert 1 <= len(graphs) <= 3                                                # fewer than blocks; rows left once or twice
 
 
 def test_with_graphs_rows_leave_by_halves_at_every_look(monkeypatch):

@@ -86,7 +86,7 @@ def test_attention_is_the_formula_and_groups_of_query_heads_share_a_key(H, K):
     x, positions = torch.randn(B, T, D), torch.arange(T)[None]
     cos, sin = rope_tables(positions, 1e4, E, torch.float32)
     with torch.no_grad():
-        y = attention(x, cos, sin, 0, None)
+        y = attention(x, cos, sin, None)
         # One head at a time; q and k turned as above, v and the projections by plain matrices.
         want = torch.zeros(B, T, H * E)
         for b in range(B):

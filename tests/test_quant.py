@@ -99,6 +99,16 @@ def test_an_asymmetric_zero_of_0_is_for_v2_alone():
     assert all(torch.equal(a, b) for a, b in zip(again, (codes, scales, zeros)))
 
 
+def test_version_1_with_zeros_of_0_is_read_as_gptqmodel_writes_it():
+    """It takes 0x11111111 off whole words, so that a zero of 0 borrows from the one above it."""
+    codes, scales, _ = round_to_nearest(matrix(), group_size=64)
+    zeros = torch.tensor([0, 8, 0, 0, 15, 1, 0, 7] * 2).float()[:, None]
+    words = to_words(codes, scales, zeros, version=2)
+    theirs = [(int(word) - 0x11111111) % 2**32 for word in words["qzeros"].flatten()]       # plain integers
+    written = torch.tensor([word - 2**32 if word >= 2**31 else word for word in theirs], dtype=torch.int32)
+    assert torch.equal(from_words(words["qweight"], written.view_as(words["qzeros"]), words["scales"])[2], zeros)
+
+
 @pytest.mark.parametrize("size, inputs", [(48, 64), (0, 64), (128, 64)])
 def test_a_group_size_that_does_not_divide_is_one_line(size, inputs):
     with pytest.raises(InputError, match="give a divisor"):

@@ -140,7 +140,8 @@ def test_the_operator_takes_the_planned_kernel_and_any_x(on_cpu, M, expected):
         on_cpu.clear()
         y = w4_cuda.multiply(x, *repack(codes, scales, zeros), bias, 48, 64)
         assert on_cpu == expected and y.shape == (M, 48)
-        torch.testing.assert_close(y.double(), x.double() @ weight.T + bias.double(), rtol=2e-2, atol=2e-2)
+        expected = x.double() @ weight.T + bias.double()
+        assert (y - expected).norm() <= 1e-2 * expected.norm()
 
 
 def test_a_4_bit_layer_multiplies_by_the_kernel(on_cpu, monkeypatch):
@@ -151,7 +152,8 @@ def test_a_4_bit_layer_multiplies_by_the_kernel(on_cpu, monkeypatch):
     x = torch.randn(2, 3, 128).bfloat16()
     y = made.multiply(x, "kernel")
     assert on_cpu == ["w4_mma_8"] and y.shape == (2, 3, 40)
-    torch.testing.assert_close(y, made.multiply(x, "dequantise"), rtol=2e-2, atol=2e-2)
+    expected = x.double() @ made.weight().double().T + made.bias.double()
+    assert (y - expected).norm() < 1e-2 * expected.norm()
     made.multiply(x, "kernel")
     assert made.prepared[0] == ("kernel", torch.bfloat16)
     torch.library.opcheck(torch.ops.minikd.w4_matmul.default,
