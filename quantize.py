@@ -94,7 +94,7 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
 
 def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype):
     """Writes the 4-bit folder `out`, and names the layers that GPTQ did not make better than rounding."""
-    model, worse, started = load_model(folder, device, dtype), [], time.perf_counter()
+    model, worse, started = load_model(folder, "cpu", dtype), [], time.perf_counter()   # one block at a time is on device
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
         def on_layer(name, error, rtn, bad):
             worse.extend([name] if bad else [])
@@ -103,7 +103,7 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
         words = quantize_model(
             model, rows, tokenizer.pad_id, bits=args.bits, group_size=args.group_size, sym=not args.asym,
             act_order=not args.no_act_order, damp=args.damp, clip_search=args.clip_search, method=method,
-            batch_size=args.batch_size, on_layer=on_layer, keep=False,
+            batch_size=args.batch_size, device=device, on_layer=on_layer, keep=False,
             store=functools.partial(to_words, version=2 if args.asym else 1))
     to_w4(model, words, args.group_size, not args.asym, damp_percent=args.damp, static_groups=not args.no_act_order,
           true_sequential=True, method=method)

@@ -170,7 +170,7 @@ def check_kernel(device, tiny, limits):
                 names = [w4_cuda.plan(M, N)] if M <= 64 else []
                 names += [("w4_naive", (-(-N // 128), M), 128)] if M <= 4 else []
                 names += [(f"w4_mma_{n}", (-(-N // 16), 1), 256) for n in (8, 16, 32, 64) if n >= M]
-                names += [(f"w4_mma_{n}_wide", (-(-N // 32), 1), 256) for n in (32, 64) if n >= M]
+                names += [("w4_mma_32_wide", (-(-N // 32), 1), 256)] if M <= 32 else []
                 found = {"operator": torch.ops.minikd.w4_matmul(x, *packed, bias, N, group)}
                 for name, grid, threads in names:
                     found[name] = torch.full((M, N), torch.nan, device=device, dtype=torch.bfloat16)
@@ -204,7 +204,7 @@ def time_matmul(device, tiny, limits):
                 y, tiles = torch.empty(M, N, device=device, dtype=torch.bfloat16), -(-N // 16)
                 for name, most, wide in (("w4_matvec_1", 1, 1), ("w4_matvec_2", 2, 1), ("w4_matvec_4", 4, 1),
                                          ("w4_mma_8", 8, 1), ("w4_mma_16", 16, 1), ("w4_mma_32", 32, 1),
-                                         ("w4_mma_32_wide", 32, 2), ("w4_mma_64", 64, 1), ("w4_mma_64_wide", 64, 2)):
+                                         ("w4_mma_32_wide", 32, 2), ("w4_mma_64", 64, 1)):
                     if most / 4 < M <= most or name == "w4_mma_8" and M <= 8:
                         calls[name] = [lambda p=p, name=name, wide=wide: w4_cuda.launch(
                             name, (-(-tiles // wide), 1), 256, *p, x, None, y, M, N, K, 128) for p in packed]
@@ -239,14 +239,18 @@ def time_decoding(device, tiny, limits):
     new, rows, speeds = (20 if tiny else 256), [], {}
     prompt = torch.randint(1000, (28,), generator=torch.Generator().manual_seed(0)).tolist()
     for name in names:
-        for kind in "bf16", "w4", "transformers":
+        for kind in "bf16", "bf16 compiled", "w4", "w4 compiled", "transformers":
+            if tiny and "compiled" in kind:         # longer than all the rest
+                continue
             fresh(device)
             model = theirs(SHAPES[name], device) if kind == "transformers" else make(SHAPES[name], device)
             if model is None:
                 continue
-            if kind == "w4":
+            if kind.startswith("w4"):
                 model = four_bits(model)
                 fresh(device)
+            if kind.endswith("compiled"):
+                compile_blocks(model)
             run = (lambda n: transformers_answer(model, [prompt], n)) if kind == "transformers" else (
                 lambda n: generate(model, [prompt], n))
             run(24)
@@ -377,11 +381,12 @@ def time_gptq(device, tiny, limits):
         fresh(device)
         count, length = (2, 64) if tiny else (128, 2048)
         ids = torch.randint(SHAPES[name].vocab_size, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
-        model, errors = make(SHAPES[name], device), []
+        model, errors = make(SHAPES[name], device).to("cpu"), []
+        fresh(device)
         size = sum(weight.nbytes for weight in model.parameters()) / 1e9
         start = time.perf_counter()
         quantize_model(model, [Encoded(row[:1], row[1:], True, i) for i, row in enumerate(ids)], 0, store=to_words, keep=False,
-                       batch_size=2, on_layer=lambda _, error, rtn, bad: errors.append(error / rtn))
+                       batch_size=2, device=device, on_layer=lambda _, error, rtn, bad: errors.append(error / rtn))
         rows.append([name, f"{time.perf_counter() - start:.0f}", f"{peak_gb(device):.2f}", f"{peak_gb(device) / size:.2f}",
                      f"{statistics.fmean(errors):.2f}"])
         del model

@@ -413,10 +413,16 @@ class Batch:
     mask: Tensor                        # [B, T] bool, True on a response's tokens, its own end included
 
     def to(self, device) -> tuple[Tensor, Tensor]:
-        """ids and mask on a device. A GPU fetches them from pinned memory when it comes to them; nobody waits."""
-        if torch.device(device).type != "cuda":
-            return self.ids.to(device), self.mask.to(device)
-        return tuple(part.pin_memory().to(device, non_blocking=True) for part in (self.ids, self.mask))
+        """ids and mask on a device."""
+        return send(self.ids, device), send(self.mask, device)
+
+
+def send(tensor: Tensor, device) -> Tensor:
+    """A CPU tensor on a device. A GPU fetches it from pinned memory when it comes to it, and nobody waits: while it
+    computes one batch, the next is prepared and queued."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def collate(encoded: list[Encoded], pad_id: int) -> Batch:

@@ -228,10 +228,10 @@ def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device) -> Ite
     """Yields each layer's name and Hessian, in the order to quantise them.
 
     Whoever takes one puts the layer's quantised weight in place before he asks for the next: what follows is computed
-    through it. Beside the model there are the batches' hidden states, one block's copy on `device`, one Hessian.
+    through it. On `device` there are the batches' hidden states, one block, one Hessian; the model may be elsewhere.
     """
     home, config = model.head.device, model.config
-    states = [model.model.embed_tokens(ids.to(home)) for ids, _ in batches]     # [B, T, D] each, in the model's dtype
+    states = [model.model.embed_tokens(ids.to(home)).to(device) for ids, _ in batches]      # [B, T, D] each
     rope = {T: rope_tables(torch.arange(T, device=device)[None], config.rope_theta, config.head_dim, states[0].dtype)
             for T in {x.shape[1] for x in states}}
     for i, block in enumerate(model.model.layers):
@@ -240,11 +240,11 @@ def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device) -> Ite
             for names, inputs in steps:
                 hessian = Hessian(block.get_submodule(names[0]).in_features, device)
                 for x, (_, mask) in zip(states, batches, strict=True):
-                    hessian.add(inputs(x.to(device)), mask.to(device))
+                    hessian.add(inputs(x), mask.to(device))
                 for name in (f"model.layers.{i}.{name}" for name in names):
                     yield name, hessian.finish(name)
             for x in states:
-                x.copy_(half(x.to(device)))
+                x.copy_(half(x))
         block.to(home)
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minikd.data import Encoded, collate
+from minikd.data import Encoded, collate, send
 from minikd.files import InputError, atomic_path, read_json, save_tensors, sha256
 from minikd.generate import respond
 from minikd.losses import scored_positions
@@ -45,7 +45,7 @@ class CachedTeacher:
                 at += length
 
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
-        return torch.cat([self._read(row) for row in rows]).to(self.head.device, non_blocking=True)
+        return send(torch.cat([self._read(row) for row in rows]), self.head.device)
 
     def _read(self, row: Encoded) -> Tensor:
         """[n, D'] of one row, from a file that is mapped into memory, not read whole."""

@@ -21,8 +21,8 @@ from minikd.files import atomic_path
 
 SOURCE = Path(__file__).with_name("w4_matmul.cu")
 KERNELS = ("w4_naive", "w4_matvec_1", "w4_matvec_2", "w4_matvec_4", "w4_mma_8", "w4_mma_16", "w4_mma_32", "w4_mma_64",
-           "w4_mma_32_wide", "w4_mma_64_wide", "w4_dequantise")
-MATVEC_ROWS, MMA_ROWS = 2, 64           # most rows that each is used for; expected, not measured: benchmarks/gpu.py
+           "w4_mma_32_wide", "w4_dequantise")
+MATVEC_ROWS, MMA_ROWS = 1, 64           # most rows that each is used for: from counted instructions, not measured
 WIDE_BLOCKS = 264                       # two outputs' tiles a warp where as many blocks are left: two for each of 132 SMs
 
 
@@ -66,8 +66,8 @@ def plan(M: int, N: int) -> tuple[str, tuple[int, int], int]:
     if M <= MATVEC_ROWS:
         return f"w4_matvec_{1 if M == 1 else 2 if M == 2 else 4}", (tiles, 1), 256
     rows = 8 if M <= 8 else 16 if M <= 16 else 32 if M <= 32 else 64
-    if rows >= 32 and tiles >= 2 * WIDE_BLOCKS:
-        return f"w4_mma_{rows}_wide", (-(-tiles // 2), 1), 256
+    if rows == 32 and tiles >= 2 * WIDE_BLOCKS:
+        return "w4_mma_32_wide", (-(-tiles // 2), 1), 256
     return f"w4_mma_{rows}", (tiles, 1), 256
 
 

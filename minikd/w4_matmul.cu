@@ -34,10 +34,12 @@ __device__ __forceinline__ Words load_once(const Words* p) {    // weights pass 
                  : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
     return v;
 }
-__device__ __forceinline__ Words load(const Words* p) {         // x stays in the L1: every warp of the block reads it
+// x stays in the L1: every warp of the block reads it. Zeros where not `there`; a predicate costs less than a branch.
+__device__ __forceinline__ Words load_if(bool there, const Words* p) {
     Words v;
-    asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+    asm volatile("{.reg .pred there; setp.ne.u32 there, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+                 "@there ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
+                 : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3]) : "l"(p), "r"((u32)there));
     return v;
 }
 __device__ __forceinline__ u32 minus_pair(u32 a, u32 b) {       // a - b, two bfloat16 at once; there is an fma, no sub
@@ -104,13 +106,20 @@ extern "C" __global__ void w4_naive(ARGUMENTS) {
 }
 
 // ---- what the two fast ones share
+//
+// EACH: words of a lane between two looks at the scales, 4 where groups are multiples of 128 inputs, else 1.
+
+#define KERNEL(NAME, BODY, ...) \
+    extern "C" __global__ void __launch_bounds__(256) NAME(ARGUMENTS) { \
+        if (group % 128) BODY<__VA_ARGS__, 1>(PASS); \
+        else BODY<__VA_ARGS__, 4>(PASS); \
+    }
 
 const int WARPS = 8;                                    // a block's warps take turns along K, and add up at the end
 
 // 8 inputs of row m from input k on; zeros past the last row or input.
 __device__ __forceinline__ Words inputs(const u16* x, int m, int k, int M, int K) {
-    if (m < M && k < K) return load((const Words*)(x + (long long)m * K + k));
-    return Words{{0, 0, 0, 0}};
+    return load_if(m < M && k < K, (const Words*)(x + (long long)m * K + k));
 }
 
 // Sums of all warps [rows, columns], one warp after the other so that the result never depends on who came first;
@@ -126,11 +135,11 @@ __device__ __forceinline__ void write_out(float (*sum)[COLUMNS + 1], int first, 
 
 // ---- matrix-vector: grid (N / 16), a warp takes every 8th tile of 16 outputs x 128 inputs
 
-template <int ROWS>
+template <int ROWS, int EACH>
 __device__ __forceinline__ void matvec(ARGUMENTS) {
     __shared__ float sum[16][ROWS + 1];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    int blocks = round_up(K, 128) / 128, stride = round_up(N, 16), each = group < 128 ? group / 32 : 4;
+    int blocks = round_up(K, 128) / 128, stride = round_up(N, 16);
     const Words* tile = words + (long long)blockIdx.x * blocks * 64 + lane;
     float total[2][ROWS] = {};                          // outputs g and g + 8 of the tile
     Words next[2];
@@ -146,7 +155,7 @@ __device__ __forceinline__ void matvec(ARGUMENTS) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             int k = b * 128 + j * 32;
-            if (j % each == 0 && k < K)
+            if (j % EACH == 0 && k < K)
                 for (int h = 0; h < 2; h++)
                     grid[h] = grid_of(scales, zeros, k / group * stride + blockIdx.x * 16 + h * 8 + g);
             Words in[ROWS];
@@ -163,7 +172,7 @@ __device__ __forceinline__ void matvec(ARGUMENTS) {
                         part[h][m] += high(pair) * high(in[m].w[i]);
                     }
                 }
-            if ((j + 1) % each == 0) {                  // the scale once a group, not once a weight
+            if ((j + 1) % EACH == 0) {                  // the scale once a group, not once a weight
 #pragma unroll
                 for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -187,20 +196,20 @@ __device__ __forceinline__ void matvec(ARGUMENTS) {
     write_out<16, ROWS>(sum, blockIdx.x * 16, bias, y, M, N);
 }
 
-extern "C" __global__ void __launch_bounds__(256) w4_matvec_1(ARGUMENTS) { matvec<1>(PASS); }
-extern "C" __global__ void __launch_bounds__(256) w4_matvec_2(ARGUMENTS) { matvec<2>(PASS); }
-extern "C" __global__ void __launch_bounds__(256) w4_matvec_4(ARGUMENTS) { matvec<4>(PASS); }
+KERNEL(w4_matvec_1, matvec, 1)
+KERNEL(w4_matvec_2, matvec, 2)
+KERNEL(w4_matvec_4, matvec, 4)
 
 // ---- tensor cores: grid (N / (16 TILES)); a warp multiplies TILES x 16 outputs by 8 COLUMNS rows of x
 //
 // A product sums over 16 inputs in any order, if both operands keep it. So a lane's own 8 inputs, 32 j + 8 t + 0..7, serve
 // as they lie: 0..3 for the first product of word j, 4..7 for the second. No shuffle, no shared memory.
 
-template <int COLUMNS, int TILES>
+template <int COLUMNS, int TILES, int EACH>
 __device__ __forceinline__ void tensor(ARGUMENTS) {
     __shared__ float sum[16 * TILES][8 * COLUMNS + 1];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    int blocks = round_up(K, 128) / 128, stride = round_up(N, 16), each = group < 128 ? group / 32 : 4;
+    int blocks = round_up(K, 128) / 128, stride = round_up(N, 16);
     const Words* tile = words + (long long)blockIdx.x * TILES * blocks * 64 + lane;
     int tiles = min(TILES, stride / 16 - (int)blockIdx.x * TILES);      // the last block may have fewer
     float total[TILES][COLUMNS][4] = {};
@@ -222,7 +231,7 @@ __device__ __forceinline__ void tensor(ARGUMENTS) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             int k = b * 128 + j * 32;
-            if (j % each == 0 && k < K)
+            if (j % EACH == 0 && k < K)
 #pragma unroll
                 for (int r = 0; r < TILES; r++)
 #pragma unroll
@@ -244,7 +253,7 @@ __device__ __forceinline__ void tensor(ARGUMENTS) {
 #pragma unroll
                     for (int c = 0; c < COLUMNS; c++) mma(part[r][c], a, in[c].w + i);
                 }
-            if ((j + 1) % each == 0) {                  // codes are exact in bfloat16; the scale comes in in float32
+            if ((j + 1) % EACH == 0) {                  // codes are exact in bfloat16; the scale comes in in float32
 #pragma unroll
                 for (int r = 0; r < TILES; r++)
 #pragma unroll
@@ -271,12 +280,11 @@ __device__ __forceinline__ void tensor(ARGUMENTS) {
     write_out<16 * TILES, 8 * COLUMNS>(sum, blockIdx.x * 16 * TILES, bias, y, M, N);
 }
 
-extern "C" __global__ void __launch_bounds__(256) w4_mma_8(ARGUMENTS) { tensor<1, 1>(PASS); }
-extern "C" __global__ void __launch_bounds__(256) w4_mma_16(ARGUMENTS) { tensor<2, 1>(PASS); }
-extern "C" __global__ void __launch_bounds__(256) w4_mma_32(ARGUMENTS) { tensor<4, 1>(PASS); }
-extern "C" __global__ void __launch_bounds__(256) w4_mma_64(ARGUMENTS) { tensor<8, 1>(PASS); }
-extern "C" __global__ void __launch_bounds__(256) w4_mma_32_wide(ARGUMENTS) { tensor<4, 2>(PASS); }
-extern "C" __global__ void __launch_bounds__(256) w4_mma_64_wide(ARGUMENTS) { tensor<8, 2>(PASS); }
+KERNEL(w4_mma_8, tensor, 1, 1)
+KERNEL(w4_mma_16, tensor, 2, 1)
+KERNEL(w4_mma_32, tensor, 4, 1)
+KERNEL(w4_mma_64, tensor, 8, 1)
+KERNEL(w4_mma_32_wide, tensor, 4, 2)
 
 // ---- dequantise: grid (N / 16, K / 1024), a warp a tile; y is W [N, K], padding left out
 

@@ -68,7 +68,7 @@ static float half_to_float(unsigned short h) {
     float f = exponent ? std::ldexp(1024.f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
     return h >> 15 ? -f : f;
 }
-template <class W> static W load(const W* p) { return *p; }
+template <class W> static W load_if(bool there, const W* p) { return there ? *p : W{}; }
 template <class W> static W load_once(const W* p) { return *p; }
 static unsigned minus_pair(unsigned a, unsigned b) {
     unsigned lower = to_bf16(__uint_as_float(a << 16) - __uint_as_float(b << 16));
