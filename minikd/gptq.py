@@ -14,6 +14,7 @@ Departures from that code: a group's grid is never found on stale weights (block
 not count in the damping's mean, errors are made good against scales as float16 stores them, and the factor of the
 inverse comes from one Cholesky instead of two (inverse_factor).
 """
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from minikd.data import Encoded, collate
 from minikd.files import InputError
+from minikd.generate import Replay
 from minikd.model import Block, Qwen2, rope_tables
 from minikd.quant import (check_groups, decode, decode_groups, encode, find_grid, give_memory_back,
                           round_to_nearest)
@@ -98,7 +100,9 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "la
         if damp > MAX_DAMP:
             raise InputError(f"{where}: not positive definite, even with a damping of {wanted:g}; is it 2/n X X^T?")
         warnings.warn(f"{where}: its Hessian is singular with a damping of {wanted:g}; {damp:g} is tried", stacklevel=3)
-    for i in range((len(H) + 1) // 2):                                          # H.flip(0, 1)
+    if H.is_cuda:
+        H = H.flip(0, 1)
+    for i in range((len(H) + 1) // 2 if not H.is_cuda else 0):                  # the same without a second H
         H[[i, -1 - i]] = H[[-1 - i, i]].flip(1)
     U = H.T                                                                     # R, and at the end its inverse
     for start in range(0, len(U), BLOCK):                                       # [A B; 0 C]^-1 = [A^-1 -A^-1 B D; 0 D],
@@ -145,7 +149,8 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
             at = start // size
             scales[:, at], zeros[:, at] = find_grid(W[start:start + size].T, bits, sym, clip_search)
         grid = (part[:, order[start:end] // size].T for part in (scales, zeros))    # [n, O] each
-        codes[start:end], errors = quantize_block(W[start:end], U[start:end, start:end], *grid, bits)
+        solve = replayed_block(end - start, O, bits, W.device) if W.is_cuda else functools.partial(quantize_block, bits=bits)
+        codes[start:end], errors = solve(W[start:end], U[start:end, start:end], *grid)
         W[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)                  # [I - end, n] [n, O], the lazy update
         start = end
     return codes[order.argsort()].T.contiguous(), scales, zeros
@@ -159,6 +164,27 @@ def quantize_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: int)
         errors[j] = (W[j] - decode(codes[j], scale[j], zero[j])) / U[j, j]
         W[j + 1:].addr_(U[j, j + 1:], errors[j], alpha=-1)                      # GPTQ eq. (3), on the rest of the block
     return codes, errors
+
+
+@functools.cache
+def replayed_block(n: int, O: int, bits: int, device: torch.device, graphs: bool = True):
+    """quantize_block from a CUDA graph: a column is some 14 small kernels, whose launches one by one are most of the time."""
+    places = [torch.zeros(n, O, device=device), torch.eye(n, device=device), torch.ones(n, O, device=device),
+              torch.zeros(n, O, device=device)]
+    results = []
+
+    def step():
+        results[:] = quantize_block(*places, bits)
+
+    replay = Replay(step, graphs)
+
+    def solve(*given: Tensor) -> tuple[Tensor, Tensor]:
+        for place, value in zip(places, given, strict=True):
+            place.copy_(value)
+        replay()
+        return tuple(result.clone() for result in results)
+
+    return solve
 
 
 @full_precision()
@@ -282,7 +308,7 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     device    where one block at a time is worked on; the model's own by default
     on_layer  called after each layer: (name, its relative output error, that of RTN, whether it is not below RTN's,
               of which a warning tells too); both errors are None for "rtn"
-    store     (codes, scales, zeros) -> what the result holds of a layer; quant.to_words halves its memory
+    store     (codes, scales, zeros) -> tensors by name, which the result holds of a layer; quant.to_words halves them
     keep      False: a block's weights are let go when the next one's turn comes, for a caller who goes on with to_w4;
               so memory falls as the work goes on
     returns   {"model.layers.0.self_attn.q_proj": (codes uint8 [O, I], scales [O, I/g], zeros [O, I/g]), ...}
@@ -305,8 +331,9 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
             if block_of(other) < block_of(name):
                 layer.weight.data = layer.weight.new_empty(0)
         found, report = quantize_layer(layers[name], hessian, name, grid, act_order, damp)
-        found = tuple(part.to(home) for part in found)
-        results[name] = store(*found) if store else found
+        found = store(*found) if store else found                               # packed first: less to move
+        results[name] = {key: part.to(home) for key, part in found.items()} if store else tuple(
+            part.to(home) for part in found)
         del found, hessian
         give_memory_back()
         if on_layer:

@@ -146,7 +146,9 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     divergence = divergence or (lambda logits, soft: torch.zeros(len(logits), device=logits.device))
     shared = min(len(x) for x in (head, teacher_head) if x is not None)         # V, also what CE sees
     shared = min(shared, vocab or shared)
-    weight = torch.as_tensor(weight, dtype=torch.float32, device=hidden.device).expand(len(hidden))
+    if not isinstance(weight, Tensor):
+        weight = torch.full((), weight, device=hidden.device)                   # as_tensor would wait for the GPU
+    weight = weight.to(hidden.device, torch.float32).expand(len(hidden))
     chunk_bytes = chunk_bytes or CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
     return _HeadLoss.apply(hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy,
                            shared, chunk_bytes, torch.is_grad_enabled())

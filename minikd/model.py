@@ -21,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minikd.files import InputError
 
+# cuDNN's attention, torch's first choice on a Hopper GPU, plans anew for every length it meets; batches here have many.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 @dataclass(frozen=True)
 class Qwen2Config:
@@ -98,7 +101,7 @@ class Slots(NamedTuple):
     keys: Tensor                                                                # [B, K, S, E]
     values: Tensor                                                              # [B, K, S, E]
     at: int | Tensor                                                            # slots filled so far; [1] on the device
-    mask: Tensor | None                                                         # [B, 1, 1, S]: what a new token may see
+    mask: Tensor | None                                                         # [B, 1, 1, S] what a new token sees
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k, v [B, K, T, E]; returns all that attention reads [B, K, S, E]."""
@@ -148,7 +151,7 @@ class KVCache:
 class StaticCache(KVCache):
     """The cache of a step that a CUDA graph replays: what changes from step to step lies on the device, at fixed places.
 
-    Each step reads every slot, and `valid` hides those not yet written.
+    Each step reads every slot, and `hidden` keeps out those not yet written.
     """
 
     def __init__(self, cache: KVCache):
@@ -156,18 +159,23 @@ class StaticCache(KVCache):
         self.keys, self.values, self.used = cache.keys, cache.values, cache.used
         for slots in self.keys + self.values:
             slots[:, :, cache.used:] = 0                                        # hidden slots count 0 times their value
-        capacity, device = cache.valid.shape[1], cache.valid.device
-        self.slot = torch.full((1,), cache.used, device=device)                 # [1] where the next token goes
-        self.lengths = cache.lengths.clone()
-        self.valid = cache.valid & (torch.arange(capacity, device=device) <= self.slot)         # [B, S]
+        self.valid, self.lengths = cache.valid, cache.lengths.clone()
+        self.slot = torch.full((1,), cache.used, device=cache.valid.device)     # [1] where the next token goes
+        written = torch.arange(self.valid.shape[1], device=self.valid.device) <= self.slot      # with the next one
+        # -inf is added where a row may not look, [B, S]; made once, not out of a bool mask in every layer.
+        self.hidden = torch.zeros_like(self.valid, dtype=self.keys[0].dtype).masked_fill_(~(self.valid & written), -torch.inf)
 
     def layer(self, i: int) -> Slots:
-        return Slots(self.keys[i], self.values[i], self.slot, self.valid[:, None, None])
+        return Slots(self.keys[i], self.values[i], self.slot, self.hidden[:, None, None])
 
     def advance(self, T: int):
         self.lengths += 1
         self.slot += 1
-        self.valid.index_fill_(1, self.slot.clamp(max=self.valid.shape[1] - 1), True)   # the last step has no next
+        self.hidden.index_fill_(1, self.slot.clamp(max=self.hidden.shape[1] - 1), 0)    # the last step has no next
+
+    def keep(self, rows: Tensor):
+        super().keep(rows)
+        self.hidden = self.hidden[rows]
 
 
 class Linear(nn.Linear):
@@ -187,7 +195,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and not torch.is_grad_enabled():                           # one kernel instead of seven
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            with torch.autocast("cuda", enabled=False):                         # which would have it in float32
+                return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         wide = x.float()                                                        # the mean square overflows in half
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)                                   # RMSNorm eq. (4)

@@ -136,7 +136,7 @@ def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> 
         raise InputError("a zero point of 0 cannot be stored in format gptq; use gptq_v2")
     stored = zeros.to(torch.uint8) - (1 if version == 1 else 0)
     return {"qweight": pack(codes.T, 0), "qzeros": pack(stored.T, 1), "scales": scales.T.half().contiguous(),
-            "g_idx": torch.arange(I, dtype=torch.int32) // size}
+            "g_idx": torch.arange(I, dtype=torch.int32, device=codes.device) // size}
 
 
 def from_words(qweight: Tensor, qzeros: Tensor, scales: Tensor, version: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,7 +255,8 @@ def to_w4(model: Qwen2, layers: dict[str, tuple], group_size: int, sym: bool, **
     model.quantization = quantization_config(group_size, sym, version, **meta)
     biases = {name: model.get_submodule(name).bias for name in layers}
     for name, layer in swap_linears(model, group_size, version).items():
-        layer.load_state_dict(layers[name] | ({} if biases[name] is None else {"bias": biases[name].detach().half()}))
+        layer.load_state_dict(layers[name] | ({} if biases[name] is None else {"bias": biases[name].detach()}))
+        layer.bias = None if biases[name] is None else biases[name].detach()    # in the model's dtype
     return model
 
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor
 from minikd.files import atomic_path
 
 SOURCE = Path(__file__).with_name("w4_matmul.cu")
-KERNELS = ("w4_naive", "w4_matvec_1", "w4_matvec_2", "w4_matvec_4", "w4_mma_8", "w4_mma_16", "w4_mma_32", "w4_mma_64",
-           "w4_mma_32_wide", "w4_dequantise")
-MATVEC_ROWS, MMA_ROWS = 1, 64           # most rows that each is used for: from counted instructions, not measured
-WIDE_BLOCKS = 264                       # two outputs' tiles a warp where as many blocks are left: two for each of 132 SMs
+KERNELS = ("w4_naive", "w4_matvec_1", "w4_matvec_2", "w4_matvec_4", "w4_mma_8", "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few",
+           "w4_mma_32", "w4_mma_64", "w4_dequantise")
+# Most rows that each is used for; from counted instructions, not measured: tensor cores need fewer from one row on.
+MATVEC_ROWS, MMA_ROWS = 0, 64
+FEW_TILES = 264                         # below two blocks for each of an H100's 132 multiprocessors
 
 
 class Unavailable(RuntimeError):
@@ -66,8 +68,8 @@ def plan(M: int, N: int) -> tuple[str, tuple[int, int], int]:
     if M <= MATVEC_ROWS:
         return f"w4_matvec_{1 if M == 1 else 2 if M == 2 else 4}", (tiles, 1), 256
     rows = 8 if M <= 8 else 16 if M <= 16 else 32 if M <= 32 else 64
-    if rows == 32 and tiles >= 2 * WIDE_BLOCKS:
-        return "w4_mma_32_wide", (-(-tiles // 2), 1), 256
+    if rows <= 16 and tiles < FEW_TILES:
+        return f"w4_mma_{rows}_few", (tiles, 1), 512
     return f"w4_mma_{rows}", (tiles, 1), 256
 
 
@@ -78,15 +80,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MINIKD_CACHE") or Path.home() / ".cache" / "minikd")
 
 
-def build(arch: str) -> Path:
+def build(arch: str) -> bytes:
     """The machine code for arch ("sm_90"): from the cache, or compiled now by NVRTC, else by nvcc.
 
-    Raises Unavailable where neither compiles it.
+    Raises Unavailable where neither compiles it. Where the cache cannot be written it is compiled each time.
     """
     source = SOURCE.read_bytes()
     path = cache_folder() / f"w4_matmul-{hashlib.sha256(source).hexdigest()[:16]}-{arch}.cubin"
     if path.exists():
-        return path
+        return path.read_bytes()
     reasons = []
     for compiler in nvrtc, nvcc:
         try:
@@ -94,10 +96,11 @@ def build(arch: str) -> Path:
         except Unavailable as error:
             reasons.append(str(error))
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as new:
-            new.write_bytes(code)
-        return path
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as new:
+                new.write_bytes(code)
+        return code
     raise Unavailable("; ".join(reasons))
 
 
@@ -107,10 +110,10 @@ def find_nvrtc() -> ctypes.CDLL:
     wheels = [Path(folder) / "nvidia" for folder in sys.path]
     found = sorted(str(path) for folder in wheels for path in folder.glob(f"*/lib/libnvrtc.so.{major}*"))
     for name in [f"libnvrtc.so.{major}", *found]:
-        try:
+        with suppress(OSError):
+            for builtins in Path(name).parent.glob("libnvrtc-builtins.so*") if "/" in name else ():
+                ctypes.CDLL(str(builtins))                      # which it looks for by the loader's path alone
             return ctypes.CDLL(name)
-        except OSError:
-            continue
     raise Unavailable(f"libnvrtc.so.{major} is not found: install nvidia-cuda-nvrtc, or nvcc")
 
 
@@ -158,7 +161,7 @@ def functions(device: int) -> dict:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise Unavailable(f"the GPU is of compute capability {major}.{minor}; bfloat16 products need 8.0")
-    code = build(f"sm_{major}{minor}").read_bytes()
+    code = build(f"sm_{major}{minor}")
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -180,7 +183,7 @@ def available(device: int) -> bool:
     """Whether the kernel runs on this GPU; if not, one line on standard error says why, once."""
     try:
         functions(device)
-    except (Unavailable, OSError) as error:                     # OSError: a cache that cannot be written
+    except Unavailable as error:
         print(f"w4_matmul.cu: not used, 4-bit layers are dequantised instead: {error}", file=sys.stderr)
         return False
     return True

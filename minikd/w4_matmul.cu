@@ -3,7 +3,8 @@
 //
 //   w4_naive        one thread an output, one code at a time: what the others must give
 //   w4_matvec_*     1 to 4 rows: every lane takes 16 bytes of codes at once and multiplies them out by hand
-//   w4_mma_*        up to 64 rows: the same 16 bytes are operands of tensor-core products as they come
+//   w4_mma_*        up to 64 rows: the same 16 bytes are operands of tensor-core products as they come; tiles are fetched
+//                   several ahead
 //   w4_dequantise   more rows: W in bfloat16, once, for cuBLAS
 //
 // The layout, made at load by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with codes that
@@ -37,7 +38,7 @@ __device__ __forceinline__ Words load_once(const Words* p) {    // weights pass 
 // x stays in the L1: every warp of the block reads it. Zeros where not `there`; a predicate costs less than a branch.
 __device__ __forceinline__ Words load_if(bool there, const Words* p) {
     Words v;
-    asm volatile("{.reg .pred there; setp.ne.u32 there, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+    asm("{.reg .pred there; setp.ne.u32 there, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
                  "@there ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
                  : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3]) : "l"(p), "r"((u32)there));
     return v;
@@ -46,6 +47,15 @@ __device__ __forceinline__ u32 minus_pair(u32 a, u32 b) {       // a - b, two bf
     u32 d;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xbf80bf80u), "r"(a));
     return d;
+}
+__device__ __forceinline__ u32 merge(u32 a, u32 mask, u32 top) {        // (a & mask) | top: one instruction, not two, if
+    u32 d;                                                              // mask and top are in registers
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(top));
+    return d;
+}
+__device__ __forceinline__ u32 in_register(u32 value) {
+    asm volatile("" : "+r"(value));                     // the compiler no longer knows it for a constant
+    return value;
 }
 __device__ __forceinline__ float half_to_float(u16 h) {
     float f;
@@ -107,37 +117,39 @@ extern "C" __global__ void w4_naive(ARGUMENTS) {
 
 // ---- what the two fast ones share
 //
-// EACH: words of a lane between two looks at the scales, 4 where groups are multiples of 128 inputs, else 1.
+// A block has 16 outputs; its WARPS warps take turns along K and add up at the end, in a fixed order, so that the result
+// does not depend on who comes first.  EACH: words of a lane between two looks at the scales, 4 where groups are multiples
+// of 128 inputs, else 1.
 
-#define KERNEL(NAME, BODY, ...) \
-    extern "C" __global__ void __launch_bounds__(256) NAME(ARGUMENTS) { \
-        if (group % 128) BODY<__VA_ARGS__, 1>(PASS); \
-        else BODY<__VA_ARGS__, 4>(PASS); \
+#define KERNEL(NAME, BODY, COLUMNS, WARPS, ...) \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(ARGUMENTS) { \
+        __shared__ float sum[WARPS * 16 * (COLUMNS + 1)];       /* + 1: neighbouring outputs in different banks */ \
+        if (group % 128) BODY<__VA_ARGS__, WARPS, 1>(sum, PASS); \
+        else BODY<__VA_ARGS__, WARPS, 4>(sum, PASS); \
     }
-
-const int WARPS = 8;                                    // a block's warps take turns along K, and add up at the end
 
 // 8 inputs of row m from input k on; zeros past the last row or input.
 __device__ __forceinline__ Words inputs(const u16* x, int m, int k, int M, int K) {
     return load_if(m < M && k < K, (const Words*)(x + (long long)m * K + k));
 }
 
-// Sums of all warps [rows, columns], one warp after the other so that the result never depends on who came first;
-// then y, transposed: neighbouring threads write neighbouring outputs.
-template <int ROWS, int COLUMNS>
-__device__ __forceinline__ void write_out(float (*sum)[COLUMNS + 1], int first, const u16* bias, u16* y, int M, int N) {
-    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += 32 * WARPS) {
-        int n = first + i % ROWS, m = i / ROWS;
-        if (n < N && m < M)
-            y[(long long)m * N + n] = to_bf16(sum[i % ROWS][m] + (bias ? bf16(bias[n]) : 0));
+// sum [WARPS][16][COLUMNS + 1] -> y, neighbouring threads writing neighbouring outputs
+template <int COLUMNS, int WARPS>
+__device__ __forceinline__ void write_out(const float* sum, const u16* bias, u16* y, int M, int N) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < 16 * COLUMNS; i += 32 * WARPS) {
+        int n = blockIdx.x * 16 + i % 16, m = i / 16;
+        if (n >= N || m >= M) continue;
+        float v = bias ? bf16(bias[n]) : 0;
+        for (int w = 0; w < WARPS; w++) v += sum[(w * 16 + i % 16) * (COLUMNS + 1) + m];
+        y[(long long)m * N + n] = to_bf16(v);
     }
 }
 
-// ---- matrix-vector: grid (N / 16), a warp takes every 8th tile of 16 outputs x 128 inputs
+// ---- matrix-vector: grid (N / 16)
 
-template <int ROWS, int EACH>
-__device__ __forceinline__ void matvec(ARGUMENTS) {
-    __shared__ float sum[16][ROWS + 1];
+template <int ROWS, int WARPS, int EACH>
+__device__ __forceinline__ void matvec(float* sum, ARGUMENTS) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int blocks = round_up(K, 128) / 128, stride = round_up(N, 16);
     const Words* tile = words + (long long)blockIdx.x * blocks * 64 + lane;
@@ -151,7 +163,7 @@ __device__ __forceinline__ void matvec(ARGUMENTS) {
             next[1] = load_once(tile + (b + WARPS) * 64 + 32);
         }
         float part[2][ROWS] = {};                       // of one group
-        Grid grid[2];
+        Grid grid[2] = {};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             int k = b * 128 + j * 32;
@@ -180,117 +192,105 @@ __device__ __forceinline__ void matvec(ARGUMENTS) {
             }
         }
     }
-    for (int turn = 0; turn < WARPS; turn++) {
-        if (turn == warp)
 #pragma unroll
-            for (int h = 0; h < 2; h++)
+    for (int h = 0; h < 2; h++)
 #pragma unroll
-                for (int m = 0; m < ROWS; m++) {
-                    float v = total[h][m];
-                    v += __shfl_xor_sync(~0u, v, 1);    // the four lanes of an output
-                    v += __shfl_xor_sync(~0u, v, 2);
-                    if (t == 0) sum[h * 8 + g][m] = v + (turn ? sum[h * 8 + g][m] : 0);
-                }
-        __syncthreads();
-    }
-    write_out<16, ROWS>(sum, blockIdx.x * 16, bias, y, M, N);
+        for (int m = 0; m < ROWS; m++) {
+            float v = total[h][m];
+            v += __shfl_xor_sync(~0u, v, 1);            // the four lanes of an output
+            v += __shfl_xor_sync(~0u, v, 2);
+            if (t == 0) sum[(warp * 16 + h * 8 + g) * (ROWS + 1) + m] = v;
+        }
+    write_out<ROWS, WARPS>(sum, bias, y, M, N);
 }
 
-KERNEL(w4_matvec_1, matvec, 1)
-KERNEL(w4_matvec_2, matvec, 2)
-KERNEL(w4_matvec_4, matvec, 4)
+KERNEL(w4_matvec_1, matvec, 1, 8, 1)
+KERNEL(w4_matvec_2, matvec, 2, 8, 2)
+KERNEL(w4_matvec_4, matvec, 4, 8, 4)
 
-// ---- tensor cores: grid (N / (16 TILES)); a warp multiplies TILES x 16 outputs by 8 COLUMNS rows of x
+// ---- tensor cores: grid (N / 16); 8 COLUMNS rows of x
 //
 // A product sums over 16 inputs in any order, if both operands keep it. So a lane's own 8 inputs, 32 j + 8 t + 0..7, serve
 // as they lie: 0..3 for the first product of word j, 4..7 for the second. No shuffle, no shared memory.
 
-template <int COLUMNS, int TILES, int EACH>
-__device__ __forceinline__ void tensor(ARGUMENTS) {
-    __shared__ float sum[16 * TILES][8 * COLUMNS + 1];
+template <int COLUMNS, int AHEAD, int WARPS, int EACH>
+__device__ __forceinline__ void tensor(float* sum, ARGUMENTS) {
+    const int DEPTH = EACH == 1 ? 1 : AHEAD;            // small groups bring four times the scales: no room for more
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    int blocks = round_up(K, 128) / 128, stride = round_up(N, 16);
-    const Words* tile = words + (long long)blockIdx.x * TILES * blocks * 64 + lane;
-    int tiles = min(TILES, stride / 16 - (int)blockIdx.x * TILES);      // the last block may have fewer
-    float total[TILES][COLUMNS][4] = {};
-    Words next[TILES][2] = {};
-    for (int r = 0; r < TILES; r++)
-        if (r < tiles && warp < blocks)
-            for (int h = 0; h < 2; h++) next[r][h] = load_once(tile + (r * blocks + warp) * 64 + h * 32);
-    for (int b = warp; b < blocks; b += WARPS) {
-        Words now[TILES][2];
-#pragma unroll
-        for (int r = 0; r < TILES; r++)
-#pragma unroll
+    int blocks = round_up(K, 128) / 128, stride = round_up(N, 16), per = group / 32, last = K / group - 1;
+    u32 inverse = per == 1 ? 0 : 0xffffffffu / per + 1;         // a division becomes one multiplication
+    u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u);
+    const Words* tile = words + (long long)blockIdx.x * blocks * 64 + lane;
+    int mine = blockIdx.x * 16 + g;
+    float total[COLUMNS][4] = {};
+    Words ring[DEPTH][2];                               // DEPTH tiles on their way, and their scales with them: a scale
+    u16 scale[DEPTH][2][4 / EACH];                      // asked for when it is needed would cost the wait once more
+    u8 zero[DEPTH][2][4 / EACH];
+    auto fetch = [&](int d, int b) {
+        if (b >= blocks) return;
+        for (int h = 0; h < 2; h++) ring[d][h] = load_once(tile + b * 64 + h * 32);
+        for (int j = 0; j < 4 / EACH; j++) {
+            int at = inverse ? __umulhi(4 * b + j * EACH, inverse) : 4 * b + j * EACH;
+            if (EACH == 1) at = min(at, last);          // the last tile may reach past the last group
             for (int h = 0; h < 2; h++) {
-                now[r][h] = next[r][h];
-                if (r < tiles && b + WARPS < blocks) next[r][h] = load_once(tile + (r * blocks + b + WARPS) * 64 + h * 32);
+                scale[d][h][j] = scales[at * stride + mine + h * 8];
+                zero[d][h][j] = zeros ? zeros[at * stride + mine + h * 8] : 8;
             }
-        float part[TILES][COLUMNS][4] = {};
-        Grid grid[TILES][2] = {};
+        }
+    };
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int k = b * 128 + j * 32;
-            if (j % EACH == 0 && k < K)
+    for (int d = 0; d < DEPTH; d++) fetch(d, warp + d * WARPS);
+    for (int first = warp; first < blocks; first += DEPTH * WARPS)
 #pragma unroll
-                for (int r = 0; r < TILES; r++)
+        for (int d = 0; d < DEPTH; d++) {               // unrolled, so that the ring lies in registers
+            int b = first + d * WARPS;
+            if (b >= blocks) break;
+            float part[COLUMNS][4] = {};                // of one group
 #pragma unroll
-                    for (int h = 0; h < 2; h++)
-                        if (r < tiles)
-                            grid[r][h] = grid_of(scales, zeros,
-                                                 k / group * stride + (blockIdx.x * TILES + r) * 16 + h * 8 + g);
-            Words in[COLUMNS];
+            for (int j = 0; j < 4; j++) {
+                Words in[COLUMNS];
 #pragma unroll
-            for (int c = 0; c < COLUMNS; c++) in[c] = inputs(x, 8 * c + g, k + 8 * t, M, K);
-#pragma unroll
-            for (int r = 0; r < TILES; r++)
+                for (int c = 0; c < COLUMNS; c++) in[c] = inputs(x, 8 * c + g, b * 128 + j * 32 + 8 * t, M, K);
 #pragma unroll
                 for (int i = 0; i < 4; i += 2) {
-                    u32 a[4] = {decode_pair(now[r][0].w[j], i, grid[r][0].zero),
-                                decode_pair(now[r][1].w[j], i, grid[r][1].zero),
-                                decode_pair(now[r][0].w[j], i + 1, grid[r][0].zero),
-                                decode_pair(now[r][1].w[j], i + 1, grid[r][1].zero)};
+                    u32 a[4];
 #pragma unroll
-                    for (int c = 0; c < COLUMNS; c++) mma(part[r][c], a, in[c].w + i);
+                    for (int q = 0; q < 4; q++)         // rows g and g + 8 of the first pair, then of the second
+                        a[q] = minus_pair(merge(ring[d][q % 2].w[j] >> 4 * (i + q / 2), mask, top),
+                                          top | zero[d][q % 2][j / EACH] * 0x10001u);
+#pragma unroll
+                    for (int c = 0; c < COLUMNS; c++) mma(part[c], a, in[c].w + i);
                 }
-            if ((j + 1) % EACH == 0) {                  // codes are exact in bfloat16; the scale comes in in float32
-#pragma unroll
-                for (int r = 0; r < TILES; r++)
+                if ((j + 1) % EACH == 0) {              // codes are exact in bfloat16; the scale comes in in float32
 #pragma unroll
                     for (int c = 0; c < COLUMNS; c++)
 #pragma unroll
                         for (int q = 0; q < 4; q++)
-                            total[r][c][q] += grid[r][q / 2].scale * part[r][c][q], part[r][c][q] = 0;
+                            total[c][q] += half_to_float(scale[d][q / 2][j / EACH]) * part[c][q], part[c][q] = 0;
+                }
             }
+            fetch(d, b + DEPTH * WARPS);
         }
-    }
-    for (int turn = 0; turn < WARPS; turn++) {
-        if (turn == warp)
 #pragma unroll
-            for (int r = 0; r < TILES; r++)
+    for (int c = 0; c < COLUMNS; c++)
 #pragma unroll
-                for (int c = 0; c < COLUMNS; c++)
-#pragma unroll
-                    for (int q = 0; q < 4; q++) {
-                        float* place = &sum[r * 16 + q / 2 * 8 + g][8 * c + 2 * t + q % 2];
-                        *place = total[r][c][q] + (turn ? *place : 0);
-                    }
-        __syncthreads();
-    }
-    write_out<16 * TILES, 8 * COLUMNS>(sum, blockIdx.x * 16 * TILES, bias, y, M, N);
+        for (int q = 0; q < 4; q++)
+            sum[(warp * 16 + q / 2 * 8 + g) * (8 * COLUMNS + 1) + 8 * c + 2 * t + q % 2] = total[c][q];
+    write_out<8 * COLUMNS, WARPS>(sum, bias, y, M, N);
 }
 
-KERNEL(w4_mma_8, tensor, 1, 1)
-KERNEL(w4_mma_16, tensor, 2, 1)
-KERNEL(w4_mma_32, tensor, 4, 1)
-KERNEL(w4_mma_64, tensor, 8, 1)
-KERNEL(w4_mma_32_wide, tensor, 4, 2)
+KERNEL(w4_mma_8, tensor, 8, 8, 1, 4)
+KERNEL(w4_mma_16, tensor, 16, 8, 2, 3)
+KERNEL(w4_mma_32, tensor, 32, 8, 4, 2)
+KERNEL(w4_mma_64, tensor, 64, 8, 8, 1)
+KERNEL(w4_mma_8_few, tensor, 8, 16, 1, 3)               // few outputs: more warps along K instead
+KERNEL(w4_mma_16_few, tensor, 16, 16, 2, 2)
 
 // ---- dequantise: grid (N / 16, K / 1024), a warp a tile; y is W [N, K], padding left out
 
 extern "C" __global__ void __launch_bounds__(256) w4_dequantise(ARGUMENTS) {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, blocks = round_up(K, 128) / 128;
-    int b = blockIdx.y * WARPS + threadIdx.x / 32;
+    int b = blockIdx.y * 8 + threadIdx.x / 32;
     if (b >= blocks) return;
     for (int h = 0; h < 2; h++) {
         int n = blockIdx.x * 16 + h * 8 + g;

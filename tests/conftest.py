@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from minikd.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
-sys.path.insert(0, str(Path(__file__).parents[1]))               # benchmarks/, which is not installed
+sys.path.insert(0, str(Path(__file__).parents[1]))               # the scripts and benchmarks/, which are not installed
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -20,6 +20,21 @@ WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"|\s+(?!\S)|\s+")
 TEXTS = ["The student learns from its teacher, and the teacher learns nothing.", "¿Qué año es? El niño comió piñas.",
          "def add(a, b):\n    return a + b\n", "你好，世界。你好吗？", "What is 12 + 30? It is 42."] * 4
+
+
+@pytest.fixture
+def shell(monkeypatch, capsys):
+    """shell(script's module, *flags) -> (exit status, stdout, stderr), as a shell would see them."""
+    def call(script, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        status = 0
+        try:
+            with script.script_errors():
+                script.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,9 @@ static float half_to_float(unsigned short h) {
 }
 template <class W> static W load_if(bool there, const W* p) { return there ? *p : W{}; }
 template <class W> static W load_once(const W* p) { return *p; }
+static unsigned merge(unsigned a, unsigned mask, unsigned top) { return (a & mask) | top; }
+static unsigned in_register(unsigned value) { return value; }
+static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
 static unsigned minus_pair(unsigned a, unsigned b) {
     unsigned lower = to_bf16(__uint_as_float(a << 16) - __uint_as_float(b << 16));
     return lower | (unsigned)to_bf16(__uint_as_float(a & 0xffff0000u) - __uint_as_float(b & 0xffff0000u)) << 16;

@@ -1,5 +1,4 @@
 """eval_rouge.py on a model and data, and on two files: the same numbers by hand."""
-import importlib.util
 import json
 import os
 import statistics
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import eval_rouge
 from minikd.checkpoint import load_model, save_model
 from minikd.data import load_examples, prompt_text
 from minikd.files import InputError
@@ -18,9 +18,6 @@ from minikd.model import Qwen2, Qwen2Config
 from minikd.rouge import rouge_l
 
 SCRIPT = Path(__file__).parents[1] / "eval_rouge.py"
-spec = importlib.util.spec_from_file_location("eval_rouge", SCRIPT)
-eval_rouge = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(eval_rouge)
 
 # Three answers whose scores are counted on the fingers: F1 = 2 LCS / (words of both).
 PREDICTIONS = ["the cat sat", "a dog", "It is Rome."]           # LCS 2 of 3+4; 0 of 2+2; 3 of 3+3
@@ -42,18 +39,11 @@ def write(path: Path, rows: list) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(shell, monkeypatch, tmp_path):
     """run(*flags) -> (exit status, stdout, stderr), in an empty folder."""
     def call(*flags):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", list(map(str, ["eval_rouge.py", *flags])))
-        status = 0
-        try:
-            with eval_rouge.script_errors():
-                eval_rouge.main()
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        return shell(eval_rouge, *flags)
     return call
 
 

@@ -1,5 +1,4 @@
 """quantize.py as it is used: a tiny model, two dozen records, and every way to call it."""
-import importlib.util
 import json
 import os
 import signal
@@ -11,21 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import quantize as qz
+import train_grpo
+import train_kd
 from minikd.checkpoint import load_model, save_model
 from minikd.model import Qwen2, Qwen2Config
 from minikd.quant import W4Linear
 
 ROOT = Path(__file__).parents[1]
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-qz = script("quantize")
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +34,12 @@ def world(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture
-def run(world, monkeypatch, tmp_path, capsys):
+def run(world, shell, tmp_path):
     """run(*flags) -> (exit status, stdout, stderr), as a shell would see them."""
     def call(*flags, model=("--model", world / "model"), data=("--calibration", world / "data.jsonl"),
              out=("--out", tmp_path / "w4")):
-        monkeypatch.setattr(sys, "argv", list(map(str, ["quantize.py", *model, *data, *out, "--group-size", "16", "--dtype",
-                                                        "float32", "--device", "cpu", *flags])))
-        status = 0
-        try:
-            with qz.script_errors():
-                qz.main()
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        return shell(qz, *model, *data, *out, "--group-size", "16", "--dtype",
+                     "float32", "--device", "cpu", *flags)
     return call
 
 
@@ -125,16 +110,12 @@ def test_a_folder_that_is_quantised_already_is_refused(run, tmp_path):
     assert status == 2 and "is quantised already" in err and not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("name, flags", [("train_kd", ["--loss", "sft", "--student"]), ("train_grpo", ["--model"])])
-def test_four_bits_are_not_trained(run, world, tmp_path, monkeypatch, capsys, name, flags):
+@pytest.mark.parametrize("script, flags", [(train_kd, ["--loss", "sft", "--student"]),
+                                           (train_grpo, ["--rewards", "answer", "--model"])])
+def test_four_bits_are_not_trained(run, shell, world, tmp_path, script, flags):
     assert run("--method", "rtn")[0] == 0
-    module = script(name)
-    monkeypatch.setattr(sys, "argv", list(map(str, [f"{name}.py", *flags, tmp_path / "w4", "--data", world / "data.jsonl", "--out",
-                                                    tmp_path / "run", "--rewards" if name == "train_grpo" else "--seed",
-                                                    "answer" if name == "train_grpo" else 0])))
-    with pytest.raises(SystemExit), module.script_errors():
-        module.main()
-    assert "holds 4-bit weights, which cannot be trained" in capsys.readouterr().err
+    status, _, err = shell(script, *flags, tmp_path / "w4", "--data", world / "data.jsonl", "--out", tmp_path / "run")
+    assert status == 2 and "holds 4-bit weights, which cannot be trained" in err
 
 
 def test_a_model_with_broken_weights_is_refused_by_the_layers_name(run, world, tmp_path, tokenizer):

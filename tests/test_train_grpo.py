@@ -1,5 +1,4 @@
 """train_grpo.py as it is used: a tiny model, sums, the real sandbox, and every way to call it."""
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -7,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_grpo as rl
 from minikd import problems
 from minikd.checkpoint import load_model, save_model
 from minikd.model import Qwen2, Qwen2Config
@@ -16,16 +16,6 @@ from test_problems import RECORD
 ROOT = Path(__file__).parents[1]
 FAST = ("--steps 4 --prompts 2 --group-size 4 --max-new-tokens 6 --batch-size 3 --eval-every 2 --eval-examples 3 "
         "--lr 0.01 --device cpu --dtype float32").split()
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-rl = script("train_grpo")
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +36,12 @@ def world(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture
-def run(world, monkeypatch, tmp_path, capsys):
+def run(world, shell, tmp_path):
     """run(*flags) -> (exit status, stdout, stderr), as a shell would see them; --out is tmp_path/run unless given."""
     def call(*flags, rewards="{world}/ours.py:early", model=("--model", world / "model"),
              data=("--data", world / "sums.jsonl"), out=tmp_path / "run"):
-        monkeypatch.setattr(sys, "argv", list(map(str, ["train_grpo.py", *model, *data, "--out", out, *FAST, "--rewards",
-                                                        rewards.format(world=world), *flags])))
-        status = 0
-        try:
-            with rl.script_errors():
-                rl.main()
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        return shell(rl, *model, *data, "--out", out, *FAST, "--rewards",
+                     rewards.format(world=world), *flags)
     return call
 
 

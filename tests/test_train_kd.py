@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval_rouge
+import train_kd as kd
 from minikd import minillm, toy
 from minikd.checkpoint import load_model, save_model
 from minikd.data import encode_examples, load_examples
@@ -22,16 +24,6 @@ from minikd.training import LOG, STATE, read_log
 
 ROOT = Path(__file__).parents[1]
 FAST = "--epochs 1 --lr 0.01 --max-new-tokens 4 --eval-examples 2 --device cpu --dtype float32".split()
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kd = script("train_kd")
 
 
 def tiny(seed: int, tokenizer, folder, **shape) -> Path:
@@ -56,18 +48,11 @@ def world(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture
-def run(world, monkeypatch, tmp_path, capsys):
+def run(world, shell, tmp_path):
     """run(*flags) -> (exit status, stdout, stderr), as a shell would see them; --out is tmp_path/run unless given."""
     def call(*flags, models=("--student", world / "student", "--teacher", world / "teacher"),
              data=("--data", world / "data.jsonl"), out=tmp_path / "run"):
-        monkeypatch.setattr(sys, "argv", list(map(str, ["train_kd.py", *models, *data, "--out", out, *FAST, *flags])))
-        status = 0
-        try:
-            with kd.script_errors():
-                kd.main()
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        return shell(kd, *models, *data, "--out", out, *FAST, *flags)
     return call
 
 
@@ -592,7 +577,7 @@ def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge
     table = {row["model"]: row["all"] for row in map(json.loads, open("runs/toy/table.jsonl"))}
     assert list(table) == ["Base", "SFT", "KD", "Teacher"]
     monkeypatch.setattr(sys, "argv", ["eval_rouge.py", "--max-new-tokens", "4"])
-    script("eval_rouge").main()
+    eval_rouge.main()
     last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("all ")][-1]
     assert float(last.split()[2]) == pytest.approx(table["KD"], abs=0.051)
 

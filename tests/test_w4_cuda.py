@@ -84,21 +84,26 @@ def check(kernels, name, grid, M, N, K, group, sym=True, biased=True, threads=25
 
 @pytest.mark.parametrize("M", [1, 2, 3, 8, 9, 16, 33, 64])
 def test_every_batch_size_gives_the_product(kernels, M):
-    check(kernels, *plan(M, 128)[:2], M, 128, 256, 128)
+    name, grid, threads = plan(M, 128)
+    check(kernels, name, grid, M, 128, 256, 128, threads=threads)
+    name = f"w4_mma_{next(rows for rows in (8, 16, 32, 64) if rows >= M)}"      # as for layers of many outputs
+    check(kernels, name, grid, M, 128, 256, 128)
 
 
 @pytest.mark.parametrize("N, K, group", [(8, 8 * 8, 64), (24, 1152, 32), (40, 192, 64), (128, 896, 128), (64, 512, 512),
                                          (16, 2048, 256)])
 @pytest.mark.parametrize("sym", [True, False])
 def test_every_shape_gives_the_product(kernels, N, K, group, sym):
-    for name, rows in ("w4_naive", 3), ("w4_matvec_1", 1), ("w4_matvec_2", 2), ("w4_matvec_4", 3), ("w4_mma_8", 5):
+    for name, rows in (("w4_naive", 3), ("w4_matvec_1", 1), ("w4_matvec_2", 2), ("w4_matvec_4", 3), ("w4_mma_8", 5),
+                       ("w4_mma_16", 13)):
         grid = (-(-N // 128), rows) if name == "w4_naive" else (-(-N // 16), 1)
         check(kernels, name, grid, rows, N, K, group, sym, biased=sym, threads=128 if name == "w4_naive" else 256)
 
 
-@pytest.mark.parametrize("N, group", [(80, 64), (64, 128), (8, 256)])           # tiles: an odd number, an even one, one
-def test_two_tiles_a_warp_give_the_product(kernels, N, group):
-    check(kernels, "w4_mma_32_wide", (-(-N // 32), 1), 20, N, 256, group, sym=False)
+@pytest.mark.parametrize("name, M", [("w4_mma_8_few", 8), ("w4_mma_16_few", 11)])
+def test_more_warps_along_the_inputs_give_the_product(kernels, name, M):
+    for K, group in (128, 64), (4864, 128), (2560, 512):                        # fewer tiles than warps; more than a ring
+        check(kernels, name, (2, 1), M, 24, K, group, sym=group == 128, threads=512)
 
 
 @pytest.mark.parametrize("N, K, group, sym", [(40, 1216, 64, False), (16, 896, 128, True)])
@@ -135,7 +140,7 @@ def on_cpu(kernels, monkeypatch) -> list:
     return launched
 
 
-@pytest.mark.parametrize("M, expected", [(0, []), (1, ["w4_matvec_1"]), (7, ["w4_mma_8"]), (65, ["w4_dequantise"])])
+@pytest.mark.parametrize("M, expected", [(0, []), (1, ["w4_mma_8_few"]), (20, ["w4_mma_32"]), (65, ["w4_dequantise"])])
 def test_the_operator_takes_the_planned_kernel_and_any_x(on_cpu, M, expected):
     codes, scales, zeros, weight = layer(48, 256, 64, sym=False)
     bias = torch.randn(48).bfloat16()
@@ -155,7 +160,7 @@ def test_a_4_bit_layer_multiplies_by_the_kernel(on_cpu, monkeypatch):
     made.load_state_dict(quant.to_words(codes, scales, zeros, 2) | {"bias": torch.randn(40)})
     x = torch.randn(2, 3, 128).bfloat16()
     y = made.multiply(x, "kernel")
-    assert on_cpu == ["w4_mma_8"] and y.shape == (2, 3, 40)
+    assert on_cpu == ["w4_mma_8_few"] and y.shape == (2, 3, 40)
     expected = x.double() @ made.weight().double().T + made.bias.double()
     assert (y - expected).norm() < 1e-2 * expected.norm()
     made.multiply(x, "kernel")
@@ -189,10 +194,8 @@ def test_a_plan_covers_all_outputs_and_rows():
     for M in range(1, w4_cuda.MMA_ROWS + 1):
         for N in 8, 128, 896, 9728, 22_016:
             name, (x, y), threads = plan(M, N)
-            assert name in KERNELS and y == 1 and threads == 256
-            wide = 2 if name.endswith("wide") else 1
-            assert (x - 1) * 16 * wide < N <= x * 16 * wide
-            assert M <= int(name.split("_")[2])
+            assert name in KERNELS and y == 1 and threads == (512 if name.endswith("few") else 256)
+            assert (x - 1) * 16 < N <= x * 16 and M <= int(name.split("_")[2])
     assert fits(128, 896, 128) and fits(16, 64, 64) and fits(8, 4864, 4864) and not fits(8, 64, 16) and not fits(8, 96, 96)
 
 
@@ -202,11 +205,14 @@ def test_nvcc_builds_it_without_a_header_and_the_second_time_it_is_there(arch, t
         pytest.skip("no nvcc")
     monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
     monkeypatch.setattr(w4_cuda, "find_nvrtc", lambda: (_ for _ in ()).throw(Unavailable("none here")))
-    path = build(arch)
-    assert path.parent == tmp_path and path.read_bytes()[:4] == b"\x7fELF"
-    assert all(name.encode() in path.read_bytes() for name in KERNELS)
+    code = build(arch)
+    assert code[:4] == b"\x7fELF" and all(name.encode() in code for name in KERNELS)
+    assert [path.read_bytes() == code for path in tmp_path.iterdir()] == [True]
+    monkeypatch.setenv("MINIKD_CACHE", "/proc/nowhere")                         # which cannot be written
+    assert build(arch) == code
+    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert build(arch) == path
+    assert build(arch) == code
 
 
 def test_without_a_compiler_one_line_says_why_and_layers_are_dequantised(tmp_path, monkeypatch, capsys):
