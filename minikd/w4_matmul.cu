@@ -39,8 +39,8 @@ __device__ __forceinline__ Words load_once(const Words* p) {    // weights pass 
 __device__ __forceinline__ Words load_if(bool there, const Words* p) {
     Words v;
     asm("{.reg .pred there; setp.ne.u32 there, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-                 "@there ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
-                 : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3]) : "l"(p), "r"((u32)there));
+        "@there ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
+        : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3]) : "l"(p), "r"((u32)there));
     return v;
 }
 __device__ __forceinline__ u32 minus_pair(u32 a, u32 b) {       // a - b, two bfloat16 at once; there is an fma, no sub

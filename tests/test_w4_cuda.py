@@ -166,7 +166,7 @@ def test_a_4_bit_layer_multiplies_by_the_kernel(on_cpu, monkeypatch):
     made.multiply(x, "kernel")
     assert made.prepared[0] == ("kernel", torch.bfloat16)
     torch.library.opcheck(torch.ops.minikd.w4_matmul.default,
-                          (x[0], *made.prepared[1], made.bias.bfloat16(), 40, 64), test_utils=("test_schema", "test_faketensor"))
+                          (x[0], *made.prepared[1], made.bias.bfloat16(), 40, 64), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 def test_on_a_gpu_the_kernel_is_chosen_where_it_can_be(monkeypatch):
@@ -213,6 +213,16 @@ def test_nvcc_builds_it_without_a_header_and_the_second_time_it_is_there(arch, t
     monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert build(arch) == code
+
+
+def test_nvrtc_builds_it_where_it_is():
+    try:
+        w4_cuda.find_nvrtc()
+    except Unavailable:
+        pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc")
+    assert all(name.encode() in w4_cuda.nvrtc(w4_cuda.SOURCE.read_bytes(), "sm_90") for name in KERNELS)
+    with pytest.raises(Unavailable, match="NVRTC: w4_matmul.cu.*nonsense"):
+        w4_cuda.nvrtc(b"__global__ void f() { nonsense; }", "sm_90")
 
 
 def test_without_a_compiler_one_line_says_why_and_layers_are_dequantised(tmp_path, monkeypatch, capsys):
