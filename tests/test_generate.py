@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minikd.checkpoint import save_model
-from minikd.generate import Replay, generate, generate_with_log_probs, sample
+from minikd.generate import Replay, generate, generate_with_log_probs, invert, sample
 from minikd.layout import join
 from minikd.model import Qwen2, Qwen2Config
 from minikd.training import compile_blocks
@@ -253,6 +253,22 @@ def test_tokens_come_as_often_as_the_definitions_say(temperature, top_p, top_k):
     chi_square = sum((count - mean) ** 2 / mean for count, mean in kept)
     freedom = len(kept) - 1
     assert chi_square <= freedom + 4 * math.sqrt(2 * freedom)                   # mean and 4 standard deviations
+
+
+def test_the_inverse_is_that_of_the_whole_running_sum():
+    """Over several blocks of the vocabulary, most of them empty, and at the ends of each."""
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(6, 1000, generator=generator) ** 8
+    probs[1, :400], probs[2, 130:], probs[3, ::3], probs[4, 1:999] = 0, 0, 0, 0
+    u = torch.rand(500, 6, 1, generator=generator, dtype=torch.float64)
+    u[0], u[1] = 0, 1 - 2**-53
+    cdf = probs.double().cumsum(1)
+    for row in u:
+        tokens, total = invert(probs, row)
+        torch.testing.assert_close(total, cdf[:, -1:], rtol=1e-12, atol=0)
+        assert (probs.gather(1, tokens) > 0).all()
+        before = cdf.gather(1, tokens) - probs.double().gather(1, tokens)       # the token's stretch of the sum
+        assert ((before <= row * total + 1e-12) & (row * total <= cdf.gather(1, tokens) + 1e-12)).all()
 
 
 def test_the_distribution_test_would_see_a_wrong_one():
