@@ -177,10 +177,10 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             clock.append(time.perf_counter())
             line = describe(answers, paid, total, flat, sums, clock) | {"grad_norm": length}
             log.write(step=step + 1, **line)
-            for i, answer in enumerate(answers):
-                said.write(step=step + 1, prompt=tokenizer.decode(answer.prompt), completion=texts[i],
-                           reward=number(total[i]), advantage=float(advantages.view(-1)[i]),
-                           rewards={name: values[i] for name, values in paid.items()})
+            said.write(*(dict(step=step + 1, prompt=tokenizer.decode(answer.prompt), completion=texts[i],
+                              reward=number(total[i]), advantage=float(advantages.view(-1)[i]),
+                              rewards={name: values[i] for name, values in paid.items()})
+                         for i, answer in enumerate(answers)))
             progress.update(f"reward {line['reward'] or 0:.3f} kl {line['kl']:.3f} length {line['length']:.0f}")
             unpaid = 0 if total.nan_to_num().any() else unpaid + 1
             if unpaid == patience:

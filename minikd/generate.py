@@ -223,4 +223,5 @@ def invert(probs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     inside = blocks.gather(1, at[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)    # [B, 128]
     rest = u * total - (upto - mass).gather(1, at)                                          # [B, 1]
     rest = rest.minimum(inside[:, -1:] * (1 - 2**-52))          # never past the last of them, by rounding
-    return at * BLOCK + torch.searchsorted(inside, rest, right=True), total
+    tokens = at * BLOCK + torch.searchsorted(inside, rest, right=True)
+    return tokens.clamp_(max=probs.shape[1] - 1), total         # NaNs, of a model that diverged, pass everything

@@ -119,9 +119,10 @@ class Log:
         with atomic_path(self.path) as new:
             new.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
-    def write(self, **values):
+    def write(self, *lines: dict, **values):
+        """One line of the values, or several at once."""
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [values]))
 
 
 def read_log(folder, name: str = LOG) -> list[dict]:

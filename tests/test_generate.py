@@ -271,6 +271,13 @@ def test_the_inverse_is_that_of_the_whole_running_sum():
         assert ((before <= row * total + 1e-12) & (row * total <= cdf.gather(1, tokens) + 1e-12)).all()
 
 
+def test_a_model_that_diverged_gives_tokens_all_the_same():
+    """On a GPU an index past the vocabulary would end the process; the loss says what is wrong."""
+    for top_p, top_k in (1.0, 0), (0.9, 0), (1.0, 5):
+        tokens = draw(torch.full((3, 361), torch.nan), 1.0, top_p, top_k, None)
+        assert ((tokens >= 0) & (tokens < 361)).all()
+
+
 def test_the_distribution_test_would_see_a_wrong_one():
     rng = random.Random(1)
     logits = [rng.uniform(-1.5, 1.5) for _ in range(20)]
