@@ -15,7 +15,7 @@ from minikd.checkpoint import load_model
 from minikd.data import FORMATS, encode_examples, load_examples
 from minikd.evaluate import answer, check_vocabulary, read_predictions, read_references, score_answers, write_jsonl
 from minikd.files import InputError, script_errors
-from minikd.layout import use_int8_head
+from minikd.layout import INT8_ROWS, use_int8_head
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
 from minikd.training import Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype
@@ -92,6 +92,9 @@ def model_scores(args) -> list[list[dict]]:
     check_vocabulary(args.model, model.config, tokenizer)
     if args.int8_head:
         use_int8_head(model)
+        if args.batch_size >= INT8_ROWS:
+            print(f"--int8-head: is for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size} only the "
+                  "last ones of a batch are read by it")
     seeds, rounds = (args.seeds or SEEDS) if args.temperature > 0 else [None], []
     with Progress("answers", len(seeds) * len(rows)) as progress:
         for seed in seeds:

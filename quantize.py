@@ -19,13 +19,13 @@ import torch
 from minikd.checkpoint import load_config, load_model, model_folder, read_quantization, save_model
 from minikd.data import data_files, encode_examples, encode_text, load_examples, load_texts, recognise
 from minikd.evaluate import answer_and_score, check_vocabulary, compare
-from minikd.files import InputError, script_errors
+from minikd.files import InputError, read_json, script_errors
 from minikd.gptq import quantize_model
 from minikd.quant import check_groups, to_w4, to_words
 from minikd.records import read_records
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype
+from minikd.training import LOG, Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype
 
 TOY = dict(model="runs/toy/kd/best", calibration=["runs/toy/data/train.jsonl"], eval_data=["runs/toy/data/test.jsonl"],
            out="runs/toy/w4", group_size=32, rouge="unicode", max_new_tokens=48, dtype="float32")
@@ -77,6 +77,8 @@ def parse_args():
     if args.bits != 4:
         raise InputError(f"--bits {args.bits}: a folder is written for 4; for others use gptq.quantize_model")
     check_positive(args, "samples", "length", "eval_examples", "batch_size", "max_new_tokens")
+    if args.length < 2:
+        raise InputError(f"--length {args.length}: a row is two tokens at least; 2048 is usual")
     if not 0 <= args.damp < math.inf:
         raise InputError(f"--damp {args.damp}: is not 0 or more; 0.01 is usual")
     return args
@@ -88,7 +90,10 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
     if recognise(first) is None and "text" in first:
         rows = encode_text(load_texts(paths)[0], tokenizer, length)
     else:
-        rows, _ = encode_examples(load_examples(paths)[0], tokenizer, template, length, length)
+        try:
+            rows, _ = encode_examples(load_examples(paths)[0], tokenizer, template, length, length)
+        except InputError as error:                             # its mend names train_kd.py's flags
+            raise InputError(f"{paths[0]}: no record fits --length {length}; raise it") from error
     return random.Random(seed).sample(rows, min(samples, len(rows)))
 
 
@@ -112,6 +117,19 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
     print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s")
     for name in worse:
         print(f"WARNING: {name}: GPTQ is no better than rounding; is the calibration data what the model will read?")
+
+
+def check_out(out: Path, folder: Path):
+    """Raises InputError for a folder that holds something else than an earlier 4-bit model, or that cannot be one."""
+    if out.resolve() == folder.resolve():
+        raise InputError(f"--out {out}: is the model's own folder; choose another")
+    if (out / LOG).exists() or (out / "best").exists():
+        raise InputError(f"--out {out}: holds a training run; choose a folder of its own")
+    if (out / "config.json").exists() and not read_json(out / "config.json").get("quantization_config"):
+        raise InputError(f"--out {out}: holds an unquantised model, which would be replaced; choose another")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; choose a folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def weight_bytes(folder: Path) -> int:
@@ -147,9 +165,9 @@ def main():
         eval_rows, _ = encode_examples(examples, tokenizer, args.template)
     outs = {method: Path(args.out if args.method or len(args.methods) == 1 else f"{args.out}-{method}")
             for method in args.methods}
+    for out in outs.values():                                   # all, before the hours that the first may take
+        check_out(out, folder)
     for method, out in outs.items():
-        if out.resolve() == folder.resolve():
-            raise InputError(f"--out {out}: is the model's own folder; choose another")
         quantize(args, folder, tokenizer, rows, method, out, device, dtype)
     if eval_rows:
         print(f"\n{len(eval_rows)} examples {'MB':>15}{'perplexity':>12}{'ROUGE-L':>9}")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from minikd.files import InputError, atomic_path, local_folder, read_json, save_tensors
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import swap_linears, version_of
+from minikd.quant import W4Linear, swap_linears, version_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZE = "quantize_config.json"
@@ -43,7 +43,23 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     for key in sorted(wanted, key=lambda key: -math.prod(wanted[key])):
         with torch.no_grad():
             places[key].copy_(read_tensor(files[key], key, places[key].is_floating_point()))
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, W4Linear):
+            check_words(layer, model.quantization, f"{files[layer_name + '.g_idx']}: {layer_name}")
     return model.eval().requires_grad_(True)
+
+
+def check_words(layer: W4Linear, quantization: dict, where: str):
+    """Raises InputError for groups that are not there, scales that are not finite, and zero points of the other format."""
+    groups = len(layer.scales)
+    if not 0 <= int(layer.g_idx.min()) <= int(layer.g_idx.max()) < groups:
+        raise InputError(f"{where}.g_idx: names a group that is none of the {groups} there are; fetch it again")
+    if not layer.scales.isfinite().all():
+        raise InputError(f"{where}.scales: has values that are not finite; fetch it again")
+    zeros = layer.zeros()
+    if quantization.get("sym") and ((zeros == 7).all() or (zeros == 9).all()):
+        raise InputError(f"{where}.qzeros: symmetric zero points are 8, these are {int(zeros[0, 0])}; is checkpoint_format in "
+                         "config.json the right one of gptq and gptq_v2?")
 
 
 def load_head(name, device="cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -66,7 +82,12 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:
         model = Qwen2(config)
         model.quantization = read_quantization(folder)
         if model.quantization:
-            swap_linears(model, model.quantization["group_size"], version_of(model.quantization))
+            size = model.quantization["group_size"]
+            try:
+                swap_linears(model, size, version_of(model.quantization))
+            except InputError as error:
+                raise InputError(f"{folder / 'config.json'}: quantization_config has group_size = {size}, which does not "
+                                 "divide its layers; do config.json and the weights belong together?") from error
     wanted = {key: tuple(p.shape) for key, p in model.state_dict().items()}
     return model, wanted, tensor_files(folder, wanted)
 
@@ -82,9 +103,11 @@ def read_quantization(folder: Path) -> dict | None:
         return None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: quantization_config is no object; fetch it again")
-    format = raw.get("checkpoint_format", "gptq")
+    raw = raw | {"checkpoint_format": raw.get("checkpoint_format", raw.get("format", "gptq"))}
+    format = raw["checkpoint_format"]
     for field, value, good in (("quant_method", raw.get("quant_method"), ["gptq"]), ("bits", raw.get("bits"), [4]),
-                               ("checkpoint_format", format, ["gptq", "gptq_v2"]),
+                               ("checkpoint_format", format, ["gptq", "gptq_v2"]), ("format", raw.get("format", format), [format]),
+                               ("pack_dtype", raw.get("pack_dtype", "int32"), ["int32"]), ("dynamic", raw.get("dynamic") or {}, [{}]),
                                ("lm_head", raw.get("lm_head", False), [False])):
         if value not in good:
             raise InputError(f"{path}: quantization_config has {field} = {value!r}; minikd reads "

@@ -168,7 +168,7 @@ def quantize_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: int)
 
 @functools.cache
 def replayed_block(n: int, O: int, bits: int, device: torch.device, graphs: bool = True):
-    """quantize_block from a CUDA graph: a column is some 14 small kernels, whose launches one by one are most of the time."""
+    """quantize_block from a CUDA graph: a column is some 14 small kernels, and launching them is most of the time."""
     places = [torch.zeros(n, O, device=device), torch.eye(n, device=device), torch.ones(n, O, device=device),
               torch.zeros(n, O, device=device)]
     results = []
@@ -338,4 +338,5 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         give_memory_back()
         if on_layer:
             on_layer(name, *report)
+    replayed_block.cache_clear()                                                # the graphs hold memory
     return results

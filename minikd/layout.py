@@ -28,6 +28,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
     GPU and at 4 bits nothing is held twice. A 4-bit model, whose weights no training moves, stays laid out.
     """
     weight = model.head
+    if model.packed_head is not None and model.packed_head.dtype != weight.dtype:
+        model.packed_head = None                        # a 4-bit model's, which was cast in part
     pack = weight.device.type == "cpu" and torch.backends.mkldnn.enabled and (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         or weight.dtype == torch.float32 and rows >= 4 and weight.numel() > 1 << 20)        # a toy's lies in cache
@@ -71,7 +73,7 @@ def join(parts: list[nn.Module]):
     if isinstance(first, W4Linear):
         if not all(torch.equal(part.g_idx, first.g_idx) for part in parts):
             return None
-        joined = W4Linear(first.inputs, 8, first.size, first.bias is not None, first.version)
+        joined = W4Linear(first.inputs, 8, first.size, first.bias is not None, first.version)   # small: filled below
         joined.outputs, joined.g_idx = sum(part.outputs for part in parts), first.g_idx
         dims = {"qweight": 1, "qzeros": 1, "scales": 1, "bias": 0}
     else:
@@ -101,7 +103,8 @@ def head_logits(model: Qwen2, states: Tensor) -> Tensor:
 
 
 def use_int8_head(model: Qwen2):
-    """From here on generate reads the head at 8 bits where that is faster: a few rows on a CPU. The folder, and
+    """From here on, until the model moves to another dtype or device, generate reads the head at 8 bits where that is
+    faster: a few rows on a CPU. For a model that is not trained any more: the codes do not follow the head. The folder, and
     whatever else the model computes, stay as they are.  Raises InputError off a CPU, and where torch has no such
     product: it is to leave torch for torchao one day."""
     if model.head.device.type != "cpu":

@@ -159,11 +159,12 @@ class StaticCache(KVCache):
         self.keys, self.values, self.used = cache.keys, cache.values, cache.used
         for slots in self.keys + self.values:
             slots[:, :, cache.used:] = 0                                        # hidden slots count 0 times their value
-        self.valid, self.lengths = cache.valid, cache.lengths.clone()
+        self.valid, self.lengths = cache.valid, cache.lengths.clone()           # changed in place from here on
         self.slot = torch.full((1,), cache.used, device=cache.valid.device)     # [1] where the next token goes
         written = torch.arange(self.valid.shape[1], device=self.valid.device) <= self.slot      # with the next one
         # -inf is added where a row may not look, [B, S]; made once, not out of a bool mask in every layer.
-        self.hidden = torch.zeros_like(self.valid, dtype=self.keys[0].dtype).masked_fill_(~(self.valid & written), -torch.inf)
+        self.hidden = torch.zeros_like(self.valid, dtype=self.keys[0].dtype)
+        self.hidden.masked_fill_(~(self.valid & written), -torch.inf)
 
     def layer(self, i: int) -> Slots:
         return Slots(self.keys[i], self.values[i], self.slot, self.hidden[:, None, None])
@@ -227,6 +228,10 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, config.num_key_value_heads * E, bias=True)
         self.o_proj = Linear(config.num_attention_heads * E, D, bias=False)
 
+    def _apply(self, fn, recurse=True):
+        self.joined = None                                                      # it would not move along
+        return super()._apply(fn, recurse)
+
     def project(self, x: Tensor) -> Tensor:
         """[B, T, D] -> query, key and value heads side by side, [B, T, (H + 2K) E]"""
         if self.joined is not None:
@@ -259,6 +264,10 @@ class MLP(nn.Module):
         self.up_proj = Linear(D, wide, bias=False)
         self.down_proj = Linear(wide, D, bias=False)
         self.joined = None                                                      # gate and up as one product
+
+    def _apply(self, fn, recurse=True):
+        self.joined = None
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.joined is not None:
@@ -381,11 +390,22 @@ class Qwen2(nn.Module):
                 module.joined = None
             elif isinstance(module, Linear):
                 module.packed = None
+            elif hasattr(module, "prepared"):                                   # a 4-bit layer's
+                module.prepared = None
 
     def _apply(self, fn, recurse=True):
         self.lay_back()                                                         # another dtype or device
         self.int8_head = None
         return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *given, **options):
+        self.lay_back()                                                         # other weights
+        self.int8_head = None
+        return super().load_state_dict(*given, **options)
+
+    def __getstate__(self) -> dict:
+        """For copies: oneDNN's tensors, and the int8 head's, cannot be."""
+        return self.__dict__ | {"packed_head": None, "int8_head": None}
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Qwen2":

@@ -140,12 +140,15 @@ def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> 
 
 
 def from_words(qweight: Tensor, qzeros: Tensor, scales: Tensor, version: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """to_words' inverse, whoever wrote them: codes uint8 [O, I], scales, zeros float32 [O, I/g], in g_idx's groups.
+    """to_words' inverse, whoever wrote them: codes uint8 [O, I], scales, zeros float32 [O, I/g], in g_idx's groups."""
+    zeros = read_zeros(qzeros, version).T.float().contiguous()
+    return unpack(qweight, 0).T.contiguous(), scales.T.float().contiguous(), zeros
 
-    Version 1 is undone as GPTQModel does it, a word at a time: where a zero of 0 borrowed from its neighbour, it pays back.
-    """
-    zeros = unpack(qzeros + 0x11111111 if version == 1 else qzeros, 1).T.float()
-    return unpack(qweight, 0).T.contiguous(), scales.T.float().contiguous(), zeros.contiguous()
+
+def read_zeros(qzeros: Tensor, version: int) -> Tensor:
+    """int32 [I/g, O/8] -> uint8 [I/g, O].  Version 1 is undone as GPTQModel does it, a word at a time: it takes 0x11111111
+    off whole words, so that a zero of 0 has borrowed from its neighbour."""
+    return unpack(qzeros + 0x11111111 if version == 1 else qzeros, 1)
 
 
 # ---- the layer
@@ -165,12 +168,16 @@ class W4Linear(nn.Module):
         self.register_buffer("scales", torch.zeros(inputs // size, outputs, dtype=torch.float16))
         self.register_buffer("g_idx", torch.arange(inputs, dtype=torch.int32) // size)
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
-        self.prepared = None                                    # (way, dtype), what that way takes; not saved
+        self.prepared = None                                    # way, what that way takes; not saved
 
     def weight(self) -> Tensor:
         """Dequantised, float32 [O, I]: the oracle of every other way."""
         codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
         return decode_groups(codes, scales, zeros, None if self.in_order else self.g_idx.long())
+
+    def zeros(self) -> Tensor:
+        """Zero points, uint8 [I/g, O]."""
+        return read_zeros(self.qzeros, self.version)
 
     @functools.cached_property
     def in_order(self) -> bool:
@@ -186,8 +193,8 @@ class W4Linear(nn.Module):
         if way == "dequantise":                                 # any dtype, anywhere; gradients with respect to x
             return F.linear(x, self.weight().to(x.dtype), bias)
         rows = x.reshape(-1, self.inputs)                                                       # [N, I]
-        if self.prepared is None or self.prepared[0] != (way, x.dtype):
-            self.prepared = (way, x.dtype), self.prepare(way, x.dtype)
+        if self.prepared is None or self.prepared[0] != way:
+            self.prepared = way, self.prepare(way)
             give_memory_back()
         if way == "kernel":
             y = torch.ops.minikd.w4_matmul(rows, *self.prepared[1], bias, self.outputs, self.size)
@@ -196,14 +203,14 @@ class W4Linear(nn.Module):
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.size, scales_zeros).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 
-    def prepare(self, way: str, dtype: torch.dtype) -> tuple:
-        """Codes and grid as a way takes them, made once. int4's layout differs from CPU to CPU: it is not for saving."""
+    def prepare(self, way: str) -> tuple:
+        """Codes and grid as a way takes them, made once; both want bfloat16. int4's layout differs from CPU to CPU: it is not for saving."""
         codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
         if way == "kernel":
             return repack(codes, scales, zeros)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         pair = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1)              # [I/g, O, 2]
-        return packed, pair.to(dtype).contiguous()              # w = (code - 8) scale + (8 - zero) scale
+        return packed, pair.bfloat16().contiguous()              # w = (code - 8) scale + (8 - zero) scale
 
     def _apply(self, fn, recurse=True):
         """model.to(bfloat16) must not round the scales: they stay in float16, as stored."""
@@ -274,7 +281,7 @@ def choose(layer: W4Linear, x: Tensor) -> str:
     "int4", torch's operator on a CPU; or "dequantise" and multiply: anywhere, and where a gradient is wanted."""
     if x.dtype != torch.bfloat16 or not layer.in_order or torch.is_grad_enabled() and x.requires_grad:
         return "dequantise"
-    if x.is_cuda and fits(layer.outputs, layer.inputs, layer.size) and available(x.device.index):
+    if x.is_cuda and fits(layer.size) and available(x.device.index):
         return "kernel"
     rows = x.numel() // layer.inputs
     if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.size in (32, 64, 128, 256) and rows < MANY_ROWS:

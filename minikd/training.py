@@ -74,7 +74,8 @@ def pick_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch sees no GPU; use --device cpu")
     try:
-        torch.zeros(1, device=name)
+        if torch.zeros(1, device=name).is_meta:
+            raise InputError(f"--device {name}: holds no numbers; use --device cpu or cuda")
     except (RuntimeError, AssertionError) as error:             # no such kind, no such number, not built in
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu or cuda") from error
     return name

@@ -38,7 +38,7 @@ def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor
     """codes uint8 [O, I], scales and zeros [O, I/g] -> what the kernel reads, as w4_matmul.cu draws it.
 
     words int32 [O/16, I/128, 2, 32, 4], scales float16 [I/g, O'], zeros uint8 [I/g, O'] or None where all are 8;
-    O and I are padded to 16 and 128, O' is O padded, with codes that are their zero.
+    O and I are padded to 16 and 128, O' is O padded, with codes of 8 and scales of 0.
     """
     (O, I), size = codes.shape, codes.shape[1] // scales.shape[1]
     rows, columns = -(-O // 16) * 16, -(-I // 128) * 128
@@ -57,9 +57,9 @@ def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor
     return words, wide.T.half().contiguous(), offsets.T.to(torch.uint8).contiguous()
 
 
-def fits(outputs: int, inputs: int, group_size: int) -> bool:
-    """Whether the kernel takes such a layer."""
-    return inputs % 8 == 0 and (group_size in (32, 64) or group_size % 128 == 0)
+def fits(group_size: int) -> bool:
+    """Whether the kernel takes a layer of such groups; its shape may be any that can be packed."""
+    return group_size in (32, 64) or group_size % 128 == 0
 
 
 def plan(M: int, N: int) -> tuple[str, tuple[int, int], int]:

@@ -2,13 +2,14 @@
 // NVRTC compiles this file on a machine that has only torch's own CUDA libraries. From naive to fast:
 //
 //   w4_naive        one thread an output, one code at a time: what the others must give
-//   w4_matvec_*     1 to 4 rows: every lane takes 16 bytes of codes at once and multiplies them out by hand
+//   w4_matvec_*     1 to 4 rows: every lane takes 16 bytes of codes at once and multiplies them out by hand; the step in
+//                   between, not launched unless it is measured to be faster (w4_cuda.MATVEC_ROWS)
 //   w4_mma_*        up to 64 rows: the same 16 bytes are operands of tensor-core products as they come; tiles are fetched
 //                   several ahead
 //   w4_dequantise   more rows: W in bfloat16, once, for cuBLAS
 //
-// The layout, made at load by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with codes that
-// are their zero; a tile is 1,024 bytes in a row, read by one warp in two loads of 16 bytes a lane, without gaps:
+// The layout, made at load by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with 8 (x and
+// the scales are 0 there); a tile is 1,024 bytes in a row, read by one warp in two loads of 16 bytes a lane, without gaps:
 //
 //   tile (n/16, k/128) = [half: output n%16 / 8][lane 0..31][word 0..3],   lane = 4 (n % 8) + t
 //   word j of lane (g, t) holds 8 consecutive inputs  k = 32 j + 8 t + 0..7  of output  8 half + g:
@@ -29,7 +30,7 @@ struct alignas(16) Words { u32 w[4]; };                 // 32 codes, or 8 bfloat
 
 #ifndef W4_ON_CPU                                       // tests/cuda_on_cpu.h gives plain C++ for these few lines
 
-__device__ __forceinline__ Words load_once(const Words* p) {    // weights pass by the L1: nobody reads them twice
+__device__ __forceinline__ Words load_once(const Words* p) {    // weights are kept out of the L1: nobody reads them twice
     Words v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
@@ -218,7 +219,7 @@ __device__ __forceinline__ void tensor(float* sum, ARGUMENTS) {
     const int DEPTH = EACH == 1 ? 1 : AHEAD;            // small groups bring four times the scales: no room for more
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int blocks = round_up(K, 128) / 128, stride = round_up(N, 16), per = group / 32, last = K / group - 1;
-    u32 inverse = per == 1 ? 0 : 0xffffffffu / per + 1;         // a division becomes one multiplication
+    u32 inverse = 0xffffffffu / per + 1;                        // a division becomes one multiplication; 0 for per = 1
     u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u);
     const Words* tile = words + (long long)blockIdx.x * blocks * 64 + lane;
     int mine = blockIdx.x * 16 + g;

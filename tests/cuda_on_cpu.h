@@ -1,7 +1,7 @@
 // A block of CUDA threads on one CPU thread, slowly: enough to run minikd/w4_matmul.cu and check its every number without a
 // GPU. Each CUDA thread is a fiber; a barrier passes the turn to the next fiber until all have come. What the hardware does
 // for a warp (shuffles, tensor-core products) is done from a table that every lane writes its part of, as the PTX manual
-// draws the fragments. It checks indexing, arithmetic and missing barriers that matter in this order of turns; it cannot
+// draws the fragments. It checks indexing, bounds, arithmetic and missing barriers that matter in this order of turns; it cannot
 // see races between barriers that another order would show, nor speed.
 #include <cmath>
 #include <cstring>
@@ -65,11 +65,20 @@ static unsigned short to_bf16(float f) {                // to nearest, ties to e
 }
 static float half_to_float(unsigned short h) {
     int exponent = h >> 10 & 31, mantissa = h & 1023;
+    if (exponent == 31) return NAN;                     // or infinite: no scale is
     float f = exponent ? std::ldexp(1024.f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
     return h >> 15 ? -f : f;
 }
-template <class W> static W load_if(bool there, const W* p) { return there ? *p : W{}; }
-template <class W> static W load_once(const W* p) { return *p; }
+static size_t x_first, x_end, words_first, words_end;
+static int faults;                                      // loads that are odd or outside; a GPU would stop, or read what is there
+template <class W> static W load(const W* p, size_t first, size_t end) {
+    size_t at = (size_t)p;
+    bool good = at % 16 == 0 && at >= first && at + 16 <= end;
+    faults += !good;
+    return good ? *p : W{};
+}
+template <class W> static W load_if(bool there, const W* p) { return there ? load(p, x_first, x_end) : W{}; }
+template <class W> static W load_once(const W* p) { return load(p, words_first, words_end); }
 static unsigned merge(unsigned a, unsigned mask, unsigned top) { return (a & mask) | top; }
 static unsigned in_register(unsigned value) { return value; }
 static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
@@ -112,10 +121,13 @@ static void body() {
     setcontext(&outside);
 }
 
-extern "C" void launch(Kernel which, int grid_x, int grid_y, int threads, ARGUMENTS) {
+extern "C" int launch(Kernel which, int grid_x, int grid_y, int threads, ARGUMENTS) {
     kernel = which;
     arguments = {words, scales, zeros, x, bias, y, M, N, K, group};
     blockDim.x = threads;
+    faults = 0;
+    x_first = (size_t)x, x_end = (size_t)(x + (size_t)M * K), words_first = (size_t)words;
+    words_end = (size_t)(words + (size_t)((N + 15) / 16) * ((K + 127) / 128) * 64);
     for (blockIdx.y = 0; blockIdx.y < grid_y; blockIdx.y++)
         for (blockIdx.x = 0; blockIdx.x < grid_x; blockIdx.x++) {
             fibers.resize(threads);
@@ -129,4 +141,5 @@ extern "C" void launch(Kernel which, int grid_x, int grid_y, int threads, ARGUME
             turn = threadIdx.x = 0;
             swapcontext(&outside, &fibers[0].context);
         }
+    return faults;
 }

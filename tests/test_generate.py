@@ -126,6 +126,13 @@ def test_nothing_to_do_gives_nothing():
     assert [len(answer) for answer in generate(model, [[1, 2], [3]], max_new_tokens=1)] == [1, 1]
 
 
+@pytest.mark.parametrize("options", [dict(samples=0), dict(temperature=-1.0), dict(temperature=math.nan), dict(top_p=0.0),
+                                     dict(top_k=-1), dict(vocab=0)])
+def test_options_that_mean_nothing_are_refused(options):
+    with pytest.raises(ValueError, match="samples and vocab are at least 1"):
+        generate(random_model(), [[1, 2]], 4, **options)
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="a prompt is empty"):
         generate(random_model(), [[1, 2], []])
@@ -151,6 +158,31 @@ def test_a_step_for_graphs_mixes_a_teacher_in():
     model, teacher = random_model(seed=3), random_model(seed=4, num_hidden_layers=1)
     options = dict(max_new_tokens=30, temperature=1.0, teacher=teacher, mix=0.4, seed=1, eos_ids=[3, 4, 5])
     assert generate(model, PROMPTS, graphs=True, **options) == generate(model, PROMPTS, **options)
+
+
+def test_a_graph_sees_fixed_places_and_a_new_one_is_recorded_when_rows_leave(monkeypatch):
+    made = []
+
+    class Watched(Replay):
+        def __init__(self, step, on):
+            super().__init__(step, on)
+            made.append(set())
+
+        def __call__(self):
+            rows = self.step.__self__
+            tensors = [rows.tokens, rows.u, rows.drawn, rows.chances, rows.at]
+            for cache in rows.caches:
+                tensors += [*cache.keys, *cache.values, cache.lengths, cache.slot, cache.hidden]
+            made[-1].add(tuple(tensor.data_ptr() for tensor in tensors))
+            super().__call__()
+
+    model = random_model(seed=3)
+    free = generate(model, PROMPTS, max_new_tokens=41)                          # 8 + 41 - 1 slots: the last is used
+    stops = {free[0][2], free[2][0], free[3][9]}
+    monkeypatch.setattr("minikd.generate.Replay", Watched)
+    found = generate(model, PROMPTS, max_new_tokens=41, eos_ids=stops, graphs=True)
+    assert found == [until_stop(answer, stops) for answer in free] and any(len(answer) == 41 for answer in found)
+    assert len(made) > 1 and all(len(places) == 1 for places in made)
 
 
 def test_a_compiled_step_gives_the_same_tokens_from_one_graph_for_all_blocks(monkeypatch):

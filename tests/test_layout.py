@@ -1,4 +1,7 @@
 """Weights laid out for decoding give what plain ones give, and leave no trace."""
+import copy
+from functools import partial
+
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from test_generate import PROMPTS, V, random_model
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
 
 # ---- packed weights, on a CPU ----
 
@@ -95,7 +99,6 @@ def test_packed_copies_are_gone_afterwards_even_after_an_error(narrow, monkeypat
     assert all(torch.equal(value, before[key]) for key, value in narrow.state_dict().items())
 
 
-
 # ---- joined layers, as on a GPU ----
 
 @torch.no_grad()
@@ -128,9 +131,10 @@ def test_parts_of_a_joined_layer_are_trained_and_saved_as_before(tmp_path):
         assert torch.equal(value, model.state_dict()[key])
 
 
-def four_bits(dtype=torch.bfloat16) -> Qwen2:
+def four_bits(dtype=torch.bfloat16, sym=True) -> Qwen2:
     model = random_model(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, dtype=dtype)
-    return to_w4(model, quantize_model(model, [], 0, method="rtn", group_size=32, store=to_words), 32, True)
+    words = quantize_model(model, [], 0, method="rtn", group_size=32, sym=sym, store=partial(to_words, version=1 if sym else 2))
+    return to_w4(model, words, 32, sym)
 
 
 def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
@@ -155,15 +159,60 @@ def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
         assert (model(ids) - expected).norm() <= 6e-2 * expected.norm()        # bfloat16 against float32
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("sym", [True, False])
+def test_joined_4_bit_layers_give_the_outputs_of_all(sym):
+    for shuffled in False, True:                                                # as other tools' act-order leaves groups
+        attention = four_bits(sym=sym).model.layers[0].self_attn
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+        for part in parts if shuffled else ():
+            part.g_idx = part.g_idx.flip(0)
+        x = torch.randn(3, 64).bfloat16()
+        expected = torch.cat([part(x) for part in parts], -1)
+        torch.testing.assert_close(join(parts)(x), expected)
+        assert all(part.prepared is None for part in parts)
+
+
 def test_4_bit_layers_grouped_differently_are_not_joined():
-    model = four_bits()
-    mlp = model.model.layers[0].mlp
-    mlp.up_proj.g_idx = mlp.up_proj.g_idx.flip(0)
-    assert join([mlp.gate_proj, mlp.up_proj]) is None
-    assert isinstance(mlp.gate_proj, W4Linear) and len(generate(model, PROMPTS, 20)[0]) == 20
+    for i in range(3):
+        model = four_bits()
+        attention = model.model.layers[0].self_attn
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+        parts[i].g_idx = parts[i].g_idx.flip(0)
+        assert join(parts) is None
+    assert isinstance(parts[0], W4Linear) and len(generate(model, PROMPTS, 20)[0]) == 20
+
+
+def test_a_4_bit_model_is_copied_refilled_and_cast_in_part():
+    model, other = four_bits(), four_bits()
+    with torch.no_grad():
+        other.head.mul_(-1)
+        for layer in other.modules():
+            if isinstance(layer, W4Linear):
+                layer.qweight ^= 0x11111111
+    plain = [generate(m, PROMPTS, 20) for m in (model, other)]
+    assert plain[0] != plain[1]
+    twin = copy.deepcopy(model)
+    assert twin.packed_head is None and generate(twin, PROMPTS, 20) == plain[0]
+    use_int8_head(model)
+    model.load_state_dict(other.state_dict())
+    assert model.int8_head is None and generate(model, PROMPTS, 20) == plain[1]
+    model.model.layers[0].to(torch.float32)                                     # nothing that is joined stays behind
+    assert model.model.layers[0].mlp.joined is None
+    model.model.float()
+    assert [len(answer) for answer in generate(model, PROMPTS, 20)] == [20] * len(PROMPTS)
 
 
 # ---- the head in int8 ----
+
+def test_all_of_a_large_head_is_in_int8():
+    model = random_model(vocab_size=9000)
+    states = torch.randn(2, 56)
+    expected = head_logits(model, states)
+    use_int8_head(model)
+    off = (head_logits(model, states) - expected).abs().amax(0)                 # [V]
+    assert off.max() < 2e-2 * expected.abs().max()
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_int8_head_is_the_head_to_8_bits_even_beside_outliers(dtype):
@@ -199,3 +248,9 @@ def test_an_int8_head_is_for_cpus():
     model = random_model().to("meta")
     with pytest.raises(InputError, match="leave out --int8-head"):
         use_int8_head(model)
+
+
+def test_without_the_operator_an_int8_head_is_refused(monkeypatch):
+    monkeypatch.delattr(torch, "_make_per_channel_quantized_tensor")
+    with pytest.raises(InputError, match="has no int8 product; leave out --int8-head"):
+        use_int8_head(random_model())

@@ -1,10 +1,10 @@
 """quantize.py as it is used: a tiny model, two dozen records, and every way to call it."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -129,14 +129,51 @@ def test_a_model_with_broken_weights_is_refused_by_the_layers_name(run, world, t
     assert not (tmp_path / "w4").exists()
 
 
-def test_a_kill_in_the_middle_leaves_nothing_that_loads(world, tmp_path):
+KILL = """
+import os, signal, sys
+from minikd import checkpoint
+def write(tensors, path, *rest):
+    open(path, "wb").write(b"half of it")
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_tensors = write
+import quantize
+quantize.main()
+"""
+
+
+def test_a_kill_in_the_middle_leaves_nothing_that_loads(run, world, tmp_path):
     out = tmp_path / "w4"
-    command = [sys.executable, ROOT / "quantize.py", "--model", world / "model", "--calibration", world / "text.jsonl", "--out",
-               out, "--group-size", "16", "--dtype", "float32"]
-    with subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE) as process:
-        time.sleep(2.0)                                                         # it imports torch, or is in the middle
-        process.send_signal(signal.SIGKILL)
-    assert not (out / "config.json").exists() or load_model(out)                # absent, or whole
+    command = [sys.executable, "-c", KILL, "--model", world / "model", "--calibration", world / "data.jsonl", "--out", out,
+               "--group-size", "16", "--dtype", "float32"]
+    for before in False, True:                                                  # nothing there; an earlier one
+        if before:
+            assert run("--method", "rtn", out=("--out", out))[0] == 0
+            weights = load_model(out).state_dict()
+        done = subprocess.run(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        assert done.returncode == -signal.SIGKILL
+        assert (out / "config.json").exists() == before
+    assert all(torch.equal(value, weights[key]) for key, value in load_model(out).state_dict().items())
+
+
+def test_an_out_that_holds_something_else_is_refused_before_the_work(run, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(qz, "quantize", None)                                   # would fail
+    training, plain, file = tmp_path / "run", tmp_path / "plain", tmp_path / "file"
+    training.mkdir()
+    (training / "log.jsonl").write_text("")
+    shutil.copytree(world / "model", plain)
+    file.write_text("mine")
+    for out, said in ((training, "holds a training run"), (plain, "holds an unquantised model"), (file, "is a file"),
+                      (world / "model", "the model's own folder"), (file / "below", "check the path and the disk")):
+        status, _, err = run("--method", "rtn", out=("--out", out))
+        assert status == 2 and said in err and err.count("\n") == 1 and "Traceback" not in err, (out, err)
+    assert file.read_text() == "mine" and load_model(plain)
+
+
+def test_lengths_that_no_row_fits_are_one_line(run, world):
+    status, _, err = run("--length", "1")
+    assert status == 2 and "--length 1: a row is two tokens at least" in err
+    status, _, err = run("--length", "3")
+    assert status == 2 and "no record fits --length 3; raise it" in err
 
 
 def test_with_no_flags_and_no_toy_student_it_says_what_to_run_first(tmp_path):

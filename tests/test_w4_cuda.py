@@ -47,7 +47,10 @@ def test_the_layout_is_the_one_that_is_drawn():
                             assert code == (int(codes[n, k]) if n < 40 and k < 192 else 8)
     assert torch.equal(packed_scales[:, :40].float(), scales.T) and (packed_scales[:, 40:] == 0).all()
     assert torch.equal(packed_zeros[:, :40].float(), zeros.T) and packed_zeros.shape == (3, 48)
-    assert repack(codes, scales, torch.full_like(zeros, 8))[2] is None
+    eights = torch.full_like(zeros, 8)
+    assert repack(codes, scales, eights)[2] is None
+    eights[-1, -1] = 7                                                          # one group of all
+    assert repack(codes, scales, eights)[2].eq(8).sum() == 3 * 48 - 1
 
 
 # ---- the kernels themselves, on the CPU
@@ -64,9 +67,20 @@ def kernels(tmp_path_factory) -> ctypes.CDLL:
 
 
 def run(kernels, name, grid, threads, words, scales, zeros, x, bias, y, M, N, K, group):
-    """As w4_cuda.launch, on the CPU."""
+    """As w4_cuda.launch, on the CPU; what is read lies between NaNs, at an address as odd as before."""
+    def fenced(tensor):
+        if tensor is None:
+            return None
+        wide = torch.full((tensor.nbytes + 8208,), 0x7f, dtype=torch.uint8)
+        if tensor.is_floating_point():
+            wide.view(tensor.dtype).fill_(torch.nan)
+        at = -wide.data_ptr() % 16 + 4096 + tensor.data_ptr() % 16
+        wide[at:at + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+        return wide[at:at + tensor.nbytes].view(tensor.dtype)
+
+    words, scales, zeros, x, bias = map(fenced, (words, scales, zeros, x, bias))
     pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in (words, scales, zeros, x, bias, y)]
-    kernels.launch(ctypes.cast(getattr(kernels, name), ctypes.c_void_p), *grid, threads, *pointers, M, N, K, group)
+    assert kernels.launch(ctypes.cast(getattr(kernels, name), ctypes.c_void_p), *grid, threads, *pointers, M, N, K, group) == 0
 
 
 def check(kernels, name, grid, M, N, K, group, sym=True, biased=True, threads=256):
@@ -145,7 +159,8 @@ def test_the_operator_takes_the_planned_kernel_and_any_x(on_cpu, M, expected):
     codes, scales, zeros, weight = layer(48, 256, 64, sym=False)
     bias = torch.randn(48).bfloat16()
     wide = torch.randn(M + 1, 300).bfloat16()
-    for x in wide[:M, 3:259], wide.flatten()[1:1 + M * 256].view(M, 256):       # rows apart; an odd address
+    views = wide[:M, 3:259], wide[:M, 8:264], wide.flatten()[1:1 + M * 256].view(M, 256)
+    for x in views:                                                             # rows apart, odd or not; an odd address
         on_cpu.clear()
         y = w4_cuda.multiply(x, *repack(codes, scales, zeros), bias, 48, 64)
         assert on_cpu == expected and y.shape == (M, 48)
@@ -164,7 +179,7 @@ def test_a_4_bit_layer_multiplies_by_the_kernel(on_cpu, monkeypatch):
     expected = x.double() @ made.weight().double().T + made.bias.double()
     assert (y - expected).norm() < 1e-2 * expected.norm()
     made.multiply(x, "kernel")
-    assert made.prepared[0] == ("kernel", torch.bfloat16)
+    assert made.prepared[0] == "kernel"
     torch.library.opcheck(torch.ops.minikd.w4_matmul.default,
                           (x[0], *made.prepared[1], made.bias.bfloat16(), 40, 64), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
@@ -196,7 +211,7 @@ def test_a_plan_covers_all_outputs_and_rows():
             name, (x, y), threads = plan(M, N)
             assert name in KERNELS and y == 1 and threads == (512 if name.endswith("few") else 256)
             assert (x - 1) * 16 < N <= x * 16 and M <= int(name.split("_")[2])
-    assert fits(128, 896, 128) and fits(16, 64, 64) and fits(8, 4864, 4864) and not fits(8, 64, 16) and not fits(8, 96, 96)
+    assert all(map(fits, (32, 64, 128, 256, 896, 4864))) and not any(map(fits, (16, 96, 192)))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -215,6 +230,16 @@ def test_nvcc_builds_it_without_a_header_and_the_second_time_it_is_there(arch, t
     assert build(arch) == code
 
 
+def test_a_changed_source_is_built_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
+    monkeypatch.setattr(w4_cuda, "nvrtc", lambda source, arch: source + arch.encode())
+    for text, arch in (b"a", "sm_90"), (b"b", "sm_90"), (b"a", "sm_80"), (b"a", "sm_90"):
+        monkeypatch.setattr(w4_cuda, "SOURCE", tmp_path / "source.cu")
+        w4_cuda.SOURCE.write_bytes(text)
+        assert build(arch) == text + arch.encode()
+    assert len(list(tmp_path.glob("*.cubin"))) == 3
+
+
 def test_nvrtc_builds_it_where_it_is():
     try:
         w4_cuda.find_nvrtc()
@@ -229,7 +254,9 @@ def test_without_a_compiler_one_line_says_why_and_layers_are_dequantised(tmp_pat
     monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device else (9, 0))
+    with pytest.raises(Unavailable, match="compute capability 7.5; bfloat16 products need 8.0"):
+        w4_cuda.functions(1)
     w4_cuda.functions.cache_clear(), w4_cuda.available.cache_clear()
     assert not w4_cuda.available(0) and not w4_cuda.available(0)
     said = capsys.readouterr().err
