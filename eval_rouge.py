@@ -16,6 +16,7 @@ from minikd.data import FORMATS, encode_examples, load_examples
 from minikd.evaluate import answer, check_vocabulary, read_predictions, read_references, score_answers, write_jsonl
 from minikd.files import InputError, script_errors
 from minikd.layout import INT8_ROWS, use_int8_head
+from minikd.quant import show_ways
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
 from minikd.training import Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype
@@ -46,6 +47,7 @@ def parse_args():
     add("--dtype", choices=("auto", "float32", "bfloat16"),
         help="of the model: auto, float32, bfloat16 (auto; toy float32)")
     add("--int8-head", action="store_true", help="read the head at 8 bits, on a CPU and for fewer than 4 prompts at once")
+    add("--show-ways", action="store_true", help="print how each 4-bit layer multiplies, by number of rows")
     add = flag_group(parser, "answers that are written already, line by line")
     add("--predictions", help=".txt, an answer a line; or .jsonl .json .csv with prediction, text, response or output")
     add("--references", help="the same kinds of file; any records that train_kd.py reads; or a list `references`")
@@ -90,6 +92,8 @@ def model_scores(args) -> list[list[dict]]:
     print(f"{report}{f'; {lost}' if lost else ''}")
     model = load_model(args.model, device, pick_dtype(args.dtype, device))
     check_vocabulary(args.model, model.config, tokenizer)
+    if args.show_ways:
+        show_ways(model)
     if args.int8_head:
         use_int8_head(model)
         if args.batch_size >= INT8_ROWS:

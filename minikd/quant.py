@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minikd.files import InputError
 from minikd.model import Linear, Qwen2
-from minikd.w4_cuda import available, fits, repack
+from minikd.w4_cuda import MMA_ROWS, available, fits, plan, repack
 
 
 # ---- the grid
@@ -287,3 +287,18 @@ def choose(layer: W4Linear, x: Tensor) -> str:
     if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.size in (32, 64, 128, 256) and rows < MANY_ROWS:
         return "int4"
     return "dequantise"
+
+
+@torch.no_grad()
+def show_ways(model: Qwen2, rows=(1, 16, 64, 1024)):
+    """Prints how each shape of 4-bit layer multiplies so many rows, in the model's dtype and on its device."""
+    layers = [layer for layer in model.modules() if isinstance(layer, W4Linear)]
+    print(f"{f'{len(layers)} 4-bit layers, rows:':<28}" + "".join(f"{count:>16,}" for count in rows))
+    for inputs, outputs in dict.fromkeys((layer.inputs, layer.outputs) for layer in layers):
+        alike = [layer for layer in layers if (layer.inputs, layer.outputs) == (inputs, outputs)]
+        cells = []
+        for count in rows:
+            x = torch.empty(count, inputs, dtype=model.head.dtype, device=model.head.device)
+            way = "/".join(dict.fromkeys(choose(layer, x) for layer in alike))
+            cells.append(plan(count, outputs)[0] if way == "kernel" and count <= MMA_ROWS else way)
+        print(f"{f'{len(alike)} of {inputs:,} -> {outputs:,}':<28}" + "".join(f"{cell:>16}" for cell in cells))

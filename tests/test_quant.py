@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from minikd.files import InputError
+from minikd.model import Qwen2, Qwen2Config
 from minikd.quant import (W4Linear, check_groups, choose, decode_groups, find_grid, from_words, pack, round_to_nearest,
-                          to_words, unpack)
+                          show_ways, swap_linears, to_words, unpack)
 
 
 def matrix(O=16, I=64, seed=0):
@@ -179,3 +180,20 @@ def test_groups_in_another_order_are_read_by_g_idx():
     with torch.no_grad():
         assert choose(shuffled, x) == "dequantise"
         torch.testing.assert_close(shuffled(x[:, order]), made(x), rtol=5e-2, atol=5e-1)
+
+
+def test_the_ways_are_shown_by_shape_and_rows(capsys, monkeypatch):
+    config = Qwen2Config(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, tie_word_embeddings=True)
+    model = Qwen2(config).init_weights(0).bfloat16()
+    show_ways(model)
+    assert capsys.readouterr().out.startswith("0 4-bit layers")
+    swap_linears(model, 32, 1)
+    show_ways(model, rows=(1, 1000))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["14", "4-bit", "layers,", "rows:", "1", "1,000"]
+    assert lines[1:] == [["4", "of", "64", "->", "64", "int4", "dequantise"], ["4", "of", "64", "->", "32", "int4", "dequantise"],
+                         ["4", "of", "64", "->", "96", "int4", "dequantise"], ["2", "of", "96", "->", "64", "int4", "dequantise"]]
+    monkeypatch.setattr("minikd.quant.choose", lambda *_: "kernel")
+    show_ways(model, rows=(1, 20, 100))
+    assert capsys.readouterr().out.splitlines()[1].split()[-3:] == ["w4_mma_8_few", "w4_mma_32", "kernel"]
