@@ -1,10 +1,11 @@
-"""Where each way of multiplying by 4-bit weights pays: what quant.choose is set by.
+"""Where each way of multiplying by 4-bit weights pays, and the head in int8: what quant.choose and layout.INT8_ROWS are
+set by.
 
     python -m benchmarks.w4_linear              # a minute on two cores
 
 One layer of Qwen2.5-0.5B (896 -> 4864, group 128) on a CPU in bfloat16, milliseconds by number of rows: torch's int4
 operator, dequantising and multiplying, and the plain bfloat16 layer. Forty different layers take turns, so that none lies
-in the cache, as in a model.
+in the cache, as in a model. Then its head (896 -> 151,936): packed in bfloat16, and in int8.
 """
 import time
 
@@ -12,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import machine, table
+from minikd.layout import multiply_int8, pack_int8
 from minikd.quant import W4Linear, round_to_nearest, to_words
 
-ROWS, LAYERS = (1, 4, 8, 16, 32, 64, 128, 256, 512), 40
+ROWS, LAYERS, HEAD_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512), 40, (1, 2, 3, 4, 8)
 
 
 def milliseconds(function, layers: list) -> float:
@@ -34,7 +36,7 @@ def main():
     plain = [torch.randn(4864, 896).bfloat16() for _ in range(LAYERS)]
     for layer in layers:
         layer.load_state_dict(words)
-        layer.prepare(torch.bfloat16)
+        layer.multiply(torch.zeros(1, 896).bfloat16(), "int4")                  # which prepares it
     rows = []
     for count in ROWS:
         x = torch.randn(count, 896).bfloat16()
@@ -43,6 +45,13 @@ def main():
                  milliseconds(lambda weight: F.linear(x, weight), plain))
         rows.append([str(count), *(f"{value:.2f}" for value in times)])
     table(["rows", "int4 ms", "dequantise ms", "bfloat16 ms"], rows)
+    head, rows = torch.randn(151_936, 896).bfloat16(), []
+    packed, int8 = torch.ops.mkldnn._reorder_linear_weight(head, 1), pack_int8(head)
+    for count in HEAD_ROWS:
+        x = torch.randn(count, 896).bfloat16()
+        ways = (lambda _: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""), lambda _: multiply_int8(int8, x))
+        rows.append([str(count), *(f"{milliseconds(way, [None] * 20):.2f}" for way in ways)])
+    table(["head, rows", "bfloat16 ms", "int8 ms"], rows)
     print(machine("torch"))
 
 

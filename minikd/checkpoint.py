@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from minikd.files import InputError, atomic_path, local_folder, read_json, save_tensors
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import W4Linear, swap_linears, version_of
+from minikd.quant import W4Linear, read_zeros, swap_linears, version_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZE = "quantize_config.json"
@@ -56,7 +56,7 @@ def check_words(layer: W4Linear, quantization: dict, where: str):
         raise InputError(f"{where}.g_idx: names a group that is none of the {groups} there are; fetch it again")
     if not layer.scales.isfinite().all():
         raise InputError(f"{where}.scales: has values that are not finite; fetch it again")
-    zeros = layer.zeros()
+    zeros = read_zeros(layer.qzeros, layer.version)                                        # [I/g, O]
     if quantization.get("sym") and ((zeros == 7).all() or (zeros == 9).all()):
         raise InputError(f"{where}.qzeros: symmetric zero points are 8, these are {int(zeros[0, 0])}; is checkpoint_format in "
                          "config.json the right one of gptq and gptq_v2?")

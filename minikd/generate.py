@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minikd.data import Encoded
 from minikd.layout import head_logits, laid_out
-from minikd.losses import log_mix, log_probs as pair_log_probs
+from minikd.losses import log_mix, log_probs
 from minikd.model import KVCache, Qwen2, StaticCache
 
 LOOK = 16                                                       # steps that a GPU runs ahead of the host
@@ -56,9 +56,9 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         raise ValueError("generate: samples and vocab are at least 1, temperature and top_k at least 0, top_p above 0")
     if mix and (teacher is None or temperature != 1 or not 0 < mix < 1):
         raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
-    answers, log_probs = ([[] for _ in range(len(prompts) * samples)] for _ in range(2))
+    answers, chances = ([[] for _ in range(len(prompts) * samples)] for _ in range(2))
     if not answers or max_new_tokens < 1:
-        return answers, log_probs
+        return answers, chances
     device, stops = model.head.device, frozenset(eos_ids)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
     u = torch.rand(max_new_tokens, len(answers), generator=generator, dtype=torch.float64, device=device)
@@ -83,7 +83,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         for done in range(1, max_new_tokens + 1):               # tokens that every row has
             if not graphs or done in (1, max_new_tokens) or done % LOOK == 0:
                 fresh = zip(alive, rows.drawn[seen:done].T.tolist(), rows.chances[seen:done].T.tolist())
-                going = [i for i, row in enumerate(fresh) if extend(answers, log_probs, stops, *row)]
+                going = [i for i, row in enumerate(fresh) if extend(answers, chances, stops, *row)]
                 if not going or done == max_new_tokens:
                     break
                 if len(going) <= (len(alive) // 2 if graphs else len(alive) - 1):
@@ -91,7 +91,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
                     alive, step = [alive[i] for i in going], Replay(rows.step, step.on)
                 seen = done
             step()
-    return answers, log_probs
+    return answers, chances
 
 
 def prefill(reader: Qwen2, prompts: list[list[int]], max_new_tokens: int, samples: int) -> tuple[KVCache, Tensor]:
@@ -138,13 +138,13 @@ class Rows:
         self.u, self.drawn, self.chances = self.u[:, rows], self.drawn[:, rows], self.chances[:, rows]
 
 
-def extend(answers: list, log_probs: list, stops: frozenset, row: int, tokens: list, chances: list) -> bool:
+def extend(answers: list, chances: list, stops: frozenset, row: int, tokens: list, new: list) -> bool:
     """Adds what was drawn for a row, up to a stop token; whether the row goes on after it."""
     if answers[row] and answers[row][-1] in stops:
         return False
     end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
     answers[row] += tokens[:end]
-    log_probs[row] += chances[:end]
+    chances[row] += new[:end]
     return tokens[end - 1] not in stops
 
 
@@ -170,7 +170,7 @@ class Replay:
 
 def mixture(logits: Tensor, teacher_logits: Tensor, mix: float) -> Tensor:
     """log((1 - mix) q + mix p).  MiniLLM eq. (4).  [B, V], [B, V'] -> [B, rows that both have]"""
-    logq, logp = pair_log_probs(logits, teacher_logits, temperature=1.0)
+    logq, logp = log_probs(logits, teacher_logits, temperature=1.0)
     return log_mix(logp, logq, mix)
 
 

@@ -102,8 +102,9 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "la
         warnings.warn(f"{where}: its Hessian is singular with a damping of {wanted:g}; {damp:g} is tried", stacklevel=3)
     if H.is_cuda:
         H = H.flip(0, 1)
-    for i in range((len(H) + 1) // 2 if not H.is_cuda else 0):                  # the same without a second H
-        H[[i, -1 - i]] = H[[-1 - i, i]].flip(1)
+    else:
+        for i in range((len(H) + 1) // 2):                                      # the same without a second H
+            H[[i, -1 - i]] = H[[-1 - i, i]].flip(1)
     U = H.T                                                                     # R, and at the end its inverse
     for start in range(0, len(U), BLOCK):                                       # [A B; 0 C]^-1 = [A^-1 -A^-1 B D; 0 D],
         at = slice(start, start + BLOCK)                                        # D = C^-1

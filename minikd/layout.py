@@ -16,7 +16,7 @@ from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear
 
 WORTH = 16                              # steps from which on laying out is paid back: packing costs about five
-INT8_ROWS = 4                           # from here on the head in bfloat16 is as fast: benchmarks/w4_decoding.py
+INT8_ROWS = 4                           # below these it is certainly faster; at 8 it no longer is: benchmarks/w4_linear.py
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def read_zeros(qzeros: Tensor, version: int) -> Tensor:
 class W4Linear(nn.Module):
     """y = x W^T + b, W held as 4-bit codes. How it multiplies is decided in `choose`, in one place.
 
-    The buffers are those of a `gptq` folder; `prepare` makes what the chosen way needs from them, once a dtype.
+    The buffers are those of a `gptq` folder; `prepare` makes what the chosen way needs from them, once.
     """
 
     def __init__(self, inputs: int, outputs: int, group_size: int, bias: bool, version: int = 1):
@@ -174,10 +174,6 @@ class W4Linear(nn.Module):
         """Dequantised, float32 [O, I]: the oracle of every other way."""
         codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
         return decode_groups(codes, scales, zeros, None if self.in_order else self.g_idx.long())
-
-    def zeros(self) -> Tensor:
-        """Zero points, uint8 [I/g, O]."""
-        return read_zeros(self.qzeros, self.version)
 
     @functools.cached_property
     def in_order(self) -> bool:
@@ -204,13 +200,13 @@ class W4Linear(nn.Module):
         return y if bias is None else y + bias
 
     def prepare(self, way: str) -> tuple:
-        """Codes and grid as a way takes them, made once; both want bfloat16. int4's layout differs from CPU to CPU: it is not for saving."""
+        """Codes and grid as a way takes them; both want bfloat16. int4's layout differs by CPU: it is not for saving."""
         codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
         if way == "kernel":
             return repack(codes, scales, zeros)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         pair = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1)              # [I/g, O, 2]
-        return packed, pair.bfloat16().contiguous()              # w = (code - 8) scale + (8 - zero) scale
+        return packed, pair.bfloat16().contiguous()             # w = (code - 8) scale + (8 - zero) scale
 
     def _apply(self, fn, recurse=True):
         """model.to(bfloat16) must not round the scales: they stay in float16, as stored."""
@@ -233,6 +229,8 @@ def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Lin
         check_groups(layer.in_features, group_size, name)
         with torch.device(layer.weight.device):
             new = W4Linear(layer.in_features, layer.out_features, group_size, layer.bias is not None, version)
+        if layer.bias is not None:
+            new.bias = torch.zeros_like(layer.bias).detach()    # in the model's dtype
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
         found[name] = new
@@ -263,7 +261,6 @@ def to_w4(model: Qwen2, layers: dict[str, tuple], group_size: int, sym: bool, **
     biases = {name: model.get_submodule(name).bias for name in layers}
     for name, layer in swap_linears(model, group_size, version).items():
         layer.load_state_dict(layers[name] | ({} if biases[name] is None else {"bias": biases[name].detach()}))
-        layer.bias = None if biases[name] is None else biases[name].detach()    # in the model's dtype
     return model
 
 

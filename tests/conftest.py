@@ -8,6 +8,8 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from minikd.checkpoint import save_model
+from minikd.model import Qwen2, Qwen2Config
 from minikd.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
@@ -20,6 +22,15 @@ WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"|\s+(?!\S)|\s+")
 TEXTS = ["The student learns from its teacher, and the teacher learns nothing.", "¿Qué año es? El niño comió piñas.",
          "def add(a, b):\n    return a + b\n", "你好，世界。你好吗？", "What is 12 + 30? It is 42."] * 4
+
+
+def tiny(seed: int, tokenizer, folder, **shape) -> Path:
+    """A folder with a random model that a test can afford, and the tokenizer."""
+    sizes = dict(vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                 num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.3)
+    tokenizer.save(folder)
+    save_model(Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed), folder)
+    return folder
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import eval_rouge
-from minikd.checkpoint import load_model, save_model
+from conftest import tiny
+from minikd.checkpoint import load_model
 from minikd.data import load_examples, prompt_text
 from minikd.files import InputError
 from minikd.generate import generate
 from minikd.evaluate import read_predictions, read_references
-from minikd.model import Qwen2, Qwen2Config
 from minikd.rouge import rouge_l
 
 SCRIPT = Path(__file__).parents[1] / "eval_rouge.py"
@@ -51,10 +51,7 @@ def run(shell, monkeypatch, tmp_path):
 def world(tmp_path_factory, tokenizer) -> Path:
     """student/, a tiny model, and data.jsonl, a dozen questions in two categories."""
     folder = tmp_path_factory.mktemp("world")
-    config = Qwen2Config(vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.5)
-    tokenizer.save(folder / "student")
-    save_model(Qwen2(config).init_weights(1), folder / "student")
+    tiny(1, tokenizer, folder / "student", initializer_range=0.5)
     write(folder / "data.jsonl", [{"instruction": f"Say {'no ' * (5 * i % 12)}", "response": f"n{i} s t u",
                                    "category": "ab"[i % 2]} for i in range(12)])
     return folder

@@ -13,8 +13,8 @@ import torch
 import quantize as qz
 import train_grpo
 import train_kd
+from conftest import tiny
 from minikd.checkpoint import load_model, save_model
-from minikd.model import Qwen2, Qwen2Config
 from minikd.quant import W4Linear
 
 ROOT = Path(__file__).parents[1]
@@ -23,10 +23,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    tokenizer.save(folder / "model")
-    save_model(Qwen2(Qwen2Config(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                 num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-                                 initializer_range=0.2)).init_weights(1), folder / "model")
+    tiny(1, tokenizer, folder / "model", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+         num_key_value_heads=2, initializer_range=0.2)
     (folder / "data.jsonl").write_text("".join(json.dumps({"instruction": f"What is {i}?", "response": f"It is {i}."}) + "\n"
                                                for i in range(24)))
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"Page {i} of a book. " * 9}) + "\n" for i in range(9)))
@@ -38,8 +36,7 @@ def run(world, shell, tmp_path):
     """run(*flags) -> (exit status, stdout, stderr), as a shell would see them."""
     def call(*flags, model=("--model", world / "model"), data=("--calibration", world / "data.jsonl"),
              out=("--out", tmp_path / "w4")):
-        return shell(qz, *model, *data, *out, "--group-size", "16", "--dtype",
-                     "float32", "--device", "cpu", *flags)
+        return shell(qz, *model, *data, *out, *"--group-size 16 --dtype float32 --device cpu".split(), *flags)
     return call
 
 

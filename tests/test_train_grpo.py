@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import train_grpo as rl
+from conftest import tiny
 from minikd import problems
-from minikd.checkpoint import load_model, save_model
-from minikd.model import Qwen2, Qwen2Config
+from minikd.checkpoint import load_model
 from minikd.training import STATE, read_log
 from test_problems import RECORD
 
@@ -22,10 +22,7 @@ FAST = ("--steps 4 --prompts 2 --group-size 4 --max-new-tokens 6 --batch-size 3 
 def world(tmp_path_factory, tokenizer) -> Path:
     """model/, sums.jsonl of questions with answers, and ours.py, which pays for low ids: something to learn."""
     folder = tmp_path_factory.mktemp("world")
-    tokenizer.save(folder / "model")
-    save_model(Qwen2(Qwen2Config(vocab_size=416, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                                 num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-                                 initializer_range=0.2)).init_weights(1), folder / "model")
+    tiny(1, tokenizer, folder / "model", vocab_size=416, initializer_range=0.2)
     (folder / "sums.jsonl").write_text("".join(json.dumps({"question": f"{i}+1", "answer": str(i + 1)}) + "\n"
                                                for i in range(20)))
     (folder / "ours.py").write_text("def early(completions, problems):\n"
@@ -40,8 +37,7 @@ def run(world, shell, tmp_path):
     """run(*flags) -> (exit status, stdout, stderr), as a shell would see them; --out is tmp_path/run unless given."""
     def call(*flags, rewards="{world}/ours.py:early", model=("--model", world / "model"),
              data=("--data", world / "sums.jsonl"), out=tmp_path / "run"):
-        return shell(rl, *model, *data, "--out", out, *FAST, "--rewards",
-                     rewards.format(world=world), *flags)
+        return shell(rl, *model, *data, "--out", out, *FAST, "--rewards", rewards.format(world=world), *flags)
     return call
 
 

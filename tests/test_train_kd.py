@@ -13,25 +13,17 @@ import torch
 
 import eval_rouge
 import train_kd as kd
+from conftest import tiny
 from minikd import minillm, toy
 from minikd.checkpoint import load_model, save_model
 from minikd.data import encode_examples, load_examples
 from minikd.evaluate import sequence_kl
 from minikd.losses import DIVERGENCES
-from minikd.model import Qwen2, Qwen2Config
 from minikd.teacher import Teacher
 from minikd.training import LOG, STATE, read_log
 
 ROOT = Path(__file__).parents[1]
 FAST = "--epochs 1 --lr 0.01 --max-new-tokens 4 --eval-examples 2 --device cpu --dtype float32".split()
-
-
-def tiny(seed: int, tokenizer, folder, **shape) -> Path:
-    sizes = dict(vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                 num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.3)
-    tokenizer.save(folder)
-    save_model(Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
