@@ -1,6 +1,6 @@
 """Supervised fine-tuning and knowledge distillation of a Qwen2 student.
 
-    python train_kd.py                          the toy world: 90 s on a CPU, ends in the paper's Table 1
+    python train_kd.py                          the toy world: 3 minutes on a CPU, ends in the paper's Table 1
     python train_kd.py --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-0.5B \\
                        --data databricks-dolly-15k.jsonl            the real thing, on one GPU
     python train_kd.py ... --loss reverse_kl --out runs/rkl         one run instead of the comparison
