@@ -9,7 +9,7 @@ setup(
     version="0.1.0",
     description="Knowledge distillation, GRPO and GPTQ for Qwen2 language models, from scratch in plain Python",
     packages=["minikd"],
-    package_data={"minikd": ["w4_matmul.cu"]},
+    package_data={"minikd": ["w4_matmul.cu", "decode.cu"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",           # brings jinja2, which a test uses

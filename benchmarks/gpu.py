@@ -1,11 +1,12 @@
 """Everything that wants a GPU, in one run: builds the kernel, checks it, times it and all that stands on it.
 
     python -m benchmarks.gpu                    # about 20 minutes on one H100 or H200
-    python -m benchmarks.gpu --only kernel matmul       # then decoding sampling; kd; gptq: each below 10 minutes
+    python -m benchmarks.gpu --only kernel step matmul  # then decoding; sampling; kd; gptq: each below 10 minutes
     python -m benchmarks.gpu --device cpu --tiny        # small shapes: whether the script itself runs
 
 Claims (one H200, random weights in Qwen2.5's shapes, peers in the same run):
     kernel    relative error under 1e-2 on every shape and batch, into poisoned outputs
+    step      a token by one kernel (decode.cu): as exact as the plain step; how long it takes without weights to read
     matmul    layers of 20 MB and more: 70% of the copy bandwidth at batch 1, 3 x bfloat16 cuBLAS, not slower than torch's
               int4 at batches 1 to 16; buffers rotate beyond the L2
     decoding  batch 1: 60 / 70 / 75% of the memory's limit at 0.5B / 1.5B / 3B in bfloat16, 5 x transformers; 4 bits 1.6 x
@@ -29,13 +30,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import machine
-from minikd import w4_cuda
+from minikd import cuda, w4_cuda
 from minikd.data import Encoded, send
-from minikd.generate import generate
+from minikd.decode_cuda import OneKernel
+from minikd.generate import generate, prefill
 from minikd.gptq import quantize_model
+from minikd.layout import laid_out
 from minikd.losses import forward_kl, head_loss, scored_positions
-from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import decode_groups, round_to_nearest, to_w4, to_words
+from minikd.model import Qwen2, Qwen2Config, StaticCache
+from minikd.quant import W4Linear, decode_groups, round_to_nearest, to_w4, to_words
 from minikd.training import compile_blocks, make_optimizer
 
 COMMON = dict(num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)
@@ -177,12 +180,12 @@ def packed_layer(N: int, K: int, device: str, sym=True, group=128, seed=0):
 def check_kernel(device, tiny, limits):
     if device != "cuda":
         return print("the kernel needs a GPU; tests/test_w4_cuda.py runs it on a CPU")
-    for compiler in w4_cuda.nvrtc, w4_cuda.nvcc:
+    for compiler in cuda.nvrtc, cuda.nvcc:
         start = time.perf_counter()
         try:
-            size = len(compiler(w4_cuda.SOURCE.read_bytes(), "sm_%d%d" % torch.cuda.get_device_capability()))
+            size = len(compiler(cuda.program(), "sm_%d%d" % torch.cuda.get_device_capability()))
             print(f"{compiler.__name__}: {size:,} bytes in {time.perf_counter() - start:.1f} s")
-        except w4_cuda.Unavailable as reason:
+        except cuda.Unavailable as reason:
             print(f"{compiler.__name__}: {reason}")
     worst, count = {}, 0
     for N, K in LAYERS:
@@ -199,7 +202,7 @@ def check_kernel(device, tiny, limits):
                 found = {"operator": torch.ops.minikd.w4_matmul(x, *packed, bias, N, group)}
                 for name, grid, threads in names:
                     found[name] = torch.full((M, N), torch.nan, device=device, dtype=torch.bfloat16)
-                    w4_cuda.launch(name, grid, threads, *packed, x, bias, found[name], M, N, K, group)
+                    cuda.launch(name, x.device, grid, threads, *packed, x, bias, found[name], M, N, K, group)
                 for name, y in found.items():
                     error = float((y.double() - expected).norm() / expected.norm())
                     count += 1
@@ -210,6 +213,40 @@ def check_kernel(device, tiny, limits):
     for name, (error, where) in worst.items():
         table.row(name, f"{error:.2e}" + ("" if error < 1e-2 else " TOO LARGE"), where)
     print(f"{count} products against float64")
+
+
+def check_step(device, tiny, limits):
+    if device != "cuda":
+        return print("decode.cu needs a GPU; tests/test_decode_cuda.py runs it on a CPU")
+    narrow = replace(SHAPES["0.5B"], hidden_size=256, intermediate_size=256, num_attention_heads=4, vocab_size=1000)
+    table = Table("one token, 128 before it", "error", "plain's", "us a step", "of the copy's", "spread")
+
+    def measure(name, config, bits):
+        model = make(config, device)
+        if bits == 4:
+            model = four_bits(model)
+        dense = {name: weight for name, weight in model.state_dict().items() if weight.is_floating_point() and "scales" not in name}
+        dense |= {f"{name}.weight": layer.weight() for name, layer in model.named_modules() if isinstance(layer, W4Linear)}
+        exact = make(config, device, torch.float32)
+        exact.load_state_dict(dense)
+        with torch.inference_mode(), laid_out(model, rows=1, steps=256):
+            caches = [StaticCache(prefill(reader, [list(range(128))], 256, 1)[0]) for reader in (exact, model, model)]
+            kernel, token = OneKernel(model, caches[2]), torch.tensor([[7]], device=device)
+            right, plain, one = (reader.hidden(token, cache).double() for reader, cache in zip((exact, model, kernel), caches))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                kernel.hidden(token, caches[2])
+            times = seconds_of(graph.replay, 100, device)               # the cache has room for 255
+        moved = bytes_of_a_step(model) - model.head.nbytes
+        table.row(name, *(f"{float((found - right).norm() / right.norm()):.2e}" for found in (one, plain)),
+                  f"{median(times) * 1e6:.1f}", f"{moved / median(times) / limits['bandwidth']:.0%}", spread(times))
+
+    for bits in 16, 4:
+        for name, config in {f"{narrow.num_hidden_layers} narrow layers": narrow, **SHAPES}.items():
+            with attempt(f"{name}, {bits} bits"):
+                measure(f"{name}, {bits} bits", config, bits)
+            fresh(device)
+    print(f"narrow layers have next to no weights: what is left are {5 * narrow.num_hidden_layers} waits of all blocks")
 
 
 def time_matmul(device, tiny, limits):
@@ -230,8 +267,8 @@ def time_matmul(device, tiny, limits):
                 y, tiles = torch.empty(M, N, device=device, dtype=torch.bfloat16), -(-N // 16)
                 for name, most, threads in FAST:
                     if most / 4 < M <= most or name.startswith("w4_mma_8") and M <= 8:
-                        calls[name] = [lambda p=p, name=name, threads=threads: w4_cuda.launch(
-                            name, (tiles, 1), threads, *p, x, None, y, M, N, K, 128) for p in packed]
+                        calls[name] = [lambda p=p, name=name, threads=threads: cuda.launch(
+                            name, x.device, (tiles, 1), threads, *p, x, None, y, M, N, K, 128) for p in packed]
             times = {}
             for name, call in calls.items():
                 with attempt(f"{name}, {N} x {K}, batch {M}"):
@@ -274,7 +311,7 @@ def time_decoding(device, tiny, limits):
         if kind.endswith("compiled"):
             compile_blocks(model)
         run = (lambda n: transformers_answer(model, [prompt], n)) if kind == "transformers" else (
-            lambda n: generate(model, [prompt], n))
+            lambda n: generate(model, [prompt], n, one_kernel=kind.endswith("one kernel")))
         run(24)
         # The prompt, the graph's recording and the first steps cost the same in both: the difference is a step's cost.
         times = [(time_once(run, new, device) - time_once(run, new // 2, device)) / (new - new // 2) for _ in range(5)]
@@ -284,7 +321,7 @@ def time_decoding(device, tiny, limits):
                   f"{speed / speeds.get((name, 'bf16'), float('nan')):.2f}x", spread(times), f"{peak_gb(device):.2f}")
 
     for name in list(SHAPES)[:1] if tiny else SHAPES:
-        for kind in "bf16", "w4", "transformers", "bf16 compiled", "w4 compiled":
+        for kind in "bf16", "w4", "transformers", "bf16 one kernel", "w4 one kernel", "bf16 compiled", "w4 compiled":
             if not (tiny and "compiled" in kind):   # longer than all the rest
                 fresh(device)
                 with attempt(f"{name} {kind}"):
@@ -420,7 +457,7 @@ def time_gptq(device, tiny, limits):
             measure(name)
 
 
-SECTIONS = {"machine": measure_machine, "kernel": check_kernel, "matmul": time_matmul, "decoding": time_decoding,
+SECTIONS = {"machine": measure_machine, "kernel": check_kernel, "step": check_step, "matmul": time_matmul, "decoding": time_decoding,
             "sampling": time_sampling, "kd": time_kd, "gptq": time_gptq}
 
 

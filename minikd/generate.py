@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minikd.data import Encoded
+from minikd.decode_cuda import OneKernel, fits
 from minikd.layout import head_logits, laid_out
 from minikd.losses import log_mix, log_probs
 from minikd.model import KVCache, Qwen2, StaticCache
@@ -39,7 +40,7 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
 def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, temperature: float = 1.0,
                             top_p: float = 1.0, top_k: int = 0, eos_ids=(), seed: int | None = None, samples: int = 1,
                             teacher: Qwen2 | None = None, mix: float = 0.0, vocab: int | None = None,
-                            graphs: bool | None = None) -> tuple[list[list[int]], list[list[float]]]:
+                            graphs: bool | None = None, one_kernel: bool = False) -> tuple[list[list[int]], list[list[float]]]:
     """generate's new tokens, and the log-probability of each under the distribution it was drawn from, temperature and
     truncation included; 0 where greedy.
 
@@ -49,6 +50,8 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     graphs   a step touches fixed places on the device alone, and a CUDA graph replays it; the host looks at the tokens
              every LOOK steps, and rows that ended leave when half have. By default on CUDA. On a CPU the same step,
              without a graph.
+    one_kernel  with `graphs`: where decode_cuda.fits, one kernel makes the hidden states. Not measured on a GPU so far, and
+             therefore off.
     """
     if not all(prompts):
         raise ValueError("generate: a prompt is empty; give each at least one token")
@@ -78,6 +81,9 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         caches, states = zip(*(prefill(reader, prompts, max_new_tokens, samples) for reader in readers))
         if graphs:
             caches = [StaticCache(cache) for cache in caches]
+        if graphs and one_kernel:
+            readers = [OneKernel(reader, cache) if fits(reader, len(answers)) else reader
+                       for reader, cache in zip(readers, caches)]
         rows, alive, seen = Rows(readers, caches, states, draw, u), list(range(len(answers))), 0
         step = Replay(rows.step, graphs and device.type == "cuda")
         for done in range(1, max_new_tokens + 1):               # tokens that every row has

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minikd.cuda import available
 from minikd.files import InputError
 from minikd.model import Linear, Qwen2
-from minikd.w4_cuda import MMA_ROWS, available, fits, plan, repack
+from minikd.w4_cuda import MMA_ROWS, fits, plan, repack
 
 
 # ---- the grid

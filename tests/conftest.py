@@ -1,5 +1,8 @@
 """What several test files share: one thread (a busy neighbour makes two slower), the real data where it is, and a small tokenizer made on the spot."""
+import ctypes
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from minikd import cuda
 from minikd.checkpoint import save_model
 from minikd.model import Qwen2, Qwen2Config
 from minikd.tokenizer import Tokenizer
@@ -46,6 +50,18 @@ def shell(monkeypatch, capsys):
             status = stop.code
         return status, *capsys.readouterr()
     return call
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory) -> ctypes.CDLL:
+    """minikd/*.cu, compiled for the CPU by cuda_on_cpu.h."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library, (first, second) = tmp_path_factory.mktemp("kernels") / "kernels.so", cuda.SOURCES
+    subprocess.run([compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w", f'-DW4_SOURCE="{first}"',
+                    f'-DDECODE_SOURCE="{second}"', "-x", "c++", Path(__file__).with_name("cuda_on_cpu.h"), "-o", library], check=True)
+    return ctypes.CDLL(str(library))
 
 
 @pytest.fixture(scope="session")

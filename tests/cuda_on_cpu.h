@@ -1,62 +1,83 @@
-// A block of CUDA threads on one CPU thread, slowly: enough to run minikd/w4_matmul.cu and check its every number without a
-// GPU. Each CUDA thread is a fiber; a barrier passes the turn to the next fiber until all have come. What the hardware does
-// for a warp (shuffles, tensor-core products) is done from a table that every lane writes its part of, as the PTX manual
-// draws the fragments. It checks indexing, bounds, arithmetic and missing barriers that matter in this order of turns; it cannot
-// see races between barriers that another order would show, nor speed.
+// A block of CUDA threads on one CPU thread, slowly: enough to run minikd/*.cu and check their every number without a GPU.
+// Each CUDA thread is a fiber; at a barrier another one goes on, until all have come. Blocks run one after another or, where
+// they wait for each other, each on a CPU thread of its own. What the hardware does for a warp (shuffles, tensor-core products)
+// is done from a table that every lane writes its part of, as the PTX manual draws the fragments. It checks indexing, bounds,
+// arithmetic, and barriers that are missing where two warps far apart would meet; it cannot see every race, nor speed.
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <sched.h>
+#include <thread>
 #include <ucontext.h>
+#include <utility>
 #include <vector>
 
 #define W4_ON_CPU
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(n)
-#define __shared__ static                               // one block runs at a time
+#define __launch_bounds__(...)
+#define A_BLOCK static thread_local                     // has its own
+#define __shared__ A_BLOCK
 
 struct Dim { int x, y; };
-static Dim blockIdx, blockDim, threadIdx;               // threadIdx is set anew whenever a fiber goes on
+static Dim gridDim, blockDim;
+A_BLOCK Dim blockIdx, threadIdx;                           // threadIdx is set anew whenever a fiber goes on
 using std::size_t;
 static int min(int a, int b) { return a < b ? a : b; }
 
-struct Fiber { ucontext_t context; std::vector<char> stack; int waits; bool done; };
-static std::vector<Fiber> fibers;
-static ucontext_t outside;
-static int turn;
+struct Barrier;
+struct Fiber { ucontext_t context; std::vector<char> stack; Barrier* at; int round; bool done; };   // waits at a barrier, or not
+A_BLOCK std::vector<Fiber> fibers;
+A_BLOCK ucontext_t outside;
+A_BLOCK int turn;
+static std::atomic<int> faults;                         // loads that are odd or outside; a GPU would stop, or read what is there
+static void pass_on();
 
-static void pass_on() {                                 // to the next fiber that is not done
-    int from = turn;
-    do turn = (turn + 1) % fibers.size(); while (fibers[turn].done && turn != from);
-    if (turn == from) return;
-    threadIdx.x = turn;
-    swapcontext(&fibers[from].context, &fibers[turn].context);
-}
 struct Barrier {
     int arrived = 0, round = 0;
     void wait(int count) {
-        int mine = round;
-        if (++arrived == count) arrived = 0, round++;
-        else while (round == mine) pass_on();
+        if (++arrived == count) { arrived = 0, round++; return; }
+        fibers[turn].at = this, fibers[turn].round = round;
+        pass_on();
     }
 };
-static Barrier of_block, of_warp[32];
-static float table[32][32][16];                         // [warp][lane]: what a lane shows to the others
+// To a fiber that need not wait, of the same warp if there is one: each warp runs as far ahead of the others as barriers let
+// it, the first ones first in even blocks, the last ones first in odd ones. So one that lacks a barrier finds what it reads
+// not yet written, or written over.
+static void pass_on() {
+    int from = turn, count = fibers.size(), odd = blockIdx.x % 2;
+    Fiber* all = fibers.data();
+    for (int i = 0; i < 32 + count; i++) {
+        int to = i < 32 ? from / 32 * 32 + (from + i) % 32 : odd ? count - 1 - (i - 32) : i - 32;
+        if (to == from || all[to].done || all[to].at && all[to].at->round == all[to].round) continue;
+        all[to].at = nullptr;
+        threadIdx.x = turn = to;
+        swapcontext(&all[from].context, &all[to].context);
+        return;
+    }
+    for (auto& fiber : fibers) faults += !fiber.done;   // they wait for each other, for ever
+    setcontext(&outside);
+}
+A_BLOCK Barrier of_block, of_warp[32], of_team[32];
+A_BLOCK float table[32][32][16];                         // [warp][lane]: what a lane shows to the others
 
 static void __syncthreads() { of_block.wait(blockDim.x); }
+static void __syncwarp() { of_warp[threadIdx.x / 32].wait(32); }
+static void wait_for_team(int team, int threads) { of_team[team + 1].wait(threads); }
 static float* show(const float* values, int count) {    // all lanes' values, once all are there
     int warp = threadIdx.x / 32;
     std::memcpy(table[warp][threadIdx.x % 32], values, 4 * count);
     of_warp[warp].wait(32);
     return &table[warp][0][0];
 }
-static void seen() { of_warp[threadIdx.x / 32].wait(32); }
 
 static float __uint_as_float(unsigned u) { float f; std::memcpy(&f, &u, 4); return f; }
 static unsigned __float_as_uint(float f) { unsigned u; std::memcpy(&u, &f, 4); return u; }
 static float __shfl_xor_sync(unsigned, float v, int mask) {
     float other = show(&v, 1)[(threadIdx.x % 32 ^ mask) * 16];
-    seen();
+    __syncwarp();
     return other;
 }
 static unsigned short to_bf16(float f) {                // to nearest, ties to even
@@ -69,16 +90,22 @@ static float half_to_float(unsigned short h) {
     float f = exponent ? std::ldexp(1024.f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
     return h >> 15 ? -f : f;
 }
-static size_t x_first, x_end, words_first, words_end;
-static int faults;                                      // loads that are odd or outside; a GPU would stop, or read what is there
-template <class W> static W load(const W* p, size_t first, size_t end) {
+static std::vector<std::pair<size_t, size_t>> memory;   // [first, end) of what may be read
+template <class W> static W load(const W* p, size_t align = sizeof(W)) {
     size_t at = (size_t)p;
-    bool good = at % 16 == 0 && at >= first && at + 16 <= end;
+    bool good = false;
+    for (auto& [first, end] : memory) good |= at % align == 0 && at >= first && at + sizeof(W) <= end;
     faults += !good;
     return good ? *p : W{};
 }
-template <class W> static W load_if(bool there, const W* p) { return there ? load(p, x_first, x_end) : W{}; }
-template <class W> static W load_once(const W* p) { return load(p, words_first, words_end); }
+template <class W> static W load_if(bool there, const W* p) { return there ? load(p) : W{}; }
+template <class W> static W load_once_if(bool there, const W* p) { return there ? load(p) : W{}; }
+template <class W> static W load_once(const W* p) { return load(p); }
+template <class W> static W load_fresh(const W* p) { return load(p); }
+static unsigned add_release(unsigned* p, unsigned value) { return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL); }
+static unsigned load_acquire(const unsigned* p) { sched_yield(); return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+#define __expf std::exp
+static float rsqrtf(float x) { return 1 / std::sqrt(x); }
 static unsigned merge(unsigned a, unsigned mask, unsigned top) { return (a & mask) | top; }
 static unsigned in_register(unsigned value) { return value; }
 static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
@@ -102,44 +129,55 @@ static void mma(float* c, const unsigned* a, const unsigned* b) {
             c[q] += left * right;
         }
     }
-    seen();
+    __syncwarp();
 }
 
 #include W4_SOURCE
+#include DECODE_SOURCE
 
-typedef void (*Kernel)(ARGUMENTS);
-static Kernel kernel;
-static struct { const Words* words; const u16* scales; const u8* zeros; const u16* x; const u16* bias; u16* y;
-                int M, N, K, group; } arguments;
+static std::function<void()> kernel;
 
 static void body() {
-    auto& a = arguments;
-    kernel(a.words, a.scales, a.zeros, a.x, a.bias, a.y, a.M, a.N, a.K, a.group);
+    kernel();
     fibers[turn].done = true;
-    for (auto& fiber : fibers)
-        if (!fiber.done) pass_on();                     // never comes back
-    setcontext(&outside);
+    pass_on();                                          // never comes back
+}
+static void run_block(int x, int y) {
+    blockIdx = {x, y};
+    fibers.resize(blockDim.x);
+    for (auto& fiber : fibers) {
+        fiber.stack.resize(64 << 10);
+        fiber.at = nullptr, fiber.done = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
+        makecontext(&fiber.context, body, 0);
+    }
+    of_block = {};
+    for (auto* barriers : {of_warp, of_team})
+        for (int i = 0; i < 32; i++) barriers[i] = {};
+    turn = threadIdx.x = 0;
+    swapcontext(&outside, &fibers[0].context);
 }
 
-extern "C" int launch(Kernel which, int grid_x, int grid_y, int threads, ARGUMENTS) {
-    kernel = which;
-    arguments = {words, scales, zeros, x, bias, y, M, N, K, group};
-    blockDim.x = threads;
+extern "C" void may_read(size_t first, size_t bytes) { memory.push_back({first, first + bytes}); }
+
+extern "C" int launch(void (*which)(ARGUMENTS), int grid_x, int grid_y, int threads, ARGUMENTS) {
+    kernel = [=] { which(PASS); };
+    gridDim = {grid_x, grid_y}, blockDim = {threads, 1};
     faults = 0;
-    x_first = (size_t)x, x_end = (size_t)(x + (size_t)M * K), words_first = (size_t)words;
-    words_end = (size_t)(words + (size_t)((N + 15) / 16) * ((K + 127) / 128) * 64);
-    for (blockIdx.y = 0; blockIdx.y < grid_y; blockIdx.y++)
-        for (blockIdx.x = 0; blockIdx.x < grid_x; blockIdx.x++) {
-            fibers.resize(threads);
-            for (auto& fiber : fibers) {
-                fiber.stack.resize(64 << 10);
-                fiber.done = false;
-                getcontext(&fiber.context);
-                fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
-                makecontext(&fiber.context, body, 0);
-            }
-            turn = threadIdx.x = 0;
-            swapcontext(&outside, &fibers[0].context);
-        }
+    for (int y = 0; y < grid_y; y++)
+        for (int x = 0; x < grid_x; x++) run_block(x, y);
+    memory.clear();
+    return faults;
+}
+
+extern "C" int launch_together(void (*which)(Step), int blocks, int threads, Step step) {
+    kernel = [=] { which(step); };
+    gridDim = {blocks, 1}, blockDim = {threads, 1};
+    faults = 0;
+    std::vector<std::thread> running;
+    for (int x = 0; x < blocks; x++) running.emplace_back(run_block, x, 0);
+    for (auto& block : running) block.join();
+    memory.clear();
     return faults;
 }

@@ -1,17 +1,12 @@
-"""w4_matmul.cu, number by number on a CPU (cuda_on_cpu.h), its layout bit by bit, its build, and the way it falls back."""
+"""w4_matmul.cu, number by number on a CPU (cuda_on_cpu.h), and its layout bit by bit."""
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from minikd import quant, w4_cuda
 from minikd.quant import W4Linear, choose, decode_groups, round_to_nearest
-from minikd.w4_cuda import KERNELS, Unavailable, build, fits, plan, repack
-
-HERE = Path(__file__).parent
+from minikd.w4_cuda import KERNELS, fits, plan, repack
 
 
 @pytest.fixture(autouse=True)
@@ -55,17 +50,6 @@ def test_the_layout_is_the_one_that_is_drawn():
 
 # ---- the kernels themselves, on the CPU
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> ctypes.CDLL:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("kernels") / "w4.so"
-    subprocess.run([compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f'-DW4_SOURCE="{w4_cuda.SOURCE}"', "-x", "c++",
-                    HERE / "cuda_on_cpu.h", "-o", library], check=True)
-    return ctypes.CDLL(str(library))
-
-
 def run(kernels, name, grid, threads, words, scales, zeros, x, bias, y, M, N, K, group):
     """As w4_cuda.launch, on the CPU; what is read lies between NaNs, at an address as odd as before."""
     def fenced(tensor):
@@ -78,7 +62,10 @@ def run(kernels, name, grid, threads, words, scales, zeros, x, bias, y, M, N, K,
         wide[at:at + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
         return wide[at:at + tensor.nbytes].view(tensor.dtype)
 
-    words, scales, zeros, x, bias = map(fenced, (words, scales, zeros, x, bias))
+    words, scales, zeros, x, bias = read = [*map(fenced, (words, scales, zeros, x, bias))]
+    for tensor in read:
+        if tensor is not None:
+            kernels.may_read(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes))
     pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in (words, scales, zeros, x, bias, y)]
     assert kernels.launch(ctypes.cast(getattr(kernels, name), ctypes.c_void_p), *grid, threads, *pointers, M, N, K, group) == 0
 
@@ -146,7 +133,7 @@ def on_cpu(kernels, monkeypatch) -> list:
     """The operator runs on the CPU; -> the names of the kernels that it launched."""
     launched = []
 
-    def launch(name, *rest):
+    def launch(name, device, *rest):
         launched.append(name)
         run(kernels, name, *rest)
 
@@ -203,7 +190,7 @@ def test_on_a_gpu_the_kernel_is_chosen_where_it_can_be(monkeypatch):
     assert choose(W4Linear(128, 40, 64, True), OnGPU()) == "dequantise"
 
 
-# ---- choosing, building, falling back
+# ---- choosing
 
 def test_a_plan_covers_all_outputs_and_rows():
     for M in range(1, w4_cuda.MMA_ROWS + 1):
@@ -212,63 +199,6 @@ def test_a_plan_covers_all_outputs_and_rows():
             assert name in KERNELS and y == 1 and threads == (512 if name.endswith("few") else 256)
             assert (x - 1) * 16 < N <= x * 16 and M <= int(name.split("_")[2])
     assert all(map(fits, (32, 64, 128, 256, 896, 4864))) and not any(map(fits, (16, 96, 192)))
-
-
-def test_nvcc_builds_it_without_a_header_and_the_second_time_it_is_there(tmp_path, monkeypatch):
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc")
-    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
-    monkeypatch.setattr(w4_cuda, "find_nvrtc", lambda: (_ for _ in ()).throw(Unavailable("none here")))
-    code = build("sm_90")
-    assert code[:4] == b"\x7fELF" and all(name.encode() in code for name in KERNELS)
-    assert [path.read_bytes() == code for path in tmp_path.iterdir()] == [True]
-    monkeypatch.setenv("MINIKD_CACHE", "/proc/nowhere")                         # which cannot be written
-    assert build("sm_90") == code
-    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert build("sm_90") == code
-
-
-def test_a_changed_source_is_built_anew(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
-    monkeypatch.setattr(w4_cuda, "nvrtc", lambda source, arch: source + arch.encode())
-    for text, arch in (b"a", "sm_90"), (b"b", "sm_90"), (b"a", "sm_80"), (b"a", "sm_90"):
-        monkeypatch.setattr(w4_cuda, "SOURCE", tmp_path / "source.cu")
-        w4_cuda.SOURCE.write_bytes(text)
-        assert build(arch) == text + arch.encode()
-    assert len(list(tmp_path.glob("*.cubin"))) == 3
-
-
-def test_nvrtc_builds_it_where_it_is():
-    try:
-        w4_cuda.find_nvrtc()
-    except Unavailable:
-        pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc")
-    assert all(name.encode() in w4_cuda.nvrtc(w4_cuda.SOURCE.read_bytes(), "sm_90") for name in KERNELS)
-    with pytest.raises(Unavailable, match="NVRTC: w4_matmul.cu.*nonsense"):
-        w4_cuda.nvrtc(b"__global__ void f() { nonsense; }", "sm_90")
-
-
-def test_without_a_compiler_one_line_says_why_and_layers_are_dequantised(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device else (9, 0))
-    with pytest.raises(Unavailable, match="compute capability 7.5; bfloat16 products need 8.0"):
-        w4_cuda.functions(1)
-    w4_cuda.functions.cache_clear(), w4_cuda.available.cache_clear()
-    assert not w4_cuda.available(0) and not w4_cuda.available(0)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "libnvrtc" in said and "nvcc is not on the PATH" in said and "dequantised" in said
-    assert list(tmp_path.iterdir()) == []
-    w4_cuda.functions.cache_clear(), w4_cuda.available.cache_clear()
-
-
-def test_a_source_that_does_not_compile_says_what_the_compiler_said(monkeypatch):
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc")
-    with pytest.raises(Unavailable, match="nvcc: .*error"):
-        w4_cuda.nvcc(b"__global__ void f() { nonsense; }", "sm_90")
 
 
 def test_the_operator_has_a_shape_without_a_gpu():

@@ -1,0 +1,179 @@
+"""The CUDA sources: built at first use, kept on disk, loaded and launched by the driver.
+
+NVRTC compiles them through its plain C interface (torch's CUDA wheels bring the library, nvcc or not), and the driver loads
+and launches them: no torch headers, no compiler of C++, nothing of torch's that is private.
+"""
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minikd.files import atomic_path
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("w4_matmul.cu", "decode.cu"))     # one program, in this order
+
+
+class Unavailable(RuntimeError):
+    """Why the kernels cannot be had here, in one line."""
+
+
+# ---- building
+
+def program() -> bytes:
+    """All sources, one after the other; compilers go on naming the file and its line."""
+    return b"".join(b'#line 1 "%s"\n%s\n' % (path.name.encode(), path.read_bytes()) for path in SOURCES)
+
+
+def cache_folder() -> Path:
+    """$MINIKD_CACHE, or ~/.cache/minikd."""
+    return Path(os.environ.get("MINIKD_CACHE") or Path.home() / ".cache" / "minikd")
+
+
+def build(arch: str) -> bytes:
+    """The machine code for arch ("sm_90"): from the cache, or compiled now by NVRTC, else by nvcc.
+
+    Raises Unavailable where neither compiles it. Where the cache cannot be written it is compiled each time.
+    """
+    source = program()
+    path = cache_folder() / f"kernels-{hashlib.sha256(source).hexdigest()[:16]}-{arch}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    reasons = []
+    for compiler in nvrtc, nvcc:
+        try:
+            code = compiler(source, arch)
+        except Unavailable as error:
+            reasons.append(str(error))
+            continue
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as new:
+                new.write_bytes(code)
+        return code
+    raise Unavailable("; ".join(reasons))
+
+
+def find_nvrtc() -> ctypes.CDLL:
+    """The library by the loader's path, or out of the wheels that torch depends on.  Raises Unavailable."""
+    major = (torch.version.cuda or "13").split(".")[0]
+    wheels = [Path(folder) / "nvidia" for folder in sys.path]
+    found = sorted(str(path) for folder in wheels for path in folder.glob(f"*/lib/libnvrtc.so.{major}*"))
+    for name in [f"libnvrtc.so.{major}", *found]:
+        with suppress(OSError):
+            for builtins in Path(name).parent.glob("libnvrtc-builtins.so*") if "/" in name else ():
+                ctypes.CDLL(str(builtins))                      # which it looks for by the loader's path alone
+            return ctypes.CDLL(name)
+    raise Unavailable(f"libnvrtc.so.{major} is not found: install nvidia-cuda-nvrtc, or nvcc")
+
+
+def nvrtc(source: bytes, arch: str) -> bytes:
+    """NVRTC, by its C interface: source -> cubin.  Raises Unavailable, with the compiler's first line."""
+    library, program, size = find_nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
+
+    def text(length, content) -> bytes:
+        getattr(library, length)(program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        getattr(library, content)(program, buffer)
+        return buffer.raw
+
+    if library.nvrtcCreateProgram(ctypes.byref(program), source, b"minikd", 0, None, None):
+        raise Unavailable("NVRTC: no program could be made")
+    try:
+        options = (ctypes.c_char_p * 1)(f"--gpu-architecture={arch}".encode())
+        if library.nvrtcCompileProgram(program, 1, options):
+            log = text("nvrtcGetProgramLogSize", "nvrtcGetProgramLog").strip(b"\0\n ").decode(errors="replace")
+            raise Unavailable(f"NVRTC: {(log.splitlines() or ['no log'])[0]}")
+        return text("nvrtcGetCUBINSize", "nvrtcGetCUBIN")
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def nvcc(source: bytes, arch: str) -> bytes:
+    """nvcc from the PATH: source -> cubin.  Raises Unavailable, with its first complaint."""
+    tool = shutil.which("nvcc")
+    if tool is None:
+        raise Unavailable("nvcc is not on the PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.cubin"
+        run = subprocess.run([tool, f"-arch={arch}", "-std=c++17", "-cubin", "-x", "cu", "-o", out, "-"], input=source,
+                             capture_output=True)
+        if run.returncode or not out.exists():
+            raise Unavailable(f"nvcc: {(run.stderr.decode(errors='replace').strip().splitlines() or ['failed'])[0]}")
+        return out.read_bytes()
+
+
+# ---- loading and launching
+
+@functools.cache
+def load(device: int) -> tuple[ctypes.CDLL, ctypes.c_void_p]:
+    """The driver's library, and the kernels' module loaded on a GPU.  Raises Unavailable."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise Unavailable(f"the GPU is of compute capability {major}.{minor}; bfloat16 products need 8.0")
+    code = build(f"sm_{major}{minor}")
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise Unavailable(f"the driver cannot be loaded ({error})") from error
+    torch.zeros(1, device=f"cuda:{device}")                     # makes torch's context, and makes it the current one
+    module = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        error = driver.cuModuleLoadData(ctypes.byref(module), code)
+    if error:
+        raise Unavailable(f"the driver does not load what was built (CUDA error {error}); delete {cache_folder()}")
+    return driver, module
+
+
+@functools.cache
+def find(device: int, name: str) -> ctypes.c_void_p:
+    """A kernel by name.  Raises Unavailable."""
+    driver, module = load(device)
+    found = ctypes.c_void_p()
+    if error := driver.cuModuleGetFunction(ctypes.byref(found), module, name.encode()):
+        raise Unavailable(f"{name} is not in what was built (CUDA error {error}); delete {cache_folder()}")
+    return found
+
+
+@functools.cache
+def available(device: int) -> bool:
+    """Whether the kernels run on this GPU; if not, one line on standard error says why, once."""
+    try:
+        load(device)
+    except Unavailable as error:
+        print(f"{', '.join(path.name for path in SOURCES)}: not used, torch's own operators are: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int, *values, together: bool = False):
+    """One kernel on the current stream.
+
+    values    a tensor goes by its address, None as null, an int as a C int, a ctypes structure as it is
+    together  all blocks are on the GPU at once, so that they may wait for each other; an error where they do not fit
+    Raises RuntimeError where the driver refuses.
+    """
+    def argument(value):
+        if value is None or isinstance(value, Tensor):
+            return ctypes.c_void_p(None if value is None else value.data_ptr())
+        return ctypes.c_int(value) if isinstance(value, int) else value
+
+    values = [argument(value) for value in values]
+    addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    (driver, _), kernel, shape = load(device.index), find(device.index, name), (*grid, 1, threads, 1, 1, 0)
+    with torch.cuda.device(device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        if together:
+            error = driver.cuLaunchCooperativeKernel(kernel, *shape, stream, addresses)
+        else:
+            error = driver.cuLaunchKernel(kernel, *shape, stream, addresses, None)
+    if error:
+        raise RuntimeError(f"{name}: launch failed with CUDA error {error}")

@@ -1,0 +1,84 @@
+"""decode.cu from Python: the next token of one row, all layers in one kernel."""
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from minikd.cuda import launch
+from minikd.model import Block, Linear, Qwen2, StaticCache, rope_tables
+from minikd.quant import W4Linear
+
+THREADS, WIDEST, SPLITS = 256, 20_480, 16                       # as decode.cu has them
+
+
+class Step(ctypes.Structure):
+    """decode.cu's Step, field by field."""
+    _fields_ = [(name, ctypes.c_void_p) for name in ("layers", "x", "q", "wide", "parts", "cos", "sin", "slot", "arrived")]
+    _fields_ += [(name, ctypes.c_int) for name in ("L", "D", "I", "H", "K", "E", "S", "group")] + [("eps", ctypes.c_float)]
+
+
+def products(block: Block) -> list[nn.Module | None]:
+    """q/k/v and gate/up as layout.laid_out joined them (None where it did not), o and down."""
+    attention, mlp = block.self_attn, block.mlp
+    qkv, gate_up = (getattr(half.joined, "__self__", None) for half in (attention, mlp))
+    return [qkv, attention.o_proj, gate_up, mlp.down_proj]
+
+
+def fits(model: Qwen2, rows: int) -> bool:
+    """Whether the kernel takes the model, laid out as it is now: one row, bfloat16, blocks all plain or all at 4 bits in
+    groups of one size, a multiple of 128."""
+    config, layers = model.config, [layer for block in model.model.layers for layer in products(block)]
+    D, E, wide = config.hidden_size, config.head_dim, config.intermediate_size
+    if all(isinstance(layer, W4Linear) and layer.in_order for layer in layers):
+        run, good = 16, len({layer.size for layer in layers}) == 1 and layers[0].size % 128 == 0
+    else:
+        run, good = 8, all(isinstance(layer, Linear) for layer in layers)
+    return (good and rows == 1 and model.head.dtype == torch.bfloat16 and D <= 16 * THREADS and E in (32, 64, 128, 256)
+            and D % run == wide % run == 0 and max(wide, config.num_attention_heads * E) <= WIDEST)
+
+
+def tensors_of(block: Block, keys: Tensor, values: Tensor) -> list[Tensor | None]:
+    """One layer's tensors in the order of decode.cu's Layer."""
+    def matrix(layer) -> tuple:
+        if isinstance(layer, Linear):
+            return layer.weight, None, None
+        if layer.prepared is None or layer.prepared[0] != "kernel":
+            layer.prepared = "kernel", layer.prepare("kernel")
+        return layer.prepared[1]
+
+    qkv, o, gate_up, down = products(block)
+    return [block.input_layernorm.weight, qkv.bias, *matrix(qkv), *matrix(o), block.post_attention_layernorm.weight,
+            *matrix(gate_up), *matrix(down), keys, values]
+
+
+class OneKernel:
+    """Stands where generate would ask the model for hidden states: `hidden` of the one row's next token.
+
+    cache  a StaticCache whose prompt is read; from here on the kernel alone fills it, and counts its slots
+    """
+
+    def __init__(self, model: Qwen2, cache: StaticCache):
+        config, self.body, device = model.config, model.model, model.head.device
+        L, H, E, S = config.num_hidden_layers, config.num_attention_heads, config.head_dim, cache.keys[0].shape[2]
+        layers = [tensors_of(*parts) for parts in zip(self.body.layers, cache.keys, cache.values)]
+        table = [[0 if tensor is None else tensor.data_ptr() for tensor in tensors] for tensors in layers]
+        cos, sin = rope_tables(torch.arange(S, device=device)[None], config.rope_theta, E, torch.bfloat16)
+        self.weights = layers                                   # held: the kernel has their addresses
+        self.held = dict(
+            layers=torch.tensor(table, device=device), cos=cos, sin=sin, slot=cache.slot,               # [L, 17], [S, E], [1]
+            q=torch.empty(H * E, dtype=torch.bfloat16, device=device),
+            wide=torch.empty(config.intermediate_size, dtype=torch.bfloat16, device=device),
+            parts=torch.empty(H, SPLITS, E + 2, device=device), arrived=torch.zeros(1, dtype=torch.int32, device=device))
+        first = self.body.layers[0].self_attn.o_proj
+        self.name = "decode_w4" if isinstance(first, W4Linear) else "decode_bf16"
+        self.step = Step(L=L, D=config.hidden_size, I=config.intermediate_size, H=H, K=config.num_key_value_heads, E=E, S=S,
+                         group=getattr(first, "size", 0), eps=config.rms_norm_eps,
+                         **{name: tensor.data_ptr() for name, tensor in self.held.items()})
+        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+    def hidden(self, ids: Tensor, cache: StaticCache) -> Tensor:
+        """ids [1, 1] -> hidden states after the last norm [1, 1, D]"""
+        x = self.body.embed_tokens(ids)                                                         # [1, 1, D]; a new tensor
+        self.step.x = x.data_ptr()
+        launch(self.name, x.device, (self.blocks, 1), THREADS, self.step, together=True)
+        return self.body.norm(x)

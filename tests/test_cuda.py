@@ -1,0 +1,68 @@
+"""The CUDA sources' build, its cache, and the line that says why there is none."""
+import ctypes
+import shutil
+
+import pytest
+import torch
+
+from minikd import cuda
+from minikd.cuda import Unavailable, build
+from minikd.w4_cuda import KERNELS
+
+
+def test_nvcc_builds_it_without_a_header_and_the_second_time_it_is_there(tmp_path, monkeypatch):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda, "find_nvrtc", lambda: (_ for _ in ()).throw(Unavailable("none here")))
+    code = build("sm_90")
+    assert code[:4] == b"\x7fELF" and all(name.encode() in code for name in KERNELS)
+    assert [path.read_bytes() == code for path in tmp_path.iterdir()] == [True]
+    monkeypatch.setenv("MINIKD_CACHE", "/proc/nowhere")                         # which cannot be written
+    assert build("sm_90") == code
+    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert build("sm_90") == code
+
+
+def test_a_changed_source_is_built_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda, "nvrtc", lambda source, arch: source + arch.encode())
+    for text, arch in (b"a", "sm_90"), (b"b", "sm_90"), (b"a", "sm_80"), (b"a", "sm_90"):
+        first, second = sources = tmp_path / "first.cu", tmp_path / "second.cu"
+        monkeypatch.setattr(cuda, "SOURCES", sources)
+        first.write_bytes(b"the same"), second.write_bytes(text)
+        assert build(arch) == b'#line 1 "first.cu"\nthe same\n#line 1 "second.cu"\n%s\n' % text + arch.encode()
+    assert len(list(tmp_path.glob("*.cubin"))) == 3
+
+
+def test_nvrtc_builds_it_where_it_is():
+    try:
+        cuda.find_nvrtc()
+    except Unavailable:
+        pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc")
+    assert all(name.encode() in cuda.nvrtc(cuda.program(), "sm_90") for name in KERNELS)
+    with pytest.raises(Unavailable, match="NVRTC: a.cu.*7.*nonsense"):
+        cuda.nvrtc(b'#line 7 "a.cu"\n__global__ void f() { nonsense; }', "sm_90")
+
+
+def test_without_a_compiler_one_line_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device else (9, 0))
+    with pytest.raises(Unavailable, match="compute capability 7.5; bfloat16 products need 8.0"):
+        cuda.load(1)
+    cuda.load.cache_clear(), cuda.available.cache_clear()
+    assert not cuda.available(0) and not cuda.available(0)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "libnvrtc" in said and "nvcc is not on the PATH" in said and "w4_matmul.cu" in said
+    assert list(tmp_path.iterdir()) == []
+    cuda.load.cache_clear(), cuda.available.cache_clear()
+
+
+def test_a_source_that_does_not_compile_says_what_the_compiler_said(monkeypatch):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    with pytest.raises(Unavailable, match="nvcc: a.cu.*7.*error"):
+        cuda.nvcc(b'#line 7 "a.cu"\n__global__ void f() { nonsense; }', "sm_90")

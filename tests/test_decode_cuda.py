@@ -1,0 +1,145 @@
+"""decode.cu on a CPU (cuda_on_cpu.h: blocks are threads, CUDA threads are fibers) beside the plain decoder."""
+import ctypes
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from minikd import decode_cuda, generate as generating, layout
+from minikd.cuda import SOURCES
+from minikd.decode_cuda import OneKernel, fits, products
+from minikd.generate import generate, prefill
+from minikd.gptq import quantize_model
+from minikd.model import Qwen2, Qwen2Config, StaticCache
+from minikd.quant import W4Linear, to_w4, to_words
+
+
+def make(bits: int, seed: int = 0, **shape) -> Qwen2:
+    """A small random model in bfloat16, biases and norms too, its layers joined as on a GPU."""
+    sizes = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, initializer_range=0.15)
+    model, generator = Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed).eval(), torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            weight.data.normal_(0.0 if name.endswith("bias") else 1.0, 0.2, generator=generator)
+    model = model.bfloat16().requires_grad_(False)
+    if bits == 4:
+        model = to_w4(model, quantize_model(model, [], 0, method="rtn", group_size=128, store=to_words), 128, True)
+    return joined(model)
+
+
+def joined(model: Qwen2) -> Qwen2:
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        attention.joined = layout.join([attention.q_proj, attention.k_proj, attention.v_proj])
+        mlp.joined = layout.join([mlp.gate_proj, mlp.up_proj])
+    return model
+
+
+@pytest.fixture
+def on_cpu(kernels, monkeypatch) -> list:
+    """decode_cuda launches on the CPU; -> the names of what it launched. Only what an OneKernel holds may be read."""
+    launched, watched, make_one = [], [], OneKernel.__init__
+
+    def init(one, *given):
+        make_one(one, *given)
+        tensors = [tensor for layer in one.weights for tensor in layer if tensor is not None] + [*one.held.values()]
+        watched[:] = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
+
+    def launch(name, device, grid, threads, step, together):
+        assert together and threads == decode_cuda.THREADS
+        launched.append(name)
+        for first, size in [*watched, (step.x, 2 * step.D)]:
+            kernels.may_read(ctypes.c_void_p(first), ctypes.c_size_t(size))
+        assert kernels.launch_together(ctypes.cast(getattr(kernels, name), ctypes.c_void_p), grid[0], threads, step) == 0
+
+    monkeypatch.setattr(OneKernel, "__init__", init)
+    monkeypatch.setattr(decode_cuda, "launch", launch)
+    return launched
+
+
+def error_of(found, exact) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+SHAPES = {"small": {}, "0.5B's ratios": dict(hidden_size=224, intermediate_size=304, num_attention_heads=7, num_key_value_heads=1),
+          "wide heads": dict(head_dim=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1),
+          "one head a key": dict(head_dim=64, num_attention_heads=2, num_key_value_heads=2, hidden_size=72, intermediate_size=1224)}
+SHAPES_W4 = {"small": dict(hidden_size=128, intermediate_size=256),
+             "teams": dict(hidden_size=128, intermediate_size=1152, num_attention_heads=8, num_key_value_heads=1, head_dim=64)}
+
+
+@pytest.mark.parametrize("bits, shape, prompt", [
+    (16, "small", 5), (16, "small", 150), (16, "0.5B's ratios", 9), (16, "wide heads", 310), (16, "one head a key", 1),
+    (4, "small", 5), (4, "teams", 40)])
+def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, prompt):
+    model = make(bits, **(SHAPES if bits == 16 else SHAPES_W4)[shape])
+    exact = Qwen2(model.config).double().eval()
+    exact.load_state_dict(weights_of(model))
+    ids = torch.randint(300, (1, prompt), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        caches = [StaticCache(prefill(reader, ids.tolist(), 8, 1)[0]) for reader in (model, model, exact)]
+        for ours, theirs in zip(caches[0].keys + caches[0].values, caches[2].keys + caches[2].values):
+            theirs.copy_(ours)                                                  # the same past for all three
+        assert fits(model, 1)
+        readers, errors = (model, OneKernel(model, caches[1]), exact), []
+        for i in range(5):
+            plain, one, right = (reader.hidden(torch.tensor([[7 + i]]), cache) for reader, cache in zip(readers, caches))
+            assert one.shape == plain.shape == (1, 1, model.config.hidden_size)
+            errors.append([error_of(one, right), error_of(plain, right)])
+        one, plain = torch.tensor(errors).mean(0)
+        assert one < 1.3 * plain < 0.03
+        for ours, theirs in zip(caches[1].keys + caches[1].values, caches[2].keys + caches[2].values):
+            assert error_of(ours[:, :, prompt:prompt + 5], theirs[:, :, prompt:prompt + 5]) < 0.02
+            assert torch.equal(ours[:, :, :prompt].double(), theirs[:, :, :prompt]) and (ours[:, :, prompt + 5:] == 0).all()
+    assert on_cpu == ["decode_w4" if bits == 4 else "decode_bf16"] * 5
+    assert int(caches[1].slot) == int(caches[0].slot) == prompt + 5
+
+
+def weights_of(model: Qwen2) -> dict:
+    """Every weight by its name, 4-bit ones dequantised."""
+    weights = {name: weight for name, weight in model.state_dict().items()
+               if not name.endswith(("qweight", "qzeros", "scales", "g_idx"))}
+    return weights | {f"{name}.weight": layer.weight() for name, layer in model.named_modules() if isinstance(layer, W4Linear)}
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_generate_by_one_kernel_gives_the_plain_path_s_tokens(on_cpu, monkeypatch, bits):
+    model = make(bits, seed=15, initializer_range=0.4, **SHAPES_W4["small"])
+
+    @contextmanager
+    def laid_out(model, rows, steps):
+        yield joined(model)
+
+    prompt, steps = [[3, 1, 4, 1, 5, 9, 2, 6]], 12
+    plain = generate(model, prompt, steps, graphs=True)
+    with torch.inference_mode():
+        best = model(torch.tensor([prompt[0] + plain[0]]))[0, len(prompt[0]) - 1:-1].float().topk(2).values
+    assert (best[:, 0] - best[:, 1]).min() > 0.2                                # no ties for bfloat16 to turn
+    assert not on_cpu
+    monkeypatch.setattr(generating, "laid_out", laid_out)
+    assert generate(model, prompt, steps, graphs=True, one_kernel=True) == plain
+    assert len(on_cpu) == steps - 1
+    two = generate(model, prompt * 2, steps, graphs=True, one_kernel=True)      # more than one row: the plain path
+    assert two == plain * 2 and len(on_cpu) == steps - 1
+
+
+def test_what_the_kernel_does_not_take_it_says(kernels):
+    model = make(16)
+    assert fits(model, 1) and not fits(model, 2)
+    assert not fits(make(16, head_dim=24), 1) and not fits(make(16, hidden_size=8192, num_hidden_layers=1), 1)
+    assert not fits(make(16, intermediate_size=20_488, num_hidden_layers=1), 1) and not fits(make(16, hidden_size=60), 1)
+    model.model.layers[1].mlp.joined = None
+    assert not fits(model, 1)
+    assert not fits(joined(model).float(), 1)
+    four = make(4, hidden_size=256, intermediate_size=256)
+    assert fits(four, 1)
+    layer = products(four.model.layers[1])[3]
+    layer.size = 256
+    assert not fits(four, 1)
+
+
+def test_the_sizes_are_those_of_decode_cu():
+    source = SOURCES[1].read_text()
+    assert f"WIDEST = {decode_cuda.WIDEST}, SPLITS = {decode_cuda.SPLITS}," in source
+    assert f"WARPS = {decode_cuda.THREADS // 32}, THREADS = 32 * WARPS" in source
