@@ -73,11 +73,12 @@ def join(parts: list[nn.Module]):
     if isinstance(first, W4Linear):
         if not all(torch.equal(part.g_idx, first.g_idx) for part in parts):
             return None
-        joined = W4Linear(first.inputs, 8, first.size, first.bias is not None, first.version)   # small: filled below
+        with torch.device(first.qweight.device):
+            joined = W4Linear(first.inputs, 8, first.size, first.bias is not None, first.version)   # small: filled below
         joined.outputs, joined.g_idx = sum(part.outputs for part in parts), first.g_idx
         dims = {"qweight": 1, "qzeros": 1, "scales": 1, "bias": 0}
     else:
-        joined = Linear(1, 1, bias=first.bias is not None).requires_grad_(False)
+        joined = Linear(1, 1, bias=first.bias is not None, device=first.weight.device).requires_grad_(False)
         dims = {"weight": 0, "bias": 0}
     for name, dim in dims.items():
         tensors = [getattr(part, name) for part in parts]
