@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from minikd import grpo, problems, sandbox, toy
-from minikd.checkpoint import load_model, save_model
+from minikd.checkpoint import identify, load_model, save_model
 from minikd.data import Encoded, collate, encode_examples, next_rows, to_example
 from minikd.files import InputError, script_errors
 from minikd.losses import entropy, head_loss, scored_positions
@@ -358,7 +358,7 @@ def main():
              "ratio", "inner_epochs", "mask_truncated", "drop_flat", "steps", "batch_size", "lr", "warmup", "schedule",
              "weight_decay", "max_grad_norm", "gradient_checkpointing", "compile", "patience", "eval_every", "seed")
     settings = {name: getattr(args, name) for name in names}
-    recorded = settings | {"model": args.model, "data": args.data, "task": args.task, "rewards": args.rewards,
+    recorded = settings | {"model": identify(args.model), "data": args.data, "task": args.task, "rewards": args.rewards,
                            "reward_weights": weights, "dtype": str(dtype), "limit": args.limit}
     if args.resume and lines:
         check_settings(out, recorded)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from minikd import minillm, toy
-from minikd.checkpoint import load_config, load_head, load_model, model_folder, save_model
+from minikd.checkpoint import identify, load_config, load_head, load_model, model_files, model_folder, save_model
 from minikd.data import (FORMATS, Encoded, collate, encode_examples, encode_text, load_examples, load_texts,
                          optimizer_steps, split_examples, steps_per_epoch)
 from minikd.evaluate import answer_and_score, check_vocabulary, compare, show_table, write_jsonl
@@ -31,7 +31,7 @@ from minikd.losses import (DIVERGENCES, clipped_surrogate, head_loss, pick_diver
 from minikd.model import Qwen2, cast_copy
 from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
-from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_files, teacher_responses
+from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
 from minikd.training import (STATE, Log, Progress, check_positive, check_settings, compile_blocks, flag_group,
                              learning_rate, load_state, load_student, make_optimizer, make_parser, pick_device,
@@ -311,7 +311,7 @@ def check_teacher(name, tokenizer):
 def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
     """--seq-kd: the rows with the teacher's answers, sampled where they are not there yet."""
     load = lambda: load_model(args.teacher, device, dtype)
-    made_from = {"teacher": teacher_files(model_folder(args.teacher)), "dtype": str(dtype)}
+    made_from = {"teacher": model_files(model_folder(args.teacher)), "dtype": str(dtype)}
     with Progress("the teacher's answers", len(rows)) as progress:
         return teacher_responses(out / "teacher-answers.jsonl", load, rows, made_from, tokenizer, args.batch_size,
                                  args.max_new_tokens, args.seed, progress=lambda count: progress.update(by=count))
@@ -324,7 +324,7 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
     load = lambda: load_model(folder, device, dtype).requires_grad_(False)
     if not args.cache_teacher:
         return Teacher(load())
-    made_from = {"teacher": teacher_files(folder), "dtype": str(dtype), "data": sorted(data.values()),
+    made_from = {"teacher": model_files(folder), "dtype": str(dtype), "data": sorted(data.values()),
                  "seq_kd": args.seq_kd, **lengths}
     with Progress(f"{args.cache_teacher}: teacher's states, rows", len(rows)) as progress:
         computed = fill_cache(args.cache_teacher, rows, made_from, load, config.hidden_size, tokenizer.pad_id,
@@ -379,8 +379,8 @@ def main():
         "kd_ratio", "temperature", "beta", "alpha", "lm_coef", "on_policy", "mix", "rollouts", "inner_epochs",
         "ratio_clip", "batch_size", "grad_accum", "warmup", "schedule", "weight_decay", "clip",
         "gradient_checkpointing", "compile", "eval_examples", "max_new_tokens", "rouge", "seed", "resume")}
-    recorded = {"student": args.student, "teacher": args.teacher, "data": report.files, "format": args.format,
-                "lm_data": text_files, "seq_kd": args.seq_kd, "cache_teacher": args.cache_teacher,
+    recorded = {"student": args.student, "teacher": args.teacher and identify(args.teacher), "data": report.files,
+                "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd, "cache_teacher": args.cache_teacher,
                 "dtype": str(dtype), "validation": args.validation, **lengths}
     if args.toy and (args.loss == "minillm" or args.on_policy):                 # they need a student that can answer
         stage(out / "sft", student, loss="sft", lr=3e-3, replace=True, recorded=dict(recorded), **settings)

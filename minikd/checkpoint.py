@@ -1,4 +1,5 @@
 """A Hugging Face folder <-> a model: one file or shards, tied or untied head, any float dtype on disk, or 4 bits."""
+import hashlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minikd.files import InputError, atomic_path, local_folder, read_json, save_tensors
+from minikd.files import InputError, atomic_path, local_folder, read_json, save_tensors, sha256
 from minikd.model import Qwen2, Qwen2Config
 from minikd.quant import W4Linear, read_zeros, swap_linears, version_of
 
@@ -73,6 +74,17 @@ def model_folder(name) -> Path:
     """The local folder of a model that is there, or on the hub, with its tokenizer's files."""
     return local_folder(name, ["config.json", "generation_config.json", "*.safetensors", INDEX, "*token*",
                                "vocab.json", "merges.txt", "chat_template*"])
+
+
+def model_files(folder) -> dict[str, str]:
+    """What a folder's model computes, as hashes of its files: one that was trained on under the same name is another."""
+    return {path.name: sha256(path) for path in sorted(Path(folder).iterdir())
+            if path.name == "config.json" or path.suffix == ".safetensors"}
+
+
+def identify(name) -> str:
+    """A model's name and what it computes, for a run that is resumed: 'runs/teacher (sha256 0123456789ab)'."""
+    return f"{name} (sha256 {hashlib.sha256(''.join(model_files(model_folder(name)).values()).encode()).hexdigest()[:12]})"
 
 
 def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:

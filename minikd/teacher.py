@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minikd.data import Encoded, collate, send
-from minikd.files import InputError, atomic_path, read_json, save_tensors, sha256
+from minikd.files import InputError, atomic_path, read_json, save_tensors
 from minikd.generate import respond
 from minikd.losses import scored_positions
 from minikd.model import Qwen2
@@ -62,12 +62,6 @@ def digest_of(row: Encoded) -> str:
 
 def fingerprint(digests) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:24]
-
-
-def teacher_files(folder) -> dict[str, str]:
-    """What a folder's model computes, as hashes of its files: a teacher trained on under the same name is another."""
-    return {path.name: sha256(path) for path in sorted(Path(folder).iterdir())
-            if path.name == "config.json" or path.suffix == ".safetensors"}
 
 
 def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, pad_id: int, batch_size: int,

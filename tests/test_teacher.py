@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from minikd import teacher as module
-from minikd.checkpoint import load_head, load_model, save_model
+from minikd.checkpoint import load_head, load_model, model_files, save_model
 from minikd.data import Encoded, collate
 from minikd.files import InputError
 from minikd.losses import forward_kl, head_loss, scored_positions
 from minikd.model import Qwen2, Qwen2Config
-from minikd.teacher import (FACTS, CachedTeacher, Teacher, digest_of, fill_cache, teacher_files, teacher_responses)
+from minikd.teacher import FACTS, CachedTeacher, Teacher, digest_of, fill_cache, teacher_responses
 
 
 def model(seed=2, **shape) -> Qwen2:
@@ -122,9 +122,9 @@ def test_the_digest_tells_prompt_from_response():
 
 def test_another_training_step_is_another_teacher(tmp_path):
     save_model(TEACHER, tmp_path / "t")
-    before = teacher_files(tmp_path / "t")
+    before = model_files(tmp_path / "t")
     save_model(model(3), tmp_path / "t")
-    after = teacher_files(tmp_path / "t")
+    after = model_files(tmp_path / "t")
     assert before.keys() == after.keys() == {"config.json", "model.safetensors"}
     assert before["config.json"] == after["config.json"] and before["model.safetensors"] != after["model.safetensors"]
 

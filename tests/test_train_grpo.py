@@ -1,5 +1,6 @@
 """train_grpo.py as it is used: a tiny model, sums, the real sandbox, and every way to call it."""
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 import train_grpo as rl
 from conftest import tiny
 from minikd import problems
-from minikd.checkpoint import load_model
+from minikd.checkpoint import load_model, save_model
 from minikd.training import STATE, read_log
 from test_problems import RECORD
 
@@ -166,6 +167,14 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run):
     assert status == 2 and "--clip 0.3, but the run began with 0.2" in err
     status, out, _ = run("--steps", "2", "--resume")
     assert status == 0 and "done already" in out
+
+
+def test_a_run_is_not_resumed_against_another_reference(run, world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "start")
+    assert run("--steps", "1", model=("--model", tmp_path / "start"))[0] == 0
+    save_model(load_model(tmp_path / "start").init_weights(9), tmp_path / "start")
+    status, _, err = run("--steps", "1", "--resume", model=("--model", tmp_path / "start"))
+    assert status == 2 and err.count("start (sha256 ") == 2 and "give the same flags, or another --out" in err
 
 
 @pytest.mark.parametrize("task", ["sums", "code"])

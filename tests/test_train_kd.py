@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -398,6 +399,16 @@ def test_a_cache_of_other_data_or_another_template_is_refused(run, mode, world, 
                           (["--data", tmp_path / "fewer.jsonl"], "its data is ['c0ef53cc07026d77'], here")):
         status, _, err = run(*mode("cache"), "--steps", "1", *changed, out=tmp_path / "second")
         assert status == 2 and said in err and "choose another --cache-teacher" in err and err.count("\n") == 1
+
+
+def test_a_teacher_that_was_trained_on_since_is_not_resumed_with(run, world, tmp_path):
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    models = ("--student", world / "student", "--teacher", tmp_path / "teacher")
+    assert run("--loss", "forward_kl", "--steps", "1", models=models)[0] == 0
+    assert run("--loss", "forward_kl", "--steps", "1", "--resume", models=models)[0] == 0
+    save_model(load_model(tmp_path / "teacher").init_weights(9), tmp_path / "teacher")
+    status, _, err = run("--loss", "forward_kl", "--steps", "1", "--resume", models=models)
+    assert status == 2 and err.count("(sha256 ") == 2 and "give the same flags, or another --out" in err
 
 
 def test_plain_text_joins_every_step_and_is_logged(run, mode, tmp_path):
