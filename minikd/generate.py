@@ -129,9 +129,9 @@ class Rows:
 
     def step(self):
         """The next token of every row. It reads and writes fixed places alone, so that a graph can replay it."""
-        states = [reader.hidden(self.tokens[:, None], cache)[:, 0] for reader, cache in zip(self.readers, self.caches)]
-        tokens, chances = self.draw(states, self.u.index_select(0, self.at + 1)[0])         # [B], [B]
         self.at += 1
+        states = [reader.hidden(self.tokens[:, None], cache)[:, 0] for reader, cache in zip(self.readers, self.caches)]
+        tokens, chances = self.draw(states, self.u.index_select(0, self.at)[0])             # [B], [B]
         self.tokens.copy_(tokens)
         self.drawn.index_copy_(0, self.at, tokens[None])
         self.chances.index_copy_(0, self.at, chances[None].double())
