@@ -21,6 +21,8 @@ from minikd.files import atomic_path
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("w4_matmul.cu", "decode.cu"))     # one program, in this order
 
+MAX_SHARED = 8                          # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
 
 class Unavailable(RuntimeError):
     """Why the kernels cannot be had here, in one line."""
@@ -154,11 +156,13 @@ def available(device: int) -> bool:
     return True
 
 
-def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int, *values, together: bool = False):
+def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int, *values, together: bool = False,
+           shared: int = 0):
     """One kernel on the current stream.
 
     values    a tensor goes by its address, None as null, an int as a C int, a ctypes structure as it is
     together  all blocks are on the GPU at once, so that they may wait for each other; an error where they do not fit
+    shared    bytes of shared memory a block, beside what the kernel declares
     Raises RuntimeError where the driver refuses.
     """
     def argument(value):
@@ -168,10 +172,13 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
 
     values = [argument(value) for value in values]
     addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-    (driver, _), kernel, shape = load(device.index), find(device.index, name), (*grid, 1, threads, 1, 1, 0)
+    (driver, _), kernel, shape = load(device.index), find(device.index, name), (*grid, 1, threads, 1, 1, shared)
     with torch.cuda.device(device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        if together:
+        error = driver.cuFuncSetAttribute(kernel, MAX_SHARED, shared) if shared else 0          # above 48 KB it is asked for
+        if error:
+            pass
+        elif together:
             error = driver.cuLaunchCooperativeKernel(kernel, *shape, stream, addresses)
         else:
             error = driver.cuLaunchKernel(kernel, *shape, stream, addresses, None)

@@ -10,10 +10,10 @@
 //   4  RMSNorm, gate/up, silu
 //   5  down, residual
 //
-// Weights do not depend on the stage before: every warp asks for its next weights first, and then waits for the others, so
-// that the memory goes on working through the wait.
+// Weights do not depend on the stage before. So a block says that it has come, asks for its next weights, 9 KB a warp and
+// 147 KB a multiprocessor, and only then waits for the others: the memory goes on working through the wait.
 
-const int WARPS = 8, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4;
+const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, SLOT = 1152, DEPTH = 8;
 
 struct Matrix { const void* weight; const u16* scales; const u8* zeros; };     // bfloat16 [N, K]; or as repack lays it
 struct Layer {                                          // addresses alone: decode_cuda.py writes them as int64
@@ -30,15 +30,18 @@ struct Step {
     float* parts;                                       // [H, SPLITS, E + 2] softmax over a part of the keys
     const u16 *cos, *sin;                               // [S, E]
     long long* slot;                                    // [1] where the token's key goes; one further at the end
-    u32* arrived;                                       // [1] of wait_for_all; 0 at first
+    u32* arrived;                                       // [1] of arrive and wait; 0 at first
     int L, D, I, H, K, E, S, group;
     float eps;
 };
 struct alignas(16) Shared {
+    char ring[WARPS][DEPTH][SLOT];                      // weights on their way, of each warp
     union { u16 in[WIDEST]; float sums[WARPS * 258]; }; // a product's input; attention's sums, a warp each
-    float part[WARPS][32];                              // of a product's outputs
+    u16 x[8 * THREADS];                                 // the residual stream as it was before this stage and the next
+    float part[WARPS][16];                              // of a product's outputs
     Layer layer[2];                                     // this one's addresses, and the next one's
 };
+static_assert(sizeof(Shared) == 197904, "what decode_cuda.py asks for");
 
 #ifndef W4_ON_CPU
 
@@ -49,80 +52,87 @@ __device__ __forceinline__ Words load_fresh(const Words* p) {
                  : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p) : "memory");
     return v;
 }
-__device__ __forceinline__ u16 load_fresh(const u16* p) {
-    u16 v;
-    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
-    return v;
-}
 __device__ __forceinline__ float load_fresh(const float* p) {
     float v;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
     return v;
 }
-// As load_once, zeros where not `there`.
-__device__ __forceinline__ Words load_once_if(bool there, const Words* p) {
-    Words v;
-    asm volatile("{.reg .pred there; setp.ne.u32 there, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-                 "@there ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];}"
-                 : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3]) : "l"(p), "r"((u32)there));
-    return v;
+// From global to shared memory without a register, and without waiting; zeros where not `there`.
+template <int BYTES> __device__ __forceinline__ void copy(bool there, void* to, const void* from) {
+    u32 at = (u32)__cvta_generic_to_shared(to);
+    int bytes = there ? BYTES : 0;
+    if (BYTES == 16)                                    // past the L1, which is possible for 16 bytes alone
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(at), "l"(from), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(at), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ u32 add_release(u32* p, u32 value) {         // whoever acquires sees what was written before
-    u32 before;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
-    return before;
+__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most COUNT of this thread's latest groups of copies are on their way.
+template <int COUNT> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(COUNT) : "memory");
+}
+__device__ __forceinline__ void to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+__device__ __forceinline__ void add_release(u32* p, u32 value) {        // whoever acquires sees what was written before
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(p), "r"(value) : "memory");
 }
 __device__ __forceinline__ u32 load_acquire(const u32* p) {
     u32 v;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
+__device__ __forceinline__ void give_up() { asm volatile("trap;"); }
 __device__ __forceinline__ void wait_for_team(int team, int threads) {  // barrier 0 is the block's
     asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "r"(threads) : "memory");
 }
+extern __shared__ Words shared_memory[];
 
 #endif
 
 __device__ __forceinline__ float rounded(float f) { return bf16(to_bf16(f)); }
-__device__ __forceinline__ float value(Words v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }
+__device__ __forceinline__ float value(const Words& v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }
 
-// Until all blocks have come.  Each adds 1, the first one what is lacking to 2^31: so the last to come turns the topmost
-// bit, and the rest of the count is 0 again for the next time.
-__device__ __forceinline__ void wait_for_all(u32* arrived) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        u32 before = add_release(arrived, blockIdx.x ? 1 : 0x80000000u - (gridDim.x - 1));
-        while (!((before ^ load_acquire(arrived)) >> 31));
-    }
+// ---- blocks wait for each other
+//
+// Each block adds 1 to a count, the first one what is lacking to 2^31: so the last to come turns the topmost bit, and the
+// rest of the count is 0 again for the next time. `phase` is that bit before it is turned.
+
+__device__ __forceinline__ void arrive(u32* arrived) {
+    __syncthreads();                                    // what any thread of the block wrote
+    if (threadIdx.x == 0) add_release(arrived, blockIdx.x ? 1 : 0x80000000u - (gridDim.x - 1));
+}
+__device__ __forceinline__ void wait(const u32* arrived, u32& phase) {
+    if (threadIdx.x == 0)
+        for (u32 polls = 0; load_acquire(arrived) >> 31 == phase; polls++)
+            if (polls == 1u << 26) give_up();           // half a minute: an error is better than a GPU that hangs
+    phase ^= 1;
     __syncthreads();
 }
 
 // ---- products of a weight and the vector in shared memory
 //
-// A team of warps takes PAIR runs of RUN outputs, `gap` apart; its warps take turns along their inputs, a UNIT at a time.
+// A warp takes a unit at a time: 2 parts of RUN outputs x BLOCK inputs, 512 bytes each, a lane 16 of them. With PAIR = 2 the
+// parts are two runs of outputs that belong together, `gap` apart; with PAIR = 1 two blocks of inputs of the same outputs.
 
 struct Bf16 {
-    static const int RUN = 1, UNIT = 256;
-    template <int PAIR> struct Ring { static const int DEPTH = 8 / PAIR; Words w[DEPTH][PAIR]; };
+    static const int RUN = 1, BLOCK = 256;
     template <int PAIR> struct Sum { float v[PAIR]; };
     const u16* weight;
     int K;
 
     __device__ Bf16(Matrix matrix, int N, int K, int group) : weight((const u16*)matrix.weight), K(K) {}
 
-    template <int PAIR> __device__ __forceinline__ void fetch(Ring<PAIR>& ring, int d, int n, int gap, int unit) const {
-        int k = unit * UNIT + threadIdx.x % 32 * 8;
-#pragma unroll
-        for (int p = 0; p < PAIR; p++)
-            ring.w[d][p] = load_once_if(k < K, (const Words*)(weight + (long long)(n + p * gap) * K + k));
+    __device__ __forceinline__ void fetch(char* slot, int p, int n, int block) const {
+        int lane = threadIdx.x % 32, k = block * BLOCK + lane * 8;
+        copy<16>(k < K, slot + p * 512 + lane * 16, weight + (long long)n * K + (k < K ? k : 0));
     }
-    template <int PAIR> __device__ __forceinline__ void add(Sum<PAIR>& sum, const Ring<PAIR>& ring, int d, const u16* in,
-                                                            int unit) const {
-        Words x = *(const Words*)(in + unit * UNIT + threadIdx.x % 32 * 8);
+    template <int PAIR> __device__ __forceinline__ void add(Sum<PAIR>& sum, const char* slot, const u16* in) const {
+        int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int p = 0; p < PAIR; p++)
+        for (int p = 0; p < 2; p++) {
+            Words w = ((const Words*)slot)[p * 32 + lane], x = ((const Words*)in)[(PAIR == 1 ? p * 32 : 0) + lane];
 #pragma unroll
-            for (int i = 0; i < 8; i++) sum.v[p] += value(ring.w[d][p], i) * value(x, i);
+            for (int i = 0; i < 8; i++) sum.v[p % PAIR] += value(w, i) * value(x, i);
+        }
     }
     template <int PAIR> __device__ __forceinline__ void show(const Sum<PAIR>& sum, float* part) const {
 #pragma unroll
@@ -134,152 +144,153 @@ struct Bf16 {
     }
 };
 
-struct Int4 {                                           // as `tensor` in w4_matmul.cu; of the 8 rows of x one is real
-    static const int RUN = 16, UNIT = 128;
-    template <int PAIR> struct Ring {
-        static const int DEPTH = 4 / PAIR;
-        Words w[DEPTH][PAIR][2];
-        u32 grid[DEPTH][PAIR][2];                       // the scale in the lower half, the zero in the upper one
-    };
-    template <int PAIR> struct Sum { float v[PAIR][2]; };
+// By tensor cores, as `tensor` in w4_matmul.cu: a part is half a tile, the two are the upper and the lower 8 rows of one
+// product. x is its column 0; with PAIR = 1, where the lower rows have other inputs, those are column 1.
+struct Int4 {
+    static const int RUN = 8, BLOCK = 128;
+    template <int PAIR> struct Sum { float v[PAIR]; };
     const Words* words;
     const u16* scales;
     const u8* zeros;
-    int blocks, stride, group;
+    int blocks, stride;
+    u32 inverse;                                        // of blocks a group: a division becomes one multiplication; 0 for 1
 
     __device__ Int4(Matrix matrix, int N, int K, int group) : words((const Words*)matrix.weight), scales(matrix.scales),
-        zeros(matrix.zeros), blocks(round_up(K, 128) / 128), stride(round_up(N, 16)), group(group) {}
+        zeros(matrix.zeros), blocks(round_up(K, 128) / 128), stride(round_up(N, 16)), inverse(0xffffffffu / (group / 128) + 1) {}
 
-    template <int PAIR> __device__ __forceinline__ void fetch(Ring<PAIR>& ring, int d, int n, int gap, int unit) const {
-        int lane = threadIdx.x % 32, row = unit * 128 / group * stride + lane / 4;
-#pragma unroll
-        for (int p = 0; p < PAIR; p++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int first = n + p * gap, at = row + first + h * 8;
-                ring.w[d][p][h] = load_once(words + ((long long)(first / 16) * blocks + unit) * 64 + h * 32 + lane);
-                ring.grid[d][p][h] = scales[at] | (zeros ? zeros[at] : 8) << 16;
-            }
+    __device__ __forceinline__ void fetch(char* slot, int p, int n, int block) const {
+        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        bool there = block < blocks;
+        if (!there) block = 0;
+        const Words* half = words + ((long long)(n / 16) * blocks + block) * 64 + n / 8 % 2 * 32;
+        copy<16>(there, slot + p * 512 + lane * 16, half + lane);
+        // Copies have 4 bytes at least: two rows' scales, or four rows' zeros. Each is made by one lane of the row's four.
+        int row = (inverse ? __umulhi(block, inverse) : block) * stride + n + g;
+        char* grid = slot + 1024 + g * 16;
+        if (t == p) copy<4>(there, grid + p * 4, scales + row / 2 * 2);
+        if (t == 2 + p && zeros) copy<4>(there, grid + 8 + p * 4, zeros + row / 4 * 4);
     }
-    template <int PAIR> __device__ __forceinline__ void add(Sum<PAIR>& sum, const Ring<PAIR>& ring, int d, const u16* in,
-                                                            int unit) const {
-        int lane = threadIdx.x % 32;
-        u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u);
-        float part[PAIR][4] = {};
+    template <int PAIR> __device__ __forceinline__ void add(Sum<PAIR>& sum, const char* slot, const u16* in) const {
+        int lane = threadIdx.x % 32, g = lane / 4;
+        u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u), zero[2];
+        float scale[2], c[4] = {};
+        Words w[2];
+        __syncwarp();                                   // what the row's other lanes copied
+#pragma unroll
+        for (int p = 0; p < 2; p++) {
+            const u32* grid = (const u32*)(slot + 1024 + g * 16);
+            w[p] = ((const Words*)slot)[p * 32 + lane];
+            scale[p] = half_to_float((u16)(grid[p] >> g % 2 * 16));
+            zero[p] = top | (zeros ? grid[2 + p] >> g % 4 * 8 & 15 : 8) * 0x10001u;
+        }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             Words x = {};
-            if (lane < 4) x = *(const Words*)(in + unit * 128 + j * 32 + lane * 8);
+            if (lane < 4 * (3 - PAIR)) x = *(const Words*)(in + lane / 4 * 128 + j * 32 + lane % 4 * 8);
 #pragma unroll
-            for (int i = 0; i < 4; i += 2)
+            for (int i = 0; i < 4; i += 2) {
+                u32 a[4];
 #pragma unroll
-                for (int p = 0; p < PAIR; p++) {
-                    u32 a[4];
-#pragma unroll
-                    for (int q = 0; q < 4; q++)
-                        a[q] = minus_pair(merge(ring.w[d][p][q % 2].w[j] >> 4 * (i + q / 2), mask, top),
-                                          top | (ring.grid[d][p][q % 2] >> 16) * 0x10001u);
-                    mma(part[p], a, x.w + i);
-                }
+                for (int q = 0; q < 4; q++)             // rows g and g + 8 of the first pair, then of the second
+                    a[q] = minus_pair(merge(w[q % 2].w[j] >> 4 * (i + q / 2), mask, top), zero[q % 2]);
+                mma(c, a, x.w + i);
+            }
         }
-#pragma unroll
-        for (int p = 0; p < PAIR; p++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) sum.v[p][h] += half_to_float((u16)ring.grid[d][p][h]) * part[p][2 * h];
+        sum.v[0] += scale[0] * c[0];                    // row g of column 0, where lane % 4 is 0
+        sum.v[PAIR - 1] += scale[1] * c[PAIR == 1 ? 3 : 2];                     // row g + 8 of column 1 or 0
     }
     template <int PAIR> __device__ __forceinline__ void show(const Sum<PAIR>& sum, float* part) const {
         int lane = threadIdx.x % 32;
-        if (lane % 4 == 0)                              // column 0 of the product
-#pragma unroll
-            for (int p = 0; p < PAIR; p++)
-                for (int h = 0; h < 2; h++) part[p * 16 + h * 8 + lane / 4] = sum.v[p][h];
+        for (int p = 0; p < PAIR; p++)
+            if (lane % 4 == 0) part[p * 8 + lane / 4] = sum.v[p];
     }
 };
 
-// ready()        waits for the stage before and puts the product's input, K values and zeros after them, in shared memory
-// done(n, a, b)  takes the outputs n and, of a pair, n + gap
-template <class Weights, int PAIR, class Ready, class Done>
-__device__ __forceinline__ void product(Shared& shared, Matrix matrix, int N, int K, int gap, int group, Ready ready,
-                                        Done done) {
-    const int RUN = Weights::RUN, DEPTH = Weights::template Ring<PAIR>::DEPTH;
-    Weights weights(matrix, N, K, group);
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tasks = N / (PAIR * RUN);
-    int units = round_up(K, Weights::UNIT) / Weights::UNIT, split = 1;
-    // Several warps a team only while no team has two tasks: so a task's parts are not written over while they are read.
-    while (split < WARPS && 2 * split <= units && 2 * split * tasks <= WARPS * (int)gridDim.x) split *= 2;
-    int team = warp / split, rank = warp % split, teams = WARPS / split * gridDim.x;
+// A team of warps makes RUN outputs, or RUN pairs of them, at a time; its warps take turns along the inputs.
+template <class Weights, int PAIR> struct Product {
+    static const int RUN = Weights::RUN, INPUTS = Weights::BLOCK * (3 - PAIR);          // of a unit
+    struct At { int task, unit; };
+    Shared& shared;
+    Weights weights;
+    int gap, pairs, warp, tasks, units, split = 1, team, rank, teams;
+    At first, ahead;
 
-    struct At { int task, unit; } first = {team * (int)gridDim.x + (int)blockIdx.x, rank}, ahead = first;
-    auto next = [&](At& at) {
+    // y [N] = W [N, K] in, and its first weights are asked for.  gap, pairs  a pair's first output is n + (n & pairs), n
+    // counting the pairs; the second one stands `gap` further
+    __device__ __forceinline__ Product(Shared& shared, Matrix matrix, int N, int K, int group, int gap = 0, int pairs = 0)
+        : shared(shared), weights(matrix, N, K, group), gap(gap), pairs(pairs) {
+        warp = threadIdx.x / 32, tasks = N / (PAIR * RUN), units = round_up(K, INPUTS) / INPUTS;
+        // Several warps a team only while no team has two tasks: so a task's parts are not written over while they are read.
+        while (split < WARPS && 2 * split <= units && 2 * split * tasks <= WARPS * (int)gridDim.x) split *= 2;
+        team = warp / split, rank = warp % split, teams = WARPS / split * gridDim.x;
+        first = ahead = {team * (int)gridDim.x + (int)blockIdx.x, rank};
+        for (int d = 0; d < DEPTH - 1; d++) fetch(d);
+    }
+    __device__ __forceinline__ void next(At& at) const {
         at.unit += split;
         if (at.unit >= units) at = {at.task + teams, rank};
-    };
-    auto output = [&](int task) {                       // a pair's first run, of `gap` after `gap` every other
-        int run = task * RUN;
-        return PAIR == 1 ? run : run / gap * 2 * gap + run % gap;
-    };
-    typename Weights::template Ring<PAIR> ring;
-    auto fetch = [&](int d) {
-        if (ahead.task < tasks) weights.fetch(ring, d, output(ahead.task), gap, ahead.unit);
-        next(ahead);
-    };
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++) fetch(d);
-    ready();
+    }
+    __device__ __forceinline__ int output(int task) const { return task * RUN + (task * RUN & pairs); }
 
-    typename Weights::template Sum<PAIR> sum = {};
-    for (At now = first; now.task < tasks;)
-#pragma unroll
-        for (int d = 0; d < DEPTH; d++) {               // unrolled, so that the ring lies in registers
-            if (now.task >= tasks) break;
-            weights.add(sum, ring, d, shared.in, now.unit);
-            fetch(d);
-            if (now.unit + split >= units) {            // the last of this task
-                weights.show(sum, shared.part[warp]);
-                sum = {};
-                if (split > 1) wait_for_team(team, 32 * split);
-                else __syncwarp();
-                if (rank == 0 && lane < RUN) {
-                    float a = 0, b = 0;
-                    for (int w = warp; w < warp + split; w++) {
-                        a += shared.part[w][lane];
-                        if (PAIR == 2) b += shared.part[w][RUN + lane];
-                    }
-                    done(output(now.task) + lane, a, b);
-                }
-            }
-            next(now);
+    __device__ __forceinline__ void fetch(int d) {
+        if (ahead.task < tasks) {
+            int n = output(ahead.task);
+            for (int p = 0; p < 2; p++)
+                if (PAIR == 2) weights.fetch(shared.ring[warp][d], p, n + p * gap, ahead.unit);
+                else weights.fetch(shared.ring[warp][d], p, n, 2 * ahead.unit + p);
         }
-}
+        close_group();                                  // an empty one too: groups are counted
+        next(ahead);
+    }
+    // done(n, a, b)  takes the outputs n and, of a pair, n + gap.  shared.in holds K inputs, and zeros up to a multiple of 512
+    template <class Done> __device__ __forceinline__ void run(Done done) {
+        typename Weights::template Sum<PAIR> sum = {};
+        int lane = threadIdx.x % 32, d = 0;
+#pragma unroll 1
+        for (At now = first; now.task < tasks; next(now)) {
+            wait_for_copies<DEPTH - 2>();
+            weights.add(sum, shared.ring[warp][d], shared.in + now.unit * INPUTS);
+            fetch(d ? d - 1 : DEPTH - 1);               // into the slot that was read the time before
+            d = d + 1 == DEPTH ? 0 : d + 1;
+            if (now.unit + split < units) continue;     // else the last of this task
+            weights.show(sum, shared.part[warp]);
+            sum = {};
+            if (split > 1) wait_for_team(team, 32 * split);
+            else __syncwarp();
+            if (rank == 0 && lane < RUN) {
+                float a = 0, b = 0;
+                for (int w = warp; w < warp + split; w++) {
+                    a += shared.part[w][lane];
+                    if (PAIR == 2) b += shared.part[w][RUN + lane];
+                }
+                done(output(now.task) + lane, a, b);
+            }
+        }
+        wait_for_copies<0>();
+    }
+};
 
 // ---- what stands between
 
-// x / rms(x) * weight, into shared memory.  RMSNorm eq. (4).  D <= 16 THREADS
+// x / rms(x) * weight, into shared memory; x itself too, for the residual.  RMSNorm eq. (4).  D <= 8 THREADS
 __device__ __forceinline__ void normalise(Shared& shared, const u16* x, const u16* weight, int D, float eps) {
-    int first = threadIdx.x * 8, warp = threadIdx.x / 32;
-    Words mine[2] = {}, gain[2] = {};
+    int at = threadIdx.x * 8, warp = threadIdx.x / 32;
+    Words mine = {}, gain = {};
+    if (at < D) gain = load_if(true, (const Words*)(weight + at)), mine = load_fresh((const Words*)(x + at));
     float sum = 0;
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-        int at = first + c * 8 * THREADS;
-        if (at < D) mine[c] = load_fresh((const Words*)(x + at)), gain[c] = load_if(true, (const Words*)(weight + at));
-        for (int i = 0; i < 8; i++) sum += value(mine[c], i) * value(mine[c], i);
-    }
+    for (int i = 0; i < 8; i++) sum += value(mine, i) * value(mine, i);
     for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
     if (threadIdx.x % 32 == 0) shared.part[warp][0] = sum;
     __syncthreads();
     sum = 0;
     for (int w = 0; w < WARPS; w++) sum += shared.part[w][0];
     float inverse = rsqrtf(sum / D + eps);
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-        int at = first + c * 8 * THREADS;
-        if (at >= round_up(D, 256)) break;
+    if (at < round_up(D, 512)) {
         Words out;
         for (int i = 0; i < 4; i++)
-            out.w[i] = to_bf16(low(gain[c].w[i]) * rounded(low(mine[c].w[i]) * inverse))
-                       | (u32)to_bf16(high(gain[c].w[i]) * rounded(high(mine[c].w[i]) * inverse)) << 16;
-        *(Words*)(shared.in + at) = out;
+            out.w[i] = to_bf16(low(gain.w[i]) * rounded(low(mine.w[i]) * inverse))
+                       | (u32)to_bf16(high(gain.w[i]) * rounded(high(mine.w[i]) * inverse)) << 16;
+        *(Words*)(shared.in + at) = out, *(Words*)(shared.x + at) = mine;
     }
     __syncthreads();
 }
@@ -296,7 +307,8 @@ __device__ __forceinline__ float join(float& most, float& mass, float other_most
 __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Layer& layer, int head, int begin, int end,
                                        float* out) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, lanes = s.E / 8, keys = 32 / lanes, column = lane % lanes * 8;
-    long long base = (long long)(head / (s.H / s.K)) * s.S;
+    long long base = (long long)(head / (s.H / s.K)) * s.S * s.E + column;
+    const u16 *all_keys = layer.keys + base, *all_values = layer.values + base;
     Words q = load_fresh((const Words*)(s.q + head * s.E + column));
     float most = -1e30f, mass = 0, sum[8] = {}, scale = rsqrtf(s.E), share, other;
     for (int first = begin + warp * keys * AT_ONCE; first < end; first += WARPS * keys * AT_ONCE) {
@@ -305,8 +317,8 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
         for (int u = 0; u < AT_ONCE; u++) {
             int at = first + u * keys + lane / lanes;
             if (at < end) {
-                k[u] = load_fresh((const Words*)(layer.keys + (base + at) * s.E + column));
-                v[u] = load_fresh((const Words*)(layer.values + (base + at) * s.E + column));
+                k[u] = load_fresh((const Words*)(all_keys + at * s.E));
+                v[u] = load_fresh((const Words*)(all_values + at * s.E));
             }
         }
 #pragma unroll
@@ -330,92 +342,115 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
     __syncthreads();
     int e = threadIdx.x;
     if (e < s.E) {                                      // and other warps
-        most = -1e30f, mass = 0;
-        float v = 0;
+        float top = -1e30f, all = 0, v = 0;
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, shared.sums[w * (s.E + 2) + s.E]);
         for (int w = 0; w < WARPS; w++) {
             const float* theirs = shared.sums + w * (s.E + 2);
-            share = join(most, mass, theirs[s.E], theirs[s.E + 1], other);
-            v = v * share + other * theirs[e];
+            float part = __expf(theirs[s.E] - top);
+            all += part * theirs[s.E + 1], v += part * theirs[e];
         }
         out[e] = v;
-        if (e == 0) out[s.E] = most, out[s.E + 1] = mass;
+        if (e == 0) out[s.E] = top, out[s.E + 1] = all;
     }
     __syncthreads();
 }
 
 // The parts of each head's keys, as one: attention's output [H E], into shared memory.
 __device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits) {
-    for (int i = threadIdx.x; i < round_up(s.H * s.E, 256); i += THREADS) {
-        float most = -1e30f, mass = 0, v = 0, other;
-#pragma unroll 4
-        for (int p = 0; p < splits && i < s.H * s.E; p++) {
-            const float* part = s.parts + (i / s.E * SPLITS + p) * (s.E + 2);
-            float share = join(most, mass, load_fresh(part + s.E), load_fresh(part + s.E + 1), other);
-            v = v * share + other * load_fresh(part + i % s.E);
+    for (int i = threadIdx.x; i < round_up(s.H * s.E, 512); i += THREADS) {
+        float most[SPLITS], mass[SPLITS], some[SPLITS], top = -1e30f, all = 0, v = 0;
+#pragma unroll
+        for (int p = 0; p < SPLITS; p++)                // all on their way before the first is used
+            if (p < splits && i < s.H * s.E) {
+                const float* part = s.parts + (i / s.E * SPLITS + p) * (s.E + 2);
+                most[p] = load_fresh(part + s.E), mass[p] = load_fresh(part + s.E + 1);
+                some[p] = load_fresh(part + i % s.E);
+            } else most[p] = -1e30f, mass[p] = some[p] = 0;
+#pragma unroll
+        for (int p = 0; p < SPLITS; p++) top = fmaxf(top, most[p]);
+#pragma unroll
+        for (int p = 0; p < SPLITS; p++) {
+            float share = __expf(most[p] - top);
+            all += share * mass[p], v += share * some[p];
         }
-        shared.in[i] = i < s.H * s.E ? to_bf16(v / mass) : 0;
+        shared.in[i] = i < s.H * s.E ? to_bf16(v / all) : 0;
     }
     __syncthreads();
 }
 
+// A layer's addresses, on their way into shared memory; there after the next product and barrier.
 __device__ __forceinline__ void read_layer(Shared& shared, const Step& s, int l) {
-    typedef unsigned long long Address;
-    if (l < s.L && threadIdx.x < sizeof(Layer) / 8)
-        ((Address*)&shared.layer[l % 2])[threadIdx.x] = ((const Address*)(s.layers + l))[threadIdx.x];
+    int at = 8 * threadIdx.x;
+    if (l < s.L && at < sizeof(Layer)) copy<8>(true, (char*)&shared.layer[l % 2] + at, (const char*)(s.layers + l) + at);
+    close_group();
+}
+// The few numbers of a layer that are no product's: small, and each a wait for the memory if they were not in the L2.
+__device__ __forceinline__ void warm_layer(const Step& s, const Layer& layer) {
+    int i = (blockIdx.x * THREADS + threadIdx.x) * 64, all = gridDim.x * THREADS * 64;         // 64 values are a line
+    for (int at = i; at < s.D; at += all) to_l2(layer.norm + at), to_l2(layer.second_norm + at);
+    for (int at = i; at < (s.H + 2 * s.K) * s.E; at += all) to_l2(layer.bias + at);
 }
 
 template <class Weights>
 __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
     int slot = *s.slot, half = s.E / 2, heads = s.H + 2 * s.K, span = WARPS * AT_ONCE * 256 / s.E;
     int splits = min(SPLITS, round_up(slot + 1, span) / span);
+    u32 phase = load_acquire(s.arrived) >> 31;          // not turned before this block, too, has come
     read_layer(shared, s, 0);
-    __syncthreads();
+    wait_for_copies<0>();
     for (int l = 0; l < s.L; l++) {
         const Layer& layer = shared.layer[l % 2];
-        product<Weights, 2>(shared, layer.qkv, heads * s.E, s.D, half, s.group,
-            [&] { wait_for_all(s.arrived), normalise(shared, s.x, layer.norm, s.D, s.eps); },
-            [&](int n, float a, float b) {              // the two that RoPE turns together
-                int head = n / s.E, i = n % s.E;
-                a = rounded(a + bf16(layer.bias[n])), b = rounded(b + bf16(layer.bias[n + half]));
-                float cos = bf16(s.cos[slot * s.E + i]), sin = bf16(s.sin[slot * s.E + i]);
-                u16* to = head < s.H ? s.q + head * s.E : head < s.H + s.K
-                    ? layer.keys + ((long long)(head - s.H) * s.S + slot) * s.E
-                    : layer.values + ((long long)(head - s.H - s.K) * s.S + slot) * s.E;
-                if (head >= s.H + s.K) cos = 1, sin = 0;
-                to[i] = to_bf16(a * cos - b * sin), to[i + half] = to_bf16(b * cos + a * sin);      // RoPE eq. (34)
-            });
+        arrive(s.arrived);
         read_layer(shared, s, l + 1);
-        wait_for_all(s.arrived);
+        Product<Weights, 2> qkv(shared, layer.qkv, heads * s.E, s.D, s.group, half, -half);
+        wait(s.arrived, phase);
+        normalise(shared, s.x, layer.norm, s.D, s.eps);
+        qkv.run([&](int n, float a, float b) {          // the two that RoPE turns together
+            int head = n / s.E, i = n % s.E;
+            a = rounded(a + bf16(layer.bias[n])), b = rounded(b + bf16(layer.bias[n + half]));
+            float cos = bf16(s.cos[slot * s.E + i]), sin = bf16(s.sin[slot * s.E + i]);
+            u16* to = head < s.H ? s.q + head * s.E : head < s.H + s.K
+                ? layer.keys + ((long long)(head - s.H) * s.S + slot) * s.E
+                : layer.values + ((long long)(head - s.H - s.K) * s.S + slot) * s.E;
+            if (head >= s.H + s.K) cos = 1, sin = 0;
+            to[i] = to_bf16(a * cos - b * sin), to[i + half] = to_bf16(b * cos + a * sin);          // RoPE eq. (34)
+        });
+
+        arrive(s.arrived);
+        Product<Weights, 1> o(shared, layer.o, s.D, s.H * s.E, s.group);
+        if (l + 1 < s.L) warm_layer(s, shared.layer[(l + 1) % 2]);
+        wait(s.arrived, phase);
         for (int i = blockIdx.x; i < s.H * splits; i += gridDim.x) {
             int head = i / splits, part = i % splits, each = round_up(slot + 1, splits) / splits;
             attend(shared, s, layer, head, part * each, min(slot + 1, (part + 1) * each),
                    s.parts + (head * SPLITS + part) * (s.E + 2));
         }
-        product<Weights, 1>(shared, layer.o, s.D, s.H * s.E, 0, s.group,
-            [&] { wait_for_all(s.arrived), gather(shared, s, splits); },
-            [&](int n, float a, float) { s.x[n] = to_bf16(bf16(load_fresh(s.x + n)) + rounded(a)); });
-        product<Weights, 2>(shared, layer.gate_up, 2 * s.I, s.D, s.I, s.group,
-            [&] { wait_for_all(s.arrived), normalise(shared, s.x, layer.second_norm, s.D, s.eps); },
-            [&](int n, float gate, float up) {          // SwiGLU eq. (6)
-                gate = rounded(gate);
-                s.wide[n] = to_bf16(rounded(gate / (1 + __expf(-gate))) * rounded(up));
-            });
-        product<Weights, 1>(shared, layer.down, s.D, s.I, 0, s.group,
-            [&] {
-                wait_for_all(s.arrived);
-                for (int at = threadIdx.x * 8; at < round_up(s.I, 256); at += THREADS * 8)
-                    *(Words*)(shared.in + at) = at < s.I ? load_fresh((const Words*)(s.wide + at)) : Words{};
-                __syncthreads();
-            },
-            [&](int n, float a, float) { s.x[n] = to_bf16(bf16(load_fresh(s.x + n)) + rounded(a)); });
+
+        arrive(s.arrived), wait(s.arrived, phase);
+        gather(shared, s, splits);
+        o.run([&](int n, float a, float) { s.x[n] = to_bf16(bf16(shared.x[n]) + rounded(a)); });
+
+        arrive(s.arrived);
+        Product<Weights, 2> gate_up(shared, layer.gate_up, 2 * s.I, s.D, s.group, s.I);
+        wait(s.arrived, phase);
+        normalise(shared, s.x, layer.second_norm, s.D, s.eps);
+        gate_up.run([&](int n, float gate, float up) {  // SwiGLU eq. (6)
+            gate = rounded(gate);
+            s.wide[n] = to_bf16(rounded(gate / (1 + __expf(-gate))) * rounded(up));
+        });
+
+        arrive(s.arrived);
+        Product<Weights, 1> down(shared, layer.down, s.D, s.I, s.group);
+        wait(s.arrived, phase);
+        for (int at = threadIdx.x * 8; at < round_up(s.I, 512); at += THREADS * 8)
+            *(Words*)(shared.in + at) = at < s.I ? load_fresh((const Words*)(s.wide + at)) : Words{};
+        __syncthreads();
+        down.run([&](int n, float a, float) { s.x[n] = to_bf16(bf16(shared.x[n]) + rounded(a)); });
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) *s.slot = slot + 1;        // all have read it: they waited since
 }
 
 #define DECODE(NAME, WEIGHTS) \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(Step s) { \
-        __shared__ Shared shared; \
-        decode<WEIGHTS>(shared, s); \
-    }
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(Step s) { decode<WEIGHTS>(*(Shared*)shared_memory, s); }
 DECODE(decode_bf16, Bf16)
 DECODE(decode_w4, Int4)

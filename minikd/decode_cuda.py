@@ -4,11 +4,11 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from minikd.cuda import launch
+from minikd.cuda import available, launch
 from minikd.model import Block, Linear, Qwen2, StaticCache, rope_tables
 from minikd.quant import W4Linear
 
-THREADS, WIDEST, SPLITS = 256, 20_480, 16                       # as decode.cu has them
+THREADS, WIDEST, SPLITS, SHARED = 512, 20_480, 16, 197_904      # as decode.cu has them; SHARED in bytes
 
 
 class Step(ctypes.Structure):
@@ -24,17 +24,25 @@ def products(block: Block) -> list[nn.Module | None]:
     return [qkv, attention.o_proj, gate_up, mlp.down_proj]
 
 
+def can_run(device: torch.device) -> bool:
+    """Whether the kernel can be had there: it wants the shared memory of a Hopper GPU, or a later one."""
+    return (device.type == "cuda" and available(device.index)
+            and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= SHARED)
+
+
 def fits(model: Qwen2, rows: int) -> bool:
     """Whether the kernel takes the model, laid out as it is now: one row, bfloat16, blocks all plain or all at 4 bits in
     groups of one size, a multiple of 128."""
+    if rows != 1 or model.head.dtype != torch.bfloat16 or not can_run(model.head.device):
+        return False
     config, layers = model.config, [layer for block in model.model.layers for layer in products(block)]
     D, E, wide = config.hidden_size, config.head_dim, config.intermediate_size
     if all(isinstance(layer, W4Linear) and layer.in_order for layer in layers):
-        run, good = 16, len({layer.size for layer in layers}) == 1 and layers[0].size % 128 == 0
+        good = len({layer.size for layer in layers}) == 1 and layers[0].size % 128 == 0
     else:
-        run, good = 8, all(isinstance(layer, Linear) for layer in layers)
-    return (good and rows == 1 and model.head.dtype == torch.bfloat16 and D <= 16 * THREADS and E in (32, 64, 128, 256)
-            and D % run == wide % run == 0 and max(wide, config.num_attention_heads * E) <= WIDEST)
+        good = all(isinstance(layer, Linear) for layer in layers)
+    return (good and D <= 8 * THREADS and max(wide, config.num_attention_heads * E) <= WIDEST and E in (32, 64, 128, 256)
+            and D % 8 == wide % 8 == 0 and all(weight.data_ptr() % 16 == 0 for weight in model.parameters()))
 
 
 def tensors_of(block: Block, keys: Tensor, values: Tensor) -> list[Tensor | None]:
@@ -80,5 +88,5 @@ class OneKernel:
         """ids [1, 1] -> hidden states after the last norm [1, 1, D]"""
         x = self.body.embed_tokens(ids)                                                         # [1, 1, D]; a new tensor
         self.step.x = x.data_ptr()
-        launch(self.name, x.device, (self.blocks, 1), THREADS, self.step, together=True)
+        launch(self.name, x.device, (self.blocks, 1), THREADS, self.step, together=True, shared=SHARED)
         return self.body.norm(x)

@@ -5,7 +5,9 @@
 // arithmetic, and barriers that are missing where two warps far apart would meet; it cannot see every race, nor speed.
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <sched.h>
 #include <thread>
@@ -28,7 +30,13 @@ using std::size_t;
 static int min(int a, int b) { return a < b ? a : b; }
 
 struct Barrier;
-struct Fiber { ucontext_t context; std::vector<char> stack; Barrier* at; int round; bool done; };   // waits at a barrier, or not
+struct Copy { char* to; const char* from; int bytes, zeros; };
+struct Fiber {
+    ucontext_t context; std::vector<char> stack;
+    Barrier* at; int round;                             // where it waits, if it does
+    std::deque<std::vector<Copy>> groups;               // its asynchronous copies: made when it waits for them, not before
+    bool done;
+};
 A_BLOCK std::vector<Fiber> fibers;
 A_BLOCK ucontext_t outside;
 A_BLOCK int turn;
@@ -98,11 +106,24 @@ template <class W> static W load(const W* p, size_t align = sizeof(W)) {
     faults += !good;
     return good ? *p : W{};
 }
+template <int BYTES> static void copy(bool there, void* to, const void* from) {
+    struct alignas(BYTES) Part { char bytes[BYTES]; };
+    if (there) load((const Part*)from);
+    faults += (size_t)to % BYTES != 0;
+    fibers[turn].groups.back().push_back({(char*)to, (const char*)from, there ? BYTES : 0, there ? 0 : BYTES});
+}
+static void close_group() { fibers[turn].groups.emplace_back(); }
+template <int COUNT> static void wait_for_copies() {
+    auto& groups = fibers[turn].groups;                 // the last one is still open
+    for (; groups.size() > COUNT + 1; groups.pop_front())
+        for (auto& c : groups.front()) std::memcpy(c.to, c.from, c.bytes), std::memset(c.to, 0, c.zeros);
+}
+static void to_l2(const void*) {}
+static void give_up() { std::abort(); }
 template <class W> static W load_if(bool there, const W* p) { return there ? load(p) : W{}; }
-template <class W> static W load_once_if(bool there, const W* p) { return there ? load(p) : W{}; }
 template <class W> static W load_once(const W* p) { return load(p); }
 template <class W> static W load_fresh(const W* p) { return load(p); }
-static unsigned add_release(unsigned* p, unsigned value) { return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL); }
+static void add_release(unsigned* p, unsigned value) { __atomic_fetch_add(p, value, __ATOMIC_RELEASE); }
 static unsigned load_acquire(const unsigned* p) { sched_yield(); return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 #define __expf std::exp
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
@@ -133,6 +154,7 @@ static void mma(float* c, const unsigned* a, const unsigned* b) {
 }
 
 #include W4_SOURCE
+A_BLOCK Words shared_memory[14528];                      // 227 KB, as a Hopper multiprocessor has
 #include DECODE_SOURCE
 
 static std::function<void()> kernel;
@@ -148,6 +170,7 @@ static void run_block(int x, int y) {
     for (auto& fiber : fibers) {
         fiber.stack.resize(64 << 10);
         fiber.at = nullptr, fiber.done = false;
+        fiber.groups.assign(1, {});
         getcontext(&fiber.context);
         fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
         makecontext(&fiber.context, body, 0);

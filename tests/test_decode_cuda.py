@@ -14,7 +14,7 @@ from minikd.model import Qwen2, Qwen2Config, StaticCache
 from minikd.quant import W4Linear, to_w4, to_words
 
 
-def make(bits: int, seed: int = 0, **shape) -> Qwen2:
+def make(bits: int, seed: int = 0, group: int = 128, sym: bool = True, **shape) -> Qwen2:
     """A small random model in bfloat16, biases and norms too, its layers joined as on a GPU."""
     sizes = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, initializer_range=0.15)
@@ -24,7 +24,10 @@ def make(bits: int, seed: int = 0, **shape) -> Qwen2:
             weight.data.normal_(0.0 if name.endswith("bias") else 1.0, 0.2, generator=generator)
     model = model.bfloat16().requires_grad_(False)
     if bits == 4:
-        model = to_w4(model, quantize_model(model, [], 0, method="rtn", group_size=128, store=to_words), 128, True)
+        version = 1 if sym else 2
+        layers = quantize_model(model, [], 0, method="rtn", group_size=group, sym=sym,
+                                store=lambda *parts: to_words(*parts, version))
+        model = to_w4(model, layers, group, sym)
     return joined(model)
 
 
@@ -46,8 +49,8 @@ def on_cpu(kernels, monkeypatch) -> list:
         tensors = [tensor for layer in one.weights for tensor in layer if tensor is not None] + [*one.held.values()]
         watched[:] = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
 
-    def launch(name, device, grid, threads, step, together):
-        assert together and threads == decode_cuda.THREADS
+    def launch(name, device, grid, threads, step, together, shared):
+        assert together and threads == decode_cuda.THREADS and shared == decode_cuda.SHARED
         launched.append(name)
         for first, size in [*watched, (step.x, 2 * step.D)]:
             kernels.may_read(ctypes.c_void_p(first), ctypes.c_size_t(size))
@@ -55,6 +58,7 @@ def on_cpu(kernels, monkeypatch) -> list:
 
     monkeypatch.setattr(OneKernel, "__init__", init)
     monkeypatch.setattr(decode_cuda, "launch", launch)
+    monkeypatch.setattr(decode_cuda, "can_run", lambda device: True)
     return launched
 
 
@@ -66,12 +70,13 @@ SHAPES = {"small": {}, "0.5B's ratios": dict(hidden_size=224, intermediate_size=
           "wide heads": dict(head_dim=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1),
           "one head a key": dict(head_dim=64, num_attention_heads=2, num_key_value_heads=2, hidden_size=72, intermediate_size=1224)}
 SHAPES_W4 = {"small": dict(hidden_size=128, intermediate_size=256),
-             "teams": dict(hidden_size=128, intermediate_size=1152, num_attention_heads=8, num_key_value_heads=1, head_dim=64)}
+             "teams": dict(hidden_size=128, intermediate_size=1152, num_attention_heads=8, num_key_value_heads=1, head_dim=64),
+             "zeros, groups of 256": dict(hidden_size=256, intermediate_size=768, num_attention_heads=8, group=256, sym=False)}
 
 
 @pytest.mark.parametrize("bits, shape, prompt", [
     (16, "small", 5), (16, "small", 150), (16, "0.5B's ratios", 9), (16, "wide heads", 310), (16, "one head a key", 1),
-    (4, "small", 5), (4, "teams", 40)])
+    (4, "small", 5), (4, "teams", 40), (4, "zeros, groups of 256", 7)])
 def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, prompt):
     model = make(bits, **(SHAPES if bits == 16 else SHAPES_W4)[shape])
     exact = Qwen2(model.config).double().eval()
@@ -124,7 +129,7 @@ def test_generate_by_one_kernel_gives_the_plain_path_s_tokens(on_cpu, monkeypatc
     assert two == plain * 2 and len(on_cpu) == steps - 1
 
 
-def test_what_the_kernel_does_not_take_it_says(kernels):
+def test_what_the_kernel_does_not_take_it_says(on_cpu):
     model = make(16)
     assert fits(model, 1) and not fits(model, 2)
     assert not fits(make(16, head_dim=24), 1) and not fits(make(16, hidden_size=8192, num_hidden_layers=1), 1)
@@ -143,3 +148,4 @@ def test_the_sizes_are_those_of_decode_cu():
     source = SOURCES[1].read_text()
     assert f"WIDEST = {decode_cuda.WIDEST}, SPLITS = {decode_cuda.SPLITS}," in source
     assert f"WARPS = {decode_cuda.THREADS // 32}, THREADS = 32 * WARPS" in source
+    assert f"sizeof(Shared) == {decode_cuda.SHARED}," in source
