@@ -175,6 +175,7 @@ static void run_block(int x, int y) {
         fiber.context.uc_stack = {fiber.stack.data(), 0, fiber.stack.size()};
         makecontext(&fiber.context, body, 0);
     }
+    std::memset(shared_memory, 0xff, sizeof shared_memory);     // NaNs: nothing there is to be used before it is written
     of_block = {};
     for (auto* barriers : {of_warp, of_team})
         for (int i = 0; i < 32; i++) barriers[i] = {};

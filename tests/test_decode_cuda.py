@@ -144,6 +144,13 @@ def test_what_the_kernel_does_not_take_it_says(on_cpu):
     assert not fits(four, 1)
 
 
+def test_without_a_gpu_the_plain_path_serves():
+    model = make(4, **SHAPES_W4["small"])
+    assert not fits(model, 1)
+    given = dict(max_new_tokens=4, graphs=True)
+    assert generate(model, [[5, 6]], one_kernel=True, **given) == generate(model, [[5, 6]], **given)
+
+
 def test_the_sizes_are_those_of_decode_cu():
     source = SOURCES[1].read_text()
     assert f"WIDEST = {decode_cuda.WIDEST}, SPLITS = {decode_cuda.SPLITS}," in source
