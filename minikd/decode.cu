@@ -10,10 +10,10 @@
 //   4  RMSNorm, gate/up, silu
 //   5  down, residual
 //
-// Weights do not depend on the stage before. So a block says that it has come, asks for its next weights, 9 KB a warp and
-// 147 KB a multiprocessor, and only then waits for the others: the memory goes on working through the wait.
+// Weights do not depend on the stage before. So a block says that it has come, asks for its next weights, 8 KB a warp and
+// 137 KB a multiprocessor, and only then waits for the others: the memory goes on working through the wait.
 
-const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, SLOT = 1152, DEPTH = 8;
+const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, SLOT = 1072, DEPTH = 8;
 
 struct Matrix { const void* weight; const u16* scales; const u8* zeros; };     // bfloat16 [N, K]; or as repack lays it
 struct Layer {                                          // addresses alone: decode_cuda.py writes them as int64
@@ -41,7 +41,7 @@ struct alignas(16) Shared {
     float part[WARPS][16];                              // of a product's outputs
     Layer layer[2];                                     // this one's addresses, and the next one's
 };
-static_assert(sizeof(Shared) == 197904, "what decode_cuda.py asks for");
+static_assert(sizeof(Shared) == 187664, "what decode_cuda.py asks for");
 
 #ifndef W4_ON_CPU
 
@@ -56,20 +56,6 @@ __device__ __forceinline__ float load_fresh(const float* p) {
     float v;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
     return v;
-}
-// From global to shared memory without a register, and without waiting; zeros where not `there`.
-template <int BYTES> __device__ __forceinline__ void copy(bool there, void* to, const void* from) {
-    u32 at = (u32)__cvta_generic_to_shared(to);
-    int bytes = there ? BYTES : 0;
-    if (BYTES == 16)                                    // past the L1, which is possible for 16 bytes alone
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(at), "l"(from), "r"(bytes) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(at), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most COUNT of this thread's latest groups of copies are on their way.
-template <int COUNT> __device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(COUNT) : "memory");
 }
 __device__ __forceinline__ void to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 __device__ __forceinline__ void add_release(u32* p, u32 value) {        // whoever acquires sees what was written before
@@ -159,29 +145,26 @@ struct Int4 {
         zeros(matrix.zeros), blocks(round_up(K, 128) / 128), stride(round_up(N, 16)), inverse(0xffffffffu / (group / 128) + 1) {}
 
     __device__ __forceinline__ void fetch(char* slot, int p, int n, int block) const {
-        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        int lane = threadIdx.x % 32;
         bool there = block < blocks;
         if (!there) block = 0;
         const Words* half = words + ((long long)(n / 16) * blocks + block) * 64 + n / 8 % 2 * 32;
         copy<16>(there, slot + p * 512 + lane * 16, half + lane);
-        // Copies have 4 bytes at least: two rows' scales, or four rows' zeros. Each is made by one lane of the row's four.
-        int row = (inverse ? __umulhi(block, inverse) : block) * stride + n + g;
-        char* grid = slot + 1024 + g * 16;
-        if (t == p) copy<4>(there, grid + p * 4, scales + row / 2 * 2);
-        if (t == 2 + p && zeros) copy<4>(there, grid + 8 + p * 4, zeros + row / 4 * 4);
+        int at = (inverse ? __umulhi(block, inverse) : block) * stride + n;
+        if (lane == p) copy<16>(there, slot + 1024 + p * 16, scales + at);                      // 8 rows'
+        if (lane == 2 + p && zeros) copy<8>(there, slot + 1056 + p * 8, zeros + at);
     }
     template <int PAIR> __device__ __forceinline__ void add(Sum<PAIR>& sum, const char* slot, const u16* in) const {
         int lane = threadIdx.x % 32, g = lane / 4;
         u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u), zero[2];
         float scale[2], c[4] = {};
         Words w[2];
-        __syncwarp();                                   // what the row's other lanes copied
+        __syncwarp();                                   // the scales came by other lanes
 #pragma unroll
         for (int p = 0; p < 2; p++) {
-            const u32* grid = (const u32*)(slot + 1024 + g * 16);
             w[p] = ((const Words*)slot)[p * 32 + lane];
-            scale[p] = half_to_float((u16)(grid[p] >> g % 2 * 16));
-            zero[p] = top | (zeros ? grid[2 + p] >> g % 4 * 8 & 15 : 8) * 0x10001u;
+            scale[p] = half_to_float(((const u16*)(slot + 1024))[p * 8 + g]);
+            zero[p] = top | (zeros ? (u8)slot[1056 + p * 8 + g] : 8) * 0x10001u;
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -276,7 +259,7 @@ template <class Weights, int PAIR> struct Product {
 __device__ __forceinline__ void normalise(Shared& shared, const u16* x, const u16* weight, int D, float eps) {
     int at = threadIdx.x * 8, warp = threadIdx.x / 32;
     Words mine = {}, gain = {};
-    if (at < D) gain = load_if(true, (const Words*)(weight + at)), mine = load_fresh((const Words*)(x + at));
+    if (at < D) gain = load((const Words*)(weight + at)), mine = load_fresh((const Words*)(x + at));
     float sum = 0;
     for (int i = 0; i < 8; i++) sum += value(mine, i) * value(mine, i);
     for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);

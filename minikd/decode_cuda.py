@@ -8,7 +8,7 @@ from minikd.cuda import available, launch
 from minikd.model import Block, Linear, Qwen2, StaticCache, rope_tables
 from minikd.quant import W4Linear
 
-THREADS, WIDEST, SPLITS, SHARED = 512, 20_480, 16, 197_904      # as decode.cu has them; SHARED in bytes
+THREADS, WIDEST, SPLITS, SHARED = 512, 20_480, 16, 187_664      # as decode.cu has them; SHARED in bytes
 
 
 class Step(ctypes.Structure):

@@ -4,8 +4,8 @@
 //   w4_naive        one thread an output, one code at a time: what the others must give
 //   w4_matvec_*     1 to 4 rows: every lane takes 16 bytes of codes at once and multiplies them out by hand; the step in
 //                   between, not launched unless it is measured to be faster (w4_cuda.MATVEC_ROWS)
-//   w4_mma_*        up to 64 rows: the same 16 bytes are operands of tensor-core products as they come; tiles are fetched
-//                   several ahead
+//   w4_mma_*        up to 64 rows: the same 16 bytes are operands of tensor-core products as they come; tiles arrive in
+//                   shared memory, several ahead
 //   w4_dequantise   more rows: W in bfloat16, once, for cuBLAS
 //
 // The layout, made at load by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with 8 (x and
@@ -36,13 +36,32 @@ __device__ __forceinline__ Words load_once(const Words* p) {    // weights are k
                  : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
     return v;
 }
-// x stays in the L1: every warp of the block reads it. Zeros where not `there`; a predicate costs less than a branch.
+__device__ __forceinline__ Words load(const Words* p) {         // x stays in the L1: every warp of the block reads it
+    Words v;
+    asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+    return v;
+}
+// Zeros where not `there`; a predicate costs less than a branch.
 __device__ __forceinline__ Words load_if(bool there, const Words* p) {
     Words v;
     asm("{.reg .pred there; setp.ne.u32 there, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
         "@there ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
         : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3]) : "l"(p), "r"((u32)there));
     return v;
+}
+// From global to shared memory without a register, and without waiting; zeros where not `there`.
+template <int BYTES> __device__ __forceinline__ void copy(bool there, void* to, const void* from) {
+    u32 at = (u32)__cvta_generic_to_shared(to);
+    int bytes = there ? BYTES : 0;
+    if (BYTES == 16)                                    // past the L1, which is possible for 16 bytes alone
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(at), "l"(from), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(at), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most COUNT of this thread's latest groups of copies are on their way.
+template <int COUNT> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(COUNT) : "memory");
 }
 __device__ __forceinline__ u32 minus_pair(u32 a, u32 b) {       // a - b, two bfloat16 at once; there is an fma, no sub
     u32 d;
@@ -122,17 +141,14 @@ extern "C" __global__ void w4_naive(ARGUMENTS) {
 // does not depend on who comes first.  EACH: words of a lane between two looks at the scales, 4 where groups are multiples
 // of 128 inputs, else 1.
 
-#define KERNEL(NAME, BODY, COLUMNS, WARPS, ...) \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(ARGUMENTS) { \
-        __shared__ float sum[WARPS * 16 * (COLUMNS + 1)];       /* + 1: neighbouring outputs in different banks */ \
-        if (group % 128) BODY<__VA_ARGS__, WARPS, 1>(sum, PASS); \
-        else BODY<__VA_ARGS__, WARPS, 4>(sum, PASS); \
-    }
+const int SLOTS = 32, MEMORY = SLOTS * 1216;            // tiles that a block holds at once, and their bytes
 
-// 8 inputs of row m from input k on; zeros past the last row or input.
-__device__ __forceinline__ Words inputs(const u16* x, int m, int k, int M, int K) {
-    return load_if(m < M && k < K, (const Words*)(x + (long long)m * K + k));
-}
+#define KERNEL(NAME, BODY, WARPS, COLUMNS) \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(ARGUMENTS) { \
+        __shared__ Words memory[MEMORY / 16];           /* tiles, and at the end the warps' sums */ \
+        if (group % 128) BODY<COLUMNS, WARPS, 1>(memory, PASS); \
+        else BODY<COLUMNS, WARPS, 4>(memory, PASS); \
+    }
 
 // sum [WARPS][16][COLUMNS + 1] -> y, neighbouring threads writing neighbouring outputs
 template <int COLUMNS, int WARPS>
@@ -150,7 +166,8 @@ __device__ __forceinline__ void write_out(const float* sum, const u16* bias, u16
 // ---- matrix-vector: grid (N / 16)
 
 template <int ROWS, int WARPS, int EACH>
-__device__ __forceinline__ void matvec(float* sum, ARGUMENTS) {
+__device__ __forceinline__ void matvec(Words* memory, ARGUMENTS) {
+    float* sum = (float*)memory;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int blocks = round_up(K, 128) / 128, stride = round_up(N, 16);
     const Words* tile = words + (long long)blockIdx.x * blocks * 64 + lane;
@@ -173,7 +190,7 @@ __device__ __forceinline__ void matvec(float* sum, ARGUMENTS) {
                     grid[h] = grid_of(scales, zeros, k / group * stride + blockIdx.x * 16 + h * 8 + g);
             Words in[ROWS];
 #pragma unroll
-            for (int m = 0; m < ROWS; m++) in[m] = inputs(x, m, k + 8 * t, M, K);
+            for (int m = 0; m < ROWS; m++) in[m] = load_if(m < M && k + 8 * t < K, (const Words*)(x + m * K + k + 8 * t));
 #pragma unroll
             for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -205,73 +222,93 @@ __device__ __forceinline__ void matvec(float* sum, ARGUMENTS) {
     write_out<ROWS, WARPS>(sum, bias, y, M, N);
 }
 
-KERNEL(w4_matvec_1, matvec, 1, 8, 1)
-KERNEL(w4_matvec_2, matvec, 2, 8, 2)
-KERNEL(w4_matvec_4, matvec, 4, 8, 4)
+KERNEL(w4_matvec_1, matvec, 8, 1)
+KERNEL(w4_matvec_2, matvec, 8, 2)
+KERNEL(w4_matvec_4, matvec, 8, 4)
 
 // ---- tensor cores: grid (N / 16); 8 COLUMNS rows of x
 //
 // A product sums over 16 inputs in any order, if both operands keep it. So a lane's own 8 inputs, 32 j + 8 t + 0..7, serve
-// as they lie: 0..3 for the first product of word j, 4..7 for the second. No shuffle, no shared memory.
+// as they lie: 0..3 for the first product of word j, 4..7 for the second. No shuffle.
+//
+// Tiles and their scales come by asynchronous copies, DEPTH - 1 ahead. Loads into registers would not do: the hardware
+// counts them together, and a warp that waits for the first waits for the last as well.
 
-template <int COLUMNS, int AHEAD, int WARPS, int EACH>
-__device__ __forceinline__ void tensor(float* sum, ARGUMENTS) {
-    const int DEPTH = EACH == 1 ? 1 : AHEAD;            // small groups bring four times the scales: no room for more
+template <int COLUMNS, int WARPS, int EACH>
+__device__ __forceinline__ void tensor(Words* memory, ARGUMENTS) {
+    const int GRIDS = 4 / EACH, SLOT = 1024 + 48 * GRIDS, DEPTH = SLOTS / WARPS;
+    static_assert(WARPS * 16 * (8 * COLUMNS + 1) * 4 <= MEMORY, "the sums");
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int blocks = round_up(K, 128) / 128, stride = round_up(N, 16), per = group / 32, last = K / group - 1;
     u32 inverse = 0xffffffffu / per + 1;                        // a division becomes one multiplication; 0 for per = 1
     u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u);
-    const Words* tile = words + (long long)blockIdx.x * blocks * 64 + lane;
-    int mine = blockIdx.x * 16 + g;
+    const Words* tile = words + (long long)blockIdx.x * blocks * 64;
+    char* ring = (char*)memory + warp * DEPTH * SLOT;
     float total[COLUMNS][4] = {};
-    Words ring[DEPTH][2];                               // DEPTH tiles on their way, and their scales with them: a scale
-    u16 scale[DEPTH][2][4 / EACH];                      // asked for when it is needed would cost the wait once more
-    u8 zero[DEPTH][2][4 / EACH];
+    const u16* at = x + warp * 128 + 8 * t;
+    int row[COLUMNS];                                   // past the last row of x a lane reads that one again, for columns of
+#pragma unroll                                          // the product that nobody looks at
+    for (int c = 0; c < COLUMNS; c++) row[c] = min(8 * c + g, M - 1) * K;
     auto fetch = [&](int d, int b) {
-        if (b >= blocks) return;
-        for (int h = 0; h < 2; h++) ring[d][h] = load_once(tile + b * 64 + h * 32);
-        for (int j = 0; j < 4 / EACH; j++) {
-            int at = inverse ? __umulhi(4 * b + j * EACH, inverse) : 4 * b + j * EACH;
-            if (EACH == 1) at = min(at, last);          // the last tile may reach past the last group
-            for (int h = 0; h < 2; h++) {
-                scale[d][h][j] = scales[at * stride + mine + h * 8];
-                zero[d][h][j] = zeros ? zeros[at * stride + mine + h * 8] : 8;
-            }
+        char* slot = ring + d * SLOT;
+        if (b < blocks) {
+            for (int h = 0; h < 2; h++) copy<16>(true, slot + h * 512 + lane * 16, tile + b * 64 + h * 32 + lane);
+            int j = lane / 3, part = lane % 3;          // of each group: 16 rows' scales, 32 bytes, and zeros, 16 bytes
+            int grid = inverse ? __umulhi(4 * b + j * EACH, inverse) : 4 * b + j * EACH;
+            if (EACH == 1) grid = min(grid, last);      // the last tile may reach past the last group
+            grid = grid * stride + blockIdx.x * 16;
+            if (j < GRIDS && (part < 2 || zeros))
+                copy<16>(true, slot + 1024 + lane * 16, part < 2 ? (const void*)(scales + grid + part * 8) : zeros + grid);
         }
+        close_group();                                  // an empty one too: groups are counted
     };
+    for (int d = 0; d < DEPTH - 1; d++) fetch(d, warp + d * WARPS);
+    int d = 0;
+#pragma unroll 1
+    for (int b = warp; b < blocks; b += WARPS) {
+        wait_for_copies<DEPTH - 2>();
+        __syncwarp();                                   // what other lanes copied, too; and they have read the slot before
+        fetch(d ? d - 1 : DEPTH - 1, b + (DEPTH - 1) * WARPS);
+        const char* slot = ring + d * SLOT;
+        d = d + 1 == DEPTH ? 0 : d + 1;
+        Words w[2] = {((const Words*)slot)[lane], ((const Words*)slot)[32 + lane]};
+        float part[COLUMNS][4] = {}, scale[2];          // of one group
+        u32 zero[2];
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) fetch(d, warp + d * WARPS);
-    for (int first = warp; first < blocks; first += DEPTH * WARPS)
-#pragma unroll
-        for (int d = 0; d < DEPTH; d++) {               // unrolled, so that the ring lies in registers
-            int b = first + d * WARPS;
-            if (b >= blocks) break;
-            float part[COLUMNS][4] = {};                // of one group
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                Words in[COLUMNS];
-#pragma unroll
-                for (int c = 0; c < COLUMNS; c++) in[c] = inputs(x, 8 * c + g, b * 128 + j * 32 + 8 * t, M, K);
-#pragma unroll
-                for (int i = 0; i < 4; i += 2) {
-                    u32 a[4];
-#pragma unroll
-                    for (int q = 0; q < 4; q++)         // rows g and g + 8 of the first pair, then of the second
-                        a[q] = minus_pair(merge(ring[d][q % 2].w[j] >> 4 * (i + q / 2), mask, top),
-                                          top | zero[d][q % 2][j / EACH] * 0x10001u);
-#pragma unroll
-                    for (int c = 0; c < COLUMNS; c++) mma(part[c], a, in[c].w + i);
+        for (int j = 0; j < 4; j++) {
+            if (j % EACH == 0)
+                for (int h = 0; h < 2; h++) {
+                    const char* grid = slot + 1024 + j / EACH * 48;
+                    scale[h] = half_to_float(((const u16*)grid)[h * 8 + g]);
+                    zero[h] = top | (zeros ? (u8)grid[32 + h * 8 + g] : 8) * 0x10001u;
                 }
-                if ((j + 1) % EACH == 0) {              // codes are exact in bfloat16; the scale comes in in float32
+            Words in[COLUMNS];
 #pragma unroll
-                    for (int c = 0; c < COLUMNS; c++)
-#pragma unroll
-                        for (int q = 0; q < 4; q++)
-                            total[c][q] += half_to_float(scale[d][q / 2][j / EACH]) * part[c][q], part[c][q] = 0;
-                }
+            for (int c = 0; c < COLUMNS; c++) {         // groups of 128 and more end where a tile does
+                const Words* from = (const Words*)(at + row[c]) + j * 4;
+                in[c] = EACH == 4 ? load(from) : load_if(b * 128 + j * 32 + 8 * t < K, from);
             }
-            fetch(d, b + DEPTH * WARPS);
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                u32 a[4];
+#pragma unroll
+                for (int q = 0; q < 4; q++)             // rows g and g + 8 of the first pair, then of the second
+                    a[q] = minus_pair(merge(w[q % 2].w[j] >> 4 * (i + q / 2), mask, top), zero[q % 2]);
+#pragma unroll
+                for (int c = 0; c < COLUMNS; c++) mma(part[c], a, in[c].w + i);
+            }
+            if ((j + 1) % EACH == 0) {                  // codes are exact in bfloat16; the scale comes in in float32
+#pragma unroll
+                for (int c = 0; c < COLUMNS; c++)
+#pragma unroll
+                    for (int q = 0; q < 4; q++) total[c][q] += scale[q / 2] * part[c][q], part[c][q] = 0;
+            }
         }
+        at += WARPS * 128;
+    }
+    wait_for_copies<0>();
+    __syncthreads();                                    // the sums lie where the tiles lay
+    float* sum = (float*)memory;
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++)
 #pragma unroll
@@ -280,12 +317,12 @@ __device__ __forceinline__ void tensor(float* sum, ARGUMENTS) {
     write_out<8 * COLUMNS, WARPS>(sum, bias, y, M, N);
 }
 
-KERNEL(w4_mma_8, tensor, 8, 8, 1, 4)
-KERNEL(w4_mma_16, tensor, 16, 8, 2, 3)
-KERNEL(w4_mma_32, tensor, 32, 8, 4, 2)
-KERNEL(w4_mma_64, tensor, 64, 8, 8, 1)
-KERNEL(w4_mma_8_few, tensor, 8, 16, 1, 3)               // few outputs: more warps along K instead
-KERNEL(w4_mma_16_few, tensor, 16, 16, 2, 2)
+KERNEL(w4_mma_8, tensor, 8, 1)
+KERNEL(w4_mma_16, tensor, 8, 2)
+KERNEL(w4_mma_32, tensor, 8, 4)
+KERNEL(w4_mma_64, tensor, 8, 8)
+KERNEL(w4_mma_8_few, tensor, 16, 1)                     // few outputs: more warps along K instead
+KERNEL(w4_mma_16_few, tensor, 16, 2)
 
 // ---- dequantise: grid (N / 16, K / 1024), a warp a tile; y is W [N, K], padding left out
 
