@@ -30,11 +30,14 @@ using std::size_t;
 static int min(int a, int b) { return a < b ? a : b; }
 
 struct Barrier;
-struct Copy { char* to; const char* from; int bytes, zeros; };
+struct Copy {
+    char* to; const char* from; int bytes, zeros;
+    void make() const { std::memcpy(to, from, bytes), std::memset(to, 0, zeros); }
+};
 struct Fiber {
     ucontext_t context; std::vector<char> stack;
     Barrier* at; int round;                             // where it waits, if it does
-    std::deque<std::vector<Copy>> groups;               // its asynchronous copies: made when it waits for them, not before
+    std::deque<std::vector<Copy>> groups;               // its asynchronous copies
     bool done;
 };
 A_BLOCK std::vector<Fiber> fibers;
@@ -51,14 +54,15 @@ struct Barrier {
         pass_on();
     }
 };
-// To a fiber that need not wait, of the same warp if there is one: each warp runs as far ahead of the others as barriers let
-// it, the first ones first in even blocks, the last ones first in odd ones. So one that lacks a barrier finds what it reads
-// not yet written, or written over.
+// To a fiber that need not wait. In two blocks of three one of the same warp, if there is one: each warp runs as far ahead of
+// the others as barriers let it, in one block the first ones first, in the next the last. In the third all take turns. So one
+// that lacks a barrier, or room of its own, finds what it reads not yet written, or written over.
 static void pass_on() {
-    int from = turn, count = fibers.size(), odd = blockIdx.x % 2;
+    int from = turn, count = fibers.size(), order = blockIdx.x % 3;
     Fiber* all = fibers.data();
     for (int i = 0; i < 32 + count; i++) {
-        int to = i < 32 ? from / 32 * 32 + (from + i) % 32 : odd ? count - 1 - (i - 32) : i - 32;
+        int to = order == 2 ? (from + i) % count : i < 32 ? from / 32 * 32 + (from + i) % 32
+                 : order == 1 ? count - 1 - (i - 32) : i - 32;
         if (to == from || all[to].done || all[to].at && all[to].at->round == all[to].round) continue;
         all[to].at = nullptr;
         threadIdx.x = turn = to;
@@ -110,13 +114,15 @@ template <int BYTES> static void copy(bool there, void* to, const void* from) {
     struct alignas(BYTES) Part { char bytes[BYTES]; };
     if (there) load((const Part*)from);
     faults += (size_t)to % BYTES != 0;
-    fibers[turn].groups.back().push_back({(char*)to, (const char*)from, there ? BYTES : 0, there ? 0 : BYTES});
+    Copy made = {(char*)to, (const char*)from, there ? BYTES : 0, there ? 0 : BYTES};
+    if (blockIdx.x % 3 == 1) made.make();               // at once, or only when it is waited for: a GPU may do either
+    else fibers[turn].groups.back().push_back(made);
 }
 static void close_group() { fibers[turn].groups.emplace_back(); }
 template <int COUNT> static void wait_for_copies() {
     auto& groups = fibers[turn].groups;                 // the last one is still open
     for (; groups.size() > COUNT + 1; groups.pop_front())
-        for (auto& c : groups.front()) std::memcpy(c.to, c.from, c.bytes), std::memset(c.to, 0, c.zeros);
+        for (auto& copy : groups.front()) copy.make();
 }
 static void to_l2(const void*) {}
 static void give_up() { std::abort(); }

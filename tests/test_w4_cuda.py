@@ -104,7 +104,7 @@ def test_every_shape_gives_the_product(kernels, N, K, group, sym):
 @pytest.mark.parametrize("name, M", [("w4_mma_8_few", 8), ("w4_mma_16_few", 11)])
 def test_more_warps_along_the_inputs_give_the_product(kernels, name, M):
     for K, group in (128, 64), (4864, 128), (2560, 512):                        # fewer tiles than warps; more than a ring
-        check(kernels, name, (2, 1), M, 24, K, group, sym=group == 128, threads=512)
+        check(kernels, name, (3, 1), M, 40, K, group, sym=group == 128, threads=512)
 
 
 @pytest.mark.parametrize("N, K, group, sym", [(40, 1216, 64, False), (16, 896, 128, True)])
