@@ -76,6 +76,8 @@ def parse_args():
             setattr(args, name, value)
     folder = Path(args.model or "").expanduser()
     args.out = Path(args.out or (folder if args.model and folder.is_dir() else Path("runs/eval")) / "answers.jsonl")
+    if args.out.is_dir():
+        raise InputError(f"--out {args.out}: is a folder; give a file")
     for path in args.predictions, args.references, *(args.data or []):
         if path and args.out.resolve() == Path(path).expanduser().resolve():
             raise InputError(f"--out {args.out}: is one of the files to read; choose another")

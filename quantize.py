@@ -90,8 +90,9 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
     if recognise(first) is None and "text" in first:
         rows = encode_text(load_texts(paths)[0], tokenizer, length)
     else:
+        examples, _ = load_examples(paths)
         try:
-            rows, _ = encode_examples(load_examples(paths)[0], tokenizer, template, length, length)
+            rows, _ = encode_examples(examples, tokenizer, template, length, length)
         except InputError as error:                             # its mend names train_kd.py's flags
             raise InputError(f"{paths[0]}: no record fits --length {length}; raise it") from error
     return random.Random(seed).sample(rows, min(samples, len(rows)))
@@ -121,6 +122,8 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
 
 def check_out(out: Path, folder: Path):
     """Raises InputError for a folder that holds something else than an earlier 4-bit model, or that cannot be one."""
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise InputError(f"--out {out}: is the folder you work in; choose another, or one inside it")
     if out.resolve() == folder.resolve():
         raise InputError(f"--out {out}: is the model's own folder; choose another")
     if (out / LOG).exists() or (out / "best").exists():
@@ -162,7 +165,10 @@ def main():
     examples, eval_rows = [], []
     if args.eval_data:
         examples, _ = load_examples(args.eval_data, limit=args.eval_examples)
-        eval_rows, _ = encode_examples(examples, tokenizer, args.template)
+        try:
+            eval_rows, _ = encode_examples(examples, tokenizer, args.template)
+        except InputError as error:                             # its mend names train_kd.py's flags
+            raise InputError(f"{args.eval_data[0]}: no prompt is short enough to evaluate; give other records") from error
     outs = {method: Path(args.out if args.method or len(args.methods) == 1 else f"{args.out}-{method}")
             for method in args.methods}
     for out in outs.values():                                   # all, before the hours that the first may take

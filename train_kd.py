@@ -33,9 +33,9 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, check_positive, check_settings, compile_blocks, flag_group,
-                             learning_rate, load_state, load_student, make_optimizer, make_parser, pick_device,
-                             pick_dtype, read_log, save_state, write_config)
+from minikd.training import (STATE, Log, Progress, check_positive, check_schedule, check_settings, compile_blocks,
+                             flag_group, learning_rate, load_state, load_student, make_optimizer, make_parser,
+                             pick_device, pick_dtype, read_log, save_state, write_config)
 
 REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
             validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
@@ -109,7 +109,7 @@ def parse_args():
         args.lr = args.lr or [1e-3]                             # it goes on from SFT
     for name, value in (TOY if args.toy else REAL).items():
         if getattr(args, name) is None or name == "dtype" and args.dtype == "auto":
-            setattr(args, name, None if name == "epochs" and args.steps else value)
+            setattr(args, name, None if name in ("epochs", "steps") and (args.epochs or args.steps) else value)
     return args
 
 
@@ -136,8 +136,7 @@ def check_flags(args):
                          "SFT asks no teacher: leave it out")
     if args.seq_kd and args.loss == "minillm":
         raise InputError("--seq-kd with --loss minillm: MiniLLM learns from its own answers; leave one out")
-    if args.weight_decay is not None and args.weight_decay < 0:
-        raise InputError(f"--weight-decay {args.weight_decay}: weights would grow; give 0 or more")
+    check_schedule(args)
     if len({f"{lr:g}" for lr in args.lr or ()}) < len(args.lr or ()):
         raise InputError(f"--lr {args.lr}: two rates are the same; give each once")
     if len(args.lr or ()) > 1 and not args.loss:
@@ -372,6 +371,9 @@ def main():
             rows = ask_teacher(args, tokenizer, rows, device, dtype, out)
         teacher = open_teacher(args, tokenizer, rows + valid_rows, device, dtype, lengths, report.files)
 
+    if not args.eval_data:                                      # for eval_rouge.py: what no student saw
+        write_jsonl([{"messages": [*example.messages, {"role": "assistant", "content": example.response}],
+                      "category": example.category} for example in valid_part], out / "held-out.jsonl")
     settings = dict(tokenizer=tokenizer, rows=rows, valid_rows=valid_rows, valid_examples=valid_part, teacher=teacher,
                     steps=steps, eval_every=args.eval_every or min(per_epoch, steps), dtype=dtype,
                     lm_rows=encode_text(texts, tokenizer, args.max_length))

@@ -49,6 +49,8 @@ def atomic_path(path, folder: bool = False):
     With `folder`, the yielded path is an empty folder.
     """
     path = Path(path).resolve()                                 # "." has a name, and a link keeps leading there
+    if path.exists() and not (path.is_dir() if folder else path.is_file()):
+        raise InputError(f"{path}: is not a {'folder' if folder else 'regular file'}, and would be replaced; give another")
     if folder and Path.cwd().is_relative_to(path):
         raise InputError(f"{path}: is the folder you work in, and would be replaced; give another, or one inside it")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,8 @@ class Qwen2Config:
                 refuse(field, rope, "use a checkpoint without RoPE scaling")
         if raw.get("use_sliding_window"):
             refuse("use_sliding_window", raw["use_sliding_window"], "use a checkpoint with full attention")
-        if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+        kinds = raw.get("layer_types") or []
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
             refuse("layer_types", raw["layer_types"], "use a checkpoint with full attention")
         if raw.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", raw["hidden_act"], "Qwen2 uses 'silu'")

@@ -142,6 +142,9 @@ def to_problem(record: dict, where: str) -> Problem:
 
 def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     """Statement and facts. No tests where they could not decide: a checker accepts several outputs, files are read."""
+    for name in "title", "description", "input_format", "output_format", "note":
+        if not isinstance(record.get(name) or "", str):
+            raise InputError(f"{where}: field {name!r} is {kind_of(record[name])}; make it text")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
     judged = record.get("generated_checker") is None and record.get("input_mode") in (None, "stdio")
     parts = [f"# {record['title']}" if record.get("title") else "", record["description"],

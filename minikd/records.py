@@ -123,7 +123,7 @@ def _json_lines(file: Path):
     for number, line in _lines(file):
         if line.strip(b"\xef\xbb\xbf \t\r\n"):
             try:
-                yield f"{file}:{number}", _parse(line, file, number)
+                yield f"{file}:{number}", _parse(line.rstrip(b"\r\n"), file, number)
             except InputError as error:
                 yield f"{file}:{number}", error
 

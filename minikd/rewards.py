@@ -259,7 +259,7 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
     module = sys.modules[module_name] = importlib.util.module_from_spec(spec)   # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:                                                  # whatever the file does
+    except (Exception, SystemExit) as error:                                    # whatever the file does
         raise InputError(f"{path}: does not load ({type(error).__name__}: {error}); mend it") from error
     function = getattr(module, name, None)
     if not callable(function):

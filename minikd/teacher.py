@@ -45,6 +45,7 @@ class CachedTeacher:
                 at += length
 
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
+        """As Teacher.states, in the dtype they were kept in.  Raises KeyError for a row that fill_cache was not given."""
         return send(torch.cat([self._read(row) for row in rows]), self.head.device)
 
     def _read(self, row: Encoded) -> Tensor:
@@ -149,8 +150,12 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     first = json.dumps(made_from, sort_keys=True)
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     lines = text.split("\n")[:-1] or [first]                    # the last is empty, or cut by a kill
+    try:
+        before, *answers = map(json.loads, lines)
+        answers = [answer["ids"] for answer in answers]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: holds a damaged line ({error}); delete the file, it is made again") from error
     if lines[0] != first:
-        before = json.loads(lines[0])
         what = next(key for key in made_from if before.get(key) != made_from[key])
         raise InputError(f"{path}: holds other answers: their {what} is {before.get(what)}, here {made_from[what]}; "
                          "choose another --out")
@@ -158,7 +163,7 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     held -= held % step if held < len(rows) else 0              # whole writes, whose seeds are known
     with atomic_path(path) as new:
         new.write_text("\n".join(lines[:1 + held]) + "\n", encoding="utf-8")
-    responses = [json.loads(line)["ids"] for line in lines[1:1 + held]]
+    responses = answers[:held]
     teacher = load() if held < len(rows) else None
     for start in range(held, len(rows), step):
         own = respond(teacher, rows[start:start + step], batch_size, max_new_tokens, tokenizer.eos_ids,

@@ -39,6 +39,8 @@ class Tokenizer:
         """From a local folder or a hub name.  Raises InputError when tokenizer.json is missing or damaged."""
         folder = local_folder(name, list(FILES))
         path = folder / "tokenizer.json"
+        if (folder / "best" / "tokenizer.json").exists():
+            raise InputError(f"{folder}: holds a training run; its models are {folder}/best and {folder}/last")
         if not path.exists():
             raise InputError(f"{path}: is missing; copy the tokenizer's files beside the model's")
         try:
@@ -134,7 +136,7 @@ def default_system(folder: Path) -> str | None:
     """
     template = None
     if (folder / "chat_template.jinja").exists():                                # transformers 5 writes it apart
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     elif (folder / "tokenizer_config.json").exists():
         template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if not isinstance(template, str):

@@ -81,9 +81,22 @@ def pick_device(name: str) -> str:
     return name
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
+def check_schedule(args):
+    """Raises InputError for a --warmup or --weight-decay that no schedule has."""
+    if args.warmup is not None and args.warmup < 0:
+        raise InputError(f"--warmup {args.warmup}: give 0 or more")
+    if args.weight_decay is not None and not 0 <= args.weight_decay < math.inf:
+        raise InputError(f"--weight-decay {args.weight_decay}: weights would grow; give 0 or more, and no infinity")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message}; see --help")
+
+
+def make_parser(doc: str) -> Parser:
     """A parser whose --help is the script's docstring, then a line a flag; no flag may be abbreviated."""
-    return argparse.ArgumentParser(description=doc, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=(
+    return Parser(description=doc, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=(
         lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=125)))
 
 
@@ -127,10 +140,13 @@ class Log:
 
 
 def read_log(folder, name: str = LOG) -> list[dict]:
-    """The whole lines of log.jsonl; a last one that a kill cut in half is left out."""
+    """The whole lines of log.jsonl; a last one that a kill cut in half is left out.  InputError for a damaged one."""
     path = Path(folder) / name
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise InputError(f"{path}: holds a damaged line ({error}); choose another --out") from error
 
 
 def write_config(folder, settings: dict):

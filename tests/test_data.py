@@ -613,3 +613,9 @@ def test_real_records_through_the_real_tokenizer_come_back_as_text():
         said = backend.decode(ids[mask].tolist())
         assert examples[row.index].response.startswith(said) if row.cut else said == examples[row.index].response
         assert backend.decode(ids[~mask].tolist()) == prompt_text(examples[row.index], qwen, "alpaca")
+
+
+def test_a_line_that_breaks_off_is_named_by_its_own_number(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps(DOLLY) + "\n" + '{"instruction": "a"\n' + json.dumps(DOLLY) + "\n")
+    with pytest.raises(InputError, match="d.jsonl:2: "):
+        load_examples(tmp_path / "d.jsonl")

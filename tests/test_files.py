@@ -191,3 +191,12 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_write_but_not_a_living_o
     with atomic_path(path, folder=True):
         pass
     assert not left.exists() and alive.exists() and other.exists()
+
+
+def test_a_device_or_a_folder_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in "pipe", "folder":
+        with pytest.raises(InputError, match=f"{name}: is not a regular file"), atomic_path(tmp_path / name) as new:
+            new.write_text("")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "folder").is_dir()

@@ -151,7 +151,9 @@ def test_a_codeforces_record_goes_through_prompt_rollout_sandbox_and_update(run,
 @pytest.mark.parametrize("flags, said", [
     (["--group-size", "1"], "--group-size 1: an answer is judged against its group"), (["--beta", "-1"], "--beta -1"),
     (["--rewards", "nice"], "no reward 'nice'"), (["--reward-weights", "1,2"], "2 for 1 rewards"),
-    (["--reward-weights", "much"], "is no list of numbers"), (["--lr", "0"], "--lr 0.0: is not above 0"),
+    (["--reward-weights", "much"], "is no list of numbers"), (["--reward-weights", "nan"], "not finite"),
+    (["--weight-decay", "inf"], "--weight-decay inf"), (["--beta", "nan"], "--beta nan"), (["--limit", "1"], "holds one problem"),
+    (["--lr", "0"], "--lr 0.0: is not above 0"),
     (["--data", "no/such.jsonl"], "no/such.jsonl: no such file"), (["--max-prompt-length", "2"], "raise --max-prompt-length"),
     (["--lr", "1e30"], "is not finite; lower --lr"), (["--model", "no/such/model"], "no/such/model: no such folder")])
 def test_bad_input_is_one_line(run, flags, said):
@@ -165,6 +167,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run):
     assert status == 2 and "holds a run already, 2 steps" in err
     status, _, err = run("--steps", "2", "--clip", "0.3", "--resume")
     assert status == 2 and "--clip 0.3, but the run began with 0.2" in err
+    status, _, err = run("--steps", "2", "--eval-examples", "2", "--resume")
+    assert status == 2 and "--eval-examples 2, but the run began with 3" in err
     status, out, _ = run("--steps", "2", "--resume")
     assert status == 0 and "done already" in out
 

@@ -544,6 +544,8 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
     (["--kd-ratio", "1.5"], "--kd-ratio lies in 0 to 1"), (["--alpha", "0"], "--alpha between"),
     (["--lr", "1e-3", "1e-2"], "--lr with several rates sweeps one loss"),
     (["--epochs", "inf"], "--epochs inf: is not above 0 and finite"), (["--weight-decay", "-1"], "give 0 or more"),
+    (["--weight-decay", "nan"], "--weight-decay nan"), (["--warmup", "-1"], "--warmup -1"), (["--step", "3"], "see --help"),
+    (["--batch-size", "many"], "invalid int value: 'many'; see --help"),
     (["--loss", "sft", "--lr", "0.01", "1e-2"], "two rates are the same"),
     (["--eval-data", "no/such.jsonl"], "no/such.jsonl: no such file"),
     (["--on-policy", "1.5"], "--on-policy lies in 0 to 1"), (["--mix", "1"], "--mix in 0 to below 1"),
@@ -555,6 +557,32 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
 def test_a_flag_out_of_range_is_one_line_that_names_it(run, flags, said):
     status, _, err = run(*flags)
     assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_what_was_held_out_can_be_asked_for_afterwards(run, shell, world, tmp_path):
+    assert run("--loss", "sft", "--validation", "4")[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/held-out.jsonl").read_text().splitlines()]
+    asked = {line["messages"][-2]["content"] for line in lines}
+    assert len(lines) == 4 and {line["category"] for line in lines} <= {"sum", "echo"}
+    known = {record["instruction"]: record["response"] for record in map(json.loads, open(world / "data.jsonl"))}
+    assert all(known[line["messages"][-2]["content"]] == line["messages"][-1]["content"] for line in lines) and len(asked) == 4
+    status, out, err = shell(eval_rouge, "--model", tmp_path / "run/best", "--data", tmp_path / "run/held-out.jsonl",
+                             "--device", "cpu", "--max-new-tokens", "4")
+    assert status == 0 and "4" in out, err
+
+
+def test_epochs_count_in_the_toy_world_too(monkeypatch):
+    for flags, steps, epochs in (([], 400, None), (["--epochs", "2"], None, 2), (["--steps", "7"], 7, None)):
+        monkeypatch.setattr(sys, "argv", ["train_kd.py", *flags])
+        args = kd.parse_args()
+        assert (args.steps, args.epochs) == (steps, epochs)
+
+
+def test_a_damaged_log_is_one_line(run, tmp_path):
+    assert run("--loss", "sft", "--steps", "1")[0] == 0
+    (tmp_path / "run/log.jsonl").write_text("{]\n")
+    status, _, err = run("--loss", "sft", "--steps", "1", "--resume")
+    assert status == 2 and "log.jsonl: holds a damaged line" in err and err.count("\n") == 1
 
 
 def test_the_script_itself_ends_with_status_2_and_no_traceback(tmp_path):
