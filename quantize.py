@@ -52,7 +52,7 @@ def parse_args():
     add("--damp", type=float, default=0.01, help="of the Hessian's mean diagonal, added to it (0.01)")
     add("--clip-search", action="store_true", help="shrink each group's range where that lowers its error")
     add = flag_group(parser, "run")
-    add("--out", help="folder to write (runs/toy/w4-METHOD)")
+    add("--out", help="folder to write (toy: runs/toy/w4, or w4-rtn and w4-gptq without --method)")
     add("--batch-size", type=int, default=4, help="calibration rows at a time (4)")
     add("--max-new-tokens", type=int, help="longest answer (256; toy 48)")
     add("--rouge", choices=("plain", "stemmer", "unicode"),

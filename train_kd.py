@@ -50,7 +50,7 @@ def parse_args():
     add("--teacher", help="folder or hub name; for all but --loss sft")
     add("--data", nargs="+", metavar="FILE",
         help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
-    add("--eval-data", nargs="+", metavar="FILE", help="records for the table; else the validation split")
+    add("--eval-data", nargs="+", metavar="FILE", help="records for the table; else held-out ones, by which best/ is chosen")
     add("--lm-data", nargs="+", metavar="FILE",
         help="plain text (records with `text`): its cross-entropy joins every step")
     add("--format", choices=FORMATS,

@@ -4,7 +4,7 @@ one nor its form; and what it makes of a distilled student beside it. Mean and s
     python -m benchmarks.grpo_table             # 25 minutes on one CPU core
 
 Each seed: train_kd.py trains a teacher (5 x the student) on right answers and, from one start, a student by SFT and one
-by KD on answers of mixed quality (a quarter wrong in a step, 30% without their thoughts); train_grpo.py goes on from both
+by KD on answers of mixed quality (30% without their thoughts, a quarter of the others wrong in a step); train_grpo.py goes on from both
 with its toy defaults. 200 held-out sums; sampled is temperature 1.
 """
 import argparse

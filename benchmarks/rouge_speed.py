@@ -7,7 +7,7 @@ there, else from a made vocabulary. Two sets of pairs, because the ratio depends
 grows with the product of the two lengths, minikd's time with their sum.
     20-200 words   windows of the running text; the reference is the prediction with 3 words in 10 replaced, or
                    (every other pair) an unrelated window
-    records        the answers as they stand, 10 words or so, each against another's
+    records        the answers as they stand, about 8 words, each against another's
 Each repeat times minikd with its stem cache empty (cold), again with it full (warm), then rouge_score (which has no
 cache), so that a slow spell of the machine falls on all three. Medians of the repeats are printed.
 """

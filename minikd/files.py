@@ -26,6 +26,10 @@ def script_errors():
         yield
     except InputError as error:
         _exit_with(str(error))
+    except (MemoryError, RuntimeError) as error:                # torch's is a RuntimeError, on a GPU and on a CPU
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        _exit_with("out of memory; lower --batch-size or the lengths, or use --gradient-checkpointing where there is one")
     except KeyboardInterrupt:
         print("\ninterrupted; what was saved is whole", file=sys.stderr)
         sys.exit(130)                                           # 128 + SIGINT, as shells report it

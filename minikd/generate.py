@@ -30,7 +30,8 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     eos_ids      a row ends after any of these; one that reaches max_new_tokens ends without
     seed         of this call alone: the same call gives the same tokens, whatever ran before
     options      those of generate_with_log_probs
-    Raises ValueError for an empty prompt: there is no state to sample the first token from.
+    Raises ValueError for an empty prompt (there is no state to sample the first token from), and for options without sense:
+    a negative temperature or top_k, top_p of 0, no samples, no vocab, mix without a teacher.
     """
     return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed,
                                    **options)[0]

@@ -1,4 +1,4 @@
-"""GPTQ: few-bit weights, each column's rounding error made good by the columns that come after it.
+"""GPTQ: few-bit weights; each column's rounding error is compensated by adjusting the columns after it.
 
 A layer's weight W [O, I] is rounded to Q so that the layer's outputs change little, on the inputs x it really gets:
 

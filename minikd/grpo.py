@@ -53,9 +53,9 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
                 beta: float = 0.04, clip_high: float | None = None) -> Tensor:
     """The objective of each token, negated.  Paper eq. (6).  [N, R] three times, [N] -> [N, R], to be minimised
 
-    logp       log-probabilities of the sampled tokens now (differentiated), when they were sampled, and under the
-    old_logp   frozen reference; of the distribution that was sampled, temperature included
-    ref_logp
+    logp       log-probabilities of the sampled tokens under the policy now, differentiated
+    old_logp   the same when they were sampled
+    ref_logp   the same under the frozen reference; all three at the temperature of sampling
     clip_high  ε above 1, where it differs from the one below (DAPO's clip-higher: 0.28)
     Padding gives numbers too: the caller masks and averages (token_weights).
     """

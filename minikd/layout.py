@@ -15,8 +15,9 @@ from minikd.losses import apply_head
 from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear
 
-WORTH = 16                              # steps from which on laying out is paid back: packing costs about five
-INT8_ROWS = 4                           # below these it is certainly faster; at 8 it no longer is: benchmarks/w4_linear.py
+WORTH = 16                              # fewest steps for which packing pays: it costs about as much as five of them
+# Fewer rows than this read the head in int8: 2.3 x as fast at 1 row, 1.3 to 1.6 x at 4, 1.1 x at 8 (benchmarks/w4_linear.py).
+INT8_ROWS = 8
 
 
 @contextmanager
@@ -128,8 +129,8 @@ def pack_int8(weight: Tensor):
 
 
 def multiply_int8(packed, x: Tensor) -> Tensor:
-    """[B, D] -> [B, V].  The operator takes inputs of 8 bits too, too few beside outliers of 50 times the rest. What
-    they leave over goes along as further rows, so that inputs have 16 bits and the weights are read once all the same.
+    """[B, D] -> [B, V].  torch's operator rounds inputs to 8 bits, too coarse where some are 50 times the others. So the
+    rounding error goes along as further rows and is added back: inputs of 16 bits, while the weights are read once.
     """
     wide = x.float()
     scale = max(float(wide.abs().amax()), 1e-12) / 127

@@ -78,7 +78,7 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
                     temperature: float = 1.0) -> Tensor:
     """KL(p || alpha p + (1 - alpha) q).  DistiLLM, whose code leaves out -H(p).
 
-    [..., V], [..., V] -> [...] nats. Needs 0 < alpha < 1; bounded by -log(alpha).
+    [..., V], [..., V] -> [...] nats, at most -log(alpha).  Raises ValueError unless 0 < alpha < 1.
     """
     logq, logp = log_probs(student_logits, teacher_logits, temperature)
     return kl(logp, log_mix(logp, logq, alpha))
@@ -88,7 +88,7 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
                     temperature: float = 1.0) -> Tensor:
     """KL(q || (1 - alpha) p + alpha q).  DistiLLM.
 
-    [..., V], [..., V] -> [...] nats. Needs 0 < alpha < 1; bounded by -log(alpha).
+    [..., V], [..., V] -> [...] nats, at most -log(alpha).  Raises ValueError unless 0 < alpha < 1.
     """
     logq, logp = log_probs(student_logits, teacher_logits, temperature)
     return kl(logq, log_mix(logq, logp, alpha))

@@ -11,7 +11,7 @@ and clipped_surrogate, each once: see train_kd.py.
 References
     MiniLLM                             arXiv:2306.08543, eq. (1) to (7)
 
-Departures of its published code (LMOps/minillm, losses.py, sampler.py) that are not made here
+Where the authors' code (LMOps/minillm, losses.py, sampler.py) departs from their paper and this file does not: theirs, ours
     R_t holds r_t, though the exact step covers it already      R_{t+1}, as in the paper; `current=True` has theirs
     γ = 0.95, and the discounted sum divided by the plain length    no γ, as in the paper
     whitening counts padding                                    valid tokens alone

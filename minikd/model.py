@@ -70,6 +70,7 @@ class Qwen2Config:
             refuse("hidden_act", raw["hidden_act"], "Qwen2 uses 'silu'")
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in raw.items() if k in known and v is not None}
+        rope = raw.get("rope_parameters") or {}
         values["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or cls.rope_theta
         for f in fields(cls):
             value = values.get(f.name, f.default)

@@ -1,4 +1,4 @@
-"""Pictures of a run, where matplotlib is installed (pip install "minikd[plots]")."""
+"""Pictures of a run, where matplotlib is installed (pip install -e ".[plots]")."""
 import math
 from pathlib import Path
 

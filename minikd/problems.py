@@ -16,7 +16,7 @@ from minikd.data import Encoded, Example, data_files
 from minikd.files import InputError
 from minikd.records import kind_of, read_records
 
-NOISE, UNTAGGED = 0.25, 0.3             # of the toy answers to learn from: wrong in a step; without their thoughts
+NOISE, UNTAGGED = 0.25, 0.3             # of the toy answers with thoughts, wrong in a step; of all, without thoughts
 
 SYSTEM = ("You first think about the problem step by step and then give the answer. Write your thoughts between "
           "<think> and </think>, as Step 1, Step 2 and so on, and the answer after them.")

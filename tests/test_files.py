@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 
 from minikd import files
 from minikd.files import InputError, atomic_path, local_folder, read_json, script_errors
@@ -200,3 +201,11 @@ def test_a_device_or_a_folder_is_not_replaced_by_a_file(tmp_path):
         with pytest.raises(InputError, match=f"{name}: is not a regular file"), atomic_path(tmp_path / name) as new:
             new.write_text("")
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "folder").is_dir()
+
+
+def test_too_little_memory_is_one_line_and_other_errors_are_not(capsys):
+    with pytest.raises(SystemExit) as stop, script_errors():
+        torch.empty(10**15)
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory; lower --batch-size")
+    with pytest.raises(RuntimeError, match="a bug"), script_errors():
+        raise RuntimeError("a bug")
