@@ -148,9 +148,9 @@ struct Int4 {
         int lane = threadIdx.x % 32;
         bool there = block < blocks;
         if (!there) block = 0;
-        const Words* half = words + ((long long)(n / 16) * blocks + block) * 64 + n / 8 % 2 * 32;
-        copy<16>(there, slot + p * 512 + lane * 16, half + lane);
-        int at = (inverse ? __umulhi(block, inverse) : block) * stride + n;
+        u32 tile = (u32)n >> 4, half = (tile * blocks + block) * 64 + ((u32)n & 8) * 4 + lane;     // 16 bytes each: 32 bits do
+        copy<16>(there, slot + p * 512 + lane * 16, words + half);
+        u32 at = (inverse ? __umulhi(block, inverse) : block) * stride + n;
         if (lane == p) copy<16>(there, slot + 1024 + p * 16, scales + at);                      // 8 rows'
         if (lane == 2 + p && zeros) copy<8>(there, slot + 1056 + p * 8, zeros + at);
     }
@@ -204,8 +204,9 @@ template <class Weights, int PAIR> struct Product {
         : shared(shared), weights(matrix, N, K, group), gap(gap), pairs(pairs) {
         warp = threadIdx.x / 32, tasks = N / (PAIR * RUN), units = round_up(K, INPUTS) / INPUTS;
         // Several warps a team only while no team has two tasks: so a task's parts are not written over while they are read.
-        while (split < WARPS && 2 * split <= units && 2 * split * tasks <= WARPS * (int)gridDim.x) split *= 2;
-        team = warp / split, rank = warp % split, teams = WARPS / split * gridDim.x;
+        int bits = 0;
+        while (split < WARPS && 2 * split <= units && 2 * split * tasks <= WARPS * (int)gridDim.x) split *= 2, bits++;
+        team = warp >> bits, rank = warp & split - 1, teams = (WARPS >> bits) * gridDim.x;
         first = ahead = {team * (int)gridDim.x + (int)blockIdx.x, rank};
         for (int d = 0; d < DEPTH - 1; d++) fetch(d);
     }
@@ -338,26 +339,33 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
     __syncthreads();
 }
 
-// The parts of each head's keys, as one: attention's output [H E], into shared memory.
+// The parts of each head's keys, as one: attention's output [H E], into shared memory. A warp a head.
 __device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits) {
-    for (int i = threadIdx.x; i < round_up(s.H * s.E, 512); i += THREADS) {
-        float most[SPLITS], mass[SPLITS], some[SPLITS], top = -1e30f, all = 0, v = 0;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = s.E + 2;
+    for (int head = warp; head < s.H; head += WARPS) {
+        const float* parts = s.parts + head * SPLITS * width;
+        float most = -1e30f, mass = 0;                  // of part `lane`
+        if (lane < splits) most = load_fresh(parts + lane * width + s.E), mass = load_fresh(parts + lane * width + s.E + 1);
+        for (int e = lane; e < s.E; e += 32) {
+            float some[SPLITS], v = 0;
 #pragma unroll
-        for (int p = 0; p < SPLITS; p++)                // all on their way before the first is used
-            if (p < splits && i < s.H * s.E) {
-                const float* part = s.parts + (i / s.E * SPLITS + p) * (s.E + 2);
-                most[p] = load_fresh(part + s.E), mass[p] = load_fresh(part + s.E + 1);
-                some[p] = load_fresh(part + i % s.E);
-            } else most[p] = -1e30f, mass[p] = some[p] = 0;
+            for (int p = 0; p < SPLITS; p++)            // all on their way before the first is used
+                some[p] = p < splits ? load_fresh(parts + p * width + e) : 0;
+            if (e == lane) {                            // each part's share, once
+                float top = most;
+                for (int mask = SPLITS / 2; mask; mask /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
+                float share = __expf(most - top), all = share * mass;
+                for (int mask = SPLITS / 2; mask; mask /= 2) all += __shfl_xor_sync(~0u, all, mask);
+                __syncwarp();                           // the head before has been summed
+                if (lane < SPLITS) shared.part[warp][lane] = share / all;
+                __syncwarp();
+            }
 #pragma unroll
-        for (int p = 0; p < SPLITS; p++) top = fmaxf(top, most[p]);
-#pragma unroll
-        for (int p = 0; p < SPLITS; p++) {
-            float share = __expf(most[p] - top);
-            all += share * mass[p], v += share * some[p];
+            for (int p = 0; p < SPLITS; p++) v += shared.part[warp][p] * some[p];
+            shared.in[head * s.E + e] = to_bf16(v);
         }
-        shared.in[i] = i < s.H * s.E ? to_bf16(v / all) : 0;
     }
+    for (int i = s.H * s.E + threadIdx.x; i < round_up(s.H * s.E, 512); i += THREADS) shared.in[i] = 0;
     __syncthreads();
 }
 
