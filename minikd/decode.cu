@@ -173,9 +173,7 @@ struct Int4 {
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
                 u32 a[4];
-#pragma unroll
-                for (int q = 0; q < 4; q++)             // rows g and g + 8 of the first pair, then of the second
-                    a[q] = minus_pair(merge(w[q % 2].w[j] >> 4 * (i + q / 2), mask, top), zero[q % 2]);
+                operand(a, w, j, i, zero, mask, top);
                 mma(c, a, x.w + i);
             }
         }

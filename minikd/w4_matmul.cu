@@ -234,6 +234,12 @@ KERNEL(w4_matvec_4, matvec, 8, 4)
 // Tiles and their scales come by asynchronous copies, DEPTH - 1 ahead. Loads into registers would not do: the hardware
 // counts them together, and a warp that waits for the first waits for the last as well.
 
+// Pairs i and i + 1 of word j, of rows g (w[0], zero[0]) and g + 8 (w[1], zero[1]): a product's left operand.
+__device__ __forceinline__ void operand(u32* a, const Words* w, int j, int i, const u32* zero, u32 mask, u32 top) {
+#pragma unroll
+    for (int q = 0; q < 4; q++) a[q] = minus_pair(merge(w[q % 2].w[j] >> 4 * (i + q / 2), mask, top), zero[q % 2]);
+}
+
 template <int COLUMNS, int WARPS, int EACH>
 __device__ __forceinline__ void tensor(Words* memory, ARGUMENTS) {
     const int GRIDS = 4 / EACH, SLOT = 1024 + 48 * GRIDS, DEPTH = SLOTS / WARPS;
@@ -291,9 +297,7 @@ __device__ __forceinline__ void tensor(Words* memory, ARGUMENTS) {
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
                 u32 a[4];
-#pragma unroll
-                for (int q = 0; q < 4; q++)             // rows g and g + 8 of the first pair, then of the second
-                    a[q] = minus_pair(merge(w[q % 2].w[j] >> 4 * (i + q / 2), mask, top), zero[q % 2]);
+                operand(a, w, j, i, zero, mask, top);
 #pragma unroll
                 for (int c = 0; c < COLUMNS; c++) mma(part[c], a, in[c].w + i);
             }
