@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minikd.data import Encoded, collate
 from minikd.generate import generate_with_log_probs
-from minikd.losses import head_loss, scored_positions
+from minikd.losses import clipped_surrogate, head_loss, scored_positions
 from minikd.model import Qwen2
 
 NORMS = ("sequence", "token", "constant")
@@ -56,13 +56,9 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
     logp       log-probabilities of the sampled tokens under the policy now, differentiated
     old_logp   the same when they were sampled
     ref_logp   the same under the frozen reference; all three at the temperature of sampling
-    clip_high  ε above 1, where it differs from the one below (DAPO's clip-higher: 0.28)
     Padding gives numbers too: the caller masks and averages (token_weights).
     """
-    ratio = (logp - old_logp).exp()                                             # ρ
-    A = advantages[:, None]
-    bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
-    loss = -torch.minimum(ratio * A, bounded * A)
+    loss = clipped_surrogate(logp, old_logp, advantages[:, None], clip, clip_high)
     return loss + beta * k3(logp, ref_logp) if beta else loss
 
 

@@ -140,6 +140,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     taken, and the gradient multiplied on into hidden and head at once, while the logits are in the cache:
     that is why `weight` has to be known here, and it saves the second head product that recomputing in the
     backward pass would cost. Under autocast the head multiplies in autocast's dtype.
+
+    Raises ValueError for a kd_ratio without divergence or teacher.
     """
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
@@ -214,14 +216,18 @@ def _token_losses(logits, targets, soft, divergence, kd_ratio, weight, policy, n
     return ce.detach(), kd.detach(), total.detach(), grad
 
 
-def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: float = 0.2) -> Tensor:
+def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: float = 0.2,
+                      clip_high: float | None = None) -> Tensor:
     """-min(ρ A, clip(ρ, 1 - clip, 1 + clip) A), ρ = q / q_old of the sampled token.  PPO (arXiv:1707.06347) eq. (7).
 
     [N] each -> [N], to be minimised. Its gradient is -A ∇ log q where q is still q_old, and 0 where an update has
     moved ρ past the clip already in the direction that A wants.
+
+    clip_high  the bound above 1, where it differs from the one below (DAPO's clip-higher: 0.28)
     """
-    ratio = (logq - old_logq).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    ratio = (logq - old_logq).exp()                                             # ρ
+    bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    return -torch.minimum(ratio * advantage, bounded * advantage)
 
 
 @torch.inference_mode()
