@@ -101,6 +101,7 @@ def model_scores(args) -> list[list[dict]]:
         if args.batch_size >= INT8_ROWS:
             print(f"--int8-head: is for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size} only the "
                   "last ones of a batch are read by it")
+    args.out.parent.mkdir(parents=True, exist_ok=True)          # after hours of answers it would be late to fail
     seeds, rounds = (args.seeds or SEEDS) if args.temperature > 0 else [None], []
     with Progress("answers", len(seeds) * len(rows)) as progress:
         for seed in seeds:

@@ -59,15 +59,15 @@ def parse_args():
         help="words of ROUGE-L: plain, stemmer, unicode (stemmer; toy unicode)")
     add("--seed", type=int, default=0, help="of the calibration rows (0)")
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="of calibration and of what is not packed: auto, float32, bfloat16 (auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"),
+        help="of calibration and of what is not packed: auto, float32, bfloat16 (auto; toy float32)")
     args = parser.parse_args()
     toy = args.model is None
     if toy and not Path(TOY["model"]).exists():
         raise InputError(f"{TOY['model']}: no toy student yet; run train_kd.py first, or give --model, --calibration "
                          "and --out")
     for name, value in (TOY if toy else REAL).items():
-        if getattr(args, name) is None or name == "dtype" and args.dtype == "auto":
+        if getattr(args, name) is None:
             setattr(args, name, value)
     if args.out is None:
         raise InputError("--model without --out; add --out FOLDER")

@@ -88,8 +88,8 @@ def parse_args():
     add("--resume", action="store_true", help="go on where a stopped run of the same flags was")
     add("--seed", type=int, default=0, help="of sampling, order and the toy (0)")
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="of products and sampling: auto, float32, bfloat16 (auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"),
+        help="of products and sampling: auto, float32, bfloat16 (auto; toy float32)")
     args = parser.parse_args()
     if args.data and not args.model:
         raise InputError("--data without --model; add --model FOLDER")
@@ -98,7 +98,7 @@ def parse_args():
     if args.toy and not args.rewards:
         args.reward_weights = args.reward_weights or TOY_WEIGHTS
     for name, value in defaults.items():
-        if getattr(args, name) is None or name == "dtype" and args.dtype == "auto":
+        if getattr(args, name) is None:
             setattr(args, name, value)
     check_positive(args, "limit", "max_prompt_length", "prompts", "group_size", "max_new_tokens", "temperature", "clip",
                    "clip_high", "inner_epochs", "steps", "batch_size", "lr", "max_grad_norm", "patience", "eval_every",
@@ -313,8 +313,9 @@ def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
             batch = next_rows(rows, step, batch_size, seed)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, 4e-3, warmup=50)
-            ids, mask = vars(collate(batch, tokenizer.pad_id)).values()
-            loss, _, _ = head_loss(*head_inputs(student, ids, mask), weight=1 / int(mask.sum()))
+            ids, mask = collate(batch, tokenizer.pad_id).to("cpu")              # [B, T]
+            states, targets = scored_positions(student.hidden(ids), ids, mask)  # [N, D], [N]
+            loss, _, _ = head_loss(states, student.head, targets, weight=1 / len(targets))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
@@ -325,11 +326,6 @@ def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
     return folder
 
 
-def head_inputs(model: Qwen2, ids, mask):
-    states, targets = scored_positions(model.hidden(ids), ids, mask)
-    return states, model.head, targets
-
-
 def main():
     args = parse_args()
     out, started = Path(args.out), time.time()
@@ -338,6 +334,8 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     lines = read_log(out)
+    if args.resume and not out.exists():
+        print(f"{out}: nothing to resume there; the run begins")
     if lines and not args.resume and not args.toy:
         raise InputError(f"{out}: holds a run already, {lines[-1]['step']} steps; "
                          "go on with --resume, or choose another --out")

@@ -100,15 +100,15 @@ def parse_args():
     add("--resume", action="store_true", help="go on where a stopped run of the same flags was")
     add("--seed", type=int, default=0, help="of the split, the order and the toy world (0)")
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="of products and teacher: auto, float32, bfloat16 (auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"),
+        help="of products and teacher: auto, float32, bfloat16 (auto; toy float32)")
     args = parser.parse_args()
     check_flags(args)
     args.toy = args.student is None
     if args.toy and (args.loss == "minillm" or args.on_policy):
         args.lr = args.lr or [1e-3]                             # it goes on from SFT
     for name, value in (TOY if args.toy else REAL).items():
-        if getattr(args, name) is None or name == "dtype" and args.dtype == "auto":
+        if getattr(args, name) is None:
             setattr(args, name, None if name in ("epochs", "steps") and (args.epochs or args.steps) else value)
     return args
 
@@ -338,6 +338,8 @@ def main():
     out, started = Path(args.out), time.time()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if args.resume and not out.exists():
+        print(f"{out}: nothing to resume there; the run begins")
     if args.toy:
         torch.set_num_threads(1)                                # its matrices are too small to share
         toy_world(out, args.seed, args.resume)

@@ -62,8 +62,8 @@ def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher
     """
     own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids, seed=seed,
                   vocab=min(len(model.head), len(teacher.head)))        # what the teacher has a row for
-    tokens = sum(len(row.response) for row in own)
-    return compare(model, own, tokenizer.pad_id, batch_size, teacher)["reverse_kl"] * tokens / len(own)
+    length = sum(len(row.response) for row in own) / len(own)
+    return compare(model, own, tokenizer.pad_id, batch_size, teacher)["reverse_kl"] * length
 
 
 def distinct(texts: list[str], n: int = 4) -> float:
@@ -83,9 +83,9 @@ def answer(model: Qwen2, tokenizer: Tokenizer, prompts: list[list[int]], max_new
     order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        tokens = generate(model, [prompts[i] for i in rows], max_new_tokens, temperature, top_p, top_k,
-                          tokenizer.eos_ids, None if seed is None else seed * 1_000_003 + start)
-        for i, ids in zip(rows, tokens):
+        found = generate(model, [prompts[i] for i in rows], max_new_tokens, temperature, top_p, top_k,
+                         tokenizer.eos_ids, None if seed is None else seed * 1_000_003 + start)
+        for i, ids in zip(rows, found):
             texts[i] = tokenizer.decode(ids).strip()
         if progress:
             progress(len(rows))

@@ -8,13 +8,13 @@
 The toy students learn first from answers of mixed quality, some wrong and some without their thoughts: GRPO then
 prefers the good ones. It sharpens what is there, and teaches no new skill.
 """
-import hashlib
 import random
 from dataclasses import dataclass
 
 from minikd.data import Encoded, Example, data_files
 from minikd.files import InputError
 from minikd.records import kind_of, read_records
+from minikd.toy import held_out
 
 NOISE, UNTAGGED = 0.25, 0.3             # of the toy answers with thoughts, wrong in a step; of all, without thoughts
 
@@ -31,11 +31,6 @@ class Problem:
 
 
 # ---- toy tasks
-
-def held_out(text: str) -> bool:
-    """A fifth of all questions, decided by the text alone, is asked in the end and never before."""
-    return hashlib.sha256(text.encode()).digest()[0] < 51
-
 
 def tagged(steps: list[str], answer: str) -> str:
     thoughts = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, 1))

@@ -104,9 +104,9 @@ def question(entry: dict) -> str:
     return entry.get("instruction") or entry["docstring"]
 
 
-def held_out(entry: dict) -> bool:
-    """A fifth of all prompts, decided by the text alone, belongs to the test set and never to training."""
-    return hashlib.sha256(question(entry).encode()).digest()[0] < 51
+def held_out(text: str) -> bool:
+    """A fifth of all questions, decided by the text alone, belongs to the test set and never to training."""
+    return hashlib.sha256(text.encode()).digest()[0] < 51
 
 
 def records(count: int, seed: int, human: bool = False, test: bool = False) -> list[dict]:
@@ -114,7 +114,7 @@ def records(count: int, seed: int, human: bool = False, test: bool = False) -> l
     rng, world, found, seen = random.Random(seed), people(), [], set()
     while len(found) < count:
         entry = record(draw_domain(rng), rng, world, human)
-        if held_out(entry) == test and not (test and question(entry) in seen):
+        if held_out(question(entry)) == test and not (test and question(entry) in seen):
             seen.add(question(entry))
             found.append(entry)
     return found

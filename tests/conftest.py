@@ -39,8 +39,10 @@ def tiny(seed: int, tokenizer, folder, **shape) -> Path:
 
 @pytest.fixture
 def shell(monkeypatch, capsys):
-    """shell(script's module, *flags) -> (exit status, stdout, stderr), as a shell would see them."""
+    """shell(script's module, *flags) -> (exit status, stdout, stderr), as a shell would see them; without matplotlib, whose
+    picture takes longer than the rest of a small run (test_plots.py draws them)."""
     def call(script, *flags):
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
         status = 0
         try:

@@ -7,9 +7,10 @@ import pytest
 
 from minikd.data import encode_examples, to_example
 from minikd.files import InputError
-from minikd.problems import (NOISE, TASKS, UNTAGGED, encode_problems, held_out, load_problems, to_problem, toy_problems,
+from minikd.problems import (NOISE, TASKS, UNTAGGED, encode_problems, load_problems, to_problem, toy_problems,
                              toy_records)
 from minikd.rewards import answer_part, extract_code, format_reward, steps_reward
+from minikd.toy import held_out
 
 
 def test_a_sums_answer_is_the_sum_and_its_steps_are_true():

@@ -1,5 +1,4 @@
 """train_kd.py as it is used: a tiny student, a tiny teacher, two dozen records, and every way to call it."""
-import importlib.util
 import json
 import os
 import shutil
@@ -247,13 +246,16 @@ def test_without_a_loss_sft_and_kd_read_the_same_batches_in_the_same_order(run, 
     assert "\nretention " in out and "asked" in out
 
 
-def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, tmp_path):
+def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(kd, "plot_curves", lambda *picture: drawn.append(picture))
     status, out, err = run("--loss", "sft", "--steps", 2, "--lr", "0.001", "0.01")
     assert status == 0, err
     for lr in 0.001, 0.01:
         assert steps_of(tmp_path / "run" / f"lr-{lr}")[0]["lr"] == lr
-    if importlib.util.find_spec("matplotlib"):
-        assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    [(runs, path, teacher)] = drawn
+    assert runs == {f"sft lr {lr}": tmp_path / "run" / f"lr-{lr}" for lr in (0.001, 0.01)}
+    assert path == tmp_path / "run/curves.png" and 0 <= teacher <= 100
 
 
 # ---- whose answers are learned from
@@ -453,10 +455,12 @@ def test_after_kill_minus_nine_resume_ends_in_the_same_bits(run, tmp_path, world
 
 
 def test_resume_skips_what_is_done_and_runs_what_is_not(run, tmp_path, monkeypatch):
-    assert run("--steps", 2)[0] == 0
+    status, out, _ = run("--steps", 2, "--resume")                              # a job that is always put back with it
+    assert status == 0 and "run: nothing to resume there; the run begins" in out
     before = (tmp_path / "run/sft/last/model.safetensors").stat().st_mtime_ns
     (tmp_path / "run/kd" / LOG).unlink()                                        # stopped between the two
-    assert run("--steps", 2, "--resume")[0] == 0
+    status, out, _ = run("--steps", 2, "--resume")
+    assert status == 0 and "nothing to resume" not in out
     assert (tmp_path / "run/sft/last/model.safetensors").stat().st_mtime_ns == before
     assert read_log(tmp_path / "run/kd")[-1]["done"]
 
