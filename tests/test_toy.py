@@ -1,6 +1,7 @@
 """The toy world: the same everywhere, shaped like the real datasets, and honest about what is held out."""
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -45,10 +46,11 @@ def right_answers(entry: dict) -> tuple[set[str], set[str]]:
 
 def test_the_world_and_its_records_are_the_same_in_every_process():
     """Python's own hash of a text is not: a record that hung on it would differ from process to process."""
-    run = [subprocess.run([sys.executable, "-c", FACTS], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path),
-                          "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True).stdout for seed in "12"]
-    assert run[0] == run[1] and len(json.loads(run[0])[0]) == 12
-    assert json.loads(run[0])[0] == [vars(person) for person in toy.people()]
+    salt = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    said = subprocess.run([sys.executable, "-c", FACTS], env={"PYTHONHASHSEED": salt, "PYTHONPATH": ":".join(sys.path),
+                          "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True).stdout
+    world = [vars(person) for person in toy.people()]
+    assert json.loads(said) == [world, toy.records(50, seed=5, human=True), toy.plain_text(5, 6)] and len(world) == 12
 
 
 def test_a_test_prompt_is_never_a_training_prompt():
