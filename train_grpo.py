@@ -212,8 +212,7 @@ def pay(texts: list[str], facts: list[dict], rewards: dict, weights: dict) -> tu
 
 def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) -> list[list[int]]:
     """Micro-batches of the answers that count: the longest first, so that memory runs out at once or never."""
-    order = sorted((i for i, keep in enumerate(counted) if keep),
-                   key=lambda i: -len(answers[i].prompt) - len(answers[i].response))
+    order = sorted((i for i, keep in enumerate(counted) if keep), key=lambda i: -len(answers[i]))
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
 

@@ -359,6 +359,9 @@ class Encoded:
     cut: bool                           # the response was cut at max_length, and no end was invented
     index: int                          # of its Example
 
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
 
 def encode_examples(examples: list[Example], tokenizer, template: str = "chatml", max_length: int = 512,
                     max_prompt_length: int = 256) -> tuple[list[Encoded], dict[str, int]]:
@@ -427,13 +430,12 @@ def send(tensor: Tensor, device) -> Tensor:
 
 def collate(encoded: list[Encoded], pad_id: int) -> Batch:
     """Rows of prompt + response as one Batch, as wide as the longest. The mask never asks `id != pad`."""
-    T = max(len(row.prompt) + len(row.response) for row in encoded)
+    T = max(map(len, encoded))
     ids = torch.full((len(encoded), T), pad_id)                                 # [B, T]
     mask = torch.zeros(len(encoded), T, dtype=torch.bool)                       # [B, T]
     for i, row in enumerate(encoded):
-        P, end = len(row.prompt), len(row.prompt) + len(row.response)
-        ids[i, :end] = torch.tensor(row.prompt + row.response)
-        mask[i, P:end] = True
+        ids[i, :len(row)] = torch.tensor(row.prompt + row.response)
+        mask[i, len(row.prompt):len(row)] = True
     return Batch(ids, mask)
 
 
@@ -448,8 +450,13 @@ def batch_order(encoded: list[Encoded], batch_size: int, seed: int, epoch: int) 
     """
     rows = list(range(len(encoded)))
     random.Random(f"{seed}:{epoch}").shuffle(rows)              # a str seeds through sha512, the same in every process
-    return [sorted(rows[at:at + batch_size], key=lambda i: len(encoded[i].prompt) + len(encoded[i].response))
-            for at in range(0, len(rows), batch_size)]
+    return [sorted(rows[at:at + batch_size], key=lambda i: len(encoded[i])) for at in range(0, len(rows), batch_size)]
+
+
+def by_length(rows: list[Encoded], batch_size: int) -> list[list[int]]:
+    """Positions of all rows, in batches of similar length, the shortest first: to read them once, with little padding."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
 
 def optimizer_steps(rows: list[Encoded], start: int, steps: int, batch_size: int, grad_accum: int,

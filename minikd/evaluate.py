@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from minikd.data import Encoded, Example, collate, recognise, to_example
+from minikd.data import Encoded, Example, by_length, collate, recognise, to_example
 from minikd.files import InputError, atomic_path
 from minikd.generate import generate, respond
 from minikd.losses import compare_heads, head_loss, reverse_kl, scored_positions
@@ -36,10 +36,9 @@ def compare(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, tea
 
     teacher  teacher.Teacher or CachedTeacher; None for cross-entropy alone
     """
-    rows = sorted(rows, key=lambda row: len(row.prompt) + len(row.response))
     device, sums, count = model.head.device, {}, 0
-    for start in range(0, len(rows), batch_size):
-        part = rows[start:start + batch_size]
+    for at in by_length(rows, batch_size):
+        part = [rows[i] for i in at]
         ids, mask = collate(part, pad_id).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             hidden, targets = scored_positions(model.hidden(ids), ids, mask)

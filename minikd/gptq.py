@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from minikd.data import Encoded, collate
+from minikd.data import Encoded, by_length, collate
 from minikd.files import InputError
 from minikd.generate import Replay
 from minikd.model import Block, Qwen2, rope_tables
@@ -237,18 +237,9 @@ def given(module: nn.Module, run, x: Tensor) -> Tensor:
 
 
 def calibration_batches(rows: list[Encoded], pad_id: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-    """ids [B, T] and which of them are tokens [B, T] bool, prompt and response alike.
-
-    Rows of like lengths stand together, to pad little.
-    """
-    rows = sorted(rows, key=lambda row: len(row.prompt) + len(row.response))
-    batches = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start:start + batch_size]
-        ids = collate(part, pad_id).ids                                         # [B, T]
-        lengths = torch.tensor([len(row.prompt) + len(row.response) for row in part])
-        batches.append((ids, torch.arange(ids.shape[1]) < lengths[:, None]))
-    return batches
+    """ids [B, T] and which of them are tokens [B, T] bool, prompt and response alike; rows of like lengths together."""
+    rows = [Encoded([], row.prompt + row.response, row.cut, row.index) for row in rows]     # a mask over every token
+    return [collate([rows[i] for i in at], pad_id).to("cpu") for at in by_length(rows, batch_size)]
 
 
 def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device) -> Iterator[tuple[str, Tensor]]:

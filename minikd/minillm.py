@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from minikd.data import Encoded, collate, next_rows, optimizer_steps, steps_per_epoch
+from minikd.data import Encoded, by_length, collate, next_rows, optimizer_steps, steps_per_epoch
 from minikd.generate import respond
 from minikd.losses import head_loss, log_mix, scored_positions
 from minikd.model import Qwen2, cast_copy
@@ -84,10 +84,8 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
     """
     own = respond(cast_copy(student, dtype), rows, batch_size, max_new_tokens, eos_ids, seed=seed, teacher=teacher,
                   mix=mix, vocab=min(len(student.head), len(teacher.head)))     # what both have a row for
-    order = sorted(range(len(own)), key=lambda i: len(own[i].prompt) + len(own[i].response))
     frozen, device = {}, student.head.device
-    for start in range(0, len(order), batch_size):
-        at = order[start:start + batch_size]
+    for at in by_length(own, batch_size):
         ids, mask = collate([own[i] for i in at], pad_id).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             states, targets = scored_positions(student.hidden(ids), ids, mask)              # [N, D], [N]
@@ -101,8 +99,8 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
         lengths = valid.sum(1).tolist()
         parts = (x[valid].split(lengths) for x in (logq, to_go, weight))
         frozen |= dict(zip(at, zip(*parts, soft.split(lengths))))
-    white = whiten(torch.cat([frozen[i][1] for i in order]))
-    white = dict(zip(order, white.split([len(own[i].response) for i in order])))
+    white = whiten(torch.cat([to_go for _, to_go, *_ in frozen.values()]))
+    white = dict(zip(frozen, white.split([len(own[i].response) for i in frozen])))
     return [Rollout(**vars(row), old_logq=frozen[i][0], advantage=white[i] * frozen[i][2],
                     teacher=frozen[i][3]) for i, row in enumerate(own)]
 

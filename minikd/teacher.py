@@ -102,7 +102,7 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
 def plan_shards(unique: dict[str, Encoded]) -> dict[str, list]:
     """shard's file -> [digest, scored tokens] of its rows: similar lengths together, SHARD_TOKENS and a row at most."""
     shards, tokens = {}, SHARD_TOKENS
-    for digest, row in sorted(unique.items(), key=lambda item: (len(item[1].prompt) + len(item[1].response), item[0])):
+    for digest, row in sorted(unique.items(), key=lambda item: (len(item[1]), item[0])):
         if tokens >= SHARD_TOKENS:
             plan, tokens = shards.setdefault(f"states-{len(shards):05d}.safetensors", []), 0
         plan.append([digest, len(row.response)])
