@@ -105,8 +105,8 @@ def model_scores(args) -> list[list[dict]]:
     seeds, rounds = (args.seeds or SEEDS) if args.temperature > 0 else [None], []
     with Progress("answers", len(seeds) * len(rows)) as progress:
         for seed in seeds:
-            texts = answer(model, tokenizer, [row.prompt for row in rows], args.max_new_tokens, args.batch_size,
-                           args.temperature, args.top_p, args.top_k, seed, lambda count: progress.update(by=count))
+            texts = answer(model, tokenizer, rows, args.max_new_tokens, args.batch_size, args.temperature, seed=seed or 0,
+                           top_p=args.top_p, top_k=args.top_k, progress=lambda count: progress.update(by=count))
             scores = score_answers(texts, [examples[row.index] for row in rows], args.rouge)
             rounds.append([score if seed is None else {"seed": seed, **score} for score in scores])
     return rounds

@@ -7,7 +7,7 @@ import torch
 
 from minikd.data import Encoded, Example, by_length, collate, recognise, to_example
 from minikd.files import InputError, atomic_path
-from minikd.generate import generate, respond
+from minikd.generate import respond
 from minikd.losses import compare_heads, head_loss, reverse_kl, scored_positions
 from minikd.model import Qwen2, Qwen2Config
 from minikd.records import kind_of, read_records
@@ -72,23 +72,11 @@ def distinct(texts: list[str], n: int = 4) -> float:
     return len(grams) / max(1, grams.total())
 
 
-def answer(model: Qwen2, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, batch_size: int,
-           temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None,
-           progress=None) -> list[str]:
-    """The model's text for each prompt, in their order; batches hold prompts of similar length.
-
-    progress  is called after each batch with the number of answers it made
-    """
-    order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
-        found = generate(model, [prompts[i] for i in rows], max_new_tokens, temperature, top_p, top_k,
-                         tokenizer.eos_ids, None if seed is None else seed * 1_000_003 + start)
-        for i, ids in zip(rows, found):
-            texts[i] = tokenizer.decode(ids).strip()
-        if progress:
-            progress(len(rows))
-    return texts
+def answer(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], max_new_tokens: int, batch_size: int,
+           temperature: float = 0.0, **options) -> list[str]:
+    """The model's text for each row's prompt, in their order.  options: those of generate.respond"""
+    own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids, temperature, **options)
+    return [tokenizer.decode(row.response).strip() for row in own]
 
 
 def score_answers(answers: list[str], examples: list[Example], rouge: str = "stemmer") -> list[dict]:
@@ -110,7 +98,7 @@ def score_answers(answers: list[str], examples: list[Example], rouge: str = "ste
 def answer_and_score(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], examples: list[Example],
                      max_new_tokens: int, batch_size: int, rouge: str = "stemmer") -> list[dict]:
     """score_answers of the model's own greedy answers to rows; row.index points into examples."""
-    answers = answer(model, tokenizer, [row.prompt for row in rows], max_new_tokens, batch_size)
+    answers = answer(model, tokenizer, rows, max_new_tokens, batch_size)
     return score_answers(answers, [examples[row.index] for row in rows], rouge)
 
 

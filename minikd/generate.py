@@ -182,10 +182,11 @@ def mixture(logits: Tensor, teacher_logits: Tensor, mix: float) -> Tensor:
 
 
 def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,
-            seed: int = 0, **options) -> list[Encoded]:
+            seed: int = 0, progress=None, **options) -> list[Encoded]:
     """The rows with responses of the model's own, in their order; batches hold prompts of similar length.
 
-    options  those of generate. A response that reached max_new_tokens is `cut`, and no end is invented for it.
+    progress  called after each batch with its number of rows
+    options   those of generate. A response that reached max_new_tokens is `cut`, and no end is invented for it.
     """
     order, own = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt)), list(rows)
     for start in range(0, len(order), batch_size):
@@ -194,6 +195,8 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
                              seed=seed * 1_000_003 + start, **options)
         for i, response in zip(at, responses):
             own[i] = Encoded(rows[i].prompt, response, response[-1] not in eos_ids, rows[i].index)
+        if progress:
+            progress(len(at))
     return own
 
 
