@@ -231,12 +231,15 @@ def without_docstring(code: str) -> str:
 @dataclass
 class Report:
     """What load_examples read. str() is the line to print and log."""
-    read: int = 0
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)           # reason -> records
     first_bad: str = ""                                         # the first malformed one's message
     files: dict[str, str] = field(default_factory=dict)         # path -> first 16 hex digits of its sha256, because
                                                                 # the hub revises files under one name
+    @property
+    def read(self) -> int:
+        return self.kept + self.dropped.total()
+
     def __str__(self):
         lost = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
         files = ", ".join(f"{Path(path).name} sha256 {digest}" for path, digest in self.files.items())
@@ -271,22 +274,17 @@ def _examples(file: Path, format: str | None, skip_bad: bool | None, report: Rep
     def refuse(error: InputError):
         if not (name == "pytorrent" if skip_bad is None else skip_bad):
             raise error
-        report.read += 1
         report.dropped["malformed"] += 1
         report.first_bad = report.first_bad or str(error)
 
     for where, record in read_records(file, refuse):
         name = format or recognise(record) or name              # one that lost a field: as the record before it
         try:
-            example = to_example(record, where, name)
+            yield to_example(record, where, name)
         except Dropped as error:
-            report.read += 1
             report.dropped[error.reason] += 1
         except InputError as error:
             refuse(error)
-        else:
-            report.read += 1
-            yield example
 
 
 def load_texts(paths) -> tuple[list[str], dict[str, str]]:
