@@ -28,9 +28,9 @@ from minikd.plots import plot_rewards
 from minikd.records import data_files
 from minikd.rewards import combine, load_rewards, summary
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, check_positive, check_schedule, check_settings, compile_blocks,
-                             flag_group, learning_rate, load_state, load_student, make_optimizer, make_parser,
-                             pick_device, pick_dtype, read_log, save_state, write_config)
+from minikd.training import (STATE, Log, Progress, begin_run, check_positive, check_schedule, compile_blocks, flag_group,
+                             learning_rate, load_state, load_student, make_optimizer, make_parser, pick_device,
+                             pick_dtype, read_log, save_state)
 
 REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8, lr=1e-6, rewards="format,steps,code",
             reward_weights=None, eval_examples=64, eval_every=50, out="runs/grpo", dtype="auto")
@@ -130,13 +130,13 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
           judge, out, rewards: dict, weights: dict, prompts, group_size, max_new_tokens, temperature=1.0, clip=0.2,
           clip_high=None, beta=0.04, scale="std", norm="sequence", ratio="token", inner_epochs=1, mask_truncated=False,
           drop_flat=False, steps, batch_size, lr, warmup=0, schedule="constant", weight_decay=0.0, max_grad_norm=1.0,
-          gradient_checkpointing=False, compile=False, patience=50, eval_every, resume=False, seed=0,
+          gradient_checkpointing=False, compile=False, patience=50, eval_every, seed=0,
           dtype=torch.float32) -> Qwen2:
     """Trains `model` in place; returns it.  rows are prompts, row.index points into facts: what the rewards look at."""
     optimizer, done, copy, unpaid = make_optimizer(model.train(), lr, weight_decay), {"step": 0}, None, 0
     if compile:
         compile_blocks(model, *([reference] if reference else []))
-    if resume and (out / STATE).exists():
+    if (out / STATE).exists():
         done, _ = load_state(out, model, optimizer)
     log, said = Log(out, upto=done["step"]), Log(out, upto=done["step"], name="completions.jsonl")
     scoring = dict(pad_id=tokenizer.pad_id, temperature=temperature, vocab=len(tokenizer), dtype=dtype)
@@ -332,12 +332,8 @@ def main():
     weights = parse_weights(args.reward_weights, list(rewards))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    lines = read_log(out)
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
-    if lines and not args.resume and not args.toy:
-        raise InputError(f"{out}: holds a run already, {lines[-1]['step']} steps; "
-                         "go on with --resume, or choose another --out")
     if args.toy:
         torch.set_num_threads(1)                                # its matrices are too small to share
         args.model = args.model or str(toy_student(args.task, out, args.seed, args.resume))
@@ -355,8 +351,6 @@ def main():
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
     if "code" in rewards:
         print(f"sandbox: {sandbox.isolation()}")
-    model = load_student(args.model, device, tokenizer)
-    reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None
     names = ("prompts", "group_size", "max_new_tokens", "temperature", "clip", "clip_high", "beta", "scale", "norm",
              "ratio", "inner_epochs", "mask_truncated", "drop_flat", "steps", "batch_size", "lr", "warmup", "schedule",
              "weight_decay", "max_grad_norm", "gradient_checkpointing", "compile", "patience", "eval_every", "seed")
@@ -365,19 +359,15 @@ def main():
                            "reward_weights": weights, "dtype": str(dtype), "limit": args.limit,
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
                            "records": {str(file): sha256(file) for path in args.data or () for file in data_files(path)}}
-    if args.resume and lines:
-        check_settings(out, recorded)
-        if lines[-1].get("done"):
-            return print(f"{out}: done already")
-    if not args.resume:
-        (out / STATE).unlink(missing_ok=True)                   # an earlier run's, which would be taken for this one's
-    write_config(out, recorded)
+    if not begin_run(out, recorded, args.resume, replace=args.toy):
+        return
+    model = load_student(args.model, device, tokenizer)
+    reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None
     judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, rewards=rewards,
                               facts=[problem.facts for problem in tests], max_new_tokens=args.max_new_tokens,
                               seed=args.seed)
     train(model=model, reference=reference, tokenizer=tokenizer, rows=rows, judge=judge, out=out, rewards=rewards,
-          facts=[problem.facts for problem in asked], weights=weights, dtype=dtype, resume=args.resume and bool(lines),
-          **settings)
+          facts=[problem.facts for problem in asked], weights=weights, dtype=dtype, **settings)
     show_change(read_log(out))
     picture = plot_rewards(out, out / "curves.png")
     print(f"\n{f'curves in {picture}; ' if picture else ''}{out}/last is the model; {time.time() - started:.0f} s")

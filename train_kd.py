@@ -33,9 +33,9 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, check_positive, check_schedule, check_settings, compile_blocks,
-                             flag_group, learning_rate, load_state, load_student, make_optimizer, make_parser,
-                             pick_device, pick_dtype, read_log, save_state, write_config)
+from minikd.training import (STATE, Log, Progress, begin_run, check_positive, check_schedule, compile_blocks, flag_group,
+                             learning_rate, load_state, load_student, make_optimizer, make_parser, pick_device,
+                             pick_dtype, save_state)
 
 REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
             validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
@@ -149,8 +149,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
           loss, teacher: Teacher | CachedTeacher | None = None, kd_ratio=0.5, temperature=1.0, beta=0.5, alpha=0.1,
           lm_rows=(), lm_coef=1.0, on_policy=0.0, mix=0.2, rollouts=256, inner_epochs=4, ratio_clip=0.2, steps,
           batch_size, grad_accum=1, lr, warmup=0, schedule="cosine", weight_decay=0.01, clip=1.0,
-          gradient_checkpointing=False, compile=False, eval_every, eval_examples, max_new_tokens, rouge, resume=False,
-          seed=0, dtype=torch.float32, title) -> Qwen2:
+          gradient_checkpointing=False, compile=False, eval_every, eval_examples, max_new_tokens, rouge, seed=0,
+          dtype=torch.float32, title) -> Qwen2:
     """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens."""
     optimizer = make_optimizer(student.train(), lr, weight_decay)
     divergence = None if loss == "sft" else reverse_kl if loss == "minillm" else pick_divergence(
@@ -159,7 +159,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     if compile:
         compile_blocks(student, *([teacher.model] if isinstance(teacher, Teacher) else []))
     facts, held = {"step": 0, "best": -1.0}, {}
-    if resume and (out / STATE).exists():
+    if (out / STATE).exists():
         facts, held = load_state(out, student, optimizer)
     sampled, order = minillm.unpack_rollouts(held), (batch_size, grad_accum, seed)
     own = dict(batch_size=batch_size * grad_accum, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
@@ -258,18 +258,8 @@ def save_checkpoint(model: Qwen2, tokenizer: Tokenizer, folder: Path, dtype: tor
 def stage(folder: Path, make_student, *, resume: bool, replace: bool, recorded: dict, **settings):
     """One run in its own folder: done already, resumed, or begun; its models are in best/ and last/."""
     recorded |= {key: value for key, value in settings.items() if isinstance(value, (str, int, float, type(None)))}
-    lines = read_log(folder)
-    if lines and not resume and not replace:
-        raise InputError(f"{folder}: holds a run already, {lines[-1]['step']} steps; "
-                         "go on with --resume, or choose another --out")
-    if resume and lines:
-        check_settings(folder, recorded)
-        if lines[-1].get("done"):
-            return print(f"{folder}: done already")
-    if not resume:
-        (folder / STATE).unlink(missing_ok=True)                # an earlier run's, which would be taken for this one's
-    write_config(folder, recorded)
-    train(student=make_student(), out=folder, resume=resume and bool(lines), title=folder.name, **settings)
+    if begin_run(folder, recorded, resume, replace):
+        train(student=make_student(), out=folder, title=folder.name, **settings)
 
 
 def toy_world(out: Path, seed: int, resume: bool):

@@ -204,13 +204,32 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
 
 def check_settings(folder, settings: dict):
     """A resumed run must be the same run.  Raises InputError naming the first setting that differs."""
-    if not (Path(folder) / CONFIG).exists():
-        raise InputError(f"{folder}: nothing to resume there; leave out --resume")
     before = read_json(Path(folder) / CONFIG).get("settings", {})
     for key, value in json.loads(json.dumps(settings, default=str)).items():
         if before.get(key) != value:
             raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
                              f"{before.get(key)}; give the same flags, or another --out")
+
+
+def begin_run(folder, settings: dict, resume: bool, replace: bool = False) -> bool:
+    """Makes `folder` ready for a run of these settings; False where that run is done already.
+
+    A state that is there afterwards (STATE) is the run's own, to go on from.  replace: an earlier run is begun again.
+    Raises InputError for an earlier run that is neither resumed nor replaced, and for one of other settings.
+    """
+    lines = read_log(folder)
+    if lines and not (resume or replace):
+        raise InputError(f"{folder}: holds a run already, {lines[-1]['step']} steps; "
+                         "go on with --resume, or choose another --out")
+    if lines and resume:
+        check_settings(folder, settings)
+        if lines[-1].get("done"):
+            print(f"{folder}: done already")
+            return False
+    else:
+        (Path(folder) / STATE).unlink(missing_ok=True)          # another run's, which would be taken for this one's
+    write_config(folder, settings)
+    return True
 
 
 class Progress:

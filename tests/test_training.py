@@ -216,11 +216,6 @@ def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_
         check_settings(tmp_path, SETTINGS | {"data": ["b.jsonl"]})
 
 
-def test_where_nothing_ran_nothing_resumes(tmp_path):
-    with pytest.raises(InputError, match="nothing to resume there; leave out --resume"):
-        check_settings(tmp_path, SETTINGS)
-
-
 def test_a_models_own_config_is_not_replaced_by_a_runs(tmp_path):
     (tmp_path / CONFIG).write_text('{"model_type": "qwen2"}')
     with pytest.raises(InputError, match="is not a run's but a model's.*choose another --out"):
