@@ -25,8 +25,6 @@ COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.masked_bias$")
 def load_config(folder) -> Qwen2Config:
     """config.json of a local folder, checked.  Raises InputError for anything that minikd does not compute."""
     path = Path(folder) / "config.json"
-    if (Path(folder) / "best" / "config.json").exists():
-        raise InputError(f"{folder}: holds a training run; its models are {folder}/best and {folder}/last")
     return Qwen2Config.from_dict(read_json(path), where=str(path))
 
 

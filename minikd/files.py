@@ -149,6 +149,9 @@ def local_folder(name, patterns, kind: str = "model") -> Path:
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        models = [str(path / held) for held in ("best", "last") if (path / held / "config.json").exists()]
+        if models and kind == "model":
+            raise InputError(f"{name}: holds a training run; give its model {' or '.join(models)}")
         return path
     if path.exists():
         raise InputError(f"{name}: is a file; give the {kind}'s folder")

@@ -39,8 +39,6 @@ class Tokenizer:
         """From a local folder or a hub name.  Raises InputError when tokenizer.json is missing or damaged."""
         folder = local_folder(name, list(FILES))
         path = folder / "tokenizer.json"
-        if (folder / "best" / "tokenizer.json").exists():
-            raise InputError(f"{folder}: holds a training run; its models are {folder}/best and {folder}/last")
         if not path.exists():
             raise InputError(f"{path}: is missing; copy the tokenizer's files beside the model's")
         try:

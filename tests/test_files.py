@@ -209,3 +209,12 @@ def test_too_little_memory_is_one_line_and_other_errors_are_not(capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory; lower --batch-size")
     with pytest.raises(RuntimeError, match="a bug"), script_errors():
         raise RuntimeError("a bug")
+
+
+def test_a_training_run_is_not_taken_for_a_model_and_its_models_are_named(tmp_path):
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a training run; give its model .*/last$"):
+        local_folder(tmp_path, ["*"])
+    assert local_folder(tmp_path, ["*"], kind="dataset") == tmp_path
+    assert local_folder(tmp_path / "last", ["*"]) == tmp_path / "last"
