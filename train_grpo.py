@@ -221,7 +221,7 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model:
                   checkpointing: bool) -> torch.Tensor:
     """Forward and backward of one micro-batch of answers; returns sums over its tokens: KL, entropy, clipped, 1 [4]."""
     device = model.head.device
-    ids, mask = collate(batch, pad_id).to(device)                               # [B, T]
+    ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     lengths = torch.tensor([len(row.response) for row in batch])
     old, ref = torch.cat(old).to(device), torch.cat(ref).to(device)             # [N]
     A, weight = (torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)  # [N] from one an answer
@@ -312,7 +312,7 @@ def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
             batch = next_rows(rows, step, batch_size, seed)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, 4e-3, warmup=50)
-            ids, mask = collate(batch, tokenizer.pad_id).to("cpu")              # [B, T]
+            ids, mask = collate(batch, tokenizer.pad_id)                        # [B, T]
             states, targets = scored_positions(student.hidden(ids), ids, mask)  # [N, D], [N]
             loss, _, _ = head_loss(states, student.head, targets, weight=1 / len(targets))
             loss.backward()

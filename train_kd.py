@@ -212,7 +212,7 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
                   checkpointing: bool, teacher=None, divergence=None, kd_ratio=0.0, ratio_clip=0.2) -> torch.Tensor:
     """Forward and backward of one micro-batch, each token of it counted `weight`; returns the sums of CE and D [2]."""
     device = student.head.device
-    ids, mask = collate(batch, pad_id).to(device)                               # [B, T]
+    ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     terms = dict(divergence=divergence if kd_ratio else None, kd_ratio=kd_ratio, weight=weight)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         hidden = student.hidden(ids, checkpointing=checkpointing)               # [B, T, D]

@@ -408,16 +408,6 @@ def encode_text(texts: list[str], tokenizer, max_length: int = 512) -> list[Enco
 
 # ---- ids -> batches
 
-@dataclass(frozen=True)
-class Batch:
-    ids: Tensor                         # [B, T] int64, padded on the right: causal attention needs no padding mask
-    mask: Tensor                        # [B, T] bool, True on a response's tokens, its own end included
-
-    def to(self, device) -> tuple[Tensor, Tensor]:
-        """ids and mask on a device."""
-        return send(self.ids, device), send(self.mask, device)
-
-
 def send(tensor: Tensor, device) -> Tensor:
     """A CPU tensor on a device. A GPU fetches it from pinned memory when it comes to it, and nobody waits: while it
     computes one batch, the next is prepared and queued."""
@@ -426,15 +416,19 @@ def send(tensor: Tensor, device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def collate(encoded: list[Encoded], pad_id: int) -> Batch:
-    """Rows of prompt + response as one Batch, as wide as the longest. The mask never asks `id != pad`."""
+def collate(encoded: list[Encoded], pad_id: int, device="cpu") -> tuple[Tensor, Tensor]:
+    """Rows of prompt + response, as wide as the longest -> ids [B, T] int64 and mask [B, T] bool, on `device`.
+
+    Padded on the right, so that causal attention needs no padding mask. The mask is True on a response's tokens, its own
+    end included: nobody asks `id != pad`.
+    """
     T = max(map(len, encoded))
     ids = torch.full((len(encoded), T), pad_id)                                 # [B, T]
     mask = torch.zeros(len(encoded), T, dtype=torch.bool)                       # [B, T]
     for i, row in enumerate(encoded):
         ids[i, :len(row)] = torch.tensor(row.prompt + row.response)
         mask[i, len(row.prompt):len(row)] = True
-    return Batch(ids, mask)
+    return send(ids, device), send(mask, device)
 
 
 def batch_order(encoded: list[Encoded], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

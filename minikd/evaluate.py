@@ -39,7 +39,7 @@ def compare(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, tea
     device, sums, count = model.head.device, {}, 0
     for at in by_length(rows, batch_size):
         part = [rows[i] for i in at]
-        ids, mask = collate(part, pad_id).to(device)
+        ids, mask = collate(part, pad_id, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             hidden, targets = scored_positions(model.hidden(ids), ids, mask)
             if teacher:

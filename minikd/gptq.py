@@ -239,7 +239,7 @@ def given(module: nn.Module, run, x: Tensor) -> Tensor:
 def calibration_batches(rows: list[Encoded], pad_id: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
     """ids [B, T] and which of them are tokens [B, T] bool, prompt and response alike; rows of like lengths together."""
     rows = [Encoded([], row.prompt + row.response, row.cut, row.index) for row in rows]     # a mask over every token
-    return [collate([rows[i] for i in at], pad_id).to("cpu") for at in by_length(rows, batch_size)]
+    return [collate([rows[i] for i in at], pad_id) for at in by_length(rows, batch_size)]
 
 
 def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device) -> Iterator[tuple[str, Tensor]]:

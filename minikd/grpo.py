@@ -105,7 +105,7 @@ def token_log_probs(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: 
     for start in range(0, len(rows), batch_size):
         at = order[start:start + batch_size]
         device = model.head.device
-        ids, mask = collate([rows[i] for i in at], pad_id).to(device)           # [B, T]
+        ids, mask = collate([rows[i] for i in at], pad_id, device)              # [B, T]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             states, targets = scored_positions(model.hidden(ids), ids, mask)    # [N, D], [N]
             ce = head_loss(states / temperature, model.head, targets, vocab=vocab)[1]       # logits / T, by linearity

@@ -86,7 +86,7 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
                   mix=mix, vocab=min(len(student.head), len(teacher.head)))     # what both have a row for
     frozen, device = {}, student.head.device
     for at in by_length(own, batch_size):
-        ids, mask = collate([own[i] for i in at], pad_id).to(device)
+        ids, mask = collate([own[i] for i in at], pad_id, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             states, targets = scored_positions(student.hidden(ids), ids, mask)              # [N, D], [N]
             soft, _ = scored_positions(teacher.hidden(ids), ids, mask)                      # [N, D']

@@ -91,7 +91,7 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
             part = [unique[digest] for digest, _ in plan[start:start + batch_size]]
             device = teacher.head.device
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                states.append(teacher.states(part, *collate(part, pad_id).to(device)).bfloat16().cpu())
+                states.append(teacher.states(part, *collate(part, pad_id, device)).bfloat16().cpu())
             if progress:
                 progress(len(part))
         with atomic_path(folder / name) as new:

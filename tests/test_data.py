@@ -516,21 +516,21 @@ def rows_of(*lengths):
 
 def test_mask_is_true_on_response_tokens_only_even_where_they_equal_the_pad():
     rows = [Encoded([0, 5], [0, 1], False, 0), Encoded([5], [7, 8, 9, 1], False, 1)]
-    batch = collate(rows, pad_id=0)
-    assert batch.ids.tolist() == [[0, 5, 0, 1, 0], [5, 7, 8, 9, 1]] and batch.ids.dtype == torch.int64
-    assert batch.mask.tolist() == [[False, False, True, True, False], [False, True, True, True, True]]
+    ids, mask = collate(rows, pad_id=0)
+    assert ids.tolist() == [[0, 5, 0, 1, 0], [5, 7, 8, 9, 1]] and ids.dtype == torch.int64
+    assert mask.tolist() == [[False, False, True, True, False], [False, True, True, True, True]]
 
 
 def test_mask_and_ids_equal_a_slow_loop():
     rows = rows_of((3, 2), (1, 9), (7, 1), (2, 4))
-    batch = collate(rows, pad_id=99)
-    assert batch.ids.shape == batch.mask.shape == (4, 10) and batch.mask.dtype == torch.bool
+    ids, mask = collate(rows, pad_id=99)
+    assert ids.shape == mask.shape == (4, 10) and mask.dtype == torch.bool
     for b, row in enumerate(rows):
         whole = row.prompt + row.response
         for t in range(10):
-            assert batch.ids[b, t] == (whole[t] if t < len(whole) else 99)
-            assert batch.mask[b, t] == (len(row.prompt) <= t < len(whole))
-    assert batch.mask.sum() == sum(len(row.response) for row in rows)
+            assert ids[b, t] == (whole[t] if t < len(whole) else 99)
+            assert mask[b, t] == (len(row.prompt) <= t < len(whole))
+    assert mask.sum() == sum(len(row.response) for row in rows)
 
 
 @pytest.mark.parametrize("count, size", [(1, 4), (4, 4), (10, 4), (1000, 7), (1000, 1)])
@@ -611,11 +611,11 @@ def test_real_records_through_the_real_tokenizer_come_back_as_text():
     examples, _ = load_examples(SHARED / "dolly-sample.jsonl")
     rows, counts = encode_examples(examples, qwen, template="alpaca", max_length=200)
     assert counts["encoded"] == len(rows) > 0
-    batch = collate(rows, pad_id=151643)
-    for row, ids, mask in zip(rows, batch.ids, batch.mask):
-        said = backend.decode(ids[mask].tolist())
+    ids, mask = collate(rows, pad_id=151643)
+    for row, line, own in zip(rows, ids, mask):
+        said = backend.decode(line[own].tolist())
         assert examples[row.index].response.startswith(said) if row.cut else said == examples[row.index].response
-        assert backend.decode(ids[~mask].tolist()) == prompt_text(examples[row.index], qwen, "alpaca")
+        assert backend.decode(line[~own].tolist()) == prompt_text(examples[row.index], qwen, "alpaca")
 
 
 def test_a_line_that_breaks_off_is_named_by_its_own_number(tmp_path):

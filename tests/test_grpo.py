@@ -190,8 +190,8 @@ def test_the_step_is_the_formula_on_full_logits():
         logp = logits.log_softmax(-1).gather(1, torch.tensor(answer.response)[:, None])[:, 0]
         expected = expected + w * policy_loss(logp[None], o[None], r[None], a[None]).sum()
     theirs = torch.autograd.grad(expected, list(policy.parameters()))
-    batch = collate(answers, 0)
-    states, targets = scored_positions(policy.hidden(batch.ids), batch.ids, batch.mask)
+    ids, mask = collate(answers, 0)
+    states, targets = scored_positions(policy.hidden(ids), ids, mask)
     lengths = torch.tensor([len(answer.response) for answer in answers])
     flat = lambda x: torch.as_tensor(x).repeat_interleave(lengths)
     o, r, a = torch.cat(old), torch.cat(ref), flat(A)

@@ -228,8 +228,8 @@ def test_best_is_the_checkpoint_of_the_highest_rouge_and_last_the_last(settings,
 
 def test_without_a_loss_sft_and_kd_read_the_same_batches_in_the_same_order(run, tmp_path, monkeypatch):
     batches, collate = [], kd.collate
-    monkeypatch.setattr(kd, "collate", lambda rows, pad_id: (batches.append([row.index for row in rows]),
-                                                             collate(rows, pad_id))[1])
+    monkeypatch.setattr(kd, "collate", lambda rows, *more: (batches.append([row.index for row in rows]),
+                                                            collate(rows, *more))[1])
     status, out, err = run("--batch-size", 4, "--grad-accum", 2, "--epochs", 2)
     folder = tmp_path / "run"
     assert status == 0, err
