@@ -175,12 +175,8 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
     (driver, _), kernel, shape = load(device.index), find(device.index, name), (*grid, 1, threads, 1, 1, shared)
     with torch.cuda.device(device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        error = driver.cuFuncSetAttribute(kernel, MAX_SHARED, shared) if shared else 0          # above 48 KB it is asked for
-        if error:
-            pass
-        elif together:
-            error = driver.cuLaunchCooperativeKernel(kernel, *shape, stream, addresses)
-        else:
-            error = driver.cuLaunchKernel(kernel, *shape, stream, addresses, None)
+        error = shared and driver.cuFuncSetAttribute(kernel, MAX_SHARED, shared)                # above 48 KB it is asked for
+        error = error or (driver.cuLaunchCooperativeKernel(kernel, *shape, stream, addresses) if together else
+                          driver.cuLaunchKernel(kernel, *shape, stream, addresses, None))
     if error:
         raise RuntimeError(f"{name}: launch failed with CUDA error {error}")
