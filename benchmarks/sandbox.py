@@ -38,9 +38,9 @@ def programs() -> list[tuple]:
     found = []
     for kind, (count, sources, status, right) in KINDS.items():
         for i in range(count):
-            job = {"source": sources[i % len(sources)], "stdin": f"{i + 1} {7 * i + 2} {i * i}\n"}
+            job = (sources[i % len(sources)], f"{i + 1} {7 * i + 2} {i * i}\n")
             if kind == "endless":
-                job["timeout"] = WAIT
+                job += (WAIT,)
             found.append(((i + 0.5) / count, kind, status, right, f"{1 + i + 7 * i + 2 + i * i}\n", job))
     return [rest for _, *rest in sorted(found, key=lambda entry: entry[0])]
 

@@ -197,8 +197,7 @@ def _run_all(runs: set[tuple]) -> dict[tuple, sandbox.Result]:
     fresh = sorted(run for run in runs if run not in _DONE)
     if len(_DONE) > 50_000:
         _DONE.clear()
-    jobs = [dict(zip(("source", "stdin", "timeout", "memory_mb"), run)) for run in fresh]
-    found = {run: _DONE[run] for run in runs if run in _DONE} | dict(zip(fresh, sandbox.run_programs(jobs)))
+    found = {run: _DONE[run] for run in runs if run in _DONE} | dict(zip(fresh, sandbox.run_programs(fresh)))
     _DONE.update((run, found[run]) for run in fresh if found[run].status in ("ok", "error"))
     return found
 
@@ -210,16 +209,10 @@ REWARDS = {"format": format_reward, "tags": tags_reward, "steps": steps_reward, 
 # ---- several rewards together
 
 def combine(values: dict[str, Values], weights: dict[str, float]) -> Values:
-    """Weighted sum over the rewards that judged a completion; None where none did.
-
-    values   name -> one value a completion
-    weights  name -> weight; 1 where a name is missing
-    """
-    if unknown := set(weights) - set(values):
-        raise InputError(f"a weight for {', '.join(sorted(unknown))}, but the rewards are {', '.join(values)}")
+    """Weighted sum over the rewards that judged a completion; None where none did.  values: name -> one a completion"""
     totals = []
     for row in zip(*values.values(), strict=True):
-        judged = [weights.get(name, 1.0) * value for name, value in zip(values, row) if value is not None]
+        judged = [weights[name] * value for name, value in zip(values, row) if value is not None]
         totals.append(sum(judged) if judged else None)
     return totals
 

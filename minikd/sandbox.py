@@ -90,15 +90,13 @@ def run_program(source: str, stdin: str = "", timeout: float = 5.0, memory_mb: i
 
 
 def run_programs(jobs, workers: int | None = None) -> list[Result]:
-    """Results in the order of the jobs, each a dict of run_program's keywords or a tuple of its arguments.
+    """Results in the order of the jobs, each a tuple of run_program's arguments.
 
     workers  programs at a time: the cores this process may use, and 2 at least, so that a loop stalls nobody
     """
-    def run(job):
-        return run_program(**job) if isinstance(job, dict) else run_program(*job)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     with ThreadPoolExecutor(workers or max(2, cores)) as pool:
-        return list(pool.map(run, jobs))
+        return list(pool.map(lambda job: run_program(*job), jobs))
 
 
 @functools.lru_cache(maxsize=None)

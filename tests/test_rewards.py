@@ -342,7 +342,7 @@ def calls(monkeypatch):
     seen = []
     def run_programs(jobs, workers=None):
         seen.append(jobs)
-        return [SimpleNamespace(status="ok", stdout=job["source"] + job["stdin"], stderr="", seconds=0) for job in jobs]
+        return [SimpleNamespace(status="ok", stdout=job[0] + job[1], stderr="", seconds=0) for job in jobs]
     monkeypatch.setattr(sandbox, "run_programs", run_programs)
     return seen
 
@@ -352,7 +352,7 @@ def test_completions_run_side_by_side_the_same_run_once_and_none_after_it_failed
     other = {"tests": [{"input": "x", "output": "b\nx"}]}
     completions = [says(block("a")), says(block("a")), says("none"), says(block("b")), says(block("b"))]
     assert code_reward(completions, [problem] * 3 + [problem, other]) == [1, 1, 0, 0, 1]
-    asked = [[(job["source"], job["stdin"]) for job in jobs] for jobs in calls if jobs]
+    asked = [[job[:2] for job in jobs] for jobs in calls if jobs]
     assert asked == [[("a\n", "x"), ("b\n", "x")], [("a\n", "y")]]             # b failed its first test of the two
     assert code_reward(completions, [problem] * 3 + [problem, other]) == [1, 1, 0, 0, 1]
     assert not any(calls[2:])                                                   # all of it is remembered
@@ -372,10 +372,10 @@ def test_the_limits_are_the_problems_and_are_capped(calls):
     limits = [{}, {"time_limit": 1.5, "memory_limit": 256.0}, {"time_limit": 60, "memory_limit": 4096},
               {"memory_limit": 4}, {"time_limit": None, "memory_limit": None}]
     code_reward([says(block(str(i))) for i in range(5)], [{"tests": test} | limit for limit in limits], max_seconds=4.0)
-    given = [(job["timeout"], job["memory_mb"]) for job in calls[0]]
+    given = [job[2:] for job in calls[0]]
     assert given == [(4, 512), (1.5, 256), (4, 512), (4, 64), (4, 512)]
     code_reward([says(block("a"))], [{"tests": test}])
-    assert calls[1][0]["timeout"] == 5
+    assert calls[1][0][2] == 5
 
 
 def test_a_status_that_is_not_ok_fails_whatever_was_printed(monkeypatch):
@@ -403,15 +403,12 @@ def test_every_reward_gives_a_value_a_completion(calls):
 def test_combine_is_the_weighted_sum_of_those_that_judged():
     values = {"code": [1.0, None, 0.0, None], "format": [1.0, 1.0, 0.0, None]}
     assert combine(values, {"code": 1.0, "format": 0.1}) == [1.1, 0.1, 0.0, None]
-    assert combine(values, {"code": 2.0}) == [3.0, 1.0, 0.0, None]      # a weight that is not given is 1
-    assert combine({"code": []}, {}) == []
-    with pytest.raises(InputError, match="weight for cod, .*code, format"):
-        combine(values, {"cod": 1.0})
+    assert combine({"code": []}, {"code": 1.0}) == []
 
 
 def test_combine_refuses_columns_of_different_lengths():
     with pytest.raises(ValueError):
-        combine({"a": [1.0], "b": [1.0, 2.0]}, {})
+        combine({"a": [1.0], "b": [1.0, 2.0]}, {"a": 1.0, "b": 1.0})
 
 
 def test_summary_is_over_what_was_judged():

@@ -330,7 +330,7 @@ def test_what_cannot_be_handed_over_is_an_error_and_no_exception(source, stdin):
 # ---- many, and from odd callers
 
 def test_one_endless_loop_among_fifty_stalls_nobody():
-    jobs = [{"source": f"print({i})"} for i in range(50)]
+    jobs = [(f"print({i})",) for i in range(50)]
     jobs[3] = (LOOP, "", 3.0)
     ends, run = {}, sandbox.run_program
 
@@ -352,7 +352,7 @@ def test_one_endless_loop_among_fifty_stalls_nobody():
 def test_parallel_runs_do_not_meet(monkeypatch):
     without(monkeypatch, "NPROC", "seccomp")
     waits = "import time\ntime.sleep(0.5)\nprint('kept')"
-    results = run_programs([{"source": FORKS + "print('hoped')"}, {"source": waits}] * 3, workers=6)
+    results = run_programs([(FORKS + "print('hoped')",), (waits,)] * 3, workers=6)
     assert [r.stdout for r in results] == ["hoped\n", "kept\n"] * 3
 
 
