@@ -86,7 +86,7 @@ def parse_args():
 
 def calibration_rows(paths, tokenizer, samples: int, length: int, template: str, seed: int) -> list:
     """Rows of at most `length` tokens: text in windows, or prompts with their responses."""
-    first = next(iter(read_records(data_files(paths[0])[0])), ("", {}))[1]
+    first = next(read_records(data_files(paths[0])[0]))[1]
     if recognise(first) is None and "text" in first:
         rows = encode_text(load_texts(paths)[0], tokenizer, length)
     else:
@@ -109,7 +109,7 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
         words = quantize_model(
             model, rows, tokenizer.pad_id, bits=args.bits, group_size=args.group_size, sym=not args.asym,
             act_order=not args.no_act_order, damp=args.damp, clip_search=args.clip_search, method=method,
-            batch_size=args.batch_size, device=device, on_layer=on_layer, keep=False,
+            batch_size=args.batch_size, device=device, on_layer=on_layer,
             store=functools.partial(to_words, version=2 if args.asym else 1))
     to_w4(model, words, args.group_size, not args.asym, damp_percent=args.damp, static_groups=not args.no_act_order,
           true_sequential=True, method=method)

@@ -37,7 +37,7 @@ def minikd(folder: Path, ids: list, clock) -> dict:
     model = load_model(folder, dtype=torch.bfloat16)
     clock()
     words = quantize_model(model, [Encoded(row[:1], row[1:], True, i) for i, row in enumerate(ids)], 0,
-                           store=to_words, keep=False,
+                           store=to_words,
                            on_layer=lambda name, error, rtn, bad: errors.append((error / rtn, bad)))
     clock()
     save_model(to_w4(model, words, 128, True), folder / "w4")

@@ -26,8 +26,7 @@ from minikd.data import Encoded, by_length, collate
 from minikd.files import InputError
 from minikd.generate import Replay
 from minikd.model import Block, Qwen2, rope_tables
-from minikd.quant import (check_groups, decode, decode_groups, encode, find_grid, give_memory_back,
-                          round_to_nearest)
+from minikd.quant import check_weight, decode, decode_groups, encode, find_grid, give_memory_back, round_to_nearest
 
 BLOCK = 512                                         # columns of a Hessian or of its factor worked on at once
 MAX_DAMP = 10.0                                     # with this no matrix that is a sum of x x^T stays singular
@@ -69,13 +68,6 @@ class Hessian:
         for at in range(0, len(self.sum), BLOCK):
             self.sum[at + BLOCK:, at:at + BLOCK] = self.sum[at:at + BLOCK, at + BLOCK:].T
         return self.sum
-
-
-def check_weight(weight: Tensor, group_size: int, where: str) -> int:
-    """The group size, -1 being the row.  Raises InputError where it does not divide it, or a weight is not finite."""
-    if not weight.sum(dtype=torch.float32).isfinite():
-        raise InputError(f"{where}: has weights that are not finite; fetch or train the model again")
-    return check_groups(weight.shape[1], group_size, where)
 
 
 def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "layer") -> Tensor:
@@ -291,8 +283,8 @@ def block_of(name: str) -> int:
 @torch.no_grad()
 def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int = 4, group_size: int = 128,
                    sym: bool = True, act_order: bool = True, damp: float = 0.01, clip_search: bool = False,
-                   method: str = "gptq", batch_size: int = 4, device=None, on_layer=None, store=None,
-                   keep: bool = True) -> dict:
+                   method: str = "gptq", batch_size: int = 4, device=None, on_layer=None,
+                   store=None) -> dict:
     """Quantises every linear layer of the blocks; embeddings, norms, biases and head stay.
 
     rows      calibration: all their tokens count, prompt and response
@@ -300,12 +292,12 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     device    where one block at a time is worked on; the model's own by default
     on_layer  called after each layer: (name, its relative output error, that of RTN, whether it is not below RTN's,
               of which a warning tells too); both errors are None for "rtn"
-    store     (codes, scales, zeros) -> tensors by name, which the result holds of a layer; quant.to_words halves them
-    keep      False: a block's weights are let go when the next one's turn comes, for a caller who goes on with to_w4;
-              so memory falls as the work goes on
+    store     (codes, scales, zeros) -> tensors by name, which the result holds of a layer, as quant.to_words gives them,
+              for a caller who goes on with to_w4: a block's weights are let go when the next one's turn comes, so that
+              memory falls as the work goes on
     returns   {"model.layers.0.self_attn.q_proj": (codes uint8 [O, I], scales [O, I/g], zeros [O, I/g]), ...}
 
-    The model ends with the decoded weights in place, in its own dtype, or without them.
+    The model ends with the decoded weights in place, in its own dtype, or with `store` without them.
     Raises InputError, naming the layer, as quantize_matrix and Hessian.finish do; past the first layer's report the
     model is then of no use.
     """
@@ -319,7 +311,7 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         order = calibrate(model, calibration_batches(rows, pad_id, batch_size), torch.device(device or home))
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in order:
-        for other, layer in layers.items() if not keep else ():
+        for other, layer in layers.items() if store else ():
             if block_of(other) < block_of(name):
                 layer.weight.data = layer.weight.new_empty(0)
         found, report = quantize_layer(layers[name], hessian, name, grid, act_order, damp)

@@ -36,6 +36,13 @@ def check_groups(inputs: int, group_size: int, where: str = "weight") -> int:
     return size
 
 
+def check_weight(weight: Tensor, group_size: int, where: str = "weight") -> int:
+    """check_groups of a weight [O, I].  Raises InputError for values that are not finite, too."""
+    if not weight.sum(dtype=torch.float32).isfinite():
+        raise InputError(f"{where}: has weights that are not finite; fetch or train the model again")
+    return check_groups(weight.shape[1], group_size, where)
+
+
 def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool = False) -> tuple[Tensor, Tensor]:
     """Scale and zero of each row.  [O, n] -> [O], [O], float32; the scale is one that float16 can store
 
@@ -92,12 +99,9 @@ def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: 
     """The baseline (RTN): every weight to the nearest point of its group's grid.
 
     [O, I] -> codes uint8 [O, I], scales [O, I/g], zeros [O, I/g]
-    Raises InputError where group_size does not divide I, ValueError for a weight that is not finite.
+    Raises InputError as check_weight does.
     """
-    if not weight.isfinite().all():
-        raise ValueError("round_to_nearest: the weight has values that are not finite")
-    O, I = weight.shape
-    size = check_groups(I, group_size)
+    (O, I), size = weight.shape, check_weight(weight, group_size)
     groups = weight.float().reshape(-1, size)                                                   # [O I/g, g]
     scale, zero = find_grid(groups, bits, sym, clip_search)
     codes = encode(groups, scale[:, None], zero[:, None], bits)

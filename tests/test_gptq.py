@@ -315,8 +315,8 @@ def test_a_bfloat16_model_is_calibrated_in_its_dtype_and_results_can_be_packed_a
     words = quantize_model(model, calibration(), 0, store=to_words, **OPTIONS)
     assert words["model.layers.1.mlp.down_proj"]["qweight"].shape == (6, 32)
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    found = quantize_model(tiny(torch.bfloat16), calibration(), 0, **OPTIONS)
-    for name, parts in found.items():
+    model = tiny(torch.bfloat16)
+    for name, parts in quantize_model(model, calibration(), 0, **OPTIONS).items():
         assert torch.equal(model.state_dict()[name + ".weight"], decode_groups(*parts).bfloat16())
         assert torch.equal(words[name]["qweight"], to_words(*parts)["qweight"])
 
@@ -340,11 +340,11 @@ def test_blocks_that_are_done_can_be_let_go_on_the_way():
     def weigh(name, *_):
         held.append(sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2))
 
-    words = quantize_model(model, calibration(), 0, store=to_words, keep=False, on_layer=weigh, **OPTIONS)
+    words = quantize_model(model, calibration(), 0, store=to_words, on_layer=weigh, **OPTIONS)
     assert held[:7] == held[:1] * 7 and held[7] < held[0]
     right = tiny()
-    for name, found in quantize_model(right, calibration(), 0, store=to_words, **OPTIONS).items():
-        assert all(torch.equal(words[name][key], found[key]) for key in found)
+    for name, found in quantize_model(right, calibration(), 0, **OPTIONS).items():
+        assert all(torch.equal(words[name][key], value) for key, value in to_words(*found).items())
     ids = torch.tensor([[1, 2, 3, 4]])
     torch.testing.assert_close(to_w4(model, words, 16, True)(ids), right(ids), rtol=1e-5, atol=1e-5)
 
