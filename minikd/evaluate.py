@@ -109,30 +109,29 @@ def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encode
 
     The table goes to out/table.jsonl, every answer with its scores to out/answers-MODEL.jsonl.
     """
-    columns, first = {}, {}
+    columns, metrics, first = {}, {}, {}
     teacher = Teacher(models["Teacher"]) if "Teacher" in models else None
     for name, model in models.items():
         scores = answer_and_score(model, tokenizer, rows, examples, max_new_tokens, batch_size, rouge)
         write_jsonl(scores, Path(out) / f"answers-{name.lower().replace(' ', '-')}.jsonl")
         columns[name] = {key: value["rouge_l"] for key, value in mean_by_category(scores).items()}
         first[name], texts = scores[0]["prediction"], [row["prediction"] for row in scores]
-        metrics = {"mean length": sum(len(tokenizer.encode(text)) for text in texts) / len(texts),
-                   "distinct-4": distinct(texts)}
+        metrics[name] = {"mean length": sum(len(tokenizer.encode(text)) for text in texts) / len(texts),
+                         "distinct-4": distinct(texts)}
         if teacher and name != "Teacher":
-            metrics |= compare(model, rows, tokenizer.pad_id, batch_size, teacher)
-            metrics["sequence KL"] = sequence_kl(model, tokenizer, rows, teacher, batch_size, max_new_tokens)
-        columns[name]["metrics"] = metrics
-    if teacher:
-        for column in columns.values():
-            column["metrics"]["retention"] = column["all"] / max(columns["Teacher"]["all"], 1e-9)
-    write_jsonl([{"model": name, **column} for name, column in columns.items()], Path(out) / "table.jsonl")
+            metrics[name] |= compare(model, rows, tokenizer.pad_id, batch_size, teacher)
+            metrics[name]["sequence KL"] = sequence_kl(model, tokenizer, rows, teacher, batch_size, max_new_tokens)
+    for name in columns if teacher else ():
+        metrics[name]["retention"] = columns[name]["all"] / max(columns["Teacher"]["all"], 1e-9)
+    write_jsonl([{"model": name, **column, "metrics": metrics[name]} for name, column in columns.items()],
+                Path(out) / "table.jsonl")
     width = max(8, *map(len, columns))
     print(f"\nROUGE-L ({rouge}) of {len(rows)} held-out prompts")
     print(f"{'':<14}" + "".join(f"{name:>{width + 1}}" for name in columns))
-    for category in [key for key in next(iter(columns.values())) if key != "metrics"]:
+    for category in next(iter(columns.values())):
         print(f"{category:<14}" + "".join(f"{column[category]:{width + 1}.1f}" for column in columns.values()))
     for key, (what, digits) in METRICS.items():
-        cells = [column["metrics"].get(key) for column in columns.values()]
+        cells = [found.get(key) for found in metrics.values()]
         if any(cell is not None for cell in cells):
             print(f"{key.replace('_', ' '):<14}" + "".join(
                 f"{'-' if cell is None else f'{cell:.{digits}f}':>{width + 1}}" for cell in cells) + f"  {what}")
