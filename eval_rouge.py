@@ -46,7 +46,7 @@ def parse_args():
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16"),
         help="of the model: auto, float32, bfloat16 (auto; toy float32)")
-    add("--int8-head", action="store_true", help="read the head at 8 bits, on a CPU and for fewer than 4 prompts at once")
+    add("--int8-head", action="store_true", help=f"read the head at 8 bits, on a CPU and for fewer than {INT8_ROWS} prompts at once")
     add("--show-ways", action="store_true", help="print how each 4-bit layer multiplies, by number of rows")
     add = flag_group(parser, "answers that are written already, line by line")
     add("--predictions", help=".txt, an answer a line; or .jsonl .json .csv with prediction, text, response or output")
