@@ -469,7 +469,6 @@ def steps_per_epoch(rows: int, batch_size: int, grad_accum: int) -> int:
 
 def next_rows(rows: list[Encoded], turn: int, count: int, seed: int) -> list[Encoded]:
     """The turn-th `count` rows of an endless reading that goes through all of them, in a new order each time."""
-    epochs, places = {}, [divmod(i, len(rows)) for i in range(turn * count, (turn + 1) * count)]
-    for epoch in {epoch for epoch, _ in places}:
-        epochs[epoch] = random.Random(f"{seed}:{epoch}").sample(rows, len(rows))
-    return [epochs[epoch][at] for epoch, at in places]
+    places = [divmod(i, len(rows)) for i in range(turn * count, (turn + 1) * count)]       # (epoch, place in it)
+    order = {epoch: random.Random(f"{seed}:{epoch}").sample(rows, len(rows)) for epoch in {epoch for epoch, _ in places}}
+    return [order[epoch][at] for epoch, at in places]

@@ -146,8 +146,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
     divergence = divergence or (lambda logits, soft: torch.zeros(len(logits), device=logits.device))
-    shared = min(len(x) for x in (head, teacher_head) if x is not None)         # V, also what CE sees
-    shared = min(shared, vocab or shared)
+    shared = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))      # V, also what CE sees
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, device=hidden.device)                   # as_tensor would wait for the GPU
     weight = weight.to(hidden.device, torch.float32).expand(len(hidden))
