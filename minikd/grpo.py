@@ -15,7 +15,7 @@ References
 import torch
 from torch import Tensor
 
-from minikd.data import Encoded, collate
+from minikd.data import Encoded, by_length, collate
 from minikd.generate import generate_with_log_probs
 from minikd.losses import clipped_surrogate, head_loss, scored_positions
 from minikd.model import Qwen2
@@ -101,10 +101,8 @@ def sequence_old(logp: Tensor, old_logp: Tensor) -> Tensor:
 def token_log_probs(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, temperature: float = 1.0,
                     vocab: int | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Log-probability of every response token, at a temperature: [n] for each row, in order.  Chunked: head_loss's."""
-    order, found = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].response)), {}
-    for start in range(0, len(rows), batch_size):
-        at = order[start:start + batch_size]
-        device = model.head.device
+    found, device = {}, model.head.device
+    for at in by_length(rows, batch_size):
         ids, mask = collate([rows[i] for i in at], pad_id, device)              # [B, T]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             states, targets = scored_positions(model.hidden(ids), ids, mask)    # [N, D], [N]
