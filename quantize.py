@@ -103,7 +103,8 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
     model, worse, started = load_model(folder, "cpu", dtype), [], time.perf_counter()   # one block at a time is on device
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
         def on_layer(name, error, rtn, bad):
-            worse.extend([name] if bad else [])
+            if bad:
+                worse.append(name)
             progress.update("" if error is None else f"{name}: error {error:.2e}, rounding {rtn:.2e}")
 
         words = quantize_model(

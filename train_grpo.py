@@ -272,7 +272,7 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
         paid, total = pay(texts, [facts[row.index] for row in rows], rewards, dict.fromkeys(rewards, 1.0))
         solved = next((paid[key] for key in ("answer", "code") if key in paid), [number(value) for value in total])
         found[name] = number(torch.tensor([value for value in solved if value is not None]).float().mean())
-    found |= {key: value for key, value in flattened(paid).items() if key.count("/") == 1}
+    found |= {f"reward/{name}": row["mean"] for name, row in summary(paid).items()}
     return found | {"length": sum(len(answer.response) for answer in answers) / len(answers), "sample": texts[0]}
 
 

@@ -161,14 +161,14 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     facts, held = {"step": 0, "best": -1.0}, {}
     if (out / STATE).exists():
         facts, held = load_state(out, student, optimizer)
-    sampled, order = minillm.unpack_rollouts(held), (batch_size, grad_accum, seed)
-    own = dict(batch_size=batch_size * grad_accum, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
+    sampled, batching = minillm.unpack_rollouts(held), (batch_size, grad_accum, seed)
+    sampling = dict(batch_size=batch_size * grad_accum, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
     copy = None                                                 # of the student in `dtype`, to sample with
-    source = optimizer_steps(rows, facts["step"], steps, *order)
+    source = optimizer_steps(rows, facts["step"], steps, *batching)
     if loss == "minillm":
-        source = minillm.rollout_steps(sampled, rows, facts["step"], steps, *order, rollouts, inner_epochs, dict(
-            own, student=student, teacher=teacher.model, pad_id=tokenizer.pad_id, mix=mix, dtype=dtype))
-    texts = optimizer_steps(lm_rows, facts["step"], steps, *order) if lm_rows else itertools.repeat((0, ()))
+        source = minillm.rollout_steps(sampled, rows, facts["step"], steps, *batching, rollouts, inner_epochs, dict(
+            sampling, student=student, teacher=teacher.model, pad_id=tokenizer.pad_id, mix=mix, dtype=dtype))
+    texts = optimizer_steps(lm_rows, facts["step"], steps, *batching) if lm_rows else itertools.repeat((0, ()))
     gradients = dict(student=student, pad_id=tokenizer.pad_id, dtype=dtype, checkpointing=gradient_checkpointing)
     log = Log(out, upto=facts["step"])
     with Progress(title, steps, start=facts["step"]) as progress:
@@ -178,7 +178,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
             if random.Random(f"{seed}:{step}").random() < on_policy:            # GKD: alternate on-policy steps
                 copy = cast_copy(student, dtype, copy)
-                answers = respond(copy, sum(batches, []), seed=seed + 7919 * step, **own,
+                answers = respond(copy, sum(batches, []), seed=seed + 7919 * step, **sampling,
                                   vocab=min(len(student.head), len(teacher.head)))      # what both have a row for
                 batches = [answers[i:i + batch_size] for i in range(0, len(answers), batch_size)]
                 terms["kd_ratio"] = 1.0                                         # its own answers are no targets
@@ -217,10 +217,10 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         hidden = student.hidden(ids, checkpointing=checkpointing)               # [B, T, D]
         hidden, targets = scored_positions(hidden, ids, mask)                   # [N, D], [N]
-        if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7): KL_t + the surrogate
+        if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7): the surrogate and KL_t
             old, advantage, soft = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                     for name in minillm.FROZEN)                 # [N], [N], [N, D']
-            terms |= dict(divergence=divergence, kd_ratio=0.5, weight=2 * weight)
+            terms |= dict(divergence=divergence, kd_ratio=0.5, weight=2 * weight)       # 2w (surrogate / 2 + KL_t / 2)
             terms["policy"] = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
         else:                                                                   # paper eq. (3): CE and divergence
             soft = teacher.states(batch, ids, mask) if teacher and kd_ratio else None           # [N, D']
@@ -257,7 +257,7 @@ def save_checkpoint(model: Qwen2, tokenizer: Tokenizer, folder: Path, dtype: tor
 
 def stage(folder: Path, make_student, *, resume: bool, replace: bool, recorded: dict, **settings):
     """One run in its own folder: done already, resumed, or begun; its models are in best/ and last/."""
-    recorded |= {key: value for key, value in settings.items() if isinstance(value, (str, int, float, type(None)))}
+    recorded = recorded | {key: value for key, value in settings.items() if isinstance(value, (str, int, float, type(None)))}
     if begin_run(folder, recorded, resume, replace):
         train(student=make_student(), out=folder, title=folder.name, **settings)
 
@@ -377,10 +377,10 @@ def main():
                 "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd, "cache_teacher": args.cache_teacher,
                 "dtype": str(dtype), "validation": args.validation, **lengths}
     if args.toy and (args.loss == "minillm" or args.on_policy):                 # they need a student that can answer
-        stage(out / "sft", student, loss="sft", lr=3e-3, replace=True, recorded=dict(recorded), **settings)
+        stage(out / "sft", student, loss="sft", lr=3e-3, replace=True, recorded=recorded, **settings)
         args.student = recorded["student"] = str(out / "sft" / "best")
     for _, loss, lr, folder in planned(args):
-        stage(out / folder, student, loss=loss, lr=lr, replace=args.toy, recorded=dict(recorded), **settings)
+        stage(out / folder, student, loss=loss, lr=lr, replace=args.toy, recorded=recorded, **settings)
 
     judge = teacher.model if isinstance(teacher, Teacher) else None
     if isinstance(teacher, CachedTeacher):                      # the table asks it for answers
