@@ -95,7 +95,7 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
 
 
 def entropy(logits: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
-    """H(q) of one model.  [..., V] -> [...] nats"""
+    """H(q).  [..., V] -> [...] nats.  head_loss hands every divergence a teacher; this one does not look at it."""
     logq = logits.float().log_softmax(-1)
     return -(logq.exp() * logq).sum(-1)
 
