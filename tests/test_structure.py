@@ -3,8 +3,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("files model cuda w4_cuda quant checkpoint tokenizer records data toy losses layout decode_cuda generate teacher minillm grpo problems sandbox rewards gptq "
-         "rouge evaluate training plots").split()
+ORDER = ("files model cuda w4_cuda quant checkpoint tokenizer records data toy losses layout decode_cuda generate teacher "
+         "minillm grpo problems sandbox rewards gptq rouge evaluate training plots").split()
 HEAVY = {"transformers", "trl", "datasets", "accelerate", "triton"}
 
 
@@ -25,7 +25,7 @@ def test_a_module_imports_only_modules_before_it():
     assert {"files", "model", "checkpoint", "tokenizer"} <= {path.stem for path in modules}
     for path in modules:
         if path.stem != "__init__":
-            assert path.stem in ORDER, f"{path.name} has no place in the reading order: add it to ORDER"
+            assert path.stem in ORDER, f"{path.name} has no place in the order: add it to ORDER"
             ours = {name.split(".")[1] for name in imported(path) if name.startswith("minikd.")} & set(ORDER)
             later = ours & set(ORDER[ORDER.index(path.stem):])
             assert not later, f"{path.name} imports {later}, which come after it"
