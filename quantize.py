@@ -99,12 +99,10 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
 
 
 def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype):
-    """Writes the 4-bit folder `out`, and names the layers that GPTQ did not make better than rounding."""
-    model, worse, started = load_model(folder, "cpu", dtype), [], time.perf_counter()   # one block at a time is on device
+    """Writes the 4-bit folder `out`."""
+    model, started = load_model(folder, "cpu", dtype), time.perf_counter()      # one block at a time is on device
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
-        def on_layer(name, error, rtn, bad):
-            if bad:
-                worse.append(name)
+        def on_layer(name, error, rtn):
             progress.update("" if error is None else f"{name}: error {error:.2e}, rounding {rtn:.2e}")
 
         words = quantize_model(
@@ -117,8 +115,6 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
     tokenizer.save(out)
     save_model(model, out, dtype=torch.bfloat16 if dtype == torch.bfloat16 else None)
     print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s")
-    for name in worse:
-        print(f"WARNING: {name}: GPTQ is no better than rounding; is the calibration data what the model will read?")
 
 
 def check_out(out: Path, folder: Path):

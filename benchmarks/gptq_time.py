@@ -37,12 +37,10 @@ def minikd(folder: Path, ids: list, clock) -> dict:
     model = load_model(folder, dtype=torch.bfloat16)
     clock()
     words = quantize_model(model, [Encoded(row[:1], row[1:], True, i) for i, row in enumerate(ids)], 0,
-                           store=to_words,
-                           on_layer=lambda name, error, rtn, bad: errors.append((error / rtn, bad)))
+                           store=to_words, on_layer=lambda name, error, rtn: errors.append(error / rtn))
     clock()
     save_model(to_w4(model, words, 128, True), folder / "w4")
-    return dict(error=sum(error for error, _ in errors) / len(errors), worse=sum(bad for _, bad in errors),
-                layers=len(errors))
+    return dict(error=sum(errors) / len(errors), worse=sum(error >= 1 for error in errors), layers=len(errors))
 
 
 def gptqmodel(folder: Path, ids: list, clock) -> dict:

@@ -448,7 +448,7 @@ def time_gptq(device, tiny, limits):
         fresh(device)
         size, start = sum(weight.nbytes for weight in model.parameters()) / 1e9, time.perf_counter()
         quantize_model(model, [Encoded(row[:1], row[1:], True, i) for i, row in enumerate(ids)], 0, store=to_words,
-                       batch_size=2, device=device, on_layer=lambda _, error, rtn, bad: errors.append(error / rtn))
+                       batch_size=2, device=device, on_layer=lambda _, error, rtn: errors.append(error / rtn))
         table.row(f"{name}, {count} x {length:,}", f"{time.perf_counter() - start:.0f}", f"{peak_gb(device):.2f}",
                   f"{peak_gb(device) / size:.2f}", f"{statistics.fmean(errors):.2f}")
 

@@ -259,18 +259,18 @@ def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device) -> Ite
 
 
 def quantize_layer(layer: nn.Linear, hessian: Tensor | None, name: str, grid: dict, act_order: bool, damp: float):
-    """Puts the layer's decoded weight in its place -> (codes, scales, zeros), (error, RTN's error, not below RTN's)
+    """Puts the layer's decoded weight in its place -> (codes, scales, zeros), (error, RTN's error)
 
     grid  keywords of round_to_nearest.  Without a Hessian the layer is only rounded, and the errors are None.
     """
-    weight, rounded, report = layer.weight, round_to_nearest(layer.weight, **grid), (None, None, False)
+    weight, rounded, report = layer.weight, round_to_nearest(layer.weight, **grid), (None, None)
     found = rounded
     if hessian is not None:
         found = quantize_matrix(weight, hessian, act_order=act_order, damp=damp, where=name, **grid)
-        error, rtn = output_errors(weight, [decode_groups(*parts) for parts in (found, rounded)], hessian)
-        report = error, rtn, not (error < rtn or error == 0)
-        if report[-1]:
-            warnings.warn(f"{name}: GPTQ's output error {error:.3g} is not below round-to-nearest's {rtn:.3g}")
+        error, rtn = report = output_errors(weight, [decode_groups(*parts) for parts in (found, rounded)], hessian)
+        if not (error < rtn or error == 0):
+            warnings.warn(f"{name}: GPTQ's output error {error:.3g} is not below round-to-nearest's {rtn:.3g}; is the "
+                          "calibration data what the model will read?")
     weight.copy_(decode_groups(*found))
     return found, report
 
@@ -290,8 +290,8 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     rows      calibration: all their tokens count, prompt and response
     method    "gptq", or "rtn": round_to_nearest, which needs no rows
     device    where one block at a time is worked on; the model's own by default
-    on_layer  called after each layer: (name, its relative output error, that of RTN, whether it is not below RTN's,
-              of which a warning tells too); both errors are None for "rtn"
+    on_layer  called after each layer: (name, its relative output error, that of RTN), None for "rtn"; a warning tells
+              where the first is not below the second
     store     (codes, scales, zeros) -> tensors by name, which the result holds of a layer, as quant.to_words gives them,
               for a caller who goes on with to_w4: a block's weights are let go when the next one's turn comes, so that
               memory falls as the work goes on
