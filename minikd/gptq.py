@@ -121,8 +121,10 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
     block       columns between two updates of all those that follow; it changes the time, not the result
     An input that was 0 in every token gets weight 0. All is float32: in float64 the objective is the same to 0.1%.
     Raises InputError, its line beginning with `where`, for values that are not finite, a group size that does not
-    divide I, and an H that is none.
+    divide I, and an H that is none; ValueError for bits outside 2 to 8 and a damp below 0.
     """
+    if not 0 <= damp < torch.inf:
+        raise ValueError(f"{where}: damp = {damp}; give a finite number of 0 or more")
     (O, I), size = weight.shape, check_weight(weight, group_size, where)
     if not hessian.sum(dtype=torch.float32).isfinite():     # isfinite() of all would take two more Hessians' memory
         raise InputError(f"{where}: its Hessian has values that are not finite; calibrate in bfloat16 or float32")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minikd.data import Encoded, by_length, collate
 from minikd.generate import generate_with_log_probs
-from minikd.losses import clipped_surrogate, head_loss, scored_positions
+from minikd.losses import clipped_surrogate, head_loss, ratio_of, scored_positions
 from minikd.model import Qwen2
 
 NORMS = ("sequence", "token", "constant")
@@ -29,14 +29,17 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     scale  "std" divides by the unbiased deviation, as trl does; "none" does not (Dr. GRPO: easy and hard prompts
            would count more)
     A reward that is NaN could not be judged: it joins neither mean nor deviation, and its advantage is 0, as is that of
-    a group with fewer than two.
+    a group with fewer than two, and of one whose rewards are all the same: exactly, though their mean is rounded.
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale = {scale!r}; it is 'std' or 'none'")
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))     # half would overflow in the sums
     judged = ~rewards.isnan()
     count = judged.sum(1, keepdim=True)                                         # [P, 1]
     values = torch.where(judged, rewards, 0.0)
-    centred = torch.where(judged, values - values.sum(1, keepdim=True) / count.clamp(min=1), 0.0)
+    least, most = (torch.where(judged, rewards, end) for end in (torch.inf, -torch.inf))
+    differ = judged & (least.amin(1, keepdim=True) < most.amax(1, keepdim=True))            # [P, G]
+    centred = torch.where(differ, values - values.sum(1, keepdim=True) / count.clamp(min=1), 0.0)
     if scale == "std":
         std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()     # [P, 1]
         centred = centred / (std + 1e-4)
@@ -46,7 +49,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """e^d - d - 1, d = log π_ref - log π: an unbiased estimate of KL(π || π_ref), never negative.  Paper eq. (7)."""
     d = ref_logp - logp
-    return d.exp() - d - 1
+    return ratio_of(ref_logp, logp) - d - 1
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, clip: float = 0.2,
@@ -65,7 +68,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
 def was_clipped(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float = 0.2,
                 clip_high: float | None = None) -> Tensor:
     """Whether the clip took a token's gradient away: its ratio left the bounds the way its advantage wants.  [N, R]"""
-    ratio, A = (logp - old_logp).exp(), advantages[:, None]
+    ratio, A = ratio_of(logp, old_logp), advantages[:, None]
     return (A > 0) & (ratio > 1 + (clip if clip_high is None else clip_high)) | (A < 0) & (ratio < 1 - clip)
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 2048                                        # head rows a matrix product takes at once on a CPU: fits its cache
+LEAST = -1e30                                       # stands for a logit of -inf; its probability is 0 all the same
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # logits of one model that are alive at once
 
 
@@ -27,14 +28,23 @@ def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float
     after the softmax, the two would not both sum to 1.
     """
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    logq = (student_logits[..., :V].float() / temperature).log_softmax(-1)      # [..., V]
-    logp = (teacher_logits[..., :V].float() / temperature).log_softmax(-1)      # [..., V]
-    return logq, logp
+    return log_softmax(student_logits[..., :V], temperature), log_softmax(teacher_logits[..., :V], temperature)
+
+
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """In float32.  A token that is ruled out, by a logit of -inf, gets a log-probability that is finite: then 0 log 0 is
+    0, as it is meant, where inf - inf would be NaN, in the gradient too."""
+    logits = logits.float().clamp(min=LEAST)
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # [..., V]
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) = sum_v a_v (log a_v - log b_v).  [..., V], [..., V] -> [...] nats"""
-    return (log_a.exp() * (log_a - log_b)).sum(-1)
+    """KL(a || b) = sum_v a_v (log a_v - log b_v), log_softmax's a and b.  [..., V], [..., V] -> [...] nats
+
+    Infinite where a has a token that is ruled out in b.
+    """
+    total = (log_a.exp() * (log_a - log_b)).sum(-1)
+    return total + torch.where(total > 1e20, torch.inf, 0.0)                    # a share of -LEAST; the gradient stays
 
 
 def log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
@@ -96,7 +106,7 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
 
 def entropy(logits: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
     """H(q).  [..., V] -> [...] nats.  head_loss hands every divergence a teacher; this one does not look at it."""
-    logq = logits.float().log_softmax(-1)
+    logq = log_softmax(logits)
     return -(logq.exp() * logq).sum(-1)
 
 
@@ -215,6 +225,11 @@ def _token_losses(logits, targets, soft, divergence, kd_ratio, weight, policy, n
     return ce.detach(), kd.detach(), total.detach(), grad
 
 
+def ratio_of(logq: Tensor, old_logq: Tensor) -> Tensor:
+    """ρ = q / q_old, up to e^60: beyond, float32 overflows, and infinity times an advantage of 0 would be NaN."""
+    return (logq - old_logq).clamp(max=60).exp()
+
+
 def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: float = 0.2,
                       clip_high: float | None = None) -> Tensor:
     """-min(ρ A, clip(ρ, 1 - clip, 1 + clip) A), ρ = q / q_old of the sampled token.  PPO (arXiv:1707.06347) eq. (7).
@@ -224,7 +239,7 @@ def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: f
 
     clip_high  the bound above 1, where it differs from the one below (DAPO's clip-higher: 0.28)
     """
-    ratio = (logq - old_logq).exp()                                             # ρ
+    ratio = ratio_of(logq, old_logq)                                            # ρ
     bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     return -torch.minimum(ratio * advantage, bounded * advantage)
 

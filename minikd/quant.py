@@ -49,7 +49,10 @@ def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool
     sym          zero is 2^(bits-1), the range is as wide to both sides; else it runs from the least to the greatest
                  weight, 0 included
     clip_search  the range shrunk by up to a half, as far as that lowers the sum of |error|^2.4 (GPTQ's reference code)
+    Raises ValueError for bits outside 2 to 8: codes are uint8.
     """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits = {bits}; a weight has 2 to 8")
     top = 2**bits - 1
     low, high = weight.float().amin(1).clamp(max=0), weight.float().amax(1).clamp(min=0)           # [O] each
     if sym:
@@ -99,7 +102,7 @@ def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: 
     """The baseline (RTN): every weight to the nearest point of its group's grid.
 
     [O, I] -> codes uint8 [O, I], scales [O, I/g], zeros [O, I/g]
-    Raises InputError as check_weight does.
+    Raises InputError as check_weight does, ValueError as find_grid does.
     """
     (O, I), size = weight.shape, check_weight(weight, group_size)
     groups = weight.float().reshape(-1, size)                                                   # [O I/g, g]

@@ -1,5 +1,6 @@
 """GPTQ against the published algorithm in slow float64 loops, and a model against Hessians taken from scratch."""
 import copy
+import math
 
 import pytest
 import torch
@@ -298,6 +299,13 @@ def test_rounding_needs_no_rows():
     for name, parts in found.items():
         assert all(map(torch.equal, parts, round_to_nearest(original[name + ".weight"], group_size=16)))
         assert torch.equal(model.state_dict()[name + ".weight"], decode_groups(*parts).bfloat16())
+
+
+@pytest.mark.parametrize("options", [dict(bits=9), dict(bits=1), dict(bits=0), dict(damp=math.nan), dict(damp=-1.0),
+                                     dict(damp=math.inf)])
+def test_bits_and_damping_without_sense_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        quantize_matrix(torch.randn(4, 8), torch.eye(8), group_size=8, **options)
 
 
 @pytest.mark.filterwarnings("ignore:model.layers")

@@ -25,6 +25,32 @@ def numbers(seed=0):
     return logp.requires_grad_(), old, ref, advantages, mask
 
 
+@pytest.mark.parametrize("reward", [8 / 3, 1.0833, 0.1, 0.99, 0.0, -7.3])
+def test_a_group_that_is_paid_the_same_has_no_signal_whatever_its_mean_rounds_to(reward):
+    for G in range(2, 20):
+        rewards = torch.full((3, G), reward)
+        rewards[1, 0] = torch.nan                                               # not judged: the others are equal still
+        rewards[2, -1] += 1
+        for scale in "std", "none":
+            advantages = group_advantages(rewards, scale)
+            assert advantages[:2].eq(0).all() and advantages[2].ne(0).all()
+
+
+def test_rewards_in_half_precision_do_not_overflow():
+    assert group_advantages(torch.tensor([[60_000.0, 60_000.0, 0.0]]).half()).tolist() == group_advantages(
+        torch.tensor([[60_000.0, 60_000.0, 0.0]]).half().double()).float().tolist()
+
+
+def test_a_ratio_that_float32_cannot_hold_spoils_nothing():
+    """Advantage 0, or clipped: 0 times infinity would be NaN, in the value or in the gradient."""
+    logp = torch.tensor([[-1.0], [-1.0]], requires_grad=True)
+    loss = policy_loss(logp, torch.full((2, 1), -200.0), torch.full((2, 1), -1.0), torch.tensor([0.0, 1.0]))
+    grad, = torch.autograd.grad(loss.sum(), logp)
+    assert loss[:, 0].tolist() == pytest.approx([0.0, -1.2]) and grad.eq(0).all()
+    assert was_clipped(logp.detach(), torch.full((2, 1), -200.0), torch.tensor([0.0, 1.0]))[:, 0].tolist() == [False, True]
+    assert k3(torch.tensor(-200.0), torch.tensor(-1.0)).isfinite()
+
+
 def slow_loss(logp, old, ref, advantages, clip=0.2, beta=0.04, clip_high=None):
     """Paper eq. (6) and (7) in plain Python: what is to be minimised, for each token."""
     high = clip if clip_high is None else clip_high

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minikd.losses import (DIVERGENCES, clipped_surrogate, compare_heads, forward_kl, head_loss, jensen_shannon, reverse_kl, scored_positions,
-                           skew_forward_kl, skew_reverse_kl)
+from minikd.losses import (DIVERGENCES, clipped_surrogate, compare_heads, entropy, forward_kl, head_loss, jensen_shannon,
+                           reverse_kl, scored_positions, skew_forward_kl, skew_reverse_kl)
 from minikd.model import Qwen2, Qwen2Config
 
 NAMES = sorted(DIVERGENCES)
@@ -426,6 +426,27 @@ def test_full_logits_are_never_made_forward_or_backward(name, autocast):
 def slow_surrogate(logq, old, advantage, clip):
     return [-min(math.exp(q - o) * a, max(1 - clip, min(1 + clip, math.exp(q - o))) * a)
             for q, o, a in zip(logq.tolist(), old.tolist(), advantage.tolist())]
+
+
+@pytest.mark.parametrize("student, teacher, infinite", [
+    ((1.0, 2.0, -math.inf), (0.0, 1.0, -math.inf), ()),
+    ((1.0, 2.0, 0.5), (0.0, 1.0, -math.inf), ("reverse_kl",)),
+    ((1.0, 2.0, -math.inf), (0.0, 1.0, 0.5), ("forward_kl",))])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_a_token_that_is_ruled_out_counts_as_0_log_0(student, teacher, infinite, temperature):
+    """A logit of -inf, as a vocabulary is masked; -500 has a probability of 0 in float32 too, and a finite log."""
+    for name, divergence in DIVERGENCES.items():
+        found = []
+        for least in -math.inf, -500.0:
+            logits = torch.tensor([[max(value, least) for value in student]], requires_grad=True)
+            value = divergence(logits, torch.tensor([[max(value, least) for value in teacher]]), temperature=temperature)
+            found.append((value, torch.autograd.grad(value.sum(), logits)[0]))
+        if name in infinite:
+            assert found[0][0].item() == math.inf and not found[0][1].isnan().any()
+        else:
+            torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+    logits = torch.tensor([student])
+    torch.testing.assert_close(entropy(logits), entropy(logits.clamp(min=-500)))
 
 
 def test_the_clipped_surrogate_is_ppos_eq_7_and_stops_where_the_ratio_went_too_far():
