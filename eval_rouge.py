@@ -8,6 +8,7 @@
 Prints the means by category, x 100, and writes every answer with its scores to a jsonl. MiniLLM samples at
 temperature 1 with seeds 10 to 50: then each number is the mean over the seeds and its standard deviation.
 """
+import math
 import statistics
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def parse_args():
         raise InputError("--model and --predictions; give one of them: answers to make, or answers made")
     if args.seeds and args.temperature == 0:
         raise InputError("--seeds with --temperature 0: greedy answers are the same for all; add --temperature 1")
-    if not (args.temperature >= 0 and 0 < args.top_p <= 1 and args.top_k >= 0):
+    if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0):
         raise InputError("--temperature and --top-k are at least 0, --top-p is above 0 and at most 1; mend the other")
     check_positive(args, "limit", "max_length", "max_prompt_length", "max_new_tokens", "batch_size")
     toy = not (args.model or args.predictions)
@@ -75,7 +76,7 @@ def parse_args():
         if getattr(args, name) is None:
             setattr(args, name, value)
     folder = Path(args.model or "").expanduser()
-    args.out = Path(args.out or (folder if args.model and folder.is_dir() else Path("runs/eval")) / "answers.jsonl")
+    args.out = Path(args.out or (folder if args.model and folder.is_dir() else Path("runs/eval")) / "answers.jsonl").expanduser()
     if args.out.is_dir():
         raise InputError(f"--out {args.out}: is a folder; give a file")
     for path in args.predictions, args.references, *(args.data or []):

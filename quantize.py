@@ -166,7 +166,7 @@ def main():
             eval_rows, _ = encode_examples(examples, tokenizer, args.template)
         except InputError as error:                             # its mend names train_kd.py's flags
             raise InputError(f"{args.eval_data[0]}: no prompt is short enough to evaluate; give other records") from error
-    outs = {method: Path(args.out if args.method or len(args.methods) == 1 else f"{args.out}-{method}")
+    outs = {method: Path(args.out if args.method or len(args.methods) == 1 else f"{args.out}-{method}").expanduser()
             for method in args.methods}
     for out in outs.values():                                   # all, before the hours that the first may take
         check_out(out, folder)

@@ -26,11 +26,11 @@ from minikd.losses import entropy, head_loss, scored_positions
 from minikd.model import Qwen2, cast_copy
 from minikd.plots import plot_rewards
 from minikd.records import data_files
-from minikd.rewards import combine, load_rewards, summary
+from minikd.rewards import combine, load_rewards, reward_files, summary
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, begin_run, check_positive, check_schedule, compile_blocks, flag_group,
-                             learning_rate, load_state, load_student, make_optimizer, make_parser, pick_device,
-                             pick_dtype, read_log, save_state)
+from minikd.training import (STATE, Log, Progress, begin_run, check_out, check_positive, check_schedule, compile_blocks,
+                             flag_group, learning_rate, load_state, load_student, make_optimizer, make_parser,
+                             pick_device, pick_dtype, read_log, save_state)
 
 REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8, lr=1e-6, rewards="format,steps,code",
             reward_weights=None, eval_examples=64, eval_every=50, out="runs/grpo", dtype="auto")
@@ -133,11 +133,12 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
           gradient_checkpointing=False, compile=False, patience=50, eval_every, seed=0,
           dtype=torch.float32) -> Qwen2:
     """Trains `model` in place; returns it.  rows are prompts, row.index points into facts: what the rewards look at."""
-    optimizer, done, copy, unpaid = make_optimizer(model.train(), lr, weight_decay), {"step": 0}, None, 0
+    optimizer, done, copy = make_optimizer(model.train(), lr, weight_decay), {"step": 0, "unpaid": 0}, None
     if compile:
         compile_blocks(model, *([reference] if reference else []))
     if (out / STATE).exists():
         done, _ = load_state(out, model, optimizer)
+    unpaid = done["unpaid"]                                     # steps at the end in which every reward was 0
     log, said = Log(out, upto=done["step"]), Log(out, upto=done["step"], name="completions.jsonl")
     scoring = dict(pad_id=tokenizer.pad_id, temperature=temperature, vocab=len(tokenizer), dtype=dtype)
     terms = dict(clip=clip, clip_high=clip_high, beta=beta, checkpointing=gradient_checkpointing)
@@ -198,7 +199,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                 tokenizer.save(out / "last")
                 save_model(model, out / "last", dtype=dtype)
                 if step + 1 < steps:
-                    save_state(out, model, optimizer, {"step": step + 1})
+                    save_state(out, model, optimizer, {"step": step + 1, "unpaid": unpaid})
     log.write(step=steps, done=True)
     (out / STATE).unlink(missing_ok=True)                       # last/ has the weights; the moments are of no more use
     return model
@@ -327,13 +328,14 @@ def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
 
 def main():
     args = parse_args()
-    out, started = Path(args.out), time.time()
+    out, started = Path(args.out).expanduser(), time.time()
     rewards = load_rewards(args.rewards)
     weights = parse_weights(args.reward_weights, list(rewards))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
+    check_out(out, args.resume, args.toy)
     if args.toy:
         torch.set_num_threads(1)                                # its matrices are too small to share
         args.model = args.model or str(toy_student(args.task, out, args.seed, args.resume))
@@ -355,11 +357,12 @@ def main():
              "ratio", "inner_epochs", "mask_truncated", "drop_flat", "steps", "batch_size", "lr", "warmup", "schedule",
              "weight_decay", "max_grad_norm", "gradient_checkpointing", "compile", "patience", "eval_every", "seed")
     settings = {name: getattr(args, name) for name in names}
-    recorded = settings | {"model": identify(args.model), "data": args.data, "task": args.task, "rewards": args.rewards,
+    recorded = settings | {"toy": args.toy, "model": identify(args.model), "data": args.data, "task": args.task, "rewards": args.rewards,
+                           "reward_files": {path: sha256(path) for path in reward_files(args.rewards)},
                            "reward_weights": weights, "dtype": str(dtype), "limit": args.limit,
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
                            "records": {str(file): sha256(file) for path in args.data or () for file in data_files(path)}}
-    if not begin_run(out, recorded, args.resume, replace=args.toy):
+    if not begin_run(out, recorded, args.resume):
         return
     model = load_student(args.model, device, tokenizer)
     reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None

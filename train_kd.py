@@ -5,7 +5,7 @@
                        --data databricks-dolly-15k.jsonl            the real thing, on one GPU
     python train_kd.py ... --loss reverse_kl --out runs/rkl         one run instead of the comparison
     python train_kd.py ... --loss reverse_kl --on-policy 1          on the student's own answers (GKD)
-    python train_kd.py ... --loss minillm --student runs/kd/sft/best    MiniLLM, from a student that can answer
+    python train_kd.py ... --loss minillm --student runs/kd/sft/best --out runs/minillm     from a student that can answer
     python train_kd.py ... --cache-teacher runs/cache               the teacher's body runs once, not every epoch
     python train_kd.py ... --loss sft --lr 5e-6 1e-5 5e-5           a sweep, drawn as the paper's figure 2
 
@@ -33,9 +33,9 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, begin_run, check_positive, check_schedule, compile_blocks, flag_group,
-                             learning_rate, load_state, load_student, make_optimizer, make_parser, pick_device,
-                             pick_dtype, save_state)
+from minikd.training import (STATE, Log, Progress, begin_run, check_out, check_positive, check_schedule, check_settings,
+                             compile_blocks, flag_group, learning_rate, load_state, load_student, make_optimizer,
+                             make_parser, pick_device, pick_dtype, read_log, save_state)
 
 REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
             validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
@@ -255,11 +255,14 @@ def save_checkpoint(model: Qwen2, tokenizer: Tokenizer, folder: Path, dtype: tor
 
 # ---- several runs: the comparison, the sweep, the toy world
 
-def stage(folder: Path, make_student, *, resume: bool, replace: bool, recorded: dict, **settings):
+def stage(folder: Path, make_student, *, resume: bool, recorded: dict, **settings):
     """One run in its own folder: done already, resumed, or begun; its models are in best/ and last/."""
-    recorded = recorded | {key: value for key, value in settings.items() if isinstance(value, (str, int, float, type(None)))}
-    if begin_run(folder, recorded, resume, replace):
+    if begin_run(folder, recorded | recordable(settings), resume):
         train(student=make_student(), out=folder, title=folder.name, **settings)
+
+
+def recordable(settings: dict) -> dict:
+    return {key: value for key, value in settings.items() if isinstance(value, (str, int, float, type(None)))}
 
 
 def toy_world(out: Path, seed: int, resume: bool):
@@ -273,12 +276,12 @@ def toy_world(out: Path, seed: int, resume: bool):
     train_part, valid_part = split_examples(clean, 100, seed)
     rows, valid = (encode_examples(part, tokenizer)[0] for part in (train_part, valid_part))
     common = dict(tokenizer=tokenizer, loss="sft", batch_size=32, warmup=30, eval_examples=100, max_new_tokens=48,
-                  rouge="unicode", seed=seed, valid_rows=valid, valid_examples=valid_part, resume=resume, replace=True)
+                  rouge="unicode", seed=seed, valid_rows=valid, valid_examples=valid_part, resume=resume)
     stage(out / "teacher", lambda: Qwen2(toy.teacher_config(len(tokenizer))).init_weights(seed), rows=rows, steps=500,
-          lr=2e-3, eval_every=250, recorded={"data": report.files}, **common)
+          lr=2e-3, eval_every=250, recorded={"toy": True, "data": report.files}, **common)
     text = encode_text(toy.plain_text(3000, seed=4000 + seed), tokenizer)
     stage(out / "base", lambda: Qwen2(toy.student_config(len(tokenizer))).init_weights(seed + 1), rows=text, steps=200,
-          lr=4e-3, eval_every=200, recorded={}, **common)
+          lr=4e-3, eval_every=200, recorded={"toy": True}, **common)
 
 
 def planned(args) -> list[tuple[str, str, float, str]]:
@@ -325,11 +328,12 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
 
 def main():
     args = parse_args()
-    out, started = Path(args.out), time.time()
+    out, started = Path(args.out).expanduser(), time.time()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
+    check_out(out, args.resume, args.toy)
     if args.toy:
         torch.set_num_threads(1)                                # its matrices are too small to share
         toy_world(out, args.seed, args.resume)
@@ -356,31 +360,34 @@ def main():
 
     student = lambda: load_student(args.student, device, tokenizer)
 
-    teacher = None
-    if args.teacher:                                            # SFT too, where one is given: for the table
+    if args.teacher:
         check_teacher(args.teacher, tokenizer)
-        if args.seq_kd:
-            rows = ask_teacher(args, tokenizer, rows, device, dtype, out)
-        teacher = open_teacher(args, tokenizer, rows + valid_rows, device, dtype, lengths, report.files)
-
-    if not args.eval_data:                                      # for eval_rouge.py: what no student saw
-        write_jsonl([{"messages": [*example.messages, {"role": "assistant", "content": example.response}],
-                      "category": example.category} for example in valid_part], out / "held-out.jsonl")
-    settings = dict(tokenizer=tokenizer, rows=rows, valid_rows=valid_rows, valid_examples=valid_part, teacher=teacher,
-                    steps=steps, eval_every=args.eval_every or min(per_epoch, steps), dtype=dtype,
-                    lm_rows=encode_text(texts, tokenizer, args.max_length))
+    settings = dict(tokenizer=tokenizer, valid_rows=valid_rows, valid_examples=valid_part, steps=steps, dtype=dtype,
+                    eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
     settings |= {name: getattr(args, name) for name in (
         "kd_ratio", "temperature", "beta", "alpha", "lm_coef", "on_policy", "mix", "rollouts", "inner_epochs",
         "ratio_clip", "batch_size", "grad_accum", "warmup", "schedule", "weight_decay", "clip",
-        "gradient_checkpointing", "compile", "eval_examples", "max_new_tokens", "rouge", "seed", "resume")}
-    recorded = {"student": args.student, "teacher": args.teacher and identify(args.teacher), "data": report.files,
-                "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd, "cache_teacher": args.cache_teacher,
-                "dtype": str(dtype), "validation": args.validation, **lengths}
+        "gradient_checkpointing", "compile", "eval_examples", "max_new_tokens", "rouge", "seed")}
+    recorded = {"toy": args.toy, "student": args.student, "teacher": args.teacher and identify(args.teacher),
+                "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
+                "cache_teacher": args.cache_teacher, "dtype": str(dtype), "validation": args.validation, **lengths}
+    for _, loss, lr, folder in planned(args) if args.resume and not args.toy else ():       # before anything is written
+        if read_log(out / folder):
+            check_settings(out / folder, recorded | recordable(settings | dict(loss=loss, lr=lr)))
+    if not args.eval_data:                                      # for eval_rouge.py: what no student saw
+        write_jsonl([{"messages": [*example.messages, {"role": "assistant", "content": example.response}],
+                      "category": example.category} for example in valid_part], out / "held-out.jsonl")
+    teacher = None
+    if args.teacher:                                            # SFT too, where one is given: for the table
+        if args.seq_kd:
+            rows = ask_teacher(args, tokenizer, rows, device, dtype, out)
+        teacher = open_teacher(args, tokenizer, rows + valid_rows, device, dtype, lengths, report.files)
+    settings |= dict(rows=rows, teacher=teacher)
     if args.toy and (args.loss == "minillm" or args.on_policy):                 # they need a student that can answer
-        stage(out / "sft", student, loss="sft", lr=3e-3, replace=True, recorded=recorded, **settings)
+        stage(out / "sft", student, resume=args.resume, loss="sft", lr=3e-3, recorded=recorded, **settings)
         args.student = recorded["student"] = str(out / "sft" / "best")
     for _, loss, lr, folder in planned(args):
-        stage(out / folder, student, loss=loss, lr=lr, replace=args.toy, recorded=recorded, **settings)
+        stage(out / folder, student, resume=args.resume, loss=loss, lr=lr, recorded=recorded, **settings)
 
     judge = teacher.model if isinstance(teacher, Teacher) else None
     if isinstance(teacher, CachedTeacher):                      # the table asks it for answers

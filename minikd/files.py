@@ -73,6 +73,9 @@ def atomic_path(path, folder: bool = False):
                 os.rename(path, work / "old")                   # a folder cannot be renamed over a full one
             os.replace(new, path)
         _fsync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)            # a full disk does not say where it is full
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -205,7 +205,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tens
 
     u  [B] float64, uniform in [0, 1): one random number a row, where multinomial draws one a token of the vocabulary
     """
-    if temperature <= 0:
+    if temperature < 1e-6:                                      # greedy; a division by so little would overflow
         return logits.max(-1).indices, torch.zeros(len(logits), device=logits.device)   # argmax of bfloat16: 4x slower
     if temperature != 1:                                        # at 1 a copy of [B, V] less
         logits = logits.float() / temperature

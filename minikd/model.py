@@ -57,10 +57,13 @@ class Qwen2Config:
 
         if raw.get("model_type") != "qwen2":
             refuse("model_type", raw.get("model_type"), "minikd reads 'qwen2': Qwen1.5, Qwen2 and Qwen2.5 dense models")
+        theta = raw.get("rope_theta")
         for field in ("rope_scaling", "rope_parameters"):                       # transformers 4's name, and 5's
             rope = raw.get(field) or {}
-            if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-                refuse(field, rope, "use a checkpoint without RoPE scaling")
+            if (not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default"
+                    or any(isinstance(value, dict) for value in rope.values())):
+                refuse(field, rope, "use a checkpoint without RoPE scaling, the same in all layers")
+            theta = rope.get("rope_theta") or theta
         if raw.get("use_sliding_window"):
             refuse("use_sliding_window", raw["use_sliding_window"], "use a checkpoint with full attention")
         kinds = raw.get("layer_types") or []
@@ -70,8 +73,7 @@ class Qwen2Config:
             refuse("hidden_act", raw["hidden_act"], "Qwen2 uses 'silu'")
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in raw.items() if k in known and v is not None}
-        rope = raw.get("rope_parameters") or {}
-        values["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or cls.rope_theta
+        values["rope_theta"] = theta or cls.rope_theta
         for f in fields(cls):
             value = values.get(f.name, f.default)
             if f.type is bool:
@@ -412,7 +414,7 @@ class Qwen2(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Qwen2":
         """Random weights as Qwen2 starts from: N(0, initializer_range), biases 0, norms 1."""
-        generator = torch.Generator(self.head.device).manual_seed(seed)
+        generator = torch.Generator(self.head.device).manual_seed(seed % 2**63)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)

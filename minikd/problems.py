@@ -8,7 +8,10 @@
 The toy students learn first from answers of mixed quality, some wrong and some without their thoughts: GRPO then
 prefers the good ones. It sharpens what is there, and teaches no new skill.
 """
+import json
+import math
 import random
+import re
 from dataclasses import dataclass
 
 from minikd.data import Encoded, Example, data_files
@@ -132,6 +135,8 @@ def to_problem(record: dict, where: str) -> Problem:
             raise InputError(f"{where}: is no problem: give `question` and `answer`, or Codeforces' `description` and "
                              f"`examples` (its fields: {', '.join(list(record)[:12])})")
         text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K's mark
+    if re.search("[\ud800-\udfff]", text + json.dumps(facts, ensure_ascii=False)):
+        raise InputError(f"{where}: holds half a character (a lone surrogate); mend its escapes")
     return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts, where)
 
 
@@ -151,7 +156,9 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     tests = examples + [test for test in tests if test not in examples]
     facts = {"tests": tests if judged else [], "language": "python"}
     for name in "time_limit", "memory_limit":
-        if isinstance(record.get(name), (int, float)):
+        if isinstance(record.get(name), (int, float)) and kind_of(record[name]) != "null":
+            if not 0 < record[name] < math.inf:
+                raise InputError(f"{where}: field {name!r} is {record[name]}; give a number above 0, or leave it out")
             facts[name] = float(record[name])
     return "\n\n".join(part for part in parts if part), facts
 

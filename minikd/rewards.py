@@ -26,6 +26,7 @@ import math
 import re
 import statistics
 import sys
+import traceback
 from collections.abc import Callable
 from decimal import Decimal
 from functools import wraps
@@ -243,6 +244,12 @@ def load_rewards(names: str) -> dict[str, Callable[..., Values]]:
     return found
 
 
+def reward_files(names: str) -> list[str]:
+    """The files among load_rewards' names."""
+    paths = (entry.strip().rpartition(":")[0] for entry in names.split(","))
+    return [str(Path(path).expanduser()) for path in paths if path]
+
+
 def _from_file(path: str, name: str) -> Callable[..., Values]:
     """A function of the user's own file. What it returns is checked; NaN and infinity are no judgement."""
     file, module_name = Path(path).expanduser(), "rewards_of_" + re.sub(r"\W", "_", path)
@@ -260,7 +267,12 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
 
     @wraps(function)
     def checked(completions, problems, **options):
-        values = function(completions, problems, **options)
+        try:
+            values = function(completions, problems, **options)
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]                  # where in the user's code, or below it
+            raise InputError(f"{path}:{name}: raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}); mend it, "
+                             "or return None for what cannot be judged") from error
         try:
             return [None if value is None or not math.isfinite(value) else float(value)
                     for _, value in zip(completions, values, strict=True)]

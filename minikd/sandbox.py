@@ -126,8 +126,8 @@ def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
         source, stdin = source.encode(), stdin.encode()
     except UnicodeEncodeError as error:                         # a lone surrogate
         return Result("error", "", f"not run: {error}", 0.0), ""
-    if b"\0" in source + stdin:                                 # Python 3.10 would run the lines before it
-        return Result("error", "", "not run: a NUL in the source or in stdin", 0.0), ""
+    if b"\0" in source:                                         # Python 3.10 would run the lines before it
+        return Result("error", "", "not run: a NUL in the source", 0.0), ""
     folder = tempfile.mkdtemp(prefix="minikd-")
     try:
         options = _prepare(folder, source, stdin, timeout, memory_mb)
@@ -272,6 +272,7 @@ def _supervise(report, options):
         os._exit(0)                                             # 1 ms sooner than the interpreter's own end
 
     _signal.signal(_signal.SIGTERM, end)
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)            # ignored, as a caller may, it would lose the exit code
     libc.prctl(1, _signal.SIGTERM, 0, 0, 0)                     # PR_SET_PDEATHSIG: likewise if the caller is killed
     os.set_inheritable(report, False)
     if os.getppid() != options["parent"]:

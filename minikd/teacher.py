@@ -116,7 +116,9 @@ def check_made_from(folder: Path, made_from: dict):
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise InputError(f"{folder}: is not empty, and no cache of a teacher's; choose another --cache-teacher")
         return
-    before = read_json(folder / FACTS).get("made_from", {})
+    before = read_json(folder / FACTS).get("made_from")
+    if not isinstance(before, dict):
+        raise InputError(f"{folder / FACTS}: does not say what the cache was made from; choose another --cache-teacher")
     for key, value in made_from.items():
         if before.get(key) != value:
             what = ("its rows are others (the tokenizer, or answers of --seq-kd)" if key == "rows" else

@@ -113,12 +113,12 @@ def flag_group(parser: argparse.ArgumentParser, title: str):
 
 
 def check_positive(args, *names: str):
-    """Raises InputError for the first of these flags that was given a number which is not above 0, or not finite."""
+    """Raises InputError for the first of these flags that was given a number which is not above 0, or above 10^12."""
     for name in names:
         value = getattr(args, name)
         numbers = value if isinstance(value, list) else [value]
-        if any(not 0 < number < math.inf for number in numbers if number is not None):
-            raise InputError(f"--{name.replace('_', '-')} {value}: is not above 0 and finite; give another number")
+        if any(not 0 < number <= 1e12 for number in numbers if number is not None):
+            raise InputError(f"--{name.replace('_', '-')} {value}: is not above 0 and at most 10^12; give another number")
 
 
 # ---- what a run leaves behind
@@ -131,7 +131,7 @@ class Log:
         self.path = Path(folder) / name
         kept = [line for line in read_log(folder, name) if line["step"] <= upto] if upto else []
         with atomic_path(self.path) as new:
-            new.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            new.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, *lines: dict, **values):
         """One line of the values, or several at once."""
@@ -141,12 +141,14 @@ class Log:
 
 def read_log(folder, name: str = LOG) -> list[dict]:
     """The whole lines of log.jsonl; a last one that a kill cut in half is left out.  InputError for a damaged one."""
-    path = Path(folder) / name
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise InputError(f"{path}: holds a damaged line ({error}); choose another --out") from error
+    path, lines = Path(folder) / name, []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+            int(lines[-1]["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path}: holds a line that is no step of a run ({error}); choose another --out") from error
+    return lines
 
 
 def write_config(folder, settings: dict):
@@ -202,26 +204,43 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
         raise InputError(f"{path}: is damaged ({error}); start again without --resume, in another --out") from error
 
 
+def settings_of(folder) -> dict:
+    """What the run in `folder` was begun with.  Raises InputError where its config.json does not say."""
+    settings = read_json(Path(folder) / CONFIG).get("settings")
+    if not isinstance(settings, dict):
+        raise InputError(f"{Path(folder) / CONFIG}: has no settings of a run; choose another --out")
+    return settings
+
+
+def check_out(out, resume: bool, toy: bool):
+    """Raises InputError for an --out that holds runs, in itself or a folder of it, which a new run would replace.
+
+    Real runs are resumed, or left alone. Those of the toy are begun again by the toy.
+    """
+    for folder in [Path(out), *sorted(path for path in Path(out).glob("*") if path.is_dir())]:
+        lines = read_log(folder)
+        if lines and not ((resume or toy) and bool(settings_of(folder).get("toy")) == toy):
+            raise InputError(f"{folder}: holds {'another' if resume else 'a'} run already, {lines[-1]['step']} steps; "
+                             f"{'' if resume else 'go on with --resume, or '}choose another --out")
+
+
 def check_settings(folder, settings: dict):
     """A resumed run must be the same run.  Raises InputError naming the first setting that differs."""
-    before = read_json(Path(folder) / CONFIG).get("settings", {})
+    before = settings_of(folder)
     for key, value in json.loads(json.dumps(settings, default=str)).items():
         if before.get(key) != value:
             raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
                              f"{before.get(key)}; give the same flags, or another --out")
 
 
-def begin_run(folder, settings: dict, resume: bool, replace: bool = False) -> bool:
-    """Makes `folder` ready for a run of these settings; False where that run is done already.
+def begin_run(folder, settings: dict, resume: bool) -> bool:
+    """Makes `folder` ready for a run of these settings, after check_out; False where that run is done already.
 
-    A state that is there afterwards (STATE) is the run's own, to go on from.  replace: an earlier run is begun again.
-    Raises InputError for an earlier run that is neither resumed nor replaced, and for one of other settings.
+    A state that is there afterwards (STATE) is the run's own, to go on from.
+    Raises InputError for a resumed run of other settings.
     """
-    lines = read_log(folder)
-    if lines and not (resume or replace):
-        raise InputError(f"{folder}: holds a run already, {lines[-1]['step']} steps; "
-                         "go on with --resume, or choose another --out")
-    if lines and resume:
+    lines = read_log(folder) if resume else []
+    if lines:
         check_settings(folder, settings)
         if lines[-1].get("done"):
             print(f"{folder}: done already")

@@ -30,6 +30,12 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(capsys):
         2, "error: a.jsonl:3: is not JSON; mend it\n")
 
 
+def test_a_full_disk_is_told_with_the_path(tmp_path):
+    with pytest.raises(OSError) as error, atomic_path(tmp_path / "x.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")                  # as write() says it
+    assert error.value.filename == str(tmp_path / "x.json") and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("number, mend", [(errno.ENOSPC, "free some space"), (errno.ENOENT, "check the path"),
                                           (errno.EACCES, "check the permissions"), (errno.EIO, "the disk")])
 def test_a_failing_disk_is_one_line_that_names_the_file_and_the_mend(capsys, number, mend):

@@ -226,6 +226,12 @@ def test_config_json_of_transformers_4_and_of_5_mean_the_same():
     assert (five.rope_theta, five.head_dim, five.vocab_size, five.tie_word_embeddings) == (1e6, 8, 300, True)
 
 
+def test_the_rope_base_may_stand_in_rope_scaling():
+    """transformers 5 reads it there too."""
+    rest = {key: value for key, value in FOUR.items() if key != "rope_theta"}
+    assert Qwen2Config.from_dict(rest | {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}}).rope_theta == 5e5
+
+
 def test_what_config_json_leaves_out_is_transformers_default():
     config = Qwen2Config.from_dict({"model_type": "qwen2", "num_attention_heads": 16})
     assert (config.rope_theta, config.rms_norm_eps, config.tie_word_embeddings) == (1e4, 1e-6, False)
@@ -249,6 +255,7 @@ def test_a_config_survives_its_own_writing():
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling = "),                 # transformers 4's spelling
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling = "),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}}, "rope_parameters = "),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters = "),  # and 5
     ({"rope_parameters": [1e6]}, "rope_parameters = "),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),

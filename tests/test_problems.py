@@ -95,6 +95,10 @@ def test_what_a_comparison_could_not_judge_has_no_tests(changed):
     assert to_problem(RECORD | changed, "x").facts["tests"] == []
 
 
+def test_an_empty_cell_is_no_limit():
+    assert "time_limit" not in to_problem(RECORD | {"time_limit": float("nan")}, "x").facts
+
+
 def test_a_question_with_its_answer_is_a_problem():
     gsm = to_problem({"question": "2 + 2?", "answer": "Two and two is 4.\n#### 4"}, "x")
     assert gsm.facts == {"answer": "4"} and gsm.messages[-1]["content"] == "2 + 2?"
@@ -103,7 +107,11 @@ def test_a_question_with_its_answer_is_a_problem():
 
 @pytest.mark.parametrize("record, said", [
     ({"title": "x"}, "is no problem: give `question` and `answer`"), ({"question": "Why?"}, "is no problem"),
-    (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is no list of {input, output} texts")])
+    (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is no list of {input, output} texts"),
+    (RECORD | {"time_limit": -1}, "field 'time_limit' is -1; give a number above 0"),
+    (RECORD | {"memory_limit": float("inf")}, "field 'memory_limit' is inf"),
+    ({"question": "\ud800", "answer": "b"}, "holds half a character"), ({"question": "a", "answer": "\ud800"}, "half a"),
+    (RECORD | {"examples": [{"input": "1", "output": "\ud800"}]}, "half a character")])
 def test_a_record_that_is_no_problem_is_one_line_with_its_place(tmp_path, record, said):
     (tmp_path / "bad.jsonl").write_text(json.dumps(RECORD) + "\n" + json.dumps(record) + "\n")
     with pytest.raises(InputError) as error:

@@ -10,8 +10,8 @@ import pytest
 from minikd import rewards, sandbox
 from minikd.files import InputError
 from minikd.rewards import (REWARDS, answer_part, answer_reward, code_reward, combine, extract_code, format_fault,
-                            format_reward, length_reward, load_rewards, repetition_reward, steps_reward, summary,
-                            tags_reward, think_part)
+                            format_reward, length_reward, load_rewards, repetition_reward, reward_files, steps_reward,
+                            summary, tags_reward, think_part)
 
 GOOD = "<think>\nStep 1: 3+4=7\n</think>\n<answer>\n7\n</answer>"
 TAGS = "<think>", "</think>", "<answer>", "</answer>"
@@ -479,10 +479,15 @@ def test_what_it_returns_is_checked(tmp_path, body, message):
         load_rewards(f"{path}:f")["f"](["a", "b"], [{}, {}])
 
 
-def test_its_own_errors_are_its_own(tmp_path):
-    path = user_file(tmp_path, "def f(completions, problems):\n    raise ValueError('mine')\n")
-    with pytest.raises(ValueError, match="^mine$"):
+def test_an_error_of_its_own_is_told_with_its_line(tmp_path):
+    path = user_file(tmp_path, "def f(completions, problems):\n    return g()\ndef g():\n    raise KeyError('mine')\n")
+    with pytest.raises(InputError, match=r"mine.py:f: raised KeyError: 'mine' \(\S*mine.py:4\); mend it") as error:
         load_rewards(f"{path}:f")["f"](["a"], [{}])
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_the_files_among_the_names_are_known(tmp_path):
+    assert reward_files("format, a/b.py:f,code") == ["a/b.py"] and reward_files("format") == []
 
 
 @pytest.mark.parametrize("text, message", [

@@ -90,6 +90,13 @@ def test_chat_without_a_template_is_qwen25s(tokenizer):
     assert tokenizer.chat([USER]) == rendered(QWEN25, [USER], False)
 
 
+@pytest.mark.parametrize("turn", [{"role": "tool", "content": "3"}, {"role": "developer", "content": "x"},
+                                  {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}])
+def test_chat_refuses_what_it_would_write_otherwise_than_the_template(tokenizer, turn):
+    with pytest.raises(InputError, match=f"a turn of role '{turn['role']}'"):
+        tokenizer.chat([USER, turn])
+
+
 @pytest.mark.parametrize("apart", [True, False], ids=["chat_template.jinja", "tokenizer_config.json"])
 @pytest.mark.parametrize("template, system", [
     (QWEN25, QWEN25_SYSTEM), (QWEN2, "You are a helpful assistant."), (QWEN15, "You are a helpful assistant"),

@@ -118,9 +118,12 @@ def test_micro_batches_change_nothing(run, tmp_path):
         assert a["reward"] == pytest.approx(b["reward"]) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
-def test_when_nothing_is_ever_paid_it_stops_and_says_so(run):
-    status, _, err = run("--patience", "3", rewards="{world}/ours.py:nothing")
+def test_when_nothing_is_ever_paid_it_stops_and_says_so(run, tmp_path):
+    flags = "--patience", "3", "--eval-every", "2"
+    status, _, err = run(*flags, rewards="{world}/ours.py:nothing")
     assert status == 2 and "every reward was 0 for 3 steps" in err and err.count("\n") == 1
+    status, _, err = run(*flags, "--resume", rewards="{world}/ours.py:nothing")     # which goes on counting at 2
+    assert status == 2 and "every reward was 0 for 3 steps" in err and len(steps_of(tmp_path / "run")) == 3
 
 
 def test_what_nobody_can_judge_moves_nothing(run, world, tmp_path):
@@ -155,7 +158,7 @@ def test_a_codeforces_record_goes_through_prompt_rollout_sandbox_and_update(run,
     (["--weight-decay", "inf"], "--weight-decay inf"), (["--beta", "nan"], "--beta nan"), (["--limit", "1"], "holds one problem"),
     (["--lr", "0"], "--lr 0.0: is not above 0"),
     (["--data", "no/such.jsonl"], "no/such.jsonl: no such file"), (["--max-prompt-length", "2"], "raise --max-prompt-length"),
-    (["--lr", "1e30"], "is not finite; lower --lr"), (["--model", "no/such/model"], "no/such/model: no such folder")])
+    (["--lr", "1e12"], "is not finite; lower --lr"), (["--model", "no/such/model"], "no/such/model: no such folder")])
 def test_bad_input_is_one_line(run, flags, said):
     status, _, err = run(*flags)
     assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
@@ -171,6 +174,26 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run):
     assert status == 2 and "--eval-examples 2, but the run began with 3" in err
     status, out, _ = run("--steps", "2", "--resume")
     assert status == 0 and "done already" in out
+
+
+def test_a_toy_takes_no_real_runs_place(run, shell, world, tmp_path):
+    """--data forgotten."""
+    assert run("--steps", "1")[0] == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for more in [], ["--resume"]:
+        status, _, err = shell(rl, "--model", world / "model", "--steps", "1", "--out", tmp_path / "run", *more)
+        assert status == 2 and "run already, 1 steps" in err and err.count("\n") == 1
+    assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_run_is_not_resumed_with_a_reward_that_changed(run, tmp_path):
+    (tmp_path / "mine.py").write_text("def f(completions, problems):\n    return [0.5] * len(completions)\n")
+    flags = "--steps", "2", "--eval-every", "1"
+    assert run(*flags, rewards=f"{tmp_path}/mine.py:f")[0] == 0
+    assert all(line["flat"] == 1 and line["grad_norm"] < 1e-6 for line in steps_of(tmp_path / "run"))
+    (tmp_path / "mine.py").write_text("def f(completions, problems):\n    return [0.7] * len(completions)\n")
+    status, _, err = run(*flags, "--resume", rewards=f"{tmp_path}/mine.py:f")
+    assert status == 2 and "--reward-files" in err and err.count("\n") == 1
 
 
 def test_a_run_is_not_resumed_against_another_reference(run, world, tmp_path):

@@ -480,7 +480,7 @@ def test_a_state_that_an_earlier_run_left_is_not_resumed_from(tmp_path, monkeypa
 
     def begin(lr, at, resume=False):
         monkeypatch.setattr(kd.Log, "write", stop(at))
-        kd.stage(tmp_path / "run", lambda: load_model(given["student_folder"]), resume=resume, replace=True, recorded={},
+        kd.stage(tmp_path / "run", lambda: load_model(given["student_folder"]), resume=resume, recorded={},
                  **rest | {"lr": lr})
 
     given["student_folder"] = tmp_path / "start"
@@ -547,7 +547,7 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
     (["--validation", "0"], "--validation 0"), (["--eval-examples", "-1"], "--eval-examples -1"),
     (["--kd-ratio", "1.5"], "--kd-ratio lies in 0 to 1"), (["--alpha", "0"], "--alpha between"),
     (["--lr", "1e-3", "1e-2"], "--lr with several rates sweeps one loss"),
-    (["--epochs", "inf"], "--epochs inf: is not above 0 and finite"), (["--weight-decay", "-1"], "give 0 or more"),
+    (["--epochs", "inf"], "--epochs inf: is not above 0 and at most"), (["--epochs", "1e308"], "--epochs 1e+308: is not"), (["--weight-decay", "-1"], "give 0 or more"),
     (["--weight-decay", "nan"], "--weight-decay nan"), (["--warmup", "-1"], "--warmup -1"), (["--step", "3"], "see --help"),
     (["--batch-size", "many"], "invalid int value: 'many'; see --help"),
     (["--loss", "sft", "--lr", "0.01", "1e-2"], "two rates are the same"),
@@ -557,10 +557,28 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
     (["--loss", "minillm", "--cache-teacher", "x"], "own answers are new each time"),
     (["--loss", "minillm", "--seq-kd"], "leave one out"), (["--rollouts", "0"], "--rollouts 0: is not above 0"),
     (["--lm-data", "no/such.jsonl"], "no/such.jsonl: no such file"),
-    (["--loss", "sft", "--lr", "1e30", "--steps", "9"], "is not finite; lower --lr")])
+    (["--loss", "sft", "--lr", "1e12", "--steps", "9"], "is not finite; lower --lr")])
 def test_a_flag_out_of_range_is_one_line_that_names_it(run, flags, said):
     status, _, err = run(*flags)
     assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_a_run_that_is_refused_leaves_everything_as_it_was(run, shell, world, tmp_path):
+    """Refused before the split is written anew, and before a teacher is asked for hours."""
+    flags = "--loss", "forward_kl", "--steps", "1", "--validation", "4"
+    assert run(*flags)[0] == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for more, said in (["--seed", "7"], "holds a run already, 1 steps"), (["--seed", "7", "--resume"], "the run began with 0"), (
+            ["--seed", "7", "--cache-teacher", tmp_path / "cache"], "holds a run already"):
+        status, _, err = run(*flags, *more)
+        assert status == 2 and said in err and err.count("\n") == 1
+    for more in [], ["--resume"]:                                               # --data forgotten: no toy in its place
+        status, _, err = shell(kd, "--out", tmp_path / "run", "--steps", "1", *more)
+        assert status == 2 and "run already, 1 steps" in err and err.count("\n") == 1
+    assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert not (tmp_path / "cache").exists()
+    status, _, err = run("--steps", "1", "--seed", "7", out=tmp_path / "run")    # a comparison has files of the same names
+    assert status == 2 and "holds a run already" in err
 
 
 def test_what_was_held_out_can_be_asked_for_afterwards(run, shell, world, tmp_path):
@@ -584,9 +602,14 @@ def test_epochs_count_in_the_toy_world_too(monkeypatch):
 
 def test_a_damaged_log_is_one_line(run, tmp_path):
     assert run("--loss", "sft", "--steps", "1")[0] == 0
-    (tmp_path / "run/log.jsonl").write_text("{]\n")
+    for line in "{]", "[1]", '{"loss": 2}', "3":
+        (tmp_path / "run/log.jsonl").write_text(line + "\n")
+        status, _, err = run("--loss", "sft", "--steps", "1", "--resume")
+        assert status == 2 and "log.jsonl: holds a line that is no step of a run" in err and err.count("\n") == 1
+    (tmp_path / "run/log.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "run/config.json").write_text('{"settings": [1]}')
     status, _, err = run("--loss", "sft", "--steps", "1", "--resume")
-    assert status == 2 and "log.jsonl: holds a damaged line" in err and err.count("\n") == 1
+    assert status == 2 and "config.json: has no settings of a run" in err and err.count("\n") == 1
 
 
 def test_the_script_itself_ends_with_status_2_and_no_traceback(tmp_path):
