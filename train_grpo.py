@@ -28,7 +28,7 @@ from minikd.plots import plot_rewards
 from minikd.records import data_files
 from minikd.rewards import combine, load_rewards, reward_files, summary
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, begin_run, check_out, check_positive, check_schedule, compile_blocks,
+from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, compile_blocks,
                              flag_group, learning_rate, load_state, load_student, make_optimizer, make_parser,
                              pick_device, pick_dtype, read_log, save_state)
 
@@ -335,7 +335,7 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
-    check_out(out, args.resume, args.toy)
+    check_free(out, resume=args.resume, toy=args.toy)
     if args.toy:
         torch.set_num_threads(1)                                # its matrices are too small to share
         args.model = args.model or str(toy_student(args.task, out, args.seed, args.resume))

@@ -33,7 +33,7 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, begin_run, check_out, check_positive, check_schedule, check_settings,
+from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
                              compile_blocks, flag_group, learning_rate, load_state, load_student, make_optimizer,
                              make_parser, pick_device, pick_dtype, read_log, save_state)
 
@@ -333,7 +333,9 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
-    check_out(out, args.resume, args.toy)
+    compared = ["", "sft", "kd"] + (["teacher", "base"] if args.toy else [])    # a comparison's files lie in out itself, too
+    check_free(*(out / folder for folder in dict.fromkeys(compared + [folder for *_, folder in planned(args)])),
+               resume=args.resume, toy=args.toy)
     if args.toy:
         torch.set_num_threads(1)                                # its matrices are too small to share
         toy_world(out, args.seed, args.resume)

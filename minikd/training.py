@@ -212,12 +212,12 @@ def settings_of(folder) -> dict:
     return settings
 
 
-def check_out(out, resume: bool, toy: bool):
-    """Raises InputError for an --out that holds runs, in itself or a folder of it, which a new run would replace.
+def check_free(*folders, resume: bool, toy: bool):
+    """Raises InputError where one of the folders holds a run that a new one would replace.
 
     Real runs are resumed, or left alone. Those of the toy are begun again by the toy.
     """
-    for folder in [Path(out), *sorted(path for path in Path(out).glob("*") if path.is_dir())]:
+    for folder in folders:
         lines = read_log(folder)
         if lines and not ((resume or toy) and bool(settings_of(folder).get("toy")) == toy):
             raise InputError(f"{folder}: holds {'another' if resume else 'a'} run already, {lines[-1]['step']} steps; "
@@ -234,7 +234,7 @@ def check_settings(folder, settings: dict):
 
 
 def begin_run(folder, settings: dict, resume: bool) -> bool:
-    """Makes `folder` ready for a run of these settings, after check_out; False where that run is done already.
+    """Makes `folder` ready for a run of these settings, after check_free; False where that run is done already.
 
     A state that is there afterwards (STATE) is the run's own, to go on from.
     Raises InputError for a resumed run of other settings.

@@ -581,6 +581,13 @@ def test_a_run_that_is_refused_leaves_everything_as_it_was(run, shell, world, tm
     assert status == 2 and "holds a run already" in err
 
 
+def test_a_teacher_may_be_trained_in_a_folder_of_the_comparison(run, tmp_path):
+    flags = "--loss", "sft", "--steps", "1"
+    assert run(*flags, out=tmp_path / "run/teacher")[0] == 0
+    assert run("--steps", "1", models=("--student", tmp_path / "run/teacher/best", "--teacher",
+                                       tmp_path / "run/teacher/best"))[0] == 0
+
+
 def test_what_was_held_out_can_be_asked_for_afterwards(run, shell, world, tmp_path):
     assert run("--loss", "sft", "--validation", "4")[0] == 0
     lines = [json.loads(line) for line in (tmp_path / "run/held-out.jsonl").read_text().splitlines()]
