@@ -326,6 +326,45 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
     return CachedTeacher(args.cache_teacher, load_head(folder, device, dtype))
 
 
+def read_data(args, tokenizer, lengths: dict) -> tuple:
+    """--data and --eval-data -> (a Report, rows to train on, (held-out rows, their examples), (rows for the table, theirs))."""
+    examples, report = load_examples(args.data, args.format)
+    print(report)
+    if len(examples) < 5:
+        raise InputError(f"{', '.join(args.data)}: {len(examples)} usable records; give 5 or more, one is held out")
+    train_part, valid_part = split_examples(examples, min(args.validation, len(examples) // 5), args.seed)
+    rows, counts = encode_examples(train_part, tokenizer, **lengths)
+    valid_rows, _ = encode_examples(valid_part, tokenizer, **lengths)
+    print(", ".join(f"{count:,} {what}" for what, count in counts.items()) + f"; {len(valid_rows):,} for validation")
+    asked = valid_rows[:args.eval_examples], valid_part
+    if args.eval_data:
+        test, _ = load_examples(args.eval_data, args.format)
+        asked = encode_examples(test, tokenizer, **lengths)[0], test
+    return report, rows, (valid_rows, valid_part), asked
+
+
+def write_held_out(examples: list, path: Path):
+    """For eval_rouge.py: what no student saw."""
+    write_jsonl([{"messages": [*example.messages, {"role": "assistant", "content": example.response}],
+                  "category": example.category} for example in examples], path)
+
+
+def conclude(args, out: Path, tokenizer, base: Qwen2, teacher, held_out: tuple, asked: tuple, device, dtype) -> Path | None:
+    """The table of Base, the runs and Teacher; and the picture, whose path is returned."""
+    judge = teacher.model if isinstance(teacher, Teacher) else None
+    if isinstance(teacher, CachedTeacher):                      # the table asks it for answers
+        judge = load_model(args.teacher, device, dtype).requires_grad_(False)
+    models = {"Base": base.to(dtype)}
+    models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
+    models |= {"Teacher": judge} if judge else {}
+    answers = dict(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, rouge=args.rouge)
+    show_table(models, tokenizer, *asked, out, **answers)
+    rows, examples = held_out
+    dashed = answer_and_score(judge, tokenizer, rows[:args.eval_examples], examples, **answers) if judge else []
+    return plot_curves({label: out / folder for label, _, _, folder in planned(args)}, out / "curves.png",
+                       mean_by_category(dashed)["all"]["rouge_l"] if judge else None)
+
+
 def main():
     args = parse_args()
     out, started = Path(args.out).expanduser(), time.time()
@@ -343,28 +382,14 @@ def main():
         args.data, args.eval_data = [str(out / "data" / "train.jsonl")], [str(out / "data" / "test.jsonl")]
 
     tokenizer = Tokenizer.load(args.student)
-    examples, report = load_examples(args.data, args.format)
-    print(report)
-    if len(examples) < 5:
-        raise InputError(f"{', '.join(args.data)}: {len(examples)} usable records; give 5 or more, one is held out")
-    train_part, valid_part = split_examples(examples, min(args.validation, len(examples) // 5), args.seed)
     lengths = dict(template=args.template, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
-    rows, counts = encode_examples(train_part, tokenizer, **lengths)
-    valid_rows, _ = encode_examples(valid_part, tokenizer, **lengths)
-    print(", ".join(f"{count:,} {what}" for what, count in counts.items()) + f"; {len(valid_rows):,} for validation")
+    report, rows, held_out, asked = read_data(args, tokenizer, lengths)
+    texts, text_files = load_texts(args.lm_data) if args.lm_data else ([], None)
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or math.ceil(args.epochs * per_epoch)
-    texts, text_files = load_texts(args.lm_data) if args.lm_data else ([], None)
-    test, test_rows = valid_part, valid_rows[:args.eval_examples]
-    if args.eval_data:
-        test, _ = load_examples(args.eval_data, args.format)
-        test_rows, _ = encode_examples(test, tokenizer, **lengths)
-
-    student = lambda: load_student(args.student, device, tokenizer)
-
     if args.teacher:
         check_teacher(args.teacher, tokenizer)
-    settings = dict(tokenizer=tokenizer, valid_rows=valid_rows, valid_examples=valid_part, steps=steps, dtype=dtype,
+    settings = dict(tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
                     eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
     settings |= {name: getattr(args, name) for name in (
         "kd_ratio", "temperature", "beta", "alpha", "lm_coef", "on_policy", "mix", "rollouts", "inner_epochs",
@@ -376,32 +401,21 @@ def main():
     for _, loss, lr, folder in planned(args) if args.resume and not args.toy else ():       # before anything is written
         if read_log(out / folder):
             check_settings(out / folder, recorded | recordable(settings | dict(loss=loss, lr=lr)))
-    if not args.eval_data:                                      # for eval_rouge.py: what no student saw
-        write_jsonl([{"messages": [*example.messages, {"role": "assistant", "content": example.response}],
-                      "category": example.category} for example in valid_part], out / "held-out.jsonl")
+    if not args.eval_data:
+        write_held_out(held_out[1], out / "held-out.jsonl")
     teacher = None
     if args.teacher:                                            # SFT too, where one is given: for the table
         if args.seq_kd:
             rows = ask_teacher(args, tokenizer, rows, device, dtype, out)
-        teacher = open_teacher(args, tokenizer, rows + valid_rows, device, dtype, lengths, report.files)
-    settings |= dict(rows=rows, teacher=teacher)
+        teacher = open_teacher(args, tokenizer, rows + held_out[0], device, dtype, lengths, report.files)
+    settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
+    student = lambda: load_student(args.student, device, tokenizer)
     if args.toy and (args.loss == "minillm" or args.on_policy):                 # they need a student that can answer
-        stage(out / "sft", student, resume=args.resume, loss="sft", lr=3e-3, recorded=recorded, **settings)
+        stage(out / "sft", student, loss="sft", lr=3e-3, recorded=recorded, **settings)
         args.student = recorded["student"] = str(out / "sft" / "best")
     for _, loss, lr, folder in planned(args):
-        stage(out / folder, student, resume=args.resume, loss=loss, lr=lr, recorded=recorded, **settings)
-
-    judge = teacher.model if isinstance(teacher, Teacher) else None
-    if isinstance(teacher, CachedTeacher):                      # the table asks it for answers
-        judge = load_model(args.teacher, device, dtype).requires_grad_(False)
-    models = {"Base": student().to(dtype)}
-    models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
-    models |= {"Teacher": judge} if judge else {}
-    answers = dict(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, rouge=args.rouge)
-    show_table(models, tokenizer, test_rows, test, out, **answers)
-    dashed = answer_and_score(judge, tokenizer, valid_rows[:args.eval_examples], valid_part, **answers) if judge else []
-    picture = plot_curves({label: out / folder for label, _, _, folder in planned(args)}, out / "curves.png",
-                          mean_by_category(dashed)["all"]["rouge_l"] if judge else None)
+        stage(out / folder, student, loss=loss, lr=lr, recorded=recorded, **settings)
+    picture = conclude(args, out, tokenizer, student(), teacher, held_out, asked, device, dtype)
     print(f"\n{f'curves in {picture}; ' if picture else ''}checkpoints under {out}; {time.time() - started:.0f} s")
 
 
