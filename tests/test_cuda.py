@@ -18,11 +18,10 @@ def test_nvcc_builds_it_without_a_header_and_the_second_time_it_is_there(tmp_pat
     code = build("sm_90")
     assert code[:4] == b"\x7fELF" and all(name.encode() in code for name in KERNELS)
     assert [path.read_bytes() == code for path in tmp_path.iterdir()] == [True]
+    monkeypatch.setattr(cuda, "nvcc", lambda source, arch: b"built again")
+    assert build("sm_90") == code                                               # out of the cache
     monkeypatch.setenv("MINIKD_CACHE", "/proc/nowhere")                         # which cannot be written
-    assert build("sm_90") == code
-    monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert build("sm_90") == code
+    assert build("sm_90") == build("sm_90") == b"built again"
 
 
 def test_a_changed_source_is_built_anew(tmp_path, monkeypatch):

@@ -169,11 +169,10 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(run, world, tokenize
 
 # ---- as a shell sees it
 
-def test_with_no_flags_and_no_toy_student_it_says_what_to_run_first(tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and list(tmp_path.iterdir()) == []
-    assert done.stderr == ("error: runs/toy/kd/best: no toy student yet; run train_kd.py first, "
-                           "or give --model and --data\n")
+def test_with_no_flags_and_no_toy_student_it_says_what_to_run_first(run, tmp_path):
+    assert run() == (2, "", "error: runs/toy/kd/best: no toy student yet; run train_kd.py first, "
+                            "or give --model and --data\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):

@@ -1,10 +1,11 @@
 """The toy world: the same everywhere, shaped like the real datasets, and honest about what is held out."""
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 
@@ -31,17 +32,18 @@ def parameters(config) -> int:
     return sum(p.numel() for p in Qwen2(config).parameters())
 
 
-def right_answers(entry: dict) -> tuple[set[str], set[str]]:
-    """Every true answer to a question of the language domains, as usually worded and in other words: all that the
-    templates can make of the world's people, kept where the question is the one asked."""
-    usual, other = set(), set()
+@functools.cache
+def right_answers() -> dict[str, tuple[set[str], set[str]]]:
+    """To every question of the language domains all true answers, as usually worded and in other words: all that the
+    templates can make of the world's people."""
+    found = defaultdict(lambda: (set(), set()))
     for p, q in itertools.permutations(toy.people(), 2):
         old, young = sorted((p, q), key=lambda person: -person.age)
-        for asks, plain, reworded in toy.ENGLISH + toy.SPANISH:
-            if entry["instruction"] in [ask.format(p=p, q=q) for ask in asks]:
-                usual.add(plain.format(p=p, q=q, old=old, young=young))
-                other.add(reworded.format(p=p, q=q, old=old, young=young))
-    return usual, other
+        for asks, *answers in toy.ENGLISH + toy.SPANISH:
+            for ask in asks:
+                for kind, answer in zip(found[ask.format(p=p, q=q)], answers):
+                    kind.add(answer.format(p=p, q=q, old=old, young=young))
+    return found
 
 
 def test_the_world_and_its_records_are_the_same_in_every_process():
@@ -95,11 +97,11 @@ def test_the_code_does_what_the_question_asks():
 
 def test_clean_answers_are_right_and_human_ones_are_reworded_and_wrong_at_their_rates():
     language = [entry for entry in toy.records(300, seed=12) if entry["category"] != "code"]
-    assert all(entry["response"] in right_answers(entry)[0] for entry in language)
+    assert all(entry["response"] in right_answers()[entry["instruction"]][0] for entry in language)
     human = [entry for entry in toy.records(1000, seed=13, human=True) if entry["category"] != "code"]
     kinds = Counter()
     for entry in human:
-        usual, other = right_answers(entry)
+        usual, other = right_answers()[entry["instruction"]]
         kinds["reworded" if entry["response"] in other else "usual" if entry["response"] in usual else "wrong"] += 1
     right = kinds["reworded"] + kinds["usual"]
     assert kinds["reworded"] / right == pytest.approx(toy.OTHER_WORDS, abs=0.06)
