@@ -47,7 +47,8 @@ def parse_args():
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16"),
         help="of the model: auto, float32, bfloat16 (auto; toy float32)")
-    add("--int8-head", action="store_true", help=f"read the head at 8 bits, on a CPU and for fewer than {INT8_ROWS} prompts at once")
+    add("--int8-head", action="store_true",
+        help=f"read the head at 8 bits, on a CPU and for fewer than {INT8_ROWS} prompts at once")
     add("--show-ways", action="store_true", help="print how each 4-bit layer multiplies, by number of rows")
     add = flag_group(parser, "answers that are written already, line by line")
     add("--predictions", help=".txt, an answer a line; or .jsonl .json .csv with prediction, text, response or output")
@@ -76,7 +77,8 @@ def parse_args():
         if getattr(args, name) is None:
             setattr(args, name, value)
     folder = Path(args.model or "").expanduser()
-    args.out = Path(args.out or (folder if args.model and folder.is_dir() else Path("runs/eval")) / "answers.jsonl").expanduser()
+    beside = folder if args.model and folder.is_dir() else Path("runs/eval")
+    args.out = Path(args.out or beside / "answers.jsonl").expanduser()
     if args.out.is_dir():
         raise InputError(f"--out {args.out}: is a folder; give a file")
     for path in args.predictions, args.references, *(args.data or []):

@@ -357,9 +357,10 @@ def main():
              "ratio", "inner_epochs", "mask_truncated", "drop_flat", "steps", "batch_size", "lr", "warmup", "schedule",
              "weight_decay", "max_grad_norm", "gradient_checkpointing", "compile", "patience", "eval_every", "seed")
     settings = {name: getattr(args, name) for name in names}
-    recorded = settings | {"toy": args.toy, "model": identify(args.model), "data": args.data, "task": args.task, "rewards": args.rewards,
+    recorded = settings | {"toy": args.toy, "model": identify(args.model), "data": args.data, "task": args.task,
+                           "rewards": args.rewards, "reward_weights": weights,
                            "reward_files": {path: sha256(path) for path in reward_files(args.rewards)},
-                           "reward_weights": weights, "dtype": str(dtype), "limit": args.limit,
+                           "dtype": str(dtype), "limit": args.limit,
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
                            "records": {str(file): sha256(file) for path in args.data or () for file in data_files(path)}}
     if not begin_run(out, recorded, args.resume):

@@ -95,8 +95,8 @@ class Tokenizer:
         turns = list(messages)
         for turn in turns:
             if turn["role"] not in ("system", "user", "assistant") or turn.get("tool_calls"):
-                raise InputError(f"chat: a turn of role {turn['role']!r}{' with tool_calls' if turn.get('tool_calls') else ''}; "
-                                 "minikd writes system, user and assistant, without tools")
+                raise InputError(f"chat: a turn of role {turn['role']!r} with {', '.join(turn)}; minikd writes system, user "
+                                 "and assistant, without tools")
         if self.default_system is not None and (not turns or turns[0]["role"] != "system"):
             turns.insert(0, {"role": "system", "content": self.default_system})
         text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
