@@ -20,7 +20,7 @@ from minikd.layout import INT8_ROWS, use_int8_head
 from minikd.quant import show_ways
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype
+from minikd.training import Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype, spare_threads
 
 TOY = dict(model="runs/toy/kd/best", data=["runs/toy/data/test.jsonl"], rouge="unicode", max_new_tokens=48,
            dtype="float32")                                     # as train_kd.py judges it
@@ -97,13 +97,14 @@ def model_scores(args) -> list[list[dict]]:
     print(f"{report}{f'; {lost}' if lost else ''}")
     model = load_model(args.model, device, pick_dtype(args.dtype, device))
     check_vocabulary(args.model, model.config, tokenizer)
+    spare_threads(model.config)
     if args.show_ways:
         show_ways(model)
     if args.int8_head:
         use_int8_head(model)
         if args.batch_size >= INT8_ROWS:
-            print(f"--int8-head: is for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size} only the "
-                  "last ones of a batch are read by it")
+            print(f"--int8-head: is for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size} only "
+                  "the last ones of a batch are read by it")
     args.out.parent.mkdir(parents=True, exist_ok=True)          # after hours of answers it would be late to fail
     seeds, rounds = (args.seeds or SEEDS) if args.temperature > 0 else [None], []
     with Progress("answers", len(seeds) * len(rows)) as progress:

@@ -25,7 +25,7 @@ from minikd.quant import check_groups, to_w4, to_words
 from minikd.records import read_records
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import LOG, Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype
+from minikd.training import LOG, Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype, spare_threads
 
 TOY = dict(model="runs/toy/kd/best", calibration=["runs/toy/data/train.jsonl"], eval_data=["runs/toy/data/test.jsonl"],
            out="runs/toy/w4", group_size=32, rouge="unicode", max_new_tokens=48, dtype="float32")
@@ -155,6 +155,7 @@ def main():
     config = load_config(folder)
     for size in config.hidden_size, config.intermediate_size:
         check_groups(size, args.group_size, str(folder))
+    spare_threads(config)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(args.model, config, tokenizer)
     rows = calibration_rows(args.calibration, tokenizer, args.samples, args.length, args.template,

@@ -30,7 +30,7 @@ from minikd.rewards import combine, load_rewards, reward_files, summary
 from minikd.tokenizer import Tokenizer
 from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, compile_blocks,
                              flag_group, learning_rate, load_state, load_student, make_optimizer, make_parser,
-                             pick_device, pick_dtype, read_log, save_state)
+                             pick_device, pick_dtype, read_log, save_state, spare_threads)
 
 REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8, lr=1e-6, rewards="format,steps,code",
             reward_weights=None, eval_examples=64, eval_every=50, out="runs/grpo", dtype="auto")
@@ -337,7 +337,7 @@ def main():
         print(f"{out}: nothing to resume there; the run begins")
     check_free(out, resume=args.resume, toy=args.toy)
     if args.toy:
-        torch.set_num_threads(1)                                # its matrices are too small to share
+        spare_threads(toy.student_config(1))
         args.model = args.model or str(toy_student(args.task, out, args.seed, args.resume))
         asked = problems.toy_problems(args.task, 3000 if args.task == "sums" else 1000, seed=args.seed)
         tests = problems.toy_problems(args.task, args.eval_examples, seed=99, test=True)

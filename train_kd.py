@@ -35,7 +35,7 @@ from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
 from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
                              compile_blocks, flag_group, learning_rate, load_state, load_student, make_optimizer,
-                             make_parser, pick_device, pick_dtype, read_log, save_state)
+                             make_parser, pick_device, pick_dtype, read_log, save_state, spare_threads)
 
 REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
             validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
@@ -376,7 +376,7 @@ def main():
     check_free(*(out / folder for folder in dict.fromkeys(compared + [folder for *_, folder in planned(args)])),
                resume=args.resume, toy=args.toy)
     if args.toy:
-        torch.set_num_threads(1)                                # its matrices are too small to share
+        spare_threads(toy.teacher_config(1))
         toy_world(out, args.seed, args.resume)
         args.student, args.teacher = str(out / "base" / "best"), str(out / "teacher" / "best")
         args.data, args.eval_data = [str(out / "data" / "train.jsonl")], [str(out / "data" / "test.jsonl")]

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from minikd.files import InputError
 from minikd.model import Qwen2, Qwen2Config
 from minikd.training import (CONFIG, LOG, STATE, Log, Progress, check_positive, check_settings, learning_rate,
-                             load_state, make_optimizer, pick_device, pick_dtype, read_log, save_state, write_config)
+                             load_state, make_optimizer, pick_device, pick_dtype, read_log, save_state, spare_threads,
+                             write_config)
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -192,6 +193,15 @@ def test_a_state_cut_short_is_named(tmp_path):
     (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:-50])
     with pytest.raises(InputError, match=f"{STATE}: is damaged .*; start again"):
         load_state(tmp_path, model, make_optimizer(model, 0.01))
+
+
+def test_small_matrices_are_not_shared_between_threads(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    spare_threads(Qwen2Config(hidden_size=896, num_attention_heads=14, num_key_value_heads=2))
+    assert asked == []
+    spare_threads(Qwen2Config(hidden_size=128, num_attention_heads=4, num_key_value_heads=2))
+    assert asked == [1]
 
 
 # ---- the settings
