@@ -186,6 +186,9 @@ def _supervisor(folder, options):
     try:
         with process:
             try:
+                if options["uid"] is not None:                  # for a program that opens /dev/stdout by name
+                    for stream in process.stdout, process.stderr:
+                        os.fchown(stream.fileno(), options["uid"], options["uid"])
                 yield process, report
             finally:
                 _stop(process)

@@ -326,6 +326,12 @@ def test_what_cannot_be_handed_over_is_an_error_and_no_exception(source, stdin):
     assert (result.status, result.stdout) == ("error", "") and result.stderr.startswith("not run: ")
 
 
+def test_stdout_and_stderr_may_be_opened_by_name():
+    source = "for name in 'stdout', 'stderr':\n    open(f'/dev/{name}', 'w').write(name + open('/dev/stdin').read())"
+    result = run_program(source, "x")
+    assert (result.status, result.stdout, result.stderr) == ("ok", "stdoutx", "stderrx")
+
+
 def test_stdin_may_hold_any_character():
     assert run_program("print(ascii(input()))", "a\0ñ").stdout == "'a\\x00\\xf1'\n"
 
