@@ -358,11 +358,12 @@ def conclude(args, out: Path, tokenizer, base: Qwen2, teacher, held_out: tuple, 
     models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
     models |= {"Teacher": judge} if judge else {}
     answers = dict(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, rouge=args.rouge)
-    show_table(models, tokenizer, *asked, out, **answers)
-    rows, examples = held_out
-    dashed = answer_and_score(judge, tokenizer, rows[:args.eval_examples], examples, **answers) if judge else []
-    return plot_curves({label: out / folder for label, _, _, folder in planned(args)}, out / "curves.png",
-                       mean_by_category(dashed)["all"]["rouge_l"] if judge else None)
+    dashed = show_table(models, tokenizer, *asked, out, **answers).get("Teacher", {}).get("all")
+    if judge and args.eval_data:                                # the curves are of the held-out records
+        rows, examples = held_out
+        scores = answer_and_score(judge, tokenizer, rows[:args.eval_examples], examples, **answers)
+        dashed = mean_by_category(scores)["all"]["rouge_l"]
+    return plot_curves({label: out / folder for label, _, _, folder in planned(args)}, out / "curves.png", dashed)
 
 
 def main():

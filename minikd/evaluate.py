@@ -103,11 +103,12 @@ def answer_and_score(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], ex
 
 
 def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encoded], examples: list[Example], out,
-               max_new_tokens: int, batch_size: int, rouge: str = "stemmer"):
+               max_new_tokens: int, batch_size: int, rouge: str = "stemmer") -> dict[str, dict[str, float]]:
     """Prints the paper's Table 1: ROUGE-L by category, a column a model; then what else tells the models apart, and
     one prompt's answers side by side. A model called Teacher is what the others are compared with.
 
     The table goes to out/table.jsonl, every answer with its scores to out/answers-MODEL.jsonl.
+    returns  {model: {category: ROUGE-L}}, one category being "all"
     """
     columns, metrics, first = {}, {}, {}
     teacher = Teacher(models["Teacher"]) if "Teacher" in models else None
@@ -138,6 +139,7 @@ def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encode
     shown = examples[rows[0].index]
     for name, text in {"asked": shown.messages[-1]["content"], "right": shown.references[0], **first}.items():
         print(f"{name:<{width}} {text!r}")
+    return columns
 
 
 def write_jsonl(rows: list[dict], path):

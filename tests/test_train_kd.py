@@ -246,7 +246,7 @@ def test_without_a_loss_sft_and_kd_read_the_same_batches_in_the_same_order(run, 
     assert "\nretention " in out and "asked" in out
 
 
-def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, tmp_path, monkeypatch):
+def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, world, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(kd, "plot_curves", lambda *picture: drawn.append(picture))
     status, out, err = run("--loss", "sft", "--steps", 2, "--lr", "0.001", "0.01")
@@ -255,7 +255,10 @@ def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, tmp_path, monkeypatch
         assert steps_of(tmp_path / "run" / f"lr-{lr}")[0]["lr"] == lr
     [(runs, path, teacher)] = drawn
     assert runs == {f"sft lr {lr}": tmp_path / "run" / f"lr-{lr}" for lr in (0.001, 0.01)}
-    assert path == tmp_path / "run/curves.png" and 0 <= teacher <= 100
+    table = [json.loads(line) for line in (tmp_path / "run/table.jsonl").open()]
+    assert path == tmp_path / "run/curves.png" and teacher == table[-1]["all"] and table[-1]["model"] == "Teacher"
+    run("--loss", "sft", "--steps", 2, "--eval-data", world / "data.jsonl", out=tmp_path / "other")
+    assert drawn[1][2] == teacher                                               # of the held-out records all the same
 
 
 # ---- whose answers are learned from
