@@ -262,6 +262,7 @@ def stage(folder: Path, make_student, *, resume: bool, recorded: dict, **setting
 
 
 def recordable(settings: dict) -> dict:
+    """Those of a run's settings that its config.json holds: numbers and texts."""
     return {key: value for key, value in settings.items() if isinstance(value, (str, int, float, type(None)))}
 
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from minikd.files import InputError, sha256
-from minikd.records import data_files, kind_of, read_records
+from minikd.records import HALF, data_files, kind_of, read_records
 
 # ---- a record -> an example
 
@@ -89,7 +89,7 @@ def _text(record: dict, where: str, *names: str, default: str | None = None) -> 
     for name, value in filled.items():
         if not isinstance(value, str):
             raise InputError(f"{where}: field {name!r} is {kind_of(value)}; make it text")
-        if re.search("[\ud800-\udfff]", value):
+        if HALF.search(value):
             raise InputError(f"{where}: field {name!r} holds half a character (a lone surrogate); mend its escapes")
         if value.strip():
             return value

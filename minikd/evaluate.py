@@ -10,7 +10,7 @@ from minikd.files import InputError, atomic_path
 from minikd.generate import respond
 from minikd.losses import compare_heads, head_loss, reverse_kl, scored_positions
 from minikd.model import Qwen2, Qwen2Config
-from minikd.records import kind_of, read_records
+from minikd.records import HALF, kind_of, read_records
 from minikd.rouge import exact_match, mean_by_category, rouge_l_best, tokens
 from minikd.teacher import Teacher
 from minikd.tokenizer import Tokenizer
@@ -195,7 +195,7 @@ def _texts(value, where: str, names: tuple[str, ...], single: bool = False) -> t
     found = value if name is None else value[name]
     texts = tuple(found) if isinstance(found, list) and not single else (found,)
     for text in texts:
-        if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+        if not isinstance(text, str) or HALF.search(text):
             kind = "half a character" if isinstance(text, str) else kind_of(text)
             raise InputError(f"{where}: {name or 'the record'} is {kind}; make it text")
     if not texts:

@@ -11,12 +11,11 @@ prefers the good ones. It sharpens what is there, and teaches no new skill.
 import json
 import math
 import random
-import re
 from dataclasses import dataclass
 
-from minikd.data import Encoded, Example, data_files
+from minikd.data import Encoded, data_files
 from minikd.files import InputError
-from minikd.records import kind_of, read_records
+from minikd.records import HALF, kind_of, read_records
 from minikd.toy import held_out
 
 NOISE, UNTAGGED = 0.25, 0.3             # of the toy answers with thoughts, wrong in a step; of all, without thoughts
@@ -135,7 +134,7 @@ def to_problem(record: dict, where: str) -> Problem:
             raise InputError(f"{where}: is no problem: give `question` and `answer`, or Codeforces' `description` and "
                              f"`examples` (its fields: {', '.join(list(record)[:12])})")
         text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K's mark
-    if re.search("[\ud800-\udfff]", text + json.dumps(facts, ensure_ascii=False)):
+    if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
         raise InputError(f"{where}: holds half a character (a lone surrogate); mend its escapes")
     return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts, where)
 

@@ -2,6 +2,7 @@
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -63,6 +64,9 @@ def _choose(name: str, held: list[str], choice: str) -> list[str]:
 
 
 # ---- a file -> records
+
+HALF = re.compile("[\ud800-\udfff]")        # half a character, a lone surrogate: JSON's escapes can say it, UTF-8 cannot
+
 
 def kind_of(value) -> str:
     absent = value is None or isinstance(value, float) and value != value

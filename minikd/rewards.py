@@ -234,8 +234,7 @@ def load_rewards(names: str) -> dict[str, Callable[..., Values]]:
     Raises InputError for a name that is unknown or there twice, a file that does not load, a function it does not have.
     """
     found = {}
-    for entry in map(str.strip, names.split(",")):
-        path, _, name = entry.rpartition(":")
+    for path, name in _entries(names):
         if not path and name not in REWARDS:
             raise InputError(f"no reward {name!r} in {names!r}; give some of {', '.join(REWARDS)}, or FILE.py:FUNCTION")
         if name in found:
@@ -246,8 +245,12 @@ def load_rewards(names: str) -> dict[str, Callable[..., Values]]:
 
 def reward_files(names: str) -> list[str]:
     """The files among load_rewards' names."""
-    paths = (entry.strip().rpartition(":")[0] for entry in names.split(","))
-    return [str(Path(path).expanduser()) for path in paths if path]
+    return [str(Path(path).expanduser()) for path, _ in _entries(names) if path]
+
+
+def _entries(names: str) -> list[tuple[str, str]]:
+    """(file or "", name of the function) of each."""
+    return [tuple(entry.strip().rpartition(":")[::2]) for entry in names.split(",")]
 
 
 def _from_file(path: str, name: str) -> Callable[..., Values]:

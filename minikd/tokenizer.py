@@ -118,6 +118,7 @@ class Stream:
         self.tokenizer, self.ids, self.given = tokenizer, [], 0
 
     def push(self, token: int) -> str:
+        """One more id -> the text that became certain with it, often one word, at times none."""
         self.ids.append(int(token))
         text = self.tokenizer.decode(self.ids)
         if not text.endswith("\ufffd"):

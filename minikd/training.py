@@ -97,6 +97,8 @@ def check_schedule(args):
 
 
 class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a flag in one line, as everything else that the user can mend."""
+
     def error(self, message: str):
         raise InputError(f"{message}; see --help")
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minikd import data, records
+from minikd import records
 from minikd.data import (Dropped, Encoded, batch_order, collate, data_files, encode_examples, encode_text, load_examples, load_texts,
                          prompt_text, read_records, recognise, split_examples, to_example, without_docstring)
 from minikd.files import InputError
