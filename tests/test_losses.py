@@ -137,7 +137,7 @@ def test_bfloat16_logits_are_widened_before_the_softmax():
     q, p = probabilities(student.tolist()), probabilities(teacher.tolist())     # the same logits, in float64
     for name in NAMES:
         exact = SLOW[name](q, p, SHARES[name][0])
-        assert DIVERGENCES[name](student, teacher).item() == pytest.approx(exact, rel=1e-4)
+        assert DIVERGENCES[name](student, teacher).item() == pytest.approx(exact, abs=1e-5)        # float32 sums of 151,936
     narrow_q, narrow_p = student.log_softmax(-1), teacher.log_softmax(-1)       # softmax in bfloat16, sum in float32
     narrow = (narrow_p.float().exp() * (narrow_p.float() - narrow_q.float())).sum().item()
     assert narrow != pytest.approx(slow_kl(p, q), rel=1e-2)                     # KL is 0.045
