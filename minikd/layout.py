@@ -108,11 +108,11 @@ def use_int8_head(model: Qwen2):
     """From here on, until the model moves to another dtype or device, generate reads the head at 8 bits where that is
     faster: a few rows on a CPU. For a model that is not trained any more: the codes do not follow the head. The folder, and
     whatever else the model computes, stay as they are.  Raises InputError off a CPU, and where torch has no such
-    product: it is to leave torch for torchao one day."""
+    product: on CPUs other than x86, and everywhere once it has left torch for torchao."""
     if model.head.device.type != "cpu":
         raise InputError(f"an int8 head on {model.head.device}: it is for CPUs; leave out --int8-head")
-    if not hasattr(torch, "_make_per_channel_quantized_tensor") or torch.backends.quantized.engine == "none":
-        raise InputError(f"an int8 head with torch {torch.__version__}: has no int8 product; leave out --int8-head")
+    if not hasattr(torch, "_make_per_channel_quantized_tensor") or torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        raise InputError(f"an int8 head with torch {torch.__version__}: has no int8 product for this CPU; leave out --int8-head")
     model.int8_head = partial(multiply_int8, pack_int8(model.head.detach()))
 
 

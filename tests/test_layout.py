@@ -254,5 +254,5 @@ def test_an_int8_head_is_for_cpus():
 
 def test_without_the_operator_an_int8_head_is_refused(monkeypatch):
     monkeypatch.delattr(torch, "_make_per_channel_quantized_tensor")
-    with pytest.raises(InputError, match="has no int8 product; leave out --int8-head"):
+    with pytest.raises(InputError, match="has no int8 product for this CPU; leave out --int8-head"):
         use_int8_head(random_model())
