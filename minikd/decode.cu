@@ -43,8 +43,6 @@ struct alignas(16) Shared {
 };
 static_assert(sizeof(Shared) == 187664, "what decode_cuda.py asks for");
 
-#ifndef W4_ON_CPU
-
 // What another block may have written: from the L2, past this multiprocessor's own cache.
 __device__ __forceinline__ Words load_fresh(const Words* p) {
     Words v;
@@ -71,8 +69,6 @@ __device__ __forceinline__ void wait_for_team(int team, int threads) {  // barri
     asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "r"(threads) : "memory");
 }
 extern __shared__ Words shared_memory[];
-
-#endif
 
 __device__ __forceinline__ float rounded(float f) { return bf16(to_bf16(f)); }
 __device__ __forceinline__ float value(const Words& v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }

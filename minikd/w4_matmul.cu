@@ -28,8 +28,6 @@ typedef unsigned char u8;
 
 struct alignas(16) Words { u32 w[4]; };                 // 32 codes, or 8 bfloat16 values
 
-#ifndef W4_ON_CPU                                       // tests/cuda_on_cpu.h gives plain C++ for these few lines
-
 __device__ __forceinline__ Words load_once(const Words* p) {    // weights are kept out of the L1: nobody reads them twice
     Words v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -94,8 +92,6 @@ __device__ __forceinline__ void mma(float* c, const u32* a, const u32* b) {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-
-#endif
 
 __device__ __forceinline__ float bf16(u32 bits) { return __uint_as_float(bits << 16); }
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }

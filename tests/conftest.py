@@ -1,10 +1,12 @@
-"""What several test files share: one thread (a busy neighbour makes two slower), the real data where it is, and a small tokenizer made on the spot."""
-import ctypes
+"""What several test files share: one thread (a busy neighbour makes two slower), the CUDA sources run on a CPU, the real data
+where it is, and a small tokenizer made on the spot."""
 import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -15,6 +17,7 @@ from minikd import cuda
 from minikd.checkpoint import save_model
 from minikd.model import Qwen2, Qwen2Config
 from minikd.tokenizer import Tokenizer
+from ptx import Driver, Kernel, kernels_of
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parents[1]))               # the scripts and benchmarks/, which are not installed
@@ -55,15 +58,29 @@ def shell(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory) -> ctypes.CDLL:
-    """minikd/*.cu, compiled for the CPU by cuda_on_cpu.h."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    library, (first, second) = tmp_path_factory.mktemp("kernels") / "kernels.so", cuda.SOURCES
-    subprocess.run([compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w", f'-DW4_SOURCE="{first}"',
-                    f'-DDECODE_SOURCE="{second}"', "-x", "c++", Path(__file__).with_name("cuda_on_cpu.h"), "-o", library], check=True)
-    return ctypes.CDLL(str(library))
+def ptx(tmp_path_factory) -> str:
+    """minikd/*.cu as nvcc compiles them for a Hopper GPU."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    path = tmp_path_factory.mktemp("ptx") / "kernels.ptx"
+    subprocess.run(["nvcc", "-arch=sm_90", "-std=c++17", "-ptx", "-x", "cu", "-o", path, "-"], input=cuda.program(), check=True)
+    return path.read_text()
+
+
+@pytest.fixture(scope="session")
+def kernels(ptx) -> dict[str, Kernel]:
+    return kernels_of(ptx)
+
+
+@pytest.fixture
+def gpu(kernels, monkeypatch) -> Driver:
+    """cuda.launch launches on the CPU, with ptx.py for a driver; the tensors that a kernel may touch are named to it."""
+    driver = Driver(kernels)
+    monkeypatch.setattr(cuda, "load", lambda device: (driver, None))
+    monkeypatch.setattr(cuda, "find", lambda device, name: name)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    return driver
 
 
 @pytest.fixture(scope="session")

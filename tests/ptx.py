@@ -1,0 +1,609 @@
+"""Runs PTX on a CPU, a warp at a time in numpy: the CUDA sources as nvcc compiles them, inline assembly included.
+
+Slow, but it sees what a GPU hides. Every access to shared memory, and to what a kernel writes of global memory, is checked
+against all earlier ones by vector clocks: barriers, __syncwarp and release/acquire order accesses; shuffles and tensor-core
+products do not. An asynchronous copy may land at any time between its issue and the wait for it, and until then nobody may
+touch its target. Lanes that part at a branch meet at its immediate post-dominator. A Fault is an AssertionError.
+"""
+import ctypes
+import re
+from bisect import bisect_right
+
+import numpy as np
+
+LANES = np.arange(32)
+SHARED, SHARED_BYTES = 1 << 56, 227 << 10               # where generic addresses of shared memory begin: no pointer is there
+
+
+class Fault(AssertionError):
+    """What a GPU would stop at, hang on, or get wrong now and then."""
+
+
+def require(good, *message):
+    if not good:
+        raise Fault(*message)
+
+
+# ---- reading
+
+class Kernel:
+    """One .entry.  code: (guard, opcode, operands); meet: where the lanes of a branch come together again."""
+
+    def __init__(self, head: str, limits: str, body: str):
+        self.most = int((re.search(r"\.maxntid (\d+)", limits) or [0, 1024])[1])        # threads a block
+        self.params, self.labels, self.code, self.symbols, end, static = {}, {}, [], {}, 0, 0
+        for align, size, name, count in re.findall(r"\.param (?:\.align (\d+) )?\.[busf](\d+) (\w+)(?:\[(\d+)\])?", head):
+            size, align = int(size) // 8 * int(count or 1), int(align or int(size) // 8)
+            begin = -(-end // align) * align
+            self.params[name], end = (begin, size), begin + size
+        for name, size in re.findall(r"\.shared \.align 16 \.b8 (\w+)\[(\d+)\]", body):
+            self.symbols[name], static = static, static + -(-int(size) // 16) * 16
+        self.static = self.symbols["shared_memory"] = static    # what a launch asks for lies behind what is declared
+        body = re.sub(r"//[^\n]*|(?<![\w.])\.(reg|shared|pragma)[^;]*;", " ", body)
+        for part in re.findall(r"\$\w+:|[^;:]+(?:::[^;]+)?;", body):
+            part = re.sub(r"^[{}\s]+", "", part.strip("; \t\n"))
+            if part.endswith(":"):
+                self.labels[part[:-1]] = len(self.code)
+            elif part:
+                guard, opcode, rest = re.fullmatch(r"(?:@(!?[%\w]+)\s+)?([\w.:]+)\s*(.*)", part, re.S).groups()
+                self.code.append((guard, opcode, re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)))
+        self.meet = self.post_dominators()
+        self.starts = set(self.labels.values())                 # where a run ends: others may come in
+        self.runs = {}                                          # what run_at and rare made
+
+    def run_at(self, at: int):
+        """-> (function of a warp, where it ends): the instructions from `at` to the next that needs a look, as one function
+        that Python compiles; None where `at` needs one itself."""
+        if at not in self.runs:
+            end = at
+            while end < len(self.code) and not self.is_rare(end) and (end == at or end not in self.starts):
+                end += 1
+            self.runs[at] = (translate(self, at, end), end) if end > at else None
+        return self.runs[at]
+
+    def is_rare(self, at: int) -> bool:
+        guard, opcode, _ = self.code[at]
+        return guard is not None or opcode in CONTROL or "acquire" in opcode
+
+    def rare(self, at: int):
+        if (at, "alone") not in self.runs:
+            self.runs[at, "alone"] = translate(self, at, at + 1)
+        return self.runs[at, "alone"]
+
+    def post_dominators(self) -> dict[int, int]:
+        """For each instruction the first one that all ways from it go through; len(code) is the end.  Cooper, Harvey and
+        Kennedy, "A simple, fast dominance algorithm"."""
+        count = len(self.code)
+        after, before = [[] for _ in range(count + 1)], [[] for _ in range(count + 1)]
+        for i, (guard, opcode, operands) in enumerate(self.code):
+            jump = [count] if opcode == "ret" else [self.labels[operands[0]]] if opcode.startswith("bra") else []
+            after[i] = jump + [i + 1] * (not jump or guard is not None)
+            for j in after[i]:
+                before[j].append(i)
+        order, seen, stack = [], {count}, [(count, iter(before[count]))]        # post-order of the reversed graph
+        while stack:
+            i = next((i for i in stack[-1][1] if i not in seen), None)
+            if i is None:
+                order.append(stack.pop()[0])
+            else:
+                seen.add(i)
+                stack.append((i, iter(before[i])))
+        rank, meet, changed = {i: n for n, i in enumerate(order)}, {count: count}, True
+        while changed:
+            changed = False
+            for i in reversed(order[:-1]):
+                known = [j for j in after[i] if j in meet]
+                best = known[0]
+                for j in known[1:]:
+                    while best != j:
+                        best, j = (meet[best], j) if rank[best] < rank[j] else (best, meet[j])
+                if meet.get(i) != best:
+                    meet[i], changed = best, True
+        return meet
+
+
+def kernels_of(ptx: str) -> dict[str, Kernel]:
+    found = re.findall(r"\.entry (\w+)\((.*?)\)([^{]*)\{\n(.*?)\n\}\n", ptx, re.S)
+    return {name: Kernel(*parts) for name, *parts in found}
+
+
+# ---- memory
+
+class Memory:
+    """A run of bytes at `start` and, of one that is written, who touched each two bytes of it and when by its own clock."""
+
+    def __init__(self, start: int, view: np.ndarray, warps: int, unwritten: bool = False):
+        self.start, self.view, self.warps, self.unwritten = start, view, warps, unwritten
+        if warps:
+            cells = len(view) // 2 + 1
+            self.coming = np.zeros(cells, bool)                                 # by an asynchronous copy
+            self.writer, self.lane = np.full(cells, -1), np.zeros(cells, int)   # -1: nobody yet
+            self.written = np.zeros(cells, int)
+            self.read, self.reader = np.full((cells, warps), -1), np.zeros((cells, warps), int)     # reader -1: several lanes
+
+    def check(self, warp, lanes: np.ndarray, at: np.ndarray, size: int, write: bool) -> np.ndarray:
+        """Lanes of a warp touch `size` bytes each, at `at` from the start -> the cells [n, size / 2]"""
+        cells, clock, id, lanes = (at[:, None] + np.arange(0, size, 2)) // 2, warp.clock, warp.id, lanes[:, None]
+        writer, written, now = self.writer[cells], self.written[cells], clock[id]
+        require(not self.coming[cells].any(), "touched while an asynchronous copy is on its way", warp)
+        unordered = np.where(writer == id, (written == now) & (self.lane[cells] != lanes), clock[writer] < written)
+        require(not unordered.any(), "touches what another thread wrote, in no order", warp)
+        if write:
+            seen = self.read[cells]                                             # [n, size / 2, warps]
+            unordered = seen > clock
+            unordered[..., id] = (seen[..., id] == now) & (self.reader[cells, id] != lanes)
+            require(not unordered.any(), "writes what another thread reads, in no order", warp)
+        else:
+            require(not self.unwritten or writer.min() >= 0, "reads what nobody wrote", warp)
+            several = (self.read[cells, id] == now) & (self.reader[cells, id] != lanes)
+            self.reader[cells, id], self.read[cells, id] = lanes, now
+            several |= self.reader[cells, id] != lanes                          # of lanes that read one cell now, one stays
+            self.reader[cells[several], id] = -1
+        return cells
+
+    def mark(self, warp, lanes, cells):
+        self.writer[cells], self.written[cells], self.lane[cells] = warp.id, warp.clock[warp.id], lanes[:, None]
+        require((self.lane[cells] == lanes[:, None]).all(), "two lanes write to one place", warp)
+
+
+class Warp:
+    def __init__(self, block, number: int):
+        self.block, self.number, self.id = block, number, number + block.first
+        self.clock = np.zeros(block.grid.clocks, int)           # what it knows of all warps' clocks
+        self.clock[self.id] = 1
+        self.groups, self.here = [[]], 0                        # of asynchronous copies; the last one is open
+        full = lambda value: np.full(32, value, np.uint32)
+        (x, y), (across, down), threads = block.at, block.grid.shape, block.grid.threads
+        self.r = {"%tid.x": (number * 32 + LANES).astype(np.uint32), "%ntid.x": full(threads), "%ctaid.x": full(x),
+                  "%ctaid.y": full(y), "%nctaid.x": full(across), "%nctaid.y": full(down)}
+
+    def __repr__(self):
+        return f"block {self.block.at}, warp {self.number}, {self.block.grid.kernel.code[self.here]}"
+
+    @property
+    def lanes(self) -> np.ndarray:
+        return LANES if self.full else LANES[self.mask]
+
+    def find(self, space: str, addresses: np.ndarray, size: int) -> list[tuple]:
+        """-> (memory, which of the addresses lie in it, where) for each memory that is touched"""
+        require(not (addresses & size - 1).any(), "misaligned", self)
+        if space == "shared" or space == "generic" and addresses[0] >= SHARED:
+            at = addresses & SHARED - 1
+            require(at.max() + size <= self.block.used, "past the end of shared memory", self)
+            return [(self.block.shared, slice(None), at)]
+        found, left, memories = [], addresses, self.block.memories
+        while len(left):
+            memory = memories[max(0, bisect_right(memories, left[0], key=lambda memory: memory.start) - 1)]
+            at = addresses - memory.start
+            inside = (at >= 0) & (at + size <= len(memory.view))
+            require(inside[addresses == left[0]].all(), f"address {left[0]:#x} is in no tensor", self)
+            found.append((memory, inside, at[inside]))
+            left = left[(left < memory.start) | (left + size > memory.start + len(memory.view))]
+        return found
+
+    def keep(self, name: str, value: np.ndarray) -> np.ndarray:
+        """The register's new values: those of the active lanes alone change."""
+        return np.where(self.mask, value, self.r.get(name, value.dtype.type()))
+
+    def together(self, clamp=(31,), members=(0xffffffff,)) -> bool:
+        require(self.full and clamp[0] == 31 and members[0] == 0xffffffff, "not the whole warp multiplies or shuffles", self)
+        return True
+
+    # -- accesses; addresses and values are those of all 32 lanes
+
+    def parameter(self, at: int, type, count: int):
+        values = np.frombuffer(self.block.grid.arguments, type, count, at)
+        return [np.full(32, value) for value in values] if count > 1 else np.full(32, values[0])
+
+    def load(self, space: str, addresses, type, count: int, constant: bool) -> list[np.ndarray]:
+        """-> `count` registers.  constant: past the coherent caches, so of nothing that is written"""
+        lanes, size = self.lanes, count * type().itemsize
+        out, addresses = np.zeros((32, size), np.uint8), addresses[lanes]
+        for memory, inside, at in self.find(space, addresses, size):
+            require(not (constant and memory.warps), "read past the coherent caches, though it is written", self)
+            if memory.warps:
+                memory.check(self, lanes[inside], at, size, False)
+            out[lanes[inside]] = memory.view[at[:, None] + np.arange(size)]
+        return list(out.view(type).T.copy())
+
+    def store(self, space: str, addresses, *values):
+        lanes, data = self.lanes, np.stack(values, 1).view(np.uint8)
+        size = data.shape[1]
+        for memory, inside, at in self.find(space, addresses[lanes], size):
+            require(memory.warps, "writes what it is only to read", self)
+            memory.mark(self, lanes[inside], memory.check(self, lanes[inside], at, size, True))
+            memory.view[at[:, None] + np.arange(size)] = data[lanes[inside]]
+
+    def acquire(self, space: str, addresses, type, count: int, constant: bool) -> list[np.ndarray]:
+        place, = set(addresses[self.lanes])                     # one for all lanes
+        (memory, _, at), = self.find(space, np.array([place]), 4)
+        self.clock = np.maximum(self.clock, self.block.grid.released.get(place, 0))
+        return [np.full(32, memory.view[at[0]:][:4].view(type))]
+
+    def release(self, addresses, values):
+        place, = addresses[self.lanes]                          # of one lane
+        (memory, _, at), = self.find("global", np.array([place]), 4)
+        memory.view[at[0]:][:4].view(np.uint32)[:] += values[self.lanes]
+        released = self.block.grid.released
+        released[place] = np.maximum(released.get(place, 0), self.clock)
+        self.clock[self.id] += 1
+
+    def copy(self, to, source, size: int, there):
+        """cp.async: `size` bytes, of which the first `there` are read and the others are 0."""
+        lanes, full, mask = self.lanes, self.full, self.mask
+        (memory, _, at), = self.find("shared", to[lanes], size)
+        require(np.isin(there[lanes], (0, size)).all(), "an asynchronous copy of part of its bytes", self)
+        data = np.zeros((32, size), np.uint8)
+        self.mask = mask & (there > 0)
+        if self.mask.any():
+            self.full = False
+            data = np.stack(self.load("global", source, np.uint32, size // 4, True), 1).view(np.uint8)
+        self.mask, self.full = mask, full
+        cells, where = memory.check(self, lanes, at, size, True), at[:, None] + np.arange(size)
+        memory.coming[cells] = True
+        memory.view[where] = 0xff
+        self.groups[-1].append((memory, lanes, cells, where, data[lanes]))
+
+    def wait_for_copies(self, count: int):
+        require(self.full, "not all lanes wait for their copies", self)
+        while len(self.groups) > count + 1:
+            for memory, lanes, cells, where, data in self.groups.pop(0):
+                memory.coming[cells], memory.view[where] = False, data
+                memory.mark(self, lanes, cells)
+
+    def close_group(self):
+        require(self.full, "not all lanes close a group", self)
+        self.groups.append([])
+
+    def sync(self):
+        require(self.full, "not all lanes come to __syncwarp", self)
+        self.clock[self.id] += 1
+
+    # -- control
+
+    def run(self, kernel: Kernel):
+        """A generator, which stops where others are to go on; it gives a barrier's list of who has come, or None."""
+        code, end = kernel.code, len(kernel.code)
+        stack = [[0, np.ones(32, bool), end]]                   # where, which lanes, where they meet the others
+        while stack:
+            pc, self.mask, meet = stack[-1]
+            self.full = bool(self.mask.all())
+            while pc != meet and (run := kernel.run_at(pc)):
+                function, pc = run
+                function(self)
+            if pc == meet or not self.mask.any():
+                stack.pop()
+                continue
+            (guard, opcode, operands), self.here = code[pc], pc
+            taken, stack[-1][0] = self.mask, pc + 1
+            if guard:
+                taken = self.mask & (~self.r[guard[1:]] if guard[0] == "!" else self.r[guard])
+            if opcode.startswith("bra"):
+                target = kernel.labels[operands[0]]
+                if (taken == self.mask).all():
+                    stack[-1][0] = target
+                elif taken.any():
+                    stack[-1][0] = kernel.meet[pc]
+                    stack += [[pc + 1, self.mask & ~taken, kernel.meet[pc]], [target, taken, kernel.meet[pc]]]
+            elif opcode == "ret":
+                for entry in stack:
+                    entry[1] = entry[1] & ~taken
+            elif opcode == "bar.sync":
+                require(taken.all(), "not the whole warp comes to a barrier", self)
+                number, *threads = (int(self.r[operand][0]) if operand in self.r else int(operand) for operand in operands)
+                yield from self.block.barrier(number, threads[0] // 32 if threads else len(self.block.warps), self)
+            elif opcode.startswith("ld.acquire"):
+                kernel.rare(pc)(self)
+                yield
+            elif taken.any():
+                require(opcode != "trap", "trap", self)
+                self.mask, self.full = taken, bool(taken.all())
+                kernel.rare(pc)(self)
+
+
+class Block:
+    def __init__(self, grid, at: tuple[int, int], first: int, memories: list[Memory]):
+        self.grid, self.at, self.first, self.memories, self.come = grid, at, first, memories, {}
+        self.used = grid.kernel.static + grid.dynamic
+        require(self.used <= SHARED_BYTES, "too much shared memory")
+        self.shared = Memory(0, np.full(self.used, 0xff, np.uint8), grid.clocks, unwritten=True)
+        self.warps = [Warp(self, number) for number in range(grid.threads // 32)]
+
+    def barrier(self, number: int, warps: int, warp: Warp):
+        come = self.come.setdefault(number, [])
+        require(warp not in come, "a warp comes twice", warp)
+        come.append(warp)
+        while 0 < len(come) < warps:
+            yield come
+        if come:                                                # the last one
+            joint = np.max([each.clock for each in come], axis=0)
+            for each in come:
+                each.clock = joint.copy()
+                each.clock[each.id] += 1
+            self.come[number] = []                              # for the next time; those who wait look at the old list
+            come.clear()
+
+
+class Grid:
+    """One launch, run when it is made.
+
+    arguments           the parameters' bytes
+    readable, writable  (address, bytes) of all that the kernel may touch
+    together            the blocks run at once, as in a cooperative launch
+    order               which warp goes on when one stops: the "first", the "last", or all in "turns"
+    """
+
+    def __init__(self, kernel: Kernel, shape: tuple[int, int], threads: int, arguments: bytes, readable, writable,
+                 dynamic: int = 0, together: bool = False, order: str = "turns"):
+        self.kernel, self.shape, self.threads, self.arguments, self.dynamic = kernel, shape, threads, arguments, dynamic
+        self.order, self.released, warps = order, {}, threads // 32
+        self.clocks = warps * (shape[0] if together else 1)
+        places = [(x, y) for y in range(shape[1]) for x in range(shape[0])]
+        for group in [places] if together else [[place] for place in places]:
+            runs = sorted([(*run, 0) for run in readable] + [(*run, self.clocks) for run in writable])
+            memories = [Memory(start, np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8), clocks)
+                        for start, size, clocks in runs]
+            with np.errstate(all="ignore"):
+                self.run([Block(self, at, i * warps, memories) for i, at in enumerate(group)])
+
+    def run(self, blocks: list[Block]):
+        running = [(warp, warp.run(self.kernel)) for block in blocks for warp in block.warps]
+        waits, polls, turn = {}, 0, 0
+        while running:
+            ready = [i for i, (warp, _) in enumerate(running) if not waits.get(warp)]
+            require(ready, "all wait for each other", *(warp for warp, _ in running))
+            turn += 1
+            in_order = {"first": 0, "last": -1}.get(self.order, turn % len(ready))
+            pick = ready[in_order if polls < 9 else turn % len(ready)]  # one that polls lets others go on
+            warp, steps = running[pick]
+            try:
+                waits[warp] = next(steps)
+                polls = polls + 1 if waits[warp] is None else 0
+                require(polls < 10_000, "waits for ever", warp)
+            except StopIteration:
+                require(not any(warp.groups), "ends with copies on their way", warp)
+                running.pop(pick)
+                polls = 0
+
+
+def places(*tensors) -> list[tuple[int, int]]:
+    """-> (address, bytes) of each; None and empty ones are left out"""
+    return [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor is not None and tensor.nbytes]
+
+
+class Driver:
+    """The driver's library as minikd.cuda calls it; a kernel's handle is its name.
+
+    readable, writable  (address, bytes) of all that kernels may touch
+    launched            names, in order
+    """
+
+    def __init__(self, kernels: dict[str, Kernel]):
+        self.kernels, self.readable, self.writable, self.launched, self.shared, self.order = kernels, [], [], [], {}, "turns"
+
+    def cuFuncSetAttribute(self, name, attribute, value):
+        require(attribute == 8, "an attribute other than the shared memory of a launch")
+        self.shared[name] = value
+        return 0
+
+    def cuLaunchKernel(self, name, across, down, deep, threads, rows, layers, shared, stream, addresses, extra, together=False):
+        kernel = self.kernels[name]
+        require(deep == rows == layers == 1 and threads % 32 == 0 and threads <= kernel.most, "the launch's shape", threads)
+        require(shared <= self.shared.get(name, 48 << 10), "more shared memory than was asked for", shared)
+        require(len(addresses) == len(kernel.params), "as many arguments as parameters")
+        arguments = bytearray(sum(max(kernel.params.values())))
+        for (begin, size), address in zip(kernel.params.values(), addresses):
+            arguments[begin:begin + size] = ctypes.string_at(address, size)
+        Grid(kernel, (across, down), threads, bytes(arguments), self.readable, self.writable, shared, together, self.order)
+        self.launched.append(name)
+        return 0
+
+    def cuLaunchCooperativeKernel(self, *given):
+        return self.cuLaunchKernel(*given, None, together=True)
+
+
+# ---- instructions, each as a line of Python
+
+CONTROL = "bra", "bra.uni", "ret", "trap", "bar.sync"
+REGISTERS = {"%rs": "u2", "%rd": "u8", "%r": "u4", "%f": "f4", "%p": "b1"}
+COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
+
+
+def type_of(kind: str) -> str:
+    """b32, u16, s64, f32, pred -> u4, u2, i8, f4, b1"""
+    return "b1" if kind == "pred" else {"f": "f", "s": "i"}.get(kind[0], "u") + str(int(kind[1:]) // 8)
+
+
+def register(name: str) -> str:
+    """The type that a register's values have in Warp.r."""
+    return REGISTERS.get(re.match(r"%?[a-z]*", name)[0], "u4" if name[0] == "%" else "b1")      # %tid.x; inline assembly's own
+
+
+def translate(kernel: Kernel, start: int, end: int):
+    """Instructions start .. end as a function of a warp, all of whose active lanes run them."""
+    names, lines = dict(OPERATIONS), []
+
+    def read(operand: str, type: str) -> str:
+        """The operand's 32 values, their bits taken for `type`."""
+        if operand[0] == "%" or operand not in kernel.symbols and operand[0].isalpha():
+            text, has = f'r["{operand}"]', register(operand)
+            if int(has[1]) > int(type[1]):
+                text, has = f"{text}.astype(u{type[1]})", "u" + type[1]
+            require(has[1] == type[1], "a register is too narrow", operand)
+            return text if has == type else f"{text}.view({type})"
+        bits = int(operand[2:], 16) if operand.startswith("0f") else kernel.symbols.get(operand)
+        bits = int(operand, 0) if bits is None else bits
+        name = f"k{len(names)}"
+        names[name] = np.full(32, bits % (1 << 8 * int(type[1])), f"u{type[1]}").view(type)
+        return name
+
+    for at in range(start, end):
+        targets, types, value = expression(*kernel.code[at][1:], read, kernel)
+        lines.append(f"w.here = {at}")
+        if len(targets) == 1:
+            value = f"({value},)"
+        lines.append(f"{''.join(f'v{i}, ' for i in range(len(targets)))}{'= ' if targets else ''}{value}")
+        for i, (target, type) in enumerate(zip(targets, types)):
+            has, new = register(target), f"v{i}"
+            if has != type:                                     # wider by the sign of its type, as in a load or conversion
+                new += f".view({has})" if has[1] == type[1] else f".astype({type[0]}{has[1]}).view({has})"
+            lines.append(f'r["{target}"] = {new} if w.full else w.keep("{target}", {new})')
+    exec("def function(w):\n r = w.r\n " + "\n ".join(lines), names)
+    return names["function"]
+
+
+def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[list[str], list[str], str]:
+    """One instruction -> the registers it sets, their values' types, and Python that gives the values.
+    Raises KeyError or Fault for an instruction that is not known here."""
+    base, *mods = opcode.split(".")
+    kind = mods[-1] if mods else ""
+    parts = [re.sub(r"[{}\s]", "", operand).split(",") for operand in operands]
+    space = next((mod for mod in mods if mod in ("shared", "global")), "generic")
+
+    def address(operand: str, space: str) -> str:
+        name, plus = re.fullmatch(r"\[([%\w$.]+)(?:\+(-?\d+))?\]", operand).groups()
+        return f"{read(name, 'u4' if space == 'shared' else 'u8')}.astype(i8) + {plus or 0}"
+
+    if base == "ld" and mods[0] == "param":
+        name, plus = re.fullmatch(r"\[(\w+)(?:\+(\d+))?\]", operands[1]).groups()
+        type, count = type_of(kind), len(parts[0])
+        return parts[0], [type] * count, f"w.parameter({kernel.params[name][0] + int(plus or 0)}, {type}, {count})"
+    if base == "ld":
+        type, count, method = type_of(kind), len(parts[0]), "acquire" if "acquire" in mods else "load"
+        value = f'w.{method}("{space}", {address(operands[1], space)}, {type}, {count}, {"nc" in mods})'
+        return parts[0], [type] * count, value + "[0]" * (count == 1)
+    if base == "st":
+        values = ", ".join(read(name, type_of(kind)) for name in parts[1])
+        return [], [], f'w.store("{space}", {address(operands[0], space)}, {values})'
+    if base == "red":
+        require(mods == ["release", "gpu", "global", "add", "u32"], opcode)
+        return [], [], f"w.release({address(operands[0], space)}, {read(operands[1], 'u4')})"
+    if base == "cp" and len(operands) < 2:
+        return [], [], {"commit_group": "w.close_group()", "wait_group": f"w.wait_for_copies({''.join(operands)})"}[mods[1]]
+    if base == "cp":
+        require(mods == ["async", "cg" if operands[2] == "16" else "ca", "shared", "global"], opcode, operands)
+        to, source = address(operands[0], "shared"), address(operands[1], "global")
+        return [], [], f"w.copy({to}, {source}, {operands[2]}, {read(operands[3], 'u4')})"
+    if base == "prefetch":
+        return [], [], "None"
+    if base == "bar":
+        require(mods == ["warp", "sync"] and operands == ["-1"], opcode, operands)
+        return [], [], "w.sync()"
+    if base == "mma":
+        require(opcode == "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", opcode)
+        a, b, c = ("[" + ", ".join(read(name, type) for name in part) + "]" for part, type in zip(parts[1:], ("u4", "u4", "f4")))
+        return parts[0], ["f4"] * 4, f"w.together() and mma({a}, {b}, {c})"
+    if base == "shfl":
+        require(mods == ["sync", "bfly", "b32"], opcode)
+        value, other, clamp, members = (read(operand, "u4") for operand in operands[1:])
+        target = operands[0].split("|")[0]                      # behind it a predicate, which nobody reads
+        type = register(target)
+        return [target], [type], f"w.together({clamp}, {members}) and {value}[lanes ^ {other}].view({type})"
+    if base == "mov" and len(parts[0]) == 2:                    # a register's halves
+        value = read(operands[1], "u4")
+        return parts[0], ["u2", "u2"], f"({value} & 0xffff).astype(u2), ({value} >> 16).astype(u2)"
+    if base == "mov" and len(parts[1]) == 2:
+        return parts[0], ["u4"], f"{read(parts[1][0], 'u2')} | {read(parts[1][1], 'u2')}.astype(u4) << 16"
+    return operands[:1], *lane_by_lane(base, mods, operands, read)
+
+
+def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple[list[str], str]:
+    """-> [the result's type], Python that computes it"""
+    kind = mods[-1]
+    if kind == "bf16x2":
+        require(base == "fma", base)
+        return ["u4"], f"fma_pairs({', '.join(read(operand, 'u4') for operand in operands[1:])})"
+    if base == "cvt":
+        value, to = read(operands[1], type_of(kind)), mods[-2]
+        return (["u2"], f"to_bf16({value})") if to == "bf16" else ([type_of(to)], f"{value}.astype({type_of(to)})")
+    if base == "cvta":
+        shift = {"to.shared": f" - {SHARED}", "shared": f" + {SHARED}"}.get(".".join(mods[:-1]), "")
+        return ["u8"], read(operands[1], "u8") + shift
+    if base == "lop3":
+        a, b, c = (read(operand, "u4") for operand in operands[1:4])
+        return ["u4"], f"lop3({a}, {b}, {c}, {operands[4]})"
+    if base == "prmt":
+        return ["u4"], f"permute({read(operands[1], 'u4')}, {read(operands[2], 'u4')}, {operands[3]})"
+    type = register(operands[0]) if base == "mov" else type_of(kind)
+    if base == "mov":
+        return [type], read(operands[1], type)
+    a, *more = (read(operand, type) for operand in operands[1:3])
+    if base in ("neg", "not", "ex2", "rsqrt"):
+        return [type], {"neg": f"-{a}", "not": f"~{a}", "ex2": f"exp2({a})", "rsqrt": f"(1 / sqrt({a})).astype(f4)"}[base]
+    b, = more
+    if base == "setp":
+        require(len(operands) == 3, "setp of two predicates")
+        return ["b1"], f"{a} {COMPARE[mods[0]]} {b}"
+    if base == "selp":
+        return [type], f"where({read(operands[3], 'b1')}, {a}, {b})"
+    if base in ("fma", "mad"):
+        require(base == "fma" or mods[0] == "lo", base, mods)
+        c = read(operands[3], type)
+        return [type], f"({a}.astype(f8) * {b} + {c}).astype(f4)" if type == "f4" else f"{a} * {b} + {c}"
+    if base == "mul" and mods[0] in ("wide", "hi"):
+        wide = f"{type[0]}{2 * int(type[1])}"
+        product = f"{a}.astype({wide}) * {b}"
+        return ([wide], product) if mods[0] == "wide" else ([type], f"({product} >> {8 * int(type[1])}).astype({type})")
+    if base in ("shl", "shr"):
+        count, bits = read(operands[2], "u4"), 8 * int(type[1])
+        shifted = f"{a} {'<<' if base == 'shl' else '>>'} minimum({count}, {bits - 1}).astype({type})"
+        return [type], shifted if type[0] == "i" else f"where({count} < {bits}, {shifted}, {type}(0))"
+    if base in INFIX:
+        return [type], f"{a} {INFIX[base]} {b}"
+    return [type], f"{ {'min': 'fmin', 'max': 'fmax', 'div': 'divide', 'rem': 'fmod'}[base] }({a}, {b})"
+
+
+def to_bf16(value: np.ndarray) -> np.ndarray:
+    bits = value.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def halves(registers) -> np.ndarray:
+    """n registers [32] of two bfloat16 each -> float32 [2n, 32], the lower half first"""
+    out = np.empty((len(registers), 2, 32), np.uint32)
+    for pair, (low, high) in zip(registers, out):
+        low[:], high[:] = pair << 16, pair & 0xffff0000
+    return out.reshape(-1, 32).view(np.float32)
+
+
+def fma_pairs(*pairs) -> np.ndarray:
+    a, b, c = halves(pairs).reshape(3, 2, 32)                   # exact in float32 for the small integers it is used for
+    low, high = to_bf16(a * b + c).astype(np.uint32)
+    return low | high << 16
+
+
+def divide(a, b):
+    return a / b if a.dtype.kind == "f" else np.trunc(a / np.where(b == 0, 1, b)).astype(a.dtype)
+
+
+def lop3(a, b, c, table: int) -> np.ndarray:
+    """Any function of three bits: bit i of the table is its value for the bits of i."""
+    return np.bitwise_or.reduce([(a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+                                 for i in range(8) if table >> i & 1])
+
+
+def permute(a, b, selector: int) -> np.ndarray:
+    """prmt: the result's bytes are chosen out of the operands' eight."""
+    chosen = [selector >> 4 * i & 15 for i in range(4)]
+    require(max(chosen) < 8, "prmt that copies signs")
+    return np.stack([a, b], 1).view(np.uint8)[:, chosen].copy().view(np.uint32)[:, 0]
+
+
+# The fragments of mma as the PTX manual draws them: for each of a lane's values its row and column.
+ROW, COLUMN = LANES // 4, LANES % 4 * 2
+A = tuple(np.array(part) for part in zip(*((ROW + q % 2 * 8, COLUMN + q // 2 * 8 + e) for q in range(4) for e in range(2))))
+B = tuple(np.array(part) for part in zip(*((COLUMN + q * 8 + e, ROW) for q in range(2) for e in range(2))))
+C = tuple(np.array(part) for part in zip(*((ROW + q // 2 * 8, COLUMN + q % 2) for q in range(4))))
+
+
+def mma(a: list, b: list, c: list) -> np.ndarray:
+    left, right, total = np.empty((16, 16), np.float32), np.empty((16, 8), np.float32), np.empty((16, 8), np.float32)
+    left[A], right[B], total[C] = halves(a), halves(b), np.stack(c)
+    return (left @ right + total)[C]
+
+
+OPERATIONS = {name: np.dtype(name).type for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "b1")}
+OPERATIONS |= {function.__name__: function for function in (
+    to_bf16, fma_pairs, divide, lop3, permute, mma, np.where, np.exp2, np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
+OPERATIONS["lanes"] = LANES
