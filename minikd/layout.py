@@ -139,5 +139,6 @@ def multiply_int8(packed, x: Tensor) -> Tensor:
     wide = wide / most * 63
     high = wide.round()                                                                     # [B, D] in -63..63
     rows = torch.cat([high, (wide - high) * 126])               # errors are at most half a step: x 126 fills the range
+    # Scale 1 and zero point 64 for the inputs: -63..63 is stored as 1..127.
     y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, 64, packed)
     return (torch.add(y[:len(x)], y[len(x):], alpha=1 / 126) * (most / 63)).to(x.dtype)     # [B, V]
