@@ -60,9 +60,10 @@ def parse_args():
     add("--out", help="jsonl of every example's scores (answers.jsonl in the model's folder, else in runs/eval)")
     args = parser.parse_args()
     for pair in ("model", "data"), ("predictions", "references"):
-        given = [f"--{name}" for name in pair if getattr(args, name) is not None]
-        if len(given) == 1:
-            raise InputError(f"{given[0]} without --{pair[0] if given[0] != f'--{pair[0]}' else pair[1]}; give both")
+        given = [name for name in pair if getattr(args, name) is not None]
+        missing = [name for name in pair if getattr(args, name) is None]
+        if given and missing:
+            raise InputError(f"--{given[0]} without --{missing[0]}; give both")
     if args.model and args.predictions:
         raise InputError("--model and --predictions; give one of them: answers to make, or answers made")
     if args.seeds and args.temperature == 0:

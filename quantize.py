@@ -71,7 +71,9 @@ def parse_args():
             setattr(args, name, value)
     if args.out is None:
         raise InputError("--model without --out; add --out FOLDER")
-    args.methods = [args.method] if args.method else ["rtn", "gptq"] if toy else ["gptq"]
+    args.methods = ["rtn", "gptq"] if toy else ["gptq"]
+    if args.method:
+        args.methods = [args.method]
     if "gptq" in args.methods and not args.calibration:
         raise InputError("--method gptq without --calibration; add --calibration FILE, or choose --method rtn")
     if args.bits != 4:
@@ -168,7 +170,7 @@ def main():
             eval_rows, _ = encode_examples(examples, tokenizer, args.template)
         except InputError as error:                             # its message names flags of train_kd.py
             raise InputError(f"{args.eval_data[0]}: no prompt is short enough to evaluate; give other records") from error
-    outs = {method: Path(args.out if args.method or len(args.methods) == 1 else f"{args.out}-{method}").expanduser()
+    outs = {method: Path(args.out if len(args.methods) == 1 else f"{args.out}-{method}").expanduser()
             for method in args.methods}
     for out in outs.values():                                   # all, before the first run of maybe hours
         check_out(out, folder)

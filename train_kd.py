@@ -107,9 +107,12 @@ def parse_args():
     args.toy = args.student is None
     if args.toy and (args.loss == "minillm" or args.on_policy):
         args.lr = args.lr or [1e-3]                             # lower: these runs continue from the SFT student
-    for name, value in (TOY if args.toy else REAL).items():
+    defaults = TOY if args.toy else REAL
+    if args.epochs or args.steps:                               # one of them was given: no default for the other
+        defaults = defaults | dict(epochs=None, steps=None)
+    for name, value in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, None if name in ("epochs", "steps") and (args.epochs or args.steps) else value)
+            setattr(args, name, value)
     return args
 
 

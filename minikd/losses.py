@@ -53,7 +53,7 @@ def log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p || q): the student must give probability to all that the teacher says.  Paper eq. (4).
+    """KL(p || q): the student must give probability to all that the teacher might say.  Paper eq. (4).
 
     [..., V], [..., V] -> [...] nats. No factor of temperature squared: this is the divergence itself.
     """
@@ -115,7 +115,7 @@ DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, skew_forward_kl, 
 
 
 def pick_divergence(name: str, **options):
-    """The divergence called `name`, with those of the options (temperature, beta, alpha) that it takes filled in."""
+    """The divergence called `name`, with those options (temperature, beta, alpha) filled in that it has."""
     takes = inspect.signature(DIVERGENCES[name]).parameters
     return functools.partial(DIVERGENCES[name], **{key: value for key, value in options.items() if key in takes})
 

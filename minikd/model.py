@@ -52,8 +52,8 @@ class Qwen2Config:
         Raises InputError, naming the field, for what this decoder does not compute: another model_type,
         sliding-window attention, RoPE scaling, another activation, or sizes that do not fit together.
         """
-        def refuse(field, value, mend):
-            raise InputError(f"{where}: {field} = {value!r} is not implemented; {mend}")
+        def refuse(field, value, advice):
+            raise InputError(f"{where}: {field} = {value!r} is not implemented; {advice}")
 
         if raw.get("model_type") != "qwen2":
             refuse("model_type", raw.get("model_type"), "minikd reads 'qwen2': Qwen1.5, Qwen2 and Qwen2.5 dense models")
@@ -333,7 +333,7 @@ class Body(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
-        # Zeros until init_weights or a checkpoint: nn.Embedding's own normal_() makes the meta device import
+        # Zeros until init_weights or a checkpoint: on the meta device nn.Embedding's own normal_() would import
         # torch._dynamo, 1.5 s and 75 MB.
         table = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
@@ -344,7 +344,7 @@ class Body(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
         if cache is None or cache.used == 0:                                    # a whole sequence, from its start
             positions = torch.arange(ids.shape[1], device=ids.device)[None]     # [1, T]
-        else:                                                                   # one more token a row
+        else:                                                                   # one more token per row
             positions = cache.lengths[:, None]                                  # [B, 1]
         if self.training and self.config.tie_word_embeddings and torch.is_grad_enabled():
             x = TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self.embed_tokens)   # [B, T, D]

@@ -57,7 +57,7 @@ def mean_by_category(examples) -> dict:
     """
     groups = {}
     for example in examples:
-        for category in {example.get("category") or None, None}:
+        for category in {example.get("category") or None, None}:    # None collects all examples
             groups.setdefault(category, []).append(example)
     def mean(group, score):
         return 100 * fsum(example[score] for example in group) / len(group)

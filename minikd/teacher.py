@@ -163,7 +163,8 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
         raise InputError(f"{path}: holds other answers: their {what} is {before.get(what)}, here {made_from[what]}; "
                          "choose another --out")
     held = len(lines) - 1
-    held -= held % step if held < len(rows) else 0              # complete writes only: a seed belongs to each
+    if held < len(rows):
+        held -= held % step                                     # complete writes only: a seed belongs to each
     with atomic_path(path) as new:
         new.write_text("\n".join(lines[:1 + held]) + "\n", encoding="utf-8")
     responses = answers[:held]

@@ -133,7 +133,7 @@ def check_positive(args, *names: str):
 # ---- what a run leaves behind
 
 class Log:
-    """log.jsonl, or another name: one JSON object per line, written at once."""
+    """log.jsonl, or another name: one JSON object per line, written immediately."""
 
     def __init__(self, folder, upto: int = 0, name: str = LOG):
         """Keeps the lines of the first `upto` steps: later ones, of a killed run, will be logged again."""
