@@ -44,7 +44,7 @@ TOY = dict(steps=400, epochs=None, batch_size=32, lr=[3e-3], warmup=30, weight_d
 
 
 def parse_args():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__)                               # help texts end in the default, and the toy's if it differs
     add = flag_group(parser, "models and data (none of them: the toy world)")
     add("--student", help="folder or hub name to start from")
     add("--teacher", help="folder or hub name; for all but --loss sft")
@@ -56,7 +56,7 @@ def parse_args():
     add("--format", choices=FORMATS,
         help=f"schema of the records: {', '.join(FORMATS)} (recognised)")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt: chatml or alpaca (chatml)")
-    add("--max-length", type=int, default=512, help="tokens of prompt and data's response, which is cut to it (512)")
+    add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses of the data are cut (512)")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped (256)")
     add("--validation", type=int, help="examples held out of --data (500; toy 100)")
     add = flag_group(parser, "loss")
@@ -67,21 +67,21 @@ def parse_args():
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture (0.5)")
     add("--alpha", type=float, default=0.1, help="skew losses: share of the other model in the mixture (0.1)")
     add("--lm-coef", type=float, default=1.0, help="weight of the loss on --lm-data (1)")
-    add = flag_group(parser, "whose answers are learned from")
+    add = flag_group(parser, "whose answers to learn from")
     add("--on-policy", type=float, default=0.0, help="share of steps on the student's own answers, without CE (0)")
-    add("--seq-kd", action="store_true", help="the teacher's answers, sampled once, in place of the data's")
+    add("--seq-kd", action="store_true", help="replace the data's answers by the teacher's, sampled once")
     add("--cache-teacher", metavar="DIR", help="keep the teacher's states there; only its head stays in memory")
     add = flag_group(parser, "MiniLLM")
     add("--mix", type=float, default=0.2, help="share of the teacher in the distribution sampled from (0.2)")
     add("--rollouts", type=int, default=256, help="answers sampled at a time (256)")
-    add("--inner-epochs", type=int, default=4, help="times each is learned from (4)")
-    add("--ratio-clip", type=float, default=0.2, help="how far q / q_old may move (0.2)")
+    add("--inner-epochs", type=int, default=4, help="passes over the sampled answers (4)")
+    add("--ratio-clip", type=float, default=0.2, help="how far the ratio q / q_old may leave 1 (0.2)")
     add = flag_group(parser, "optimisation")
-    add("--epochs", type=float, help="passes over the data; MiniLLM: its steps (1)")
+    add("--epochs", type=float, help="passes over the data; MiniLLM: as many steps (1)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs (toy 400)")
     add("--batch-size", type=int, help="examples in a micro-batch (8; toy 32)")
     add("--grad-accum", type=int, default=1, help="micro-batches in an optimizer step (1)")
-    add("--lr", type=float, nargs="+", help="peak learning rate; several are swept (1e-5; toy 3e-3)")
+    add("--lr", type=float, nargs="+", help="peak learning rate; several: one run for each (1e-5; toy 3e-3)")
     add("--warmup", type=int, help="steps of linear warm-up (0; toy 30)")
     add("--schedule", choices=("cosine", "constant"), default="cosine",
         help="after the warm-up: cosine or constant (cosine)")
@@ -97,11 +97,11 @@ def parse_args():
         help="words of ROUGE-L: plain, stemmer, unicode (stemmer; toy unicode)")
     add = flag_group(parser, "run")
     add("--out", help="folder for checkpoints, log, table and picture (runs/kd; toy runs/toy)")
-    add("--resume", action="store_true", help="go on where a stopped run of the same flags was")
+    add("--resume", action="store_true", help="continue a stopped run; give it the same flags")
     add("--seed", type=int, default=0, help="of the split, the order and the toy world (0)")
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16"),
-        help="of products and teacher: auto, float32, bfloat16 (auto; toy float32)")
+        help="of matrix products and of the teacher: auto, float32, bfloat16 (auto; toy float32)")
     args = parser.parse_args()
     check_flags(args)
     args.toy = args.student is None
@@ -232,7 +232,7 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
         if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7): the surrogate and KL_t
             old, advantage, teacher_hidden = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']
-            # head_loss then computes 2 w (surrogate / 2 + KL_t / 2) = w (surrogate + KL_t).
+            # head_loss then computes 2 weight (surrogate / 2 + KL_t / 2) = weight (surrogate + KL_t).
             terms |= dict(divergence=divergence, kd_ratio=0.5, weight=2 * weight)
             terms["policy"] = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
         else:                                                                   # paper eq. (3): CE and divergence
