@@ -169,21 +169,21 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         divergence = pick_divergence(loss, temperature=temperature, beta=beta, alpha=alpha)
     if compile:
         compile_blocks(student, *([teacher.model] if isinstance(teacher, Teacher) else []))
-    facts, saved = {"step": 0, "best": -1.0}, {}                # steps done, best ROUGE-L; saved tensors
+    done, saved = {"step": 0, "best": -1.0}, {}                 # steps done, best ROUGE-L; saved tensors
     if (out / STATE).exists():
-        facts, saved = load_state(out, student, optimizer)
+        done, saved = load_state(out, student, optimizer)
     sampled = minillm.unpack_rollouts(saved)                    # MiniLLM's current rollouts
     batching = batch_size, grad_accum, seed
     sampling = dict(batch_size=batch_size * grad_accum, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
     copy = None                                                 # of the student in `dtype`, to sample with
-    source = optimizer_steps(rows, facts["step"], steps, *batching)             # of (step, its micro-batches)
+    source = optimizer_steps(rows, done["step"], steps, *batching)              # of (step, its micro-batches)
     if loss == "minillm":
-        source = minillm.rollout_steps(sampled, rows, facts["step"], steps, *batching, rollouts, inner_epochs, dict(
+        source = minillm.rollout_steps(sampled, rows, done["step"], steps, *batching, rollouts, inner_epochs, dict(
             sampling, student=student, teacher=teacher.model, pad_id=tokenizer.pad_id, mix=mix, dtype=dtype))
-    texts = optimizer_steps(lm_rows, facts["step"], steps, *batching) if lm_rows else itertools.repeat((0, ()))
+    texts = optimizer_steps(lm_rows, done["step"], steps, *batching) if lm_rows else itertools.repeat((0, ()))
     gradients = dict(student=student, pad_id=tokenizer.pad_id, dtype=dtype, checkpointing=gradient_checkpointing)
-    log = Log(out, upto=facts["step"])
-    with Progress(title, steps, start=facts["step"]) as progress:
+    log = Log(out, upto=done["step"])
+    with Progress(title, steps, start=done["step"]) as progress:
         for (step, batches), (_, lm_batches) in zip(source, texts):
             started, terms = time.perf_counter(), dict(teacher=teacher, divergence=divergence, kd_ratio=kd_ratio)
             for group in optimizer.param_groups:
@@ -211,10 +211,10 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                       seconds=round(time.perf_counter() - started, 4))
             progress.update(f"ce {ce:.3f}" + (f" kd {kd:.3f}" if teacher else ""))
             if (step + 1) % eval_every == 0 or step + 1 == steps:
-                facts = evaluate(student, tokenizer, valid_rows, valid_examples, teacher, divergence, dtype, batch_size,
-                                 eval_examples, max_new_tokens, rouge, facts | {"step": step + 1}, out, log, progress)
+                done = evaluate(student, tokenizer, valid_rows, valid_examples, teacher, divergence, dtype, batch_size,
+                                eval_examples, max_new_tokens, rouge, done | {"step": step + 1}, out, log, progress)
                 if step + 1 < steps:
-                    save_state(out, student, optimizer, facts, minillm.pack_rollouts(sampled))
+                    save_state(out, student, optimizer, done, minillm.pack_rollouts(sampled))
     log.write(step=steps, done=True)
     (out / STATE).unlink(missing_ok=True)                       # last/ has the weights; the moments are of no more use
     return student
@@ -243,23 +243,23 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
 
 
 def evaluate(student, tokenizer, rows, examples, teacher, divergence, dtype, batch_size, eval_examples, max_new_tokens,
-             rouge, facts, out, log, progress) -> dict:
+             rouge, done, out, log, progress) -> dict:
     """Logs the held-out loss and ROUGE-L of the student's own answers, and prints one of them; saves last/, and best/ if
-    its ROUGE-L is the best so far.  Returns facts, with the best ROUGE-L."""
+    its ROUGE-L is the best so far.  Returns `done` with the best ROUGE-L."""
     copy = cast_copy(student, dtype)
     metrics = compare(copy, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
     scores = answer_and_score(copy, tokenizer, rows[:eval_examples], examples, max_new_tokens, batch_size, rouge)
     rouge_l = mean_by_category(scores)["all"]["rouge_l"]
-    log.write(step=facts["step"], rouge_l=rouge_l, **{f"valid_{key}": value for key, value in metrics.items()})
-    i = random.Random(facts["step"]).randrange(len(scores))     # another sample each time
-    progress.say(f"{progress.title} step {facts['step']}: held-out CE {metrics['ce']:.3f}"
+    log.write(step=done["step"], rouge_l=rouge_l, **{f"valid_{key}": value for key, value in metrics.items()})
+    i = random.Random(done["step"]).randrange(len(scores))      # another sample each time
+    progress.say(f"{progress.title} step {done['step']}: held-out CE {metrics['ce']:.3f}"
                  + (f", KD {metrics['kd']:.3f}" if teacher else "")
                  + f", ROUGE-L {rouge_l:.1f}; asked {examples[rows[i].index].messages[-1]['content'][:80]!r}, "
                  + f"said {scores[i]['prediction'][:80]!r}")
     save_checkpoint(student, tokenizer, out / "last", dtype)
-    if rouge_l > facts["best"]:
+    if rouge_l > done["best"]:
         save_checkpoint(student, tokenizer, out / "best", dtype)
-    return facts | {"best": max(rouge_l, facts["best"])}
+    return done | {"best": max(rouge_l, done["best"])}
 
 
 def save_checkpoint(model: Qwen2, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype):

@@ -148,6 +148,7 @@ def _chat(record, where):
         raise InputError(f"{where}: field 'messages' has no assistant turn after a user turn; add the answer")
     if not asked[-1]["content"] or not turns[last]["content"]:
         raise Dropped(where, "empty message")
+    # One text for the "alpaca" template; in a conversation of several turns each is marked User: or Assistant:.
     instruction = "\n\n".join(turn["content"] if turn["role"] == "system" or len(asked) == 1 else
                               f"{turn['role'].title()}: {turn['content']}" for turn in turns[:last])
     return tuple(turns[:last]), instruction, "", (turns[last]["content"],)
@@ -164,7 +165,7 @@ def _bugnet(record, where):
                     "issue or fix the error.",                  # the paper's wording, with the record's own language
                     f"Code that has the bug issue or is incorrect:\n{fail}\n"
                     f"Use as context the reported error in the code:\n{error or status or 'unknown'}",
-                    f"Fix the bug in this {program}. Answer with the whole program.\n\n{fail}\n{seen}".rstrip())
+                    question=f"Fix the bug in this {program}. Answer with the whole program.\n\n{fail}\n{seen}".rstrip())
     return *question, (answer,)
 
 
@@ -174,7 +175,7 @@ def _pytorrent(record, where):
     if not code.strip():
         raise Dropped(where, "empty code")
     question = _ask("Write a python script that appropriately completes the request.", task,     # the paper's wording
-                    f"Write Python code for this description. Answer with code only.\n\n{task}")
+                    question=f"Write Python code for this description. Answer with code only.\n\n{task}")
     return *question, (code,)
 
 
@@ -186,7 +187,9 @@ def _codeforces(record, where):
     return *_ask(_text(record, where, "prompt"), ""), (_text(record, where, "generation"),)
 
 
-FORMATS = {         # in the order they are tried: the function, and the fields that identify it (one of each tuple)
+# In the order they are tried: (record, where) -> (messages, instruction, input, answers), as in Example; and the fields
+# that identify the format, one of each tuple.
+FORMATS = {
     "codeforces": (_codeforces, [("messages", "prompt"), ("generation",)]),
     "chat": (_chat, [("messages",)]),
     "dolly": (_dolly, [("instruction",), ("response",)]),
@@ -240,6 +243,7 @@ class Report:
                                                                 # the hub revises files under one name
     @property
     def read(self) -> int:
+        """Records that were read, dropped ones included."""
         return self.kept + self.dropped.total()
 
     def __str__(self):
@@ -274,7 +278,8 @@ def _examples(file: Path, format: str | None, skip_bad: bool | None, report: Rep
     name = format
 
     def refuse(error: InputError):
-        if not (name == "pytorrent" if skip_bad is None else skip_bad):
+        skip = name == "pytorrent" if skip_bad is None else skip_bad
+        if not skip:
             raise error
         report.dropped["malformed"] += 1
         report.first_bad = report.first_bad or str(error)

@@ -89,8 +89,9 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         step = Replay(rows.step, graphs and device.type == "cuda")
         for done in range(1, max_new_tokens + 1):               # tokens that every row has
             if not graphs or done in (1, max_new_tokens) or done % LOOK == 0:
+                # Per row: which answer, its new tokens, their log-probabilities.
                 fresh = zip(alive, rows.drawn[seen:done].T.tolist(), rows.logps[seen:done].T.tolist())
-                going = [i for i, row in enumerate(fresh) if extend(answers, logps, stops, *row)]
+                going = [i for i, row in enumerate(fresh) if extend(answers, logps, stops, *row)]      # unfinished rows
                 if not going or done == max_new_tokens:
                     break
                 most = len(alive) // 2 if graphs else len(alive) - 1        # dropping rows costs a new graph
