@@ -203,7 +203,7 @@ def output_errors(weight: Tensor, quantized: list[Tensor], hessian: Tensor) -> l
 
     W = weight.float()
     whole = max(trace(W), torch.finfo(torch.float32).tiny)
-    return [trace(W - Q) / whole for Q in quantized]
+    return [trace(W - Q) / whole for Q in quantized]                            # eq. (1), relative
 
 
 # ---- a model, layer by layer

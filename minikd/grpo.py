@@ -43,7 +43,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     centred = torch.where(judged & (lowest < highest), rewards - mean, 0.0)                 # [P, G]
     if scale == "std":
         std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()     # [P, 1]
-        centred = centred / (std + 1e-4)
+        centred = centred / (std + 1e-4)                                        # paper eq. (5)
     return torch.where(count > 1, centred, 0.0)
 
 
@@ -53,7 +53,7 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     Log-probabilities of the sampled tokens, [...] each -> [...] nats
     """
     d = ref_logp - logp
-    return ratio_of(ref_logp, logp) - d - 1
+    return ratio_of(ref_logp, logp) - d - 1                                     # π_ref / π - d - 1
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, clip: float = 0.2,
@@ -66,7 +66,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
     Padding is not masked here: the caller masks and averages (token_weights).
     """
     loss = clipped_surrogate(logp, old_logp, advantages[:, None], clip, clip_high)
-    return loss + beta * k3(logp, ref_logp) if beta else loss
+    return loss + beta * k3(logp, ref_logp) if beta else loss                   # paper eq. (6), negated
 
 
 def was_clipped(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float = 0.2,

@@ -81,7 +81,7 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, beta: float =
         raise ValueError(f"beta = {beta}: the generalized JSD needs 0 < beta < 1; use forward_kl or reverse_kl")
     logq, logp = log_probs(student_logits, teacher_logits, temperature)
     logm = log_mix(logp, logq, beta)                                            # m = βp + (1-β)q
-    return beta * kl(logp, logm) + (1 - beta) * kl(logq, logm)
+    return beta * kl(logp, logm) + (1 - beta) * kl(logq, logm)                  # GKD eq. (1)
 
 
 def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.1,
@@ -245,7 +245,7 @@ def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: f
     """
     ratio = ratio_of(logq, old_logq)                                            # ρ
     bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
-    return -torch.minimum(ratio * advantage, bounded * advantage)
+    return -torch.minimum(ratio * advantage, bounded * advantage)               # PPO eq. (7), negated
 
 
 @torch.inference_mode()

@@ -68,9 +68,9 @@ def importance_weights(logq: Tensor, logp: Tensor, mask: Tensor, mix: float, pro
     """
     if not mix:
         return torch.ones_like(logq)
-    logw = torch.where(mask, logq - log_mix(logp, logq, mix), 0.0)
+    logw = torch.where(mask, logq - log_mix(logp, logq, mix), 0.0)             # eq. (7)
     if product:
-        logw = logw.sum(1, keepdim=True).expand_as(logw)
+        logw = logw.sum(1, keepdim=True).expand_as(logw)                        # eq. (5)
     return logw.exp()
 
 

@@ -135,7 +135,7 @@ def to_problem(record: dict, where: str) -> Problem:
         if field is None or not isinstance(answer, (str, int, float)):
             raise InputError(f"{where}: is no problem: give `question` and `answer`, or Codeforces' `description` and "
                              f"`examples` (its fields: {', '.join(list(record)[:12])})")
-        text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K's mark
+        text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K: after ####
     if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
         raise InputError(f"{where}: holds half a character (a lone surrogate); mend its escapes")
     return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts, where)
@@ -147,7 +147,7 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
         if not isinstance(record.get(name) or "", str):
             raise InputError(f"{where}: field {name!r} is {kind_of(record[name])}; make it text")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
-    judged = record.get("generated_checker") is None and record.get("input_mode") in (None, "stdio")
+    decided = record.get("generated_checker") is None and record.get("input_mode") in (None, "stdio")   # by equal outputs
     parts = [f"# {record['title']}" if record.get("title") else "", record["description"],
              f"## Input\n{record['input_format']}" if record.get("input_format") else "",
              f"## Output\n{record['output_format']}" if record.get("output_format") else "",
@@ -155,7 +155,7 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
              f"## Note\n{record['note']}" if record.get("note") else "",
              f"Time limit: {record.get('time_limit') or 2} seconds. {PYTHON}"]
     tests = examples + [test for test in tests if test not in examples]
-    facts = {"tests": tests if judged else [], "language": "python"}
+    facts = {"tests": tests if decided else [], "language": "python"}
     for name in "time_limit", "memory_limit":
         if isinstance(record.get(name), (int, float)) and kind_of(record[name]) != "null":
             if not 0 < record[name] < math.inf:

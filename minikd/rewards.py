@@ -175,8 +175,10 @@ def code_reward(completions: list[str], problems: list[dict], partial: bool = Fa
         source = extract_code(answer or "")
         limits = (min(problem.get("time_limit") or 5.0, max_seconds),                      # 5 s: open-r1's
                   int(max(64, min(problem.get("memory_limit") or 512, max_memory))))       # the interpreter takes 30
-        asked.append([((source, test["input"], *limits), test["output"]) for test in problem["tests"] if source]
-                     if python and problem.get("tests") else None)
+        if python and problem.get("tests"):
+            asked.append([((source, test["input"], *limits), test["output"]) for test in problem["tests"] if source])
+        else:
+            asked.append(None)                  # cannot be judged
     passed = [[] for _ in asked]                # per completion: whether it passed each test so far
     start, end = 0, None if partial else 1
     while any(tests[start:end] for tests in asked if tests):    # all tests at once, or rounds of 1, 1, 2, 4, ...

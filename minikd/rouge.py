@@ -108,8 +108,8 @@ def _score(predicted: list[str], wanted: list[str]) -> tuple[float, float, float
     common = lcs_length(predicted, wanted)
     if not common:                                              # also if a side is empty
         return 0.0, 0.0, 0.0
-    precision, recall = common / len(predicted), common / len(wanted)
-    return precision, recall, 2 * precision * recall / (precision + recall)
+    precision, recall = common / len(predicted), common / len(wanted)          # Lin 2004 eq. 3, 2
+    return precision, recall, 2 * precision * recall / (precision + recall)    # eq. 4
 
 
 def lcs_length(a: list[str], b: list[str]) -> int:
