@@ -1,12 +1,12 @@
-"""ROUGE-L and exact match of a model's answers, or of answers that are written already.
+"""ROUGE-L and exact match of a model's answers, or of answers in a file.
 
     python eval_rouge.py                                    the toy student that train_kd.py left, on its test set
     python eval_rouge.py --model runs/kd/kd/best --data test.jsonl
     python eval_rouge.py --model runs/kd/kd/best --data test.jsonl --temperature 1          as MiniLLM's tables
     python eval_rouge.py --predictions answers.txt --references test.jsonl
 
-Prints the means by category, x 100, and writes every answer with its scores to a jsonl. MiniLLM samples at
-temperature 1 with seeds 10 to 50: then each number is the mean over the seeds and its standard deviation.
+Prints the means by category, x 100, and writes every answer with its scores to a jsonl file. At a temperature above 0 it
+samples once for each seed, MiniLLM's 10 to 50 by default, and prints mean and standard deviation over the seeds.
 """
 import math
 import statistics
@@ -23,7 +23,7 @@ from minikd.tokenizer import Tokenizer
 from minikd.training import Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype, spare_threads
 
 TOY = dict(model="runs/toy/kd/best", data=["runs/toy/data/test.jsonl"], rouge="unicode", max_new_tokens=48,
-           dtype="float32")                                     # as train_kd.py judges it
+           dtype="float32")                                     # as train_kd.py evaluates it
 REAL = dict(rouge="stemmer", max_new_tokens=256, dtype="auto")
 SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
 
@@ -48,10 +48,10 @@ def parse_args():
     add("--dtype", choices=("auto", "float32", "bfloat16"),
         help="of the model: auto, float32, bfloat16 (auto; toy float32)")
     add("--int8-head", action="store_true",
-        help=f"read the head at 8 bits, on a CPU and for fewer than {INT8_ROWS} prompts at once")
+        help=f"multiply by the head at 8 bits, on a CPU and for fewer than {INT8_ROWS} prompts at once")
     add("--show-ways", action="store_true", help="print how each 4-bit layer multiplies, by number of rows")
-    add = flag_group(parser, "answers that are written already, line by line")
-    add("--predictions", help=".txt, an answer a line; or .jsonl .json .csv with prediction, text, response or output")
+    add = flag_group(parser, "answers in a file, one per line or record")
+    add("--predictions", help=".txt, one answer per line; or .jsonl .json .csv with prediction, text, response or output")
     add("--references", help="the same kinds of file; any records that train_kd.py reads; or a list `references`")
     add = flag_group(parser, "both")
     add("--format", choices=FORMATS, help=f"schema of the records: {', '.join(FORMATS)} (recognised)")
@@ -60,9 +60,10 @@ def parse_args():
     add("--out", help="jsonl of every example's scores (answers.jsonl in the model's folder, else in runs/eval)")
     args = parser.parse_args()
     for pair in ("model", "data"), ("predictions", "references"):
-        given = [f"--{name}" for name in pair if getattr(args, name) is not None]
-        if len(given) == 1:
-            raise InputError(f"{given[0]} without --{pair[0] if given[0] != f'--{pair[0]}' else pair[1]}; give both")
+        given = [name for name in pair if getattr(args, name) is not None]
+        missing = [name for name in pair if getattr(args, name) is None]
+        if given and missing:
+            raise InputError(f"--{given[0]} without --{missing[0]}; give both")
     if args.model and args.predictions:
         raise InputError("--model and --predictions; give one of them: answers to make, or answers made")
     if args.seeds and args.temperature == 0:
@@ -88,7 +89,7 @@ def parse_args():
 
 
 def model_scores(args) -> list[list[dict]]:
-    """One list of score_answers a seed, from the model's own answers."""
+    """score_answers of the model's own answers, one list per seed; a single list if greedy."""
     device = pick_device(args.device)
     examples, report = load_examples(args.data, args.format, args.limit)
     tokenizer = Tokenizer.load(args.model)
@@ -105,7 +106,7 @@ def model_scores(args) -> list[list[dict]]:
         if args.batch_size >= INT8_ROWS:
             print(f"--int8-head: is for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size} only "
                   "the last ones of a batch are read by it")
-    args.out.parent.mkdir(parents=True, exist_ok=True)          # after hours of answers it would be late to fail
+    args.out.parent.mkdir(parents=True, exist_ok=True)          # fail now, not after hours of answers
     seeds, rounds = (args.seeds or SEEDS) if args.temperature > 0 else [None], []
     with Progress("answers", len(seeds) * len(rows)) as progress:
         for seed in seeds:
@@ -117,6 +118,7 @@ def model_scores(args) -> list[list[dict]]:
 
 
 def file_scores(args) -> list[list[dict]]:
+    """score_answers of --predictions against --references, as a list of one list."""
     texts, examples = read_predictions(args.predictions), read_references(args.references, args.format)
     if len(texts) != len(examples):
         raise InputError(f"{args.predictions} has {len(texts):,} predictions, {args.references} {len(examples):,} "
@@ -125,7 +127,7 @@ def file_scores(args) -> list[list[dict]]:
 
 
 def show_table(rounds: list[list[dict]], rouge: str):
-    """Means by category, x 100; over several seeds, their mean and standard deviation."""
+    """Prints the means by category, x 100; over several seeds, their mean and standard deviation."""
     tables = [mean_by_category(scores) for scores in rounds]
     width = max(len("category"), *map(len, tables[0]))
     over = f", mean and standard deviation of {len(rounds)} seeds" if len(rounds) > 1 else ""

@@ -1,9 +1,9 @@
 """4-bit weights by GPTQ, in a folder that minikd, transformers with GPTQModel, and vLLM open.
 
-    python quantize.py                          what the toy pipeline left: GPTQ beside round-to-nearest, measured
+    python quantize.py                          the toy student of train_kd.py: GPTQ and round-to-nearest, measured
     python quantize.py --model runs/kd/kd/best --calibration databricks-dolly-15k.jsonl --out runs/kd/w4
     python quantize.py ... --method rtn         the baseline: every weight to the nearest point of its grid
-    python quantize.py ... --asym               zero points of their own (format gptq_v2, which fewer tools read)
+    python quantize.py ... --asym               a zero point per group (format gptq_v2, which fewer tools read)
 
 Only the blocks' linear layers are packed; embeddings, norms and the head stay as they are. Paper eq. (8), (9);
 GPTQ arXiv:2210.17323. See minikd/gptq.py and, for the layout, minikd/quant.py.
@@ -47,9 +47,9 @@ def parse_args():
     add("--method", choices=("gptq", "rtn"), help="gptq or rtn (gptq; toy both)")
     add("--bits", type=int, default=4, help="of a weight; folders hold 4 (4)")
     add("--group-size", type=int, help="inputs that share a scale, -1 for a whole row (128; toy 32)")
-    add("--asym", action="store_true", help="a zero point a group, else the range is symmetric")
-    add("--no-act-order", action="store_true", help="columns in their own order, not the most important first")
-    add("--damp", type=float, default=0.01, help="of the Hessian's mean diagonal, added to it (0.01)")
+    add("--asym", action="store_true", help="a zero point per group, else the range is symmetric")
+    add("--no-act-order", action="store_true", help="columns in the order of the weight, not those of large inputs first")
+    add("--damp", type=float, default=0.01, help="share of the Hessian's mean diagonal that is added to it (0.01)")
     add("--clip-search", action="store_true", help="shrink each group's range where that lowers its error")
     add = flag_group(parser, "run")
     add("--out", help="folder to write (toy: runs/toy/w4, or w4-rtn and w4-gptq without --method)")
@@ -71,7 +71,9 @@ def parse_args():
             setattr(args, name, value)
     if args.out is None:
         raise InputError("--model without --out; add --out FOLDER")
-    args.methods = [args.method] if args.method else ["rtn", "gptq"] if toy else ["gptq"]
+    args.methods = ["rtn", "gptq"] if toy else ["gptq"]
+    if args.method:
+        args.methods = [args.method]
     if "gptq" in args.methods and not args.calibration:
         raise InputError("--method gptq without --calibration; add --calibration FILE, or choose --method rtn")
     if args.bits != 4:
@@ -85,7 +87,7 @@ def parse_args():
 
 
 def calibration_rows(paths, tokenizer, samples: int, length: int, template: str, seed: int) -> list:
-    """Rows of at most `length` tokens: text in windows, or prompts with their responses."""
+    """At most `samples` random rows of at most `length` tokens: pieces of text, or prompts with their responses."""
     first = next(read_records(data_files(paths[0])[0]))[1]
     if recognise(first) is None and "text" in first:
         rows = encode_text(load_texts(paths)[0], tokenizer, length)
@@ -93,14 +95,14 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
         examples, _ = load_examples(paths)
         try:
             rows, _ = encode_examples(examples, tokenizer, template, length, length)
-        except InputError as error:                             # its mend names train_kd.py's flags
+        except InputError as error:                             # its message names flags of train_kd.py
             raise InputError(f"{paths[0]}: no record fits --length {length}; raise it") from error
     return random.Random(seed).sample(rows, min(samples, len(rows)))
 
 
 def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype):
-    """Writes the 4-bit folder `out`."""
-    model, started = load_model(folder, "cpu", dtype), time.perf_counter()      # one block at a time is on device
+    """Quantises the model in `folder` by `method` and writes the 4-bit folder `out`."""
+    model, started = load_model(folder, "cpu", dtype), time.perf_counter()      # only one block at a time is on `device`
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
         def on_layer(name, error, rtn):
             progress.update("" if error is None else f"{name}: error {error:.2e}, rounding {rtn:.2e}")
@@ -118,7 +120,7 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
 
 
 def check_out(out: Path, folder: Path):
-    """Raises InputError for a folder that holds something else than an earlier 4-bit model, or that cannot be one."""
+    """Raises InputError if `out` cannot be written, or holds anything but an earlier 4-bit model."""
     if Path.cwd().is_relative_to(out.resolve()):
         raise InputError(f"--out {out}: is the folder you work in; choose another, or one inside it")
     if out.resolve() == folder.resolve():
@@ -133,6 +135,7 @@ def check_out(out: Path, folder: Path):
 
 
 def weight_bytes(folder: Path) -> int:
+    """Size of a folder's weight files."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
@@ -165,11 +168,11 @@ def main():
         examples, _ = load_examples(args.eval_data, limit=args.eval_examples)
         try:
             eval_rows, _ = encode_examples(examples, tokenizer, args.template)
-        except InputError as error:                             # its mend names train_kd.py's flags
+        except InputError as error:                             # its message names flags of train_kd.py
             raise InputError(f"{args.eval_data[0]}: no prompt is short enough to evaluate; give other records") from error
-    outs = {method: Path(args.out if args.method or len(args.methods) == 1 else f"{args.out}-{method}").expanduser()
+    outs = {method: Path(args.out if len(args.methods) == 1 else f"{args.out}-{method}").expanduser()
             for method in args.methods}
-    for out in outs.values():                                   # all, before the hours that the first may take
+    for out in outs.values():                                   # all, before the first run of maybe hours
         check_out(out, folder)
     for method, out in outs.items():
         quantize(args, folder, tokenizer, rows, method, out, device, dtype)

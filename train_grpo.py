@@ -1,4 +1,4 @@
-"""GRPO: a model learns to think in steps and to answer what can be checked.
+"""GRPO: a model learns to reason step by step, on problems whose answers can be checked.
 
     python train_grpo.py                        two-digit sums, 4 minutes on a CPU; accuracy before and after
     python train_grpo.py --task code            small programs, judged by running them in the sandbox
@@ -8,8 +8,8 @@
     python train_grpo.py ... --norm token --clip-high 0.28 --drop-flat          DAPO
     python train_grpo.py ... --ratio sequence --clip 3e-4                       GSPO
 
-Each step samples a group of answers to each of some prompts, pays them, and raises the probability of those that are
-better than their group. Paper: Knowledge Distillation for Large Language Models, eq. (5) to (7); see minikd/grpo.py.
+Each step samples a group of answers to each of a few prompts, computes their rewards, and makes those more probable that
+are better than their group. Paper: Knowledge Distillation for Large Language Models, eq. (5) to (7); see minikd/grpo.py.
 """
 import functools
 import math
@@ -37,14 +37,14 @@ REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8
 TOY = dict(prompts=16, group_size=16, max_new_tokens=72, steps=250, batch_size=256, lr=3e-4, eval_examples=200,
            eval_every=50, dtype="float32")
 TOY_REWARDS = {"sums": "answer,format,steps", "code": "code,format,steps"}
-TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before
-TOY_WEIGHTS = "1,0.05,0.05"                                     # paid more, the form rises while accuracy dies
+TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
+TOY_WEIGHTS = "1,0.05,0.05"                                     # with more for format and steps, accuracy collapses
 
 
 def parse_args():
     parser = make_parser(__doc__)
     add = flag_group(parser, "model and problems (none of them: a toy task)")
-    add("--model", help="folder or hub name; best a student that was distilled (else a toy student, taught first)")
+    add("--model", help="folder or hub name, best a distilled student (else a toy student, first fine-tuned)")
     add("--data", nargs="+", metavar="FILE",
         help="records with a question and an answer, or with tests; else a toy task")
     add("--task", choices=list(problems.TASKS), default="sums", help="toy task: sums or code (sums)")
@@ -54,23 +54,23 @@ def parse_args():
     add("--prompts", type=int, help="problems in a step (8; toy 16)")
     add("--group-size", type=int, help="answers to each (8; toy 16)")
     add("--max-new-tokens", type=int, help="longest answer (512; toy 72)")
-    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities learned on (1)")
-    add("--rewards", help="names or file.py:function, with commas (format,steps,code; toy answer,format,steps)")
-    add("--reward-weights", help="a number each, with commas (1 each; toy 1,0.05,0.05)")
+    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities in the loss (1)")
+    add("--rewards", help="names or FILE.py:FUNCTION, separated by commas (format,steps,code; toy answer,format,steps)")
+    add("--reward-weights", help="a number for each, separated by commas (1 each; toy 1,0.05,0.05)")
     add = flag_group(parser, "loss")
-    add("--clip", type=float, default=0.2, help="how far the ratio of policies may move (0.2)")
+    add("--clip", type=float, default=0.2, help="how far the ratio of new to old policy may leave 1 (0.2)")
     add("--clip-high", type=float, help="the same above 1, where it differs; DAPO 0.28")
-    add("--beta", type=float, default=0.04, help="weight of the KL to the start; 0 needs no copy of it (0.04)")
+    add("--beta", type=float, default=0.04, help="weight of the KL to the starting model; 0 needs no copy of it (0.04)")
     add("--scale", choices=("std", "none"), default="std",
-        help="advantages over their group's deviation: std, none (std)")
+        help="divide advantages by their group's deviation: std, none (std)")
     add("--norm", choices=grpo.NORMS, default="sequence", help="mean over: sequence, token, constant (sequence)")
     add("--ratio", choices=("token", "sequence"), default="token",
-        help="one ratio a token, or a sequence: GSPO (token)")
+        help="one ratio per token, or per sequence: GSPO (token)")
     add("--inner-epochs", type=int, default=1, help="updates on the answers of one step (1)")
     add("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens do not count")
-    add("--drop-flat", action="store_true", help="groups whose answers are all paid the same do not count")
+    add("--drop-flat", action="store_true", help="groups whose answers all have the same reward do not count")
     add = flag_group(parser, "optimisation")
-    add("--steps", type=int, help="samplings (500; toy 250)")
+    add("--steps", type=int, help="steps: one sampling and --inner-epochs updates each (500; toy 250)")
     add("--batch-size", type=int, help="answers in a micro-batch (8; toy 256)")
     add("--lr", type=float, help="peak learning rate (1e-6; toy 3e-4)")
     add("--warmup", type=int, default=0, help="steps of linear warm-up (0)")
@@ -85,11 +85,11 @@ def parse_args():
     add("--eval-every", type=int, help="steps between evaluations on held-out problems (50)")
     add("--eval-examples", type=int, help="how many of those (64; toy 200)")
     add("--out", help="folder for checkpoints, log, completions and picture (runs/grpo; toy runs/grpo-TASK)")
-    add("--resume", action="store_true", help="go on where a stopped run of the same flags was")
+    add("--resume", action="store_true", help="continue a stopped run; give it the same flags")
     add("--seed", type=int, default=0, help="of sampling, order and the toy (0)")
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16"),
-        help="of products and sampling: auto, float32, bfloat16 (auto; toy float32)")
+        help="of matrix products and of sampling: auto, float32, bfloat16 (auto; toy float32)")
     args = parser.parse_args()
     if args.data and not args.model:
         raise InputError("--data without --model; add --model FOLDER")
@@ -132,14 +132,23 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
           drop_flat=False, steps, batch_size, lr, warmup=0, schedule="constant", weight_decay=0.0, max_grad_norm=1.0,
           gradient_checkpointing=False, compile=False, patience=50, eval_every, seed=0,
           dtype=torch.float32) -> Qwen2:
-    """Trains `model` in place; returns it.  rows are prompts, row.index points into facts: what the rewards look at."""
-    optimizer, done, copy = make_optimizer(model.train(), lr, weight_decay), {"step": 0, "unpaid": 0}, None
+    """Trains `model` in place; returns it, and saves it as last/ under `out`.
+
+    reference  the frozen starting model; None with beta 0
+    rows       prompts (encode_problems); row.index points into facts, what the rewards know about each problem
+    judge      model -> the dict of accuracy(), on held-out problems
+    rewards    name -> function, as load_rewards gives them; weights  name -> weight in the sum
+    The other arguments are the flags of the same names. A saved state in `out` is continued.
+    Raises InputError for a gradient that is not finite, and when every reward was 0 for `patience` steps in a row.
+    """
+    optimizer, done = make_optimizer(model.train(), lr, weight_decay), {"step": 0, "unpaid": 0}
+    copy = None                                                 # of the policy in `dtype`, to sample with
     if compile:
         compile_blocks(model, *([reference] if reference else []))
     if (out / STATE).exists():
         done, _ = load_state(out, model, optimizer)
-    unpaid = done["unpaid"]                                     # steps at the end in which every reward was 0
-    log, said = Log(out, upto=done["step"]), Log(out, upto=done["step"], name="completions.jsonl")
+    unpaid = done["unpaid"]                                     # steps up to now in which every reward was 0
+    log, completions = Log(out, upto=done["step"]), Log(out, upto=done["step"], name="completions.jsonl")
     scoring = dict(pad_id=tokenizer.pad_id, temperature=temperature, vocab=len(tokenizer), dtype=dtype)
     terms = dict(clip=clip, clip_high=clip_high, beta=beta, checkpointing=gradient_checkpointing)
     with Progress("grpo", steps, start=done["step"]) as progress:
@@ -150,42 +159,42 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             clock = [time.perf_counter()]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
-            copy = cast_copy(model, dtype, copy)                                # the policy, in the dtype that is fast
-            asked = next_rows(rows, step, prompts, seed)
+            copy = cast_copy(model, dtype, copy)
+            asked = next_rows(rows, step, prompts, seed)                        # P prompts
             answers, old = grpo.sample_groups(copy, asked, group_size, max_new_tokens, tokenizer, temperature,
                                               seed=seed * 1_000_003 + step)     # P G answers, log-probabilities of each
             clock.append(time.perf_counter())
             texts = [tokenizer.decode(answer.response) for answer in answers]
-            paid, total = pay(texts, [facts[answer.index] for answer in answers], rewards, weights)
+            values, total = pay(texts, [facts[answer.index] for answer in answers], rewards, weights)
             clock.append(time.perf_counter())
             advantages = grpo.group_advantages(total.view(-1, group_size), scale)           # [P, G], paper eq. (5)
             flat = advantages.eq(0).all(1)                                      # [P] groups without signal
             counted = [not (mask_truncated and answer.cut or drop_flat and flat[i // group_size])
                        for i, answer in enumerate(answers)]
-            share = grpo.token_weights([len(answer.response) for answer in answers], norm, max_new_tokens, counted)
-            ref = grpo.token_log_probs(reference, answers, batch_size=batch_size, **scoring) if beta else old
+            token_weights = grpo.token_weights([len(answer.response) for answer in answers], norm, max_new_tokens, counted)
+            ref = grpo.token_log_probs(reference, answers, batch_size=batch_size, **scoring) if beta else old  # old: only logged
             for _ in range(inner_epochs):
-                past = old
+                ratio_old = old                                                 # what the ratio divides by
                 if ratio == "sequence":                                         # GSPO: a token's ratio is its answer's
                     now = grpo.token_log_probs(model, answers, batch_size=batch_size, **scoring)
-                    past = [grpo.sequence_old(a, b) for a, b in zip(now, old)]
+                    ratio_old = [grpo.sequence_old(a, b) for a, b in zip(now, old)]
                 sums = torch.zeros(4)
                 for batch in longest_first(answers, counted, batch_size):
-                    pick = lambda values: [values[i] for i in batch]
-                    sums += add_gradients(pick(answers), pick(past), pick(ref), advantages.view(-1)[batch], pick(share),
-                                          model=model, **terms, **scoring)
-                length = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
-                if not math.isfinite(length):
+                    pick = lambda column: [column[i] for i in batch]
+                    sums += add_gradients(pick(answers), pick(ratio_old), pick(ref), advantages.view(-1)[batch],
+                                          pick(token_weights), model=model, **terms, **scoring)
+                grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+                if not math.isfinite(grad_norm):
                     raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g})")
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             clock.append(time.perf_counter())
-            line = describe(answers, paid, total, flat, sums, clock) | {"grad_norm": length}
+            line = describe(answers, values, total, flat, sums, clock) | {"grad_norm": grad_norm}
             log.write(step=step + 1, **line)
-            said.write(*(dict(step=step + 1, prompt=tokenizer.decode(answer.prompt), completion=texts[i],
-                              reward=number(total[i]), advantage=float(advantages.view(-1)[i]),
-                              rewards={name: values[i] for name, values in paid.items()})
-                         for i, answer in enumerate(answers)))
+            completions.write(*(dict(step=step + 1, prompt=tokenizer.decode(answer.prompt), completion=texts[i],
+                                     reward=number(total[i]), advantage=float(advantages.view(-1)[i]),
+                                     rewards={name: column[i] for name, column in values.items()})
+                                for i, answer in enumerate(answers)))
             progress.update(f"reward {line['reward'] or 0:.3f} kl {line['kl']:.3f} length {line['length']:.0f}")
             unpaid = 0 if total.nan_to_num().any() else unpaid + 1
             if unpaid == patience:
@@ -206,13 +215,13 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
 
 
 def pay(texts: list[str], facts: list[dict], rewards: dict, weights: dict) -> tuple[dict[str, list], torch.Tensor]:
-    """What each reward gives each completion (None: not judged), and the weighted sums, NaN where nothing judged."""
-    paid = {name: reward(texts, facts) for name, reward in rewards.items()}
-    return paid, torch.tensor([math.nan if value is None else value for value in combine(paid, weights)])
+    """The value of each reward for each completion (None: not judged), and the weighted sums, NaN where nothing judged."""
+    values = {name: reward(texts, facts) for name, reward in rewards.items()}
+    return values, torch.tensor([math.nan if total is None else total for total in combine(values, weights)])
 
 
 def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) -> list[list[int]]:
-    """Micro-batches of the answers that count: the longest first, so that memory runs out at once or never."""
+    """Micro-batches of the answers that count, the longest first: if memory does not suffice, it fails at the first."""
     order = sorted((i for i, keep in enumerate(counted) if keep), key=lambda i: -len(answers[i]))
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
@@ -220,43 +229,46 @@ def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) 
 def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model: Qwen2, pad_id: int, dtype: torch.dtype,
                   temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
                   checkpointing: bool) -> torch.Tensor:
-    """Forward and backward of one micro-batch of answers; returns sums over its tokens: KL, entropy, clipped, 1 [4]."""
+    """Forward and backward of one micro-batch of answers; returns sums over its tokens: KL, entropy, clipped, 1 [4].
+
+    old, ref, weights, advantages  per answer: log-probabilities [n] twice, the weight of its tokens, its advantage
+    """
     device = model.head.device
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     lengths = torch.tensor([len(row.response) for row in batch])
     old, ref = torch.cat(old).to(device), torch.cat(ref).to(device)             # [N]
-    A, weight = (torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)  # [N] from one an answer
+    A, weight = (torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)  # [N], one per token
                  for x in (advantages, weights))
     terms = dict(clip=clip, clip_high=clip_high)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)   # [N, D], [N]
-        value, ce, spread = head_loss(                                          # logits / T: the head is linear
+        value, ce, entropies = head_loss(                                       # states / T gives logits / T
             states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,
             policy=lambda logp, at: grpo.policy_loss(logp[:, None], old[at][:, None], ref[at][:, None], A[at],
-                                                     beta=beta, **terms)[:, 0])             # paper eq. (6)
+                                                     beta=beta, **terms)[:, 0])             # paper eq. (6), each token a row
     value.backward()
     clipped = grpo.was_clipped(-ce[:, None], old[:, None], A, **terms)
-    return torch.stack([grpo.k3(-ce, ref).sum(), spread.sum(), clipped.sum(), lengths.sum()]).cpu()
+    return torch.stack([grpo.k3(-ce, ref).sum(), entropies.sum(), clipped.sum(), lengths.sum()]).cpu()
 
 
-def describe(answers, paid: dict[str, list], total, flat, sums, clock) -> dict:
-    """The log's line of one step; KL, entropy (nats a token) and the clipped share are those of the last update."""
-    kl, spread, clipped, _ = (sums / sums[3].clamp(min=1)).tolist()
+def describe(answers, values: dict[str, list], total, flat, sums, clock) -> dict:
+    """The log's line of one step; KL and entropy (nats per token) and the clipped share are those of the last update."""
+    kl, mean_entropy, clipped, _ = (sums / sums[3].clamp(min=1)).tolist()
     seconds = {name: round(b - a, 4) for name, a, b in zip(("sampling", "rewards", "update"), clock, clock[1:])}
-    return {"reward": number(total.nanmean()), **flattened(paid), "flat": float(flat.float().mean()), "kl": kl,
-            "entropy": spread, "clipped": clipped, "seconds": seconds,
+    return {"reward": number(total.nanmean()), **flattened(values), "flat": float(flat.float().mean()), "kl": kl,
+            "entropy": mean_entropy, "clipped": clipped, "seconds": seconds,
             "length": sum(len(answer.response) for answer in answers) / len(answers),
             "truncated": sum(answer.cut for answer in answers) / len(answers)}
 
 
-def flattened(paid: dict[str, list]) -> dict:
-    """"reward/format" -> its mean, "reward/format/std", "reward/format/unjudged"."""
+def flattened(values: dict[str, list]) -> dict:
+    """Per reward, for the log: "reward/format" (its mean), "reward/format/std", "reward/format/unjudged"."""
     return {f"reward/{name}" + ("" if key == "mean" else f"/{key}"): value
-            for name, row in summary(paid).items() for key, value in row.items()}
+            for name, row in summary(values).items() for key, value in row.items()}
 
 
 def number(value) -> float | None:
-    """JSON knows no NaN."""
+    """A float, or None for NaN, which JSON does not have."""
     return None if math.isnan(value) else float(value)
 
 
@@ -264,21 +276,21 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
              max_new_tokens: int, seed: int) -> dict:
     """Accuracy on held-out problems, `greedy` and `sampled` at temperature 1, and each reward's mean over the sampled.
 
-    A problem is solved where the reward `answer` or `code` says so; without either, the sum of all rewards stands here.
+    A problem is solved if the reward `answer` or `code` says so; without either, the mean sum of all rewards stands in.
     """
     found = {}
     for name, temperature in ("greedy", 0.0), ("sampled", 1.0):
         answers, _ = grpo.sample_groups(model, rows, 1, max_new_tokens, tokenizer, temperature, seed=seed)
         texts = [tokenizer.decode(answer.response) for answer in answers]
-        paid, total = pay(texts, [facts[row.index] for row in rows], rewards, dict.fromkeys(rewards, 1.0))
-        solved = next((paid[key] for key in ("answer", "code") if key in paid), [number(value) for value in total])
+        values, total = pay(texts, [facts[row.index] for row in rows], rewards, dict.fromkeys(rewards, 1.0))
+        solved = next((values[key] for key in ("answer", "code") if key in values), [number(value) for value in total])
         found[name] = number(torch.tensor([value for value in solved if value is not None]).float().mean())
-    found |= {f"reward/{name}": row["mean"] for name, row in summary(paid).items()}
+    found |= {f"reward/{name}": row["mean"] for name, row in summary(values).items()}
     return found | {"length": sum(len(answer.response) for answer in answers) / len(answers), "sample": texts[0]}
 
 
 def report(found: dict, step: int, log: Log, progress: Progress):
-    """What accuracy() found, to the log and to the reader."""
+    """Logs and prints what accuracy() found."""
     log.write(step=step, **{f"valid_{key}": value for key, value in found.items()})
     numbers = ", ".join(f"{key.removeprefix('reward/')} {value:.2f}" for key, value in found.items()
                         if isinstance(value, float))
@@ -286,7 +298,7 @@ def report(found: dict, step: int, log: Log, progress: Progress):
 
 
 def show_change(lines: list[dict]):
-    """The held-out problems before and after, from a run's log."""
+    """Prints the metrics on held-out problems before and after training, from a run's log."""
     before, *_, after = [line for line in lines if "valid_sample" in line]
     print(f"\n{'held-out problems':<22}{'before':>10}{'after':>10}")
     for key in (key for key in before if key not in ("step", "valid_sample")):

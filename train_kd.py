@@ -5,7 +5,7 @@
                        --data databricks-dolly-15k.jsonl            the real thing, on one GPU
     python train_kd.py ... --loss reverse_kl --out runs/rkl         one run instead of the comparison
     python train_kd.py ... --loss reverse_kl --on-policy 1          on the student's own answers (GKD)
-    python train_kd.py ... --loss minillm --student runs/kd/sft/best --out runs/minillm     from a student that can answer
+    python train_kd.py ... --loss minillm --student runs/kd/sft/best --out runs/minillm     MiniLLM starts from an SFT student
     python train_kd.py ... --cache-teacher runs/cache               the teacher's body runs once, not every epoch
     python train_kd.py ... --loss sft --lr 5e-6 1e-5 5e-5           a sweep, drawn as the paper's figure 2
 
@@ -44,7 +44,7 @@ TOY = dict(steps=400, epochs=None, batch_size=32, lr=[3e-3], warmup=30, weight_d
 
 
 def parse_args():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__)                               # help texts end in the default, and the toy's if it differs
     add = flag_group(parser, "models and data (none of them: the toy world)")
     add("--student", help="folder or hub name to start from")
     add("--teacher", help="folder or hub name; for all but --loss sft")
@@ -56,7 +56,7 @@ def parse_args():
     add("--format", choices=FORMATS,
         help=f"schema of the records: {', '.join(FORMATS)} (recognised)")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt: chatml or alpaca (chatml)")
-    add("--max-length", type=int, default=512, help="tokens of prompt and data's response, which is cut to it (512)")
+    add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses of the data are cut (512)")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped (256)")
     add("--validation", type=int, help="examples held out of --data (500; toy 100)")
     add = flag_group(parser, "loss")
@@ -67,21 +67,21 @@ def parse_args():
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture (0.5)")
     add("--alpha", type=float, default=0.1, help="skew losses: share of the other model in the mixture (0.1)")
     add("--lm-coef", type=float, default=1.0, help="weight of the loss on --lm-data (1)")
-    add = flag_group(parser, "whose answers are learned from")
+    add = flag_group(parser, "whose answers to learn from")
     add("--on-policy", type=float, default=0.0, help="share of steps on the student's own answers, without CE (0)")
-    add("--seq-kd", action="store_true", help="the teacher's answers, sampled once, in place of the data's")
+    add("--seq-kd", action="store_true", help="replace the data's answers by the teacher's, sampled once")
     add("--cache-teacher", metavar="DIR", help="keep the teacher's states there; only its head stays in memory")
     add = flag_group(parser, "MiniLLM")
     add("--mix", type=float, default=0.2, help="share of the teacher in the distribution sampled from (0.2)")
     add("--rollouts", type=int, default=256, help="answers sampled at a time (256)")
-    add("--inner-epochs", type=int, default=4, help="times each is learned from (4)")
-    add("--ratio-clip", type=float, default=0.2, help="how far q / q_old may move (0.2)")
+    add("--inner-epochs", type=int, default=4, help="passes over the sampled answers (4)")
+    add("--ratio-clip", type=float, default=0.2, help="how far the ratio q / q_old may leave 1 (0.2)")
     add = flag_group(parser, "optimisation")
-    add("--epochs", type=float, help="passes over the data; MiniLLM: its steps (1)")
+    add("--epochs", type=float, help="passes over the data; MiniLLM: as many steps (1)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs (toy 400)")
     add("--batch-size", type=int, help="examples in a micro-batch (8; toy 32)")
     add("--grad-accum", type=int, default=1, help="micro-batches in an optimizer step (1)")
-    add("--lr", type=float, nargs="+", help="peak learning rate; several are swept (1e-5; toy 3e-3)")
+    add("--lr", type=float, nargs="+", help="peak learning rate; several: one run for each (1e-5; toy 3e-3)")
     add("--warmup", type=int, help="steps of linear warm-up (0; toy 30)")
     add("--schedule", choices=("cosine", "constant"), default="cosine",
         help="after the warm-up: cosine or constant (cosine)")
@@ -97,19 +97,22 @@ def parse_args():
         help="words of ROUGE-L: plain, stemmer, unicode (stemmer; toy unicode)")
     add = flag_group(parser, "run")
     add("--out", help="folder for checkpoints, log, table and picture (runs/kd; toy runs/toy)")
-    add("--resume", action="store_true", help="go on where a stopped run of the same flags was")
+    add("--resume", action="store_true", help="continue a stopped run; give it the same flags")
     add("--seed", type=int, default=0, help="of the split, the order and the toy world (0)")
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16"),
-        help="of products and teacher: auto, float32, bfloat16 (auto; toy float32)")
+        help="of matrix products and of the teacher: auto, float32, bfloat16 (auto; toy float32)")
     args = parser.parse_args()
     check_flags(args)
     args.toy = args.student is None
     if args.toy and (args.loss == "minillm" or args.on_policy):
-        args.lr = args.lr or [1e-3]                             # it goes on from SFT
-    for name, value in (TOY if args.toy else REAL).items():
+        args.lr = args.lr or [1e-3]                             # lower: these runs continue from the SFT student
+    defaults = TOY if args.toy else REAL
+    if args.epochs or args.steps:                               # one of them was given: no default for the other
+        defaults = defaults | dict(epochs=None, steps=None)
+    for name, value in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, None if name in ("epochs", "steps") and (args.epochs or args.steps) else value)
+            setattr(args, name, value)
     return args
 
 
@@ -151,37 +154,46 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
           batch_size, grad_accum=1, lr, warmup=0, schedule="cosine", weight_decay=0.01, clip=1.0,
           gradient_checkpointing=False, compile=False, eval_every, eval_examples, max_new_tokens, rouge, seed=0,
           dtype=torch.float32, title) -> Qwen2:
-    """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens."""
+    """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens.
+
+    The other arguments are the flags of the same names; loss is one name of --loss, dtype that of matrix products and of
+    sampling, lm_rows the rows of --lm-data. A saved state in `out` is continued. Raises InputError for a gradient that is
+    not finite.
+    """
     optimizer = make_optimizer(student.train(), lr, weight_decay)
-    divergence = None if loss == "sft" else reverse_kl if loss == "minillm" else pick_divergence(
-        loss, temperature=temperature, beta=beta, alpha=alpha)
-    teacher, kd_ratio, on_policy = (None, 0.0, 0.0) if loss == "sft" else (teacher, kd_ratio, on_policy)
+    if loss == "sft":
+        divergence, teacher, kd_ratio, on_policy = None, None, 0.0, 0.0
+    elif loss == "minillm":
+        divergence = reverse_kl
+    else:
+        divergence = pick_divergence(loss, temperature=temperature, beta=beta, alpha=alpha)
     if compile:
         compile_blocks(student, *([teacher.model] if isinstance(teacher, Teacher) else []))
-    facts, held = {"step": 0, "best": -1.0}, {}
+    done, saved = {"step": 0, "best": -1.0}, {}                 # steps done, best ROUGE-L; saved tensors
     if (out / STATE).exists():
-        facts, held = load_state(out, student, optimizer)
-    sampled, batching = minillm.unpack_rollouts(held), (batch_size, grad_accum, seed)
+        done, saved = load_state(out, student, optimizer)
+    sampled = minillm.unpack_rollouts(saved)                    # MiniLLM's current rollouts
+    batching = batch_size, grad_accum, seed
     sampling = dict(batch_size=batch_size * grad_accum, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
     copy = None                                                 # of the student in `dtype`, to sample with
-    source = optimizer_steps(rows, facts["step"], steps, *batching)
+    source = optimizer_steps(rows, done["step"], steps, *batching)              # of (step, its micro-batches)
     if loss == "minillm":
-        source = minillm.rollout_steps(sampled, rows, facts["step"], steps, *batching, rollouts, inner_epochs, dict(
+        source = minillm.rollout_steps(sampled, rows, done["step"], steps, *batching, rollouts, inner_epochs, dict(
             sampling, student=student, teacher=teacher.model, pad_id=tokenizer.pad_id, mix=mix, dtype=dtype))
-    texts = optimizer_steps(lm_rows, facts["step"], steps, *batching) if lm_rows else itertools.repeat((0, ()))
+    texts = optimizer_steps(lm_rows, done["step"], steps, *batching) if lm_rows else itertools.repeat((0, ()))
     gradients = dict(student=student, pad_id=tokenizer.pad_id, dtype=dtype, checkpointing=gradient_checkpointing)
-    log = Log(out, upto=facts["step"])
-    with Progress(title, steps, start=facts["step"]) as progress:
+    log = Log(out, upto=done["step"])
+    with Progress(title, steps, start=done["step"]) as progress:
         for (step, batches), (_, lm_batches) in zip(source, texts):
             started, terms = time.perf_counter(), dict(teacher=teacher, divergence=divergence, kd_ratio=kd_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
-            if random.Random(f"{seed}:{step}").random() < on_policy:            # GKD: alternate on-policy steps
+            if random.Random(f"{seed}:{step}").random() < on_policy:            # GKD: this step on the student's answers
                 copy = cast_copy(student, dtype, copy)
-                answers = respond(copy, sum(batches, []), seed=seed + 7919 * step, **sampling,
-                                  vocab=min(len(student.head), len(teacher.head)))      # what both have a row for
+                answers = respond(copy, sum(batches, []), seed=seed + 7919 * step, **sampling,  # a prime: new seeds each step
+                                  vocab=min(len(student.head), len(teacher.head)))      # ids that both heads have
                 batches = [answers[i:i + batch_size] for i in range(0, len(answers), batch_size)]
-                terms["kd_ratio"] = 1.0                                         # its own answers are no targets
+                terms["kd_ratio"] = 1.0                                         # no CE: its own answers are no targets
             scored = sum(len(row.response) for row in sum(batches, []))         # tokens of this optimizer step
             sums = sum(add_gradients(batch, weight=1 / scored, ratio_clip=ratio_clip, **terms, **gradients)
                        for batch in batches)                                    # [2] CE and divergence
@@ -193,16 +205,16 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                                  "or use --dtype float32")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            ce, kd = (sums / scored).tolist()
+            ce, kd = (sums / scored).tolist()                                   # nats per token
             log.write(step=step + 1, ce=ce, kd=kd, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
                       **({"lm_ce": float(lm_sums[0]) / lm_scored} if lm_batches else {}),
                       seconds=round(time.perf_counter() - started, 4))
             progress.update(f"ce {ce:.3f}" + (f" kd {kd:.3f}" if teacher else ""))
             if (step + 1) % eval_every == 0 or step + 1 == steps:
-                facts = evaluate(student, tokenizer, valid_rows, valid_examples, teacher, divergence, dtype, batch_size,
-                                 eval_examples, max_new_tokens, rouge, facts | {"step": step + 1}, out, log, progress)
+                done = evaluate(student, tokenizer, valid_rows, valid_examples, teacher, divergence, dtype, batch_size,
+                                eval_examples, max_new_tokens, rouge, done | {"step": step + 1}, out, log, progress)
                 if step + 1 < steps:
-                    save_state(out, student, optimizer, facts, minillm.pack_rollouts(sampled))
+                    save_state(out, student, optimizer, done, minillm.pack_rollouts(sampled))
     log.write(step=steps, done=True)
     (out / STATE).unlink(missing_ok=True)                       # last/ has the weights; the moments are of no more use
     return student
@@ -210,7 +222,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
 
 def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id: int, dtype: torch.dtype,
                   checkpointing: bool, teacher=None, divergence=None, kd_ratio=0.0, ratio_clip=0.2) -> torch.Tensor:
-    """Forward and backward of one micro-batch, each token of it counted `weight`; returns the sums of CE and D [2]."""
+    """Forward and backward of one micro-batch, its tokens weighted by `weight`; returns the sums of CE and divergence [2]."""
     device = student.head.device
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     terms = dict(divergence=divergence if kd_ratio else None, kd_ratio=kd_ratio, weight=weight)
@@ -218,34 +230,36 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
         hidden = student.hidden(ids, checkpointing=checkpointing)               # [B, T, D]
         hidden, targets = scored_positions(hidden, ids, mask)                   # [N, D], [N]
         if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7): the surrogate and KL_t
-            old, advantage, soft = (torch.cat([getattr(row, name) for row in batch]).to(device)
-                                    for name in minillm.FROZEN)                 # [N], [N], [N, D']
-            terms |= dict(divergence=divergence, kd_ratio=0.5, weight=2 * weight)       # 2w (surrogate / 2 + KL_t / 2)
+            old, advantage, teacher_hidden = (torch.cat([getattr(row, name) for row in batch]).to(device)
+                                              for name in minillm.FROZEN)       # [N], [N], [N, D']
+            # head_loss then computes 2 weight (surrogate / 2 + KL_t / 2) = weight (surrogate + KL_t).
+            terms |= dict(divergence=divergence, kd_ratio=0.5, weight=2 * weight)
             terms["policy"] = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
         else:                                                                   # paper eq. (3): CE and divergence
-            soft = teacher.states(batch, ids, mask) if teacher and kd_ratio else None           # [N, D']
-        value, ce, kd = head_loss(hidden, student.head, targets, soft, teacher.head if teacher else None, **terms)
+            teacher_hidden = teacher.states(batch, ids, mask) if teacher and kd_ratio else None     # [N, D']
+        value, ce, kd = head_loss(hidden, student.head, targets, teacher_hidden, teacher.head if teacher else None, **terms)
     value.backward()
     return torch.stack([ce.sum(), kd.sum()])
 
 
 def evaluate(student, tokenizer, rows, examples, teacher, divergence, dtype, batch_size, eval_examples, max_new_tokens,
-             rouge, facts, out, log, progress) -> dict:
-    """Held-out loss, ROUGE-L of the student's own answers, a sample of them; saves last/, and best/ by ROUGE-L."""
-    judged = cast_copy(student, dtype)
-    held = compare(judged, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
-    scores = answer_and_score(judged, tokenizer, rows[:eval_examples], examples, max_new_tokens, batch_size, rouge)
+             rouge, done, out, log, progress) -> dict:
+    """Logs the held-out loss and ROUGE-L of the student's own answers, and prints one of them; saves last/, and best/ if
+    its ROUGE-L is the best so far.  Returns `done` with the best ROUGE-L."""
+    copy = cast_copy(student, dtype)
+    metrics = compare(copy, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
+    scores = answer_and_score(copy, tokenizer, rows[:eval_examples], examples, max_new_tokens, batch_size, rouge)
     rouge_l = mean_by_category(scores)["all"]["rouge_l"]
-    log.write(step=facts["step"], rouge_l=rouge_l, **{f"valid_{key}": value for key, value in held.items()})
-    i = random.Random(facts["step"]).randrange(len(scores))     # another sample each time
-    progress.say(f"{progress.title} step {facts['step']}: held-out CE {held['ce']:.3f}"
-                 + (f", KD {held['kd']:.3f}" if teacher else "")
+    log.write(step=done["step"], rouge_l=rouge_l, **{f"valid_{key}": value for key, value in metrics.items()})
+    i = random.Random(done["step"]).randrange(len(scores))      # another sample each time
+    progress.say(f"{progress.title} step {done['step']}: held-out CE {metrics['ce']:.3f}"
+                 + (f", KD {metrics['kd']:.3f}" if teacher else "")
                  + f", ROUGE-L {rouge_l:.1f}; asked {examples[rows[i].index].messages[-1]['content'][:80]!r}, "
                  + f"said {scores[i]['prediction'][:80]!r}")
     save_checkpoint(student, tokenizer, out / "last", dtype)
-    if rouge_l > facts["best"]:
+    if rouge_l > done["best"]:
         save_checkpoint(student, tokenizer, out / "best", dtype)
-    return facts | {"best": max(rouge_l, facts["best"])}
+    return done | {"best": max(rouge_l, done["best"])}
 
 
 def save_checkpoint(model: Qwen2, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype):
@@ -256,13 +270,16 @@ def save_checkpoint(model: Qwen2, tokenizer: Tokenizer, folder: Path, dtype: tor
 # ---- several runs: the comparison, the sweep, the toy world
 
 def stage(folder: Path, make_student, *, resume: bool, recorded: dict, **settings):
-    """One run in its own folder: done already, resumed, or begun; its models are in best/ and last/."""
+    """One run in its own folder, started or resumed unless it is finished; its models are then in best/ and last/.
+
+    recorded  what config.json holds beside the settings; a resumed run must have the same
+    """
     if begin_run(folder, recorded | recordable(settings), resume):
         train(student=make_student(), out=folder, title=folder.name, **settings)
 
 
 def recordable(settings: dict) -> dict:
-    """Those of a run's settings that its config.json holds: numbers and texts."""
+    """Those of a run's settings that go into its config.json: numbers, strings and None."""
     return {key: value for key, value in settings.items() if isinstance(value, (str, int, float, type(None)))}
 
 
@@ -286,7 +303,7 @@ def toy_world(out: Path, seed: int, resume: bool):
 
 
 def planned(args) -> list[tuple[str, str, float, str]]:
-    """(label, loss, learning rate, folder under --out) of every run that the flags ask for."""
+    """(label, loss, learning rate, folder under --out) of every run that the flags ask for; "" is --out itself."""
     if args.loss is None:
         return [("SFT", "sft", args.lr[0], "sft"), ("KD", "forward_kl", args.lr[0], "kd")]
     if len(args.lr) == 1:
@@ -295,14 +312,14 @@ def planned(args) -> list[tuple[str, str, float, str]]:
 
 
 def check_teacher(name, tokenizer):
-    """Raises InputError where the teacher's tokenizer is another one, or has more ids than the teacher rows."""
+    """Raises InputError if the teacher's tokenizer differs, or the tokenizer has more ids than the teacher has rows."""
     folder = model_folder(name)
     tokenizer.check_same(folder)
     check_vocabulary(name, load_config(folder), tokenizer)
 
 
 def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
-    """--seq-kd: the rows with the teacher's answers, sampled where they are not there yet."""
+    """--seq-kd: the rows with the teacher's answers; those not sampled by an earlier run are sampled now."""
     load = lambda: load_model(args.teacher, device, dtype)
     made_from = {"teacher": model_files(model_folder(args.teacher)), "dtype": str(dtype)}
     with Progress("the teacher's answers", len(rows)) as progress:
@@ -311,7 +328,7 @@ def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
 
 
 def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher | CachedTeacher:
-    """The teacher as the loop meets it: alive, or with --cache-teacher its states of `rows`, made where missing."""
+    """The teacher that the loop uses: the model, or with --cache-teacher its states of `rows`, computed where missing."""
     folder = model_folder(args.teacher)
     config = load_config(folder)
     load = lambda: load_model(folder, device, dtype).requires_grad_(False)
@@ -328,7 +345,7 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
 
 
 def read_data(args, tokenizer, lengths: dict) -> tuple:
-    """--data and --eval-data -> (a Report, rows to train on, (held-out rows, their examples), (rows for the table, theirs))."""
+    """--data and --eval-data -> a Report, the training rows, (held-out rows, their examples), (the table's rows, theirs)."""
     examples, report = load_examples(args.data, args.format)
     print(report)
     if len(examples) < 5:
@@ -337,7 +354,7 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
     rows, counts = encode_examples(train_part, tokenizer, **lengths)
     valid_rows, _ = encode_examples(valid_part, tokenizer, **lengths)
     print(", ".join(f"{count:,} {what}" for what, count in counts.items()) + f"; {len(valid_rows):,} for validation")
-    asked = valid_rows[:args.eval_examples], valid_part
+    asked = valid_rows[:args.eval_examples], valid_part         # what the table's models are asked
     if args.eval_data:
         test, _ = load_examples(args.eval_data, args.format)
         asked = encode_examples(test, tokenizer, **lengths)[0], test
@@ -345,24 +362,24 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
 
 
 def write_held_out(examples: list, path: Path):
-    """For eval_rouge.py: what no student saw."""
+    """The examples that no student was trained on, as records for eval_rouge.py."""
     write_jsonl([{"messages": [*example.messages, {"role": "assistant", "content": example.response}],
                   "category": example.category} for example in examples], path)
 
 
 def conclude(args, out: Path, tokenizer, base: Qwen2, teacher, held_out: tuple, asked: tuple, device, dtype) -> Path | None:
-    """The table of Base, the runs and Teacher; and the picture, whose path is returned."""
-    judge = teacher.model if isinstance(teacher, Teacher) else None
-    if isinstance(teacher, CachedTeacher):                      # the table asks it for answers
-        judge = load_model(args.teacher, device, dtype).requires_grad_(False)
+    """Prints the table of Base, the runs and Teacher, and draws the curves; returns the picture's path."""
+    whole_teacher = teacher.model if isinstance(teacher, Teacher) else None
+    if isinstance(teacher, CachedTeacher):                      # the table needs answers, and so the whole model
+        whole_teacher = load_model(args.teacher, device, dtype).requires_grad_(False)
     models = {"Base": base.to(dtype)}
     models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
-    models |= {"Teacher": judge} if judge else {}
+    models |= {"Teacher": whole_teacher} if whole_teacher else {}
     answers = dict(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, rouge=args.rouge)
     dashed = show_table(models, tokenizer, *asked, out, **answers).get("Teacher", {}).get("all")
-    if judge and args.eval_data:                                # the curves are of the held-out records
+    if whole_teacher and args.eval_data:                        # the curves, unlike the table, use the held-out records
         rows, examples = held_out
-        scores = answer_and_score(judge, tokenizer, rows[:args.eval_examples], examples, **answers)
+        scores = answer_and_score(whole_teacher, tokenizer, rows[:args.eval_examples], examples, **answers)
         dashed = mean_by_category(scores)["all"]["rouge_l"]
     return plot_curves({label: out / folder for label, _, _, folder in planned(args)}, out / "curves.png", dashed)
 
@@ -374,7 +391,7 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
-    compared = ["", "sft", "kd"] + (["teacher", "base"] if args.toy else [])    # a comparison's files lie in out itself, too
+    compared = ["", "sft", "kd"] + (["teacher", "base"] if args.toy else [])    # "": a comparison writes to out itself too
     check_free(*(out / folder for folder in dict.fromkeys(compared + [folder for *_, folder in planned(args)])),
                resume=args.resume, toy=args.toy)
     if args.toy:
@@ -406,13 +423,13 @@ def main():
     if not args.eval_data:
         write_held_out(held_out[1], out / "held-out.jsonl")
     teacher = None
-    if args.teacher:                                            # SFT too, where one is given: for the table
+    if args.teacher:                                            # for --loss sft it is only in the table
         if args.seq_kd:
             rows = ask_teacher(args, tokenizer, rows, device, dtype, out)
         teacher = open_teacher(args, tokenizer, rows + held_out[0], device, dtype, lengths, report.files)
     settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
     student = lambda: load_student(args.student, device, tokenizer)
-    if args.toy and (args.loss == "minillm" or args.on_policy):                 # they need a student that can answer
+    if args.toy and (args.loss == "minillm" or args.on_policy):                 # both need a student that can answer
         stage(out / "sft", student, loss="sft", lr=3e-3, recorded=recorded, **settings)
         args.student = recorded["student"] = str(out / "sft" / "best")
     for _, loss, lr, folder in planned(args):

@@ -5,8 +5,8 @@ prompts; and distillation on the student's own answers nearer than on the data's
 
 Each seed: `python train_kd.py --seed S` makes teacher and data and trains a student by SFT; every method goes on from
 that student, for the same number of updates at the same rate on the same prompts (kd_ratio 1: the divergence alone).
-300 held-out prompts. `sequence KL` is KL(q || p) over whole answers, MiniLLM's objective, in nats an answer;
-`reverse KL` and `forward KL` are nats a token, on the references.
+300 held-out prompts. `sequence KL` is KL(q || p) over whole answers, MiniLLM's objective, in nats per answer;
+`reverse KL` and `forward KL` are in nats per token, on the references.
 """
 import argparse
 import json

@@ -1,11 +1,14 @@
 """minikd: the compression of a language model, small enough to read and real enough to run.
 
-Shape letters, in docstrings and beside the lines that change a shape; a docstring that needs others says which:
+Shape letters, in docstrings and beside the lines that change a shape; a docstring that uses others defines them:
     B  sequences in a batch        V  vocabulary rows          O, I  a weight's outputs, inputs
-    T  tokens = P prompt + R resp. D  hidden size              N     scored tokens, all rows flattened
+    T  tokens of a row, padded     D  hidden size              N     scored tokens of all rows, concatenated
     H  query heads                 K  key/value heads          E     size of one head
-    S  slots of a cache            G  answers in a group       M     rows of a product, beside its N outputs, K inputs
+    S  slots of a cache            P  prompts                  G     answers in a group, for one prompt
+    R  response tokens             q  the student              p     the teacher
+A prime marks the teacher's size: D', V'. Lower case is a part: n tokens of a chunk, b rows of a block. In the CUDA files
+M counts the rows of a product, N its outputs and K its inputs.
 
 Reading order: files model quant checkpoint tokenizer records data toy losses generate teacher minillm grpo problems sandbox
-rewards gptq rouge evaluate training plots; what is about speed alone, last: layout cuda w4_cuda decode_cuda.
+rewards gptq rouge evaluate training plots; last the files that only concern speed: layout cuda w4_cuda decode_cuda.
 """

@@ -17,8 +17,8 @@ from minikd.quant import W4Linear, read_zeros, swap_linears, version_of
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZE = "quantize_config.json"
 PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
-SHARD_BYTES = 5 * 10**9                             # transformers' limit, and what hubs serve well
-# Old checkpoints store these; both are computed here (rope_tables), so they may be there or not.
+SHARD_BYTES = 5 * 10**9                             # transformers' own limit
+# Old checkpoints store these; minikd computes both (rope_tables, causal attention), so they are ignored.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.masked_bias$")
 
 
@@ -32,13 +32,13 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     """A model in eval mode from a local folder or a hub name.
 
     Every tensor goes from the file straight into its place in `dtype` on `device`; no second copy of the
-    model is ever held. Raises InputError for a missing, surplus or misshapen tensor, a truncated file, or
-    an index that names a file that is not there.
+    model is ever held. Raises InputError for a tensor that is missing, unexpected or of the wrong shape, a
+    truncated file, or an index that names a missing file.
     """
     model, wanted, files = outline(model_folder(name))
     model = model.to(dtype).to_empty(device=device)
     places = model.state_dict()                                 # the parameters themselves, by name
-    # Largest first: while a tensor is read, its pages of the file count beside what is loaded already.
+    # Largest first: a tensor's file pages take memory while it is read, beside all that is loaded already.
     for key in sorted(wanted, key=lambda key: -math.prod(wanted[key])):
         with torch.no_grad():
             places[key].copy_(read_tensor(files[key], key, places[key].is_floating_point()))
@@ -49,7 +49,7 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
 
 
 def check_words(layer: W4Linear, quantization: dict, where: str):
-    """Raises InputError for groups that are not there, scales that are not finite, and zero points of the other format."""
+    """Raises InputError for missing groups, scales that are not finite, and zero points of the other gptq format."""
     groups = len(layer.scales)
     if not 0 <= int(layer.g_idx.min()) <= int(layer.g_idx.max()) < groups:
         raise InputError(f"{where}.g_idx: names a group that is none of the {groups} there are; fetch it again")
@@ -62,31 +62,32 @@ def check_words(layer: W4Linear, quantization: dict, where: str):
 
 
 def load_head(name, device="cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The LM head [V, D] alone, of a model that load_model would load; errors as there."""
+    """Only the LM head [V, D] of a model that load_model would load; raises the same errors."""
     model, _, files = outline(model_folder(name))
     key = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     return read_tensor(files[key], key).to(device, dtype)
 
 
 def model_folder(name) -> Path:
-    """The local folder of a model that is there, or on the hub, with its tokenizer's files."""
+    """The local folder of a model, its tokenizer's files included; downloaded first if `name` is on the hub."""
     return local_folder(name, ["config.json", "generation_config.json", "*.safetensors", INDEX, "*token*",
                                "vocab.json", "merges.txt", "chat_template*"])
 
 
 def model_files(folder) -> dict[str, str]:
-    """What a folder's model computes, as hashes of its files: one that was trained on under the same name is another."""
+    """Hashes of the files that decide what a folder's model computes: they change if it is trained further in place."""
     return {path.name: sha256(path) for path in sorted(Path(folder).iterdir())
             if path.name == "config.json" or path.suffix == ".safetensors"}
 
 
 def identify(name) -> str:
-    """A model's name and what it computes, for a run that is resumed: 'runs/teacher (sha256 0123456789ab)'."""
-    return f"{name} (sha256 {hashlib.sha256(''.join(model_files(model_folder(name)).values()).encode()).hexdigest()[:12]})"
+    """A model's name and one hash of its files, to recognise it in a resumed run: 'runs/teacher (sha256 0123456789ab)'."""
+    hashes = "".join(model_files(model_folder(name)).values())
+    return f"{name} (sha256 {hashlib.sha256(hashes.encode()).hexdigest()[:12]})"
 
 
 def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:
-    """A model without memory for its weights, the shape of each, and the file that holds each; all checked."""
+    """A model on the meta device (no memory for weights), each tensor's shape, and the file that holds it; all checked."""
     config = load_config(folder)
     with torch.device("meta"):
         model = Qwen2(config)
@@ -115,10 +116,11 @@ def read_quantization(folder: Path) -> dict | None:
         raise InputError(f"{path}: quantization_config is no object; fetch it again")
     raw = raw | {"checkpoint_format": raw.get("checkpoint_format", raw.get("format", "gptq"))}
     format = raw["checkpoint_format"]
-    for field, value, good in (("quant_method", raw.get("quant_method"), ["gptq"]), ("bits", raw.get("bits"), [4]),
-                               ("checkpoint_format", format, ["gptq", "gptq_v2"]), ("format", raw.get("format", format), [format]),
-                               ("pack_dtype", raw.get("pack_dtype", "int32"), ["int32"]), ("dynamic", raw.get("dynamic") or {}, [{}]),
-                               ("lm_head", raw.get("lm_head", False), [False])):
+    for field, value, good in (
+            ("quant_method", raw.get("quant_method"), ["gptq"]), ("bits", raw.get("bits"), [4]),
+            ("checkpoint_format", format, ["gptq", "gptq_v2"]), ("format", raw.get("format", format), [format]),
+            ("pack_dtype", raw.get("pack_dtype", "int32"), ["int32"]), ("dynamic", raw.get("dynamic") or {}, [{}]),
+            ("lm_head", raw.get("lm_head", False), [False])):
         if value not in good:
             raise InputError(f"{path}: quantization_config has {field} = {value!r}; minikd reads "
                              f"{' or '.join(map(repr, good))}: use the unquantised folder")
@@ -130,7 +132,7 @@ def read_quantization(folder: Path) -> dict | None:
 
 def read_tensor(path: Path, key: str, floating: bool = True) -> torch.Tensor:
     """One tensor of a safetensors file.  Raises InputError where it holds integers for floats, or the reverse."""
-    with open_tensors(path) as file:                            # opened for each: closing gives its pages back
+    with open_tensors(path) as file:                            # opened per tensor: closing frees its pages
         tensor = file.get_tensor(key)
     if tensor.is_floating_point() != floating:
         kind = "a float" if floating else "an integer"
@@ -139,7 +141,7 @@ def read_tensor(path: Path, key: str, floating: bool = True) -> torch.Tensor:
 
 
 def open_tensors(path: Path):
-    """safe_open, whose complaint about a damaged file becomes one line."""
+    """safe_open, with a missing or damaged file reported as an InputError."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
@@ -171,7 +173,7 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
         with open_tensors(shard) as file:
             found |= {key: (shard, tuple(file.get_slice(key).get_shape())) for key in file.keys()}
     if "lm_head.weight" not in wanted:
-        found.pop("lm_head.weight", None)                       # a tied head may be stored all the same
+        found.pop("lm_head.weight", None)                       # tied, yet some folders store it too
     for key, shape in wanted.items():
         if key not in found:
             raise InputError(f"{folder}: tensor {key} {list(shape)} is missing; config.json asks for it")
@@ -186,7 +188,7 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
 
 
 def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES):
-    """Writes config.json and the weights, in `dtype` or the one they have, whole or not at all.
+    """Writes config.json and the weights, in `dtype` or the model's own, completely or not at all.
 
     One model.safetensors, or shards with an index above `shard_bytes`. A tied head is left out, as in the
     folders Qwen published. A 4-bit model's codes and scales are written as they are, its quantization_config
@@ -210,7 +212,7 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
         shards = split_shards(tensors, shard_bytes)
         for file, keys in shards.items():
             save_tensors({key: tensors[key] for key in keys}, new / file, {"format": "pt"})
-            shutil.copymode(new / "config.json", new / file)    # safetensors lets nobody but the owner read
+            shutil.copymode(new / "config.json", new / file)    # safetensors makes files only the owner can read
         if len(shards) > 1:
             total = sum(value.nbytes for value in tensors.values())
             index = {"metadata": {"total_size": total},
@@ -219,7 +221,7 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
 
 
 def keep_file(old, new):
-    """A second name for the same file: no copy to wait for, and a log that is open stays the log."""
+    """Hard-links the file: nothing is copied, and a log that is open stays the same file."""
     try:
         os.link(old, new)
     except OSError:                                             # a file system without hard links
@@ -227,7 +229,7 @@ def keep_file(old, new):
 
 
 def split_shards(tensors: dict, shard_bytes: int) -> dict[str, list[str]]:
-    """Names of files -> the tensors they hold, in order, each file at most `shard_bytes` where a tensor allows."""
+    """File name -> names of its tensors, in order; a file exceeds `shard_bytes` only if a single tensor does."""
     groups, size = [[]], 0
     for key, value in tensors.items():
         if groups[-1] and size + value.nbytes > shard_bytes:

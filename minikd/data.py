@@ -1,22 +1,23 @@
 """Records of the paper's datasets -> (prompt, response) -> ids -> right-padded batches with their own mask.
 
-Formats, recognised from a record's fields. Others (`id`, `topic`, `instruction_original_en`, ...) are ignored, except
-`category`, which any record may carry.
+A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are
+ignored, except `category`, which any record may have.
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
                                                        argilla/databricks-dolly-15k-curated-multilingual
-    alpaca      instruction, input, output             `output` may be a list of references, as in MiniLLM/dolly (whose
-                                                       `prompt`, with <n> for newline, repeats them and is not read)
+    alpaca      instruction, input, output             `output` may be a list of references, as in MiniLLM/dolly (its
+                                                       `prompt` repeats instruction and input, and is not read)
     chat        messages [{role, content}]             the last assistant turn is the answer
-    bugnet      fail, pass, error, original_status,    alexjercan/bugnet; `change` (replace, insert, delete) is part of
+    bugnet      fail, pass, error, original_status,    alexjercan/bugnet; `change` (replace, insert, delete) belongs to
                 language                               the answer and is not read
     pytorrent   summary or docstring,                  Zenodo 4546290, *.jsonl.gz shards
                 original_string or code
     codeforces  messages or prompt; generation         open-r1/codeforces-cots: C++, or Python in the folders *_py
 
-Targets are clean, so they are also what ROUGE compares with. The paper's are not: BugNet's begin "Solution type
-replace, solution code", PyTorrent's stand between "### solution code" and "### End of code", while its references are
-bare code (process_data_bugnet.py:45, process_data_pytorrent.py:48 in knowledge_distillLLM), which biases its scores.
+A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code it is
+not: BugNet's targets begin "Solution type replace, solution code", PyTorrent's stand between "### solution code" and "###
+End of code", but the references are bare code (process_data_bugnet.py:45 and process_data_pytorrent.py:48 in
+AlejandroParedesLT/knowledge_distillLLM), which biases the paper's scores.
 """
 import ast
 import hashlib
@@ -41,7 +42,7 @@ from minikd.records import HALF, data_files, kind_of, read_records
 # ---- a record -> an example
 
 class Dropped(InputError):
-    """A well-formed record that teaches nothing: load_examples goes on, and counts it under `reason`."""
+    """A well-formed record with nothing to learn from: load_examples skips it, and counts it under `reason`."""
 
     def __init__(self, where: str, reason: str):
         super().__init__(f"{where}: {reason}; leave the record out")
@@ -51,8 +52,8 @@ class Dropped(InputError):
 @dataclass(frozen=True)
 class Example:
     messages: tuple[dict, ...]          # the conversation up to the answer: {"role", "content"}
-    instruction: str                    # the same question for the Alpaca-style template
-    input: str                          # may be ""
+    instruction: str                    # the same question for the "alpaca" template (prompt_text)
+    input: str                          # its optional second part; may be ""
     response: str                       # the training target
     references: tuple[str, ...]         # what ROUGE compares with, one or more
     category: str                       # the record's own, else the format's name
@@ -60,7 +61,7 @@ class Example:
 
 
 def recognise(record: dict) -> str | None:
-    """The first format whose fields the record has, null or not; None when there is none."""
+    """The first of FORMATS whose fields the record has, even if they are null; None when there is none."""
     return next((name for name, (_, needs) in FORMATS.items()
                  if all(any(key in record for key in either) for either in needs)), None)
 
@@ -81,9 +82,9 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
 
 
 def _text(record: dict, where: str, *names: str, default: str | None = None) -> str:
-    """The first of `names` that holds text; null and NaN (a data frame's empty cell) count as absent.
+    """The first of the fields `names` that holds text; null and NaN (a data frame's empty cell) count as absent.
 
-    default  for when all are absent or blank; without one, absent raises InputError, and blank Dropped
+    default  returned when all are absent or blank. Without one: InputError if all are absent, Dropped if one is blank
     """
     filled = {name: record[name] for name in names if name in record and kind_of(record[name]) != "null"}
     for name, value in filled.items():
@@ -110,7 +111,7 @@ def _names(record: dict) -> str:
 
 
 def _ask(instruction: str, input: str, question: str = "") -> tuple:
-    """(messages, instruction, input); ChatML's user turn is `question` where it is not just the two joined."""
+    """(messages, instruction, input); the user turn of `messages` is `question`, or instruction and input joined."""
     content = question or (f"{instruction}\n\n{input}" if input else instruction)
     return ({"role": "user", "content": content},), instruction, input
 
@@ -147,6 +148,7 @@ def _chat(record, where):
         raise InputError(f"{where}: field 'messages' has no assistant turn after a user turn; add the answer")
     if not asked[-1]["content"] or not turns[last]["content"]:
         raise Dropped(where, "empty message")
+    # One text for the "alpaca" template; in a conversation of several turns each is marked User: or Assistant:.
     instruction = "\n\n".join(turn["content"] if turn["role"] == "system" or len(asked) == 1 else
                               f"{turn['role'].title()}: {turn['content']}" for turn in turns[:last])
     return tuple(turns[:last]), instruction, "", (turns[last]["content"],)
@@ -157,13 +159,13 @@ def _bugnet(record, where):
     program = f"{_text(record, where, 'language', default='')} program".strip()
     status = _text(record, where, "original_status", default="")
     error = _text(record, where, "error", default="0").strip()  # TLE, MLE, WA or a return code, in text
-    error = "" if error == "0" else error                       # "0", a quarter of the set: it did not fail when rerun
+    error = "" if error == "0" else error                       # "0": no failure when rerun (a quarter of the records)
     seen = "".join(f"\n{what}: {text}" for what, text in [("Verdict", status), ("Error when rerun", error)] if text)
     question = _ask(f"Write a {program} that contains the correction of the code bug in order to fix the bug, fix the "
                     "issue or fix the error.",                  # the paper's wording, with the record's own language
                     f"Code that has the bug issue or is incorrect:\n{fail}\n"
                     f"Use as context the reported error in the code:\n{error or status or 'unknown'}",
-                    f"Fix the bug in this {program}. Answer with the whole program.\n\n{fail}\n{seen}".rstrip())
+                    question=f"Fix the bug in this {program}. Answer with the whole program.\n\n{fail}\n{seen}".rstrip())
     return *question, (answer,)
 
 
@@ -173,19 +175,21 @@ def _pytorrent(record, where):
     if not code.strip():
         raise Dropped(where, "empty code")
     question = _ask("Write a python script that appropriately completes the request.", task,     # the paper's wording
-                    f"Write Python code for this description. Answer with code only.\n\n{task}")
+                    question=f"Write Python code for this description. Answer with code only.\n\n{task}")
     return *question, (code,)
 
 
 def _codeforces(record, where):
     if record.get("finish_reason") == "length":
-        raise Dropped(where, "generation cut short")            # its end is no end, and must not teach one
+        raise Dropped(where, "generation cut short")            # else the student would learn to stop there
     if isinstance(record.get("messages"), list):
         return _chat(record, where)
     return *_ask(_text(record, where, "prompt"), ""), (_text(record, where, "generation"),)
 
 
-FORMATS = {         # in the order they are tried: the function, and the fields that tell (one of each group)
+# In the order they are tried: (record, where) -> (messages, instruction, input, answers), as in Example; and the fields
+# that identify the format, one of each tuple.
+FORMATS = {
     "codeforces": (_codeforces, [("messages", "prompt"), ("generation",)]),
     "chat": (_chat, [("messages",)]),
     "dolly": (_dolly, [("instruction",), ("response",)]),
@@ -196,30 +200,31 @@ FORMATS = {         # in the order they are tried: the function, and the fields 
 
 
 def without_docstring(code: str) -> str:
-    """Python source less the docstrings of the module and of its outermost defs and classes.
+    """Python source without the docstrings of the module and of its outermost defs and classes.
 
-    The docstring is the prompt: left in the target it would be copied, and would inflate ROUGE. A body that was nothing
-    else becomes `pass`. In source that does not parse (Python 2, a fragment) the first triple-quoted text under a line
-    that ends in a colon goes.
+    The docstring is the prompt: in the target it could be copied, and would inflate ROUGE. A body that is only a
+    docstring becomes `pass`. In source that does not parse (Python 2, a fragment) the first triple-quoted text under a
+    line that ends in a colon is removed.
     """
-    code = textwrap.dedent(re.sub("\r\n?", "\n", code))           # a method comes with its class's indentation
+    code = textwrap.dedent(re.sub("\r\n?", "\n", code))           # a method is still indented as in its class
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                     # "\d" in a stranger's string
+            warnings.simplefilter("ignore")                     # about escapes like "\d" in the source
             tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return re.sub(r'''(:[ \t]*(?:#[^\n]*)?\n)[ \t]*[rRuUbB]{0,2}("""|\'\'\').*?\2[ \t]*(?:\n|\Z)''', r"\1", code,
                       count=1, flags=re.DOTALL)
     defs = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
     lines, shared = code.split("\n"), False
-    for scope in reversed([tree, *defs]):                       # from the end, so that line numbers ahead stay true
+    for scope in reversed([tree, *defs]):                       # from the end: earlier line numbers stay valid
         if ast.get_docstring(scope, clean=False) is None:
             continue
         doc, *rest = scope.body
         scope.body = rest if rest or scope is tree else [ast.Pass()]
         start, end = doc.lineno - 1, doc.end_lineno
         before, after = lines[start][:doc.col_offset], lines[end - 1].encode()[doc.end_col_offset:]  # ast counts bytes
-        shared |= bool(before.strip()) or after.strip()[:1] not in (b"", b"#")      # def f(): "doc"; return 1
+        # Docstring and code share a line, def f(): "doc"; return 1: then ast writes the whole source anew.
+        shared |= bool(before.strip()) or after.strip()[:1] not in (b"", b"#")
         while end < len(lines) - 1 and not lines[end].strip():
             end += 1
         lines[start:end] = [] if scope.body == rest else [before + "pass"]
@@ -230,14 +235,15 @@ def without_docstring(code: str) -> str:
 
 @dataclass
 class Report:
-    """What load_examples read. str() is the line to print and log."""
+    """Counts of what load_examples read. str() is the line to print and log."""
     kept: int = 0
-    dropped: Counter = field(default_factory=Counter)           # reason -> records
-    first_bad: str = ""                                         # the first malformed one's message
+    dropped: Counter = field(default_factory=Counter)           # reason -> number of records
+    first_bad: str = ""                                         # error message of the first malformed record
     files: dict[str, str] = field(default_factory=dict)         # path -> first 16 hex digits of its sha256, because
                                                                 # the hub revises files under one name
     @property
     def read(self) -> int:
+        """Records that were read, dropped ones included."""
         return self.kept + self.dropped.total()
 
     def __str__(self):
@@ -253,8 +259,8 @@ def load_examples(paths, format: str | None = None, limit: int | None = None,
 
     format    one of FORMATS; None recognises each record
     limit     stop after that many examples
-    skip_bad  count malformed records instead of raising; None does so for PyTorrent alone, whose published shards
-              hold corrupt lines
+    skip_bad  count malformed records instead of raising; None: only for PyTorrent, whose published shards hold
+              corrupt lines
     Raises InputError for the first malformed record, and where no record is usable.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
@@ -272,13 +278,14 @@ def _examples(file: Path, format: str | None, skip_bad: bool | None, report: Rep
     name = format
 
     def refuse(error: InputError):
-        if not (name == "pytorrent" if skip_bad is None else skip_bad):
+        skip = name == "pytorrent" if skip_bad is None else skip_bad
+        if not skip:
             raise error
         report.dropped["malformed"] += 1
         report.first_bad = report.first_bad or str(error)
 
     for where, record in read_records(file, refuse):
-        name = format or recognise(record) or name              # one that lost a field: as the record before it
+        name = format or recognise(record) or name              # a field is missing: take the last one's format
         try:
             yield to_example(record, where, name)
         except Dropped as error:
@@ -288,9 +295,9 @@ def _examples(file: Path, format: str | None, skip_bad: bool | None, report: Rep
 
 
 def load_texts(paths) -> tuple[list[str], dict[str, str]]:
-    """Plain text for a language-model loss: the field `text` of every record, and each file's hash; blanks left out.
+    """Plain text for a language-model loss: the non-blank field `text` of every record, and each file's hash.
 
-    Raises InputError for the first malformed record, and where there is no text.
+    Raises InputError for the first malformed record, and when there is no text.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     files = [file for path in paths for file in data_files(path)]
@@ -305,10 +312,10 @@ def load_texts(paths) -> tuple[list[str], dict[str, str]]:
 
 def split_examples(examples: list[Example], validation: int | float = 500,
                    seed: int = 42) -> tuple[list[Example], list[Example]]:
-    """(train, validation), each in the given order; the same prompt never on both sides.
+    """(train, validation), each in the given order; the same prompt is never in both.
 
     validation  how many, exactly; below 1, a fraction. The defaults are the paper's.
-    A hash of prompt and seed decides: other records, or another order, move an example only where the count runs out.
+    A hash of prompt and seed decides, so that adding or reordering records moves few of the others.
     Raises InputError when the count cannot be met.
     """
     count = round(validation * len(examples)) if 0 < validation < 1 else int(validation)
@@ -317,7 +324,7 @@ def split_examples(examples: list[Example], validation: int | float = 500,
     groups = {}                                                 # hash -> indices of the examples with that prompt
     for i, example in enumerate(examples):
         prompt = " ".join(f"{turn['role']}: {turn['content']}" for turn in example.messages)
-        prompt = " ".join(prompt.split()).casefold()            # other spacing or capitals make no new question
+        prompt = " ".join(prompt.split()).casefold()            # spacing and capitals do not make a new prompt
         groups.setdefault(hashlib.sha256(f"{seed}:{prompt}".encode()).digest(), []).append(i)
     held = set()
     for key in sorted(groups):
@@ -332,13 +339,14 @@ def split_examples(examples: list[Example], validation: int | float = 500,
 # ---- an example -> ids
 
 def prompt_text(example: Example, tokenizer, template: str = "chatml") -> str:
-    """The text that the answer follows.
+    """The prompt as text; the response follows it directly.
 
     template  "chatml"  the conversation as Qwen2.5's chat template gives it, ending <|im_start|>assistant
-              "alpaca"  the paper's: preamble, ### Instruction:, ### Input: where there is one, ### Response:
-                        Left out are its oddities (process_data_*.py): <|im_start|> without a role before the preamble,
-                        <|im_end|><|im_start|>Assistant: after the last heading (a bare <|im_end|> for PyTorrent),
-                        headings of each dataset's own, "C++" in prompts over Python and the reverse.
+              "alpaca"  the paper's: preamble, ### Instruction:, ### Input: if there is one, ### Response:
+                        Left out are oddities of its code (process_data_*.py): <|im_start|> without a role before the
+                        preamble, <|im_end|><|im_start|>Assistant: after the last heading (a bare <|im_end|> for
+                        PyTorrent), other headings for each dataset, "C++" in prompts about Python and the reverse.
+    Raises InputError for another template.
     """
     if template == "chatml":
         return tokenizer.chat(list(example.messages), add_generation_prompt=True)
@@ -352,10 +360,11 @@ def prompt_text(example: Example, tokenizer, template: str = "chatml") -> str:
 
 @dataclass(frozen=True)
 class Encoded:
+    """One row of a batch, as token ids, before padding; len() is its length."""
     prompt: list[int]
     response: list[int]                 # ends in tokenizer.end_id, unless cut
-    cut: bool                           # the response was cut at max_length, and no end was invented
-    index: int                          # of its Example
+    cut: bool                           # the response was cut at max_length, and has no end token
+    index: int                          # of its Example in the list that was encoded
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -365,15 +374,15 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
                     max_prompt_length: int = 256) -> tuple[list[Encoded], dict[str, int]]:
     """Prompt ids and response ids of each example, and counts to print; lengths are in tokens.
 
-    A prompt over max_prompt_length (or that leaves no room for a response) drops its example. A response is cut so that
-    prompt + response <= max_length; its end token may fall to the cut. A response whose text spells a stop token
-    (tokenizer code does) is dropped: sampling would end there, and all after it would be scored for nothing.
+    An example is dropped if its prompt exceeds max_prompt_length or leaves no room for a response. A response is cut so
+    that prompt + response <= max_length; the cut may remove its end token. An example whose response spells a stop token
+    (code of tokenizers does) is dropped: sampling would stop there, so the tokens after it could never be generated.
     Raises InputError when nothing is left.
     """
     counts = {"encoded": 0, "responses cut": 0, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
     encoded = []
     for index, example in enumerate(examples):
-        # Tokenized apart and then joined: the boundary is where sampling has it, which continues the prompt's own ids.
+        # Tokenized separately, then joined: sampling too appends new ids to the prompt's own.
         prompt = tokenizer.encode(prompt_text(example, tokenizer, template))
         response = tokenizer.encode(example.response)
         room = max_length - len(prompt)
@@ -393,10 +402,10 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
 
 
 def encode_text(texts: list[str], tokenizer, max_length: int = 512) -> list[Encoded]:
-    """Plain text for a language-model loss: every token is scored, after and before a document's <|endoftext|>.
+    """Rows for a language-model loss: <|endoftext|> document <|endoftext|>, every token but the first scored.
 
-    A document longer than max_length becomes several rows; each after the first begins with the last token of the one
-    before, so that none is scored twice or left out.
+    A document longer than max_length becomes several rows; each after the first begins with the last token of the row
+    before, which it does not score: so every token is scored once.
     """
     rows = []
     for index, text in enumerate(texts):
@@ -409,8 +418,8 @@ def encode_text(texts: list[str], tokenizer, max_length: int = 512) -> list[Enco
 # ---- ids -> batches
 
 def send(tensor: Tensor, device) -> Tensor:
-    """A CPU tensor on a device. A GPU fetches it from pinned memory when it comes to it, and nobody waits: while it
-    computes one batch, the next is prepared and queued."""
+    """Copies a CPU tensor to a device. To a GPU the copy is asynchronous, from pinned memory: while the GPU computes one
+    batch, the CPU prepares the next."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -419,8 +428,8 @@ def send(tensor: Tensor, device) -> Tensor:
 def collate(encoded: list[Encoded], pad_id: int, device="cpu") -> tuple[Tensor, Tensor]:
     """Rows of prompt + response, as wide as the longest -> ids [B, T] int64 and mask [B, T] bool, on `device`.
 
-    Padded on the right, so that causal attention needs no padding mask. The mask is True on a response's tokens, its own
-    end included: nobody asks `id != pad`.
+    Padded on the right, so that causal attention needs no padding mask. The mask is True on the response's tokens, its
+    end token included; padding is never found by comparing ids with pad_id.
     """
     T = max(map(len, encoded))
     ids = torch.full((len(encoded), T), pad_id)                                 # [B, T]
@@ -432,21 +441,20 @@ def collate(encoded: list[Encoded], pad_id: int, device="cpu") -> tuple[Tensor, 
 
 
 def batch_order(encoded: list[Encoded], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """One epoch's batches as positions in `encoded`: random ones, each row once, the shortest of a batch first.
+    """One epoch's random batches, as positions in `encoded`: each row once, within a batch the shortest rows first.
 
-    A function of its arguments alone, so a resumed run skips to batch k without replaying. The batches themselves are
-    not sorted by length, though it would save padding: a step divides by its own scored tokens, so that in a batch of
-    short answers alone each token would count many times what it counts beside long ones, and the student would learn
-    to be brief. Within a step lengths are sorted, so that its micro-batches are padded little. The last batch may be
-    partial.
+    It depends on its arguments only, so a resumed run gets batch k without replaying the others. Rows of similar length
+    are not put into one batch, though that would save padding: a step divides by its own scored tokens, so in a batch of
+    only short answers each token would weigh many times more than beside long ones, and the student would learn to be
+    brief. Sorting within a batch keeps the padding of its micro-batches small. The last batch may be smaller.
     """
     rows = list(range(len(encoded)))
-    random.Random(f"{seed}:{epoch}").shuffle(rows)              # a str seeds through sha512, the same in every process
+    random.Random(f"{seed}:{epoch}").shuffle(rows)              # str seeds, by sha512, are the same in every process
     return [sorted(rows[at:at + batch_size], key=lambda i: len(encoded[i])) for at in range(0, len(rows), batch_size)]
 
 
 def by_length(rows: list[Encoded], batch_size: int) -> list[list[int]]:
-    """Positions of all rows, in batches of similar length, the shortest first: to read them once, with little padding."""
+    """Positions of all rows, in batches of similar length (little padding), the shortest first: for passes that only read."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
@@ -458,17 +466,18 @@ def optimizer_steps(rows: list[Encoded], start: int, steps: int, batch_size: int
     for step in range(start, steps):
         epoch, at = divmod(step, per_epoch)
         if at == 0 or step == start:
-            order = batch_order(rows, batch_size * grad_accum, seed, epoch)     # so that 1 x 8 sees what 8 x 1 sees
+            order = batch_order(rows, batch_size * grad_accum, seed, epoch)     # 1 x 8 gets the rows of 8 x 1
         whole = [rows[i] for i in order[at]]
         yield step, [whole[i:i + batch_size] for i in range(0, len(whole), batch_size)]
 
 
 def steps_per_epoch(rows: int, batch_size: int, grad_accum: int) -> int:
+    """Optimizer steps in one pass over so many rows."""
     return math.ceil(rows / (batch_size * grad_accum))
 
 
 def next_rows(rows: list[Encoded], turn: int, count: int, seed: int) -> list[Encoded]:
-    """The turn-th `count` rows of an endless reading that goes through all of them, in a new order each time."""
+    """Items turn * count to (turn + 1) * count of an endless stream: all rows in random order, then again in another."""
     places = [divmod(i, len(rows)) for i in range(turn * count, (turn + 1) * count)]       # (epoch, place in it)
     order = {epoch: random.Random(f"{seed}:{epoch}").sample(rows, len(rows)) for epoch in {epoch for epoch, _ in places}}
     return [order[epoch][at] for epoch, at in places]

@@ -15,15 +15,15 @@ from minikd.rouge import exact_match, mean_by_category, rouge_l_best, tokens
 from minikd.teacher import Teacher
 from minikd.tokenizer import Tokenizer
 
-METRICS = {                                         # beside ROUGE-L in show_table: what it is, digits after the point
-    "retention": ("of the teacher's ROUGE-L", 2), "mean length": ("tokens of an answer", 1),
-    "distinct-4": ("share of different 4-grams", 2), "ce": ("nats a token, on the references", 3),
-    "forward_kl": ("nats a token, on the references", 3), "reverse_kl": ("nats a token, on the references", 3),
-    "agreement": ("the teacher's likeliest token too", 3), "sequence KL": ("KL(q||p), nats an answer of its own", 2)}
+METRICS = {                                         # what show_table prints below ROUGE-L: explanation, decimals
+    "retention": ("share of the teacher's ROUGE-L", 2), "mean length": ("tokens per answer", 1),
+    "distinct-4": ("share of different 4-grams", 2), "ce": ("nats per token, on the references", 3),
+    "forward_kl": ("nats per token, on the references", 3), "reverse_kl": ("nats per token, on the references", 3),
+    "agreement": ("share of tokens with the teacher's argmax", 3), "sequence KL": ("KL(q||p), nats per own answer", 2)}
 
 
 def check_vocabulary(name, config: Qwen2Config, tokenizer: Tokenizer):
-    """Raises InputError where the tokenizer has ids that the model has no row for."""
+    """Raises InputError if the tokenizer has ids that the model has no row for."""
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"{name}: the tokenizer has {len(tokenizer):,} ids, the model {config.vocab_size:,} "
                          "rows; do the two belong together?")
@@ -41,7 +41,7 @@ def compare(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, tea
         part = [rows[i] for i in at]
         ids, mask = collate(part, pad_id, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden, targets = scored_positions(model.hidden(ids), ids, mask)
+            hidden, targets = scored_positions(model.hidden(ids), ids, mask)                # [N, D], [N]
             if teacher:
                 values = compare_heads(hidden, model.head, targets, teacher.states(part, ids, mask), teacher.head,
                                        divergence)
@@ -54,13 +54,13 @@ def compare(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, tea
 
 def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher, batch_size: int, max_new_tokens: int,
                 seed: int = 0) -> float:
-    """KL(q || p) over whole answers to the rows' prompts, MiniLLM eq. (1): nats an answer.
+    """KL(q || p) over whole answers to the rows' prompts, MiniLLM eq. (1), in nats per answer.
 
-    Its mean over answers that the model samples itself, of the exact divergence at each step: the same expectation
-    as log q(y) - log p(y), with less noise.
+    The model samples an answer y to each prompt; the estimate is the exact KL(q_t || p_t) summed over y's tokens, averaged
+    over the answers. Its expectation is that of log q(y) - log p(y), with less noise.
     """
     own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids, seed=seed,
-                  vocab=min(len(model.head), len(teacher.head)))        # what the teacher has a row for
+                  vocab=min(len(model.head), len(teacher.head)))        # ids that both heads have
     length = sum(len(row.response) for row in own) / len(own)
     return compare(model, own, tokenizer.pad_id, batch_size, teacher)["reverse_kl"] * length
 
@@ -80,10 +80,10 @@ def answer(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], max_new_toke
 
 
 def score_answers(answers: list[str], examples: list[Example], rouge: str = "stemmer") -> list[dict]:
-    """One dict an example, for means and for a jsonl; scores are 0 to 1, the best over its references.
+    """One dict per example, for mean_by_category and for a jsonl; scores are 0 to 1, the best over its references.
 
     rouge  "plain"    rouge_score's ASCII words
-           "stemmer"  and its Porter stemmer, as MiniLLM's tables have it
+           "stemmer"  the same, through its Porter stemmer, as in MiniLLM's tables
            "unicode"  letters of every language and the symbols of code (rouge.tokens)
     """
     rows = []
@@ -97,15 +97,15 @@ def score_answers(answers: list[str], examples: list[Example], rouge: str = "ste
 
 def answer_and_score(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], examples: list[Example],
                      max_new_tokens: int, batch_size: int, rouge: str = "stemmer") -> list[dict]:
-    """score_answers of the model's own greedy answers to rows; row.index points into examples."""
+    """score_answers of the model's greedy answers to the rows' prompts; row.index points into examples."""
     answers = answer(model, tokenizer, rows, max_new_tokens, batch_size)
     return score_answers(answers, [examples[row.index] for row in rows], rouge)
 
 
 def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encoded], examples: list[Example], out,
                max_new_tokens: int, batch_size: int, rouge: str = "stemmer") -> dict[str, dict[str, float]]:
-    """Prints the paper's Table 1: ROUGE-L by category, a column a model; then what else tells the models apart, and
-    one prompt's answers side by side. A model called Teacher is what the others are compared with.
+    """Prints the paper's Table 1: ROUGE-L by category, one column per model; below it METRICS, and the answers to one
+    prompt. The others are compared with the model called Teacher, if there is one.
 
     The table goes to out/table.jsonl, every answer with its scores to out/answers-MODEL.jsonl.
     returns  {model: {category: ROUGE-L}}, one category being "all"
@@ -143,24 +143,25 @@ def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encode
 
 
 def write_jsonl(rows: list[dict], path):
-    """One JSON object a line; whole or not there at all."""
+    """Writes one JSON object per line; the file is complete or not there."""
     with atomic_path(Path(path)) as new:
         new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-# ---- answers that are written already
+# ---- answers and references in files
 
 def read_predictions(path) -> list[str]:
-    """One answer a line or record: .txt; or .jsonl .json .csv with prediction, text, response or output, or strings."""
+    """One answer per line of a .txt, or per record of a .jsonl, .json or .csv: its field prediction, text, response or
+    output, or the record itself if it is a string."""
     return [_texts(value, where, ("prediction", "text", "response", "output"), single=True)[0]
             for where, value in _entries(path)]
 
 
 def read_references(path, format: str | None = None) -> list[Example]:
-    """What each line or record of a file takes for right, one reference or a list.
+    """The reference answers of each line or record of a file, as Examples.
 
-    Its `references` or `reference` come first (score_answers writes such files); then whatever to_example makes of
-    the record, in `format` where one is given; then a response, output or text of its own, or a plain string.
+    In this order: the record's `references` or `reference` (files that score_answers wrote have them); what to_example
+    makes of it; its response, output or text; or the record itself if it is a string. With `format`, only to_example.
     """
     examples = []
     for where, value in _entries(path):

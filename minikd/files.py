@@ -1,4 +1,4 @@
-"""Paths: where a name leads, a write that is whole or absent, one line for what the user can mend."""
+"""Paths: the folder behind a name, writes that complete or leave nothing, one-line errors for what the user can fix."""
 import ctypes
 import errno
 import hashlib
@@ -13,20 +13,20 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message says what, where, and the mend, in one line."""
+    """Wrong input of the user's. The message says in one line where, what is wrong, and how to fix it."""
 
 
 @contextmanager
 def script_errors():
-    """Around a script's main(): `error: what, where, the mend` on stderr and exit status 2, no traceback.
+    """Around a script's main(): prints `error: ...` with the message on stderr and exits with status 2, no traceback.
 
-    A bug of ours is neither an InputError nor an OSError, and keeps its traceback.
+    A bug in minikd is neither an InputError nor an OSError, and keeps its traceback.
     """
     try:
         yield
     except InputError as error:
         _exit_with(str(error))
-    except (MemoryError, RuntimeError) as error:                # torch's is a RuntimeError, on a GPU and on a CPU
+    except (MemoryError, RuntimeError) as error:                # torch, on GPU and CPU, raises a RuntimeError
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         _exit_with("out of memory; lower --batch-size or the lengths, or use --gradient-checkpointing where there is one")
@@ -47,42 +47,42 @@ def _exit_with(text: str):
 
 @contextmanager
 def atomic_path(path, folder: bool = False):
-    """Yields a temporary path beside `path`; renames it to `path` if the block ends well, else removes it.
+    """Yields a temporary path beside `path`; renames it to `path` if the block ends without an error, else removes it.
 
-    A reader, or a restart after kill -9, finds the old content or the new, never half of either.
-    With `folder`, the yielded path is an empty folder.
+    A reader, or a restart after kill -9, finds the old content or the new, never a part of either.
+    With `folder`, the yielded path is an empty folder. Raises InputError if `path` is of the other kind, or the current folder.
     """
-    path = Path(path).resolve()                                 # "." has a name, and a link keeps leading there
+    path = Path(path).resolve()                                 # gives "." a name; a link is kept, its target replaced
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
         raise InputError(f"{path}: is not a {'folder' if folder else 'regular file'}, and would be replaced; give another")
     if folder and Path.cwd().is_relative_to(path):
         raise InputError(f"{path}: is the folder you work in, and would be replaced; give another, or one inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent))   # ours, same file system
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent))   # on the same file system
     try:
         new = work / path.name
         if folder:
             new.mkdir()
         yield new
         for file in [new, *new.rglob("*")] if folder else [new]:
-            if file.is_file() or file.is_dir():                 # not a link that leads nowhere
+            if file.is_file() or file.is_dir():                 # not a broken link
                 _fsync(file)                                    # the data first, then the name
         if not (folder and path.exists() and _exchange(new, path)):
             if folder and path.exists():
-                os.rename(path, work / "old")                   # a folder cannot be renamed over a full one
+                os.rename(path, work / "old")                   # os.replace cannot replace a full folder
             os.replace(new, path)
         _fsync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)            # a full disk does not say where it is full
+        error.filename = error.filename or str(path)            # a full disk's error does not name the file
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _sweep(path: Path):
-    """Removes what processes that were killed while they wrote `path` left beside it: gigabytes, for a model."""
-    if not path.exists():                                       # then theirs may be the only copy
+    """Removes the temporary files of processes that were killed while writing `path`: gigabytes, for a model."""
+    if not path.exists():                                       # theirs may then be the only copy
         return
     for left in path.parent.iterdir():
         pid = left.name.removeprefix(f".{path.name}.").partition(".")[0]
@@ -92,7 +92,7 @@ def _sweep(path: Path):
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two names in one step (Linux's renameat2), so that `b` exists at every moment; False where it can't."""
+    """Swaps two names in one step (Linux's renameat2), so that `b` exists at every moment; False if not supported."""
     try:
         here, swap = -100, 2                                    # AT_FDCWD, RENAME_EXCHANGE
         return ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
@@ -109,7 +109,7 @@ def _fsync(path: Path):
 
 
 def read_json(path: Path) -> dict:
-    """One JSON object from a file; InputError names the file and the place where it breaks."""
+    """One JSON object from a file.  Raises InputError, with file and position, if it is missing or not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -122,7 +122,7 @@ def read_json(path: Path) -> dict:
 
 
 def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
-    """safetensors' save_file, whose complaint about a full disk becomes the OSError it was."""
+    """safetensors' save_file, with its error for a full disk turned back into the OSError it was."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     try:
@@ -134,21 +134,21 @@ def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
 
 
 def sha256(path) -> str:
-    """Of a file's content, cut to 16 digits: enough to tell that it changed."""
+    """The first 16 hex digits of a file's sha256: enough to notice that it changed."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 20):                      # 1 MB at a time
             digest.update(block)
     return digest.hexdigest()[:16]
 
 
 def local_folder(name, patterns, kind: str = "model") -> Path:
-    """A local folder as it is; else a Hugging Face hub name, downloaded once into the hub's cache.
+    """The folder behind a name: a local folder, or a Hugging Face hub repository, downloaded once into the hub's cache.
 
-    name      "runs/kd" or "Qwen/Qwen2.5-0.5B"
+    name      "runs/kd/kd/best" or "Qwen/Qwen2.5-0.5B"
     patterns  the files wanted from the hub, as globs
     kind      "model" or "dataset"
-    Raises InputError when it is neither.
+    Raises InputError if it is neither, or a training run whose model is in best/ or last/.
     """
     path = Path(name).expanduser()
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""Batched sampling with a KV cache: prompts of different lengths, several stop ids, finished rows leave.
+"""Batched sampling with a KV cache: prompts of different lengths, several stop ids, finished rows are dropped.
 
 References
     nucleus sampling                    arXiv:1904.09751
@@ -16,22 +16,22 @@ from minikd.layout import head_logits, laid_out
 from minikd.losses import log_mix, log_probs
 from minikd.model import KVCache, Qwen2, StaticCache
 
-LOOK = 16                                                       # steps that a GPU runs ahead of the host
-BLOCK = 128                                                     # tokens of the vocabulary summed together in a draw
+LOOK = 16                                                       # on a GPU, steps between two looks of the host at tokens
+BLOCK = 128                                                     # tokens of the vocabulary in one block of `invert`
 
 
 def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, temperature: float = 0.0,
              top_p: float = 1.0, top_k: int = 0, eos_ids=(), seed: int | None = None, **options) -> list[list[int]]:
-    """Continues every prompt; returns the new tokens only, a stop token that ended the row included.
+    """Continues every prompt; returns the new tokens only, including the stop token if one ended the row.
 
     temperature  0 is greedy
     top_k        keep the k likeliest tokens; 0 keeps all
-    top_p        then keep the fewest tokens whose probability reaches p (nucleus)
-    eos_ids      a row ends after any of these; one that reaches max_new_tokens ends without
-    seed         of this call alone: the same call gives the same tokens, whatever ran before
+    top_p        then keep the fewest likeliest tokens whose probabilities sum to p or more (nucleus)
+    eos_ids      a row ends after any of these, or at max_new_tokens without one
+    seed         for this call only: the same call gives the same tokens, whatever ran before
     options      those of generate_with_log_probs
-    Raises ValueError for an empty prompt (there is no state to sample the first token from), and for options without sense:
-    a negative temperature or top_k, top_p of 0, no samples, no vocab, mix without a teacher.
+    Raises ValueError for an empty prompt (there is no state to sample the first token from) and for invalid options: a
+    negative temperature or top_k, top_p of 0, samples or vocab below 1, mix without a teacher.
     """
     return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed,
                                    **options)[0]
@@ -43,16 +43,16 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
                             teacher: Qwen2 | None = None, mix: float = 0.0, vocab: int | None = None,
                             graphs: bool | None = None, one_kernel: bool = False) -> tuple[list[list[int]], list[list[float]]]:
     """generate's new tokens, and the log-probability of each under the distribution it was drawn from, temperature and
-    truncation included; 0 where greedy.
+    truncation included; 0 if greedy.
 
-    samples  answers to each prompt, next to each other in the result; they share the prompt's prefill
-    teacher  each token is drawn from (1 - mix) model + mix teacher, the probabilities mixed; temperature 1
-    vocab    only ids below it: heads have rows past the tokenizer's ids, and a teacher may have more than a student
-    graphs   a step touches fixed places on the device alone, and a CUDA graph replays it; the host looks at the tokens
-             every LOOK steps, and rows that ended leave when half have. By default on CUDA. On a CPU the same step,
-             without a graph.
-    one_kernel  with `graphs`: where decode_cuda.fits, one kernel makes the hidden states. Not measured on a GPU so far, and
-             therefore off.
+    samples  answers per prompt, next to each other in the result; they share the prompt's prefill
+    teacher  with `mix`: each token is drawn from the probabilities (1 - mix) model + mix teacher, at temperature 1
+    vocab    draw only ids below it: heads have rows past the tokenizer's ids, a teacher's sometimes more than a student's
+    graphs   make every step work on fixed device tensors, so that a CUDA graph can replay it; the host looks at the tokens
+             every LOOK steps only, and drops finished rows when half have finished. Default: on CUDA. On a CPU: the same
+             step, without a graph.
+    one_kernel  with `graphs`: where decode_cuda.fits, one kernel computes the hidden states. Off by default, as it has not
+             been measured on a GPU yet.
     """
     if not all(prompts):
         raise ValueError("generate: a prompt is empty; give each at least one token")
@@ -60,56 +60,58 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         raise ValueError("generate: samples and vocab are at least 1, temperature and top_k at least 0, top_p above 0")
     if mix and (teacher is None or temperature != 1 or not 0 < mix < 1):
         raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
-    answers, chances = ([[] for _ in range(len(prompts) * samples)] for _ in range(2))
+    answers, logps = ([[] for _ in range(len(prompts) * samples)] for _ in range(2))
     if not answers or max_new_tokens < 1:
-        return answers, chances
+        return answers, logps
     device, stops = model.head.device, frozenset(eos_ids)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
     u = torch.rand(max_new_tokens, len(answers), generator=generator, dtype=torch.float64, device=device)
     graphs = device.type == "cuda" if graphs is None else graphs
-    readers = [model, teacher] if mix else [model]
+    models = [model, teacher] if mix else [model]
 
     def draw(states, u):
-        """One token a row, from the readers' states [B, D] and a random number each [B]; and its log-probability."""
+        """From the models' states [B, D] and random numbers [B]: a token per row [B] and its log-probability [B]."""
         logits = head_logits(model, states[0])[:, :vocab]                                   # [B, V]
         if mix:
             logits = mixture(logits, head_logits(teacher, states[1]), mix)
         return sample(logits, temperature, top_p, top_k, u)
 
     with ExitStack() as stack:
-        for reader in readers:
-            stack.enter_context(laid_out(reader, rows=len(answers), steps=max_new_tokens))
-        caches, states = zip(*(prefill(reader, prompts, max_new_tokens, samples) for reader in readers))
+        for each in models:
+            stack.enter_context(laid_out(each, rows=len(answers), steps=max_new_tokens))
+        caches, states = zip(*(prefill(each, prompts, max_new_tokens, samples) for each in models))
         if graphs:
             caches = [StaticCache(cache) for cache in caches]
         if graphs and one_kernel:
-            readers = [OneKernel(reader, cache) if fits(reader, len(answers)) else reader
-                       for reader, cache in zip(readers, caches)]
-        rows, alive, seen = Rows(readers, caches, states, draw, u), list(range(len(answers))), 0
+            models = [OneKernel(each, cache) if fits(each, len(answers)) else each for each, cache in zip(models, caches)]
+        rows, seen = Rows(models, caches, states, draw, u), 0   # seen: drawn tokens that are in `answers`
+        alive = list(range(len(answers)))                       # which answer each row of `rows` writes
         step = Replay(rows.step, graphs and device.type == "cuda")
         for done in range(1, max_new_tokens + 1):               # tokens that every row has
             if not graphs or done in (1, max_new_tokens) or done % LOOK == 0:
-                fresh = zip(alive, rows.drawn[seen:done].T.tolist(), rows.chances[seen:done].T.tolist())
-                going = [i for i, row in enumerate(fresh) if extend(answers, chances, stops, *row)]
+                # Per row: which answer, its new tokens, their log-probabilities.
+                fresh = zip(alive, rows.drawn[seen:done].T.tolist(), rows.logps[seen:done].T.tolist())
+                going = [i for i, row in enumerate(fresh) if extend(answers, logps, stops, *row)]      # unfinished rows
                 if not going or done == max_new_tokens:
                     break
-                if len(going) <= (len(alive) // 2 if graphs else len(alive) - 1):
-                    rows.keep(torch.tensor(going, device=device))           # finished rows stop costing
+                most = len(alive) // 2 if graphs else len(alive) - 1        # dropping rows costs a new graph
+                if len(going) <= most:
+                    rows.keep(torch.tensor(going, device=device))           # finished rows cost no more time
                     alive, step = [alive[i] for i in going], Replay(rows.step, step.on)
                 seen = done
             step()
-    return answers, chances
+    return answers, logps
 
 
-def prefill(reader: Qwen2, prompts: list[list[int]], max_new_tokens: int, samples: int) -> tuple[KVCache, Tensor]:
-    """Reads the prompts once: a cache with room for the answers, `samples` rows a prompt, and the states [B, D] that
+def prefill(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, samples: int) -> tuple[KVCache, Tensor]:
+    """Reads the prompts once -> a cache with room for the answers, `samples` rows per prompt, and the states [B, D] that
     the first new tokens are drawn from."""
-    device, width = reader.head.device, max(map(len, prompts))
+    device, width = model.head.device, max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)              # [P]
     ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)     # [P, T]
-    capacity = -(-(width + max_new_tokens - 1) // 8) * 8                    # attention under a mask wants multiples of 8
-    cache = KVCache(reader.config, lengths, capacity, reader.head.dtype)
-    states = reader.hidden(ids, cache)[torch.arange(len(ids), device=device), lengths - 1]  # [P, D]
+    capacity = -(-(width + max_new_tokens - 1) // 8) * 8                    # rounded up: masked attention wants 8 k slots
+    cache = KVCache(model.config, lengths, capacity, model.head.dtype)
+    states = model.hidden(ids, cache)[torch.arange(len(ids), device=device), lengths - 1]   # [P, D]
     if samples == 1:
         return cache, states
     rows = torch.arange(len(ids), device=device).repeat_interleave(samples)                 # [B]
@@ -118,47 +120,49 @@ def prefill(reader: Qwen2, prompts: list[list[int]], max_new_tokens: int, sample
 
 
 class Rows:
-    """The answers being written, on the device: every row's newest token, the caches, all that was drawn so far."""
+    """The answers being written, on the device: every row's newest token, the caches, and all that was drawn so far."""
 
-    def __init__(self, readers, caches, states, draw, u: Tensor):
+    def __init__(self, models, caches, states, draw, u: Tensor):
         """draw  (states, random numbers [B]) -> tokens [B], log-probabilities [B].   u [max_new_tokens, B]"""
-        self.readers, self.caches, self.draw, self.u = readers, caches, draw, u
-        self.at = torch.zeros(1, dtype=torch.long, device=u.device)         # how many steps were made
-        self.drawn, self.chances = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)   # [max_new_tokens, B]
-        self.tokens, self.chances[0] = draw(states, u[0])                                   # [B]
+        self.models, self.caches, self.draw, self.u = models, caches, draw, u
+        self.at = torch.zeros(1, dtype=torch.long, device=u.device)         # [1] index of the newest token
+        self.drawn, self.logps = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)     # [max_new_tokens, B]
+        self.tokens, self.logps[0] = draw(states, u[0])                                     # [B]
         self.drawn[0] = self.tokens
 
     def step(self):
-        """The next token of every row. It reads and writes fixed places alone, so that a graph can replay it."""
+        """The next token of every row. It reads and writes only tensors at fixed addresses, so that a graph can replay it."""
         self.at += 1
-        states = [reader.hidden(self.tokens[:, None], cache)[:, 0] for reader, cache in zip(self.readers, self.caches)]
-        tokens, chances = self.draw(states, self.u.index_select(0, self.at)[0])             # [B], [B]
+        states = [model.hidden(self.tokens[:, None], cache)[:, 0]                           # [B, D] of each model
+                  for model, cache in zip(self.models, self.caches)]
+        tokens, logps = self.draw(states, self.u.index_select(0, self.at)[0])               # [B], [B]
         self.tokens.copy_(tokens)
         self.drawn.index_copy_(0, self.at, tokens[None])
-        self.chances.index_copy_(0, self.at, chances[None].double())
+        self.logps.index_copy_(0, self.at, logps[None].double())
 
     def keep(self, rows: Tensor):
-        """Drops the rows that are finished; rows [B'] are the indices that stay."""
+        """Drops all rows but those with indices rows [B']."""
         for cache in self.caches:
             cache.keep(rows)
         self.tokens = self.tokens[rows]
-        self.u, self.drawn, self.chances = self.u[:, rows], self.drawn[:, rows], self.chances[:, rows]
+        self.u, self.drawn, self.logps = self.u[:, rows], self.drawn[:, rows], self.logps[:, rows]
 
 
-def extend(answers: list, chances: list, stops: frozenset, row: int, tokens: list, new: list) -> bool:
-    """Adds what was drawn for a row, up to a stop token; whether the row goes on after it."""
+def extend(answers: list, logps: list, stops: frozenset, row: int, tokens: list, new: list) -> bool:
+    """Adds to answer `row` the tokens drawn and their log-probabilities `new`, up to a stop token -> is it unfinished?"""
     if answers[row] and answers[row][-1] in stops:
         return False
     end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
     answers[row] += tokens[:end]
-    chances[row] += new[:end]
+    logps[row] += new[:end]
     return tokens[end - 1] not in stops
 
 
 class Replay:
-    """Calls `step`: the first time as it is, then from a CUDA graph of it, which is one launch and no Python.
+    """Calls `step`: the first time directly, then as a CUDA graph of it, which is one launch and no Python.
 
-    The first call makes what may not be made under capture: cuBLAS's workspaces, kernels compiled at first use.
+    The first call allocates what must not be allocated while a graph is recorded: cuBLAS's workspaces, kernels compiled
+    at first use.  on: False always calls it directly.
     """
 
     def __init__(self, step, on: bool):
@@ -176,23 +180,24 @@ class Replay:
 
 
 def mixture(logits: Tensor, teacher_logits: Tensor, mix: float) -> Tensor:
-    """log((1 - mix) q + mix p).  MiniLLM eq. (4).  [B, V], [B, V'] -> [B, rows that both have]"""
+    """log((1 - mix) q + mix p).  MiniLLM eq. (4).  [B, V], [B, V'] -> [B, min(V, V')]"""
     logq, logp = log_probs(logits, teacher_logits, temperature=1.0)
     return log_mix(logp, logq, mix)
 
 
 def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,
             seed: int = 0, progress=None, **options) -> list[Encoded]:
-    """The rows with responses of the model's own, in their order; batches hold prompts of similar length.
+    """The rows with their responses replaced by the model's own, in the same order; prompts of similar length are batched.
 
     progress  called after each batch with its number of rows
-    options   those of generate. A response that reached max_new_tokens is `cut`, and no end is invented for it.
+    options   those of generate_with_log_probs
+    A response that reached max_new_tokens without a stop token is `cut`; none is added.
     """
     order, own = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt)), list(rows)
     for start in range(0, len(order), batch_size):
         at = order[start:start + batch_size]
         responses = generate(model, [rows[i].prompt for i in at], max_new_tokens, temperature, eos_ids=eos_ids,
-                             seed=seed * 1_000_003 + start, **options)
+                             seed=seed * 1_000_003 + start, **options)                      # another for each batch
         for i, response in zip(at, responses):
             own[i] = Encoded(rows[i].prompt, response, response[-1] not in eos_ids, rows[i].index)
         if progress:
@@ -201,13 +206,13 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row, from logits [B, V], in the order temperature, top-k, top-p: tokens [B], log-probabilities [B]
+    """logits [B, V] -> a token per row [B] and its log-probability [B]; temperature, then top-k, then top-p apply.
 
-    u  [B] float64, uniform in [0, 1): one random number a row, where multinomial draws one a token of the vocabulary
+    u  [B] float64, uniform in [0, 1): one random number per row; torch.multinomial would draw one per vocabulary entry
     """
-    if temperature < 1e-6:                                      # greedy; a division by so little would overflow
-        return logits.max(-1).indices, torch.zeros(len(logits), device=logits.device)   # argmax of bfloat16: 4x slower
-    if temperature != 1:                                        # at 1 a copy of [B, V] less
+    if temperature < 1e-6:                                      # greedy: the division would overflow
+        return logits.max(-1).indices, torch.zeros(len(logits), device=logits.device)   # argmax: 4x slower in bfloat16
+    if temperature != 1:                                        # at 1, save a copy of [B, V]
         logits = logits.float() / temperature
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]                      # [B, 1]
@@ -215,25 +220,26 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tens
     probs = logits.softmax(-1, dtype=torch.float32)                                         # [B, V]
     if top_p < 1:
         ranked, order = probs.sort(descending=True)
-        before = ranked.cumsum(-1) - ranked                     # mass of the likelier tokens; 0 for the first
+        before = ranked.cumsum(-1) - ranked                     # mass of the likelier tokens; 0 for the first, always kept
         probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill((before >= top_p) & (before > 0), 0.0))
     tokens, total = invert(probs, u[:, None])                                               # [B, 1] each
     return tokens[:, 0], (probs.gather(1, tokens) / total).log()[:, 0]
 
 
 def invert(probs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The token at which the running sum of probs [B, V] passes u [B, 1] of the whole; and the whole, below 1 where cut.
+    """The token [B, 1] at which the running sum of probs [B, V] passes u [B, 1] x their total; and that total [B, 1], which
+    is below 1 after top-k or top-p.
 
-    In two looks, for a block of tokens and within it: a running sum in float64 over 151,936 probabilities (float32 would
-    lose the tail) takes twice as long as their softmax, and on a GPU a single block of threads walks along each row.
+    Two searches, for the block of 128 tokens and then within it: one running sum in float64 over 151,936 probabilities
+    (float32 would lose the tail) takes twice as long as their softmax, and on a GPU one block of threads walks each row.
     """
     blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)         # [B, V/128, 128]
     mass = blocks.sum(-1, dtype=torch.float64)                                              # [B, V/128]
     upto = mass.cumsum(-1)
     total = upto[:, -1:]                                                                    # [B, 1]
-    at = torch.searchsorted(upto, u * total, right=True).clamp_(max=mass.shape[1] - 1)      # right: never one of mass 0
+    at = torch.searchsorted(upto, u * total, right=True).clamp_(max=mass.shape[1] - 1)      # right: skips blocks of mass 0
     inside = blocks.gather(1, at[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)    # [B, 128]
-    rest = u * total - (upto - mass).gather(1, at)                                          # [B, 1]
-    rest = rest.minimum(inside[:, -1:] * (1 - 2**-52))          # never past the last of them, by rounding
+    rest = u * total - (upto - mass).gather(1, at)                                          # [B, 1] still to pass
+    rest = rest.minimum(inside[:, -1:] * (1 - 2**-52))          # rounding must not take it past the block's last token
     tokens = at * BLOCK + torch.searchsorted(inside, rest, right=True)
-    return tokens.clamp_(max=probs.shape[1] - 1), total         # NaNs, of a model that diverged, pass everything
+    return tokens.clamp_(max=probs.shape[1] - 1), total         # NaNs, of a model that diverged, run past the end

@@ -4,15 +4,16 @@ A layer's weight W [O, I] is rounded to Q so that the layer's outputs change lit
 
     min_Q  tr((W - Q) H (W - Q)^T),   H = 2/n sum_x x x^T
 
-H is the same for every output row, so that one factor of its inverse serves them all, column by column.
+A column of W belongs to one input, a row to one output. H is the same for all rows, so that one factor of its inverse
+serves them all, column by column.
 
 References
     GPTQ                                            arXiv:2210.17323, eq. (1) the objective, (3) the update, Algorithm 1
     its reference code: act-order, static groups    github.com/IST-DASLab/gptq
 
-Departures from that code: a group's grid is never found on stale weights (blocks end where groups do), dead inputs do
-not count in the damping's mean, errors are made good against scales as float16 stores them, and the factor of the
-inverse comes from one Cholesky instead of two (inverse_factor).
+Departures from that code: a group's grid is always found on up-to-date weights (blocks end where groups do), inputs that
+are always 0 do not count in the damping's mean, errors are computed with the scales as float16 stores them, and the
+factor of the inverse comes from one Cholesky instead of two (inverse_factor).
 """
 import functools
 import warnings
@@ -28,13 +29,13 @@ from minikd.generate import Replay
 from minikd.model import Block, Qwen2, rope_tables
 from minikd.quant import check_weight, decode, decode_groups, encode, find_grid, give_memory_back, round_to_nearest
 
-BLOCK = 512                                         # columns of a Hessian or of its factor worked on at once
-MAX_DAMP = 10.0                                     # with this no matrix that is a sum of x x^T stays singular
+BLOCK = 512                                         # columns of a Hessian or of its factor in one product
+MAX_DAMP = 10.0                                     # more damping than any sum of x x^T needs
 
 
 @contextmanager
 def full_precision():
-    """Float32 products in float32, whatever the process allows: TF32 and bfloat16 keep 3 digits of a Hessian's 7."""
+    """Float32 products in full float32, whatever the process allows: TF32 and bfloat16 would keep 3 digits of 7."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -53,8 +54,10 @@ class Hessian:
 
     @full_precision()
     def add(self, inputs: Tensor, mask: Tensor):
-        """inputs [..., I] of a layer, mask [...] True on real tokens. H is symmetric, and its products are most of a
-        calibration's time: blocks below the diagonal are left to `finish`."""
+        """inputs [..., I] of a layer, mask [...] True on real tokens.
+
+        These products take most of a calibration's time, and H is symmetric: `finish` fills in blocks below the diagonal.
+        """
         x = inputs[mask].float()                                                # [n, I]
         before, self.tokens = self.tokens, self.tokens + len(x)
         for at in range(0, len(self.sum) if len(x) else 0, BLOCK):
@@ -62,7 +65,7 @@ class Hessian:
             rows.addmm_(x[:, at:at + BLOCK].T, x[:, at:], beta=before / self.tokens, alpha=2 / self.tokens)
 
     def finish(self, where: str = "layer") -> Tensor:
-        """H [I, I].  Raises InputError where no token arrived: the layer would be rounded as if inputs had no say."""
+        """H [I, I].  Raises InputError if no token arrived: without inputs nothing can be compensated."""
         if not self.tokens:
             raise InputError(f"{where}: no calibration token reached it; give more or longer calibration rows")
         for at in range(0, len(self.sum), BLOCK):
@@ -73,19 +76,20 @@ class Hessian:
 def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "layer") -> Tensor:
     """U, upper triangular with U^T U = (H + damp mean(diag H) 1)^-1, rows and columns in `order`.  [I, I] -> [I, I]
 
-    The paper takes Cholesky's factor, the inverse, and the inverse's factor. With R R^T = H, R upper, U is R^-1; and R
-    is H's own factor with rows and columns counted from the end. That takes 0.6 of the time, and no second Cholesky
-    that could fail. All of it happens in one copy of H: 95 MB for the 4,864 inputs of the 0.5B's down_proj.
-    Damping grows tenfold, with a warning, while H is not positive definite. Raises InputError past MAX_DAMP.
+    The paper's way is torch.linalg.cholesky(torch.linalg.inv(H), upper=True). Here H = R R^T with R upper triangular,
+    and U = R^-1. R is the Cholesky factor L of H with rows and columns in reverse order, reversed back. That takes 0.6 of
+    the time, without a second Cholesky that could fail, and all in one copy of H: 95 MB for the 4,864 inputs of the 0.5B's
+    down_proj.
+    While H is not positive definite, the damping grows tenfold, with a warning. Raises InputError past MAX_DAMP.
     """
     diagonal, backwards = hessian.diagonal(), order.flip(0)
     alive = diagonal != 0
     mean = diagonal[alive].mean() if alive.any() else torch.ones_like(diagonal[0])
     while True:
-        H = hessian[backwards[:, None], backwards].float()                      # [I, I], a copy
-        H.diagonal().add_(torch.where(alive, damp * mean, mean)[backwards])     # dead: any number, none is coupled
+        H = hessian[backwards[:, None], backwards].float()                      # [I, I], a copy, in reverse order
+        H.diagonal().add_(torch.where(alive, damp * mean, mean)[backwards])     # dead inputs: any number above 0 will do
         failed = torch.empty(0, dtype=torch.int32, device=H.device)
-        torch.linalg.cholesky_ex(H.T, out=(H.T, failed))                        # L L^T = H; H.T has LAPACK's layout
+        torch.linalg.cholesky_ex(H.T, out=(H.T, failed))                        # H.T becomes L; it has LAPACK's layout
         if not failed:
             break
         wanted, damp = damp, max(10 * damp, 1e-3)
@@ -93,13 +97,13 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "la
             raise InputError(f"{where}: not positive definite, even with a damping of {wanted:g}; is it 2/n X X^T?")
         warnings.warn(f"{where}: its Hessian is singular with a damping of {wanted:g}; {damp:g} is tried", stacklevel=3)
     if H.is_cuda:
-        H = H.flip(0, 1)
+        H = H.flip(0, 1)                                                        # rows and columns back in order
     else:
-        for i in range((len(H) + 1) // 2):                                      # the same without a second H
+        for i in range((len(H) + 1) // 2):                                      # the same in place
             H[[i, -1 - i]] = H[[-1 - i, i]].flip(1)
-    U = H.T                                                                     # R, and at the end its inverse
+    U = H.T                                                                     # R, inverted in place below
     for start in range(0, len(U), BLOCK):                                       # [A B; 0 C]^-1 = [A^-1 -A^-1 B D; 0 D],
-        at = slice(start, start + BLOCK)                                        # D = C^-1
+        at = slice(start, start + BLOCK)                                        # D = C^-1; A^-1 is there already
         D = torch.linalg.solve_triangular(U[at, at], torch.eye(len(U[at]), device=U.device), upper=True)
         U[:start, at] = U[:start, :start] @ (U[:start, at] @ -D)
         U[at, at] = D
@@ -111,17 +115,19 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "la
 def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: int = 128, sym: bool = True,
                     act_order: bool = True, damp: float = 0.01, clip_search: bool = False,
                     block: int = 128, where: str = "layer") -> tuple[Tensor, Tensor, Tensor]:
-    """GPTQ's Algorithm 1.  [O, I], [I, I] -> codes uint8 [O, I], scales, zeros [O, I/g], as round_to_nearest has them
+    """GPTQ's Algorithm 1.  [O, I], [I, I] -> codes uint8 [O, I], scales, zeros [O, I/g], as round_to_nearest returns them
 
     group_size  inputs that share a scale; -1 for the whole row
-    act_order   inputs of large diag(H) first, while most columns are left to make good their errors. The grids are then
-                found before, on the weights as they are (static groups), so that a group stays a run of inputs; else
-                each is found when its turn comes, on weights that carry the errors of all columns before it
-    damp        of the mean of diag(H), added to it; more where that leaves it singular (a warning says so)
-    block       columns between two updates of all those that follow; it changes the time, not the result
+    act_order   quantise inputs of large diag(H) first, while most columns are left to compensate their errors. All grids
+                are then found at the start, on the original weights (static groups), so that a group stays consecutive
+                inputs; without it each grid is found when its group is reached, on weights already adjusted for the errors
+                of all columns before it
+    damp        share of the mean of diag(H) that is added to diag(H); more if H is then still singular (with a warning)
+    block       columns quantised between two updates of all later columns; it changes the time, not the result
+    where       the layer's name, for messages
     An input that was 0 in every token gets weight 0. All is float32: in float64 the objective is the same to 0.1%.
-    Raises InputError, its line beginning with `where`, for values that are not finite, a group size that does not
-    divide I, and an H that is none; ValueError for bits outside 2 to 8 and a damp below 0.
+    Raises InputError for values that are not finite, a group size that does not divide I, and an H that no damping makes
+    positive definite; ValueError for bits outside 2 to 8 and a damp below 0.
     """
     if not 0 <= damp < torch.inf:
         raise ValueError(f"{where}: damp = {damp}; give a finite number of 0 or more")
@@ -130,16 +136,16 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
         raise InputError(f"{where}: its Hessian has values that are not finite; calibrate in bfloat16 or float32")
     W = weight.float().masked_fill(hessian.diagonal() == 0, 0.0)                # [O, I], a copy
     if act_order:
-        order, run = hessian.diagonal().argsort(descending=True, stable=True), I
-        scales, zeros = (part.view(O, -1) for part in find_grid(W.view(-1, size), bits, sym, clip_search))
+        order, span = hessian.diagonal().argsort(descending=True, stable=True), I
+        scales, zeros = (part.view(O, -1) for part in find_grid(W.view(-1, size), bits, sym, clip_search))  # [O, I/g]
     else:
-        order, run = torch.arange(I, device=W.device), size                     # blocks end where groups do
+        order, span = torch.arange(I, device=W.device), size                    # blocks must end where groups do
         scales, zeros = W.new_empty(O, I // size), W.new_empty(O, I // size)
     U = inverse_factor(hessian, order, damp, where)
     W = W.T.index_select(0, order)                                              # [I, O]: a column is contiguous
     codes, start = torch.empty_like(W, dtype=torch.uint8), 0
     while start < I:
-        end = min(start + block, start // run * run + run)
+        end = min(start + block, start // span * span + span)
         if not act_order and start % size == 0:
             at = start // size
             scales[:, at], zeros[:, at] = find_grid(W[start:start + size].T, bits, sym, clip_search)
@@ -152,7 +158,10 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
 
 
 def quantize_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Algorithm 1's inner loop.  W [n, O] (overwritten), U [n, n], scale, zero [n, O] -> codes, errors [n, O]"""
+    """Algorithm 1's inner loop over n columns of the weight, here the rows of W.
+
+    W [n, O] (overwritten), U [n, n], scale, zero [n, O] -> codes uint8, errors [n, O]
+    """
     codes, errors = torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
     for j in range(len(W)):
         codes[j] = encode(W[j], scale[j], zero[j], bits)
@@ -163,7 +172,7 @@ def quantize_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: int)
 
 @functools.cache
 def replayed_block(n: int, O: int, bits: int, device: torch.device, graphs: bool = True):
-    """quantize_block from a CUDA graph: a column is some 14 small kernels, and launching them is most of the time."""
+    """quantize_block as a CUDA graph: a column takes some 14 small kernels, and launching them is most of the time."""
     places = [torch.zeros(n, O, device=device), torch.eye(n, device=device), torch.ones(n, O, device=device),
               torch.zeros(n, O, device=device)]
     results = []
@@ -184,26 +193,27 @@ def replayed_block(n: int, O: int, bits: int, device: torch.device, graphs: bool
 
 @full_precision()
 def output_errors(weight: Tensor, quantized: list[Tensor], hessian: Tensor) -> list[float]:
-    """GPTQ eq. (1) as a share of the output: tr((W - Q) H (W - Q)^T) / tr(W H W^T) of each Q [O, I]"""
+    """GPTQ eq. (1) relative to the output: tr((W - Q) H (W - Q)^T) / tr(W H W^T) of each Q [O, I]"""
     def trace(A: Tensor) -> float:
         total = 0.0
-        for at in range(0, len(hessian), BLOCK):                                # half of a symmetric H will do
+        for at in range(0, len(hessian), BLOCK):                                # of a symmetric H, half suffices
             product = (A[:, at:at + BLOCK] @ hessian[at:at + BLOCK, at:]).mul_(A[:, at:])           # [O, I - at]
             total += 2 * float(product.sum()) - float(product[:, :BLOCK].sum())
         return total
 
     W = weight.float()
     whole = max(trace(W), torch.finfo(torch.float32).tiny)
-    return [trace(W - Q) / whole for Q in quantized]
+    return [trace(W - Q) / whole for Q in quantized]                            # eq. (1), relative
 
 
 # ---- a model, layer by layer
 
 def stages(block: Block, rope: dict) -> list:
-    """What to run through a block, and in which order its layers are quantised: each sees what those before it do.
+    """The two halves of a block, and the order in which their layers are quantised.
 
     -> [(half of the block, [(names of layers that share their inputs, x -> those inputs [B, T, I])])]
     A half maps x [B, T, D] to x [B, T, D].  rope: T -> the tables of rope_tables
+    Inputs are computed through the layers before, which are quantised by then.
     """
     def attend(x):
         return x + block.self_attn(block.input_layernorm(x), *rope[x.shape[1]], None)
@@ -226,12 +236,12 @@ def given(module: nn.Module, run, x: Tensor) -> Tensor:
         run(x)
     finally:
         hook.remove()
-    assert len(seen) == 1, f"the layer ran {len(seen)} times"                   # never: it would be rounded blindly
+    assert len(seen) == 1, f"the layer ran {len(seen)} times"                   # else its Hessian would be wrong
     return seen[0]
 
 
 def calibration_batches(rows: list[Encoded], pad_id: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-    """ids [B, T] and which of them are tokens [B, T] bool, prompt and response alike; rows of like lengths together."""
+    """ids [B, T] and a mask [B, T] True on all real tokens, prompt and response alike; similar lengths in one batch."""
     rows = [Encoded([], row.prompt + row.response, row.cut, row.index) for row in rows]     # a mask over every token
     return [collate([rows[i] for i in at], pad_id) for at in by_length(rows, batch_size)]
 
@@ -239,8 +249,8 @@ def calibration_batches(rows: list[Encoded], pad_id: int, batch_size: int) -> li
 def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device) -> Iterator[tuple[str, Tensor]]:
     """Yields each layer's name and Hessian, in the order to quantise them.
 
-    Whoever takes one puts the layer's quantised weight in place before he asks for the next: what follows is computed
-    through it. On `device` there are the batches' hidden states, one block, one Hessian; the model may be elsewhere.
+    The caller must put the layer's quantised weight in place before asking for the next one: later inputs are computed
+    through it. `device` holds the batches' hidden states, one block and one Hessian; the model may be elsewhere.
     """
     home, config = model.head.device, model.config
     states = [model.model.embed_tokens(ids.to(home)).to(device) for ids, _ in batches]      # [B, T, D] each
@@ -256,12 +266,12 @@ def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device) -> Ite
                 for name in (f"model.layers.{i}.{name}" for name in names):
                     yield name, hessian.finish(name)
             for x in states:
-                x.copy_(half(x))
+                x.copy_(half(x))                                                # by now through quantised layers
         block.to(home)
 
 
 def quantize_layer(layer: nn.Linear, hessian: Tensor | None, name: str, grid: dict, act_order: bool, damp: float):
-    """Puts the layer's decoded weight in its place -> (codes, scales, zeros), (error, RTN's error)
+    """Replaces the layer's weight by its quantised, decoded value -> (codes, scales, zeros), (error, RTN's error)
 
     grid  keywords of round_to_nearest.  Without a Hessian the layer is only rounded, and the errors are None.
     """
@@ -289,19 +299,18 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
                    store=None) -> dict:
     """Quantises every linear layer of the blocks; embeddings, norms, biases and head stay.
 
-    rows      calibration: all their tokens count, prompt and response
+    rows      calibration data: all their tokens count, prompt and response
     method    "gptq", or "rtn": round_to_nearest, which needs no rows
-    device    where one block at a time is worked on; the model's own by default
-    on_layer  called after each layer: (name, its relative output error, that of RTN), None for "rtn"; a warning tells
-              where the first is not below the second
-    store     (codes, scales, zeros) -> tensors by name, which the result holds of a layer, as quant.to_words gives them,
-              for a caller who goes on with to_w4: a block's weights are let go when the next one's turn comes, so that
-              memory falls as the work goes on
+    device    where one block at a time is quantised; the model's own by default
+    on_layer  called after each layer with (name, its relative output error, that of RTN), the errors None for "rtn"; a
+              warning names layers where the first is not below the second
+    store     (codes, scales, zeros) -> dict of tensors to return for a layer instead, such as quant.to_words, for to_w4.
+              The float weights of finished blocks are then freed, so that memory falls during the work
     returns   {"model.layers.0.self_attn.q_proj": (codes uint8 [O, I], scales [O, I/g], zeros [O, I/g]), ...}
 
-    The model ends with the decoded weights in place, in its own dtype, or with `store` without them.
-    Raises InputError, naming the layer, as quantize_matrix and Hessian.finish do; past the first layer's report the
-    model is then of no use.
+    Afterwards the model has the decoded weights, in its own dtype; with `store`, only the last block still has them.
+    Raises InputError, naming the layer, as quantize_matrix and Hessian.finish do; if that happens after the first layer,
+    the model is partly quantised and no longer usable.
     """
     if method not in ("gptq", "rtn"):
         raise InputError(f"method {method!r} is not known; choose gptq or rtn")
@@ -314,12 +323,13 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in order:
         for other, layer in layers.items() if store else ():
-            if block_of(other) < block_of(name):
+            if block_of(other) < block_of(name):                                # a finished block's: free the memory
                 layer.weight.data = layer.weight.new_empty(0)
         found, report = quantize_layer(layers[name], hessian, name, grid, act_order, damp)
-        found = store(*found) if store else found                               # packed first: less to move
-        results[name] = {key: part.to(home) for key, part in found.items()} if store else tuple(
-            part.to(home) for part in found)
+        if store:                                                               # packed before it is moved: fewer bytes
+            results[name] = {key: part.to(home) for key, part in store(*found).items()}
+        else:
+            results[name] = tuple(part.to(home) for part in found)
         del found, hessian
         give_memory_back()
         if on_layer:

@@ -1,6 +1,6 @@
-"""GRPO: a group of answers to each prompt, each as good as it is better than its group.
+"""GRPO: several answers to each prompt, a group; an answer's advantage is how much better it is than its group.
 
-The objective, to be maximised; o_i the answers of a group, A_i their advantages, ρ the ratio of policy and old policy:
+The objective, to be maximised; o_i the answers of a group, A_i their advantages, ρ = π / π_old the ratio of the policies:
 
     1/G Σ_i 1/|o_i| Σ_t [ min(ρ_it A_i, clip(ρ_it, 1 - ε, 1 + ε) A_i) - β k3_it ]
 
@@ -26,60 +26,69 @@ NORMS = ("sequence", "token", "constant")
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """A_i = (r_i - mean r) / (std r + 1e-4), within each group.  Paper eq. (5).  [P, G] -> [P, G]
 
-    scale  "std" divides by the unbiased deviation, as trl does; "none" does not (Dr. GRPO: easy and hard prompts
-           would count more)
-    A reward that is NaN could not be judged: it joins neither mean nor deviation, and its advantage is 0, as is that of
-    a group with fewer than two, and of one whose rewards are all the same: exactly, though their mean is rounded.
+    scale  "std" divides by the unbiased standard deviation, as trl does; "none" does not (Dr. GRPO: dividing gives very
+           easy and very hard prompts more weight)
+    A reward of NaN could not be judged: mean and deviation leave it out, and its advantage is 0. So are the advantages of
+    a group with fewer than two judged rewards, or with equal ones: exactly 0, although their mean is rounded.
+    Raises ValueError for another scale.
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale = {scale!r}; it is 'std' or 'none'")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))     # half would overflow in the sums
     judged = ~rewards.isnan()
     count = judged.sum(1, keepdim=True)                                         # [P, 1]
-    values = torch.where(judged, rewards, 0.0)
-    least, most = (torch.where(judged, rewards, end) for end in (torch.inf, -torch.inf))
-    differ = judged & (least.amin(1, keepdim=True) < most.amax(1, keepdim=True))            # [P, G]
-    centred = torch.where(differ, values - values.sum(1, keepdim=True) / count.clamp(min=1), 0.0)
+    mean = torch.where(judged, rewards, 0.0).sum(1, keepdim=True) / count.clamp(min=1)      # [P, 1]
+    lowest = torch.where(judged, rewards, torch.inf).amin(1, keepdim=True)                  # [P, 1]
+    highest = torch.where(judged, rewards, -torch.inf).amax(1, keepdim=True)                # [P, 1]
+    centred = torch.where(judged & (lowest < highest), rewards - mean, 0.0)                 # [P, G]
     if scale == "std":
         std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()     # [P, 1]
-        centred = centred / (std + 1e-4)
+        centred = centred / (std + 1e-4)                                        # paper eq. (5)
     return torch.where(count > 1, centred, 0.0)
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """e^d - d - 1, d = log π_ref - log π: an unbiased estimate of KL(π || π_ref), never negative.  Paper eq. (7)."""
+    """e^d - d - 1, d = log π_ref - log π: an unbiased estimate of KL(π || π_ref), never negative.  Paper eq. (7).
+
+    Log-probabilities of the sampled tokens, [...] each -> [...] nats
+    """
     d = ref_logp - logp
-    return ratio_of(ref_logp, logp) - d - 1
+    return ratio_of(ref_logp, logp) - d - 1                                     # π_ref / π - d - 1
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, clip: float = 0.2,
                 beta: float = 0.04, clip_high: float | None = None) -> Tensor:
-    """The objective of each token, negated.  Paper eq. (6).  [N, R] three times, [N] -> [N, R], to be minimised
+    """The negated objective of each token, of N answers.  Paper eq. (6).  [N, R] three times, [N] -> [N, R], to be minimised
 
-    logp       log-probabilities of the sampled tokens under the policy now, differentiated
-    old_logp   the same when they were sampled
+    logp       log-probabilities of the sampled tokens under the current policy, differentiated
+    old_logp   the same under the policy that sampled them
     ref_logp   the same under the frozen reference; all three at the temperature of sampling
-    Padding gives numbers too: the caller masks and averages (token_weights).
+    Padding is not masked here: the caller masks and averages (token_weights).
     """
     loss = clipped_surrogate(logp, old_logp, advantages[:, None], clip, clip_high)
-    return loss + beta * k3(logp, ref_logp) if beta else loss
+    return loss + beta * k3(logp, ref_logp) if beta else loss                   # paper eq. (6), negated
 
 
 def was_clipped(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float = 0.2,
                 clip_high: float | None = None) -> Tensor:
-    """Whether the clip took a token's gradient away: its ratio left the bounds the way its advantage wants.  [N, R]"""
+    """True where the clip makes a token's gradient 0: its ratio is past the bound on the side its advantage asks for.
+
+    [N, R] twice, [N] -> [N, R] bool
+    """
     ratio, A = ratio_of(logp, old_logp), advantages[:, None]
-    return (A > 0) & (ratio > 1 + (clip if clip_high is None else clip_high)) | (A < 0) & (ratio < 1 - clip)
+    upper = 1 + (clip if clip_high is None else clip_high)
+    return (A > 0) & (ratio > upper) | (A < 0) & (ratio < 1 - clip)
 
 
 def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: int | None = None,
                   counted: list[bool] | None = None) -> list[float]:
-    """What a token of each answer counts in the loss of an optimizer step.
+    """For each answer, the weight of each of its tokens in the loss of an optimizer step.
 
     norm     "sequence"  1 / (answers x its answer's length): paper eq. (6)
              "token"     1 / all tokens: long answers count more (DAPO)
              "constant"  1 / (answers x max_new_tokens): no bias for or against length (Dr. GRPO)
-    counted  False leaves an answer out, in the divisor too: a truncated one, a group without signal
+    counted  False leaves an answer out, of the divisor too: a truncated one, or one of a group with equal rewards
+    Raises ValueError for another norm.
     """
     if norm not in NORMS:
         raise ValueError(f"norm = {norm!r}; it is one of {', '.join(NORMS)}")
@@ -92,10 +101,10 @@ def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: in
 
 
 def sequence_old(logp: Tensor, old_logp: Tensor) -> Tensor:
-    """Old log-probabilities of one answer [n] with which every token's ratio is the sequence's.  GSPO-token.
+    """Old log-probabilities of one answer [n] that give every token the ratio of its whole sequence.  GSPO-token.
 
-    s = exp(mean_t (log π - log π_old)) in value, and s ∇ log π_t in gradient: with norm "sequence" the mean over tokens
-    is s (mean_t ∇ log π_t), GSPO's gradient.  logp is today's, detached.
+    That ratio has the value s = exp(mean_t (log π - log π_old)) and the gradient s ∇ log π_t. With norm "sequence" the
+    mean over tokens is s (mean_t ∇ log π_t), GSPO's gradient.  logp [n]  under the current policy, detached
     """
     return logp - (logp - old_logp).mean()
 
@@ -103,13 +112,13 @@ def sequence_old(logp: Tensor, old_logp: Tensor) -> Tensor:
 @torch.no_grad()
 def token_log_probs(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, temperature: float = 1.0,
                     vocab: int | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Log-probability of every response token, at a temperature: [n] for each row, in order.  Chunked: head_loss's."""
+    """Log-probability of every response token, at a temperature: [n] for each row, in order.  Never holds full logits."""
     found, device = {}, model.head.device
     for at in by_length(rows, batch_size):
         ids, mask = collate([rows[i] for i in at], pad_id, device)              # [B, T]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             states, targets = scored_positions(model.hidden(ids), ids, mask)    # [N, D], [N]
-            ce = head_loss(states / temperature, model.head, targets, vocab=vocab)[1]       # logits / T, by linearity
+            ce = head_loss(states / temperature, model.head, targets, vocab=vocab)[1]       # [N]; scales the logits: linear
         found |= dict(zip(at, (-ce).split([len(rows[i].response) for i in at])))
     return [found[i] for i in range(len(rows))]
 
@@ -117,9 +126,9 @@ def token_log_probs(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: 
 def sample_groups(model: Qwen2, rows: list[Encoded], group_size: int, max_new_tokens: int, tokenizer,
                   temperature: float = 1.0, seed: int | None = None) -> tuple[list[Encoded], list[Tensor]]:
     """G answers to each row's prompt, next to each other, and the log-probabilities they were drawn with, [n] each."""
-    answers, chances = generate_with_log_probs(
+    answers, logps = generate_with_log_probs(
         model, [row.prompt for row in rows], max_new_tokens, temperature, eos_ids=tokenizer.eos_ids, seed=seed,
         samples=group_size, vocab=len(tokenizer))
     asked = [row for row in rows for _ in range(group_size)]
     return ([Encoded(row.prompt, ids, ids[-1] not in tokenizer.eos_ids, row.index) for row, ids in zip(asked, answers)],
-            [torch.tensor(chance, device=model.head.device) for chance in chances])
+            [torch.tensor(logp, device=model.head.device) for logp in logps])

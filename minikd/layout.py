@@ -1,7 +1,7 @@
-"""How a model's weights lie while it decodes: layers that share an input joined, packed for a CPU, the head in int8.
+"""The memory layout of weights for decoding: layers that share an input joined, packed for a CPU, the head in int8.
 
-A step of decoding reads every weight once and does little else, so that its time is the bytes it reads, how well they
-lie, and the number of calls.
+A decoding step reads every weight once and computes little, so its time depends on the bytes it reads, on their layout,
+and on the number of calls.
 """
 import warnings
 from contextlib import contextmanager
@@ -15,25 +15,26 @@ from minikd.losses import apply_head
 from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear
 
-WORTH = 16                              # fewest steps for which packing pays: it costs about as much as five of them
-# Fewer rows than this read the head in int8: 2.3 x as fast at 1 row, 1.3 to 1.6 x at 4, 1.1 x at 8 (benchmarks/w4_linear.py).
+WORTH = 16                              # fewest steps for which packing is worth it: it takes as long as about five steps
+# Fewer rows than this use the int8 head: 2.3 x as fast at 1 row, 1.3 to 1.6 x at 4, 1.1 x at 8 (benchmarks/w4_linear.py).
 INT8_ROWS = 8
 
 
 @contextmanager
 def laid_out(model: Qwen2, rows: int, steps: int):
-    """Within the block, q/k/v are one product, gate/up another, and on a CPU each weight has a second copy as oneDNN
-    multiplies few rows by fastest.
+    """Inside the `with` block, q/k/v are one product and gate/up another, and on a CPU each weight has a second copy, in
+    the layout from which oneDNN multiplies few rows fastest.
 
-    The plain layout reaches 60% of a CPU's memory speed in bfloat16, and in float32, from a few rows on, a third. On a
-    GPU and at 4 bits nothing is held twice. A 4-bit model, whose weights no training moves, stays laid out.
+    rows, steps  of the decoding to come; for few steps nothing is changed
+    The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16, and in float32, from a few rows on, a third. On a
+    GPU and at 4 bits there is no second copy. A 4-bit model keeps the layout afterwards, as its weights never change.
     """
     weight = model.head
     if model.packed_head is not None and model.packed_head.dtype != weight.dtype:
-        model.packed_head = None                        # a 4-bit model's, which was cast in part
+        model.packed_head = None                        # kept by a 4-bit model, then cast
     pack = weight.device.type == "cpu" and torch.backends.mkldnn.enabled and (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        or weight.dtype == torch.float32 and rows >= 4 and weight.numel() > 1 << 20)        # a toy's lies in cache
+        or weight.dtype == torch.float32 and rows >= 4 and weight.numel() > 1 << 20)        # a toy's fits in cache
     if steps < WORTH or not (pack or weight.is_cuda or model.quantization):
         yield
         return
@@ -62,20 +63,20 @@ def pack_joined(parts: list[Linear], rows: int):
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@torch.inference_mode(False)                            # the parts go on to be trained
+@torch.inference_mode(False)                            # the parts may be trained later
 @torch.no_grad()
 def join(parts: list[nn.Module]):
     """x -> the outputs of several layers side by side, by one product for all of them.
 
-    The parts' tensors become views of the joined ones, so that no weight is held twice. None where the inputs of 4-bit
-    parts are grouped differently, as other tools' act-order may leave them.
+    The parts' tensors become views of the joined ones, so that no weight is held twice. Returns None if 4-bit parts group
+    their inputs differently, as act-order in other tools may.
     """
     first = parts[0]
     if isinstance(first, W4Linear):
         if not all(torch.equal(part.g_idx, first.g_idx) for part in parts):
             return None
         with torch.device(first.qweight.device):
-            joined = W4Linear(first.inputs, 8, first.size, first.bias is not None, first.version)   # small: filled below
+            joined = W4Linear(first.inputs, 8, first.size, first.bias is not None, first.version)   # 8: replaced below
         joined.outputs, joined.g_idx = sum(part.outputs for part in parts), first.g_idx
         dims = {"qweight": 1, "qzeros": 1, "scales": 1, "bias": 0}
     else:
@@ -89,14 +90,14 @@ def join(parts: list[nn.Module]):
                 tensor.data = view
             getattr(joined, name).data = whole
     for part in parts:
-        part.prepared = None                            # a 4-bit part's own; what it was made for is joined now
-    return joined.forward                               # not the module: it would be listed among its parts
+        part.prepared = None                            # a 4-bit part's prepared copy: no longer needed
+    return joined.forward                               # as a module it would appear in the model's state_dict
 
 
 # ---- the head
 
 def head_logits(model: Qwen2, states: Tensor) -> Tensor:
-    """states [B, D] -> logits [B, V], through the int8 or the packed head while there is one."""
+    """states [B, D] -> logits [B, V], by the int8 or the packed head if there is one."""
     if model.int8_head is not None and len(states) < INT8_ROWS:
         return model.int8_head(states)
     if model.packed_head is not None:
@@ -105,10 +106,10 @@ def head_logits(model: Qwen2, states: Tensor) -> Tensor:
 
 
 def use_int8_head(model: Qwen2):
-    """From here on, until the model moves to another dtype or device, generate reads the head at 8 bits where that is
-    faster: a few rows on a CPU. For a model that is not trained any more: the codes do not follow the head. The folder, and
-    whatever else the model computes, stay as they are.  Raises InputError off a CPU, and where torch has no such
-    product: on CPUs other than x86, and everywhere once it has left torch for torchao."""
+    """Makes generate use the head at 8 bits where that is faster, for a few rows on a CPU, until the model moves to another
+    dtype or device. Only for a model that is not trained further: the codes do not follow the head. Nothing else that the
+    model computes or saves changes.  Raises InputError if the model is not on a CPU, or torch has no int8 product: on CPUs
+    other than x86, and everywhere once it has moved to torchao."""
     if model.head.device.type != "cpu":
         raise InputError(f"an int8 head on {model.head.device}: it is for CPUs; leave out --int8-head")
     if not hasattr(torch, "_make_per_channel_quantized_tensor") or torch.backends.quantized.engine not in ("x86", "fbgemm"):
@@ -117,26 +118,27 @@ def use_int8_head(model: Qwen2):
 
 
 def pack_int8(weight: Tensor):
-    """[V, D] -> the same as  scale_v x int8,  scale_v = max_d |w_vd| / 127,  packed for torch's int8 product."""
+    """[V, D] -> scale_v x int8 codes, scale_v = max_d |w_vd| / 127, packed for torch's int8 product."""
     codes = torch.empty(weight.shape, dtype=torch.int8)
     scales = weight.abs().amax(1).double().clamp(min=1e-12) / 127                           # [V]
-    for at in range(0, len(weight), 8192):                      # in float32 all at once would be four heads
+    for at in range(0, len(weight), 8192):                      # in parts: a whole head in float32 is large
         codes[at:at + 8192] = (weight[at:at + 8192].float() / scales[at:at + 8192, None].float()).round()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                         # it will leave torch: use_int8_head says so
+        warnings.simplefilter("ignore")                         # it will leave torch: see use_int8_head
         grid = torch._make_per_channel_quantized_tensor(codes, scales, torch.zeros(len(weight), dtype=torch.long), 0)
     return torch.ops.quantized.linear_prepack(grid, None)
 
 
 def multiply_int8(packed, x: Tensor) -> Tensor:
-    """[B, D] -> [B, V].  torch's operator rounds inputs to 8 bits, too coarse where some are 50 times the others. So the
-    rounding error goes along as further rows and is added back, while the weights are read once. Of the 8 bits 7 are used,
-    14 with the rest: a CPU without VNNI adds products in pairs at 16 bits, and 2 x 255 x 127 would not fit.
+    """[B, D] -> [B, V].  torch's operator rounds inputs to 8 bits, too coarse if some are 50 times larger than others. So
+    their rounding errors are multiplied too, as B more rows, and added back; the weights are read once. Only 7 of the 8 bits
+    are used, 14 in all: a CPU without VNNI adds products in pairs at 16 bits, and 2 x 255 x 127 would not fit.
     """
     wide = x.float()
     most = wide.abs().amax(1, keepdim=True).clamp(min=1e-12)                                # [B, 1]
     wide = wide / most * 63
     high = wide.round()                                                                     # [B, D] in -63..63
-    rows = torch.cat([high, (wide - high) * 126])               # a rest is at most half a step: 126 of it fill the range
+    rows = torch.cat([high, (wide - high) * 126])               # errors are at most half a step: x 126 fills the range
+    # Scale 1 and zero point 64 for the inputs: -63..63 is stored as 1..127.
     y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, 64, packed)
     return (torch.add(y[:len(x)], y[len(x):], alpha=1 / 126) * (most / 63)).to(x.dtype)     # [B, V]

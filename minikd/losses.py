@@ -1,7 +1,7 @@
 """Token-level divergences between a student q and its teacher p, and the LM head applied chunk by chunk.
 
-Every divergence takes logits and returns one value a token, in nats, computed in float32: with 151,936
-rows a bfloat16 softmax is off by up to two thirds of the KL. They are true divergences: 0 when the two agree.
+Every divergence takes logits and returns one value per token, in nats, computed in float32: with 151,936
+rows a bfloat16 softmax is off by up to two thirds of the KL. They are true divergences: 0 when q equals p.
 
 References
     Knowledge Distillation for Large Language Models, eq. (3) the mixed loss, (4) token-level KL
@@ -16,44 +16,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 2048                                        # head rows a matrix product takes at once on a CPU: fits its cache
-LEAST = -1e30                                       # stands for a logit of -inf; its probability is 0 all the same
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # logits of one model that are alive at once
+BLOCK = 2048                                        # head rows in one matrix product on a CPU: they fit its cache
+LEAST = -1e30                                       # replaces a logit of -inf; its probability is 0 just the same
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # logits of one model that are in memory at once
 
 
 def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log q and log p in float32 at a temperature.  Heads of different height are cut to the shared rows first.
+    """log q and log p in float32 at a temperature.  [..., V], [..., V'] -> two of [..., min(V, V')]
 
-    Qwen2.5 has 151,936 rows up to 3B and 152,064 above; the rows past the tokenizer are never trained. Cut
-    after the softmax, the two would not both sum to 1.
+    Qwen2.5's heads have 151,936 rows up to 3B and 152,064 above; the rows past the tokenizer are never trained. The
+    logits are cut to the shared rows before the softmax: cut after it, the larger would no longer sum to 1.
     """
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
     return log_softmax(student_logits[..., :V], temperature), log_softmax(teacher_logits[..., :V], temperature)
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """In float32.  A token that is ruled out, by a logit of -inf, gets a log-probability that is finite: then 0 log 0 is
-    0, as it is meant, where inf - inf would be NaN, in the gradient too."""
+    """log softmax in float32.  [..., V] -> [..., V].  A logit of -inf, which excludes a token, becomes a large finite one:
+    then 0 log 0 is 0, where inf - inf would be NaN, in the gradient too."""
     logits = logits.float().clamp(min=LEAST)
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # [..., V]
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) = sum_v a_v (log a_v - log b_v), log_softmax's a and b.  [..., V], [..., V] -> [...] nats
+    """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats
 
-    Infinite where a has a token that is ruled out in b.
+    Infinite where a gives probability to a token that b excludes (a logit of -inf).
     """
     total = (log_a.exp() * (log_a - log_b)).sum(-1)
-    return total + torch.where(total > 1e20, torch.inf, 0.0)                    # a share of -LEAST; the gradient stays
+    return total + torch.where(total > 1e20, torch.inf, 0.0)                    # so large by LEAST only; + keeps the gradient
 
 
 def log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b), without leaving log space: probabilities underflow, their logs do not."""
+    """log(share a + (1 - share) b), [..., V] each, computed in log space: probabilities underflow, their logs do not."""
     return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p || q): the student must cover all that the teacher says.  Paper eq. (4).
+    """KL(p || q): the student must give probability to all that the teacher might say.  Paper eq. (4).
 
     [..., V], [..., V] -> [...] nats. No factor of temperature squared: this is the divergence itself.
     """
@@ -74,19 +74,19 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, beta: float =
                    temperature: float = 1.0) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.  GKD eq. (1).
 
-    [..., V], [..., V] -> [...] nats. Raises ValueError outside 0 < beta < 1: at both ends the formula is 0
-    everywhere. (trl puts the two KLs there, which its formula does not tend to.)
+    [..., V], [..., V] -> [...] nats. Raises ValueError unless 0 < beta < 1: at both ends the formula is 0
+    everywhere. (trl returns the two KLs there, which are not the formula's limits.)
     """
     if not 0 < beta < 1:
         raise ValueError(f"beta = {beta}: the generalized JSD needs 0 < beta < 1; use forward_kl or reverse_kl")
     logq, logp = log_probs(student_logits, teacher_logits, temperature)
     logm = log_mix(logp, logq, beta)                                            # m = βp + (1-β)q
-    return beta * kl(logp, logm) + (1 - beta) * kl(logq, logm)
+    return beta * kl(logp, logm) + (1 - beta) * kl(logq, logm)                  # GKD eq. (1)
 
 
 def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.1,
                     temperature: float = 1.0) -> Tensor:
-    """KL(p || alpha p + (1 - alpha) q).  DistiLLM, whose code leaves out -H(p).
+    """KL(p || alpha p + (1 - alpha) q).  DistiLLM, whose code leaves out the constant -H(p).
 
     [..., V], [..., V] -> [...] nats, at most -log(alpha).  Raises ValueError unless 0 < alpha < 1.
     """
@@ -105,7 +105,7 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
 
 
 def entropy(logits: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
-    """H(q).  [..., V] -> [...] nats.  head_loss hands every divergence a teacher; this one does not look at it."""
+    """H(q).  [..., V] -> [...] nats.  teacher_logits is not used: head_loss passes it to every divergence."""
     logq = log_softmax(logits)
     return -(logq.exp() * logq).sum(-1)
 
@@ -115,7 +115,7 @@ DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, skew_forward_kl, 
 
 
 def pick_divergence(name: str, **options):
-    """The divergence called `name` with those of the options (temperature, beta, alpha) that it takes."""
+    """The divergence called `name`, with those options (temperature, beta, alpha) filled in that it has."""
     takes = inspect.signature(DIVERGENCES[name]).parameters
     return functools.partial(DIVERGENCES[name], **{key: value for key, value in options.items() if key in takes})
 
@@ -138,27 +138,27 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     head            [V, D]   the student's LM head
     targets         [N]      the tokens they score
     teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated; None for kd_ratio 0
-    divergence      (student logits [n, V], teacher logits [n, V']) -> [n], one of the functions above; with kd_ratio 0
-                    it is measured only, and it may do without a teacher (entropy)
-    weight          what each token counts, often 1 / scored tokens of the optimizer step; or one a token [N]
-    policy          (log q of the targets [n], at=which of the N tokens they are, a slice) -> [n], in cross-entropy's
-                    place: the objective of a policy gradient (clipped_surrogate)
-    vocab           only the head's first rows, where sampling knew no others
-    returns         the loss (differentiable once), and CE [N] and D [N] a token, for logs
+    divergence      (student logits [n, V], teacher logits [n, V']) -> [n], one of the functions above. With kd_ratio 0
+                    it is only measured, and the teacher may be absent (entropy)
+    weight          of each token, often 1 / scored tokens of the optimizer step: a number, or one per token [N]
+    policy          (log q of the targets [n], at=slice of the N tokens) -> [n], a loss that takes the place of CE: the
+                    objective of a policy gradient (clipped_surrogate)
+    vocab           use only the head's first `vocab` rows, as sampling did
+    returns         the loss (differentiable once), and for logs CE [N] and D [N] of each token
 
-    Full logits are never held. For each chunk of tokens the logits are made, the loss and its gradient
-    taken, and the gradient multiplied on into hidden and head at once, while the logits are in the cache:
-    that is why `weight` has to be known here, and it saves the second head product that recomputing in the
-    backward pass would cost. Under autocast the head multiplies in autocast's dtype.
+    Full logits are never held. For each chunk of tokens this computes the logits, the loss and its gradient, and
+    multiplies the gradient into those of hidden and head at once, while the logits are in the cache. That is why
+    `weight` must be known here; recomputing the logits in the backward pass would cost a second head product.
+    Under autocast the head multiplies in autocast's dtype.
 
     Raises ValueError for a kd_ratio without divergence or teacher.
     """
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
-    divergence = divergence or (lambda logits, soft: torch.zeros(len(logits), device=logits.device))
-    shared = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))      # V, also what CE sees
+    divergence = divergence or (lambda logits, _: torch.zeros(len(logits), device=logits.device))
+    shared = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))      # V from here on, CE too
     if not isinstance(weight, Tensor):
-        weight = torch.full((), weight, device=hidden.device)                   # as_tensor would wait for the GPU
+        weight = torch.full((), weight, device=hidden.device)                   # as_tensor would synchronise with the GPU
     weight = weight.to(hidden.device, torch.float32).expand(len(hidden))
     chunk_bytes = chunk_bytes or CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
     return _HeadLoss.apply(hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy,
@@ -166,6 +166,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
 
 
 class _HeadLoss(torch.autograd.Function):
+    """forward computes the loss and its gradients too; backward only multiplies them by grad_loss."""
+
     @staticmethod
     def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy, V,
                 chunk_bytes, grad_enabled):
@@ -175,15 +177,17 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
         grad_head = torch.zeros_like(head) if need_head else None               # [V, D]
         ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))
-        chunk = max(1, min(N, chunk_bytes // (V * dtype.itemsize)))             # tokens whose logits are alive
-        piece = max(1, chunk // 16)                                             # of those, rows in one softmax
+        chunk = max(1, min(N, chunk_bytes // (V * dtype.itemsize)))             # tokens whose logits are in memory
+        piece = max(1, chunk // 16)                                             # of those, tokens of one float32 softmax
         with torch.autocast(device, enabled=False):
             states = hidden.to(dtype)
-            logits = states.new_empty(chunk, V)                                 # student's, then their gradient
-            soft = None if teacher_hidden is None else teacher_hidden.new_empty(chunk, V, dtype=teacher_head.dtype)
+            logits = states.new_empty(chunk, V)                                 # student's, later overwritten by gradient
+            soft = None                                                         # the teacher's logits [chunk, V]
+            if teacher_hidden is not None:
+                soft = teacher_hidden.new_empty(chunk, V, dtype=teacher_head.dtype)
             for start in range(0, N, chunk):
                 at = slice(start, min(start + chunk, N))
-                apply_head(states[at], head[:V], out=logits)                       # [n, D] -> [n, V]
+                apply_head(states[at], head[:V], out=logits)                    # [n, D] -> [n, V]
                 if soft is not None:
                     apply_head(teacher_hidden[at].to(soft.dtype), teacher_head[:V], out=soft)
                 for row in range(start, at.stop, piece):
@@ -207,17 +211,17 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         if ctx.grads is None:
             raise RuntimeError("head_loss can be differentiated once; call it again for a second backward")
-        grads, ctx.grads = ctx.grads, None                                      # given away, not copied
-        return *(g if g is None else g.mul_(grad_loss) for g in grads), *[None] * 10
+        grads, ctx.grads = ctx.grads, None                                      # scaled in place, so good for one use
+        return *(g if g is None else g.mul_(grad_loss) for g in grads), *[None] * 10    # None: the other 10 inputs
 
 
 def _token_losses(logits, targets, soft, divergence, kd_ratio, weight, policy, need_grad):
     """CE [n], divergence [n], their weighted sum [n], and its gradient [n, V] with respect to the logits [n, V]."""
     with torch.set_grad_enabled(need_grad):
         logits = logits.detach().float().requires_grad_(need_grad)
-        with torch.set_grad_enabled(need_grad and kd_ratio < 1):                # at ratio 1 it is only logged
+        with torch.set_grad_enabled(need_grad and kd_ratio < 1):                # at ratio 1 CE is only logged
             ce = F.cross_entropy(logits, targets, reduction="none")
-            cost = policy(-ce) if policy else ce
+            cost = policy(-ce) if policy else ce                                # -CE is log q of the target
         with torch.set_grad_enabled(need_grad and kd_ratio > 0):
             kd = divergence(logits, soft)
         total = weight * ((1 - kd_ratio) * cost + kd_ratio * kd)                # paper eq. (3)
@@ -226,7 +230,7 @@ def _token_losses(logits, targets, soft, divergence, kd_ratio, weight, policy, n
 
 
 def ratio_of(logq: Tensor, old_logq: Tensor) -> Tensor:
-    """ρ = q / q_old, up to e^60: beyond, float32 overflows, and infinity times an advantage of 0 would be NaN."""
+    """ρ = q / q_old, at most e^60: float32 overflows beyond e^88, and infinity times an advantage of 0 is NaN."""
     return (logq - old_logq).clamp(max=60).exp()
 
 
@@ -234,37 +238,37 @@ def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: f
                       clip_high: float | None = None) -> Tensor:
     """-min(ρ A, clip(ρ, 1 - clip, 1 + clip) A), ρ = q / q_old of the sampled token.  PPO (arXiv:1707.06347) eq. (7).
 
-    [N] each -> [N], to be minimised. Its gradient is -A ∇ log q where q is still q_old, and 0 where an update has
-    moved ρ past the clip already in the direction that A wants.
+    [N] each -> [N], to be minimised. Its gradient is -A ∇ log q while q = q_old, and 0 once updates have moved ρ
+    past the clip in the direction that A asks for.
 
-    clip_high  the bound above 1, where it differs from the one below (DAPO's clip-higher: 0.28)
+    clip_high  the clip above 1, if it differs from the one below (DAPO's clip-higher: 0.28)
     """
     ratio = ratio_of(logq, old_logq)                                            # ρ
     bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
-    return -torch.minimum(ratio * advantage, bounded * advantage)
+    return -torch.minimum(ratio * advantage, bounded * advantage)               # PPO eq. (7), negated
 
 
 @torch.inference_mode()
 def compare_heads(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
                   divergence=reverse_kl) -> dict[str, Tensor]:
     """Metrics of each token [N], the inputs as in head_loss: ce, kd (the given divergence), forward_kl, reverse_kl in
-    nats, and agreement, 1 where the likeliest token of both is the same."""
-    def metrics(logits, soft):
-        logq, logp = log_probs(logits, soft, temperature=1.0)
-        values.append(torch.stack([divergence(logits, soft), kl(logp, logq), kl(logq, logp),
+    nats, and agreement, 1 where both models' likeliest token is the same."""
+    def metrics(logits, teacher_logits):                # in the place of a divergence: sees all logits, piece by piece
+        logq, logp = log_probs(logits, teacher_logits, temperature=1.0)
+        values.append(torch.stack([divergence(logits, teacher_logits), kl(logp, logq), kl(logq, logp),
                                    (logq.argmax(-1) == logp.argmax(-1)).float()]))          # [4, n]
         return values[-1][0]
 
     values = []
-    _, ce, _ = head_loss(hidden, head, targets, teacher_hidden, teacher_head, metrics, kd_ratio=0.5)
+    _, ce, _ = head_loss(hidden, head, targets, teacher_hidden, teacher_head, metrics)
     names = "kd", "forward_kl", "reverse_kl", "agreement"
     return {"ce": ce} | dict(zip(names, torch.cat(values, dim=1), strict=True))
 
 
 def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
-    """states [n, D], head [V, D] -> logits [n, V] in states' dtype, in the first rows of `out` where one is given.
+    """states [n, D], head [V, D] -> logits [n, V] in states' dtype, written to the first rows of `out` if given.
 
-    The head goes first and a block of it at a time: on a CPU 2 x the speed of states @ head.T for n = 64. A head in
+    On a CPU it is (head_block @ states.T).T, block after block: 2 x as fast as states @ head.T for n = 64. A head in
     another dtype is cast block by block, so that no second copy of it is held.
     """
     if out is None:
@@ -292,7 +296,7 @@ def _backward_head(grads: Tensor, states: Tensor, head: Tensor, grad_hidden: Ten
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor):
-    """total += a @ b, without a second matrix of total's size where the dtypes allow."""
+    """total += a @ b, without a second matrix of total's size if the dtypes allow it."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:

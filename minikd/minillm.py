@@ -1,24 +1,25 @@
-"""MiniLLM: the student's own sequences, drawn nearer to its teacher by policy gradient on KL(q || p).
+"""MiniLLM: the student learns from its own answers, by policy gradient on the reverse KL to its teacher.
 
 The objective is L = KL(q || p) over whole answers y = y_1 .. y_T, q the student and p the teacher; eq. (2), (3):
 
     ∇L = E_q Σ_t [ ∇ KL(q_t || p_t)  -  R_{t+1} ∇ log q(y_t) ],  R_{t+1} = Σ_{i>t} r_i,  r_i = log p(y_i) - log q(y_i)
 
-The first part is the step itself, exact over the whole vocabulary; the second is what y_t does to the steps after it.
-collect() samples answers and freezes what that gradient needs; the loss of an update is head_loss with the reverse KL
-and clipped_surrogate, each once: see train_kd.py.
+The first term is the divergence of step t, exact over the whole vocabulary; the second is the effect of y_t on the
+steps after it. collect() samples answers and keeps the constants of that gradient; the loss of an update is reverse KL
+plus clipped_surrogate, both by head_loss: see add_gradients in train_kd.py.
 
 References
     MiniLLM                             arXiv:2306.08543, eq. (1) to (7)
 
-Where the authors' code (LMOps/minillm, losses.py, sampler.py) departs from their paper and this file does not: theirs, ours
-    R_t holds r_t, though the exact step covers it already      R_{t+1}, as in the paper; `current=True` has theirs
+Where the authors' code (LMOps/minillm, losses.py, sampler.py) departs from their paper, and this file does not:
+    theirs                                                          here
+    R_t, which includes r_t, already in the exact first term        R_{t+1}, as in the paper; `current=True` gives R_t
     γ = 0.95, and the discounted sum divided by the plain length    no γ, as in the paper
-    whitening counts padding                                    valid tokens alone
-    w_t is clipped together with the ratio                      w_t multiplies the clipped objective
-    mixed probabilities, then their logarithm                   in log space
-What its code does and the paper does not say, done here too: advantages are whitened, rewards clipped, and the exact
-step has no weight w_t: the mean of w_t over y_t is 1, so that the weight would only add noise.
+    whitening includes padding                                      only valid tokens
+    w_t is clipped together with the ratio                          w_t multiplies the clipped objective
+    mixes probabilities, then takes the logarithm                   mixes in log space
+What their code does without the paper saying so, and this file too: advantages are whitened, rewards clipped, and the
+exact first term has no weight w_t: its mean over y_t is 1, so that it would only add noise.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,15 +35,15 @@ from minikd.model import Qwen2, cast_copy
 
 @dataclass(frozen=True)
 class Rollout(Encoded):
-    """A sampled answer of n tokens, with what was frozen when it was sampled."""
-    old_logq: Tensor                    # [n] log q of its tokens then
-    advantage: Tensor                   # [n] whitened, length-normalised R_{t+1}, times the importance weight
+    """A sampled answer of n tokens, with the constants of its gradient (FROZEN)."""
+    old_logq: Tensor                    # [n] log q of its tokens when they were sampled
+    advantage: Tensor                   # [n] whitened, length-normalised R_{t+1}, times the importance weight w_t
     teacher: Tensor                     # [n, D'] the teacher's states that score its tokens
 
 
 def rewards_to_go(logq: Tensor, logp: Tensor, mask: Tensor, length_norm: bool = True, current: bool = False,
                   reward_clip: float = 50.0) -> Tensor:
-    """R_{t+1}: what follows each token.  [B, R] three times -> [B, R], 0 outside the mask.
+    """R_{t+1}: the sum of the rewards after each token.  [B, R] three times -> [B, R], 0 outside the mask.
 
     logq, logp   log-probabilities of the sampled tokens; finite where the mask is True
     length_norm  the mean over the tokens after t instead of their sum, eq. (6): long answers gain nothing by length
@@ -50,25 +51,31 @@ def rewards_to_go(logq: Tensor, logp: Tensor, mask: Tensor, length_norm: bool = 
     reward_clip  largest |log p - log q|, in nats: the published code's 100 / 2
     """
     reward = torch.where(mask, logp - logq, 0.0).clamp(-reward_clip, reward_clip)          # r_t
-    held = mask.to(reward.dtype)
-    after, count = (x.flip(1).cumsum(1).flip(1) - (0 if current else x) for x in (reward, held))   # over i > t
-    return torch.where(mask, after / count.clamp(min=1) if length_norm else after, 0.0)
+    valid = mask.to(reward.dtype)
+    to_go, count = (x.flip(1).cumsum(1).flip(1) for x in (reward, valid))       # Σ_{i>=t}: a cumsum from the right
+    if not current:
+        to_go, count = to_go - reward, count - valid                            # Σ_{i>t}
+    if length_norm:
+        to_go = to_go / count.clamp(min=1)                                      # eq. (6)
+    return torch.where(mask, to_go, 0.0)
 
 
 def importance_weights(logq: Tensor, logp: Tensor, mask: Tensor, mix: float, product: bool = False) -> Tensor:
     """w_t = q(y_t) / ((1 - mix) q(y_t) + mix p(y_t)) of tokens that were sampled from the mixture.  [B, R] -> [B, R]
 
-    A weight of one token, as in eq. (7): at most 1 / (1 - mix), and biased, as the tokens before t came from the
-    mixture too. `product` multiplies the weights of the whole answer, for every token of it: exact, and wild.
+    One weight per token, as in eq. (7): at most 1 / (1 - mix), and biased, as the tokens before t came from the mixture
+    too. `product` gives every token the product of the whole answer's weights, eq. (5): exact, but of high variance.
     """
     if not mix:
         return torch.ones_like(logq)
-    logw = torch.where(mask, logq - log_mix(logp, logq, mix), 0.0)
-    return (logw.sum(1, keepdim=True).expand_as(logw) if product else logw).exp()
+    logw = torch.where(mask, logq - log_mix(logp, logq, mix), 0.0)             # eq. (7)
+    if product:
+        logw = logw.sum(1, keepdim=True).expand_as(logw)                        # eq. (5)
+    return logw.exp()
 
 
 def whiten(values: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1.  [N] -> [N], of valid tokens only."""
+    """The values of the valid tokens, shifted and scaled to mean 0 and standard deviation 1.  [N] -> [N]"""
     return (values - values.mean()) * torch.rsqrt(values.var(correction=0) + 1e-8)
 
 
@@ -76,33 +83,36 @@ def whiten(values: Tensor) -> Tensor:
 def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eos_ids, batch_size: int,
             max_new_tokens: int, mix: float = 0.2, seed: int = 0, dtype: torch.dtype = torch.float32,
             **options) -> list[Rollout]:
-    """The student's own answers to the rows' prompts, from the teacher-mixed distribution, with all that is frozen.
+    """Answers to the rows' prompts, sampled from the mixture of student and teacher, with the constants of the gradient.
 
-    dtype    of the products, as in training: autocast's. A copy of the student in it samples; log q, which the
-             ratio of an update divides by, is the student's own as training computes it
+    dtype    of the matrix products, as in training (autocast). A copy of the student in this dtype samples; old_logq, the
+             ratio's denominator, is computed by the student itself, as in training
     options  of rewards_to_go
     """
     own = respond(cast_copy(student, dtype), rows, batch_size, max_new_tokens, eos_ids, seed=seed, teacher=teacher,
-                  mix=mix, vocab=min(len(student.head), len(teacher.head)))     # what both have a row for
-    frozen, device = {}, student.head.device
+                  mix=mix, vocab=min(len(student.head), len(teacher.head)))     # ids that both heads have
+    parts, device = {}, student.head.device                     # row -> its old_logq, R, w_t [n] and teacher [n, D']
     for at in by_length(own, batch_size):
         ids, mask = collate([own[i] for i in at], pad_id, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             states, targets = scored_positions(student.hidden(ids), ids, mask)              # [N, D], [N]
-            soft, _ = scored_positions(teacher.hidden(ids), ids, mask)                      # [N, D']
-            logq = -head_loss(states, student.head, targets, teacher_head=teacher.head)[1]  # [N], over the shared rows
-            logp = -head_loss(soft, teacher.head, targets, teacher_head=student.head)[1]
+            teacher_states, _ = scored_positions(teacher.hidden(ids), ids, mask)            # [N, D']
+            logq = -head_loss(states, student.head, targets, teacher_head=teacher.head)[1]  # [N] = -CE, over the shared rows
+            logp = -head_loss(teacher_states, teacher.head, targets, teacher_head=student.head)[1]
         valid = mask[:, 1:]                                                                 # [B, T-1], N of them True
-        logq, logp = (torch.zeros(valid.shape, device=device).masked_scatter(valid, x) for x in (logq, logp))
+        logq, logp = (torch.zeros(valid.shape, device=device).masked_scatter(valid, x) for x in (logq, logp))   # [B, T-1]
         to_go = rewards_to_go(logq, logp, valid, **options)
         weight = importance_weights(logq, logp, valid, mix)
         lengths = valid.sum(1).tolist()
-        parts = (x[valid].split(lengths) for x in (logq, to_go, weight))
-        frozen |= dict(zip(at, zip(*parts, soft.split(lengths))))
-    white = whiten(torch.cat([to_go for _, to_go, *_ in frozen.values()]))
-    white = dict(zip(frozen, white.split([len(own[i].response) for i in frozen])))
-    return [Rollout(**vars(row), old_logq=frozen[i][0], advantage=white[i] * frozen[i][2],
-                    teacher=frozen[i][3]) for i, row in enumerate(own)]
+        columns = (x[valid].split(lengths) for x in (logq, to_go, weight))                  # [N], cut into [n] of each row
+        parts |= dict(zip(at, zip(*columns, teacher_states.split(lengths))))
+    white = whiten(torch.cat([to_go for _, to_go, *_ in parts.values()]))                   # over all answers together
+    white = dict(zip(parts, white.split([len(own[i].response) for i in parts])))
+    rollouts = []
+    for i, row in enumerate(own):
+        old_logq, _, weight, teacher_states = parts[i]
+        rollouts.append(Rollout(**vars(row), old_logq=old_logq, advantage=white[i] * weight, teacher=teacher_states))
+    return rollouts
 
 
 def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps: int, batch_size: int,
@@ -110,17 +120,19 @@ def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps
                   collecting: dict) -> Iterator[tuple[int, list[list[Rollout]]]]:
     """(step, its micro-batches) for steps start .. steps-1, as data.optimizer_steps gives them for records.
 
-    Whenever those at hand have been used `inner_epochs` times, the student as it is then answers the next `rollouts`
+    When the current rollouts have been used `inner_epochs` times, the student as it is then answers the next `rollouts`
     prompts of the rows.
-    sampled     holds the rollouts at hand, for a checkpoint to keep; to start within an inner epoch it must hold them
-    collecting  what collect takes, beside rows and seed
+    sampled     the current rollouts, changed in place so that the caller can save them; a run that is resumed between two
+                samplings must pass them in
+    collecting  the arguments of collect, except rows and seed
     """
-    length = inner_epochs * steps_per_epoch(rollouts, batch_size, grad_accum)   # steps from one sampling to the next
+    length = inner_epochs * steps_per_epoch(rollouts, batch_size, grad_accum)   # steps between two samplings: a phase
     step = start
     while step < steps:
         phase, at = divmod(step, length)
         if at == 0:
-            sampled[:] = collect(rows=next_rows(rows, phase, rollouts, seed), seed=seed + 7919 * phase, **collecting)
+            sampled[:] = collect(rows=next_rows(rows, phase, rollouts, seed),
+                                 seed=seed + 7919 * phase, **collecting)        # a prime: new seeds each phase
         for inner, batches in optimizer_steps(sampled, at, min(length, steps - phase * length), batch_size, grad_accum,
                                               seed + 7919 * phase):
             yield phase * length + inner, batches
@@ -141,7 +153,7 @@ def pack_rollouts(rollouts: list[Rollout]) -> dict[str, Tensor]:
 
 
 def unpack_rollouts(tensors: dict[str, Tensor]) -> list[Rollout]:
-    """pack_rollouts' inverse, bit for bit; no tensors are no rollouts."""
+    """pack_rollouts' inverse, bit for bit; without tensors, no rollouts."""
     if not tensors:
         return []
     numbers = tensors["numbers"].tolist()

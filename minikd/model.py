@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minikd.files import InputError
 
-# cuDNN's attention, torch's first choice on a Hopper GPU, plans anew for every length it meets; batches here have many.
+# cuDNN's attention, torch's first choice on a Hopper GPU, makes a new plan for every length; batches here have many.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -52,8 +52,8 @@ class Qwen2Config:
         Raises InputError, naming the field, for what this decoder does not compute: another model_type,
         sliding-window attention, RoPE scaling, another activation, or sizes that do not fit together.
         """
-        def refuse(field, value, mend):
-            raise InputError(f"{where}: {field} = {value!r} is not implemented; {mend}")
+        def refuse(field, value, advice):
+            raise InputError(f"{where}: {field} = {value!r} is not implemented; {advice}")
 
         if raw.get("model_type") != "qwen2":
             refuse("model_type", raw.get("model_type"), "minikd reads 'qwen2': Qwen1.5, Qwen2 and Qwen2.5 dense models")
@@ -104,12 +104,12 @@ class Slots(NamedTuple):
     """One layer's part of a cache."""
     keys: Tensor                                                                # [B, K, S, E]
     values: Tensor                                                              # [B, K, S, E]
-    at: int | Tensor                                                            # slots filled so far; [1] on the device
+    at: int | Tensor                                                            # slots filled so far; StaticCache: [1]
     mask: Tensor | None                                                         # [B, 1, 1, S] what a new token sees
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k, v [B, K, T, E]; returns all that attention reads [B, K, S, E]."""
-        if isinstance(self.at, Tensor):                                         # StaticCache: always the whole of it
+        if isinstance(self.at, Tensor):                                         # StaticCache: attention reads all slots
             return self.keys.index_copy_(2, self.at, k), self.values.index_copy_(2, self.at, v)
         end = self.at + k.shape[2]
         self.keys[:, :, self.at:end] = k
@@ -136,37 +136,37 @@ class KVCache:
         self.gapless = bool((lengths == prompt).all())                          # then decoding needs no mask at all
 
     def layer(self, i: int) -> Slots:
-        """For the next token of layer i; `advance` follows once it went through all of them."""
+        """Layer i's slots, for the tokens about to be read; call `advance` after the last layer."""
         mask = None if self.gapless else self.valid[:, None, None, :self.used + 1]
         return Slots(self.keys[i], self.values[i], self.used, mask)
 
     def advance(self, T: int):
-        """After T tokens a row went through all layers."""
-        if self.used:
+        """After all layers have read T more tokens per row."""
+        if self.used:                                                           # `lengths` counts the prompts already
             self.lengths = self.lengths + 1
         self.used += T
 
     def keep(self, rows: Tensor):
-        """Drops the rows that are finished; rows [B'] are the indices that stay."""
+        """Keeps the rows with indices rows [B'], in that order; an index may repeat."""
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
         self.lengths, self.valid = self.lengths[rows], self.valid[rows]
 
 
 class StaticCache(KVCache):
-    """The cache of a step that a CUDA graph replays: what changes from step to step lies on the device, at fixed places.
+    """The cache of a step that a CUDA graph replays: all that changes between steps is a device tensor at a fixed address.
 
-    Each step reads every slot, and `hidden` keeps out those not yet written.
+    Each step reads every slot, and `hidden` masks those not yet written.
     """
 
     def __init__(self, cache: KVCache):
-        """Takes over the tensors of a cache whose prompts are read."""
+        """Takes over the tensors of a cache that has read its prompts."""
         self.keys, self.values, self.used = cache.keys, cache.values, cache.used
         for slots in self.keys + self.values:
-            slots[:, :, cache.used:] = 0                                        # hidden slots count 0 times their value
+            slots[:, :, cache.used:] = 0                                        # a masked slot counts 0 x its value: not NaN
         self.valid, self.lengths = cache.valid, cache.lengths.clone()           # changed in place from here on
         self.slot = torch.full((1,), cache.used, device=cache.valid.device)     # [1] where the next token goes
-        written = torch.arange(self.valid.shape[1], device=self.valid.device) <= self.slot      # with the next one
-        # -inf is added where a row may not look, [B, S]; made once, not out of a bool mask in every layer.
+        written = torch.arange(self.valid.shape[1], device=self.valid.device) <= self.slot      # and the next one
+        # [B, S] added to the scores: -inf where a row may not look. Built once, not from a bool mask in every layer.
         self.hidden = torch.zeros_like(self.valid, dtype=self.keys[0].dtype)
         self.hidden.masked_fill_(~(self.valid & written), -torch.inf)
 
@@ -176,7 +176,7 @@ class StaticCache(KVCache):
     def advance(self, T: int):
         self.lengths += 1
         self.slot += 1
-        self.hidden.index_fill_(1, self.slot.clamp(max=self.hidden.shape[1] - 1), 0)    # the last step has no next
+        self.hidden.index_fill_(1, self.slot.clamp(max=self.hidden.shape[1] - 1), 0)    # no slot after the last
 
     def keep(self, rows: Tensor):
         super().keep(rows)
@@ -194,46 +194,50 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension.  [..., D] -> [..., D]"""
+
     def __init__(self, D: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(D)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and not torch.is_grad_enabled():                           # one kernel instead of seven
-            with torch.autocast("cuda", enabled=False):                         # which would have it in float32
+            with torch.autocast("cuda", enabled=False):                         # autocast would run it in float32
                 return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        wide = x.float()                                                        # the mean square overflows in half
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)                                   # RMSNorm eq. (4)
+        x32 = x.float()                                                         # float16 overflows in the mean square
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)                                    # RMSNorm eq. (4)
 
 
 def rope_tables(positions: Tensor, theta: float, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency.  positions [B or 1, T] -> two of [B or 1, 1, T, E]"""
+    """cos and sin of position x frequency.  positions [B or 1, T] -> two tables [B or 1, 1, T, E]"""
     frequency = theta ** (-torch.arange(0, E, 2, device=positions.device).float() / E)   # [E/2], RoPE eq. (15)
     angle = positions[:, None, :, None].float() * frequency                     # [B, 1, T, E/2]
-    angle = torch.cat((angle, angle), dim=-1)                                   # [B, 1, T, E]: halves, not pairs, as HF
+    angle = torch.cat((angle, angle), dim=-1)                                   # [B, 1, T, E]; HF pairs x_i with x_{i+E/2}
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each (x_i, x_{i+E/2}) by its angle.  RoPE eq. (34).  [B, H, T, E] -> [B, H, T, E]"""
-    low, high = x.chunk(2, dim=-1)
+    """Rotates each pair (x_i, x_{i+E/2}) by its angle.  RoPE eq. (34).  [B, H, T, E] -> [B, H, T, E]"""
+    low, high = x.chunk(2, dim=-1)                                              # [B, H, T, E/2] each
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 class Attention(nn.Module):
+    """Causal attention in which H / K query heads share a key/value head (GQA).  [B, T, D] -> [B, T, D]"""
+
     def __init__(self, config: Qwen2Config):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         self.E, self.K = E, config.num_key_value_heads
-        self.joined = None                                                      # q, k, v as one product: layout.laid_out
+        self.joined = None                                                      # q, k, v as one product; set by layout.py
         self.q_proj = Linear(D, config.num_attention_heads * E, bias=True)      # Qwen2 has a bias here, and only here
         self.k_proj = Linear(D, config.num_key_value_heads * E, bias=True)
         self.v_proj = Linear(D, config.num_key_value_heads * E, bias=True)
         self.o_proj = Linear(config.num_attention_heads * E, D, bias=False)
 
     def _apply(self, fn, recurse=True):
-        self.joined = None                                                      # it would not move along
+        self.joined = None                                                      # it would stay in the old dtype or device
         return super()._apply(fn, recurse)
 
     def project(self, x: Tensor) -> Tensor:
@@ -246,28 +250,30 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         heads = self.project(x).view(B, T, -1, self.E).transpose(1, 2)          # [B, H + 2K, T, E]
         v = heads[:, -self.K:]                                                  # [B, K, T, E]
-        turned = rotate(heads[:, :-self.K], cos, sin)                           # [B, H + K, T, E]
-        q, k = turned[:, :-self.K], turned[:, -self.K:]                         # [B, H, T, E], [B, K, T, E]
+        rotated = rotate(heads[:, :-self.K], cos, sin)                          # [B, H + K, T, E]
+        q, k = rotated[:, :-self.K], rotated[:, -self.K:]                       # [B, H, T, E], [B, K, T, E]
         if slots is not None:
             k, v = slots.write(k, v)                                            # [B, K, S, E]
         if T == 1 and slots is not None:
-            # One query a head: the H/K heads that share a key stand in the query axis, so keys are not repeated.
+            # One query per head: the H/K heads that share a key take the query axis, so keys need no copies.
             q = q.reshape(B, self.K, -1, self.E)                                # [B, K, H/K, E]
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=slots.mask)
-        else:                                                                   # right padding: causal is mask enough
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=slots.mask)   # [B, K, H/K, E]
+        else:                                                                   # right padding: the causal mask suffices
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
             y = y.transpose(1, 2)                                               # [B, T, H, E]
         return self.o_proj(y.reshape(B, T, -1))                                 # [B, T, D]
 
 
 class MLP(nn.Module):
+    """SwiGLU.  [B, T, D] -> [B, T, D], by way of the intermediate size W"""
+
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        D, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(D, wide, bias=False)
-        self.up_proj = Linear(D, wide, bias=False)
-        self.down_proj = Linear(wide, D, bias=False)
-        self.joined = None                                                      # gate and up as one product
+        D, W = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(D, W, bias=False)
+        self.up_proj = Linear(D, W, bias=False)
+        self.down_proj = Linear(W, D, bias=False)
+        self.joined = None                                                      # gate and up as one product; layout.py
 
     def _apply(self, fn, recurse=True):
         self.joined = None
@@ -275,7 +281,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.joined is not None:
-            gate, up = self.joined(x).chunk(2, dim=-1)                          # [B, T, I] each
+            gate, up = self.joined(x).chunk(2, dim=-1)                          # [B, T, W] each
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(F.silu(gate) * up)                                # SwiGLU eq. (6)
@@ -299,10 +305,10 @@ def run_block(block: Block, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | 
 
 
 class TiedLookup(torch.autograd.Function):
-    """The lookup in a tied table, in train mode: its gradient is added to table.grad where that lies.
+    """The embedding lookup in a tied table, in train mode: backward adds its gradient to table.grad in place.
 
-    The head's gradient is there already, as large as the table; a second one for a few hundred rows (544 MB for
-    the 0.5B) would set the peak memory of the step. Only .backward() sees it: torch.autograd.grad needs eval mode.
+    The head's gradient, as large as the table, is there already; a second table (544 MB for the 0.5B) for the few
+    hundred rows looked up would set the step's peak memory. torch.autograd.grad misses this part: use eval mode for it.
     """
 
     @staticmethod
@@ -327,7 +333,7 @@ class Body(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
-        # Zeros until init_weights or a checkpoint: nn.Embedding's own normal_() makes the meta device import
+        # Zeros until init_weights or a checkpoint: on the meta device nn.Embedding's own normal_() would import
         # torch._dynamo, 1.5 s and 75 MB.
         table = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
@@ -338,14 +344,14 @@ class Body(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
         if cache is None or cache.used == 0:                                    # a whole sequence, from its start
             positions = torch.arange(ids.shape[1], device=ids.device)[None]     # [1, T]
-        else:                                                                   # one more token a row
+        else:                                                                   # one more token per row
             positions = cache.lengths[:, None]                                  # [B, 1]
         if self.training and self.config.tie_word_embeddings and torch.is_grad_enabled():
             x = TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self.embed_tokens)   # [B, T, D]
         else:
             x = self.embed_tokens(ids)                                          # [B, T, D]
         rope = rope_tables(positions, self.config.rope_theta, self.config.head_dim, x.dtype)
-        fixed = cache is None or isinstance(cache, StaticCache)                 # a plain cache is longer each step
+        fixed = cache is None or isinstance(cache, StaticCache)                 # a plain cache grows: compiled anew each step
         run = self.compiled if self.compiled and fixed else run_block
         for i, block in enumerate(self.layers):
             slots = None if cache is None else cache.layer(i)
@@ -359,7 +365,7 @@ class Body(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """model(ids) gives logits; model.hidden(ids) and model.head are the two halves."""
+    """model(ids) gives logits; model.hidden(ids) gives the states that model.head turns into them."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -408,12 +414,12 @@ class Qwen2(nn.Module):
         return super().load_state_dict(*given, **options)
 
     def __getstate__(self) -> dict:
-        """For copies: oneDNN's tensors, and the int8 head's, cannot be."""
+        """For copy and pickle, which oneDNN's packed tensors and the int8 head do not support."""
         return self.__dict__ | {"packed_head": None, "int8_head": None}
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Qwen2":
-        """Random weights as Qwen2 starts from: N(0, initializer_range), biases 0, norms 1."""
+        """Random weights as transformers initialises Qwen2: N(0, initializer_range), biases 0, norms 1."""
         generator = torch.Generator(self.head.device).manual_seed(seed % 2**63)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -425,9 +431,9 @@ class Qwen2(nn.Module):
 
 @torch.no_grad()
 def cast_copy(model: Qwen2, dtype: torch.dtype, into: Qwen2 | None = None) -> Qwen2:
-    """The model's weights in another dtype, to sample with while the model trains; the model itself in its own.
+    """A copy of the model in `dtype`, to sample with while the model trains; the model itself if it has that dtype.
 
-    into  an earlier copy, whose memory is used again
+    into  an earlier copy, to be overwritten: no new memory
     """
     if model.head.dtype == dtype:
         return model

@@ -7,7 +7,7 @@ from minikd.training import read_log
 
 
 def plot_curves(runs: dict[str, Path], path, teacher: float | None = None) -> Path | None:
-    """Held-out loss and ROUGE-L over the steps, one line a run, the teacher dashed (the paper's figures 2 and 3).
+    """Held-out loss and ROUGE-L over the steps, one line per run, the teacher dashed (the paper's figures 2 and 3).
 
     runs     label -> a run's folder with its log.jsonl
     teacher  its ROUGE-L, 0 to 100
@@ -23,7 +23,7 @@ def plot_curves(runs: dict[str, Path], path, teacher: float | None = None) -> Pa
             rouge.axhline(teacher, linestyle="--", color="black", label="teacher")
         rouge.legend()
 
-    return _picture(path, draw, "held-out cross-entropy (nats a token)", "ROUGE-L")
+    return _picture(path, draw, "held-out cross-entropy (nats per token)", "ROUGE-L")
 
 
 def plot_rewards(folder, path) -> Path | None:
@@ -39,11 +39,11 @@ def plot_rewards(folder, path) -> Path | None:
         if lines:
             reward.legend()
 
-    return _picture(path, draw, "reward", "KL to the start (nats a token)", "tokens of an answer")
+    return _picture(path, draw, "reward", "KL to the start (nats per token)", "tokens per answer")
 
 
 def _picture(path, draw, *titles: str) -> Path | None:
-    """A row of axes, one a title, filled by draw(*axes) and saved whole."""
+    """Saves a picture of axes side by side, one per title, filled by draw(*axes); None without matplotlib."""
     try:
         from matplotlib.figure import Figure                    # no pyplot: no window, no global state
     except ImportError:

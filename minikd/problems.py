@@ -1,12 +1,12 @@
-"""Problems whose answers can be checked: two toy tasks made on the spot, and records of datasets.
+"""Problems whose answers can be checked: two generated toy tasks, and records of datasets.
 
-    sums        two-digit addition, the carry written as Step 1 and Step 2; the answer is a number
+    sums        two-digit addition, ones and tens as Step 1 and Step 2; the answer is a number
     code        f(2)=7, f(5)=13: write a program that prints f(x) for the x it reads; tests decide
     codeforces  open-r1/codeforces-cots and open-r1/codeforces: statement, examples, official_tests, limits
     question    GSM8K and others: question or problem, answer
 
-The toy students learn first from answers of mixed quality, some wrong and some without their thoughts: GRPO then
-prefers the good ones. It sharpens what is there, and teaches no new skill.
+The toy students first learn from answers of mixed quality, some wrong and some without thoughts; GRPO then makes the good
+ones more frequent. It strengthens what the student can do already, and teaches no new skill.
 """
 import json
 import math
@@ -18,7 +18,7 @@ from minikd.files import InputError
 from minikd.records import HALF, kind_of, read_records
 from minikd.toy import held_out
 
-NOISE, UNTAGGED = 0.25, 0.3             # of the toy answers with thoughts, wrong in a step; of all, without thoughts
+NOISE, UNTAGGED = 0.25, 0.3             # share with a wrong step, of the answers with thoughts; share without thoughts
 
 SYSTEM = ("You first think about the problem step by step and then give the answer. Write your thoughts between "
           "<think> and </think>, as Step 1, Step 2 and so on, and the answer after them.")
@@ -35,6 +35,7 @@ class Problem:
 # ---- toy tasks
 
 def tagged(steps: list[str], answer: str) -> str:
+    """Numbered steps between <think> tags, then the answer."""
     thoughts = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps, 1))
     return f"<think>\n{thoughts}\n</think>\n{answer}"
 
@@ -56,7 +57,7 @@ def sum_problem(rng: random.Random) -> tuple[str, dict, str, str, str]:
 
 
 def program_problem(rng: random.Random) -> tuple[str, dict, str, str, str]:
-    """The same for a line f(x) = m x + c through two points: the answer is a program."""
+    """As sum_problem, for a line f(x) = m x + c given by two points: the answer is a program."""
     m, c, x = rng.randint(2, 9), rng.randint(0, 9), rng.sample(range(1, 10), 2)
     x, z = sorted(x)
     wrong = rng.choice([-2, -1, 1, 2])
@@ -75,13 +76,13 @@ TASKS = {"sums": sum_problem, "code": program_problem}
 
 
 def toy_problems(task: str, count: int, seed: int, test: bool = False) -> list[Problem]:
-    """`count` different questions; those of the test are never among the others."""
+    """`count` different problems; with `test`, of the test set, which shares no question with the others."""
     return [Problem(({"role": "user", "content": question},), facts, f"{task}:{i}")
             for i, (question, facts, *_) in enumerate(_draw(task, count, seed, test, once=True))]
 
 
 def toy_records(task: str, count: int, seed: int, test: bool = False, clean: bool = False) -> list[dict]:
-    """Records to learn the task from (train_kd.py reads them): mixed quality, or with `clean` all of them right."""
+    """Records for supervised fine-tuning (train_kd.py reads them), of mixed quality, or with `clean` all right."""
     rng, records = random.Random(seed + 1), []
     for question, _, right, wrong, bare in _draw(task, count, seed, test, once=test):
         answer = wrong if rng.random() < NOISE else right
@@ -108,7 +109,8 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
 def load_problems(paths, limit: int | None = None) -> list[Problem]:
     """Problems of the records in files, folders or hub datasets.
 
-    Raises InputError for a record that is no problem, or whose fields have the wrong kind, naming the place.
+    limit  stop after that many problems
+    Raises InputError for a record that is no problem, or whose fields have the wrong type, naming the place.
     """
     paths = [paths] if isinstance(paths, str) else list(paths)
     problems = []
@@ -133,19 +135,19 @@ def to_problem(record: dict, where: str) -> Problem:
         if field is None or not isinstance(answer, (str, int, float)):
             raise InputError(f"{where}: is no problem: give `question` and `answer`, or Codeforces' `description` and "
                              f"`examples` (its fields: {', '.join(list(record)[:12])})")
-        text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K's mark
+        text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K: after ####
     if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
         raise InputError(f"{where}: holds half a character (a lone surrogate); mend its escapes")
     return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts, where)
 
 
 def _codeforces(record: dict, where: str) -> tuple[str, dict]:
-    """Statement and facts. No tests where they could not decide: a checker accepts several outputs, files are read."""
+    """Statement and facts. No tests if comparing outputs cannot decide: a checker program judges, or files are used."""
     for name in "title", "description", "input_format", "output_format", "note":
         if not isinstance(record.get(name) or "", str):
             raise InputError(f"{where}: field {name!r} is {kind_of(record[name])}; make it text")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
-    judged = record.get("generated_checker") is None and record.get("input_mode") in (None, "stdio")
+    decided = record.get("generated_checker") is None and record.get("input_mode") in (None, "stdio")   # by equal outputs
     parts = [f"# {record['title']}" if record.get("title") else "", record["description"],
              f"## Input\n{record['input_format']}" if record.get("input_format") else "",
              f"## Output\n{record['output_format']}" if record.get("output_format") else "",
@@ -153,7 +155,7 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
              f"## Note\n{record['note']}" if record.get("note") else "",
              f"Time limit: {record.get('time_limit') or 2} seconds. {PYTHON}"]
     tests = examples + [test for test in tests if test not in examples]
-    facts = {"tests": tests if judged else [], "language": "python"}
+    facts = {"tests": tests if decided else [], "language": "python"}
     for name in "time_limit", "memory_limit":
         if isinstance(record.get(name), (int, float)) and kind_of(record[name]) != "null":
             if not 0 < record[name] < math.inf:

@@ -28,7 +28,7 @@ from minikd.w4_cuda import MMA_ROWS, fits, plan, repack
 # ---- the grid
 
 def check_groups(inputs: int, group_size: int, where: str = "weight") -> int:
-    """The group size, -1 being the whole row.  Raises InputError where it does not divide the row."""
+    """The group size in inputs; -1 means the whole row.  Raises InputError if it does not divide the row."""
     size = inputs if group_size == -1 else group_size
     if size < 1 or inputs % size:
         raise InputError(f"{where}: {inputs} inputs cannot be cut into groups of {group_size}; give a divisor, "
@@ -46,9 +46,9 @@ def check_weight(weight: Tensor, group_size: int, where: str = "weight") -> int:
 def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool = False) -> tuple[Tensor, Tensor]:
     """Scale and zero of each row.  [O, n] -> [O], [O], float32; the scale is one that float16 can store
 
-    sym          zero is 2^(bits-1), the range is as wide to both sides; else it runs from the least to the greatest
+    sym          zero is 2^(bits-1), and the range is symmetric around 0; else it runs from the smallest to the largest
                  weight, 0 included
-    clip_search  the range shrunk by up to a half, as far as that lowers the sum of |error|^2.4 (GPTQ's reference code)
+    clip_search  shrink the range by up to a half, to where the sum of |error|^2.4 is least (as in GPTQ's reference code)
     Raises ValueError for bits outside 2 to 8: codes are uint8.
     """
     if not 2 <= bits <= 8:
@@ -72,8 +72,8 @@ def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool
 
 
 def _grid_of(low: Tensor, high: Tensor, top: int, sym: bool) -> tuple[Tensor, Tensor]:
-    scale = ((high - low) / top).clamp(max=65504).half().float()    # as stored: errors are made good against this one
-    scale = torch.where(scale > 0, scale, 1.0)                  # a row of zeros, or of what is 0 in float16
+    scale = ((high - low) / top).clamp(max=65504).half().float()    # rounded as float16 stores it (largest: 65504)
+    scale = torch.where(scale > 0, scale, 1.0)                  # a row of zeros, or one whose scale is 0 in float16
     zero = torch.full_like(scale, (top + 1) // 2) if sym else (-low / scale).round().clamp(0, top)
     return scale, zero
 
@@ -84,12 +84,12 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor, bits: int = 4) -> Tensor
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Paper eq. (9): scale (code - zero).  -> float32"""
+    """Paper eq. (9): scale (code - zero).  [O, n] by scale and zero that broadcast -> float32 [O, n]"""
     return scale * (codes.float() - zero)
 
 
 def decode_groups(codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None = None) -> Tensor:
-    """[O, I], [O, groups] twice -> the weight [O, I] in float32.  g_idx [I]: each input's group, if not in order"""
+    """[O, I], [O, groups] twice -> the weight [O, I] in float32.  g_idx [I]: each input's group, if groups are shuffled"""
     if g_idx is not None:
         return decode(codes, scales[:, g_idx], zeros[:, g_idx])
     O, I = codes.shape
@@ -114,10 +114,11 @@ def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: 
 # ---- int4 in int32 words
 
 def pack(codes: Tensor, dim: int) -> Tensor:
-    """Eight 4-bit codes a word along `dim`, the first lowest.  uint8 [..., n, ...] -> int32 [..., n/8, ...]"""
+    """Eight 4-bit codes per word along `dim`, the first in the lowest bits.  uint8 [..., n, ...] -> int32 [..., n/8, ...]"""
     parts = codes.movedim(dim, 0).unflatten(0, (-1, 8)).long()                                  # [n/8, 8, ...]
     words = sum(parts[:, i] << 4 * i for i in range(8))                                         # up to 2^32 - 1
-    return torch.where(words >= 2**31, words - 2**32, words).int().movedim(0, dim).contiguous()
+    words = torch.where(words >= 2**31, words - 2**32, words).int()                             # the same bits, signed
+    return words.movedim(0, dim).contiguous()
 
 
 def unpack(words: Tensor, dim: int) -> Tensor:
@@ -134,8 +135,8 @@ def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> 
 
     codes uint8 [O, I], scales and zeros [O, I/g] -> qweight int32 [I/8, O], qzeros int32 [I/g, O/8],
     scales float16 [I/g, O], g_idx int32 [I]
-    Raises InputError where O or I are no multiples of 8, and for a zero of 0 in v1, where it would wrap into its
-    neighbour's bits in most readers.
+    Raises InputError if O or I is no multiple of 8, and for a zero of 0 in v1: stored as -1, it would borrow from its
+    neighbour's bits in most programs that read it.
     """
     (O, I), size = codes.shape, codes.shape[1] // scales.shape[1]
     if O % 8 or I % 8:
@@ -148,23 +149,23 @@ def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> 
 
 
 def from_words(qweight: Tensor, qzeros: Tensor, scales: Tensor, version: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """to_words' inverse, whoever wrote them: codes uint8 [O, I], scales, zeros float32 [O, I/g], in g_idx's groups."""
+    """to_words' inverse, for folders of any tool: codes uint8 [O, I], scales, zeros float32 [O, I/g] by g_idx's groups."""
     zeros = read_zeros(qzeros, version).T.float().contiguous()
     return unpack(qweight, 0).T.contiguous(), scales.T.float().contiguous(), zeros
 
 
 def read_zeros(qzeros: Tensor, version: int) -> Tensor:
-    """int32 [I/g, O/8] -> uint8 [I/g, O].  Version 1 is undone as GPTQModel does it, a word at a time: it takes 0x11111111
-    off whole words, so that a zero of 0 has borrowed from its neighbour."""
+    """int32 [I/g, O/8] -> uint8 [I/g, O].  Version 1 adds 1 to each zero as GPTQModel subtracts it, 0x11111111 to a whole
+    word: where a zero of 0 had borrowed from its neighbour, that is undone too."""
     return unpack(qzeros + 0x11111111 if version == 1 else qzeros, 1)
 
 
 # ---- the layer
 
 class W4Linear(nn.Module):
-    """y = x W^T + b, W held as 4-bit codes. How it multiplies is decided in `choose`, in one place.
+    """y = x W^T + b, W held as 4-bit codes. `choose` decides how it multiplies.
 
-    The buffers are those of a `gptq` folder; `prepare` makes what the chosen way needs from them, once.
+    The buffers are those of a `gptq` folder; `prepare` converts them once to the layout that this way needs.
     """
 
     def __init__(self, inputs: int, outputs: int, group_size: int, bias: bool, version: int = 1):
@@ -176,16 +177,16 @@ class W4Linear(nn.Module):
         self.register_buffer("scales", torch.zeros(inputs // size, outputs, dtype=torch.float16))
         self.register_buffer("g_idx", torch.arange(inputs, dtype=torch.int32) // size)
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
-        self.prepared = None                                    # way, what that way takes; not saved
+        self.prepared = None                                    # (way, prepare(way)); not saved
 
     def weight(self) -> Tensor:
-        """Dequantised, float32 [O, I]: the oracle of every other way."""
+        """Dequantised, float32 [O, I]: what every other way is tested against."""
         codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
         return decode_groups(codes, scales, zeros, None if self.in_order else self.g_idx.long())
 
     @functools.cached_property
     def in_order(self) -> bool:
-        """Whether groups are consecutive inputs; other tools' act-order shuffles them."""
+        """Whether each group is consecutive inputs; act-order in other tools shuffles them."""
         return bool((self.g_idx == torch.arange(self.inputs, device=self.g_idx.device) // self.size).all())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ class W4Linear(nn.Module):
         return y if bias is None else y + bias
 
     def prepare(self, way: str) -> tuple:
-        """Codes and grid as a way takes them; both want bfloat16. int4's layout differs by CPU: it is not for saving."""
+        """Codes and grid in the layout of a way, for bfloat16 inputs. int4's layout depends on the CPU: it is never saved."""
         codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
         if way == "kernel":
             return repack(codes, scales, zeros)
@@ -227,7 +228,7 @@ class W4Linear(nn.Module):
 
 
 def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Linear]:
-    """Every linear layer of the blocks becomes an empty W4Linear of the same shape, where it is; returns them by name.
+    """Replaces every linear layer of the blocks by an empty W4Linear of the same shape and device; returns them by name.
 
     Embeddings, norms and the head stay as they are.  Raises InputError for a group size that does not divide a layer.
     """
@@ -246,7 +247,8 @@ def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Lin
 
 
 def quantization_config(group_size: int, sym: bool, version: int, **meta) -> dict:
-    """What transformers, GPTQModel and vLLM look for. Static groups: desc_act is false in whatever order it solved."""
+    """config.json's quantization_config, as transformers, GPTQModel and vLLM expect it. desc_act, which says that groups
+    are shuffled, is always false: act_order keeps groups static."""
     format = "gptq" if version == 1 else "gptq_v2"
     return {"quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": sym, "desc_act": False,
             "lm_head": False, "checkpoint_format": format, "format": format, "pack_dtype": "int32",
@@ -259,10 +261,10 @@ def version_of(quantization: dict) -> int:
 
 
 def to_w4(model: Qwen2, layers: dict[str, tuple], group_size: int, sym: bool, **meta) -> Qwen2:
-    """The model with its blocks' linear layers replaced by packed ones; the rest of it is kept, not copied.
+    """The model, changed in place: the linear layers of its blocks are replaced by packed ones.
 
     layers  name -> to_words of that layer, in version 1 where it is symmetric, else 2
-    meta    what the folder says of how they were found: damp_percent, static_groups, ...
+    meta    how they were found, for the folder's config: damp_percent, static_groups, ...
     """
     version = 1 if sym else 2
     model.quantization = quantization_config(group_size, sym, version, **meta)
@@ -273,17 +275,17 @@ def to_w4(model: Qwen2, layers: dict[str, tuple], group_size: int, sym: bool, **
 
 
 def give_memory_back():
-    """The allocator keeps what a layer's int32 codes took, eight times the layer: 1.1 GB for the 0.5B."""
-    with suppress(OSError, AttributeError):                     # glibc alone has it
+    """Returns freed memory to the system: glibc would keep that of int32 codes, eight times a layer, 1.1 GB for the 0.5B."""
+    with suppress(OSError, AttributeError):                     # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
-MANY_ROWS = 768         # from about here on dequantising is faster; at 512 rows it was in one run of three (benchmarks/w4_linear.py)
+MANY_ROWS = 768         # from here on dequantising is faster (benchmarks/w4_linear.py; at 512 rows, in one run of three)
 
 
 def choose(layer: W4Linear, x: Tensor) -> str:
-    """How `layer` multiplies x [..., I]: "kernel", our own on a GPU (w4_matmul.cu, which has a plan by rows of its own);
-    "int4", torch's operator on a CPU; or "dequantise" and multiply: anywhere, and where a gradient is wanted."""
+    """How `layer` multiplies x [..., I]: "kernel", minikd's own on a GPU (w4_cuda.plan picks one by the number of rows);
+    "int4", torch's operator on a CPU; or "dequantise", then multiply: works anywhere, also where a gradient is needed."""
     if x.dtype != torch.bfloat16 or not layer.in_order or torch.is_grad_enabled() and x.requires_grad:
         return "dequantise"
     if x.is_cuda and fits(layer.size) and available(x.device.index):
@@ -296,7 +298,7 @@ def choose(layer: W4Linear, x: Tensor) -> str:
 
 @torch.no_grad()
 def show_ways(model: Qwen2, rows=(1, 16, 64, 1024)):
-    """Prints how each shape of 4-bit layer multiplies so many rows, in the model's dtype and on its device."""
+    """Prints which way (`choose`) each shape of 4-bit layer takes for these numbers of rows, on the model's device."""
     layers = [layer for layer in model.modules() if isinstance(layer, W4Linear)]
     print(f"{f'{len(layers)} 4-bit layers, rows:':<28}" + "".join(f"{count:>16,}" for count in rows))
     for inputs, outputs in dict.fromkeys((layer.inputs, layer.outputs) for layer in layers):

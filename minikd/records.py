@@ -1,4 +1,4 @@
-"""A name -> files -> records: .jsonl, .json, .csv (each also .gz) and .parquet, local or from the Hugging Face hub."""
+"""Reads records from .jsonl, .json, .csv (each also .gz) and .parquet files, local or from the Hugging Face hub."""
 import csv
 import gzip
 import json
@@ -18,11 +18,11 @@ HUB_METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", 
 # ---- a name -> files
 
 def data_files(name) -> list[Path]:
-    """The files that one --data argument stands for, in the order they are read.
+    """The files that one --data argument names, in the order they are read.
 
-    "data.jsonl", or a folder or a hub dataset that holds one data file. Where it holds several, "name:choice" picks a
-    file, a folder or a glob in it, and all that matches is read: "open-r1/codeforces-cots:solutions_py".
-    Raises InputError when nothing is there, or several files are and none was chosen.
+    It is "data.jsonl", or a folder or hub dataset that holds one data file. If it holds several, "name:choice" names a
+    file, a folder or a glob in it, and all matching files are read: "open-r1/codeforces-cots:solutions_py".
+    Raises InputError if there is no file, or several and no choice.
     """
     if Path(name).expanduser().is_file():
         return [Path(name).expanduser()]
@@ -42,7 +42,7 @@ def data_files(name) -> list[Path]:
 
 
 def _hub_names(name: str) -> list[str]:
-    """What a hub dataset holds, asked before a choice costs gigabytes; [] where the hub does not answer."""
+    """The names of a hub dataset's files, to choose before downloading gigabytes; [] if the hub does not answer."""
     from huggingface_hub import dataset_info                    # comes with tokenizers
     try:
         return [file.rfilename for file in dataset_info(name, timeout=10).siblings]
@@ -65,21 +65,22 @@ def _choose(name: str, held: list[str], choice: str) -> list[str]:
 
 # ---- a file -> records
 
-HALF = re.compile("[\ud800-\udfff]")        # half a character, a lone surrogate: JSON's escapes can say it, UTF-8 cannot
+HALF = re.compile("[\ud800-\udfff]")        # half a character, a lone surrogate: possible in JSON's escapes, not in UTF-8
 
 
 def kind_of(value) -> str:
+    """A value's type, as error messages call it; NaN counts as "null"."""
     absent = value is None or isinstance(value, float) and value != value
     return "null" if absent else "text" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def read_records(path, refuse: Callable[[InputError], None] | None = None,
                  kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str, dict]]:
-    """Streams (where, record) from a file, or from what data_files makes of a name; where is "file.jsonl:812".
+    """Streams (where, record) from a file, or from all that data_files finds; where is "file.jsonl:812".
 
-    refuse  takes the error of a malformed line instead of having it raised. What spoils all that follows (a broken
-            gzip, an unclosed quote in a csv) is raised all the same.
-    kinds   what may stand for a record: eval_rouge.py also takes a file of strings
+    refuse  called with the error of a malformed line, which is then skipped. Errors after which nothing more can be
+            read (a broken gzip, an unclosed quote in a csv) are raised all the same.
+    kinds   the types that a record may have: eval_rouge.py also takes a file of strings
     Raises InputError naming file and line.
     """
     readers = {".jsonl": _json_lines, ".json": _json_file, ".csv": _csv_rows, ".parquet": _parquet_rows}
@@ -92,7 +93,7 @@ def read_records(path, refuse: Callable[[InputError], None] | None = None,
             if isinstance(record, kinds):
                 yield where, record
                 continue
-            if not isinstance(record, InputError):              # readers hand on the errors that they can read past
+            if not isinstance(record, InputError):              # readers yield an error that they can read past
                 record = InputError(f"{where}: a record is an object with named fields, not {kind_of(record)}; mend it")
             if refuse is None:
                 raise record
@@ -113,7 +114,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse(data: bytes, file: Path, line: int = 1):
     try:
-        return json.loads(data)                                 # of bytes, it also checks UTF-8 and takes a BOM
+        return json.loads(data)                                 # given bytes, it checks UTF-8 and accepts a BOM
     except json.JSONDecodeError as error:
         line, reason = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
     except UnicodeDecodeError as error:
@@ -148,7 +149,7 @@ def _json_file(file: Path):
 
 
 def _csv_rows(file: Path):
-    csv.field_size_limit(2**31 - 1)                             # csv's own 128 KiB stops at a long article or trace
+    csv.field_size_limit(2**31 - 1)                             # the default, 128 KiB, is too little for long texts
     text = (line.decode("utf-8-sig" if number == 1 else "utf-8") for number, line in _lines(file))    # -sig: less a BOM
     rows = csv.reader(text, strict=True)                        # strict: an unclosed quote must not swallow the rest
     start = 1                                                   # a record may span lines: name its first

@@ -1,25 +1,27 @@
-"""Rewards for answers that think first: `<think>...</think>`, then the answer, bare or in `<answer>...</answer>`.
+"""Rewards for answers of the form `<think>...</think>`, then the answer, bare or in `<answer>...</answer>`.
 
     f(completions, problems, **options) -> a number each, or None for what cannot be judged
 
 problems[i] is a dict: "answer"; "tests" [{"input", "output"}], "time_limit" (s), "memory_limit" (MB), "language".
-A None counts nowhere: neither as 0 nor as the half that the paper's script pays where it cannot read the gold answer.
+None is left out of every sum and mean. (The paper's script gives 0.5 when it cannot read the gold answer.)
 
 Sources
     the paper       Knowledge Distillation for Large Language Models; its grpo_rl.py follows open-r1
     open-r1         huggingface/open-r1 at 1416fa0, src/open_r1/rewards.py, by line; cf_code: its cf_scoring.py
     DAPO            arXiv:2503.14476, eq. (13)
 
-Departures from the published code, most of them loopholes closed
-    format      the whole completion has to match, each tag once: open-r1's MULTILINE lets text after the end and a
-                second think block pass. Answer tags are optional, and so are line breaks inside the tags.
-    steps       in the thoughts alone, a marker once however often it is said. Numbered lines count on every line, as in
-                the paper (in open-r1 on a text's first), and "Step 1" without a colon; "3.14", "-5", "---" do not.
+Departures from the published code, most of which close loopholes
+    format      the whole completion must match, each tag once: open-r1's MULTILINE also accepts text after the end and a
+                second think block. Answer tags are optional, and so are line breaks inside the tags.
+    steps       only inside the thoughts, and each marker once, however often it is repeated. Numbered lines count on every
+                line, as in the paper (open-r1: on the text's first line), and "Step 1" without a colon; "3.14", "-5" and
+                "---" do not.
     length      in characters; open-r1 counts tokens.
-    answer      as text or as a number, no math-verify; an answer that nothing marks is none.
-    code        all tests or nothing unless asked (open-r1: the fraction). stdout is compared whole (its zip accepts a
-                first line alone), a timeout fails its own test only, the last block counts whatever its mark
-                (open-r1: the last ```python). No code, and code that does not compile, are 0 (cf_code: -1 and -0.1).
+    answer      compared as text or as a number, without math-verify; without any tag there is no answer.
+    code        1 for passing all tests, else 0, unless `partial` (open-r1: the fraction). stdout is compared completely
+                (its zip accepts only the first line), a timeout fails only its own test, and the last code block counts
+                whatever its language (open-r1: the last ```python). No code, and code that does not compile, give 0
+                (cf_code: -1 and -0.1).
 """
 import importlib.util
 import math
@@ -39,7 +41,7 @@ Values = list[float | None]
 
 _MARKERS = re.compile(r"\bStep \d+\b|^\d+\.(?!\d)|^[-*] +\S.*|\b(?:First|Second|Next|Finally),", re.MULTILINE)
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?", re.ASCII | re.IGNORECASE)
-_PYTHON = ("", "python", "python3", "py")       # what a fence may say; one that says nothing is taken for Python
+_PYTHON = ("", "python", "python3", "py")       # languages of a code fence; without one it is taken for Python
 
 
 # ---- the parts of a completion
@@ -53,7 +55,7 @@ def think_part(completion: str) -> str | None:
 def answer_part(completion: str) -> str | None:
     """Inside the one <answer> pair after the thoughts, or else all that follows the last </think>; stripped.
 
-    None without either, and where thoughts begin that never end: what stands in them is no answer.
+    None without either, and if thoughts begin but never end: text inside them is no answer.
     """
     _, closed, rest = completion.rpartition("</think>")
     if "<think>" in rest:
@@ -65,7 +67,7 @@ def answer_part(completion: str) -> str | None:
 
 
 def extract_code(text: str) -> str | None:
-    """The last fenced block that is closed; None where there is none, or it is marked as anything but Python."""
+    """The last closed code block; None if there is none, or its language is not Python."""
     fence, lines, code = None, [], None
     for line in text.split("\n"):
         mark = re.fullmatch(r"(`{3,})([^`]*)", line)
@@ -82,7 +84,7 @@ def extract_code(text: str) -> str | None:
 # ---- form
 
 def format_fault(completion: str) -> str | None:
-    """Why a completion is not thoughts and then an answer, in a few words; None if it is."""
+    """None if a completion is thoughts and then an answer; else, in a few words, why not."""
     for tag in "<think>", "</think>":
         if completion.count(tag) != 1:
             return f"{completion.count(tag)} times {tag}"
@@ -111,7 +113,7 @@ def tags_reward(completions: list[str], problems: list[dict]) -> Values:
 def steps_reward(completions: list[str], problems: list[dict]) -> Values:
     """min(1, n / 3) for n different markers of steps in the thoughts.                          open-r1 line 115
 
-    `Step 1`; at the start of a line `1.` or a bullet, which is its whole line; `First,` `Second,` `Next,` `Finally,`.
+    Markers: `Step 1`; `1.` at the start of a line; a whole bullet line; `First,` `Second,` `Next,` `Finally,`.
     """
     return [min(1.0, len(set(_MARKERS.findall(think_part(completion) or ""))) / 3) for completion in completions]
 
@@ -121,7 +123,7 @@ def steps_reward(completions: list[str], problems: list[dict]) -> Values:
 def length_reward(completions: list[str], problems: list[dict], max_length: int = 2000, margin: int = 400) -> Values:
     """0 up to max_length - margin characters, then falling to -1 at max_length.      DAPO eq. (13), open-r1 line 620
 
-    By default for about 512 tokens, with DAPO's margin of a fifth.
+    The defaults are for about 512 tokens, with DAPO's margin of a fifth.
     """
     over = [len(completion) - (max_length - margin) for completion in completions]
     return [0.0 if n <= 0 else -n / margin if n <= margin else -1.0 for n in over]
@@ -141,7 +143,7 @@ def repetition_reward(completions: list[str], problems: list[dict], n: int = 3, 
 # ---- right or wrong
 
 def answer_reward(completions: list[str], problems: list[dict]) -> Values:
-    """1 if the answer is the problem's, as text or as a number (1,000 = 1000.0); else, and without an answer, 0."""
+    """1 if the answer equals the problem's, as text or as a number (1,000 = 1000.0), else 0; None without a gold answer."""
     values = []
     for completion, problem in zip(completions, problems, strict=True):
         answer, gold = answer_part(completion), problem.get("answer")
@@ -159,12 +161,12 @@ def code_reward(completions: list[str], problems: list[dict], partial: bool = Fa
                 max_memory: int = 512) -> Values:
     """1 if the answer's program passes all tests, else 0; with `partial` the fraction it passes.  open-r1 line 511
 
-    The program is the answer's last fenced block; the text's, if that has no think tags (a fence marks itself).
-    None if the problem has no tests or wants another language.  max_seconds and max_memory (MB) cap its limits.
-    The programs of all completions run side by side, each once on an input, whose outcome is remembered. Without
-    `partial` a program that fails a test sees no later one: an endless loop costs one time limit, not one a test.
+    The program is the last code block of the answer, or of the whole text if that has no think tags. None if the problem
+    has no tests or wants another language.  max_seconds and max_memory (MB) cap the problem's own limits.
+    The programs of all completions run in parallel, once per input; outcomes are remembered. Without `partial` a program
+    that fails a test gets no later one: an endless loop costs one time limit, not one per test.
     """
-    asked = []                                  # per completion: (run_program's arguments, the output wanted) a test
+    asked = []                                  # per completion and test: (run_program's arguments, the expected output)
     for completion, problem in zip(completions, problems, strict=True):
         python = (problem.get("language") or "python").lower().startswith("py")
         answer = answer_part(completion)
@@ -172,9 +174,11 @@ def code_reward(completions: list[str], problems: list[dict], partial: bool = Fa
             answer = completion
         source = extract_code(answer or "")
         limits = (min(problem.get("time_limit") or 5.0, max_seconds),                      # 5 s: open-r1's
-                  int(max(64, min(problem.get("memory_limit") or 512, max_memory))))       # Python alone takes 30 MB
-        asked.append([((source, test["input"], *limits), test["output"]) for test in problem["tests"] if source]
-                     if python and problem.get("tests") else None)
+                  int(max(64, min(problem.get("memory_limit") or 512, max_memory))))       # the interpreter takes 30
+        if python and problem.get("tests"):
+            asked.append([((source, test["input"], *limits), test["output"]) for test in problem["tests"] if source])
+        else:
+            asked.append(None)                  # cannot be judged
     passed = [[] for _ in asked]                # per completion: whether it passed each test so far
     start, end = 0, None if partial else 1
     while any(tests[start:end] for tests in asked if tests):    # all tests at once, or rounds of 1, 1, 2, 4, ...
@@ -186,15 +190,15 @@ def code_reward(completions: list[str], problems: list[dict], partial: bool = Fa
         if end is None or not due:
             break
         start, end = end, 2 * end
-    return [None if tests is None else sum(right) / max(1, len(right)) if partial else float(all(right) and right != [])
-            for tests, right in zip(asked, passed)]
+    scores = [sum(right) / max(1, len(right)) if partial else float(all(right) and right != []) for right in passed]
+    return [None if tests is None else score for tests, score in zip(asked, scores)]
 
 
-_DONE = {}                                      # run_program's arguments -> its result, of this process's programs
+_DONE = {}                                      # run_program's arguments -> its result, in this process
 
 
 def _run_all(runs: set[tuple]) -> dict[tuple, sandbox.Result]:
-    """Results of the runs; those that ended by themselves are remembered, as a policy repeats its programs."""
+    """Results of the runs. Those of programs that ended by themselves are remembered: a policy repeats its programs."""
     fresh = sorted(run for run in runs if run not in _DONE)
     if len(_DONE) > 50_000:
         _DONE.clear()
@@ -210,7 +214,7 @@ REWARDS = {"format": format_reward, "tags": tags_reward, "steps": steps_reward, 
 # ---- several rewards together
 
 def combine(values: dict[str, Values], weights: dict[str, float]) -> Values:
-    """Weighted sum over the rewards that judged a completion; None where none did.  values: name -> one a completion"""
+    """Per completion the weighted sum of the rewards that judged it, None if none did.  values: name -> one per completion"""
     totals = []
     for row in zip(*values.values(), strict=True):
         judged = [weights[name] * value for name, value in zip(values, row) if value is not None]
@@ -219,7 +223,7 @@ def combine(values: dict[str, Values], weights: dict[str, float]) -> Values:
 
 
 def summary(values: dict[str, Values]) -> dict[str, dict]:
-    """Per reward the mean and population std of what it judged (None of nothing), and the share it left unjudged."""
+    """Per reward the mean and population std over what it judged (None if nothing), and the share it did not judge."""
     found = {}
     for name, column in values.items():
         judged = [value for value in column if value is not None]
@@ -229,9 +233,9 @@ def summary(values: dict[str, Values]) -> dict[str, dict]:
 
 
 def load_rewards(names: str) -> dict[str, Callable[..., Values]]:
-    """"format,steps,my_rewards.py:brevity" -> name -> function; a function of your own is called as REWARDS' are.
+    """"format,steps,my_rewards.py:brevity" -> {name: function}; a user's function is called as those in REWARDS.
 
-    Raises InputError for a name that is unknown or there twice, a file that does not load, a function it does not have.
+    Raises InputError for a name that is unknown or given twice, a file that does not load, and a function not in it.
     """
     found = {}
     for path, name in _entries(names):
@@ -244,7 +248,7 @@ def load_rewards(names: str) -> dict[str, Callable[..., Values]]:
 
 
 def reward_files(names: str) -> list[str]:
-    """The files among load_rewards' names."""
+    """The Python files named in load_rewards' argument."""
     return [str(Path(path).expanduser()) for path, _ in _entries(names) if path]
 
 
@@ -254,12 +258,12 @@ def _entries(names: str) -> list[tuple[str, str]]:
 
 
 def _from_file(path: str, name: str) -> Callable[..., Values]:
-    """A function of the user's own file. What it returns is checked; NaN and infinity are no judgement."""
+    """A function of the user's file. Its results are checked; NaN and infinity become None."""
     file, module_name = Path(path).expanduser(), "rewards_of_" + re.sub(r"\W", "_", path)
     if file.suffix != ".py" or not file.is_file():
         raise InputError(f"{path}:{name}: there is no Python file {path}; give FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(module_name, file)
-    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)   # dataclasses look their module up
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)   # dataclasses look it up
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:                                    # whatever the file does

@@ -1,8 +1,8 @@
 """ROUGE-L: how much of a reference answer a model's answer repeats, in order. Standard library only.
 
-rouge_l gives rouge_score 0.1.2's rougeL to the last digit, with its Porter stemmer (nltk's, in nltk's own mode)
-and without, by two quicker ways: the longest common subsequence is found for all words of a text at once, in
-the bits of one big integer, and a word is stemmed once in the life of the process.
+rouge_l equals rouge_score 0.1.2's rougeL to the last digit, with and without its Porter stemmer (nltk's, in nltk's own
+mode). It is faster in two ways: the longest common subsequence is computed for all words of a text at once, in the
+bits of one big integer, and each word is stemmed only once in a process.
 
 References
   Lin 2004, "ROUGE: a package for automatic evaluation of summaries", section 3.1
@@ -40,10 +40,10 @@ def rouge_l_best(prediction: str, references, stemmer=False, unicode=False) -> t
 
 
 def exact_match(prediction: str, references, unicode=False) -> bool:
-    """Is the prediction one of the references, case, ASCII punctuation and spacing aside?
+    """Whether the prediction equals one of the references, apart from case, ASCII punctuation and spacing.
 
-    MiniLLM's rule (rouge_metric.py, from Natural Instructions): SQuAD's, but a, an and the stay. In code the
-    punctuation is the meaning ("x + 1" would match "x - 1"), so with `unicode` the unicode tokens must agree.
+    MiniLLM's rule (rouge_metric.py, from Natural Instructions): SQuAD's, without removing a, an and the. In code
+    punctuation carries meaning ("x + 1" would match "x - 1"), so with `unicode` the unicode tokens must be equal.
     """
     def plain(text):
         return tokens(text, unicode=True) if unicode else text.lower().translate(_NO_PUNCTUATION).split()
@@ -51,13 +51,13 @@ def exact_match(prediction: str, references, unicode=False) -> bool:
 
 
 def mean_by_category(examples) -> dict:
-    """Mean scores x 100: {category: {"examples", "rouge_l", "exact_match"}}, by name, all examples last as "all".
+    """Mean scores x 100: {category: {"examples", "rouge_l", "exact_match"}}, sorted by name, "all" (every example) last.
 
-    examples  dicts with "f1" and "exact_match", and "category" where there is one
+    examples  dicts with "f1" and "exact_match", and "category" if they have one
     """
     groups = {}
     for example in examples:
-        for category in {example.get("category") or None, None}:
+        for category in {example.get("category") or None, None}:    # None collects all examples
             groups.setdefault(category, []).append(example)
     def mean(group, score):
         return 100 * fsum(example[score] for example in group) / len(group)
@@ -67,7 +67,7 @@ def mean_by_category(examples) -> dict:
 
 
 def _as_list(references) -> list:
-    """A lone string is one reference, not a list of its letters."""
+    """References as a list; a single string is one reference."""
     references = [references] if isinstance(references, str) else list(references)
     if not references:
         raise InputError("no reference to compare with; give at least one")
@@ -79,24 +79,24 @@ def _as_list(references) -> list:
 def tokens(text: str, stemmer=False, unicode=False) -> list[str]:
     """The words that ROUGE-L compares.
 
-    By default rouge_score's: lower-case, each run of a-z and 0-9 a word, all else space. That erases what Spanish
-    and code are made of: 'qué' -> 'qu'; 'año' -> 'a', 'o'; 'x += 1' and 'x - 1' -> 'x', '1'.
-    unicode=True keeps it: lower-case and NFC (an accent typed as a mark of its own joins its letter), each run of
-    letters, digits and their marks in any script a word, each other symbol that is not space a word by itself.
-    stemmer=True stems words of more than three letters, by English rules; words that are not ASCII stay.
+    By default as rouge_score: lower-cased, each run of a-z and 0-9 is a word, everything else is space. That loses the
+    accents of Spanish and the symbols of code: 'qué' -> 'qu'; 'año' -> 'a', 'o'; 'x += 1' and 'x - 1' -> 'x', '1'.
+    unicode=True keeps them: lower-cased and in NFC (a separate accent mark joins its letter), each run of letters,
+    digits and their marks in any script is a word, and so is every other single symbol that is not space.
+    stemmer=True stems words of more than three letters, by English rules; words that are not ASCII are unchanged.
     """
     if unicode:
         words = _unicode_word().findall(unicodedata.normalize("NFC", text.lower()))
-    else:                                                       # one table look-up a byte: 3 x faster than a regex
+    else:                                                       # a table look-up per byte: 3 x as fast as a regex
         words = text.lower().encode("ascii", "replace").translate(_ASCII_WORDS).decode("ascii").split()
     return list(map(_STEMS.__getitem__, words)) if stemmer else words
 
 
 @lru_cache(maxsize=None)
 def _unicode_word() -> re.Pattern:
-    """Letters and digits, then any mix of marks with more of them; or one symbol with its marks.
+    """A word: letters and digits, then any mix of combining marks with more of them; or one symbol with its marks.
 
-    `re` has no name for the combining marks, so they are listed (a tenth of a second, once, when first asked for).
+    `re` has no class for combining marks, so they are listed (0.1 s, once, at the first call).
     """
     marks = "".join(filter(lambda c: unicodedata.category(c)[0] == "M", map(chr, range(sys.maxunicode + 1))))
     return re.compile(rf"[^\W_]+(?:[{marks}]+[^\W_]*)*|\S[{marks}]*")
@@ -106,25 +106,25 @@ def _unicode_word() -> re.Pattern:
 
 def _score(predicted: list[str], wanted: list[str]) -> tuple[float, float, float]:
     common = lcs_length(predicted, wanted)
-    if not common:                                              # an empty side included
+    if not common:                                              # also if a side is empty
         return 0.0, 0.0, 0.0
-    precision, recall = common / len(predicted), common / len(wanted)
-    return precision, recall, 2 * precision * recall / (precision + recall)
+    precision, recall = common / len(predicted), common / len(wanted)          # Lin 2004 eq. 3, 2
+    return precision, recall, 2 * precision * recall / (precision + recall)    # eq. 4
 
 
 def lcs_length(a: list[str], b: list[str]) -> int:
     """Length of the longest common subsequence.      Crochemore et al. 2001, Hyyrö 2004
 
-    A row of the textbook table, one word of b against all of a, climbs by 0 or 1 from cell to cell, so it is kept as
-    len(a) bits: bit i of V is 0 where the row climbs at a[i]. The next row follows by one addition, whose carry moves
-    each climb back to the first match after the climb before it: len(b) steps, not len(a) x len(b) cells.
+    In the textbook table a row (b's words up to one, against all of a) grows by 0 or 1 from cell to cell, so it fits in
+    len(a) bits: bit i of V is 0 where the row grows at a[i]. One addition gives the next row: its carry moves each
+    growth back to the first match after the previous growth. So len(b) steps replace len(a) x len(b) cells.
     """
     masks, bit = {}, 1
     for word in a:
-        masks[word] = masks.get(word, 0) | bit                  # M: where in `a` each word stands
+        masks[word] = masks.get(word, 0) | bit                  # M: the positions of each word in `a`
         bit <<= 1
     V = bit - 1
-    for M in filter(None, map(masks.get, b)):                   # a word that `a` lacks leaves the row as it is
+    for M in filter(None, map(masks.get, b)):                   # a word that is not in `a` changes no row
         U = V & M
         V = (V + U) | (V - U)                                   # carries past the last bit are cut off below
     return len(a) - (V & bit - 1).bit_count()
@@ -142,7 +142,7 @@ _SHAPE = bytes(ord("v") if chr(byte) in "aeiou" else byte if byte == ord("y") el
 
 
 def _rules(table: str) -> dict:
-    """'ational>ate ...' -> rules by their last two letters, so that one look-up clears most words of a step."""
+    """'ational>ate ...' -> rules by their last two letters, so that most words pass a step by one look-up."""
     rules = {}
     for rule in table.split():
         suffix, _, replacement = rule.partition(">")
@@ -159,7 +159,7 @@ _ONLY_AFTER = {"ogi": "l", "ion": "st"}
 
 
 class _Stems(dict):
-    """word -> stem, worked out when first asked for. A hit costs a quarter of lru_cache's."""
+    """word -> stem, computed at the first look-up. A hit costs a quarter of lru_cache's."""
 
     def __missing__(self, word):
         if len(self) >= 1 << 18:                                # about 40 MB; a corpus rarely has a tenth of this
@@ -172,7 +172,7 @@ _STEMS = _Stems()
 
 
 def porter_stem(word: str) -> str:
-    """The stem of a lower-case word of ASCII letters and digits, as rouge_score has it: up to three letters stay."""
+    """The stem of a lower-case word of ASCII letters and digits, as rouge_score gives it: up to three letters stay."""
     if len(word) <= 3 or word[-1] not in _ENDINGS or not word.isascii():
         return word
     if word in _IRREGULAR:
@@ -192,14 +192,14 @@ def _shape(word: str) -> bytearray:
     """'toy' -> b'cvc', 'syzygy' -> b'cvcvcv': a y is a vowel after a consonant. Each 'vc' counts one in Porter's m."""
     shape = bytearray(word.encode().translate(_SHAPE))
     y = shape.find(b"y")
-    while y >= 0:                                               # from the left: a y decides the next one
+    while y >= 0:                                               # from the left: each y depends on the one before
         shape[y:y + 1] = b"v" if shape.endswith(b"c", 0, y) else b"c"
         y = shape.find(b"y", y + 1)
     return shape
 
 
 def _measure(word: str) -> int:
-    """m, the number of vowel-consonant turns: tree 0, trouble 1, private 2."""
+    """Porter's m, the number of vowel-consonant sequences: tree 0, trouble 1, private 2."""
     return _shape(word).count(b"vc")
 
 
@@ -209,9 +209,9 @@ def _ends_short(word: str, shape: bytearray) -> bool:
 
 
 def _replace(word: str, rules: list, least: int) -> str:
-    """Steps 2 to 4: the longest suffix that fits decides, and is replaced if m of what precedes it is `least` or more.
+    """Steps 2 to 4: the first suffix that fits is replaced, if m of what precedes it is `least` or more.
 
-    Where the condition fails, no shorter suffix is tried.
+    Rules list longer suffixes first; if the condition fails, no shorter one is tried.
     """
     for suffix, replacement in rules:
         if word.endswith(suffix):
@@ -250,7 +250,7 @@ def _step1b(word: str) -> str:
 
 
 def _step5(word: str) -> str:
-    """A final e, and one of two final l's: probate -> probat, cease -> ceas, rate as it is, controll -> control."""
+    """Drops a final e, and one of two final l's: probate -> probat, cease -> ceas, controll -> control; rate stays."""
     if word.endswith("e"):
         stem, shape = word[:-1], _shape(word[:-1])
         m = shape.count(b"vc")

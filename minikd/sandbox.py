@@ -1,28 +1,29 @@
-"""Runs programs that nobody has read: a model's answers, judged by what they print.
+"""Runs untrusted programs: a model's answers, judged by what they print.
 
-The caller alone holds the expected output; a program gets its source, its stdin and nothing else. One run is three
-processes; none is started with preexec_fn, so the caller may have threads and torch:
+Only the caller knows the expected output; a program gets its source, its stdin and nothing else. One run takes three
+processes. None is started with preexec_fn, which would be unsafe in a caller with threads (torch has some):
 
-    run_program    the clock, the output caps and the disk limit
-    supervisor     adopts every descendant of the program (a subreaper) and ends after the last of them
-    the program    a fresh interpreter, under limits of the kernel's that nothing inside it can lift
+    run_program    enforces wall-clock time, output size and disk space
+    supervisor     adopts every descendant of the program (as a subreaper) and ends after the last of them
+    the program    a fresh interpreter, under kernel limits that nothing inside it can lift
 
-The functions from _supervise to _boot run in the last two, handed to `python -c` as source. The limits, each more
-than once where it matters, so that a kernel or container may lack some; isolation() says which were reached:
+The functions from _supervise to _boot run in the last two processes, passed to `python -c` as source. Important limits
+are set in more than one way, as a kernel or container may lack some of these; isolation() says which are active:
 
     rlimits        memory, CPU time, file size, open files, no processes or threads (root is exempt: hence the uid)
-    uid            root becomes 65534: root's files, processes and environment are closed
-    namespaces     no network, TCP or UDP; no IPC. An ordinary user's: his processes' memory and environment, too
-    Landlock       reads Python and the system's libraries, writes the private folder; ABI 4: no TCP, 6: no signals
-    seccomp        no processes, threads, sockets, folders, tracing; signals to itself alone
+    uid            root becomes 65534, without access to root's files, processes and environment
+    namespaces     no network, TCP or UDP; no IPC. For an ordinary user also no access to the memory and environment of
+                   his other processes
+    Landlock       reads Python and the system's libraries, writes the private folder; from ABI 4 no TCP, 6 no signals
+    seccomp        no processes, threads, sockets, folders, tracing; signals only to itself
 
-No boundary against bugs of the kernel itself. Without Landlock what the uid can read can be read.
+It does not protect against bugs of the kernel. Without Landlock, a program can read whatever its uid can read.
 
 References
     Landlock    docs.kernel.org/userspace-api/landlock.html
     seccomp     docs.kernel.org/userspace-api/seccomp_filter.html
 """
-import _signal                  # signal's C half: the enums of the other take 4 ms to import
+import _signal                  # the C part of signal: importing the enums of signal.py takes 4 ms
 import ctypes
 import functools
 import inspect
@@ -44,12 +45,12 @@ MB = 1 << 20
 NOBODY = 65534
 OUTPUT = MB                 # bytes of stdout, and of stderr
 DISK, FILES = 8 * MB, 200   # of the private folder, which is flat
-TICK = 0.05                 # seconds between two looks at it
+TICK = 0.05                 # seconds between two checks of that folder
 LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPROC": 0}     # NPROC counts threads too
 READABLE = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime",
             "/dev/zero", "/dev/random", "/dev/urandom"]
-# System calls that no answer needs, by their numbers on (x86_64, aarch64): new processes and threads, sockets, other
-# processes, ways around the filter, folders, and objects that outlive their maker. -1: that machine has none.
+# System calls that no answer needs, by their numbers on (x86_64, aarch64): new processes and threads, sockets, access to
+# other processes, ways around the filter, folders, and objects that outlive the process. -1: that machine lacks it.
 DENIED = {
     "fork": (57, -1), "vfork": (58, -1), "clone": (56, 220), "clone3": (435, 435), "socket": (41, 198),
     "socketpair": (53, 199), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
@@ -63,13 +64,13 @@ DENIED = {
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a program. status "ok" is exit code 0 and no more: whether it was right, its stdout says.
+    """How a program ended. status "ok" only means exit code 0: stdout decides whether the answer was right.
 
     status   "ok", "error" (another exit code, an exception, a signal), "timeout", "memory" (ended by MemoryError),
              "output" (more than OUTPUT bytes), "disk" (more than DISK bytes or FILES files)
-    stdout   UTF-8, what is not replaced by U+FFFD; cut at OUTPUT bytes
+    stdout   decoded as UTF-8, invalid bytes replaced by U+FFFD; cut at OUTPUT bytes
     stderr   likewise
-    seconds  by the caller's clock, both interpreter starts included
+    seconds  wall-clock time, including the start of both interpreters
     """
     status: str
     stdout: str
@@ -80,11 +81,11 @@ class Result:
 # ---- for the caller
 
 def run_program(source: str, stdin: str = "", timeout: float = 5.0, memory_mb: int = 512) -> Result:
-    """Runs Python source in a sandbox; whatever it does, the result says so and nothing is raised.
+    """Runs Python source in a sandbox; whatever the program does is reported in the result, not raised.
 
-    timeout    seconds of wall clock
-    memory_mb  of address space; the interpreter itself takes some 30
-    Raises InputError where programs cannot be confined: not on Linux, or by a root that cannot become another user.
+    timeout    wall-clock seconds
+    memory_mb  MB of address space; the interpreter itself takes about 30
+    Raises InputError if programs cannot be confined: not on Linux, or started by root that cannot become another user.
     """
     return _run(source, stdin, timeout, memory_mb)[0]
 
@@ -92,7 +93,8 @@ def run_program(source: str, stdin: str = "", timeout: float = 5.0, memory_mb: i
 def run_programs(jobs, workers: int | None = None) -> list[Result]:
     """Results in the order of the jobs, each a tuple of run_program's arguments.
 
-    workers  programs at a time: the cores this process may use, and 2 at least, so that a loop stalls nobody
+    workers  programs at a time; by default the cores this process may use, but at least 2, so that an endless loop does
+             not hold up all others
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     with ThreadPoolExecutor(workers or max(2, cores)) as pool:
@@ -101,15 +103,14 @@ def run_programs(jobs, workers: int | None = None) -> list[Result]:
 
 @functools.lru_cache(maxsize=None)
 def isolation() -> str:
-    """The level reached on this machine, found out once with an empty program; print it beside results."""
+    """Which limits are active on this machine, as text to print beside results; found once, by an empty program."""
     return _run("", "", 30.0, 512)[1]
 
 
 def same_output(stdout: str, expected: str) -> bool:
-    """Line by line the same words: blanks count once, those at a line's ends and empty last lines not at all.
+    """Whether both texts have the same words line by line, apart from blanks around words and empty lines at the end.
 
-    Every line counts. To compare lines while both texts have some would accept the first line alone, or a right
-    answer with anything after it.
+    All lines must match: comparing with zip would accept only the first line, or a right answer followed by anything.
     """
     ours, theirs = ([line.split() for line in text.rstrip().split("\n")] for text in (stdout, expected))
     return ours == theirs
@@ -118,7 +119,7 @@ def same_output(stdout: str, expected: str) -> bool:
 # ---- one run, seen from outside
 
 def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
-    """run_program's work -> (result, the level of isolation that was reached)."""
+    """run_program, and the active limits as isolation() returns them."""
     if sys.platform != "linux":
         raise InputError(f"sandbox: programs cannot be confined on {sys.platform}; run them on Linux")
     start = time.monotonic()
@@ -135,7 +136,7 @@ def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
             verdict, out, err, said = _watch(process, report, folder, start + timeout)
         seconds = time.monotonic() - start
     finally:
-        if os.geteuid():                                        # root needs none, and must not follow a planted link
+        if os.geteuid():                                        # not for root, who needs none, and might follow a planted link
             with suppress(OSError):
                 os.chmod(folder, 0o700)
         shutil.rmtree(folder, ignore_errors=True)
@@ -151,7 +152,7 @@ def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
 
 
 def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
-    """Fills the private folder and hands it to the user the program will be -> the supervisor's options."""
+    """Fills the private folder and gives it to the user that the program will run as -> the supervisor's options."""
     for name, content in (("program.py", source), ("stdin", stdin)):
         with open(f"{folder}/{name}", "xb") as file:
             file.write(content)
@@ -160,7 +161,7 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
         os.chown(folder, NOBODY, NOBODY)
         os.chown(f"{folder}/program.py", NOBODY, NOBODY)
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)         # not a venv's link
-    seconds = math.ceil(timeout) + 1                            # of CPU: a second guard, behind the clock
+    seconds = math.ceil(timeout) + 1                            # of CPU time, if the wall clock should fail
     return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED,
             "boot": inspect.getsource(_boot) + "_boot()", "uid": NOBODY if root and not as_root else None,
             "readable": READABLE + [python, f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)],
@@ -169,7 +170,7 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
 
 @contextmanager
 def _supervisor(folder, options):
-    """The supervisor's process and the pipe it reports on; in the end it is dead, and everything below it."""
+    """The supervisor's process and the pipe it reports on; on exit it and all its descendants are dead."""
     report, write = os.pipe()
     try:
         with open(f"{folder}/stdin", "rb") as stdin:
@@ -197,9 +198,9 @@ def _supervisor(folder, options):
 
 
 def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray, bytearray]:
-    """Reads until the supervisor is gone or a limit is passed -> (which one or "", stdout, stderr, the report).
+    """Reads until the supervisor has ended or a limit is exceeded -> (which limit, or "", stdout, stderr, the report).
 
-    The end of stdout means nothing: a program may close it and go on, or leave it to a child.
+    The end of stdout says nothing: a program may close it and continue, or leave it open in a child.
     """
     out, err, said = bytearray(), bytearray(), bytearray()
     texts = {process.stdout.fileno(): out, process.stderr.fileno(): err, report: said}
@@ -230,7 +231,7 @@ def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray
         if now >= deadline and said.count(b"\n") < 2:
             verdict = verdict or "timeout"
     _stop(process)
-    while not too_long() and read(0):                           # what was in the pipes; nobody writes any more
+    while not too_long() and read(0):                           # the rest in the pipes; all writers are dead
         pass
     return verdict or ("output" if too_long() else "disk" if _too_much(folder) else ""), out, err, said
 
@@ -240,7 +241,7 @@ def _stop(process):
     process.terminate()
     try:
         process.wait(10)
-    except subprocess.TimeoutExpired:                           # the machine is stuck; the program dies with its parent
+    except subprocess.TimeoutExpired:                           # a stuck machine; the program dies with its parent
         process.kill()
 
 
@@ -261,22 +262,22 @@ def _too_much(folder) -> bool:
 # ---- one run, seen from inside: these functions go to a bare interpreter as source
 
 def _supervise(report, options):
-    """Forks the program, waits, kills what it left; writes "LEVEL\\nEXIT CODE\\n" to `report`, or "refused: why"."""
+    """Forks the program, waits, kills its descendants; writes "LIMITS\\nEXIT CODE\\n" to `report`, or "refused: why"."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl.argtypes = [ctypes.c_int] + 4 * [ctypes.c_ulong]
     libc.prctl(36, 1, 0, 0, 0)                                  # PR_SET_CHILD_SUBREAPER: orphans become our children
 
-    def end(*_):                                                # also at any moment of what follows, by SIGTERM
+    def end(*_):                                                # also called by SIGTERM, at any moment
         _kill_below()
-        if os.getppid() != options["parent"]:                   # nobody is left to remove the private folder
+        if os.getppid() != options["parent"]:                   # the caller is dead: remove its folder
             for name in os.listdir("."):
                 os.unlink(name)
             os.rmdir(os.getcwd())
-        os._exit(0)                                             # 1 ms sooner than the interpreter's own end
+        os._exit(0)                                             # 1 ms faster than a normal exit
 
     _signal.signal(_signal.SIGTERM, end)
-    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)            # ignored, as a caller may, it would lose the exit code
-    libc.prctl(1, _signal.SIGTERM, 0, 0, 0)                     # PR_SET_PDEATHSIG: likewise if the caller is killed
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)            # if the caller ignores it, exit codes are lost
+    libc.prctl(1, _signal.SIGTERM, 0, 0, 0)                     # PR_SET_PDEATHSIG: end() if the caller is killed
     os.set_inheritable(report, False)
     if os.getppid() != options["parent"]:
         end()
@@ -295,7 +296,7 @@ def _supervise(report, options):
 
 
 def _kill_below():
-    """Kills children until there are none: the dead one's children become ours, setsid or not."""
+    """Kills children until there are none: the children of a dead child become ours, even after setsid."""
     while True:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -314,8 +315,8 @@ def _kill_below():
 
 
 def _become(libc, report, options):
-    """Gives up, for good, all but what the program needs, and becomes it. Raises where it must not be run."""
-    import resource                                             # not on Windows, where the caller imports this file
+    """Drops all rights that the program does not need, then becomes it (execve). Raises if it must not be run."""
+    import resource                                             # here: Windows, which imports this file, lacks it
     os.setsid()
     root, uid = os.geteuid() == 0, options["uid"]
     level = ["rlimits", f"uid {os.geteuid() if uid is None else uid}"]
@@ -327,7 +328,7 @@ def _become(libc, report, options):
         raise OSError("this kernel lacks no_new_privs")
     abi = _landlock(libc, options["readable"])
     level.append(f"Landlock ABI {abi}" if abi else "no Landlock: files can be read")
-    if root and uid is None:                                    # opted in
+    if root and uid is None:                                    # by MINIKD_SANDBOX_AS_ROOT
         for capability in range(64):
             libc.prctl(24, capability, 0, 0, 0)                 # PR_CAPBSET_DROP: none is left after execve
     elif root:
@@ -338,7 +339,7 @@ def _become(libc, report, options):
         except OSError as error:
             raise OSError(f"root cannot become uid {uid} ({error}); run as an ordinary user, or set "
                           "MINIKD_SANDBOX_AS_ROOT=1") from error
-    for name, value in options["limits"].items():               # after the uid: it may not change past NPROC
+    for name, value in options["limits"].items():               # after the uid, whose change NPROC could forbid
         which = getattr(resource, name)
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -351,7 +352,7 @@ def _become(libc, report, options):
 
 
 def _uncover(libc, prefix):
-    """Lets others reach root's own Python (/root/.pyenv), with nothing around it, in a mount namespace."""
+    """Makes root's own Python (/root/.pyenv) readable for other users, and nothing beside it, in a mount namespace."""
     paths = [prefix[:i] for i, letter in enumerate(prefix + "/") if letter == "/" and i]
     above = [path for path in paths if not os.stat(path).st_mode & 1]
     if not above:
@@ -372,16 +373,16 @@ def _uncover(libc, prefix):
 
 
 def _landlock(libc, readable) -> int:
-    """Files: `readable` alone, and the current folder to write to, without subfolders. No TCP, no signals to others.
+    """Limits file access to `readable` and, for writing, the current folder without subfolders; no TCP; no signals to others.
 
-    Returns the kernel's ABI, 0 if it has none. What it handles depends on that: moves from 2 on, truncation 3, TCP 4,
-    devices' ioctl 5, signals and abstract sockets 6.
+    Returns the kernel's Landlock ABI, 0 if it has none. The ABI decides what can be forbidden: moves from 2 on,
+    truncation 3, TCP 4, devices' ioctl 5, signals and abstract sockets 6.
     """
     abi = libc.syscall(444, None, ctypes.c_size_t(0), 1)        # landlock_create_ruleset: the version
     if abi < 1:
         return 0
-    every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-    handled = (ctypes.c_uint64 * 3)(every, 3, 3)
+    every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1        # all access rights to files that this ABI knows
+    handled = (ctypes.c_uint64 * 3)(every, 3, 3)                # struct landlock_ruleset_attr: files, network, scope
     ruleset = libc.syscall(444, handled, ctypes.c_size_t(8 if abi < 4 else 16 if abi < 6 else 24), 0)
     execute, write, read, read_dir, remove, make, truncate = 1, 2, 4, 8, 32, 256, 1 << 14
     rules = [(path, execute | read | read_dir) for path in readable]
@@ -401,12 +402,12 @@ def _landlock(libc, readable) -> int:
 
 
 def _seccomp(libc, denied) -> bool:
-    """EPERM for the system calls in `denied`, and for signals to others than oneself; False where it cannot be had."""
+    """Makes the system calls in `denied`, and signals to other processes, fail with EPERM; False if not supported."""
     machine = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
     if machine is None:
         return False
     load, equal, above, end = 0x20, 0x15, 0x35, 0x06            # BPF: load a word, jump if ==, if >=, return
-    deny, allow = (end, 0, 0, 0x50001), (end, 0, 0, 0x7FFF0000)
+    deny, allow = (end, 0, 0, 0x50001), (end, 0, 0, 0x7FFF0000)     # SECCOMP_RET_ERRNO with EPERM, SECCOMP_RET_ALLOW
     code = [(load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[machine]), deny,    # another ABI's numbers
             (load, 0, 0, 0), (above, 0, 1, 0x40000000), deny]                           # x32
     for numbers in denied.values():
@@ -424,7 +425,7 @@ def _seccomp(libc, denied) -> bool:
 
 
 def _boot():
-    """In the new interpreter: what `python program.py` does, with the exit() and quit() that -S leaves out."""
+    """In the new interpreter: runs program.py as `python program.py` does, with exit() and quit(), which -S leaves out."""
     import _sitebuiltins
     import builtins
     import sys
@@ -441,5 +442,6 @@ def _boot():
 
 @functools.lru_cache(maxsize=None)
 def _trampoline() -> str:
+    """Source of the supervisor's functions, for `python -c`."""
     parts = (_supervise, _kill_below, _become, _uncover, _landlock, _seccomp)
     return "import _signal, ctypes, os, sys, time\n\n" + "\n\n".join(map(inspect.getsource, parts))

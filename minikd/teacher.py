@@ -1,4 +1,4 @@
-"""What the student is compared with: the teacher itself, or its states on disk, computed once."""
+"""What the student is compared with: the teacher model, or its hidden states on disk, computed once."""
 import hashlib
 import json
 from pathlib import Path
@@ -17,22 +17,22 @@ FACTS, SHARD_TOKENS = "cache.json", 50_000          # a shard of a 3B teacher's 
 
 
 class Teacher:
-    """The model itself: `states` runs its body on every batch."""
+    """The model in memory: `states` runs its body on every batch."""
 
     def __init__(self, model: Qwen2):
         self.model, self.head = model, model.head                               # head [V', D']
 
     @torch.inference_mode()
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
-        """The states that score the rows' responses, in order: ids and mask [B, T], N scored tokens -> [N, D']"""
+        """The hidden states that score the rows' responses, in order: ids and mask [B, T] -> [N, D']"""
         return scored_positions(self.model.hidden(ids), ids, mask)[0]
 
 
 class CachedTeacher:
-    """The same states, read from a folder that fill_cache wrote; of the teacher itself only the head is in memory.
+    """The same states, read from a folder that fill_cache wrote; only the teacher's head is in memory.
 
-    Exact soft targets: the head applied to these states gives the teacher's whole distribution, where stored top-k
-    probabilities would not. A state is D' bfloat16 numbers, 2 D' bytes a scored token.
+    Applied to these states, the head gives the teacher's whole distribution, unlike stored top-k probabilities. A state
+    is D' bfloat16 numbers: 2 D' bytes per scored token.
     """
 
     def __init__(self, folder, head: Tensor):
@@ -45,7 +45,7 @@ class CachedTeacher:
                 at += length
 
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
-        """As Teacher.states, in the dtype they were kept in.  Raises KeyError for a row that fill_cache was not given."""
+        """As Teacher.states, in bfloat16 as stored.  Raises KeyError for a row that fill_cache was not given."""
         return send(torch.cat([self._read(row) for row in rows]), self.head.device)
 
     def _read(self, row: Encoded) -> Tensor:
@@ -57,24 +57,25 @@ class CachedTeacher:
 
 
 def digest_of(row: Encoded) -> str:
-    """Of what a row's states depend on, beside the teacher: its ids, and which of them are scored."""
+    """A hash of what a row's states depend on, beside the teacher: its ids, and which of them are scored."""
     return hashlib.sha256(f"{row.prompt}{row.response}".encode()).hexdigest()[:24]
 
 
 def fingerprint(digests) -> str:
+    """One hash of many."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:24]
 
 
 def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, pad_id: int, batch_size: int,
                dtype: torch.dtype = torch.float32, progress=None) -> int:
-    """Writes the teacher's states of every row, as far as they are not there yet; returns the tokens it computed.
+    """Computes and writes the teacher's states of every row that are not in `folder` yet; returns how many tokens it scored.
 
     made_from  JSON values that the states depend on; a folder made from others is refused (InputError)
-    load       () -> the teacher; not called where nothing is missing, and its memory is free again afterwards
+    load       () -> the teacher; only called if states are missing, and its memory is freed afterwards
     width      D' of the teacher
     progress   called after each batch with its number of rows
-    Shards of some 50,000 tokens are written whole and then named; after a kill the missing ones are made, and one
-    that is damaged or of another shape is made again.
+    A shard of about 50,000 tokens appears only when it is complete; a run after a kill makes the missing shards, and
+    those that are damaged or of another shape.
     """
     folder, unique = Path(folder), {digest_of(row): row for row in rows}
     shards = plan_shards(unique)
@@ -100,7 +101,7 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
 
 
 def plan_shards(unique: dict[str, Encoded]) -> dict[str, list]:
-    """shard's file -> [digest, scored tokens] of its rows: similar lengths together, SHARD_TOKENS and a row at most."""
+    """shard's file -> [digest, scored tokens] of its rows, similar lengths together; full from SHARD_TOKENS tokens on."""
     shards, tokens = {}, SHARD_TOKENS
     for digest, row in sorted(unique.items(), key=lambda item: (len(item[1]), item[0])):
         if tokens >= SHARD_TOKENS:
@@ -111,7 +112,7 @@ def plan_shards(unique: dict[str, Encoded]) -> dict[str, list]:
 
 
 def check_made_from(folder: Path, made_from: dict):
-    """Raises InputError where `folder` holds another cache, or something else, naming what differs."""
+    """Raises InputError, naming what differs, if `folder` holds a cache made from other things, or no cache at all."""
     if not (folder / FACTS).exists():
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise InputError(f"{folder}: is not empty, and no cache of a teacher's; choose another --cache-teacher")
@@ -127,7 +128,7 @@ def check_made_from(folder: Path, made_from: dict):
 
 
 def whole(path: Path, plan: list, width: int) -> bool:
-    """Whether a shard is there, undamaged as far as its header and its size tell, and holds these rows."""
+    """Whether a shard exists and holds these rows, complete as far as its header and its size can tell."""
     try:
         with safe_open(path, framework="pt") as file:
             states = file.get_slice("states")
@@ -141,12 +142,12 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
                       max_new_tokens: int, seed: int, progress=None) -> list[Encoded]:
     """Sequence-level KD (Kim and Rush 2016, arXiv:1606.07947): the rows with responses sampled from the teacher.
 
-    load  () -> the teacher; not called where all answers are there, and its memory is free again afterwards
-    They are sampled once, at temperature 1, and kept in `path`, one JSON object a line after a first one that says
-    what they were made from. After a kill, what was sampled is read and the rest is sampled, to the same tokens.
-    Raises InputError where `path` was made from something else.
+    load  () -> the teacher; only called if answers are missing, and its memory is freed afterwards
+    They are sampled once, at temperature 1, and kept in `path`: a first line says what they were made from, then one
+    JSON object per answer. After a kill only the missing ones are sampled, and are the same tokens as without it.
+    Raises InputError if `path` is damaged, or was made from something else.
     """
-    path, step = Path(path), 8 * batch_size                     # rows sampled between two writes
+    path, step = Path(path), 8 * batch_size                     # step: rows sampled between two writes
     made_from = json.loads(json.dumps(made_from | {"rows": fingerprint(map(digest_of, rows)), "seed": seed,
                                                    "max_new_tokens": max_new_tokens, "batch_size": batch_size}))
     first = json.dumps(made_from, sort_keys=True)
@@ -162,7 +163,8 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
         raise InputError(f"{path}: holds other answers: their {what} is {before.get(what)}, here {made_from[what]}; "
                          "choose another --out")
     held = len(lines) - 1
-    held -= held % step if held < len(rows) else 0              # whole writes, whose seeds are known
+    if held < len(rows):
+        held -= held % step                                     # complete writes only: a seed belongs to each
     with atomic_path(path) as new:
         new.write_text("\n".join(lines[:1 + held]) + "\n", encoding="utf-8")
     responses = answers[:held]

@@ -11,7 +11,7 @@ from minikd.files import InputError, local_folder, read_json
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 # A whole system turn, written as one literal of a chat template; a quote or a brace would end the literal.
 SYSTEM_TURN = re.compile(r"""<\|im_start\|>system(?:\\n|\n)((?:[^'"{\\]|\\.|\{\})*)<\|im_end\|>""")
-STOPS = ("<|im_end|>", "<|endoftext|>")             # an answer ends with either; the first that exists ends a turn
+STOPS = ("<|im_end|>", "<|endoftext|>")             # an answer ends with either; the first ends a turn of ChatML
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
          "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
@@ -19,10 +19,10 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "s
 class Tokenizer:
     """encode, decode and chat for one Qwen2 tokenizer folder.
 
-    eos_ids  every id that ends an answer: a set, since Instruct models stop at <|im_end|> and base models at
-             <|endoftext|>, and a model between the two at either
+    eos_ids  every id that ends an answer: a set, since Instruct models stop at <|im_end|>, base models at
+             <|endoftext|>, and a base model after a little fine-tuning at either
     end_id   the one that training appends to an answer
-    pad_id   <|endoftext|>. It fills rows and is never looked for: masks travel with the ids instead, so that
+    pad_id   <|endoftext|>. It only fills rows: padding is found by masks, never by comparing ids, so that
              a real <|endoftext|> is not taken for padding.
     """
 
@@ -43,7 +43,7 @@ class Tokenizer:
             raise InputError(f"{path}: is missing; copy the tokenizer's files beside the model's")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-            backend.no_truncation()                 # a folder saved while training may ask for either
+            backend.no_truncation()                 # the saved settings may include either
             backend.no_padding()
         except Exception as error:                  # tokenizers raises bare Exception, and nothing narrower
             raise InputError(f"{path}: is damaged ({error}); fetch it again") from error
@@ -63,7 +63,7 @@ class Tokenizer:
     def check_same(self, name):
         """Raises InputError where the tokenizer in folder or hub name `name` gives other ids than this one.
 
-        A student learns its teacher's probabilities id by id. A folder without a tokenizer is taken on trust.
+        A student learns its teacher's probabilities id by id. A folder without a tokenizer is not checked.
         """
         if not (local_folder(name, list(FILES)) / "tokenizer.json").exists():
             return
@@ -78,7 +78,7 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Special tokens written out in the text, such as <|im_end|>, become their ids."""
+        """Ids of the text; special tokens written out in it, such as <|im_end|>, become their ids."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids, skip_special: bool = True) -> str:
@@ -103,22 +103,22 @@ class Tokenizer:
         return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
     def stream(self) -> "Stream":
-        """A decoder that is fed id by id, and gives text as soon as it is whole."""
+        """A decoder that takes one id at a time and returns text as soon as its characters are complete."""
         return Stream(self)
 
 
 class Stream:
-    """push(id) returns the text that became certain; never half of a character.
+    """push(id) returns the text that this id completes, never part of a character.
 
-    A character of Spanish, Chinese or emoji may be spread over several byte-level tokens; until the last one
-    arrives, decoding ends in one U+FFFD. Only the ids since the last whole character are decoded again.
+    A non-ASCII character may be spread over several byte-level tokens; until the last one arrives, decoding
+    ends in one U+FFFD (the replacement character). Only the ids since the last whole one are decoded again.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.ids, self.given = tokenizer, [], 0
 
     def push(self, token: int) -> str:
-        """One more id -> the text that became certain with it, often one word, at times none."""
+        """One more id -> the text that it completes: usually a word, sometimes nothing."""
         self.ids.append(int(token))
         text = self.tokenizer.decode(self.ids)
         if not text.endswith("\ufffd"):
@@ -136,14 +136,14 @@ class Stream:
 def default_system(folder: Path) -> str | None:
     """The system prompt that this folder's chat template puts first, or None where it puts none.
 
-    Qwen2.5, Qwen2, Qwen1.5 and Qwen2.5-Math each have their own. A folder without a template is taken as Qwen2.5.
+    Qwen2.5, Qwen2, Qwen1.5 and Qwen2.5-Math each have their own. A folder without a template is treated as Qwen2.5.
     """
     template = None
-    if (folder / "chat_template.jinja").exists():                                # transformers 5 writes it apart
+    if (folder / "chat_template.jinja").exists():                                # transformers 5: in its own file
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     elif (folder / "tokenizer_config.json").exists():
         template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if not isinstance(template, str):
         return QWEN25_SYSTEM
-    turn = SYSTEM_TURN.search(template)
+    turn = SYSTEM_TURN.search(template)                                          # below: undo the literal's escapes
     return turn and re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape[1], escape[1]), turn[1])

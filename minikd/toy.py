@@ -1,9 +1,9 @@
-"""The embedded default: a small world made on the spot, so that every script runs without a download.
+"""The default data: a small generated world, so that every script runs without a download.
 
 Twelve people have a city, a job, a pet and an age. Records ask about them in English and in Spanish (Dolly's
-fields) and ask for small Python functions (PyTorrent's fields), in falling amounts: 6 : 3 : 2, as the paper's
-"decreasing context levels". The teacher's records are many and clean. The student's are few and human: some
-answers are worded another way, and some are wrong. Prompts of the test set are in neither.
+fields) and ask for small Python functions (PyTorrent's fields), in the ratio 6 : 3 : 2, after the paper's
+"decreasing context levels". The teacher's records are many and clean. The student's are few and imitate human data:
+some answers are worded differently, and some are wrong. Prompts of the test set are in neither.
 """
 import hashlib
 import json
@@ -19,9 +19,9 @@ from minikd.model import Qwen2Config
 from minikd.tokenizer import STOPS, Tokenizer
 
 SHARES = {"english": 6, "spanish": 3, "code": 2}    # how often each domain is drawn
-OTHER_WORDS, WRONG = 0.3, 0.2                       # of the student's answers: reworded; about somebody else
+OTHER_WORDS, WRONG = 0.3, 0.2                       # shares of the student's answers that are reworded; are wrong
 
-# How Qwen2 splits text before BPE. transformers takes it for granted in a qwen2 folder, whatever tokenizer.json says.
+# How Qwen2 splits text before BPE. transformers assumes it for every qwen2 folder, whatever tokenizer.json says.
 QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                r"|\s+(?!\S)|\s+")
 
@@ -31,7 +31,7 @@ JOBS = [("nurse", "enfermera"), ("pilot", "piloto"), ("baker", "panadera"), ("ju
         ("farmer", "granjero"), ("singer", "cantante"), ("dentist", "dentista"), ("tailor", "sastre")]
 PETS = [("cat", "gato"), ("dog", "perro"), ("horse", "caballo"), ("parrot", "loro"), ("rabbit", "conejo")]
 
-# What is asked of one person p or of two, p and q; the usual answer; and the same in other words.
+# Questions about one person p or two, p and q; the usual answer; and the same in other words.
 ENGLISH = [
     (["Where does {p} live?", "In which city does {p} live?"], "{p} lives in {p.city}.", "It is {p.city}."),
     (["What does {p} do?", "What is the job of {p}?"], "{p} works as a {p.job}.", "{p} is a {p.job}."),
@@ -54,7 +54,7 @@ SPANISH = [
     (["Presenta a {p} ante {q}.", "Dile a {q} quién es {p}."],
      "{q}, te presento a {p}, {p.oficio} de {p.city} con un {p.mascota}.", "{p} es {p.oficio} y vive en {p.city}."),
 ]
-# What a function of x is asked to do, and the line that does it, usually and in other words.
+# What a function should do to x; the usual line of code for it; and another one.
 STEPS = [("double it", "x = x * 2", "x *= 2"), ("halve it", "x = x / 2", "x /= 2"), ("negate it", "x = -x", "x *= -1"),
          ("square it", "x = x * x", "x = x ** 2"), ("add one", "x = x + 1", "x += 1"),
          ("print it", "print(x)", "print(str(x))"), ("subtract ten", "x = x - 10", "x -= 10"),
@@ -73,15 +73,15 @@ class Person:
 
 
 def people(seed: int = 7) -> list[Person]:
-    """The world's twelve; another seed is another world, where the same names have other facts."""
+    """The world's twelve people; with another seed the same names have other facts."""
     rng = random.Random(seed)
     return [Person(name, rng) for name in NAMES]
 
 
 def record(domain: str, rng: random.Random, world: list[Person], human: bool = False) -> dict:
-    """One record in its dataset's own fields.
+    """One record, in Dolly's or PyTorrent's fields.
 
-    human  answered as people do: in other words at times, and at times about somebody else or with numbers off
+    human  as people answer: sometimes in other words, sometimes with facts of somebody else or a wrong line of code
     """
     other_words, wrong = human and rng.random() < OTHER_WORDS, human and rng.random() < WRONG
     if domain == "code":
@@ -94,23 +94,24 @@ def record(domain: str, rng: random.Random, world: list[Person], human: bool = F
                 "category": domain}
     asks, *answers = rng.choice(ENGLISH if domain == "english" else SPANISH)
     p, q, somebody = rng.sample(world, 3)
-    facts = Person(p.name, random.Random(somebody.name)) if wrong else p        # the name is right, the rest is not
+    facts = Person(p.name, random.Random(somebody.name)) if wrong else p        # p's name with wrong facts
     old, young = sorted((facts, q), key=lambda person: -person.age)
     return {"instruction": rng.choice(asks).format(p=p, q=q), "context": "", "category": domain,
             "response": answers[other_words].format(p=facts, q=q, old=old, young=young)}
 
 
 def question(entry: dict) -> str:
+    """What a record asks."""
     return entry.get("instruction") or entry["docstring"]
 
 
 def held_out(text: str) -> bool:
-    """A fifth of all questions, decided by the text alone, belongs to the test set and never to training."""
-    return hashlib.sha256(text.encode()).digest()[0] < 51
+    """Whether a question belongs to the test set, and so never to training: a fifth of all, decided by their text."""
+    return hashlib.sha256(text.encode()).digest()[0] < 51       # of 256
 
 
 def records(count: int, seed: int, human: bool = False, test: bool = False) -> list[dict]:
-    """`count` records, domains in their shares; of the test set, each prompt once."""
+    """`count` records, domains drawn by SHARES; with `test`, of the test set and each prompt only once."""
     rng, world, found, seen = random.Random(seed), people(), [], set()
     while len(found) < count:
         entry = record(draw_domain(rng), rng, world, human)
@@ -125,7 +126,7 @@ def draw_domain(rng: random.Random) -> str:
 
 
 def plain_text(count: int, seed: int) -> list[str]:
-    """Text for the student's pretraining: the language, not the facts. Statements of other worlds, no questions."""
+    """Text for the student's pretraining, which teaches the language but not the facts: statements about other worlds."""
     rng = random.Random(seed)
     def statement():
         entry = record(draw_domain(rng), rng, people(rng.randrange(10**6)), human=True)
@@ -134,8 +135,8 @@ def plain_text(count: int, seed: int) -> list[str]:
 
 
 def make_tokenizer(folder, texts: list[str] | None = None) -> Tokenizer:
-    """A byte-level BPE of the given texts, or of the world's own, saved as a Qwen2-like folder: ChatML without a system
-    prompt."""
+    """A byte-level BPE trained on the texts, by default the world's own, and saved as a folder like Qwen2's: ChatML without
+    a system prompt."""
     examples = [to_example(entry, "toy") for entry in ([] if texts else records(2000, seed=11))]
     texts = texts or [f"user\n{example.messages[0]['content']}\nassistant\n{example.response}" for example in examples]
     backend = tokenizers.Tokenizer(models.BPE())
@@ -158,6 +159,7 @@ def make_tokenizer(folder, texts: list[str] | None = None) -> Tokenizer:
 
 
 def teacher_config(vocab_size: int) -> Qwen2Config:
+    """Three layers of width 128."""
     return Qwen2Config(vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
                        tie_word_embeddings=True, initializer_range=0.08)

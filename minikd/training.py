@@ -1,4 +1,4 @@
-"""What two training loops share: optimizer, schedule, log, exact resume, progress. The loops are in the scripts."""
+"""What the two training scripts share: optimizer, schedule, log, exact resume, progress. The loops are in the scripts."""
 import argparse
 import json
 import math
@@ -21,8 +21,8 @@ STATE, LOG, CONFIG = "state.safetensors", "log.jsonl", "config.json"
 
 
 def load_student(name, device, tokenizer) -> Qwen2:
-    """The model to train, in float32.  Raises InputError for a 4-bit one, whose weights cannot move, and for another
-    tokenizer's."""
+    """The model to train, in float32.  Raises InputError for a 4-bit one, whose weights cannot be trained, and for one with
+    too few rows for the tokenizer."""
     model = load_model(name, device, torch.float32)
     if model.quantization:
         raise InputError(f"{name}: holds 4-bit weights, which cannot be trained; give the folder it was made from")
@@ -31,7 +31,7 @@ def load_student(name, device, tokenizer) -> Qwen2:
 
 
 def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01, betas=(0.9, 0.95)) -> torch.optim.AdamW:
-    """AdamW; biases and norm weights are not decayed. Fused: one pass over the weights, and no copies of them."""
+    """AdamW; biases and norm weights have no weight decay. Fused: one pass over the weights, without copies of them."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -39,27 +39,27 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01, betas=(0
 
 
 def compile_blocks(*models: Qwen2):
-    """Lets torch.compile fuse what stands between the products of a block: over whole sequences, and in a step of
-    decoding that a CUDA graph replays. One graph serves all blocks; each kind of call takes half a minute to compile.
+    """Lets torch.compile fuse the operations between a block's matrix products, for whole sequences and for decoding steps
+    that a CUDA graph replays. One compiled graph serves all blocks; each kind of call takes half a minute to compile.
     """
     for model in models:
         model.model.compiled = torch.compile(run_block)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine") -> float:
-    """The rate of step `step` of 0 .. steps-1: linear warm-up, then constant, or a cosine down to a tenth of peak."""
+    """The learning rate at step 0 .. steps-1: linear warm-up to peak, then constant, or a cosine down to peak / 10."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
     done = (step - warmup) / max(1, steps - warmup)             # 0 .. 1
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))  # from 1.0 to 0.1
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
-    """--dtype auto: bfloat16 on GPUs and on CPUs that multiply it (AVX512-BF16, AMX), else float32.
+    """--dtype auto: bfloat16 on GPUs and on CPUs with instructions for it (AVX512-BF16, AMX), else float32.
 
-    It is the dtype of the matrix products and of the teacher; the student's weights stay float32.
+    It is the dtype of the matrix products and of the teacher; the student's weights stay in float32.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -68,7 +68,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 
 def pick_device(name: str) -> str:
-    """--device auto: the first GPU where there is one.  Raises InputError for one that is not there."""
+    """--device auto: a GPU if there is one, else the CPU.  Raises InputError for a device that does not work."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -76,20 +76,20 @@ def pick_device(name: str) -> str:
     try:
         if torch.zeros(1, device=name).is_meta:
             raise InputError(f"--device {name}: holds no numbers; use --device cpu or cuda")
-    except (RuntimeError, AssertionError) as error:             # no such kind, no such number, not built in
+    except (RuntimeError, AssertionError) as error:             # no such device, or torch built without it
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu or cuda") from error
     return name
 
 
 def spare_threads(config: Qwen2Config):
-    """One thread where a model's matrices are too small to share, as the toy's: two wait for each other at every one of
-    them, and beside a busy neighbour they take 13 times as long (eval_rouge.py on the toy: 35 s against 2.7)."""
+    """One thread if a model's matrices are too small to split, as the toy's: threads wait for each other at each of them,
+    and while other programs use the cores two take 13 times as long as one (eval_rouge.py on the toy: 35 s, not 2.7)."""
     if config.hidden_size <= 256:
         torch.set_num_threads(1)
 
 
 def check_schedule(args):
-    """Raises InputError for a --warmup or --weight-decay that no schedule has."""
+    """Raises InputError for a --warmup or --weight-decay that is negative or infinite."""
     if args.warmup is not None and args.warmup < 0:
         raise InputError(f"--warmup {args.warmup}: give 0 or more")
     if args.weight_decay is not None and not 0 <= args.weight_decay < math.inf:
@@ -97,20 +97,20 @@ def check_schedule(args):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a flag in one line, as everything else that the user can mend."""
+    """Reports a wrong flag as an InputError, like every other error that the user can fix."""
 
     def error(self, message: str):
         raise InputError(f"{message}; see --help")
 
 
 def make_parser(doc: str) -> Parser:
-    """A parser whose --help is the script's docstring, then a line a flag; no flag may be abbreviated."""
+    """A parser whose --help is the script's docstring, then one line per flag; no flag may be abbreviated."""
     return Parser(description=doc, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=(
         lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=125)))
 
 
 def flag_group(parser: argparse.ArgumentParser, title: str):
-    """The add_argument of a new group; a number's value is shown as N or X, a choice by the flag's own help."""
+    """The add_argument of a new group of flags; --help shows the value of an int as N, of a float as X."""
     group = parser.add_argument_group(title)
 
     def add(name, *more, **options):
@@ -122,7 +122,7 @@ def flag_group(parser: argparse.ArgumentParser, title: str):
 
 
 def check_positive(args, *names: str):
-    """Raises InputError for the first of these flags that was given a number which is not above 0, or above 10^12."""
+    """Raises InputError for the first of these flags with a number outside 0 < number <= 10^12; None is allowed."""
     for name in names:
         value = getattr(args, name)
         numbers = value if isinstance(value, list) else [value]
@@ -133,23 +133,23 @@ def check_positive(args, *names: str):
 # ---- what a run leaves behind
 
 class Log:
-    """log.jsonl, or another name: one JSON object a line, written as it happens."""
+    """log.jsonl, or another name: one JSON object per line, written immediately."""
 
     def __init__(self, folder, upto: int = 0, name: str = LOG):
-        """Keeps the lines of the first `upto` steps: what a killed run logged past its last state will come again."""
+        """Keeps the lines of the first `upto` steps: later ones, of a killed run, will be logged again."""
         self.path = Path(folder) / name
         kept = [line for line in read_log(folder, name) if line["step"] <= upto] if upto else []
         with atomic_path(self.path) as new:
             new.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
 
     def write(self, *lines: dict, **values):
-        """One line of the values, or several at once."""
+        """Appends one line with the keyword values, or all of `lines`."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [values]))
 
 
 def read_log(folder, name: str = LOG) -> list[dict]:
-    """The whole lines of log.jsonl; a last one that a kill cut in half is left out.  InputError for a damaged one."""
+    """The complete lines of log.jsonl; a last one that a kill cut short is left out.  InputError for a damaged one."""
     path, lines = Path(folder) / name, []
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
         try:
@@ -161,7 +161,7 @@ def read_log(folder, name: str = LOG) -> list[dict]:
 
 
 def write_config(folder, settings: dict):
-    """config.json of a run: its settings, the versions and the commit that made it."""
+    """Writes a run's config.json: its settings, and the versions and the commit that it runs with."""
     here = Path(__file__).resolve().parents[1]
     git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip() or None,
@@ -174,10 +174,10 @@ def write_config(folder, settings: dict):
 
 
 def save_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, facts: dict, more: dict | None = None):
-    """Everything the next step depends on, in one file that is whole or absent: kill -9 costs what came after it.
+    """Writes all that the next step depends on to one file, completely or not at all: kill -9 loses only later steps.
 
-    facts  small JSON values to find again: the step, the best score so far
-    more   tensors to find again (rollouts), by name
+    facts  small JSON values that load_state returns: the step, the best score so far
+    more   tensors that load_state returns, by name (rollouts)
     """
     tensors = {f"more.{key}": value for key, value in (more or {}).items()}
     tensors |= {f"model.{key}": value for key, value in model.state_dict().items()}
@@ -195,7 +195,7 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
         with safe_open(path, framework="pt") as file:
             wanted = {f"model.{key}": list(value.shape) for key, value in model.state_dict().items()}
             held = {key: file.get_slice(key).get_shape() for key in file.keys() if key.startswith("model.")}
-            for key in sorted(wanted.keys() | held.keys()):     # all of them, before the first is touched
+            for key in sorted(wanted.keys() | held.keys()):     # all are checked before the first is changed
                 if wanted.get(key) != held.get(key):
                     raise InputError(f"{path}: is another model's ({key.removeprefix('model.')} is {held.get(key)}, "
                                      f"here {wanted.get(key)}); start again without --resume, in another --out")
@@ -214,7 +214,7 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
 
 
 def settings_of(folder) -> dict:
-    """What the run in `folder` was begun with.  Raises InputError where its config.json does not say."""
+    """The settings that the run in `folder` was started with.  Raises InputError if its config.json has none."""
     settings = read_json(Path(folder) / CONFIG).get("settings")
     if not isinstance(settings, dict):
         raise InputError(f"{Path(folder) / CONFIG}: has no settings of a run; choose another --out")
@@ -222,9 +222,9 @@ def settings_of(folder) -> dict:
 
 
 def check_free(*folders, resume: bool, toy: bool):
-    """Raises InputError where one of the folders holds a run that a new one would replace.
+    """Raises InputError if one of the folders holds a run that a new one would replace.
 
-    Real runs are resumed, or left alone. Those of the toy are begun again by the toy.
+    A real run may only be resumed, a toy run also be started again by the toy.
     """
     for folder in folders:
         lines = read_log(folder)
@@ -234,7 +234,7 @@ def check_free(*folders, resume: bool, toy: bool):
 
 
 def check_settings(folder, settings: dict):
-    """A resumed run must be the same run.  Raises InputError naming the first setting that differs."""
+    """Raises InputError, naming the first setting that differs from those the run in `folder` was started with."""
     before = settings_of(folder)
     for key, value in json.loads(json.dumps(settings, default=str)).items():
         if before.get(key) != value:
@@ -243,10 +243,10 @@ def check_settings(folder, settings: dict):
 
 
 def begin_run(folder, settings: dict, resume: bool) -> bool:
-    """Makes `folder` ready for a run of these settings, after check_free; False where that run is done already.
+    """Prepares `folder` for a run with these settings, after check_free; False if that run is finished already.
 
-    A state that is there afterwards (STATE) is the run's own, to go on from.
-    Raises InputError for a resumed run of other settings.
+    If STATE exists afterwards, it is this run's own, to continue from.
+    Raises InputError if a resumed run had other settings.
     """
     lines = read_log(folder) if resume else []
     if lines:
@@ -255,7 +255,7 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
             print(f"{folder}: done already")
             return False
     else:
-        (Path(folder) / STATE).unlink(missing_ok=True)          # another run's, which would be taken for this one's
+        (Path(folder) / STATE).unlink(missing_ok=True)          # of another run: it must not be continued
     write_config(folder, settings)
     return True
 
@@ -275,7 +275,7 @@ class Progress:
             self.bar.close()
 
     def update(self, note: str = "", by: int = 1):
-        """`by` more steps are done; `note` stands beside the bar."""
+        """`by` more steps are done; `note` is shown beside the bar."""
         self.done += by
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)

@@ -180,7 +180,7 @@ def test_all_of_a_step_happens_on_the_gpu(monkeypatch, temperature, top_p, top_k
             rows.step()
             rows.keep(stays)
             rows.step()
-        assert rows.tokens.shape == (1,) and rows.drawn.is_cuda and rows.chances.is_cuda
+        assert rows.tokens.shape == (1,) and rows.drawn.is_cuda and rows.logps.is_cuda
 
 
 def test_a_step_for_graphs_mixes_a_teacher_in():
@@ -199,7 +199,7 @@ def test_a_graph_sees_fixed_places_and_a_new_one_is_recorded_when_rows_leave(mon
 
         def __call__(self):
             rows = self.step.__self__
-            tensors = [rows.tokens, rows.u, rows.drawn, rows.chances, rows.at]
+            tensors = [rows.tokens, rows.u, rows.drawn, rows.logps, rows.at]
             for cache in rows.caches:
                 tensors += [*cache.keys, *cache.values, cache.lengths, cache.slot, cache.hidden]
             made[-1].add(tuple(tensor.data_ptr() for tensor in tensors))
