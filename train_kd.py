@@ -232,9 +232,8 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
         if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7): the surrogate and KL_t
             old, advantage, teacher_hidden = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']
-            # head_loss then computes 2 weight (surrogate / 2 + KL_t / 2) = weight (surrogate + KL_t).
-            terms |= dict(divergence=divergence, kd_ratio=0.5, weight=2 * weight)
-            terms["policy"] = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
+            terms |= dict(divergence=divergence, kd_ratio=1.0,
+                          policy=lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip))
         else:                                                                   # paper eq. (3): CE and divergence
             teacher_hidden = teacher.states(batch, ids, mask) if teacher and kd_ratio else None     # [N, D']
         value, ce, kd = head_loss(hidden, student.head, targets, teacher_hidden, teacher.head if teacher else None, **terms)

@@ -141,8 +141,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     divergence      (student logits [n, V], teacher logits [n, V']) -> [n], one of the functions above. With kd_ratio 0
                     it is only measured, and the teacher may be absent (entropy)
     weight          of each token, often 1 / scored tokens of the optimizer step: a number, or one per token [N]
-    policy          (log q of the targets [n], at=slice of the N tokens) -> [n], a loss that takes the place of CE: the
-                    objective of a policy gradient (clipped_surrogate)
+    policy          (log q of the targets [n], at=slice of the N tokens) -> [n], a loss that takes the place of CE, in full:
+                    Σ_n weight_n (policy_n + kd_ratio D_n). The objective of a policy gradient (clipped_surrogate)
     vocab           use only the head's first `vocab` rows, as sampling did
     returns         the loss (differentiable once), and for logs CE [N] and D [N] of each token
 
@@ -219,12 +219,12 @@ def _token_losses(logits, targets, soft, divergence, kd_ratio, weight, policy, n
     """CE [n], divergence [n], their weighted sum [n], and its gradient [n, V] with respect to the logits [n, V]."""
     with torch.set_grad_enabled(need_grad):
         logits = logits.detach().float().requires_grad_(need_grad)
-        with torch.set_grad_enabled(need_grad and kd_ratio < 1):                # at ratio 1 CE is only logged
+        with torch.set_grad_enabled(need_grad and (kd_ratio < 1 or policy is not None)):    # at ratio 1 CE is only logged
             ce = F.cross_entropy(logits, targets, reduction="none")
-            cost = policy(-ce) if policy else ce                                # -CE is log q of the target
+            cost = policy(-ce) if policy else (1 - kd_ratio) * ce               # -CE is log q of the target
         with torch.set_grad_enabled(need_grad and kd_ratio > 0):
             kd = divergence(logits, soft)
-        total = weight * ((1 - kd_ratio) * cost + kd_ratio * kd)                # paper eq. (3)
+        total = weight * (cost + kd_ratio * kd)                                 # paper eq. (3); MiniLLM eq. (7)
         grad = torch.autograd.grad(total.sum(), logits)[0] if need_grad else None
     return ce.detach(), kd.detach(), total.detach(), grad
 

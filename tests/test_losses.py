@@ -461,7 +461,7 @@ def test_the_clipped_surrogate_is_ppos_eq_7_and_stops_where_the_ratio_went_too_f
 
 
 @pytest.mark.parametrize("tokens", [3, 17, 1000])
-@pytest.mark.parametrize("kd_ratio", [0.0, 0.5])
+@pytest.mark.parametrize("kd_ratio", [0.0, 0.3, 1.0])
 def test_a_policy_takes_cross_entropys_place_chunk_by_chunk(tokens, kd_ratio):
     inputs, generator = head_inputs(V, V - 3), torch.Generator().manual_seed(5)
     old, advantage, weight = (torch.randn(N, generator=generator) for _ in range(3))
@@ -470,7 +470,7 @@ def test_a_policy_takes_cross_entropys_place_chunk_by_chunk(tokens, kd_ratio):
     logq = student.log_softmax(-1).gather(1, inputs["targets"][:, None])[:, 0]
     old = (logq + 0.3 * old).detach()
     surrogate = clipped_surrogate(logq, old, advantage)
-    expected = (weight * ((1 - kd_ratio) * surrogate + kd_ratio * reverse_kl(student, teacher))).sum()
+    expected = (weight * (surrogate + kd_ratio * reverse_kl(student, teacher))).sum()
     loss, ce, _ = head_loss(**inputs, divergence=reverse_kl, kd_ratio=kd_ratio, weight=weight, chunk_bytes=tokens * V * 4,
                             policy=lambda now, at: clipped_surrogate(now, old[at], advantage[at]))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
