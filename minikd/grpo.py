@@ -37,14 +37,14 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))     # half would overflow in the sums
     judged = ~rewards.isnan()
     count = judged.sum(1, keepdim=True)                                         # [P, 1]
-    mean = torch.where(judged, rewards, 0.0).sum(1, keepdim=True) / count.clamp(min=1)      # [P, 1]
+    mean = torch.where(judged, rewards, 0.0).sum(1, keepdim=True) / count       # [P, 1]; 0 / 0 is not read
     lowest = torch.where(judged, rewards, torch.inf).amin(1, keepdim=True)                  # [P, 1]
     highest = torch.where(judged, rewards, -torch.inf).amax(1, keepdim=True)                # [P, 1]
-    centred = torch.where(judged & (lowest < highest), rewards - mean, 0.0)                 # [P, G]
+    centred = torch.where(judged & (lowest < highest), rewards - mean, 0.0)     # [P, G]; 0 where fewer than two are judged
     if scale == "std":
         std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()     # [P, 1]
         centred = centred / (std + 1e-4)                                        # paper eq. (5)
-    return torch.where(count > 1, centred, 0.0)
+    return centred
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -93,8 +93,7 @@ def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: in
     if norm not in NORMS:
         raise ValueError(f"norm = {norm!r}; it is one of {', '.join(NORMS)}")
     counted = counted or [True] * len(lengths)
-    answers = max(1, sum(counted))
-    tokens = max(1, sum(length for length, keep in zip(lengths, counted) if keep))
+    answers, tokens = sum(counted), sum(length for length, keep in zip(lengths, counted) if keep)
     divisors = {"sequence": lambda length: answers * length, "token": lambda _: tokens,
                 "constant": lambda _: answers * max_new_tokens}
     return [1 / divisors[norm](length) if keep else 0.0 for length, keep in zip(lengths, counted)]
