@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minikd.data import Encoded, next_rows
-from minikd.generate import generate
+from minikd.generate import generate, respond
 from minikd.losses import clipped_surrogate, head_loss, reverse_kl
 from minikd.minillm import (FROZEN, Rollout, collect, importance_weights, pack_rollouts, rewards_to_go,
                             rollout_steps, unpack_rollouts, whiten)
@@ -144,6 +144,7 @@ def test_importance_weights_are_the_ratio_of_two_probabilities(mix):
 def test_whitening_gives_mean_0_and_deviation_1():
     values = whiten(torch.tensor([3.0, -1.0, 4.0, 1.0, -5.0]))
     assert float(values.mean()) == pytest.approx(0, abs=1e-6) and float(values.var(correction=0)) == pytest.approx(1)
+    assert whiten(torch.full((4,), 2.5)).eq(0).all()
 
 
 # ---- rollouts of a real model
@@ -159,16 +160,18 @@ ROWS = [Encoded([1 + i % 5] * (1 + i % 3), [9], False, i) for i in range(12)]
 COLLECT = dict(student=STUDENT, teacher=TEACHER, pad_id=0, eos_ids={7, 8}, batch_size=5, max_new_tokens=6)
 
 
-def slow_log_probs(model, row) -> list[float]:
+def slow_log_probs(model, row, shared=20) -> list[float]:
     """log probability of each response token, over the rows both heads share, from a forward pass of one row."""
     with torch.no_grad():
-        logits = model(torch.tensor([row.prompt + row.response]))[0, :, :20].double().log_softmax(-1)
+        logits = model(torch.tensor([row.prompt + row.response]))[0, :, :shared].double().log_softmax(-1)
     return [float(logits[len(row.prompt) - 1 + t, token]) for t, token in enumerate(row.response)]
 
 
-def test_a_rollout_holds_what_was_true_when_it_was_sampled():
-    rollouts = collect(rows=ROWS, mix=0.3, seed=5, **COLLECT)
-    assert [row.prompt for row in rollouts] == [row.prompt for row in ROWS]
+@pytest.mark.parametrize("length_norm", [True, False])
+def test_a_rollout_holds_what_was_true_when_it_was_sampled(length_norm):
+    rollouts = collect(rows=ROWS, mix=0.3, seed=5, length_norm=length_norm, **COLLECT)
+    drawn = respond(STUDENT, ROWS, 5, 6, {7, 8}, seed=5, teacher=TEACHER, mix=0.3)          # not from the student alone
+    assert [(row.prompt, row.response) for row in rollouts] == [(row.prompt, row.response) for row in drawn]
     assert {len(row.response) for row in rollouts} > {6} and any(row.cut for row in rollouts)
     plain, weights = [], []
     for row in rollouts:
@@ -178,13 +181,20 @@ def test_a_rollout_holds_what_was_true_when_it_was_sampled():
             states = TEACHER.hidden(torch.tensor([row.prompt + row.response]))[0, len(row.prompt) - 1:-1]
         torch.testing.assert_close(row.teacher, states, atol=1e-5, rtol=1e-5)
         rewards = [b - a for a, b in zip(q, p)]
-        plain.append([sum(rewards[t + 1:]) / max(1, len(rewards) - t - 1) for t in range(len(rewards))])
+        plain.append([sum(rewards[t + 1:]) / (max(1, len(rewards) - t - 1) if length_norm else 1) for t in range(len(rewards))])
         weights.append([math.exp(a) / (0.7 * math.exp(a) + 0.3 * math.exp(b)) for a, b in zip(q, p)])
     flat = torch.tensor(sum(plain, []), dtype=torch.float64)                    # of every valid token, and no other
     for row, to_go, weight in zip(rollouts, plain, weights):
         white = (torch.tensor(to_go) - flat.mean()) / flat.std(correction=0)
         torch.testing.assert_close(row.advantage, (white * torch.tensor(weight)).float(), atol=1e-4, rtol=1e-4)
         assert not any(getattr(row, name).requires_grad or getattr(row, name).is_inference() for name in FROZEN)
+
+
+def test_a_student_with_more_rows_says_only_what_its_teacher_has_a_row_for():
+    student = model(3, vocab_size=90)
+    for row in collect(rows=ROWS, mix=0.0, **COLLECT | dict(student=student)):
+        assert max(row.response) < 23
+        assert row.old_logq.tolist() == pytest.approx(slow_log_probs(student, row, 23), abs=1e-5)
 
 
 def test_the_mixture_is_what_is_sampled_from():
@@ -234,28 +244,38 @@ def test_rollouts_are_used_inner_epochs_times_and_then_sampled_anew():
     sampled = []
     options = dict(batch_size=3, grad_accum=1, seed=4, rollouts=6, inner_epochs=2, collecting=COLLECT)
     seen, steps = [], []
-    for step, batches in rollout_steps(sampled, ROWS, 0, 10, **options):
+    for step, batches in rollout_steps(sampled, ROWS, 0, 8, **options):
         steps.append(step)
         seen.append([(row.index, tuple(row.response)) for row in sum(batches, [])])
         assert {id(row) for row in sum(batches, [])} <= {id(row) for row in sampled}
-    assert steps == list(range(10))
+    assert steps == list(range(8))
     phases = [sum(seen[at:at + 4], []) for at in (0, 4)]                        # 6 rollouts, 3 a step, twice: 4 steps
     for phase in phases:
         assert all(phase.count(row) == 2 for row in phase) and len(set(phase)) == 6
         assert set(sum(seen[0:2], [])) == set(sum(seen[2:4], []))
     assert sorted(index for phase in phases for index, _ in set(phase)) == list(range(12))  # every prompt before one again
+    assert {(row.index, tuple(row.response)) for row in sampled} == set(phases[1])          # no more than the steps ask for
+
+
+def test_a_prompt_that_comes_again_is_answered_anew():
+    same = [Encoded([3], [9], False, i) for i in range(6)]
+    first, second = (sorted(row.response for row in sum(batches, [])) for _, batches in rollout_steps(
+        [], same, 0, 2, batch_size=6, grad_accum=1, seed=4, rollouts=6, inner_epochs=1, collecting=COLLECT))
+    assert first != second
 
 
 def test_the_steps_after_a_resume_are_the_steps_of_the_whole_run():
-    def reads(start, sampled):
+    def reads(start, sampled, steps=9, **others):
         return [(step, [(row.index, tuple(row.response)) for row in sum(batches, [])], pack_rollouts(sampled))
-                for step, batches in rollout_steps(sampled, ROWS, start, 9, batch_size=3, grad_accum=1, seed=4,
-                                                   rollouts=6, inner_epochs=2, collecting=COLLECT)]
+                for step, batches in rollout_steps(sampled, ROWS, start, steps, batch_size=3, grad_accum=1, seed=4,
+                                                   rollouts=6, inner_epochs=2, collecting=COLLECT | others)]
     whole = reads(0, [])
     for start in range(9):
         held = unpack_rollouts(whole[start - 1][2]) if start else []
         for (step, rows, _), (other, others, _) in zip(whole[start:], reads(start, held), strict=True):
             assert (step, rows) == (other, others)
+    (_, rows, _), = reads(5, unpack_rollouts(whole[4][2]), steps=6, student=model(3))       # what is at hand is used up
+    assert rows == whole[5][1]
 
 
 def test_prompts_are_all_read_before_one_comes_again():
