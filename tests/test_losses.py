@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minikd.losses import (DIVERGENCES, clipped_surrogate, compare_heads, entropy, forward_kl, head_loss, jensen_shannon,
-                           reverse_kl, scored_positions, skew_forward_kl, skew_reverse_kl)
+                           pick_divergence, reverse_kl, scored_positions, skew_forward_kl, skew_reverse_kl)
 from minikd.model import Qwen2, Qwen2Config
 
 NAMES = sorted(DIVERGENCES)
@@ -97,6 +97,14 @@ def test_the_default_shares_are_a_half_for_jsd_and_a_tenth_for_the_skews():
     student, teacher = random_logits(4, 9, seed=7), random_logits(4, 9, seed=8)
     for name in LONG:
         torch.testing.assert_close(DIVERGENCES[name](student, teacher), call(name, SHARES[name][0], student, teacher))
+
+
+def test_a_divergence_is_picked_with_those_options_that_it_takes():
+    student, teacher = random_logits(4, 9, seed=7), random_logits(4, 9, seed=8)
+    for name in NAMES:
+        picked = pick_divergence(name, temperature=2.0, beta=0.3, alpha=0.3)
+        expected = call(name, 0.3 if name in LONG else None, student, teacher, temperature=2.0)
+        torch.testing.assert_close(picked(student, teacher), expected)
 
 
 def test_jsd_weighs_the_teacher_by_beta_and_is_symmetric_at_a_half():
@@ -355,6 +363,13 @@ def test_autocast_and_bfloat16_stay_near_float32():
         for grad, wide in zip(grads, expected):
             assert (grad.float() - wide).norm() < 2e-2 * wide.norm()
     assert [grad.dtype for grad in gradients(head_loss(**inputs, **options)[0], *of)] == [torch.float32] * 2
+
+
+def test_states_that_were_kept_in_bfloat16_meet_the_teachers_head_in_its_own_dtype():
+    inputs = head_inputs() | dict(divergence=forward_kl, kd_ratio=0.5)
+    kept = inputs["teacher_hidden"].bfloat16()
+    *_, kd = head_loss(**inputs | dict(teacher_hidden=kept))
+    torch.testing.assert_close(kd, naive(**inputs | dict(teacher_hidden=kept.float()))[2], rtol=1e-5, atol=1e-6)
 
 
 def ragged_batch(lengths, prompts, vocab):
