@@ -116,8 +116,7 @@ def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: 
 def pack(codes: Tensor, dim: int) -> Tensor:
     """Eight 4-bit codes per word along `dim`, the first in the lowest bits.  uint8 [..., n, ...] -> int32 [..., n/8, ...]"""
     parts = codes.movedim(dim, 0).unflatten(0, (-1, 8)).long()                                  # [n/8, 8, ...]
-    words = sum(parts[:, i] << 4 * i for i in range(8))                                         # up to 2^32 - 1
-    words = torch.where(words >= 2**31, words - 2**32, words).int()                             # the same bits, signed
+    words = sum(parts[:, i] << 4 * i for i in range(8)).int()                                   # past 2^31 the same bits, signed
     return words.movedim(0, dim).contiguous()
 
 

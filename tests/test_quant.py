@@ -55,6 +55,23 @@ def test_more_bits_are_nearer_and_a_searched_clip_is_no_worse():
     assert loss(True) < 0.95 * loss(False)
 
 
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_searched_clip_is_the_best_of_41_ranges_tried_one_by_one(sym):
+    weight = matrix(8, 24) ** 3
+    scale, zero = find_grid(weight, 3, sym, clip_search=True)
+    shrunk = 0
+    for row, ours in zip(weight.tolist(), zip(scale.tolist(), zero.tolist())):
+        tried = []
+        for step in range(41):                                                  # 1, 79/80, ... 1/2 of the whole range
+            s, z = slow_grid([(1 - step / 80) * end for end in (min(row), max(row))], 3, sym)
+            error = sum(abs(s * (min(max(round(w / s) + z, 0), 7) - z) - w) ** 2.4 for w in row)
+            tried.append((error, step, s, z))
+        _, step, *best = min(tried)
+        assert ours == (pytest.approx(best[0], rel=1e-6), best[1])
+        shrunk += step > 0
+    assert shrunk > 2
+
+
 def test_a_scale_is_one_that_float16_stores():
     scale, _ = find_grid(matrix(), 4)
     assert torch.equal(scale, scale.half().float())
@@ -69,7 +86,8 @@ def test_eight_codes_make_a_word_the_first_lowest(dim):
     expected = np.array([[sum(int(table[8 * r + j, c]) << 4 * j for j in range(8)) for c in range(table.shape[1])]
                          for r in range(table.shape[0] // 8)], dtype=np.uint64).astype(np.uint32).view(np.int32)
     assert words.dtype == torch.int32 and np.array_equal(words.numpy(), expected if dim == 0 else expected.T)
-    assert torch.equal(unpack(words, dim), codes)
+    again = unpack(words, dim)
+    assert again.dtype == torch.uint8 and torch.equal(again, codes)
 
 
 @pytest.mark.parametrize("version, symmetric", [(1, 0x77777777), (2, -0x77777778)])
@@ -88,7 +106,7 @@ def test_a_layers_words_read_as_the_format_says_and_come_back(version, symmetric
         value = float(s[g[i], o]) * (code - zero)
         assert value == pytest.approx(float(decode_groups(codes, scales, zeros)[o, i]), rel=1e-6)
     for ours, theirs in zip(from_words(words["qweight"], words["qzeros"], words["scales"], version), (codes, scales, zeros)):
-        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 def test_an_asymmetric_zero_of_0_is_for_v2_alone():
@@ -123,6 +141,7 @@ def test_what_cannot_be_packed_or_is_not_finite_is_refused():
     weight[2, 3] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         round_to_nearest(weight, group_size=64)
+    round_to_nearest(torch.ones(300, 256).half(), group_size=256)               # though their sum is past half's range
 
 
 # ---- the layer
@@ -158,6 +177,13 @@ def test_each_way_is_taken_where_it_may_be():
         assert choose(made, narrow.expand(1000, 128)) == "dequantise"           # many rows
         assert choose(layer(group=16)[0], narrow) == "dequantise"               # a group the operator does not know
     assert choose(made, narrow.clone().requires_grad_()) == "dequantise"
+
+
+def test_a_cast_leaves_the_scales_as_they_were_stored():
+    made, weight = layer()
+    for dtype in torch.bfloat16, torch.float32:
+        made.to(dtype)
+        assert made.bias.dtype == dtype and made.scales.dtype == torch.float16 and torch.equal(made.weight(), weight)
 
 
 def test_the_gradient_goes_through_to_the_input():
