@@ -114,6 +114,7 @@ def test_an_asymmetric_zero_of_0_is_for_v2_alone():
     assert (zeros == 0).all()
     with pytest.raises(InputError, match="use gptq_v2"):
         to_words(codes, scales, zeros)
+    assert from_words(*list(to_words(codes, scales, zeros + 1).values())[:3])[2].eq(1).all()     # 1 is the least that it can
     again = from_words(*list(to_words(codes, scales, zeros, version=2).values())[:3], version=2)
     assert all(torch.equal(a, b) for a, b in zip(again, (codes, scales, zeros)))
 
