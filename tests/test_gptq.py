@@ -91,6 +91,14 @@ def test_outputs_are_off_by_half_of_what_rounding_costs_or_less():
         assert rtn > 4 * ours > 0                                               # squares: the error itself is halved
 
 
+def test_an_output_error_is_that_share_of_the_outputs_over_several_blocks_too(monkeypatch):
+    monkeypatch.setattr("minikd.gptq.BLOCK", 24)
+    weight, hessian = random_layer(6, 64, seed=1)
+    others = [weight + scale * weight.flip(1) for scale in (0.1, 0.5)]
+    for ours, Q in zip(output_errors(weight, others, hessian), others, strict=True):
+        assert ours == pytest.approx(objective(weight, Q, hessian) / objective(weight, 0 * weight, hessian), rel=1e-4)
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("group_size", [24, 96, -1])
 def test_the_block_size_changes_nothing(group_size, act_order):
