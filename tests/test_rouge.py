@@ -51,6 +51,7 @@ STEMS = """
     rate>rate cease>ceas controlling>control roll>roll tree>tree syzygy>syzygi
     ties>tie flies>fli dies>die died>die spied>spi enjoy>enjoy geology>geolog theology>theolog skies>sky
     dying>die lying>lie tying>tie news>news innings>inning outing>outing cannings>canning howe>howe
+    fixed>fix boxing>box showing>show played>play derivativing>derivativ
     proceed>proceed exceeding>exceed succeed>succeed ating>ate aaed>aa ooed>oo ions>ion
     sky>sky spy>spy was>was 2000s>2000 covid19>covid19 yyyyying>yyyi"""
 
