@@ -4,15 +4,16 @@ import itertools
 import pytest
 import torch
 
-from minikd.data import Encoded
-from minikd.evaluate import compare, distinct, sequence_kl
+from minikd.data import Encoded, Example
+from minikd.evaluate import answer, compare, distinct, score_answers, sequence_kl
 from minikd.model import Qwen2, Qwen2Config, cast_copy
 from minikd.teacher import Teacher
 
 
 class Ids:
-    """A tokenizer's two numbers."""
+    """A tokenizer's two numbers, and ids as its text."""
     pad_id, eos_ids = 0, {0}
+    decode = staticmethod(lambda ids: " ".join(map(str, ids)))
 
 
 def model(seed: int, **shape) -> Qwen2:
@@ -57,11 +58,28 @@ def test_sequence_kl_is_the_kl_between_whole_answers():
         exact += torch.tensor(log_q).exp().item() * (log_q - log_p)
     ours = sequence_kl(STUDENT, Ids, [Encoded([1, 2], [1], False, 0)] * 6000, Teacher(TEACHER), 2000, 3)
     assert ours == pytest.approx(exact, rel=0.03)
+    larger = model(3, vocab_size=60)                                            # it says what the teacher has a row for
+    assert 0 < sequence_kl(larger, Ids, ROWS, Teacher(TEACHER), 11, 3) < 100
 
 
 def test_distinct_4_counts_different_runs_of_four_words():
     assert distinct(["a b c d e", "b c d e f"]) == 3 / 4                        # abcd, bcde twice, cdef
     assert distinct(["a b c", ""]) == 0 and distinct(["a b a b a b"], n=2) == 2 / 5
+    assert distinct(["x + 1 = y", "x - 1 = y"]) == 1                            # the symbols of code are words
+
+
+def test_answers_are_the_likeliest_tokens_in_the_order_of_the_rows():
+    for row, text in zip(ROWS, answer(STUDENT, Ids, ROWS, 5, batch_size=4), strict=True):
+        ids = list(row.prompt)
+        while len(ids) < len(row.prompt) + 5 and (ids == row.prompt or ids[-1] != 0):
+            ids.append(int(STUDENT(torch.tensor([ids]))[0, -1].argmax()))
+        assert text == Ids.decode(ids[len(row.prompt):])
+
+
+@pytest.mark.parametrize("rouge, expected", [("plain", [0.5, 1]), ("stemmer", [1, 1]), ("unicode", [0.5, 0])])
+def test_answers_are_scored_in_the_words_that_were_asked_for(rouge, expected):
+    examples = [Example((), "", "", right, (right,), "", "") for right in ("the dog", "a o")]
+    assert [row["f1"] for row in score_answers(["the dogs", "año"], examples, rouge)] == expected
 
 
 def test_a_copy_in_another_dtype_follows_the_model_and_shares_nothing():
