@@ -1,12 +1,14 @@
 """Distances between two models, on references and on answers of their own, against full forwards one row at a time."""
 import itertools
+import json
 
 import pytest
 import torch
 
 from minikd.data import Encoded, Example
-from minikd.evaluate import answer, compare, distinct, score_answers, sequence_kl
+from minikd.evaluate import answer, compare, distinct, score_answers, sequence_kl, show_table
 from minikd.model import Qwen2, Qwen2Config, cast_copy
+from minikd.rouge import rouge_l
 from minikd.teacher import Teacher
 
 
@@ -14,6 +16,7 @@ class Ids:
     """A tokenizer's two numbers, and ids as its text."""
     pad_id, eos_ids = 0, {0}
     decode = staticmethod(lambda ids: " ".join(map(str, ids)))
+    encode = staticmethod(lambda text: [int(token) for token in text.split()])
 
 
 def model(seed: int, **shape) -> Qwen2:
@@ -80,6 +83,28 @@ def test_answers_are_the_likeliest_tokens_in_the_order_of_the_rows():
 def test_answers_are_scored_in_the_words_that_were_asked_for(rouge, expected):
     examples = [Example((), "", "", right, (right,), "", "") for right in ("the dog", "a o")]
     assert [row["f1"] for row in score_answers(["the dogs", "año"], examples, rouge)] == expected
+
+
+def test_the_table_holds_means_over_the_answers_and_distances_to_the_teacher(tmp_path):
+    asked = ({"role": "user", "content": "?"},)
+    examples = [Example(asked, "", "", "1 2 1", ("1 2 1",), "ab"[i % 2], "") for i in range(11)]
+    columns = show_table({"KD": STUDENT, "Teacher": TEACHER}, Ids, ROWS, examples, tmp_path, max_new_tokens=4, batch_size=5)
+    lines = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
+    for line, name, said_by in zip(lines, columns, (STUDENT, TEACHER), strict=True):
+        held = [json.loads(row) for row in (tmp_path / f"answers-{name.lower()}.jsonl").read_text().splitlines()]
+        texts, metrics = answer(said_by, Ids, ROWS, 4, 5), line["metrics"]
+        assert line["model"] == name and [row["prediction"] for row in held] == texts
+        f1 = [rouge_l(text, "1 2 1")[2] for text in texts]
+        for category, part in dict(a=f1[::2], b=f1[1::2], all=f1).items():
+            assert line[category] == columns[name][category] == pytest.approx(100 * sum(part) / len(part))
+        assert metrics["mean length"] == pytest.approx(sum(len(text.split()) for text in texts) / 11)
+        assert metrics["distinct-4"] == distinct(texts)
+        assert metrics["retention"] == pytest.approx(line["all"] / lines[1]["all"])
+    metrics, teacher = lines[0]["metrics"], Teacher(TEACHER)
+    for name, value in compare(STUDENT, ROWS, 0, 3, teacher).items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5)
+    assert metrics["sequence KL"] == sequence_kl(STUDENT, Ids, ROWS, teacher, 5, 4)
+    assert lines[1]["metrics"].keys() == {"mean length", "distinct-4", "retention"}
 
 
 def test_a_copy_in_another_dtype_follows_the_model_and_shares_nothing():
