@@ -239,7 +239,7 @@ def invert(probs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     total = upto[:, -1:]                                                                    # [B, 1]
     at = torch.searchsorted(upto, u * total, right=True).clamp_(max=mass.shape[1] - 1)      # right: skips blocks of mass 0
     inside = blocks.gather(1, at[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)    # [B, 128]
-    rest = u * total - (upto - mass).gather(1, at)                                          # [B, 1] still to pass
+    rest = u * total - F.pad(upto, (1, -1)).gather(1, at)       # [B, 1] still to pass; upto - mass would round below 0
     rest = rest.minimum(inside[:, -1:] * (1 - 2**-52))          # rounding must not take it past the block's last token
     tokens = at * BLOCK + torch.searchsorted(inside, rest, right=True)
     return tokens.clamp_(max=probs.shape[1] - 1), total         # NaNs, of a model that diverged, run past the end

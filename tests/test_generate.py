@@ -332,6 +332,26 @@ def test_the_inverse_is_that_of_the_whole_running_sum():
         assert ((before <= row * total + 1e-12) & (row * total <= cdf.gather(1, tokens) + 1e-12)).all()
 
 
+def test_a_draw_at_the_very_end_of_a_block_stays_in_it():
+    """The block's mass and the running sum within it round differently, and the token behind its last has mass 0."""
+    probs = (4 * torch.randn(2000, 256, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    probs[:, 128] = 0
+    first, second = probs.double().unflatten(1, (2, 128)).sum(-1, keepdim=True).unbind(1)
+    u = torch.nextafter(first / (first + second), torch.zeros(()).double())
+    tokens, _ = invert(probs, u)
+    assert (probs.gather(1, tokens) > 0).all()
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_probabilities_of_bfloat16_logits_are_in_float32(top_p):
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tokens, chances = sample(logits, 1.0, top_p, 0, torch.linspace(0.01, 0.99, 50).double())
+    p = logits.double().softmax(-1)
+    ranked = p.sort(descending=True).values
+    kept = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0).sum(-1)
+    torch.testing.assert_close(chances, (p.gather(1, tokens[:, None])[:, 0] / kept).log(), atol=1e-5, rtol=0)
+
+
 def test_a_model_that_diverged_gives_tokens_all_the_same():
     """On a GPU an index past the vocabulary would end the process; the loss says what is wrong."""
     for top_p, top_k in (1.0, 0), (0.9, 0), (1.0, 5):
