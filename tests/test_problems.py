@@ -80,10 +80,11 @@ RECORD = {  # the fields of open-r1/codeforces-cots, as its card lists them; the
 
 def test_a_codeforces_record_becomes_its_statement_and_its_tests():
     official = [{"input": "3\n", "output": "6\n"}, {"input": "10\n", "output": "20\n"}]
-    problem = to_problem(RECORD | {"official_tests": official}, "cots.jsonl:1")
+    problem = to_problem(RECORD | {"official_tests": official, "note": "n is small."}, "cots.jsonl:1")
     asked = problem.messages[-1]["content"]
     assert [message["role"] for message in problem.messages] == ["system", "user"]
-    for part in "# Twice", "Given n, print 2n.", "## Input\nOne integer n.", "3\n", "Time limit: 1.0 seconds", "```python":
+    for part in ("# Twice", "Given n, print 2n.", "## Input\nOne integer n.", "3\n", "## Note\nn is small.",
+                 "Time limit: 1.0 seconds", "```python"):
         assert part in asked
     assert "10\n" not in asked                                                  # the official tests stay secret
     assert problem.facts == {"tests": official, "language": "python", "time_limit": 1.0, "memory_limit": 256.0}
@@ -108,6 +109,8 @@ def test_a_question_with_its_answer_is_a_problem():
 @pytest.mark.parametrize("record, said", [
     ({"title": "x"}, "is no problem: give `question` and `answer`"), ({"question": "Why?"}, "is no problem"),
     (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is no list of {input, output} texts"),
+    (RECORD | {"examples": 3}, "field 'examples' is no list"), (RECORD | {"examples": ["3"]}, "field 'examples' is no list"),
+    (RECORD | {"note": 3}, "field 'note' is a int; make it text"),
     (RECORD | {"time_limit": -1}, "field 'time_limit' is -1; give a number above 0"),
     (RECORD | {"memory_limit": float("inf")}, "field 'memory_limit' is inf"),
     ({"question": "\ud800", "answer": "b"}, "holds half a character"), ({"question": "a", "answer": "\ud800"}, "half a"),

@@ -60,7 +60,7 @@ def test_matrices_are_decayed_and_biases_and_norms_are_not():
         plain = name.endswith("bias") or "norm" in name
         assert id(parameter) in sets[0.0 if plain else 0.3], name
     assert len(sets[0.0] | sets[0.3]) == len(list(model.parameters()))          # the tied head once
-    assert all(group["lr"] == 0.5 for group in groups)
+    assert all(group["lr"] == 0.5 and group["betas"] == (0.9, 0.95) for group in groups)
 
 
 def test_decay_alone_moves_a_matrix_and_leaves_a_norm():
