@@ -359,6 +359,11 @@ def test_report_counts_hashes_and_fits_a_line(tmp_path):
     assert len(load_examples([a, b], limit=1)[0]) == 1
 
 
+def test_a_format_that_is_named_is_taken_where_another_would_be_recognised(tmp_path):
+    file = write(tmp_path / "d.jsonl", {**DOLLY, "output": "Cod"})
+    assert [load_examples(file, format)[0][0].response for format in (None, "alpaca")] == ["Tope", "Cod"]
+
+
 # ---- folders and the hub
 
 def test_folder_with_one_data_file_is_that_file(tmp_path):
