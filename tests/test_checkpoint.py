@@ -470,7 +470,8 @@ def test_the_format_is_read_under_its_older_name_too(tmp_path):
 
 @pytest.mark.parametrize("name, at, value, said", [
     ("g_idx", 3, 9, "names a group that is none of"), ("g_idx", 3, -1, "names a group that is none of"),
-    ("scales", (0, 1), float("nan"), "not finite")])
+    ("scales", (0, 1), float("nan"), "not finite"),
+    ("qzeros", slice(None), -0x77777778, "symmetric zero points are 8, these are 9")])     # version 2's 8, read as version 1
 def test_words_that_are_damaged_are_refused_by_their_layer(tmp_path, name, at, value, said):
     _, packed = rounded()
     getattr(packed.model.layers[1].mlp.down_proj, name)[at] = value

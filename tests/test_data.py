@@ -370,6 +370,7 @@ def test_folder_with_one_data_file_is_that_file(tmp_path):
     file = write(tmp_path / "train.jsonl", DOLLY)
     (tmp_path / "README.md").write_text("x")
     (tmp_path / "dataset_infos.json").write_text("{}")
+    write(tmp_path / "._train.jsonl", DOLLY)                                    # as a Mac leaves them
     assert data_files(tmp_path) == [file]
 
 
