@@ -60,6 +60,8 @@ def test_a_test_prompt_is_never_a_training_prompt():
     assert len(test) == 300                                                     # and each comes once
     for train in toy.records(3000, seed=1000), toy.records(600, seed=2000, human=True):
         assert not test & {toy.question(entry) for entry in train}
+    share = sum(toy.held_out(question) for question in right_answers()) / len(right_answers())
+    assert all(map(toy.held_out, test)) and share == pytest.approx(0.2, abs=0.03)           # not the other four fifths
 
 
 def test_the_domains_fall_as_six_to_three_to_two():
