@@ -342,11 +342,11 @@ def test_a_draw_at_the_very_end_of_a_block_stays_in_it():
     assert (probs.gather(1, tokens) > 0).all()
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_probabilities_of_bfloat16_logits_are_in_float32(top_p):
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (1.0, 0.9), (0.7, 1.0)])
+def test_probabilities_of_bfloat16_logits_are_in_float32(temperature, top_p):
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
-    tokens, chances = sample(logits, 1.0, top_p, 0, torch.linspace(0.01, 0.99, 50).double())
-    p = logits.double().softmax(-1)
+    tokens, chances = sample(logits, temperature, top_p, 0, torch.linspace(0.01, 0.99, 50).double())
+    p = (logits.double() / temperature).softmax(-1)
     ranked = p.sort(descending=True).values
     kept = torch.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0).sum(-1)
     torch.testing.assert_close(chances, (p.gather(1, tokens[:, None])[:, 0] / kept).log(), atol=1e-5, rtol=0)
