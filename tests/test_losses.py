@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minikd.losses import (DIVERGENCES, clipped_surrogate, compare_heads, entropy, forward_kl, head_loss, jensen_shannon,
-                           pick_divergence, reverse_kl, scored_positions, skew_forward_kl, skew_reverse_kl)
+from minikd.losses import (DIVERGENCES, _backward_head, clipped_surrogate, compare_heads, entropy, forward_kl, head_loss,
+                           jensen_shannon, pick_divergence, reverse_kl, scored_positions, skew_forward_kl, skew_reverse_kl)
 from minikd.model import Qwen2, Qwen2Config
 
 NAMES = sorted(DIVERGENCES)
@@ -278,6 +278,22 @@ def test_head_loss_cuts_heads_to_the_shared_vocabulary(rows, teacher_rows):
     of = inputs["hidden"], inputs["head"]
     for ours, theirs in zip(gradients(loss, *of), gradients(expected, *of)):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)          # 0 in the rows that were cut
+
+
+def test_a_tall_head_is_multiplied_block_by_block_and_the_blocks_are_summed_in_float32(monkeypatch):
+    inputs = head_inputs()
+    of, options = (inputs["hidden"], inputs["head"]), dict(divergence=forward_kl, kd_ratio=0.5, chunk_bytes=5 * V * 4)
+    expected = naive(**inputs, divergence=forward_kl, kd_ratio=0.5)[0]
+    monkeypatch.setattr("minikd.losses.BLOCK", 16)                              # two blocks and a part
+    loss, *_ = head_loss(**inputs, **options)
+    torch.testing.assert_close(loss, expected)
+    exact = gradients(expected, *of)
+    for ours, theirs in zip(gradients(loss, *of), exact):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr("minikd.losses.BLOCK", 1)
+    ones, grad = torch.ones(300, 1).bfloat16(), torch.empty(1, 1).bfloat16()
+    _backward_head(ones.T, ones[:1], ones, grad, None)
+    assert grad.item() == 300                                                   # bfloat16 itself counts to 256
 
 
 def test_each_token_counts_by_its_own_weight():
