@@ -198,11 +198,12 @@ def test_exact_match_of_code_minds_the_symbols():
 
 def test_means_are_per_category_and_over_all_examples():
     examples = [{"category": "qa", "f1": 1.0, "exact_match": True}, {"category": "qa", "f1": 0.5, "exact_match": False},
-                {"category": "code", "f1": 0.0, "exact_match": False}, {"f1": 0.5, "exact_match": False}]
+                {"category": "code", "f1": 0.0, "exact_match": False}, {"f1": 0.5, "exact_match": False},
+                {"category": "", "f1": 0.5, "exact_match": False}]
     table = mean_by_category(examples)
     assert list(table) == ["code", "qa", "all"]
     assert table["qa"] == {"examples": 2, "rouge_l": 75.0, "exact_match": 50.0}
-    assert table["all"] == {"examples": 4, "rouge_l": 50.0, "exact_match": 25.0}
+    assert table["all"] == {"examples": 5, "rouge_l": 50.0, "exact_match": 20.0}
     assert mean_by_category([]) == {}
 
 
