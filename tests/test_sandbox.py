@@ -83,7 +83,7 @@ def needs(*layers):
      "print(json.dumps(collections.Counter('aab')), math.pi, heapq.nsmallest(1, [3, 1]))",
      "", '{"a": 2, "b": 1} 3.141592653589793 [1]\n'),
     ("print('¿año? 世界 🙂', input())", "ñandú", "¿año? 世界 🙂 ñandú\n"),
-    ("open('a.txt', 'w').write('kept')\nprint(open('a.txt').read())", "", "kept\n"),
+    ("for text in 'first', 'kept': open('a.txt', 'w').write(text)\nprint(open('a.txt').read())", "", "kept\n"),
     ("import sys\nsys.setrecursionlimit(5000)\nf = lambda n: n and 1 + f(n - 1)\nprint(f(4000))", "", "4000\n"),
     ("open('/dev/null', 'w').write('x')\nprint(len(open('/dev/null').read() + open('/dev/zero').read(9)))", "", "9\n"),
     ("if __name__ == '__main__': print(__file__.split('/')[-1])", "", "program.py\n"),
