@@ -13,7 +13,7 @@
 // Weights do not depend on the stage before. So a block signals its arrival, starts the copies of its next weights (7 KB per
 // warp, 112 KB per multiprocessor), and only then waits for the other blocks: the memory stays busy during the wait.
 
-// WIDEST: most inputs of a product; SPLITS: parts of a head's keys; AT_ONCE: loads of keys in flight; SLOT, DEPTH: the weights' ring
+// WIDEST: most inputs of a product; SPLITS: parts of a head's keys; AT_ONCE: keys in flight per lane; SLOT, DEPTH: the ring
 const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, SLOT = 1072, DEPTH = 8;
 
 struct Matrix { const void* weight; const u16* scales; const u8* zeros; };     // bfloat16 [N, K], or as repack lays it out
