@@ -65,11 +65,11 @@ def parse_args():
         if given and missing:
             raise InputError(f"--{given[0]} without --{missing[0]}; give both")
     if args.model and args.predictions:
-        raise InputError("--model and --predictions; give one of them: answers to make, or answers made")
+        raise InputError("--model and --predictions; give one of them: a model that answers, or answers")
     if args.seeds and args.temperature == 0:
         raise InputError("--seeds with --temperature 0: greedy answers are the same for all; add --temperature 1")
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0):
-        raise InputError("--temperature and --top-k are at least 0, --top-p is above 0 and at most 1; mend the other")
+        raise InputError("--temperature and --top-k must be at least 0, --top-p above 0 and at most 1; fix the wrong one")
     check_positive(args, "limit", "max_length", "max_prompt_length", "max_new_tokens", "batch_size")
     toy = not (args.model or args.predictions)
     if toy and not all(Path(path).exists() for path in (TOY["model"], *TOY["data"])):
@@ -122,7 +122,7 @@ def file_scores(args) -> list[list[dict]]:
     texts, examples = read_predictions(args.predictions), read_references(args.references, args.format)
     if len(texts) != len(examples):
         raise InputError(f"{args.predictions} has {len(texts):,} predictions, {args.references} {len(examples):,} "
-                         "references; line by line, they must be as many")
+                         "references; there must be one of each per line")
     return [score_answers(texts, examples, args.rouge)]
 
 

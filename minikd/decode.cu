@@ -196,8 +196,8 @@ template <class Weights, int PAIR> struct Product {
     int gap, pairs, warp, tasks, units, split = 1, team, rank, teams;
     At first, ahead;
 
-    // For y [N] = W [N, K] in; starts the copies of the first weights.  gap, pairs  the n-th pair is the outputs n + (n & pairs)
-    // and that plus `gap`; pairs = -gap, a power of two, skips the second half of every 2 gap outputs
+    // For y [N] = W [N, K] in; starts the copies of the first weights.  gap, pairs  pair n is the outputs n + (n & pairs) and
+    // that plus `gap`; pairs = -gap (gap a power of two) steps over the second half of every 2 gap outputs, 0 over none
     __device__ __forceinline__ Product(Shared& shared, Matrix matrix, int N, int K, int group, int gap = 0, int pairs = 0)
         : shared(shared), weights(matrix, N, K, group), gap(gap), pairs(pairs) {
         warp = threadIdx.x / 32, tasks = N / (PAIR * RUN), units = round_up(K, INPUTS) / INPUTS;

@@ -113,8 +113,8 @@ def kernels_of(ptx: str) -> dict[str, Kernel]:
 # ---- memory
 
 class Memory:
-    """The bytes from `start` on. If a kernel writes them (warps > 0), also for each cell of two bytes which lane wrote it last
-    and which lane of each warp read it last, when by that warp's own clock.  unwritten: a read before any write is a Fault"""
+    """The bytes from `start` on. If a kernel writes them (warps > 0), also for each cell of two bytes which lane wrote it last,
+    which lane of each warp read it last, and when, by that warp's own clock.  unwritten: a read before any write is a Fault"""
 
     def __init__(self, start: int, view: np.ndarray, warps: int, unwritten: bool = False):
         self.start, self.view, self.warps, self.unwritten = start, view, warps, unwritten

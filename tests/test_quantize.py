@@ -168,7 +168,7 @@ def test_an_out_that_holds_something_else_is_refused_before_the_work(run, world,
 
 def test_lengths_that_no_row_fits_are_one_line(run, world):
     status, _, err = run("--length", "1")
-    assert status == 2 and "--length 1: a row is two tokens at least" in err
+    assert status == 2 and "--length 1: a row needs at least two tokens" in err
     status, _, err = run("--length", "3")
     assert status == 2 and "no record fits --length 3; raise it" in err
 
