@@ -178,7 +178,7 @@ def main():
         quantize(args, folder, tokenizer, rows, method, out, device, dtype)
     if eval_rows:
         print(f"\n{len(eval_rows)} examples {'MB':>15}{'perplexity':>12}{'ROUGE-L':>9}")
-        for name, path in {"as it was": folder, **outs}.items():
+        for name, path in {"unquantised": folder, **outs}.items():
             found = measure(path, tokenizer, examples, eval_rows, args, device, dtype)
             print(f"{name:<20}{found['MB']:>10.2f}{found['perplexity']:>12.4f}{found['ROUGE-L']:>9.1f}")
 
