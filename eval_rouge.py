@@ -104,8 +104,8 @@ def model_scores(args) -> list[list[dict]]:
     if args.int8_head:
         use_int8_head(model)
         if args.batch_size >= INT8_ROWS:
-            print(f"--int8-head: is for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size} only "
-                  "the last ones of a batch are read by it")
+            print(f"--int8-head: is used for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size} only "
+                  "when the other prompts of a batch have finished")
     args.out.parent.mkdir(parents=True, exist_ok=True)          # fail now, not after hours of answers
     seeds, rounds = (args.seeds or SEEDS) if args.temperature > 0 else [None], []
     with Progress("answers", len(seeds) * len(rows)) as progress:

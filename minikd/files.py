@@ -29,9 +29,9 @@ def script_errors():
     except (MemoryError, RuntimeError) as error:                # torch, on GPU and CPU, raises a RuntimeError
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        _exit_with("out of memory; lower --batch-size or the lengths, or use --gradient-checkpointing where there is one")
+        _exit_with("out of memory; lower --batch-size or the lengths, or use --gradient-checkpointing if the script has it")
     except KeyboardInterrupt:
-        print("\ninterrupted; what was saved is whole", file=sys.stderr)
+        print("\ninterrupted; what was saved is complete", file=sys.stderr)
         sys.exit(130)                                           # 128 + SIGINT, as shells report it
     except OSError as error:
         advice = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
