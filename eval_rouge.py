@@ -65,11 +65,11 @@ def parse_args():
         if given and missing:
             raise InputError(f"--{given[0]} without --{missing[0]}; give both")
     if args.model and args.predictions:
-        raise InputError("--model and --predictions; give one of them: answers to make, or answers made")
+        raise InputError("--model and --predictions; give one of them: a model that answers, or answers")
     if args.seeds and args.temperature == 0:
         raise InputError("--seeds with --temperature 0: greedy answers are the same for all; add --temperature 1")
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0):
-        raise InputError("--temperature and --top-k are at least 0, --top-p is above 0 and at most 1; mend the other")
+        raise InputError("--temperature and --top-k must be at least 0, --top-p above 0 and at most 1; fix the wrong one")
     check_positive(args, "limit", "max_length", "max_prompt_length", "max_new_tokens", "batch_size")
     toy = not (args.model or args.predictions)
     if toy and not all(Path(path).exists() for path in (TOY["model"], *TOY["data"])):
@@ -104,8 +104,8 @@ def model_scores(args) -> list[list[dict]]:
     if args.int8_head:
         use_int8_head(model)
         if args.batch_size >= INT8_ROWS:
-            print(f"--int8-head: is for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size} only "
-                  "the last ones of a batch are read by it")
+            print(f"--int8-head: is used for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size} only "
+                  "when the other prompts of a batch have finished")
     args.out.parent.mkdir(parents=True, exist_ok=True)          # fail now, not after hours of answers
     seeds, rounds = (args.seeds or SEEDS) if args.temperature > 0 else [None], []
     with Progress("answers", len(seeds) * len(rows)) as progress:
@@ -122,7 +122,7 @@ def file_scores(args) -> list[list[dict]]:
     texts, examples = read_predictions(args.predictions), read_references(args.references, args.format)
     if len(texts) != len(examples):
         raise InputError(f"{args.predictions} has {len(texts):,} predictions, {args.references} {len(examples):,} "
-                         "references; line by line, they must be as many")
+                         "references; there must be one of each per line")
     return [score_answers(texts, examples, args.rouge)]
 
 

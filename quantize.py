@@ -77,12 +77,12 @@ def parse_args():
     if "gptq" in args.methods and not args.calibration:
         raise InputError("--method gptq without --calibration; add --calibration FILE, or choose --method rtn")
     if args.bits != 4:
-        raise InputError(f"--bits {args.bits}: a folder is written for 4; for others use gptq.quantize_model")
+        raise InputError(f"--bits {args.bits}: a folder can only be written with 4 bits; for others call gptq.quantize_model")
     check_positive(args, "samples", "length", "eval_examples", "batch_size", "max_new_tokens")
     if args.length < 2:
-        raise InputError(f"--length {args.length}: a row is two tokens at least; 2048 is usual")
+        raise InputError(f"--length {args.length}: a row needs at least two tokens; 2048 is usual")
     if not 0 <= args.damp < math.inf:
-        raise InputError(f"--damp {args.damp}: is not 0 or more; 0.01 is usual")
+        raise InputError(f"--damp {args.damp}: must be a finite number of 0 or more; 0.01 is usual")
     return args
 
 
@@ -178,7 +178,7 @@ def main():
         quantize(args, folder, tokenizer, rows, method, out, device, dtype)
     if eval_rows:
         print(f"\n{len(eval_rows)} examples {'MB':>15}{'perplexity':>12}{'ROUGE-L':>9}")
-        for name, path in {"as it was": folder, **outs}.items():
+        for name, path in {"unquantised": folder, **outs}.items():
             found = measure(path, tokenizer, examples, eval_rows, args, device, dtype)
             print(f"{name:<20}{found['MB']:>10.2f}{found['perplexity']:>12.4f}{found['ROUGE-L']:>9.1f}")
 

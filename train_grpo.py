@@ -106,7 +106,7 @@ def parse_args():
     if args.group_size < 2:
         raise InputError("--group-size 1: an answer is judged against its group; give 2 or more")
     if not 0 <= args.beta < math.inf:
-        raise InputError(f"--beta {args.beta}: a KL cannot be wanted; give a finite number of 0 or more")
+        raise InputError(f"--beta {args.beta}: give a finite number of 0 or more")
     check_schedule(args)
     return args
 
@@ -116,11 +116,12 @@ def parse_weights(text: str | None, names: list[str]) -> dict[str, float]:
     try:
         weights = [float(part) for part in text.split(",")] if text else [1.0] * len(names)
     except ValueError:
-        raise InputError(f"--reward-weights {text}: is no list of numbers; give {len(names)}, with commas") from None
+        raise InputError(f"--reward-weights {text}: is not a list of numbers; give {len(names)}, with commas") from None
     if not all(map(math.isfinite, weights)):
-        raise InputError(f"--reward-weights {text}: a weight is not finite; give ordinary numbers")
+        raise InputError(f"--reward-weights {text}: a weight is not finite; give finite numbers")
     if len(weights) != len(names):
-        raise InputError(f"--reward-weights {text}: {len(weights)} for {len(names)} rewards ({', '.join(names)})")
+        raise InputError(f"--reward-weights {text}: {len(weights)} weights for {len(names)} rewards; "
+                         f"give one for each: {', '.join(names)}")
     return dict(zip(names, weights))
 
 
@@ -199,7 +200,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             unpaid = 0 if total.nan_to_num().any() else unpaid + 1
             if unpaid == patience:
                 raise InputError(f"{out}: every reward was 0 for {patience} steps, so there is nothing to learn from; "
-                                 "start from a model that sometimes succeeds, or pay for less (--rewards)")
+                                 "start from a model that sometimes succeeds, or add an easier reward (--rewards)")
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 copy = cast_copy(model, dtype, copy)
                 report(judge(copy), step + 1, log, progress)

@@ -129,14 +129,14 @@ def check_flags(args):
                    "batch_size", "grad_accum", "lr", "clip", "eval_every", "eval_examples", "max_new_tokens",
                    "rollouts", "inner_epochs", "ratio_clip", "lm_coef")
     if not (0 <= args.kd_ratio <= 1 and 0 < args.beta < 1 and 0 < args.alpha < 1):
-        raise InputError("--kd-ratio lies in 0 to 1, --beta and --alpha between them; mend the one that does not")
+        raise InputError("--kd-ratio must be from 0 to 1, --beta and --alpha between 0 and 1; fix the wrong one")
     if not (0 <= args.on_policy <= 1 and 0 <= args.mix < 1):
-        raise InputError("--on-policy lies in 0 to 1, --mix in 0 to below 1; mend the one that does not")
+        raise InputError("--on-policy must be from 0 to 1, --mix from 0 to below 1; fix the wrong one")
     if args.on_policy and args.loss in ("sft", "minillm", None):
         raise InputError("--on-policy needs a divergence (MiniLLM is on-policy by itself); add --loss reverse_kl")
     if args.cache_teacher and (args.on_policy or args.loss in ("sft", "minillm")):
-        raise InputError("--cache-teacher holds what the teacher says of the data; own answers are new each time, and "
-                         "SFT asks no teacher: leave it out")
+        raise InputError("--cache-teacher stores the teacher's states for the data; the student's own answers are new each time, "
+                         "and SFT has no teacher: leave it out")
     if args.seq_kd and args.loss == "minillm":
         raise InputError("--seq-kd with --loss minillm: MiniLLM learns from its own answers; leave one out")
     check_schedule(args)

@@ -1,12 +1,12 @@
-"""Claims: with the teacher's states on disk a KD step gives the live teacher's loss and gradient to 1e-3, and from the
-second epoch on is 2 x as fast, with a teacher 6 x the student.
+"""Claims: a KD step with the teacher's states read from disk has the loss and gradient of one with the live teacher to 1e-3,
+and from the second epoch on is 2 x as fast, for a teacher 6 x as large as the student.
 
     python -m benchmarks.cached_teacher         # 15 minutes on two cores, 16 GB of memory, 8 GB of disk
 
-The shapes of Qwen2.5-3B and 0.5B, random weights; 4 x 256 tokens a step of which some 800 are scored, forward KL,
-AdamW: train_kd.py's own add_gradients. Children take turns. `exact`: one child computes the gradient of the same step
-both ways, from the same student.
-    float32     student, teacher and products in float32, in smaller shapes (the 3B's would need 22 GB): `exact` alone
+The shapes of Qwen2.5-3B and 0.5B with random weights; a step has 4 x 256 tokens, about 800 of them scored; forward KL, AdamW,
+the gradients by train_kd.py's own add_gradients. Child processes take turns. `exact`: one child computes the gradient of the
+same step both ways, from the same student.
+    float32     everything in float32, in smaller shapes (the 3B's would need 22 GB): only `exact`
 """
 import argparse
 import sys
@@ -101,7 +101,7 @@ def main():
             what, lambda: train(what, folder, dtype, steps))()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=4, help="of each child; the first is not timed")
-    parser.add_argument("--repeats", type=int, default=1, help="children a row")
+    parser.add_argument("--repeats", type=int, default=1, help="children per row")
     args = parser.parse_args()
     for shapes, dtype, title in (SMALL, "float32", "smaller"), (SHAPES, "bfloat16", "3B -> 0.5B"):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
-"""Claims: MiniLLM ends nearer to its teacher than SFT and forward-KL distillation, in the reverse KL on held-out
-prompts; and distillation on the student's own answers nearer than on the data's. Toy world, mean and sd over seeds.
+"""Claims: MiniLLM ends nearer to its teacher than SFT and forward-KL distillation, by the reverse KL on held-out prompts; and
+distillation on the student's own answers ends nearer than on the data's answers. Toy world, mean and sd over seeds.
 
     python -m benchmarks.distill_table          # 20 minutes on one CPU core
 
-Each seed: `python train_kd.py --seed S` makes teacher and data and trains a student by SFT; every method goes on from
-that student, for the same number of updates at the same rate on the same prompts (kd_ratio 1: the divergence alone).
-300 held-out prompts. `sequence KL` is KL(q || p) over whole answers, MiniLLM's objective, in nats per answer;
-`reverse KL` and `forward KL` are in nats per token, on the references.
+Each seed: `python train_kd.py --seed S` makes teacher and data and trains a student by SFT; every method starts from that
+student and makes the same number of updates at the same learning rate on the same prompts (kd_ratio 1: only the divergence).
+300 held-out prompts. `sequence KL` is KL(q || p) over whole answers, MiniLLM's objective, in nats per answer; `reverse KL`
+and `forward KL` are in nats per token, on the reference answers.
 """
 import argparse
 import json
@@ -30,7 +30,7 @@ COLUMNS = {"ROUGE-L": 1, "retention": 2, "sequence KL": 2, "reverse_kl": 3, "for
 
 
 def run(*flags) -> float:
-    """Seconds of one train_kd.py on one thread."""
+    """Runs train_kd.py on one thread -> its seconds."""
     start = time.perf_counter()
     subprocess.run([sys.executable, str(ROOT / "train_kd.py"), *map(str, flags)], check=True, cwd=ROOT,
                    env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -38,7 +38,7 @@ def run(*flags) -> float:
 
 
 def last_rows(folder: Path) -> dict[str, dict]:
-    """model -> its columns, of a run's table."""
+    """A run's table: {model: its columns}."""
     rows = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
     return {row["model"]: {"ROUGE-L": row["all"], **row["metrics"]} for row in rows}
 

@@ -1,10 +1,10 @@
-"""Claim: KL, reverse KL, generalized JSD and their gradients are trl's generalized_jsd_loss to 1e-5.
+"""Claim: KL, reverse KL, generalized JSD and their gradients equal those of trl's generalized_jsd_loss to 1e-5.
 
     python -m benchmarks.divergences            # a quarter of a minute; needs pip install -e '.[reference]'
 
-48 tokens of a vocabulary of 151,936 in float32, of which 32 are scored; averaged over these, as trl does. `far` draws
-student and teacher apart (KL of several nats), `near` makes them almost agree (hundredths). Where trl's own float32
-rounding matters the last columns say which of the two is nearer to float64: its difference and ours.
+48 tokens, 32 of them scored, a vocabulary of 151,936, in float32; averaged over the scored ones, as trl does. `far`: student
+and teacher are independent (a KL of several nats); `near`: they almost agree (hundredths). trl's float32 result is itself
+rounded: the last columns are its difference, and ours, from float64.
 """
 import argparse
 import os

@@ -1,16 +1,18 @@
-"""Claim: the codes of minikd's GPTQ are those of the paper's own code: in all 99.9% equal, each objective to 0.1%.
+"""Claim: minikd's GPTQ gives the codes of the paper's own code: 99.9% of all codes are equal, and each objective to 0.1%.
 
     git clone https://github.com/IST-DASLab/gptq /tmp/istgptq
     python -m benchmarks.gptq_codes /tmp/istgptq        # needs transformers; 20 seconds on one core
 
-Random layers with correlated inputs, weights in float32, each side with the Hessian of its own code. Two settings:
-asymmetric, a grid a row, no act-order; and symmetric, groups of 128, act-order with static groups. Damping 0.01.
-minikd rounds scales to what float16 stores, the reference keeps float32. So its Quantizer.find_params is wrapped to
-give the grid of minikd.quant.find_grid (the zero follows from the scale): "equal", and the rows in which a code
-differs. A row that rounds one near-tie (of 1e-5 steps) otherwise goes on differently from there; both roundings are as
-good. "objective" is tr((W - Q) H (W - Q)^T) in float64, minikd's by the reference's; of all layers, the mean. "own
-scales" is the share of equal codes where the reference keeps its float32 scales. Codes are recovered from its weights;
-its torch.cuda.synchronize becomes a no-op.
+Random layers with correlated inputs, weights in float32; each side computes its own Hessian. Two settings: asymmetric, one
+grid per row, no act-order; and symmetric, groups of 128, act-order with static groups. Damping 0.01.
+minikd rounds scales to float16, as they are stored; the reference keeps them in float32. So its Quantizer.find_params is
+wrapped to return the grid of minikd.quant.find_grid (the zero follows from the scale). Columns:
+    equal       the share of equal codes
+    rows apart  rows in which a code differs: once the two round a near-tie (within 1e-5 of a step) differently, the rest of the
+                row differs too, and both are as good
+    objective   tr((W - Q) H (W - Q)^T) in float64, minikd's divided by the reference's; for all layers, the mean
+    own scales  the share of equal codes if the reference keeps its float32 scales
+The reference's codes are recovered from its weights; its torch.cuda.synchronize is replaced by a no-op.
 """
 import contextlib
 import io
@@ -29,7 +31,7 @@ SEEDS = 3
 
 
 def random_layer(outputs: int, inputs: int, seed: int):
-    """Weights [O, I] and inputs [8, 512, I]: a few directions carry most of an input, some channels are large."""
+    """Weights [O, I] and inputs [8, 512, I]: a few directions have most of the inputs' variance, some channels are large."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(inputs, inputs, generator=generator) * torch.arange(1, inputs + 1)[:, None] ** -0.5
     size = torch.randn(inputs, generator=generator).mul(0.5).exp()
@@ -38,7 +40,7 @@ def random_layer(outputs: int, inputs: int, seed: int):
 
 
 def reference(weight, x, sym: bool, group_size: int, act_order: bool, own_scales: bool):
-    """Codes [O, I], scales, zeros [O, I/g] and H [I, I] of the paper's code."""
+    """-> codes [O, I], scales, zeros [O, I/g] and H [I, I] by the paper's code."""
     import gptq
     import quant
     grids = []
@@ -59,7 +61,7 @@ def reference(weight, x, sym: bool, group_size: int, act_order: bool, own_scales
     solver.quantizer = Quantizer()
     solver.quantizer.configure(4, perchannel=True, sym=sym)
     solver.fasterquant(groupsize=group_size, actorder=act_order, static_groups=act_order)
-    grids = grids[1:] if act_order else grids                                   # the first was the whole row's
+    grids = grids[1:] if act_order else grids                                   # the first is for the whole row, and not used
     scales, zeros = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
     spread = weight.shape[1] // scales.shape[1]
     codes = (layer.weight.data / scales.repeat_interleave(spread, 1)).round() + zeros.repeat_interleave(spread, 1)

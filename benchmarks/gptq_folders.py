@@ -1,13 +1,13 @@
-"""Claim: 4-bit folders that GPTQModel wrote, shuffled groups included, mean to minikd what they mean to their writer.
+"""Claim: minikd reads 4-bit folders that GPTQModel wrote, shuffled groups included, as GPTQModel itself does.
 
     PYTHON -m benchmarks.gptq_folders 2>/dev/null | tail -11    # PYTHON: with gptqmodel and optimum; 1 minute, one core
 
-GPTQMODEL_CPU_WORKERS=4 is set here: without it GPTQModel does not quantise on two cores. A random Qwen2 (hidden 256,
-2 layers, bfloat16; some rows all positive, so that asymmetric zeros of 0 occur) is quantised by GPTQModel and saved.
-The folder's logits, of 4 x 48 random ids, are computed by minikd; by transformers from weights that the few lines of
-`dense` here dequantise in numpy, both in float32; by GPTQModel and by transformers' own loader in bfloat16, as they
-come (nan: their kernel refuses the group size). Columns: the share of inputs that are not in order of groups; the
-greatest difference and |ours - theirs| / |theirs|; and what bfloat16 alone changes in ours.
+GPTQMODEL_CPU_WORKERS=4 is set here: without it GPTQModel does not quantise on two cores. GPTQModel quantises and saves a
+random Qwen2 (hidden 256, 2 layers, bfloat16; some rows all positive, so that asymmetric zeros of 0 occur). The logits of
+4 x 48 random ids are then computed from the folder: in float32 by minikd, and by transformers with weights that `dense` here
+dequantises in numpy; in bfloat16 by minikd, by GPTQModel and by transformers' own loader (nan: their kernel refuses the group
+size). Columns: the share of inputs that are not in the order of groups; the greatest difference and |ours - theirs| / |theirs|;
+and how much our bfloat16 logits differ from our float32 ones.
 """
 import json
 import os
@@ -35,7 +35,7 @@ CASES = {"sym, desc_act, g32": dict(desc_act=True, act_group_aware=False, group_
 
 
 def make_folder(folder: Path):
-    """No part is at its initial value: what a reader left out would show."""
+    """A random model folder; no weight is at its initial value, so that a tensor that a loader skips would show."""
     make_tokenizer(folder)
     model = Qwen2(Qwen2Config(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
                               num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
@@ -52,8 +52,8 @@ def make_folder(folder: Path):
 
 
 def dense(folder: Path) -> dict:
-    """The folder's tensors with each packed weight dequantised [O, I], float32; v1's zeros as GPTQModel writes them:
-    whole words less 0x11111111."""
+    """The folder's tensors in float32, each packed weight dequantised [O, I]. In format v1, GPTQModel stores words of zeros
+    minus 0x11111111."""
     from safetensors.torch import load_file
     tensors = load_file(folder / "model.safetensors")
     less = 0 if json.loads((folder / "config.json").read_text())["quantization_config"]["format"] == "gptq_v2" else 1

@@ -1,14 +1,14 @@
-"""Claim: quantising a 0.5B shape on 16 x 512 calibration tokens is a matter of minutes on two cores, within 1.5 x the
-memory of the model in bfloat16.
+"""Claim: quantising a 0.5B shape with 16 x 512 calibration tokens takes a few minutes on two cores and at most 1.5 x the memory
+of the model in bfloat16.
 
     python -m benchmarks.gptq_time              # 5 minutes on two cores, 2 GB of memory and of disk
-    python -m benchmarks.gptq_time --peer PYTHON        # beside GPTQModel, which the interpreter PYTHON has
+    python -m benchmarks.gptq_time --peer PYTHON        # also GPTQModel, by an interpreter PYTHON that has it
 
-Qwen2.5-0.5B's shape, random weights, random tokens; sym, group 128, act-order with static groups, as quantize.py takes
-them. GPTQModel gets the same folder, ids, group size, damping and batches of 4 rows, and else its defaults: act-order
+Qwen2.5-0.5B's shape, random weights, random tokens; symmetric, group 128, act-order with static groups, as in quantize.py.
+GPTQModel gets the same folder, ids, group size, damping and batches of 4 rows; its other settings are its defaults: act-order
 inside groups and of groups, finished layers offloaded to disk. Without GPTQMODEL_CPU_WORKERS=4 it fails on two cores.
-"load to end" is from loading to the written folder. Peak is the child's highest resident memory from loading to the
-end, less what the process held before it loaded. What GPTQModel compiles on its first run is not counted: run it twice.
+"load to end" is the time from loading until the folder is written. Peak is the child's highest resident memory in that time,
+minus what it held before. GPTQModel compiles on its first run: run this twice, and count the second.
 """
 import argparse
 import os
@@ -58,7 +58,7 @@ def measure(method: str, folder: Path):
     torch.set_num_threads(2)
     ids = torch.randint(151_643, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     if method == "gptqmodel":
-        import gptqmodel as _                                   # its imports are not its model's memory
+        import gptqmodel as _                                   # before `before`: the memory of imports is not counted
     size = (folder / "model.safetensors").stat().st_size
     before, times = resident(), [time.perf_counter()]
     figures = globals()[method](folder, ids, lambda: times.append(time.perf_counter()))
@@ -75,7 +75,7 @@ def main():
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        make_tokenizer(folder)                                  # GPTQModel wants one; nobody reads it
+        make_tokenizer(folder)                                  # GPTQModel needs one, but no text is encoded
         save_model(Qwen2(replace(HALF, num_hidden_layers=args.layers)).bfloat16().init_weights(0), folder)
         ours = child("benchmarks.gptq_time", "minikd", folder)
         found = {"minikd": ours}

@@ -1,22 +1,22 @@
-"""Everything that wants a GPU, in one run: builds the kernel, checks it, times it and all that stands on it.
+"""Everything that needs a GPU, in one run: compiles the kernels, checks and times them, and times what uses them.
 
     python -m benchmarks.gpu                    # about 20 minutes on one H100 or H200
     python -m benchmarks.gpu --only kernel step matmul  # then decoding; sampling; kd; gptq: each below 10 minutes
-    python -m benchmarks.gpu --device cpu --tiny        # small shapes: whether the script itself runs
+    python -m benchmarks.gpu --device cpu --tiny        # small shapes: only shows that the script runs
 
 Claims (one H200, random weights in Qwen2.5's shapes, peers in the same run):
-    kernel    relative error under 1e-2 on every shape and batch, into poisoned outputs
+    kernel    relative error under 1e-2 on every shape and batch; outputs are nan before
     step      a token by one kernel (decode.cu): as exact as the plain step; how long it takes without weights to read
     matmul    layers of 20 MB and more: 70% of the copy bandwidth at batch 1, 3 x bfloat16 cuBLAS, not slower than torch's
-              int4 at batches 1 to 16; buffers rotate beyond the L2
-    decoding  batch 1: 60 / 70 / 75% of the memory's limit at 0.5B / 1.5B / 3B in bfloat16, 5 x transformers; 4 bits 1.6 x
+              int4 at batches 1 to 16; weights take turns, more of them than the L2 cache holds
+    decoding  batch 1: 60 / 70 / 75% of the copy bandwidth at 0.5B / 1.5B / 3B in bfloat16, 5 x transformers; 4 bits 1.6 x
               / 2.3 x ours in bfloat16 at 0.5B / 3B
     sampling  64 rows x 512 tokens, 0.5B: 8 x transformers
     kd        3B teacher, 0.5B student, 8 x 512, forward KL: 2 x transformers with full logits at half its memory, 45% of
               the matrix units' rate; from the cached teacher's states 2 x the live one
     gptq      128 x 2,048 tokens: 60 s (0.5B), 4 minutes (3B), within 1.3 x the bfloat16 model
-Every time is a median; spread is (90th - 10th percentile) / median. Rows are printed as they come; what fails says so, and
-the next one runs.
+Every time is a median; spread is (90th - 10th percentile) / median. Each row is printed when it is measured; if one fails, it
+says so, and the next one runs.
 """
 import argparse
 import gc
@@ -52,11 +52,11 @@ FAST = [("w4_matvec_1", 1, 256), ("w4_matvec_2", 2, 256), ("w4_matvec_4", 4, 256
         ("w4_mma_8_few", 8, 512), ("w4_mma_16", 16, 256), ("w4_mma_16_few", 16, 512), ("w4_mma_32", 32, 256),   # rows, threads
         ("w4_mma_64", 64, 256)]
 TEACHER, TOKENS = "3B", 512
-L2 = 64 << 20                                       # an H200's 60 MB; an H100's are 50
+L2 = 64 << 20                                       # above the caches of an H200, 60 MB, and of an H100, 50 MB
 
 
 class Table:
-    """Prints each row when it is there: a command that is stopped has told what it measured."""
+    """Prints each row at once, so that a run that is stopped has printed all that it measured."""
 
     def __init__(self, *header: str):
         self.widths = [max(34, len(header[0])), *(max(9, len(name)) for name in header[1:])]
@@ -70,7 +70,7 @@ class Table:
 
 @contextmanager
 def attempt(what: str):
-    """One row that cannot be measured must not cost the others."""
+    """Prints an exception and continues: a row that cannot be measured must not stop the others."""
     try:
         yield
     except Exception:
@@ -88,7 +88,7 @@ def spread(values) -> str:
 
 
 def seconds_of(run, repeats: int, device: str, warm: int = 2) -> list[float]:
-    """Each call by itself, by device events where there are any."""
+    """Times each call by itself, on a GPU by events."""
     found = []
     for i in range(warm + repeats):
         if device == "cuda":
@@ -106,7 +106,7 @@ def seconds_of(run, repeats: int, device: str, warm: int = 2) -> list[float]:
 
 
 def rotating(calls: list, device: str, repeats: int = 30) -> list[float]:
-    """Seconds of one call, the calls taking turns so that none finds its weights in the L2; one graph replays all."""
+    """Seconds per call. The calls take turns, so that none finds its weights in the L2; on a GPU one graph replays them all."""
     for call in calls:
         call()
     if device != "cuda":
@@ -128,7 +128,7 @@ def four_bits(model: Qwen2) -> Qwen2:
 
 
 def theirs(config: Qwen2Config, device: str, dtype=torch.bfloat16):
-    """The same shape in transformers."""
+    """A model of the same shape in transformers."""
     import transformers
     transformers.logging.set_verbosity_error()
     raw = config.to_dict(dtype)
@@ -139,7 +139,7 @@ def theirs(config: Qwen2Config, device: str, dtype=torch.bfloat16):
 
 
 def fresh(device: str):
-    """Nothing of what was measured before is left in memory, and the peak counts from here."""
+    """Frees what was measured before, and restarts the peak."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -150,7 +150,7 @@ def peak_gb(device: str) -> float:
     return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else float("nan")
 
 
-# ---- sections; each takes the device, whether shapes are tiny, and `limits`, what the machine itself can do
+# ---- sections; each takes the device, whether shapes are tiny, and `limits`, the bandwidth and FLOP/s that the machine reaches
 
 def measure_machine(device, tiny, limits):
     if device == "cuda":
@@ -159,7 +159,8 @@ def measure_machine(device, tiny, limits):
                                capture_output=True, text=True).stdout.strip()
         print(f"{asked}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     size, n = (1 << 24, 512) if tiny else (4 << 30, 8192)
-    source, target = torch.empty(size, dtype=torch.uint8, device=device).random_(), torch.empty(size, dtype=torch.uint8, device=device)
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
     times = seconds_of(lambda: target.copy_(source), 10, device)
     limits["bandwidth"] = 2 * size / median(times)
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -170,7 +171,7 @@ def measure_machine(device, tiny, limits):
 
 
 def packed_layer(N: int, K: int, device: str, sym=True, group=128, seed=0):
-    """A layer rounded to nearest, as the kernel takes it; and the weight its codes stand for."""
+    """A layer rounded to nearest, as `repack` gives it, and the weight that its codes stand for."""
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.randn(N, K, device=device, generator=generator) * 0.02
     parts = round_to_nearest(weight, group_size=group, sym=sym)
@@ -225,7 +226,8 @@ def check_step(device, tiny, limits):
         model = make(config, device)
         if bits == 4:
             model = four_bits(model)
-        dense = {name: weight for name, weight in model.state_dict().items() if weight.is_floating_point() and "scales" not in name}
+        dense = {name: weight for name, weight in model.state_dict().items()
+                 if weight.is_floating_point() and "scales" not in name}
         dense |= {f"{name}.weight": layer.weight() for name, layer in model.named_modules() if isinstance(layer, W4Linear)}
         exact = make(config, device, torch.float32)
         exact.load_state_dict(dense)
@@ -246,7 +248,7 @@ def check_step(device, tiny, limits):
             with attempt(f"{name}, {bits} bits"):
                 measure(f"{name}, {bits} bits", config, bits)
             fresh(device)
-    print(f"narrow layers have next to no weights: what is left are {5 * narrow.num_hidden_layers} waits of all blocks")
+    print(f"narrow layers have almost no weights: what remains is {5 * narrow.num_hidden_layers} barriers of all blocks")
 
 
 def time_matmul(device, tiny, limits):
@@ -285,7 +287,7 @@ def time_matmul(device, tiny, limits):
 
 
 def torch_int4(N: int, K: int, device: str, copies: int):
-    """Weights for torch's own int4 product on a GPU; None where it does not take them."""
+    """Weights for torch's own int4 product on a GPU; None if it does not support them."""
     try:
         made = []
         for _ in range(copies):
@@ -313,7 +315,7 @@ def time_decoding(device, tiny, limits):
         run = (lambda n: transformers_answer(model, [prompt], n)) if kind == "transformers" else (
             lambda n: generate(model, [prompt], n, one_kernel=kind.endswith("one kernel")))
         run(24)
-        # The prompt, the graph's recording and the first steps cost the same in both: the difference is a step's cost.
+        # Prefill, capturing the graph and the first steps take the same time in both: the difference is the steps' time.
         times = [(time_once(run, new, device) - time_once(run, new // 2, device)) / (new - new // 2) for _ in range(5)]
         speed = speeds[name, kind] = 1 / median(times)
         share = "-" if kind == "transformers" else f"{bytes_of_a_step(model) * speed / limits['bandwidth']:.0%}"
@@ -322,7 +324,7 @@ def time_decoding(device, tiny, limits):
 
     for name in list(SHAPES)[:1] if tiny else SHAPES:
         for kind in "bf16", "w4", "transformers", "bf16 one kernel", "w4 one kernel", "bf16 compiled", "w4 compiled":
-            if not (tiny and "compiled" in kind):   # longer than all the rest
+            if not (tiny and "compiled" in kind):   # compiling takes longer than all the rest
                 fresh(device)
                 with attempt(f"{name} {kind}"):
                     measure(name, kind)
@@ -346,7 +348,7 @@ def transformers_answer(model, prompts: list, new: int, sample: bool = False):
 
 
 def bytes_of_a_step(model: Qwen2) -> int:
-    """Weights that one token reads: codes and scales, or the plain weights; the head; not the lookup."""
+    """Bytes of the weights that one step reads: codes and scales, or plain weights; the head, but not the embedding's row."""
     held = {key: value.nbytes for key, value in model.state_dict().items() if not key.endswith(("g_idx", "qzeros"))}
     return sum(held.values())
 
@@ -420,19 +422,19 @@ def time_kd(device, tiny, limits):
         flops = model_flops(student_shape, batch * length, scored, 6)
         flops += model_flops(teacher_shape, batch * length, scored, 2) if kind != "minikd cached" else 0
         first.append(median(times))
-        table.row(kind, f"{median(times) * 1e3:.1f}", f"{first[0] / median(times):.2f}x", f"{batch * length / median(times):,.0f}",
-                  f"{flops / median(times) / 989e12:.0%}", f"{flops / median(times) / limits['flops']:.0%}",
-                  f"{peak_gb(device):.2f}", f"{loss:.3f}", spread(times))
+        table.row(kind, f"{median(times) * 1e3:.1f}", f"{first[0] / median(times):.2f}x",
+                  f"{batch * length / median(times):,.0f}", f"{flops / median(times) / 989e12:.0%}",
+                  f"{flops / median(times) / limits['flops']:.0%}", f"{peak_gb(device):.2f}", f"{loss:.3f}", spread(times))
 
     kinds = ["minikd", "minikd cached", "transformers", "minikd --compile", "transformers compiled"]
-    for kind in kinds[:3] if tiny else kinds:       # compiling is longer than all the rest
+    for kind in kinds[:3] if tiny else kinds:       # compiling takes longer than all the rest
         fresh(device)
         with attempt(kind):
             measure(kind)
 
 
 def model_flops(config: Qwen2Config, tokens: int, scored: int, per: int) -> float:
-    """`per` 2 forward, 6 with backward, times parameters times tokens; the head where a token is scored; no attention."""
+    """per (2 for forward, 6 with backward) x parameters x tokens; the head only for scored tokens; without attention."""
     D, E = config.hidden_size, config.head_dim
     block = D * E * 2 * (config.num_attention_heads + config.num_key_value_heads) + 3 * D * config.intermediate_size
     return per * (config.num_hidden_layers * block * tokens + config.vocab_size * D * scored)
@@ -457,14 +459,14 @@ def time_gptq(device, tiny, limits):
             measure(name)
 
 
-SECTIONS = {"machine": measure_machine, "kernel": check_kernel, "step": check_step, "matmul": time_matmul, "decoding": time_decoding,
-            "sampling": time_sampling, "kd": time_kd, "gptq": time_gptq}
+SECTIONS = {"machine": measure_machine, "kernel": check_kernel, "step": check_step, "matmul": time_matmul,
+            "decoding": time_decoding, "sampling": time_sampling, "kd": time_kd, "gptq": time_gptq}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes: does the script run")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, only to see that the script runs")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     args = parser.parse_args()
     if args.tiny:

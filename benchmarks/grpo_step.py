@@ -3,11 +3,11 @@
     python -m benchmarks.grpo_step              # 8 minutes on two cores, 9 GB of memory
 
 896 x 4 layers (196M parameters), tied head, random weights; one prompt of 28 tokens, a group of 8, 64 new tokens each
-(no stop token ends them sooner), temperature 1, no KL, AdamW, clipping at 1. minikd's step is train_grpo.py's own
+(no stop token ends them earlier), temperature 1, no KL, AdamW, clipping at 1. minikd's step calls train_grpo.py's own
 functions. Children take turns; seconds are the median of the steps after the first, peak is the highest resident memory.
-    float32     model, products and sampling in float32 (trl: its default precision off, no gradient checkpointing)
+    float32     model, products and sampling in float32 (trl: bf16 off, no gradient checkpointing)
     bf16        autocast; minikd samples with a bfloat16 copy, trl with its float32 weights under autocast
-    default     trl as it comes: gradient checkpointing and, on this CPU, bfloat16 autocast
+    default     trl with its defaults: gradient checkpointing and, on this CPU, bfloat16 autocast
 """
 import argparse
 import sys
@@ -35,8 +35,8 @@ def prompts(steps: int) -> list[list[int]]:
     return torch.randint(2, WORDS, (steps, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def pay(ids: list[int]) -> float:
-    """Something that differs between answers: the share of small ids."""
+def reward(ids: list[int]) -> float:
+    """The share of small ids: any reward that differs between answers would do."""
     return sum(token < WORDS // 2 for token in ids) / len(ids)
 
 
@@ -57,7 +57,7 @@ def minikd(folder: Path, mode: str, steps: int):
         copy = cast_copy(model, dtype, copy)
         answers, old = grpo.sample_groups(copy, [Encoded(prompt, [], False, 0)], GROUP, NEW, NoStops(), seed=step)
         clock.append(time.perf_counter())
-        advantages = grpo.group_advantages(torch.tensor([[pay(answer.response) for answer in answers]]))[0]
+        advantages = grpo.group_advantages(torch.tensor([[reward(answer.response) for answer in answers]]))[0]
         share = grpo.token_weights([len(answer.response) for answer in answers])
         add_gradients(answers, old, old, advantages, share, model=model, pad_id=0, dtype=dtype, temperature=1.0,
                       vocab=None, clip=0.2, clip_high=None, beta=0.0, checkpointing=False)
@@ -72,7 +72,7 @@ def minikd(folder: Path, mode: str, steps: int):
 
 
 def tokenizer():
-    """A word an id, for trl, which asks for text."""
+    """One word per id, for trl, which needs text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, WORDS)}, unk_token="<pad>"))
@@ -105,8 +105,8 @@ def trl(folder: Path, mode: str, steps: int):
     clock = Clock()
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     trainer = GRPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(text), processing_class=tokenizer(),
-                          reward_funcs=lambda completion_ids, **_: [pay(ids) for ids in completion_ids], callbacks=[clock])
-    # A step begins before its sampling: trl samples while it prepares the inputs, inside the step's clock.
+                          reward_funcs=lambda completion_ids, **_: [reward(ids) for ids in completion_ids], callbacks=[clock])
+    # trl samples while it prepares a step's inputs, after on_step_begin: so the clock includes sampling.
     trainer.train()
     return clock.seconds, 0.0
 
@@ -123,7 +123,7 @@ def main():
         return measure(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=4, help="of each child; the first is not timed")
-    parser.add_argument("--repeats", type=int, default=1, help="children a row")
+    parser.add_argument("--repeats", type=int, default=1, help="children per row")
     args = parser.parse_args()
     runs = [(method, mode) for mode in ("float32", "bf16") for method in ("trl", "minikd")] + [("trl", "default")]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,16 +1,17 @@
-"""Claim: the KD loss at 1,024 scored tokens needs 1/20 of the extra memory of naive full logits, and is no slower.
+"""Claim: the KD loss of 1,024 scored tokens needs 1/20 of the extra memory of full logits, and is not slower.
 
     python -m benchmarks.head_loss              # 6 minutes on two cores, 7 GB of memory
 
 The student's states are [1024, 896] and its head [151936, 896]; the teacher's [1024, 1536] and [151936, 1536]. minikd's
 head_loss against the same formula on full logits: two matrix products, forward_kl (and cross-entropy), mean, backward.
-Every figure comes from a child process of its own, the two take turns, medians are printed.
-    time        of forward and backward, after one smaller warm-up
-    extra MB    the highest resident memory during forward and backward, less what was resident before and less the
-                two gradients that both must hand over (student's states and head)
-    kd_ratio    1 is the divergence alone; at 0.5 cross-entropy joins, and naive needs still more
-    bf16        weights in bfloat16, as a teacher's are; autocast: student's weights in float32, multiplied in
-                bfloat16, for which naive makes a bfloat16 copy of the head (272 MB) and minikd casts it by blocks
+Every figure comes from a child process of its own; the two take turns, medians are printed.
+    time        of forward and backward, after a smaller warm-up
+    extra MB    the highest resident memory during forward and backward, minus what was resident before and minus the
+                two gradients that both must return (of the student's states and head)
+    kd_ratio    1: only the divergence; 0.5: also cross-entropy, for which naive needs even more
+    bf16        all weights in bfloat16
+    autocast    the student's weights in float32, multiplied in bfloat16: naive makes a bfloat16 copy of the head (272 MB),
+                minikd casts it block by block
 """
 import argparse
 import sys

@@ -2,17 +2,17 @@
 
     python -m benchmarks.kd_step                # 10 minutes on two cores, 11 GB of memory, 2 GB of disk
 
-Student 896 x 4 layers, teacher 1536 x 4 layers, tied heads, random weights; 4 x 256 tokens of which some 800 are scored
-(prompts of 48 to 64 tokens, replies to the end), the same batch in both; forward KL, AdamW, clipping at 1, no sampling
-(trl: lmbda 0, beta 0). minikd's step is train_kd.py's own lines. Each row comes from child processes of its own that
+Student 896 x 4 layers, teacher 1536 x 4 layers, tied heads, random weights; 4 x 256 tokens, about 800 of them scored
+(prompts of 48 to 64 tokens, replies fill the rest), the same batch in both; forward KL, AdamW, clipping at 1, no sampling
+(trl: lmbda 0, beta 0). minikd's step repeats train_kd.py's lines. Each row comes from child processes of its own that
 take turns. Seconds are the median of the steps after the first; peak is the child's highest resident memory, `before`
 what it held when the first step began. Both load both models from the same bfloat16 folders.
     float32     student, teacher and products in float32
-    bf16        autocast; the student's weights float32, the teacher's bfloat16
-    naive       the same step of minikd with full logits: student(ids), teacher(ids), forward_kl, mean
-    lean        minikd with the teacher's states at hand and its body gone (as --cache-teacher leaves it) and
-                --gradient-checkpointing; measured from the first step on
-    default     trl as it comes: bf16 as above, and gradient checkpointing (the two rows above have it off)
+    bf16        autocast; the student's weights are float32, the teacher's bfloat16
+    naive       minikd's step with full logits: student(ids), teacher(ids), forward_kl, mean
+    lean        minikd with --gradient-checkpointing, the teacher's states computed before and only its head in memory (as
+                with --cache-teacher); peak is measured from the first step on
+    default     trl with its defaults: bf16 as above, and gradient checkpointing (its two rows above have it off)
 """
 import argparse
 import gc
@@ -91,7 +91,7 @@ def states_of(teacher: Qwen2, rows: list[dict]) -> torch.Tensor:
 
 
 def tokenizer():
-    """trl asks for one; nothing here is text."""
+    """trl needs a tokenizer, but no text is encoded."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
@@ -153,7 +153,7 @@ def main():
         return measure(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=4, help="of each child; the first is not timed")
-    parser.add_argument("--repeats", type=int, default=1, help="children a row")
+    parser.add_argument("--repeats", type=int, default=1, help="children per row")
     parser.add_argument("--peers", nargs="+", default=["trl", "naive"], choices=["trl", "naive"])
     args = parser.parse_args()
     runs = [(method, mode) for mode in ("float32", "bf16") for method in (*args.peers, "lean", "minikd")]

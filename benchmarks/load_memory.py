@@ -1,10 +1,10 @@
-"""Claim: loading a checkpoint needs at most 1.15 x the model's bytes in the dtype asked for, at its peak.
+"""Claim: loading a checkpoint needs at its peak at most 1.15 x the model's bytes in the requested dtype.
 
-    python -m benchmarks.load_memory            # a minute on two cores, 3 GB of disk; transformers beside it
+    python -m benchmarks.load_memory            # a minute on two cores, 3 GB of disk; also measures transformers
 
-Qwen2.5-0.5B's shape with random weights. Each figure is the growth of a child's highest resident memory while it loads
-and then reads every weight once (transformers only maps a file of the right dtype, and leaves the reading to the first
-use), pages of mapped files included; ratio is over the bytes of the parameters in the dtype asked for.
+Qwen2.5-0.5B's shape with random weights. Each figure is how much a child's highest resident memory grows while it loads and
+then reads every weight once (transformers only maps a file of the right dtype, so that the first use reads it), pages of mapped
+files included; ratio is that divided by the bytes of the parameters in the requested dtype.
 """
 import argparse
 import sys
@@ -24,7 +24,7 @@ CASES = [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat1
 
 def measure(method: str, folder: str, dtype: str):
     dtype = getattr(torch, dtype)
-    torch.zeros(64, 64) @ torch.zeros(64, 64)                                   # what torch sets up once is not counted
+    torch.zeros(64, 64) @ torch.zeros(64, 64)                                   # torch's own initialisation is not counted
     if method == "transformers":
         from transformers import AutoModelForCausalLM, Qwen2ForCausalLM         # noqa: F401  (imports the model's code)
     before = resident()
@@ -35,7 +35,7 @@ def measure(method: str, folder: str, dtype: str):
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     for parameter in model.parameters():
-        parameter.detach().view(-1)[::512].sum()                                # every page of it
+        parameter.detach().view(-1)[::512].sum()                                # reads every page
     seconds, grown = time.perf_counter() - start, peak_resident() - before
     report(ratio=grown / sum(p.nbytes for p in model.parameters()), grown=grown / 1e6, seconds=seconds)
 

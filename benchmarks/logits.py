@@ -1,11 +1,11 @@
-"""Claim: minikd's logits are transformers' to 1e-4 in float32, and greedy decoding takes the same 64 tokens.
+"""Claim: minikd's logits equal transformers' to 1e-4 in float32, and greedy decoding gives the same 64 tokens.
 
     python -m benchmarks.logits                 # about a minute on two cores; needs pip install -e '.[reference]'
 
-Random Qwen2 models, every weight drawn so that no part is at its initial value, saved by transformers (in shards where
-the table says so) and loaded by minikd. Logits are compared on a batch [4, 64] and on right-padded rows of unequal
-lengths; greedy tokens on unequal prompts, which transformers pads on the left and minikd on the right. `margin` is the
-least gap between the best and the second logit of all greedy steps: below the difference, a tie could fall either way.
+Random Qwen2 models, no weight at its initial value, saved by transformers (in shards where the table says so) and loaded by
+minikd. Logits are compared on a batch [4, 64] and on right-padded rows of unequal lengths; greedy tokens on unequal prompts,
+which transformers pads on the left and minikd on the right. `margin` is the smallest gap between the best and the second
+logit over all greedy steps: if it were below the difference, rounding could change a token.
 """
 import argparse
 import os
@@ -42,7 +42,7 @@ def random_model(heads, kv_heads, hidden, tied, seed) -> Qwen2ForCausalLM:
             if weight.dim() == 1:
                 weight.copy_(0.5 * noise if name.endswith("bias") else 1 + 0.3 * noise)
             else:
-                weight.copy_((3 if head else 1.5) * noise / hidden ** 0.5)      # logits of a trained model's spread
+                weight.copy_((3 if head else 1.5) * noise / hidden ** 0.5)      # logits spread as a trained model's
     return model
 
 

@@ -1,10 +1,10 @@
-"""What the benchmarks share: children that measure themselves, repeats that take turns, memory, the machine's line.
+"""What the benchmarks share: child processes that measure themselves, repeats in turns, memory, a line about the machine.
 
-A benchmark's own work runs in a child process (`python -m benchmarks.NAME --child ARGUMENT...`), so that one peer's
-memory and threads are not the other's. A child prints one JSON line, last, with report(). Peers take turns
-(in_turns), so that a slow spell of the machine falls on all of them; medians are compared. Two threads on two cores
-lose far more than its share to a third: what other processes took of the cores meanwhile is measured, a child they
-disturbed runs again, and the tables show it where it stayed.
+What is measured runs in a child process (`python -m benchmarks.NAME --child ARGUMENT...`), so that each peer has its own
+memory and threads. A child prints one JSON line, its last, by report(). Peers take turns (in_turns), so that a slow phase of
+the machine affects all of them; medians are compared. A third busy thread slows two threads on two cores by far more than its
+share. So the share of the cores that other processes took is measured, a disturbed child runs again, and the tables show the
+share in the column `others`.
 """
 import json
 import os
@@ -35,12 +35,12 @@ def version(package: str) -> str:
 
 
 def machine(*packages: str) -> str:
-    """'AMD EPYC, 2 cores, load 0.3, Python 3.11.2, torch 2.13.0, 2025-11-24': under every table."""
+    """The line under every table, such as 'AMD EPYC, 2 cores, load 0.3, Python 3.11.2, torch 2.13.0, 2025-11-24'."""
     return ", ".join([cpu_model(), f"{os.cpu_count()} cores", f"load {os.getloadavg()[0]:.1f}",
                       f"Python {platform.python_version()}", *map(version, packages), str(date.today())])
 
 
-# ---- memory of this process, in bytes: Linux keeps both figures
+# ---- this process's memory in bytes, as Linux counts it
 
 def status_bytes(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -61,13 +61,13 @@ def reset_peak():
 # ---- children
 
 def busy_seconds() -> float:
-    """CPU time all processes of this machine have used, all cores together."""
+    """CPU time that all processes of this machine have used, summed over the cores."""
     user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 def settle(patience: float = 60):
-    """Waits until the machine has been idle for a second, but not for ever."""
+    """Waits until the machine has been idle for a second, at most `patience` seconds."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         before = busy_seconds()
@@ -77,8 +77,8 @@ def settle(patience: float = 60):
 
 
 def child(module: str, *arguments, python: str = sys.executable) -> dict:
-    """Runs `python -m module --child arguments...`, by another interpreter where a peer needs one; returns what its report() printed, and 'others': the share of the
-    cores that other processes took meanwhile."""
+    """Runs `python -m module --child arguments...` -> what its report() printed, and 'others': the share of the cores that other
+    processes took meanwhile.  python  the interpreter, for a peer that needs another one"""
     command = [python, "-m", module, "--child", *map(str, arguments)]
     settle()
     before, start = busy_seconds() - own_seconds(), time.monotonic()
@@ -99,9 +99,9 @@ def report(**figures):
 
 
 def in_turns(jobs: dict, repeats: int, tries: int = 4) -> dict:
-    """jobs: name -> function returning figures.  name -> the median of each figure over `repeats` turns.
+    """jobs {name: function that returns figures} -> {name: the median of each figure over `repeats` turns}
 
-    Of a turn that others disturbed by more than a twentieth of the cores, the quietest of `tries` counts.
+    If others took more than a twentieth of the cores, a turn is tried again, up to `tries` times, and the quietest try counts.
     """
     results = {name: [] for name in jobs}
     for _ in range(repeats):
@@ -117,7 +117,7 @@ def in_turns(jobs: dict, repeats: int, tries: int = 4) -> dict:
 # ---- tables
 
 def table(header: list[str], rows: list[list]):
-    """First column to the left, the others to the right; floats as they come formatted."""
+    """Prints the rows: the first column aligned left, the others right."""
     cells = [header, *[[str(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     for row in cells:

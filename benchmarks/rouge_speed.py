@@ -1,15 +1,15 @@
-"""ROUGE-L: minikd.rouge beside rouge_score, on the same pairs, in one process.
+"""ROUGE-L: minikd.rouge and rouge_score on the same pairs, in one process.
 
     python -m benchmarks.rouge_speed            # 5,000 pairs, 3 repeats, under 2 minutes on one core
 
-needs rouge_score (pip install '.[reference]'). Texts come from ../shared/data/instructions-1100.jsonl where it is
-there, else from a made vocabulary. Two sets of pairs, because the ratio depends on the length: rouge_score's table
-grows with the product of the two lengths, minikd's time with their sum.
-    20-200 words   windows of the running text; the reference is the prediction with 3 words in 10 replaced, or
+Needs rouge_score (pip install '.[reference]'). Texts come from ../shared/data/instructions-1100.jsonl if it is there, else
+from a random vocabulary. Two sets of pairs, because the ratio depends on the length: rouge_score's table grows with the
+product of the two lengths, minikd's time with their sum.
+    20-200 words   windows of the concatenated texts; the reference is the prediction with 3 words in 10 replaced, or
                    (every other pair) an unrelated window
-    records        the answers as they stand, about 8 words, each against another's
-Each repeat times minikd with its stem cache empty (cold), again with it full (warm), then rouge_score (which has no
-cache), so that a slow spell of the machine falls on all three. Medians of the repeats are printed.
+    records        pairs of whole answers, about 8 words each
+Each repeat times minikd with an empty stem cache (cold), again with a full one (warm), then rouge_score (which has no
+cache), so that a slow phase of the machine affects all three. Medians of the repeats are printed.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ INSTRUCTIONS = Path(__file__).parents[1] / ".." / "shared" / "data" / "instructi
 
 
 def load_texts(rng) -> list[tuple[str, str]]:
-    """[(question, answer)], real or made."""
+    """[(question, answer)], real or random."""
     if INSTRUCTIONS.exists():
         records = map(json.loads, INSTRUCTIONS.read_text(encoding="utf-8").splitlines())
         return [(record["instruction"] + " " + record["input"], record["output"]) for record in records]

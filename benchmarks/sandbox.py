@@ -1,9 +1,9 @@
-"""Claim: of 1,000 short programs, right, wrong, raising, endless or hostile, none is misjudged and nothing is left.
+"""Claim: of 1,000 short programs, right, wrong, raising, endless or hostile, none is misjudged, and none leaves anything behind.
 
     python -m benchmarks.sandbox                # about a minute
 
-Each program should print the sum of its stdin. Misjudged is one of another status than its kind's, or of status "ok"
-and another outcome of same_output. `left` counts afterwards the processes, descriptors and folders of all runs.
+Each program should print the sum of its stdin. A program is misjudged if its status is not its kind's, or if the status is "ok"
+and same_output says otherwise than its kind. `left` counts the processes, descriptors and folders that remain after all runs.
 """
 import argparse
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.measure import machine, table
 from minikd.sandbox import isolation, run_programs, same_output
 
-WAIT = 1.0                  # seconds an endless loop is given
+WAIT = 1.0                  # time limit of an endless loop, in seconds
 RIGHT = "print(sum(map(int, input().split())))"
 KINDS = {                   # kind: (programs, [sources], status, is the output right?)
     "right": (700, [RIGHT, "import sys\nprint(sum(int(x) for x in sys.stdin.read().split()))",
@@ -34,7 +34,7 @@ KINDS = {                   # kind: (programs, [sources], status, is the output 
 
 
 def programs() -> list[tuple]:
-    """(kind, status, is the output right?, expected output, job), the kinds evenly mixed."""
+    """[(kind, status, is the output right?, expected output, job)], the kinds evenly mixed."""
     found = []
     for kind, (count, sources, status, right) in KINDS.items():
         for i in range(count):
@@ -46,7 +46,7 @@ def programs() -> list[tuple]:
 
 
 def left(folder: str) -> int:
-    """Processes of any sandbox, this process's descriptors, and what lies in the temporary folder."""
+    """How many there are: processes of any sandbox, this process's descriptors, entries of the temporary folder."""
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     running = sum(b"def _boot(" in line or b"def _supervise(" in line for line in lines)
     return running + len(os.listdir("/proc/self/fd")) + len(os.listdir(folder))
@@ -57,7 +57,7 @@ def main():
     print(isolation())
     entries, rows, rates = programs(), [], []
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
-        os.chmod(folder, 0o755)                                     # the programs' user must reach what is inside
+        os.chmod(folder, 0o755)                                     # programs may run as another user, who must enter it
         tempfile.tempdir, before = folder, left(folder)
         for loops in (True, False):
             chosen = [entry for entry in entries if loops or entry[0] != "endless"]

@@ -2,8 +2,8 @@
 
     python -m benchmarks.toy_table              # about 5 minutes on 2 CPU cores
 
-Each seed is `python train_kd.py --seed S` whole: another teacher, other training records, another base; the world's
-facts and the test prompts stay.
+Each seed is a whole run of `python train_kd.py --seed S`: another teacher, other training records, another base; the world's
+facts and the test prompts are the same for all.
 """
 import argparse
 import json
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(seed: int, folder: Path) -> tuple[dict, float]:
-    """{model: {category: ROUGE-L}} of one seed, and its seconds."""
+    """One seed -> {model: {category: ROUGE-L}}, and the seconds it took."""
     start = time.perf_counter()
     subprocess.run([sys.executable, str(ROOT / "train_kd.py"), "--seed", str(seed), "--out", str(folder)], check=True,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,11 +1,11 @@
-"""Where each way of multiplying by 4-bit weights pays, and the head in int8: what quant.choose and layout.INT8_ROWS are
-set by.
+"""Which way of multiplying by 4-bit weights is fastest for how many rows, and when the int8 head is: quant.choose and
+layout.INT8_ROWS are set by this.
 
     python -m benchmarks.w4_linear              # a minute on two cores
 
 One layer of Qwen2.5-0.5B (896 -> 4864, group 128) on a CPU in bfloat16, milliseconds by number of rows: torch's int4
-operator, dequantising and multiplying, and the plain bfloat16 layer. Forty different layers take turns, so that none lies
-in the cache, as in a model. Then its head (896 -> 151,936): packed in bfloat16, and in int8.
+operator, dequantising and multiplying, and the plain bfloat16 layer. Forty different layers take turns, so that none is in
+the CPU's cache, as in a model. Then the model's head (896 -> 151,936): packed in bfloat16, and in int8.
 """
 import time
 
@@ -36,7 +36,7 @@ def main():
     plain = [torch.randn(4864, 896).bfloat16() for _ in range(LAYERS)]
     for layer in layers:
         layer.load_state_dict(words)
-        layer.multiply(torch.zeros(1, 896).bfloat16(), "int4")                  # which prepares it
+        layer.multiply(torch.zeros(1, 896).bfloat16(), "int4")                  # prepares the layer
     rows = []
     for count in ROWS:
         x = torch.randn(count, 896).bfloat16()

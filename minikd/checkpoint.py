@@ -52,7 +52,7 @@ def check_words(layer: W4Linear, quantization: dict, where: str):
     """Raises InputError for missing groups, scales that are not finite, and zero points of the other gptq format."""
     groups = len(layer.scales)
     if not 0 <= int(layer.g_idx.min()) <= int(layer.g_idx.max()) < groups:
-        raise InputError(f"{where}.g_idx: names a group that is none of the {groups} there are; fetch it again")
+        raise InputError(f"{where}.g_idx: names a group outside 0 to {groups - 1}; fetch it again")
     if not layer.scales.isfinite().all():
         raise InputError(f"{where}.scales: has values that are not finite; fetch it again")
     zeros = read_zeros(layer.qzeros, layer.version)                                        # [I/g, O]
@@ -98,7 +98,7 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:
                 swap_linears(model, size, version_of(model.quantization))
             except InputError as error:
                 raise InputError(f"{folder / 'config.json'}: quantization_config has group_size = {size}, which does not "
-                                 "divide its layers; do config.json and the weights belong together?") from error
+                                 "divide its layers; are config.json and the weights from the same model?") from error
     wanted = {key: tuple(p.shape) for key, p in model.state_dict().items()}
     return model, wanted, tensor_files(folder, wanted)
 
@@ -113,7 +113,7 @@ def read_quantization(folder: Path) -> dict | None:
     if raw is None:
         return None
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: quantization_config is no object; fetch it again")
+        raise InputError(f"{path}: quantization_config is not an object; fetch it again")
     raw = raw | {"checkpoint_format": raw.get("checkpoint_format", raw.get("format", "gptq"))}
     format = raw["checkpoint_format"]
     for field, value, good in (
@@ -126,7 +126,7 @@ def read_quantization(folder: Path) -> dict | None:
                              f"{' or '.join(map(repr, good))}: use the unquantised folder")
     if type(raw.get("group_size")) is not int:
         raise InputError(f"{path}: quantization_config has group_size = {raw.get('group_size')!r}; "
-                         "a whole number was expected")
+                         "give a whole number")
     return raw
 
 
@@ -136,7 +136,7 @@ def read_tensor(path: Path, key: str, floating: bool = True) -> torch.Tensor:
         tensor = file.get_tensor(key)
     if tensor.is_floating_point() != floating:
         kind = "a float" if floating else "an integer"
-        raise InputError(f"{path}: {key} is {tensor.dtype}; {kind} tensor was expected")
+        raise InputError(f"{path}: {key} is {tensor.dtype}, not {kind} tensor; fetch the model again")
     return tensor
 
 
@@ -147,7 +147,7 @@ def open_tensors(path: Path):
     except FileNotFoundError:
         raise InputError(f"{path}: is missing; fetch the model again") from None
     except SafetensorError as error:
-        raise InputError(f"{path}: is damaged or cut short, {path.stat().st_size:,} bytes ({error}); "
+        raise InputError(f"{path}: is damaged or truncated, {path.stat().st_size:,} bytes ({error}); "
                          "fetch it again") from error
 
 
@@ -182,8 +182,8 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
                              f"config.json asks for {list(shape)}")
     for key in found:
         if key not in wanted and not COMPUTED.search(key):
-            raise InputError(f"{found[key][0]}: tensor {key} {list(found[key][1])} has no place in the model that "
-                             "config.json describes; do the two belong together?")
+            raise InputError(f"{found[key][0]}: tensor {key} {list(found[key][1])} is not part of the model that "
+                             "config.json describes; are both files from the same model?")
     return {key: found[key][0] for key in wanted}
 
 

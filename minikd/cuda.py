@@ -1,7 +1,7 @@
-"""The CUDA sources: built at first use, kept on disk, loaded and launched by the driver.
+"""Compiles the CUDA sources at first use, caches the machine code on disk, loads it and launches its kernels.
 
-NVRTC compiles them through its plain C interface (torch's CUDA wheels bring the library, nvcc or not), and the driver loads
-and launches them: no torch headers, no compiler of C++, nothing of torch's that is private.
+NVRTC compiles them (torch's CUDA wheels bring this library, so that nvcc is not needed), and the CUDA driver loads and launches
+them. Both are called through their C interfaces by ctypes: no torch headers, no C++ compiler, nothing private of torch.
 """
 import ctypes
 import functools
@@ -25,13 +25,13 @@ MAX_SHARED = 8                          # the driver's CU_FUNC_ATTRIBUTE_MAX_DYN
 
 
 class Unavailable(RuntimeError):
-    """Why the kernels cannot be had here, in one line."""
+    """Why the kernels cannot be used here, in one line."""
 
 
 # ---- building
 
 def program() -> bytes:
-    """All sources, one after the other; compilers go on naming the file and its line."""
+    """All sources, one after the other; by the #line directives a compiler's errors still name the file and its line."""
     return b"".join(b'#line 1 "%s"\n%s\n' % (path.name.encode(), path.read_bytes()) for path in SOURCES)
 
 
@@ -41,9 +41,9 @@ def cache_folder() -> Path:
 
 
 def build(arch: str) -> bytes:
-    """The machine code for arch ("sm_90"): from the cache, or compiled now by NVRTC, else by nvcc.
+    """The machine code (a cubin) for arch ("sm_90"): from the cache, or compiled now by NVRTC, or by nvcc if NVRTC cannot.
 
-    Raises Unavailable where neither compiles it. Where the cache cannot be written it is compiled each time.
+    Raises Unavailable if neither compiles it. If the cache cannot be written, every call compiles.
     """
     source = program()
     path = cache_folder() / f"kernels-{hashlib.sha256(source).hexdigest()[:16]}-{arch}.cubin"
@@ -65,30 +65,30 @@ def build(arch: str) -> bytes:
 
 
 def find_nvrtc() -> ctypes.CDLL:
-    """The library by the loader's path, or out of the wheels that torch depends on.  Raises Unavailable."""
+    """NVRTC's library, from the loader's path or from the wheels that torch depends on.  Raises Unavailable."""
     major = (torch.version.cuda or "13").split(".")[0]
     wheels = [Path(folder) / "nvidia" for folder in sys.path]
     found = sorted(str(path) for folder in wheels for path in folder.glob(f"*/lib/libnvrtc.so.{major}*"))
     for name in [f"libnvrtc.so.{major}", *found]:
         with suppress(OSError):
             for builtins in Path(name).parent.glob("libnvrtc-builtins.so*") if "/" in name else ():
-                ctypes.CDLL(str(builtins))                      # which it looks for by the loader's path alone
+                ctypes.CDLL(str(builtins))                      # NVRTC itself looks for these on the loader's path only
             return ctypes.CDLL(name)
-    raise Unavailable(f"libnvrtc.so.{major} is not found: install nvidia-cuda-nvrtc, or nvcc")
+    raise Unavailable(f"libnvrtc.so.{major} was not found: install nvidia-cuda-nvrtc, or nvcc")
 
 
 def nvrtc(source: bytes, arch: str) -> bytes:
-    """NVRTC, by its C interface: source -> cubin.  Raises Unavailable, with the compiler's first line."""
+    """source -> cubin, by NVRTC.  Raises Unavailable with the first line of the compiler's log."""
     library, program, size = find_nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
 
-    def text(length, content) -> bytes:
+    def text(length: str, content: str) -> bytes:               # what a pair of NVRTC's functions gives: size, then bytes
         getattr(library, length)(program, ctypes.byref(size))
         buffer = ctypes.create_string_buffer(size.value)
         getattr(library, content)(program, buffer)
         return buffer.raw
 
     if library.nvrtcCreateProgram(ctypes.byref(program), source, b"minikd", 0, None, None):
-        raise Unavailable("NVRTC: no program could be made")
+        raise Unavailable("NVRTC: cannot create a program")
     try:
         options = (ctypes.c_char_p * 1)(f"--gpu-architecture={arch}".encode())
         if library.nvrtcCompileProgram(program, 1, options):
@@ -100,7 +100,7 @@ def nvrtc(source: bytes, arch: str) -> bytes:
 
 
 def nvcc(source: bytes, arch: str) -> bytes:
-    """nvcc from the PATH: source -> cubin.  Raises Unavailable, with its first complaint."""
+    """source -> cubin, by the nvcc on the PATH.  Raises Unavailable with the first line of its errors."""
     tool = shutil.which("nvcc")
     if tool is None:
         raise Unavailable("nvcc is not on the PATH")
@@ -117,32 +117,32 @@ def nvcc(source: bytes, arch: str) -> bytes:
 
 @functools.cache
 def load(device: int) -> tuple[ctypes.CDLL, ctypes.c_void_p]:
-    """The driver's library, and the kernels' module loaded on a GPU.  Raises Unavailable."""
+    """-> the driver's library, and the module that holds all kernels, loaded on a GPU.  Raises Unavailable."""
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        raise Unavailable(f"the GPU is of compute capability {major}.{minor}; bfloat16 products need 8.0")
+        raise Unavailable(f"the GPU has compute capability {major}.{minor}; bfloat16 products need 8.0")
     code = build(f"sm_{major}{minor}")
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise Unavailable(f"the driver cannot be loaded ({error})") from error
-    torch.zeros(1, device=f"cuda:{device}")                     # makes torch's context, and makes it the current one
+    torch.zeros(1, device=f"cuda:{device}")                     # creates torch's CUDA context and makes it current
     module = ctypes.c_void_p()
     with torch.cuda.device(device):
         error = driver.cuModuleLoadData(ctypes.byref(module), code)
     if error:
-        raise Unavailable(f"the driver does not load what was built (CUDA error {error}); delete {cache_folder()}")
+        raise Unavailable(f"the driver cannot load the compiled kernels (CUDA error {error}); delete {cache_folder()}")
     return driver, module
 
 
 @functools.cache
 def find(device: int, name: str) -> ctypes.c_void_p:
-    """A kernel by name.  Raises Unavailable."""
+    """The handle of a kernel, by its name.  Raises Unavailable."""
     driver, module = load(device)
-    found = ctypes.c_void_p()
-    if error := driver.cuModuleGetFunction(ctypes.byref(found), module, name.encode()):
-        raise Unavailable(f"{name} is not in what was built (CUDA error {error}); delete {cache_folder()}")
-    return found
+    kernel = ctypes.c_void_p()
+    if error := driver.cuModuleGetFunction(ctypes.byref(kernel), module, name.encode()):
+        raise Unavailable(f"{name} is not among the compiled kernels (CUDA error {error}); delete {cache_folder()}")
+    return kernel
 
 
 @functools.cache
@@ -151,19 +151,21 @@ def available(device: int) -> bool:
     try:
         load(device)
     except Unavailable as error:
-        print(f"{', '.join(path.name for path in SOURCES)}: not used, torch's own operators are: {error}", file=sys.stderr)
+        print(f"{', '.join(path.name for path in SOURCES)}: not used, torch's operators run instead: {error}", file=sys.stderr)
         return False
     return True
 
 
 def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int, *values, together: bool = False,
            shared: int = 0):
-    """One kernel on the current stream.
+    """Launches a kernel on the current stream.
 
-    values    a tensor goes by its address, None as null, an int as a C int, a ctypes structure as it is
-    together  all blocks are on the GPU at once, so that they may wait for each other; an error where they do not fit
-    shared    bytes of shared memory a block, beside what the kernel declares
-    Raises RuntimeError where the driver refuses.
+    threads   per block
+    values    the kernel's arguments: a tensor is passed as its address, None as null, an int as a C int, a ctypes structure
+              by value
+    together  a cooperative launch: all blocks are resident at once and can wait for each other; an error if they do not fit
+    shared    bytes of dynamic shared memory per block, in addition to what the kernel declares
+    Raises RuntimeError if the driver returns an error.
     """
     def argument(value):
         if value is None or isinstance(value, Tensor):
@@ -175,7 +177,7 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
     (driver, _), kernel, shape = load(device.index), find(device.index, name), (*grid, 1, threads, 1, 1, shared)
     with torch.cuda.device(device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        error = shared and driver.cuFuncSetAttribute(kernel, MAX_SHARED, shared)                # above 48 KB it is asked for
+        error = shared and driver.cuFuncSetAttribute(kernel, MAX_SHARED, shared)                # needed above 48 KB
         error = error or (driver.cuLaunchCooperativeKernel(kernel, *shape, stream, addresses) if together else
                           driver.cuLaunchKernel(kernel, *shape, stream, addresses, None))
     if error:

@@ -91,7 +91,7 @@ def _text(record: dict, where: str, *names: str, default: str | None = None) -> 
         if not isinstance(value, str):
             raise InputError(f"{where}: field {name!r} is {kind_of(value)}; make it text")
         if HALF.search(value):
-            raise InputError(f"{where}: field {name!r} holds half a character (a lone surrogate); mend its escapes")
+            raise InputError(f"{where}: field {name!r} holds half a character (a lone surrogate); fix its escapes")
         if value.strip():
             return value
     if default is not None:

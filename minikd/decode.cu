@@ -1,22 +1,23 @@
-// One token of one row, the whole decoder in one kernel. It is compiled behind w4_matmul.cu and uses what stands there.
+// One token of one row, the whole decoder in one kernel. It is compiled after w4_matmul.cu, as one program, and uses its helpers.
 //
-// A step at batch 1 reads every weight once and does little else; launched as some 18 kernels a layer it mostly waits, for
-// each one's start and for the first bytes to arrive. Here one block a multiprocessor stays for the whole step. Each layer
-// is five stages, and before each of them all blocks wait for each other:
+// A step at batch 1 reads every weight once and does little else. Launched as some 18 kernels per layer, it mostly waits: for
+// kernels to start and for their first bytes to arrive. Here one block per multiprocessor runs for the whole step. A layer has
+// five stages, and all blocks synchronise before each of them:
 //
-//   1  RMSNorm, q/k/v, RoPE, into the cache
+//   1  RMSNorm, q/k/v, RoPE; keys and values go into the cache
 //   2  attention, each head's keys in up to SPLITS parts
-//   3  the parts of a head joined, o, residual
+//   3  the parts of a head are joined; o, residual
 //   4  RMSNorm, gate/up, silu
 //   5  down, residual
 //
-// Weights do not depend on the stage before. So a block says that it has come, asks for its next weights, 8 KB a warp and
-// 137 KB a multiprocessor, and only then waits for the others: the memory goes on working through the wait.
+// Weights do not depend on the stage before. So a block signals its arrival, starts the copies of its next weights (7 KB per
+// warp, 112 KB per multiprocessor), and only then waits for the other blocks: the memory stays busy during the wait.
 
+// WIDEST: most inputs of a product; SPLITS: parts of a head's keys; AT_ONCE: keys in flight per lane; SLOT, DEPTH: the ring
 const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, SLOT = 1072, DEPTH = 8;
 
-struct Matrix { const void* weight; const u16* scales; const u8* zeros; };     // bfloat16 [N, K]; or as repack lays it
-struct Layer {                                          // addresses alone: decode_cuda.py writes them as int64
+struct Matrix { const void* weight; const u16* scales; const u8* zeros; };     // bfloat16 [N, K], or as repack lays it out
+struct Layer {                                          // only addresses: decode_cuda.py writes them as int64
     const u16 *norm, *bias;                             // [D], [(H + 2K) E]
     Matrix qkv, o;                                      // [(H + 2K) E, D], [D, H E]
     const u16* second_norm;                             // [D]
@@ -26,24 +27,24 @@ struct Layer {                                          // addresses alone: deco
 struct Step {
     const Layer* layers;
     u16* x;                                             // [D] the residual stream: the token's embedding at first
-    u16 *q, *wide;                                      // [H, E], [I] between two stages
-    float* parts;                                       // [H, SPLITS, E + 2] softmax over a part of the keys
+    u16 *q, *wide;                                      // [H, E] stage 1 to 2, [I] stage 4 to 5
+    float* parts;                                       // [H, SPLITS, E + 2] stage 2 to 3: what `attend` writes
     const u16 *cos, *sin;                               // [S, E]
-    long long* slot;                                    // [1] where the token's key goes; one further at the end
-    u32* arrived;                                       // [1] of arrive and wait; 0 at first
+    long long* slot;                                    // [1] the token's slot in the cache; the kernel adds 1 at its end
+    u32* arrived;                                       // [1] the counter of arrive and wait; 0 before the first launch
     int L, D, I, H, K, E, S, group;
     float eps;
 };
 struct alignas(16) Shared {
-    char ring[WARPS][DEPTH][SLOT];                      // weights on their way, of each warp
-    union { u16 in[WIDEST]; float sums[WARPS * 258]; }; // a product's input; attention's sums, a warp each
-    u16 x[8 * THREADS];                                 // the residual stream as it was before this stage and the next
-    float part[WARPS][16];                              // of a product's outputs
-    Layer layer[2];                                     // this one's addresses, and the next one's
+    char ring[WARPS][DEPTH][SLOT];                      // each warp's weights in flight
+    union { u16 in[WIDEST]; float sums[WARPS * 258]; }; // a product's input; in attention, each warp's sums [E + 2]
+    u16 x[8 * THREADS];                                 // the residual stream at the last RMSNorm; o or down adds to it
+    float part[WARPS][16];                              // each warp's partial sums of a product's outputs
+    Layer layer[2];                                     // the addresses of this layer and of the next
 };
-static_assert(sizeof(Shared) == 187664, "what decode_cuda.py asks for");
+static_assert(sizeof(Shared) == 187664, "decode_cuda.py asks for so many bytes");
 
-// What another block may have written: from the L2, past this multiprocessor's own cache.
+// For what another block may have written: loads from the L2, as this multiprocessor's L1 may hold old values.
 __device__ __forceinline__ Words load_fresh(const Words* p) {
     Words v;
     asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -55,8 +56,8 @@ __device__ __forceinline__ float load_fresh(const float* p) {
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
     return v;
 }
-__device__ __forceinline__ void to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-__device__ __forceinline__ void add_release(u32* p, u32 value) {        // whoever acquires sees what was written before
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+__device__ __forceinline__ void add_release(u32* p, u32 value) {        // who acquires the sum sees all that was written before
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(p), "r"(value) : "memory");
 }
 __device__ __forceinline__ u32 load_acquire(const u32* p) {
@@ -65,7 +66,7 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
     return v;
 }
 __device__ __forceinline__ void give_up() { asm volatile("trap;"); }
-__device__ __forceinline__ void wait_for_team(int team, int threads) {  // barrier 0 is the block's
+__device__ __forceinline__ void wait_for_team(int team, int threads) {  // barrier 0 is that of __syncthreads
     asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "r"(threads) : "memory");
 }
 extern __shared__ Words shared_memory[];
@@ -73,27 +74,29 @@ extern __shared__ Words shared_memory[];
 __device__ __forceinline__ float rounded(float f) { return bf16(to_bf16(f)); }
 __device__ __forceinline__ float value(const Words& v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }
 
-// ---- blocks wait for each other
+// ---- a barrier of all blocks, in two halves
 //
-// Each block adds 1 to a count, the first one what is lacking to 2^31: so the last to come turns the topmost bit, and the
-// rest of the count is 0 again for the next time. `phase` is that bit before it is turned.
+// Each block adds 1 to a counter, but block 0 adds 2^31 - (blocks - 1). The sum is 2^31: so the last arrival flips the top
+// bit, and the other bits are 0 again for the next barrier. `phase` is the top bit before the flip.
 
 __device__ __forceinline__ void arrive(u32* arrived) {
-    __syncthreads();                                    // what any thread of the block wrote
+    __syncthreads();                                    // the release below covers what all threads of the block wrote
     if (threadIdx.x == 0) add_release(arrived, blockIdx.x ? 1 : 0x80000000u - (gridDim.x - 1));
 }
 __device__ __forceinline__ void wait(const u32* arrived, u32& phase) {
     if (threadIdx.x == 0)
         for (u32 polls = 0; load_acquire(arrived) >> 31 == phase; polls++)
-            if (polls == 1u << 26) give_up();           // half a minute: an error is better than a GPU that hangs
+            if (polls == 1u << 26) give_up();           // after half a minute: an error is better than a GPU that hangs
     phase ^= 1;
     __syncthreads();
 }
 
 // ---- products of a weight and the vector in shared memory
 //
-// A warp takes a unit at a time: 2 parts of RUN outputs x BLOCK inputs, 512 bytes each, a lane 16 of them. With PAIR = 2 the
-// parts are two runs of outputs that belong together, `gap` apart; with PAIR = 1 two blocks of inputs of the same outputs.
+// A warp reads a unit at a time: 2 parts of RUN outputs x BLOCK inputs, 512 bytes each, 16 bytes per lane. With PAIR = 2 the
+// parts are two runs of outputs, `gap` apart, that are needed together (RoPE's two halves of a head, gate and up); with
+// PAIR = 1 two blocks of inputs of the same outputs.  fetch starts the copies of a part, add adds a unit's products to the
+// lane's sums, store writes the warp's sums to shared memory.
 
 struct Bf16 {
     static const int RUN = 1, BLOCK = 256;
@@ -105,7 +108,7 @@ struct Bf16 {
 
     __device__ __forceinline__ void fetch(char* slot, int p, int n, int block) const {
         int lane = threadIdx.x % 32, k = block * BLOCK + lane * 8;
-        copy<16>(k < K, slot + p * 512 + lane * 16, weight + (long long)n * K + (k < K ? k : 0));
+        copy_async<16>(k < K, slot + p * 512 + lane * 16, weight + (long long)n * K + (k < K ? k : 0));
     }
     template <int PAIR> __device__ __forceinline__ void add(Sum<PAIR>& sum, const char* slot, const u16* in) const {
         int lane = threadIdx.x % 32;
@@ -116,7 +119,7 @@ struct Bf16 {
             for (int i = 0; i < 8; i++) sum.v[p % PAIR] += value(w, i) * value(x, i);
         }
     }
-    template <int PAIR> __device__ __forceinline__ void show(const Sum<PAIR>& sum, float* part) const {
+    template <int PAIR> __device__ __forceinline__ void store(const Sum<PAIR>& sum, float* part) const {
 #pragma unroll
         for (int p = 0; p < PAIR; p++) {
             float v = sum.v[p];
@@ -126,8 +129,8 @@ struct Bf16 {
     }
 };
 
-// By tensor cores, as `tensor` in w4_matmul.cu: a part is half a tile, the two are the upper and the lower 8 rows of one
-// product. x is its column 0; with PAIR = 1, where the lower rows have other inputs, those are column 1.
+// By tensor cores, as `tensor` in w4_matmul.cu: a part is half a tile, and the two parts are the upper and the lower 8 rows of
+// an mma's left operand. x is column 0 of the right one; with PAIR = 1 the lower rows have other inputs, which are column 1.
 struct Int4 {
     static const int RUN = 8, BLOCK = 128;
     template <int PAIR> struct Sum { float v[PAIR]; };
@@ -135,7 +138,7 @@ struct Int4 {
     const u16* scales;
     const u8* zeros;
     int blocks, stride;
-    u32 inverse;                                        // of blocks a group: a division becomes one multiplication; 0 for 1
+    u32 inverse;                                        // of the blocks per group, as in `tensor`
 
     __device__ Int4(Matrix matrix, int N, int K, int group) : words((const Words*)matrix.weight), scales(matrix.scales),
         zeros(matrix.zeros), blocks(round_up(K, 128) / 128), stride(round_up(N, 16)), inverse(0xffffffffu / (group / 128) + 1) {}
@@ -144,18 +147,18 @@ struct Int4 {
         int lane = threadIdx.x % 32;
         bool there = block < blocks;
         if (!there) block = 0;
-        u32 tile = (u32)n >> 4, half = (tile * blocks + block) * 64 + ((u32)n & 8) * 4 + lane;     // 16 bytes each: 32 bits do
-        copy<16>(there, slot + p * 512 + lane * 16, words + half);
+        u32 tile = (u32)n >> 4, half = (tile * blocks + block) * 64 + ((u32)n & 8) * 4 + lane;  // in 16 bytes: 32 bits suffice
+        copy_async<16>(there, slot + p * 512 + lane * 16, words + half);
         u32 at = (inverse ? __umulhi(block, inverse) : block) * stride + n;
-        if (lane == p) copy<16>(there, slot + 1024 + p * 16, scales + at);                      // 8 rows'
-        if (lane == 2 + p && zeros) copy<8>(there, slot + 1056 + p * 8, zeros + at);
+        if (lane == p) copy_async<16>(there, slot + 1024 + p * 16, scales + at);                // of 8 outputs
+        if (lane == 2 + p && zeros) copy_async<8>(there, slot + 1056 + p * 8, zeros + at);
     }
     template <int PAIR> __device__ __forceinline__ void add(Sum<PAIR>& sum, const char* slot, const u16* in) const {
         int lane = threadIdx.x % 32, g = lane / 4;
         u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u), zero[2];
         float scale[2], c[4] = {};
         Words w[2];
-        __syncwarp();                                   // the scales came by other lanes
+        __syncwarp();                                   // other lanes copied the scales
 #pragma unroll
         for (int p = 0; p < 2; p++) {
             w[p] = ((const Words*)slot)[p * 32 + lane];
@@ -173,17 +176,18 @@ struct Int4 {
                 mma(c, a, x.w + i);
             }
         }
-        sum.v[0] += scale[0] * c[0];                    // row g of column 0, where lane % 4 is 0
+        sum.v[0] += scale[0] * c[0];                    // row g of column 0, in lanes with lane % 4 == 0
         sum.v[PAIR - 1] += scale[1] * c[PAIR == 1 ? 3 : 2];                     // row g + 8 of column 1 or 0
     }
-    template <int PAIR> __device__ __forceinline__ void show(const Sum<PAIR>& sum, float* part) const {
+    template <int PAIR> __device__ __forceinline__ void store(const Sum<PAIR>& sum, float* part) const {
         int lane = threadIdx.x % 32;
         for (int p = 0; p < PAIR; p++)
             if (lane % 4 == 0) part[p * 8 + lane / 4] = sum.v[p];
     }
 };
 
-// A team of warps makes RUN outputs, or RUN pairs of them, at a time; its warps take turns along the inputs.
+// A task is RUN outputs, or RUN pairs of outputs; a team of `split` warps computes one at a time, its warps taking turns along
+// the inputs, a unit each.
 template <class Weights, int PAIR> struct Product {
     static const int RUN = Weights::RUN, INPUTS = Weights::BLOCK * (3 - PAIR);          // of a unit
     struct At { int task, unit; };
@@ -192,12 +196,12 @@ template <class Weights, int PAIR> struct Product {
     int gap, pairs, warp, tasks, units, split = 1, team, rank, teams;
     At first, ahead;
 
-    // y [N] = W [N, K] in, and its first weights are asked for.  gap, pairs  a pair's first output is n + (n & pairs), n
-    // counting the pairs; the second one stands `gap` further
+    // For y [N] = W [N, K] in; starts the copies of the first weights.  gap, pairs  pair n is the outputs n + (n & pairs) and
+    // that plus `gap`; pairs = -gap (gap a power of two) steps over the second half of every 2 gap outputs, 0 over none
     __device__ __forceinline__ Product(Shared& shared, Matrix matrix, int N, int K, int group, int gap = 0, int pairs = 0)
         : shared(shared), weights(matrix, N, K, group), gap(gap), pairs(pairs) {
         warp = threadIdx.x / 32, tasks = N / (PAIR * RUN), units = round_up(K, INPUTS) / INPUTS;
-        // Several warps a team only while no team has two tasks: so a task's parts are not written over while they are read.
+        // A team grows only while each has at most one task: no next task's parts overwrite parts that are still read.
         int bits = 0;
         while (split < WARPS && 2 * split <= units && 2 * split * tasks <= WARPS * (int)gridDim.x) split *= 2, bits++;
         team = warp >> bits, rank = warp & split - 1, teams = (WARPS >> bits) * gridDim.x;
@@ -217,10 +221,10 @@ template <class Weights, int PAIR> struct Product {
                 if (PAIR == 2) weights.fetch(shared.ring[warp][d], p, n + p * gap, ahead.unit);
                 else weights.fetch(shared.ring[warp][d], p, n, 2 * ahead.unit + p);
         }
-        close_group();                                  // an empty one too: groups are counted
+        commit_group();                                 // also an empty one: wait_for_copies counts groups
         next(ahead);
     }
-    // done(n, a, b)  takes the outputs n and, of a pair, n + gap.  shared.in holds K inputs, and zeros up to a multiple of 512
+    // done(n, a, b)  is given output n and, of a pair, n + gap.  shared.in holds K inputs, then zeros up to a multiple of 512
     template <class Done> __device__ __forceinline__ void run(Done done) {
         typename Weights::template Sum<PAIR> sum = {};
         int lane = threadIdx.x % 32, d = 0;
@@ -228,10 +232,10 @@ template <class Weights, int PAIR> struct Product {
         for (At now = first; now.task < tasks; next(now)) {
             wait_for_copies<DEPTH - 2>();
             weights.add(sum, shared.ring[warp][d], shared.in + now.unit * INPUTS);
-            fetch(d ? d - 1 : DEPTH - 1);               // into the slot that was read the time before
+            fetch(d ? d - 1 : DEPTH - 1);               // into the slot that was read before this one
             d = d + 1 == DEPTH ? 0 : d + 1;
-            if (now.unit + split < units) continue;     // else the last of this task
-            weights.show(sum, shared.part[warp]);
+            if (now.unit + split < units) continue;     // this task has more units for this warp
+            weights.store(sum, shared.part[warp]);
             sum = {};
             if (split > 1) wait_for_team(team, 32 * split);
             else __syncwarp();
@@ -248,9 +252,9 @@ template <class Weights, int PAIR> struct Product {
     }
 };
 
-// ---- what stands between
+// ---- between the products
 
-// x / rms(x) * weight, into shared memory; x itself too, for the residual.  RMSNorm eq. (4).  D <= 8 THREADS
+// shared.in = x / rms(x) * weight, shared.x = x for the residual.  RMSNorm eq. (4).  D <= 8 THREADS
 __device__ __forceinline__ void normalise(Shared& shared, const u16* x, const u16* weight, int D, float eps) {
     int at = threadIdx.x * 8, warp = threadIdx.x / 32;
     Words mine = {}, gain = {};
@@ -273,7 +277,8 @@ __device__ __forceinline__ void normalise(Shared& shared, const u16* x, const u1
     __syncthreads();
 }
 
-// Two softmax sums over different keys, each relative to its own greatest score, become one.
+// Online softmax: joins two sums over different keys, each relative to its own greatest score (`most`); mass is the sum of
+// exp(score - most).  Returns the factor for the first one's weighted values, and other_share for the second one's.
 __device__ __forceinline__ float join(float& most, float& mass, float other_most, float other_mass, float& other_share) {
     float top = fmaxf(most, other_most), share = __expf(most - top);
     other_share = __expf(other_most - top);
@@ -281,7 +286,8 @@ __device__ __forceinline__ float join(float& most, float& mass, float other_most
     return share;
 }
 
-// One head's softmax over a part of the keys, by one block: 8 values of a key a lane, AT_ONCE keys on their way.
+// One head's attention over a part of its keys, by one block: a key takes `lanes` lanes, 8 values each, and a warp reads `keys`
+// keys at once, with AT_ONCE such loads in flight.  -> out [E + 2]: the weighted values, most and mass
 __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Layer& layer, int head, int begin, int end,
                                        float* out) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, lanes = s.E / 8, keys = 32 / lanes, column = lane % lanes * 8;
@@ -309,7 +315,7 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
             for (int i = 0; i < 8; i++) sum[i] = sum[i] * share + other * value(v[u], i);
         }
     }
-    for (int mask = 16; mask >= lanes; mask /= 2) {     // the keys that other lanes of the warp saw
+    for (int mask = 16; mask >= lanes; mask /= 2) {     // joins the lanes of a warp that read different keys
         float other_most = __shfl_xor_sync(~0u, most, mask), other_mass = __shfl_xor_sync(~0u, mass, mask);
         share = join(most, mass, other_most, other_mass, other);
         for (int i = 0; i < 8; i++) sum[i] = sum[i] * share + other * __shfl_xor_sync(~0u, sum[i], mask);
@@ -319,7 +325,7 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
     if (lane == 0) mine[s.E] = most, mine[s.E + 1] = mass;
     __syncthreads();
     int e = threadIdx.x;
-    if (e < s.E) {                                      // and other warps
+    if (e < s.E) {                                      // joins the warps
         float top = -1e30f, all = 0, v = 0;
         for (int w = 0; w < WARPS; w++) top = fmaxf(top, shared.sums[w * (s.E + 2) + s.E]);
         for (int w = 0; w < WARPS; w++) {
@@ -333,7 +339,7 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
     __syncthreads();
 }
 
-// The parts of each head's keys, as one: attention's output [H E], into shared memory. A warp a head.
+// Joins the parts of each head: attention's output [H E], into shared.in. One head per warp.
 __device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = s.E + 2;
     for (int head = warp; head < s.H; head += WARPS) {
@@ -343,14 +349,14 @@ __device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits
         for (int e = lane; e < s.E; e += 32) {
             float some[SPLITS], v = 0;
 #pragma unroll
-            for (int p = 0; p < SPLITS; p++)            // all on their way before the first is used
+            for (int p = 0; p < SPLITS; p++)            // all loads are in flight before the first is used
                 some[p] = p < splits ? load_fresh(parts + p * width + e) : 0;
-            if (e == lane) {                            // each part's share, once
+            if (e == lane) {                            // once per head: each part's share
                 float top = most;
                 for (int mask = SPLITS / 2; mask; mask /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
                 float share = __expf(most - top), all = share * mass;
                 for (int mask = SPLITS / 2; mask; mask /= 2) all += __shfl_xor_sync(~0u, all, mask);
-                __syncwarp();                           // the head before has been summed
+                __syncwarp();                           // the head before no longer needs its shares
                 if (lane < SPLITS) shared.part[warp][lane] = share / all;
                 __syncwarp();
             }
@@ -363,24 +369,24 @@ __device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits
     __syncthreads();
 }
 
-// A layer's addresses, on their way into shared memory; there after the next product and barrier.
+// Starts the copy of a layer's addresses into shared memory; they can be read after the next product and barrier.
 __device__ __forceinline__ void read_layer(Shared& shared, const Step& s, int l) {
     int at = 8 * threadIdx.x;
-    if (l < s.L && at < sizeof(Layer)) copy<8>(true, (char*)&shared.layer[l % 2] + at, (const char*)(s.layers + l) + at);
-    close_group();
+    if (l < s.L && at < sizeof(Layer)) copy_async<8>(true, (char*)&shared.layer[l % 2] + at, (const char*)(s.layers + l) + at);
+    commit_group();
 }
-// The few numbers of a layer that are no product's: small, and each a wait for the memory if they were not in the L2.
-__device__ __forceinline__ void warm_layer(const Step& s, const Layer& layer) {
-    int i = (blockIdx.x * THREADS + threadIdx.x) * 64, all = gridDim.x * THREADS * 64;         // 64 values are a line
-    for (int at = i; at < s.D; at += all) to_l2(layer.norm + at), to_l2(layer.second_norm + at);
-    for (int at = i; at < (s.H + 2 * s.K) * s.E; at += all) to_l2(layer.bias + at);
+// A layer's norms and bias into the L2: they are small, but `ring` does not bring them, and each would wait for the memory.
+__device__ __forceinline__ void prefetch_layer(const Step& s, const Layer& layer) {
+    int i = (blockIdx.x * THREADS + threadIdx.x) * 64, all = gridDim.x * THREADS * 64;  // 64 values are a cache line
+    for (int at = i; at < s.D; at += all) prefetch(layer.norm + at), prefetch(layer.second_norm + at);
+    for (int at = i; at < (s.H + 2 * s.K) * s.E; at += all) prefetch(layer.bias + at);
 }
 
 template <class Weights>
 __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
-    int slot = *s.slot, half = s.E / 2, heads = s.H + 2 * s.K, span = WARPS * AT_ONCE * 256 / s.E;
+    int slot = *s.slot, half = s.E / 2, heads = s.H + 2 * s.K, span = WARPS * AT_ONCE * 256 / s.E;  // keys a block reads at once
     int splits = min(SPLITS, round_up(slot + 1, span) / span);
-    u32 phase = load_acquire(s.arrived) >> 31;          // not turned before this block, too, has come
+    u32 phase = load_acquire(s.arrived) >> 31;          // cannot flip before this block has arrived
     read_layer(shared, s, 0);
     wait_for_copies<0>();
     for (int l = 0; l < s.L; l++) {
@@ -390,20 +396,20 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
         Product<Weights, 2> qkv(shared, layer.qkv, heads * s.E, s.D, s.group, half, -half);
         wait(s.arrived, phase);
         normalise(shared, s.x, layer.norm, s.D, s.eps);
-        qkv.run([&](int n, float a, float b) {          // the two that RoPE turns together
+        qkv.run([&](int n, float a, float b) {          // the two that RoPE rotates together
             int head = n / s.E, i = n % s.E;
             a = rounded(a + bf16(layer.bias[n])), b = rounded(b + bf16(layer.bias[n + half]));
             float cos = bf16(s.cos[slot * s.E + i]), sin = bf16(s.sin[slot * s.E + i]);
             u16* to = head < s.H ? s.q + head * s.E : head < s.H + s.K
                 ? layer.keys + ((long long)(head - s.H) * s.S + slot) * s.E
                 : layer.values + ((long long)(head - s.H - s.K) * s.S + slot) * s.E;
-            if (head >= s.H + s.K) cos = 1, sin = 0;
+            if (head >= s.H + s.K) cos = 1, sin = 0;    // values are not rotated
             to[i] = to_bf16(a * cos - b * sin), to[i + half] = to_bf16(b * cos + a * sin);          // RoPE eq. (34)
         });
 
         arrive(s.arrived);
         Product<Weights, 1> o(shared, layer.o, s.D, s.H * s.E, s.group);
-        if (l + 1 < s.L) warm_layer(s, shared.layer[(l + 1) % 2]);
+        if (l + 1 < s.L) prefetch_layer(s, shared.layer[(l + 1) % 2]);
         wait(s.arrived, phase);
         for (int i = blockIdx.x; i < s.H * splits; i += gridDim.x) {
             int head = i / splits, part = i % splits, each = round_up(slot + 1, splits) / splits;
@@ -432,7 +438,7 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
         __syncthreads();
         down.run([&](int n, float a, float) { s.x[n] = to_bf16(bf16(shared.x[n]) + rounded(a)); });
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) *s.slot = slot + 1;        // all have read it: they waited since
+    if (blockIdx.x == 0 && threadIdx.x == 0) *s.slot = slot + 1;        // all blocks read it before their first barrier
 }
 
 #define DECODE(NAME, WEIGHTS) \

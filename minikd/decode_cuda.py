@@ -8,7 +8,7 @@ from minikd.cuda import available, launch
 from minikd.model import Block, Linear, Qwen2, StaticCache, rope_tables
 from minikd.quant import W4Linear
 
-THREADS, WIDEST, SPLITS, SHARED = 512, 20_480, 16, 187_664      # as decode.cu has them; SHARED in bytes
+THREADS, WIDEST, SPLITS, SHARED = 512, 20_480, 16, 187_664      # decode.cu's constants; SHARED is sizeof(Shared)
 
 
 class Step(ctypes.Structure):
@@ -18,20 +18,20 @@ class Step(ctypes.Structure):
 
 
 def products(block: Block) -> list[nn.Module | None]:
-    """q/k/v and gate/up as layout.laid_out joined them (None where it did not), o and down."""
+    """A block's four matrices: q/k/v, o, gate/up and down; None for q/k/v or gate/up if layout.laid_out has not joined them."""
     attention, mlp = block.self_attn, block.mlp
-    qkv, gate_up = (getattr(half.joined, "__self__", None) for half in (attention, mlp))
+    qkv, gate_up = (getattr(half.joined, "__self__", None) for half in (attention, mlp))    # joined: a layer's bound forward
     return [qkv, attention.o_proj, gate_up, mlp.down_proj]
 
 
 def can_run(device: torch.device) -> bool:
-    """Whether the kernel can be had there: it wants the shared memory of a Hopper GPU, or a later one."""
+    """Whether the kernel can run there: it needs as much shared memory per block as a Hopper GPU has."""
     return (device.type == "cuda" and available(device.index)
             and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= SHARED)
 
 
 def fits(model: Qwen2, rows: int) -> bool:
-    """Whether the kernel takes the model, laid out as it is now: one row, bfloat16, blocks all plain or all at 4 bits in
+    """Whether the kernel supports the model as it is laid out now: one row, bfloat16, matrices all plain or all at 4 bits in
     groups of one size, a multiple of 128."""
     if rows != 1 or model.head.dtype != torch.bfloat16 or not can_run(model.head.device):
         return False
@@ -60,9 +60,9 @@ def tensors_of(block: Block, keys: Tensor, values: Tensor) -> list[Tensor | None
 
 
 class OneKernel:
-    """Stands where generate would ask the model for hidden states: `hidden` of the one row's next token.
+    """Replaces the model in generate's steps: `hidden` computes the hidden states of the one row's next token.
 
-    cache  a StaticCache whose prompt is read; from here on the kernel alone fills it, and counts its slots
+    cache  a StaticCache that holds the prompt; from here on only the kernel fills it and advances its slot
     """
 
     def __init__(self, model: Qwen2, cache: StaticCache):
@@ -71,7 +71,7 @@ class OneKernel:
         layers = [tensors_of(*parts) for parts in zip(self.body.layers, cache.keys, cache.values)]
         table = [[0 if tensor is None else tensor.data_ptr() for tensor in tensors] for tensors in layers]
         cos, sin = rope_tables(torch.arange(S, device=device)[None], config.rope_theta, E, torch.bfloat16)
-        self.weights = layers                                   # held: the kernel has their addresses
+        self.weights = layers                                   # keeps them alive: the kernel has only their addresses
         self.held = dict(
             layers=torch.tensor(table, device=device), cos=cos, sin=sin, slot=cache.slot,               # [L, 17], [S, E], [1]
             q=torch.empty(H * E, dtype=torch.bfloat16, device=device),
@@ -86,7 +86,7 @@ class OneKernel:
 
     def hidden(self, ids: Tensor, cache: StaticCache) -> Tensor:
         """ids [1, 1] -> hidden states after the last norm [1, 1, D]"""
-        x = self.body.embed_tokens(ids)                                                         # [1, 1, D]; a new tensor
+        x = self.body.embed_tokens(ids)                                         # [1, 1, D]; a new tensor: the kernel adds to it
         self.step.x = x.data_ptr()
         launch(self.name, x.device, (self.blocks, 1), THREADS, self.step, together=True, shared=SHARED)
         return self.body.norm(x)

@@ -26,7 +26,7 @@ def check_vocabulary(name, config: Qwen2Config, tokenizer: Tokenizer):
     """Raises InputError if the tokenizer has ids that the model has no row for."""
     if len(tokenizer) > config.vocab_size:
         raise InputError(f"{name}: the tokenizer has {len(tokenizer):,} ids, the model {config.vocab_size:,} "
-                         "rows; do the two belong together?")
+                         "rows; are both from the same model?")
 
 
 @torch.inference_mode()

@@ -29,15 +29,15 @@ def script_errors():
     except (MemoryError, RuntimeError) as error:                # torch, on GPU and CPU, raises a RuntimeError
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        _exit_with("out of memory; lower --batch-size or the lengths, or use --gradient-checkpointing where there is one")
+        _exit_with("out of memory; lower --batch-size or the lengths, or use --gradient-checkpointing if the script has it")
     except KeyboardInterrupt:
-        print("\ninterrupted; what was saved is whole", file=sys.stderr)
+        print("\ninterrupted; what was saved is complete", file=sys.stderr)
         sys.exit(130)                                           # 128 + SIGINT, as shells report it
     except OSError as error:
-        mend = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
-                errno.EFBIG: "raise the limit on a file's size", errno.EACCES: "check the permissions"}
-        mend = mend.get(error.errno, "check the path and the disk")
-        _exit_with(f"{error.filename or 'file'}: {error.strerror or error}; {mend}")
+        advice = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
+                  errno.EFBIG: "raise the limit on a file's size", errno.EACCES: "check the permissions"}
+        advice = advice.get(error.errno, "check the path and the disk")
+        _exit_with(f"{error.filename or 'file'}: {error.strerror or error}; {advice}")
 
 
 def _exit_with(text: str):
@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is not JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}; an object was expected")
+        raise InputError(f"{path}: holds a {type(value).__name__}, not an object; fetch it again")
     return value
 
 
@@ -165,5 +165,5 @@ def local_folder(name, patterns, kind: str = "model") -> Path:
         return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=patterns))
     except Exception as error:      # the hub's own, or those of whichever HTTP library its version is built on
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name}: no such folder here, and the hub did not give it ({reason}); "
+        raise InputError(f"{name}: no such folder here, and the hub did not return it ({reason}); "
                          f"check the name, the network, or HF_TOKEN for a gated {kind}") from error

@@ -57,7 +57,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     if not all(prompts):
         raise ValueError("generate: a prompt is empty; give each at least one token")
     if samples < 1 or not (temperature >= 0 and top_p > 0) or top_k < 0 or vocab is not None and vocab < 1:
-        raise ValueError("generate: samples and vocab are at least 1, temperature and top_k at least 0, top_p above 0")
+        raise ValueError("generate: samples and vocab must be at least 1, temperature and top_k at least 0, top_p above 0")
     if mix and (teacher is None or temperature != 1 or not 0 < mix < 1):
         raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
     answers, logps = ([[] for _ in range(len(prompts) * samples)] for _ in range(2))

@@ -95,7 +95,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "la
         wanted, damp = damp, max(10 * damp, 1e-3)
         if damp > MAX_DAMP:
             raise InputError(f"{where}: not positive definite, even with a damping of {wanted:g}; is it 2/n X X^T?")
-        warnings.warn(f"{where}: its Hessian is singular with a damping of {wanted:g}; {damp:g} is tried", stacklevel=3)
+        warnings.warn(f"{where}: its Hessian is singular with a damping of {wanted:g}; trying {damp:g}", stacklevel=3)
     if H.is_cuda:
         H = H.flip(0, 1)                                                        # rows and columns back in order
     else:

@@ -33,7 +33,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     Raises ValueError for another scale.
     """
     if scale not in ("std", "none"):
-        raise ValueError(f"scale = {scale!r}; it is 'std' or 'none'")
+        raise ValueError(f"scale = {scale!r}; it must be 'std' or 'none'")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))     # half would overflow in the sums
     judged = ~rewards.isnan()
     count = judged.sum(1, keepdim=True)                                         # [P, 1]
@@ -91,7 +91,7 @@ def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: in
     Raises ValueError for another norm.
     """
     if norm not in NORMS:
-        raise ValueError(f"norm = {norm!r}; it is one of {', '.join(NORMS)}")
+        raise ValueError(f"norm = {norm!r}; it must be one of {', '.join(NORMS)}")
     counted = counted or [True] * len(lengths)
     answers, tokens = sum(counted), sum(length for length, keep in zip(lengths, counted) if keep)
     divisors = {"sequence": lambda length: answers * length, "token": lambda _: tokens,

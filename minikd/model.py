@@ -83,7 +83,7 @@ class Qwen2Config:
             else:
                 good, wanted = value is None or type(value) is int and value > 0, "a whole number above 0"
             if not good:
-                raise InputError(f"{where}: {f.name} = {value!r}; {wanted} was expected")
+                raise InputError(f"{where}: {f.name} = {value!r}; give {wanted}")
         if "num_key_value_heads" not in values and "num_attention_heads" in values:
             values["num_key_value_heads"] = values["num_attention_heads"]
         config = cls(**values)

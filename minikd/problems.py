@@ -96,7 +96,7 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
     while len(found) < count:
         tries += 1
         if tries > 20 * count + 1000:
-            raise InputError(f"{task}: there are not {count} different questions; ask for at most {len(found)}")
+            raise InputError(f"{task}: there are fewer than {count} different questions; ask for at most {len(found)}")
         drawn = TASKS[task](rng)
         if held_out(drawn[0]) == test and not (once and drawn[0] in seen):
             seen.add(drawn[0])
@@ -120,7 +120,7 @@ def load_problems(paths, limit: int | None = None) -> list[Problem]:
                 return problems
             problems.append(to_problem(record, where))
     if not problems:
-        raise InputError(f"{', '.join(map(str, paths))}: holds no record")
+        raise InputError(f"{', '.join(map(str, paths))}: holds no record; give another file")
     return problems
 
 
@@ -133,11 +133,11 @@ def to_problem(record: dict, where: str) -> Problem:
                       if isinstance(record.get(name), str)), None)
         answer = next((record[name] for name in ("answer", "response", "output", "solution") if name in record), None)
         if field is None or not isinstance(answer, (str, int, float)):
-            raise InputError(f"{where}: is no problem: give `question` and `answer`, or Codeforces' `description` and "
+            raise InputError(f"{where}: is not a problem: give `question` and `answer`, or Codeforces' `description` and "
                              f"`examples` (its fields: {', '.join(list(record)[:12])})")
         text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K: after ####
     if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
-        raise InputError(f"{where}: holds half a character (a lone surrogate); mend its escapes")
+        raise InputError(f"{where}: holds half a character (a lone surrogate); fix its escapes")
     return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts, where)
 
 
@@ -170,7 +170,7 @@ def _tests(record: dict, name: str, where: str) -> list[dict]:
         return []
     if not isinstance(value, list) or not all(isinstance(test, dict) and isinstance(test.get("input"), str)
                                               and isinstance(test.get("output"), str) for test in value):
-        raise InputError(f"{where}: field {name!r} is no list of {{input, output}} texts; mend the record")
+        raise InputError(f"{where}: field {name!r} is not a list of {{input, output}} texts; fix the record")
     return [{"input": test["input"], "output": test["output"]} for test in value]
 
 

@@ -32,7 +32,7 @@ def check_groups(inputs: int, group_size: int, where: str = "weight") -> int:
     size = inputs if group_size == -1 else group_size
     if size < 1 or inputs % size:
         raise InputError(f"{where}: {inputs} inputs cannot be cut into groups of {group_size}; give a divisor, "
-                         "or -1 for one group a row")
+                         "or -1 for one group per row")
     return size
 
 
@@ -52,7 +52,7 @@ def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool
     Raises ValueError for bits outside 2 to 8: codes are uint8.
     """
     if not 2 <= bits <= 8:
-        raise ValueError(f"bits = {bits}; a weight has 2 to 8")
+        raise ValueError(f"bits = {bits}; it must be 2 to 8")
     top = 2**bits - 1
     low, high = weight.float().amin(1).clamp(max=0), weight.float().amax(1).clamp(min=0)           # [O] each
     if sym:

@@ -57,7 +57,7 @@ def _choose(name: str, held: list[str], choice: str) -> list[str]:
     if found and (choice or len(found) == 1):
         return found
     if not data:
-        raise InputError(f"{name}: holds no data file; it takes one of {' '.join(ENDINGS)}")
+        raise InputError(f"{name}: holds no data file; it needs one that ends in one of {' '.join(ENDINGS)}")
     listing = ", ".join(data[:12]) + (f" and {len(data) - 12} more" if len(data) > 12 else "")
     raise InputError(f"{name}: {f'nothing matches {choice!r}' if choice else 'holds several data files'}; "
                      f"choose with {name}:FILE, FOLDER or GLOB from {listing}")
@@ -94,7 +94,7 @@ def read_records(path, refuse: Callable[[InputError], None] | None = None,
                 yield where, record
                 continue
             if not isinstance(record, InputError):              # readers yield an error that they can read past
-                record = InputError(f"{where}: a record is an object with named fields, not {kind_of(record)}; mend it")
+                record = InputError(f"{where}: a record is an object with named fields, not {kind_of(record)}; fix it")
             if refuse is None:
                 raise record
             refuse(record)
@@ -121,7 +121,7 @@ def _parse(data: bytes, file: Path, line: int = 1):
         line, reason = line + error.object.count(b"\n", 0, error.start), str(error)
     except (ValueError, RecursionError) as error:               # a number of 5,000 digits, lists 1,000 deep
         reason = str(error)
-    raise InputError(f"{file}:{line}: not JSON ({reason}): {data[:40]!r}; mend or remove it")
+    raise InputError(f"{file}:{line}: not JSON ({reason}): {data[:40]!r}; fix or remove it")
 
 
 def _json_lines(file: Path):
@@ -156,7 +156,7 @@ def _csv_rows(file: Path):
     try:
         header = [name.strip() for name in next(rows, [])]
         if twice := [name for name, count in Counter(header).items() if count > 1]:
-            raise InputError(f"{file}:1: the column {twice[0]!r} comes twice; rename or remove one")
+            raise InputError(f"{file}:1: the column {twice[0]!r} is there twice; rename or remove one")
         start = rows.line_num + 1
         for row in rows:
             where, start = f"{file}:{start}", rows.line_num + 1
@@ -168,7 +168,7 @@ def _csv_rows(file: Path):
             elif row:
                 yield where, dict(zip(header, row))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{file}:{start}: not CSV in UTF-8 ({error}); mend the record's quotes or bytes") from error
+        raise InputError(f"{file}:{start}: not CSV in UTF-8 ({error}); fix the record's quotes or bytes") from error
 
 
 def _parquet_rows(file: Path):
@@ -176,7 +176,7 @@ def _parquet_rows(file: Path):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(f"{file}: .parquet takes pyarrow (pip install pyarrow); or convert it once: duckdb -c "
+        raise InputError(f"{file}: .parquet needs pyarrow (pip install pyarrow); or convert it once: duckdb -c "
                          f"\"COPY (FROM '{file}') TO '{file.stem}.jsonl' (FORMAT json)\"") from None
     try:
         with pyarrow.parquet.ParquetFile(file) as table:

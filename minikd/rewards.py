@@ -267,7 +267,7 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:                                    # whatever the file does
-        raise InputError(f"{path}: does not load ({type(error).__name__}: {error}); mend it") from error
+        raise InputError(f"{path}: does not load ({type(error).__name__}: {error}); fix it") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"{path}: has no function {name!r}; define it, or check the name")
@@ -278,7 +278,7 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
             values = function(completions, problems, **options)
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]                  # where in the user's code, or below it
-            raise InputError(f"{path}:{name}: raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}); mend it, "
+            raise InputError(f"{path}:{name}: raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}); fix it, "
                              "or return None for what cannot be judged") from error
         try:
             return [None if value is None or not math.isfinite(value) else float(value)

@@ -115,7 +115,7 @@ def check_made_from(folder: Path, made_from: dict):
     """Raises InputError, naming what differs, if `folder` holds a cache made from other things, or no cache at all."""
     if not (folder / FACTS).exists():
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise InputError(f"{folder}: is not empty, and no cache of a teacher's; choose another --cache-teacher")
+            raise InputError(f"{folder}: is not empty and not a teacher's cache; choose another --cache-teacher")
         return
     before = read_json(folder / FACTS).get("made_from")
     if not isinstance(before, dict):

@@ -31,7 +31,7 @@ class Tokenizer:
         stops = [backend.token_to_id(token) for token in STOPS]
         if None in stops:
             raise InputError(f"{folder}: the tokenizer has no {STOPS[stops.index(None)]}; "
-                             "minikd speaks ChatML, as Qwen2 tokenizers do")
+                             "minikd needs a ChatML tokenizer, such as Qwen2's")
         self.eos_ids, self.end_id, self.pad_id = set(stops), stops[0], stops[1]
 
     @classmethod

@@ -75,7 +75,7 @@ def pick_device(name: str) -> str:
         raise InputError(f"--device {name}: torch sees no GPU; use --device cpu")
     try:
         if torch.zeros(1, device=name).is_meta:
-            raise InputError(f"--device {name}: holds no numbers; use --device cpu or cuda")
+            raise InputError(f"--device {name}: holds no data; use --device cpu or cuda")
     except (RuntimeError, AssertionError) as error:             # no such device, or torch built without it
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu or cuda") from error
     return name
@@ -93,7 +93,7 @@ def check_schedule(args):
     if args.warmup is not None and args.warmup < 0:
         raise InputError(f"--warmup {args.warmup}: give 0 or more")
     if args.weight_decay is not None and not 0 <= args.weight_decay < math.inf:
-        raise InputError(f"--weight-decay {args.weight_decay}: weights would grow; give 0 or more, and no infinity")
+        raise InputError(f"--weight-decay {args.weight_decay}: give a finite number of 0 or more")
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,7 +127,7 @@ def check_positive(args, *names: str):
         value = getattr(args, name)
         numbers = value if isinstance(value, list) else [value]
         if any(not 0 < number <= 1e12 for number in numbers if number is not None):
-            raise InputError(f"--{name.replace('_', '-')} {value}: is not above 0 and at most 10^12; give another number")
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and at most 10^12; give another number")
 
 
 # ---- what a run leaves behind
@@ -156,7 +156,7 @@ def read_log(folder, name: str = LOG) -> list[dict]:
             lines.append(json.loads(line))
             int(lines[-1]["step"])
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}: holds a line that is no step of a run ({error}); choose another --out") from error
+            raise InputError(f"{path}: holds a line that is not a step of a run ({error}); choose another --out") from error
     return lines
 
 
@@ -168,7 +168,7 @@ def write_config(folder, settings: dict):
                 "threads": torch.get_num_threads()}
     path = Path(folder) / CONFIG
     if path.exists() and "settings" not in read_json(path):
-        raise InputError(f"{path}: is not a run's but a model's, and would be replaced; choose another --out")
+        raise InputError(f"{path}: belongs to a model, not to a run, and would be replaced; choose another --out")
     with atomic_path(path) as new:
         new.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2, default=str) + "\n")
 
@@ -197,7 +197,7 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
             held = {key: file.get_slice(key).get_shape() for key in file.keys() if key.startswith("model.")}
             for key in sorted(wanted.keys() | held.keys()):     # all are checked before the first is changed
                 if wanted.get(key) != held.get(key):
-                    raise InputError(f"{path}: is another model's ({key.removeprefix('model.')} is {held.get(key)}, "
+                    raise InputError(f"{path}: belongs to another model ({key.removeprefix('model.')} is {held.get(key)}, "
                                      f"here {wanted.get(key)}); start again without --resume, in another --out")
             for key, value in model.state_dict().items():
                 value.copy_(file.get_tensor(f"model.{key}"))

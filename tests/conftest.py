@@ -1,5 +1,5 @@
-"""What several test files share: one thread (a busy neighbour makes two slower), the CUDA sources run on a CPU, the real data
-where it is, and a small tokenizer made on the spot."""
+"""What several test files share: one thread (two are slower on a busy machine), the CUDA kernels on a CPU, the real data if it
+is there, and a small tokenizer."""
 import json
 import shutil
 import subprocess
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))               # the scripts a
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Qwen2's own splitting of text into words, numbers one digit at a time, and signs.
+# Qwen2's pattern, which splits text into words, single digits and punctuation.
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
          r"|\s+(?!\S)|\s+")
 TEXTS = ["The student learns from its teacher, and the teacher learns nothing.", "¿Qué año es? El niño comió piñas.",
@@ -32,7 +32,7 @@ TEXTS = ["The student learns from its teacher, and the teacher learns nothing.",
 
 
 def tiny(seed: int, tokenizer, folder, **shape) -> Path:
-    """A folder with a random model that a test can afford, and the tokenizer."""
+    """A folder with a very small random model and the tokenizer."""
     sizes = dict(vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
                  num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.3)
     tokenizer.save(folder)
@@ -42,8 +42,8 @@ def tiny(seed: int, tokenizer, folder, **shape) -> Path:
 
 @pytest.fixture
 def shell(monkeypatch, capsys):
-    """shell(script's module, *flags) -> (exit status, stdout, stderr), as a shell would see them; without matplotlib, whose
-    picture takes longer than the rest of a small run (test_plots.py draws them)."""
+    """shell(script's module, *flags) -> (exit status, stdout, stderr), as from a shell; without matplotlib, because a picture
+    takes longer than the rest of a small run (test_plots.py draws some)."""
     def call(script, *flags):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
@@ -59,7 +59,7 @@ def shell(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def ptx(tmp_path_factory) -> str:
-    """minikd/*.cu as nvcc compiles them for a Hopper GPU."""
+    """The PTX that nvcc makes of minikd/*.cu for a Hopper GPU."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     path = tmp_path_factory.mktemp("ptx") / "kernels.ptx"
@@ -74,7 +74,7 @@ def kernels(ptx) -> dict[str, Kernel]:
 
 @pytest.fixture
 def gpu(kernels, monkeypatch) -> Driver:
-    """cuda.launch launches on the CPU, with ptx.py for a driver; the tensors that a kernel may touch are named to it."""
+    """Makes cuda.launch run kernels on the CPU by ptx.Driver; a test sets `readable` and `writable` of the one it gets."""
     driver = Driver(kernels)
     monkeypatch.setattr(cuda, "load", lambda device: (driver, None))
     monkeypatch.setattr(cuda, "find", lambda device, name: name)
@@ -85,7 +85,7 @@ def gpu(kernels, monkeypatch) -> Driver:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """../shared/data, which a clone need not have."""
+    """../shared/data; a test that needs it is skipped in a clone without it."""
     if not SHARED.exists():
         pytest.skip("no ../shared/data here")
     return SHARED
@@ -93,7 +93,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> Path:
-    """A byte-level BPE of 400 ids and ChatML's special tokens, as an ordinary tokenizer folder."""
+    """An ordinary tokenizer folder: a byte-level BPE of 400 ids, ChatML's special tokens included."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([

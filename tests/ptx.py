@@ -1,9 +1,10 @@
-"""Runs PTX on a CPU, a warp at a time in numpy: the CUDA sources as nvcc compiles them, inline assembly included.
+"""Interprets PTX on a CPU, one warp at a time in numpy: the CUDA sources as nvcc compiles them, inline assembly included.
 
-Slow, but it sees what a GPU hides. Every access to shared memory, and to what a kernel writes of global memory, is checked
-against all earlier ones by vector clocks: barriers, __syncwarp and release/acquire order accesses; shuffles and tensor-core
-products do not. An asynchronous copy may land at any time between its issue and the wait for it, and until then nobody may
-touch its target. Lanes that part at a branch meet at its immediate post-dominator. A Fault is an AssertionError.
+Slow, but it finds errors that a GPU hides. Vector clocks check every access to shared memory, and to the global memory that a
+kernel writes, for data races with all earlier accesses: barriers, __syncwarp and release/acquire order accesses; shuffles and
+tensor-core products do not. An asynchronous copy may complete at any time between its issue and the wait for it, so until that
+wait no access may touch its target. Lanes that diverge at a branch reconverge at its immediate post-dominator. A Fault is an
+AssertionError.
 """
 import ctypes
 import re
@@ -12,11 +13,11 @@ from bisect import bisect_right
 import numpy as np
 
 LANES = np.arange(32)
-SHARED, SHARED_BYTES = 1 << 56, 227 << 10               # where generic addresses of shared memory begin: no pointer is there
+SHARED, SHARED_BYTES = 1 << 56, 227 << 10               # shared memory's first generic address, far above any pointer; its size
 
 
 class Fault(AssertionError):
-    """What a GPU would stop at, hang on, or get wrong now and then."""
+    """An error at which a GPU would stop, hang, or sometimes compute a wrong result."""
 
 
 def require(good, *message):
@@ -27,10 +28,10 @@ def require(good, *message):
 # ---- reading
 
 class Kernel:
-    """One .entry.  code: (guard, opcode, operands); meet: where the lanes of a branch come together again."""
+    """One .entry.  code: (guard, opcode, operands); meet: where a branch's lanes reconverge."""
 
     def __init__(self, head: str, limits: str, body: str):
-        self.most = int((re.search(r"\.maxntid (\d+)", limits) or [0, 1024])[1])        # threads a block
+        self.most = int((re.search(r"\.maxntid (\d+)", limits) or [0, 1024])[1])        # most threads per block
         self.params, self.labels, self.code, self.symbols, end, static = {}, {}, [], {}, 0, 0
         for align, size, name, count in re.findall(r"\.param (?:\.align (\d+) )?\.[busf](\d+) (\w+)(?:\[(\d+)\])?", head):
             size, align = int(size) // 8 * int(count or 1), int(align or int(size) // 8)
@@ -38,7 +39,7 @@ class Kernel:
             self.params[name], end = (begin, size), begin + size
         for name, size in re.findall(r"\.shared \.align 16 \.b8 (\w+)\[(\d+)\]", body):
             self.symbols[name], static = static, static + -(-int(size) // 16) * 16
-        self.static = self.symbols["shared_memory"] = static    # what a launch asks for lies behind what is declared
+        self.static = self.symbols["shared_memory"] = static    # a launch's dynamic shared memory follows the declared one
         body = re.sub(r"//[^\n]*|(?<![\w.])\.(reg|shared|pragma)[^;]*;", " ", body)
         for part in re.findall(r"\$\w+:|[^;:]+(?:::[^;]+)?;", body):
             part = re.sub(r"^[{}\s]+", "", part.strip("; \t\n"))
@@ -48,12 +49,12 @@ class Kernel:
                 guard, opcode, rest = re.fullmatch(r"(?:@(!?[%\w]+)\s+)?([\w.:]+)\s*(.*)", part, re.S).groups()
                 self.code.append((guard, opcode, re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)))
         self.meet = self.post_dominators()
-        self.starts = set(self.labels.values())                 # where a run ends: others may come in
-        self.runs = {}                                          # what run_at and rare made
+        self.starts = set(self.labels.values())                 # a run ends before a label, as a branch may lead there
+        self.runs = {}                                          # the functions that run_at and rare compiled
 
     def run_at(self, at: int):
-        """-> (function of a warp, where it ends): the instructions from `at` to the next that needs a look, as one function
-        that Python compiles; None where `at` needs one itself."""
+        """-> (function of a warp, where it ends): the instructions from `at` to the next rare one or label, as one Python
+        function; None if the instruction at `at` is rare."""
         if at not in self.runs:
             end = at
             while end < len(self.code) and not self.is_rare(end) and (end == at or end not in self.starts):
@@ -62,17 +63,19 @@ class Kernel:
         return self.runs[at]
 
     def is_rare(self, at: int) -> bool:
+        """Whether Warp.run handles this instruction by itself: control flow, a guard, an acquire."""
         guard, opcode, _ = self.code[at]
         return guard is not None or opcode in CONTROL or "acquire" in opcode
 
     def rare(self, at: int):
+        """The one instruction at `at`, without its guard, as a function of a warp."""
         if (at, "alone") not in self.runs:
             self.runs[at, "alone"] = translate(self, at, at + 1)
         return self.runs[at, "alone"]
 
     def post_dominators(self) -> dict[int, int]:
-        """For each instruction the first one that all ways from it go through; len(code) is the end.  Cooper, Harvey and
-        Kennedy, "A simple, fast dominance algorithm"."""
+        """For each instruction its immediate post-dominator, the first one that every path from it passes; len(code) is the
+        end.  Cooper, Harvey and Kennedy, "A simple, fast dominance algorithm"."""
         count = len(self.code)
         after, before = [[] for _ in range(count + 1)], [[] for _ in range(count + 1)]
         for i, (guard, opcode, operands) in enumerate(self.code):
@@ -110,38 +113,41 @@ def kernels_of(ptx: str) -> dict[str, Kernel]:
 # ---- memory
 
 class Memory:
-    """A run of bytes at `start` and, of one that is written, who touched each two bytes of it and when by its own clock."""
+    """The bytes from `start` on. If a kernel writes them (warps > 0), also for each cell of two bytes which lane wrote it last,
+    which lane of each warp read it last, and when, by that warp's own clock.  unwritten: a read before any write is a Fault"""
 
     def __init__(self, start: int, view: np.ndarray, warps: int, unwritten: bool = False):
         self.start, self.view, self.warps, self.unwritten = start, view, warps, unwritten
         if warps:
             cells = len(view) // 2 + 1
-            self.coming = np.zeros(cells, bool)                                 # by an asynchronous copy
-            self.writer, self.lane = np.full(cells, -1), np.zeros(cells, int)   # -1: nobody yet
+            self.in_flight = np.zeros(cells, bool)                              # the target of an asynchronous copy
+            self.writer, self.lane = np.full(cells, -1), np.zeros(cells, int)   # -1: no writer yet
             self.written = np.zeros(cells, int)
             self.read, self.reader = np.full((cells, warps), -1), np.zeros((cells, warps), int)     # reader -1: several lanes
 
     def check(self, warp, lanes: np.ndarray, at: np.ndarray, size: int, write: bool) -> np.ndarray:
-        """Lanes of a warp touch `size` bytes each, at `at` from the start -> the cells [n, size / 2]"""
+        """n lanes of a warp access `size` bytes each, at offsets `at` [n] -> the cells [n, size / 2]; Faults for a race"""
         cells, clock, id, lanes = (at[:, None] + np.arange(0, size, 2)) // 2, warp.clock, warp.id, lanes[:, None]
         writer, written, now = self.writer[cells], self.written[cells], clock[id]
-        require(not self.coming[cells].any(), "touched while an asynchronous copy is on its way", warp)
+        require(not self.in_flight[cells].any(), "accessed while an asynchronous copy is in flight", warp)
+        # By this warp: another lane, and no sync since. By another warp: later than what this one knows of that warp's clock.
         unordered = np.where(writer == id, (written == now) & (self.lane[cells] != lanes), clock[writer] < written)
-        require(not unordered.any(), "touches what another thread wrote, in no order", warp)
+        require(not unordered.any(), "race: accesses what another thread wrote", warp)
         if write:
             seen = self.read[cells]                                             # [n, size / 2, warps]
             unordered = seen > clock
             unordered[..., id] = (seen[..., id] == now) & (self.reader[cells, id] != lanes)
-            require(not unordered.any(), "writes what another thread reads, in no order", warp)
+            require(not unordered.any(), "race: writes what another thread reads", warp)
         else:
-            require(not self.unwritten or writer.min() >= 0, "reads what nobody wrote", warp)
+            require(not self.unwritten or writer.min() >= 0, "reads what no thread wrote", warp)
             several = (self.read[cells, id] == now) & (self.reader[cells, id] != lanes)
             self.reader[cells, id], self.read[cells, id] = lanes, now
-            several |= self.reader[cells, id] != lanes                          # of lanes that read one cell now, one stays
+            several |= self.reader[cells, id] != lanes                          # lanes that now read the same cell: one is kept
             self.reader[cells[several], id] = -1
         return cells
 
     def mark(self, warp, lanes, cells):
+        """The lanes have written their cells."""
         self.writer[cells], self.written[cells], self.lane[cells] = warp.id, warp.clock[warp.id], lanes[:, None]
         require((self.lane[cells] == lanes[:, None]).all(), "two lanes write to one place", warp)
 
@@ -149,9 +155,9 @@ class Memory:
 class Warp:
     def __init__(self, block, number: int):
         self.block, self.number, self.id = block, number, number + block.first
-        self.clock = np.zeros(block.grid.clocks, int)           # what it knows of all warps' clocks
+        self.clock = np.zeros(block.grid.clocks, int)           # a vector clock: the latest time it knows of each warp
         self.clock[self.id] = 1
-        self.groups, self.here = [[]], 0                        # of asynchronous copies; the last one is open
+        self.groups, self.here = [[]], 0                        # of asynchronous copies, the last one still open; instruction
         full = lambda value: np.full(32, value, np.uint32)
         (x, y), (across, down), threads = block.at, block.grid.shape, block.grid.threads
         self.r = {"%tid.x": (number * 32 + LANES).astype(np.uint32), "%ntid.x": full(threads), "%ctaid.x": full(x),
@@ -165,7 +171,7 @@ class Warp:
         return LANES if self.full else LANES[self.mask]
 
     def find(self, space: str, addresses: np.ndarray, size: int) -> list[tuple]:
-        """-> (memory, which of the addresses lie in it, where) for each memory that is touched"""
+        """-> (memory, which of the addresses are in it, their offsets) for each memory that is accessed"""
         require(not (addresses & size - 1).any(), "misaligned", self)
         if space == "shared" or space == "generic" and addresses[0] >= SHARED:
             at = addresses & SHARED - 1
@@ -182,10 +188,11 @@ class Warp:
         return found
 
     def keep(self, name: str, value: np.ndarray) -> np.ndarray:
-        """The register's new values: those of the active lanes alone change."""
+        """The register's new values: only the active lanes' change."""
         return np.where(self.mask, value, self.r.get(name, value.dtype.type()))
 
     def together(self, clamp=(31,), members=(0xffffffff,)) -> bool:
+        """True; a Fault unless all 32 lanes take part in a shuffle or tensor-core product."""
         require(self.full and clamp[0] == 31 and members[0] == 0xffffffff, "not the whole warp multiplies or shuffles", self)
         return True
 
@@ -196,11 +203,11 @@ class Warp:
         return [np.full(32, value) for value in values] if count > 1 else np.full(32, values[0])
 
     def load(self, space: str, addresses, type, count: int, constant: bool) -> list[np.ndarray]:
-        """-> `count` registers.  constant: past the coherent caches, so of nothing that is written"""
+        """-> `count` registers.  constant: as by ld.global.nc, only from memory that the kernel does not write"""
         lanes, size = self.lanes, count * type().itemsize
         out, addresses = np.zeros((32, size), np.uint8), addresses[lanes]
         for memory, inside, at in self.find(space, addresses, size):
-            require(not (constant and memory.warps), "read past the coherent caches, though it is written", self)
+            require(not (constant and memory.warps), "reads by the non-coherent path what the kernel writes", self)
             if memory.warps:
                 memory.check(self, lanes[inside], at, size, False)
             out[lanes[inside]] = memory.view[at[:, None] + np.arange(size)]
@@ -210,18 +217,18 @@ class Warp:
         lanes, data = self.lanes, np.stack(values, 1).view(np.uint8)
         size = data.shape[1]
         for memory, inside, at in self.find(space, addresses[lanes], size):
-            require(memory.warps, "writes what it is only to read", self)
+            require(memory.warps, "writes what it may only read", self)
             memory.mark(self, lanes[inside], memory.check(self, lanes[inside], at, size, True))
             memory.view[at[:, None] + np.arange(size)] = data[lanes[inside]]
 
     def acquire(self, space: str, addresses, type, count: int, constant: bool) -> list[np.ndarray]:
-        place, = set(addresses[self.lanes])                     # one for all lanes
+        place, = set(addresses[self.lanes])                     # the same for all lanes
         (memory, _, at), = self.find(space, np.array([place]), 4)
         self.clock = np.maximum(self.clock, self.block.grid.released.get(place, 0))
         return [np.full(32, memory.view[at[0]:][:4].view(type))]
 
     def release(self, addresses, values):
-        place, = addresses[self.lanes]                          # of one lane
+        place, = addresses[self.lanes]                          # only one lane is active
         (memory, _, at), = self.find("global", np.array([place]), 4)
         memory.view[at[0]:][:4].view(np.uint32)[:] += values[self.lanes]
         released = self.block.grid.released
@@ -229,7 +236,8 @@ class Warp:
         self.clock[self.id] += 1
 
     def copy(self, to, source, size: int, there):
-        """cp.async: `size` bytes, of which the first `there` are read and the others are 0."""
+        """cp.async: `size` bytes, the first `there` of them read and the others 0; here `there` is 0 or `size`. Until the wait,
+        the target holds 0xff."""
         lanes, full, mask = self.lanes, self.full, self.mask
         (memory, _, at), = self.find("shared", to[lanes], size)
         require(np.isin(there[lanes], (0, size)).all(), "an asynchronous copy of part of its bytes", self)
@@ -240,7 +248,7 @@ class Warp:
             data = np.stack(self.load("global", source, np.uint32, size // 4, True), 1).view(np.uint8)
         self.mask, self.full = mask, full
         cells, where = memory.check(self, lanes, at, size, True), at[:, None] + np.arange(size)
-        memory.coming[cells] = True
+        memory.in_flight[cells] = True
         memory.view[where] = 0xff
         self.groups[-1].append((memory, lanes, cells, where, data[lanes]))
 
@@ -248,23 +256,24 @@ class Warp:
         require(self.full, "not all lanes wait for their copies", self)
         while len(self.groups) > count + 1:
             for memory, lanes, cells, where, data in self.groups.pop(0):
-                memory.coming[cells], memory.view[where] = False, data
+                memory.in_flight[cells], memory.view[where] = False, data
                 memory.mark(self, lanes, cells)
 
-    def close_group(self):
-        require(self.full, "not all lanes close a group", self)
+    def commit_group(self):
+        require(self.full, "not all lanes commit a group", self)
         self.groups.append([])
 
     def sync(self):
-        require(self.full, "not all lanes come to __syncwarp", self)
+        require(self.full, "not all lanes reach __syncwarp", self)
         self.clock[self.id] += 1
 
     # -- control
 
     def run(self, kernel: Kernel):
-        """A generator, which stops where others are to go on; it gives a barrier's list of who has come, or None."""
+        """A generator that yields wherever other warps should run: at a barrier its list of the warps that have arrived, which
+        the last one empties; at an acquiring load None."""
         code, end = kernel.code, len(kernel.code)
-        stack = [[0, np.ones(32, bool), end]]                   # where, which lanes, where they meet the others
+        stack = [[0, np.ones(32, bool), end]]                   # instruction, lanes, where these reconverge with the others
         while stack:
             pc, self.mask, meet = stack[-1]
             self.full = bool(self.mask.all())
@@ -289,7 +298,7 @@ class Warp:
                 for entry in stack:
                     entry[1] = entry[1] & ~taken
             elif opcode == "bar.sync":
-                require(taken.all(), "not the whole warp comes to a barrier", self)
+                require(taken.all(), "not the whole warp reaches a barrier", self)
                 number, *threads = (int(self.r[operand][0]) if operand in self.r else int(operand) for operand in operands)
                 yield from self.block.barrier(number, threads[0] // 32 if threads else len(self.block.warps), self)
             elif opcode.startswith("ld.acquire"):
@@ -303,34 +312,34 @@ class Warp:
 
 class Block:
     def __init__(self, grid, at: tuple[int, int], first: int, memories: list[Memory]):
-        self.grid, self.at, self.first, self.memories, self.come = grid, at, first, memories, {}
+        self.grid, self.at, self.first, self.memories, self.arrived = grid, at, first, memories, {}
         self.used = grid.kernel.static + grid.dynamic
         require(self.used <= SHARED_BYTES, "too much shared memory")
         self.shared = Memory(0, np.full(self.used, 0xff, np.uint8), grid.clocks, unwritten=True)
         self.warps = [Warp(self, number) for number in range(grid.threads // 32)]
 
     def barrier(self, number: int, warps: int, warp: Warp):
-        come = self.come.setdefault(number, [])
-        require(warp not in come, "a warp comes twice", warp)
-        come.append(warp)
-        while 0 < len(come) < warps:
-            yield come
-        if come:                                                # the last one
-            joint = np.max([each.clock for each in come], axis=0)
-            for each in come:
+        arrived = self.arrived.setdefault(number, [])
+        require(warp not in arrived, "a warp arrives twice at a barrier", warp)
+        arrived.append(warp)
+        while 0 < len(arrived) < warps:
+            yield arrived
+        if arrived:                                             # the last warp to arrive
+            joint = np.max([each.clock for each in arrived], axis=0)
+            for each in arrived:
                 each.clock = joint.copy()
                 each.clock[each.id] += 1
-            self.come[number] = []                              # for the next time; those who wait look at the old list
-            come.clear()
+            self.arrived[number] = []                           # for the next time; the waiting warps hold the old list
+            arrived.clear()
 
 
 class Grid:
-    """One launch, run when it is made.
+    """One launch; the constructor runs it.
 
-    arguments           the parameters' bytes
-    readable, writable  (address, bytes) of all that the kernel may touch
-    together            the blocks run at once, as in a cooperative launch
-    order               which warp goes on when one stops: the "first", the "last", or all in "turns"
+    arguments           the kernel's parameters, as bytes
+    readable, writable  (address, bytes) of all that the kernel may access
+    together            the blocks run at the same time, as in a cooperative launch
+    order               which warp runs next when one yields: the "first" that can, the "last", or all in "turns"
     """
 
     def __init__(self, kernel: Kernel, shape: tuple[int, int], threads: int, arguments: bytes, readable, writable,
@@ -351,17 +360,17 @@ class Grid:
         waits, polls, turn = {}, 0, 0
         while running:
             ready = [i for i, (warp, _) in enumerate(running) if not waits.get(warp)]
-            require(ready, "all wait for each other", *(warp for warp, _ in running))
+            require(ready, "deadlock", *(warp for warp, _ in running))
             turn += 1
             in_order = {"first": 0, "last": -1}.get(self.order, turn % len(ready))
-            pick = ready[in_order if polls < 9 else turn % len(ready)]  # one that polls lets others go on
+            pick = ready[in_order if polls < 9 else turn % len(ready)]  # after several polls, other warps get a turn
             warp, steps = running[pick]
             try:
                 waits[warp] = next(steps)
                 polls = polls + 1 if waits[warp] is None else 0
                 require(polls < 10_000, "waits for ever", warp)
             except StopIteration:
-                require(not any(warp.groups), "ends with copies on their way", warp)
+                require(not any(warp.groups), "ends with copies in flight", warp)
                 running.pop(pick)
                 polls = 0
 
@@ -372,25 +381,25 @@ def places(*tensors) -> list[tuple[int, int]]:
 
 
 class Driver:
-    """The driver's library as minikd.cuda calls it; a kernel's handle is its name.
+    """Stands for the CUDA driver's library that minikd.cuda calls; a kernel's handle is its name.
 
-    readable, writable  (address, bytes) of all that kernels may touch
-    launched            names, in order
+    readable, writable  (address, bytes) of all that kernels may access
+    launched            the names of the kernels launched so far
     """
 
     def __init__(self, kernels: dict[str, Kernel]):
         self.kernels, self.readable, self.writable, self.launched, self.shared, self.order = kernels, [], [], [], {}, "turns"
 
     def cuFuncSetAttribute(self, name, attribute, value):
-        require(attribute == 8, "an attribute other than the shared memory of a launch")
+        require(attribute == 8, "an attribute other than the dynamic shared memory")
         self.shared[name] = value
         return 0
 
     def cuLaunchKernel(self, name, across, down, deep, threads, rows, layers, shared, stream, addresses, extra, together=False):
         kernel = self.kernels[name]
-        require(deep == rows == layers == 1 and threads % 32 == 0 and threads <= kernel.most, "the launch's shape", threads)
+        require(deep == rows == layers == 1 and threads % 32 == 0 and threads <= kernel.most, "bad launch shape", threads)
         require(shared <= self.shared.get(name, 48 << 10), "more shared memory than was asked for", shared)
-        require(len(addresses) == len(kernel.params), "as many arguments as parameters")
+        require(len(addresses) == len(kernel.params), "not as many arguments as parameters")
         arguments = bytearray(sum(max(kernel.params.values())))
         for (begin, size), address in zip(kernel.params.values(), addresses):
             arguments[begin:begin + size] = ctypes.string_at(address, size)
@@ -402,7 +411,7 @@ class Driver:
         return self.cuLaunchKernel(*given, None, together=True)
 
 
-# ---- instructions, each as a line of Python
+# ---- instructions, each translated to a line of Python
 
 CONTROL = "bra", "bra.uni", "ret", "trap", "bar.sync"
 REGISTERS = {"%rs": "u2", "%rd": "u8", "%r": "u4", "%f": "f4", "%p": "b1"}
@@ -421,11 +430,11 @@ def register(name: str) -> str:
 
 
 def translate(kernel: Kernel, start: int, end: int):
-    """Instructions start .. end as a function of a warp, all of whose active lanes run them."""
+    """Instructions start .. end - 1 as a function of a warp, whose active lanes all run them."""
     names, lines = dict(OPERATIONS), []
 
     def read(operand: str, type: str) -> str:
-        """The operand's 32 values, their bits taken for `type`."""
+        """Python for the operand's 32 values, their bits taken as `type`."""
         if operand[0] == "%" or operand not in kernel.symbols and operand[0].isalpha():
             text, has = f'r["{operand}"]', register(operand)
             if int(has[1]) > int(type[1]):
@@ -446,7 +455,7 @@ def translate(kernel: Kernel, start: int, end: int):
         lines.append(f"{''.join(f'v{i}, ' for i in range(len(targets)))}{'= ' if targets else ''}{value}")
         for i, (target, type) in enumerate(zip(targets, types)):
             has, new = register(target), f"v{i}"
-            if has != type:                                     # wider by the sign of its type, as in a load or conversion
+            if has != type:                                     # a wider register: extended by its type's sign, as in a load
                 new += f".view({has})" if has[1] == type[1] else f".astype({type[0]}{has[1]}).view({has})"
             lines.append(f'r["{target}"] = {new} if w.full else w.keep("{target}", {new})')
     exec("def function(w):\n r = w.r\n " + "\n ".join(lines), names)
@@ -454,8 +463,8 @@ def translate(kernel: Kernel, start: int, end: int):
 
 
 def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[list[str], list[str], str]:
-    """One instruction -> the registers it sets, their values' types, and Python that gives the values.
-    Raises KeyError or Fault for an instruction that is not known here."""
+    """One instruction -> the registers it sets, their values' types, and Python that computes the values.
+    Raises KeyError or Fault for an unknown instruction."""
     base, *mods = opcode.split(".")
     kind = mods[-1] if mods else ""
     parts = [re.sub(r"[{}\s]", "", operand).split(",") for operand in operands]
@@ -480,7 +489,7 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         require(mods == ["release", "gpu", "global", "add", "u32"], opcode)
         return [], [], f"w.release({address(operands[0], space)}, {read(operands[1], 'u4')})"
     if base == "cp" and len(operands) < 2:
-        return [], [], {"commit_group": "w.close_group()", "wait_group": f"w.wait_for_copies({''.join(operands)})"}[mods[1]]
+        return [], [], {"commit_group": "w.commit_group()", "wait_group": f"w.wait_for_copies({''.join(operands)})"}[mods[1]]
     if base == "cp":
         require(mods == ["async", "cg" if operands[2] == "16" else "ca", "shared", "global"], opcode, operands)
         to, source = address(operands[0], "shared"), address(operands[1], "global")
@@ -497,7 +506,7 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
     if base == "shfl":
         require(mods == ["sync", "bfly", "b32"], opcode)
         value, other, clamp, members = (read(operand, "u4") for operand in operands[1:])
-        target = operands[0].split("|")[0]                      # behind it a predicate, which nobody reads
+        target = operands[0].split("|")[0]                      # after | stands a predicate, which is not used
         type = register(target)
         return [target], [type], f"w.together({clamp}, {members}) and {value}[lanes ^ {other}].view({type})"
     if base == "mov" and len(parts[0]) == 2:                    # a register's halves
@@ -509,7 +518,7 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
 
 
 def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple[list[str], str]:
-    """-> [the result's type], Python that computes it"""
+    """An instruction that computes each lane by itself -> [the result's type], Python that computes it"""
     kind = mods[-1]
     if kind == "bf16x2":
         require(base == "fma", base)
@@ -568,7 +577,7 @@ def halves(registers) -> np.ndarray:
 
 
 def fma_pairs(*pairs) -> np.ndarray:
-    a, b, c = halves(pairs).reshape(3, 2, 32)                   # exact in float32 for the small integers it is used for
+    a, b, c = halves(pairs).reshape(3, 2, 32)                   # float32 is exact for the small integers of these kernels
     low, high = to_bf16(a * b + c).astype(np.uint32)
     return low | high << 16
 
@@ -578,19 +587,19 @@ def divide(a, b):
 
 
 def lop3(a, b, c, table: int) -> np.ndarray:
-    """Any function of three bits: bit i of the table is its value for the bits of i."""
+    """Any function of three bits: bit i of the table is its value for a, b, c = the three bits of i."""
     return np.bitwise_or.reduce([(a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
                                  for i in range(8) if table >> i & 1])
 
 
 def permute(a, b, selector: int) -> np.ndarray:
-    """prmt: the result's bytes are chosen out of the operands' eight."""
+    """prmt: each of the result's four bytes is one of the operands' eight."""
     chosen = [selector >> 4 * i & 15 for i in range(4)]
     require(max(chosen) < 8, "prmt that copies signs")
     return np.stack([a, b], 1).view(np.uint8)[:, chosen].copy().view(np.uint32)[:, 0]
 
 
-# The fragments of mma as the PTX manual draws them: for each of a lane's values its row and column.
+# The fragments of mma as the PTX manual draws them: row and column of each of a lane's values.
 ROW, COLUMN = LANES // 4, LANES % 4 * 2
 A = tuple(np.array(part) for part in zip(*((ROW + q % 2 * 8, COLUMN + q // 2 * 8 + e) for q in range(4) for e in range(2))))
 B = tuple(np.array(part) for part in zip(*((COLUMN + q * 8 + e, ROW) for q in range(2) for e in range(2))))

@@ -1,4 +1,4 @@
-"""The CUDA sources' build, its cache, and the line that says why there is none."""
+"""How the CUDA sources are compiled and cached, and the line that says why they cannot be."""
 import ctypes
 import shutil
 
@@ -10,7 +10,7 @@ from minikd.cuda import Unavailable, build
 from minikd.w4_cuda import KERNELS
 
 
-def test_nvcc_builds_it_without_a_header_and_the_second_time_it_is_there(tmp_path, monkeypatch):
+def test_nvcc_compiles_the_sources_without_headers_and_the_result_is_cached(tmp_path, monkeypatch):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
@@ -19,12 +19,12 @@ def test_nvcc_builds_it_without_a_header_and_the_second_time_it_is_there(tmp_pat
     assert code[:4] == b"\x7fELF" and all(name.encode() in code for name in KERNELS)
     assert [path.read_bytes() == code for path in tmp_path.iterdir()] == [True]
     monkeypatch.setattr(cuda, "nvcc", lambda source, arch: b"built again")
-    assert build("sm_90") == code                                               # out of the cache
+    assert build("sm_90") == code                                               # from the cache
     monkeypatch.setenv("MINIKD_CACHE", "/proc/nowhere")                         # which cannot be written
     assert build("sm_90") == build("sm_90") == b"built again"
 
 
-def test_a_changed_source_is_built_anew(tmp_path, monkeypatch):
+def test_a_changed_source_is_compiled_again(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
     monkeypatch.setattr(cuda, "nvrtc", lambda source, arch: source + arch.encode())
     for text, arch in (b"a", "sm_90"), (b"b", "sm_90"), (b"a", "sm_80"), (b"a", "sm_90"):
@@ -35,7 +35,7 @@ def test_a_changed_source_is_built_anew(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.cubin"))) == 3
 
 
-def test_nvrtc_builds_it_where_it_is():
+def test_nvrtc_compiles_the_sources_if_it_is_installed():
     try:
         cuda.find_nvrtc()
     except Unavailable:
@@ -60,7 +60,7 @@ def test_without_a_compiler_one_line_says_why(tmp_path, monkeypatch, capsys):
     cuda.load.cache_clear(), cuda.available.cache_clear()
 
 
-def test_a_source_that_does_not_compile_says_what_the_compiler_said(monkeypatch):
+def test_for_a_source_that_does_not_compile_the_compiler_s_error_is_given(monkeypatch):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     with pytest.raises(Unavailable, match="nvcc: a.cu.*7.*error"):

@@ -328,7 +328,7 @@ GOOD = json.dumps(DOLLY).encode()
     ("d.json", b" ", "d.json: holds no records"),
     ("d.csv", b"", "d.csv: holds no records"),
     ("d.csv", b"instruction,response\n", "d.csv: holds no records"),
-    ("d.csv", b"response,response\na,b\n", "d.csv:1: the column 'response' comes twice"),
+    ("d.csv", b"response,response\na,b\n", "d.csv:1: the column 'response' is there twice"),
     ("d.csv", b"instruction,response\na,b\ninstruction,response\n", "d.csv:3: the header again"),
     ("d.csv", b"instruction,response\na,b,c\n", "d.csv:2: 3 cells under 2 columns"),
     ("d.csv", b"instruction,response\na\n", "d.csv:2: 1 cells under 2 columns"),

@@ -1,4 +1,4 @@
-"""decode.cu on a CPU (ptx.py) beside the plain decoder."""
+"""decode.cu, run on a CPU by ptx.py, against the plain decoder."""
 from contextlib import contextmanager
 
 import pytest
@@ -15,7 +15,7 @@ from ptx import Driver, places
 
 
 def make(bits: int, seed: int = 0, group: int = 128, sym: bool = True, **shape) -> Qwen2:
-    """A small random model in bfloat16, biases and norms too, its layers joined as on a GPU."""
+    """A small model in bfloat16, all weights random, its layers joined as on a GPU."""
     sizes = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, initializer_range=0.15)
     model, generator = Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed).eval(), torch.Generator().manual_seed(1)
@@ -41,11 +41,11 @@ def joined(model: Qwen2) -> Qwen2:
 
 @pytest.fixture
 def on_cpu(gpu, monkeypatch) -> Driver:
-    """decode_cuda launches on the CPU; the kernel may read weights and tables, and write the cache and its own tensors."""
-    make_one = OneKernel.__init__
+    """Makes decode_cuda launch on the CPU; the kernel may read weights and tables, and write the cache and its own tensors."""
+    original = OneKernel.__init__
 
     def init(one, *given):
-        make_one(one, *given)
+        original(one, *given)
         one.blocks = 2
         tables = [one.held.pop(name) for name in ("layers", "cos", "sin")]
         gpu.readable = places(*tables, *(tensor for *weights, _, _ in one.weights for tensor in weights))
@@ -86,12 +86,12 @@ def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, 
     exact.load_state_dict(weights_of(model))
     ids = torch.randint(300, (1, prompt), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        caches = [StaticCache(prefill(reader, ids.tolist(), 8, 1)[0]) for reader in (model, model, exact)]
+        caches = [StaticCache(prefill(each, ids.tolist(), 8, 1)[0]) for each in (model, model, exact)]
         for ours, theirs in zip(caches[0].keys + caches[0].values, caches[2].keys + caches[2].values):
-            theirs.copy_(ours)                                                  # the same past for all three
+            theirs.copy_(ours)                                                  # the same keys and values for all three
         assert fits(model, 1)
-        readers = model, OneKernel(model, caches[1]), exact
-        plain, one, right = (reader.hidden(torch.tensor([[7]]), cache) for reader, cache in zip(readers, caches))
+        models = model, OneKernel(model, caches[1]), exact
+        plain, one, right = (each.hidden(torch.tensor([[7]]), cache) for each, cache in zip(models, caches))
         assert one.shape == plain.shape == (1, 1, model.config.hidden_size)
         assert error_of(one, right) < 1.3 * error_of(plain, right) < 0.04
         for ours, theirs in zip(caches[1].keys + caches[1].values, caches[2].keys + caches[2].values):
@@ -102,7 +102,7 @@ def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, 
 
 
 def weights_of(model: Qwen2) -> dict:
-    """Every weight by its name, 4-bit ones dequantised."""
+    """Every weight by its name, the 4-bit ones dequantised."""
     weights = {name: weight for name, weight in model.state_dict().items()
                if not name.endswith(("qweight", "qzeros", "scales", "g_idx"))}
     return weights | {f"{name}.weight": layer.weight() for name, layer in model.named_modules() if isinstance(layer, W4Linear)}
@@ -120,7 +120,7 @@ def test_generate_by_one_kernel_gives_the_plain_path_s_tokens(on_cpu, monkeypatc
     plain = generate(model, prompt, steps, graphs=True)
     with torch.inference_mode():
         best = model(torch.tensor([prompt[0] + plain[0]]))[0, len(prompt[0]) - 1:-1].float().topk(2).values
-    assert (best[:, 0] - best[:, 1]).min() > 0.2                                # no ties for bfloat16 to turn
+    assert (best[:, 0] - best[:, 1]).min() > 0.2                                # no near-tie that rounding could change
     assert not on_cpu.launched
     monkeypatch.setattr(generating, "laid_out", laid_out)
     assert generate(model, prompt, steps, graphs=True, one_kernel=True) == plain
@@ -129,7 +129,7 @@ def test_generate_by_one_kernel_gives_the_plain_path_s_tokens(on_cpu, monkeypatc
     assert two == plain * 2 and len(on_cpu.launched) == steps - 1
 
 
-def test_what_the_kernel_does_not_take_it_says(on_cpu):
+def test_fits_refuses_what_the_kernel_does_not_support(on_cpu):
     model = make(16)
     assert fits(model, 1) and not fits(model, 2)
     assert not fits(make(16, head_dim=24), 1) and not fits(make(16, hidden_size=8192, num_hidden_layers=1), 1)
@@ -140,11 +140,11 @@ def test_what_the_kernel_does_not_take_it_says(on_cpu):
     four = make(4, hidden_size=256, intermediate_size=256)
     assert fits(four, 1)
     layer = products(four.model.layers[1])[3]
-    layer.size = 256
+    layer.size = 256                                                            # another group size than the others'
     assert not fits(four, 1)
 
 
-def test_without_a_gpu_the_plain_path_serves():
+def test_without_a_gpu_the_plain_path_runs():
     model = make(4, **SHAPES_W4["small"])
     assert not fits(model, 1)
     given = dict(max_new_tokens=4, graphs=True)

@@ -197,9 +197,9 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
     (["--predictions", "p.txt", "--references", "empty.jsonl"], "empty.jsonl:1: references is an empty list"),
     (["--predictions", "p.txt", "--references", "r.jsonl", "--out", "./p.txt"], "is one of the files to read"),
     (["--model", "no/such/model", "--data", "r.jsonl"], "no/such/model: no such folder"),
-    (["--model", "m", "--data", "r.jsonl", "--batch-size", "0"], "--batch-size 0: is not above 0"),
+    (["--model", "m", "--data", "r.jsonl", "--batch-size", "0"], "--batch-size 0: must be above 0"),
     (["--model", "m", "--data", "r.jsonl", "--seeds", "1", "2"], "--seeds with --temperature 0"),
-    (["--model", "m", "--data", "r.jsonl", "--top-p", "0"], "--top-p is above 0")])
+    (["--model", "m", "--data", "r.jsonl", "--top-p", "0"], "--top-p above 0")])
 def test_bad_input_is_one_line_that_says_what_and_where(run, tmp_path, flags, said):
     write(tmp_path / "p.txt", PREDICTIONS), write(tmp_path / "two.txt", PREDICTIONS[:2])
     write(tmp_path / "r.jsonl", RECORDS), write(tmp_path / "wrong.jsonl", [RECORDS[0], {"answer": "a"}, RECORDS[2]])

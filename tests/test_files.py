@@ -1,4 +1,4 @@
-"""One line for what the user can mend, and writes that are whole or absent."""
+"""One line for what the user can fix, and writes that are whole or absent."""
 import errno
 import os
 import subprocess
@@ -25,9 +25,9 @@ def shown(capsys, error: BaseException) -> tuple[int, str]:
     return exit.value.code, capsys.readouterr().err
 
 
-def test_what_the_user_can_mend_is_one_line_and_status_2(capsys):
-    assert shown(capsys, InputError("a.jsonl:3: is\nnot JSON; mend it")) == (
-        2, "error: a.jsonl:3: is not JSON; mend it\n")
+def test_what_the_user_can_fix_is_one_line_and_status_2(capsys):
+    assert shown(capsys, InputError("a.jsonl:3: is\nnot JSON; fix it")) == (
+        2, "error: a.jsonl:3: is not JSON; fix it\n")
 
 
 def test_a_full_disk_is_told_with_the_path(tmp_path):
@@ -36,11 +36,11 @@ def test_a_full_disk_is_told_with_the_path(tmp_path):
     assert error.value.filename == str(tmp_path / "x.json") and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number, mend", [(errno.ENOSPC, "free some space"), (errno.ENOENT, "check the path"),
+@pytest.mark.parametrize("number, advice", [(errno.ENOSPC, "free some space"), (errno.ENOENT, "check the path"),
                                           (errno.EACCES, "check the permissions"), (errno.EIO, "the disk")])
-def test_a_failing_disk_is_one_line_that_names_the_file_and_the_mend(capsys, number, mend):
+def test_a_failing_disk_is_one_line_that_says_how_to_fix_it(capsys, number, advice):
     code, text = shown(capsys, OSError(number, os.strerror(number), "runs/log.jsonl"))
-    assert code == 2 and text.startswith("error: runs/log.jsonl: ") and mend in text and text.count("\n") == 1
+    assert code == 2 and text.startswith("error: runs/log.jsonl: ") and advice in text and text.count("\n") == 1
 
 
 def test_an_interrupt_ends_as_shells_expect(capsys):
@@ -174,7 +174,7 @@ def test_whatever_the_hub_client_raises_becomes_one_line(monkeypatch, error):
     with pytest.raises(InputError) as caught:
         local_folder("org/name", ["*"])
     text = str(caught.value)
-    assert text.startswith("org/name: no such folder here, and the hub did not give it (") and "\n" not in text
+    assert text.startswith("org/name: no such folder here, and the hub did not return it (") and "\n" not in text
     assert (str(error).split("\n")[0] or "ValueError") in text
 
 

@@ -153,7 +153,7 @@ def test_the_factor_is_that_of_the_damped_inverse():
 def test_a_singular_hessian_is_damped_more_and_said_so():
     weight, _ = random_layer(8, 64, seed=0)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))          # 3 tokens: rank 3 of 64
-    with pytest.warns(UserWarning, match="layer 7: its Hessian is singular with a damping of 0; 0.001 is tried"):
+    with pytest.warns(UserWarning, match="layer 7: its Hessian is singular with a damping of 0; trying 0.001"):
         found = quantize_matrix(weight, x.T @ x, group_size=16, damp=0.0, where="layer 7")
     right = quantize_matrix(weight, x.T @ x, group_size=16, damp=0.001)
     assert torch.equal(found[0], right[0])

@@ -277,7 +277,7 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(base, changes, nam
 @pytest.mark.parametrize("where, theta", [("rope_theta", "x"), ("rope_parameters", {"rope_theta": [1]})])
 def test_a_rope_base_that_is_no_number_is_refused(where, theta):
     raw = {key: FOUR[key] for key in FOUR if key != "rope_theta"}
-    with pytest.raises(InputError, match="rope_theta = .*; a number"):
+    with pytest.raises(InputError, match="rope_theta = .*; give a number"):
         Qwen2Config.from_dict({**raw, where: theta})
 
 

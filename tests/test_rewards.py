@@ -481,7 +481,7 @@ def test_what_it_returns_is_checked(tmp_path, body, message):
 
 def test_an_error_of_its_own_is_told_with_its_line(tmp_path):
     path = user_file(tmp_path, "def f(completions, problems):\n    return g()\ndef g():\n    raise KeyError('mine')\n")
-    with pytest.raises(InputError, match=r"mine.py:f: raised KeyError: 'mine' \(\S*mine.py:4\); mend it") as error:
+    with pytest.raises(InputError, match=r"mine.py:f: raised KeyError: 'mine' \(\S*mine.py:4\); fix it") as error:
         load_rewards(f"{path}:f")["f"](["a"], [{}])
     assert isinstance(error.value.__cause__, KeyError)
 

@@ -104,7 +104,7 @@ def test_a_cache_of_something_else_is_refused_by_name(fill, tmp_path):
 def test_a_folder_with_other_files_is_not_taken_for_a_cache(fill, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "thesis.tex").write_text("!")
-    with pytest.raises(InputError, match="is not empty, and no cache"):
+    with pytest.raises(InputError, match="is not empty and not a teacher"):
         fill()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.tex"]
 

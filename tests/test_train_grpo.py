@@ -153,10 +153,10 @@ def test_a_codeforces_record_goes_through_prompt_rollout_sandbox_and_update(run,
 
 @pytest.mark.parametrize("flags, said", [
     (["--group-size", "1"], "--group-size 1: an answer is judged against its group"), (["--beta", "-1"], "--beta -1"),
-    (["--rewards", "nice"], "no reward 'nice'"), (["--reward-weights", "1,2"], "2 for 1 rewards"),
-    (["--reward-weights", "much"], "is no list of numbers"), (["--reward-weights", "nan"], "not finite"),
+    (["--rewards", "nice"], "no reward 'nice'"), (["--reward-weights", "1,2"], "2 weights for 1 rewards"),
+    (["--reward-weights", "much"], "is not a list of numbers"), (["--reward-weights", "nan"], "not finite"),
     (["--weight-decay", "inf"], "--weight-decay inf"), (["--beta", "nan"], "--beta nan"), (["--limit", "1"], "holds one problem"),
-    (["--lr", "0"], "--lr 0.0: is not above 0"),
+    (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--data", "no/such.jsonl"], "no/such.jsonl: no such file"), (["--max-prompt-length", "2"], "raise --max-prompt-length"),
     (["--lr", "1e12"], "is not finite; lower --lr"), (["--model", "no/such/model"], "no/such/model: no such folder")])
 def test_bad_input_is_one_line(run, flags, said):

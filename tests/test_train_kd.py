@@ -523,7 +523,7 @@ def test_the_students_own_folder_is_not_taken_for_out(run, world):
     assert (world / "student/config.json").read_bytes() == before
 
 
-# ---- what the user can mend
+# ---- what the user can fix
 
 @pytest.mark.parametrize("flags, said", [
     (dict(data=("--data", "no/such.jsonl")), "no/such.jsonl: no such file"),
@@ -546,19 +546,20 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--batch-size", "0"], "--batch-size 0: is not above 0"), (["--lr", "nan"], "--lr [nan]: is not above 0"),
+    (["--batch-size", "0"], "--batch-size 0: must be above 0"), (["--lr", "nan"], "--lr [nan]: must be above 0"),
     (["--validation", "0"], "--validation 0"), (["--eval-examples", "-1"], "--eval-examples -1"),
-    (["--kd-ratio", "1.5"], "--kd-ratio lies in 0 to 1"), (["--alpha", "0"], "--alpha between"),
+    (["--kd-ratio", "1.5"], "--kd-ratio must be from 0 to 1"), (["--alpha", "0"], "--alpha between"),
     (["--lr", "1e-3", "1e-2"], "--lr with several rates sweeps one loss"),
-    (["--epochs", "inf"], "--epochs inf: is not above 0 and at most"), (["--epochs", "1e308"], "--epochs 1e+308: is not"), (["--weight-decay", "-1"], "give 0 or more"),
+    (["--epochs", "inf"], "--epochs inf: must be above 0 and at most"), (["--epochs", "1e308"], "--epochs 1e+308: must be"),
+    (["--weight-decay", "-1"], "0 or more"),
     (["--weight-decay", "nan"], "--weight-decay nan"), (["--warmup", "-1"], "--warmup -1"), (["--step", "3"], "see --help"),
     (["--batch-size", "many"], "invalid int value: 'many'; see --help"),
     (["--loss", "sft", "--lr", "0.01", "1e-2"], "two rates are the same"),
     (["--eval-data", "no/such.jsonl"], "no/such.jsonl: no such file"),
-    (["--on-policy", "1.5"], "--on-policy lies in 0 to 1"), (["--mix", "1"], "--mix in 0 to below 1"),
+    (["--on-policy", "1.5"], "--on-policy must be from 0 to 1"), (["--mix", "1"], "--mix from 0 to below 1"),
     (["--on-policy", "0.5"], "--on-policy needs a divergence"),
     (["--loss", "minillm", "--cache-teacher", "x"], "own answers are new each time"),
-    (["--loss", "minillm", "--seq-kd"], "leave one out"), (["--rollouts", "0"], "--rollouts 0: is not above 0"),
+    (["--loss", "minillm", "--seq-kd"], "leave one out"), (["--rollouts", "0"], "--rollouts 0: must be above 0"),
     (["--lm-data", "no/such.jsonl"], "no/such.jsonl: no such file"),
     (["--loss", "sft", "--lr", "1e12", "--steps", "9"], "is not finite; lower --lr")])
 def test_a_flag_out_of_range_is_one_line_that_names_it(run, flags, said):
@@ -615,7 +616,7 @@ def test_a_damaged_log_is_one_line(run, tmp_path):
     for line in "{]", "[1]", '{"loss": 2}', "3":
         (tmp_path / "run/log.jsonl").write_text(line + "\n")
         status, _, err = run("--loss", "sft", "--steps", "1", "--resume")
-        assert status == 2 and "log.jsonl: holds a line that is no step of a run" in err and err.count("\n") == 1
+        assert status == 2 and "log.jsonl: holds a line that is not a step of a run" in err and err.count("\n") == 1
     (tmp_path / "run/log.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "run/config.json").write_text('{"settings": [1]}')
     status, _, err = run("--loss", "sft", "--steps", "1", "--resume")

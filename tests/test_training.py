@@ -93,7 +93,7 @@ def test_a_device_that_is_not_there_is_one_line(name):
 @pytest.mark.parametrize("value", [0, -1, float("nan"), [1e-3, 0.0]])
 def test_a_number_that_must_be_above_zero_is_named_by_its_flag(value):
     check_positive(argparse.Namespace(batch_size=1, grad_accum=None, lr=[1e-5]), "batch_size", "grad_accum", "lr")
-    with pytest.raises(InputError, match="--batch-size .*: is not above 0"):
+    with pytest.raises(InputError, match="--batch-size .*: must be above 0"):
         check_positive(argparse.Namespace(batch_size=value), "batch_size")
 
 
@@ -181,7 +181,7 @@ def test_a_state_of_another_model_is_refused_in_one_line_and_nothing_is_touched(
     save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 1})
     other = small_model(seed=2, **shape)
     before = [p.detach().clone() for p in other.parameters()]
-    with pytest.raises(InputError, match=f"{STATE}: is another model's .*{named}.*; start again") as error:
+    with pytest.raises(InputError, match=f"{STATE}: belongs to another model .*{named}.*; start again") as error:
         load_state(tmp_path, other, make_optimizer(other, 0.01))
     assert "\n" not in str(error.value)
     assert all(torch.equal(was, now) for was, now in zip(before, other.parameters()))
@@ -228,7 +228,7 @@ def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_
 
 def test_a_models_own_config_is_not_replaced_by_a_runs(tmp_path):
     (tmp_path / CONFIG).write_text('{"model_type": "qwen2"}')
-    with pytest.raises(InputError, match="is not a run's but a model's.*choose another --out"):
+    with pytest.raises(InputError, match="belongs to a model, not to a run.*choose another --out"):
         write_config(tmp_path, SETTINGS)
     assert (tmp_path / CONFIG).read_text() == '{"model_type": "qwen2"}'
 

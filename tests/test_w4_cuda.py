@@ -1,4 +1,4 @@
-"""w4_matmul.cu, number by number on a CPU (ptx.py), and its layout bit by bit."""
+"""w4_matmul.cu's kernels, run on a CPU by ptx.py, and their layout bit by bit."""
 import re
 
 import pytest
@@ -17,11 +17,11 @@ def seed():
 
 
 def layer(N: int, K: int, group: int, sym: bool, seed=0):
-    """Random codes in the full range, scales and zeros; and the weight they stand for, float64."""
+    """Random codes over the full range, scales and zeros; and the weight they stand for, in float64."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (N, K), generator=generator).to(torch.uint8)
     scales = (torch.rand(N, K // group, generator=generator) + 0.5).half().float() * 0.02
-    scales = scales.half().float()
+    scales = scales.half().float()                                              # exact in float16, as they are stored
     zeros = torch.full_like(scales, 8) if sym else torch.randint(0, 16, scales.shape, generator=generator).float()
     return codes, scales, zeros, decode_groups(codes, scales, zeros).double()
 
@@ -53,7 +53,7 @@ def test_the_layout_is_the_one_that_is_drawn():
 # ---- the kernels themselves, on the CPU
 
 def run(gpu, name, grid, threads, words, scales, zeros, x, bias, y, *sizes):
-    """cuda.launch; each tensor lies alone, and a byte beside it is a fault."""
+    """cuda.launch; an access outside these tensors is a Fault."""
     gpu.readable, gpu.writable = places(words, scales, zeros, x, bias), places(y)
     launch(name, y.device, grid, threads, words, scales, zeros, x, bias, y, *sizes)
 
@@ -63,18 +63,18 @@ def check(gpu, name, grid, M, N, K, group, sym=True, biased=True, threads=256):
     generator = torch.Generator().manual_seed(M + N)
     x = torch.randn(M, K, generator=generator).bfloat16()
     bias = torch.randn(N, generator=generator).bfloat16() if biased else None
-    y = torch.full((M, N), torch.nan).bfloat16()                                # poisoned
+    y = torch.full((M, N), torch.nan).bfloat16()                                # nan: an output that is not written shows
     run(gpu, name, grid, threads, *repack(codes, scales, zeros), x, bias, y, M, N, K, group)
     expected = x.double() @ weight.T + (0 if bias is None else bias.double())
     error = (y.double() - expected).norm() / expected.norm()
-    assert error < 3e-3, (name, M, N, K, group, error)                          # bfloat16's rounding of y alone
+    assert error < 3e-3, (name, M, N, K, group, error)                          # no more than y's rounding to bfloat16
 
 
 @pytest.mark.parametrize("M", [1, 3, 8, 9, 16, 33, 64])
 def test_every_batch_size_gives_the_product(gpu, M):
     name, grid, threads = plan(M, 24)
     check(gpu, name, grid, M, 24, 256, 128, threads=threads)
-    name = f"w4_mma_{next(rows for rows in (8, 16, 32, 64) if rows >= M)}"      # as for layers of many outputs
+    name = f"w4_mma_{next(rows for rows in (8, 16, 32, 64) if rows >= M)}"      # what a layer of many outputs uses
     check(gpu, name, grid, M, 24, 256, 128)
 
 
@@ -82,17 +82,17 @@ def test_every_batch_size_gives_the_product(gpu, M):
                                          (16, 2048, 256)])
 @pytest.mark.parametrize("sym", [True, False])
 def test_every_shape_gives_the_product(gpu, N, K, group, sym):
-    gpu.order = "first" if sym else "last"                                      # warps run as far ahead as barriers let them
+    gpu.order = "first" if sym else "last"                                      # one warp runs as far as barriers allow
     for name, rows in (("w4_naive", 3), ("w4_matvec_1", 1), ("w4_matvec_2", 2), ("w4_matvec_4", 3), ("w4_mma_8", 5),
                        ("w4_mma_16", 13)):
-        if K < 500 or name.startswith("w4_mma") or sym:                         # the others take long and are not launched
+        if K < 500 or name.startswith("w4_mma") or sym:                         # the other kernels are slow here, and not used
             grid = (-(-N // 128), rows) if name == "w4_naive" else (-(-N // 16), 1)
             check(gpu, name, grid, rows, N, K, group, sym, biased=sym, threads=128 if name == "w4_naive" else 256)
 
 
 @pytest.mark.parametrize("name, M", [("w4_mma_8_few", 8), ("w4_mma_16_few", 11)])
 def test_more_warps_along_the_inputs_give_the_product(gpu, name, M):
-    for K, group in (128, 64), (4864, 128), (2560, 512):                        # fewer tiles than warps; more than a ring
+    for K, group in (128, 64), (4864, 128), (2560, 512):                        # fewer tiles than warps; more than rings hold
         check(gpu, name, (2, 1), M, 24, K, group, sym=group == 128, threads=512)
 
 
@@ -105,7 +105,7 @@ def test_the_dequantised_weight_is_the_weight(gpu, N, K, group, sym):
     assert torch.equal(y, weight.bfloat16())
 
 
-def test_the_check_would_see_a_wrong_nibble(gpu):
+def test_the_check_detects_a_wrong_nibble(gpu):
     codes, scales, zeros, weight = layer(16, 128, 128, True)
     words, *grid = repack(codes, scales, zeros)
     words[0, 0, 1, 17, 2] ^= 8 << 20
@@ -116,10 +116,10 @@ def test_the_check_would_see_a_wrong_nibble(gpu):
 
 
 @pytest.mark.parametrize("old, new, fault", [
-    (r"bar\.warp\.sync\s+-1;", "", "touches what another thread wrote, in no order"),
-    (r"bar\.sync\s+0;", "", "reads what nobody wrote"),
-    (r"wait_group\s+2;", "wait_group 3;", "while an asynchronous copy is on its way")])
-def test_the_check_would_see_a_missing_barrier_or_wait(ptx, gpu, old, new, fault):
+    (r"bar\.warp\.sync\s+-1;", "", "race: accesses what another thread wrote"),
+    (r"bar\.sync\s+0;", "", "reads what no thread wrote"),
+    (r"wait_group\s+2;", "wait_group 3;", "while an asynchronous copy is in flight")])
+def test_the_check_detects_a_missing_barrier_or_wait(ptx, gpu, old, new, fault):
     body = re.search(r"\.visible \.entry w4_mma_8\(.*?\n}\n", ptx, re.S)[0]
     gpu.kernels = kernels_of(body)
     check(gpu, "w4_mma_8", (1, 1), 3, 16, 2560, 128)
@@ -130,7 +130,7 @@ def test_the_check_would_see_a_missing_barrier_or_wait(ptx, gpu, old, new, fault
         check(gpu, "w4_mma_8", (1, 1), 3, 16, 2560, 128)
 
 
-def test_the_check_would_see_a_read_past_the_end(gpu):
+def test_the_check_detects_a_read_past_the_end(gpu):
     for what in 0, 1, 3:                                                        # words, scales, x
         parts = [*repack(*layer(16, 256, 128, True)[:3]), torch.ones(1, 256).bfloat16(), None, torch.zeros(1, 16).bfloat16()]
         parts[what] = parts[what][..., :-1].clone()
@@ -142,7 +142,7 @@ def test_the_check_would_see_a_read_past_the_end(gpu):
 
 @pytest.fixture
 def on_cpu(gpu, monkeypatch) -> list:
-    """The operator runs on the CPU; -> the names of the kernels that it launched."""
+    """Makes the operator run on the CPU -> the names of the kernels that it launched."""
     def launched(name, device, grid, threads, *values):
         run(gpu, name, grid, threads, *values)
 
@@ -156,7 +156,7 @@ def test_the_operator_takes_the_planned_kernel_and_any_x(on_cpu, M, expected):
     bias = torch.randn(48).bfloat16()
     wide = torch.randn(M + 1, 300).bfloat16()
     views = wide[:M, 3:259], wide[:M, 8:264], wide.flatten()[1:1 + M * 256].view(M, 256)
-    for x in views:                                                             # rows apart, odd or not; an odd address
+    for x in views:                                         # rows with gaps, unaligned or not; contiguous but unaligned
         on_cpu.clear()
         y = w4_cuda.multiply(x, *repack(codes, scales, zeros), bias, 48, 64)
         assert on_cpu == expected and y.shape == (M, 48)
@@ -177,11 +177,12 @@ def test_a_4_bit_layer_multiplies_by_the_kernel(on_cpu, monkeypatch):
     made.multiply(x, "kernel")
     assert made.prepared[0] == "kernel"
     torch.library.opcheck(torch.ops.minikd.w4_matmul.default,
-                          (x[0], *made.prepared[1], made.bias.bfloat16(), 40, 64), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+                          (x[0], *made.prepared[1], made.bias.bfloat16(), 40, 64),
+                          test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 def test_on_a_gpu_the_kernel_is_chosen_where_it_can_be(monkeypatch):
-    class OnGPU:                                                                # what choose asks of x
+    class OnGPU:                                                                # the attributes of x that `choose` reads
         def __init__(self, dtype=torch.bfloat16, requires_grad=False):
             self.dtype, self.requires_grad, self.is_cuda, self.device = dtype, requires_grad, True, torch.device("cuda:0")
 
@@ -210,7 +211,7 @@ def test_a_plan_covers_all_outputs_and_rows():
     assert all(map(fits, (32, 64, 128, 256, 896, 4864))) and not any(map(fits, (16, 96, 192)))
 
 
-def test_the_operator_has_a_shape_without_a_gpu():
+def test_the_operator_knows_its_output_s_shape_without_a_gpu():
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode():
         x = torch.empty(5, 896, device="cuda", dtype=torch.bfloat16)
