@@ -1,6 +1,7 @@
 """How the CUDA sources are compiled and cached, and the line that says why they cannot be."""
 import ctypes
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -10,13 +11,20 @@ from minikd.cuda import Unavailable, build
 from minikd.w4_cuda import KERNELS
 
 
-def test_nvcc_compiles_the_sources_without_headers_and_the_result_is_cached(tmp_path, monkeypatch):
+def test_the_sources_become_machine_code(ptx, tmp_path):
+    subprocess.run(["ptxas", "-arch=sm_90", "-", "-o", tmp_path / "cubin"], input=ptx.encode(), check=True)
+    code = (tmp_path / "cubin").read_bytes()
+    assert code[:4] == b"\x7fELF" and all(name.encode() in code for name in (*KERNELS, "decode_bf16", "decode_w4"))
+
+
+def test_nvcc_compiles_and_the_result_is_cached(tmp_path, monkeypatch):
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
     monkeypatch.setattr(cuda, "find_nvrtc", lambda: (_ for _ in ()).throw(Unavailable("none here")))
+    monkeypatch.setattr(cuda, "program", lambda: b'extern "C" __global__ void nothing() {}')
     code = build("sm_90")
-    assert code[:4] == b"\x7fELF" and all(name.encode() in code for name in KERNELS)
+    assert code[:4] == b"\x7fELF" and b"nothing" in code
     assert [path.read_bytes() == code for path in tmp_path.iterdir()] == [True]
     monkeypatch.setattr(cuda, "nvcc", lambda source, arch: b"built again")
     assert build("sm_90") == code                                               # from the cache

@@ -67,18 +67,17 @@ def error_of(found, exact) -> float:
 
 
 ONE = dict(num_hidden_layers=1)
-SHAPES = {"0.5B's ratios": ONE | dict(hidden_size=224, intermediate_size=304, num_attention_heads=7, num_key_value_heads=1),
-          "wide heads": dict(head_dim=128, num_attention_heads=2, num_key_value_heads=1),
-          "one head a key": ONE | dict(hidden_size=72, intermediate_size=616, num_attention_heads=2, num_key_value_heads=2,
-                                       head_dim=64)}
+SHAPES = {"wide heads": dict(head_dim=128, num_attention_heads=2, num_key_value_heads=1),
+          "odd sizes": ONE | dict(hidden_size=72, intermediate_size=616, num_attention_heads=3, num_key_value_heads=1)}
 SHAPES_W4 = {"small": ONE | dict(hidden_size=128, intermediate_size=256),
              "teams": ONE | dict(hidden_size=128, intermediate_size=1152, num_attention_heads=8, num_key_value_heads=1,
                                  head_dim=64),
-             "zeros, groups of 256": dict(hidden_size=256, intermediate_size=512, num_attention_heads=8, group=256, sym=False)}
+             "zeros, groups of 256": ONE | dict(hidden_size=256, intermediate_size=512, num_attention_heads=8, group=256,
+                                                sym=False)}
 
 
 @pytest.mark.parametrize("bits, shape, prompt, order", [
-    (16, "0.5B's ratios", 9, "first"), (16, "wide heads", 310, "turns"), (16, "one head a key", 1, "last"),
+    (16, "wide heads", 310, "turns"), (16, "odd sizes", 1, "last"),
     (4, "teams", 40, "turns"), (4, "zeros, groups of 256", 7, "last")])
 def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, prompt, order):
     model, on_cpu.order = make(bits, **(SHAPES if bits == 16 else SHAPES_W4)[shape]), order
@@ -116,7 +115,7 @@ def test_generate_by_one_kernel_gives_the_plain_path_s_tokens(on_cpu, monkeypatc
     def laid_out(model, rows, steps):
         yield joined(model)
 
-    prompt, steps = [[3, 1, 4, 1, 5, 9, 2, 6]], 3
+    on_cpu.order, prompt, steps = "first", [[3, 1, 4, 1, 5, 9, 2, 6]], 3 if bits == 16 else 2
     plain = generate(model, prompt, steps, graphs=True)
     with torch.inference_mode():
         best = model(torch.tensor([prompt[0] + plain[0]]))[0, len(prompt[0]) - 1:-1].float().topk(2).values

@@ -155,6 +155,7 @@ def test_a_step_for_graphs_gives_the_plain_steps_tokens(options):
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch's CPU build has no name for a GPU's tensors")
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="older torch initialises CUDA even for tensors without memory")
 @pytest.mark.parametrize("temperature, top_p, top_k", [(0.0, 1.0, 0), (0.7, 0.9, 5), (1.0, 1.0, 0)])
 def test_all_of_a_step_happens_on_the_gpu(monkeypatch, temperature, top_p, top_k):
     """Tensors that say they lie on a GPU and have no memory: an operator that met one of the CPU's, or asked the host for a

@@ -74,18 +74,18 @@ def check(gpu, name, grid, M, N, K, group, sym=True, biased=True, threads=256):
 def test_every_batch_size_gives_the_product(gpu, M):
     name, grid, threads = plan(M, 24)
     check(gpu, name, grid, M, 24, 256, 128, threads=threads)
-    name = f"w4_mma_{next(rows for rows in (8, 16, 32, 64) if rows >= M)}"      # what a layer of many outputs uses
-    check(gpu, name, grid, M, 24, 256, 128)
+    if name.endswith("_few"):                                                   # what a layer of many outputs uses
+        check(gpu, name.removesuffix("_few"), grid, M, 24, 256, 128)
 
 
-@pytest.mark.parametrize("N, K, group", [(8, 8 * 8, 64), (24, 1152, 32), (40, 192, 64), (32, 896, 128), (16, 512, 512),
-                                         (16, 2048, 256)])
+@pytest.mark.parametrize("N, K, group", [(8, 64, 64), (8, 1152, 32), (40, 192, 64), (32, 896, 128), (16, 512, 512),
+                                         (16, 5120, 256)])
 @pytest.mark.parametrize("sym", [True, False])
 def test_every_shape_gives_the_product(gpu, N, K, group, sym):
     gpu.order = "first" if sym else "last"                                      # one warp runs as far as barriers allow
     for name, rows in (("w4_naive", 3), ("w4_matvec_1", 1), ("w4_matvec_2", 2), ("w4_matvec_4", 3), ("w4_mma_8", 5),
                        ("w4_mma_16", 13)):
-        if K < 500 or name.startswith("w4_mma") or sym:                         # the other kernels are slow here, and not used
+        if K < 600 or name.startswith("w4_mma"):                                # the other kernels are slow here, and not used
             grid = (-(-N // 128), rows) if name == "w4_naive" else (-(-N // 16), 1)
             check(gpu, name, grid, rows, N, K, group, sym, biased=sym, threads=128 if name == "w4_naive" else 256)
 
