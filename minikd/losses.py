@@ -18,6 +18,7 @@ from torch import Tensor
 
 BLOCK = 2048                                        # head rows in one matrix product on a CPU: they fit its cache
 LEAST = -1e30                                       # replaces a logit of -inf; its probability is 0 just the same
+PIECE_BYTES = 256 << 10                            # float32 logits in one softmax, at least: fewer are mostly overhead
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # logits of one model that are in memory at once
 
 
@@ -178,7 +179,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head) if need_head else None               # [V, D]
         ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))
         chunk = max(1, min(N, chunk_bytes // (V * dtype.itemsize)))             # tokens whose logits are in memory
-        piece = max(1, chunk // 16)                                             # of those, tokens of one float32 softmax
+        piece = max(1, chunk // 16, PIECE_BYTES // (4 * V))                     # of those, tokens of one float32 softmax
         with torch.autocast(device, enabled=False):
             states = hidden.to(dtype)
             logits = states.new_empty(chunk, V)                                 # student's, later overwritten by gradient
