@@ -182,7 +182,7 @@ class Warp:
             memory = memories[max(0, bisect_right(memories, left[0], key=lambda memory: memory.start) - 1)]
             at = addresses - memory.start
             inside = (at >= 0) & (at + size <= len(memory.view))
-            require(inside[addresses == left[0]].all(), f"address {left[0]:#x} is in no tensor", self)
+            require(inside[addresses == left[0]].all(), "an address is in no tensor", left[0], self)
             found.append((memory, inside, at[inside]))
             left = left[(left < memory.start) | (left + size > memory.start + len(memory.view))]
         return found
@@ -240,7 +240,7 @@ class Warp:
         the target holds 0xff."""
         lanes, full, mask = self.lanes, self.full, self.mask
         (memory, _, at), = self.find("shared", to[lanes], size)
-        require(np.isin(there[lanes], (0, size)).all(), "an asynchronous copy of part of its bytes", self)
+        require(((there[lanes] == 0) | (there[lanes] == size)).all(), "an asynchronous copy of part of its bytes", self)
         data = np.zeros((32, size), np.uint8)
         self.mask = mask & (there > 0)
         if self.mask.any():
