@@ -229,7 +229,8 @@ def test_an_int8_head_is_the_head_to_8_bits_even_beside_outliers(dtype):
     expected = states.double() @ rounded.T
     for row in range(len(states)):                                              # alone, and with rows of other sizes
         ours = head_logits(model, states[row:row + 1]).double()
-        assert ours.shape == (1, V) and (ours - expected[row]).norm() < (5e-4 if dtype == torch.float32 else 5e-3) * expected[row].norm()
+        most = (5e-4 if dtype == torch.float32 else 5e-3) * expected[row].norm()
+        assert ours.shape == (1, V) and (ours - expected[row]).norm() < most
     ours = head_logits(model, states).double()
     assert ((ours - expected).norm(dim=1) < 5e-3 * expected.norm(dim=1)).all()
     assert not torch.equal(ours, head_logits(random_model(dtype=dtype), states).double())

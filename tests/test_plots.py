@@ -19,7 +19,7 @@ def drawn(monkeypatch) -> list:
 
 
 def curves(axes) -> dict[str, list[tuple]]:
-    return {line.get_label(): list(zip(*(data.tolist() for data in map(np.asarray, line.get_data())))) for line in axes.get_lines()}
+    return {line.get_label(): list(zip(*(np.asarray(data).tolist() for data in line.get_data()))) for line in axes.get_lines()}
 
 
 def log(folder, *lines):
