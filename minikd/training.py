@@ -154,7 +154,7 @@ def read_log(folder, name: str = LOG) -> list[dict]:
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
         try:
             lines.append(json.loads(line))
-            int(lines[-1]["step"])
+            abs(lines[-1]["step"])                              # a number
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path}: holds a line that is not a step of a run ({error}); choose another --out") from error
     return lines

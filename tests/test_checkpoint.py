@@ -237,12 +237,13 @@ def test_a_save_keeps_the_tokenizer_the_log_and_the_subfolders_and_replaces_the_
     (sharded / "tokenizer.json").write_text("{}")
     (sharded / "state").mkdir()
     (sharded / "state" / "optimizer.pt").write_bytes(b"123")
+    (sharded / "state" / "latest").symlink_to("optimizer.pt")
     log = (sharded / "log.jsonl").open("a")
     print("step 1", file=log, flush=True)
     save_model(tiny(seed=1), sharded)
     print("step 2", file=log, flush=True)                   # a log that is open goes on being the log
     assert set(contents(sharded)) == {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl",
-                                      "state/optimizer.pt"}
+                                      "state/optimizer.pt", "state/latest"} and (sharded / "state" / "latest").is_symlink()
     assert (sharded / "log.jsonl").read_text() == "step 1\nstep 2\n"
     assert same(tiny(seed=1), load_model(sharded))
     save_model(tiny(), sharded, shard_bytes=6_000)          # and back: no single file is left to be read instead
