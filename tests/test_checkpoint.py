@@ -141,6 +141,8 @@ def test_each_shard_holds_what_fits_and_at_least_one_tensor():
     tensors = {name: torch.zeros(size) for name, size in zip("abcde", (10, 10, 50, 5, 5))}       # 4 bytes each
     assert split_shards(tensors, 10**6) == {"model.safetensors": list("abcde")}
     assert list(split_shards(tensors, 80).values()) == [["a", "b"], ["c"], ["d", "e"]]
+    assert list(split_shards(tensors, 40).values()) == [["a"], ["b"], ["c"], ["d", "e"]]         # filled to the byte
+    assert list(split_shards(tensors, 39).values()) == list(map(list, "abcde"))                  # no empty one before a
     assert list(split_shards(tensors, 80)) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
