@@ -52,7 +52,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
-    done = (step - warmup) / max(1, steps - warmup)             # 0 .. 1
+    done = (step - warmup) / (steps - warmup)                   # 0 .. 1
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))  # from 1.0 to 0.1
 
 

@@ -52,6 +52,10 @@ def test_the_rate_starts_above_nothing_reaches_its_peak_and_never_falls_under_a_
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0.1 < rates[-1] < 0.101
 
 
+def test_without_warm_up_half_way_is_half_way_between_the_peak_and_a_tenth():
+    assert learning_rate(0, 10, 2.0) == 2.0 and learning_rate(5, 10, 2.0) == pytest.approx(1.1)
+
+
 def test_a_constant_rate_stays_after_its_warm_up():
     assert [learning_rate(step, 6, 4.0, 2, "constant") for step in range(6)] == [2.0, 4.0, 4.0, 4.0, 4.0, 4.0]
 
@@ -304,10 +308,12 @@ def test_the_settings_are_written_with_the_versions_that_ran_them(tmp_path):
 @pytest.mark.parametrize("said, commit", [("abc1234-dirty\n", "abc1234-dirty"), ("", None)])
 def test_a_run_records_the_commit_of_this_code_wherever_it_is_started(tmp_path, monkeypatch, said, commit):
     asked = []
-    monkeypatch.setattr(subprocess, "run", lambda given, **_: asked.append(given) or SimpleNamespace(stdout=said))
+    monkeypatch.setattr(subprocess, "run", lambda *given, **how: asked.append((*given, how)) or SimpleNamespace(stdout=said))
     write_config(tmp_path, SETTINGS)
     assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] == commit
-    assert asked[0][:3] == ["git", "-C", str(Path(__file__).resolve().parents[1])] and "--dirty" in asked[0]
+    (command, how), = asked
+    assert command[:3] == ["git", "-C", str(Path(__file__).resolve().parents[1])] and "--dirty" in command
+    assert how == dict(capture_output=True, text=True)                          # text: else the commit is a b'...'
 
 
 def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_values(tmp_path):
