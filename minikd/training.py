@@ -187,7 +187,6 @@ def save_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, facts: di
         save_tensors(tensors, new, {"facts": json.dumps(facts)})
 
 
-@torch.no_grad()
 def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
     """Puts a saved state back, bit for bit; returns its facts, and the tensors saved as `more`."""
     path = Path(folder) / STATE

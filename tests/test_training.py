@@ -323,6 +323,30 @@ def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_
         check_settings(tmp_path, SETTINGS | {"kd_ratio": 0.7})
     with pytest.raises(InputError, match=r"--data \['b.jsonl'\], but the run began with \['a.jsonl'\]"):
         check_settings(tmp_path, SETTINGS | {"data": ["b.jsonl"]})
+    check_settings(tmp_path, SETTINGS | {"newer_flag": None})
+    with pytest.raises(InputError, match="--newer-flag 1, but the run began with None"):
+        check_settings(tmp_path, SETTINGS | {"newer_flag": 1})
+
+
+def test_a_disk_that_fills_leaves_the_files_before(tmp_path, monkeypatch):
+    model = small_model()
+    optimizer = make_optimizer(model, 0.01)
+    write_config(tmp_path, SETTINGS)
+    Log(tmp_path).write(step=1)
+    save_state(tmp_path, model, optimizer, {"step": 1})
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(path, *_, **__):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("minikd.training.save_tensors", lambda tensors, path, facts: full(path))
+    for write in (lambda: write_config(tmp_path, SETTINGS), lambda: Log(tmp_path, upto=1),
+                  lambda: save_state(tmp_path, model, optimizer, {"step": 2})):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+        assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_a_models_own_config_is_not_replaced_by_a_runs(tmp_path):
@@ -399,7 +423,7 @@ def test_progress_in_a_log_is_plain_lines_now_and_then(capsys):
     with Progress("KD", total=10, every=60.0) as progress:
         for _ in range(10):
             progress.update()
-    assert capsys.readouterr().err == ""                                        # not a line a step
+    assert capsys.readouterr().err == "" and progress.done == 10                # not a line a step
 
 
 def test_progress_on_a_terminal_is_a_bar_that_counts_to_its_total(monkeypatch, capsys):
