@@ -426,6 +426,15 @@ def test_progress_in_a_log_is_plain_lines_now_and_then(capsys):
     assert capsys.readouterr().err == "" and progress.done == 10                # not a line a step
 
 
+def test_progress_in_a_log_waits_from_line_to_line(monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 10))                                           # every look at it takes ten seconds
+    monkeypatch.setattr("minikd.training.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with Progress("KD", total=6) as progress:
+        for _ in range(6):
+            progress.update()
+    assert capsys.readouterr().err == "KD 2/6 \nKD 4/6 \nKD 6/6 \n"
+
+
 def test_progress_on_a_terminal_is_a_bar_that_counts_to_its_total(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with Progress("KD", total=10, start=4) as progress:
