@@ -52,7 +52,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
-    done = (step - warmup) / max(1, steps - warmup)             # 0 .. 1
+    done = (step - warmup) / (steps - warmup)                   # 0 .. 1
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))  # from 1.0 to 0.1
 
 
@@ -154,7 +154,7 @@ def read_log(folder, name: str = LOG) -> list[dict]:
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
         try:
             lines.append(json.loads(line))
-            int(lines[-1]["step"])
+            abs(lines[-1]["step"])                              # a number
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path}: holds a line that is not a step of a run ({error}); choose another --out") from error
     return lines
@@ -187,7 +187,6 @@ def save_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, facts: di
         save_tensors(tensors, new, {"facts": json.dumps(facts)})
 
 
-@torch.no_grad()
 def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
     """Puts a saved state back, bit for bit; returns its facts, and the tensors saved as `more`."""
     path = Path(folder) / STATE

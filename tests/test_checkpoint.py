@@ -141,6 +141,8 @@ def test_each_shard_holds_what_fits_and_at_least_one_tensor():
     tensors = {name: torch.zeros(size) for name, size in zip("abcde", (10, 10, 50, 5, 5))}       # 4 bytes each
     assert split_shards(tensors, 10**6) == {"model.safetensors": list("abcde")}
     assert list(split_shards(tensors, 80).values()) == [["a", "b"], ["c"], ["d", "e"]]
+    assert list(split_shards(tensors, 40).values()) == [["a"], ["b"], ["c"], ["d", "e"]]         # filled to the byte
+    assert list(split_shards(tensors, 39).values()) == list(map(list, "abcde"))                  # no empty one before a
     assert list(split_shards(tensors, 80)) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
@@ -237,12 +239,13 @@ def test_a_save_keeps_the_tokenizer_the_log_and_the_subfolders_and_replaces_the_
     (sharded / "tokenizer.json").write_text("{}")
     (sharded / "state").mkdir()
     (sharded / "state" / "optimizer.pt").write_bytes(b"123")
+    (sharded / "state" / "latest").symlink_to("optimizer.pt")
     log = (sharded / "log.jsonl").open("a")
     print("step 1", file=log, flush=True)
     save_model(tiny(seed=1), sharded)
     print("step 2", file=log, flush=True)                   # a log that is open goes on being the log
     assert set(contents(sharded)) == {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl",
-                                      "state/optimizer.pt"}
+                                      "state/optimizer.pt", "state/latest"} and (sharded / "state" / "latest").is_symlink()
     assert (sharded / "log.jsonl").read_text() == "step 1\nstep 2\n"
     assert same(tiny(seed=1), load_model(sharded))
     save_model(tiny(), sharded, shard_bytes=6_000)          # and back: no single file is left to be read instead

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from minikd import records
-from minikd.data import (Dropped, Encoded, batch_order, collate, data_files, encode_examples, encode_text, load_examples, load_texts,
-                         prompt_text, read_records, recognise, split_examples, to_example, without_docstring)
+from minikd.data import (Dropped, Encoded, batch_order, by_length, collate, data_files, encode_examples, encode_text,
+                         load_examples, load_texts, next_rows, optimizer_steps, prompt_text, read_records, recognise,
+                         split_examples, steps_per_epoch, to_example, without_docstring)
 from minikd.files import InputError
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
@@ -179,6 +180,10 @@ def test_format_can_be_forced_and_the_records_own_category_wins():
     ("def f(a):\n    '''doc\n    more'''\n    print 'python 2'\n", "def f(a):\n    print 'python 2'\n"),
     ("def f(a):  # c\n    \"\"\"doc\"\"\"\n    print a, '''kept'''\n", "def f(a):  # c\n    print a, '''kept'''\n"),
     ("print 'no docstring'\n", None),
+    ("def f():\n    'doc'; return 1  # why\n", "def f():\n    return 1"),
+    ("def é(): 'doc'\n", "def é():\n    pass"),
+    ("def f():\n    'doc'\n\n\n", "def f():\n    pass\n"),
+    ("def f():\n    '''doc'''\ndef g():\n    '''kept'''\n    print 2\n", "def f():\ndef g():\n    '''kept'''\n    print 2\n"),
 ])
 def test_docstring_is_removed_and_the_rest_stays_as_written(code, expected):
     assert without_docstring(code) == (code if expected is None else expected)
@@ -243,6 +248,7 @@ def test_skip_bad_counts_malformed_records_and_shows_the_first(tmp_path):
     examples, report = load_examples(file, skip_bad=True)
     assert (len(examples), report.read, report.dropped) == (1, 3, {"malformed": 2})
     assert "1 of 3 records kept (dropped: 2 malformed)" in str(report) and "d.jsonl:1" in report.first_bad
+    assert "d.jsonl:1" in str(report).splitlines()[1] and "malformed" not in str(load_examples(write(file, DOLLY))[1])
 
 
 def test_corrupt_lines_are_skipped_and_counted_in_pytorrent_alone(tmp_path):
@@ -573,6 +579,28 @@ def test_order_differs_by_seed_and_epoch_and_is_the_same_in_every_process():
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           cwd=Path(__file__).parents[1], env={"PYTHONHASHSEED": salt}).stdout
     assert said == f"{order}\n{[example.instruction for example in split]}\n"
+
+
+def test_passes_that_only_read_take_the_shortest_rows_first():
+    assert by_length(rows_of((1, 3), (4, 4), (1, 1), (2, 2), (1, 2)), 2) == [[2, 4], [0, 3], [1]]
+
+
+@pytest.mark.parametrize("start", range(7))
+def test_a_step_is_a_batch_of_its_epoch_in_micro_batches_wherever_the_run_began(start):
+    rows = rows_of(*[(i + 1, 1) for i in range(7)])                             # epochs of 4 + 3 rows
+    orders = [order for epoch in range(3) for order in batch_order(rows, 4, seed=5, epoch=epoch)]
+    assert steps_per_epoch(7, 2, 2) == 2 and steps_per_epoch(8, 2, 2) == 2 and steps_per_epoch(9, 2, 2) == 3
+    want = [(step, [[rows[i] for i in orders[step][at:at + 2]] for at in range(0, len(orders[step]), 2)])
+            for step in range(start, 6)]
+    assert list(optimizer_steps(rows, start, 6, batch_size=2, grad_accum=2, seed=5)) == want
+
+
+def test_an_endless_stream_holds_each_row_once_a_turn_however_it_is_cut():
+    rows = rows_of(*[(i + 1, 1) for i in range(5)])
+    stream = [row.index for turn in range(20) for row in next_rows(rows, turn, 1, seed=2)]
+    assert all(sorted(stream[at:at + 5]) == list(range(5)) for at in range(0, 20, 5)) and stream[:5] != stream[5:10]
+    assert [row.index for turn in range(2) for row in next_rows(rows, turn, 8, seed=2)] == stream[:16]
+    assert [row.index for row in next_rows(rows, 0, 20, seed=3)] != stream
 
 
 # ---- plain text

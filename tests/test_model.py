@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from minikd.checkpoint import load_model, save_model
 from minikd.files import InputError
-from minikd.model import MLP, Attention, KVCache, Qwen2, Qwen2Config, RMSNorm, rope_tables, rotate
+from minikd.model import MLP, Attention, KVCache, Qwen2, Qwen2Config, RMSNorm, StaticCache, rope_tables, rotate
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
@@ -157,18 +157,22 @@ def test_cached_decoding_equals_the_full_forward(lengths):
             torch.testing.assert_close(torch.stack(steps)[:, b], full, atol=2e-5, rtol=0)
 
 
-def test_rows_that_leave_the_cache_change_nothing_for_those_that_stay():
+@pytest.mark.parametrize("static", [False, True])
+def test_rows_that_leave_the_cache_change_nothing_for_those_that_stay(static):
     model, lengths = tiny(), torch.tensor([4, 2, 5])
-    ids, next_ids = random_ids(3, 5), random_ids(3, 2, seed=1)
+    ids, next_ids = random_ids(3, 5), random_ids(3, 3, seed=1)
     stay = torch.tensor([2, 1])
     with torch.no_grad():
         all_rows, fewer = (KVCache(model.config, lengths, 8, torch.float32) for _ in range(2))
         for cache in (all_rows, fewer):
             model.hidden(ids, cache)
+        fewer = StaticCache(fewer) if static else fewer
+        for cache in (all_rows, fewer):
             model.hidden(next_ids[:, :1], cache)
         fewer.keep(stay)
-        want = model.hidden(next_ids[:, 1:], all_rows)[stay]
-        torch.testing.assert_close(model.hidden(next_ids[stay, 1:], fewer), want, atol=1e-5, rtol=0)
+        for i in 1, 2:                                      # the last slot too
+            want = model.hidden(next_ids[:, i:i + 1], all_rows)[stay]
+            torch.testing.assert_close(model.hidden(next_ids[stay, i:i + 1], fewer), want, atol=1e-5, rtol=0)
 
 
 def test_the_tied_head_gathers_the_gradients_of_both_its_uses():

@@ -2,6 +2,9 @@
 import argparse
 import json
 import math
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +12,9 @@ from safetensors.torch import load_file
 
 from minikd.files import InputError
 from minikd.model import Qwen2, Qwen2Config
-from minikd.training import (CONFIG, LOG, STATE, Log, Progress, check_positive, check_settings, learning_rate,
-                             load_state, make_optimizer, pick_device, pick_dtype, read_log, save_state, spare_threads,
+from minikd.training import (CONFIG, LOG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule,
+                             check_settings, flag_group, learning_rate, load_state, load_student, make_optimizer,
+                             make_parser, pick_device, pick_dtype, read_log, save_state, settings_of, spare_threads,
                              write_config)
 
 IDS = torch.arange(24).view(2, 12)
@@ -48,6 +52,10 @@ def test_the_rate_starts_above_nothing_reaches_its_peak_and_never_falls_under_a_
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0.1 < rates[-1] < 0.101
 
 
+def test_without_warm_up_half_way_is_half_way_between_the_peak_and_a_tenth():
+    assert learning_rate(0, 10, 2.0) == 2.0 and learning_rate(5, 10, 2.0) == pytest.approx(1.1)
+
+
 def test_a_constant_rate_stays_after_its_warm_up():
     assert [learning_rate(step, 6, 4.0, 2, "constant") for step in range(6)] == [2.0, 4.0, 4.0, 4.0, 4.0, 4.0]
 
@@ -61,6 +69,8 @@ def test_matrices_are_decayed_and_biases_and_norms_are_not():
         assert id(parameter) in sets[0.0 if plain else 0.3], name
     assert len(sets[0.0] | sets[0.3]) == len(list(model.parameters()))          # the tied head once
     assert all(group["lr"] == 0.5 and group["betas"] == (0.9, 0.95) for group in groups)
+    assert make_optimizer(model, 0.5).param_groups[0]["weight_decay"] == 0.01
+    assert make_optimizer(model, 0.5, betas=(0.8, 0.9)).param_groups[1]["betas"] == (0.8, 0.9)
 
 
 def test_decay_alone_moves_a_matrix_and_leaves_a_norm():
@@ -81,20 +91,77 @@ def test_auto_takes_a_gpu_where_there_is_one_and_a_named_dtype_is_taken_at_its_w
     assert pick_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
     assert pick_dtype("float32", "cuda") == torch.float32 and pick_dtype("bfloat16", "cpu") == torch.bfloat16
     assert pick_dtype("auto", "cuda:0") == torch.bfloat16
+    assert pick_device("cpu") == "cpu"
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x"])
+@pytest.mark.parametrize("avx512, amx", [(False, False), (True, False), (False, True)])
+def test_a_cpu_takes_bfloat16_where_it_has_instructions_for_it(monkeypatch, avx512, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert pick_dtype("auto", "cpu") == (torch.bfloat16 if avx512 or amx else torch.float32)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_and_cuda_are_a_gpu_only_if_torch_sees_one(monkeypatch, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert pick_device("auto") == ("cuda" if there else "cpu")
+    if not there:
+        with pytest.raises(InputError, match="--device cuda:0: torch sees no GPU"):
+            pick_device("cuda:0")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", "meta"])
 def test_a_device_that_is_not_there_is_one_line(name):
     with pytest.raises(InputError, match=f"--device {name}: .*; use --device cpu") as error:
         pick_device(name)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("value", [0, -1, float("nan"), [1e-3, 0.0]])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), [1e-3, 0.0], 10**12 + 1])
 def test_a_number_that_must_be_above_zero_is_named_by_its_flag(value):
-    check_positive(argparse.Namespace(batch_size=1, grad_accum=None, lr=[1e-5]), "batch_size", "grad_accum", "lr")
+    check_positive(argparse.Namespace(batch_size=10**12, grad_accum=None, lr=[1e-5]), "batch_size", "grad_accum", "lr")
     with pytest.raises(InputError, match="--batch-size .*: must be above 0"):
-        check_positive(argparse.Namespace(batch_size=value), "batch_size")
+        check_positive(argparse.Namespace(steps=1, batch_size=value), "steps", "batch_size")
+
+
+@pytest.mark.parametrize("wrong", [dict(warmup=-1), dict(weight_decay=-0.1), dict(weight_decay=math.inf),
+                                   dict(weight_decay=math.nan)])
+def test_a_schedule_may_be_left_out_or_zero_but_not_negative_or_infinite(wrong):
+    for right in dict(warmup=None, weight_decay=None), dict(warmup=0, weight_decay=0.0):
+        check_schedule(argparse.Namespace(**right))
+        (key, value), = wrong.items()
+        with pytest.raises(InputError, match=f"--{key.replace('_', '-')} {value}: give"):
+            check_schedule(argparse.Namespace(**right | wrong))
+
+
+def test_flags_show_what_they_take_and_may_not_be_abbreviated():
+    parser = make_parser("What the\n   script does.")
+    add = flag_group(parser, "all")
+    add("--steps", type=int)
+    add("--lr", type=float)
+    add("--out")
+    add("--data", metavar="FILE")
+    add("--resume", action="store_true")
+    said = parser.format_help()
+    assert "What the\n   script does.\n" in said and "\nall:\n" in said
+    for line in "--steps N", "--lr X", "--out OUT", "--data FILE", "--resume":
+        assert f"  {line}\n" in said
+    assert parser.parse_args(["--steps", "3", "--resume"]).steps == 3
+    with pytest.raises(InputError, match="--step 3; see --help"):
+        parser.parse_args(["--step", "3"])
+
+
+# ---- the student
+
+def test_a_student_is_in_float32_has_no_4_bit_weights_and_a_row_for_every_token(monkeypatch):
+    model, asked = small_model(), []
+    monkeypatch.setattr("minikd.training.load_model", lambda *given: asked.append(given) or model)
+    assert load_student("s", "cpu", range(32)) is model and asked == [("s", "cpu", torch.float32)]
+    with pytest.raises(InputError, match="^s: .*33"):
+        load_student("s", "cpu", range(33))
+    model.quantization = {"bits": 4}
+    with pytest.raises(InputError, match="^s: holds 4-bit weights"):
+        load_student("s", "cpu", range(32))
 
 
 # ---- the log
@@ -104,7 +171,28 @@ def test_a_log_is_one_object_a_line_from_the_moment_it_is_written(tmp_path):
     log.write(step=1, ce=2.5)
     assert read_log(tmp_path) == [{"step": 1, "ce": 2.5}]
     log.write(step=2, said="¿Qué?")
-    assert json.loads((tmp_path / LOG).read_text(encoding="utf-8").splitlines()[1]) == {"step": 2, "said": "¿Qué?"}
+    log.write({"step": 3}, {"step": 3, "more": 1})
+    lines = '{"step": 1, "ce": 2.5}\n{"step": 2, "said": "¿Qué?"}\n{"step": 3}\n{"step": 3, "more": 1}\n'
+    assert (tmp_path / LOG).read_text(encoding="utf-8") == lines
+    Log(tmp_path, upto=3)
+    assert (tmp_path / LOG).read_text(encoding="utf-8") == lines                # kept as they were written
+
+
+def test_a_log_of_another_name_leaves_the_first_alone(tmp_path):
+    Log(tmp_path).write(step=1)
+    other = Log(tmp_path, name="answers.jsonl")
+    other.write(step=7)
+    Log(tmp_path, upto=7, name="answers.jsonl")
+    assert read_log(tmp_path) == [{"step": 1}] and read_log(tmp_path, "answers.jsonl") == [{"step": 7}]
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"ce": 1}', '{"step": null}', '{"step": "2"}'])
+def test_a_line_that_is_no_step_is_named_and_only_a_resumed_log_reads_it(tmp_path, line):
+    (tmp_path / LOG).write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
+    with pytest.raises(InputError, match=f"{LOG}: holds a line that is not a step of a run"):
+        Log(tmp_path, upto=2)
+    Log(tmp_path)
+    assert read_log(tmp_path) == []
 
 
 def test_a_resumed_log_forgets_what_came_after_its_state(tmp_path):
@@ -217,6 +305,17 @@ def test_the_settings_are_written_with_the_versions_that_ran_them(tmp_path):
     assert set(written["versions"]) >= {"python", "commit", "threads"}
 
 
+@pytest.mark.parametrize("said, commit", [("abc1234-dirty\n", "abc1234-dirty"), ("", None)])
+def test_a_run_records_the_commit_of_this_code_wherever_it_is_started(tmp_path, monkeypatch, said, commit):
+    asked = []
+    monkeypatch.setattr(subprocess, "run", lambda *given, **how: asked.append((*given, how)) or SimpleNamespace(stdout=said))
+    write_config(tmp_path, SETTINGS)
+    assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] == commit
+    (command, how), = asked
+    assert command[:3] == ["git", "-C", str(Path(__file__).resolve().parents[1])] and "--dirty" in command
+    assert how == dict(capture_output=True, text=True)                          # text: else the commit is a b'...'
+
+
 def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_values(tmp_path):
     write_config(tmp_path, SETTINGS)
     check_settings(tmp_path, SETTINGS)
@@ -224,6 +323,30 @@ def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_
         check_settings(tmp_path, SETTINGS | {"kd_ratio": 0.7})
     with pytest.raises(InputError, match=r"--data \['b.jsonl'\], but the run began with \['a.jsonl'\]"):
         check_settings(tmp_path, SETTINGS | {"data": ["b.jsonl"]})
+    check_settings(tmp_path, SETTINGS | {"newer_flag": None})
+    with pytest.raises(InputError, match="--newer-flag 1, but the run began with None"):
+        check_settings(tmp_path, SETTINGS | {"newer_flag": 1})
+
+
+def test_a_disk_that_fills_leaves_the_files_before(tmp_path, monkeypatch):
+    model = small_model()
+    optimizer = make_optimizer(model, 0.01)
+    write_config(tmp_path, SETTINGS)
+    Log(tmp_path).write(step=1)
+    save_state(tmp_path, model, optimizer, {"step": 1})
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(path, *_, **__):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("minikd.training.save_tensors", lambda tensors, path, facts: full(path))
+    for write in (lambda: write_config(tmp_path, SETTINGS), lambda: Log(tmp_path, upto=1),
+                  lambda: save_state(tmp_path, model, optimizer, {"step": 2})):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+        assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_a_models_own_config_is_not_replaced_by_a_runs(tmp_path):
@@ -231,6 +354,61 @@ def test_a_models_own_config_is_not_replaced_by_a_runs(tmp_path):
     with pytest.raises(InputError, match="belongs to a model, not to a run.*choose another --out"):
         write_config(tmp_path, SETTINGS)
     assert (tmp_path / CONFIG).read_text() == '{"model_type": "qwen2"}'
+
+
+def test_a_config_without_settings_is_named(tmp_path):
+    write_config(tmp_path, SETTINGS)
+    assert settings_of(tmp_path) == SETTINGS | {"dtype": "torch.float32"}
+    (tmp_path / CONFIG).write_text('{"settings": [1]}')
+    with pytest.raises(InputError, match=f"{CONFIG}: has no settings of a run"):
+        settings_of(tmp_path)
+
+
+# ---- where a run may begin, and where it goes on
+
+@pytest.mark.parametrize("was_toy", [True, False, None])
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("toy", [True, False])
+def test_a_run_is_only_resumed_and_a_toys_replaced_only_by_the_toy(tmp_path, was_toy, resume, toy):
+    empty, held = tmp_path / "empty", tmp_path / "held"
+    held.mkdir()
+    write_config(held, SETTINGS if was_toy is None else SETTINGS | {"toy": was_toy})
+    check_free(empty, held, resume=resume, toy=toy)                             # a config alone is no run
+    for step in 1, 2:
+        Log(held, upto=step).write(step=step)
+    if bool(was_toy) == toy and (resume or toy):
+        check_free(empty, held, resume=resume, toy=toy)
+    else:
+        said = "another run already, 2 steps; choose" if resume else "a run already, 2 steps; go on with --resume, or choose"
+        with pytest.raises(InputError, match=f"held: holds {said} another --out"):
+            check_free(empty, held, resume=resume, toy=toy)
+
+
+@pytest.mark.parametrize("resume, logged, goes_on", [
+    (True, [dict(step=1)], True), (True, [], False), (False, [dict(step=1)], False),
+    (False, [dict(step=1, done=True)], False), (True, [dict(step=1, done=True), dict(step=2)], True)])
+def test_a_state_is_left_only_to_the_run_that_goes_on_from_it(tmp_path, resume, logged, goes_on):
+    write_config(tmp_path, SETTINGS)
+    log = Log(tmp_path)
+    for line in logged:
+        log.write(line)
+    (tmp_path / STATE).touch()
+    assert begin_run(tmp_path, SETTINGS if goes_on else SETTINGS | {"lr": 1.0}, resume) is True
+    assert (tmp_path / STATE).exists() == goes_on and settings_of(tmp_path)["lr"] == (1e-5 if goes_on else 1.0)
+    for _ in range(2):                                                          # the second time there is none
+        assert begin_run(tmp_path, SETTINGS, resume=False) and not (tmp_path / STATE).exists()
+
+
+def test_a_run_that_is_done_or_had_other_settings_is_left_as_it_is(tmp_path, capsys):
+    write_config(tmp_path, SETTINGS)
+    Log(tmp_path).write(dict(step=1), dict(step=2, done=True))
+    (tmp_path / STATE).touch()
+    files = {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()}
+    assert begin_run(tmp_path, SETTINGS, resume=True) is False
+    assert capsys.readouterr().out == f"{tmp_path}: done already\n"
+    with pytest.raises(InputError, match="--lr 1.0, but the run began with 1e-05"):
+        begin_run(tmp_path, SETTINGS | {"lr": 1.0}, resume=True)
+    assert files == {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()}
 
 
 # ---- progress
@@ -245,7 +423,16 @@ def test_progress_in_a_log_is_plain_lines_now_and_then(capsys):
     with Progress("KD", total=10, every=60.0) as progress:
         for _ in range(10):
             progress.update()
-    assert capsys.readouterr().err == ""                                        # not a line a step
+    assert capsys.readouterr().err == "" and progress.done == 10                # not a line a step
+
+
+def test_progress_in_a_log_waits_from_line_to_line(monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 10))                                           # every look at it takes ten seconds
+    monkeypatch.setattr("minikd.training.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with Progress("KD", total=6) as progress:
+        for _ in range(6):
+            progress.update()
+    assert capsys.readouterr().err == "KD 2/6 \nKD 4/6 \nKD 6/6 \n"
 
 
 def test_progress_on_a_terminal_is_a_bar_that_counts_to_its_total(monkeypatch, capsys):
@@ -253,4 +440,7 @@ def test_progress_on_a_terminal_is_a_bar_that_counts_to_its_total(monkeypatch, c
     with Progress("KD", total=10, start=4) as progress:
         progress.update("ce 2.5", by=6)
         assert progress.bar.n == progress.bar.total == 10
-    assert "KD" in capsys.readouterr().err
+        monkeypatch.setattr("minikd.training.tqdm.write", lambda text: print("above:", text))
+        progress.say("a sample answer")
+    out, err = capsys.readouterr()
+    assert "KD" in err and out == "above: a sample answer\n" and progress.bar.disable          # closed
