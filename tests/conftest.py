@@ -1,9 +1,11 @@
 """What several test files share: one thread (two are slower on a busy machine), the CUDA kernels on a CPU, the real data if it
 is there, and a small tokenizer."""
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,11 +42,23 @@ def tiny(seed: int, tokenizer, folder, **shape) -> Path:
     return folder
 
 
+def pytest_collection_finish(session):
+    gc.collect(), gc.freeze()                                       # what was imported, which no later collection searches
+    if shutil.which("nvcc") and any("compiled" in getattr(item, "fixturenames", ()) for item in session.items):
+        folder = tempfile.TemporaryDirectory()
+        source = Path(folder.name, "kernels.cu")
+        source.write_bytes(cuda.program())
+        nvcc = ["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "--keep", "--keep-dir", folder.name, source, "-o",
+                folder.name + "/kernels.cubin"]
+        session.compilation = folder, subprocess.Popen(nvcc)        # while the first tests run
+
+
 @pytest.fixture
 def shell(monkeypatch, capsys):
     """shell(script's module, *flags) -> (exit status, stdout, stderr), as from a shell; without matplotlib, because a picture
     takes longer than the rest of a small run (test_plots.py draws some)."""
     def call(script, *flags):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
         status = 0
@@ -58,18 +72,18 @@ def shell(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def ptx(tmp_path_factory) -> str:
-    """The PTX that nvcc makes of minikd/*.cu for a Hopper GPU."""
+def compiled(request) -> SimpleNamespace:
+    """What nvcc makes of minikd/*.cu for a Hopper GPU: the PTX (text) and the machine code (bytes)."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
-    path = tmp_path_factory.mktemp("ptx") / "kernels.ptx"
-    subprocess.run(["nvcc", "-arch=sm_90", "-std=c++17", "-ptx", "-x", "cu", "-o", path, "-"], input=cuda.program(), check=True)
-    return path.read_text()
+    folder, nvcc = request.session.compilation
+    assert nvcc.wait() == 0
+    return SimpleNamespace(ptx=Path(folder.name, "kernels.ptx").read_text(), cubin=Path(folder.name, "kernels.cubin").read_bytes())
 
 
 @pytest.fixture(scope="session")
-def kernels(ptx) -> dict[str, Kernel]:
-    return kernels_of(ptx)
+def kernels(compiled) -> dict[str, Kernel]:
+    return kernels_of(compiled.ptx)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 import csv
 import gzip
 import json
-import os
 import subprocess
 import sys
 from itertools import chain
@@ -569,16 +568,10 @@ def test_order_differs_by_seed_and_epoch_and_is_the_same_in_every_process():
     assert order == batch_order(rows, 4, seed=3, epoch=1)
     assert order != batch_order(rows, 4, seed=3, epoch=2) and order != batch_order(rows, 4, seed=4, epoch=1)
     assert {frozenset(batch) for batch in order} != {frozenset(batch) for batch in batch_order(rows, 4, 3, 2)}
+    assert order == [[31, 32, 12, 24], [21, 7, 34, 29], [5, 25, 2, 28], [37, 3, 33, 38], [26, 18, 23, 4], [30, 36, 22, 19],
+                     [16, 27, 13, 9], [15, 35, 1, 8], [20, 0, 6, 11], [10, 17, 14, 39]]        # whatever PYTHONHASHSEED is
     split = split_examples([to_example({"instruction": f"q{i}", "response": "r"}, "d:1") for i in range(30)], 5, 0)[1]
-    code = """if True:
-        from minikd.data import *
-        print(batch_order([Encoded([5] * (i % 5 + 1), [7], False, i) for i in range(40)], 4, 3, 1))
-        examples = [to_example({"instruction": f"q{i}", "response": "r"}, "d:1") for i in range(30)]
-        print([e.instruction for e in split_examples(examples, 5, 0)[1]])"""
-    salt = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).parents[1], env={"PYTHONHASHSEED": salt}).stdout
-    assert said == f"{order}\n{[example.instruction for example in split]}\n"
+    assert [example.instruction for example in split] == ["q1", "q4", "q7", "q21", "q25"]
 
 
 def test_passes_that_only_read_take_the_shortest_rows_first():

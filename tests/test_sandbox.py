@@ -348,7 +348,7 @@ def test_a_caller_that_ignores_its_childrens_ends_gets_the_verdict_all_the_same(
 
 def test_one_endless_loop_among_fifty_stalls_nobody():
     jobs = [(f"print({i})",) for i in range(50)]
-    jobs[3] = (LOOP, "", 3.0)
+    jobs[3] = (LOOP, "", 1.5)
     ends, run = {}, sandbox.run_program
 
     def timed(*arguments, **keywords):

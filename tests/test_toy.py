@@ -1,10 +1,8 @@
 """The toy world: the same everywhere, shaped like the real datasets, and honest about what is held out."""
 import functools
+import hashlib
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections import Counter, defaultdict
 
 import pytest
@@ -14,13 +12,6 @@ from minikd.checkpoint import save_model
 from minikd.data import encode_examples, prompt_text, recognise, to_example
 from minikd.model import Qwen2
 from minikd.tokenizer import Tokenizer
-
-FACTS = """
-import json
-from minikd import toy
-world = [vars(person) for person in toy.people()]
-print(json.dumps([world, toy.records(50, seed=5, human=True), toy.plain_text(5, 6)]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +38,10 @@ def right_answers() -> dict[str, tuple[set[str], set[str]]]:
 
 
 def test_the_world_and_its_records_are_the_same_in_every_process():
-    """Python's own hash of a text is not: a record that hung on it would differ from process to process."""
-    salt = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    said = subprocess.run([sys.executable, "-c", FACTS], env={"PYTHONHASHSEED": salt, "PYTHONPATH": ":".join(sys.path),
-                          "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True).stdout
+    """Python's own hash of a text is not: a record that depended on it would differ from one run of this test to the next."""
     world = [vars(person) for person in toy.people()]
-    assert json.loads(said) == [world, toy.records(50, seed=5, human=True), toy.plain_text(5, 6)] and len(world) == 12
+    facts = json.dumps([world, toy.records(50, seed=5, human=True), toy.plain_text(5, 6)])
+    assert hashlib.sha256(facts.encode()).hexdigest()[:16] == "c1ed9fdc129c6168" and len(world) == 12
 
 
 def test_a_test_prompt_is_never_a_training_prompt():

@@ -119,8 +119,8 @@ def test_the_check_detects_a_wrong_nibble(gpu):
     (r"bar\.warp\.sync\s+-1;", "", "race: accesses what another thread wrote"),
     (r"bar\.sync\s+0;", "", "reads what no thread wrote"),
     (r"wait_group\s+2;", "wait_group 3;", "while an asynchronous copy is in flight")])
-def test_the_check_detects_a_missing_barrier_or_wait(ptx, gpu, old, new, fault):
-    body = re.search(r"\.visible \.entry w4_mma_8\(.*?\n}\n", ptx, re.S)[0]
+def test_the_check_detects_a_missing_barrier_or_wait(compiled, gpu, old, new, fault):
+    body = re.search(r"\.visible \.entry w4_mma_8\(.*?\n}\n", compiled.ptx, re.S)[0]
     gpu.kernels = kernels_of(body)
     check(gpu, "w4_mma_8", (1, 1), 3, 16, 2560, 128)
     changed, count = re.subn(old, new, body)
