@@ -2,6 +2,7 @@
 8 answers to one prompt, as GRPO does, 1.6 x too.
 
     python -m benchmarks.decoding               # 4 minutes on two cores, 3 GB of memory, 1 GB of disk
+    python -m benchmarks.decoding --dtype float32       # for a CPU without instructions for bfloat16
 
 Qwen2.5-0.5B's shape (24 layers, 896, 151,936 tied) with random weights; prompts of 28 tokens, always all 64 new tokens
 (transformers by min_new_tokens). Each figure comes from a child process of its own, after a warm-up call; the two take
@@ -33,16 +34,16 @@ def make_half(folder, dtype=torch.bfloat16):
     save_model(Qwen2(HALF).to(dtype).init_weights(0), folder)
 
 
-def minikd(folder, group: int, int8_head: bool = False):
-    model = load_model(folder, dtype=torch.bfloat16)
+def minikd(folder, group: int, dtype: torch.dtype, int8_head: bool = False):
+    model = load_model(folder, dtype=dtype)
     if int8_head:
         use_int8_head(model)
     return lambda prompts, new: generate(model, prompts, new, temperature=float(group > 1), samples=group, seed=0)
 
 
-def transformers(folder, group: int):
+def transformers(folder, group: int, dtype: torch.dtype):
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     model.generation_config.update(pad_token_id=0, eos_token_id=None, bos_token_id=None)
 
     def answer(prompts, new):
@@ -54,11 +55,11 @@ def transformers(folder, group: int):
     return answer
 
 
-def measure(method: str, batch: int, group: int, folder: str):
+def measure(method: str, batch: int, group: int, folder: str, dtype: str = "bfloat16"):
     """In the child: a short warm-up, then one timed call."""
     torch.set_num_threads(2)
     answer = {"minikd": minikd, "minikd int8 head": partial(minikd, int8_head=True),
-              "transformers": transformers}[method](folder, group)
+              "transformers": transformers}[method](folder, group, getattr(torch, dtype))
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(HALF.vocab_size, (batch, PROMPT), generator=generator).tolist()
     answer(prompts, 16)
@@ -71,15 +72,17 @@ def measure(method: str, batch: int, group: int, folder: str):
 
 def main():
     if sys.argv[1:2] == ["--child"]:
-        return measure(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+        return measure(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_half(Path(folder))
         for name, batch, group in ("batch 1", 1, 1), ("batch 8", 8, 1), ("1 prompt, 8 samples", 1, 8):
-            figures = in_turns({method: lambda method=method: child("benchmarks.decoding", method, batch, group, folder)
+            figures = in_turns({method: lambda method=method: child("benchmarks.decoding", method, batch, group, folder,
+                                                                               args.dtype)
                                 for method in ("transformers", "minikd")}, args.repeats)
             theirs, ours = figures["transformers"], figures["minikd"]
             rows.append([name, f"{theirs['speed']:.1f}", f"{ours['speed']:.1f}",
@@ -87,7 +90,7 @@ def main():
                          f"{max(theirs['others'], ours['others']):.0%}"])
     table(["", "transformers tokens/s", "minikd tokens/s", "ratio", "transformers peak MB", "minikd peak MB",
            "others"], rows)
-    print(f"{args.repeats} turns; " + machine("torch", "transformers"))
+    print(f"{args.dtype}, {args.repeats} turns; " + machine("torch", "transformers"))
 
 
 if __name__ == "__main__":
