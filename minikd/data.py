@@ -253,33 +253,30 @@ class Report:
                 + (f"\nfirst malformed: {self.first_bad}" if self.first_bad else ""))
 
 
-def load_examples(paths, format: str | None = None, limit: int | None = None,
-                  skip_bad: bool | None = None) -> tuple[list[Example], Report]:
+def load_examples(paths, format: str | None = None, limit: int | None = None) -> tuple[list[Example], Report]:
     """Every usable record of one or more files, folders or hub datasets, in order.
 
-    format    one of FORMATS; None recognises each record
-    limit     stop after that many examples
-    skip_bad  count malformed records instead of raising; None: only for PyTorrent, whose published shards hold
-              corrupt lines
-    Raises InputError for the first malformed record, and where no record is usable.
+    format  one of FORMATS; None recognises each record
+    limit   stop after that many examples
+    Raises InputError for the first malformed record (in PyTorrent, whose published shards hold corrupt lines, they are only
+    counted), and where no record is usable.
     """
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
     report = Report()
     files = [file for path in paths for file in data_files(path)]       # all, before the first is read
-    examples = list(islice((example for file in files for example in _examples(file, format, skip_bad, report)), limit))
+    examples = list(islice((example for file in files for example in _examples(file, format, report)), limit))
     report.kept = len(examples)
     if not examples:
         raise InputError(f"{', '.join(map(str, paths))}: no usable record; {report}")
     return examples, report
 
 
-def _examples(file: Path, format: str | None, skip_bad: bool | None, report: Report) -> Iterator[Example]:
+def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
     report.files[str(file)] = sha256(file)
     name = format
 
     def refuse(error: InputError):
-        skip = name == "pytorrent" if skip_bad is None else skip_bad
-        if not skip:
+        if name != "pytorrent":
             raise error
         report.dropped["malformed"] += 1
         report.first_bad = report.first_bad or str(error)

@@ -242,9 +242,9 @@ def test_record_that_lost_a_field_is_judged_as_the_record_before_it(tmp_path):
         load_examples(file)
 
 
-def test_skip_bad_counts_malformed_records_and_shows_the_first(tmp_path):
-    file = write(tmp_path / "d.jsonl", {"instruction": "i"}, DOLLY, {**DOLLY, "response": None})
-    examples, report = load_examples(file, skip_bad=True)
+def test_skipped_records_are_counted_and_the_first_is_shown(tmp_path):
+    file = write(tmp_path / "d.jsonl", {"summary": "s"}, PYTORRENT, {**PYTORRENT, "summary": None, "docstring": None})
+    examples, report = load_examples(file, format="pytorrent")
     assert (len(examples), report.read, report.dropped) == (1, 3, {"malformed": 2})
     assert "1 of 3 records kept (dropped: 2 malformed)" in str(report) and "d.jsonl:1" in report.first_bad
     assert "d.jsonl:1" in str(report).splitlines()[1] and "malformed" not in str(load_examples(write(file, DOLLY))[1])
@@ -258,8 +258,10 @@ def test_corrupt_lines_are_skipped_and_counted_in_pytorrent_alone(tmp_path):
     examples, report = load_examples(shard)
     assert [example.where[-1] for example in examples] == ["1", "4"]
     assert (report.read, report.kept, report.dropped["malformed"]) == (4, 2, 2)
+    with gzip.open(shard, "wt") as handle:
+        handle.write("\n".join([json.dumps(DOLLY), good[:50]]))
     with pytest.raises(InputError, match="shard.jsonl.gz:2: not JSON"):
-        load_examples(shard, skip_bad=False)
+        load_examples(shard)
 
 
 # ---- files
