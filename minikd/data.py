@@ -261,13 +261,11 @@ def load_examples(paths, format: str | None = None, limit: int | None = None) ->
     Raises InputError for the first malformed record (in PyTorrent, whose published shards hold corrupt lines, they are only
     counted), and where no record is usable.
     """
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    report = Report()
-    files = [file for path in paths for file in data_files(path)]       # all, before the first is read
+    report, files = Report(), data_files(paths)                 # all, before the first is read
     examples = list(islice((example for file in files for example in _examples(file, format, report)), limit))
     report.kept = len(examples)
     if not examples:
-        raise InputError(f"{', '.join(map(str, paths))}: no usable record; {report}")
+        raise InputError(f"{', '.join(map(str, files))}: no usable record; {report}")
     return examples, report
 
 
@@ -296,14 +294,12 @@ def load_texts(paths) -> tuple[list[str], dict[str, str]]:
 
     Raises InputError for the first malformed record, and when there is no text.
     """
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    files = [file for path in paths for file in data_files(path)]
-    texts = []
-    for where, record in (entry for file in files for entry in read_records(file)):
+    files, texts = data_files(paths), []
+    for where, record in read_records(files):
         with suppress(Dropped):
             texts.append(_text(record, where, "text"))
     if not texts:
-        raise InputError(f"{', '.join(map(str, paths))}: holds no text; give records with a field 'text'")
+        raise InputError(f"{', '.join(map(str, files))}: holds no text; give records with a field 'text'")
     return texts, {str(file): sha256(file) for file in files}
 
 

@@ -12,8 +12,9 @@ import json
 import math
 import random
 from dataclasses import dataclass
+from itertools import islice
 
-from minikd.data import Encoded, data_files
+from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.records import HALF, kind_of, read_records
 from minikd.toy import held_out
@@ -112,16 +113,7 @@ def load_problems(paths, limit: int | None = None) -> list[Problem]:
     limit  stop after that many problems
     Raises InputError for a record that is no problem, or whose fields have the wrong type, naming the place.
     """
-    paths = [paths] if isinstance(paths, str) else list(paths)
-    problems = []
-    for file in [file for path in paths for file in data_files(path)]:
-        for where, record in read_records(file):
-            if limit is not None and len(problems) >= limit:
-                return problems
-            problems.append(to_problem(record, where))
-    if not problems:
-        raise InputError(f"{', '.join(map(str, paths))}: holds no record; give another file")
-    return problems
+    return [to_problem(record, where) for where, record in islice(read_records(paths), limit)]
 
 
 def to_problem(record: dict, where: str) -> Problem:
