@@ -303,15 +303,12 @@ def load_texts(paths) -> tuple[list[str], dict[str, str]]:
     return texts, {str(file): sha256(file) for file in files}
 
 
-def split_examples(examples: list[Example], validation: int | float = 500,
-                   seed: int = 42) -> tuple[list[Example], list[Example]]:
-    """(train, validation), each in the given order; the same prompt is never in both.
+def split_examples(examples: list[Example], count: int, seed: int = 42) -> tuple[list[Example], list[Example]]:
+    """(train, validation), each in the given order, `count` in the second; the same prompt is never in both.
 
-    validation  how many, exactly; below 1, a fraction. The defaults are the paper's.
     A hash of prompt and seed decides, so that adding or reordering records moves few of the others.
     Raises InputError when the count cannot be met.
     """
-    count = round(validation * len(examples)) if 0 < validation < 1 else int(validation)
     if not 0 <= count < len(examples):
         raise InputError(f"{count} validation examples of {len(examples)} leave none to train on; ask for fewer")
     groups = {}                                                 # hash -> indices of the examples with that prompt
