@@ -73,7 +73,8 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         """From the models' states [B, D] and random numbers [B]: a token per row [B] and its log-probability [B]."""
         logits = head_logits(model, states[0])[:, :vocab]                                   # [B, V]
         if mix:
-            logits = mixture(logits, head_logits(teacher, states[1]), mix)
+            logq, logp = log_probs(logits, head_logits(teacher, states[1]), temperature=1.0)
+            logits = log_mix(logp, logq, mix)                   # MiniLLM eq. (4), over the rows that both heads have
         return sample(logits, temperature, top_p, top_k, u)
 
     with ExitStack() as stack:
@@ -177,12 +178,6 @@ class Replay:
             with torch.cuda.graph(self.graph):                  # records, without running
                 self.step()
         self.graph.replay()
-
-
-def mixture(logits: Tensor, teacher_logits: Tensor, mix: float) -> Tensor:
-    """log((1 - mix) q + mix p).  MiniLLM eq. (4).  [B, V], [B, V'] -> [B, min(V, V')]"""
-    logq, logp = log_probs(logits, teacher_logits, temperature=1.0)
-    return log_mix(logp, logq, mix)
 
 
 def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,
