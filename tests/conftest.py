@@ -19,6 +19,7 @@ from minikd import cuda
 from minikd.checkpoint import save_model
 from minikd.model import Qwen2, Qwen2Config
 from minikd.tokenizer import Tokenizer
+from minikd.toy import QWEN2_WORDS
 from ptx import Driver, Kernel, kernels_of
 
 torch.set_num_threads(1)
@@ -26,9 +27,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))               # the scripts a
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Qwen2's pattern, which splits text into words, single digits and punctuation.
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")
 TEXTS = ["The student learns from its teacher, and the teacher learns nothing.", "¿Qué año es? El niño comió piñas.",
          "def add(a, b):\n    return a + b\n", "你好，世界。你好吗？", "What is 12 + 30? It is 42."] * 4
 
@@ -111,7 +109,7 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated"),
+        pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(TEXTS, trainers.BpeTrainer(
