@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_grpo as rl
-from conftest import tiny
+from conftest import same, steps_of, tiny, weights
 from minikd import problems
 from minikd.checkpoint import load_model, save_model
 from minikd.training import STATE, read_log
@@ -40,19 +40,6 @@ def run(world, shell, tmp_path):
              data=("--data", world / "sums.jsonl"), out=tmp_path / "run"):
         return shell(rl, *model, *data, "--out", out, *FAST, "--rewards", rewards.format(world=world), *flags)
     return call
-
-
-def steps_of(folder) -> list[dict]:
-    """The lines of steps, less the clock."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder) if "reward" in line]
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_model(folder).state_dict()
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_run_leaves_a_model_a_log_and_every_completion(run, world, tmp_path):

@@ -14,7 +14,7 @@ import torch
 
 import eval_rouge
 import train_kd as kd
-from conftest import tiny
+from conftest import same, steps_of, tiny, weights
 from minikd import minillm, toy
 from minikd.checkpoint import load_model, save_model
 from minikd.data import encode_examples, load_examples
@@ -47,19 +47,6 @@ def run(world, shell, tmp_path):
              data=("--data", world / "data.jsonl"), out=tmp_path / "run"):
         return shell(kd, *models, *data, "--out", out, *FAST, *flags)
     return call
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_model(folder).state_dict()
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def steps_of(folder) -> list[dict]:
-    """The lines of optimizer steps, less the clock."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder) if "ce" in line]
 
 
 @pytest.fixture

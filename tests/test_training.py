@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import small
 from minikd.files import InputError
 from minikd.model import Qwen2, Qwen2Config
 from minikd.training import (CONFIG, LOG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule,
@@ -21,9 +22,8 @@ IDS = torch.arange(24).view(2, 12)
 
 
 def small_model(seed=1, **shape) -> Qwen2:
-    sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-                 num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.2)
-    return Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed)
+    sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=2, initializer_range=0.2)
+    return small(seed, **sizes | shape)
 
 
 def take_steps(model, optimizer, count: int):
