@@ -82,10 +82,10 @@ def toy_problems(task: str, count: int, seed: int, test: bool = False) -> list[P
             for i, (question, facts, *_) in enumerate(_draw(task, count, seed, test, once=True))]
 
 
-def toy_records(task: str, count: int, seed: int, test: bool = False, clean: bool = False) -> list[dict]:
+def toy_records(task: str, count: int, seed: int, clean: bool = False) -> list[dict]:
     """Records for supervised fine-tuning (train_kd.py reads them), of mixed quality, or with `clean` all right."""
     rng, records = random.Random(seed + 1), []
-    for question, _, right, wrong, bare in _draw(task, count, seed, test, once=test):
+    for question, _, right, wrong, bare in _draw(task, count, seed, test=False, once=False):
         answer = wrong if rng.random() < NOISE else right
         answer = right if clean else bare if rng.random() < UNTAGGED else answer
         records.append({"instruction": question, "context": "", "response": answer, "category": task})

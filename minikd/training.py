@@ -30,12 +30,12 @@ def load_student(name, device, tokenizer) -> Qwen2:
     return model
 
 
-def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01, betas=(0.9, 0.95)) -> torch.optim.AdamW:
+def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
     """AdamW; biases and norm weights have no weight decay. Fused: one pass over the weights, without copies of them."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def compile_blocks(*models: Qwen2):
