@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from minikd.checkpoint import load_model, save_model
 from minikd.model import Qwen2, Qwen2Config
 from minikd.tokenizer import Tokenizer
 from minikd.toy import QWEN2_WORDS
-from minikd.training import read_log
+from minikd.training import Log, read_log
 from ptx import Driver, Kernel, kernels_of
 
 torch.set_num_threads(1)
@@ -57,6 +57,21 @@ def same(a: dict, b: dict) -> bool:
 def steps_of(folder) -> list[dict]:
     """The lines of optimizer steps in a run's log, less the clock."""
     return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder) if "grad_norm" in line]
+
+
+@contextmanager
+def killed_at(step: int):
+    """Inside the `with` block a run ends where it would log this step, as by kill -9."""
+    write = Log.write
+
+    def until(log, *lines, **values):
+        if values.get("step") == step:
+            raise KeyboardInterrupt
+        write(log, *lines, **values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "write", until)
+        yield
 
 
 def pytest_collection_finish(session):

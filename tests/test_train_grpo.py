@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_grpo as rl
-from conftest import same, steps_of, tiny, weights
+from conftest import killed_at, same, steps_of, tiny, weights
 from minikd import problems
 from minikd.checkpoint import load_model, save_model
 from minikd.training import STATE, read_log
@@ -78,18 +78,10 @@ VARIANTS = [[], ["--inner-epochs", "2"], ["--norm", "constant", "--scale", "none
 
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=" ".join)
-def test_every_variant_goes_on_from_its_last_state_to_the_same_bits(run, tmp_path, monkeypatch, flags):
+def test_every_variant_goes_on_from_its_last_state_to_the_same_bits(run, tmp_path, flags):
     assert run(*flags, out=tmp_path / "whole")[0] == 0
-    write = rl.Log.write
-
-    def stop(log, *lines, **values):                                            # as kill -9 would, in the 4th step
-        if values.get("step") == 4:
-            raise KeyboardInterrupt
-        write(log, *lines, **values)
-
-    monkeypatch.setattr(rl.Log, "write", stop)
-    assert run(*flags, out=tmp_path / "killed")[0] == 130
-    monkeypatch.setattr(rl.Log, "write", write)
+    with killed_at(4):
+        assert run(*flags, out=tmp_path / "killed")[0] == 130
     status, _, err = run(*flags, "--resume", out=tmp_path / "killed")
     assert status == 0, err
     assert steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole") and len(steps_of(tmp_path / "whole")) == 4

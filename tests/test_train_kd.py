@@ -14,7 +14,7 @@ import torch
 
 import eval_rouge
 import train_kd as kd
-from conftest import same, steps_of, tiny, weights
+from conftest import killed_at, same, steps_of, tiny, weights
 from minikd import minillm, toy
 from minikd.checkpoint import load_model, save_model
 from minikd.data import encode_examples, load_examples
@@ -273,16 +273,8 @@ def test_every_mode_goes_on_from_its_last_state_to_the_same_bits(run, mode, tmp_
     monkeypatch.setattr(minillm, "collect", lambda **options: (kept.append(options["seed"]), kept[0](**options))[1])
     flags = [*mode(name), "--steps", "10", "--eval-every", "3", "--batch-size", "4", "--grad-accum", "2", "--lr", "0.003"]
     assert run(*flags, out=tmp_path / "whole")[0] == 0
-    write = kd.Log.write
-
-    def stop(log, **values):                                                    # as kill -9 would, at the 8th step
-        if values["step"] == 8:
-            raise KeyboardInterrupt
-        write(log, **values)
-
-    monkeypatch.setattr(kd.Log, "write", stop)
-    assert run(*flags, out=tmp_path / "killed")[0] == 130
-    monkeypatch.setattr(kd.Log, "write", write)
+    with killed_at(8):
+        assert run(*flags, out=tmp_path / "killed")[0] == 130
     before = len(kept)
     status, _, err = run(*flags, "--resume", out=tmp_path / "killed")
     assert status == 0, err
@@ -458,23 +450,15 @@ def test_resume_skips_what_is_done_and_runs_what_is_not(run, tmp_path, monkeypat
     assert read_log(tmp_path / "run/kd")[-1]["done"]
 
 
-def test_a_state_that_an_earlier_run_left_is_not_resumed_from(tmp_path, monkeypatch, settings):
+def test_a_state_that_an_earlier_run_left_is_not_resumed_from(tmp_path, settings):
     """The toy's runs replace earlier ones: killed before its first state, a run must not find the earlier one's."""
     given = settings(steps=6, eval_every=2)
     rest = {key: value for key, value in given.items() if key not in ("student", "out", "title")}
-    write = kd.Log.write
-
-    def stop(at):
-        def until(log, **values):
-            if values["step"] == at and "ce" in values:
-                raise KeyboardInterrupt
-            write(log, **values)
-        return until
 
     def begin(lr, at, resume=False):
-        monkeypatch.setattr(kd.Log, "write", stop(at))
-        kd.stage(tmp_path / "run", lambda: load_model(given["student_folder"]), resume=resume, recorded={},
-                 **rest | {"lr": lr})
+        with killed_at(at):
+            kd.stage(tmp_path / "run", lambda: load_model(given["student_folder"]), resume=resume, recorded={},
+                     **rest | {"lr": lr})
 
     given["student_folder"] = tmp_path / "start"
     save_model(given["student"], tmp_path / "start")
