@@ -245,11 +245,6 @@ def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Lin
     return found
 
 
-def version_of(quantization: dict) -> int:
-    """1 for format `gptq`, 2 for `gptq_v2`."""
-    return 2 if quantization.get("checkpoint_format") == "gptq_v2" else 1
-
-
 def to_w4(model: Qwen2, layers: dict[str, tuple], group_size: int, sym: bool, **meta) -> Qwen2:
     """The model, changed in place: the linear layers of its blocks are replaced by packed ones.
 
