@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from itertools import chain
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +15,7 @@ from minikd.data import (Dropped, Encoded, batch_order, by_length, collate, data
                          load_examples, load_texts, next_rows, optimizer_steps, prompt_text, read_records, recognise,
                          split_examples, steps_per_epoch, to_example, without_docstring)
 from minikd.files import InputError
-
-SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data here")
+from minikd.tokenizer import Tokenizer
 
 DOLLY = {"instruction": "Which is a fish?", "context": "", "response": "Tope", "category": "classification"}
 BUGNET = {"problem_id": "p1", "language": "Python", "original_status": "Wrong Answer", "fail": "print(1)\n",
@@ -621,29 +618,24 @@ def test_texts_are_the_field_text_of_any_data_file(tmp_path):
 
 # ---- real data
 
-@needs_shared
-def test_real_dolly_and_alpaca_records_load_and_split():
-    examples, report = load_examples([SHARED / "dolly-sample.jsonl", SHARED / "instructions-1100.jsonl"])
+def test_real_dolly_and_alpaca_records_load_and_split(shared):
+    examples, report = load_examples([shared / "dolly-sample.jsonl", shared / "instructions-1100.jsonl"])
     assert report.read == 1108 and report.kept == len(examples) == 1108 - sum(report.dropped.values())
     assert {"open_qa", "alpaca"} <= {example.category for example in examples}
     train, validation = split_examples(examples, 100)
     assert {e.messages[0]["content"] for e in train}.isdisjoint(e.messages[0]["content"] for e in validation)
 
 
-@needs_shared
-def test_real_records_through_the_real_tokenizer_come_back_as_text():
-    tokenizers = pytest.importorskip("tokenizers")
-    backend = tokenizers.Tokenizer.from_file(str(SHARED / "qwen2-tokenizer" / "tokenizer.json"))
-    qwen = SimpleNamespace(encode=lambda text: backend.encode(text).ids, chat=Letters().chat, eos_ids={151645, 151643},
-                           end_id=151645)
-    examples, _ = load_examples(SHARED / "dolly-sample.jsonl")
+def test_real_records_through_the_real_tokenizer_come_back_as_text(shared):
+    qwen = Tokenizer.load(shared / "qwen2-tokenizer")
+    examples, _ = load_examples(shared / "dolly-sample.jsonl")
     rows, counts = encode_examples(examples, qwen, template="alpaca", max_length=200)
     assert counts["encoded"] == len(rows) > 0
     ids, mask = collate(rows, pad_id=151643)
     for row, line, own in zip(rows, ids, mask):
-        said = backend.decode(line[own].tolist())
+        said = qwen.decode(line[own].tolist())
         assert examples[row.index].response.startswith(said) if row.cut else said == examples[row.index].response
-        assert backend.decode(line[~own].tolist()) == prompt_text(examples[row.index], qwen, "alpaca")
+        assert qwen.decode(line[~own].tolist()) == prompt_text(examples[row.index], qwen, "alpaca")
 
 
 def test_a_line_that_breaks_off_is_named_by_its_own_number(tmp_path):

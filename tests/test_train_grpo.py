@@ -14,7 +14,6 @@ from minikd.checkpoint import load_model, save_model
 from minikd.training import STATE, read_log
 from test_problems import RECORD
 
-ROOT = Path(__file__).parents[1]
 FAST = ("--steps 4 --prompts 2 --group-size 4 --max-new-tokens 6 --batch-size 3 --eval-every 2 --eval-examples 3 "
         "--lr 0.01 --device cpu --dtype float32").split()
 
