@@ -604,14 +604,24 @@ def test_the_script_itself_ends_with_status_2_and_no_traceback(tmp_path):
 
 # ---- the toy world, shrunk
 
-def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge_agrees(tmp_path, monkeypatch, capsys):
-    few, train, text = toy.records, kd.train, toy.plain_text
+@pytest.fixture
+def shrunk(tmp_path, monkeypatch) -> dict:
+    """Little data and few steps, in an empty folder; run's folder -> the head of the student that it started from."""
+    few, train, text, starts = toy.records, kd.train, toy.plain_text, {}
+
+    def shortened(**settings):
+        starts[settings["out"].name] = settings["student"].head.detach().clone()
+        return train(**settings | dict(steps=2, eval_every=2, eval_examples=4, max_new_tokens=4, batch_size=8))
+
     monkeypatch.setattr(toy, "records", lambda count, *rest, **named: few(
         min(count, 30 if "test" in named else 160), *rest, **named))
     monkeypatch.setattr(toy, "plain_text", lambda count, seed: text(20, seed))
-    short = dict(steps=2, eval_every=2, eval_examples=4, max_new_tokens=4, batch_size=8)
-    monkeypatch.setattr(kd, "train", lambda **settings: train(**settings | short))
+    monkeypatch.setattr(kd, "train", shortened)
     monkeypatch.chdir(tmp_path)
+    return starts
+
+
+def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge_agrees(shrunk, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_kd.py", "--validation", "20", "--max-new-tokens", "4"])
     kd.main()
     out, err = capsys.readouterr()
@@ -626,20 +636,8 @@ def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge
 
 
 @pytest.mark.parametrize("flags", [["--loss", "minillm"], ["--loss", "reverse_kl", "--on-policy", "1"]], ids=" ".join)
-def test_in_the_toy_world_own_answers_begin_from_a_student_that_was_fine_tuned(tmp_path, monkeypatch, capsys, flags):
-    few, train, text, starts = toy.records, kd.train, toy.plain_text, {}
-    monkeypatch.setattr(toy, "records", lambda count, *rest, **named: few(
-        min(count, 30 if "test" in named else 160), *rest, **named))
-    monkeypatch.setattr(toy, "plain_text", lambda count, seed: text(20, seed))
-    short = dict(steps=2, eval_every=2, eval_examples=4, max_new_tokens=4, batch_size=8)
-
-    def shortened(**settings):
-        starts[settings["out"].name] = settings["student"].head.detach().clone()
-        return train(**settings | short)
-
-    monkeypatch.setattr(kd, "train", shortened)
-    monkeypatch.chdir(tmp_path)
+def test_in_the_toy_world_own_answers_begin_from_a_student_that_was_fine_tuned(shrunk, monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["train_kd.py", "--validation", "20", "--max-new-tokens", "4", *flags])
     kd.main()
-    assert list(starts) == ["teacher", "base", "sft", "toy"]
-    assert torch.equal(starts["toy"], load_model("runs/toy/sft/best").head)
+    assert list(shrunk) == ["teacher", "base", "sft", "toy"]
+    assert torch.equal(shrunk["toy"], load_model("runs/toy/sft/best").head)
