@@ -443,8 +443,8 @@ def batch_order(encoded: list[Encoded], batch_size: int, seed: int, epoch: int) 
     return [sorted(rows[at:at + batch_size], key=lambda i: len(encoded[i])) for at in range(0, len(rows), batch_size)]
 
 
-def by_length(rows: list[Encoded], batch_size: int) -> list[list[int]]:
-    """Positions of all rows, in batches of similar length (little padding), the shortest first: for passes that only read."""
+def by_length(rows: list, batch_size: int) -> list[list[int]]:
+    """Positions of all rows or prompts, in batches of similar length (little padding), the shortest first: not for training."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 

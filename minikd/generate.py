@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minikd.data import Encoded
+from minikd.data import Encoded, by_length
 from minikd.decode_cuda import OneKernel, fits
 from minikd.layout import head_logits, laid_out
 from minikd.losses import log_mix, log_probs
@@ -188,11 +188,10 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
     options   those of generate_with_log_probs
     A response that reached max_new_tokens without a stop token is `cut`; none is added.
     """
-    order, own = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt)), list(rows)
-    for start in range(0, len(order), batch_size):
-        at = order[start:start + batch_size]
+    own = list(rows)
+    for turn, at in enumerate(by_length([row.prompt for row in rows], batch_size)):
         responses = generate(model, [rows[i].prompt for i in at], max_new_tokens, temperature, eos_ids=eos_ids,
-                             seed=seed * 1_000_003 + start, **options)                      # another for each batch
+                             seed=seed * 1_000_003 + turn * batch_size, **options)          # another for each batch
         for i, response in zip(at, responses):
             own[i] = Encoded(rows[i].prompt, response, response[-1] not in eos_ids, rows[i].index)
         if progress:
