@@ -30,7 +30,6 @@ PYTHON = "Write a Python 3 program that reads standard input and writes standard
 class Problem:
     messages: tuple[dict, ...]          # what is asked, for tokenizer.chat
     facts: dict                         # what rewards look at: answer; tests [{input, output}], time_limit (s), ...
-    where: str                          # "file.jsonl:812"
 
 
 # ---- toy tasks
@@ -78,8 +77,8 @@ TASKS = {"sums": sum_problem, "code": program_problem}
 
 def toy_problems(task: str, count: int, seed: int, test: bool = False) -> list[Problem]:
     """`count` different problems; with `test`, of the test set, which shares no question with the others."""
-    return [Problem(({"role": "user", "content": question},), facts, f"{task}:{i}")
-            for i, (question, facts, *_) in enumerate(_draw(task, count, seed, test, once=True))]
+    return [Problem(({"role": "user", "content": question},), facts)
+            for question, facts, *_ in _draw(task, count, seed, test, once=True)]
 
 
 def toy_records(task: str, count: int, seed: int, clean: bool = False) -> list[dict]:
@@ -130,7 +129,7 @@ def to_problem(record: dict, where: str) -> Problem:
         text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K: after ####
     if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
         raise InputError(f"{where}: holds half a character (a lone surrogate); fix its escapes")
-    return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts, where)
+    return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts)
 
 
 def _codeforces(record: dict, where: str) -> tuple[str, dict]:
