@@ -375,7 +375,7 @@ def main():
                            "reward_files": {path: sha256(path) for path in reward_files(args.rewards)},
                            "dtype": str(dtype), "limit": args.limit,
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
-                           "records": {str(file): sha256(file) for path in args.data or () for file in data_files(path)}}
+                           "records": {str(file): sha256(file) for file in data_files(args.data or ())}}
     if not begin_run(out, recorded, args.resume):
         return
     model = load_student(args.model, device, tokenizer)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from minikd.files import InputError, atomic_path, local_folder, read_json, save_tensors, sha256
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import W4Linear, read_zeros, swap_linears, version_of
+from minikd.quant import W4Linear, read_zeros, swap_linears
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZE = "quantize_config.json"
@@ -95,7 +95,7 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:
         if model.quantization:
             size = model.quantization["group_size"]
             try:
-                swap_linears(model, size, version_of(model.quantization))
+                swap_linears(model, size, 2 if model.quantization["checkpoint_format"] == "gptq_v2" else 1)
             except InputError as error:
                 raise InputError(f"{folder / 'config.json'}: quantization_config has group_size = {size}, which does not "
                                  "divide its layers; are config.json and the weights from the same model?") from error

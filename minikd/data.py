@@ -253,33 +253,28 @@ class Report:
                 + (f"\nfirst malformed: {self.first_bad}" if self.first_bad else ""))
 
 
-def load_examples(paths, format: str | None = None, limit: int | None = None,
-                  skip_bad: bool | None = None) -> tuple[list[Example], Report]:
+def load_examples(paths, format: str | None = None, limit: int | None = None) -> tuple[list[Example], Report]:
     """Every usable record of one or more files, folders or hub datasets, in order.
 
-    format    one of FORMATS; None recognises each record
-    limit     stop after that many examples
-    skip_bad  count malformed records instead of raising; None: only for PyTorrent, whose published shards hold
-              corrupt lines
-    Raises InputError for the first malformed record, and where no record is usable.
+    format  one of FORMATS; None recognises each record
+    limit   stop after that many examples
+    Raises InputError for the first malformed record (in PyTorrent, whose published shards hold corrupt lines, they are only
+    counted), and where no record is usable.
     """
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    report = Report()
-    files = [file for path in paths for file in data_files(path)]       # all, before the first is read
-    examples = list(islice((example for file in files for example in _examples(file, format, skip_bad, report)), limit))
+    report, files = Report(), data_files(paths)                 # all, before the first is read
+    examples = list(islice((example for file in files for example in _examples(file, format, report)), limit))
     report.kept = len(examples)
     if not examples:
-        raise InputError(f"{', '.join(map(str, paths))}: no usable record; {report}")
+        raise InputError(f"{', '.join(map(str, files))}: no usable record; {report}")
     return examples, report
 
 
-def _examples(file: Path, format: str | None, skip_bad: bool | None, report: Report) -> Iterator[Example]:
+def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
     report.files[str(file)] = sha256(file)
     name = format
 
     def refuse(error: InputError):
-        skip = name == "pytorrent" if skip_bad is None else skip_bad
-        if not skip:
+        if name != "pytorrent":
             raise error
         report.dropped["malformed"] += 1
         report.first_bad = report.first_bad or str(error)
@@ -299,26 +294,21 @@ def load_texts(paths) -> tuple[list[str], dict[str, str]]:
 
     Raises InputError for the first malformed record, and when there is no text.
     """
-    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    files = [file for path in paths for file in data_files(path)]
-    texts = []
-    for where, record in (entry for file in files for entry in read_records(file)):
+    files, texts = data_files(paths), []
+    for where, record in read_records(files):
         with suppress(Dropped):
             texts.append(_text(record, where, "text"))
     if not texts:
-        raise InputError(f"{', '.join(map(str, paths))}: holds no text; give records with a field 'text'")
+        raise InputError(f"{', '.join(map(str, files))}: holds no text; give records with a field 'text'")
     return texts, {str(file): sha256(file) for file in files}
 
 
-def split_examples(examples: list[Example], validation: int | float = 500,
-                   seed: int = 42) -> tuple[list[Example], list[Example]]:
-    """(train, validation), each in the given order; the same prompt is never in both.
+def split_examples(examples: list[Example], count: int, seed: int = 42) -> tuple[list[Example], list[Example]]:
+    """(train, validation), each in the given order, `count` in the second; the same prompt is never in both.
 
-    validation  how many, exactly; below 1, a fraction. The defaults are the paper's.
     A hash of prompt and seed decides, so that adding or reordering records moves few of the others.
     Raises InputError when the count cannot be met.
     """
-    count = round(validation * len(examples)) if 0 < validation < 1 else int(validation)
     if not 0 <= count < len(examples):
         raise InputError(f"{count} validation examples of {len(examples)} leave none to train on; ask for fewer")
     groups = {}                                                 # hash -> indices of the examples with that prompt
@@ -453,8 +443,8 @@ def batch_order(encoded: list[Encoded], batch_size: int, seed: int, epoch: int) 
     return [sorted(rows[at:at + batch_size], key=lambda i: len(encoded[i])) for at in range(0, len(rows), batch_size)]
 
 
-def by_length(rows: list[Encoded], batch_size: int) -> list[list[int]]:
-    """Positions of all rows, in batches of similar length (little padding), the shortest first: for passes that only read."""
+def by_length(rows: list, batch_size: int) -> list[list[int]]:
+    """Positions of all rows or prompts, in batches of similar length (little padding), the shortest first: not for training."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 

@@ -52,14 +52,14 @@ def compare(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, tea
     return {key: value / max(1, count) for key, value in sums.items()}
 
 
-def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher, batch_size: int, max_new_tokens: int,
-                seed: int = 0) -> float:
+def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher, batch_size: int,
+                max_new_tokens: int) -> float:
     """KL(q || p) over whole answers to the rows' prompts, MiniLLM eq. (1), in nats per answer.
 
     The model samples an answer y to each prompt; the estimate is the exact KL(q_t || p_t) summed over y's tokens, averaged
     over the answers. Its expectation is that of log q(y) - log p(y), with less noise.
     """
-    own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids, seed=seed,
+    own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids,
                   vocab=min(len(model.head), len(teacher.head)))        # ids that both heads have
     length = sum(len(row.response) for row in own) / len(own)
     return compare(model, own, tokenizer.pad_id, batch_size, teacher)["reverse_kl"] * length

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minikd.data import Encoded
+from minikd.data import Encoded, by_length
 from minikd.decode_cuda import OneKernel, fits
 from minikd.layout import head_logits, laid_out
 from minikd.losses import log_mix, log_probs
@@ -73,7 +73,8 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         """From the models' states [B, D] and random numbers [B]: a token per row [B] and its log-probability [B]."""
         logits = head_logits(model, states[0])[:, :vocab]                                   # [B, V]
         if mix:
-            logits = mixture(logits, head_logits(teacher, states[1]), mix)
+            logq, logp = log_probs(logits, head_logits(teacher, states[1]), temperature=1.0)
+            logits = log_mix(logp, logq, mix)                   # MiniLLM eq. (4), over the rows that both heads have
         return sample(logits, temperature, top_p, top_k, u)
 
     with ExitStack() as stack:
@@ -179,12 +180,6 @@ class Replay:
         self.graph.replay()
 
 
-def mixture(logits: Tensor, teacher_logits: Tensor, mix: float) -> Tensor:
-    """log((1 - mix) q + mix p).  MiniLLM eq. (4).  [B, V], [B, V'] -> [B, min(V, V')]"""
-    logq, logp = log_probs(logits, teacher_logits, temperature=1.0)
-    return log_mix(logp, logq, mix)
-
-
 def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,
             seed: int = 0, progress=None, **options) -> list[Encoded]:
     """The rows with their responses replaced by the model's own, in the same order; prompts of similar length are batched.
@@ -193,11 +188,10 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
     options   those of generate_with_log_probs
     A response that reached max_new_tokens without a stop token is `cut`; none is added.
     """
-    order, own = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt)), list(rows)
-    for start in range(0, len(order), batch_size):
-        at = order[start:start + batch_size]
+    own = list(rows)
+    for turn, at in enumerate(by_length([row.prompt for row in rows], batch_size)):
         responses = generate(model, [rows[i].prompt for i in at], max_new_tokens, temperature, eos_ids=eos_ids,
-                             seed=seed * 1_000_003 + start, **options)                      # another for each batch
+                             seed=seed * 1_000_003 + turn * batch_size, **options)          # another for each batch
         for i, response in zip(at, responses):
             own[i] = Encoded(rows[i].prompt, response, response[-1] not in eos_ids, rows[i].index)
         if progress:

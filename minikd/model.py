@@ -240,15 +240,13 @@ class Attention(nn.Module):
         self.joined = None                                                      # it would stay in the old dtype or device
         return super()._apply(fn, recurse)
 
-    def project(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> query, key and value heads side by side, [B, T, (H + 2K) E]"""
-        if self.joined is not None:
-            return self.joined(x)
-        return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
-
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
         B, T, _ = x.shape
-        heads = self.project(x).view(B, T, -1, self.E).transpose(1, 2)          # [B, H + 2K, T, E]
+        if self.joined is not None:
+            qkv = self.joined(x)                                                # [B, T, (H + 2K) E]
+        else:
+            qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+        heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         v = heads[:, -self.K:]                                                  # [B, K, T, E]
         rotated = rotate(heads[:, :-self.K], cos, sin)                          # [B, H + K, T, E]
         q, k = rotated[:, :-self.K], rotated[:, -self.K:]                       # [B, H, T, E], [B, K, T, E]

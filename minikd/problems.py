@@ -12,8 +12,9 @@ import json
 import math
 import random
 from dataclasses import dataclass
+from itertools import islice
 
-from minikd.data import Encoded, data_files
+from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.records import HALF, kind_of, read_records
 from minikd.toy import held_out
@@ -29,7 +30,6 @@ PYTHON = "Write a Python 3 program that reads standard input and writes standard
 class Problem:
     messages: tuple[dict, ...]          # what is asked, for tokenizer.chat
     facts: dict                         # what rewards look at: answer; tests [{input, output}], time_limit (s), ...
-    where: str                          # "file.jsonl:812"
 
 
 # ---- toy tasks
@@ -77,14 +77,14 @@ TASKS = {"sums": sum_problem, "code": program_problem}
 
 def toy_problems(task: str, count: int, seed: int, test: bool = False) -> list[Problem]:
     """`count` different problems; with `test`, of the test set, which shares no question with the others."""
-    return [Problem(({"role": "user", "content": question},), facts, f"{task}:{i}")
-            for i, (question, facts, *_) in enumerate(_draw(task, count, seed, test, once=True))]
+    return [Problem(({"role": "user", "content": question},), facts)
+            for question, facts, *_ in _draw(task, count, seed, test, once=True)]
 
 
-def toy_records(task: str, count: int, seed: int, test: bool = False, clean: bool = False) -> list[dict]:
+def toy_records(task: str, count: int, seed: int, clean: bool = False) -> list[dict]:
     """Records for supervised fine-tuning (train_kd.py reads them), of mixed quality, or with `clean` all right."""
     rng, records = random.Random(seed + 1), []
-    for question, _, right, wrong, bare in _draw(task, count, seed, test, once=test):
+    for question, _, right, wrong, bare in _draw(task, count, seed, test=False, once=False):
         answer = wrong if rng.random() < NOISE else right
         answer = right if clean else bare if rng.random() < UNTAGGED else answer
         records.append({"instruction": question, "context": "", "response": answer, "category": task})
@@ -112,16 +112,7 @@ def load_problems(paths, limit: int | None = None) -> list[Problem]:
     limit  stop after that many problems
     Raises InputError for a record that is no problem, or whose fields have the wrong type, naming the place.
     """
-    paths = [paths] if isinstance(paths, str) else list(paths)
-    problems = []
-    for file in [file for path in paths for file in data_files(path)]:
-        for where, record in read_records(file):
-            if limit is not None and len(problems) >= limit:
-                return problems
-            problems.append(to_problem(record, where))
-    if not problems:
-        raise InputError(f"{', '.join(map(str, paths))}: holds no record; give another file")
-    return problems
+    return [to_problem(record, where) for where, record in islice(read_records(paths), limit)]
 
 
 def to_problem(record: dict, where: str) -> Problem:
@@ -138,7 +129,7 @@ def to_problem(record: dict, where: str) -> Problem:
         text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K: after ####
     if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
         raise InputError(f"{where}: holds half a character (a lone surrogate); fix its escapes")
-    return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts, where)
+    return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts)
 
 
 def _codeforces(record: dict, where: str) -> tuple[str, dict]:

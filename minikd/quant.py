@@ -245,28 +245,18 @@ def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Lin
     return found
 
 
-def quantization_config(group_size: int, sym: bool, version: int, **meta) -> dict:
-    """config.json's quantization_config, as transformers, GPTQModel and vLLM expect it. desc_act, which says that groups
-    are shuffled, is always false: act_order keeps groups static."""
-    format = "gptq" if version == 1 else "gptq_v2"
-    return {"quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": sym, "desc_act": False,
-            "lm_head": False, "checkpoint_format": format, "format": format, "pack_dtype": "int32",
-            "meta": {"quantizer": ["minikd:0.1"], **meta}}
-
-
-def version_of(quantization: dict) -> int:
-    """1 for format `gptq`, 2 for `gptq_v2`."""
-    return 2 if quantization.get("checkpoint_format") == "gptq_v2" else 1
-
-
 def to_w4(model: Qwen2, layers: dict[str, tuple], group_size: int, sym: bool, **meta) -> Qwen2:
     """The model, changed in place: the linear layers of its blocks are replaced by packed ones.
 
     layers  name -> to_words of that layer, in version 1 where it is symmetric, else 2
     meta    how they were found, for the folder's config: damp_percent, static_groups, ...
     """
-    version = 1 if sym else 2
-    model.quantization = quantization_config(group_size, sym, version, **meta)
+    version, format = (1, "gptq") if sym else (2, "gptq_v2")
+    model.quantization = {                                      # as transformers, GPTQModel and vLLM expect it
+        "quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": sym,
+        "desc_act": False,                                      # whether groups are shuffled: act_order keeps them static
+        "lm_head": False, "checkpoint_format": format, "format": format, "pack_dtype": "int32",
+        "meta": {"quantizer": ["minikd:0.1"], **meta}}
     biases = {name: model.get_submodule(name).bias for name in layers}
     for name, layer in swap_linears(model, group_size, version).items():
         layer.load_state_dict(layers[name] | ({} if biases[name] is None else {"bias": biases[name].detach()}))

@@ -18,12 +18,14 @@ HUB_METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", 
 # ---- a name -> files
 
 def data_files(name) -> list[Path]:
-    """The files that one --data argument names, in the order they are read.
+    """The files that one --data argument names, or a list of them, in the order they are read.
 
     It is "data.jsonl", or a folder or hub dataset that holds one data file. If it holds several, "name:choice" names a
     file, a folder or a glob in it, and all matching files are read: "open-r1/codeforces-cots:solutions_py".
     Raises InputError if there is no file, or several and no choice.
     """
+    if not isinstance(name, (str, Path)):
+        return [file for each in name for file in data_files(each)]
     if Path(name).expanduser().is_file():
         return [Path(name).expanduser()]
     base, _, choice = str(name).partition(":")
@@ -76,7 +78,7 @@ def kind_of(value) -> str:
 
 def read_records(path, refuse: Callable[[InputError], None] | None = None,
                  kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str, dict]]:
-    """Streams (where, record) from a file, or from all that data_files finds; where is "file.jsonl:812".
+    """Streams (where, record) from every file that data_files finds; where is "file.jsonl:812".
 
     refuse  called with the error of a malformed line, which is then skipped. Errors after which nothing more can be
             read (a broken gzip, an unclosed quote in a csv) are raised all the same.

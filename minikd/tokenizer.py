@@ -26,7 +26,7 @@ class Tokenizer:
              a real <|endoftext|> is not taken for padding.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, folder: Path | None = None, default_system=QWEN25_SYSTEM):
+    def __init__(self, backend: tokenizers.Tokenizer, folder: Path, default_system: str | None):
         self.backend, self.folder, self.default_system = backend, folder, default_system
         stops = [backend.token_to_id(token) for token in STOPS]
         if None in stops:
@@ -54,7 +54,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for file in FILES:
-            if self.folder and (self.folder / file).exists() and self.folder.resolve() != folder.resolve():
+            if (self.folder / file).exists() and self.folder.resolve() != folder.resolve():
                 shutil.copyfile(self.folder / file, folder / file)
         if not (folder / "generation_config.json").exists():
             stops = {"eos_token_id": sorted(self.eos_ids), "pad_token_id": self.pad_id}
@@ -81,9 +81,9 @@ class Tokenizer:
         """Ids of the text; special tokens written out in it, such as <|im_end|>, become their ids."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids, skip_special: bool = True) -> str:
-        """Text of the ids; special tokens are left out unless skip_special is False."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+    def decode(self, ids) -> str:
+        """Text of the ids; special tokens are left out."""
+        return self.backend.decode(list(ids))
 
     def chat(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """ChatML, character for character as the folder's own template renders plain messages.

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from minikd.checkpoint import load_model
-from minikd.evaluate import check_vocabulary
+from minikd.evaluate import check_vocabulary, write_jsonl
 from minikd.files import InputError, atomic_path, read_json, save_tensors
 from minikd.model import Qwen2, Qwen2Config, run_block
 
@@ -30,12 +30,12 @@ def load_student(name, device, tokenizer) -> Qwen2:
     return model
 
 
-def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01, betas=(0.9, 0.95)) -> torch.optim.AdamW:
+def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
     """AdamW; biases and norm weights have no weight decay. Fused: one pass over the weights, without copies of them."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def compile_blocks(*models: Qwen2):
@@ -138,9 +138,7 @@ class Log:
     def __init__(self, folder, upto: int = 0, name: str = LOG):
         """Keeps the lines of the first `upto` steps: later ones, of a killed run, will be logged again."""
         self.path = Path(folder) / name
-        kept = [line for line in read_log(folder, name) if line["step"] <= upto] if upto else []
-        with atomic_path(self.path) as new:
-            new.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        write_jsonl([line for line in read_log(folder, name) if line["step"] <= upto] if upto else [], self.path)
 
     def write(self, *lines: dict, **values):
         """Appends one line with the keyword values, or all of `lines`."""

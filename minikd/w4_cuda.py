@@ -20,7 +20,7 @@ def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor
     words int32 [O/16, I/128, 2, 32, 4], scales float16 [I/g, O'], zeros uint8 [I/g, O'] or None if all are 8.
     O and I are padded to multiples of 16 and 128 with codes of 8 and scales of 0; O' is the padded O.
     """
-    (O, I), size = codes.shape, codes.shape[1] // scales.shape[1]
+    O, I = codes.shape
     rows, columns = -(-O // 16) * 16, -(-I // 128) * 128
     padded = codes.new_full((rows, columns), 8)
     padded[:O, :I] = codes

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +16,11 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from minikd import cuda
-from minikd.checkpoint import save_model
+from minikd.checkpoint import load_model, save_model
 from minikd.model import Qwen2, Qwen2Config
 from minikd.tokenizer import Tokenizer
+from minikd.toy import QWEN2_WORDS
+from minikd.training import Log, read_log
 from ptx import Driver, Kernel, kernels_of
 
 torch.set_num_threads(1)
@@ -26,20 +28,50 @@ sys.path.insert(0, str(Path(__file__).parents[1]))               # the scripts a
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Qwen2's pattern, which splits text into words, single digits and punctuation.
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")
 TEXTS = ["The student learns from its teacher, and the teacher learns nothing.", "¿Qué año es? El niño comió piñas.",
          "def add(a, b):\n    return a + b\n", "你好，世界。你好吗？", "What is 12 + 30? It is 42."] * 4
 
 
-def tiny(seed: int, tokenizer, folder, **shape) -> Path:
-    """A folder with a very small random model and the tokenizer."""
+def small(seed: int, **shape) -> Qwen2:
+    """A very small random model."""
     sizes = dict(vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
                  num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.3)
+    return Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed)
+
+
+def tiny(seed: int, tokenizer, folder, **shape) -> Path:
+    """A folder with such a model and the tokenizer."""
     tokenizer.save(folder)
-    save_model(Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed), folder)
+    save_model(small(seed, **shape), folder)
     return folder
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_model(folder).state_dict()
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def steps_of(folder) -> list[dict]:
+    """The lines of optimizer steps in a run's log, less the clock."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder) if "grad_norm" in line]
+
+
+@contextmanager
+def killed_at(step: int):
+    """Inside the `with` block a run ends where it would log this step, as by kill -9."""
+    write = Log.write
+
+    def until(log, *lines, **values):
+        if values.get("step") == step:
+            raise KeyboardInterrupt
+        write(log, *lines, **values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "write", until)
+        yield
 
 
 def pytest_collection_finish(session):
@@ -111,7 +143,7 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="isolated"),
+        pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     backend.train_from_iterator(TEXTS, trainers.BpeTrainer(

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from itertools import chain
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +15,7 @@ from minikd.data import (Dropped, Encoded, batch_order, by_length, collate, data
                          load_examples, load_texts, next_rows, optimizer_steps, prompt_text, read_records, recognise,
                          split_examples, steps_per_epoch, to_example, without_docstring)
 from minikd.files import InputError
-
-SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data here")
+from minikd.tokenizer import Tokenizer
 
 DOLLY = {"instruction": "Which is a fish?", "context": "", "response": "Tope", "category": "classification"}
 BUGNET = {"problem_id": "p1", "language": "Python", "original_status": "Wrong Answer", "fail": "print(1)\n",
@@ -242,9 +239,9 @@ def test_record_that_lost_a_field_is_judged_as_the_record_before_it(tmp_path):
         load_examples(file)
 
 
-def test_skip_bad_counts_malformed_records_and_shows_the_first(tmp_path):
-    file = write(tmp_path / "d.jsonl", {"instruction": "i"}, DOLLY, {**DOLLY, "response": None})
-    examples, report = load_examples(file, skip_bad=True)
+def test_skipped_records_are_counted_and_the_first_is_shown(tmp_path):
+    file = write(tmp_path / "d.jsonl", {"summary": "s"}, PYTORRENT, {**PYTORRENT, "summary": None, "docstring": None})
+    examples, report = load_examples(file, format="pytorrent")
     assert (len(examples), report.read, report.dropped) == (1, 3, {"malformed": 2})
     assert "1 of 3 records kept (dropped: 2 malformed)" in str(report) and "d.jsonl:1" in report.first_bad
     assert "d.jsonl:1" in str(report).splitlines()[1] and "malformed" not in str(load_examples(write(file, DOLLY))[1])
@@ -258,8 +255,10 @@ def test_corrupt_lines_are_skipped_and_counted_in_pytorrent_alone(tmp_path):
     examples, report = load_examples(shard)
     assert [example.where[-1] for example in examples] == ["1", "4"]
     assert (report.read, report.kept, report.dropped["malformed"]) == (4, 2, 2)
+    with gzip.open(shard, "wt") as handle:
+        handle.write("\n".join([json.dumps(DOLLY), good[:50]]))
     with pytest.raises(InputError, match="shard.jsonl.gz:2: not JSON"):
-        load_examples(shard, skip_bad=False)
+        load_examples(shard)
 
 
 # ---- files
@@ -435,7 +434,6 @@ def test_split_is_exact_disjoint_and_keeps_the_order():
         assert len(validation) == count
         assert sorted(train + validation, key=examples.index) == examples
         assert train == [e for e in examples if e in train]
-    assert len(split_examples(examples, 0.1)[1]) == 10
 
 
 def test_split_depends_on_prompt_and_seed_not_on_the_file_order():
@@ -620,29 +618,24 @@ def test_texts_are_the_field_text_of_any_data_file(tmp_path):
 
 # ---- real data
 
-@needs_shared
-def test_real_dolly_and_alpaca_records_load_and_split():
-    examples, report = load_examples([SHARED / "dolly-sample.jsonl", SHARED / "instructions-1100.jsonl"])
+def test_real_dolly_and_alpaca_records_load_and_split(shared):
+    examples, report = load_examples([shared / "dolly-sample.jsonl", shared / "instructions-1100.jsonl"])
     assert report.read == 1108 and report.kept == len(examples) == 1108 - sum(report.dropped.values())
     assert {"open_qa", "alpaca"} <= {example.category for example in examples}
     train, validation = split_examples(examples, 100)
     assert {e.messages[0]["content"] for e in train}.isdisjoint(e.messages[0]["content"] for e in validation)
 
 
-@needs_shared
-def test_real_records_through_the_real_tokenizer_come_back_as_text():
-    tokenizers = pytest.importorskip("tokenizers")
-    backend = tokenizers.Tokenizer.from_file(str(SHARED / "qwen2-tokenizer" / "tokenizer.json"))
-    qwen = SimpleNamespace(encode=lambda text: backend.encode(text).ids, chat=Letters().chat, eos_ids={151645, 151643},
-                           end_id=151645)
-    examples, _ = load_examples(SHARED / "dolly-sample.jsonl")
+def test_real_records_through_the_real_tokenizer_come_back_as_text(shared):
+    qwen = Tokenizer.load(shared / "qwen2-tokenizer")
+    examples, _ = load_examples(shared / "dolly-sample.jsonl")
     rows, counts = encode_examples(examples, qwen, template="alpaca", max_length=200)
     assert counts["encoded"] == len(rows) > 0
     ids, mask = collate(rows, pad_id=151643)
     for row, line, own in zip(rows, ids, mask):
-        said = backend.decode(line[own].tolist())
+        said = qwen.decode(line[own].tolist())
         assert examples[row.index].response.startswith(said) if row.cut else said == examples[row.index].response
-        assert backend.decode(line[~own].tolist()) == prompt_text(examples[row.index], qwen, "alpaca")
+        assert qwen.decode(line[~own].tolist()) == prompt_text(examples[row.index], qwen, "alpaca")
 
 
 def test_a_line_that_breaks_off_is_named_by_its_own_number(tmp_path):

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from conftest import small
 from minikd.data import Encoded, Example
 from minikd.evaluate import answer, compare, distinct, score_answers, sequence_kl, show_table
-from minikd.model import Qwen2, Qwen2Config, cast_copy
+from minikd.model import Qwen2, cast_copy
 from minikd.rouge import rouge_l
 from minikd.teacher import Teacher
 
@@ -20,9 +21,7 @@ class Ids:
 
 
 def model(seed: int, **shape) -> Qwen2:
-    sizes = dict(vocab_size=3, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                 num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.5)
-    return Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed).eval().requires_grad_(False)
+    return small(seed, **dict(vocab_size=3, initializer_range=0.5) | shape).eval().requires_grad_(False)
 
 
 STUDENT, TEACHER = model(1), model(2, hidden_size=24, num_attention_heads=3)

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import small
 from minikd import grpo
 from minikd.data import Encoded, collate
 from minikd.grpo import (NORMS, group_advantages, k3, policy_loss, sample_groups, sequence_old, token_log_probs,
                          token_weights, was_clipped)
 from minikd.losses import entropy, head_loss, scored_positions
-from minikd.model import Qwen2, Qwen2Config
+from minikd.model import Qwen2
 
 N, R = 6, 7                                         # answers, tokens
 
@@ -171,8 +172,7 @@ def test_loss_and_gradient_are_trls(variant, beta):
 # ---- through a model
 
 def model(seed=1) -> Qwen2:
-    return Qwen2(Qwen2Config(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                             num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.4)).init_weights(seed)
+    return small(seed, vocab_size=30, num_hidden_layers=2, initializer_range=0.4)
 
 
 class Tokens:

@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
+from conftest import small
 from minikd.data import Encoded, next_rows
 from minikd.generate import generate, respond
 from minikd.losses import clipped_surrogate, head_loss, reverse_kl
 from minikd.minillm import (FROZEN, Rollout, collect, importance_weights, pack_rollouts, rewards_to_go,
                             rollout_steps, unpack_rollouts, whiten)
-from minikd.model import Qwen2, Qwen2Config
+from minikd.model import Qwen2
 
 V, T, END = 3, 3, 0
 
@@ -150,9 +151,7 @@ def test_whitening_gives_mean_0_and_deviation_1():
 # ---- rollouts of a real model
 
 def model(seed: int, **shape) -> Qwen2:
-    sizes = dict(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                 num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.4)
-    return Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed).eval()
+    return small(seed, **dict(vocab_size=20, num_hidden_layers=2, initializer_range=0.4) | shape).eval()
 
 
 STUDENT, TEACHER = model(1), model(2, hidden_size=24, vocab_size=23, num_attention_heads=3)

@@ -16,8 +16,6 @@ from minikd import checkpoint
 from minikd.checkpoint import load_model, save_model
 from minikd.quant import W4Linear
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tokenizer) -> Path:

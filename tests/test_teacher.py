@@ -5,19 +5,19 @@ import shutil
 import pytest
 import torch
 
+from conftest import small
 from minikd import teacher as module
 from minikd.checkpoint import load_head, load_model, model_files, save_model
 from minikd.data import Encoded, collate
 from minikd.files import InputError
 from minikd.losses import forward_kl, head_loss, scored_positions
-from minikd.model import Qwen2, Qwen2Config
+from minikd.model import Qwen2
 from minikd.teacher import FACTS, CachedTeacher, Teacher, digest_of, fill_cache, teacher_responses
 
 
 def model(seed=2, **shape) -> Qwen2:
-    sizes = dict(vocab_size=400, hidden_size=24, intermediate_size=24, num_hidden_layers=2, num_attention_heads=3,
-                 num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.3)
-    return Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed).eval().requires_grad_(False)
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3)
+    return small(seed, **sizes | shape).eval().requires_grad_(False)
 
 
 ROWS = [Encoded([1 + i, 2][:1 + i % 2], [3 + i, 4, 5, 6][:1 + i % 4], False, i) for i in range(30)]

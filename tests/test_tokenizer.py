@@ -125,11 +125,11 @@ def test_text_survives_encoding_and_decoding(tokenizer):
     assert len(tokenizer.encode("the teacher")) < len("the teacher")
 
 
-def test_special_tokens_are_one_id_each_and_decoding_leaves_them_out_unless_asked(tokenizer):
+def test_special_tokens_are_one_id_each_and_decoding_leaves_them_out(tokenizer):
     text = "<|im_start|>user\nHi<|im_end|>\n"
     ids = tokenizer.encode(text)
     assert ids[0] == tokenizer.backend.token_to_id("<|im_start|>") and tokenizer.end_id in ids
-    assert tokenizer.decode(ids) == "user\nHi\n" and tokenizer.decode(ids, skip_special=False) == text
+    assert tokenizer.decode(ids) == "user\nHi\n" and tokenizer.backend.decode(ids, skip_special_tokens=False) == text
 
 
 def test_nothing_is_put_before_or_after_the_text_though_the_folder_asks_for_it(tokenizer_folder, tokenizer, tmp_path):

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 import train_grpo as rl
-from conftest import tiny
+from conftest import killed_at, same, steps_of, tiny, weights
 from minikd import problems
 from minikd.checkpoint import load_model, save_model
 from minikd.training import STATE, read_log
 from test_problems import RECORD
 
-ROOT = Path(__file__).parents[1]
 FAST = ("--steps 4 --prompts 2 --group-size 4 --max-new-tokens 6 --batch-size 3 --eval-every 2 --eval-examples 3 "
         "--lr 0.01 --device cpu --dtype float32").split()
 
@@ -40,19 +39,6 @@ def run(world, shell, tmp_path):
              data=("--data", world / "sums.jsonl"), out=tmp_path / "run"):
         return shell(rl, *model, *data, "--out", out, *FAST, "--rewards", rewards.format(world=world), *flags)
     return call
-
-
-def steps_of(folder) -> list[dict]:
-    """The lines of steps, less the clock."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder) if "reward" in line]
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_model(folder).state_dict()
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_run_leaves_a_model_a_log_and_every_completion(run, world, tmp_path):
@@ -91,18 +77,10 @@ VARIANTS = [[], ["--inner-epochs", "2"], ["--norm", "constant", "--scale", "none
 
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=" ".join)
-def test_every_variant_goes_on_from_its_last_state_to_the_same_bits(run, tmp_path, monkeypatch, flags):
+def test_every_variant_goes_on_from_its_last_state_to_the_same_bits(run, tmp_path, flags):
     assert run(*flags, out=tmp_path / "whole")[0] == 0
-    write = rl.Log.write
-
-    def stop(log, *lines, **values):                                            # as kill -9 would, in the 4th step
-        if values.get("step") == 4:
-            raise KeyboardInterrupt
-        write(log, *lines, **values)
-
-    monkeypatch.setattr(rl.Log, "write", stop)
-    assert run(*flags, out=tmp_path / "killed")[0] == 130
-    monkeypatch.setattr(rl.Log, "write", write)
+    with killed_at(4):
+        assert run(*flags, out=tmp_path / "killed")[0] == 130
     status, _, err = run(*flags, "--resume", out=tmp_path / "killed")
     assert status == 0, err
     assert steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole") and len(steps_of(tmp_path / "whole")) == 4

@@ -14,7 +14,7 @@ import torch
 
 import eval_rouge
 import train_kd as kd
-from conftest import tiny
+from conftest import killed_at, same, steps_of, tiny, weights
 from minikd import minillm, toy
 from minikd.checkpoint import load_model, save_model
 from minikd.data import encode_examples, load_examples
@@ -47,19 +47,6 @@ def run(world, shell, tmp_path):
              data=("--data", world / "data.jsonl"), out=tmp_path / "run"):
         return shell(kd, *models, *data, "--out", out, *FAST, *flags)
     return call
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_model(folder).state_dict()
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def steps_of(folder) -> list[dict]:
-    """The lines of optimizer steps, less the clock."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder) if "ce" in line]
 
 
 @pytest.fixture
@@ -286,16 +273,8 @@ def test_every_mode_goes_on_from_its_last_state_to_the_same_bits(run, mode, tmp_
     monkeypatch.setattr(minillm, "collect", lambda **options: (kept.append(options["seed"]), kept[0](**options))[1])
     flags = [*mode(name), "--steps", "10", "--eval-every", "3", "--batch-size", "4", "--grad-accum", "2", "--lr", "0.003"]
     assert run(*flags, out=tmp_path / "whole")[0] == 0
-    write = kd.Log.write
-
-    def stop(log, **values):                                                    # as kill -9 would, at the 8th step
-        if values["step"] == 8:
-            raise KeyboardInterrupt
-        write(log, **values)
-
-    monkeypatch.setattr(kd.Log, "write", stop)
-    assert run(*flags, out=tmp_path / "killed")[0] == 130
-    monkeypatch.setattr(kd.Log, "write", write)
+    with killed_at(8):
+        assert run(*flags, out=tmp_path / "killed")[0] == 130
     before = len(kept)
     status, _, err = run(*flags, "--resume", out=tmp_path / "killed")
     assert status == 0, err
@@ -471,23 +450,15 @@ def test_resume_skips_what_is_done_and_runs_what_is_not(run, tmp_path, monkeypat
     assert read_log(tmp_path / "run/kd")[-1]["done"]
 
 
-def test_a_state_that_an_earlier_run_left_is_not_resumed_from(tmp_path, monkeypatch, settings):
+def test_a_state_that_an_earlier_run_left_is_not_resumed_from(tmp_path, settings):
     """The toy's runs replace earlier ones: killed before its first state, a run must not find the earlier one's."""
     given = settings(steps=6, eval_every=2)
     rest = {key: value for key, value in given.items() if key not in ("student", "out", "title")}
-    write = kd.Log.write
-
-    def stop(at):
-        def until(log, **values):
-            if values["step"] == at and "ce" in values:
-                raise KeyboardInterrupt
-            write(log, **values)
-        return until
 
     def begin(lr, at, resume=False):
-        monkeypatch.setattr(kd.Log, "write", stop(at))
-        kd.stage(tmp_path / "run", lambda: load_model(given["student_folder"]), resume=resume, recorded={},
-                 **rest | {"lr": lr})
+        with killed_at(at):
+            kd.stage(tmp_path / "run", lambda: load_model(given["student_folder"]), resume=resume, recorded={},
+                     **rest | {"lr": lr})
 
     given["student_folder"] = tmp_path / "start"
     save_model(given["student"], tmp_path / "start")
@@ -633,14 +604,24 @@ def test_the_script_itself_ends_with_status_2_and_no_traceback(tmp_path):
 
 # ---- the toy world, shrunk
 
-def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge_agrees(tmp_path, monkeypatch, capsys):
-    few, train, text = toy.records, kd.train, toy.plain_text
+@pytest.fixture
+def shrunk(tmp_path, monkeypatch) -> dict:
+    """Little data and few steps, in an empty folder; run's folder -> the head of the student that it started from."""
+    few, train, text, starts = toy.records, kd.train, toy.plain_text, {}
+
+    def shortened(**settings):
+        starts[settings["out"].name] = settings["student"].head.detach().clone()
+        return train(**settings | dict(steps=2, eval_every=2, eval_examples=4, max_new_tokens=4, batch_size=8))
+
     monkeypatch.setattr(toy, "records", lambda count, *rest, **named: few(
         min(count, 30 if "test" in named else 160), *rest, **named))
     monkeypatch.setattr(toy, "plain_text", lambda count, seed: text(20, seed))
-    short = dict(steps=2, eval_every=2, eval_examples=4, max_new_tokens=4, batch_size=8)
-    monkeypatch.setattr(kd, "train", lambda **settings: train(**settings | short))
+    monkeypatch.setattr(kd, "train", shortened)
     monkeypatch.chdir(tmp_path)
+    return starts
+
+
+def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge_agrees(shrunk, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_kd.py", "--validation", "20", "--max-new-tokens", "4"])
     kd.main()
     out, err = capsys.readouterr()
@@ -655,20 +636,8 @@ def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge
 
 
 @pytest.mark.parametrize("flags", [["--loss", "minillm"], ["--loss", "reverse_kl", "--on-policy", "1"]], ids=" ".join)
-def test_in_the_toy_world_own_answers_begin_from_a_student_that_was_fine_tuned(tmp_path, monkeypatch, capsys, flags):
-    few, train, text, starts = toy.records, kd.train, toy.plain_text, {}
-    monkeypatch.setattr(toy, "records", lambda count, *rest, **named: few(
-        min(count, 30 if "test" in named else 160), *rest, **named))
-    monkeypatch.setattr(toy, "plain_text", lambda count, seed: text(20, seed))
-    short = dict(steps=2, eval_every=2, eval_examples=4, max_new_tokens=4, batch_size=8)
-
-    def shortened(**settings):
-        starts[settings["out"].name] = settings["student"].head.detach().clone()
-        return train(**settings | short)
-
-    monkeypatch.setattr(kd, "train", shortened)
-    monkeypatch.chdir(tmp_path)
+def test_in_the_toy_world_own_answers_begin_from_a_student_that_was_fine_tuned(shrunk, monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["train_kd.py", "--validation", "20", "--max-new-tokens", "4", *flags])
     kd.main()
-    assert list(starts) == ["teacher", "base", "sft", "toy"]
-    assert torch.equal(starts["toy"], load_model("runs/toy/sft/best").head)
+    assert list(shrunk) == ["teacher", "base", "sft", "toy"]
+    assert torch.equal(shrunk["toy"], load_model("runs/toy/sft/best").head)
