@@ -15,7 +15,7 @@ from pathlib import Path
 from minikd.checkpoint import load_model
 from minikd.data import FORMATS, encode_examples, load_examples
 from minikd.evaluate import answer, check_vocabulary, read_predictions, read_references, score_answers, write_jsonl
-from minikd.files import InputError, script_errors
+from minikd.files import InputError, check_writable, script_errors
 from minikd.layout import INT8_ROWS, use_int8_head
 from minikd.quant import show_ways
 from minikd.rouge import mean_by_category
@@ -106,7 +106,7 @@ def model_scores(args) -> list[list[dict]]:
         if args.batch_size >= INT8_ROWS:
             print(f"--int8-head: is used for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size} only "
                   "when the other prompts of a batch have finished")
-    args.out.parent.mkdir(parents=True, exist_ok=True)          # fail now, not after hours of answers
+    check_writable(args.out.parent)
     seeds, rounds = (args.seeds or SEEDS) if args.temperature > 0 else [None], []
     with Progress("answers", len(seeds) * len(rows)) as progress:
         for seed in seeds:

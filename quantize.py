@@ -19,7 +19,7 @@ import torch
 from minikd.checkpoint import load_config, load_model, model_folder, read_quantization, save_model
 from minikd.data import data_files, encode_examples, encode_text, load_examples, load_texts, recognise
 from minikd.evaluate import answer_and_score, check_vocabulary, compare
-from minikd.files import InputError, read_json, script_errors
+from minikd.files import InputError, check_writable, read_json, script_errors
 from minikd.gptq import quantize_model
 from minikd.quant import check_groups, to_w4, to_words
 from minikd.records import read_records
@@ -131,7 +131,7 @@ def check_out(out: Path, folder: Path):
         raise InputError(f"--out {out}: holds an unquantised model, which would be replaced; choose another")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; choose a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out.parent)
 
 
 def weight_bytes(folder: Path) -> int:

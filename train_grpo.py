@@ -348,7 +348,7 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
-    check_free(out, resume=args.resume, toy=args.toy)
+    check_free(out, [out], resume=args.resume, toy=args.toy)
     if args.toy:
         spare_threads(toy.student_config(1))
         args.model = args.model or str(toy_student(args.task, out, args.seed, args.resume))

@@ -284,6 +284,8 @@ def recordable(settings: dict) -> dict:
 
 def toy_world(out: Path, seed: int, resume: bool):
     """Makes the records, the tokenizer, the teacher and the student's base under `out`."""
+    if resume and read_log(out / "teacher"):                    # before anything is written
+        check_settings(out / "teacher", {"seed": seed})
     tokenizer = toy.make_tokenizer(out / "tokenizer")
     files = {"teacher": toy.records(12_000, seed=1000 + seed), "train": toy.records(600, 2000 + seed, human=True),
              "test": toy.records(300, seed=3000, test=True)}
@@ -390,9 +392,8 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
-    compared = ["", "sft", "kd"] + (["teacher", "base"] if args.toy else [])    # "": a comparison writes to out itself too
-    check_free(*(out / folder for folder in dict.fromkeys(compared + [folder for *_, folder in planned(args)])),
-               resume=args.resume, toy=args.toy)
+    runs = [out / folder for *_, folder in planned(args)] + ([out / "teacher", out / "base"] if args.toy else [])
+    check_free(out, runs, resume=args.resume, toy=args.toy)
     if args.toy:
         spare_threads(toy.teacher_config(1))
         toy_world(out, args.seed, args.resume)

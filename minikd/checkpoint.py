@@ -90,7 +90,11 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:
     """A model on the meta device (no memory for weights), each tensor's shape, and the file that holds it; all checked."""
     config = load_config(folder)
     with torch.device("meta"):
-        model = Qwen2(config)
+        try:
+            model = Qwen2(config)
+        except RuntimeError as error:                           # the bytes of a tensor do not fit in 64 bits
+            raise InputError(f"{folder / 'config.json'}: its sizes are impossible ({str(error).splitlines()[0]}); "
+                             "fetch it again") from error
         model.quantization = read_quantization(folder)
         if model.quantization:
             size = model.quantization["group_size"]

@@ -108,6 +108,15 @@ def _fsync(path: Path):
         os.close(handle)
 
 
+def check_writable(folder: Path):
+    """Makes the folder if there is none.  Raises InputError if no file can be made in it: now, not after hours of work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
+
+
 def read_json(path: Path) -> dict:
     """One JSON object from a file.  Raises InputError, with file and position, if it is missing or not one."""
     try:

@@ -11,6 +11,7 @@ References
     GQA (grouped-query attention)                   arXiv:2305.13245
     SwiGLU                                          arXiv:2002.05202, eq. (6)
 """
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ class Qwen2Config:
             if (not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default"
                     or any(isinstance(value, dict) for value in rope.values())):
                 refuse(field, rope, "use a checkpoint without RoPE scaling, the same in all layers")
-            theta = rope.get("rope_theta") or theta
+            theta = theta if rope.get("rope_theta") is None else rope["rope_theta"]
         if raw.get("use_sliding_window"):
             refuse("use_sliding_window", raw["use_sliding_window"], "use a checkpoint with full attention")
         kinds = raw.get("layer_types") or []
@@ -73,13 +74,15 @@ class Qwen2Config:
             refuse("hidden_act", raw["hidden_act"], "Qwen2 uses 'silu'")
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in raw.items() if k in known and v is not None}
-        values["rope_theta"] = theta or cls.rope_theta
+        values["rope_theta"] = cls.rope_theta if theta is None else theta
         for f in fields(cls):
             value = values.get(f.name, f.default)
             if f.type is bool:
                 good, wanted = isinstance(value, bool), "true or false"
             elif f.type is float:
-                good, wanted = type(value) in (int, float) and value >= 0, "a number of at least 0"
+                good, wanted = type(value) in (int, float) and 0 <= value < math.inf, "a number of at least 0"
+                if f.name == "rope_theta":
+                    good, wanted = good and value > 0, "a number above 0"
             else:
                 good, wanted = value is None or type(value) is int and value > 0, "a whole number above 0"
             if not good:

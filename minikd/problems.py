@@ -127,6 +127,11 @@ def to_problem(record: dict, where: str) -> Problem:
             raise InputError(f"{where}: is not a problem: give `question` and `answer`, or Codeforces' `description` and "
                              f"`examples` (its fields: {', '.join(list(record)[:12])})")
         text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K: after ####
+        for name in ("input", "context") if field == "instruction" else ():                 # Alpaca's, Dolly's
+            if kind_of(record.get(name)) != "null":
+                if not isinstance(record[name], str):
+                    raise InputError(f"{where}: field {name!r} is {kind_of(record[name])}; make it text")
+                text += f"\n\n{record[name]}" if record[name].strip() else ""
     if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
         raise InputError(f"{where}: holds half a character (a lone surrogate); fix its escapes")
     return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts)
@@ -148,10 +153,11 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     tests = examples + [test for test in tests if test not in examples]
     facts = {"tests": tests if decided else [], "language": "python"}
     for name in "time_limit", "memory_limit":
-        if isinstance(record.get(name), (int, float)) and kind_of(record[name]) != "null":
-            if not 0 < record[name] < math.inf:
-                raise InputError(f"{where}: field {name!r} is {record[name]}; give a number above 0, or leave it out")
-            facts[name] = float(record[name])
+        value = record.get(name)
+        if kind_of(value) != "null":
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise InputError(f"{where}: field {name!r} is {value!r:.40}; give a number above 0, or leave it out")
+            facts[name] = float(value)
     return "\n\n".join(part for part in parts if part), facts
 
 

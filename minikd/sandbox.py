@@ -86,7 +86,10 @@ def run_program(source: str, stdin: str = "", timeout: float = 5.0, memory_mb: i
     timeout    wall-clock seconds
     memory_mb  MB of address space; the interpreter itself takes about 30
     Raises InputError if programs cannot be confined: not on Linux, or started by root that cannot become another user.
+    Raises ValueError for a timeout or memory_mb that is negative or above a billion, or for no memory.
     """
+    if not (0 <= timeout <= 1e9 and 0 < memory_mb <= 1e9):
+        raise ValueError(f"run_program: timeout = {timeout}, memory_mb = {memory_mb}: give numbers of 0 to 1e9")
     return _run(source, stdin, timeout, memory_mb)[0]
 
 

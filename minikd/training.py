@@ -164,10 +164,7 @@ def write_config(folder, settings: dict):
     git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip() or None,
                 "threads": torch.get_num_threads()}
-    path = Path(folder) / CONFIG
-    if path.exists() and "settings" not in read_json(path):
-        raise InputError(f"{path}: belongs to a model, not to a run, and would be replaced; choose another --out")
-    with atomic_path(path) as new:
+    with atomic_path(Path(folder) / CONFIG) as new:
         new.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2, default=str) + "\n")
 
 
@@ -218,14 +215,17 @@ def settings_of(folder) -> dict:
     return settings
 
 
-def check_free(*folders, resume: bool, toy: bool):
-    """Raises InputError if one of the folders holds a run that a new one would replace.
+def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool):
+    """Raises InputError if `out` or one of `runs` holds a model, or a run that would be replaced, or whose table, picture and
+    held-out records in `out` would.
 
-    A real run may only be resumed, a toy run also be started again by the toy.
+    runs  the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
     """
-    for folder in folders:
+    for folder in dict.fromkeys([out, *runs, out / "sft", out / "kd", *sorted(out.glob("lr-*"))]):
+        if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG):
+            raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run, and would be replaced; choose another --out")
         lines = read_log(folder)
-        if lines and not ((resume or toy) and bool(settings_of(folder).get("toy")) == toy):
+        if lines and not ((toy or resume and folder in runs) and bool(settings_of(folder).get("toy")) == toy):
             raise InputError(f"{folder}: holds {'another' if resume else 'a'} run already, {lines[-1]['step']} steps; "
                              f"{'' if resume else 'go on with --resume, or '}choose another --out")
 

@@ -3,6 +3,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import huggingface_hub
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from minikd import files
-from minikd.files import InputError, atomic_path, local_folder, read_json, script_errors
+from minikd.files import InputError, atomic_path, check_writable, local_folder, read_json, script_errors
 
 
 def names(folder: Path) -> list[str]:
@@ -59,6 +60,21 @@ def test_a_script_prints_the_line_and_nothing_else():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: nope.json: is missing; a Hugging Face model folder has one\n"
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    check_writable(tmp_path / "deep/new")
+    assert list((tmp_path / "deep/new").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file: cannot be written .*choose another --out"):
+        check_writable(tmp_path / "file")
+
+    def refused(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)                     # as a user who is not root would be
+    with pytest.raises(InputError, match=r"deep: cannot be written \(Permission denied\)"):
+        check_writable(tmp_path / "deep")
 
 
 # ---- atomic_path

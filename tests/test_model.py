@@ -268,6 +268,7 @@ def test_a_config_survives_its_own_writing():
     ({"num_attention_heads": 0}, "num_attention_heads = 0"), ({"num_key_value_heads": 0}, "num_key_value_heads = 0"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
     ({"rms_norm_eps": "tiny"}, "rms_norm_eps = 'tiny'"), ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan"),
+    ({"rms_norm_eps": float("inf")}, "rms_norm_eps = inf"), ({"initializer_range": -1.0}, "initializer_range = -1.0"),
     ({"num_key_value_heads": 2}, "7 query heads of size 8 do not share 2 key/value heads"),
     ({"head_dim": 7}, "7 query heads of size 7"), ({"hidden_size": 6}, "7 query heads of size 0"),
 ])
@@ -278,7 +279,8 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(base, changes, nam
     assert text.startswith("m/config.json: ") and names in text and "\n" not in text
 
 
-@pytest.mark.parametrize("where, theta", [("rope_theta", "x"), ("rope_parameters", {"rope_theta": [1]})])
+@pytest.mark.parametrize("where, theta", [("rope_theta", "x"), ("rope_parameters", {"rope_theta": [1]}),
+                                          ("rope_theta", 0), ("rope_parameters", {"rope_theta": 0.0})])
 def test_a_rope_base_that_is_no_number_is_refused(where, theta):
     raw = {key: FOUR[key] for key in FOUR if key != "rope_theta"}
     with pytest.raises(InputError, match="rope_theta = .*; give a number"):

@@ -106,6 +106,15 @@ def test_a_question_with_its_answer_is_a_problem():
     assert to_problem({"problem": "1 + 1?", "answer": 2}, "x").facts == {"answer": "2"}
 
 
+@pytest.mark.parametrize("more", [{"input": "3 and 4", "output": "7"}, {"context": "3 and 4", "input": None, "response": "7"}])
+def test_an_instruction_is_asked_with_what_it_is_about(more):
+    problem = to_problem({"instruction": "Add the numbers."} | more, "x")
+    assert problem.messages[-1]["content"] == "Add the numbers.\n\n3 and 4" and problem.facts == {"answer": "7"}
+    alone = {"instruction": "Why?", "input": " ", "output": "7"}
+    assert to_problem(alone, "x").messages[-1]["content"] == "Why?"
+    assert to_problem({"question": "Why?", "context": "unread", "answer": "7"}, "x").messages[-1]["content"] == "Why?"
+
+
 @pytest.mark.parametrize("record, said", [
     ({"title": "x"}, "is not a problem: give `question` and `answer`"), ({"question": "Why?"}, "is not a problem"),
     (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is not a list of {input, output} texts"),
@@ -114,6 +123,9 @@ def test_a_question_with_its_answer_is_a_problem():
     (RECORD | {"note": 3}, "field 'note' is a int; make it text"),
     (RECORD | {"time_limit": -1}, "field 'time_limit' is -1; give a number above 0"),
     (RECORD | {"memory_limit": float("inf")}, "field 'memory_limit' is inf"),
+    (RECORD | {"time_limit": "2 seconds"}, "field 'time_limit' is '2 seconds'; give a number"),
+    (RECORD | {"time_limit": True}, "field 'time_limit' is True"),
+    ({"instruction": "Why?", "input": 3, "output": "b"}, "field 'input' is a int; make it text"),
     ({"question": "\ud800", "answer": "b"}, "holds half a character"), ({"question": "a", "answer": "\ud800"}, "half a"),
     (RECORD | {"examples": [{"input": "1", "output": "\ud800"}]}, "half a character")])
 def test_a_record_that_is_no_problem_is_one_line_with_its_place(tmp_path, record, said):

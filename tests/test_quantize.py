@@ -153,7 +153,7 @@ def test_an_out_that_holds_something_else_is_refused_before_the_work(run, world,
     shutil.copytree(world / "model", plain)
     file.write_text("mine")
     for out, said in ((training, "holds a training run"), (plain, "holds an unquantised model"), (file, "is a file"),
-                      (world / "model", "the model's own folder"), (file / "below", "check the path and the disk")):
+                      (world / "model", "the model's own folder"), (file / "below", "cannot be written")):
         status, _, err = run("--method", "rtn", out=("--out", out))
         assert status == 2 and said in err and err.count("\n") == 1 and "Traceback" not in err, (out, err)
     assert file.read_text() == "mine" and load_model(plain)

@@ -134,6 +134,13 @@ def test_a_timeout_keeps_what_was_printed_and_ends_on_time():
     assert run_program("print(1)", timeout=0).status == "timeout"
 
 
+@pytest.mark.parametrize("limits", [dict(timeout=float("inf")), dict(timeout=float("nan")), dict(timeout=-1), dict(timeout=1e300),
+                                    dict(memory_mb=0), dict(memory_mb=-5), dict(memory_mb=1e300)])
+def test_limits_that_limit_nothing_are_the_callers_error(limits):
+    with pytest.raises(ValueError, match="run_program: timeout = "):
+        run_program("print(1)", **limits)
+
+
 # ---- attacks: (source, status); what they print must not be what they hoped for
 
 LOOP = "while True:\n    pass"

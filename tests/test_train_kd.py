@@ -557,6 +557,10 @@ def test_a_run_that_is_refused_leaves_everything_as_it_was(run, shell, world, tm
     assert not (tmp_path / "cache").exists()
     status, _, err = run("--steps", "1", "--seed", "7", out=tmp_path / "run")    # a comparison has files of the same names
     assert status == 2 and "holds a run already" in err
+    shutil.copytree(world / "student", tmp_path / "model")
+    (tmp_path / "model/held-out.jsonl").write_text("mine")
+    status, _, err = run(*flags, out=tmp_path / "model")
+    assert status == 2 and "belongs to a model" in err and (tmp_path / "model/held-out.jsonl").read_text() == "mine"
 
 
 def test_a_teacher_may_be_trained_in_a_folder_of_the_comparison(run, tmp_path):
@@ -641,3 +645,12 @@ def test_in_the_toy_world_own_answers_begin_from_a_student_that_was_fine_tuned(s
     kd.main()
     assert list(shrunk) == ["teacher", "base", "sft", "toy"]
     assert torch.equal(shrunk["toy"], load_model("runs/toy/sft/best").head)
+
+
+def test_a_toy_that_is_resumed_with_another_seed_is_refused_with_its_data_as_they_were(shrunk, shell):
+    flags = "--validation", "20", "--max-new-tokens", "4"
+    assert shell(kd, *flags)[0] == 0
+    files = {path: path.read_bytes() for path in Path("runs/toy").rglob("*") if path.is_file()}
+    status, _, err = shell(kd, *flags, "--resume", "--seed", "3")
+    assert status == 2 and "--resume with --seed 3, but the run began with 0" in err and err.count("\n") == 1
+    assert files == {path: path.read_bytes() for path in Path("runs/toy").rglob("*") if path.is_file()}

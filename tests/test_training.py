@@ -348,13 +348,6 @@ def test_a_disk_that_fills_leaves_the_files_before(tmp_path, monkeypatch):
         assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_a_models_own_config_is_not_replaced_by_a_runs(tmp_path):
-    (tmp_path / CONFIG).write_text('{"model_type": "qwen2"}')
-    with pytest.raises(InputError, match="belongs to a model, not to a run.*choose another --out"):
-        write_config(tmp_path, SETTINGS)
-    assert (tmp_path / CONFIG).read_text() == '{"model_type": "qwen2"}'
-
-
 def test_a_config_without_settings_is_named(tmp_path):
     write_config(tmp_path, SETTINGS)
     assert settings_of(tmp_path) == SETTINGS | {"dtype": "torch.float32"}
@@ -372,15 +365,35 @@ def test_a_run_is_only_resumed_and_a_toys_replaced_only_by_the_toy(tmp_path, was
     empty, held = tmp_path / "empty", tmp_path / "held"
     held.mkdir()
     write_config(held, SETTINGS if was_toy is None else SETTINGS | {"toy": was_toy})
-    check_free(empty, held, resume=resume, toy=toy)                             # a config alone is no run
+    check_free(empty, [held], resume=resume, toy=toy)                           # a config alone is no run
     for step in 1, 2:
         Log(held, upto=step).write(step=step)
     if bool(was_toy) == toy and (resume or toy):
-        check_free(empty, held, resume=resume, toy=toy)
+        check_free(empty, [held], resume=resume, toy=toy)
     else:
         said = "another run already, 2 steps; choose" if resume else "a run already, 2 steps; go on with --resume, or choose"
         with pytest.raises(InputError, match=f"held: holds {said} another --out"):
-            check_free(empty, held, resume=resume, toy=toy)
+            check_free(empty, [held], resume=resume, toy=toy)
+
+
+@pytest.mark.parametrize("was", ["", "sft", "kd", "lr-0.001"])
+def test_a_run_is_refused_beside_others_whose_table_it_would_replace(tmp_path, was):
+    Log(tmp_path / was).write(step=1)
+    write_config(tmp_path / was, SETTINGS)
+    for other in set(["", "kd", "lr-0.001", "lr-0.1"]) - {was}:
+        for resume in True, False:
+            with pytest.raises(InputError, match="run already, 1 steps"):
+                check_free(tmp_path, [tmp_path / other], resume=resume, toy=False)
+    check_free(tmp_path, [tmp_path / was, tmp_path / "lr-0.1"], resume=True, toy=False)    # the same ones, and one more
+    check_free(tmp_path / "other", [tmp_path / "other"], resume=False, toy=False)
+
+
+@pytest.mark.parametrize("folder", ["", "kd"])
+def test_a_model_is_not_replaced_by_a_run(tmp_path, folder):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / CONFIG).write_text('{"model_type": "qwen2"}')
+    with pytest.raises(InputError, match="belongs to a model, not to a run.*choose another --out"):
+        check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False)
 
 
 @pytest.mark.parametrize("resume, logged, goes_on", [
