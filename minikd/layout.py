@@ -26,7 +26,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
     from which oneDNN multiplies few rows fastest, and nowhere else. The head has a second copy there: the embedding needs it
     as it is.
 
-    rows, steps  of the decoding to come; for few steps nothing is changed
+    rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
     The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16, and in float32, from a few rows on, a third. On a
     GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its weights never change.
     """
@@ -36,7 +36,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
     pack = weight.device.type == "cpu" and torch.backends.mkldnn.enabled and (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         or weight.dtype == torch.float32 and rows >= 4 and weight.numel() > 1 << 20)        # a toy's fits in cache
-    if steps < WORTH or not (pack or weight.is_cuda or model.quantization):
+    inside = not model.quantization and model.model.layers[0].mlp.joined is not None
+    if steps < WORTH or inside or not (pack or weight.is_cuda or model.quantization):
         yield
         return
     try:
@@ -47,7 +48,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
                 if half.joined is None:
                     half.joined = Packed(parts, rows) if pack and isinstance(parts[0], Linear) else join(parts)
             for layer in attention.o_proj, mlp.down_proj:
-                if pack and isinstance(layer, Linear) and layer.packed is None:
+                if pack and isinstance(layer, Linear):
                     layer.packed = Packed([layer], rows)
         if pack and model.packed_head is None and not (model.int8_head and rows < INT8_ROWS):
             model.packed_head = torch.ops.mkldnn._reorder_linear_weight(weight, rows)

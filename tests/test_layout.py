@@ -5,9 +5,10 @@ from functools import partial
 import pytest
 import torch
 
+from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.gptq import quantize_model
-from minikd.generate import generate
+from minikd.generate import generate, respond
 from minikd.layout import INT8_ROWS, Packed, head_logits, join, laid_out, use_int8_head
 from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear, to_w4, to_words
@@ -126,10 +127,14 @@ def test_weights_come_back_after_an_interrupt_also_of_their_unpacking(large, mon
     assert len(calls) > 3
 
 
-def test_a_model_mixed_with_itself_is_packed_once(large):
-    before = bits_of(large)
+def test_a_model_is_packed_once_for_many_batches_and_when_mixed_with_itself(large, monkeypatch):
+    before, pack, packed = bits_of(large), Packed.__init__, []
+    monkeypatch.setattr(Packed, "__init__", lambda *given: (packed.append(given), pack(*given))[1])
     generate(large, [[1, 2]] * 6, 16, temperature=1.0, teacher=large, mix=0.5)
-    assert packed_parts(large) == 0 and same(large, before)
+    assert len(packed) == 8 and packed_parts(large) == 0 and same(large, before)
+    rows = [Encoded([1 + i, 2], [3], False, i) for i in range(9)]
+    respond(large, rows, 4, 16, eos_ids=(), progress=lambda count: packed.append(packed_parts(large)))
+    assert packed[16:] == [9, 9, 9] and packed_parts(large) == 0 and same(large, before)
 
 
 def test_packed_copies_are_gone_afterwards_even_after_an_error(narrow, monkeypatch):
