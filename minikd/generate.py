@@ -189,13 +189,14 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
     A response that reached max_new_tokens without a stop token is `cut`; none is added.
     """
     own = list(rows)
-    for turn, at in enumerate(by_length([row.prompt for row in rows], batch_size)):
-        responses = generate(model, [rows[i].prompt for i in at], max_new_tokens, temperature, eos_ids=eos_ids,
-                             seed=seed * 1_000_003 + turn * batch_size, **options)          # another for each batch
-        for i, response in zip(at, responses):
-            own[i] = Encoded(rows[i].prompt, response, response[-1] not in eos_ids, rows[i].index)
-        if progress:
-            progress(len(at))
+    with laid_out(model, rows=batch_size, steps=max_new_tokens):                            # once for all batches
+        for turn, at in enumerate(by_length([row.prompt for row in rows], batch_size)):
+            responses = generate(model, [rows[i].prompt for i in at], max_new_tokens, temperature, eos_ids=eos_ids,
+                                 seed=seed * 1_000_003 + turn * batch_size, **options)      # another for each batch
+            for i, response in zip(at, responses):
+                own[i] = Encoded(rows[i].prompt, response, response[-1] not in eos_ids, rows[i].index)
+            if progress:
+                progress(len(at))
     return own
 
 

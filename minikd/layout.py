@@ -22,12 +22,13 @@ INT8_ROWS = 8
 
 @contextmanager
 def laid_out(model: Qwen2, rows: int, steps: int):
-    """Inside the `with` block, q/k/v are one product and gate/up another, and on a CPU each weight has a second copy, in
-    the layout from which oneDNN multiplies few rows fastest.
+    """Inside the `with` block, q/k/v are one product and gate/up another, and on a CPU the blocks' weights are in the layout
+    from which oneDNN multiplies few rows fastest, and nowhere else. The head has a second copy there: the embedding needs it
+    as it is.
 
-    rows, steps  of the decoding to come; for few steps nothing is changed
+    rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
     The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16, and in float32, from a few rows on, a third. On a
-    GPU and at 4 bits there is no second copy. A 4-bit model keeps the layout afterwards, as its weights never change.
+    GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its weights never change.
     """
     weight = model.head
     if model.packed_head is not None and model.packed_head.dtype != weight.dtype:
@@ -35,7 +36,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
     pack = weight.device.type == "cpu" and torch.backends.mkldnn.enabled and (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         or weight.dtype == torch.float32 and rows >= 4 and weight.numel() > 1 << 20)        # a toy's fits in cache
-    if steps < WORTH or not (pack or weight.is_cuda or model.quantization):
+    inside = not model.quantization and model.model.layers[0].mlp.joined is not None
+    if steps < WORTH or inside or not (pack or weight.is_cuda or model.quantization):
         yield
         return
     try:
@@ -44,23 +46,45 @@ def laid_out(model: Qwen2, rows: int, steps: int):
             for half, parts in ((attention, [attention.q_proj, attention.k_proj, attention.v_proj]),
                                 (mlp, [mlp.gate_proj, mlp.up_proj])):
                 if half.joined is None:
-                    half.joined = pack_joined(parts, rows) if pack and isinstance(parts[0], Linear) else join(parts)
+                    half.joined = Packed(parts, rows) if pack and isinstance(parts[0], Linear) else join(parts)
             for layer in attention.o_proj, mlp.down_proj:
                 if pack and isinstance(layer, Linear):
-                    layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows)
+                    layer.packed = Packed([layer], rows)
         if pack and model.packed_head is None and not (model.int8_head and rows < INT8_ROWS):
             model.packed_head = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         yield
     finally:
         if not model.quantization:
-            model.lay_back()
+            try:
+                model.lay_back()
+            except KeyboardInterrupt:                   # first the weights, then the interrupt
+                model.lay_back()
+                raise
 
 
-def pack_joined(parts: list[Linear], rows: int):
-    """x -> the outputs of several layers side by side, by one product with a packed copy of their weights."""
-    weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([part.weight for part in parts]), rows)
-    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+class Packed:
+    """x -> the outputs of several layers side by side, by one product with their weights in oneDNN's layout. The layers' own
+    weights are empty until unpack() gives them back, bit for bit."""
+
+    @torch.inference_mode(False)                        # the parts may be trained later
+    @torch.no_grad()
+    def __init__(self, parts: list[Linear], rows: int):
+        self.parts, self.sizes = parts, [len(part.weight) for part in parts]
+        weights = [part.weight for part in parts]
+        whole = torch.cat(weights) if len(parts) > 1 else weights[0]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(whole, rows)
+        self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        for weight in weights:
+            weight.data = weight.new_empty(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def unpack(self):
+        for part, weight in zip(self.parts, self.weight.to_dense().split(self.sizes)):
+            part.weight.data = weight
 
 
 @torch.inference_mode(False)                            # the parts may be trained later

@@ -187,12 +187,12 @@ class StaticCache(KVCache):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that can also multiply by a copy of its weight in the CPU's own layout (layout.py)."""
+    """nn.Linear whose weight can also be in the CPU's own layout (layout.Packed)."""
     packed = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            return self.packed(x)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -397,6 +397,9 @@ class Qwen2(nn.Module):
         """Undoes layout.laid_out: every layer multiplies by its own weight again."""
         self.packed_head = None
         for module in self.modules():
+            held = getattr(module, "joined", None) or getattr(module, "packed", None)
+            if hasattr(held, "unpack"):                                         # the weights are there and nowhere else
+                held.unpack()
             if isinstance(module, (Attention, MLP)):
                 module.joined = None
             elif isinstance(module, Linear):

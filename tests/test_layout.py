@@ -5,10 +5,11 @@ from functools import partial
 import pytest
 import torch
 
+from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.gptq import quantize_model
-from minikd.generate import generate
-from minikd.layout import INT8_ROWS, head_logits, join, laid_out, use_int8_head
+from minikd.generate import generate, respond
+from minikd.layout import INT8_ROWS, Packed, head_logits, join, laid_out, use_int8_head
 from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear, to_w4, to_words
 from test_generate import PROMPTS, V, random_model
@@ -64,8 +65,7 @@ def test_short_answers_and_other_dtypes_are_not_laid_out(narrow, steps, dtype):
         assert packed_parts(narrow) == 0
 
 
-def test_in_float32_a_large_model_is_packed_for_several_rows():
-    large = random_model(vocab_size=20_000)
+def test_in_float32_a_large_model_is_packed_for_several_rows(large):
     with torch.inference_mode():
         states = torch.randn(6, 56)
         plain = large.hidden(torch.tensor(PROMPTS[2:3])), head_logits(large, states)
@@ -76,6 +76,65 @@ def test_in_float32_a_large_model_is_packed_for_several_rows():
         for rows, steps in (3, 16), (6, 15):
             with laid_out(large, rows=rows, steps=steps):
                 assert packed_parts(large) == 0
+
+
+@pytest.fixture
+def large() -> Qwen2:
+    """Large enough to be packed in float32, which every CPU can; for 4 rows or more."""
+    return random_model(vocab_size=20_000)
+
+
+def bits_of(model) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(model, before: dict) -> bool:
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(value, before[key]) for key, value in now.items())
+
+
+def test_the_blocks_weights_are_held_once_and_come_back_bit_for_bit(large):
+    before, linears = bits_of(large), [m for m in large.modules() if isinstance(m, Linear)]
+    with torch.inference_mode(), laid_out(large, rows=6, steps=16):
+        assert sum(layer.weight.numel() for layer in linears) == 0 < large.head.numel()
+    assert packed_parts(large) == 0 and same(large, before)
+    large(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward()             # no weight is an inference tensor
+    assert all(layer.weight.grad.norm() > 0 for layer in linears)
+    with torch.no_grad():
+        torch.optim.SGD(large.parameters(), 0.1).step()
+    trained = bits_of(large)
+    assert not same(large, before) and len(generate(large, [[1, 2]] * 6, 16)) == 6 and same(large, trained)
+
+
+def test_weights_come_back_after_an_interrupt_also_of_their_unpacking(large, monkeypatch):
+    before, unpack, calls = bits_of(large), Packed.unpack, []
+
+    def failing(*_):
+        raise KeyboardInterrupt
+
+    def stopped(packed):
+        calls.append(packed)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        unpack(packed)
+
+    for place, name, method in (large, "hidden", failing), (Packed, "__call__", failing), (Packed, "unpack", stopped):
+        monkeypatch.setattr(place, name, method)
+        with pytest.raises(KeyboardInterrupt):
+            generate(large, [[1, 2]] * 6, 16)
+        monkeypatch.undo()
+        assert packed_parts(large) == 0 and same(large, before)
+    assert len(calls) > 3
+
+
+def test_a_model_is_packed_once_for_many_batches_and_when_mixed_with_itself(large, monkeypatch):
+    before, pack, packed = bits_of(large), Packed.__init__, []
+    monkeypatch.setattr(Packed, "__init__", lambda *given: (packed.append(given), pack(*given))[1])
+    generate(large, [[1, 2]] * 6, 16, temperature=1.0, teacher=large, mix=0.5)
+    assert len(packed) == 8 and packed_parts(large) == 0 and same(large, before)
+    rows = [Encoded([1 + i, 2], [3], False, i) for i in range(9)]
+    respond(large, rows, 4, 16, eos_ids=(), progress=lambda count: packed.append(packed_parts(large)))
+    assert packed[16:] == [9, 9, 9] and packed_parts(large) == 0 and same(large, before)
 
 
 def test_packed_copies_are_gone_afterwards_even_after_an_error(narrow, monkeypatch):
@@ -92,11 +151,9 @@ def test_packed_copies_are_gone_afterwards_even_after_an_error(narrow, monkeypat
         generate(narrow, PROMPTS, max_new_tokens=24)
     assert seen == [9, 9, 9] and packed_parts(narrow) == 0
     monkeypatch.undo()
-    before = {key: value.clone() for key, value in narrow.state_dict().items()}
+    before = bits_of(narrow)
     generate(narrow, PROMPTS, max_new_tokens=24)
-    assert packed_parts(narrow) == 0
-    assert narrow.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[key]) for key, value in narrow.state_dict().items())
+    assert packed_parts(narrow) == 0 and same(narrow, before)
 
 
 # ---- joined layers, as on a GPU ----
