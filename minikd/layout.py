@@ -45,11 +45,15 @@ def laid_out(model: Qwen2, rows: int, steps: int):
             attention, mlp = block.self_attn, block.mlp
             for half, parts in ((attention, [attention.q_proj, attention.k_proj, attention.v_proj]),
                                 (mlp, [mlp.gate_proj, mlp.up_proj])):
-                if half.joined is None:
-                    half.joined = Packed(parts, rows) if pack and isinstance(parts[0], Linear) else join(parts)
+                if pack and isinstance(parts[0], Linear):
+                    half.joined = Packed(parts, rows)
+                    half.joined.free_parts()
+                elif half.joined is None:
+                    half.joined = join(parts)
             for layer in attention.o_proj, mlp.down_proj:
                 if pack and isinstance(layer, Linear):
                     layer.packed = Packed([layer], rows)
+                    layer.packed.free_parts()
         if pack and model.packed_head is None and not (model.int8_head and rows < INT8_ROWS):
             model.packed_head = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         yield
@@ -63,26 +67,29 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 
 
 class Packed:
-    """x -> the outputs of several layers side by side, by one product with their weights in oneDNN's layout. The layers' own
-    weights are empty until unpack() gives them back, bit for bit."""
+    """x -> the outputs of several layers side by side, by one product with their weights in oneDNN's layout."""
 
-    @torch.inference_mode(False)                        # the parts may be trained later
     @torch.no_grad()
     def __init__(self, parts: list[Linear], rows: int):
         self.parts, self.sizes = parts, [len(part.weight) for part in parts]
         weights = [part.weight for part in parts]
-        whole = torch.cat(weights) if len(parts) > 1 else weights[0]
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(whole, rows)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights) if len(parts) > 1 else weights[0], rows)
         self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-        for weight in weights:
-            weight.data = weight.new_empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
+    @torch.inference_mode(False)                        # the parts may be trained later
+    @torch.no_grad()
+    def free_parts(self):
+        """Empties the layers' own weights. Not by __init__: an interrupt before the object has a place would lose them."""
+        for part in self.parts:
+            part.weight.data = part.weight.new_empty(0)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def unpack(self):
+        """Gives the layers their weights back, bit for bit."""
         for part, weight in zip(self.parts, self.weight.to_dense().split(self.sizes)):
             part.weight.data = weight
 
