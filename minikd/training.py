@@ -223,7 +223,7 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool):
     """
     for folder in dict.fromkeys([out, *runs, out / "sft", out / "kd", *sorted(out.glob("lr-*"))]):
         if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG):
-            raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run, and would be replaced; choose another --out")
+            raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run; choose another --out")
         lines = read_log(folder)
         if lines and not ((toy or resume and folder in runs) and bool(settings_of(folder).get("toy")) == toy):
             raise InputError(f"{folder}: holds {'another' if resume else 'a'} run already, {lines[-1]['step']} steps; "
