@@ -493,7 +493,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(run, tmp_path):
 def test_the_students_own_folder_is_not_taken_for_out(run, world):
     before = (world / "student/config.json").read_bytes()
     status, _, err = run("--loss", "sft", "--steps", 1, out=world / "student")
-    assert status == 2 and "would be replaced; choose another --out" in err
+    assert status == 2 and "belongs to a model, not to a run; choose another --out" in err
     assert (world / "student/config.json").read_bytes() == before
 
 
