@@ -77,11 +77,11 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
         raise InputError(f"{where}: {f'format {name!r}' if name else f'fields ({_names(record)})'} not known; "
                          f"the formats are {known}")
     messages, instruction, input, answers = FORMATS[name][0](record, where)
-    category = _text(record, where, "category", default="").strip() or name
+    category = text_field(record, where, "category", default="").strip() or name
     return Example(messages, instruction, input, answers[0], answers, category, where)
 
 
-def _text(record: dict, where: str, *names: str, default: str | None = None) -> str:
+def text_field(record: dict, where: str, *names: str, default: str | None = None) -> str:
     """The first of the fields `names` that holds text; null and NaN (a data frame's empty cell) count as absent.
 
     default  returned when all are absent or blank. Without one: InputError if all are absent, Dropped if one is blank
@@ -117,15 +117,15 @@ def _ask(instruction: str, input: str, question: str = "") -> tuple:
 
 
 def _dolly(record, where):
-    question = _ask(_text(record, where, "instruction"), _text(record, where, "context", "input", default=""))
-    return *question, (_text(record, where, "response"),)
+    question = _ask(text_field(record, where, "instruction"), text_field(record, where, "context", "input", default=""))
+    return *question, (text_field(record, where, "response"),)
 
 
 def _alpaca(record, where):
-    question = _ask(_text(record, where, "instruction"), _text(record, where, "input", default=""))
+    question = _ask(text_field(record, where, "instruction"), text_field(record, where, "input", default=""))
     if not isinstance(record.get("output"), list):
-        return *question, (_text(record, where, "output"),)
-    texts = [_text({"output": text}, where, "output", default="") for text in record["output"]]
+        return *question, (text_field(record, where, "output"),)
+    texts = [text_field({"output": text}, where, "output", default="") for text in record["output"]]
     if not any(texts):
         raise Dropped(where, "empty output")
     return *question, tuple(filter(None, texts))                # the first is the target, all are references
@@ -141,7 +141,7 @@ def _chat(record, where):
             raise InputError(f"{at}: not a turn of system, user or assistant; rename or remove it")
         if _state(turn, "content") in ("null", "missing"):
             raise InputError(f"{at}: field 'content' is {_state(turn, 'content')}; fill it or remove the record")
-        turns.append({"role": turn["role"], "content": _text(turn, at, "content", default="")})
+        turns.append({"role": turn["role"], "content": text_field(turn, at, "content", default="")})
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
     asked = [turn for turn in turns[:last] if turn["role"] != "system"]
     if not any(turn["role"] == "user" for turn in asked):
@@ -155,10 +155,10 @@ def _chat(record, where):
 
 
 def _bugnet(record, where):
-    fail, answer = _text(record, where, "fail"), _text(record, where, "pass")
-    program = f"{_text(record, where, 'language', default='')} program".strip()
-    status = _text(record, where, "original_status", default="")
-    error = _text(record, where, "error", default="0").strip()  # TLE, MLE, WA or a return code, in text
+    fail, answer = text_field(record, where, "fail"), text_field(record, where, "pass")
+    program = f"{text_field(record, where, 'language', default='')} program".strip()
+    status = text_field(record, where, "original_status", default="")
+    error = text_field(record, where, "error", default="0").strip()  # TLE, MLE, WA or a return code, in text
     error = "" if error == "0" else error                       # "0": no failure when rerun (a quarter of the records)
     seen = "".join(f"\n{what}: {text}" for what, text in [("Verdict", status), ("Error when rerun", error)] if text)
     question = _ask(f"Write a {program} that contains the correction of the code bug in order to fix the bug, fix the "
@@ -170,8 +170,8 @@ def _bugnet(record, where):
 
 
 def _pytorrent(record, where):
-    task = _text(record, where, "summary", "docstring")
-    code = without_docstring(_text(record, where, "original_string", "code"))
+    task = text_field(record, where, "summary", "docstring")
+    code = without_docstring(text_field(record, where, "original_string", "code"))
     if not code.strip():
         raise Dropped(where, "empty code")
     question = _ask("Write a python script that appropriately completes the request.", task,     # the paper's wording
@@ -184,7 +184,7 @@ def _codeforces(record, where):
         raise Dropped(where, "generation cut short")            # else the student would learn to stop there
     if isinstance(record.get("messages"), list):
         return _chat(record, where)
-    return *_ask(_text(record, where, "prompt"), ""), (_text(record, where, "generation"),)
+    return *_ask(text_field(record, where, "prompt"), ""), (text_field(record, where, "generation"),)
 
 
 # In the order they are tried: (record, where) -> (messages, instruction, input, answers), as in Example; and the fields
@@ -297,7 +297,7 @@ def load_texts(paths) -> tuple[list[str], dict[str, str]]:
     files, texts = data_files(paths), []
     for where, record in read_records(files):
         with suppress(Dropped):
-            texts.append(_text(record, where, "text"))
+            texts.append(text_field(record, where, "text"))
     if not texts:
         raise InputError(f"{', '.join(map(str, files))}: holds no text; give records with a field 'text'")
     return texts, {str(file): sha256(file) for file in files}

@@ -14,7 +14,7 @@ import random
 from dataclasses import dataclass
 from itertools import islice
 
-from minikd.data import Encoded
+from minikd.data import Encoded, text_field
 from minikd.files import InputError
 from minikd.records import HALF, kind_of, read_records
 from minikd.toy import held_out
@@ -127,11 +127,8 @@ def to_problem(record: dict, where: str) -> Problem:
             raise InputError(f"{where}: is not a problem: give `question` and `answer`, or Codeforces' `description` and "
                              f"`examples` (its fields: {', '.join(list(record)[:12])})")
         text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K: after ####
-        for name in ("input", "context") if field == "instruction" else ():                 # Alpaca's, Dolly's
-            if kind_of(record.get(name)) != "null":
-                if not isinstance(record[name], str):
-                    raise InputError(f"{where}: field {name!r} is {kind_of(record[name])}; make it text")
-                text += f"\n\n{record[name]}" if record[name].strip() else ""
+        more = text_field(record, where, "context", "input", default="") if field == "instruction" else ""
+        text += f"\n\n{more}" if more else ""                                               # Dolly's, Alpaca's
     if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
         raise InputError(f"{where}: holds half a character (a lone surrogate); fix its escapes")
     return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts)
