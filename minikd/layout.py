@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from minikd.files import InputError
 from minikd.losses import apply_head
 from minikd.model import Linear, Qwen2
-from minikd.quant import W4Linear
+from minikd.quant import W4Linear, give_memory_back
 
-WORTH = 16                              # fewest steps for which packing is worth it: it takes as long as about five steps
+WORTH = 16                              # fewest steps for which packing is worth it: there and back it takes as long as ten
 # Fewer rows than this use the int8 head: 2.3 x as fast at 1 row, 1.3 to 1.6 x at 4, 1.1 x at 8 (benchmarks/w4_linear.py).
 INT8_ROWS = 8
 
@@ -54,6 +54,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
                 if pack and isinstance(layer, Linear):
                     layer.packed = Packed([layer], rows)
                     layer.packed.free_parts()
+        give_memory_back()
         if pack and model.packed_head is None and not (model.int8_head and rows < INT8_ROWS):
             model.packed_head = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         yield
@@ -64,6 +65,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
             except KeyboardInterrupt:                   # first the weights, then the interrupt
                 model.lay_back()
                 raise
+            give_memory_back()
 
 
 class Packed:
