@@ -1,4 +1,4 @@
-"""4-bit weights by GPTQ, in a folder that minikd, transformers with GPTQModel, and vLLM open.
+"""4-bit weights by GPTQ, in the `gptq` format: minikd and transformers with GPTQModel open it; vLLM should, untested.
 
     python quantize.py                          the toy student of train_kd.py: GPTQ and round-to-nearest, measured
     python quantize.py --model runs/kd/kd/best --calibration databricks-dolly-15k.jsonl --out runs/kd/w4
@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from minikd.checkpoint import load_config, load_model, model_folder, read_quantization, save_model
-from minikd.data import data_files, encode_examples, encode_text, load_examples, load_texts, recognise
+from minikd.data import encode_examples, encode_text, load_examples, load_texts, recognise
 from minikd.evaluate import answer_and_score, check_vocabulary, compare
 from minikd.files import InputError, check_writable, read_json, script_errors
 from minikd.gptq import quantize_model
 from minikd.quant import check_groups, to_w4, to_words
-from minikd.records import read_records
+from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
 from minikd.training import LOG, Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype, spare_threads
@@ -48,7 +48,7 @@ def parse_args():
     add("--bits", type=int, default=4, help="of a weight; folders hold 4 (4)")
     add("--group-size", type=int, help="inputs that share a scale, -1 for a whole row (128; toy 32)")
     add("--asym", action="store_true", help="a zero point per group, else the range is symmetric")
-    add("--no-act-order", action="store_true", help="columns in the order of the weight, not those of large inputs first")
+    add("--no-act-order", action="store_true", help="quantise columns in stored order, not those of large inputs first")
     add("--damp", type=float, default=0.01, help="share of the Hessian's mean diagonal that is added to it (0.01)")
     add("--clip-search", action="store_true", help="shrink each group's range where that lowers its error")
     add = flag_group(parser, "run")

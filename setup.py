@@ -1,4 +1,4 @@
-"""pip install -e .            what the scripts need
+"""pip install -e .            what scripts and tests need
    pip install -e ".[plots]"   and pictures of the curves
    pip install -e ".[reference]"   and the peers that tests and benchmarks compare with
 """
@@ -7,7 +7,7 @@ from setuptools import setup
 setup(
     name="minikd",
     version="0.1.0",
-    description="Knowledge distillation, GRPO and GPTQ for Qwen2 language models, from scratch in plain Python",
+    description="Knowledge distillation, GRPO and GPTQ for Qwen2 language models, from scratch in plain PyTorch",
     packages=["minikd"],
     package_data={"minikd": ["w4_matmul.cu", "decode.cu"]},
     python_requires=">=3.10",

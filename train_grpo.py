@@ -55,7 +55,8 @@ def parse_args():
     add("--group-size", type=int, help="answers to each (8; toy 16)")
     add("--max-new-tokens", type=int, help="longest answer (512; toy 72)")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities in the loss (1)")
-    add("--rewards", help="names or FILE.py:FUNCTION, separated by commas (format,steps,code; toy answer,format,steps)")
+    add("--rewards",
+        help="names or FILE.py:FUNCTION, separated by commas (format,steps,code; toy answer or code, then format,steps)")
     add("--reward-weights", help="a number for each, separated by commas (1 each; toy 1,0.05,0.05)")
     add = flag_group(parser, "loss")
     add("--clip", type=float, default=0.2, help="how far the ratio of new to old policy may leave 1 (0.2)")
@@ -243,7 +244,7 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model:
     terms = dict(clip=clip, clip_high=clip_high)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)   # [N, D], [N]
-        value, ce, entropies = head_loss(                                       # states / T gives logits / T
+        value, ce, entropies = head_loss(                                       # scaling the states scales the logits
             states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,
             policy=lambda logp, at: grpo.policy_loss(logp[:, None], old[at][:, None], ref[at][:, None], A[at],
                                                      beta=beta, **terms)[:, 0])             # paper eq. (6), each token a row

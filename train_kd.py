@@ -1,6 +1,6 @@
 """Supervised fine-tuning and knowledge distillation of a Qwen2 student.
 
-    python train_kd.py                          the toy world: 3 minutes on a CPU, ends in the paper's Table 1
+    python train_kd.py                          the toy world: 3 to 5 minutes on a CPU, ends in the paper's Table 1
     python train_kd.py --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-0.5B \\
                        --data databricks-dolly-15k.jsonl            the real thing, on one GPU
     python train_kd.py ... --loss reverse_kl --out runs/rkl         one run instead of the comparison
@@ -52,7 +52,7 @@ def parse_args():
         help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
     add("--eval-data", nargs="+", metavar="FILE", help="records for the table; else held-out ones, by which best/ is chosen")
     add("--lm-data", nargs="+", metavar="FILE",
-        help="plain text (records with `text`): its cross-entropy joins every step")
+        help="plain text (records with `text`): its cross-entropy is added to every step")
     add("--format", choices=FORMATS,
         help=f"schema of the records: {', '.join(FORMATS)} (recognised)")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt: chatml or alpaca (chatml)")
@@ -62,10 +62,12 @@ def parse_args():
     add = flag_group(parser, "loss")
     add("--loss", choices=["sft", *DIVERGENCES, "minillm"],
         help=f"sft, {', '.join(DIVERGENCES)}, minillm (sft and forward_kl)")
-    add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy (0.5)")
+    add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy; not in MiniLLM (0.5)")
     add("--temperature", type=float, default=1.0, help="divides both models' logits; not in MiniLLM (1)")
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture (0.5)")
-    add("--alpha", type=float, default=0.1, help="skew losses: share of the other model in the mixture (0.1)")
+    add("--alpha", type=float, default=0.1, 
+        help="skew losses: share in the mixture of the model whose expectation is taken: forward the teacher, reverse the student "
+             "(0.1)")
     add("--lm-coef", type=float, default=1.0, help="weight of the loss on --lm-data (1)")
     add = flag_group(parser, "whose answers to learn from")
     add("--on-policy", type=float, default=0.0, help="share of steps on the student's own answers, without CE (0)")
@@ -77,11 +79,11 @@ def parse_args():
     add("--inner-epochs", type=int, default=4, help="passes over the sampled answers (4)")
     add("--ratio-clip", type=float, default=0.2, help="how far the ratio q / q_old may leave 1 (0.2)")
     add = flag_group(parser, "optimisation")
-    add("--epochs", type=float, help="passes over the data; MiniLLM: as many steps (1)")
+    add("--epochs", type=float, help="passes over the data; MiniLLM takes as many steps as these would (1)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs (toy 400)")
     add("--batch-size", type=int, help="examples in a micro-batch (8; toy 32)")
     add("--grad-accum", type=int, default=1, help="micro-batches in an optimizer step (1)")
-    add("--lr", type=float, nargs="+", help="peak learning rate; several: one run for each (1e-5; toy 3e-3)")
+    add("--lr", type=float, nargs="+", help="peak learning rate; several: one run for each (1e-5; toy 3e-3, on-policy 1e-3)")
     add("--warmup", type=int, help="steps of linear warm-up (0; toy 30)")
     add("--schedule", choices=("cosine", "constant"), default="cosine",
         help="after the warm-up: cosine or constant (cosine)")
@@ -98,7 +100,7 @@ def parse_args():
     add = flag_group(parser, "run")
     add("--out", help="folder for checkpoints, log, table and picture (runs/kd; toy runs/toy)")
     add("--resume", action="store_true", help="continue a stopped run; give it the same flags")
-    add("--seed", type=int, default=0, help="of the split, the order and the toy world (0)")
+    add("--seed", type=int, default=0, help="of the split, the order, the sampling and the toy world (0)")
     add("--device", default="auto", help="cpu, cuda, ... (auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16"),
         help="of matrix products and of the teacher: auto, float32, bfloat16 (auto; toy float32)")
@@ -211,7 +213,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                       seconds=round(time.perf_counter() - started, 4))
             progress.update(f"ce {ce:.3f}" + (f" kd {kd:.3f}" if teacher else ""))
             if (step + 1) % eval_every == 0 or step + 1 == steps:
-                done = evaluate(student, tokenizer, valid_rows, valid_examples, teacher, divergence, dtype, batch_size,
+                done = evaluate(student, copy, tokenizer, valid_rows, valid_examples, teacher, divergence, dtype, batch_size,
                                 eval_examples, max_new_tokens, rouge, done | {"step": step + 1}, out, log, progress)
                 if step + 1 < steps:
                     save_state(out, student, optimizer, done, minillm.pack_rollouts(sampled))
@@ -227,25 +229,24 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     terms = dict(divergence=divergence if kd_ratio else None, kd_ratio=kd_ratio, weight=weight)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        hidden = student.hidden(ids, checkpointing=checkpointing)               # [B, T, D]
-        hidden, targets = scored_positions(hidden, ids, mask)                   # [N, D], [N]
+        states, targets = scored_positions(student.hidden(ids, checkpointing=checkpointing), ids, mask)     # [N, D], [N]
         if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7): the surrogate and KL_t
-            old, advantage, teacher_hidden = (torch.cat([getattr(row, name) for row in batch]).to(device)
+            old, advantage, teacher_states = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']
             terms |= dict(divergence=divergence, kd_ratio=1.0,
                           policy=lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip))
         else:                                                                   # paper eq. (3): CE and divergence
-            teacher_hidden = teacher.states(batch, ids, mask) if teacher and kd_ratio else None     # [N, D']
-        value, ce, kd = head_loss(hidden, student.head, targets, teacher_hidden, teacher.head if teacher else None, **terms)
+            teacher_states = teacher.states(batch, ids, mask) if teacher and kd_ratio else None     # [N, D']
+        value, ce, kd = head_loss(states, student.head, targets, teacher_states, teacher.head if teacher else None, **terms)
     value.backward()
     return torch.stack([ce.sum(), kd.sum()])
 
 
-def evaluate(student, tokenizer, rows, examples, teacher, divergence, dtype, batch_size, eval_examples, max_new_tokens,
-             rouge, done, out, log, progress) -> dict:
+def evaluate(student, copy, tokenizer, rows, examples, teacher, divergence, dtype, batch_size, eval_examples,
+             max_new_tokens, rouge, done, out, log, progress) -> dict:
     """Logs the held-out loss and ROUGE-L of the student's own answers, and prints one of them; saves last/, and best/ if
     its ROUGE-L is the best so far.  Returns `done` with the best ROUGE-L."""
-    copy = cast_copy(student, dtype)
+    copy = cast_copy(student, dtype, copy)
     metrics = compare(copy, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
     scores = answer_and_score(copy, tokenizer, rows[:eval_examples], examples, max_new_tokens, batch_size, rouge)
     rouge_l = mean_by_category(scores)["all"]["rouge_l"]
@@ -346,7 +347,7 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
 
 
 def read_data(args, tokenizer, lengths: dict) -> tuple:
-    """--data and --eval-data -> a Report, the training rows, (held-out rows, their examples), (the table's rows, theirs)."""
+    """--data and --eval-data -> a Report, the training rows, (rows, examples) held out, (rows, examples) of the table."""
     examples, report = load_examples(args.data, args.format)
     print(report)
     if len(examples) < 5:

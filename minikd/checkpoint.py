@@ -17,7 +17,7 @@ from minikd.quant import W4Linear, read_zeros, swap_linears
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZE = "quantize_config.json"
 PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
-SHARD_BYTES = 5 * 10**9                             # transformers' own limit
+SHARD_BYTES = 5 * 10**9                             # transformers 4's own limit; 5's is ten times that
 # Old checkpoints store these; minikd computes both (rope_tables, causal attention), so they are ignored.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.masked_bias$")
 

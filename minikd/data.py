@@ -359,20 +359,24 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
 
+    def answered(self, ids: list[int], eos_ids) -> "Encoded":
+        """The same prompt with a sampled response; cut unless it ends in a stop token."""
+        return Encoded(self.prompt, ids, ids[-1] not in eos_ids, self.index)
+
 
 def encode_examples(examples: list[Example], tokenizer, template: str = "chatml", max_length: int = 512,
                     max_prompt_length: int = 256) -> tuple[list[Encoded], dict[str, int]]:
     """Prompt ids and response ids of each example, and counts to print; lengths are in tokens.
 
     An example is dropped if its prompt exceeds max_prompt_length or leaves no room for a response. A response is cut so
-    that prompt + response <= max_length; the cut may remove its end token. An example whose response spells a stop token
+    that prompt + response <= max_length; a response that is cut has no end token. An example whose response spells a stop token
     (code of tokenizers does) is dropped: sampling would stop there, so the tokens after it could never be generated.
     Raises InputError when nothing is left.
     """
     counts = {"encoded": 0, "responses cut": 0, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
     encoded = []
     for index, example in enumerate(examples):
-        # Tokenized separately, then joined: sampling too appends new ids to the prompt's own.
+        # Tokenized separately, then joined, because sampling also appends new ids to the prompt's.
         prompt = tokenizer.encode(prompt_text(example, tokenizer, template))
         response = tokenizer.encode(example.response)
         room = max_length - len(prompt)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """Wrong input of the user's. The message says in one line where, what is wrong, and how to fix it."""
+    """The user's input is wrong. The message says in one line where, what, and how to fix it."""
 
 
 @contextmanager

@@ -48,9 +48,9 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     samples  answers per prompt, next to each other in the result; they share the prompt's prefill
     teacher  with `mix`: each token is drawn from the probabilities (1 - mix) model + mix teacher, at temperature 1
     vocab    draw only ids below it: heads have rows past the tokenizer's ids, a teacher's sometimes more than a student's
-    graphs   make every step work on fixed device tensors, so that a CUDA graph can replay it; the host looks at the tokens
-             every LOOK steps only, and drops finished rows when half have finished. Default: on CUDA. On a CPU: the same
-             step, without a graph.
+    graphs   every step works on tensors at fixed addresses, so that a CUDA graph replays it; the host reads the tokens every
+             LOOK steps, and drops finished rows when half have finished. Default: on CUDA only. True on a CPU runs such
+             steps without a graph (for tests).
     one_kernel  with `graphs`: where decode_cuda.fits, one kernel computes the hidden states. Off by default, as it has not
              been measured on a GPU yet.
     """
@@ -110,7 +110,7 @@ def prefill(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, samples
     device, width = model.head.device, max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)              # [P]
     ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)     # [P, T]
-    capacity = -(-(width + max_new_tokens - 1) // 8) * 8                    # rounded up: masked attention wants 8 k slots
+    capacity = -(-(width + max_new_tokens - 1) // 8) * 8                    # to a multiple of 8, for masked attention
     cache = KVCache(model.config, lengths, capacity, model.head.dtype)
     states = model.hidden(ids, cache)[torch.arange(len(ids), device=device), lengths - 1]   # [P, D]
     if samples == 1:
@@ -142,20 +142,20 @@ class Rows:
         self.logps.index_copy_(0, self.at, logps[None].double())
 
     def keep(self, rows: Tensor):
-        """Drops all rows but those with indices rows [B']."""
+        """Drops all rows but those with indices rows [b]."""
         for cache in self.caches:
             cache.keep(rows)
         self.tokens = self.tokens[rows]
         self.u, self.drawn, self.logps = self.u[:, rows], self.drawn[:, rows], self.logps[:, rows]
 
 
-def extend(answers: list, logps: list, stops: frozenset, row: int, tokens: list, new: list) -> bool:
-    """Adds to answer `row` the tokens drawn and their log-probabilities `new`, up to a stop token -> is it unfinished?"""
+def extend(answers: list, logps: list, stops: frozenset, row: int, tokens: list, drawn_logps: list) -> bool:
+    """Adds to answer `row` the tokens drawn and their log-probabilities, up to a stop token -> is it unfinished?"""
     if answers[row] and answers[row][-1] in stops:
         return False
     end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
     answers[row] += tokens[:end]
-    logps[row] += new[:end]
+    logps[row] += drawn_logps[:end]
     return tokens[end - 1] not in stops
 
 
@@ -194,7 +194,7 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
             responses = generate(model, [rows[i].prompt for i in at], max_new_tokens, temperature, eos_ids=eos_ids,
                                  seed=seed * 1_000_003 + turn * batch_size, **options)      # another for each batch
             for i, response in zip(at, responses):
-                own[i] = Encoded(rows[i].prompt, response, response[-1] not in eos_ids, rows[i].index)
+                own[i] = rows[i].answered(response, eos_ids)
             if progress:
                 progress(len(at))
     return own
@@ -206,7 +206,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tens
     u  [B] float64, uniform in [0, 1): one random number per row; torch.multinomial would draw one per vocabulary entry
     """
     if temperature < 1e-6:                                      # greedy: the division would overflow
-        return logits.max(-1).indices, torch.zeros(len(logits), device=logits.device)   # argmax: 4x slower in bfloat16
+        return logits.max(-1).indices, torch.zeros(len(logits), device=logits.device)   # argmax takes 4 x as long in bfloat16
     if temperature != 1:                                        # at 1, save a copy of [B, V]
         logits = logits.float() / temperature
     if top_k > 0:
@@ -223,7 +223,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tens
 
 def invert(probs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """The token [B, 1] at which the running sum of probs [B, V] passes u [B, 1] x their total; and that total [B, 1], which
-    is below 1 after top-k or top-p.
+    is below 1 after top-p.
 
     Two searches, for the block of 128 tokens and then within it: one running sum in float64 over 151,936 probabilities
     (float32 would lose the tail) takes twice as long as their softmax, and on a GPU one block of threads walks each row.

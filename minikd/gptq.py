@@ -8,12 +8,12 @@ A column of W belongs to one input, a row to one output. H is the same for all r
 serves them all, column by column.
 
 References
-    GPTQ                                            arXiv:2210.17323, eq. (1) the objective, (3) the update, Algorithm 1
+    GPTQ                                            arXiv:2210.17323, eq. (1), (2), (4), Algorithm 1
     its reference code: act-order, static groups    github.com/IST-DASLab/gptq
 
-Departures from that code: a group's grid is always found on up-to-date weights (blocks end where groups do), inputs that
-are always 0 do not count in the damping's mean, errors are computed with the scales as float16 stores them, and the
-factor of the inverse comes from one Cholesky instead of two (inverse_factor).
+Departures from that code: without act-order a group's grid is found on fully updated weights (blocks end where groups do),
+inputs that are always 0 do not count in the damping's mean, errors are computed with the scales as float16 stores them, and
+the factor of the inverse comes from one Cholesky instead of two (inverse_factor).
 """
 import functools
 import warnings
@@ -29,7 +29,7 @@ from minikd.generate import Replay
 from minikd.model import Block, Qwen2, rope_tables
 from minikd.quant import check_weight, decode, decode_groups, encode, find_grid, give_memory_back, round_to_nearest
 
-BLOCK = 512                                         # columns of a Hessian or of its factor in one product
+PANEL = 512                                         # columns of a Hessian or of its factor in one product
 MAX_DAMP = 10.0                                     # more damping than any sum of x x^T needs
 
 
@@ -56,25 +56,25 @@ class Hessian:
     def add(self, inputs: Tensor, mask: Tensor):
         """inputs [..., I] of a layer, mask [...] True on real tokens.
 
-        These products take most of a calibration's time, and H is symmetric: `finish` fills in blocks below the diagonal.
+        H is symmetric: only blocks on and above the diagonal are computed, as this takes most of a calibration's time.
         """
         x = inputs[mask].float()                                                # [n, I]
         before, self.tokens = self.tokens, self.tokens + len(x)
-        for at in range(0, len(self.sum) if len(x) else 0, BLOCK):
-            rows = self.sum[at:at + BLOCK, at:]                                 # [b, I - at]
-            rows.addmm_(x[:, at:at + BLOCK].T, x[:, at:], beta=before / self.tokens, alpha=2 / self.tokens)
+        for at in range(0, len(self.sum) if len(x) else 0, PANEL):
+            rows = self.sum[at:at + PANEL, at:]                                 # [b, I - at]
+            rows.addmm_(x[:, at:at + PANEL].T, x[:, at:], beta=before / self.tokens, alpha=2 / self.tokens)
 
     def finish(self, where: str = "layer") -> Tensor:
         """H [I, I].  Raises InputError if no token arrived: without inputs nothing can be compensated."""
         if not self.tokens:
             raise InputError(f"{where}: no calibration token reached it; give more or longer calibration rows")
-        for at in range(0, len(self.sum), BLOCK):
-            self.sum[at + BLOCK:, at:at + BLOCK] = self.sum[at:at + BLOCK, at + BLOCK:].T
+        for at in range(0, len(self.sum), PANEL):
+            self.sum[at + PANEL:, at:at + PANEL] = self.sum[at:at + PANEL, at + PANEL:].T
         return self.sum
 
 
 def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "layer") -> Tensor:
-    """U, upper triangular with U^T U = (H + damp mean(diag H) 1)^-1, rows and columns in `order`.  [I, I] -> [I, I]
+    """U, upper triangular with U^T U = (H + damp mean(diag H) Id)^-1, rows and columns in `order`.  [I, I] -> [I, I]
 
     The paper's way is torch.linalg.cholesky(torch.linalg.inv(H), upper=True). Here H = R R^T with R upper triangular,
     and U = R^-1. R is the Cholesky factor L of H with rows and columns in reverse order, reversed back. That takes 0.6 of
@@ -102,8 +102,8 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "la
         for i in range((len(H) + 1) // 2):                                      # the same in place
             H[[i, -1 - i]] = H[[-1 - i, i]].flip(1)
     U = H.T                                                                     # R, inverted in place below
-    for start in range(0, len(U), BLOCK):                                       # [A B; 0 C]^-1 = [A^-1 -A^-1 B D; 0 D],
-        at = slice(start, start + BLOCK)                                        # D = C^-1; A^-1 is there already
+    for start in range(0, len(U), PANEL):                                       # [A B; 0 C]^-1 = [A^-1 -A^-1 B D; 0 D],
+        at = slice(start, start + PANEL)                                        # D = C^-1; A^-1 is there already
         D = torch.linalg.solve_triangular(U[at, at], torch.eye(len(U[at]), device=U.device), upper=True)
         U[:start, at] = U[:start, :start] @ (U[:start, at] @ -D)
         U[at, at] = D
@@ -150,14 +150,14 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
             at = start // size
             scales[:, at], zeros[:, at] = find_grid(W[start:start + size].T, bits, sym, clip_search)
         grid = (part[:, order[start:end] // size].T for part in (scales, zeros))    # [n, O] each
-        solve = replayed_block(end - start, O, bits, W.device) if W.is_cuda else functools.partial(quantize_block, bits=bits)
+        solve = replayed_columns(end - start, O, bits, W.device) if W.is_cuda else functools.partial(quantize_columns, bits=bits)
         codes[start:end], errors = solve(W[start:end], U[start:end, start:end], *grid)
-        W[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)                  # [I - end, n] [n, O], the lazy update
+        W[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)                  # [I - end, n] [n, O], the lazy update: eq. (4)
         start = end
     return codes[order.argsort()].T.contiguous(), scales, zeros
 
 
-def quantize_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize_columns(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Algorithm 1's inner loop over n columns of the weight, here the rows of W.
 
     W [n, O] (overwritten), U [n, n], scale, zero [n, O] -> codes uint8, errors [n, O]
@@ -166,19 +166,19 @@ def quantize_block(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: int)
     for j in range(len(W)):
         codes[j] = encode(W[j], scale[j], zero[j], bits)
         errors[j] = (W[j] - decode(codes[j], scale[j], zero[j])) / U[j, j]
-        W[j + 1:].addr_(U[j, j + 1:], errors[j], alpha=-1)                      # GPTQ eq. (3), on the rest of the block
+        W[j + 1:].addr_(U[j, j + 1:], errors[j], alpha=-1)                      # GPTQ eq. (2), on the rest of the block
     return codes, errors
 
 
 @functools.cache
-def replayed_block(n: int, O: int, bits: int, device: torch.device, graphs: bool = True):
-    """quantize_block as a CUDA graph: a column takes some 14 small kernels, and launching them is most of the time."""
+def replayed_columns(n: int, O: int, bits: int, device: torch.device, graphs: bool = True):
+    """quantize_columns as a CUDA graph: a column takes some 14 small kernels, and launching them is most of the time."""
     places = [torch.zeros(n, O, device=device), torch.eye(n, device=device), torch.ones(n, O, device=device),
               torch.zeros(n, O, device=device)]
     results = []
 
     def step():
-        results[:] = quantize_block(*places, bits)
+        results[:] = quantize_columns(*places, bits)
 
     replay = Replay(step, graphs)
 
@@ -196,9 +196,9 @@ def output_errors(weight: Tensor, quantized: list[Tensor], hessian: Tensor) -> l
     """GPTQ eq. (1) relative to the output: tr((W - Q) H (W - Q)^T) / tr(W H W^T) of each Q [O, I]"""
     def trace(A: Tensor) -> float:
         total = 0.0
-        for at in range(0, len(hessian), BLOCK):                                # of a symmetric H, half suffices
-            product = (A[:, at:at + BLOCK] @ hessian[at:at + BLOCK, at:]).mul_(A[:, at:])           # [O, I - at]
-            total += 2 * float(product.sum()) - float(product[:, :BLOCK].sum())
+        for at in range(0, len(hessian), PANEL):                                # of a symmetric H, half suffices
+            product = (A[:, at:at + PANEL] @ hessian[at:at + PANEL, at:]).mul_(A[:, at:])           # [O, I - at]
+            total += 2 * float(product.sum()) - float(product[:, :PANEL].sum())
         return total
 
     W = weight.float()
@@ -223,12 +223,12 @@ def stages(block: Block, rope: dict) -> list:
 
     qkv = tuple(f"self_attn.{letter}_proj" for letter in "qkv")
     return [(attend, [(qkv, block.input_layernorm),
-                      (("self_attn.o_proj",), lambda x: given(block.self_attn.o_proj, attend, x))]),
+                      (("self_attn.o_proj",), lambda x: input_of(block.self_attn.o_proj, attend, x))]),
             (feed, [(("mlp.gate_proj", "mlp.up_proj"), block.post_attention_layernorm),
-                    (("mlp.down_proj",), lambda x: given(block.mlp.down_proj, feed, x))])]
+                    (("mlp.down_proj",), lambda x: input_of(block.mlp.down_proj, feed, x))])]
 
 
-def given(module: nn.Module, run, x: Tensor) -> Tensor:
+def input_of(module: nn.Module, run, x: Tensor) -> Tensor:
     """The input [B, T, I] that `module` gets while run(x) runs."""
     seen = []
     hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -334,5 +334,5 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         give_memory_back()
         if on_layer:
             on_layer(name, *report)
-    replayed_block.cache_clear()                                                # the graphs hold memory
+    replayed_columns.cache_clear()                                                # the graphs hold memory
     return results

@@ -58,7 +58,7 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, clip: float = 0.2,
                 beta: float = 0.04, clip_high: float | None = None) -> Tensor:
-    """The negated objective of each token, of N answers.  Paper eq. (6).  [N, R] three times, [N] -> [N, R], to be minimised
+    """The negated objective of each token, of B answers.  Paper eq. (6).  [B, R] three times, [B] -> [B, R], to be minimised
 
     logp       log-probabilities of the sampled tokens under the current policy, differentiated
     old_logp   the same under the policy that sampled them
@@ -73,7 +73,7 @@ def was_clipped(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float 
                 clip_high: float | None = None) -> Tensor:
     """True where the clip makes a token's gradient 0: its ratio is past the bound on the side its advantage asks for.
 
-    [N, R] twice, [N] -> [N, R] bool
+    [B, R] twice, [B] -> [B, R] bool
     """
     ratio, A = ratio_of(logp, old_logp), advantages[:, None]
     upper = 1 + (clip if clip_high is None else clip_high)
@@ -129,5 +129,5 @@ def sample_groups(model: Qwen2, rows: list[Encoded], group_size: int, max_new_to
         model, [row.prompt for row in rows], max_new_tokens, temperature, eos_ids=tokenizer.eos_ids, seed=seed,
         samples=group_size, vocab=len(tokenizer))
     asked = [row for row in rows for _ in range(group_size)]
-    return ([Encoded(row.prompt, ids, ids[-1] not in tokenizer.eos_ids, row.index) for row, ids in zip(asked, answers)],
+    return ([row.answered(ids, tokenizer.eos_ids) for row, ids in zip(asked, answers)],
             [torch.tensor(logp, device=model.head.device) for logp in logps])

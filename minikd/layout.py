@@ -16,15 +16,14 @@ from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear, give_memory_back
 
 WORTH = 16                              # fewest steps for which packing is worth it: there and back it takes as long as ten
-# Fewer rows than this use the int8 head: 2.3 x as fast at 1 row, 1.3 to 1.6 x at 4, 1.1 x at 8 (benchmarks/w4_linear.py).
+# Fewer rows than this use the int8 head: 2.2 x as fast at 1 row, 1.3 to 1.6 x at 4, 1.1 x at 8 (benchmarks/w4_linear.py).
 INT8_ROWS = 8
 
 
 @contextmanager
 def laid_out(model: Qwen2, rows: int, steps: int):
-    """Inside the `with` block, q/k/v are one product and gate/up another, and on a CPU the blocks' weights are in the layout
-    from which oneDNN multiplies few rows fastest, and nowhere else. The head has a second copy there: the embedding needs it
-    as it is.
+    """Inside the `with` block q/k/v are one product and gate/up another. On a CPU the blocks' weights are held only in the
+    layout from which oneDNN multiplies few rows fastest; the head is held twice, as the embedding needs its plain rows.
 
     rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
     The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16, and in float32, from a few rows on, a third. On a

@@ -42,10 +42,10 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats
 
-    Infinite where a gives probability to a token that b excludes (a logit of -inf).
+    Infinite where a gives a probability above 1e-20 to a token that b excludes (a logit of -inf).
     """
     total = (log_a.exp() * (log_a - log_b)).sum(-1)
-    return total + torch.where(total > 1e20, torch.inf, 0.0)                    # so large by LEAST only; + keeps the gradient
+    return total + torch.where(total > 1e10, torch.inf, 0.0)                    # so large by LEAST only; + keeps the gradient
 
 
 def log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
@@ -116,13 +116,13 @@ DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, skew_forward_kl, 
 
 
 def pick_divergence(name: str, **options):
-    """The divergence called `name`, with those options (temperature, beta, alpha) filled in that it has."""
+    """The divergence called `name`, given those of the options (temperature, beta, alpha) that it takes."""
     takes = inspect.signature(DIVERGENCES[name]).parameters
     return functools.partial(DIVERGENCES[name], **{key: value for key, value in options.items() if key in takes})
 
 
 def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The shift by one, here and nowhere else: the state at t-1 scores the token at t.
+    """The shift by one: the state at t-1 scores the token at t.
 
     hidden [B, T, D], ids [B, T], mask [B, T] True on response tokens -> states [N, D], targets [N]
     """
@@ -183,20 +183,20 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             states = hidden.to(dtype)
             logits = states.new_empty(chunk, V)                                 # student's, later overwritten by gradient
-            soft = None                                                         # the teacher's logits [chunk, V]
+            teacher_logits = None                                               # [chunk, V]
             if teacher_hidden is not None:
-                soft = teacher_hidden.new_empty(chunk, V, dtype=teacher_head.dtype)
+                teacher_logits = teacher_hidden.new_empty(chunk, V, dtype=teacher_head.dtype)
             for start in range(0, N, chunk):
                 at = slice(start, min(start + chunk, N))
                 apply_head(states[at], head[:V], out=logits)                    # [n, D] -> [n, V]
-                if soft is not None:
-                    apply_head(teacher_hidden[at].to(soft.dtype), teacher_head[:V], out=soft)
+                if teacher_logits is not None:
+                    apply_head(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
                 for row in range(start, at.stop, piece):
                     tokens = slice(row, min(row + piece, at.stop))
                     rows = slice(tokens.start - start, tokens.stop - start)     # the same tokens, within the chunk
                     ce[tokens], kd[tokens], total[tokens], grad = _token_losses(
-                        logits[rows], targets[tokens], None if soft is None else soft[rows], divergence, kd_ratio,
-                        weight[tokens], policy and functools.partial(policy, at=tokens), need_hidden or need_head)
+                        logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], divergence,
+                        kd_ratio, weight[tokens], policy and functools.partial(policy, at=tokens), need_hidden or need_head)
                     if grad is not None:
                         logits[rows] = grad
                 if need_hidden or need_head:
@@ -216,7 +216,7 @@ class _HeadLoss(torch.autograd.Function):
         return *(g if g is None else g.mul_(grad_loss) for g in grads), *[None] * 10    # None: the other 10 inputs
 
 
-def _token_losses(logits, targets, soft, divergence, kd_ratio, weight, policy, need_grad):
+def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy, need_grad):
     """CE [n], divergence [n], their weighted sum [n], and its gradient [n, V] with respect to the logits [n, V]."""
     with torch.set_grad_enabled(need_grad):
         logits = logits.detach().float().requires_grad_(need_grad)
@@ -224,7 +224,7 @@ def _token_losses(logits, targets, soft, divergence, kd_ratio, weight, policy, n
             ce = F.cross_entropy(logits, targets, reduction="none")
             cost = policy(-ce) if policy else (1 - kd_ratio) * ce               # -CE is log q of the target
         with torch.set_grad_enabled(need_grad and kd_ratio > 0):
-            kd = divergence(logits, soft)
+            kd = divergence(logits, teacher_logits)
         total = weight * (cost + kd_ratio * kd)                                 # paper eq. (3); MiniLLM eq. (7)
         grad = torch.autograd.grad(total.sum(), logits)[0] if need_grad else None
     return ce.detach(), kd.detach(), total.detach(), grad

@@ -11,7 +11,7 @@ plus clipped_surrogate, both by head_loss: see add_gradients in train_kd.py.
 References
     MiniLLM                             arXiv:2306.08543, eq. (1) to (7)
 
-Where the authors' code (LMOps/minillm, losses.py, sampler.py) departs from their paper, and this file does not:
+Where the authors' code (LMOps/minillm, losses.py, sampler.py) departs from their paper or errs, and this file does not:
     theirs                                                          here
     R_t, which includes r_t, already in the exact first term        R_{t+1}, as in the paper; `current=True` gives R_t
     γ = 0.95, and the discounted sum divided by the plain length    no γ, as in the paper
@@ -43,10 +43,11 @@ class Rollout(Encoded):
 
 def rewards_to_go(logq: Tensor, logp: Tensor, mask: Tensor, length_norm: bool = True, current: bool = False,
                   reward_clip: float = 50.0) -> Tensor:
-    """R_{t+1}: the sum of the rewards after each token.  [B, R] three times -> [B, R], 0 outside the mask.
+    """R_{t+1}: the sum of the rewards after each token.  [B, T-1] three times -> [B, T-1], 0 outside the mask.
 
     logq, logp   log-probabilities of the sampled tokens; finite where the mask is True
-    length_norm  the mean over the tokens after t instead of their sum, eq. (6): long answers gain nothing by length
+    length_norm  the mean over the tokens after t instead of their sum, eq. (6): long answers gain nothing by length. (The
+                 paper divides by T-t-1, one less than the tokens after t, and 0 at t = T-1.)
     current      R_t instead, as the published code has it
     reward_clip  largest |log p - log q|, in nats: the published code's 100 / 2
     """
@@ -56,21 +57,22 @@ def rewards_to_go(logq: Tensor, logp: Tensor, mask: Tensor, length_norm: bool = 
     if not current:
         to_go, count = to_go - reward, count - valid                            # Σ_{i>t}
     if length_norm:
-        to_go = to_go / count.clamp(min=1)                                      # eq. (6)
+        to_go = to_go / count.clamp(min=1)                                      # eq. (6), by T-t
     return torch.where(mask, to_go, 0.0)
 
 
 def importance_weights(logq: Tensor, logp: Tensor, mask: Tensor, mix: float, product: bool = False) -> Tensor:
-    """w_t = q(y_t) / ((1 - mix) q(y_t) + mix p(y_t)) of tokens that were sampled from the mixture.  [B, R] -> [B, R]
+    """w_t = q(y_t) / ((1 - mix) q(y_t) + mix p(y_t)) of tokens that were sampled from the mixture.  [B, T-1] -> the same
 
     One weight per token, as in eq. (7): at most 1 / (1 - mix), and biased, as the tokens before t came from the mixture
-    too. `product` gives every token the product of the whole answer's weights, eq. (5): exact, but of high variance.
+    too. `product` gives every token the product of the whole answer's weights: exact, but of high variance. (Eq. (5)'s
+    product ends at t: it leaves out the tokens whose rewards R_{t+1} sums.)
     """
     if not mix:
         return torch.ones_like(logq)
     logw = torch.where(mask, logq - log_mix(logp, logq, mix), 0.0)             # eq. (7)
     if product:
-        logw = logw.sum(1, keepdim=True).expand_as(logw)                        # eq. (5)
+        logw = logw.sum(1, keepdim=True).expand_as(logw)                        # eq. (5), to the answer's end
     return logw.exp()
 
 
@@ -99,20 +101,17 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
             teacher_states, _ = scored_positions(teacher.hidden(ids), ids, mask)            # [N, D']
             logq = -head_loss(states, student.head, targets, teacher_head=teacher.head)[1]  # [N] = -CE, over the shared rows
             logp = -head_loss(teacher_states, teacher.head, targets, teacher_head=student.head)[1]
-        valid = mask[:, 1:]                                                                 # [B, T-1], N of them True
+        valid = mask[:, 1:]                                         # [B, T-1], N of them True: scored_positions' shift
         logq, logp = (torch.zeros(valid.shape, device=device).masked_scatter(valid, x) for x in (logq, logp))   # [B, T-1]
         to_go = rewards_to_go(logq, logp, valid, **options)
         weight = importance_weights(logq, logp, valid, mix)
         lengths = valid.sum(1).tolist()
         columns = (x[valid].split(lengths) for x in (logq, to_go, weight))                  # [N], cut into [n] of each row
         parts |= dict(zip(at, zip(*columns, teacher_states.split(lengths))))
-    white = whiten(torch.cat([to_go for _, to_go, *_ in parts.values()]))                   # over all answers together
-    white = dict(zip(parts, white.split([len(own[i].response) for i in parts])))
-    rollouts = []
-    for i, row in enumerate(own):
-        old_logq, _, weight, teacher_states = parts[i]
-        rollouts.append(Rollout(**vars(row), old_logq=old_logq, advantage=white[i] * weight, teacher=teacher_states))
-    return rollouts
+    old_logq, to_go, weight, states = zip(*(parts[i] for i in range(len(own))))             # in the order of the rows
+    white = whiten(torch.cat(to_go)).split([len(row.response) for row in own])              # over all answers together
+    return [Rollout(**vars(row), old_logq=q, advantage=A * w, teacher=state)
+            for row, q, A, w, state in zip(own, old_logq, white, weight, states)]
 
 
 def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps: int, batch_size: int,
@@ -126,17 +125,17 @@ def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps
                 samplings must pass them in
     collecting  the arguments of collect, except rows and seed
     """
-    length = inner_epochs * steps_per_epoch(rollouts, batch_size, grad_accum)   # steps between two samplings: a phase
+    phase_steps = inner_epochs * steps_per_epoch(rollouts, batch_size, grad_accum)      # steps between two samplings
     step = start
     while step < steps:
-        phase, at = divmod(step, length)
+        phase, at = divmod(step, phase_steps)
         if at == 0:
             sampled[:] = collect(rows=next_rows(rows, phase, rollouts, seed),
                                  seed=seed + 7919 * phase, **collecting)        # a prime: new seeds each phase
-        for inner, batches in optimizer_steps(sampled, at, min(length, steps - phase * length), batch_size, grad_accum,
-                                              seed + 7919 * phase):
-            yield phase * length + inner, batches
-        step = (phase + 1) * length
+        for inner, batches in optimizer_steps(sampled, at, min(phase_steps, steps - phase * phase_steps), batch_size,
+                                              grad_accum, seed + 7919 * phase):
+            yield phase * phase_steps + inner, batches
+        step = (phase + 1) * phase_steps
 
 
 FROZEN = ["old_logq", "advantage", "teacher"]        # fields of a Rollout that are tensors

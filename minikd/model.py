@@ -91,8 +91,9 @@ class Qwen2Config:
             values["num_key_value_heads"] = values["num_attention_heads"]
         config = cls(**values)
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2 or not config.head_dim:
-            raise InputError(f"{where}: {config.num_attention_heads} query heads of size {config.head_dim} do not "
-                             f"share {config.num_key_value_heads} key/value heads evenly; check the three fields")
+            raise InputError(f"{where}: {config.num_attention_heads} query heads must be a multiple of "
+                             f"{config.num_key_value_heads} key/value heads, and the head size, {config.head_dim}, even; "
+                             "check num_attention_heads, num_key_value_heads and hidden_size")
         return config
 
     def to_dict(self, dtype: torch.dtype = torch.float32) -> dict:
@@ -108,7 +109,7 @@ class Slots(NamedTuple):
     keys: Tensor                                                                # [B, K, S, E]
     values: Tensor                                                              # [B, K, S, E]
     at: int | Tensor                                                            # slots filled so far; StaticCache: [1]
-    mask: Tensor | None                                                         # [B, 1, 1, S] what a new token sees
+    mask: Tensor | None                 # what a new token sees: [B, 1, 1, S] bool; StaticCache: 0 or -inf, to be added
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k, v [B, K, T, E]; returns all that attention reads [B, K, S, E]."""
@@ -121,7 +122,7 @@ class Slots(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of the tokens already read, per layer [B, K, S, E], allocated once.
+    """Keys and values of the tokens already read, per layer [B, K, S, E], allocated for the whole answer at the start.
 
     A slot is a column of the cache, the same for all rows; `valid` [B, S] says which slots hold a token of
     the row. Prompts are right-padded, so a short one leaves a gap before the first new token.
@@ -150,7 +151,7 @@ class KVCache:
         self.used += T
 
     def keep(self, rows: Tensor):
-        """Keeps the rows with indices rows [B'], in that order; an index may repeat."""
+        """Keeps the rows with indices rows [b], in that order; an index may repeat."""
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
         self.lengths, self.valid = self.lengths[rows], self.valid[rows]
 
@@ -221,7 +222,7 @@ def rope_tables(positions: Tensor, theta: float, E: int, dtype: torch.dtype) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair (x_i, x_{i+E/2}) by its angle.  RoPE eq. (34).  [B, H, T, E] -> [B, H, T, E]"""
+    """Rotates each pair (x_i, x_{i+E/2}) by its angle.  RoPE eq. (34), which pairs neighbours.  [B, H, T, E] -> the same"""
     low, high = x.chunk(2, dim=-1)                                              # [B, H, T, E/2] each
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
@@ -248,7 +249,7 @@ class Attention(nn.Module):
         if self.joined is not None:
             qkv = self.joined(x)                                                # [B, T, (H + 2K) E]
         else:
-            qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+            qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)   # the same
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         v = heads[:, -self.K:]                                                  # [B, K, T, E]
         rotated = rotate(heads[:, :-self.K], cos, sin)                          # [B, H + K, T, E]
@@ -284,7 +285,7 @@ class MLP(nn.Module):
         if self.joined is not None:
             gate, up = self.joined(x).chunk(2, dim=-1)                          # [B, T, W] each
         else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+            gate, up = self.gate_proj(x), self.up_proj(x)                       # the same
         return self.down_proj(F.silu(gate) * up)                                # SwiGLU eq. (6)
 
 
@@ -313,11 +314,11 @@ class TiedLookup(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, ids: Tensor, model: nn.Embedding) -> Tensor:
+    def forward(ctx, anchor: Tensor, ids: Tensor, embedding: nn.Embedding) -> Tensor:
         """anchor  any tensor that requires grad, so that backward is called: the table itself must not be an input,
         or autograd would hold the head's gradient back until the lookup's arrives."""
-        ctx.ids, ctx.table = ids, model.weight
-        return F.embedding(ids, model.weight)                                   # [B, T] -> [B, T, D]
+        ctx.ids, ctx.table = ids, embedding.weight
+        return F.embedding(ids, embedding.weight)                                   # [B, T] -> [B, T, D]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -39,7 +39,7 @@ def plot_rewards(folder, path) -> Path | None:
         if lines:
             reward.legend()
 
-    return _picture(path, draw, "reward", "KL to the start (nats per token)", "tokens per answer")
+    return _picture(path, draw, "reward", "KL (nats per token)", "tokens per answer")
 
 
 def _picture(path, draw, *titles: str) -> Path | None:

@@ -146,7 +146,7 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
              f"## Output\n{record['output_format']}" if record.get("output_format") else "",
              *(f"## Example\nInput:\n{test['input']}\nOutput:\n{test['output']}" for test in examples),
              f"## Note\n{record['note']}" if record.get("note") else "",
-             f"Time limit: {record.get('time_limit') or 2} seconds. {PYTHON}"]
+             (f"Time limit: {record['time_limit']} seconds. " if kind_of(record.get("time_limit")) != "null" else "") + PYTHON]
     tests = examples + [test for test in tests if test not in examples]
     facts = {"tests": tests if decided else [], "language": "python"}
     for name in "time_limit", "memory_limit":
@@ -180,5 +180,3 @@ def encode_problems(problems: list[Problem], tokenizer, max_prompt_length: int =
         raise InputError(f"no problem is left of {len(problems)}: all prompts exceed {max_prompt_length} tokens; "
                          "raise --max-prompt-length")
     return rows
-
-

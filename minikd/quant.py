@@ -1,13 +1,13 @@
 """Few-bit weights: the grid, int4 packing, and a linear layer that multiplies by packed codes.
 
-A weight is  scale x (code - zero),  one scale and one zero for each group of consecutive inputs of an output row.
+A weight is  scale x (code - zero),  one scale and one zero for each group of g consecutive inputs of an output row.
 Paper eq. (8), (9):  code = clamp(round(w / scale) + zero, 0, 2^bits - 1).
 
 int4 as the `gptq` format stores it (qweight, int32 [I/8, O]; qzeros, int32 [I/g, O/8]):
 
     qweight[r, o]   bits 31..28  27..24  23..20  19..16  15..12  11..8   7..4    3..0
                     input  8r+7    8r+6    8r+5    8r+4    8r+3    8r+2    8r+1    8r        of output o
-    qzeros[g, c]    output 8c+7    8c+6    8c+5    8c+4    8c+3    8c+2    8c+1    8c        of group g
+    qzeros[k, c]    output 8c+7    8c+6    8c+5    8c+4    8c+3    8c+2    8c+1    8c        of group k
 
 Format v1 stores zero - 1 (so a symmetric zero of 8 reads 0x77777777), v2 the zero itself.
 """
@@ -48,7 +48,8 @@ def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool
 
     sym          zero is 2^(bits-1), and the range is symmetric around 0; else it runs from the smallest to the largest
                  weight, 0 included
-    clip_search  shrink the range by up to a half, to where the sum of |error|^2.4 is least (as in GPTQ's reference code)
+    clip_search  shrink the range by up to a half, to where the sum of |error|^2.4 is least (GPTQ's reference code: by up to
+                 four fifths)
     Raises ValueError for bits outside 2 to 8: codes are uint8.
     """
     if not 2 <= bits <= 8:
@@ -270,7 +271,7 @@ def give_memory_back():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-MANY_ROWS = 768         # from here on dequantising is faster (benchmarks/w4_linear.py; at 512 rows, in one run of three)
+MANY_ROWS = 768         # from here on dequantising is faster (benchmarks/w4_linear.py: at 512 rows in one run of two)
 
 
 def choose(layer: W4Linear, x: Tensor) -> str:

@@ -13,7 +13,7 @@ are set in more than one way, as a kernel or container may lack some of these; i
     rlimits        memory, CPU time, file size, open files, no processes or threads (root is exempt: hence the uid)
     uid            root becomes 65534, without access to root's files, processes and environment
     namespaces     no network, TCP or UDP; no IPC. For an ordinary user also no access to the memory and environment of
-                   his other processes
+                   its other processes
     Landlock       reads Python and the system's libraries, writes the private folder; from ABI 4 no TCP, 6 no signals
     seccomp        no processes, threads, sockets, folders, tracing; signals only to itself
 

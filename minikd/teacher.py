@@ -178,5 +178,4 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
         responses += [row.response for row in own]
         if progress:
             progress(len(own))
-    return [Encoded(row.prompt, ids, ids[-1] not in tokenizer.eos_ids, row.index)
-            for row, ids in zip(rows, responses, strict=True)]
+    return [row.answered(ids, tokenizer.eos_ids) for row, ids in zip(rows, responses, strict=True)]

@@ -81,7 +81,7 @@ def people(seed: int = 7) -> list[Person]:
 def record(domain: str, rng: random.Random, world: list[Person], human: bool = False) -> dict:
     """One record, in Dolly's or PyTorrent's fields.
 
-    human  as people answer: sometimes in other words, sometimes with facts of somebody else or a wrong line of code
+    human  as people answer: sometimes in other words, sometimes with made-up facts or a wrong line of code
     """
     other_words, wrong = human and rng.random() < OTHER_WORDS, human and rng.random() < WRONG
     if domain == "code":

@@ -1,4 +1,5 @@
-"""What the two training scripts share: optimizer, schedule, log, exact resume, progress. The loops are in the scripts."""
+"""What the scripts share: flags, devices, progress; for training, optimizer, schedule, log and exact resume. The loops are
+in the scripts."""
 import argparse
 import json
 import math
@@ -216,8 +217,8 @@ def settings_of(folder) -> dict:
 
 
 def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool):
-    """Raises InputError if `out` or one of `runs` holds a model, or a run that would be replaced, or whose table, picture and
-    held-out records in `out` would.
+    """Raises InputError if a folder to be written holds a model, or a run that this one would replace, or whose table, picture
+    or held-out records it would replace.
 
     runs  the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
     """

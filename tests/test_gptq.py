@@ -7,8 +7,8 @@ import torch
 
 from minikd.data import Encoded
 from minikd.files import InputError
-from minikd.gptq import (Hessian, full_precision, inverse_factor, output_errors, quantize_block, quantize_matrix,
-                         quantize_model, replayed_block)
+from minikd.gptq import (Hessian, full_precision, inverse_factor, output_errors, quantize_columns, quantize_matrix,
+                         quantize_model, replayed_columns)
 from minikd.model import Qwen2, Qwen2Config
 from minikd.quant import decode_groups, round_to_nearest, to_w4, to_words
 
@@ -92,7 +92,7 @@ def test_outputs_are_off_by_half_of_what_rounding_costs_or_less():
 
 
 def test_an_output_error_is_that_share_of_the_outputs_over_several_blocks_too(monkeypatch):
-    monkeypatch.setattr("minikd.gptq.BLOCK", 24)
+    monkeypatch.setattr("minikd.gptq.PANEL", 24)
     weight, hessian = random_layer(6, 64, seed=1)
     others = [weight + scale * weight.flip(1) for scale in (0.1, 0.5)]
     for ours, Q in zip(output_errors(weight, others, hessian), others, strict=True):
@@ -341,13 +341,13 @@ def test_a_bfloat16_model_is_calibrated_in_its_dtype_and_results_can_be_packed_a
 def test_a_block_at_fixed_places_is_the_block():
     """What a CUDA graph replays; here without one."""
     generator = torch.Generator().manual_seed(0)
-    solve = replayed_block(8, 5, 4, torch.device("cpu"), graphs=False)
+    solve = replayed_columns(8, 5, 4, torch.device("cpu"), graphs=False)
     for _ in range(2):
         W = torch.randn(8, 5, generator=generator)
         U = torch.linalg.cholesky(torch.eye(8) + 0.1, upper=True) * (1 + torch.rand(8, 1, generator=generator))
         grid = torch.full((8, 5), 0.3), torch.full((8, 5), 8.0)
         codes, errors = solve(W, U, *grid)
-        right = quantize_block(W.clone(), U, *grid, 4)
+        right = quantize_columns(W.clone(), U, *grid, 4)
         assert torch.equal(codes, right[0]) and torch.equal(errors, right[1])
 
 

@@ -462,6 +462,7 @@ def slow_surrogate(logq, old, advantage, clip):
 @pytest.mark.parametrize("student, teacher, infinite", [
     ((1.0, 2.0, -math.inf), (0.0, 1.0, -math.inf), ()),
     ((1.0, 2.0, 0.5), (0.0, 1.0, -math.inf), ("reverse_kl",)),
+    ((1.0, 2.0, -11.0), (0.0, 1.0, -math.inf), ("reverse_kl",)),
     ((1.0, 2.0, -math.inf), (0.0, 1.0, 0.5), ("forward_kl",))])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 def test_a_token_that_is_ruled_out_counts_as_0_log_0(student, teacher, infinite, temperature):

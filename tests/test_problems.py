@@ -97,7 +97,8 @@ def test_what_a_comparison_could_not_judge_has_no_tests(changed):
 
 
 def test_an_empty_cell_is_no_limit():
-    assert "time_limit" not in to_problem(RECORD | {"time_limit": float("nan")}, "x").facts
+    problem = to_problem(RECORD | {"time_limit": float("nan")}, "x")
+    assert "time_limit" not in problem.facts and "Time limit" not in problem.messages[-1]["content"]
 
 
 def test_a_question_with_its_answer_is_a_problem():
