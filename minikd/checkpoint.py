@@ -185,10 +185,15 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
             raise InputError(f"{found[key][0]}: tensor {key} is {list(found[key][1])}; "
                              f"config.json asks for {list(shape)}")
     for key in found:
-        if key not in wanted and not COMPUTED.search(key):
+        if key not in wanted and not changes_nothing(found[key][0], key):
             raise InputError(f"{found[key][0]}: tensor {key} {list(found[key][1])} is not part of the model that "
                              "config.json describes; are both files from the same model?")
     return {key: found[key][0] for key in wanted}
+
+
+def changes_nothing(path: Path, key: str) -> bool:
+    """Whether a tensor that the model has no place for can be left out: AutoGPTQ stores a bias of zeros where there is none."""
+    return bool(COMPUTED.search(key)) or key.endswith("_proj.bias") and not read_tensor(path, key).any()
 
 
 def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES):

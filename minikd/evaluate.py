@@ -180,6 +180,8 @@ def _entries(path):
         yield from read_records(path, kinds=(dict, str, list))
         return
     data = Path(path).read_bytes()
+    if not data:
+        raise InputError(f"{path}: holds no records; check that it was written or downloaded whole")
     try:
         lines = data.decode("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:

@@ -63,7 +63,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     answers, logps = ([[] for _ in range(len(prompts) * samples)] for _ in range(2))
     if not answers or max_new_tokens < 1:
         return answers, logps
-    device, stops = model.head.device, frozenset(eos_ids)
+    device, stops = model.head.device, frozenset(map(int, eos_ids))
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
     u = torch.rand(max_new_tokens, len(answers), generator=generator, dtype=torch.float64, device=device)
     graphs = device.type == "cuda" if graphs is None else graphs

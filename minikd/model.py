@@ -348,7 +348,8 @@ class Body(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]     # [1, T]
         else:                                                                   # one more token per row
             positions = cache.lengths[:, None]                                  # [B, 1]
-        if self.training and self.config.tie_word_embeddings and torch.is_grad_enabled():
+        learned = self.training and self.embed_tokens.weight.requires_grad and torch.is_grad_enabled()
+        if learned and self.config.tie_word_embeddings:
             x = TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self.embed_tokens)   # [B, T, D]
         else:
             x = self.embed_tokens(ids)                                          # [B, T, D]

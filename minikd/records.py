@@ -144,7 +144,8 @@ def _json_file(file: Path):
             raise
         yield from _json_lines(file)                            # JSON Lines named .json, as the hub often has it
         return
-    value = value.get("data") if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        value = value.get("data", [value])                      # without `data`: JSON Lines of one line
     if not isinstance(value, list):
         raise InputError(f'{file}: a .json file is a list of records, or {{"data": [...]}}; rewrite it as one')
     yield from ((f"{file}:record {number}", record) for number, record in enumerate(value, 1))

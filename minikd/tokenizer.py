@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tokenizers
 
-from minikd.files import InputError, local_folder, read_json
+from minikd.files import InputError, atomic_path, local_folder, read_json
 
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 # A whole system turn, written as one literal of a chat template; a quote or a brace would end the literal.
@@ -55,10 +55,12 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for file in FILES:
             if (self.folder / file).exists() and self.folder.resolve() != folder.resolve():
-                shutil.copyfile(self.folder / file, folder / file)
+                with atomic_path(folder / file) as new:
+                    shutil.copyfile(self.folder / file, new)
         if not (folder / "generation_config.json").exists():
             stops = {"eos_token_id": sorted(self.eos_ids), "pad_token_id": self.pad_id}
-            (folder / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n")
+            with atomic_path(folder / "generation_config.json") as new:
+                new.write_text(json.dumps(stops, indent=2) + "\n")
 
     def check_same(self, name):
         """Raises InputError where the tokenizer in folder or hub name `name` gives other ids than this one.
@@ -143,6 +145,8 @@ def default_system(folder: Path) -> str | None:
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     elif (folder / "tokenizer_config.json").exists():
         template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):                                               # several, each with a name
+        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}.get("default")
     if not isinstance(template, str):
         return QWEN25_SYSTEM
     turn = SYSTEM_TURN.search(template)                                          # below: undo the literal's escapes

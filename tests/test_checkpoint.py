@@ -125,6 +125,16 @@ def test_the_tables_that_old_checkpoints_store_are_passed_over(folder):
     assert same(tiny(), load_model(folder))
 
 
+def test_a_bias_of_zeros_that_the_model_has_no_place_for_is_passed_over(folder):
+    """As AutoGPTQ writes for every layer; any other bias would change what the model computes."""
+    name = "model.layers.0.mlp.up_proj.bias"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(8, dtype=torch.float16)}))
+    assert same(tiny(), load_model(folder))
+    rewrite(folder, lambda tensors: tensors.update({name: torch.tensor([0.0] * 7 + [1e-3])}))
+    with pytest.raises(InputError, match=f"tensor {name} .8. is not part of the model"):
+        load_model(folder)
+
+
 def test_shards_of_another_naming_and_order_load(sharded):
     shards = sorted(sharded.glob("*.safetensors"))
     assert len(shards) > 3

@@ -283,6 +283,8 @@ def test_gz_json_and_csv_give_the_same_records_as_jsonl(tmp_path):
         rows.writerows(records)
     for name in ("d.jsonl.gz", "d.json", "e.json", "f.json", "d.csv"):
         assert [record for _, record in read_records(tmp_path / name)] == records, name
+    write(tmp_path / "f.json", DOLLY)                                           # of one line
+    assert [record for _, record in read_records(tmp_path / "f.json")] == [DOLLY]
 
 
 def test_where_counts_lines_in_csv_and_records_in_json(tmp_path):
@@ -328,7 +330,7 @@ GOOD = json.dumps(DOLLY).encode()
     ("d.json", b'[{"a": 1},\n {"b"', "d.json:2: not JSON"),
     ("d.json", b'[{"a": 1},\n {"b": "\xff"}]', "d.json:2: not JSON"),
     ("d.json", b"[1]", "d.json:record 1: a record is an object"),
-    ("d.json", b'{"rows": 3}', 'd.json: a .json file is a list of records, or {"data": [...]}'),
+    ("d.json", b'{"data": 3}', 'd.json: a .json file is a list of records, or {"data": [...]}'),
     ("d.json", b" ", "d.json: holds no records"),
     ("d.csv", b"", "d.csv: holds no records"),
     ("d.csv", b"instruction,response\n", "d.csv: holds no records"),

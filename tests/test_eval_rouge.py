@@ -113,6 +113,11 @@ def test_the_best_of_several_references_counts(run, tmp_path):
 def test_a_text_file_is_an_answer_a_line_an_empty_one_included(tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeffuno\r\n\r\nvector<n> x\n".encode())
     assert read_predictions(tmp_path / "p.txt") == ["uno", "", "vector<n> x"]   # <n> stays: it may be what was said
+    (tmp_path / "p.txt").write_text("\n")
+    assert read_predictions(tmp_path / "p.txt") == [""]
+    (tmp_path / "p.txt").write_text("")                                         # a job that failed
+    with pytest.raises(InputError, match="p.txt: holds no records"):
+        read_predictions(tmp_path / "p.txt")
 
 
 @pytest.mark.parametrize("words, expected", [("plain", 50.0), ("stemmer", 100.0), ("unicode", 0.0)])

@@ -101,7 +101,8 @@ def test_rows_that_leave_do_not_disturb_those_that_stay():
     model = random_model(seed=4)
     free = generate(model, PROMPTS, max_new_tokens=20)
     for stop in {answer[step] for answer in free for step in (0, 3, 7)}:
-        assert generate(model, PROMPTS, 20, eos_ids=[stop]) == [until_stop(answer, [stop]) for answer in free]
+        for stops in [stop], torch.tensor([stop]):
+            assert generate(model, PROMPTS, 20, eos_ids=stops) == [until_stop(answer, [stop]) for answer in free]
 
 
 def test_the_same_seed_gives_the_same_tokens_whatever_ran_before():

@@ -187,6 +187,15 @@ def test_the_tied_head_gathers_the_gradients_of_both_its_uses():
 
 
 @pytest.mark.parametrize("tied", [True, False])
+def test_a_frozen_embedding_gets_no_gradient(tied):
+    model = tiny(tie_word_embeddings=tied).train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model(random_ids(2, 5)).sum().backward()
+    assert model.model.embed_tokens.weight.grad is None and model.model.norm.weight.grad is not None
+    assert not model.requires_grad_(False)(random_ids(2, 5)).requires_grad
+
+
+@pytest.mark.parametrize("tied", [True, False])
 def test_gradient_checkpointing_recomputes_each_block_and_gives_the_same_gradients(tied):
     model, ids, runs = tiny(tie_word_embeddings=tied), random_ids(2, 7), []
     model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: runs.append(1))

@@ -1,7 +1,9 @@
 """Text to ids and back: Qwen2's real ids, the chat templates as jinja renders them, streaming, and what is refused."""
+import errno
 import json
 import random
 import shutil
+from pathlib import Path
 
 import jinja2
 import pytest
@@ -115,6 +117,11 @@ def test_the_template_apart_wins_and_a_folder_without_any_is_taken_as_qwen25(tok
     assert default_system(folder) == QWEN25_SYSTEM
 
 
+def test_of_several_named_templates_the_default_one_counts(tokenizer_folder, tmp_path):
+    named = [{"name": "tool_use", "template": NO_SYSTEM}, {"name": "default", "template": QWEN2}]
+    assert default_system(with_template(tokenizer_folder, tmp_path, named)) == "You are a helpful assistant."
+
+
 # ---- ids
 
 def test_text_survives_encoding_and_decoding(tokenizer):
@@ -209,6 +216,20 @@ def test_save_copies_the_tokenizers_files_and_writes_every_stop(tokenizer_folder
     assert all(again.encode(text) == tokenizer.encode(text) for text in TEXTS)
     again.save(saved)                                       # into its own folder: nothing to copy, nothing lost
     assert Tokenizer.load(str(saved)).eos_ids == tokenizer.eos_ids
+
+
+def test_a_save_that_fails_leaves_the_files_that_were_there(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path / "t")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()}
+
+    def full_disk(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        tokenizer.save(tmp_path / "t")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()} == before
 
 
 def test_save_keeps_the_template_and_a_generation_config_that_the_model_came_with(tokenizer_folder, tmp_path):
