@@ -28,8 +28,8 @@ from minikd.plots import plot_rewards
 from minikd.records import data_files
 from minikd.rewards import combine, load_rewards, reward_files, summary
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, compile_blocks,
-                             flag_group, learning_rate, load_state, load_student, make_optimizer, make_parser,
+from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_student,
+                             compile_blocks, flag_group, learning_rate, load_state, make_optimizer, make_parser,
                              pick_device, pick_dtype, read_log, save_state, spare_threads)
 
 REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8, lr=1e-6, rewards="format,steps,code",
@@ -313,11 +313,11 @@ def show_change(lines: list[dict]):
 
 def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
     """A tokenizer and a small student, taught by supervised fine-tuning on answers of mixed quality."""
-    folder = out / "start"
+    folder = out / f"start-{task}-{seed}"
     if resume and (folder / "config.json").exists():
         return folder
     records = problems.toy_records(task, 8000, seed=1000 + seed)
-    tokenizer = toy.make_tokenizer(out / "tokenizer", [f"{r['instruction']}\n{r['response']}" for r in records[:2000]])
+    tokenizer = toy.make_tokenizer(folder, [f"{r['instruction']}\n{r['response']}" for r in records[:2000]])
     rows, _ = encode_examples([to_example(record, f"{task}:{i}") for i, record in enumerate(records)], tokenizer)
     student = Qwen2(toy.student_config(len(tokenizer))).init_weights(seed).train()
     steps, batch_size = TOY_LESSONS[task], 64
@@ -349,7 +349,7 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
-    check_free(out, [out], resume=args.resume, toy=args.toy)
+    check_free(out, [out], resume=args.resume, toy=args.toy, data=args.data or ())
     if args.toy:
         spare_threads(toy.student_config(1))
         args.model = args.model or str(toy_student(args.task, out, args.seed, args.resume))
@@ -362,6 +362,7 @@ def main():
         count = min(args.eval_examples, max(1, len(asked) // 5))
         asked, tests = asked[count:], asked[:count]
     tokenizer = Tokenizer.load(args.model)
+    check_student(args.model, tokenizer)
     rows, valid_rows = (problems.encode_problems(part, tokenizer, args.max_prompt_length) for part in (asked, tests))
     dropped = len(asked) + len(tests) - len(rows) - len(valid_rows)
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
@@ -379,7 +380,7 @@ def main():
                            "records": {str(file): sha256(file) for file in data_files(args.data or ())}}
     if not begin_run(out, recorded, args.resume):
         return
-    model = load_student(args.model, device, tokenizer)
+    model = load_model(args.model, device)
     reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None
     judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, rewards=rewards,
                               facts=[problem.facts for problem in tests], max_new_tokens=args.max_new_tokens,

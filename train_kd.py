@@ -33,9 +33,9 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
-                             compile_blocks, flag_group, learning_rate, load_state, load_student, make_optimizer,
-                             make_parser, pick_device, pick_dtype, read_log, save_state, spare_threads)
+from minikd.training import (CONFIG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
+                             check_student, compile_blocks, flag_group, learning_rate, load_state, make_optimizer,
+                             make_parser, pick_device, pick_dtype, read_log, save_state, spare_threads, write_config)
 
 REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
             validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
@@ -115,14 +115,16 @@ def parse_args():
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.cache_teacher:
+        args.cache_teacher = str(Path(args.cache_teacher).expanduser())
     return args
 
 
 def check_flags(args):
     """Raises InputError for flags that do not go together."""
     asks = args.on_policy or args.seq_kd or args.cache_teacher
-    if args.student is None and (args.teacher or args.data):
-        raise InputError("--teacher or --data without --student; give all three, or none for the toy world")
+    if args.student is None and (args.teacher or args.data or args.eval_data):
+        raise InputError("--teacher, --data or --eval-data without --student; give all, or none for the toy world")
     if args.student and not args.data:
         raise InputError("--student without --data; add --data FILE")
     if args.student and not args.teacher and (args.loss != "sft" or asks):
@@ -287,6 +289,11 @@ def toy_world(out: Path, seed: int, resume: bool):
     """Makes the records, the tokenizer, the teacher and the student's base under `out`."""
     if resume and read_log(out / "teacher"):                    # before anything is written
         check_settings(out / "teacher", {"seed": seed})
+    if not (out / "teacher" / CONFIG).exists():
+        for folder in out / "data", out / "tokenizer":
+            if folder.exists():
+                raise InputError(f"{folder}: is not the toy world's, whose files would go there; choose another --out")
+        write_config(out / "teacher", {"toy": True})            # from here on they are
     tokenizer = toy.make_tokenizer(out / "tokenizer")
     files = {"teacher": toy.records(12_000, seed=1000 + seed), "train": toy.records(600, 2000 + seed, human=True),
              "test": toy.records(300, seed=3000, test=True)}
@@ -336,7 +343,7 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
     load = lambda: load_model(folder, device, dtype).requires_grad_(False)
     if not args.cache_teacher:
         return Teacher(load())
-    made_from = {"teacher": model_files(folder), "dtype": str(dtype), "data": sorted(data.values()),
+    made_from = {"teacher": model_files(folder), "dtype": str(dtype), "data": sorted(digest for _, digest in data),
                  "seq_kd": args.seq_kd, **lengths}
     with Progress(f"{args.cache_teacher}: teacher's states, rows", len(rows)) as progress:
         computed = fill_cache(args.cache_teacher, rows, made_from, load, config.hidden_size, tokenizer.pad_id,
@@ -394,7 +401,8 @@ def main():
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
     runs = [out / folder for *_, folder in planned(args)] + ([out / "teacher", out / "base"] if args.toy else [])
-    check_free(out, runs, resume=args.resume, toy=args.toy)
+    check_free(out, runs, resume=args.resume, toy=args.toy,
+               data=sum(filter(None, (args.data, args.eval_data, args.lm_data)), []))
     if args.toy:
         spare_threads(toy.teacher_config(1))
         toy_world(out, args.seed, args.resume)
@@ -407,6 +415,7 @@ def main():
     texts, text_files = load_texts(args.lm_data) if args.lm_data else ([], None)
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or math.ceil(args.epochs * per_epoch)
+    check_student(args.student, tokenizer)
     if args.teacher:
         check_teacher(args.teacher, tokenizer)
     settings = dict(tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
@@ -415,7 +424,7 @@ def main():
         "kd_ratio", "temperature", "beta", "alpha", "lm_coef", "on_policy", "mix", "rollouts", "inner_epochs",
         "ratio_clip", "batch_size", "grad_accum", "warmup", "schedule", "weight_decay", "clip",
         "gradient_checkpointing", "compile", "eval_examples", "max_new_tokens", "rouge", "seed")}
-    recorded = {"toy": args.toy, "student": args.student, "teacher": args.teacher and identify(args.teacher),
+    recorded = {"toy": args.toy, "student": identify(args.student), "teacher": args.teacher and identify(args.teacher),
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
                 "cache_teacher": args.cache_teacher, "dtype": str(dtype), "validation": args.validation, **lengths}
     for _, loss, lr, folder in planned(args) if args.resume and not args.toy else ():       # before anything is written
@@ -429,10 +438,11 @@ def main():
             rows = ask_teacher(args, tokenizer, rows, device, dtype, out)
         teacher = open_teacher(args, tokenizer, rows + held_out[0], device, dtype, lengths, report.files)
     settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
-    student = lambda: load_student(args.student, device, tokenizer)
+    student = lambda: load_model(args.student, device)
     if args.toy and (args.loss == "minillm" or args.on_policy):                 # both need a student that can answer
         stage(out / "sft", student, loss="sft", lr=3e-3, recorded=recorded, **settings)
-        args.student = recorded["student"] = str(out / "sft" / "best")
+        args.student = str(out / "sft" / "best")
+        recorded["student"] = identify(args.student)
     for _, loss, lr, folder in planned(args):
         stage(out / folder, student, loss=loss, lr=lr, recorded=recorded, **settings)
     picture = conclude(args, out, tokenizer, student(), teacher, held_out, asked, device, dtype)

@@ -149,6 +149,8 @@ def open_tensors(path: Path):
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
+        if path.exists():
+            raise InputError(f"{path}: cannot be opened; check its permissions") from None
         raise InputError(f"{path}: is missing; fetch the model again") from None
     except SafetensorError as error:
         raise InputError(f"{path}: is damaged or truncated, {path.stat().st_size:,} bytes ({error}); "

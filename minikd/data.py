@@ -239,8 +239,9 @@ class Report:
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)           # reason -> number of records
     first_bad: str = ""                                         # error message of the first malformed record
-    files: dict[str, str] = field(default_factory=dict)         # path -> first 16 hex digits of its sha256, because
-                                                                # the hub revises files under one name
+    # (path, first 16 hex digits of its sha256) in the order they were read; the hub revises files under one name
+    files: list[tuple[str, str]] = field(default_factory=list)
+
     @property
     def read(self) -> int:
         """Records that were read, dropped ones included."""
@@ -248,7 +249,7 @@ class Report:
 
     def __str__(self):
         lost = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
-        files = ", ".join(f"{Path(path).name} sha256 {digest}" for path, digest in self.files.items())
+        files = ", ".join(f"{Path(path).name} sha256 {digest}" for path, digest in self.files)
         return (f"{self.kept:,} of {self.read:,} records kept{f' (dropped: {lost})' if lost else ''}; {files}"
                 + (f"\nfirst malformed: {self.first_bad}" if self.first_bad else ""))
 
@@ -270,7 +271,7 @@ def load_examples(paths, format: str | None = None, limit: int | None = None) ->
 
 
 def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
-    report.files[str(file)] = sha256(file)
+    report.files.append((str(file), sha256(file)))
     name = format
 
     def refuse(error: InputError):
@@ -289,7 +290,7 @@ def _examples(file: Path, format: str | None, report: Report) -> Iterator[Exampl
             refuse(error)
 
 
-def load_texts(paths) -> tuple[list[str], dict[str, str]]:
+def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:
     """Plain text for a language-model loss: the non-blank field `text` of every record, and each file's hash.
 
     Raises InputError for the first malformed record, and when there is no text.
@@ -300,7 +301,7 @@ def load_texts(paths) -> tuple[list[str], dict[str, str]]:
             texts.append(text_field(record, where, "text"))
     if not texts:
         raise InputError(f"{', '.join(map(str, files))}: holds no text; give records with a field 'text'")
-    return texts, {str(file): sha256(file) for file in files}
+    return texts, [(str(file), sha256(file)) for file in files]
 
 
 def split_examples(examples: list[Example], count: int, seed: int = 42) -> tuple[list[Example], list[Example]]:
@@ -321,7 +322,7 @@ def split_examples(examples: list[Example], count: int, seed: int = 42) -> tuple
         if len(held) + len(groups[key]) <= count:
             held.update(groups[key])
     if len(held) < count:
-        raise InputError(f"prompts repeat, so {count} validation examples cannot be set apart; {len(held)} can")
+        raise InputError(f"prompts repeat, so {count} validation examples cannot be set apart; ask for {len(held)}")
     return ([example for i, example in enumerate(examples) if i not in held],
             [example for i, example in enumerate(examples) if i in held])
 

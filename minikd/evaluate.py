@@ -124,8 +124,8 @@ def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encode
             metrics[name]["sequence KL"] = sequence_kl(model, tokenizer, rows, teacher, batch_size, max_new_tokens)
     for name in columns if teacher else ():
         metrics[name]["retention"] = columns[name]["all"] / max(columns["Teacher"]["all"], 1e-9)
-    write_jsonl([{"model": name, **column, "metrics": metrics[name]} for name, column in columns.items()],
-                Path(out) / "table.jsonl")
+    write_jsonl([{"model": name} | column | {"model": name, "metrics": metrics[name]}   # whatever a category is called
+                 for name, column in columns.items()], Path(out) / "table.jsonl")
     width = max(8, *map(len, columns))
     print(f"\nROUGE-L ({rouge}) of {len(rows)} held-out prompts")
     print(f"{'':<14}" + "".join(f"{name:>{width + 1}}" for name in columns))

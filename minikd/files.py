@@ -22,6 +22,8 @@ def script_errors():
 
     A bug in minikd is neither an InputError nor an OSError, and keeps its traceback.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")       # an answer may hold what the terminal's encoding lacks
     try:
         yield
     except InputError as error:
@@ -37,7 +39,7 @@ def script_errors():
         advice = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
                   errno.EFBIG: "raise the limit on a file's size", errno.EACCES: "check the permissions"}
         advice = advice.get(error.errno, "check the path and the disk")
-        _exit_with(f"{error.filename or 'file'}: {error.strerror or error}; {advice}")
+        _exit_with(f"{error.filename or 'standard output'}: {error.strerror or error}; {advice}")
 
 
 def _exit_with(text: str):

@@ -48,6 +48,9 @@ def _picture(path, draw, *titles: str) -> Path | None:
         from matplotlib.figure import Figure                    # no pyplot: no window, no global state
     except ImportError:
         return None
+    except Exception as error:                                  # installed, but broken, or misled by MPLBACKEND
+        print(f"{path}: no picture, as matplotlib does not load ({error})")
+        return None
     figure = Figure(figsize=(1 + 4.5 * len(titles), 4), layout="constrained")
     panels = figure.subplots(1, len(titles))
     draw(*panels)

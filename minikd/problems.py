@@ -152,7 +152,7 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     for name in "time_limit", "memory_limit":
         value = record.get(name)
         if kind_of(value) != "null":
-            if type(value) not in (int, float) or not 0 < value < math.inf:
+            if type(value) not in (int, float) or not 0 < value < 1e12:
                 raise InputError(f"{where}: field {name!r} is {value!r:.40}; give a number above 0, or leave it out")
             facts[name] = float(value)
     return "\n\n".join(part for part in parts if part), facts

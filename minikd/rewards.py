@@ -29,7 +29,7 @@ import re
 import statistics
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from functools import wraps
 from pathlib import Path
@@ -275,15 +275,16 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
     @wraps(function)
     def checked(completions, problems, **options):
         try:
-            values = function(completions, problems, **options)
-        except Exception as error:
+            values = function(list(completions), problems, **options)           # a copy: others read them too
+            values = list(values) if isinstance(values, Iterator) else values
+        except (Exception, SystemExit) as error:
             at = traceback.extract_tb(error.__traceback__)[-1]                  # where in the user's code, or below it
             raise InputError(f"{path}:{name}: raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}); fix it, "
                              "or return None for what cannot be judged") from error
         try:
             return [None if value is None or not math.isfinite(value) else float(value)
                     for _, value in zip(completions, values, strict=True)]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"{path}:{name}: returned {values!r:.60} for {len(completions)} completions; "
                              "return a number or None for each") from None
     return checked

@@ -1,7 +1,6 @@
 """Text <-> token ids: tokenizer.json through `tokenizers`, and the chat template written out by hand."""
 import json
 import re
-import shutil
 from pathlib import Path
 
 import tokenizers
@@ -56,7 +55,7 @@ class Tokenizer:
         for file in FILES:
             if (self.folder / file).exists() and self.folder.resolve() != folder.resolve():
                 with atomic_path(folder / file) as new:
-                    shutil.copyfile(self.folder / file, new)
+                    new.write_bytes((self.folder / file).read_bytes())
         if not (folder / "generation_config.json").exists():
             stops = {"eos_token_id": sorted(self.eos_ids), "pad_token_id": self.pad_id}
             with atomic_path(folder / "generation_config.json") as new:

@@ -1,9 +1,11 @@
 """What the scripts share: flags, devices, progress; for training, optimizer, schedule, log and exact resume. The loops are
 in the scripts."""
 import argparse
+import fcntl
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -13,22 +15,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from minikd.checkpoint import load_model
+from minikd.checkpoint import load_model, model_folder, outline
 from minikd.evaluate import check_vocabulary, write_jsonl
 from minikd.files import InputError, atomic_path, read_json, save_tensors
 from minikd.model import Qwen2, Qwen2Config, run_block
+from minikd.records import data_files
 
 STATE, LOG, CONFIG = "state.safetensors", "log.jsonl", "config.json"
+WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")
+LOCKS = {}                                                      # folder -> an open file: closing it would unlock the folder
 
 
-def load_student(name, device, tokenizer) -> Qwen2:
-    """The model to train, in float32.  Raises InputError for a 4-bit one, whose weights cannot be trained, and for one with
-    too few rows for the tokenizer."""
-    model = load_model(name, device, torch.float32)
+def check_student(name, tokenizer):
+    """Raises InputError for a model to train that lacks a tensor or is damaged, for a 4-bit one, whose weights cannot be
+    trained, and for one with too few rows for the tokenizer. Reads no weights."""
+    model, _, _ = outline(model_folder(name))
     if model.quantization:
         raise InputError(f"{name}: holds 4-bit weights, which cannot be trained; give the folder it was made from")
     check_vocabulary(name, model.config, tokenizer)
-    return model
 
 
 def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
@@ -143,8 +147,12 @@ class Log:
 
     def write(self, *lines: dict, **values):
         """Appends one line with the keyword values, or all of `lines`."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [values]))
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [values]))
+        except OSError as error:
+            error.filename = error.filename or str(self.path)   # a full disk's error does not name the file
+            raise
 
 
 def read_log(folder, name: str = LOG) -> list[dict]:
@@ -216,11 +224,12 @@ def settings_of(folder) -> dict:
     return settings
 
 
-def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool):
+def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=()):
     """Raises InputError if a folder to be written holds a model, or a run that this one would replace, or whose table, picture
-    or held-out records it would replace.
+    or held-out records it would replace; or if a file to be read would be replaced.
 
     runs  the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
+    data  what the run reads: arguments of data_files
     """
     for folder in dict.fromkeys([out, *runs, out / "sft", out / "kd", *sorted(out.glob("lr-*"))]):
         if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG):
@@ -229,6 +238,13 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool):
         if lines and not ((toy or resume and folder in runs) and bool(settings_of(folder).get("toy")) == toy):
             raise InputError(f"{folder}: holds {'another' if resume else 'a'} run already, {lines[-1]['step']} steps; "
                              f"{'' if resume else 'go on with --resume, or '}choose another --out")
+    for folder in runs:
+        for part in "best", "last":
+            if (folder / part / CONFIG).exists() and not (folder / CONFIG).exists():
+                raise InputError(f"{folder / part}: holds a model, which would be replaced; choose another --out")
+    for file in data_files(data):
+        if file.resolve().parent in [folder.resolve() for folder in (out, *runs)] and WRITTEN.fullmatch(file.name):
+            raise InputError(f"{file}: would be replaced by the run's own {file.name}; choose another --out")
 
 
 def check_settings(folder, settings: dict):
@@ -246,16 +262,33 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
     If STATE exists afterwards, it is this run's own, to continue from.
     Raises InputError if a resumed run had other settings.
     """
-    lines = read_log(folder) if resume else []
-    if lines:
+    folder = Path(folder)
+    lines, state = read_log(folder) if resume else [], folder / STATE
+    if lines or resume and state.exists():                      # a log can be lost when the power fails
         check_settings(folder, settings)
-        if lines[-1].get("done"):
+        if lines and lines[-1].get("done"):
             print(f"{folder}: done already")
             return False
-    else:
-        (Path(folder) / STATE).unlink(missing_ok=True)          # of another run: it must not be continued
+    lock(folder)
+    if not (lines or resume):
+        state.unlink(missing_ok=True)                           # of another run: it must not be continued
     write_config(folder, settings)
     return True
+
+
+def lock(folder: Path):
+    """Keeps other processes' runs out of `folder` until this process ends, in whatever way.  Raises InputError if one is in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() in LOCKS:
+        return
+    file = LOCKS[folder.resolve()] = open(folder / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        del LOCKS[folder.resolve()]
+        raise InputError(f"{folder}: another process is writing a run there; wait for it, or choose another --out") from None
+    except OSError:                                             # a file system without locks
+        pass
 
 
 class Progress:
@@ -263,7 +296,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, start: int = 0, every: float = 15.0):
         self.title, self.total, self.done, self.every, self.shown = title, total, start, every, time.monotonic()
-        self.bar = tqdm(total=total, initial=start, desc=title, leave=False) if sys.stderr.isatty() else None
+        self.bar = tqdm(total=total, initial=start, desc=title, leave=False) if sys.stderr and sys.stderr.isatty() else None
 
     def __enter__(self):
         return self

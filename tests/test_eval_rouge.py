@@ -201,6 +201,8 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
     (["--predictions", "latin.txt", "--references", "r.jsonl"], "latin.txt:2: is not UTF-8"),
     (["--predictions", "p.txt", "--references", "empty.jsonl"], "empty.jsonl:1: references is an empty list"),
     (["--predictions", "p.txt", "--references", "r.jsonl", "--out", "./p.txt"], "is one of the files to read"),
+    (["--model", "m", "--data", "d", "--out", "d/r.jsonl"], "is one of the files to read"),
+    (["--model", "m", "--data", "d:*.jsonl", "--out", "d/r.jsonl"], "is one of the files to read"),
     (["--model", "no/such/model", "--data", "r.jsonl"], "no/such/model: no such folder"),
     (["--model", "m", "--data", "r.jsonl", "--batch-size", "0"], "--batch-size 0: must be above 0"),
     (["--model", "m", "--data", "r.jsonl", "--seeds", "1", "2"], "--seeds with --temperature 0"),
@@ -211,10 +213,13 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, tmp_path, flags, sa
     write(tmp_path / "number.jsonl", [{"text": 3}]), write(tmp_path / "empty.jsonl", [{"references": []}])
     write(tmp_path / "half.jsonl", [{"text": "\ud83d"}])
     (tmp_path / "latin.txt").write_bytes("uno\naño\ndos\n".encode("latin-1"))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "d").mkdir()
+    write(tmp_path / "d" / "r.jsonl", RECORDS)
+    files = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = files()
     status, out, err = run(*flags)
     assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert files() == before
 
 
 def test_a_format_that_does_not_fit_the_references_is_named(tmp_path):

@@ -84,6 +84,12 @@ def test_answers_are_scored_in_the_words_that_were_asked_for(rouge, expected):
     assert [row["f1"] for row in score_answers(["the dogs", "año"], examples, rouge)] == expected
 
 
+def test_a_category_may_be_called_as_a_column_of_the_table(tmp_path):
+    examples = [Example(({"role": "user", "content": "?"},), "", "", "1", ("1",), "model", "")] * len(ROWS)
+    show_table({"KD": STUDENT}, Ids, ROWS, examples, tmp_path, max_new_tokens=2, batch_size=5)
+    assert json.loads((tmp_path / "table.jsonl").read_text())["model"] == "KD"
+
+
 def test_the_table_holds_means_over_the_answers_and_distances_to_the_teacher(tmp_path):
     asked = ({"role": "user", "content": "?"},)
     examples = [Example(asked, "", "", "1 2 1", ("1 2 1",), "ab"[i % 2], "") for i in range(11)]

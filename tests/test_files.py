@@ -1,5 +1,6 @@
 """One line for what the user can fix, and writes that are whole or absent."""
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -42,6 +43,14 @@ def test_a_full_disk_is_told_with_the_path(tmp_path):
 def test_a_failing_disk_is_one_line_that_says_how_to_fix_it(capsys, number, advice):
     code, text = shown(capsys, OSError(number, os.strerror(number), "runs/log.jsonl"))
     assert code == 2 and text.startswith("error: runs/log.jsonl: ") and advice in text and text.count("\n") == 1
+
+
+def test_an_answer_that_the_terminal_cannot_show_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    with script_errors():
+        print("año")
+    assert written.getvalue() == b"a\\xf1o\n"
 
 
 def test_an_interrupt_ends_as_shells_expect(capsys):

@@ -51,6 +51,18 @@ def test_rewards_are_the_steps_and_one_that_nothing_judged_is_a_gap(drawn, tmp_p
     assert list(curves(length).values()) == [[(1, 20.0), (2, 30.0)]]
 
 
+def test_a_matplotlib_that_does_not_load_costs_only_the_picture(monkeypatch, tmp_path, capsys):
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "matplotlib.figure":
+                raise ValueError("'Nope' is not a valid value for backend")
+
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert plots.plot_curves({}, tmp_path / "curves.png") is None
+    assert "no picture, as matplotlib does not load ('Nope'" in capsys.readouterr().out
+
+
 def test_without_matplotlib_there_is_no_picture(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plots.plot_curves({}, tmp_path / "curves.png") is None and plots.plot_rewards(tmp_path, tmp_path / "x.png") is None

@@ -125,6 +125,7 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
     (RECORD | {"time_limit": -1}, "field 'time_limit' is -1; give a number above 0"),
     (RECORD | {"memory_limit": float("inf")}, "field 'memory_limit' is inf"),
     (RECORD | {"time_limit": "2 seconds"}, "field 'time_limit' is '2 seconds'; give a number"),
+    (RECORD | {"time_limit": 10**400}, "field 'time_limit' is 1000"),
     (RECORD | {"time_limit": True}, "field 'time_limit' is True"),
     ({"instruction": "Why?", "input": 3, "output": "b"}, "field 'input' is a int; make it text"),
     ({"question": "\ud800", "answer": "b"}, "holds half a character"), ({"question": "a", "answer": "\ud800"}, "half a"),

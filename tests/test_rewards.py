@@ -471,12 +471,18 @@ def odd(completions, problems):
 @pytest.mark.parametrize("body, message", [
     ("return [1.0]", r"mine.py:f: returned \[1.0\] for 2 completions; return"),
     ("return None", "returned None for 2"), ("return 1.0", "returned 1.0 for 2"),
-    ("return ['a', 'b']", r"returned \['a', 'b'\]"),
+    ("return ['a', 'b']", r"returned \['a', 'b'\]"), ("return [10**400] * 2", "returned .1000.* for 2 completions"),
+    ("import sys; sys.exit(0)", "raised SystemExit: 0"), ("return (1 / 0 for _ in completions)", "raised ZeroDivisionError"),
 ])
 def test_what_it_returns_is_checked(tmp_path, body, message):
     path = user_file(tmp_path, f"def f(completions, problems):\n    {body}\n")
     with pytest.raises(InputError, match=message):
         load_rewards(f"{path}:f")["f"](["a", "b"], [{}, {}])
+
+
+def test_it_cannot_change_the_texts_that_others_judge(tmp_path):
+    path, texts = user_file(tmp_path, "def f(completions, problems):\n    completions.clear()\n    return [0.0]\n"), ["a"]
+    assert load_rewards(f"{path}:f")["f"](texts, [{}]) == [0.0] and texts == ["a"]
 
 
 def test_an_error_of_its_own_is_told_with_its_line(tmp_path):

@@ -193,6 +193,6 @@ def test_with_no_flags_a_toy_student_is_taught_and_goes_through_a_step(monkeypat
     rl.main()
     out = capsys.readouterr().out
     assert "step 0: held-out greedy" in out and "held-out problems" in out
-    assert {"start", "last", "log.jsonl", "completions.jsonl", "config.json"} <= {
+    assert {f"start-{task}-0", "last", "log.jsonl", "completions.jsonl", "config.json"} <= {
         path.name for path in (tmp_path / f"runs/grpo-{task}").iterdir()}
     assert "weights" in json.dumps(json.loads((tmp_path / f"runs/grpo-{task}/config.json").read_text()))

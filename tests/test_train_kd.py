@@ -16,7 +16,7 @@ import eval_rouge
 import train_kd as kd
 from conftest import killed_at, same, steps_of, tiny, weights
 from minikd import minillm, toy
-from minikd.checkpoint import load_model, save_model
+from minikd.checkpoint import identify, load_model, save_model
 from minikd.data import encode_examples, load_examples
 from minikd.evaluate import sequence_kl
 from minikd.losses import DIVERGENCES
@@ -76,7 +76,7 @@ def test_one_run_leaves_checkpoints_a_log_its_settings_and_a_table(run, tmp_path
     assert [line["step"] for line in lines if "rouge_l" in line] == [2, 4, 5]   # and after the last
     assert lines[-1] == {"step": 5, "done": True} and not (folder / STATE).exists()
     config = json.loads((folder / "config.json").read_text())
-    assert config["settings"]["loss"] == "reverse_kl" and config["settings"]["student"] == str(world / "student")
+    assert config["settings"]["loss"] == "reverse_kl" and config["settings"]["student"] == identify(world / "student")
     table = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
     assert [row["model"] for row in table] == ["Base", "reverse_kl", "Teacher"]
     assert set(table[0]) == {"model", "all", "metrics", *(line.split()[0] for line in out.split("held-out prompts")[1].splitlines()
@@ -365,7 +365,7 @@ def test_with_a_cache_the_run_is_the_live_teachers_but_for_bfloat16_and_its_body
     monkeypatch.setattr(kd, "load_model", lambda name, *rest: (loads.append(Path(name).name), load(name, *rest))[1])
     status, out, err = run(*flags, *mode("cache")[2:], out=tmp_path / "cached")
     assert status == 0 and "48 bytes a scored token" in out, err                # 2 x 24, the teacher's width
-    assert loads == ["teacher", "teacher", "best"]                              # to fill the cache, and for the table
+    assert loads == ["teacher", "student", "student", "teacher", "best"]        # to fill the cache, and for the table
     live, cached = (steps_of(tmp_path / name) for name in ("live", "cached"))
     assert len(live) == 15
     for a, b in zip(live, cached, strict=True):
@@ -374,7 +374,7 @@ def test_with_a_cache_the_run_is_the_live_teachers_but_for_bfloat16_and_its_body
     assert table[0] == table[1]                                                 # the teacher's own column
     loads.clear()
     assert run(*flags, *mode("cache")[2:], out=tmp_path / "again")[0] == 0
-    assert loads == ["teacher", "best"]                                         # all was in the cache
+    assert loads == ["student", "student", "teacher", "best"]                   # all was in the cache
 
 
 def test_a_cache_of_other_data_or_another_template_is_refused(run, mode, world, tmp_path):
@@ -469,6 +469,46 @@ def test_a_state_that_an_earlier_run_left_is_not_resumed_from(tmp_path, settings
     assert [line["step"] for line in steps_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_resume_with_the_files_in_another_order_is_refused(run, world, tmp_path):
+    records = (world / "data.jsonl").read_text().splitlines(keepends=True)
+    parts = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    parts[0].write_text("".join(records[:12])), parts[1].write_text("".join(records[12:]))
+    flags = "--loss", "sft", "--steps", "2"
+    assert run(*flags, data=("--data", *parts))[0] == 0
+    for files in parts[::-1], [*parts, parts[1]]:
+        status, _, err = run(*flags, "--resume", data=("--data", *files))
+        assert status == 2 and "--resume with --data" in err and err.count("\n") == 1
+    assert run(*flags, "--resume", data=("--data", *parts))[0] == 0
+
+
+def test_a_student_that_was_replaced_is_not_resumed_with(run, world, tmp_path):
+    """A comparison's second run would otherwise start from another student than its first."""
+    shutil.copytree(world / "student", tmp_path / "s")
+    models = "--student", tmp_path / "s", "--teacher", world / "teacher"
+    assert run("--steps", "1", models=models)[0] == 0
+    (tmp_path / "run/kd" / LOG).unlink()
+    save_model(load_model(tmp_path / "s").init_weights(9), tmp_path / "s")
+    status, _, err = run("--steps", "1", "--resume", models=models)
+    assert status == 2 and "--resume with --student" in err and err.count("\n") == 1
+
+
+def test_a_student_that_is_cut_is_refused_before_the_teacher_is_asked(run, world, tmp_path):
+    shutil.copytree(world / "student", tmp_path / "s")
+    (tmp_path / "s/model.safetensors").write_bytes((world / "student/model.safetensors").read_bytes()[:-9])
+    status, _, err = run("--loss", "forward_kl", "--seq-kd", "--cache-teacher", tmp_path / "c",
+                         models=("--student", tmp_path / "s", "--teacher", world / "teacher"))
+    assert status == 2 and "s/model.safetensors: is damaged or truncated" in err
+    assert not (tmp_path / "c").exists() and not (tmp_path / "run").exists()
+
+
+def test_the_toy_world_does_not_replace_what_lies_in_its_folders(shell, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/test.jsonl").write_text("mine")
+    status, _, err = shell(kd, "--out", tmp_path)
+    assert status == 2 and "data: is not the toy world's" in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["data"] and (tmp_path / "data/test.jsonl").read_text() == "mine"
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--kd-ratio", "0.9"], "--kd-ratio 0.9, but the run began with 0.5"),
     (["--seed", "3"], "--seed 3, but the run began with 0"),
@@ -503,7 +543,7 @@ def test_the_students_own_folder_is_not_taken_for_out(run, world):
     (dict(data=("--data", "no/such.jsonl")), "no/such.jsonl: no such file"),
     (dict(models=("--student", "no/such/student", "--teacher", "no/such/teacher")), "no/such/student: no such folder"),
     (dict(models=("--student", "{world}/student")), "--student without --teacher"),
-    (dict(models=("--teacher", "{world}/teacher")), "--teacher or --data without --student"),
+    (dict(models=("--teacher", "{world}/teacher")), "--teacher, --data or --eval-data without --student"),
     (dict(models=("--student", "{world}/student", "--teacher", "{world}/short")), "short: the tokenizer has "),
     (dict(data=()), "--student without --data"),
     (dict(data=("--data", "{world}/bad.jsonl")), "bad.jsonl:7: field 'response' is a int; make it text"),

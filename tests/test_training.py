@@ -2,7 +2,10 @@
 import argparse
 import json
 import math
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import small
+from minikd.checkpoint import save_model
 from minikd.files import InputError
 from minikd.model import Qwen2, Qwen2Config
 from minikd.training import (CONFIG, LOG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule,
-                             check_settings, flag_group, learning_rate, load_state, load_student, make_optimizer,
-                             make_parser, pick_device, pick_dtype, read_log, save_state, settings_of, spare_threads,
+                             check_settings, check_student, flag_group, learning_rate, load_state, lock,
+                             make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state, settings_of, spare_threads,
                              write_config)
 
 IDS = torch.arange(24).view(2, 12)
@@ -152,15 +156,20 @@ def test_flags_show_what_they_take_and_may_not_be_abbreviated():
 
 # ---- the student
 
-def test_a_student_is_in_float32_has_no_4_bit_weights_and_a_row_for_every_token(monkeypatch):
-    model, asked = small_model(), []
-    monkeypatch.setattr("minikd.training.load_model", lambda *given: asked.append(given) or model)
-    assert load_student("s", "cpu", range(32)) is model and asked == [("s", "cpu", torch.float32)]
-    with pytest.raises(InputError, match="^s: .*33"):
-        load_student("s", "cpu", range(33))
+def test_a_student_is_whole_has_no_4_bit_weights_and_a_row_for_every_token(tmp_path, monkeypatch):
+    model = small_model()
+    save_model(model, tmp_path / "s")
+    check_student(tmp_path / "s", range(32))
+    with pytest.raises(InputError, match="s: .*33"):
+        check_student(tmp_path / "s", range(33))
+    whole = (tmp_path / "s" / "model.safetensors").read_bytes()
+    (tmp_path / "s" / "model.safetensors").write_bytes(whole[:-9])
+    with pytest.raises(InputError, match="is damaged or truncated"):
+        check_student(tmp_path / "s", range(32))
     model.quantization = {"bits": 4}
-    with pytest.raises(InputError, match="^s: holds 4-bit weights"):
-        load_student("s", "cpu", range(32))
+    monkeypatch.setattr("minikd.training.outline", lambda folder: (model, {}, {}))
+    with pytest.raises(InputError, match="holds 4-bit weights"):
+        check_student(tmp_path / "s", range(32))
 
 
 # ---- the log
@@ -396,8 +405,49 @@ def test_a_model_is_not_replaced_by_a_run(tmp_path, folder):
         check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False)
 
 
+@pytest.mark.parametrize("part", ["best", "last"])
+def test_a_model_that_no_run_wrote_is_not_replaced_by_its_checkpoints(tmp_path, part):
+    (tmp_path / part).mkdir()
+    (tmp_path / part / CONFIG).write_text('{"model_type": "qwen2"}')
+    with pytest.raises(InputError, match=f"{part}: holds a model, which would be replaced"):
+        check_free(tmp_path, [tmp_path], resume=False, toy=False)
+    check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False)            # a comparison writes below kd/
+    write_config(tmp_path, SETTINGS)                                            # a run that ended before its first log line
+    check_free(tmp_path, [tmp_path], resume=False, toy=False)
+
+
+@pytest.mark.parametrize("name", ["held-out.jsonl", "table.jsonl", "answers-base.jsonl", "log.jsonl"])
+def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, name):
+    (tmp_path / name).touch(), (tmp_path / "data.jsonl").touch()
+    check_free(tmp_path / "out", [tmp_path / "out"], resume=False, toy=False, data=[tmp_path / name])
+    (tmp_path / name).write_text("")
+    with pytest.raises(InputError, match=f"{name}: would be replaced by the run's own"):
+        check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "data.jsonl", tmp_path / name])
+    check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "data.jsonl"])
+
+
+def test_two_processes_do_not_write_runs_into_one_folder(tmp_path):
+    """By os.fork: locks are a process's own. A lock ends with its process, even by a kill."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        lock(tmp_path)
+        os.write(write, b"1")
+        time.sleep(60)
+        os._exit(0)
+    os.read(read, 1)
+    try:
+        with pytest.raises(InputError, match="another process is writing a run there"):
+            begin_run(tmp_path, SETTINGS, resume=False)
+        assert not (tmp_path / CONFIG).exists()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert begin_run(tmp_path, SETTINGS, resume=False) and begin_run(tmp_path, SETTINGS, resume=False)
+
+
 @pytest.mark.parametrize("resume, logged, goes_on", [
-    (True, [dict(step=1)], True), (True, [], False), (False, [dict(step=1)], False),
+    (True, [dict(step=1)], True), (True, [], True), (False, [dict(step=1)], False),
     (False, [dict(step=1, done=True)], False), (True, [dict(step=1, done=True), dict(step=2)], True)])
 def test_a_state_is_left_only_to_the_run_that_goes_on_from_it(tmp_path, resume, logged, goes_on):
     write_config(tmp_path, SETTINGS)
@@ -445,6 +495,12 @@ def test_progress_in_a_log_waits_from_line_to_line(monkeypatch, capsys):
         for _ in range(6):
             progress.update()
     assert capsys.readouterr().err == "KD 2/6 \nKD 4/6 \nKD 6/6 \n"
+
+
+def test_progress_without_a_stderr_says_nothing(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    with Progress("KD", total=1) as progress:
+        progress.update()
 
 
 def test_progress_on_a_terminal_is_a_bar_that_counts_to_its_total(monkeypatch, capsys):
