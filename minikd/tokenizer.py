@@ -11,7 +11,8 @@ QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assis
 # A whole system turn, written as one literal of a chat template; a quote or a brace would end the literal.
 SYSTEM_TURN = re.compile(r"""<\|im_start\|>system(?:\\n|\n)((?:[^'"{\\]|\\.|\{\})*)<\|im_end\|>""")
 STOPS = ("<|im_end|>", "<|endoftext|>")             # an answer ends with either; the first ends a turn of ChatML
-FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+GENERATION = "generation_config.json"
+FILES = ("tokenizer.json", "tokenizer_config.json", GENERATION, "special_tokens_map.json",
          "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
 
@@ -46,20 +47,25 @@ class Tokenizer:
             backend.no_padding()
         except Exception as error:                  # tokenizers raises bare Exception, and nothing narrower
             raise InputError(f"{path}: is damaged ({error}); fetch it again") from error
+        if (folder / GENERATION).exists():
+            read_json(folder / GENERATION)          # a damaged one is told before the work, not at its end
         return cls(backend, folder, default_system(folder))
 
     def save(self, folder):
-        """Copies the tokenizer's files, and a generation_config.json with every stop id, into `folder`."""
+        """Copies the tokenizer's files into `folder`, and lets its generation_config.json stop at every id that ends an answer:
+        a base model's own does not name <|im_end|>, at which a student that was fine-tuned from it stops."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for file in FILES:
             if (self.folder / file).exists() and self.folder.resolve() != folder.resolve():
                 with atomic_path(folder / file) as new:
                     new.write_bytes((self.folder / file).read_bytes())
-        if not (folder / "generation_config.json").exists():
-            stops = {"eos_token_id": sorted(self.eos_ids), "pad_token_id": self.pad_id}
-            with atomic_path(folder / "generation_config.json") as new:
-                new.write_text(json.dumps(stops, indent=2) + "\n")
+        path = folder / GENERATION
+        config = {"pad_token_id": self.pad_id} | (read_json(path) if path.exists() else {})
+        stops = config.get("eos_token_id")                                      # an id, several, or none
+        stops = {stop for stop in (stops if isinstance(stops, list) else [stops]) if type(stop) is int} | self.eos_ids
+        with atomic_path(path) as new:
+            new.write_text(json.dumps(config | {"eos_token_id": sorted(stops)}, indent=2) + "\n")
 
     def check_same(self, name):
         """Raises InputError where the tokenizer in folder or hub name `name` gives other ids than this one.

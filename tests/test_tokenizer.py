@@ -235,9 +235,16 @@ def test_a_save_that_fails_leaves_the_files_that_were_there(tokenizer, tmp_path,
 
 def test_save_keeps_the_template_and_a_generation_config_that_the_model_came_with(tokenizer_folder, tmp_path):
     folder = with_template(tokenizer_folder, tmp_path, QWEN2, apart=True)
-    (folder / "generation_config.json").write_text('{"eos_token_id": [7], "temperature": 0.7}')
-    Tokenizer.load(folder).save(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.7
+    tokenizer = Tokenizer.load(folder)
+    for stops in 7, [7], None:                              # a base model names <|endoftext|> only
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops, "temperature": 0.7}))
+        tokenizer.save(tmp_path / "out")
+        assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
+            "pad_token_id": tokenizer.pad_id, "temperature": 0.7,
+            "eos_token_id": sorted(tokenizer.eos_ids | ({7} if stops else set()))}
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match="generation_config.json: is not JSON"):
+        Tokenizer.load(folder)
     assert Tokenizer.load(tmp_path / "out").chat([USER]) == rendered(QWEN2, [USER], False)
 
 
