@@ -269,6 +269,10 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
         if lines and lines[-1].get("done"):
             print(f"{folder}: done already")
             return False
+        began = read_json(folder / CONFIG).get("versions", {})
+        for what, now in ("torch", torch.__version__), ("threads", torch.get_num_threads()):
+            if began.get(what, now) != now:
+                print(f"{folder}: began with {what} {began[what]}, goes on with {now}; the weights may differ in the last digits")
     lock(folder)
     if not (lines or resume):
         state.unlink(missing_ok=True)                           # of another run: it must not be continued

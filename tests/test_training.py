@@ -461,6 +461,17 @@ def test_a_state_is_left_only_to_the_run_that_goes_on_from_it(tmp_path, resume, 
         assert begin_run(tmp_path, SETTINGS, resume=False) and not (tmp_path / STATE).exists()
 
 
+def test_a_run_that_goes_on_with_other_threads_says_so(tmp_path, capsys):
+    write_config(tmp_path, SETTINGS)
+    Log(tmp_path).write(step=1)
+    begin_run(tmp_path, SETTINGS, resume=True)
+    assert capsys.readouterr().out == ""
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"versions": {"torch": torch.__version__, "threads": 77}}))
+    begin_run(tmp_path, SETTINGS, resume=True)
+    assert f"began with threads 77, goes on with {torch.get_num_threads()};" in capsys.readouterr().out
+
+
 def test_a_run_that_is_done_or_had_other_settings_is_left_as_it_is(tmp_path, capsys):
     write_config(tmp_path, SETTINGS)
     Log(tmp_path).write(dict(step=1), dict(step=2, done=True))
