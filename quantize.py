@@ -130,7 +130,7 @@ def check_out(out: Path, folder: Path):
     if (out / "config.json").exists() and not read_json(out / "config.json").get("quantization_config"):
         raise InputError(f"--out {out}: holds an unquantised model, which would be replaced; choose another")
     if not (out / "config.json").exists() and list(out.glob("*.safetensors")):
-        raise InputError(f"--out {out}: holds weights that are no model's here, which would be removed; choose another")
+        raise InputError(f"--out {out}: holds .safetensors files without a config.json, which would be removed; choose another")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; choose a folder")
     check_writable(out.parent)

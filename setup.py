@@ -1,4 +1,4 @@
-"""pip install -e .            what scripts and tests need
+"""pip install -e .            what the scripts and the tests need
    pip install -e ".[plots]"   and pictures of the curves
    pip install -e ".[reference]"   and the peers that tests and benchmarks compare with
 """

@@ -28,9 +28,9 @@ from minikd.plots import plot_rewards
 from minikd.records import data_files
 from minikd.rewards import combine, load_rewards, reward_files, summary
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_student,
-                             compile_blocks, flag_group, learning_rate, load_state, make_optimizer, make_parser,
-                             pick_device, pick_dtype, read_log, save_state, spare_threads)
+from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
+                             check_student, compile_blocks, flag_group, learning_rate, load_state, lock, make_optimizer,
+                             make_parser, pick_device, pick_dtype, read_log, save_state, spare_threads)
 
 REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8, lr=1e-6, rewards="format,steps,code",
             reward_weights=None, eval_examples=64, eval_every=50, out="runs/grpo", dtype="auto")
@@ -301,7 +301,8 @@ def report(found: dict, step: int, log: Log, progress: Progress):
 
 def show_change(lines: list[dict]):
     """Prints the metrics on held-out problems before and after training, from a run's log."""
-    before, *_, after = [line for line in lines if "valid_sample" in line]
+    found = [line for line in lines if "valid_sample" in line]
+    before, after = found[0], found[-1]
     print(f"\n{'held-out problems':<22}{'before':>10}{'after':>10}")
     for key in (key for key in before if key not in ("step", "valid_sample")):
         cells = ["-" if value is None else f"{value:.3f}" for value in (before[key], after[key])]
@@ -313,6 +314,9 @@ def show_change(lines: list[dict]):
 
 def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
     """A tokenizer and a small student, taught by supervised fine-tuning on answers of mixed quality."""
+    if resume and read_log(out):                                # before a student is taught in vain
+        check_settings(out, {"task": task, "seed": seed})
+    lock(out)
     folder = out / f"start-{task}-{seed}"
     if resume and (folder / "config.json").exists():
         return folder

@@ -34,7 +34,7 @@ from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
 from minikd.training import (CONFIG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
-                             check_student, compile_blocks, flag_group, learning_rate, load_state, make_optimizer,
+                             check_student, compile_blocks, flag_group, learning_rate, load_state, lock, make_optimizer,
                              make_parser, pick_device, pick_dtype, read_log, save_state, spare_threads, write_config)
 
 REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
@@ -65,7 +65,7 @@ def parse_args():
     add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy; not in MiniLLM (0.5)")
     add("--temperature", type=float, default=1.0, help="divides both models' logits; not in MiniLLM (1)")
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture (0.5)")
-    add("--alpha", type=float, default=0.1, 
+    add("--alpha", type=float, default=0.1,
         help="skew losses: share in the mixture of the model whose expectation is taken: forward the teacher, reverse the student "
              "(0.1)")
     add("--lm-coef", type=float, default=1.0, help="weight of the loss on --lm-data (1)")
@@ -289,11 +289,12 @@ def toy_world(out: Path, seed: int, resume: bool):
     """Makes the records, the tokenizer, the teacher and the student's base under `out`."""
     if resume and read_log(out / "teacher"):                    # before anything is written
         check_settings(out / "teacher", {"seed": seed})
-    if not (out / "teacher" / CONFIG).exists():
+    if not any((out / name / CONFIG).exists() for name in ("teacher", "base")):
         for folder in out / "data", out / "tokenizer":
             if folder.exists():
-                raise InputError(f"{folder}: is not the toy world's, whose files would go there; choose another --out")
-        write_config(out / "teacher", {"toy": True})            # from here on they are
+                raise InputError(f"{folder}: was not made by the toy world, which would write there; choose another --out")
+        write_config(out / "teacher", {"toy": True})            # marks both folders as the toy world's
+    lock(out)
     tokenizer = toy.make_tokenizer(out / "tokenizer")
     files = {"teacher": toy.records(12_000, seed=1000 + seed), "train": toy.records(600, 2000 + seed, human=True),
              "test": toy.records(300, seed=3000, test=True)}
@@ -401,6 +402,7 @@ def main():
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
     runs = [out / folder for *_, folder in planned(args)] + ([out / "teacher", out / "base"] if args.toy else [])
+    runs += [out / "sft"] if args.toy and (args.loss == "minillm" or args.on_policy) else []
     check_free(out, runs, resume=args.resume, toy=args.toy,
                data=sum(filter(None, (args.data, args.eval_data, args.lm_data)), []))
     if args.toy:
@@ -430,6 +432,7 @@ def main():
     for _, loss, lr, folder in planned(args) if args.resume and not args.toy else ():       # before anything is written
         if read_log(out / folder):
             check_settings(out / folder, recorded | recordable(settings | dict(loss=loss, lr=lr)))
+    lock(out)
     if not args.eval_data:
         write_held_out(held_out[1], out / "held-out.jsonl")
     teacher = None

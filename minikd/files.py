@@ -39,7 +39,8 @@ def script_errors():
         advice = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
                   errno.EFBIG: "raise the limit on a file's size", errno.EACCES: "check the permissions"}
         advice = advice.get(error.errno, "check the path and the disk")
-        _exit_with(f"{error.filename or 'standard output'}: {error.strerror or error}; {advice}")
+        where = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else "file")
+        _exit_with(f"{where}: {error.strerror or error}; {advice}")
 
 
 def _exit_with(text: str):
@@ -80,6 +81,17 @@ def atomic_path(path, folder: bool = False):
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def append_to(path):
+    """Yields `path`, open to append text to; an error names it, as a full disk's alone would not."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _sweep(path: Path):

@@ -334,5 +334,5 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         give_memory_back()
         if on_layer:
             on_layer(name, *report)
-    replayed_columns.cache_clear()                                                # the graphs hold memory
+    replayed_columns.cache_clear()                                              # the graphs hold memory
     return results

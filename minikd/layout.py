@@ -53,7 +53,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
                 if pack and isinstance(layer, Linear):
                     layer.packed = Packed([layer], rows)
                     layer.packed.free_parts()
-        give_memory_back()
+        if pack:
+            give_memory_back()
         if pack and model.packed_head is None and not (model.int8_head and rows < INT8_ROWS):
             model.packed_head = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         yield
@@ -64,7 +65,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
             except KeyboardInterrupt:                   # first the weights, then the interrupt
                 model.lay_back()
                 raise
-            give_memory_back()
+            if pack:
+                give_memory_back()
 
 
 class Packed:

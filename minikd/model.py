@@ -222,7 +222,7 @@ def rope_tables(positions: Tensor, theta: float, E: int, dtype: torch.dtype) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair (x_i, x_{i+E/2}) by its angle.  RoPE eq. (34), which pairs neighbours.  [B, H, T, E] -> the same"""
+    """Rotates each pair (x_i, x_{i+E/2}) by its angle.  RoPE eq. (34), where neighbours are paired.  [B, H, T, E] -> the same"""
     low, high = x.chunk(2, dim=-1)                                              # [B, H, T, E/2] each
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
@@ -249,7 +249,7 @@ class Attention(nn.Module):
         if self.joined is not None:
             qkv = self.joined(x)                                                # [B, T, (H + 2K) E]
         else:
-            qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)   # the same
+            qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)   # the same shape
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         v = heads[:, -self.K:]                                                  # [B, K, T, E]
         rotated = rotate(heads[:, :-self.K], cos, sin)                          # [B, H + K, T, E]
@@ -285,7 +285,7 @@ class MLP(nn.Module):
         if self.joined is not None:
             gate, up = self.joined(x).chunk(2, dim=-1)                          # [B, T, W] each
         else:
-            gate, up = self.gate_proj(x), self.up_proj(x)                       # the same
+            gate, up = self.gate_proj(x), self.up_proj(x)                       # the same shape
         return self.down_proj(F.silu(gate) * up)                                # SwiGLU eq. (6)
 
 
@@ -318,7 +318,7 @@ class TiedLookup(torch.autograd.Function):
         """anchor  any tensor that requires grad, so that backward is called: the table itself must not be an input,
         or autograd would hold the head's gradient back until the lookup's arrives."""
         ctx.ids, ctx.table = ids, embedding.weight
-        return F.embedding(ids, embedding.weight)                                   # [B, T] -> [B, T, D]
+        return F.embedding(ids, embedding.weight)                               # [B, T] -> [B, T, D]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -271,7 +271,7 @@ def give_memory_back():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-MANY_ROWS = 768         # from here on dequantising is faster (benchmarks/w4_linear.py: at 512 rows in one run of two)
+MANY_ROWS = 768         # from here on dequantising is faster; at 512 rows it was in one run of two (benchmarks/w4_linear.py)
 
 
 def choose(layer: W4Linear, x: Tensor) -> str:

@@ -275,7 +275,7 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
     @wraps(function)
     def checked(completions, problems, **options):
         try:
-            values = function(list(completions), problems, **options)           # a copy: others read them too
+            values = function(list(completions), [dict(problem) for problem in problems], **options)    # others read them too
             values = list(values) if isinstance(values, Iterator) else values
         except (Exception, SystemExit) as error:
             at = traceback.extract_tb(error.__traceback__)[-1]                  # where in the user's code, or below it

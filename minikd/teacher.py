@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minikd.data import Encoded, collate, send
-from minikd.files import InputError, atomic_path, read_json, save_tensors
+from minikd.files import InputError, append_to, atomic_path, read_json, save_tensors
 from minikd.generate import respond
 from minikd.losses import scored_positions
 from minikd.model import Qwen2
@@ -172,7 +172,7 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     for start in range(held, len(rows), step):
         own = respond(teacher, rows[start:start + step], batch_size, max_new_tokens, tokenizer.eos_ids,
                       seed=seed + start, vocab=len(tokenizer))
-        with open(path, "a", encoding="utf-8") as file:
+        with append_to(path) as file:
             file.writelines(json.dumps({"ids": row.response, "text": tokenizer.decode(row.response)}) + "\n"
                             for row in own)
         responses += [row.response for row in own]

@@ -12,7 +12,7 @@ QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assis
 SYSTEM_TURN = re.compile(r"""<\|im_start\|>system(?:\\n|\n)((?:[^'"{\\]|\\.|\{\})*)<\|im_end\|>""")
 STOPS = ("<|im_end|>", "<|endoftext|>")             # an answer ends with either; the first ends a turn of ChatML
 GENERATION = "generation_config.json"
-FILES = ("tokenizer.json", "tokenizer_config.json", GENERATION, "special_tokens_map.json",
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
 
@@ -37,7 +37,7 @@ class Tokenizer:
     @classmethod
     def load(cls, name) -> "Tokenizer":
         """From a local folder or a hub name.  Raises InputError when tokenizer.json is missing or damaged."""
-        folder = local_folder(name, list(FILES))
+        folder = local_folder(name, [*FILES, GENERATION])
         path = folder / "tokenizer.json"
         if not path.exists():
             raise InputError(f"{path}: is missing; copy the tokenizer's files beside the model's")
@@ -48,23 +48,22 @@ class Tokenizer:
         except Exception as error:                  # tokenizers raises bare Exception, and nothing narrower
             raise InputError(f"{path}: is damaged ({error}); fetch it again") from error
         if (folder / GENERATION).exists():
-            read_json(folder / GENERATION)          # a damaged one is told before the work, not at its end
+            read_json(folder / GENERATION)          # report a damaged one before the work, not at its end
         return cls(backend, folder, default_system(folder))
 
     def save(self, folder):
-        """Copies the tokenizer's files into `folder`, and lets its generation_config.json stop at every id that ends an answer:
-        a base model's own does not name <|im_end|>, at which a student that was fine-tuned from it stops."""
-        folder = Path(folder)
+        """Copies the tokenizer's files into `folder`; its generation_config.json then names every id that ends an answer. (A base
+        model's own lacks <|im_end|>, at which a student fine-tuned from it stops.)"""
+        folder, path = Path(folder), self.folder / GENERATION
         folder.mkdir(parents=True, exist_ok=True)
         for file in FILES:
             if (self.folder / file).exists() and self.folder.resolve() != folder.resolve():
                 with atomic_path(folder / file) as new:
                     new.write_bytes((self.folder / file).read_bytes())
-        path = folder / GENERATION
         config = {"pad_token_id": self.pad_id} | (read_json(path) if path.exists() else {})
         stops = config.get("eos_token_id")                                      # an id, several, or none
         stops = {stop for stop in (stops if isinstance(stops, list) else [stops]) if type(stop) is int} | self.eos_ids
-        with atomic_path(path) as new:
+        with atomic_path(folder / GENERATION) as new:
             new.write_text(json.dumps(config | {"eos_token_id": sorted(stops)}, indent=2) + "\n")
 
     def check_same(self, name):
@@ -72,7 +71,7 @@ class Tokenizer:
 
         A student learns its teacher's probabilities id by id. A folder without a tokenizer is not checked.
         """
-        if not (local_folder(name, list(FILES)) / "tokenizer.json").exists():
+        if not (local_folder(name, [*FILES, GENERATION]) / "tokenizer.json").exists():
             return
         mine, other = (t.backend.get_vocab(with_added_tokens=True) for t in (self, Tokenizer.load(name)))
         if mine != other:

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from minikd.checkpoint import load_model, model_folder, outline
 from minikd.evaluate import check_vocabulary, write_jsonl
-from minikd.files import InputError, atomic_path, read_json, save_tensors
+from minikd.files import InputError, append_to, atomic_path, read_json, save_tensors
 from minikd.model import Qwen2, Qwen2Config, run_block
 from minikd.records import data_files
 
 STATE, LOG, CONFIG = "state.safetensors", "log.jsonl", "config.json"
+# Names of the files that a run writes, and data may have.
 WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")
 LOCKS = {}                                                      # folder -> an open file: closing it would unlock the folder
 
@@ -147,12 +148,8 @@ class Log:
 
     def write(self, *lines: dict, **values):
         """Appends one line with the keyword values, or all of `lines`."""
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [values]))
-        except OSError as error:
-            error.filename = error.filename or str(self.path)   # a full disk's error does not name the file
-            raise
+        with append_to(self.path) as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [values]))
 
 
 def read_log(folder, name: str = LOG) -> list[dict]:
@@ -243,7 +240,7 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=())
             if (folder / part / CONFIG).exists() and not (folder / CONFIG).exists():
                 raise InputError(f"{folder / part}: holds a model, which would be replaced; choose another --out")
     for file in data_files(data):
-        if file.resolve().parent in [folder.resolve() for folder in (out, *runs)] and WRITTEN.fullmatch(file.name):
+        if file.parent.resolve() in [folder.resolve() for folder in (out, *runs)] and WRITTEN.fullmatch(file.name):
             raise InputError(f"{file}: would be replaced by the run's own {file.name}; choose another --out")
 
 
@@ -275,13 +272,14 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
                 print(f"{folder}: began with {what} {began[what]}, goes on with {now}; the weights may differ in the last digits")
     lock(folder)
     if not (lines or resume):
-        state.unlink(missing_ok=True)                           # of another run: it must not be continued
+        for name in STATE, LOG:                                 # of another run: it must not be continued
+            (folder / name).unlink(missing_ok=True)
     write_config(folder, settings)
     return True
 
 
 def lock(folder: Path):
-    """Keeps other processes' runs out of `folder` until this process ends, in whatever way.  Raises InputError if one is in."""
+    """Keeps other processes' runs out of `folder` until this process ends, however it ends.  Raises InputError if one is in."""
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() in LOCKS:
         return
@@ -315,7 +313,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(by)
-        elif time.monotonic() - self.shown > self.every:
+        elif sys.stderr and time.monotonic() - self.shown > self.every:
             self.shown = time.monotonic()
             print(f"{self.title} {self.done}/{self.total} {note}", file=sys.stderr, flush=True)
 

@@ -52,6 +52,8 @@ def test_rewards_are_the_steps_and_one_that_nothing_judged_is_a_gap(drawn, tmp_p
 
 
 def test_a_matplotlib_that_does_not_load_costs_only_the_picture(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+
     class Broken:
         def find_spec(self, name, *_):
             if name == "matplotlib.figure":

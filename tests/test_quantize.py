@@ -155,7 +155,8 @@ def test_an_out_that_holds_something_else_is_refused_before_the_work(run, world,
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     shutil.copy(plain / "model.safetensors", adapter / "adapter_model.safetensors")
-    for out, said in ((training, "holds a training run"), (adapter, "holds weights that are no model's"), (plain, "holds an unquantised model"), (file, "is a file"),
+    for out, said in ((training, "holds a training run"), (adapter, "holds .safetensors files without a config.json"),
+                      (plain, "holds an unquantised model"), (file, "is a file"),
                       (world / "model", "the model's own folder"), (file / "below", "cannot be written")):
         status, _, err = run("--method", "rtn", out=("--out", out))
         assert status == 2 and said in err and err.count("\n") == 1 and "Traceback" not in err, (out, err)

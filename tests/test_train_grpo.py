@@ -196,3 +196,9 @@ def test_with_no_flags_a_toy_student_is_taught_and_goes_through_a_step(monkeypat
     assert {f"start-{task}-0", "last", "log.jsonl", "completions.jsonl", "config.json"} <= {
         path.name for path in (tmp_path / f"runs/grpo-{task}").iterdir()}
     assert "weights" in json.dumps(json.loads((tmp_path / f"runs/grpo-{task}/config.json").read_text()))
+
+
+def test_a_log_that_lost_its_start_still_ends_in_a_table(capsys):
+    """As after --resume where the power's failure had left a state but no log."""
+    rl.show_change([{"step": 3, "kl": 0.1}, {"step": 4, "valid_answer": 0.5, "valid_sample": "2"}, {"step": 4, "done": True}])
+    assert "answer                     0.500     0.500" in capsys.readouterr().out

@@ -501,11 +501,28 @@ def test_a_student_that_is_cut_is_refused_before_the_teacher_is_asked(run, world
     assert not (tmp_path / "c").exists() and not (tmp_path / "run").exists()
 
 
+def test_a_second_toy_in_the_same_folder_is_refused_before_it_changes_the_first_ones_data(shell, tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/config.json").write_text('{"settings": {"toy": true}}')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text("the first one's")
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time\nfile = open(sys.argv[1], 'w')\n"
+                               "fcntl.lockf(file, fcntl.LOCK_EX)\nprint(flush=True)\ntime.sleep(60)", tmp_path / ".lock"],
+                              stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
+        status, _, err = shell(kd, "--out", tmp_path, "--seed", "1")
+    finally:
+        holder.kill(), holder.communicate()
+    assert status == 2 and "another process is writing a run there" in err and err.count("\n") == 1
+    assert (tmp_path / "data/train.jsonl").read_text() == "the first one's"
+
+
 def test_the_toy_world_does_not_replace_what_lies_in_its_folders(shell, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/test.jsonl").write_text("mine")
     status, _, err = shell(kd, "--out", tmp_path)
-    assert status == 2 and "data: is not the toy world's" in err and err.count("\n") == 1
+    assert status == 2 and "data: was not made by the toy world" in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["data"] and (tmp_path / "data/test.jsonl").read_text() == "mine"
 
 

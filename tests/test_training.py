@@ -18,8 +18,8 @@ from minikd.checkpoint import save_model
 from minikd.files import InputError
 from minikd.model import Qwen2, Qwen2Config
 from minikd.training import (CONFIG, LOG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule,
-                             check_settings, check_student, flag_group, learning_rate, load_state, lock,
-                             make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state, settings_of, spare_threads,
+                             check_settings, check_student, flag_group, learning_rate, load_state, lock, make_optimizer,
+                             make_parser, pick_device, pick_dtype, read_log, save_state, settings_of, spare_threads,
                              write_config)
 
 IDS = torch.arange(24).view(2, 12)
@@ -431,11 +431,14 @@ def test_two_processes_do_not_write_runs_into_one_folder(tmp_path):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        lock(tmp_path)
-        os.write(write, b"1")
-        time.sleep(60)
-        os._exit(0)
-    os.read(read, 1)
+        try:
+            lock(tmp_path)
+            os.write(write, b"1")
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    os.close(write)
+    assert os.read(read, 1) == b"1"
     try:
         with pytest.raises(InputError, match="another process is writing a run there"):
             begin_run(tmp_path, SETTINGS, resume=False)
@@ -457,6 +460,8 @@ def test_a_state_is_left_only_to_the_run_that_goes_on_from_it(tmp_path, resume, 
     (tmp_path / STATE).touch()
     assert begin_run(tmp_path, SETTINGS if goes_on else SETTINGS | {"lr": 1.0}, resume) is True
     assert (tmp_path / STATE).exists() == goes_on and settings_of(tmp_path)["lr"] == (1e-5 if goes_on else 1.0)
+    if not goes_on:
+        assert not (tmp_path / LOG).exists()                                    # or a kill now, and that run would be "done"
     for _ in range(2):                                                          # the second time there is none
         assert begin_run(tmp_path, SETTINGS, resume=False) and not (tmp_path / STATE).exists()
 
@@ -508,10 +513,11 @@ def test_progress_in_a_log_waits_from_line_to_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "KD 2/6 \nKD 4/6 \nKD 6/6 \n"
 
 
-def test_progress_without_a_stderr_says_nothing(monkeypatch):
+def test_progress_without_a_stderr_says_nothing(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr", None)
-    with Progress("KD", total=1) as progress:
+    with Progress("KD", total=1, every=-1) as progress:
         progress.update()
+    assert capsys.readouterr().out == ""                                        # print(file=None) would write there
 
 
 def test_progress_on_a_terminal_is_a_bar_that_counts_to_its_total(monkeypatch, capsys):
