@@ -18,7 +18,7 @@ from minikd.evaluate import answer, check_vocabulary, read_predictions, read_ref
 from minikd.files import InputError, check_writable, script_errors
 from minikd.layout import INT8_ROWS, use_int8_head
 from minikd.quant import show_ways
-from minikd.records import data_files
+from minikd.records import local_files
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
 from minikd.training import Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype, spare_threads
@@ -78,17 +78,14 @@ def parse_args():
     for name, value in (TOY if toy else REAL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in "predictions", "references":
-        if getattr(args, name):
-            setattr(args, name, str(Path(getattr(args, name)).expanduser()))
     folder = Path(args.model or "").expanduser()
     beside = folder if args.model and folder.is_dir() else Path("runs/eval")
     args.out = Path(args.out or beside / "answers.jsonl").expanduser()
     if args.out.is_dir():
         raise InputError(f"--out {args.out}: is a folder; give a file")
-    for path in filter(None, [args.predictions, args.references, *data_files(args.data or [])]):
-        if args.out.resolve() == Path(path).resolve():
-            raise InputError(f"--out {args.out}: is one of the files to read; choose another")
+    read = local_files(filter(None, [args.predictions, args.references, *(args.data or [])]))
+    if args.out.resolve() in [file.resolve() for file in read]:
+        raise InputError(f"--out {args.out}: is one of the files to read; choose another")
     return args
 
 

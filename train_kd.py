@@ -107,7 +107,8 @@ def parse_args():
     args = parser.parse_args()
     check_flags(args)
     args.toy = args.student is None
-    if args.toy and (args.loss == "minillm" or args.on_policy):
+    args.from_sft = args.toy and (args.loss == "minillm" or args.on_policy > 0)     # both need a student that can answer
+    if args.from_sft:
         args.lr = args.lr or [1e-3]                             # lower: these runs continue from the SFT student
     defaults = TOY if args.toy else REAL
     if args.epochs or args.steps:                               # one of them was given: no default for the other
@@ -402,7 +403,7 @@ def main():
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
     runs = [out / folder for *_, folder in planned(args)] + ([out / "teacher", out / "base"] if args.toy else [])
-    runs += [out / "sft"] if args.toy and (args.loss == "minillm" or args.on_policy) else []
+    runs += [out / "sft"] if args.from_sft else []
     check_free(out, runs, resume=args.resume, toy=args.toy,
                data=sum(filter(None, (args.data, args.eval_data, args.lm_data)), []))
     if args.toy:
@@ -442,7 +443,7 @@ def main():
         teacher = open_teacher(args, tokenizer, rows + held_out[0], device, dtype, lengths, report.files)
     settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
     student = lambda: load_model(args.student, device)
-    if args.toy and (args.loss == "minillm" or args.on_policy):                 # both need a student that can answer
+    if args.from_sft:
         stage(out / "sft", student, loss="sft", lr=3e-3, recorded=recorded, **settings)
         args.student = str(out / "sft" / "best")
         recorded["student"] = identify(args.student)

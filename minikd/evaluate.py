@@ -179,7 +179,7 @@ def _entries(path):
     if Path(path).suffix != ".txt":
         yield from read_records(path, kinds=(dict, str, list))
         return
-    data = Path(path).read_bytes()
+    data = Path(path).expanduser().read_bytes()
     if not data:
         raise InputError(f"{path}: holds no records; check that it was written or downloaded whole")
     try:

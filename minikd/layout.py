@@ -55,8 +55,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
                     layer.packed.free_parts()
         if pack:
             give_memory_back()
-        if pack and model.packed_head is None and not (model.int8_head and rows < INT8_ROWS):
-            model.packed_head = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            if model.packed_head is None and not (model.int8_head and rows < INT8_ROWS):
+                model.packed_head = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         yield
     finally:
         if not model.quantization:

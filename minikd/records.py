@@ -43,6 +43,11 @@ def data_files(name) -> list[Path]:
     return [folder / file for file in _choose(base, held, choice)]
 
 
+def local_files(names) -> list[Path]:
+    """data_files of those names that are files or folders here; the hub is not asked about the others."""
+    return data_files([name for name in names if Path(str(name).partition(":")[0]).expanduser().exists()])
+
+
 def _hub_names(name: str) -> list[str]:
     """The names of a hub dataset's files, to choose before downloading gigabytes; [] if the hub does not answer."""
     from huggingface_hub import dataset_info                    # comes with tokenizers

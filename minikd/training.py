@@ -19,7 +19,7 @@ from minikd.checkpoint import load_model, model_folder, outline
 from minikd.evaluate import check_vocabulary, write_jsonl
 from minikd.files import InputError, append_to, atomic_path, read_json, save_tensors
 from minikd.model import Qwen2, Qwen2Config, run_block
-from minikd.records import data_files
+from minikd.records import local_files
 
 STATE, LOG, CONFIG = "state.safetensors", "log.jsonl", "config.json"
 # Names of the files that a run writes, and data may have.
@@ -226,7 +226,7 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=())
     or held-out records it would replace; or if a file to be read would be replaced.
 
     runs  the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
-    data  what the run reads: arguments of data_files
+    data  what the run reads, as data_files takes it
     """
     for folder in dict.fromkeys([out, *runs, out / "sft", out / "kd", *sorted(out.glob("lr-*"))]):
         if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG):
@@ -239,7 +239,7 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=())
         for part in "best", "last":
             if (folder / part / CONFIG).exists() and not (folder / CONFIG).exists():
                 raise InputError(f"{folder / part}: holds a model, which would be replaced; choose another --out")
-    for file in data_files(data):
+    for file in local_files(data):
         if file.parent.resolve() in [folder.resolve() for folder in (out, *runs)] and WRITTEN.fullmatch(file.name):
             raise InputError(f"{file}: would be replaced by the run's own {file.name}; choose another --out")
 
@@ -271,7 +271,7 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
             if began.get(what, now) != now:
                 print(f"{folder}: began with {what} {began[what]}, goes on with {now}; the weights may differ in the last digits")
     lock(folder)
-    if not (lines or resume):
+    if not resume:
         for name in STATE, LOG:                                 # of another run: it must not be continued
             (folder / name).unlink(missing_ok=True)
     write_config(folder, settings)

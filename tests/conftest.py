@@ -2,10 +2,13 @@
 is there, and a small tokenizer."""
 import gc
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +23,7 @@ from minikd.checkpoint import load_model, save_model
 from minikd.model import Qwen2, Qwen2Config
 from minikd.tokenizer import Tokenizer
 from minikd.toy import QWEN2_WORDS
-from minikd.training import Log, read_log
+from minikd.training import Log, lock, read_log
 from ptx import Driver, Kernel, kernels_of
 
 torch.set_num_threads(1)
@@ -30,6 +33,28 @@ SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["The student learns from its teacher, and the teacher learns nothing.", "¿Qué año es? El niño comió piñas.",
          "def add(a, b):\n    return a + b\n", "你好，世界。你好吗？", "What is 12 + 30? It is 42."] * 4
+
+
+@contextmanager
+def locked_by_another(folder: Path):
+    """Inside, another process holds minikd's lock of the folder; then it is killed. By os.fork: locks are a process's own."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            lock(folder)
+            os.write(write, b"1")
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    os.close(write)
+    assert os.read(read, 1) == b"1"
+    os.close(read)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def small(seed: int, **shape) -> Qwen2:

@@ -481,8 +481,8 @@ def test_what_it_returns_is_checked(tmp_path, body, message):
 
 
 def test_it_cannot_change_the_texts_that_others_judge(tmp_path):
-    path, texts = user_file(tmp_path, "def f(completions, problems):\n    completions.clear(), problems[0].clear()\n    return [0.0]\n"), ["a"]
-    facts = [{"answer": "1"}]
+    path = user_file(tmp_path, "def f(completions, problems):\n    completions.clear(), problems[0].clear()\n    return [0.0]\n")
+    texts, facts = ["a"], [{"answer": "1"}]
     assert load_rewards(f"{path}:f")["f"](texts, facts) == [0.0] and (texts, facts) == (["a"], [{"answer": "1"}])
 
 

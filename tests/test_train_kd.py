@@ -14,7 +14,7 @@ import torch
 
 import eval_rouge
 import train_kd as kd
-from conftest import killed_at, same, steps_of, tiny, weights
+from conftest import killed_at, locked_by_another, same, steps_of, tiny, weights
 from minikd import minillm, toy
 from minikd.checkpoint import identify, load_model, save_model
 from minikd.data import encode_examples, load_examples
@@ -506,14 +506,8 @@ def test_a_second_toy_in_the_same_folder_is_refused_before_it_changes_the_first_
     (tmp_path / "teacher/config.json").write_text('{"settings": {"toy": true}}')
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train.jsonl").write_text("the first one's")
-    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time\nfile = open(sys.argv[1], 'w')\n"
-                               "fcntl.lockf(file, fcntl.LOCK_EX)\nprint(flush=True)\ntime.sleep(60)", tmp_path / ".lock"],
-                              stdout=subprocess.PIPE)
-    try:
-        holder.stdout.readline()
+    with locked_by_another(tmp_path):
         status, _, err = shell(kd, "--out", tmp_path, "--seed", "1")
-    finally:
-        holder.kill(), holder.communicate()
     assert status == 2 and "another process is writing a run there" in err and err.count("\n") == 1
     assert (tmp_path / "data/train.jsonl").read_text() == "the first one's"
 

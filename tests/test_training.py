@@ -2,10 +2,7 @@
 import argparse
 import json
 import math
-import os
-import signal
 import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import small
+from conftest import locked_by_another, small
 from minikd.checkpoint import save_model
 from minikd.files import InputError
 from minikd.model import Qwen2, Qwen2Config
 from minikd.training import (CONFIG, LOG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule,
-                             check_settings, check_student, flag_group, learning_rate, load_state, lock, make_optimizer,
+                             check_settings, check_student, flag_group, learning_rate, load_state, make_optimizer,
                              make_parser, pick_device, pick_dtype, read_log, save_state, settings_of, spare_threads,
                              write_config)
 
@@ -427,25 +424,10 @@ def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, nam
 
 
 def test_two_processes_do_not_write_runs_into_one_folder(tmp_path):
-    """By os.fork: locks are a process's own. A lock ends with its process, even by a kill."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            lock(tmp_path)
-            os.write(write, b"1")
-            time.sleep(60)
-        finally:
-            os._exit(0)
-    os.close(write)
-    assert os.read(read, 1) == b"1"
-    try:
+    with locked_by_another(tmp_path):
         with pytest.raises(InputError, match="another process is writing a run there"):
             begin_run(tmp_path, SETTINGS, resume=False)
         assert not (tmp_path / CONFIG).exists()
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
     assert begin_run(tmp_path, SETTINGS, resume=False) and begin_run(tmp_path, SETTINGS, resume=False)
 
 
