@@ -94,6 +94,8 @@ def parse_args():
     args = parser.parse_args()
     if args.data and not args.model:
         raise InputError("--data without --model; add --model FOLDER")
+    if args.limit and not args.data:
+        raise InputError("--limit without --data; add --data FILE, or leave it out in the toy world")
     args.toy = not args.data
     defaults = TOY | dict(rewards=TOY_REWARDS[args.task], out=f"runs/grpo-{args.task}") if args.toy else REAL
     if args.toy and not args.rewards:

@@ -83,7 +83,7 @@ def model_files(folder) -> dict[str, str]:
 def identify(name) -> str:
     """A model's name and one hash of its files, to recognise it in a resumed run: 'runs/teacher (sha256 0123456789ab)'."""
     hashes = "".join(model_files(model_folder(name)).values())
-    return f"{name} (sha256 {hashlib.sha256(hashes.encode()).hexdigest()[:12]})"
+    return f"{Path(name)} (sha256 {hashlib.sha256(hashes.encode()).hexdigest()[:12]})"
 
 
 def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:

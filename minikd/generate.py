@@ -31,7 +31,7 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     seed         for this call only: the same call gives the same tokens, whatever ran before
     options      those of generate_with_log_probs
     Raises ValueError for an empty prompt (there is no state to sample the first token from) and for invalid options: a
-    negative temperature or top_k, top_p of 0, samples or vocab below 1, mix without a teacher.
+    negative temperature or top_k, top_p of 0 or above 1, samples or vocab below 1, mix without a teacher.
     """
     return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed,
                                    **options)[0]
@@ -56,8 +56,8 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     """
     if not all(prompts):
         raise ValueError("generate: a prompt is empty; give each at least one token")
-    if samples < 1 or not (temperature >= 0 and top_p > 0) or top_k < 0 or vocab is not None and vocab < 1:
-        raise ValueError("generate: samples and vocab must be at least 1, temperature and top_k at least 0, top_p above 0")
+    if samples < 1 or not (temperature >= 0 and 0 < top_p <= 1) or top_k < 0 or vocab is not None and vocab < 1:
+        raise ValueError("generate: samples and vocab must be at least 1, temperature and top_k at least 0, 0 < top_p <= 1")
     if mix and (teacher is None or temperature != 1 or not 0 < mix < 1):
         raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
     answers, logps = ([[] for _ in range(len(prompts) * samples)] for _ in range(2))

@@ -61,10 +61,11 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
     """The negated objective of each token, of B answers.  Paper eq. (6).  [B, R] three times, [B] -> [B, R], to be minimised
 
     logp       log-probabilities of the sampled tokens under the current policy, differentiated
-    old_logp   the same under the policy that sampled them
+    old_logp   the same under the policy that sampled them: constants, like the reference's, even if they are logp itself
     ref_logp   the same under the frozen reference; all three at the temperature of sampling
     Padding is not masked here: the caller masks and averages (token_weights).
     """
+    old_logp, ref_logp = old_logp.detach(), ref_logp.detach()
     loss = clipped_surrogate(logp, old_logp, advantages[:, None], clip, clip_high)
     return loss + beta * k3(logp, ref_logp) if beta else loss                   # paper eq. (6), negated
 

@@ -27,7 +27,10 @@ def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 
     Qwen2.5's heads have 151,936 rows up to 3B and 152,064 above; the rows past the tokenizer are never trained. The
     logits are cut to the shared rows before the softmax: cut after it, the larger would no longer sum to 1.
+    Raises ValueError unless the temperature is above 0.
     """
+    if not temperature > 0:
+        raise ValueError(f"temperature = {temperature}: it divides the logits; give a number above 0")
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
     return log_softmax(student_logits[..., :V], temperature), log_softmax(teacher_logits[..., :V], temperature)
 

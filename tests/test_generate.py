@@ -127,7 +127,7 @@ def test_nothing_to_do_gives_nothing():
     assert [len(answer) for answer in generate(model, [[1, 2], [3]], max_new_tokens=1)] == [1, 1]
 
 
-@pytest.mark.parametrize("options", [dict(samples=0), dict(temperature=-1.0), dict(temperature=math.nan), dict(top_p=0.0),
+@pytest.mark.parametrize("options", [dict(samples=0), dict(temperature=-1.0), dict(temperature=math.nan), dict(top_p=0.0), dict(top_p=1.5),
                                      dict(top_k=-1), dict(vocab=0)])
 def test_options_that_mean_nothing_are_refused(options):
     with pytest.raises(ValueError, match="samples and vocab must be at least 1"):

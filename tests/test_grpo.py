@@ -238,8 +238,8 @@ def test_the_step_is_the_formula_on_full_logits():
 def test_on_policy_the_first_update_is_reinforce():
     """ρ = 1: the gradient is -A ∇ log π, however wide the clip."""
     logp, _, ref, advantages, _ = numbers()
-    grads = [torch.autograd.grad(policy_loss(logp, logp.detach(), ref, advantages, clip=clip, beta=0).sum(), logp)[0]
-             for clip in (0.01, 0.5)]
+    grads = [torch.autograd.grad(policy_loss(logp, old, ref, advantages, clip=clip, beta=0).sum(), logp)[0]
+             for clip in (0.01, 0.5) for old in (logp.detach(), logp)]          # old is a constant, said or not
     for grad in grads:
         torch.testing.assert_close(grad, -advantages[:, None].expand(N, R))
 

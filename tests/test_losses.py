@@ -120,6 +120,13 @@ def test_jsd_refuses_the_ends_where_its_formula_is_zero_everywhere(beta):
         jensen_shannon(torch.zeros(3), torch.zeros(3), beta=beta)
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_temperature_that_is_not_above_0_is_refused(name, temperature):
+    with pytest.raises(ValueError, match="a number above 0"):
+        DIVERGENCES[name](torch.zeros(3), torch.zeros(3), temperature=temperature)
+
+
 def test_jsd_and_the_skews_stay_under_their_bounds_where_kl_has_none():
     student, teacher = torch.full((8,), -200.0), torch.full((8,), -200.0)       # all mass on different tokens
     student[0], teacher[1] = 200.0, 200.0

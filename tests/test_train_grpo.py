@@ -142,7 +142,7 @@ def test_bad_input_is_one_line(run, flags, said):
     assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
 
 
-def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run):
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run, world):
     assert run("--steps", "2")[0] == 0
     status, _, err = run("--steps", "2")
     assert status == 2 and "holds a run already, 2 steps" in err
@@ -150,7 +150,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run):
     assert status == 2 and "--clip 0.3, but the run began with 0.2" in err
     status, _, err = run("--steps", "2", "--eval-examples", "2", "--resume")
     assert status == 2 and "--eval-examples 2, but the run began with 3" in err
-    status, out, _ = run("--steps", "2", "--resume")
+    status, out, _ = run("--steps", "2", "--resume", model=("--model", f"{world / 'model'}/"))     # the same folder
     assert status == 0 and "done already" in out
 
 
@@ -158,9 +158,9 @@ def test_a_toy_takes_no_real_runs_place(run, shell, world, tmp_path):
     """--data forgotten."""
     assert run("--steps", "1")[0] == 0
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    for more in [], ["--resume"]:
+    for more, said in ([], "run already, 1 steps"), (["--resume"], "run already, 1 steps"), (["--limit", "9"], "without --data"):
         status, _, err = shell(rl, "--model", world / "model", "--steps", "1", "--out", tmp_path / "run", *more)
-        assert status == 2 and "run already, 1 steps" in err and err.count("\n") == 1
+        assert status == 2 and said in err and err.count("\n") == 1
     assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
