@@ -12,7 +12,7 @@ setup(
     package_data={"minikd": ["w4_matmul.cu", "decode.cu"]},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.8",           # older ones fail with --compile; brings jinja2, which a test uses
+        "torch>=2.8",           # older ones fail with --compile; brings jinja2, for chat templates
         "numpy",
         "safetensors>=0.4.3",
         "tokenizers>=0.20",     # brings huggingface_hub, which downloads hub names, and tqdm, the progress bar

@@ -332,7 +332,7 @@ def split_examples(examples: list[Example], count: int, seed: int = 42) -> tuple
 def prompt_text(example: Example, tokenizer, template: str = "chatml") -> str:
     """The prompt as text; the response follows it directly.
 
-    template  "chatml"  the conversation as Qwen2.5's chat template gives it, ending <|im_start|>assistant
+    template  "chatml"  the conversation by the tokenizer's own chat template (Tokenizer.chat), ending <|im_start|>assistant
               "alpaca"  the paper's: preamble, ### Instruction:, ### Input: if there is one, ### Response:
                         Left out are oddities of its code (process_data_*.py): <|im_start|> without a role before the
                         preamble, <|im_end|><|im_start|>Assistant: after the last heading (a bare <|im_end|> for

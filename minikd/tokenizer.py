@@ -1,6 +1,5 @@
-"""Text <-> token ids: tokenizer.json through `tokenizers`, and the chat template written out by hand."""
+"""Text <-> token ids: tokenizer.json through `tokenizers`, and the chat template."""
 import json
-import re
 from pathlib import Path
 
 import tokenizers
@@ -8,8 +7,6 @@ import tokenizers
 from minikd.files import InputError, atomic_path, local_folder, read_json
 
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-# A whole system turn, written as one literal of a chat template; a quote or a brace would end the literal.
-SYSTEM_TURN = re.compile(r"""<\|im_start\|>system(?:\\n|\n)((?:[^'"{\\]|\\.|\{\})*)<\|im_end\|>""")
 STOPS = ("<|im_end|>", "<|endoftext|>")             # an answer ends with either; the first ends a turn of ChatML
 GENERATION = "generation_config.json"
 FILES = ("tokenizer.json", "tokenizer_config.json", GENERATION, "special_tokens_map.json",
@@ -26,8 +23,8 @@ class Tokenizer:
              a real <|endoftext|> is not taken for padding.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, folder: Path, default_system: str | None):
-        self.backend, self.folder, self.default_system = backend, folder, default_system
+    def __init__(self, backend: tokenizers.Tokenizer, folder: Path):
+        self.backend, self.folder, self.template = backend, folder, read_template(folder)
         stops = [backend.token_to_id(token) for token in STOPS]
         if None in stops:
             raise InputError(f"{folder}: the tokenizer has no {STOPS[stops.index(None)]}; "
@@ -49,7 +46,7 @@ class Tokenizer:
             raise InputError(f"{path}: is damaged ({error}); fetch it again") from error
         if (folder / GENERATION).exists():
             read_json(folder / GENERATION)          # report a damaged one before the work, not at its end
-        return cls(backend, folder, default_system(folder))
+        return cls(backend, folder)
 
     def save(self, folder):
         """Copies the tokenizer's files into `folder`; its generation_config.json then names every id that ends an answer. (A base
@@ -92,19 +89,27 @@ class Tokenizer:
         return self.backend.decode(list(ids))
 
     def chat(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """ChatML, character for character as the folder's own template renders plain messages.
+        """The conversation as text, by the folder's own chat template; by Qwen2.5's, ChatML, if it has none.
 
         messages  [{"role": "system" | "user" | "assistant", "content": str}, ...]
-        Without a system message the template's own is put first: Qwen2.5's by default.
-        Raises InputError for other roles, and for calls of tools: minikd has none.
+        Without a system message, Qwen2.5's template and others put one of their own first.
+        Raises InputError for other roles, contents that are not text, calls of tools (minikd has none), and what the
+        template refuses.
         """
+        for turn in messages:
+            if (turn.get("role") not in ("system", "user", "assistant") or not isinstance(turn.get("content"), str)
+                    or turn.get("tool_calls")):
+                raise InputError(f"chat: a turn of role {turn.get('role')!r} with {', '.join(turn)}; minikd writes system, "
+                                 "user and assistant, content as text, without tools")
+        if self.template is not None:
+            try:
+                return self.template.render(messages=list(messages), add_generation_prompt=add_generation_prompt)
+            except Exception as error:              # the template is a program, and may raise anything
+                raise InputError(f"{self.folder}: its chat template does not take this conversation ({error}); change one "
+                                 "of them") from error
         turns = list(messages)
-        for turn in turns:
-            if turn["role"] not in ("system", "user", "assistant") or turn.get("tool_calls"):
-                raise InputError(f"chat: a turn of role {turn['role']!r} with {', '.join(turn)}; minikd writes system, user "
-                                 "and assistant, without tools")
-        if self.default_system is not None and (not turns or turns[0]["role"] != "system"):
-            turns.insert(0, {"role": "system", "content": self.default_system})
+        if not turns or turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": QWEN25_SYSTEM})
         text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
         return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
@@ -139,19 +144,28 @@ class Stream:
         return text
 
 
-def default_system(folder: Path) -> str | None:
-    """The system prompt that this folder's chat template puts first, or None where it puts none.
+def read_template(folder: Path):
+    """The folder's chat template, compiled with the settings of transformers, in jinja's sandbox as it is a foreign program; or
+    None.  Raises InputError if it is damaged."""
+    path, apart = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = read_json(path) if path.exists() else {}
+    source = config.get("chat_template")
+    if isinstance(source, list):                                                # several, each with a name
+        source = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}.get("default")
+    if apart.exists():                                                          # transformers 5: in its own file
+        source, path = apart.read_text(encoding="utf-8", errors="replace"), apart
+    if not isinstance(source, str) or not source.strip():
+        return None
+    from jinja2 import TemplateError                                            # comes with torch
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    Qwen2.5, Qwen2, Qwen1.5 and Qwen2.5-Math each have their own. A folder without a template is treated as Qwen2.5.
-    """
-    template = None
-    if (folder / "chat_template.jinja").exists():                                # transformers 5: in its own file
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-    elif (folder / "tokenizer_config.json").exists():
-        template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):                                               # several, each with a name
-        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}.get("default")
-    if not isinstance(template, str):
-        return QWEN25_SYSTEM
-    turn = SYSTEM_TURN.search(template)                                          # below: undo the literal's escapes
-    return turn and re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape[1], escape[1]), turn[1])
+    def refuse(text):
+        raise TemplateError(text)
+
+    tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()
+              if key.endswith("_token")}                                        # a template may write eos_token
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return environment.from_string(source, globals=tokens | {"raise_exception": refuse})
+    except TemplateError as error:
+        raise InputError(f"{path}: its chat template is damaged ({error}); fetch it again") from error

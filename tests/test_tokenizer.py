@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 from minikd.files import InputError
-from minikd.tokenizer import QWEN25_SYSTEM, Tokenizer, default_system
+from minikd.tokenizer import QWEN25_SYSTEM, Tokenizer
 
 TEXTS = ["Hello world!", "¿Qué año es? El niño comió piñas.", "你好，世界。", "def f(x):\n\treturn x  # 12 34\n\n\n", "",
          "family 👩‍👩‍👧 party 🎉🎉 flag 🇪🇸", "rare 𠜎𠜱 and e\u0301 combined", "a \ufffd of its own \ufffd"]
@@ -48,6 +48,18 @@ QWEN2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] 
          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 QWEN15 = QWEN2.replace("a helpful assistant.", "a helpful assistant")
 NO_SYSTEM = QWEN2.replace("{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}", "")
+# The prompt in a variable, as tools for fine-tuning write it; thoughts begun for the model; a turn that is left open.
+VARIABLE = ("{% set system_message = \"You're a helpful assistant.\" %}{% if messages[0]['role'] == 'system' %}"
+            "{% set system_message = messages[0]['content'] %}{% endif %}"
+            "{{ '<|im_start|>system\n' + system_message + '<|im_end|>\n' }}{% for message in messages %}"
+            "{% if message['role'] == 'system' %}{% continue %}{% endif %}"
+            "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+THINKING = QWEN25.replace(r"{{- '<|im_start|>assistant\n' }}", r"{{- '<|im_start|>assistant\n<think>\n' }}")
+OPEN = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+        "{% if (loop.last and add_generation_prompt) or not loop.last %}{{ '<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+OTHER = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] | trim }}{{ eos_token }}{% endfor %}"
 
 USER, ASSISTANT = {"role": "user", "content": "Hi {{ there }}\n"}, {"role": "assistant", "content": " Yes?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -62,21 +74,23 @@ def with_template(folder, tmp_path, template, apart=False):
     if apart:
         (tmp_path / "t" / "chat_template.jinja").write_text(template)
     else:
-        (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        config = {"chat_template": template, "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>"}
+        (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path / "t"
 
 
 def rendered(template: str, messages: list[dict], add_generation_prompt: bool) -> str:
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)          # as transformers sets it
-    return environment.from_string(template).render(messages=messages, add_generation_prompt=add_generation_prompt)
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    return environment.from_string(template).render(messages=messages, add_generation_prompt=add_generation_prompt,
+                                                    eos_token="<|im_end|>")
 
 
 # ---- chat
 
 @pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS.keys())
 @pytest.mark.parametrize("asked", [True, False])
-@pytest.mark.parametrize("template", [QWEN25, QWEN25_MATH, QWEN2, QWEN15, NO_SYSTEM],
-                         ids=["Qwen2.5", "Qwen2.5-Math", "Qwen2", "Qwen1.5", "none"])
+@pytest.mark.parametrize("template", [QWEN25, QWEN25_MATH, QWEN2, QWEN15, NO_SYSTEM, VARIABLE, THINKING, OPEN, OTHER],
+                         ids=["Qwen2.5", "Qwen2.5-Math", "Qwen2", "Qwen1.5", "none", "variable", "thinking", "open", "other"])
 def test_chat_is_character_for_character_what_the_folders_template_renders(tokenizer_folder, tmp_path, template,
                                                                            messages, asked):
     tokenizer = Tokenizer.load(with_template(tokenizer_folder, tmp_path, template))
@@ -92,34 +106,39 @@ def test_chat_without_a_template_is_qwen25s(tokenizer):
     assert tokenizer.chat([USER]) == rendered(QWEN25, [USER], False)
 
 
-@pytest.mark.parametrize("turn", [{"role": "tool", "content": "3"}, {"role": "developer", "content": "x"},
-                                  {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}])
-def test_chat_refuses_what_it_would_write_otherwise_than_the_template(tokenizer, turn):
-    with pytest.raises(InputError, match=f"a turn of role '{turn['role']}'"):
+@pytest.mark.parametrize("turn", [{"role": "tool", "content": "3"}, {"role": "developer", "content": "x"}, {"content": "x"},
+                                  {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, {"role": "user"},
+                                  {"role": "user", "content": None}, {"role": "user", "content": [{"type": "text", "text": "x"}]}])
+def test_chat_refuses_turns_that_it_has_no_words_for(tokenizer, turn):
+    with pytest.raises(InputError, match=f"a turn of role {turn.get('role')!r}"):
         tokenizer.chat([USER, turn])
 
 
-@pytest.mark.parametrize("apart", [True, False], ids=["chat_template.jinja", "tokenizer_config.json"])
-@pytest.mark.parametrize("template, system", [
-    (QWEN25, QWEN25_SYSTEM), (QWEN2, "You are a helpful assistant."), (QWEN15, "You are a helpful assistant"),
-    (QWEN25_MATH, r"Please reason step by step, and put your final answer within \boxed{}."), (NO_SYSTEM, None),
-    ("<|im_start|>system\n{{ system }}<|im_end|>\n", None), ("", None)])
-def test_the_default_system_prompt_is_read_from_the_folder(tokenizer_folder, tmp_path, template, system, apart):
-    assert default_system(with_template(tokenizer_folder, tmp_path, template, apart)) == system
-
-
-def test_the_template_apart_wins_and_a_folder_without_any_is_taken_as_qwen25(tokenizer_folder, tmp_path):
-    folder = with_template(tokenizer_folder, tmp_path, QWEN25)
-    (folder / "chat_template.jinja").write_text(QWEN2)
-    assert default_system(folder) == "You are a helpful assistant."
-    assert default_system(tokenizer_folder) == QWEN25_SYSTEM
+def test_the_template_is_read_from_either_file_the_one_apart_first(tokenizer_folder, tmp_path):
+    folder = with_template(tokenizer_folder, tmp_path, QWEN25_MATH)
+    assert Tokenizer.load(folder).chat([USER]) == rendered(QWEN25_MATH, [USER], False)
+    for text, template in (QWEN2, QWEN2), ("", QWEN25):     # an empty one is none
+        (folder / "chat_template.jinja").write_text(text)
+        assert Tokenizer.load(folder).chat([USER]) == rendered(template, [USER], False)
     (folder / "chat_template.jinja").unlink(), (folder / "tokenizer_config.json").unlink()
-    assert default_system(folder) == QWEN25_SYSTEM
+    assert Tokenizer.load(folder).chat([USER]) == rendered(QWEN25, [USER], False)
 
 
 def test_of_several_named_templates_the_default_one_counts(tokenizer_folder, tmp_path):
     named = [{"name": "tool_use", "template": NO_SYSTEM}, {"name": "default", "template": QWEN2}]
-    assert default_system(with_template(tokenizer_folder, tmp_path, named)) == "You are a helpful assistant."
+    tokenizer = Tokenizer.load(with_template(tokenizer_folder, tmp_path, named))
+    assert tokenizer.chat([USER]) == rendered(QWEN2, [USER], False)
+
+
+@pytest.mark.parametrize("template, said", [
+    ("{% if %}", "is damaged"), ("{{ raise_exception('system first') }}", "system first"), ("{{ nobody.knows }}", "undefined"),
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"), ("{{ messages.append(1) }}", "unsafe"),
+    ("{{ 1 / 0 }}", "division by zero")])
+def test_a_template_that_fails_or_reaches_out_is_one_line(tokenizer_folder, tmp_path, template, said):
+    folder = with_template(tokenizer_folder, tmp_path, template)
+    with pytest.raises(InputError, match=said) as caught:
+        Tokenizer.load(folder).chat([USER])
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ---- ids
@@ -298,6 +317,17 @@ def test_the_saved_real_tokenizer_is_transformers_own(qwen, tmp_path):
     for text in [*TEXTS, "<|im_start|>user\n1234<|im_end|>\n", "  three  spaces   "]:
         assert qwen.encode(text) == theirs.encode(text, add_special_tokens=False), text
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [151_643, 151_645]
+
+
+@pytest.mark.parametrize("template", [QWEN25, VARIABLE, THINKING, OPEN, OTHER], ids="25 variable thinking open other".split())
+def test_chat_is_transformers_apply_chat_template(qwen, tmp_path, template):
+    transformers = pytest.importorskip("transformers")
+    qwen.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    mine, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages in CHATS.values():
+        for asked in True, False:
+            assert mine.chat(messages, asked) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_and_one_without_is_taken_on_trust(tokenizer_folder, tmp_path):
