@@ -178,8 +178,7 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
     for shard in shards:
         with open_tensors(shard) as file:
             found |= {key: (shard, tuple(file.get_slice(key).get_shape())) for key in file.keys()}
-    if "lm_head.weight" not in wanted:
-        found.pop("lm_head.weight", None)                       # tied, yet some folders store it too
+    head = None if "lm_head.weight" in wanted else found.pop("lm_head.weight", None)    # tied, yet some folders store it too
     for key, shape in wanted.items():
         if key not in found:
             raise InputError(f"{folder}: tensor {key} {list(shape)} is missing; config.json asks for it")
@@ -190,6 +189,11 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
         if key not in wanted and not changes_nothing(found[key][0], key):
             raise InputError(f"{found[key][0]}: tensor {key} {list(found[key][1])} is not part of the model that "
                              "config.json describes; are both files from the same model?")
+    table = "model.embed_tokens.weight"
+    if head and head[1] == wanted[table] and not torch.equal(read_tensor(head[0], "lm_head.weight"),
+                                                             read_tensor(found[table][0], table)):
+        raise InputError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight is another; set "
+                         "tie_word_embeddings to false, or remove that tensor")
     return {key: found[key][0] for key in wanted}
 
 

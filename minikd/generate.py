@@ -30,6 +30,7 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     eos_ids      a row ends after any of these, or at max_new_tokens without one
     seed         for this call only: the same call gives the same tokens, whatever ran before
     options      those of generate_with_log_probs
+    On a CPU the weights move while it runs (layout.laid_out): of an alias such as p.data, taken before, nothing is known after.
     Raises ValueError for an empty prompt (there is no state to sample the first token from) and for invalid options: a
     negative temperature or top_k, top_p of 0 or above 1, samples or vocab below 1, mix without a teacher.
     """
@@ -78,6 +79,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         return sample(logits, temperature, top_p, top_k, u)
 
     with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))     # packed weights know their own dtype only
         for each in models:
             stack.enter_context(laid_out(each, rows=len(answers), steps=max_new_tokens))
         caches, states = zip(*(prefill(each, prompts, max_new_tokens, samples) for each in models))

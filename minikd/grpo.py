@@ -63,11 +63,12 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
     logp       log-probabilities of the sampled tokens under the current policy, differentiated
     old_logp   the same under the policy that sampled them: constants, like the reference's, even if they are logp itself
     ref_logp   the same under the frozen reference; all three at the temperature of sampling
-    Padding is not masked here: the caller masks and averages (token_weights).
+    Padding is not masked here: the caller masks and averages (token_weights).  Raises ValueError for advantages not [B].
     """
-    old_logp, ref_logp = old_logp.detach(), ref_logp.detach()
-    loss = clipped_surrogate(logp, old_logp, advantages[:, None], clip, clip_high)
-    return loss + beta * k3(logp, ref_logp) if beta else loss                   # paper eq. (6), negated
+    if advantages.shape != logp.shape[:1]:
+        raise ValueError(f"advantages {list(advantages.shape)} for answers {list(logp.shape)}; give one for each answer")
+    loss = clipped_surrogate(logp, old_logp.detach(), advantages[:, None], clip, clip_high)
+    return loss + beta * k3(logp, ref_logp.detach()) if beta else loss          # paper eq. (6), negated
 
 
 def was_clipped(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float = 0.2,
@@ -97,7 +98,7 @@ def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: in
     answers, tokens = sum(counted), sum(length for length, keep in zip(lengths, counted) if keep)
     divisors = {"sequence": lambda length: answers * length, "token": lambda _: tokens,
                 "constant": lambda _: answers * max_new_tokens}
-    return [1 / divisors[norm](length) if keep else 0.0 for length, keep in zip(lengths, counted)]
+    return [1 / max(1, divisors[norm](length)) if keep else 0.0 for length, keep in zip(lengths, counted)]
 
 
 def sequence_old(logp: Tensor, old_logp: Tensor) -> Tensor:

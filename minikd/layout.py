@@ -27,15 +27,13 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 
     rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
     The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16, and in float32, from a few rows on, a third. On a
-    GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its weights never change.
+    GPU nothing is packed. A 4-bit model's layers stay joined afterwards, as their codes never change.
     """
     weight = model.head
-    if model.packed_head is not None and model.packed_head.dtype != weight.dtype:
-        model.packed_head = None                        # kept by a 4-bit model, then cast
     pack = weight.device.type == "cpu" and torch.backends.mkldnn.enabled and (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         or weight.dtype == torch.float32 and rows >= 4 and weight.numel() > 1 << 20)        # a toy's fits in cache
-    inside = not model.quantization and model.model.layers[0].mlp.joined is not None
+    inside = model.packed_head is not None or not model.quantization and model.model.layers[0].mlp.joined is not None
     if steps < WORTH or inside or not (pack or weight.is_cuda or model.quantization):
         yield
         return
@@ -55,11 +53,13 @@ def laid_out(model: Qwen2, rows: int, steps: int):
                     layer.packed.free_parts()
         if pack:
             give_memory_back()
-            if model.packed_head is None and not (model.int8_head and rows < INT8_ROWS):
+            if not (model.int8_head and rows < INT8_ROWS):
                 model.packed_head = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         yield
     finally:
-        if not model.quantization:
+        if model.quantization:
+            model.packed_head = None                    # the head may be trained
+        else:
             try:
                 model.lay_back()
             except KeyboardInterrupt:                   # first the weights, then the interrupt

@@ -178,6 +178,8 @@ class _HeadLoss(torch.autograd.Function):
         N, device = len(hidden), hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         need_hidden, need_head = (grad_enabled and need for need in ctx.needs_input_grad[:2])
+        if dtype == torch.float16 and (need_hidden or need_head):       # no later loss scale can save what underflows here
+            raise ValueError("head_loss: gradients underflow in float16; train in bfloat16 or float32")
         grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
         grad_head = torch.zeros_like(head) if need_head else None               # [V, D]
         ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))

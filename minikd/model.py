@@ -406,8 +406,6 @@ class Qwen2(nn.Module):
                 module.joined = None
             elif isinstance(module, Linear):
                 module.packed = None
-            elif hasattr(module, "prepared"):                                   # a 4-bit layer's
-                module.prepared = None
 
     def _apply(self, fn, recurse=True):
         self.lay_back()                                                         # another dtype or device

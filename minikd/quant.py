@@ -197,7 +197,7 @@ class W4Linear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if way == "dequantise":                                 # any dtype, anywhere; gradients with respect to x
             return F.linear(x, self.weight().to(x.dtype), bias)
-        rows = x.reshape(-1, self.inputs)                                                       # [N, I]
+        rows = x.reshape(-1, self.inputs).contiguous()                                          # [N, I]
         if self.prepared is None or self.prepared[0] != way:
             self.prepared = way, self.prepare(way)
             give_memory_back()
@@ -225,6 +225,11 @@ class W4Linear(nn.Module):
             self.scales = scales.to(self.scales.device) if not scales.is_meta else self.scales.half()
         self.prepared = None
         return self
+
+    def _load_from_state_dict(self, *given):
+        super()._load_from_state_dict(*given)
+        self.prepared = None                                    # made from the codes before
+        self.__dict__.pop("in_order", None)
 
 
 def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Linear]:

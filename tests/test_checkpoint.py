@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minikd import checkpoint
-from minikd.checkpoint import load_config, load_model, save_model, split_shards
+from minikd.checkpoint import load_config, load_head, load_model, save_model, split_shards
 from minikd.files import InputError
 from minikd.generate import generate
 from minikd.model import Qwen2, Qwen2Config
@@ -116,8 +116,18 @@ def test_a_tied_head_may_be_stored_all_the_same(tmp_path):
     model = tiny(tied=True)
     save_model(model, tmp_path / "m")
     assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
-    rewrite(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": tensors[EMBED].clone()}))
-    assert same(model, load_model(tmp_path / "m"))
+    for stored in lambda table: table.clone(), lambda table: table.new_zeros(0):     # a copy, or an empty place
+        rewrite(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": stored(tensors[EMBED])}))
+        assert same(model, load_model(tmp_path / "m"))
+
+
+def test_a_head_that_is_tied_by_the_config_and_another_by_its_weights_is_refused(folder):
+    """transformers 5 would use it, other readers not."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert "ties the head to the embedding, but lm_head.weight is another" in refusal(folder)
+    with pytest.raises(InputError, match="is another"):
+        load_head(folder)
 
 
 def test_the_tables_that_old_checkpoints_store_are_passed_over(folder):
@@ -238,7 +248,8 @@ def test_a_config_that_is_not_there_or_not_ours_is_named(folder, content, compla
 def test_weights_of_another_model_are_refused(tmp_path, folder):
     save_model(tiny(tied=True), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "config.json", folder)
-    assert load_model(folder).config.tie_word_embeddings        # a stored head beside a tied config is passed over
+    rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    assert load_model(folder).config.tie_word_embeddings
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     assert "model.layers.1." in refusal(folder) and "is not part" in refusal(folder)

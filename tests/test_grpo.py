@@ -113,6 +113,7 @@ def test_weights_are_one_over_what_the_variant_divides_by(norm):
             assert ours[i] == pytest.approx(1 / divisor if i in kept else 0)
         if norm != "constant":                                                  # a mean: the tokens' weights add up to 1
             assert sum(weight * length for weight, length in zip(ours, lengths)) == pytest.approx(1)
+    assert all(map(math.isfinite, token_weights([0, 0], norm, 12)))             # empty answers have no token to weigh
     with pytest.raises(ValueError, match="norm"):
         token_weights(lengths, "batch")
 
@@ -239,9 +240,15 @@ def test_on_policy_the_first_update_is_reinforce():
     """ρ = 1: the gradient is -A ∇ log π, however wide the clip."""
     logp, _, ref, advantages, _ = numbers()
     grads = [torch.autograd.grad(policy_loss(logp, old, ref, advantages, clip=clip, beta=0).sum(), logp)[0]
-             for clip in (0.01, 0.5) for old in (logp.detach(), logp)]          # old is a constant, said or not
+             for clip, ref in ((0.01, ref), (0.5, None)) for old in (logp.detach(), logp)]  # old is a constant, said or not
     for grad in grads:
         torch.testing.assert_close(grad, -advantages[:, None].expand(N, R))
+
+
+def test_an_advantage_for_each_token_is_refused():
+    logp, old, ref, advantages, _ = numbers()
+    with pytest.raises(ValueError, match="one for each answer"):
+        policy_loss(logp, old, ref, advantages[:, None].expand(N, R))
 
 
 def test_the_module_says_where_its_variants_come_from():

@@ -198,10 +198,14 @@ def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
     with torch.inference_mode():
         expected = model(ids).float()
         with laid_out(model, rows=1, steps=16):
-            pass
+            assert (model.packed_head is not None) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            packed = model.packed_head
+            with laid_out(model, rows=1, steps=16):
+                assert model.packed_head is packed
+            assert model.packed_head is packed
         attention = model.model.layers[0].self_attn
         assert attention.joined is not None
-        assert (model.packed_head is not None) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert model.packed_head is None                        # only inside: the head may be trained
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         assert len({part.qweight.untyped_storage().data_ptr() for part in parts}) == 1
         for part in parts:
@@ -238,6 +242,13 @@ def test_4_bit_layers_grouped_differently_are_not_joined():
         parts[i].g_idx = parts[i].g_idx.flip(0)
         assert join(parts) is None
     assert isinstance(parts[0], W4Linear) and len(generate(model, PROMPTS, 20)[0]) == 20
+
+
+def test_generate_decodes_outside_of_autocast():
+    for model in four_bits(), four_bits(torch.float32):
+        expected = generate(model, PROMPTS, 20)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert generate(model, PROMPTS, 20) == expected
 
 
 def test_a_4_bit_model_is_copied_refilled_and_cast_in_part():

@@ -368,6 +368,13 @@ def test_a_kd_ratio_without_a_teacher_or_a_divergence_is_refused(lacks):
         head_loss(**inputs | {lacks: None}, kd_ratio=0.5)
 
 
+def test_gradients_in_float16_are_refused_as_they_would_underflow():
+    inputs = {key: value.detach().half() if value.is_floating_point() else value for key, value in head_inputs().items()}
+    assert head_loss(**inputs)[0].isfinite()
+    with pytest.raises(ValueError, match="underflow in float16"):
+        head_loss(**inputs | {"hidden": inputs["hidden"].requires_grad_()})
+
+
 def test_autocast_and_bfloat16_stay_near_float32():
     inputs = head_inputs()
     of, options = (inputs["hidden"], inputs["head"]), dict(divergence=forward_kl, kd_ratio=0.5, chunk_bytes=6 * V * 4)

@@ -207,6 +207,15 @@ def test_groups_in_another_order_are_read_by_g_idx():
     with torch.no_grad():
         assert choose(shuffled, x) == "dequantise"
         torch.testing.assert_close(shuffled(x[:, order]), made(x), rtol=5e-2, atol=5e-1)
+        made.load_state_dict(shuffled.state_dict())             # nothing of the old order is remembered
+        assert torch.equal(made(x[:, order]), shuffled(x[:, order]))
+
+
+def test_inputs_may_be_strided():
+    made, _ = layer()
+    wide = torch.randn(3, 256).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(made(wide[:, ::2]), made(wide[:, ::2].contiguous()))
 
 
 def test_the_ways_are_shown_by_shape_and_rows(capsys, monkeypatch):
