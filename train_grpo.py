@@ -5,10 +5,10 @@
     python train_grpo.py --model runs/kd/kd/best --data open-r1/codeforces-cots:solutions_py      the real thing
     python train_grpo.py ... --rewards format,code,my_rewards.py:brevity --reward-weights 0.1,1,0.1
     python train_grpo.py ... --norm constant --scale none                       Dr. GRPO
-    python train_grpo.py ... --norm token --clip-high 0.28 --drop-flat          DAPO
-    python train_grpo.py ... --ratio sequence --clip 3e-4                       GSPO
+    python train_grpo.py ... --norm token --clip-high 0.28 --drop-flat --inner-epochs 4     DAPO
+    python train_grpo.py ... --ratio sequence --clip 3e-4 --inner-epochs 4                  GSPO
 
-Each step samples a group of answers to each of a few prompts, computes their rewards, and makes those more probable that
+(In the first update after sampling the ratio is 1: clips and ratios matter from the second inner epoch on.) Each step samples a group of answers to each of a few prompts, computes their rewards, and makes those more probable that
 are better than their group. Paper: Knowledge Distillation for Large Language Models, eq. (5) to (7); see minikd/grpo.py.
 """
 import functools
@@ -154,7 +154,9 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     unpaid = done["unpaid"]                                     # steps up to now in which every reward was 0
     log, completions = Log(out, upto=done["step"]), Log(out, upto=done["step"], name="completions.jsonl")
     scoring = dict(pad_id=tokenizer.pad_id, temperature=temperature, vocab=len(tokenizer), dtype=dtype)
-    terms = dict(clip=clip, clip_high=clip_high, beta=beta, checkpointing=gradient_checkpointing)
+    log_probs = functools.partial(grpo.token_log_probs, batch_size=batch_size, **scoring)   # (model, answers) -> [n] of each
+    gradients = functools.partial(add_gradients, model=model, ratio=ratio, clip=clip, clip_high=clip_high, beta=beta,
+                                  checkpointing=gradient_checkpointing, **scoring)
     with Progress("grpo", steps, start=done["step"]) as progress:
         if done["step"] == 0:
             copy = cast_copy(model, dtype, copy)
@@ -163,43 +165,48 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             clock = [time.perf_counter()]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
+
+            # Sample: P prompts, G answers to each, and the log-probabilities that they were drawn with.
             copy = cast_copy(model, dtype, copy)
-            asked = next_rows(rows, step, prompts, seed)                        # P prompts
+            asked = next_rows(rows, step, prompts, seed)
             answers, old = grpo.sample_groups(copy, asked, group_size, max_new_tokens, tokenizer, temperature,
-                                              seed=seed * 1_000_003 + step)     # P G answers, log-probabilities of each
+                                              seed=seed * 1_000_003 + step)
             clock.append(time.perf_counter())
+
+            # Judge: each reward's values, their weighted sum [P G], and the advantages [P, G], paper eq. (5).
             texts = [tokenizer.decode(answer.response) for answer in answers]
             values, total = pay(texts, [facts[answer.index] for answer in answers], rewards, weights)
+            advantages = grpo.group_advantages(total.view(-1, group_size), scale)
             clock.append(time.perf_counter())
-            advantages = grpo.group_advantages(total.view(-1, group_size), scale)           # [P, G], paper eq. (5)
+
+            # Learn: inner_epochs optimizer steps on these answers.
             flat = advantages.eq(0).all(1)                                      # [P] groups without signal
             counted = [not (mask_truncated and answer.cut or drop_flat and flat[i // group_size])
                        for i, answer in enumerate(answers)]
-            token_weights = grpo.token_weights([len(answer.response) for answer in answers], norm, max_new_tokens, counted)
-            ref = grpo.token_log_probs(reference, answers, batch_size=batch_size, **scoring) if beta else old  # old: only logged
+            weight = grpo.token_weights([len(answer.response) for answer in answers], norm, max_new_tokens, counted)
+            ref = log_probs(reference, answers) if beta else old                # with beta 0 the KL is not used
+            start = None                                                        # log-probabilities before the first update
             for _ in range(inner_epochs):
-                ratio_old = old                                                 # what the ratio divides by
-                if ratio == "sequence":                                         # GSPO: a token's ratio is its answer's
-                    now = grpo.token_log_probs(model, answers, batch_size=batch_size, **scoring)
-                    ratio_old = [grpo.sequence_old(a, b) for a, b in zip(now, old)]
+                if ratio == "sequence":                                         # GSPO: every token has its answer's ratio
+                    now = log_probs(model, answers)
+                    start = start or now        # not the sampler's: in bfloat16 they differ by more than GSPO's small clip
+                    old = [grpo.sequence_log_ratio(*pair) for pair in zip(now, start)]
                 sums = torch.zeros(4)
                 for batch in longest_first(answers, counted, batch_size):
                     pick = lambda column: [column[i] for i in batch]
-                    sums += add_gradients(pick(answers), pick(ratio_old), pick(ref), advantages.view(-1)[batch],
-                                          pick(token_weights), model=model, **terms, **scoring)
+                    sums += gradients(pick(answers), pick(old), pick(ref), advantages.view(-1)[batch], pick(weight))
                 grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
                 if not math.isfinite(grad_norm):
                     raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g})")
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             clock.append(time.perf_counter())
+
             line = describe(answers, values, total, flat, sums, clock) | {"grad_norm": grad_norm}
+            line["kl"] = line["kl"] if beta else None                           # there is no reference to compare with
             log.write(step=step + 1, **line)
-            completions.write(*(dict(step=step + 1, prompt=tokenizer.decode(answer.prompt), completion=texts[i],
-                                     reward=number(total[i]), advantage=float(advantages.view(-1)[i]),
-                                     rewards={name: column[i] for name, column in values.items()})
-                                for i, answer in enumerate(answers)))
-            progress.update(f"reward {line['reward'] or 0:.3f} kl {line['kl']:.3f} length {line['length']:.0f}")
+            completions.write(*lines_of(step + 1, answers, texts, values, total, advantages, tokenizer))
+            progress.update(f"reward {line['reward'] or 0:.3f} kl {line['kl'] or 0:.3f} length {line['length']:.0f}")
             unpaid = 0 if total.nan_to_num().any() else unpaid + 1
             if unpaid == patience:
                 raise InputError(f"{out}: every reward was 0 for {patience} steps, so there is nothing to learn from; "
@@ -218,6 +225,14 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     return model
 
 
+def lines_of(step: int, answers: list[Encoded], texts: list[str], values: dict[str, list], total, advantages,
+             tokenizer) -> list[dict]:
+    """The lines of completions.jsonl for one step: every answer with its rewards and its advantage."""
+    return [dict(step=step, prompt=tokenizer.decode(answer.prompt), completion=text, reward=number(reward),
+                 advantage=float(advantage), rewards={name: column[i] for name, column in values.items()})
+            for i, (answer, text, reward, advantage) in enumerate(zip(answers, texts, total, advantages.view(-1)))]
+
+
 def pay(texts: list[str], facts: list[dict], rewards: dict, weights: dict) -> tuple[dict[str, list], torch.Tensor]:
     """The value of each reward for each completion (None: not judged), and the weighted sums, NaN where nothing judged."""
     values = {name: reward(texts, facts) for name, reward in rewards.items()}
@@ -231,27 +246,33 @@ def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) 
 
 
 def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model: Qwen2, pad_id: int, dtype: torch.dtype,
-                  temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
+                  temperature: float, vocab: int, ratio: str, clip: float, clip_high: float | None, beta: float,
                   checkpointing: bool) -> torch.Tensor:
     """Forward and backward of one micro-batch of answers; returns sums over its tokens: KL, entropy, clipped, 1 [4].
 
-    old, ref, weights, advantages  per answer: log-probabilities [n] twice, the weight of its tokens, its advantage
+    old   per answer its log-probabilities when it was sampled [n]; with ratio "sequence" its sequence_log_ratio
+    ref, weights, advantages  per answer the reference's log-probabilities [n], the weight of its tokens, its advantage
     """
     device = model.head.device
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     lengths = torch.tensor([len(row.response) for row in batch])
-    old, ref = torch.cat(old).to(device), torch.cat(ref).to(device)             # [N]
-    A, weight = (torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)  # [N], one per token
-                 for x in (advantages, weights))
+    per_token = lambda x: torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)
+    A, weight, ref = per_token(advantages), per_token(weights), torch.cat(ref).to(device)       # [N]
+    if ratio == "sequence":
+        log_s = per_token(old)                                                  # [N]
+        divisor = lambda logp, at: logp.detach() - log_s[at]                    # so that the ratio is s: GSPO-token
+    else:
+        old = torch.cat(old).to(device)                                         # [N]
+        divisor = lambda logp, at: old[at]
     terms = dict(clip=clip, clip_high=clip_high)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)   # [N, D], [N]
         value, ce, entropies = head_loss(                                       # scaling the states scales the logits
             states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,
-            policy=lambda logp, at: grpo.policy_loss(logp[:, None], old[at][:, None], ref[at][:, None], A[at],
+            policy=lambda logp, at: grpo.policy_loss(logp[:, None], divisor(logp, at)[:, None], ref[at][:, None], A[at],
                                                      beta=beta, **terms)[:, 0])             # paper eq. (6), each token a row
     value.backward()
-    clipped = grpo.was_clipped(-ce[:, None], old[:, None], A, **terms)
+    clipped = grpo.was_clipped(-ce[:, None], divisor(-ce, slice(None))[:, None], A, **terms)
     return torch.stack([grpo.k3(-ce, ref).sum(), entropies.sum(), clipped.sum(), lengths.sum()]).cpu()
 
 
@@ -259,16 +280,10 @@ def describe(answers, values: dict[str, list], total, flat, sums, clock) -> dict
     """The log's line of one step; KL and entropy (nats per token) and the clipped share are those of the last update."""
     kl, mean_entropy, clipped, _ = (sums / sums[3].clamp(min=1)).tolist()
     seconds = {name: round(b - a, 4) for name, a, b in zip(("sampling", "rewards", "update"), clock, clock[1:])}
-    return {"reward": number(total.nanmean()), **flattened(values), "flat": float(flat.float().mean()), "kl": kl,
+    return {"reward": number(total.nanmean()), **summary(values), "flat": float(flat.float().mean()), "kl": kl,
             "entropy": mean_entropy, "clipped": clipped, "seconds": seconds,
             "length": sum(len(answer.response) for answer in answers) / len(answers),
             "truncated": sum(answer.cut for answer in answers) / len(answers)}
-
-
-def flattened(values: dict[str, list]) -> dict:
-    """Per reward, for the log: "reward/format" (its mean), "reward/format/std", "reward/format/unjudged"."""
-    return {f"reward/{name}" + ("" if key == "mean" else f"/{key}"): value
-            for name, row in summary(values).items() for key, value in row.items()}
 
 
 def number(value) -> float | None:
@@ -289,7 +304,7 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
         values, total = pay(texts, [facts[row.index] for row in rows], rewards, dict.fromkeys(rewards, 1.0))
         solved = next((values[key] for key in ("answer", "code") if key in values), [number(value) for value in total])
         found[name] = number(torch.tensor([value for value in solved if value is not None]).float().mean())
-    found |= {f"reward/{name}": row["mean"] for name, row in summary(values).items()}
+    found |= {name: mean for name, mean in summary(values).items() if name.count("/") == 1}
     return found | {"length": sum(len(answer.response) for answer in answers) / len(answers), "sample": texts[0]}
 
 

@@ -12,6 +12,7 @@
 Without --loss, SFT and KD start from the same student and see the same examples for the same steps; a table
 compares Base, SFT, KD and Teacher. Paper: Knowledge Distillation for Large Language Models, eq. (3) and (4).
 """
+import functools
 import itertools
 import math
 import random
@@ -166,50 +167,54 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     not finite.
     """
     optimizer = make_optimizer(student.train(), lr, weight_decay)
+    divergence = None                                           # of one token's distributions; None for SFT
     if loss == "sft":
-        divergence, teacher, kd_ratio, on_policy = None, None, 0.0, 0.0
+        teacher, kd_ratio, on_policy = None, 0.0, 0.0
     elif loss == "minillm":
         divergence = reverse_kl
     else:
         divergence = pick_divergence(loss, temperature=temperature, beta=beta, alpha=alpha)
     if compile:
         compile_blocks(student, *([teacher.model] if isinstance(teacher, Teacher) else []))
-    done, saved = {"step": 0, "best": -1.0}, {}                 # steps done, best ROUGE-L; saved tensors
+    done, saved = {"step": 0, "best": -1.0}, {}                 # steps done, best ROUGE-L; MiniLLM's rollouts as tensors
     if (out / STATE).exists():
         done, saved = load_state(out, student, optimizer)
-    sampled = minillm.unpack_rollouts(saved)                    # MiniLLM's current rollouts
-    batching = batch_size, grad_accum, seed
+    rollouts_now, batching = minillm.unpack_rollouts(saved), (batch_size, grad_accum, seed)
     sampling = dict(batch_size=batch_size * grad_accum, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
-    copy = None                                                 # of the student in `dtype`, to sample with
-    source = optimizer_steps(rows, done["step"], steps, *batching)              # of (step, its micro-batches)
     if loss == "minillm":
-        source = minillm.rollout_steps(sampled, rows, done["step"], steps, *batching, rollouts, inner_epochs, dict(
-            sampling, student=student, teacher=teacher.model, pad_id=tokenizer.pad_id, mix=mix, dtype=dtype))
+        collecting = dict(sampling, student=student, teacher=teacher.model, pad_id=tokenizer.pad_id, mix=mix, dtype=dtype)
+        source = minillm.rollout_steps(rollouts_now, rows, done["step"], steps, *batching, rollouts, inner_epochs, collecting)
+    else:
+        source = optimizer_steps(rows, done["step"], steps, *batching)          # of (step, its micro-batches)
     texts = optimizer_steps(lm_rows, done["step"], steps, *batching) if lm_rows else itertools.repeat((0, ()))
-    gradients = dict(student=student, pad_id=tokenizer.pad_id, dtype=dtype, checkpointing=gradient_checkpointing)
-    log = Log(out, upto=done["step"])
+    gradients = functools.partial(add_gradients, student=student, pad_id=tokenizer.pad_id, dtype=dtype,
+                                  checkpointing=gradient_checkpointing)
+    copy, log = None, Log(out, upto=done["step"])               # copy: of the student in `dtype`, to sample with
     with Progress(title, steps, start=done["step"]) as progress:
         for (step, batches), (_, lm_batches) in zip(source, texts):
-            started, terms = time.perf_counter(), dict(teacher=teacher, divergence=divergence, kd_ratio=kd_ratio)
+            started, ratio = time.perf_counter(), kd_ratio
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
+
             if random.Random(f"{seed}:{step}").random() < on_policy:            # GKD: this step on the student's answers
                 copy = cast_copy(student, dtype, copy)
-                answers = respond(copy, sum(batches, []), seed=seed + 7919 * step, **sampling,  # a prime: new seeds each step
-                                  vocab=min(len(student.head), len(teacher.head)))      # ids that both heads have
-                batches = [answers[i:i + batch_size] for i in range(0, len(answers), batch_size)]
-                terms["kd_ratio"] = 1.0                                         # no CE: its own answers are no targets
-            scored = sum(len(row.response) for row in sum(batches, []))         # tokens of this optimizer step
-            sums = sum(add_gradients(batch, weight=1 / scored, ratio_clip=ratio_clip, **terms, **gradients)
-                       for batch in batches)                                    # [2] CE and divergence
-            lm_scored = max(1, sum(len(row.response) for row in sum(lm_batches, [])))
-            lm_sums = sum(add_gradients(batch, weight=lm_coef / lm_scored, **gradients) for batch in lm_batches)
+                own = respond(copy, sum(batches, []), seed=seed + 7919 * step, **sampling,      # a prime: new seeds each step
+                              vocab=min(len(student.head), len(teacher.head)))  # ids that both heads have
+                batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
+                ratio = 1.0                                                     # no CE: its own answers are no targets
+
+            scored = response_tokens(batches)                                   # of the whole optimizer step
+            sums = sum(gradients(batch, weight=1 / scored, teacher=teacher, divergence=divergence, kd_ratio=ratio,
+                                 ratio_clip=ratio_clip) for batch in batches)   # [2] CE and divergence
+            lm_scored = response_tokens(lm_batches)
+            lm_sums = sum(gradients(batch, weight=lm_coef / lm_scored) for batch in lm_batches)
             norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), clip))
             if not math.isfinite(norm):
                 raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g}), "
                                  "or use --dtype float32")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
             ce, kd = (sums / scored).tolist()                                   # nats per token
             log.write(step=step + 1, ce=ce, kd=kd, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
                       **({"lm_ce": float(lm_sums[0]) / lm_scored} if lm_batches else {}),
@@ -219,28 +224,36 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                 done = evaluate(student, copy, tokenizer, valid_rows, valid_examples, teacher, divergence, dtype, batch_size,
                                 eval_examples, max_new_tokens, rouge, done | {"step": step + 1}, out, log, progress)
                 if step + 1 < steps:
-                    save_state(out, student, optimizer, done, minillm.pack_rollouts(sampled))
+                    save_state(out, student, optimizer, done, minillm.pack_rollouts(rollouts_now))
     log.write(step=steps, done=True)
     (out / STATE).unlink(missing_ok=True)                       # last/ has the weights; the moments are of no more use
     return student
 
 
+def response_tokens(batches: list[list[Encoded]]) -> int:
+    """Scored tokens of an optimizer step, what its losses are divided by."""
+    return sum(len(row.response) for batch in batches for row in batch)
+
+
 def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id: int, dtype: torch.dtype,
                   checkpointing: bool, teacher=None, divergence=None, kd_ratio=0.0, ratio_clip=0.2) -> torch.Tensor:
-    """Forward and backward of one micro-batch, its tokens weighted by `weight`; returns the sums of CE and divergence [2]."""
-    device = student.head.device
+    """Forward and backward of one micro-batch, its tokens weighted by `weight`; returns the sums of CE and divergence [2].
+
+    For rollouts the loss is MiniLLM's, the clipped surrogate plus KL(q_t || p_t), and kd_ratio is not used.
+    """
+    device, policy, teacher_states = student.head.device, None, None
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
-    terms = dict(divergence=divergence if kd_ratio else None, kd_ratio=kd_ratio, weight=weight)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         states, targets = scored_positions(student.hidden(ids, checkpointing=checkpointing), ids, mask)     # [N, D], [N]
-        if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7): the surrogate and KL_t
+        if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7)
             old, advantage, teacher_states = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']
-            terms |= dict(divergence=divergence, kd_ratio=1.0,
-                          policy=lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip))
-        else:                                                                   # paper eq. (3): CE and divergence
-            teacher_states = teacher.states(batch, ids, mask) if teacher and kd_ratio else None     # [N, D']
-        value, ce, kd = head_loss(states, student.head, targets, teacher_states, teacher.head if teacher else None, **terms)
+            policy = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
+            kd_ratio = 1.0
+        elif kd_ratio:                                                          # paper eq. (3)
+            teacher_states = teacher.states(batch, ids, mask)                   # [N, D']
+        value, ce, kd = head_loss(states, student.head, targets, teacher_states, teacher.head if teacher else None,
+                                  divergence if kd_ratio else None, kd_ratio, weight, policy)
     value.backward()
     return torch.stack([ce.sum(), kd.sum()])
 

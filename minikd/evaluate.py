@@ -104,8 +104,7 @@ def answer_and_score(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], ex
 
 def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encoded], examples: list[Example], out,
                max_new_tokens: int, batch_size: int, rouge: str = "stemmer") -> dict[str, dict[str, float]]:
-    """Prints the paper's Table 1: ROUGE-L by category, one column per model; below it METRICS, and the answers to one
-    prompt. The others are compared with the model called Teacher, if there is one.
+    """Measures each model and prints the paper's Table 1. The others are compared with the model called Teacher, if there is one.
 
     The table goes to out/table.jsonl, every answer with its scores to out/answers-MODEL.jsonl.
     returns  {model: {category: ROUGE-L}}, one category being "all"
@@ -126,20 +125,24 @@ def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encode
         metrics[name]["retention"] = columns[name]["all"] / max(columns["Teacher"]["all"], 1e-9)
     write_jsonl([{"model": name} | column | {"model": name, "metrics": metrics[name]}   # whatever a category is called
                  for name, column in columns.items()], Path(out) / "table.jsonl")
-    width = max(8, *map(len, columns))
     print(f"\nROUGE-L ({rouge}) of {len(rows)} held-out prompts")
-    print(f"{'':<14}" + "".join(f"{name:>{width + 1}}" for name in columns))
-    for category in next(iter(columns.values())):
-        print(f"{category:<14}" + "".join(f"{column[category]:{width + 1}.1f}" for column in columns.values()))
-    for key, (what, digits) in METRICS.items():
-        cells = [found.get(key) for found in metrics.values()]
-        if any(cell is not None for cell in cells):
-            print(f"{key.replace('_', ' '):<14}" + "".join(
-                f"{'-' if cell is None else f'{cell:.{digits}f}':>{width + 1}}" for cell in cells) + f"  {what}")
-    shown = examples[rows[0].index]
+    print_table(columns, metrics)
+    shown, width = examples[rows[0].index], max(8, *map(len, columns))
     for name, text in {"asked": shown.messages[-1]["content"], "right": shown.references[0], **first}.items():
         print(f"{name:<{width}} {text!r}")
     return columns
+
+
+def print_table(columns: dict[str, dict[str, float]], metrics: dict[str, dict[str, float]]):
+    """One column per model: ROUGE-L by category, then those of METRICS that any model has."""
+    width = max(8, *map(len, columns)) + 1
+    print(f"{'':<14}" + "".join(f"{name:>{width}}" for name in columns))
+    for category in next(iter(columns.values())):
+        print(f"{category:<14}" + "".join(f"{column[category]:{width}.1f}" for column in columns.values()))
+    for key, (what, digits) in METRICS.items():
+        cells = [f"{found[key]:.{digits}f}" if key in found else "-" for found in metrics.values()]
+        if set(cells) != {"-"}:
+            print(f"{key.replace('_', ' '):<14}" + "".join(f"{cell:>{width}}" for cell in cells) + f"  {what}")
 
 
 def write_jsonl(rows: list[dict], path):

@@ -61,12 +61,12 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         raise ValueError("generate: samples and vocab must be at least 1, temperature and top_k at least 0, 0 < top_p <= 1")
     if mix and (teacher is None or temperature != 1 or not 0 < mix < 1):
         raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
-    answers, logps = ([[] for _ in range(len(prompts) * samples)] for _ in range(2))
-    if not answers or max_new_tokens < 1:
-        return answers, logps
+    if not prompts or max_new_tokens < 1:
+        return [[] for _ in range(len(prompts) * samples)], [[] for _ in range(len(prompts) * samples)]
     device, stops = model.head.device, frozenset(map(int, eos_ids))
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
-    u = torch.rand(max_new_tokens, len(answers), generator=generator, dtype=torch.float64, device=device)
+    count = len(prompts) * samples                              # of answers
+    u = torch.rand(max_new_tokens, count, generator=generator, dtype=torch.float64, device=device)
     graphs = device.type == "cuda" if graphs is None else graphs
     models = [model, teacher] if mix else [model]
 
@@ -81,29 +81,26 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))     # packed weights know their own dtype only
         for each in models:
-            stack.enter_context(laid_out(each, rows=len(answers), steps=max_new_tokens))
+            stack.enter_context(laid_out(each, rows=count, steps=max_new_tokens))
         caches, states = zip(*(prefill(each, prompts, max_new_tokens, samples) for each in models))
         if graphs:
             caches = [StaticCache(cache) for cache in caches]
         if graphs and one_kernel:
-            models = [OneKernel(each, cache) if fits(each, len(answers)) else each for each, cache in zip(models, caches)]
-        rows, seen = Rows(models, caches, states, draw, u), 0   # seen: drawn tokens that are in `answers`
-        alive = list(range(len(answers)))                       # which answer each row of `rows` writes
-        step = Replay(rows.step, graphs and device.type == "cuda")
-        for done in range(1, max_new_tokens + 1):               # tokens that every row has
-            if not graphs or done in (1, max_new_tokens) or done % LOOK == 0:
-                # Per row: which answer, its new tokens, their log-probabilities.
-                fresh = zip(alive, rows.drawn[seen:done].T.tolist(), rows.logps[seen:done].T.tolist())
-                going = [i for i, row in enumerate(fresh) if extend(answers, logps, stops, *row)]      # unfinished rows
-                if not going or done == max_new_tokens:
+            models = [OneKernel(each, cache) if fits(each, count) else each for each, cache in zip(models, caches)]
+        rows = Rows(models, caches, states, draw, u)
+        step, look = Replay(rows.step, graphs and device.type == "cuda"), LOOK if graphs else 1
+        for done in range(1, max_new_tokens):                   # tokens that every row has
+            if done == 1 or done % look == 0:
+                going = rows.read(done, stops)                  # the rows that are not finished
+                if not going:
                     break
-                most = len(alive) // 2 if graphs else len(alive) - 1        # dropping rows costs a new graph
+                most = len(rows.alive) // 2 if graphs else len(rows.alive) - 1      # dropping rows costs a new graph
                 if len(going) <= most:
-                    rows.keep(torch.tensor(going, device=device))           # finished rows cost no more time
-                    alive, step = [alive[i] for i in going], Replay(rows.step, step.on)
-                seen = done
+                    rows.keep(going)                            # finished rows cost no more time
+                    step = Replay(rows.step, step.on)
             step()
-    return answers, logps
+        rows.read(max_new_tokens, stops)
+    return rows.answers, rows.answer_logps
 
 
 def prefill(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, samples: int) -> tuple[KVCache, Tensor]:
@@ -123,7 +120,8 @@ def prefill(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, samples
 
 
 class Rows:
-    """The answers being written, on the device: every row's newest token, the caches, and all that was drawn so far."""
+    """The answers being written: on the device every row's newest token, the caches, and all that was drawn so far; on the
+    host what `read` has copied."""
 
     def __init__(self, models, caches, states, draw, u: Tensor):
         """draw  (states, random numbers [B]) -> tokens [B], log-probabilities [B].   u [max_new_tokens, B]"""
@@ -132,6 +130,9 @@ class Rows:
         self.drawn, self.logps = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)     # [max_new_tokens, B]
         self.tokens, self.logps[0] = draw(states, u[0])                                     # [B]
         self.drawn[0] = self.tokens
+        self.answers, self.answer_logps = ([[] for _ in range(u.shape[1])] for _ in range(2))
+        self.alive = list(range(u.shape[1]))                                # which answer each row writes
+        self.seen = 0                                                       # tokens of each row that `read` has copied
 
     def step(self):
         """The next token of every row. It reads and writes only tensors at fixed addresses, so that a graph can replay it."""
@@ -143,22 +144,29 @@ class Rows:
         self.drawn.index_copy_(0, self.at, tokens[None])
         self.logps.index_copy_(0, self.at, logps[None].double())
 
-    def keep(self, rows: Tensor):
-        """Drops all rows but those with indices rows [b]."""
+    def read(self, done: int, stops: frozenset) -> list[int]:
+        """Appends the tokens drawn since the last call, up to `done` in all, to the answers, none after a stop token; returns
+        the rows whose answers are not finished."""
+        new = zip(self.alive, self.drawn[self.seen:done].T.tolist(), self.logps[self.seen:done].T.tolist())
+        self.seen, going = done, []
+        for row, (answer, tokens, logps) in enumerate(new):
+            if self.answers[answer] and self.answers[answer][-1] in stops:  # finished before, but not dropped yet
+                continue
+            end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+            self.answers[answer] += tokens[:end]
+            self.answer_logps[answer] += logps[:end]
+            if tokens[end - 1] not in stops:
+                going.append(row)
+        return going
+
+    def keep(self, rows: list[int]):
+        """Drops all rows but these."""
+        self.alive = [self.alive[row] for row in rows]
+        rows = torch.tensor(rows, device=self.u.device)                                     # [b]
         for cache in self.caches:
             cache.keep(rows)
         self.tokens = self.tokens[rows]
         self.u, self.drawn, self.logps = self.u[:, rows], self.drawn[:, rows], self.logps[:, rows]
-
-
-def extend(answers: list, logps: list, stops: frozenset, row: int, tokens: list, drawn_logps: list) -> bool:
-    """Adds to answer `row` the tokens drawn and their log-probabilities, up to a stop token -> is it unfinished?"""
-    if answers[row] and answers[row][-1] in stops:
-        return False
-    end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
-    answers[row] += tokens[:end]
-    logps[row] += drawn_logps[:end]
-    return tokens[end - 1] not in stops
 
 
 class Replay:

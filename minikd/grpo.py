@@ -101,13 +101,13 @@ def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: in
     return [1 / max(1, divisors[norm](length)) if keep else 0.0 for length, keep in zip(lengths, counted)]
 
 
-def sequence_old(logp: Tensor, old_logp: Tensor) -> Tensor:
-    """Old log-probabilities of one answer [n] that give every token the ratio of its whole sequence.  GSPO-token.
+def sequence_log_ratio(logp: Tensor, old_logp: Tensor) -> float:
+    """log s of one answer, s = exp(mean_t (log π - log π_old)) its ratio as a whole.  GSPO.  [n], [n] -> a number
 
-    That ratio has the value s = exp(mean_t (log π - log π_old)) and the gradient s ∇ log π_t. With norm "sequence" the
-    mean over tokens is s (mean_t ∇ log π_t), GSPO's gradient.  logp [n]  under the current policy, detached
+    With log π - log s (π detached) in the place of log π_old, every token has the ratio s, and s ∇ log π_t as the gradient
+    of it (GSPO-token). With norm "sequence" the mean over tokens is s (mean_t ∇ log π_t), GSPO's gradient.
     """
-    return logp - (logp - old_logp).mean()
+    return float((logp - old_logp).detach().mean())
 
 
 @torch.no_grad()

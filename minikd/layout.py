@@ -38,23 +38,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
         yield
         return
     try:
-        for block in model.model.layers:
-            attention, mlp = block.self_attn, block.mlp
-            for half, parts in ((attention, [attention.q_proj, attention.k_proj, attention.v_proj]),
-                                (mlp, [mlp.gate_proj, mlp.up_proj])):
-                if pack and isinstance(parts[0], Linear):
-                    half.joined = Packed(parts, rows)
-                    half.joined.free_parts()
-                elif half.joined is None:
-                    half.joined = join(parts)
-            for layer in attention.o_proj, mlp.down_proj:
-                if pack and isinstance(layer, Linear):
-                    layer.packed = Packed([layer], rows)
-                    layer.packed.free_parts()
-        if pack:
-            give_memory_back()
-            if not (model.int8_head and rows < INT8_ROWS):
-                model.packed_head = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        lay_out(model, rows, pack)
         yield
     finally:
         if model.quantization:
@@ -67,6 +51,27 @@ def laid_out(model: Qwen2, rows: int, steps: int):
                 raise
             if pack:
                 give_memory_back()
+
+
+def lay_out(model: Qwen2, rows: int, pack: bool):
+    """Joins, and with `pack` packs, the layers of every block, then packs the head; model.lay_back undoes it."""
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for half, parts in ((attention, [attention.q_proj, attention.k_proj, attention.v_proj]),
+                            (mlp, [mlp.gate_proj, mlp.up_proj])):
+            if pack and isinstance(parts[0], Linear):
+                half.joined = Packed(parts, rows)
+                half.joined.free_parts()                # now that it has a place: see there
+            elif half.joined is None:
+                half.joined = join(parts)
+        for layer in attention.o_proj, mlp.down_proj:
+            if pack and isinstance(layer, Linear):
+                layer.packed = Packed([layer], rows)
+                layer.packed.free_parts()
+    if pack:
+        give_memory_back()
+        if not (model.int8_head and rows < INT8_ROWS):
+            model.packed_head = torch.ops.mkldnn._reorder_linear_weight(model.head, rows)
 
 
 class Packed:

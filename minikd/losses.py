@@ -196,14 +196,12 @@ class _HeadLoss(torch.autograd.Function):
                 apply_head(states[at], head[:V], out=logits)                    # [n, D] -> [n, V]
                 if teacher_logits is not None:
                     apply_head(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
-                for row in range(start, at.stop, piece):
-                    tokens = slice(row, min(row + piece, at.stop))
-                    rows = slice(tokens.start - start, tokens.stop - start)     # the same tokens, within the chunk
+                for tokens, rows in _pieces(at, piece):
                     ce[tokens], kd[tokens], total[tokens], grad = _token_losses(
                         logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], divergence,
                         kd_ratio, weight[tokens], policy and functools.partial(policy, at=tokens), need_hidden or need_head)
                     if grad is not None:
-                        logits[rows] = grad
+                        logits[rows] = grad                                     # from here on dL/dlogits, in place
                 if need_hidden or need_head:
                     _backward_head(logits[:at.stop - start], states[at], head[:V],
                                    grad_hidden[at] if need_hidden else None,
@@ -219,6 +217,13 @@ class _HeadLoss(torch.autograd.Function):
             raise RuntimeError("head_loss can be differentiated once; call it again for a second backward")
         grads, ctx.grads = ctx.grads, None                                      # scaled in place, so good for one use
         return *(g if g is None else g.mul_(grad_loss) for g in grads), *[None] * 10    # None: the other 10 inputs
+
+
+def _pieces(at: slice, size: int):
+    """Cuts the chunk `at` of the N tokens into pieces: (a piece among the N tokens, the same within the chunk)."""
+    for first in range(at.start, at.stop, size):
+        last = min(first + size, at.stop)
+        yield slice(first, last), slice(first - at.start, last - at.start)
 
 
 def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy, need_grad):

@@ -53,42 +53,37 @@ class Qwen2Config:
         Raises InputError, naming the field, for what this decoder does not compute: another model_type,
         sliding-window attention, RoPE scaling, another activation, or sizes that do not fit together.
         """
-        def refuse(field, value, advice):
+        def refuse(field, advice, value=None):
+            value = raw.get(field) if value is None else value
             raise InputError(f"{where}: {field} = {value!r} is not implemented; {advice}")
 
         if raw.get("model_type") != "qwen2":
-            refuse("model_type", raw.get("model_type"), "minikd reads 'qwen2': Qwen1.5, Qwen2 and Qwen2.5 dense models")
-        theta = raw.get("rope_theta")
+            refuse("model_type", "minikd reads 'qwen2': Qwen1.5, Qwen2 and Qwen2.5 dense models")
+        if raw.get("use_sliding_window"):
+            refuse("use_sliding_window", "use a checkpoint with full attention")
+        kinds = raw.get("layer_types") or []
+        if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}:
+            refuse("layer_types", "use a checkpoint with full attention")
+        if raw.get("hidden_act", "silu") != "silu":
+            refuse("hidden_act", "Qwen2 uses 'silu'")
+        values = {field: value for field, value in raw.items() if field in cls.__dataclass_fields__ and value is not None}
         for field in ("rope_scaling", "rope_parameters"):                       # transformers 4's name, and 5's
             rope = raw.get(field) or {}
             if (not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default"
                     or any(isinstance(value, dict) for value in rope.values())):
-                refuse(field, rope, "use a checkpoint without RoPE scaling, the same in all layers")
-            theta = theta if rope.get("rope_theta") is None else rope["rope_theta"]
-        if raw.get("use_sliding_window"):
-            refuse("use_sliding_window", raw["use_sliding_window"], "use a checkpoint with full attention")
-        kinds = raw.get("layer_types") or []
-        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-            refuse("layer_types", raw["layer_types"], "use a checkpoint with full attention")
-        if raw.get("hidden_act", "silu") != "silu":
-            refuse("hidden_act", raw["hidden_act"], "Qwen2 uses 'silu'")
-        known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in raw.items() if k in known and v is not None}
-        values["rope_theta"] = cls.rope_theta if theta is None else theta
+                refuse(field, "use a checkpoint without RoPE scaling, the same in all layers", rope)
+            if rope.get("rope_theta") is not None:
+                values["rope_theta"] = rope["rope_theta"]
+        checks = {bool: (lambda x: isinstance(x, bool), "true or false"),
+                  float: (lambda x: type(x) in (int, float) and 0 <= x < math.inf, "a number of at least 0"),
+                  "rope_theta": (lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above 0")}
+        whole = lambda x: type(x) is int and x > 0, "a whole number above 0"
         for f in fields(cls):
-            value = values.get(f.name, f.default)
-            if f.type is bool:
-                good, wanted = isinstance(value, bool), "true or false"
-            elif f.type is float:
-                good, wanted = type(value) in (int, float) and 0 <= value < math.inf, "a number of at least 0"
-                if f.name == "rope_theta":
-                    good, wanted = good and value > 0, "a number above 0"
-            else:
-                good, wanted = value is None or type(value) is int and value > 0, "a whole number above 0"
-            if not good:
-                raise InputError(f"{where}: {f.name} = {value!r}; give {wanted}")
-        if "num_key_value_heads" not in values and "num_attention_heads" in values:
-            values["num_key_value_heads"] = values["num_attention_heads"]
+            good, wanted = checks.get(f.name) or checks.get(f.type) or whole
+            if f.name in values and not good(values[f.name]):
+                raise InputError(f"{where}: {f.name} = {values[f.name]!r}; give {wanted}")
+        if "num_attention_heads" in values:                                     # old configs: as many key/value heads
+            values.setdefault("num_key_value_heads", values["num_attention_heads"])
         config = cls(**values)
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2 or not config.head_dim:
             raise InputError(f"{where}: {config.num_attention_heads} query heads must be a multiple of "

@@ -34,7 +34,7 @@ def plot_rewards(folder, path) -> Path | None:
         for key in [key for key in lines[0] if key == "reward" or key.count("/") == 1] if lines else []:
             reward.plot(steps, [math.nan if line[key] is None else line[key] for line in lines],
                         label=key.removeprefix("reward/"), linewidth=2 if key == "reward" else 1)
-        kl.plot(steps, [line["kl"] for line in lines])
+        kl.plot(steps, [math.nan if line["kl"] is None else line["kl"] for line in lines])
         length.plot(steps, [line["length"] for line in lines])
         if lines:
             reward.legend()

@@ -222,13 +222,15 @@ def combine(values: dict[str, Values], weights: dict[str, float]) -> Values:
     return totals
 
 
-def summary(values: dict[str, Values]) -> dict[str, dict]:
-    """Per reward the mean and population std over what it judged (None if nothing), and the share it did not judge."""
+def summary(values: dict[str, Values]) -> dict[str, float | None]:
+    """For the log, per reward: "reward/format", its mean over what it judged, "reward/format/std", the population's, both
+    None if it judged nothing, and "reward/format/unjudged", the share that it did not judge."""
     found = {}
     for name, column in values.items():
         judged = [value for value in column if value is not None]
         mean, std = (statistics.fmean(judged), statistics.pstdev(judged)) if judged else (None, None)
-        found[name] = {"mean": mean, "std": std, "unjudged": 1 - len(judged) / max(1, len(column))}
+        found |= {f"reward/{name}": mean, f"reward/{name}/std": std,
+                  f"reward/{name}/unjudged": 1 - len(judged) / max(1, len(column))}
     return found
 
 

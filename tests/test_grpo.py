@@ -8,7 +8,7 @@ import torch
 from conftest import small
 from minikd import grpo
 from minikd.data import Encoded, collate
-from minikd.grpo import (NORMS, group_advantages, k3, policy_loss, sample_groups, sequence_old, token_log_probs,
+from minikd.grpo import (NORMS, group_advantages, k3, policy_loss, sample_groups, sequence_log_ratio, token_log_probs,
                          token_weights, was_clipped)
 from minikd.losses import entropy, head_loss, scored_positions
 from minikd.model import Qwen2
@@ -119,12 +119,12 @@ def test_weights_are_one_over_what_the_variant_divides_by(norm):
 
 
 def test_one_ratio_a_sequence_has_gspos_value_and_gradient():
-    """s_i = exp(mean_t log ratio), clipped as a whole: by autograd on the definition, and through sequence_old."""
+    """s_i = exp(mean_t log ratio), clipped as a whole: by autograd on the definition, and through sequence_log_ratio."""
     logp, old, ref, advantages, mask = numbers(3)
     lengths = mask.sum(1)
     s = (((logp - old) * mask).sum(1) / lengths).exp()                          # [N]
     expected = -torch.minimum(s * advantages, s.clamp(0.8, 1.2) * advantages)
-    past = torch.stack([torch.cat([sequence_old(logp[i, :n].detach(), old[i, :n]), old[i, n:]])
+    past = torch.stack([logp[i].detach() - sequence_log_ratio(logp[i, :n], old[i, :n])
                         for i, n in enumerate(lengths.tolist())])
     ours = (policy_loss(logp, past, ref, advantages, beta=0.0) * mask).sum(1) / lengths
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
@@ -161,7 +161,7 @@ def test_loss_and_gradient_are_trls(variant, beta):
         old_per_token_logps=old, ref_per_token_logps=ref, num_items_in_batch=mask.sum()))
     past = old
     if level == "sequence":
-        past = torch.stack([torch.cat([sequence_old(row[:n].detach(), before[:n]), before[n:]])
+        past = torch.stack([row.detach() - sequence_log_ratio(row[:n], before[:n])
                             for row, before, n in zip(logp, old, mask.sum(1).tolist())])
     weights = torch.tensor(token_weights(mask.sum(1).tolist(), norm, 12))
     ours = (policy_loss(logp, past, ref, advantages, beta=beta, clip_high=high) * mask * weights[:, None]).sum()

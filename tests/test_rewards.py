@@ -413,9 +413,9 @@ def test_combine_refuses_columns_of_different_lengths():
 
 def test_summary_is_over_what_was_judged():
     found = summary({"code": [1.0, None, 0.0, None], "format": [1.0, 1.0], "none": [None], "empty": []})
-    assert found == {"code": {"mean": 0.5, "std": 0.5, "unjudged": 0.5}, "format": {"mean": 1, "std": 0, "unjudged": 0},
-                     "none": {"mean": None, "std": None, "unjudged": 1},
-                     "empty": {"mean": None, "std": None, "unjudged": 1}}
+    expected = {"code": (0.5, 0.5, 0.5), "format": (1, 0, 0), "none": (None, None, 1), "empty": (None, None, 1)}
+    assert found == {f"reward/{name}{key}": value for name, values in expected.items()
+                     for key, value in zip(("", "/std", "/unjudged"), values)}
 
 
 # ---- rewards by name, and one's own

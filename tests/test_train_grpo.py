@@ -64,9 +64,18 @@ def test_a_run_leaves_a_model_a_log_and_every_completion(run, world, tmp_path):
     assert "held-out problems" in out and "greedy" in out and "sampled" in out
 
 
+def test_an_answers_ratio_is_1_until_the_first_update_in_any_dtype(run, tmp_path):
+    """A bfloat16 sampler's log-probabilities differ from the trainer's by more than GSPO's clip."""
+    for epochs, clipped in ("1", False), ("3", True):
+        assert run("--ratio", "sequence", "--clip", "1e-7", "--dtype", "bfloat16", "--inner-epochs", epochs, "--lr", "1e-3",
+                   out=tmp_path / epochs)[0] == 0
+        assert any(line["clipped"] > 0 for line in steps_of(tmp_path / epochs)) == clipped
+
+
 def test_what_is_paid_for_comes_more_often(run, tmp_path):
     assert run("--steps", "30", "--beta", "0", "--eval-every", "30", "--prompts", "4", "--group-size", "8")[0] == 0
     lines = steps_of(tmp_path / "run")
+    assert all(line["kl"] is None for line in lines)                            # no reference, no KL
     early, late = (sum(line["reward"] for line in part) / 5 for part in (lines[:5], lines[-5:]))
     assert late > early + 0.15
 
