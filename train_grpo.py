@@ -20,7 +20,7 @@ import torch
 
 from minikd import grpo, problems, sandbox, toy
 from minikd.checkpoint import identify, load_model, save_model
-from minikd.data import Encoded, collate, encode_examples, next_rows, to_example
+from minikd.data import Encoded, collate, encode_examples, next_rows, split_examples, to_example
 from minikd.files import InputError, script_errors, sha256
 from minikd.losses import entropy, head_loss, scored_positions
 from minikd.model import Qwen2, cast_copy
@@ -32,13 +32,12 @@ from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_
                              check_student, compile_blocks, flag_group, learning_rate, load_state, lock, make_optimizer,
                              make_parser, pick_device, pick_dtype, read_log, save_state, spare_threads)
 
-REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8, lr=1e-6, rewards="format,steps,code",
-            reward_weights=None, eval_examples=64, eval_every=50, out="runs/grpo", dtype="auto")
+REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8, lr=1e-6, eval_examples=64, eval_every=50,
+            out="runs/grpo", dtype="auto")
 TOY = dict(prompts=16, group_size=16, max_new_tokens=72, steps=250, batch_size=256, lr=3e-4, eval_examples=200,
            eval_every=50, dtype="float32")
-TOY_REWARDS = {"sums": "answer,format,steps", "code": "code,format,steps"}
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
-TOY_WEIGHTS = "1,0.05,0.05"                                     # with more for format and steps, accuracy collapses
+FORM = {"format": 0.05, "steps": 0.05}                          # and their weights: with more, accuracy collapses
 
 
 def parse_args():
@@ -55,9 +54,9 @@ def parse_args():
     add("--group-size", type=int, help="answers to each (8; toy 16)")
     add("--max-new-tokens", type=int, help="longest answer (512; toy 72)")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities in the loss (1)")
-    add("--rewards",
-        help="names or FILE.py:FUNCTION, separated by commas (format,steps,code; toy answer or code, then format,steps)")
-    add("--reward-weights", help="a number for each, separated by commas (1 each; toy 1,0.05,0.05)")
+    add("--rewards", help="names or FILE.py:FUNCTION, separated by commas (answer, code or both, as the problems have answers or "
+                          "tests, then format,steps)")
+    add("--reward-weights", help="a number for each, separated by commas (1 each; of the default rewards 0.05 for format and steps)")
     add = flag_group(parser, "loss")
     add("--clip", type=float, default=0.2, help="how far the ratio of new to old policy may leave 1 (0.2)")
     add("--clip-high", type=float, help="the same above 1, where it differs; DAPO 0.28")
@@ -97,9 +96,7 @@ def parse_args():
     if args.limit and not args.data:
         raise InputError("--limit without --data; add --data FILE, or leave it out in the toy world")
     args.toy = not args.data
-    defaults = TOY | dict(rewards=TOY_REWARDS[args.task], out=f"runs/grpo-{args.task}") if args.toy else REAL
-    if args.toy and not args.rewards:
-        args.reward_weights = args.reward_weights or TOY_WEIGHTS
+    defaults = TOY | dict(out=f"runs/grpo-{args.task}") if args.toy else REAL
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -112,6 +109,38 @@ def parse_args():
         raise InputError(f"--beta {args.beta}: give a finite number of 0 or more")
     check_schedule(args)
     return args
+
+
+def read_problems(args) -> tuple[list[problems.Problem], list[problems.Problem]]:
+    """The problems to train on, and those held out: of --data, every question once."""
+    if args.toy:
+        return (problems.toy_problems(args.task, 3000 if args.task == "sums" else 1000, seed=args.seed),
+                problems.toy_problems(args.task, args.eval_examples, seed=99, test=True))
+    read = problems.load_problems(args.data, args.limit)
+    found = list({problem.messages[-1]["content"]: problem for problem in reversed(read)}.values())     # the first of each
+    if len(found) < 2:
+        raise InputError(f"{', '.join(args.data)}: holds one problem; give 2 or more, one is held out")
+    if len(found) < len(read):
+        print(f"{len(read) - len(found):,} records ask what an earlier one asks, and are left out")
+    return split_examples(found, min(args.eval_examples, max(1, len(found) // 5)), args.seed)
+
+
+def choose_rewards(args, asked: list[problems.Problem]) -> tuple[dict, dict[str, float]]:
+    """--rewards and --reward-weights -> functions and weights by name; by default what the problems can be checked by, and a
+    little for form.  Raises InputError if `answer` or `code` could judge no problem."""
+    checks = [name for name, fact in problems.CHECKS.items() if any(problem.facts.get(fact) for problem in asked)]
+    if not args.rewards:
+        if not checks:
+            raise InputError(f"{', '.join(args.data)}: no record has an answer, or tests that outputs can be compared with; "
+                             "choose what to reward with --rewards")
+        weights = dict.fromkeys(checks, 1.0) | FORM
+        args.rewards = ",".join(weights)
+        args.reward_weights = args.reward_weights or ",".join(map(str, weights.values()))
+    rewards = load_rewards(args.rewards)
+    for name in rewards.keys() & problems.CHECKS.keys() - set(checks):
+        raise InputError(f"--rewards {args.rewards}: `{name}` can judge none of the {len(asked)} problems, which have no "
+                         f"{problems.CHECKS[name]}; leave it out")
+    return rewards, parse_weights(args.reward_weights, list(rewards))
 
 
 def parse_weights(text: str | None, names: list[str]) -> dict[str, float]:
@@ -292,14 +321,18 @@ def number(value) -> float | None:
 
 
 def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: list[dict], rewards: dict,
-             max_new_tokens: int, seed: int) -> dict:
+             max_new_tokens: int, at_once: int, seed: int) -> dict:
     """Accuracy on held-out problems, `greedy` and `sampled` at temperature 1, and each reward's mean over the sampled.
 
     A problem is solved if the reward `answer` or `code` says so; without either, the mean sum of all rewards stands in.
+    at_once  answers in a batch: as many as a step samples, so that evaluation needs no more memory
     """
     found = {}
     for name, temperature in ("greedy", 0.0), ("sampled", 1.0):
-        answers, _ = grpo.sample_groups(model, rows, 1, max_new_tokens, tokenizer, temperature, seed=seed)
+        answers = []
+        for start in range(0, len(rows), at_once):
+            answers += grpo.sample_groups(model, rows[start:start + at_once], 1, max_new_tokens, tokenizer, temperature,
+                                          seed=seed + start)[0]
         texts = [tokenizer.decode(answer.response) for answer in answers]
         values, total = pay(texts, [facts[row.index] for row in rows], rewards, dict.fromkeys(rewards, 1.0))
         solved = next((values[key] for key in ("answer", "code") if key in values), [number(value) for value in total])
@@ -364,24 +397,16 @@ def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
 def main():
     args = parse_args()
     out, started = Path(args.out).expanduser(), time.time()
-    rewards = load_rewards(args.rewards)
-    weights = parse_weights(args.reward_weights, list(rewards))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
     check_free(out, [out], resume=args.resume, toy=args.toy, data=args.data or ())
+    asked, tests = read_problems(args)
+    rewards, weights = choose_rewards(args, asked + tests)
     if args.toy:
         spare_threads(toy.student_config(1))
         args.model = args.model or str(toy_student(args.task, out, args.seed, args.resume))
-        asked = problems.toy_problems(args.task, 3000 if args.task == "sums" else 1000, seed=args.seed)
-        tests = problems.toy_problems(args.task, args.eval_examples, seed=99, test=True)
-    else:
-        asked = problems.load_problems(args.data, args.limit)
-        if len(asked) < 2:
-            raise InputError(f"{', '.join(args.data)}: holds one problem; give 2 or more, one is held out")
-        count = min(args.eval_examples, max(1, len(asked) // 5))
-        asked, tests = asked[count:], asked[:count]
     tokenizer = Tokenizer.load(args.model)
     check_student(args.model, tokenizer)
     rows, valid_rows = (problems.encode_problems(part, tokenizer, args.max_prompt_length) for part in (asked, tests))
@@ -405,7 +430,7 @@ def main():
     reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None
     judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, rewards=rewards,
                               facts=[problem.facts for problem in tests], max_new_tokens=args.max_new_tokens,
-                              seed=args.seed)
+                              at_once=args.prompts * args.group_size, seed=args.seed)
     train(model=model, reference=reference, tokenizer=tokenizer, rows=rows, judge=judge, out=out, rewards=rewards,
           facts=[problem.facts for problem in asked], weights=weights, dtype=dtype, **settings)
     show_change(read_log(out))

@@ -304,11 +304,12 @@ def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:
     return texts, [(str(file), sha256(file)) for file in files]
 
 
-def split_examples(examples: list[Example], count: int, seed: int = 42) -> tuple[list[Example], list[Example]]:
-    """(train, validation), each in the given order, `count` in the second; the same prompt is never in both.
+def split_examples(examples: list, count: int, seed: int = 42) -> tuple[list, list]:
+    """(train, validation) of Examples or Problems, each in the given order; the same prompt is never in both.
 
-    A hash of prompt and seed decides, so that adding or reordering records moves few of the others.
-    Raises InputError when the count cannot be met.
+    At most `count` are in the second: fewer where prompts repeat and only whole groups fit. A hash of prompt and seed decides,
+    so that adding or reordering records moves few of the others.
+    Raises InputError when none can be set apart, or none would be left to train on.
     """
     if not 0 <= count < len(examples):
         raise InputError(f"{count} validation examples of {len(examples)} leave none to train on; ask for fewer")
@@ -321,8 +322,9 @@ def split_examples(examples: list[Example], count: int, seed: int = 42) -> tuple
     for key in sorted(groups):
         if len(held) + len(groups[key]) <= count:
             held.update(groups[key])
-    if len(held) < count:
-        raise InputError(f"prompts repeat, so {count} validation examples cannot be set apart; ask for {len(held)}")
+    if count and not held:
+        raise InputError(f"every prompt is there more than {count} times, so no validation examples can be set apart; ask for more "
+                         "(--validation), or remove repeats")
     return ([example for i, example in enumerate(examples) if i not in held],
             [example for i, example in enumerate(examples) if i in held])
 

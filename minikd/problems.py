@@ -26,6 +26,9 @@ SYSTEM = ("You first think about the problem step by step and then give the answ
 PYTHON = "Write a Python 3 program that reads standard input and writes standard output, in a ```python block."
 
 
+CHECKS = {"answer": "answer", "code": "tests"}          # a reward that tells right from wrong -> the fact it needs
+
+
 @dataclass(frozen=True)
 class Problem:
     messages: tuple[dict, ...]          # what is asked, for tokenizer.chat

@@ -457,8 +457,13 @@ def test_split_keeps_the_same_prompt_on_one_side():
 def test_split_that_cannot_be_made_says_so():
     with pytest.raises(InputError, match="5 validation examples of 5 leave none"):
         split_examples(examples_of(*"abcde"), 5)
-    with pytest.raises(InputError, match="prompts repeat, so 3 .* cannot be set apart; ask for 2"):
-        split_examples(examples_of(*"aabb"), 3)
+    with pytest.raises(InputError, match="more than 1 times, so no validation examples can be set apart"):
+        split_examples(examples_of(*"aabb"), 1)
+
+
+def test_where_only_whole_groups_fit_fewer_are_held_out():
+    train, validation = split_examples(examples_of(*"aabb"), 3)
+    assert len(train) == len(validation) == 2 and train[0].instruction != validation[0].instruction
 
 
 # ---- ids

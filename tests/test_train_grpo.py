@@ -121,7 +121,8 @@ def test_what_nobody_can_judge_moves_nothing(run, world, tmp_path):
 
 def test_a_codeforces_record_goes_through_prompt_rollout_sandbox_and_update(run, world, tmp_path):
     """The dataset's own fields; a model this small writes no program, so one is put into its mouth."""
-    (tmp_path / "cots.jsonl").write_text("".join(json.dumps(RECORD | {"id": str(i)}) + "\n" for i in range(6)))
+    (tmp_path / "cots.jsonl").write_text("".join(json.dumps(RECORD | {"description": f"Twice, {i}."}) + "\n"
+                                                         for i in range(6)))
     decode, right = rl.Tokenizer.decode, "<think>\nStep 1: double it\n</think>\n```python\nprint(2 * int(input()))\n```"
     wrong = right.replace("2 *", "3 *")
     count = iter(range(10**6))
@@ -138,12 +139,48 @@ def test_a_codeforces_record_goes_through_prompt_rollout_sandbox_and_update(run,
     assert not same(weights(tmp_path / "run/last"), weights(world / "model"))
 
 
+def test_a_question_asked_twice_is_one_problem_and_what_is_held_out_is_not_trained_on(run, world, tmp_path):
+    lines = (world / "sums.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "thrice.jsonl").write_text("".join(lines[i] for i in range(20) for _ in range(3)))
+    status, out, err = run("--steps", "8", data=("--data", tmp_path / "thrice.jsonl"))
+    assert status == 0 and "40 records ask what an earlier one asks" in out and "17 problems, 3 held out" in out, err
+    assert len({row["prompt"] for row in read_log(tmp_path / "run", "completions.jsonl")}) == 8 * 2     # 2 a step, no repeats
+
+
+def test_by_default_what_the_problems_can_be_checked_by_is_rewarded(shell, world, tmp_path):
+    def settings(data, out):
+        status, _, err = shell(rl, "--model", world / "model", "--data", data, "--max-prompt-length", "600", *FAST,
+                               "--steps", "1", "--out", tmp_path / out)
+        return json.loads((tmp_path / out / "config.json").read_text())["settings"] if status == 0 else err
+
+    found = settings(world / "sums.jsonl", "a")
+    assert found["rewards"] == "answer,format,steps" and list(found["reward_weights"].values()) == [1, 0.05, 0.05]
+    cots = tmp_path / "cots.jsonl"
+    cots.write_text("".join(json.dumps(RECORD | {"description": f"Twice, {i}."}) + "\n" for i in range(6)))
+    assert settings(cots, "b")["reward_weights"] == {"code": 1, "format": 0.05, "steps": 0.05}
+    with cots.open("a") as file:
+        file.write((world / "sums.jsonl").read_text())
+    assert list(settings(cots, "c")["reward_weights"].values()) == [1, 1, 0.05, 0.05]
+    cots.write_text("".join(json.dumps(RECORD | {"description": f"Twice, {i}.", "generated_checker": "x"}) + "\n" for i in range(6)))
+    said = settings(cots, "d")
+    assert "no record has an answer, or tests" in said and said.count("\n") == 1 and not (tmp_path / "d").exists()
+
+
+def test_evaluation_samples_no_more_at_once_than_a_step(run, monkeypatch):
+    rows, sample_groups = [], rl.grpo.sample_groups
+    monkeypatch.setattr(rl.grpo, "sample_groups", lambda model, part, size, *rest, **named: (
+        rows.append(len(part) * size), sample_groups(model, part, size, *rest, **named))[1])
+    assert run("--eval-examples", "4", "--prompts", "1", "--group-size", "3", "--steps", "1", "--eval-every", "1")[0] == 0
+    assert sorted(rows) == [1] * 4 + [3] * 5                                    # greedy and sampled, before and after; one step
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--group-size", "1"], "--group-size 1: an answer is judged against its group"), (["--beta", "-1"], "--beta -1"),
     (["--rewards", "nice"], "no reward 'nice'"), (["--reward-weights", "1,2"], "2 weights for 1 rewards"),
     (["--reward-weights", "much"], "is not a list of numbers"), (["--reward-weights", "nan"], "not finite"),
     (["--weight-decay", "inf"], "--weight-decay inf"), (["--beta", "nan"], "--beta nan"), (["--limit", "1"], "holds one problem"),
     (["--lr", "0"], "--lr 0.0: must be above 0"),
+    (["--rewards", "format,code"], "`code` can judge none of the 20 problems, which have no tests"),
     (["--data", "no/such.jsonl"], "no/such.jsonl: no such file"), (["--max-prompt-length", "2"], "raise --max-prompt-length"),
     (["--lr", "1e12"], "is not finite; lower --lr"), (["--model", "no/such/model"], "no/such/model: no such folder")])
 def test_bad_input_is_one_line(run, flags, said):
