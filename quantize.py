@@ -12,6 +12,7 @@ import functools
 import math
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -87,17 +88,23 @@ def parse_args():
 
 
 def calibration_rows(paths, tokenizer, samples: int, length: int, template: str, seed: int) -> list:
-    """At most `samples` random rows of at most `length` tokens: pieces of text, or prompts with their responses."""
+    """At most `samples` random rows of at most `length` tokens: pieces of text, or prompts with their responses. Records are
+    encoded in random order until there are enough."""
     first = next(read_records(data_files(paths[0])[0]))[1]
     if recognise(first) is None and "text" in first:
-        rows = encode_text(load_texts(paths)[0], tokenizer, length)
+        source, encode = load_texts(paths)[0], lambda part: encode_text(part, tokenizer, length)
     else:
-        examples, _ = load_examples(paths)
-        try:
-            rows, _ = encode_examples(examples, tokenizer, template, length, length)
-        except InputError as error:                             # its message names flags of train_kd.py
-            raise InputError(f"{paths[0]}: no record fits --length {length}; raise it") from error
-    return random.Random(seed).sample(rows, min(samples, len(rows)))
+        source, encode = load_examples(paths)[0], lambda part: encode_examples(part, tokenizer, template, length, length)[0]
+    rng, rows = random.Random(seed), []
+    rng.shuffle(source)
+    for start in range(0, len(source), samples):
+        with suppress(InputError):                              # none of these is short enough
+            rows += encode(source[start:start + samples])
+        if len(rows) >= samples:
+            break
+    if not rows:
+        raise InputError(f"{paths[0]}: no record fits --length {length}; raise it")
+    return rng.sample(rows, min(samples, len(rows)))
 
 
 def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype):

@@ -42,6 +42,7 @@ REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_deca
             validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
 TOY = dict(steps=400, epochs=None, batch_size=32, lr=[3e-3], warmup=30, weight_decay=0.01, max_new_tokens=48,
            validation=100, eval_examples=100, rouge="unicode", out="runs/toy", dtype="float32", eval_every=50)
+AT_ONCE = 16                                                    # prompts answered at a time, or a micro-batch if that is more
 
 
 def parse_args():
@@ -190,9 +191,14 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     gradients = functools.partial(add_gradients, student=student, pad_id=tokenizer.pad_id, dtype=dtype,
                                   checkpointing=gradient_checkpointing)
     copy, log = None, Log(out, upto=done["step"])               # copy: of the student in `dtype`, to sample with
+    judge = functools.partial(
+        evaluate_and_save, student, tokenizer=tokenizer, rows=valid_rows, examples=valid_examples, teacher=teacher,
+        divergence=divergence, dtype=dtype, batch_size=batch_size, eval_examples=eval_examples, max_new_tokens=max_new_tokens,
+        rouge=rouge, out=out, log=log)
     with Progress(title, steps, start=done["step"]) as progress:
-        for (step, batches), (_, lm_batches) in zip(source, texts):
-            started, ratio = time.perf_counter(), kd_ratio
+        started = time.perf_counter()
+        for (step, batches), (_, lm_batches) in zip(source, texts):             # MiniLLM's rollouts are sampled by `source`
+            ratio = kd_ratio
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
 
@@ -221,10 +227,10 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                       seconds=round(time.perf_counter() - started, 4))
             progress.update(f"ce {ce:.3f}" + (f" kd {kd:.3f}" if teacher else ""))
             if (step + 1) % eval_every == 0 or step + 1 == steps:
-                done = evaluate(student, copy, tokenizer, valid_rows, valid_examples, teacher, divergence, dtype, batch_size,
-                                eval_examples, max_new_tokens, rouge, done | {"step": step + 1}, out, log, progress)
+                done = judge(done=done | {"step": step + 1}, copy=copy, progress=progress)
                 if step + 1 < steps:
                     save_state(out, student, optimizer, done, minillm.pack_rollouts(rollouts_now))
+            started = time.perf_counter()
     log.write(step=steps, done=True)
     (out / STATE).unlink(missing_ok=True)                       # last/ has the weights; the moments are of no more use
     return student
@@ -258,13 +264,13 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
     return torch.stack([ce.sum(), kd.sum()])
 
 
-def evaluate(student, copy, tokenizer, rows, examples, teacher, divergence, dtype, batch_size, eval_examples,
-             max_new_tokens, rouge, done, out, log, progress) -> dict:
+def evaluate_and_save(student, *, copy, tokenizer, rows, examples, teacher, divergence, dtype, batch_size, eval_examples,
+                      max_new_tokens, rouge, done, out, log, progress) -> dict:
     """Logs the held-out loss and ROUGE-L of the student's own answers, and prints one of them; saves last/, and best/ if
     its ROUGE-L is the best so far.  Returns `done` with the best ROUGE-L."""
     copy = cast_copy(student, dtype, copy)
     metrics = compare(copy, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
-    scores = answer_and_score(copy, tokenizer, rows[:eval_examples], examples, max_new_tokens, batch_size, rouge)
+    scores = answer_and_score(copy, tokenizer, rows[:eval_examples], examples, max_new_tokens, max(AT_ONCE, batch_size), rouge)
     rouge_l = mean_by_category(scores)["all"]["rouge_l"]
     log.write(step=done["step"], rouge_l=rouge_l, **{f"valid_{key}": value for key, value in metrics.items()})
     i = random.Random(done["step"]).randrange(len(scores))      # another sample each time
@@ -347,8 +353,8 @@ def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
     load = lambda: load_model(args.teacher, device, dtype)
     made_from = {"teacher": model_files(model_folder(args.teacher)), "dtype": str(dtype)}
     with Progress("the teacher's answers", len(rows)) as progress:
-        return teacher_responses(out / "teacher-answers.jsonl", load, rows, made_from, tokenizer, args.batch_size,
-                                 args.max_new_tokens, args.seed, progress=lambda count: progress.update(by=count))
+        return teacher_responses(out / "teacher-answers.jsonl", load, rows, made_from, tokenizer,
+                                 max(AT_ONCE, args.batch_size), args.max_new_tokens, args.seed, progress=lambda count: progress.update(by=count))
 
 
 def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher | CachedTeacher:
@@ -386,8 +392,9 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
 
 
 def write_held_out(examples: list, path: Path):
-    """The examples that no student was trained on, as records for eval_rouge.py."""
+    """The examples that no student was trained on, as records that are read as the same examples."""
     write_jsonl([{"messages": [*example.messages, {"role": "assistant", "content": example.response}],
+                  "instruction": example.instruction, "input": example.input, "references": example.references,
                   "category": example.category} for example in examples], path)
 
 
@@ -399,7 +406,7 @@ def conclude(args, out: Path, tokenizer, base: Qwen2, teacher, held_out: tuple, 
     models = {"Base": base.to(dtype)}
     models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
     models |= {"Teacher": whole_teacher} if whole_teacher else {}
-    answers = dict(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, rouge=args.rouge)
+    answers = dict(max_new_tokens=args.max_new_tokens, batch_size=max(AT_ONCE, args.batch_size), rouge=args.rouge)
     dashed = show_table(models, tokenizer, *asked, out, **answers).get("Teacher", {}).get("all")
     if whole_teacher and args.eval_data:                        # the curves, unlike the table, use the held-out records
         rows, examples = held_out

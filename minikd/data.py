@@ -13,6 +13,8 @@ ignored, except `category`, which any record may have.
     pytorrent   summary or docstring,                  Zenodo 4546290, *.jsonl.gz shards
                 original_string or code
     codeforces  messages or prompt; generation         open-r1/codeforces-cots: C++, or Python in the folders *_py
+    held-out    messages, instruction, input,          what train_kd.py held out: chat records that keep the two parts of the
+                references                             "alpaca" template and all references
 
 A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code it is
 not: BugNet's targets begin "Solution type replace, solution code", PyTorrent's stand between "### solution code" and "###
@@ -187,9 +189,16 @@ def _codeforces(record, where):
     return *_ask(text_field(record, where, "prompt"), ""), (text_field(record, where, "generation"),)
 
 
+def _held_out(record, where):
+    messages, *_ = _chat(record, where)
+    _, instruction, input, answers = _alpaca(record | {"output": record.get("references")}, where)
+    return messages, instruction, input, answers
+
+
 # In the order they are tried: (record, where) -> (messages, instruction, input, answers), as in Example; and the fields
 # that identify the format, one of each tuple.
 FORMATS = {
+    "held-out": (_held_out, [("messages",), ("instruction",), ("input",), ("references",)]),
     "codeforces": (_codeforces, [("messages", "prompt"), ("generation",)]),
     "chat": (_chat, [("messages",)]),
     "dolly": (_dolly, [("instruction",), ("response",)]),

@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 
@@ -14,8 +15,10 @@ from minikd import records
 from minikd.data import (Dropped, Encoded, batch_order, by_length, collate, data_files, encode_examples, encode_text,
                          load_examples, load_texts, next_rows, optimizer_steps, prompt_text, read_records, recognise,
                          split_examples, steps_per_epoch, to_example, without_docstring)
+from minikd.evaluate import read_references
 from minikd.files import InputError
 from minikd.tokenizer import Tokenizer
+from train_kd import write_held_out
 
 DOLLY = {"instruction": "Which is a fish?", "context": "", "response": "Tope", "category": "classification"}
 BUGNET = {"problem_id": "p1", "language": "Python", "original_status": "Wrong Answer", "fail": "print(1)\n",
@@ -149,6 +152,20 @@ def test_codeforces_trace_that_ran_into_its_limit_teaches_no_end():
                                           (None, {"text": "Llama-2 dolly"})])
 def test_format_is_recognised_from_fields(name, record):
     assert recognise(record) == name
+
+
+@pytest.mark.parametrize("template", ["chatml", "alpaca"])
+@pytest.mark.parametrize("record", [
+    DOLLY, {**DOLLY, "context": ""}, BUGNET, {**BUGNET, "error": "0"}, PYTORRENT, CODEFORCES,
+    {"instruction": "Add.", "input": "1 2", "output": ["3", "three"]}, {"instruction": "Say a.", "input": "", "output": "a"},
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"},
+                  {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}])
+def test_what_was_held_out_is_read_as_the_same_example(tokenizer, tmp_path, record, template):
+    example = to_example(record, "d:1")
+    write_held_out([example], tmp_path / "held-out.jsonl")
+    (again,), _ = load_examples(tmp_path / "held-out.jsonl")
+    assert replace(again, where="d:1") == example and read_references(tmp_path / "held-out.jsonl")[0].references == example.references
+    assert prompt_text(again, tokenizer, template) == prompt_text(example, tokenizer, template)
 
 
 def test_format_can_be_forced_and_the_records_own_category_wins():

@@ -14,6 +14,7 @@ import train_kd
 from conftest import tiny
 from minikd import checkpoint
 from minikd.checkpoint import load_model, save_model
+from minikd.files import InputError
 from minikd.quant import W4Linear
 
 
@@ -74,6 +75,17 @@ def test_gptq_is_nearer_than_rounding_on_what_it_calibrates_on(run, world, tmp_p
             with torch.no_grad():
                 found[name] += float((model.hidden(ids) - plain.hidden(ids)).square().sum())
     assert found["gptq"] < found["rtn"]
+
+
+def test_no_more_records_are_encoded_than_are_drawn(world, tokenizer, monkeypatch):
+    encoded, encode = [], qz.encode_examples
+    monkeypatch.setattr(qz, "encode_examples", lambda part, *rest: (encoded.extend(part), encode(part, *rest))[1])
+    rows = [qz.calibration_rows([world / "data.jsonl"], tokenizer, 4, 512, "chatml", seed) for seed in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2] and len(rows[0]) == 4 and len(encoded) == 12
+    longest = max(map(len, qz.calibration_rows([world / "data.jsonl"], tokenizer, 1000, 512, "chatml", 0)))
+    assert len(qz.calibration_rows([world / "data.jsonl"], tokenizer, 1, longest - 1, "chatml", 0)) == 1
+    with pytest.raises(InputError, match="no record fits --length 3"):
+        qz.calibration_rows([world / "data.jsonl"], tokenizer, 4, 3, "chatml", 0)
 
 
 def test_plain_text_calibrates_too_and_the_evaluation_is_printed(run, world):

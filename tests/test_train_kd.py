@@ -15,7 +15,7 @@ import torch
 import eval_rouge
 import train_kd as kd
 from conftest import killed_at, locked_by_another, same, steps_of, tiny, weights
-from minikd import minillm, toy
+from minikd import evaluate, minillm, toy
 from minikd.checkpoint import identify, load_model, save_model
 from minikd.data import encode_examples, load_examples
 from minikd.evaluate import sequence_kl
@@ -231,7 +231,7 @@ def test_without_a_loss_sft_and_kd_read_the_same_batches_in_the_same_order(run, 
     for row in table:
         answers = [json.loads(line) for line in (folder / f"answers-{row['model'].lower()}.jsonl").open()]
         assert 100 * sum(answer["f1"] for answer in answers) / len(answers) == pytest.approx(row["all"])
-    assert "\nretention " in out and "asked" in out
+    assert "\nsequence KL " in out and "asked" in out
 
 
 def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, world, tmp_path, monkeypatch):
@@ -631,6 +631,23 @@ def test_what_was_held_out_can_be_asked_for_afterwards(run, shell, world, tmp_pa
     status, out, err = shell(eval_rouge, "--model", tmp_path / "run/best", "--data", tmp_path / "run/held-out.jsonl",
                              "--device", "cpu", "--max-new-tokens", "4")
     assert status == 0 and "4" in out, err
+
+
+def test_prompts_are_answered_many_at_a_time_whatever_the_micro_batch(run, tmp_path, monkeypatch):
+    at_once, respond = set(), evaluate.respond
+    monkeypatch.setattr(evaluate, "respond", lambda model, rows, size, *rest, **named: (
+        at_once.add(size), respond(model, rows, size, *rest, **named))[1])
+    for size in "1", "20":
+        assert run("--loss", "sft", "--steps", "1", "--batch-size", size, out=tmp_path / size)[0] == 0
+    assert at_once == {16, 20}
+
+
+def test_a_steps_seconds_include_the_sampling_of_its_rollouts(run, tmp_path, monkeypatch):
+    collect = minillm.collect
+    monkeypatch.setattr(minillm, "collect", lambda **named: (time.sleep(0.5), collect(**named))[1])
+    assert run("--loss", "minillm", "--rollouts", "4", "--batch-size", "4", "--inner-epochs", "2", "--steps", "2")[0] == 0
+    first, second = (line["seconds"] for line in read_log(tmp_path / "run") if "seconds" in line)
+    assert first > 0.5 > second
 
 
 def test_epochs_count_in_the_toy_world_too(monkeypatch):
