@@ -12,16 +12,17 @@ import math
 import statistics
 from pathlib import Path
 
-from minikd.checkpoint import load_model
+from minikd.checkpoint import check_vocabulary, load_model
 from minikd.data import FORMATS, encode_examples, load_examples
-from minikd.evaluate import answer, check_vocabulary, read_predictions, read_references, score_answers, write_jsonl
-from minikd.files import InputError, check_writable, script_errors
+from minikd.evaluate import answer, read_predictions, read_references, score_answers
+from minikd.files import InputError, check_writable, script_errors, write_jsonl
 from minikd.layout import INT8_ROWS, use_int8_head
 from minikd.quant import show_ways
 from minikd.records import local_files
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype, spare_threads
+from minikd.training import (Progress, check_positive, fill_defaults, flag_group, make_parser, pick_device, pick_dtype,
+                             spare_threads)
 
 TOY = dict(model="runs/toy/kd/best", data=["runs/toy/data/test.jsonl"], rouge="unicode", max_new_tokens=48,
            dtype="float32")                                     # as train_kd.py evaluates it
@@ -75,9 +76,7 @@ def parse_args():
     toy = not (args.model or args.predictions)
     if toy and not all(Path(path).exists() for path in (TOY["model"], *TOY["data"])):
         raise InputError(f"{TOY['model']}: no toy student yet; run train_kd.py first, or give --model and --data")
-    for name, value in (TOY if toy else REAL).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_defaults(args, TOY if toy else REAL)
     folder = Path(args.model or "").expanduser()
     beside = folder if args.model and folder.is_dir() else Path("runs/eval")
     args.out = Path(args.out or beside / "answers.jsonl").expanduser()

@@ -17,16 +17,17 @@ from pathlib import Path
 
 import torch
 
-from minikd.checkpoint import load_config, load_model, model_folder, read_quantization, save_model
+from minikd.checkpoint import check_vocabulary, load_config, load_model, model_folder, read_quantization, save_model
 from minikd.data import encode_examples, encode_text, load_examples, load_texts, recognise
-from minikd.evaluate import answer_and_score, check_vocabulary, compare
+from minikd.evaluate import answer_and_score, compare
 from minikd.files import InputError, check_writable, read_json, script_errors
 from minikd.gptq import quantize_model
 from minikd.quant import check_groups, to_w4, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import LOG, Progress, check_positive, flag_group, make_parser, pick_device, pick_dtype, spare_threads
+from minikd.training import (LOG, Progress, check_positive, fill_defaults, flag_group, make_parser, pick_device, pick_dtype,
+                             spare_threads)
 
 TOY = dict(model="runs/toy/kd/best", calibration=["runs/toy/data/train.jsonl"], eval_data=["runs/toy/data/test.jsonl"],
            out="runs/toy/w4", group_size=32, rouge="unicode", max_new_tokens=48, dtype="float32")
@@ -67,9 +68,7 @@ def parse_args():
     if toy and not Path(TOY["model"]).exists():
         raise InputError(f"{TOY['model']}: no toy student yet; run train_kd.py first, or give --model, --calibration "
                          "and --out")
-    for name, value in (TOY if toy else REAL).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_defaults(args, TOY if toy else REAL)
     if args.out is None:
         raise InputError("--model without --out; add --out FOLDER")
     args.methods = ["rtn", "gptq"] if toy else ["gptq"]

@@ -23,14 +23,14 @@ from minikd.checkpoint import identify, load_model, save_model
 from minikd.data import Encoded, collate, encode_examples, next_rows, split_examples, to_example
 from minikd.files import InputError, script_errors, sha256
 from minikd.losses import entropy, head_loss, scored_positions
-from minikd.model import Qwen2, cast_copy
+from minikd.model import Qwen2, cast_copy, mixed
 from minikd.plots import plot_rewards
 from minikd.records import data_files
 from minikd.rewards import combine, load_rewards, reward_files, summary
 from minikd.tokenizer import Tokenizer
 from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
-                             check_student, compile_blocks, flag_group, learning_rate, load_state, lock, make_optimizer,
-                             make_parser, pick_device, pick_dtype, read_log, save_state, spare_threads)
+                             check_student, compile_blocks, fill_defaults, flag_group, learning_rate, load_state, lock,
+                             make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state, spare_threads)
 
 REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8, lr=1e-6, eval_examples=64, eval_every=50,
             out="runs/grpo", dtype="auto")
@@ -97,9 +97,7 @@ def parse_args():
         raise InputError("--limit without --data; add --data FILE, or leave it out in the toy world")
     args.toy = not args.data
     defaults = TOY | dict(out=f"runs/grpo-{args.task}") if args.toy else REAL
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_defaults(args, defaults)
     check_positive(args, "limit", "max_prompt_length", "prompts", "group_size", "max_new_tokens", "temperature", "clip",
                    "clip_high", "inner_epochs", "steps", "batch_size", "lr", "max_grad_norm", "patience", "eval_every",
                    "eval_examples")
@@ -294,7 +292,7 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model:
         old = torch.cat(old).to(device)                                         # [N]
         divisor = lambda logp, at: old[at]
     terms = dict(clip=clip, clip_high=clip_high)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with mixed(device, dtype):
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)   # [N, D], [N]
         value, ce, entropies = head_loss(                                       # scaling the states scales the logits
             states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,

@@ -22,21 +22,23 @@ from pathlib import Path
 import torch
 
 from minikd import minillm, toy
-from minikd.checkpoint import identify, load_config, load_head, load_model, model_files, model_folder, save_model
+from minikd.checkpoint import (check_vocabulary, identify, load_config, load_head, load_model, model_files, model_folder,
+                               save_model)
 from minikd.data import (FORMATS, Encoded, collate, encode_examples, encode_text, load_examples, load_texts,
                          optimizer_steps, split_examples, steps_per_epoch)
-from minikd.evaluate import answer_and_score, check_vocabulary, compare, show_table, write_jsonl
-from minikd.files import InputError, script_errors
+from minikd.evaluate import answer_and_score, compare, show_table
+from minikd.files import InputError, script_errors, write_jsonl
 from minikd.generate import respond
 from minikd.losses import (DIVERGENCES, clipped_surrogate, head_loss, pick_divergence, reverse_kl, scored_positions)
-from minikd.model import Qwen2, cast_copy
+from minikd.model import Qwen2, cast_copy, mixed
 from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
 from minikd.training import (CONFIG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
-                             check_student, compile_blocks, flag_group, learning_rate, load_state, lock, make_optimizer,
-                             make_parser, pick_device, pick_dtype, read_log, save_state, spare_threads, write_config)
+                             check_student, compile_blocks, fill_defaults, flag_group, learning_rate, load_state, lock,
+                             make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state, spare_threads,
+                             write_config)
 
 REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
             validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
@@ -115,9 +117,7 @@ def parse_args():
     defaults = TOY if args.toy else REAL
     if args.epochs or args.steps:                               # one of them was given: no default for the other
         defaults = defaults | dict(epochs=None, steps=None)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_defaults(args, defaults)
     if args.cache_teacher:
         args.cache_teacher = str(Path(args.cache_teacher).expanduser())
     return args
@@ -249,7 +249,7 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
     """
     device, policy, teacher_states = student.head.device, None, None
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with mixed(device, dtype):
         states, targets = scored_positions(student.hidden(ids, checkpointing=checkpointing), ids, mask)     # [N, D], [N]
         if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7)
             old, advantage, teacher_states = (torch.cat([getattr(row, name) for row in batch]).to(device)

@@ -20,7 +20,7 @@ from statistics import mean, stdev
 from benchmarks.measure import machine
 from minikd import problems, toy
 from minikd.checkpoint import save_model
-from minikd.evaluate import write_jsonl
+from minikd.files import write_jsonl
 from minikd.model import Qwen2
 
 ROOT = Path(__file__).parents[1]

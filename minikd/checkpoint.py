@@ -28,6 +28,13 @@ def load_config(folder) -> Qwen2Config:
     return Qwen2Config.from_dict(read_json(path), where=str(path))
 
 
+def check_vocabulary(name, config: Qwen2Config, tokenizer):
+    """Raises InputError if the tokenizer has ids that the model has no row for."""
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(f"{name}: the tokenizer has {len(tokenizer):,} ids, the model {config.vocab_size:,} "
+                         "rows; are both from the same model?")
+
+
 def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     """A model in eval mode from a local folder or a hub name.
 

@@ -1,15 +1,14 @@
 """How good a model is: its loss on held-out text, and its own answers against the references."""
-import json
 from collections import Counter
 from pathlib import Path
 
 import torch
 
 from minikd.data import Encoded, Example, by_length, collate, recognise, to_example
-from minikd.files import InputError, atomic_path
+from minikd.files import InputError, write_jsonl
 from minikd.generate import respond
 from minikd.losses import compare_heads, head_loss, reverse_kl, scored_positions
-from minikd.model import Qwen2, Qwen2Config
+from minikd.model import Qwen2, mixed
 from minikd.records import HALF, kind_of, read_records
 from minikd.rouge import exact_match, mean_by_category, rouge_l_best, tokens
 from minikd.teacher import Teacher
@@ -20,13 +19,6 @@ METRICS = {                                         # what show_table prints bel
     "distinct-4": ("share of different 4-grams", 2), "ce": ("nats per token, on the references", 3),
     "forward_kl": ("nats per token, on the references", 3), "reverse_kl": ("nats per token, on the references", 3),
     "agreement": ("share of tokens with the teacher's argmax", 3), "sequence KL": ("KL(q||p), nats per own answer", 2)}
-
-
-def check_vocabulary(name, config: Qwen2Config, tokenizer: Tokenizer):
-    """Raises InputError if the tokenizer has ids that the model has no row for."""
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(f"{name}: the tokenizer has {len(tokenizer):,} ids, the model {config.vocab_size:,} "
-                         "rows; are both from the same model?")
 
 
 @torch.inference_mode()
@@ -40,7 +32,7 @@ def compare(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, tea
     for at in by_length(rows, batch_size):
         part = [rows[i] for i in at]
         ids, mask = collate(part, pad_id, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with mixed(device, dtype):
             hidden, targets = scored_positions(model.hidden(ids), ids, mask)                # [N, D], [N]
             if teacher:
                 values = compare_heads(hidden, model.head, targets, teacher.states(part, ids, mask), teacher.head,
@@ -143,12 +135,6 @@ def print_table(columns: dict[str, dict[str, float]], metrics: dict[str, dict[st
         cells = [f"{found[key]:.{digits}f}" if key in found else "-" for found in metrics.values()]
         if set(cells) != {"-"}:
             print(f"{key.replace('_', ' '):<14}" + "".join(f"{cell:>{width}}" for cell in cells) + f"  {what}")
-
-
-def write_jsonl(rows: list[dict], path):
-    """Writes one JSON object per line; the file is complete or not there."""
-    with atomic_path(Path(path)) as new:
-        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 # ---- answers and references in files

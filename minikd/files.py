@@ -83,6 +83,12 @@ def atomic_path(path, folder: bool = False):
         shutil.rmtree(work, ignore_errors=True)
 
 
+def write_jsonl(rows: list[dict], path):
+    """Writes one JSON object per line; the file is complete or not there."""
+    with atomic_path(Path(path)) as new:
+        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
 @contextmanager
 def append_to(path):
     """Yields `path`, open to append text to; an error names it, as a full disk's alone would not."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from minikd.data import Encoded, by_length, collate
 from minikd.generate import generate_with_log_probs
 from minikd.losses import clipped_surrogate, head_loss, ratio_of, scored_positions
-from minikd.model import Qwen2
+from minikd.model import Qwen2, mixed
 
 NORMS = ("sequence", "token", "constant")
 
@@ -117,7 +117,7 @@ def token_log_probs(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: 
     found, device = {}, model.head.device
     for at in by_length(rows, batch_size):
         ids, mask = collate([rows[i] for i in at], pad_id, device)              # [B, T]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with mixed(device, dtype):
             states, targets = scored_positions(model.hidden(ids), ids, mask)    # [N, D], [N]
             ce = head_loss(states / temperature, model.head, targets, vocab=vocab)[1]       # [N]; scales the logits: linear
         found |= dict(zip(at, (-ce).split([len(rows[i].response) for i in at])))

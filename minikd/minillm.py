@@ -30,7 +30,7 @@ from torch import Tensor
 from minikd.data import Encoded, by_length, collate, next_rows, optimizer_steps, steps_per_epoch
 from minikd.generate import respond
 from minikd.losses import head_loss, log_mix, scored_positions
-from minikd.model import Qwen2, cast_copy
+from minikd.model import Qwen2, cast_copy, mixed
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
     parts, device = {}, student.head.device                     # row -> its old_logq, R, w_t [n] and teacher [n, D']
     for at in by_length(own, batch_size):
         ids, mask = collate([own[i] for i in at], pad_id, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with mixed(device, dtype):
             states, targets = scored_positions(student.hidden(ids), ids, mask)              # [N, D], [N]
             teacher_states, _ = scored_positions(teacher.hidden(ids), ids, mask)            # [N, D']
             logq = -head_loss(states, student.head, targets, teacher_head=teacher.head)[1]  # [N] = -CE, over the shared rows

@@ -428,6 +428,11 @@ class Qwen2(nn.Module):
         return self
 
 
+def mixed(device: torch.device, dtype: torch.dtype):
+    """Inside a `with` block: matrix products in `dtype`, the weights as they are. torch.autocast; float32 needs none."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 @torch.no_grad()
 def cast_copy(model: Qwen2, dtype: torch.dtype, into: Qwen2 | None = None) -> Qwen2:
     """A copy of the model in `dtype`, to sample with while the model trains; the model itself if it has that dtype.

@@ -11,7 +11,7 @@ from minikd.data import Encoded, collate, send
 from minikd.files import InputError, append_to, atomic_path, read_json, save_tensors
 from minikd.generate import respond
 from minikd.losses import scored_positions
-from minikd.model import Qwen2
+from minikd.model import Qwen2, mixed
 
 FACTS, SHARD_TOKENS = "cache.json", 50_000          # a shard of a 3B teacher's states is 205 MB
 
@@ -91,7 +91,7 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
         for start in range(0, len(plan), batch_size):
             part = [unique[digest] for digest, _ in plan[start:start + batch_size]]
             device = teacher.head.device
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with mixed(device, dtype):
                 states.append(teacher.states(part, *collate(part, pad_id, device)).bfloat16().cpu())
             if progress:
                 progress(len(part))

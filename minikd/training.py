@@ -15,9 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from minikd.checkpoint import load_model, model_folder, outline
-from minikd.evaluate import check_vocabulary, write_jsonl
-from minikd.files import InputError, append_to, atomic_path, read_json, save_tensors
+from minikd.checkpoint import check_vocabulary, model_folder, outline
+from minikd.files import InputError, append_to, atomic_path, read_json, save_tensors, write_jsonl
 from minikd.model import Qwen2, Qwen2Config, run_block
 from minikd.records import local_files
 
@@ -134,6 +133,13 @@ def check_positive(args, *names: str):
         numbers = value if isinstance(value, list) else [value]
         if any(not 0 < number <= 1e12 for number in numbers if number is not None):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and at most 10^12; give another number")
+
+
+def fill_defaults(args, defaults: dict):
+    """Gives every flag that was left out its default."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 # ---- what a run leaves behind
