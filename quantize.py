@@ -148,7 +148,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def measure(folder: Path, tokenizer: Tokenizer, examples: list, rows: list, args, device: str, dtype) -> dict:
-    """Size, perplexity of the references, and ROUGE-L of the model's own answers."""
+    """Size, perplexity (e to the mean CE of the references' tokens, end tokens included), and ROUGE-L of its own answers."""
     model = load_model(folder, device, dtype)
     ce = compare(model, rows, tokenizer.pad_id, args.batch_size)["ce"]
     scores = answer_and_score(model, tokenizer, rows, examples, args.max_new_tokens, 16, args.rouge)

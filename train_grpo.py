@@ -172,31 +172,31 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     The other arguments are the flags of the same names. A saved state in `out` is continued.
     Raises InputError for a gradient that is not finite, and when every reward was 0 for `patience` steps in a row.
     """
-    optimizer, done = make_optimizer(model.train(), lr, weight_decay), {"step": 0, "unpaid": 0}
-    copy = None                                                 # of the policy in `dtype`, to sample with
+    optimizer, state = make_optimizer(model.train(), lr, weight_decay), {"step": 0, "unpaid": 0}
+    sampler = None                                              # a copy of the policy in `dtype`
     if compile:
         compile_blocks(model, *([reference] if reference else []))
     if (out / STATE).exists():
-        done, _ = load_state(out, model, optimizer)
-    unpaid = done["unpaid"]                                     # steps up to now in which every reward was 0
-    log, completions = Log(out, upto=done["step"]), Log(out, upto=done["step"], name="completions.jsonl")
+        state, _ = load_state(out, model, optimizer)
+    unpaid = state["unpaid"]                                    # steps up to now in which every reward was 0
+    log, completions = Log(out, upto=state["step"]), Log(out, upto=state["step"], name="completions.jsonl")
     scoring = dict(pad_id=tokenizer.pad_id, temperature=temperature, vocab=len(tokenizer), dtype=dtype)
     log_probs = functools.partial(grpo.token_log_probs, batch_size=batch_size, **scoring)   # (model, answers) -> [n] of each
     gradients = functools.partial(add_gradients, model=model, ratio=ratio, clip=clip, clip_high=clip_high, beta=beta,
                                   checkpointing=gradient_checkpointing, **scoring)
-    with Progress("grpo", steps, start=done["step"]) as progress:
-        if done["step"] == 0:
-            copy = cast_copy(model, dtype, copy)
-            report(judge(copy), 0, log, progress)
-        for step in range(done["step"], steps):
+    with Progress("grpo", steps, start=state["step"]) as progress:
+        if state["step"] == 0:
+            sampler = cast_copy(model, dtype, sampler)
+            report(judge(sampler), 0, log, progress)
+        for step in range(state["step"], steps):
             clock = [time.perf_counter()]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
 
             # Sample: P prompts, G answers to each, and the log-probabilities that they were drawn with.
-            copy = cast_copy(model, dtype, copy)
+            sampler = cast_copy(model, dtype, sampler)
             asked = next_rows(rows, step, prompts, seed)
-            answers, old = grpo.sample_groups(copy, asked, group_size, max_new_tokens, tokenizer, temperature,
+            answers, old = grpo.sample_groups(sampler, asked, group_size, max_new_tokens, tokenizer, temperature,
                                               seed=seed * 1_000_003 + step)
             clock.append(time.perf_counter())
 
@@ -239,8 +239,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                 raise InputError(f"{out}: every reward was 0 for {patience} steps, so there is nothing to learn from; "
                                  "start from a model that sometimes succeeds, or add an easier reward (--rewards)")
             if (step + 1) % eval_every == 0 or step + 1 == steps:
-                copy = cast_copy(model, dtype, copy)
-                report(judge(copy), step + 1, log, progress)
+                sampler = cast_copy(model, dtype, sampler)
+                report(judge(sampler), step + 1, log, progress)
                 if line["truncated"] > 0.9:
                     progress.say(f"{line['truncated']:.0%} of the answers were cut; raise --max-new-tokens")
                 tokenizer.save(out / "last")
@@ -293,7 +293,7 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model:
         divisor = lambda logp, at: old[at]
     terms = dict(clip=clip, clip_high=clip_high)
     with mixed(device, dtype):
-        states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)   # [N, D], [N]
+        states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)  # [N, D], [N]
         value, ce, entropies = head_loss(                                       # scaling the states scales the logits
             states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,
             policy=lambda logp, at: grpo.policy_loss(logp[:, None], divisor(logp, at)[:, None], ref[at][:, None], A[at],
@@ -362,7 +362,7 @@ def show_change(lines: list[dict]):
 
 def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
     """A tokenizer and a small student, taught by supervised fine-tuning on answers of mixed quality."""
-    if resume and read_log(out):                                # before a student is taught in vain
+    if resume and read_log(out):                                # refuse now, not after the fine-tuning
         check_settings(out, {"task": task, "seed": seed})
     lock(out)
     folder = out / f"start-{task}-{seed}"

@@ -164,8 +164,9 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens.
 
     The other arguments are the flags of the same names; loss is one name of --loss, dtype that of matrix products and of
-    sampling, lm_rows the rows of --lm-data. A saved state in `out` is continued. Raises InputError for a gradient that is
-    not finite.
+    sampling, lm_rows the rows of --lm-data. A saved state in `out` is continued. In the log, `ce` is that of the tokens learned
+    from: in MiniLLM and in on-policy steps -log q of the student's own samples. Raises InputError for a gradient that is not
+    finite.
     """
     optimizer = make_optimizer(student.train(), lr, weight_decay)
     divergence = None                                           # of one token's distributions; None for SFT
@@ -177,25 +178,25 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         divergence = pick_divergence(loss, temperature=temperature, beta=beta, alpha=alpha)
     if compile:
         compile_blocks(student, *([teacher.model] if isinstance(teacher, Teacher) else []))
-    done, saved = {"step": 0, "best": -1.0}, {}                 # steps done, best ROUGE-L; MiniLLM's rollouts as tensors
+    state, saved = {"step": 0, "best": -1.0}, {}                # steps done, best ROUGE-L; MiniLLM's rollouts as tensors
     if (out / STATE).exists():
-        done, saved = load_state(out, student, optimizer)
+        state, saved = load_state(out, student, optimizer)
     rollouts_now, batching = minillm.unpack_rollouts(saved), (batch_size, grad_accum, seed)
     sampling = dict(batch_size=batch_size * grad_accum, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
     if loss == "minillm":
         collecting = dict(sampling, student=student, teacher=teacher.model, pad_id=tokenizer.pad_id, mix=mix, dtype=dtype)
-        source = minillm.rollout_steps(rollouts_now, rows, done["step"], steps, *batching, rollouts, inner_epochs, collecting)
+        source = minillm.rollout_steps(rollouts_now, rows, state["step"], steps, *batching, rollouts, inner_epochs, collecting)
     else:
-        source = optimizer_steps(rows, done["step"], steps, *batching)          # of (step, its micro-batches)
-    texts = optimizer_steps(lm_rows, done["step"], steps, *batching) if lm_rows else itertools.repeat((0, ()))
+        source = optimizer_steps(rows, state["step"], steps, *batching)         # of (step, its micro-batches)
+    texts = optimizer_steps(lm_rows, state["step"], steps, *batching) if lm_rows else itertools.repeat((0, ()))
     gradients = functools.partial(add_gradients, student=student, pad_id=tokenizer.pad_id, dtype=dtype,
                                   checkpointing=gradient_checkpointing)
-    copy, log = None, Log(out, upto=done["step"])               # copy: of the student in `dtype`, to sample with
+    sampler, log = None, Log(out, upto=state["step"])           # sampler: a copy of the student in `dtype`
     judge = functools.partial(
         evaluate_and_save, student, tokenizer=tokenizer, rows=valid_rows, examples=valid_examples, teacher=teacher,
         divergence=divergence, dtype=dtype, batch_size=batch_size, eval_examples=eval_examples, max_new_tokens=max_new_tokens,
         rouge=rouge, out=out, log=log)
-    with Progress(title, steps, start=done["step"]) as progress:
+    with Progress(title, steps, start=state["step"]) as progress:
         started = time.perf_counter()
         for (step, batches), (_, lm_batches) in zip(source, texts):             # MiniLLM's rollouts are sampled by `source`
             ratio = kd_ratio
@@ -203,8 +204,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
 
             if random.Random(f"{seed}:{step}").random() < on_policy:            # GKD: this step on the student's answers
-                copy = cast_copy(student, dtype, copy)
-                own = respond(copy, sum(batches, []), seed=seed + 7919 * step, **sampling,      # a prime: new seeds each step
+                sampler = cast_copy(student, dtype, sampler)
+                own = respond(sampler, sum(batches, []), seed=seed + 7919 * step, **sampling,  # a prime: new seeds each step
                               vocab=min(len(student.head), len(teacher.head)))  # ids that both heads have
                 batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
                 ratio = 1.0                                                     # no CE: its own answers are no targets
@@ -227,9 +228,9 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                       seconds=round(time.perf_counter() - started, 4))
             progress.update(f"ce {ce:.3f}" + (f" kd {kd:.3f}" if teacher else ""))
             if (step + 1) % eval_every == 0 or step + 1 == steps:
-                done = judge(done=done | {"step": step + 1}, copy=copy, progress=progress)
+                state = judge(state=state | {"step": step + 1}, sampler=sampler, progress=progress)
                 if step + 1 < steps:
-                    save_state(out, student, optimizer, done, minillm.pack_rollouts(rollouts_now))
+                    save_state(out, student, optimizer, state, minillm.pack_rollouts(rollouts_now))
             started = time.perf_counter()
     log.write(step=steps, done=True)
     (out / STATE).unlink(missing_ok=True)                       # last/ has the weights; the moments are of no more use
@@ -250,7 +251,7 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
     device, policy, teacher_states = student.head.device, None, None
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     with mixed(device, dtype):
-        states, targets = scored_positions(student.hidden(ids, checkpointing=checkpointing), ids, mask)     # [N, D], [N]
+        states, targets = scored_positions(student.hidden(ids, checkpointing=checkpointing), ids, mask)  # [N, D], [N]
         if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7)
             old, advantage, teacher_states = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']
@@ -264,27 +265,28 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
     return torch.stack([ce.sum(), kd.sum()])
 
 
-def evaluate_and_save(student, *, copy, tokenizer, rows, examples, teacher, divergence, dtype, batch_size, eval_examples,
-                      max_new_tokens, rouge, done, out, log, progress) -> dict:
+def evaluate_and_save(student, *, sampler, tokenizer, rows, examples, teacher, divergence, dtype, batch_size, eval_examples,
+                      max_new_tokens, rouge, state, out, log, progress) -> dict:
     """Logs the held-out loss and ROUGE-L of the student's own answers, and prints one of them; saves last/, and best/ if
-    its ROUGE-L is the best so far.  Returns `done` with the best ROUGE-L."""
-    copy = cast_copy(student, dtype, copy)
-    metrics = compare(copy, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
-    scores = answer_and_score(copy, tokenizer, rows[:eval_examples], examples, max_new_tokens, max(AT_ONCE, batch_size), rouge)
+    its ROUGE-L is the best so far.  Returns `state` with the best ROUGE-L."""
+    sampler = cast_copy(student, dtype, sampler)
+    metrics = compare(sampler, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
+    scores = answer_and_score(sampler, tokenizer, rows[:eval_examples], examples, max_new_tokens, max(AT_ONCE, batch_size), rouge)
     rouge_l = mean_by_category(scores)["all"]["rouge_l"]
-    log.write(step=done["step"], rouge_l=rouge_l, **{f"valid_{key}": value for key, value in metrics.items()})
-    i = random.Random(done["step"]).randrange(len(scores))      # another sample each time
-    progress.say(f"{progress.title} step {done['step']}: held-out CE {metrics['ce']:.3f}"
+    log.write(step=state["step"], rouge_l=rouge_l, **{f"valid_{key}": value for key, value in metrics.items()})
+    i = random.Random(state["step"]).randrange(len(scores))     # another sample each time
+    progress.say(f"{progress.title} step {state['step']}: held-out CE {metrics['ce']:.3f}"
                  + (f", KD {metrics['kd']:.3f}" if teacher else "")
                  + f", ROUGE-L {rouge_l:.1f}; asked {examples[rows[i].index].messages[-1]['content'][:80]!r}, "
                  + f"said {scores[i]['prediction'][:80]!r}")
     save_checkpoint(student, tokenizer, out / "last", dtype)
-    if rouge_l > done["best"]:
+    if rouge_l > state["best"]:
         save_checkpoint(student, tokenizer, out / "best", dtype)
-    return done | {"best": max(rouge_l, done["best"])}
+    return state | {"best": max(rouge_l, state["best"])}
 
 
 def save_checkpoint(model: Qwen2, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype):
+    """Tokenizer and model as a Hugging Face folder, its weights in `dtype`; a run is resumed from STATE's, in float32."""
     tokenizer.save(folder)
     save_model(model, folder, dtype=dtype)
 

@@ -271,7 +271,7 @@ def load_examples(paths, format: str | None = None, limit: int | None = None) ->
     Raises InputError for the first malformed record (in PyTorrent, whose published shards hold corrupt lines, they are only
     counted), and where no record is usable.
     """
-    report, files = Report(), data_files(paths)                 # all, before the first is read
+    report, files = Report(), data_files(paths)                 # every name is looked up before a file is read
     examples = list(islice((example for file in files for example in _examples(file, format, report)), limit))
     report.kept = len(examples)
     if not examples:

@@ -49,7 +49,8 @@ def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher
     """KL(q || p) over whole answers to the rows' prompts, MiniLLM eq. (1), in nats per answer.
 
     The model samples an answer y to each prompt; the estimate is the exact KL(q_t || p_t) summed over y's tokens, averaged
-    over the answers. Its expectation is that of log q(y) - log p(y), with less noise.
+    over the answers. By the chain rule KL(q || p) = E_y Σ_t KL(q_t || p_t); log q(y) - log p(y) has the same mean, but also the
+    noise of each y_t.
     """
     own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids,
                   vocab=min(len(model.head), len(teacher.head)))        # ids that both heads have

@@ -70,7 +70,7 @@ def atomic_path(path, folder: bool = False):
         yield new
         for file in [new, *new.rglob("*")] if folder else [new]:
             if file.is_file() or file.is_dir():                 # not a broken link
-                _fsync(file)                                    # the data first, then the name
+                _fsync(file)                                    # the data, before the new name makes it visible
         if not (folder and path.exists() and _exchange(new, path)):
             if folder and path.exists():
                 os.rename(path, work / "old")                   # os.replace cannot replace a full folder

@@ -39,7 +39,7 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
 
 
 @torch.inference_mode()
-def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, temperature: float = 1.0,
+def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temperature: float,
                             top_p: float = 1.0, top_k: int = 0, eos_ids=(), seed: int | None = None, samples: int = 1,
                             teacher: Qwen2 | None = None, mix: float = 0.0, vocab: int | None = None,
                             graphs: bool | None = None, one_kernel: bool = False) -> tuple[list[list[int]], list[list[float]]]:

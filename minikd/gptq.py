@@ -4,8 +4,14 @@ A layer's weight W [O, I] is rounded to Q so that the layer's outputs change lit
 
     min_Q  tr((W - Q) H (W - Q)^T),   H = 2/n sum_x x x^T
 
-A column of W belongs to one input, a row to one output. H is the same for all rows, so that one factor of its inverse
-serves them all, column by column.
+A column of W belongs to one input, a row to one output; H, the second derivative of the squared error, is the same for all
+rows. Eq. (2) divides the error of column j by [H_F^-1]_jj and spreads it over the columns F that are not rounded yet, along
+row j of H_F^-1, the inverse of their part of H. It shrinks with every column, but no new inverse is needed: with H^-1 = U^T U,
+U upper triangular, the lower right part of U is that factor for H_F, so that
+
+    U_jj^2 = [H_F^-1]_jj,   U_j,F / U_jj = [H_F^-1]_j,F / [H_F^-1]_jj
+
+    error = (w_j - q_j) / U_jj,   w_k -= error U_jk  for the columns k after j
 
 References
     GPTQ                                            arXiv:2210.17323, eq. (1), (2), (4), Algorithm 1

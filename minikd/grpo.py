@@ -1,8 +1,11 @@
 """GRPO: several answers to each prompt, a group; an answer's advantage is how much better it is than its group.
 
-The objective, to be maximised; o_i the answers of a group, A_i their advantages, ρ = π / π_old the ratio of the policies:
+The objective, to be maximised; o_i the answers of a group, A_i their advantages, the same for all tokens of an answer, and
+ρ = π / π_old the ratio of the policies:
 
     1/G Σ_i 1/|o_i| Σ_t [ min(ρ_it A_i, clip(ρ_it, 1 - ε, 1 + ε) A_i) - β k3_it ]
+
+In the first update after sampling ρ is 1 and the gradient that of REINFORCE; the clip acts from the second one on.
 
 References
     Knowledge Distillation for Large Language Models, eq. (5) advantages, (6) objective, (7) KL estimate
@@ -28,6 +31,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
     scale  "std" divides by the unbiased standard deviation, as trl does; "none" does not (Dr. GRPO: dividing gives very
            easy and very hard prompts more weight)
+    All tokens of an answer have its advantage. With G = 2 and "std" it is 0.71 and -0.71, however far apart the two rewards.
     A reward of NaN could not be judged: mean and deviation leave it out, and its advantage is 0. So are the advantages of
     a group with fewer than two judged rewards, or with equal ones: exactly 0, although their mean is rounded.
     Raises ValueError for another scale.
@@ -37,7 +41,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))     # half would overflow in the sums
     judged = ~rewards.isnan()
     count = judged.sum(1, keepdim=True)                                         # [P, 1]
-    mean = torch.where(judged, rewards, 0.0).sum(1, keepdim=True) / count       # [P, 1]; 0 / 0 is not read
+    mean = torch.where(judged, rewards, 0.0).sum(1, keepdim=True) / count       # [P, 1]; NaN where none is judged, not used
     lowest = torch.where(judged, rewards, torch.inf).amin(1, keepdim=True)                  # [P, 1]
     highest = torch.where(judged, rewards, -torch.inf).amax(1, keepdim=True)                # [P, 1]
     centred = torch.where(judged & (lowest < highest), rewards - mean, 0.0)     # [P, G]; 0 where fewer than two are judged
@@ -50,7 +54,10 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """e^d - d - 1, d = log π_ref - log π: an unbiased estimate of KL(π || π_ref), never negative.  Paper eq. (7).
 
-    Log-probabilities of the sampled tokens, [...] each -> [...] nats
+    Log-probabilities of the sampled tokens, [...] each -> [...] nats. The mean of π_ref / π over samples of π is 1, so that
+    -d + (π_ref / π - 1) has the mean of -d, and it is at least 0 as e^d >= 1 + d. Its gradient for a given sample is another
+    matter: (1 - π_ref / π) ∇ log π has the mean ∇KL(π_ref || π), in the other direction. (trl multiplies k3 by the ratio, and
+    then it is that of KL(π || π_ref).)
     """
     d = ref_logp - logp
     return ratio_of(ref_logp, logp) - d - 1                                     # π_ref / π - d - 1

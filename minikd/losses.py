@@ -1,7 +1,7 @@
 """Token-level divergences between a student q and its teacher p, and the LM head applied chunk by chunk.
 
-Every divergence takes logits and returns one value per token, in nats, computed in float32: with 151,936
-rows a bfloat16 softmax is off by up to two thirds of the KL. They are true divergences: 0 when q equals p.
+Every divergence takes logits and returns one value per token, in nats, computed in float32: with 151,936 rows a bfloat16
+softmax is off by more than the KL itself where the models are close. They are true divergences: 0 when q equals p.
 
 References
     Knowledge Distillation for Large Language Models, eq. (3) the mixed loss, (4) token-level KL
@@ -150,9 +150,10 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     vocab           use only the head's first `vocab` rows, as sampling did
     returns         the loss (differentiable once), and for logs CE [N] and D [N] of each token
 
-    Full logits are never held. For each chunk of tokens this computes the logits, the loss and its gradient, and
-    multiplies the gradient into those of hidden and head at once, while the logits are in the cache. That is why
-    `weight` must be known here; recomputing the logits in the backward pass would cost a second head product.
+    Full logits are never held. For each chunk of tokens this computes the logits, the loss and its gradient G [n, V] with
+    respect to them (for CE: softmax - one-hot), and from it at once, while it is in the cache, those of the inputs:
+    dL/dhidden = G head, dL/dhead += G^T hidden. That is why `weight` must be known here; recomputing the logits in the
+    backward pass would cost a second head product.
     Under autocast the head multiplies in autocast's dtype.
 
     Raises ValueError for a kd_ratio without divergence or teacher.
@@ -249,8 +250,8 @@ def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: f
                       clip_high: float | None = None) -> Tensor:
     """-min(ρ A, clip(ρ, 1 - clip, 1 + clip) A), ρ = q / q_old of the sampled token.  PPO (arXiv:1707.06347) eq. (7).
 
-    [N] each -> [N], to be minimised. Its gradient is -A ∇ log q while q = q_old, and 0 once updates have moved ρ
-    past the clip in the direction that A asks for.
+    [N] each -> [N], to be minimised. As ∇ρ = ρ ∇ log q, its gradient is -A ∇ log q, REINFORCE's, while q = q_old, and 0 once
+    updates have moved ρ past the clip in the direction that A asks for.
 
     clip_high  the clip above 1, if it differs from the one below (DAPO's clip-higher: 0.28)
     """
@@ -264,7 +265,7 @@ def compare_heads(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden:
                   divergence=reverse_kl) -> dict[str, Tensor]:
     """Metrics of each token [N], the inputs as in head_loss: ce, kd (the given divergence), forward_kl, reverse_kl in
     nats, and agreement, 1 where both models' likeliest token is the same."""
-    def metrics(logits, teacher_logits):                # in the place of a divergence: sees all logits, piece by piece
+    def metrics(logits, teacher_logits):                # takes a divergence's place to see all logits, piece by piece
         logq, logp = log_probs(logits, teacher_logits, temperature=1.0)
         values.append(torch.stack([divergence(logits, teacher_logits), kl(logp, logq), kl(logq, logp),
                                    (logq.argmax(-1) == logp.argmax(-1)).float()]))          # [4, n]
@@ -279,8 +280,8 @@ def compare_heads(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden:
 def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
     """states [n, D], head [V, D] -> logits [n, V] in states' dtype, written to the first rows of `out` if given.
 
-    On a CPU it is (head_block @ states.T).T, block after block: 2 x as fast as states @ head.T for n = 64. A head in
-    another dtype is cast block by block, so that no second copy of it is held.
+    On a CPU it is (head_block @ states.T).T, block after block: in float32 1.1 to 1.9 x as fast as one product for 8 to 220
+    rows on two cores. A head in another dtype is cast block by block, so that no second copy of it is held.
     """
     if out is None:
         out = states.new_empty(len(states), len(head))

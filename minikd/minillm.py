@@ -4,8 +4,9 @@ The objective is L = KL(q || p) over whole answers y = y_1 .. y_T, q the student
 
     ∇L = E_q Σ_t [ ∇ KL(q_t || p_t)  -  R_{t+1} ∇ log q(y_t) ],  R_{t+1} = Σ_{i>t} r_i,  r_i = log p(y_i) - log q(y_i)
 
-The first term is the divergence of step t, exact over the whole vocabulary; the second is the effect of y_t on the
-steps after it. collect() samples answers and keeps the constants of that gradient; the loss of an update is reverse KL
+Where it comes from: ∇KL = -E Σ_t (r_t + R_{t+1}) ∇ log q(y_t), and given y_1 .. y_{t-1} the mean of -r_t ∇ log q(y_t) over
+y_t is ∇ KL(q_t || p_t), as that of ∇ log q(y_t) is 0. So the first term, the divergence of step t, is exact over the whole
+vocabulary, not sampled; the second is the effect of y_t on the steps after it. collect() samples answers and keeps the constants of that gradient; the loss of an update is reverse KL
 plus clipped_surrogate, both by head_loss: see add_gradients in train_kd.py.
 
 References
@@ -120,7 +121,7 @@ def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps
     """(step, its micro-batches) for steps start .. steps-1, as data.optimizer_steps gives them for records.
 
     When the current rollouts have been used `inner_epochs` times, the student as it is then answers the next `rollouts`
-    prompts of the rows.
+    prompts of the rows: step k belongs to phase k // phase_steps.
     sampled     the current rollouts, changed in place so that the caller can save them; a run that is resumed between two
                 samplings must pass them in
     collecting  the arguments of collect, except rows and seed

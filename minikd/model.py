@@ -103,7 +103,7 @@ class Slots(NamedTuple):
     """One layer's part of a cache."""
     keys: Tensor                                                                # [B, K, S, E]
     values: Tensor                                                              # [B, K, S, E]
-    at: int | Tensor                                                            # slots filled so far; StaticCache: [1]
+    at: int | Tensor                                                            # slots filled so far; in a StaticCache a tensor [1]
     mask: Tensor | None                 # what a new token sees: [B, 1, 1, S] bool; StaticCache: 0 or -inf, to be added
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,12 @@ class KVCache:
     """Keys and values of the tokens already read, per layer [B, K, S, E], allocated for the whole answer at the start.
 
     A slot is a column of the cache, the same for all rows; `valid` [B, S] says which slots hold a token of
-    the row. Prompts are right-padded, so a short one leaves a gap before the first new token.
+    the row. Prompts are right-padded, so a short one leaves a gap before the first new token: of the prompts a b and c d e f,
+    with the new tokens x and y,
+
+        slot      0 1 2 3 4
+        row 0     a b . . x         x is in slot 4, but at position 2
+        row 1     c d e f y         `used` counts slots, `lengths` positions; `valid` hides the dots
     """
 
     def __init__(self, config: Qwen2Config, lengths: Tensor, capacity: int, dtype: torch.dtype):
@@ -217,7 +222,11 @@ def rope_tables(positions: Tensor, theta: float, E: int, dtype: torch.dtype) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair (x_i, x_{i+E/2}) by its angle.  RoPE eq. (34), where neighbours are paired.  [B, H, T, E] -> the same"""
+    """Rotates each pair (x_i, x_{i+E/2}) by its angle.  RoPE eq. (34), where neighbours are paired.  [B, H, T, E] -> the same
+
+    A query at m and a key at n are rotated by m θ_i and n θ_i; their product then depends on m - n only: attention sees
+    distances, not places.
+    """
     low, high = x.chunk(2, dim=-1)                                              # [B, H, T, E/2] each
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
@@ -229,7 +238,7 @@ class Attention(nn.Module):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         self.E, self.K = E, config.num_key_value_heads
-        self.joined = None                                                      # q, k, v as one product; set by layout.py
+        self.joined = None                                                      # x -> q, k, v side by side; set by layout.py
         self.q_proj = Linear(D, config.num_attention_heads * E, bias=True)      # Qwen2 has a bias here, and only here
         self.k_proj = Linear(D, config.num_key_value_heads * E, bias=True)
         self.v_proj = Linear(D, config.num_key_value_heads * E, bias=True)
@@ -270,7 +279,7 @@ class MLP(nn.Module):
         self.gate_proj = Linear(D, W, bias=False)
         self.up_proj = Linear(D, W, bias=False)
         self.down_proj = Linear(W, D, bias=False)
-        self.joined = None                                                      # gate and up as one product; layout.py
+        self.joined = None                                                      # x -> gate and up side by side; layout.py
 
     def _apply(self, fn, recurse=True):
         self.joined = None
@@ -285,6 +294,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then the MLP, each on the normalised states and added to them.  [B, T, D] -> [B, T, D]"""
+
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.self_attn, self.mlp = Attention(config), MLP(config)
@@ -389,6 +400,8 @@ class Qwen2(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, T] int64 -> logits [B, T, V]. Causal; right padding needs no mask."""
         return F.linear(self.hidden(ids), self.head)
+
+    # What layout.py may have hung on the modules. A reader of the model can go on at init_weights.
 
     def lay_back(self):
         """Undoes layout.laid_out: every layer multiplies by its own weight again."""

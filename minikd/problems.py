@@ -9,7 +9,6 @@ The toy students first learn from answers of mixed quality, some wrong and some 
 ones more frequent. It strengthens what the student can do already, and teaches no new skill.
 """
 import json
-import math
 import random
 from dataclasses import dataclass
 from itertools import islice

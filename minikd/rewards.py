@@ -18,7 +18,7 @@ Departures from the published code, most of which close loopholes
                 "---" do not.
     length      in characters; open-r1 counts tokens.
     answer      compared as text or as a number, without math-verify; without any tag there is no answer.
-    code        1 for passing all tests, else 0, unless `partial` (open-r1: the fraction). stdout is compared completely
+    code        1 for passing all tests, else 0; the fraction, open-r1's reward, is `code_partial`. stdout is compared completely
                 (its zip accepts only the first line), a timeout fails only its own test, and the last code block counts
                 whatever its language (open-r1: the last ```python). No code, and code that does not compile, give 0
                 (cf_code: -1 and -0.1).
@@ -31,7 +31,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from decimal import Decimal
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 from minikd import sandbox
@@ -208,7 +208,8 @@ def _run_all(runs: set[tuple]) -> dict[tuple, sandbox.Result]:
 
 
 REWARDS = {"format": format_reward, "tags": tags_reward, "steps": steps_reward, "length": length_reward,
-           "repetition": repetition_reward, "answer": answer_reward, "code": code_reward}
+           "repetition": repetition_reward, "answer": answer_reward, "code": code_reward,
+           "code_partial": partial(code_reward, partial=True)}
 
 
 # ---- several rewards together

@@ -36,7 +36,7 @@ def check_student(name, tokenizer):
 
 
 def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
-    """AdamW; biases and norm weights have no weight decay. Fused: one pass over the weights, without copies of them."""
+    """AdamW; biases and norm weights have no weight decay. fused=True updates them in one pass and allocates nothing."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
