@@ -159,7 +159,7 @@ _ONLY_AFTER = {"ogi": "l", "ion": "st"}
 
 
 class _Stems(dict):
-    """word -> stem, computed at the first look-up. A hit costs a quarter of lru_cache's."""
+    """word -> stem, computed at the first look-up. A hit costs less than half of lru_cache's."""
 
     def __missing__(self, word):
         if len(self) >= 1 << 18:                                # about 40 MB; a corpus rarely has a tenth of this
