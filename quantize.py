@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from minikd.checkpoint import check_vocabulary, load_config, load_model, model_folder, read_quantization, save_model
-from minikd.data import encode_examples, encode_text, load_examples, load_texts, recognise
+from minikd.data import NothingLeft, encode_examples, encode_text, load_examples, load_texts, recognise
 from minikd.evaluate import answer_and_score, compare
 from minikd.files import InputError, check_writable, read_json, script_errors
 from minikd.gptq import quantize_model
@@ -97,7 +97,7 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
     rng, rows = random.Random(seed), []
     rng.shuffle(source)
     for start in range(0, len(source), samples):
-        with suppress(InputError):                              # none of these is short enough
+        with suppress(NothingLeft):
             rows += encode(source[start:start + samples])
         if len(rows) >= samples:
             break

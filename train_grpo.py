@@ -8,8 +8,10 @@
     python train_grpo.py ... --norm token --clip-high 0.28 --drop-flat --inner-epochs 4     DAPO
     python train_grpo.py ... --ratio sequence --clip 3e-4 --inner-epochs 4                  GSPO
 
-(In the first update after sampling the ratio is 1: clips and ratios matter from the second inner epoch on.) Each step samples a group of answers to each of a few prompts, computes their rewards, and makes those more probable that
-are better than their group. Paper: Knowledge Distillation for Large Language Models, eq. (5) to (7); see minikd/grpo.py.
+Each step samples a group of answers to each of a few prompts, computes their rewards, and makes those more probable that
+are better than their group. (In the first update after sampling the ratio is 1, but for a bfloat16 sampler's rounding:
+clips and kinds of ratio matter from the second inner epoch on.) Paper: Knowledge Distillation for Large Language Models,
+eq. (5) to (7); see minikd/grpo.py.
 """
 import functools
 import math
@@ -20,13 +22,14 @@ import torch
 
 from minikd import grpo, problems, sandbox, toy
 from minikd.checkpoint import identify, load_model, save_model
-from minikd.data import Encoded, collate, encode_examples, next_rows, split_examples, to_example
+from minikd.data import Encoded, collate, encode_examples, next_rows, same_prompt, split_examples, to_example
 from minikd.files import InputError, script_errors, sha256
 from minikd.losses import entropy, head_loss, scored_positions
 from minikd.model import Qwen2, cast_copy, mixed
 from minikd.plots import plot_rewards
 from minikd.records import data_files
 from minikd.rewards import combine, load_rewards, reward_files, summary
+from minikd.teacher import fingerprint
 from minikd.tokenizer import Tokenizer
 from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
                              check_student, compile_blocks, fill_defaults, flag_group, learning_rate, load_state, lock,
@@ -114,8 +117,10 @@ def read_problems(args) -> tuple[list[problems.Problem], list[problems.Problem]]
     if args.toy:
         return (problems.toy_problems(args.task, 3000 if args.task == "sums" else 1000, seed=args.seed),
                 problems.toy_problems(args.task, args.eval_examples, seed=99, test=True))
-    read = problems.load_problems(args.data, args.limit)
-    found = list({problem.messages[-1]["content"]: problem for problem in reversed(read)}.values())     # the first of each
+    read, first = problems.load_problems(args.data, args.limit), {}
+    for problem in read:
+        first.setdefault(same_prompt(problem.messages), problem)
+    found = list(first.values())
     if len(found) < 2:
         raise InputError(f"{', '.join(args.data)}: holds one problem; give 2 or more, one is held out")
     if len(found) < len(read):
@@ -131,7 +136,7 @@ def choose_rewards(args, asked: list[problems.Problem]) -> tuple[dict, dict[str,
         if not checks:
             raise InputError(f"{', '.join(args.data)}: no record has an answer, or tests that outputs can be compared with; "
                              "choose what to reward with --rewards")
-        weights = dict.fromkeys(checks, 1.0) | FORM
+        weights = dict.fromkeys((name for name in checks if name != "code_partial"), 1.0) | FORM
         args.rewards = ",".join(weights)
         args.reward_weights = args.reward_weights or ",".join(map(str, weights.values()))
     rewards = load_rewards(args.rewards)
@@ -201,7 +206,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             clock.append(time.perf_counter())
 
             # Judge: each reward's values, their weighted sum [P G], and the advantages [P, G], paper eq. (5).
-            texts = [tokenizer.decode(answer.response) for answer in answers]
+            texts = [text_of(tokenizer, answer) for answer in answers]
             values, total = pay(texts, [facts[answer.index] for answer in answers], rewards, weights)
             advantages = grpo.group_advantages(total.view(-1, group_size), scale)
             clock.append(time.perf_counter())
@@ -212,12 +217,12 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                        for i, answer in enumerate(answers)]
             weight = grpo.token_weights([len(answer.response) for answer in answers], norm, max_new_tokens, counted)
             ref = log_probs(reference, answers) if beta else old                # with beta 0 the KL is not used
-            start = None                                                        # log-probabilities before the first update
-            for _ in range(inner_epochs):
+            if ratio == "sequence" and inner_epochs > 1:
+                start = log_probs(model, answers)               # a bfloat16 sampler's differ by more than GSPO's small clip
+            for epoch in range(inner_epochs):
                 if ratio == "sequence":                                         # GSPO: every token has its answer's ratio
-                    now = log_probs(model, answers)
-                    start = start or now        # not the sampler's: in bfloat16 they differ by more than GSPO's small clip
-                    old = [grpo.sequence_log_ratio(*pair) for pair in zip(now, start)]
+                    old = [grpo.sequence_log_ratio(*pair) for pair in zip(log_probs(model, answers), start)] if epoch else \
+                        [0.0] * len(answers)                                    # nothing was updated yet
                 sums = torch.zeros(4)
                 for batch in longest_first(answers, counted, batch_size):
                     pick = lambda column: [column[i] for i in batch]
@@ -258,6 +263,12 @@ def lines_of(step: int, answers: list[Encoded], texts: list[str], values: dict[s
     return [dict(step=step, prompt=tokenizer.decode(answer.prompt), completion=text, reward=number(reward),
                  advantage=float(advantage), rewards={name: column[i] for name, column in values.items()})
             for i, (answer, text, reward, advantage) in enumerate(zip(answers, texts, total, advantages.view(-1)))]
+
+
+def text_of(tokenizer: Tokenizer, answer: Encoded) -> str:
+    """The answer, after the <think> that its prompt ends in, where the chat template begins the thoughts."""
+    begun = tokenizer.decode(answer.prompt[-8:]).rstrip().endswith("<think>")
+    return ("<think>\n" if begun else "") + tokenizer.decode(answer.response)
 
 
 def pay(texts: list[str], facts: list[dict], rewards: dict, weights: dict) -> tuple[dict[str, list], torch.Tensor]:
@@ -322,7 +333,7 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
              max_new_tokens: int, at_once: int, seed: int) -> dict:
     """Accuracy on held-out problems, `greedy` and `sampled` at temperature 1, and each reward's mean over the sampled.
 
-    A problem is solved if the reward `answer` or `code` says so; without either, the mean sum of all rewards stands in.
+    A problem is solved if the reward `answer` or `code` says so; without those, the mean sum of all rewards stands in.
     at_once  answers in a batch: as many as a step samples, so that evaluation needs no more memory
     """
     found = {}
@@ -331,9 +342,9 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
         for start in range(0, len(rows), at_once):
             answers += grpo.sample_groups(model, rows[start:start + at_once], 1, max_new_tokens, tokenizer, temperature,
                                           seed=seed + start)[0]
-        texts = [tokenizer.decode(answer.response) for answer in answers]
+        texts = [text_of(tokenizer, answer) for answer in answers]
         values, total = pay(texts, [facts[row.index] for row in rows], rewards, dict.fromkeys(rewards, 1.0))
-        solved = next((values[key] for key in ("answer", "code") if key in values), [number(value) for value in total])
+        solved = next((values[key] for key in problems.CHECKS if key in values), [number(value) for value in total])
         found[name] = number(torch.tensor([value for value in solved if value is not None]).float().mean())
     found |= {name: mean for name, mean in summary(values).items() if name.count("/") == 1}
     return found | {"length": sum(len(answer.response) for answer in answers) / len(answers), "sample": texts[0]}
@@ -410,7 +421,7 @@ def main():
     rows, valid_rows = (problems.encode_problems(part, tokenizer, args.max_prompt_length) for part in (asked, tests))
     dropped = len(asked) + len(tests) - len(rows) - len(valid_rows)
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
-    if "code" in rewards:
+    if rewards.keys() & {"code", "code_partial"}:
         print(f"sandbox: {sandbox.isolation()}")
     names = ("prompts", "group_size", "max_new_tokens", "temperature", "clip", "clip_high", "beta", "scale", "norm",
              "ratio", "inner_epochs", "mask_truncated", "drop_flat", "steps", "batch_size", "lr", "warmup", "schedule",
@@ -421,6 +432,7 @@ def main():
                            "reward_files": {path: sha256(path) for path in reward_files(args.rewards)},
                            "dtype": str(dtype), "limit": args.limit,
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
+                           "held_out": fingerprint(same_prompt(problem.messages) for problem in tests),
                            "records": {str(file): sha256(file) for file in data_files(args.data or ())}}
     if not begin_run(out, recorded, args.resume):
         return

@@ -271,7 +271,8 @@ def evaluate_and_save(student, *, sampler, tokenizer, rows, examples, teacher, d
     its ROUGE-L is the best so far.  Returns `state` with the best ROUGE-L."""
     sampler = cast_copy(student, dtype, sampler)
     metrics = compare(sampler, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
-    scores = answer_and_score(sampler, tokenizer, rows[:eval_examples], examples, max_new_tokens, max(AT_ONCE, batch_size), rouge)
+    scores = answer_and_score(sampler, tokenizer, rows[:eval_examples], examples, max_new_tokens, max(AT_ONCE, batch_size),
+                              rouge)
     rouge_l = mean_by_category(scores)["all"]["rouge_l"]
     log.write(step=state["step"], rouge_l=rouge_l, **{f"valid_{key}": value for key, value in metrics.items()})
     i = random.Random(state["step"]).randrange(len(scores))     # another sample each time
@@ -356,7 +357,8 @@ def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
     made_from = {"teacher": model_files(model_folder(args.teacher)), "dtype": str(dtype)}
     with Progress("the teacher's answers", len(rows)) as progress:
         return teacher_responses(out / "teacher-answers.jsonl", load, rows, made_from, tokenizer,
-                                 max(AT_ONCE, args.batch_size), args.max_new_tokens, args.seed, progress=lambda count: progress.update(by=count))
+                                 max(AT_ONCE, args.batch_size), args.max_new_tokens, args.seed,
+                                 progress=lambda count: progress.update(by=count))
 
 
 def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher | CachedTeacher:

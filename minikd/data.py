@@ -313,6 +313,11 @@ def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:
     return texts, [(str(file), sha256(file)) for file in files]
 
 
+def same_prompt(messages) -> str:
+    """A text that two conversations share if they differ only in spacing and capitals."""
+    return " ".join(" ".join(f"{turn['role']}: {turn['content']}" for turn in messages).split()).casefold()
+
+
 def split_examples(examples: list, count: int, seed: int = 42) -> tuple[list, list]:
     """(train, validation) of Examples or Problems, each in the given order; the same prompt is never in both.
 
@@ -324,16 +329,14 @@ def split_examples(examples: list, count: int, seed: int = 42) -> tuple[list, li
         raise InputError(f"{count} validation examples of {len(examples)} leave none to train on; ask for fewer")
     groups = {}                                                 # hash -> indices of the examples with that prompt
     for i, example in enumerate(examples):
-        prompt = " ".join(f"{turn['role']}: {turn['content']}" for turn in example.messages)
-        prompt = " ".join(prompt.split()).casefold()            # spacing and capitals do not make a new prompt
-        groups.setdefault(hashlib.sha256(f"{seed}:{prompt}".encode()).digest(), []).append(i)
+        groups.setdefault(hashlib.sha256(f"{seed}:{same_prompt(example.messages)}".encode()).digest(), []).append(i)
     held = set()
     for key in sorted(groups):
         if len(held) + len(groups[key]) <= count:
             held.update(groups[key])
     if count and not held:
-        raise InputError(f"every prompt is there more than {count} times, so no validation examples can be set apart; ask for more "
-                         "(--validation), or remove repeats")
+        raise InputError(f"every prompt is there more than {count} times, so no validation examples can be set apart; ask for more, "
+                         "or remove repeats")
     return ([example for i, example in enumerate(examples) if i not in held],
             [example for i, example in enumerate(examples) if i in held])
 
@@ -343,7 +346,7 @@ def split_examples(examples: list, count: int, seed: int = 42) -> tuple[list, li
 def prompt_text(example: Example, tokenizer, template: str = "chatml") -> str:
     """The prompt as text; the response follows it directly.
 
-    template  "chatml"  the conversation by the tokenizer's own chat template (Tokenizer.chat), ending <|im_start|>assistant
+    template  "chatml"  the conversation by the tokenizer's own chat template (Tokenizer.chat), up to where an answer begins
               "alpaca"  the paper's: preamble, ### Instruction:, ### Input: if there is one, ### Response:
                         Left out are oddities of its code (process_data_*.py): <|im_start|> without a role before the
                         preamble, <|im_end|><|im_start|>Assistant: after the last heading (a bare <|im_end|> for
@@ -358,6 +361,10 @@ def prompt_text(example: Example, tokenizer, template: str = "chatml") -> str:
     given = f"### Input:\n{example.input}\n\n" if example.input else ""
     return (f"Below is an instruction that describes a task{more}. Write a response that appropriately completes the "
             f"request.\n\n### Instruction:\n{example.instruction}\n\n{given}### Response:\n")
+
+
+class NothingLeft(InputError):
+    """None of the examples to encode is short enough."""
 
 
 @dataclass(frozen=True)
@@ -383,7 +390,7 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
     An example is dropped if its prompt exceeds max_prompt_length or leaves no room for a response. A response is cut so
     that prompt + response <= max_length; a response that is cut has no end token. An example whose response spells a stop token
     (code of tokenizers does) is dropped: sampling would stop there, so the tokens after it could never be generated.
-    Raises InputError when nothing is left.
+    Raises NothingLeft, an InputError, when nothing is left.
     """
     counts = {"encoded": 0, "responses cut": 0, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
     encoded = []
@@ -403,7 +410,7 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
             counts["responses cut"] += encoded[-1].cut
     if examples and not encoded:
         lost = ", ".join(f"{count} {what.removeprefix('dropped: ')}" for what, count in counts.items() if count)
-        raise InputError(f"no example is left of {len(examples)} ({lost}); raise --max-prompt-length or --max-length")
+        raise NothingLeft(f"no example is left of {len(examples)} ({lost}); raise --max-prompt-length or --max-length")
     return encoded, counts
 
 

@@ -30,7 +30,7 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     eos_ids      a row ends after any of these, or at max_new_tokens without one
     seed         for this call only: the same call gives the same tokens, whatever ran before
     options      those of generate_with_log_probs
-    On a CPU the weights move while it runs (layout.laid_out): of an alias such as p.data, taken before, nothing is known after.
+    On a CPU the weights are moved while it runs (layout.laid_out): do not use an alias such as p.data that was taken before.
     Raises ValueError for an empty prompt (there is no state to sample the first token from) and for invalid options: a
     negative temperature or top_k, top_p of 0 or above 1, samples or vocab below 1, mix without a teacher.
     """

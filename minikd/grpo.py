@@ -5,7 +5,8 @@ The objective, to be maximised; o_i the answers of a group, A_i their advantages
 
     1/G Σ_i 1/|o_i| Σ_t [ min(ρ_it A_i, clip(ρ_it, 1 - ε, 1 + ε) A_i) - β k3_it ]
 
-In the first update after sampling ρ is 1 and the gradient that of REINFORCE; the clip acts from the second one on.
+In the first update after sampling ρ is 1, but for a bfloat16 sampler's rounding, and the gradient that of REINFORCE; the clip
+acts from the second update on.
 
 References
     Knowledge Distillation for Large Language Models, eq. (5) advantages, (6) objective, (7) KL estimate

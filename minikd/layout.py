@@ -27,13 +27,16 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 
     rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
     The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16, and in float32, from a few rows on, a third. On a
-    GPU nothing is packed. A 4-bit model's layers stay joined afterwards, as their codes never change.
+    GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its codes never change; its
+    packed head is kept while the head is the same.
     """
     weight = model.head
+    if model.packed_head is not None and model.packed_from != state_of(weight):
+        model.packed_head = None                        # kept by a 4-bit model whose head was then trained or cast
     pack = weight.device.type == "cpu" and torch.backends.mkldnn.enabled and (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         or weight.dtype == torch.float32 and rows >= 4 and weight.numel() > 1 << 20)        # a toy's fits in cache
-    inside = model.packed_head is not None or not model.quantization and model.model.layers[0].mlp.joined is not None
+    inside = not model.quantization and model.model.layers[0].mlp.joined is not None
     if steps < WORTH or inside or not (pack or weight.is_cuda or model.quantization):
         yield
         return
@@ -41,9 +44,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
         lay_out(model, rows, pack)
         yield
     finally:
-        if model.quantization:
-            model.packed_head = None                    # the head may be trained
-        else:
+        if not model.quantization:
             try:
                 model.lay_back()
             except KeyboardInterrupt:                   # first the weights, then the interrupt
@@ -70,8 +71,14 @@ def lay_out(model: Qwen2, rows: int, pack: bool):
                 layer.packed.free_parts()
     if pack:
         give_memory_back()
-        if not (model.int8_head and rows < INT8_ROWS):
+        if model.packed_head is None and not (model.int8_head and rows < INT8_ROWS):
+            model.packed_from = state_of(model.head)
             model.packed_head = torch.ops.mkldnn._reorder_linear_weight(model.head, rows)
+
+
+def state_of(weight: Tensor) -> tuple:
+    """Equal for two looks at a weight if nothing was written to it between them. (An inference tensor counts no versions.)"""
+    return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
 
 
 class Packed:

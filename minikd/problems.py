@@ -25,7 +25,7 @@ SYSTEM = ("You first think about the problem step by step and then give the answ
 PYTHON = "Write a Python 3 program that reads standard input and writes standard output, in a ```python block."
 
 
-CHECKS = {"answer": "answer", "code": "tests"}          # a reward that tells right from wrong -> the fact it needs
+CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward that tells right from wrong -> its fact
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Text <-> token ids: tokenizer.json through `tokenizers`, and the chat template."""
 import json
+from datetime import datetime
 from pathlib import Path
 
 import tokenizers
@@ -157,15 +158,27 @@ def read_template(folder: Path):
     if not isinstance(source, str) or not source.strip():
         return None
     from jinja2 import TemplateError                                            # comes with torch
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}: marks for training what the model writes; the text inside is rendered as it is."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def refuse(text):
         raise TemplateError(text)
 
-    tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()
-              if key.endswith("_token")}                                        # a template may write eos_token
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    given = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()
+             if key.endswith("_token")}                                         # a template may write eos_token
+    given = {key: value for key, value in given.items() if isinstance(value, str)}
+    given |= {"tools": None, "documents": None, "raise_exception": refuse,
+              "strftime_now": lambda format: datetime.now().strftime(format)}
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     try:
-        return environment.from_string(source, globals=tokens | {"raise_exception": refuse})
+        return environment.from_string(source, globals=given)
     except TemplateError as error:
         raise InputError(f"{path}: its chat template is damaged ({error}); fetch it again") from error

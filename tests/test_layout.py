@@ -198,14 +198,10 @@ def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
     with torch.inference_mode():
         expected = model(ids).float()
         with laid_out(model, rows=1, steps=16):
-            assert (model.packed_head is not None) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
             packed = model.packed_head
-            with laid_out(model, rows=1, steps=16):
-                assert model.packed_head is packed
-            assert model.packed_head is packed
         attention = model.model.layers[0].self_attn
         assert attention.joined is not None
-        assert model.packed_head is None                        # only inside: the head may be trained
+        assert (packed is not None) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         assert len({part.qweight.untyped_storage().data_ptr() for part in parts}) == 1
         for part in parts:
@@ -213,7 +209,7 @@ def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
         kept, first = attention.joined, model(ids).float()
         assert (first - expected).norm() <= 2e-2 * expected.norm()
         with laid_out(model, rows=1, steps=16):
-            assert attention.joined is kept
+            assert attention.joined is kept and model.packed_head is packed
     model.float()
     assert packed_parts(model) == 0
     with torch.inference_mode():
@@ -242,6 +238,18 @@ def test_4_bit_layers_grouped_differently_are_not_joined():
         parts[i].g_idx = parts[i].g_idx.flip(0)
         assert join(parts) is None
     assert isinstance(parts[0], W4Linear) and len(generate(model, PROMPTS, 20)[0]) == 20
+
+
+def test_a_4_bit_models_head_may_be_trained():
+    model = four_bits().requires_grad_(False)
+    before, weight = generate(model, PROMPTS, 20), model.head.requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=50.0)
+    for _ in range(5):
+        model(torch.tensor([[1, 2, 3]])).float()[..., 7].sum().neg().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = generate(model, PROMPTS, 20)
+    assert after == generate(copy.deepcopy(model), PROMPTS, 20) != before
 
 
 def test_generate_decodes_outside_of_autocast():

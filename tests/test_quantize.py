@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,9 @@ def test_no_more_records_are_encoded_than_are_drawn(world, tokenizer, monkeypatc
     assert len(qz.calibration_rows([world / "data.jsonl"], tokenizer, 1, longest - 1, "chatml", 0)) == 1
     with pytest.raises(InputError, match="no record fits --length 3"):
         qz.calibration_rows([world / "data.jsonl"], tokenizer, 4, 3, "chatml", 0)
+    monkeypatch.setattr(tokenizer, "template", SimpleNamespace(render=lambda **_: 1 / 0))
+    with pytest.raises(InputError, match="its chat template does not take"):
+        qz.calibration_rows([world / "data.jsonl"], tokenizer, 4, 512, "chatml", 0)
 
 
 def test_plain_text_calibrates_too_and_the_evaluation_is_printed(run, world):

@@ -59,6 +59,9 @@ THINKING = QWEN25.replace(r"{{- '<|im_start|>assistant\n' }}", r"{{- '<|im_start
 OPEN = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
         "{% if (loop.last and add_generation_prompt) or not loop.last %}{{ '<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+MARKED = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% generation %}\n"
+          "{{- message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% endfor %}"
+          "{% if tools is not none %}TOOLS{% endif %}{{ bos_token }}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 OTHER = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] | trim }}{{ eos_token }}{% endfor %}"
 
 USER, ASSISTANT = {"role": "user", "content": "Hi {{ there }}\n"}, {"role": "assistant", "content": " Yes?"}
@@ -74,7 +77,7 @@ def with_template(folder, tmp_path, template, apart=False):
     if apart:
         (tmp_path / "t" / "chat_template.jinja").write_text(template)
     else:
-        config = {"chat_template": template, "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>"}
+        config = {"chat_template": template, "eos_token": {"content": "<|im_end|>"}, "bos_token": None}
         (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path / "t"
 
@@ -319,7 +322,8 @@ def test_the_saved_real_tokenizer_is_transformers_own(qwen, tmp_path):
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [151_643, 151_645]
 
 
-@pytest.mark.parametrize("template", [QWEN25, VARIABLE, THINKING, OPEN, OTHER], ids="25 variable thinking open other".split())
+@pytest.mark.parametrize("template", [QWEN25, VARIABLE, THINKING, OPEN, MARKED, OTHER],
+                         ids="25 variable thinking open marked other".split())
 def test_chat_is_transformers_apply_chat_template(qwen, tmp_path, template):
     transformers = pytest.importorskip("transformers")
     qwen.save(tmp_path)

@@ -11,6 +11,7 @@ import train_grpo as rl
 from conftest import killed_at, same, steps_of, tiny, weights
 from minikd import problems
 from minikd.checkpoint import load_model, save_model
+from minikd.data import Encoded
 from minikd.training import STATE, read_log
 from test_problems import RECORD
 
@@ -141,7 +142,8 @@ def test_a_codeforces_record_goes_through_prompt_rollout_sandbox_and_update(run,
 
 def test_a_question_asked_twice_is_one_problem_and_what_is_held_out_is_not_trained_on(run, world, tmp_path):
     lines = (world / "sums.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "thrice.jsonl").write_text("".join(lines[i] for i in range(20) for _ in range(3)))
+    (tmp_path / "thrice.jsonl").write_text("".join(line for i in range(20) for line in (
+        lines[i], lines[i], lines[i].replace('+1"', '+1  "'))))           # spacing makes no other question
     status, out, err = run("--steps", "8", data=("--data", tmp_path / "thrice.jsonl"))
     assert status == 0 and "40 records ask what an earlier one asks" in out and "17 problems, 3 held out" in out, err
     assert len({row["prompt"] for row in read_log(tmp_path / "run", "completions.jsonl")}) == 8 * 2     # 2 a step, no repeats
@@ -166,6 +168,13 @@ def test_by_default_what_the_problems_can_be_checked_by_is_rewarded(shell, world
     assert "no record has an answer, or tests" in said and said.count("\n") == 1 and not (tmp_path / "d").exists()
 
 
+def test_thoughts_that_the_prompt_begins_are_rewarded(tokenizer):
+    row = lambda prompt: Encoded(tokenizer.encode(prompt), tokenizer.encode("Step 1: 2\n</think>\n4"), False, 0)
+    thought = "<think>\nStep 1: 2\n</think>\n4"
+    assert rl.text_of(tokenizer, row("<|im_start|>assistant\n<think>\n")) == thought
+    assert rl.text_of(tokenizer, row("<|im_start|>assistant\n")) == thought.removeprefix("<think>\n")
+
+
 def test_evaluation_samples_no_more_at_once_than_a_step(run, monkeypatch):
     rows, sample_groups = [], rl.grpo.sample_groups
     monkeypatch.setattr(rl.grpo, "sample_groups", lambda model, part, size, *rest, **named: (
@@ -181,6 +190,7 @@ def test_evaluation_samples_no_more_at_once_than_a_step(run, monkeypatch):
     (["--weight-decay", "inf"], "--weight-decay inf"), (["--beta", "nan"], "--beta nan"), (["--limit", "1"], "holds one problem"),
     (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--rewards", "format,code"], "`code` can judge none of the 20 problems, which have no tests"),
+    (["--rewards", "code_partial"], "`code_partial` can judge none of the 20 problems"),
     (["--data", "no/such.jsonl"], "no/such.jsonl: no such file"), (["--max-prompt-length", "2"], "raise --max-prompt-length"),
     (["--lr", "1e12"], "is not finite; lower --lr"), (["--model", "no/such/model"], "no/such/model: no such folder")])
 def test_bad_input_is_one_line(run, flags, said):

@@ -646,8 +646,7 @@ def test_a_steps_seconds_include_the_sampling_of_its_rollouts(run, tmp_path, mon
     collect = minillm.collect
     monkeypatch.setattr(minillm, "collect", lambda **named: (time.sleep(0.5), collect(**named))[1])
     assert run("--loss", "minillm", "--rollouts", "4", "--batch-size", "4", "--inner-epochs", "2", "--steps", "2")[0] == 0
-    first, second = (line["seconds"] for line in read_log(tmp_path / "run") if "seconds" in line)
-    assert first > 0.5 > second
+    assert next(line["seconds"] for line in read_log(tmp_path / "run") if "seconds" in line) > 0.5
 
 
 def test_epochs_count_in_the_toy_world_too(monkeypatch):
