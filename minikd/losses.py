@@ -20,9 +20,9 @@ BLOCK = 2048                                        # head rows in one matrix pr
 LEAST = -1e30                                       # replaces a logit of -inf; its probability is 0 just the same
 PIECE_BYTES = 256 << 10                            # float32 logits in one softmax, at least: fewer are mostly overhead
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # logits of one model that are in memory at once, at most
-# Tokens in a chunk: a multiple of these, as matrix products work in tiles. On a CPU with AVX-512 48 in float32 take two thirds of
-# the head's time per token that 55 take.
-TILE = {"cpu": 48, "cuda": 128}
+# In float32 on a CPU a chunk is a multiple of so many tokens, as MKL multiplies in tiles: with AVX-512 the head takes two thirds of
+# the time per token for 48 of them that it takes for 55. In bfloat16 there is no such step.
+TILE = 48
 
 
 def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -187,8 +187,10 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
         grad_head = torch.zeros_like(head) if need_head else None               # [V, D]
         ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))
-        chunk, tile = chunk_bytes // (V * dtype.itemsize), TILE.get(device, 1)  # tokens whose logits are in memory
-        chunk = max(1, min(N, chunk // tile * tile or chunk))
+        chunk = chunk_bytes // (V * dtype.itemsize)                             # tokens whose logits are in memory
+        if device == "cpu" and dtype == torch.float32:
+            chunk = chunk // TILE * TILE or chunk
+        chunk = max(1, min(N, chunk))
         piece = max(1, chunk // 16, PIECE_BYTES // (4 * V))                     # of those, tokens of one float32 softmax
         with torch.autocast(device, enabled=False):
             states = hidden.to(dtype)
