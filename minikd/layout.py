@@ -27,8 +27,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 
     rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
     The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16, and in float32, from a few rows on, a third. On a
-    GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its codes never change; its
-    packed head is kept while the head is the same.
+    GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its codes never change, and its packed head while the
+    head is the same.
     """
     weight = model.head
     if model.packed_head is not None and model.packed_from != state_of(weight):

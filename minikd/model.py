@@ -380,7 +380,7 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self.model = Body(config)
-        self.packed_head = self.int8_head = None                                # set by layout.py
+        self.packed_head = self.packed_from = self.int8_head = None             # set by layout.py
         self.quantization = None                                                # quantization_config of a 4-bit model
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

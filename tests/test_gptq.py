@@ -150,6 +150,16 @@ def test_the_factor_is_that_of_the_damped_inverse():
         assert torch.equal(U, U.triu()) and (U - right).norm() < 1e-5 * right.norm()
 
 
+def test_one_factor_serves_the_columns_that_are_left_at_every_column():
+    """Eq. (2) wants the inverse of what is left of H, which shrinks: its first row is in U."""
+    H = random_layer(1, 12, seed=3, tokens=40)[1].double()
+    U = inverse_factor(H, torch.arange(12), damp=0.0).double()
+    for j in range(12):
+        left = torch.linalg.inv(H[j:, j:])                                      # H_F^-1
+        torch.testing.assert_close(U[j, j] ** 2, left[0, 0], rtol=1e-4, atol=0)
+        torch.testing.assert_close(U[j, j:] / U[j, j], left[0] / left[0, 0], rtol=1e-3, atol=1e-5)
+
+
 def test_a_singular_hessian_is_damped_more_and_said_so():
     weight, _ = random_layer(8, 64, seed=0)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))          # 3 tokens: rank 3 of 64

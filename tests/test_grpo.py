@@ -245,6 +245,18 @@ def test_on_policy_the_first_update_is_reinforce():
         torch.testing.assert_close(grad, -advantages[:, None].expand(N, R))
 
 
+def test_the_mean_gradient_of_k3_is_that_of_kl_in_the_other_direction():
+    """By summing over all seven tokens; trl's factor, the ratio, turns it around."""
+    logits, ref = (torch.randn(2, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    logits.requires_grad_()
+    logp, ref = logits.log_softmax(0), ref.log_softmax(0)
+    fixed = logp.exp().detach()                                                 # how often each token is sampled
+    slope = lambda value: torch.autograd.grad(value, logits, retain_graph=True)[0]
+    forward, backward = (ref.exp() * (ref - logp)).sum(), (logp.exp() * (logp - ref)).sum()     # KL(ref || π), KL(π || ref)
+    torch.testing.assert_close(slope((fixed * k3(logp, ref)).sum()), slope(forward))
+    torch.testing.assert_close(slope((fixed * (logp - logp.detach()).exp() * k3(logp, ref)).sum()), slope(backward))
+
+
 def test_an_advantage_for_each_token_is_refused():
     logp, old, ref, advantages, _ = numbers()
     with pytest.raises(ValueError, match="one for each answer"):

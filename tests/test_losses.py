@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minikd import losses
 from minikd.losses import (DIVERGENCES, _backward_head, clipped_surrogate, compare_heads, entropy, forward_kl, head_loss,
                            jensen_shannon, pick_divergence, reverse_kl, scored_positions, skew_forward_kl, skew_reverse_kl)
 from minikd.model import Qwen2, Qwen2Config
@@ -301,6 +302,21 @@ def test_a_tall_head_is_multiplied_block_by_block_and_the_blocks_are_summed_in_f
     ones, grad = torch.ones(300, 1).bfloat16(), torch.empty(1, 1).bfloat16()
     _backward_head(ones.T, ones[:1], ones, grad, None)
     assert grad.item() == 300                                                   # bfloat16 itself counts to 256
+
+
+@pytest.mark.parametrize("dtype, chunks", [(torch.float32, [48, 48, 34]), (torch.bfloat16, [55, 55, 20])])
+def test_float32_chunks_are_whole_tiles(monkeypatch, dtype, chunks):
+    hidden, head = random_logits(130, 8).to(dtype).requires_grad_(), random_logits(40, 8, seed=1).to(dtype)
+    targets = torch.arange(130) % 40
+    seen, apply_head = [], losses.apply_head
+    monkeypatch.setattr(losses, "apply_head", lambda states, *rest, **out: (seen.append(len(states)), apply_head(states, *rest, **out))[1])
+    grads = []
+    for size in 1 << 20, 55 * 40 * dtype.itemsize:                              # all at once, and room for 55 tokens
+        head_loss(hidden, head, targets, chunk_bytes=size)[0].backward()
+        grads.append(hidden.grad)
+        hidden.grad = None
+    assert seen == [130, *chunks]
+    torch.testing.assert_close(*grads)
 
 
 def test_each_token_counts_by_its_own_weight():
