@@ -21,6 +21,7 @@ says so, and the next one runs.
 import argparse
 import gc
 import statistics
+import subprocess
 import time
 import traceback
 from contextlib import contextmanager
@@ -152,12 +153,17 @@ def peak_gb(device: str) -> float:
 
 # ---- sections; each takes the device, whether shapes are tiny, and `limits`, the bandwidth and FLOP/s that the machine reaches
 
+def driver() -> str:
+    try:
+        return "driver " + subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                                          capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "driver unknown: no nvidia-smi"
+
+
 def measure_machine(device, tiny, limits):
     if device == "cuda":
-        import subprocess
-        asked = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
-                               capture_output=True, text=True).stdout.strip()
-        print(f"{asked}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+        print(f"{torch.cuda.get_device_name()}, {driver()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     size, n = (1 << 20, 64) if tiny else (4 << 30, 8192)
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)

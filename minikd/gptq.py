@@ -94,7 +94,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "la
     while True:
         H = hessian[backwards[:, None], backwards].float()                      # [I, I], a copy, in reverse order
         H.diagonal().add_(torch.where(alive, damp * mean, mean)[backwards])     # dead inputs: any number above 0 will do
-        failed = torch.empty(0, dtype=torch.int32, device=H.device)
+        failed = torch.empty((), dtype=torch.int32, device=H.device)
         torch.linalg.cholesky_ex(H.T, out=(H.T, failed))                        # H.T becomes L; it has LAPACK's layout
         if not failed:
             break

@@ -4,34 +4,46 @@ import sys
 
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu as script
+from fake_gpu import gpu
 
 
 def test_every_section_of_the_gpu_script_runs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny"])
-    monkeypatch.setattr(gpu, "SHAPES", dict(gpu.SHAPES))
-    gpu.main()
+    monkeypatch.setattr(script, "SHAPES", dict(script.SHAPES))
+    script.main()
     told = capsys.readouterr()
-    assert all(f"== {name}" in told.out for name in gpu.SECTIONS) and told.out.count("minikd") >= 3
+    assert all(f"== {name}" in told.out for name in script.SECTIONS) and told.out.count("minikd") >= 3
     failed = [line for line in told.out.splitlines() if line.endswith("FAILED")]
     if importlib.util.find_spec("transformers"):
         assert failed == [] and told.err == ""
     assert all(line.removesuffix(": FAILED").endswith("transformers") for line in failed)
 
 
+def test_what_needs_no_kernel_of_ours_runs_on_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--only", "sampling", "kd"])
+    monkeypatch.setattr(script, "SHAPES", dict(script.SHAPES))
+    with gpu():
+        script.main()
+    told = capsys.readouterr().out
+    failed = [line for line in told.splitlines() if line.endswith("FAILED")]
+    assert all(line.endswith("transformers: FAILED") for line in failed) and told.count("minikd") >= 3
+    assert not (failed and importlib.util.find_spec("transformers"))
+
+
 def test_a_section_that_fails_does_not_cost_the_others(monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(gpu, "SECTIONS", {"machine": broken, "kernel": gpu.check_kernel})
+    monkeypatch.setattr(script, "SECTIONS", {"machine": broken, "kernel": script.check_kernel})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])
-    gpu.main()
+    script.main()
     told = capsys.readouterr()
     assert "out of memory" in told.err and "machine: FAILED" in told.out and "tests/test_w4_cuda.py" in told.out
 
 
 def test_flops_are_two_a_parameter_and_token():
-    config = gpu.SHAPES["0.5B"]
+    config = script.SHAPES["0.5B"]
     with torch.device("meta"):
-        parameters = sum(p.numel() for name, p in gpu.Qwen2(config).named_parameters() if p.dim() == 2)
-    assert gpu.model_flops(config, 10, 10, 2) == 2 * 10 * parameters
+        parameters = sum(p.numel() for name, p in script.Qwen2(config).named_parameters() if p.dim() == 2)
+    assert script.model_flops(config, 10, 10, 2) == 2 * 10 * parameters

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from minikd.checkpoint import save_model
-from minikd.generate import Replay, Rows, generate, generate_with_log_probs, invert, sample
-from minikd.layout import head_logits, join, laid_out
-from minikd.model import KVCache, Qwen2, Qwen2Config, StaticCache
+from minikd.generate import Replay, generate, generate_with_log_probs, invert, sample
+from minikd.layout import join
+from minikd.model import Qwen2, Qwen2Config
 from minikd.training import compile_blocks
 
 
@@ -153,36 +153,6 @@ def test_a_step_for_graphs_gives_the_plain_steps_tokens(options):
             assert static[0] == plain[0]
             for ours, theirs in zip(static[1], plain[1]):
                 assert ours == pytest.approx(theirs, abs=1e-4)
-
-
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch's CPU build has no name for a GPU's tensors")
-@pytest.mark.skipif(torch.__version__ < (2, 11), reason="older torch initialises CUDA even for tensors without memory")
-@pytest.mark.parametrize("temperature, top_p, top_k", [(0.0, 1.0, 0), (0.7, 0.9, 5), (1.0, 1.0, 0)])
-def test_all_of_a_step_happens_on_the_gpu(monkeypatch, temperature, top_p, top_k):
-    """Tensors that say they lie on a GPU and have no memory: an operator that met one of the CPU's, or asked the host for a
-    value, would raise here, as under a graph's recording there."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    config = Qwen2Config(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2)
-    prompts = KVCache(config, torch.tensor([3, 5]), 16, torch.float32)
-    prompts.advance(5)
-    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)    # which would want a GPU to draw on
-    with FakeTensorMode(), torch.inference_mode():
-        with torch.device("cuda"):
-            model, states, u, stays = Qwen2(config).eval(), torch.empty(2, 32), torch.empty(9, 2).double(), torch.empty(1).long()
-            prompts.keys, prompts.values = ([torch.empty(2, 2, 16, 8) for _ in range(2)] for _ in range(2))
-            prompts.lengths, prompts.valid = torch.zeros(2, dtype=torch.long), torch.zeros(2, 16, dtype=torch.bool)
-
-        def draw(states, u):
-            return sample(head_logits(model, states[0]), temperature, top_p, top_k, u)
-
-        with laid_out(model, rows=2, steps=100):
-            assert model.model.layers[0].mlp.joined is not None
-            rows = Rows([model], [StaticCache(prompts)], [states], draw, u)
-            rows.step()
-            rows.keep(stays)
-            rows.step()
-        assert rows.tokens.shape == (1,) and rows.drawn.is_cuda and rows.logps.is_cuda
 
 
 def test_a_step_for_graphs_mixes_a_teacher_in():

@@ -1,0 +1,238 @@
+"""A GPU that the CPU plays: code for CUDA runs in the tests, on any machine, with its values.
+
+Inside `with gpu():` torch sees one GPU, whose tensors (OnGPU) hold a tensor of the CPU that computes for them. What a real GPU
+refuses is Wrong here: an operator that is given tensors of both devices; a copy to the host, or a value that the host waits
+for, while a graph is recorded; a generator of the other device; numpy. A graph is what it is on a GPU: operators with the
+addresses that they read and write. Recording changes no memory, and a replay reads what is at those addresses by then.
+Autocast casts as CUDA's does, in forward passes. Not played: time, memory, streams, and which of torch's kernels would run.
+"""
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch._dynamo                    # torch's optimizers import it, and it lists torch's functions: before they are replaced
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+aten = torch.ops.aten
+BOTH = {aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}  # take a CPU's tensors
+WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
+         aten.repeat_interleave.Tensor, aten._unique2.default}          # the host waits for a value, or for a shape
+# What CUDA's autocast casts (torch's documentation: "CUDA Ops that can autocast"), as far as this project could call it.
+LOW = set("addbmm addmm addmv addr baddbmm bmm einsum linear matmul mm mv scaled_dot_product_attention".split())
+FLOAT32 = set("cosine_similarity cross_entropy cumprod cumsum exp expm1 kl_div layer_norm log log1p log_softmax mse_loss nll_loss "
+              "norm normalize pow prod reciprocal rdiv rms_norm rpow rsqrt rtruediv smooth_l1_loss softmax softplus sum".split())
+
+
+class Wrong(AssertionError):
+    """What would be an error on a GPU."""
+
+
+class Played:
+    """The GPU's state."""
+    recording = None                    # while a graph is recorded, its steps: (operator, args, kwargs, its new tensors)
+    before = None                       # and what they overwrite: (address, shape, strides) -> tensor, its values before
+    autocast = None                     # autocast's dtype
+
+
+def raw(x):
+    return x.held if isinstance(x, OnGPU) else x
+
+
+def wait(what):
+    if Played.recording is not None:
+        raise Wrong(f"{what}: while a graph is recorded")
+
+
+class OnGPU(Tensor):
+    """A tensor of the GPU.  held: the CPU's tensor"""
+
+    @staticmethod
+    def __new__(cls, held: Tensor):
+        with torch.inference_mode(held.is_inference()):         # a view of a plain tensor is plain in inference mode too
+            self = Tensor._make_wrapper_subclass(cls, held.size(), held.stride(), held.storage_offset(), dtype=held.dtype)
+        self.held = held.detach()
+        return self
+
+    device = property(lambda self: torch.device("cuda", 0))
+    is_cuda, is_cpu = property(lambda self: True), property(lambda self: False)
+
+    def data_ptr(self):
+        return self.held.data_ptr()
+
+    def untyped_storage(self):
+        return self.held.untyped_storage()
+
+    def tolist(self):
+        wait("tolist")
+        return self.held.tolist()
+
+    def numpy(self, *_, **__):
+        raise Wrong("numpy of a GPU's tensor")
+
+    __array__ = __reduce_ex__ = numpy
+
+    def __repr__(self):
+        return f"OnGPU({self.held})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        others = [x for x in tensors if not isinstance(x, OnGPU) and x.dim()]       # a number may come from the CPU
+        if others and func not in BOTH:
+            raise Wrong(f"{func}: on cuda {[tuple(x.shape) for x in tensors if isinstance(x, OnGPU)]}, on the CPU "
+                        f"{[tuple(x.shape) for x in others]}")
+        by_mask = func is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if others or by_mask or func in WAITS:
+            wait(func)
+        write = {place.name for place in func._schema.arguments if place.alias_info and place.alias_info.is_write}
+        given = dict(zip((place.name for place in func._schema.arguments), args)) | kwargs
+        written = [x for name in write for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
+        for x in written if Played.recording is not None else ():
+            Played.before.setdefault((x.data_ptr(), x.shape, x.stride()), (raw(x), raw(x).clone()))
+        args, kwargs = tree_map_only(Tensor, raw, (args, kwargs))
+        if "device" in kwargs:
+            kwargs["device"] = "cpu"
+        out = func(*args, **kwargs)
+        if Played.recording is not None:
+            Played.recording.append((func, args, kwargs, () if written else tree_leaves(out)))
+        same = {id(raw(x)): x for x in written}                 # an operator that writes in place returns its argument
+        return tree_map_only(Tensor, lambda x: same[id(x)] if id(x) in same else OnGPU(x), out)
+
+
+class Move(torch.autograd.Function):
+    """x on the other device."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.held.clone() if isinstance(x, OnGPU) else OnGPU(x.detach().clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Move.forward(ctx, gradient)
+
+
+def is_gpu(device) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+class Places(TorchFunctionMode):
+    """Makes tensors where `device` says, moves them, and casts under autocast."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
+            return self.to(*args, **kwargs, **({} if func is Tensor.to else {"device": func.__name__}))
+        if func is Tensor.pin_memory:
+            return args[0]
+        if name == "__set__" and func.__self__ is Tensor.data and isinstance(args[0], OnGPU):
+            args[0].held = args[1].held
+        if Played.autocast is not None and "out" not in kwargs:
+            plain = name[2:-2] if name.startswith("__") else name           # __matmul__
+            if dtype := Played.autocast if plain in LOW else torch.float32 if plain in FLOAT32 else None:
+                args, kwargs = tree_map_only(OnGPU, lambda x: x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16) else x,
+                                             (args, kwargs))
+        if "device" not in kwargs:
+            return func(*args, **kwargs)
+        there = is_gpu(kwargs["device"])
+        if kwargs.get("generator") is not None and kwargs["generator"].there != there:
+            raise Wrong(f"{name}: its generator is on the other device")
+        if not there and any(isinstance(x, OnGPU) for x in args):
+            raise Wrong(f"{name}: on the CPU, like a tensor of the GPU")
+        out = func(*args, **kwargs | {"device": "cpu"})
+        return OnGPU(out).requires_grad_(out.requires_grad) if there and not isinstance(out, OnGPU) else out
+
+    @staticmethod
+    def to(x, *args, device=None, **kwargs):
+        kept = []
+        for value in args:                                      # to(device, dtype, non_blocking), to(dtype), to(other)
+            if isinstance(value, (str, torch.device)):
+                device = value
+            elif isinstance(value, Tensor):
+                device, kwargs["dtype"] = value.device, value.dtype
+            elif isinstance(value, torch.dtype):
+                kept.append(value)
+        if device is not None and is_gpu(device) != isinstance(x, OnGPU):
+            wait("a copy between the devices")
+            x = Move.apply(x)
+        return Tensor.to(x, *kept, **kwargs) if kept or kwargs else x
+
+
+class Graph:
+    def replay(self):
+        wait("a replay")
+        with torch.inference_mode():
+            for func, args, kwargs, outputs in self.steps:
+                results = tree_leaves(func(*args, **kwargs))
+                for place, result in zip(outputs, results):
+                    if isinstance(place, Tensor) and place.data_ptr() != result.data_ptr():     # a view needs no copy
+                        place.copy_(result)
+
+
+@contextmanager
+def record(graph: Graph):
+    Played.recording, Played.before = [], {}
+    try:
+        yield
+        graph.steps = Played.recording
+    finally:
+        before, Played.recording = Played.before, None
+        for place, values in reversed(before.values()):         # a recording runs nothing
+            with torch.inference_mode(place.is_inference()), torch.no_grad():
+                place.copy_(values)
+
+
+class Autocast:
+    """torch.autocast; the CPU's is torch's own."""
+    real = torch.autocast
+
+    def __new__(cls, device_type, dtype=None, enabled=True, **rest):
+        return super().__new__(cls) if is_gpu(device_type) else cls.real(device_type, dtype, enabled, **rest)
+
+    def __init__(self, device_type, dtype=None, enabled=True, **_):
+        self.dtype = dtype if enabled else None
+
+    def __enter__(self):
+        self.outer, Played.autocast = Played.autocast, self.dtype
+
+    def __exit__(self, *error):
+        Played.autocast = self.outer
+
+
+RealGenerator = torch.Generator
+
+
+class Generator(RealGenerator):
+    def __new__(cls, device="cpu"):
+        self = RealGenerator.__new__(cls, "cpu")
+        self.there = is_gpu(device)
+        return self
+
+
+@contextmanager
+def gpu():
+    """While it lasts there is a GPU, too old for minikd's kernels: torch's operators run."""
+    shallow = torch._has_compatible_shallow_copy_type
+    cuda = dict(
+        is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, get_device_capability=lambda *_: (7, 5),
+        get_device_properties=lambda *_: SimpleNamespace(name="played", multi_processor_count=1, total_memory=1 << 40),
+        device=lambda _: nullcontext(), synchronize=lambda *_: None, empty_cache=lambda: None, CUDAGraph=Graph, graph=record,
+        get_rng_state=lambda *_: torch.get_rng_state(), set_rng_state=lambda state, *_: torch.set_rng_state(state),
+        get_device_name=lambda *_: "a CPU", reset_peak_memory_stats=lambda *_: None, max_memory_allocated=lambda *_: 0,
+        Event=lambda **_: SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0))
+    enabled, its_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+    rest = dict(
+        Generator=Generator, autocast=Autocast,
+        is_autocast_enabled=lambda device: Played.autocast is not None if is_gpu(device) else enabled(device),
+        get_autocast_dtype=lambda device: Played.autocast or torch.bfloat16 if is_gpu(device) else its_dtype(device),
+        _has_compatible_shallow_copy_type=lambda input, from_:
+            isinstance(input, OnGPU) == isinstance(from_, OnGPU) and shallow(input, from_))
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))
+        stack.enter_context(mock.patch.multiple(torch, **rest))
+        stack.enter_context(Places())
+        yield

@@ -1,0 +1,165 @@
+"""What runs on a GPU, run on one that the CPU plays (fake_gpu.py): devices, graphs, and every script from end to end."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval_rouge
+import quantize
+import train_grpo
+import train_kd
+from conftest import small, steps_of, tiny
+from fake_gpu import Graph, Played, Wrong, gpu, record
+from minikd.generate import Rows, generate_with_log_probs
+from minikd.model import mixed
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23]]
+
+
+# ---- the fake: what would be an error on a GPU is one here
+
+def test_a_recording_runs_nothing_and_a_replay_reads_what_is_there_by_then():
+    with gpu():
+        x, count, graph = torch.arange(3.0, device="cuda"), torch.zeros(1, device="cuda"), Graph()
+        with record(graph):
+            count += 1
+            view = x[1:]
+            y = view * 2 + count
+        assert count.tolist() == [0]
+        graph.replay(), graph.replay()
+        assert count.tolist() == [2] and y.tolist() == [4, 6]
+        view.fill_(5)
+        count = torch.zeros(1, device="cuda")                                   # another tensor, which no graph knows
+        graph.replay()
+        assert y.tolist() == [13, 13] and count.tolist() == [0]
+
+
+@pytest.mark.parametrize("act", [
+    lambda x: x + torch.ones(3), lambda x: torch.cat([x, torch.ones(3)]), lambda x: x.numpy(), lambda x: torch.ones(3) @ x,
+    lambda x: torch.rand(3, device="cuda", generator=torch.Generator()), lambda x: torch.zeros_like(x, device="cpu")])
+def test_the_devices_do_not_mix(act):
+    with gpu(), pytest.raises(Wrong):
+        act(torch.ones(3, device="cuda"))
+
+
+@pytest.mark.parametrize("act", [lambda x: x.tolist(), lambda x: float(x[0]), lambda x: bool((x > 0).any()), lambda x: x[x > 0],
+                                 lambda x: x.cpu(), lambda x: x.copy_(torch.ones(3)), lambda x: Graph().replay()])
+def test_while_a_graph_is_recorded_the_host_waits_for_nothing(act):
+    with gpu():
+        x = torch.ones(3, device="cuda")
+        with pytest.raises(Wrong, match="recorded"), record(Graph()):
+            act(x)
+        assert Played.recording is None
+
+
+def test_autocast_casts_as_cudas_does():
+    with gpu():
+        x = torch.ones(3, 3, device="cuda")
+        with mixed(x.device, torch.bfloat16):
+            product = x @ x
+            assert product.dtype == torch.bfloat16 and (x + 1).dtype == torch.float32
+            assert product.sum().dtype == product.softmax(-1).dtype == (product ** 2).dtype == torch.float32
+            with torch.autocast("cuda", enabled=False):
+                assert (x @ x).dtype == torch.float32
+
+
+# ---- sampling by graphs
+
+@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=0.7, top_p=0.9, top_k=20, seed=5),
+                                     dict(temperature=1.0, samples=2, seed=2, vocab=390), dict(temperature=1.0, mix=0.4, seed=1)])
+def test_replayed_graphs_draw_the_plain_paths_tokens(monkeypatch, options):
+    used, replay = [], Graph.replay
+    monkeypatch.setattr(Graph, "replay", lambda graph: (used.append(graph), replay(graph)))
+
+    def answers(device, stops=()):
+        model, teacher = small(3).to(device), small(4, hidden_size=24).to(device)
+        return generate_with_log_probs(model, PROMPTS, 60, eos_ids=stops, teacher=teacher, **options)
+
+    free = answers("cpu")[0]
+    for stops, graphs in ((), 1), ({free[0][20], free[1][33], free[-1][17]}, 2):
+        used.clear()
+        (tokens, logps), (right, right_logps) = (gpu()(answers)("cuda", stops), answers("cpu", stops))
+        assert tokens == right and sum(logps, []) == pytest.approx(sum(right_logps, []), abs=1e-5)
+        assert len(set(used)) >= graphs and len(used) > 10                      # another one when half of the rows have finished
+
+
+def test_a_step_that_replaces_a_tensor_would_draw_other_tokens(monkeypatch):
+    """What a graph reads must be written in place: the test above notices if it is not."""
+    def step(rows, real=Rows.step):
+        place, before = rows.tokens, rows.tokens.clone()
+        real(rows)
+        rows.tokens = place.clone()                                             # as if it had not been written in place
+        place.copy_(before)
+
+    free = generate_with_log_probs(small(3), PROMPTS, 40, 0.0)[0]
+    monkeypatch.setattr(Rows, "step", step)
+    assert generate_with_log_probs(small(3), PROMPTS, 40, 0.0)[0] == free
+    with gpu():
+        assert generate_with_log_probs(small(3).to("cuda"), PROMPTS, 40, 0.0)[0] != free
+
+
+# ---- the scripts
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer) -> Path:
+    """student/, teacher/ with a taller head, records, sums and plain text."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny(1, tokenizer, folder / "student", hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+    tiny(2, tokenizer, folder / "teacher", vocab_size=416, hidden_size=24, num_hidden_layers=2)
+    records = {"data": lambda i: {"instruction": f"What is {i} + {i}?", "response": f"It is {2 * i}." * (1 + i % 3)},
+               "sums": lambda i: {"question": f"{i}+1", "answer": str(i + 1)}, "text": lambda i: {"text": f"Page {i}. " * 9}}
+    for name, make in records.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(make(i)) + "\n" for i in range(24)))
+    return folder
+
+
+@pytest.fixture
+def run(shell, world, tmp_path):
+    """run(script, "--flags ...", device) -> (stdout, --out), in float32 unless the flags say otherwise."""
+    def call(script, flags: str, device: str) -> tuple[str, Path]:
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        with gpu():
+            status, told, err = shell(script, "--device", device, "--dtype", "float32", "--out", out,
+                                      *flags.format(w=world, out=out).split())
+        assert status == 0, err
+        return told, out
+    return call
+
+
+KD = ("--student {w}/student --teacher {w}/teacher --data {w}/data.jsonl --steps 4 --batch-size 4 --lr 0.01 --max-new-tokens 6 "
+      "--eval-every 2 --eval-examples 3 ")
+GRPO = ("--model {w}/student --data {w}/sums.jsonl --steps 3 --prompts 2 --group-size 4 --batch-size 3 --max-new-tokens 24 "
+        "--lr 0.01 --rewards format,steps,answer --eval-examples 3 ")
+
+
+@pytest.mark.parametrize("script, flags", [
+    (train_kd, KD + "--loss forward_kl --grad-accum 2 --cache-teacher {out}/states"),
+    (train_kd, KD + "--loss jsd --on-policy 0.5 --gradient-checkpointing"),
+    (train_kd, KD + "--loss minillm --rollouts 8 --lm-data {w}/text.jsonl"),
+    (train_kd, KD + "--loss skew_reverse_kl --seq-kd"),
+    (train_grpo, GRPO), (train_grpo, GRPO + "--inner-epochs 2 --ratio sequence --gradient-checkpointing")])
+def test_a_run_on_a_gpu_learns_what_it_learns_on_a_cpu(run, script, flags):
+    ours, theirs = (steps_of(run(script, flags, device)[1]) for device in ("cuda", "cpu"))
+    assert len(ours) == len(theirs) > 2
+    for line, right in zip(ours, theirs):
+        assert line == pytest.approx(right, rel=2e-3, abs=2e-4)
+
+
+@pytest.mark.parametrize("flags, near", [("--loss forward_kl --cache-teacher {out}/states", 0.02), ("--loss sft", 0.02),
+                                         ("--loss minillm --rollouts 8", 0.3)])     # draws other answers than in float32
+def test_in_bfloat16_a_gpus_autocast_suits_every_operator(run, flags, near):
+    ours, theirs = (steps_of(run(train_kd, KD + flags + dtype, "cuda")[1]) for dtype in (" --dtype bfloat16", ""))
+    assert ours[0]["ce"] != theirs[0]["ce"] and ours[0]["ce"] == pytest.approx(theirs[0]["ce"], rel=near)
+    assert ours[0]["kd"] == pytest.approx(theirs[0]["kd"], rel=2 * near)
+
+
+def test_a_model_quantised_on_a_gpu_answers_there_as_on_a_cpu(run):
+    """Codes that a graph found column by column; the 4-bit model without minikd's kernel."""
+    flags = "--model {w}/student --calibration {w}/data.jsonl --group-size 16 --eval-data {w}/data.jsonl --eval-examples 4"
+    (told, folder), (right, _) = (run(quantize, flags, device) for device in ("cuda", "cpu"))
+    table, other = ([[float(cell) for cell in line.split()[1:]] for line in text.splitlines()[-2:]] for text in (told, right))
+    assert table[1] == pytest.approx(other[1], rel=1e-3) and table[0][1] != pytest.approx(table[1][1], rel=1e-3)
+    asked = f"--model {folder} --data {{w}}/data.jsonl --max-new-tokens 20 --show-ways"
+    (told, ours), (right, theirs) = (run(eval_rouge, asked, device) for device in ("cuda", "cpu"))
+    assert ours.read_text() == theirs.read_text() and "dequantise" in told
