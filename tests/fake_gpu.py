@@ -222,7 +222,8 @@ def gpu():
         get_device_properties=lambda *_: SimpleNamespace(name="played", multi_processor_count=1, total_memory=1 << 40),
         device=lambda _: nullcontext(), synchronize=lambda *_: None, empty_cache=lambda: None, CUDAGraph=Graph, graph=record,
         get_rng_state=lambda *_: torch.get_rng_state(), set_rng_state=lambda state, *_: torch.set_rng_state(state),
-        get_device_name=lambda *_: "a CPU", reset_peak_memory_stats=lambda *_: None, max_memory_allocated=lambda *_: 0,
+        is_current_stream_capturing=lambda: Played.recording is not None, get_device_name=lambda *_: "a CPU",
+        reset_peak_memory_stats=lambda *_: None, max_memory_allocated=lambda *_: 0,
         Event=lambda **_: SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0))
     enabled, its_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
     rest = dict(
