@@ -132,7 +132,8 @@ def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor,
 
     hidden [B, T, D], ids [B, T], mask [B, T] True on response tokens -> states [N, D], targets [N]
     """
-    return hidden[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]
+    row, before = mask[:, 1:].nonzero(as_tuple=True)            # [N] each; on a GPU the host waits here for their number
+    return hidden[row, before], ids[row, before + 1]
 
 
 def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor | None = None,
