@@ -1,7 +1,7 @@
 """4-bit weights by GPTQ, in the `gptq` format: minikd and transformers with GPTQModel open it; vLLM should, untested.
 
     python quantize.py                          the toy student of train_kd.py: GPTQ and round-to-nearest, measured
-    python quantize.py --model runs/kd/kd/best --calibration databricks-dolly-15k.jsonl --out runs/kd/w4
+    python quantize.py --model runs/kd/kd/best --calibration databricks/databricks-dolly-15k --out runs/kd/w4
     python quantize.py ... --method rtn         the baseline: every weight to the nearest point of its grid
     python quantize.py ... --asym               a zero point per group (format gptq_v2, which fewer tools read)
 

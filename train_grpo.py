@@ -24,6 +24,7 @@ from minikd import grpo, problems, sandbox, toy
 from minikd.checkpoint import identify, load_model, save_model
 from minikd.data import Encoded, collate, encode_examples, next_rows, same_prompt, split_examples, to_example
 from minikd.files import InputError, script_errors, sha256
+from minikd.hub import label
 from minikd.losses import entropy, head_loss, scored_positions
 from minikd.model import Qwen2, cast_copy, mixed
 from minikd.plots import plot_rewards
@@ -433,7 +434,7 @@ def main():
                            "dtype": str(dtype), "limit": args.limit,
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
                            "held_out": fingerprint(same_prompt(problem.messages) for problem in tests),
-                           "records": {str(file): sha256(file) for file in data_files(args.data or ())}}
+                           "records": {label(file): sha256(file) for file in data_files(args.data or ())}}
     if not begin_run(out, recorded, args.resume):
         return
     model = load_model(args.model, device)

@@ -2,7 +2,7 @@
 
     python train_kd.py                          the toy world: 3 to 5 minutes on a CPU, ends in the paper's Table 1
     python train_kd.py --teacher Qwen/Qwen2.5-3B-Instruct --student Qwen/Qwen2.5-0.5B \\
-                       --data databricks-dolly-15k.jsonl            the real thing, on one GPU
+                       --data databricks/databricks-dolly-15k            the real thing, on one GPU
     python train_kd.py ... --loss reverse_kl --out runs/rkl         one run instead of the comparison
     python train_kd.py ... --loss reverse_kl --on-policy 1          on the student's own answers (GKD)
     python train_kd.py ... --loss minillm --student runs/kd/sft/best --out runs/minillm     MiniLLM starts from an SFT student
@@ -346,7 +346,7 @@ def planned(args) -> list[tuple[str, str, float, str]]:
 
 def check_teacher(name, tokenizer):
     """Raises InputError if the teacher's tokenizer differs, or the tokenizer has more ids than the teacher has rows."""
-    folder = model_folder(name)
+    folder = model_folder(name, weights=False)
     tokenizer.check_same(folder)
     check_vocabulary(name, load_config(folder), tokenizer)
 
@@ -438,13 +438,13 @@ def main():
 
     tokenizer = Tokenizer.load(args.student)
     lengths = dict(template=args.template, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
+    if args.teacher:
+        check_teacher(args.teacher, tokenizer)                  # before a hub's student is fetched
     report, rows, held_out, asked = read_data(args, tokenizer, lengths)
     texts, text_files = load_texts(args.lm_data) if args.lm_data else ([], None)
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or math.ceil(args.epochs * per_epoch)
     check_student(args.student, tokenizer)
-    if args.teacher:
-        check_teacher(args.teacher, tokenizer)
     settings = dict(tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
                     eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
     settings |= {name: getattr(args, name) for name in (

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minikd.files import InputError, atomic_path, local_folder, read_json, save_tensors, sha256
+from minikd.files import InputError, atomic_path, read_json, save_tensors, sha256
+from minikd.hub import TOKENIZER, files_on_hub, label, local_folder
 from minikd.model import Qwen2, Qwen2Config
 from minikd.quant import W4Linear, read_zeros, swap_linears
 
@@ -75,22 +76,29 @@ def load_head(name, device="cpu", dtype: torch.dtype = torch.float32) -> torch.T
     return read_tensor(files[key], key).to(device, dtype)
 
 
-def model_folder(name) -> Path:
-    """The local folder of a model, its tokenizer's files included; downloaded first if `name` is on the hub."""
-    return local_folder(name, ["config.json", "generation_config.json", "*.safetensors", INDEX, "*token*",
-                               "vocab.json", "merges.txt", "chat_template*"])
+def model_folder(name, weights: bool = True) -> Path:
+    """The local folder of a model and its tokenizer, downloaded first if `name` is on the hub: the small files, and if minikd
+    can compute what they describe, with `weights` those that hold its tensors."""
+    folder = local_folder(name, ["config.json", INDEX, *TOKENIZER])
+    if weights and not Path(name).expanduser().is_dir():
+        load_config(folder), read_quantization(folder)          # before gigabytes are fetched in vain
+        if names := files_on_hub(name):
+            check_weights(name, names)
+        local_folder(name, shards_of(folder))
+    return folder
 
 
 def model_files(folder) -> dict[str, str]:
     """Hashes of the files that decide what a folder's model computes: they change if it is trained further in place."""
-    return {path.name: sha256(path) for path in sorted(Path(folder).iterdir())
-            if path.name == "config.json" or path.suffix == ".safetensors"}
+    files = [Path(folder) / name for name in ("config.json", *shards_of(Path(folder)))]
+    return {file.name: sha256(file) for file in files if file.exists()}
 
 
 def identify(name) -> str:
     """A model's name and one hash of its files, to recognise it in a resumed run: 'runs/teacher (sha256 0123456789ab)'."""
-    hashes = "".join(model_files(model_folder(name)).values())
-    return f"{Path(name)} (sha256 {hashlib.sha256(hashes.encode()).hexdigest()[:12]})"
+    folder = model_folder(name)
+    hashes = "".join(model_files(folder).values())
+    return f"{label(folder)} (sha256 {hashlib.sha256(hashes.encode()).hexdigest()[:12]})"
 
 
 def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:
@@ -164,27 +172,34 @@ def open_tensors(path: Path):
                          "fetch it again") from error
 
 
+def shards_of(folder: Path) -> list[str]:
+    """The names of the files that hold a folder's tensors; they need not be there."""
+    if (folder / SINGLE).exists() or not (folder / INDEX).exists():
+        return [SINGLE]
+    named = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
+        raise InputError(f"{folder / INDEX}: has no weight_map of tensors to files; fetch it again")
+    return sorted(set(named.values()))
+
+
+def check_weights(name, files: list[str]):
+    """Raises InputError if among the names of a folder's files there are no safetensors."""
+    if SINGLE not in files and INDEX not in files:
+        if any(file.endswith(".bin") for file in files):
+            raise InputError(f"{name}: only pickled weights (*.bin), which can run code when opened; convert them to "
+                             "safetensors")
+        raise InputError(f"{name}: has neither {SINGLE} nor {INDEX}; is this a model's folder?")
+
+
 def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
     """Which file holds each wanted tensor, after checking every name and shape against the model's."""
-    if (folder / INDEX).exists() and not (folder / SINGLE).exists():
-        named = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
-            raise InputError(f"{folder / INDEX}: has no weight_map of tensors to files; fetch it again")
-        for shard in sorted(set(named.values())):
-            if not (folder / shard).is_file():
-                raise InputError(f"{folder / INDEX}: names {shard}, which is not in the folder; fetch that file")
-        shards = sorted({folder / shard for shard in named.values()})
-    elif (folder / SINGLE).exists():
-        shards = [folder / SINGLE]
-    elif list(folder.glob("*.bin")):
-        raise InputError(f"{folder}: only pickled weights (*.bin), which can run code when opened; "
-                         "convert them to safetensors")
-    else:
-        raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}; is this a model's folder?")
+    check_weights(folder, [path.name for path in folder.iterdir()])
     found = {}
-    for shard in shards:
-        with open_tensors(shard) as file:
-            found |= {key: (shard, tuple(file.get_slice(key).get_shape())) for key in file.keys()}
+    for shard in shards_of(folder):
+        if not (folder / shard).is_file():
+            raise InputError(f"{folder / INDEX}: names {shard}, which is not in the folder; fetch that file")
+        with open_tensors(folder / shard) as file:
+            found |= {key: (folder / shard, tuple(file.get_slice(key).get_shape())) for key in file.keys()}
     head = None if "lm_head.weight" in wanted else found.pop("lm_head.weight", None)    # tied, yet some folders store it too
     for key, shape in wanted.items():
         if key not in found:

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from minikd.files import InputError, sha256
+from minikd.hub import label
 from minikd.records import HALF, data_files, kind_of, read_records
 
 # ---- a record -> an example
@@ -280,7 +281,7 @@ def load_examples(paths, format: str | None = None, limit: int | None = None) ->
 
 
 def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
-    report.files.append((str(file), sha256(file)))
+    report.files.append((label(file), sha256(file)))
     name = format
 
     def refuse(error: InputError):
@@ -310,7 +311,7 @@ def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:
             texts.append(text_field(record, where, "text"))
     if not texts:
         raise InputError(f"{', '.join(map(str, files))}: holds no text; give records with a field 'text'")
-    return texts, [(str(file), sha256(file)) for file in files]
+    return texts, [(label(file), sha256(file)) for file in files]
 
 
 def same_prompt(messages) -> str:

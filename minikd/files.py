@@ -1,4 +1,4 @@
-"""Paths: the folder behind a name, writes that complete or leave nothing, one-line errors for what the user can fix."""
+"""Files: writes that complete or leave nothing, one-line errors for what the user can fix."""
 import ctypes
 import errno
 import hashlib
@@ -27,7 +27,10 @@ def script_errors():
     try:
         yield
     except InputError as error:
-        _exit_with(str(error))
+        text = str(error)
+        if cached := re.search(r"/\S+/snapshots/[0-9a-f]{40}/[^\s:]+", text):     # the hub fetches no file that is there
+            text = text.replace("fetch", f"delete {cached[0]} and {os.path.realpath(cached[0])} and fetch", 1)
+        _exit_with(text)
     except (MemoryError, RuntimeError) as error:                # torch, on GPU and CPU, raises a RuntimeError
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
@@ -169,30 +172,3 @@ def sha256(path) -> str:
         while block := file.read(1 << 20):                      # 1 MB at a time
             digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def local_folder(name, patterns, kind: str = "model") -> Path:
-    """The folder behind a name: a local folder, or a Hugging Face hub repository, downloaded once into the hub's cache.
-
-    name      "runs/kd/kd/best" or "Qwen/Qwen2.5-0.5B"
-    patterns  the files wanted from the hub, as globs
-    kind      "model" or "dataset"
-    Raises InputError if it is neither, or a training run whose model is in best/ or last/.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        models = [str(path / held) for held in ("best", "last") if (path / held / "config.json").exists()]
-        if models and kind == "model":
-            raise InputError(f"{name}: holds a training run; give its model {' or '.join(models)}")
-        return path
-    if path.exists():
-        raise InputError(f"{name}: is a file; give the {kind}'s folder")
-    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise InputError(f"{name}: no such folder; give a local folder or a hub name such as Qwen/Qwen2.5-0.5B")
-    from huggingface_hub import snapshot_download               # comes with tokenizers
-    try:
-        return Path(snapshot_download(str(name), repo_type=kind, allow_patterns=patterns))
-    except Exception as error:      # the hub's own, or those of whichever HTTP library its version is built on
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name}: no such folder here, and the hub did not return it ({reason}); "
-                         f"check the name, the network, or HF_TOKEN for a gated {kind}") from error

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from minikd.files import InputError, local_folder
+from minikd.files import InputError
+from minikd.hub import ADDRESS, files_on_hub, local_folder
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 HUB_METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}   # not records
@@ -28,19 +29,22 @@ def data_files(name) -> list[Path]:
         return [file for each in name for file in data_files(each)]
     if Path(name).expanduser().is_file():
         return [Path(name).expanduser()]
-    base, _, choice = str(name).partition(":")
+    base, _, choice = ADDRESS.sub("", str(name)).rstrip("/").partition(":")
+    choice = choice.rstrip("/")
     folder = Path(base).expanduser()
     if not folder.is_dir():
         if base.endswith(ENDINGS):                              # runs/data.jsonl is no hub name: do not ask the hub
             raise InputError(f"{base}: no such file; check the path")
-        if held := _hub_names(base):
+        held = files_on_hub(base, kind="dataset")
+        if held is not None:
             chosen = _choose(base, held, choice)
             folder = local_folder(base, chosen, kind="dataset")
             return [folder / file for file in chosen]           # the cache may hold more, from other choices
         patterns = [choice, f"{choice}/*"] if choice else [f"*{ending}" for ending in ENDINGS]
         folder = local_folder(base, patterns, kind="dataset")   # offline: whatever the cache holds
-    held = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    return [folder / file for file in _choose(base, held, choice)]
+        if not choice.endswith(ENDINGS) and not set("*?[") & set(choice):
+            _check_complete(base, [folder / file for file in _choose(base, _names(folder), choice)])
+    return [folder / file for file in _choose(base, _names(folder), choice)]
 
 
 def local_files(names) -> list[Path]:
@@ -48,13 +52,16 @@ def local_files(names) -> list[Path]:
     return data_files([name for name in names if Path(str(name).partition(":")[0]).expanduser().exists()])
 
 
-def _hub_names(name: str) -> list[str]:
-    """The names of a hub dataset's files, to choose before downloading gigabytes; [] if the hub does not answer."""
-    from huggingface_hub import dataset_info                    # comes with tokenizers
-    try:
-        return [file.rfilename for file in dataset_info(name, timeout=10).siblings]
-    except Exception:       # hub versions raise different HTTP libraries' errors; local_folder, next, says what failed
-        return []
+def _names(folder: Path) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+
+
+def _check_complete(name: str, files: list[Path]):
+    """Raises InputError where of train-00000-of-00002.parquet and its like one is missing, as after a broken download."""
+    for file in files:
+        part = re.search(r"-\d{5}(-of-(\d{5})\..+)", file.name)
+        if part and len(list(file.parent.glob(f"*{part[1]}"))) < int(part[2]):
+            raise InputError(f"{name}: its cache holds only some of the {int(part[2])} files like {file.name}; run once online")
 
 
 def _choose(name: str, held: list[str], choice: str) -> list[str]:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import tokenizers
 
-from minikd.files import InputError, atomic_path, local_folder, read_json
+from minikd.files import InputError, atomic_path, read_json
+from minikd.hub import TOKENIZER, local_folder
 
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 STOPS = ("<|im_end|>", "<|endoftext|>")             # an answer ends with either; the first ends a turn of ChatML
 GENERATION = "generation_config.json"
-FILES = ("tokenizer.json", "tokenizer_config.json", GENERATION, "special_tokens_map.json",
-         "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
 
 class Tokenizer:
@@ -35,7 +34,7 @@ class Tokenizer:
     @classmethod
     def load(cls, name) -> "Tokenizer":
         """From a local folder or a hub name.  Raises InputError when tokenizer.json is missing or damaged."""
-        folder = local_folder(name, list(FILES))
+        folder = local_folder(name, TOKENIZER)
         path = folder / "tokenizer.json"
         if not path.exists():
             raise InputError(f"{path}: is missing; copy the tokenizer's files beside the model's")
@@ -54,7 +53,7 @@ class Tokenizer:
         model's own lacks <|im_end|>, at which a student fine-tuned from it stops.)"""
         folder, path = Path(folder), self.folder / GENERATION
         folder.mkdir(parents=True, exist_ok=True)
-        for file in FILES if self.folder.resolve() != folder.resolve() else ():
+        for file in TOKENIZER if self.folder.resolve() != folder.resolve() else ():
             if file != GENERATION and (self.folder / file).exists():
                 with atomic_path(folder / file) as new:
                     new.write_bytes((self.folder / file).read_bytes())
@@ -69,7 +68,7 @@ class Tokenizer:
 
         A student learns its teacher's probabilities id by id. A folder without a tokenizer is not checked.
         """
-        if not (local_folder(name, list(FILES)) / "tokenizer.json").exists():
+        if not (local_folder(name, TOKENIZER) / "tokenizer.json").exists():
             return
         mine, other = (t.backend.get_vocab(with_added_tokens=True) for t in (self, Tokenizer.load(name)))
         if mine != other:

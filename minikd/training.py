@@ -251,10 +251,12 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=())
 
 
 def check_settings(folder, settings: dict):
-    """Raises InputError, naming the first setting that differs from those the run in `folder` was started with."""
+    """Raises InputError, naming the first setting that differs from those the run in `folder` was started with. Of a model only
+    its files' hash counts: it may have another name by now."""
+    essence = lambda value: re.sub(r"^.* (?=\(sha256 \w+\)$)", "", value) if isinstance(value, str) else value
     before = settings_of(folder)
     for key, value in json.loads(json.dumps(settings, default=str)).items():
-        if before.get(key) != value:
+        if essence(before.get(key)) != essence(value):
             raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
                              f"{before.get(key)}; give the same flags, or another --out")
 

@@ -410,25 +410,6 @@ def test_several_data_files_are_listed_and_a_choice_picks_file_folder_or_glob(tm
         data_files(f"{tmp_path}:fr")
 
 
-def test_hub_dataset_downloads_only_what_was_chosen(tmp_path, monkeypatch):
-    file, asked = write(tmp_path / "es.jsonl", DOLLY), []
-    write(tmp_path / "stale.jsonl", DOLLY)                                      # in the cache from another choice
-    monkeypatch.setattr(records, "_hub_names", lambda name: ["es.jsonl", "en.jsonl", ".gitattributes", "README.md"])
-    monkeypatch.setattr(records, "local_folder", lambda *args, kind: asked.append((*args, kind)) or tmp_path)
-    with pytest.raises(InputError, match="owner/set: holds several data files.*from en.jsonl, es.jsonl"):
-        load_examples("owner/set")
-    assert asked == []
-    assert data_files("owner/set:es.jsonl") == [file]
-    assert asked == [("owner/set", ["es.jsonl"], "dataset")]
-
-
-def test_hub_dataset_in_the_cache_is_read_offline(tmp_path, monkeypatch):
-    file = write(tmp_path / "es.jsonl", DOLLY)
-    monkeypatch.setattr(records, "_hub_names", lambda name: [])
-    monkeypatch.setattr(records, "local_folder", lambda name, patterns, kind: tmp_path)
-    assert data_files("owner/set") == [file] == data_files("owner/set:es.jsonl")
-
-
 def test_missing_file_is_not_taken_for_a_hub_name(monkeypatch):
     monkeypatch.setattr(records, "local_folder", None)
     with pytest.raises(InputError, match="runs/none.jsonl: no such file"):

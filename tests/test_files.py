@@ -7,12 +7,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 
 from minikd import files
-from minikd.files import InputError, atomic_path, check_writable, local_folder, read_json, script_errors
+from minikd.files import InputError, atomic_path, check_writable, read_json, script_errors
 
 
 def names(folder: Path) -> list[str]:
@@ -158,7 +157,7 @@ def test_a_link_keeps_leading_to_the_folder_that_is_replaced(tmp_path):
     assert (tmp_path / "runs").is_symlink() and names(tmp_path / "disk") == ["a", "to nowhere"]
 
 
-# ---- read_json and local_folder
+# ---- read_json
 
 @pytest.mark.parametrize("content, complaint", [(b"{\"a\": 1,}", "is not JSON"), (b"", "is not JSON"),
                                                 (b"\xff\xfe{}", "is not JSON"), (b"[1]", "holds a list")])
@@ -168,47 +167,6 @@ def test_what_is_not_a_json_object_is_named_in_one_line(tmp_path, content, compl
     with pytest.raises(InputError) as caught:
         read_json(path)
     assert str(caught.value).startswith(f"{path}: {complaint}") and "\n" not in str(caught.value)
-
-
-def test_a_local_folder_is_itself_and_asks_no_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    assert local_folder(tmp_path, ["*"]) == tmp_path
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert local_folder("a/b", ["*"]) == Path("a/b")        # looks like a hub name, and is there
-
-
-@pytest.mark.parametrize("name", ["nowhere", "./a/b", "/no/such", "a/b/c", "~/no-such-folder"])
-def test_what_cannot_be_a_hub_name_is_refused_without_asking_the_hub(monkeypatch, name):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    with pytest.raises(InputError, match="no such folder; give a local folder or a hub name"):
-        local_folder(name, ["*"])
-
-
-def test_a_file_in_place_of_a_folder_is_named(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(InputError, match="is a file; give the model's folder"):
-        local_folder(tmp_path / "model.safetensors", ["*"])
-
-
-@pytest.mark.parametrize("error", [OSError("no route\nto host"), RuntimeError("403 Forbidden"), ValueError()])
-def test_whatever_the_hub_client_raises_becomes_one_line(monkeypatch, error):
-    def download(*_, **__):                                 # a proxy's error, say, is no OSError
-        raise error
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(InputError) as caught:
-        local_folder("org/name", ["*"])
-    text = str(caught.value)
-    assert text.startswith("org/name: no such folder here, and the hub did not return it (") and "\n" not in text
-    assert (str(error).split("\n")[0] or "ValueError") in text
-
-
-def test_the_hub_is_asked_for_the_files_wanted_only(monkeypatch):
-    def download(name, repo_type, allow_patterns):
-        assert (name, repo_type, allow_patterns) == ("org/name", "dataset", ["*.jsonl"])
-        return "/cache/snapshot"
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert local_folder("org/name", ["*.jsonl"], kind="dataset") == Path("/cache/snapshot")
 
 
 def test_what_a_killed_writer_left_is_swept_by_the_next_write_but_not_a_living_ones(tmp_path):
@@ -240,12 +198,3 @@ def test_too_little_memory_is_one_line_and_other_errors_are_not(capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory; lower --batch-size")
     with pytest.raises(RuntimeError, match="a bug"), script_errors():
         raise RuntimeError("a bug")
-
-
-def test_a_training_run_is_not_taken_for_a_model_and_its_models_are_named(tmp_path):
-    (tmp_path / "last").mkdir()
-    (tmp_path / "last" / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="holds a training run; give its model .*/last$"):
-        local_folder(tmp_path, ["*"])
-    assert local_folder(tmp_path, ["*"], kind="dataset") == tmp_path
-    assert local_folder(tmp_path / "last", ["*"]) == tmp_path / "last"

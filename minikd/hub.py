@@ -1,0 +1,137 @@
+"""A name -> a folder: a local one, or a repository of the Hugging Face hub in the hub's cache, with only the files asked for."""
+import errno
+import functools
+import re
+import sys
+from pathlib import Path
+
+from minikd.files import InputError
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+             "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
+TIMEOUT = 10                                        # seconds in which the hub must answer once; else its cache has to do
+ADDRESS = re.compile(r"^(https://huggingface\.co/|hf://)(datasets/)?")
+CACHED = re.compile(r".*/(?:models|datasets)--(.+?)--(.+)/snapshots/([0-9a-f]{40})(?:/(.+))?")
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EFBIG}
+
+
+def local_folder(name, patterns, kind: str = "model") -> Path:
+    """The folder behind a name.
+
+    name      "runs/kd/kd/best", "Qwen/Qwen2.5-0.5B", or "Qwen/Qwen2.5-0.5B@revision": a branch, a tag or a commit
+    patterns  the files wanted from the hub: names, or globs
+    kind      "model" or "dataset"
+    Raises InputError if it is neither, or a training run whose model is in best/ or last/.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        models = [str(path / held) for held in ("best", "last") if (path / held / "config.json").exists()]
+        if models and kind == "model":
+            raise InputError(f"{name}: holds a training run; give its model {' or '.join(models)}")
+        return path
+    if path.exists():
+        raise InputError(f"{name}: is a file; give the {kind}'s folder")
+    return repository(str(name), kind).fetch(patterns)
+
+
+def files_on_hub(name, kind: str = "model") -> list[str] | None:
+    """The names of a repository's files, to choose before gigabytes are fetched; None for a local folder, or if the hub does
+    not answer."""
+    return None if Path(name).expanduser().exists() else repository(str(name), kind).files
+
+
+def label(path) -> str:
+    """What to call a file or a model's folder in records of a run. In the hub's cache it is "org/name/file" or
+    "org/name@commit", as a cache may move, and a file may be the same in the next commit."""
+    cached = CACHED.fullmatch(str(path))
+    if not cached:
+        return str(path)
+    owner, name, commit, file = cached.groups()
+    return f"{owner}/{name}/{file}" if file else f"{owner}/{name}@{commit}"
+
+
+@functools.cache
+def repository(name: str, kind: str) -> "Repository":
+    """Asks the hub once per process."""
+    return Repository(name, kind)
+
+
+class Repository:
+    """A repository on the hub, at the commit that the first look found: a run that loads its student again after hours must not
+    get another.
+
+    files   the names of its files; None if the hub did not answer
+    """
+
+    def __init__(self, name: str, kind: str):
+        self.name, _, revision = ADDRESS.sub("", name).rstrip("/").partition("@")
+        if self.name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise InputError(f"{name}: no such folder; give a local folder or a hub name such as Qwen/Qwen2.5-0.5B")
+        from huggingface_hub import HfApi                       # comes with tokenizers
+        from huggingface_hub.utils import disable_progress_bars
+        if not sys.stderr.isatty():
+            disable_progress_bars()                             # twenty lines in a log, even for what is cached
+        self.kind, self.revision = kind, revision or None
+        self.files, self.silent, self.folder, self.fetched = None, None, None, set()
+        try:
+            info = HfApi().repo_info(self.name, repo_type=kind, revision=self.revision, timeout=TIMEOUT)
+            self.files = [file.rfilename for file in info.siblings or ()]
+        except Exception as error:      # the hub's own, or those of whichever HTTP library its version is built on
+            self.silent = error
+
+    def fetch(self, patterns) -> Path:
+        """The folder of its files in the hub's cache, those that match the patterns downloaded where they are missing."""
+        from huggingface_hub import snapshot_download
+        missing = sorted(set(patterns) - self.fetched)
+        if missing or not self.folder:
+            revision = self.folder.name if self.folder else self.revision       # of a branch, the hub keeps which commit it was
+            try:
+                folder = Path(snapshot_download(self.name, repo_type=self.kind, revision=revision, allow_patterns=missing,
+                                                local_files_only=self.silent is not None))
+            except Exception as error:
+                raise self.refusal(self.silent or error) from error
+            if self.silent and not self.folder:
+                print(f"{self.name}: the hub did not answer ({why(self.silent)[0]}); its cache has commit {folder.name[:12]}",
+                      file=sys.stderr)
+            self.folder = folder
+            self.fetched.update(missing)
+        return self.folder
+
+    def refusal(self, error: Exception) -> Exception:
+        """What to raise: a disk's error as it is, with its place, or an InputError."""
+        from huggingface_hub import constants
+        for cause in causes(error):
+            if isinstance(cause, OSError) and cause.errno in DISK:
+                return OSError(cause.errno, cause.strerror, cause.filename or constants.HF_HUB_CACHE)
+        reason, mend = why(error)
+        return InputError(f"{self.name}: no such folder here, and the hub did not return it ({reason}); {mend}")
+
+
+def causes(error: BaseException):
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def why(error: Exception) -> tuple[str, str]:
+    """An error of the hub's -> what happened, and what the user can do."""
+    from huggingface_hub import errors
+    for cause in causes(error):
+        response = getattr(cause, "response", None)
+        status, text = getattr(response, "status_code", None), " ".join(str(cause).split())
+        if isinstance(cause, errors.GatedRepoError):
+            return "its owner asks for consent", "accept the terms on its page and set HF_TOKEN"
+        if status == 401 and "Invalid credentials" in text:
+            return "HF_TOKEN is not valid", "renew it, or unset it for what is public"
+        if isinstance(cause, errors.RevisionNotFoundError):
+            return "it has no such revision", "check what follows the @"
+        if isinstance(cause, errors.RepositoryNotFoundError) or status == 401:
+            return "it has no such repository, or a private one", "check the name; for a private one set HF_TOKEN"
+        if status == 429:
+            wait = response.headers.get("Retry-After")
+            return f"too many requests{f', wait {wait} s' if wait else ''}", "try again later, or set HF_TOKEN"
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set, and its cache does not hold it", "unset it once, or check the name"
+        if "Expecting value" in text:                           # json's, about a page of HTML
+            return "what answered is not the hub", "does this network ask to log in first?"
+    return " ".join(str(error).split()) or type(error).__name__, "check the network, and try again"

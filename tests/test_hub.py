@@ -1,0 +1,309 @@
+"""Hub names against a small hub on this machine, through the real huggingface_hub: what is asked, fetched, kept and refused."""
+import errno
+import hashlib
+import json
+import re
+import threading
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from conftest import same, small, tiny
+from minikd import hub
+from minikd.checkpoint import identify, load_model, model_folder, save_model
+from minikd.files import InputError, script_errors
+from minikd.hub import label, local_folder
+from minikd.records import data_files
+from minikd.tokenizer import Tokenizer
+from minikd.training import check_settings
+
+
+class Request(BaseHTTPRequestHandler):
+    """The hub's protocol, as far as downloads need it: a repository's files with its commit, and each file."""
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        served = self.server
+        served.asked.append(self.path)
+        for pattern, (status, headers, body) in served.faults.items():
+            if fnmatch(self.path, pattern):
+                return self.reply(status, body, headers)
+        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?(/tree/([^/?]+).*)?", self.path):
+            kind, name, revision, tree, of = found.groups()
+            commit, files = self.find(kind, name, of or revision or "main")
+            if files is None:
+                return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound" if commit else "RepoNotFound"})
+            if tree:
+                listing = [{"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                           for path, data in files.items()]
+            else:
+                listing = {"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in files]}
+            return self.reply(200, json.dumps(listing).encode(), {"Content-Type": "application/json"})
+        if not (found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)):
+            return self.reply(404, b"{}", {})                   # what huggingface_hub asks beside
+        kind, name, revision, path = found.groups()
+        commit, files = self.find("datasets" if kind else "models", name, revision)
+        self.reply(200, files[path], {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(files[path]).hexdigest()}"'})
+        if self.command == "GET":
+            served.sent.append(path)
+
+    do_HEAD = do_GET
+
+    def find(self, kind: str, name: str, revision: str):
+        commits = self.server.repositories.get((kind, name), {})
+        commit = [*commits, None][-2:][0] if revision == "main" else revision
+        return commit if commits else None, commits.get(commit)
+
+    def reply(self, status: int, body: bytes, headers: dict):
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(body)), "X-Request-Id": "1"} | headers).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A hub.  repositories: ("models", "org/name") -> {commit: {path: bytes}}, main is the last; asked: every request's path;
+    sent: every file; faults: glob of a path -> (status, headers, body)."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Request)
+    server.daemon_threads = True
+    server.repositories, server.asked, server.sent, server.faults = {}, [], [], {}
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    for name, value in dict(ENDPOINT=address, HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}",
+                            HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True).items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr("time.sleep", lambda _: None)           # before huggingface_hub's further tries
+    monkeypatch.chdir(tmp_path)
+    again()
+    yield server
+    server.shutdown()
+    server.server_close()
+    again()
+
+
+def again():
+    """As in another process."""
+    hub.repository.cache_clear()
+
+
+def offline(monkeypatch, value=True):
+    again()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", value)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def refusal(act) -> str:
+    with pytest.raises(InputError) as caught:
+        act()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+COMMITS = ["a" * 40, "b" * 40]
+JUNK = {"original/model.safetensors": b"x", "consolidated.safetensors": b"x", "pytorch_model.bin": b"x", "model.gguf": b"x",
+        "tokenizer.model": b"x", "tokenization_evil.py": b"x", "pretokenized/data.bin": b"x", "README.md": b"x"}
+
+
+@pytest.fixture
+def model(served, tokenizer, tmp_path):
+    """org/model: two commits in shards, with files beside them that no one needs."""
+    for seed, commit in enumerate(COMMITS):
+        folder = tiny(seed, tokenizer, tmp_path / commit)
+        save_model(small(seed), folder, shard_bytes=20_000)
+        served.repositories.setdefault(("models", "org/model"), {})[commit] = files_in(folder) | JUNK
+    return "org/model"
+
+
+# ---- models
+
+def test_a_model_and_its_tokenizer_come_without_what_nobody_reads(served, model, tokenizer):
+    assert same(load_model(model).state_dict(), small(1).state_dict())
+    assert len(Tokenizer.load(model)) == len(tokenizer)
+    assert not set(served.sent) & JUNK.keys() and len(served.sent) == len(set(served.sent))
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} < set(served.sent)
+    assert served.sent.index("config.json") < min(map(served.sent.index, [file for file in served.sent if "-of-" in file]))
+
+
+def test_offline_everything_is_there_and_the_hub_is_not_asked(served, model, monkeypatch, capsys):
+    first = load_model(model).state_dict()
+    served.asked.clear()
+    offline(monkeypatch)
+    assert same(load_model(model).state_dict(), first) and served.asked == []
+    assert f"its cache has commit {COMMITS[1][:12]}" in capsys.readouterr().err
+
+
+def test_a_run_sees_one_commit_though_main_moves(served, model):
+    del served.repositories["models", model][COMMITS[1]]
+    first = load_model(model).state_dict()
+    served.repositories["models", model][COMMITS[1]] = served.repositories["models", model][COMMITS[0]]
+    assert same(load_model(model).state_dict(), first)
+    assert identify(model).startswith(f"{model}@{COMMITS[0]} (sha256 ")
+    again()
+    assert identify(model).startswith(f"{model}@{COMMITS[1]} (sha256 ")
+    assert identify(model)[-13:] == identify(f"{model}@{COMMITS[0]}")[-13:]     # another commit, the same weights
+
+
+def test_a_revision_is_named_after_an_at(served, model):
+    assert same(load_model(f"{model}@{COMMITS[0]}").state_dict(), small(0).state_dict())
+    assert same(load_model(f"https://huggingface.co/{model}/").state_dict(), small(1).state_dict())
+    assert "no such revision); check what follows the @" in refusal(lambda: load_model(f"{model}@v7"))
+
+
+def test_a_resumed_run_knows_a_model_by_its_files_whatever_it_is_called_now(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"settings": {"student": f"org/model@{COMMITS[0]} (sha256 0123456789ab)"}}))
+    check_settings(tmp_path, {"student": "/here/model (sha256 0123456789ab)"})
+    with pytest.raises(InputError, match=f"--student x .sha256 f., but the run began with org/model@{COMMITS[0]}"):
+        check_settings(tmp_path, {"student": "x (sha256 f)"})
+
+
+def test_what_minikd_does_not_compute_is_refused_before_its_weights_are_fetched(served, model):
+    files = served.repositories["models", model][COMMITS[1]]
+    files["config.json"] = files["config.json"].replace(b'"qwen2"', b'"llama"')
+    assert "'llama' is not implemented" in refusal(lambda: model_folder(model))
+    assert not any("safetensors" in name and "index" not in name for name in served.sent)
+
+
+def test_a_repository_of_pickles_is_refused_as_one(served, model):
+    files = served.repositories["models", model][COMMITS[1]]
+    for name in [name for name in files if "safetensors" in name]:
+        del files[name]
+    assert "org/model: only pickled weights (*.bin)" in refusal(lambda: model_folder(model))
+
+
+def test_a_damaged_file_in_the_cache_is_named_with_its_blob(served, model, capsys):
+    file = model_folder(model) / "config.json"
+    blob = file.resolve()
+    blob.write_text("{")
+    with pytest.raises(SystemExit), script_errors():
+        load_model(model)
+    assert f"; delete {file} and {blob} and fetch it again" in capsys.readouterr().err
+    file.unlink(), blob.unlink(), again()
+    load_model(model)
+
+
+# ---- what goes wrong
+
+@pytest.mark.parametrize("fault, says", [
+    ((404, {"X-Error-Code": "RepoNotFound"}, b""), "it has no such repository, or a private one); check the name"),
+    ((401, {}, b""), "it has no such repository, or a private one); check the name; for a private one set HF_TOKEN"),
+    ((401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b""), "HF_TOKEN is not valid); renew it"),
+    ((403, {"X-Error-Code": "GatedRepo"}, b""), "its owner asks for consent); accept the terms on its page and set HF_TOKEN"),
+    ((429, {"Retry-After": "155"}, b""), "too many requests, wait 155 s); try again later, or set HF_TOKEN"),
+    ((200, {"Content-Type": "text/html"}, b"<html>hotel</html>"), "what answered is not the hub); does this network ask"),
+    ((503, {}, b""), "503")])
+def test_a_refusal_says_why_and_what_to_do(served, fault, says):
+    served.faults["/api/*"] = fault
+    for name, kind in ("org/model", "model"), ("org/data", "dataset"):
+        text = refusal(lambda: local_folder(name, ["*"], kind))
+        assert text.startswith(f"{name}: no such folder here, and the hub did not return it (") and says in text
+
+
+def test_without_a_network_the_cache_serves_and_what_it_lacks_is_refused(served, model, monkeypatch, capsys):
+    model_folder(model)
+    again()
+    served.faults["*"] = (503, {}, b"")
+    load_model(model)
+    assert "org/model: the hub did not answer (" in capsys.readouterr().err
+    offline(monkeypatch)
+    assert "(HF_HUB_OFFLINE is set, and its cache does not hold it); unset it once" in refusal(lambda: load_model("org/other"))
+
+
+def test_a_hub_that_never_answers_is_given_up(served, monkeypatch):
+    def hang(self):
+        threading.Event().wait(5)
+
+    monkeypatch.setattr(Request, "find", hang)
+    monkeypatch.setattr(hub, "TIMEOUT", 0.05)
+    assert "did not return it" in refusal(lambda: local_folder("org/model", ["*"]))
+
+
+def test_a_full_disk_is_the_disks_error_and_names_the_cache(served, model, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{huggingface_hub.constants.HF_HUB_CACHE}'"):
+        local_folder(model, ["*"])
+
+
+# ---- datasets
+
+@pytest.fixture
+def data(served) -> str:
+    line = b'{"instruction": "a", "response": "b"}\n'
+    served.repositories["datasets", "org/data"] = {COMMITS[0]: {
+        "solutions_py/train-00000-of-00002.jsonl": line, "solutions_py/train-00001-of-00002.jsonl": line, "es/test.jsonl": line,
+        "README.md": b"x"}}
+    return "org/data"
+
+
+def test_of_a_dataset_only_what_is_chosen_is_fetched(served, data):
+    assert "holds several data files" in refusal(lambda: data_files(data)) and served.sent == []
+    assert [file.name for file in data_files(f"{data}:es")] == ["test.jsonl"] and served.sent == ["es/test.jsonl"]
+    assert [file.name for file in data_files(f"hf://datasets/{data}:solutions_py/")] == ["train-00000-of-00002.jsonl",
+                                                                                      "train-00001-of-00002.jsonl"]
+    assert [label(file) for file in data_files(f"{data}:es/test.jsonl")] == ["org/data/es/test.jsonl"]
+
+
+def test_half_of_a_dataset_in_the_cache_is_not_taken_for_all_of_it(served, data, monkeypatch):
+    first = data_files(f"{data}:solutions_py/train-00000-of-00002.jsonl")
+    offline(monkeypatch)
+    assert data_files(f"{data}:solutions_py/train-00000-of-00002.jsonl") == first
+    refusal(lambda: data_files(f"{data}:solutions_py"))
+
+
+def test_a_listing_that_fails_does_not_fetch_everything(served, data):
+    served.faults["/api/datasets/org/data"] = (503, {}, b"")
+    refusal(lambda: data_files(data))
+    assert served.sent == []
+
+
+# ---- names
+
+def test_a_file_of_the_cache_is_called_by_repository_whatever_the_cache_is():
+    snapshot = f"/anywhere/hub/models--Qwen--Qwen2.5-0.5B/snapshots/{COMMITS[0]}"
+    assert label(f"{snapshot}/config.json") == "Qwen/Qwen2.5-0.5B/config.json"
+    assert label(snapshot) == f"Qwen/Qwen2.5-0.5B@{COMMITS[0]}"
+    assert label("runs/kd") == "runs/kd" and label(Path("a/snapshots/b")) == "a/snapshots/b"
+
+
+def test_a_local_folder_is_itself_and_asks_no_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    assert local_folder(tmp_path, ["*"]) == tmp_path
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert local_folder("a/b", ["*"]) == Path("a/b")        # looks like a hub name, and is there
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./a/b", "/no/such", "a/b/c", "~/no-such-folder"])
+def test_what_cannot_be_a_hub_name_is_refused_without_asking_the_hub(monkeypatch, name):
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    with pytest.raises(InputError, match="no such folder; give a local folder or a hub name"):
+        local_folder(name, ["*"])
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match="is a file; give the model's folder"):
+        local_folder(tmp_path / "model.safetensors", ["*"])
+
+
+def test_a_training_run_is_not_taken_for_a_model_and_its_models_are_named(tmp_path):
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a training run; give its model .*/last$"):
+        local_folder(tmp_path, ["*"])
+    assert local_folder(tmp_path, ["*"], kind="dataset") == tmp_path
+    assert local_folder(tmp_path / "last", ["*"]) == tmp_path / "last"
