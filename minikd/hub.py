@@ -131,7 +131,7 @@ def why(error: Exception) -> tuple[str, str]:
             wait = response.headers.get("Retry-After")
             return f"too many requests{f', wait {wait} s' if wait else ''}", "try again later, or set HF_TOKEN"
         if isinstance(cause, errors.OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set, and its cache does not hold it", "unset it once, or check the name"
+            return "HF_HUB_OFFLINE is set", "its cache does not hold it: unset it once, or check the name"
         if "Expecting value" in text:                           # json's, about a page of HTML
             return "what answered is not the hub", "does this network ask to log in first?"
     return " ".join(str(error).split()) or type(error).__name__, "check the network, and try again"
