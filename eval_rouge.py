@@ -21,34 +21,30 @@ from minikd.quant import show_ways
 from minikd.records import local_files
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import (Progress, check_positive, fill_defaults, flag_group, make_parser, pick_device, pick_dtype,
-                             spare_threads)
+from minikd.training import (Progress, check_positive, check_unused, fill_defaults, flag_group, make_parser, pick_device,
+                             pick_dtype, spare_threads)
 
-TOY = dict(model="runs/toy/kd/best", data=["runs/toy/data/test.jsonl"], rouge="unicode", max_new_tokens=48,
-           dtype="float32")                                     # as train_kd.py evaluates it
-REAL = dict(rouge="stemmer", max_new_tokens=256, dtype="auto")
 SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
 
 
 def parse_args():
     parser = make_parser(__doc__)
     add = flag_group(parser, "a model's answers")
-    add("--model", help="folder or hub name (runs/toy/kd/best)")
-    add("--data", nargs="+", metavar="FILE",
+    add("--model", toy="runs/toy/kd/best", help="folder or hub name")
+    add("--data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
         help="records to ask: .jsonl .json .csv .parquet, a folder or a hub dataset")
     add("--limit", type=int, help="ask only the first LIMIT records")
-    add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt: chatml or alpaca (chatml)")
-    add("--max-length", type=int, default=512, help="tokens; a prompt that leaves no room in them is dropped (512)")
-    add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped and counted (256)")
-    add("--max-new-tokens", type=int, help="longest answer (256; toy 48)")
-    add("--batch-size", type=int, default=16, help="prompts answered at once (16)")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (0)")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
-    add("--top-k", type=int, default=0, help="sample from this many tokens; 0 is all (0)")
+    add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt")
+    add("--max-length", type=int, default=512, help="tokens; a prompt that leaves no room in them is dropped")
+    add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped and counted")
+    add("--max-new-tokens", type=int, default=256, toy=48, help="longest answer")
+    add("--batch-size", type=int, default=16, help="prompts answered at once")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
+    add("--top-k", type=int, default=0, help="sample from this many tokens; 0 is all")
     add("--seeds", "--seed", type=int, nargs="+", help="one round of answers each (10 20 30 40 50; greedy needs none)")
-    add("--device", default="auto", help="cpu, cuda, ... (auto)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"),
-        help="of the model: auto, float32, bfloat16 (auto; toy float32)")
+    add("--device", default="auto", help="cpu, cuda, ...")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32", help="of the model")
     add("--int8-head", action="store_true",
         help=f"multiply by the head at 8 bits, on a CPU and for fewer than {INT8_ROWS} prompts at once")
     add("--show-ways", action="store_true", help="print how each 4-bit layer multiplies, by number of rows")
@@ -56,9 +52,8 @@ def parse_args():
     add("--predictions", help=".txt, one answer per line; or .jsonl .json .csv with prediction, text, response or output")
     add("--references", help="the same kinds of file; any records that train_kd.py reads; or a list `references`")
     add = flag_group(parser, "both")
-    add("--format", choices=FORMATS, help=f"schema of the records: {', '.join(FORMATS)} (recognised)")
-    add("--rouge", choices=("plain", "stemmer", "unicode"),
-        help="words of ROUGE-L: plain, stemmer, unicode (stemmer; toy unicode)")
+    add("--format", choices=FORMATS, help="schema of the records, if it shall not be recognised")
+    add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="words of ROUGE-L")
     add("--out", help="jsonl of every example's scores (answers.jsonl in the model's folder, else in runs/eval)")
     args = parser.parse_args()
     for pair in ("model", "data"), ("predictions", "references"):
@@ -68,15 +63,20 @@ def parse_args():
             raise InputError(f"--{given[0]} without --{missing[0]}; give both")
     if args.model and args.predictions:
         raise InputError("--model and --predictions; give one of them: a model that answers, or answers")
-    if args.seeds and args.temperature == 0:
-        raise InputError("--seeds with --temperature 0: greedy answers are the same for all; add --temperature 1")
+    if args.predictions:
+        check_unused(args, "to answers in a file", "limit", "template", "max_length", "max_prompt_length", "max_new_tokens",
+                     "batch_size", "temperature", "top_p", "top_k", "seeds", "device", "dtype", "int8_head", "show_ways")
+    if not args.temperature:
+        check_unused(args, "to greedy answers (--temperature 0)", "seeds", "top_p", "top_k")
+    toy = not (args.model or args.predictions)
+    fill_defaults(args, parser, toy)
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0):
         raise InputError("--temperature and --top-k must be at least 0, --top-p above 0 and at most 1; fix the wrong one")
     check_positive(args, "limit", "max_length", "max_prompt_length", "max_new_tokens", "batch_size")
-    toy = not (args.model or args.predictions)
-    if toy and not all(Path(path).exists() for path in (TOY["model"], *TOY["data"])):
-        raise InputError(f"{TOY['model']}: no toy student yet; run train_kd.py first, or give --model and --data")
-    fill_defaults(args, TOY if toy else REAL)
+    if len(set(args.seeds or ())) < len(args.seeds or ()):
+        raise InputError(f"--seeds {args.seeds}: two are the same, and so would be their answers; give each once")
+    if toy and not all(Path(path).exists() for path in (args.model, *args.data)):
+        raise InputError(f"{args.model}: no toy student yet; run train_kd.py first, or give --model and --data")
     folder = Path(args.model or "").expanduser()
     beside = folder if args.model and folder.is_dir() else Path("runs/eval")
     args.out = Path(args.out or beside / "answers.jsonl").expanduser()

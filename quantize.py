@@ -26,49 +26,48 @@ from minikd.quant import check_groups, to_w4, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import (LOG, Progress, check_positive, fill_defaults, flag_group, make_parser, pick_device, pick_dtype,
-                             spare_threads)
-
-TOY = dict(model="runs/toy/kd/best", calibration=["runs/toy/data/train.jsonl"], eval_data=["runs/toy/data/test.jsonl"],
-           out="runs/toy/w4", group_size=32, rouge="unicode", max_new_tokens=48, dtype="float32")
-REAL = dict(group_size=128, rouge="stemmer", max_new_tokens=256, dtype="auto")
+from minikd.training import (LOG, Progress, check_positive, check_unused, fill_defaults, flag_group, make_parser,
+                             pick_device, pick_dtype, spare_threads)
 
 
 def parse_args():
     parser = make_parser(__doc__)
     add = flag_group(parser, "model and data")
-    add("--model", help="folder or hub name (runs/toy/kd/best)")
-    add("--calibration", nargs="+", metavar="FILE",
+    add("--model", toy="runs/toy/kd/best", help="folder or hub name")
+    add("--calibration", nargs="+", metavar="FILE", toy=["runs/toy/data/train.jsonl"],
         help="records as train_kd.py reads them, or plain text (field `text`)")
-    add("--samples", type=int, default=128, help="calibration rows, drawn at random (128)")
-    add("--length", type=int, default=2048, help="longest of them, in tokens (2048)")
-    add("--eval-data", nargs="+", metavar="FILE", help="records: perplexity and ROUGE-L before and after")
-    add("--eval-examples", type=int, default=200, help="how many of those (200)")
-    add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt: chatml or alpaca (chatml)")
+    add("--samples", type=int, default=128, help="calibration rows, drawn at random")
+    add("--length", type=int, default=2048, help="longest of them, in tokens")
+    add("--eval-data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
+        help="records: perplexity and ROUGE-L before and after")
+    add("--eval-examples", type=int, default=200, help="how many of those")
+    add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt")
     add = flag_group(parser, "quantisation")
-    add("--method", choices=("gptq", "rtn"), help="gptq or rtn (gptq; toy both)")
-    add("--bits", type=int, default=4, help="of a weight; folders hold 4 (4)")
-    add("--group-size", type=int, help="inputs that share a scale, -1 for a whole row (128; toy 32)")
+    add("--method", choices=("gptq", "rtn"), help="without it gptq, in the toy world both; else one")
+    add("--bits", type=int, default=4, help="of a weight; folders hold 4")
+    add("--group-size", type=int, default=128, toy=32, help="inputs that share a scale, -1 for a whole row")
     add("--asym", action="store_true", help="a zero point per group, else the range is symmetric")
     add("--no-act-order", action="store_true", help="quantise columns in stored order, not those of large inputs first")
-    add("--damp", type=float, default=0.01, help="share of the Hessian's mean diagonal that is added to it (0.01)")
+    add("--damp", type=float, default=0.01, help="share of the Hessian's mean diagonal that is added to it")
     add("--clip-search", action="store_true", help="shrink each group's range where that lowers its error")
     add = flag_group(parser, "run")
-    add("--out", help="folder to write (toy: runs/toy/w4, or w4-rtn and w4-gptq without --method)")
-    add("--batch-size", type=int, default=4, help="calibration rows at a time (4)")
-    add("--max-new-tokens", type=int, help="longest answer (256; toy 48)")
-    add("--rouge", choices=("plain", "stemmer", "unicode"),
-        help="words of ROUGE-L: plain, stemmer, unicode (stemmer; toy unicode)")
-    add("--seed", type=int, default=0, help="of the calibration rows (0)")
-    add("--device", default="auto", help="cpu, cuda, ... (auto)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"),
-        help="of calibration and of what is not packed: auto, float32, bfloat16 (auto; toy float32)")
+    add("--out", toy="runs/toy/w4", help="folder to write; without --method -rtn and -gptq are added to the name")
+    add("--batch-size", type=int, default=4, help="calibration rows at a time")
+    add("--max-new-tokens", type=int, default=256, toy=48, help="longest answer")
+    add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="words of ROUGE-L")
+    add("--seed", type=int, default=0, help="of the calibration rows")
+    add("--device", default="auto", help="cpu, cuda, ...")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
+        help="of calibration and of what is not packed")
     args = parser.parse_args()
     toy = args.model is None
-    if toy and not Path(TOY["model"]).exists():
-        raise InputError(f"{TOY['model']}: no toy student yet; run train_kd.py first, or give --model, --calibration "
-                         "and --out")
-    fill_defaults(args, TOY if toy else REAL)
+    if args.method == "rtn":
+        check_unused(args, "with --method rtn", "samples", "length", "no_act_order", "damp")
+    if not (args.eval_data or toy):
+        check_unused(args, "without --eval-data", "eval_examples", "max_new_tokens", "rouge")
+    fill_defaults(args, parser, toy)
+    if toy and not Path(args.model).exists():
+        raise InputError(f"{args.model}: no toy student yet; run train_kd.py first, or give --model, --calibration and --out")
     if args.out is None:
         raise InputError("--model without --out; add --out FOLDER")
     args.methods = ["rtn", "gptq"] if toy else ["gptq"]

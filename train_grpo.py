@@ -33,13 +33,10 @@ from minikd.rewards import combine, load_rewards, reward_files, summary
 from minikd.teacher import fingerprint
 from minikd.tokenizer import Tokenizer
 from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
-                             check_student, compile_blocks, fill_defaults, flag_group, learning_rate, load_state, lock,
-                             make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state, spare_threads)
+                             check_student, check_unused, compile_blocks, fill_defaults, flag_group, learning_rate,
+                             load_state, lock, make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state,
+                             spare_threads)
 
-REAL = dict(prompts=8, group_size=8, max_new_tokens=512, steps=500, batch_size=8, lr=1e-6, eval_examples=64, eval_every=50,
-            out="runs/grpo", dtype="auto")
-TOY = dict(prompts=16, group_size=16, max_new_tokens=72, steps=250, batch_size=256, lr=3e-4, eval_examples=200,
-           eval_every=50, dtype="float32")
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
 FORM = {"format": 0.05, "steps": 0.05}                          # and their weights: with more, accuracy collapses
 
@@ -50,58 +47,54 @@ def parse_args():
     add("--model", help="folder or hub name, best a distilled student (else a toy student, first fine-tuned)")
     add("--data", nargs="+", metavar="FILE",
         help="records with a question and an answer, or with tests; else a toy task")
-    add("--task", choices=list(problems.TASKS), default="sums", help="toy task: sums or code (sums)")
+    add("--task", choices=list(problems.TASKS), default="sums", help="toy task")
     add("--limit", type=int, help="read only the first LIMIT records")
-    add("--max-prompt-length", type=int, default=1024, help="tokens; longer prompts are dropped and counted (1024)")
+    add("--max-prompt-length", type=int, default=1024, help="tokens; longer prompts are dropped and counted")
     add = flag_group(parser, "sampling and rewards")
-    add("--prompts", type=int, help="problems in a step (8; toy 16)")
-    add("--group-size", type=int, help="answers to each (8; toy 16)")
-    add("--max-new-tokens", type=int, help="longest answer (512; toy 72)")
-    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities in the loss (1)")
-    add("--rewards", help="names or FILE.py:FUNCTION, separated by commas (answer, code or both, as the problems have answers or "
+    add("--prompts", type=int, default=8, toy=16, help="problems in a step")
+    add("--group-size", type=int, default=8, toy=16, help="answers to each")
+    add("--max-new-tokens", type=int, default=512, toy=72, help="longest answer")
+    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities in the loss")
+    add("--rewards", help="names or FILE.py:FUNCTION, separated by commas (answer, code or both, as problems have answers or "
                           "tests, then format,steps)")
-    add("--reward-weights", help="a number for each, separated by commas (1 each; of the default rewards 0.05 for format and steps)")
+    add("--reward-weights", help="a number for each, separated by commas (1 each; by default 0.05 for format and steps)")
     add = flag_group(parser, "loss")
-    add("--clip", type=float, default=0.2, help="how far the ratio of new to old policy may leave 1 (0.2)")
+    add("--clip", type=float, default=0.2, help="how far the ratio of new to old policy may leave 1")
     add("--clip-high", type=float, help="the same above 1, where it differs; DAPO 0.28")
-    add("--beta", type=float, default=0.04, help="weight of the KL to the starting model; 0 needs no copy of it (0.04)")
-    add("--scale", choices=("std", "none"), default="std",
-        help="divide advantages by their group's deviation: std, none (std)")
-    add("--norm", choices=grpo.NORMS, default="sequence", help="mean over: sequence, token, constant (sequence)")
-    add("--ratio", choices=("token", "sequence"), default="token",
-        help="one ratio per token, or per sequence: GSPO (token)")
-    add("--inner-epochs", type=int, default=1, help="updates on the answers of one step (1)")
+    add("--beta", type=float, default=0.04, help="weight of the KL to the starting model; 0 needs no copy of it")
+    add("--scale", choices=("std", "none"), default="std", help="divide advantages by their group's deviation")
+    add("--norm", choices=grpo.NORMS, default="sequence", help="mean over")
+    add("--ratio", choices=("token", "sequence"), default="token", help="one ratio per token, or per sequence (GSPO)")
+    add("--inner-epochs", type=int, default=1, help="updates on the answers of one step")
     add("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens do not count")
     add("--drop-flat", action="store_true", help="groups whose answers all have the same reward do not count")
     add = flag_group(parser, "optimisation")
-    add("--steps", type=int, help="steps: one sampling and --inner-epochs updates each (500; toy 250)")
-    add("--batch-size", type=int, help="answers in a micro-batch (8; toy 256)")
-    add("--lr", type=float, help="peak learning rate (1e-6; toy 3e-4)")
-    add("--warmup", type=int, default=0, help="steps of linear warm-up (0)")
-    add("--schedule", choices=("cosine", "constant"), default="constant",
-        help="after it: cosine or constant (constant)")
-    add("--weight-decay", type=float, default=0.0, help="of weight matrices (0)")
-    add("--max-grad-norm", type=float, default=1.0, help="largest gradient norm (1)")
+    add("--steps", type=int, default=500, toy=250, help="steps: one sampling and --inner-epochs updates each")
+    add("--batch-size", type=int, default=8, toy=256, help="answers in a micro-batch")
+    add("--lr", type=float, default=1e-6, toy=3e-4, help="peak learning rate")
+    add("--warmup", type=int, default=0, help="steps of linear warm-up")
+    add("--schedule", choices=("cosine", "constant"), default="constant", help="after the warm-up")
+    add("--weight-decay", type=float, default=0.0, help="of weight matrices")
+    add("--max-grad-norm", type=float, default=1.0, help="largest gradient norm")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     add("--compile", action="store_true", help="torch.compile the blocks for training: for long runs on a GPU")
-    add("--patience", type=int, default=50, help="stop after so many steps in which every reward was 0 (50)")
+    add("--patience", type=int, default=50, help="stop after so many steps in which every reward was 0")
     add = flag_group(parser, "run")
-    add("--eval-every", type=int, help="steps between evaluations on held-out problems (50)")
-    add("--eval-examples", type=int, help="how many of those (64; toy 200)")
+    add("--eval-every", type=int, default=50, help="steps between evaluations on held-out problems")
+    add("--eval-examples", type=int, default=64, toy=200, help="how many of those")
     add("--out", help="folder for checkpoints, log, completions and picture (runs/grpo; toy runs/grpo-TASK)")
     add("--resume", action="store_true", help="continue a stopped run; give it the same flags")
-    add("--seed", type=int, default=0, help="of sampling, order and the toy (0)")
-    add("--device", default="auto", help="cpu, cuda, ... (auto)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"),
-        help="of matrix products and of sampling: auto, float32, bfloat16 (auto; toy float32)")
+    add("--seed", type=int, default=0, help="of sampling, order and the toy")
+    add("--device", default="auto", help="cpu, cuda, ...")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
+        help="of matrix products and of sampling")
     args = parser.parse_args()
     if args.data and not args.model:
         raise InputError("--data without --model; add --model FOLDER")
-    if args.limit and not args.data:
-        raise InputError("--limit without --data; add --data FILE, or leave it out in the toy world")
     args.toy = not args.data
-    defaults = TOY | dict(out=f"runs/grpo-{args.task}") if args.toy else REAL
-    fill_defaults(args, defaults)
+    check_unused(args, *("in the toy world", "limit") if args.toy else ("with --data", "task"))
+    fill_defaults(args, parser, args.toy)
+    args.out = args.out or (f"runs/grpo-{args.task}" if args.toy else "runs/grpo")
     check_positive(args, "limit", "max_prompt_length", "prompts", "group_size", "max_new_tokens", "temperature", "clip",
                    "clip_high", "inner_epochs", "steps", "batch_size", "lr", "max_grad_norm", "patience", "eval_every",
                    "eval_examples")

@@ -35,20 +35,16 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (CONFIG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
-                             check_student, compile_blocks, fill_defaults, flag_group, learning_rate, load_state, lock,
-                             make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state, spare_threads,
-                             write_config)
+from minikd.training import (CONFIG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule,
+                             check_settings, check_student, check_unused, compile_blocks, fill_defaults, flag_group,
+                             learning_rate, load_state, lock, make_optimizer, make_parser, pick_device, pick_dtype, read_log,
+                             save_state, spare_threads, write_config)
 
-REAL = dict(steps=None, epochs=1, batch_size=8, lr=[1e-5], warmup=0, weight_decay=0.01, max_new_tokens=256,
-            validation=500, eval_examples=200, rouge="stemmer", out="runs/kd", dtype="auto")
-TOY = dict(steps=400, epochs=None, batch_size=32, lr=[3e-3], warmup=30, weight_decay=0.01, max_new_tokens=48,
-           validation=100, eval_examples=100, rouge="unicode", out="runs/toy", dtype="float32", eval_every=50)
 AT_ONCE = 16                                                    # prompts answered at a time, or a micro-batch if that is more
 
 
 def parse_args():
-    parser = make_parser(__doc__)                               # help texts end in the default, and the toy's if it differs
+    parser = make_parser(__doc__)
     add = flag_group(parser, "models and data (none of them: the toy world)")
     add("--student", help="folder or hub name to start from")
     add("--teacher", help="folder or hub name; for all but --loss sft")
@@ -57,70 +53,79 @@ def parse_args():
     add("--eval-data", nargs="+", metavar="FILE", help="records for the table; else held-out ones, by which best/ is chosen")
     add("--lm-data", nargs="+", metavar="FILE",
         help="plain text (records with `text`): its cross-entropy is added to every step")
-    add("--format", choices=FORMATS,
-        help=f"schema of the records: {', '.join(FORMATS)} (recognised)")
-    add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt: chatml or alpaca (chatml)")
-    add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses of the data are cut (512)")
-    add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped (256)")
-    add("--validation", type=int, help="examples held out of --data (500; toy 100)")
+    add("--format", choices=FORMATS, help="schema of the records, if it shall not be recognised")
+    add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt")
+    add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses of the data are cut")
+    add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped")
+    add("--validation", type=int, default=500, toy=100, help="examples held out of --data")
     add = flag_group(parser, "loss")
-    add("--loss", choices=["sft", *DIVERGENCES, "minillm"],
-        help=f"sft, {', '.join(DIVERGENCES)}, minillm (sft and forward_kl)")
-    add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy; not in MiniLLM (0.5)")
-    add("--temperature", type=float, default=1.0, help="divides both models' logits; not in MiniLLM (1)")
-    add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture (0.5)")
+    add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="without it: both sft and forward_kl; else one")
+    add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy; not in MiniLLM")
+    add("--temperature", type=float, default=1.0, help="divides both models' logits; not in MiniLLM")
+    add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture")
     add("--alpha", type=float, default=0.1,
-        help="skew losses: share in the mixture of the model whose expectation is taken: forward the teacher, reverse the student "
-             "(0.1)")
-    add("--lm-coef", type=float, default=1.0, help="weight of the loss on --lm-data (1)")
+        help="skew losses: share in the mixture of the model whose expectation is taken, forward the teacher")
+    add("--lm-coef", type=float, default=1.0, help="weight of the loss on --lm-data")
     add = flag_group(parser, "whose answers to learn from")
-    add("--on-policy", type=float, default=0.0, help="share of steps on the student's own answers, without CE (0)")
+    add("--on-policy", type=float, default=0.0, help="share of steps on the student's own answers, without CE")
     add("--seq-kd", action="store_true", help="replace the data's answers by the teacher's, sampled once")
     add("--cache-teacher", metavar="DIR", help="keep the teacher's states there; only its head stays in memory")
     add = flag_group(parser, "MiniLLM")
-    add("--mix", type=float, default=0.2, help="share of the teacher in the distribution sampled from (0.2)")
-    add("--rollouts", type=int, default=256, help="answers sampled at a time (256)")
-    add("--inner-epochs", type=int, default=4, help="passes over the sampled answers (4)")
-    add("--ratio-clip", type=float, default=0.2, help="how far the ratio q / q_old may leave 1 (0.2)")
+    add("--mix", type=float, default=0.2, help="share of the teacher in the distribution sampled from")
+    add("--rollouts", type=int, default=256, help="answers sampled at a time")
+    add("--inner-epochs", type=int, default=4, help="passes over the sampled answers")
+    add("--ratio-clip", type=float, default=0.2, help="how far the ratio q / q_old may leave 1")
     add = flag_group(parser, "optimisation")
-    add("--epochs", type=float, help="passes over the data; MiniLLM takes as many steps as these would (1)")
-    add("--steps", type=int, help="optimizer steps, instead of --epochs (toy 400)")
-    add("--batch-size", type=int, help="examples in a micro-batch (8; toy 32)")
-    add("--grad-accum", type=int, default=1, help="micro-batches in an optimizer step (1)")
-    add("--lr", type=float, nargs="+", help="peak learning rate; several: one run for each (1e-5; toy 3e-3, on-policy 1e-3)")
-    add("--warmup", type=int, help="steps of linear warm-up (0; toy 30)")
-    add("--schedule", choices=("cosine", "constant"), default="cosine",
-        help="after the warm-up: cosine or constant (cosine)")
-    add("--weight-decay", type=float, help="of weight matrices (0.01)")
-    add("--clip", type=float, default=1.0, help="largest gradient norm (1)")
+    add("--epochs", type=float, help="passes over the data; MiniLLM takes as many steps as these would (1; toy: --steps 400)")
+    add("--steps", type=int, help="optimizer steps, instead of --epochs")
+    add("--batch-size", type=int, default=8, toy=32, help="examples in a micro-batch")
+    add("--grad-accum", type=int, default=1, help="micro-batches in an optimizer step")
+    add("--lr", type=float, nargs="+", default=[1e-5], toy=[3e-3],
+        help="peak; several: one run for each; 1e-3 on the toy's own answers")
+    add("--warmup", type=int, default=0, toy=30, help="steps of linear warm-up")
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up")
+    add("--weight-decay", type=float, default=0.01, help="of weight matrices")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     add("--compile", action="store_true", help="torch.compile the blocks for training: for long runs on a GPU")
     add = flag_group(parser, "evaluation")
-    add("--eval-every", type=int, help="steps between evaluations (each epoch; toy 50)")
-    add("--eval-examples", type=int, help="validation examples answered for ROUGE-L each time (200; toy 100)")
-    add("--max-new-tokens", type=int, help="longest answer (256; toy 48)")
-    add("--rouge", choices=("plain", "stemmer", "unicode"),
-        help="words of ROUGE-L: plain, stemmer, unicode (stemmer; toy unicode)")
+    add("--eval-every", type=int, toy=50, help="steps between evaluations; without it: one for each epoch")
+    add("--eval-examples", type=int, default=200, toy=100, help="validation examples answered for ROUGE-L each time")
+    add("--max-new-tokens", type=int, default=256, toy=48, help="longest answer")
+    add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="words of ROUGE-L")
     add = flag_group(parser, "run")
-    add("--out", help="folder for checkpoints, log, table and picture (runs/kd; toy runs/toy)")
+    add("--out", default="runs/kd", toy="runs/toy", help="folder for checkpoints, log, table and picture")
     add("--resume", action="store_true", help="continue a stopped run; give it the same flags")
-    add("--seed", type=int, default=0, help="of the split, the order, the sampling and the toy world (0)")
-    add("--device", default="auto", help="cpu, cuda, ... (auto)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"),
-        help="of matrix products and of the teacher: auto, float32, bfloat16 (auto; toy float32)")
+    add("--seed", type=int, default=0, help="of the split, the order, the sampling and the toy world")
+    add("--device", default="auto", help="cpu, cuda, ...")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
+        help="of matrix products and of the teacher")
     args = parser.parse_args()
-    check_flags(args)
+    check_used(args)
     args.toy = args.student is None
-    args.from_sft = args.toy and (args.loss == "minillm" or args.on_policy > 0)     # both need a student that can answer
+    args.from_sft = args.toy and bool(args.loss == "minillm" or args.on_policy)     # both need a student that can answer
     if args.from_sft:
         args.lr = args.lr or [1e-3]                             # lower: these runs continue from the SFT student
-    defaults = TOY if args.toy else REAL
-    if args.epochs or args.steps:                               # one of them was given: no default for the other
-        defaults = defaults | dict(epochs=None, steps=None)
-    fill_defaults(args, defaults)
+    if args.epochs is None and args.steps is None:
+        args.epochs, args.steps = (None, 400) if args.toy else (1, None)
+    fill_defaults(args, parser, args.toy)
+    check_flags(args)
     if args.cache_teacher:
         args.cache_teacher = str(Path(args.cache_teacher).expanduser())
     return args
+
+
+def check_used(args):
+    """Raises InputError for a flag that would do nothing with this loss."""
+    losses = [args.loss] if args.loss else ["sft", "forward_kl"]
+    for names, used in (
+            (("kd_ratio", "temperature"), any(loss in DIVERGENCES for loss in losses)), (("beta",), "jsd" in losses),
+            (("alpha",), any("skew" in loss for loss in losses)),
+            (("mix", "rollouts", "inner_epochs", "ratio_clip"), "minillm" in losses)):
+        if not used:
+            check_unused(args, f"with --loss {' or '.join(losses)}", *names)
+    if not args.lm_data:
+        check_unused(args, "without --lm-data", "lm_coef")
 
 
 def check_flags(args):

@@ -177,7 +177,7 @@ def quantize_columns(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: in
 
 
 @functools.cache
-def replayed_columns(n: int, O: int, bits: int, device: torch.device, graphs: bool = True):
+def replayed_columns(n: int, O: int, bits: int, device: torch.device):
     """quantize_columns as a CUDA graph: a column takes some 14 small kernels, and launching them is most of the time."""
     places = [torch.zeros(n, O, device=device), torch.eye(n, device=device), torch.ones(n, O, device=device),
               torch.zeros(n, O, device=device)]
@@ -186,7 +186,7 @@ def replayed_columns(n: int, O: int, bits: int, device: torch.device, graphs: bo
     def step():
         results[:] = quantize_columns(*places, bits)
 
-    replay = Replay(step, graphs)
+    replay = Replay(step, on=True)
 
     def solve(*given: Tensor) -> tuple[Tensor, Tensor]:
         for place, value in zip(places, given, strict=True):

@@ -104,6 +104,10 @@ def check_schedule(args):
 class Parser(argparse.ArgumentParser):
     """Reports a wrong flag as an InputError, like every other error that the user can fix."""
 
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.defaults = {}                                      # flag -> its default, and that in the toy world
+
     def error(self, message: str):
         raise InputError(f"{message}; see --help")
 
@@ -114,14 +118,22 @@ def make_parser(doc: str) -> Parser:
         lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=125)))
 
 
-def flag_group(parser: argparse.ArgumentParser, title: str):
-    """The add_argument of a new group of flags; --help shows the value of an int as N, of a float as X."""
+def flag_group(parser: Parser, title: str):
+    """The add_argument of a new group of flags. It adds choices and default to the help text, and leaves the default to
+    fill_defaults, so that until then what was not given is None.
+
+    toy  the default in the toy world, if it is another one
+    """
     group = parser.add_argument_group(title)
 
-    def add(name, *more, **options):
+    def add(*names, help="", default=None, toy=None, **options):
         if "action" not in options:
-            options.setdefault("metavar", {int: "N", float: "X"}.get(options.get("type"), name.strip("-").upper()))
-        return group.add_argument(name, *more, **options)
+            options.setdefault("metavar", {int: "N", float: "X"}.get(options.get("type"), names[0].strip("-").upper()))
+        help += f": {', '.join(options['choices'])}" if "choices" in options else ""
+        value = lambda x: f"{x:g}" if isinstance(x, float) else " ".join(map(value, x)) if isinstance(x, list) else str(x)
+        shown = [what + value(x) for what, x in (("", default), ("toy ", toy)) if x is not None]
+        flag = group.add_argument(*names, help=help + (f" ({'; '.join(shown)})" if shown else ""), **options)
+        parser.defaults[flag.dest] = default, default if toy is None else toy
 
     return add
 
@@ -135,11 +147,18 @@ def check_positive(args, *names: str):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and at most 10^12; give another number")
 
 
-def fill_defaults(args, defaults: dict):
-    """Gives every flag that was left out its default."""
-    for name, value in defaults.items():
+def check_unused(args, reason: str, *names: str):
+    """Raises InputError for the first of these flags that was given, though it would do nothing. Before fill_defaults."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) is not False:
+            raise InputError(f"--{name.replace('_', '-')} does nothing {reason}; leave it out")
+
+
+def fill_defaults(args, parser: Parser, toy: bool):
+    """Gives every flag that was left out its default, in the toy world or outside it."""
+    for name, values in parser.defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, values[toy])
 
 
 # ---- what a run leaves behind

@@ -205,8 +205,10 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
     (["--model", "m", "--data", "d:*.jsonl", "--out", "d/r.jsonl"], "is one of the files to read"),
     (["--model", "no/such/model", "--data", "r.jsonl"], "no/such/model: no such folder"),
     (["--model", "m", "--data", "r.jsonl", "--batch-size", "0"], "--batch-size 0: must be above 0"),
-    (["--model", "m", "--data", "r.jsonl", "--seeds", "1", "2"], "--seeds with --temperature 0"),
-    (["--model", "m", "--data", "r.jsonl", "--top-p", "0"], "--top-p above 0")])
+    (["--model", "m", "--data", "r.jsonl", "--seeds", "1", "2"], "--seeds does nothing to greedy answers"),
+    (["--model", "m", "--data", "r.jsonl", "--temperature", "1", "--seeds", "5", "5"], "two are the same"),
+    (["--predictions", "p.txt", "--references", "r.txt", "--limit", "1"], "--limit does nothing to answers in a file"),
+    (["--model", "m", "--data", "r.jsonl", "--temperature", "1", "--top-p", "0"], "--top-p above 0")])
 def test_bad_input_is_one_line_that_says_what_and_where(run, tmp_path, flags, said):
     write(tmp_path / "p.txt", PREDICTIONS), write(tmp_path / "two.txt", PREDICTIONS[:2])
     write(tmp_path / "r.jsonl", RECORDS), write(tmp_path / "wrong.jsonl", [RECORDS[0], {"answer": "a"}, RECORDS[2]])

@@ -141,51 +141,6 @@ def test_an_empty_prompt_is_refused():
 
 # ---- a step at fixed places, as a CUDA graph replays it ----
 
-@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=1.3, top_p=0.9, seed=5),
-                                     dict(temperature=1.0, samples=3, seed=2, vocab=90)])
-def test_a_step_for_graphs_gives_the_plain_steps_tokens(options):
-    model = random_model(seed=3)
-    for prompts in PROMPTS, [[5, 6], [7, 8]]:                                   # with a gap after short prompts, without
-        free, chances = generate_with_log_probs(model, prompts, 40, **options)
-        for stops in (), {free[0][2], free[1][20], free[-1][33]}:
-            plain = generate_with_log_probs(model, prompts, 40, eos_ids=stops, **options)
-            static = generate_with_log_probs(model, prompts, 40, eos_ids=stops, graphs=True, **options)
-            assert static[0] == plain[0]
-            for ours, theirs in zip(static[1], plain[1]):
-                assert ours == pytest.approx(theirs, abs=1e-4)
-
-
-def test_a_step_for_graphs_mixes_a_teacher_in():
-    model, teacher = random_model(seed=3), random_model(seed=4, num_hidden_layers=1)
-    options = dict(max_new_tokens=30, temperature=1.0, teacher=teacher, mix=0.4, seed=1, eos_ids=[3, 4, 5])
-    assert generate(model, PROMPTS, graphs=True, **options) == generate(model, PROMPTS, **options)
-
-
-def test_a_graph_sees_fixed_places_and_a_new_one_is_recorded_when_rows_leave(monkeypatch):
-    made = []
-
-    class Watched(Replay):
-        def __init__(self, step, on):
-            super().__init__(step, on)
-            made.append(set())
-
-        def __call__(self):
-            rows = self.step.__self__
-            tensors = [rows.tokens, rows.u, rows.drawn, rows.logps, rows.at]
-            for cache in rows.caches:
-                tensors += [*cache.keys, *cache.values, cache.lengths, cache.slot, cache.hidden]
-            made[-1].add(tuple(tensor.data_ptr() for tensor in tensors))
-            super().__call__()
-
-    model = random_model(seed=3)
-    free = generate(model, PROMPTS, max_new_tokens=41)                          # 8 + 41 - 1 slots: the last is used
-    stops = {free[0][2], free[2][0], free[3][9]}
-    monkeypatch.setattr("minikd.generate.Replay", Watched)
-    found = generate(model, PROMPTS, max_new_tokens=41, eos_ids=stops, graphs=True)
-    assert found == [until_stop(answer, stops) for answer in free] and any(len(answer) == 41 for answer in found)
-    assert len(made) > 1 and all(len(places) == 1 for places in made)
-
-
 def test_a_compiled_step_gives_the_same_tokens_from_one_graph_for_all_blocks(monkeypatch):
     """torch.compile's tracing, without its code generator."""
     graphs = []

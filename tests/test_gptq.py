@@ -7,8 +7,7 @@ import torch
 
 from minikd.data import Encoded
 from minikd.files import InputError
-from minikd.gptq import (Hessian, full_precision, inverse_factor, output_errors, quantize_columns, quantize_matrix,
-                         quantize_model, replayed_columns)
+from minikd.gptq import (Hessian, full_precision, inverse_factor, output_errors, quantize_matrix, quantize_model)
 from minikd.model import Qwen2, Qwen2Config
 from minikd.quant import decode_groups, round_to_nearest, to_w4, to_words
 
@@ -346,19 +345,6 @@ def test_a_bfloat16_model_is_calibrated_in_its_dtype_and_results_can_be_packed_a
     for name, parts in quantize_model(model, calibration(), 0, **OPTIONS).items():
         assert torch.equal(model.state_dict()[name + ".weight"], decode_groups(*parts).bfloat16())
         assert torch.equal(words[name]["qweight"], to_words(*parts)["qweight"])
-
-
-def test_a_block_at_fixed_places_is_the_block():
-    """What a CUDA graph replays; here without one."""
-    generator = torch.Generator().manual_seed(0)
-    solve = replayed_columns(8, 5, 4, torch.device("cpu"), graphs=False)
-    for _ in range(2):
-        W = torch.randn(8, 5, generator=generator)
-        U = torch.linalg.cholesky(torch.eye(8) + 0.1, upper=True) * (1 + torch.rand(8, 1, generator=generator))
-        grid = torch.full((8, 5), 0.3), torch.full((8, 5), 8.0)
-        codes, errors = solve(W, U, *grid)
-        right = quantize_columns(W.clone(), U, *grid, 4)
-        assert torch.equal(codes, right[0]) and torch.equal(errors, right[1])
 
 
 def test_blocks_that_are_done_can_be_let_go_on_the_way():

@@ -573,7 +573,7 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
 @pytest.mark.parametrize("flags, said", [
     (["--batch-size", "0"], "--batch-size 0: must be above 0"), (["--lr", "nan"], "--lr [nan]: must be above 0"),
     (["--validation", "0"], "--validation 0"), (["--eval-examples", "-1"], "--eval-examples -1"),
-    (["--kd-ratio", "1.5"], "--kd-ratio must be from 0 to 1"), (["--alpha", "0"], "--alpha between"),
+    (["--kd-ratio", "1.5"], "--kd-ratio must be from 0 to 1"), (["--loss", "skew_forward_kl", "--alpha", "0"], "--alpha between"),
     (["--lr", "1e-3", "1e-2"], "--lr with several rates sweeps one loss"),
     (["--epochs", "inf"], "--epochs inf: must be above 0 and at most"), (["--epochs", "1e308"], "--epochs 1e+308: must be"),
     (["--weight-decay", "-1"], "0 or more"),
@@ -581,10 +581,15 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
     (["--batch-size", "many"], "invalid int value: 'many'; see --help"),
     (["--loss", "sft", "--lr", "0.01", "1e-2"], "two rates are the same"),
     (["--eval-data", "no/such.jsonl"], "no/such.jsonl: no such file"),
-    (["--on-policy", "1.5"], "--on-policy must be from 0 to 1"), (["--mix", "1"], "--mix from 0 to below 1"),
+    (["--on-policy", "1.5"], "--on-policy must be from 0 to 1"), (["--loss", "minillm", "--mix", "1"], "--mix from 0 to below 1"),
     (["--on-policy", "0.5"], "--on-policy needs a divergence"),
     (["--loss", "minillm", "--cache-teacher", "x"], "own answers are new each time"),
-    (["--loss", "minillm", "--seq-kd"], "leave one out"), (["--rollouts", "0"], "--rollouts 0: must be above 0"),
+    (["--loss", "minillm", "--seq-kd"], "leave one out"), 
+    (["--loss", "minillm", "--rollouts", "0"], "--rollouts 0: must be above 0"),
+    (["--loss", "sft", "--kd-ratio", "0"], "--kd-ratio does nothing with --loss sft; leave it out"),
+    (["--loss", "jsd", "--alpha", "0.3"], "--alpha does nothing with --loss jsd"),
+    (["--mix", "0"], "--mix does nothing with --loss sft or forward_kl"), (["--lm-coef", "3"], "without --lm-data"),
+    (["--epochs", "0"], "--epochs 0.0: must be above 0"),
     (["--lm-data", "no/such.jsonl"], "no/such.jsonl: no such file"),
     (["--loss", "sft", "--lr", "1e12", "--steps", "9"], "is not finite; lower --lr")])
 def test_a_flag_out_of_range_is_one_line_that_names_it(run, flags, said):
