@@ -310,7 +310,7 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model:
 
 def describe(answers, values: dict[str, list], total, flat, sums, clock) -> dict:
     """The log's line of one step; KL and entropy (nats per token) and the clipped share are those of the last update."""
-    kl, mean_entropy, clipped, _ = (sums / sums[3].clamp(min=1)).tolist()
+    kl, mean_entropy, clipped, _ = (number(value) for value in sums / sums[3])  # None if no answer counted
     seconds = {name: round(b - a, 4) for name, a, b in zip(("sampling", "rewards", "update"), clock, clock[1:])}
     return {"reward": number(total.nanmean()), **summary(values), "flat": float(flat.float().mean()), "kl": kl,
             "entropy": mean_entropy, "clipped": clipped, "seconds": seconds,
@@ -338,7 +338,9 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
                                           seed=seed + start)[0]
         texts = [text_of(tokenizer, answer) for answer in answers]
         values, total = pay(texts, [facts[row.index] for row in rows], rewards, dict.fromkeys(rewards, 1.0))
-        solved = next((values[key] for key in problems.CHECKS if key in values), [number(value) for value in total])
+        checks = [values[key] for key in problems.CHECKS if key in values]      # an answer is judged by the first that can
+        solved = ([next((value for value in row if value is not None), None) for row in zip(*checks)] if checks else
+                  [number(value) for value in total])
         found[name] = number(torch.tensor([value for value in solved if value is not None]).float().mean())
     found |= {name: mean for name, mean in summary(values).items() if name.count("/") == 1}
     return found | {"length": sum(len(answer.response) for answer in answers) / len(answers), "sample": texts[0]}

@@ -25,7 +25,7 @@ from minikd import minillm, toy
 from minikd.checkpoint import (check_vocabulary, identify, load_config, load_head, load_model, model_files, model_folder,
                                save_model)
 from minikd.data import (FORMATS, Encoded, collate, encode_examples, encode_text, load_examples, load_texts,
-                         optimizer_steps, split_examples, steps_per_epoch)
+                         optimizer_steps, same_prompt, split_examples, steps_per_epoch)
 from minikd.evaluate import answer_and_score, compare, show_table
 from minikd.files import InputError, script_errors, write_jsonl
 from minikd.generate import respond
@@ -396,6 +396,9 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
     asked = valid_rows[:args.eval_examples], valid_part         # what the table's models are asked
     if args.eval_data:
         test, _ = load_examples(args.eval_data, args.format)
+        learned = {same_prompt(example.messages) for example in train_part}
+        if both := sum(same_prompt(example.messages) in learned for example in test):
+            print(f"{both:,} of {len(test):,} records of --eval-data ask what is also trained on")
         asked = encode_examples(test, tokenizer, **lengths)[0], test
     return report, rows, (valid_rows, valid_part), asked
 

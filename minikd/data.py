@@ -249,6 +249,7 @@ class Report:
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)           # reason -> number of records
     first_bad: str = ""                                         # error message of the first malformed record
+    last: str | None = None                                     # format of the last record
     # (path, first 16 hex digits of its sha256) in the order they were read; the hub revises files under one name
     files: list[tuple[str, str]] = field(default_factory=list)
 
@@ -282,7 +283,7 @@ def load_examples(paths, format: str | None = None, limit: int | None = None) ->
 
 def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
     report.files.append((label(file), sha256(file)))
-    name = format
+    name = format or report.last                                # the first record may be a malformed one
 
     def refuse(error: InputError):
         if name != "pytorrent":
@@ -291,7 +292,7 @@ def _examples(file: Path, format: str | None, report: Report) -> Iterator[Exampl
         report.first_bad = report.first_bad or str(error)
 
     for where, record in read_records(file, refuse):
-        name = format or recognise(record) or name              # a field is missing: take the last one's format
+        name = report.last = format or recognise(record) or name        # a field is missing: take the last one's format
         try:
             yield to_example(record, where, name)
         except Dropped as error:
@@ -411,7 +412,8 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
             counts["responses cut"] += encoded[-1].cut
     if examples and not encoded:
         lost = ", ".join(f"{count} {what.removeprefix('dropped: ')}" for what, count in counts.items() if count)
-        raise NothingLeft(f"no example is left of {len(examples)} ({lost}); raise --max-prompt-length or --max-length")
+        mend = "raise --max-prompt-length or --max-length" if counts["dropped: prompt too long"] else "check the records"
+        raise NothingLeft(f"no example is left of {len(examples)} ({lost}); {mend}")
     return encoded, counts
 
 

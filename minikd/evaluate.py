@@ -15,7 +15,7 @@ from minikd.teacher import Teacher
 from minikd.tokenizer import Tokenizer
 
 METRICS = {                                         # what show_table prints below ROUGE-L: explanation, decimals
-    "retention": ("share of the teacher's ROUGE-L", 2), "mean length": ("tokens per answer", 1),
+    "retention": ("share of the teacher's ROUGE-L", 2), "mean length": ("tokens of an answer's text", 1),
     "distinct-4": ("share of different 4-grams", 2), "ce": ("nats per token, on the references", 3),
     "forward_kl": ("nats per token, on the references", 3), "reverse_kl": ("nats per token, on the references", 3),
     "agreement": ("share of tokens with the teacher's argmax", 3), "sequence KL": ("KL(q||p), nats per own answer", 2)}

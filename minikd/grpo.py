@@ -39,7 +39,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale = {scale!r}; it must be 'std' or 'none'")
-    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))     # half would overflow in the sums
+    rewards = single(rewards)                                                   # half would overflow in the sums
     judged = ~rewards.isnan()
     count = judged.sum(1, keepdim=True)                                         # [P, 1]
     mean = torch.where(judged, rewards, 0.0).sum(1, keepdim=True) / count       # [P, 1]; NaN where none is judged, not used
@@ -60,8 +60,13 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     matter: (1 - π_ref / π) ∇ log π has the mean ∇KL(π_ref || π), in the other direction. (trl multiplies k3 by the ratio, and
     then it is that of KL(π || π_ref).)
     """
-    d = ref_logp - logp
-    return ratio_of(ref_logp, logp) - d - 1                                     # π_ref / π - d - 1
+    d = single(ref_logp) - single(logp)
+    return torch.expm1(d.clamp(max=60)) - d                                     # exact for a small d, as ratio_of is bounded
+
+
+def single(x: Tensor) -> Tensor:
+    """At least float32: in half precision the small differences of two policies are lost."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, clip: float = 0.2,
@@ -75,6 +80,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
     """
     if advantages.shape != logp.shape[:1]:
         raise ValueError(f"advantages {list(advantages.shape)} for answers {list(logp.shape)}; give one for each answer")
+    logp, old_logp, advantages = map(single, (logp, old_logp, advantages))
     loss = clipped_surrogate(logp, old_logp.detach(), advantages[:, None], clip, clip_high)
     return loss + beta * k3(logp, ref_logp.detach()) if beta else loss          # paper eq. (6), negated
 

@@ -55,7 +55,12 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b), [..., V] each, computed in log space: probabilities underflow, their logs do not."""
+    """log(share a + (1 - share) b), [..., V] each, computed in log space: probabilities underflow, their logs do not.
+
+    Raises ValueError unless 0 < share < 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"a mixture of {share}; the share (alpha) must be between 0 and 1")
     return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
 
 

@@ -122,13 +122,15 @@ def to_problem(record: dict, where: str) -> Problem:
     if kind_of(record.get("description")) != "null" and ("input_format" in record or "examples" in record):
         text, facts = _codeforces(record, where)
     else:
+        filled = [name for name, value in record.items() if kind_of(value) != "null" and str(value).strip()]
         field = next((name for name in ("question", "problem", "instruction", "prompt")
-                      if isinstance(record.get(name), str)), None)
-        answer = next((record[name] for name in ("answer", "response", "output", "solution") if name in record), None)
-        if field is None or not isinstance(answer, (str, int, float)):
+                      if name in filled and isinstance(record[name], str)), None)
+        answer = next((record[name] for name in ("answer", "response", "output", "solution") if name in filled), None)
+        answer = str(answer).rpartition("####")[2].strip() if isinstance(answer, (str, int, float)) else ""     # GSM8K's mark
+        if field is None or not answer:
             raise InputError(f"{where}: is not a problem: give `question` and `answer`, or Codeforces' `description` and "
                              f"`examples` (its fields: {', '.join(list(record)[:12])})")
-        text, facts = record[field], {"answer": str(answer).rpartition("####")[2].strip()}  # GSM8K: after ####
+        text, facts = record[field], {"answer": answer}
         more = text_field(record, where, "context", "input", default="") if field == "instruction" else ""
         text += f"\n\n{more}" if more else ""                                               # Dolly's, Alpaca's
     if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
@@ -137,15 +139,17 @@ def to_problem(record: dict, where: str) -> Problem:
 
 
 def _codeforces(record: dict, where: str) -> tuple[str, dict]:
-    """Statement and facts. No tests if comparing outputs cannot decide: a checker program judges, or files are used."""
-    for name in "title", "description", "input_format", "output_format", "note":
+    """Statement and facts. No tests if comparing outputs cannot decide: a program checks or answers, or files are used."""
+    for name in "title", "description", "input_format", "output_format", "interaction_format", "note":
         if not isinstance(record.get(name) or "", str):
             raise InputError(f"{where}: field {name!r} is {kind_of(record[name])}; make it text")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
-    decided = record.get("generated_checker") is None and record.get("input_mode") in (None, "stdio")   # by equal outputs
+    interactive = bool(record.get("interaction_format")) or "this is an interactive problem" in record["description"].lower()
+    decided = not interactive and record.get("generated_checker") is None and record.get("input_mode") in (None, "stdio")
     parts = [f"# {record['title']}" if record.get("title") else "", record["description"],
              f"## Input\n{record['input_format']}" if record.get("input_format") else "",
              f"## Output\n{record['output_format']}" if record.get("output_format") else "",
+             f"## Interaction\n{record['interaction_format']}" if record.get("interaction_format") else "",
              *(f"## Example\nInput:\n{test['input']}\nOutput:\n{test['output']}" for test in examples),
              f"## Note\n{record['note']}" if record.get("note") else "",
              (f"Time limit: {record['time_limit']} seconds. " if kind_of(record.get("time_limit")) != "null" else "") + PYTHON]

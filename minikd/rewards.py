@@ -146,8 +146,8 @@ def answer_reward(completions: list[str], problems: list[dict]) -> Values:
     """1 if the answer equals the problem's, as text or as a number (1,000 = 1000.0), else 0; None without a gold answer."""
     values = []
     for completion, problem in zip(completions, problems, strict=True):
-        answer, gold = answer_part(completion), problem.get("answer")
-        values.append(None if gold is None else float(answer is not None and _same_answer(answer, gold.strip())))
+        answer, gold = answer_part(completion), (problem.get("answer") or "").strip()
+        values.append(float(answer is not None and _same_answer(answer, gold)) if gold else None)
     return values
 
 
@@ -175,8 +175,9 @@ def code_reward(completions: list[str], problems: list[dict], partial: bool = Fa
         source = extract_code(answer or "")
         limits = (min(problem.get("time_limit") or 5.0, max_seconds),                      # 5 s: open-r1's
                   int(max(64, min(problem.get("memory_limit") or 512, max_memory))))       # the interpreter takes 30
-        if python and problem.get("tests"):
-            asked.append([((source, test["input"], *limits), test["output"]) for test in problem["tests"] if source])
+        tests = [test for test in problem.get("tests") or () if len(test["output"]) < sandbox.OUTPUT]  # others none can pass
+        if python and tests:
+            asked.append([((source, test["input"], *limits), test["output"]) for test in tests if source])
         else:
             asked.append(None)                  # cannot be judged
     passed = [[] for _ in asked]                # per completion: whether it passed each test so far

@@ -111,11 +111,13 @@ def isolation() -> str:
 
 
 def same_output(stdout: str, expected: str) -> bool:
-    """Whether both texts have the same words line by line, apart from blanks around words and empty lines at the end.
+    """Whether both texts have the same words line by line, apart from blanks around words, empty lines at the end, and the case
+    of yes and no, as in open-r1's comparison.
 
     All lines must match: comparing with zip would accept only the first line, or a right answer followed by anything.
     """
-    ours, theirs = ([line.split() for line in text.rstrip().split("\n")] for text in (stdout, expected))
+    same = lambda word: word.upper() if word.upper() in ("YES", "NO") else word
+    ours, theirs = ([[*map(same, line.split())] for line in text.rstrip().split("\n")] for text in (stdout, expected))
     return ours == theirs
 
 

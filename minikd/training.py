@@ -253,6 +253,8 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=())
     runs  the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
     data  what the run reads, as data_files takes it
     """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; choose a folder with --out")
     for folder in dict.fromkeys([out, *runs, out / "sft", out / "kd", *sorted(out.glob("lr-*"))]):
         if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG):
             raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run; choose another --out")

@@ -272,6 +272,8 @@ def test_corrupt_lines_are_skipped_and_counted_in_pytorrent_alone(tmp_path):
     examples, report = load_examples(shard)
     assert [example.where[-1] for example in examples] == ["1", "4"]
     assert (report.read, report.kept, report.dropped["malformed"]) == (4, 2, 2)
+    (tmp_path / "later.jsonl").write_text(good[:50] + "\n" + good)             # the next shard of the same set
+    assert load_examples([shard, tmp_path / "later.jsonl"])[1].dropped["malformed"] == 3
     with gzip.open(shard, "wt") as handle:
         handle.write("\n".join([json.dumps(DOLLY), good[:50]]))
     with pytest.raises(InputError, match="shard.jsonl.gz:2: not JSON"):

@@ -85,6 +85,21 @@ def test_the_gradient_of_k3_is_that_of_the_papers_formula():
     assert (k3(logp, ref) >= 0).all() and k3(ref, ref).eq(0).all()
 
 
+@pytest.mark.parametrize("far", [1e-5, 1e-3, 1.0])
+def test_k3_of_close_policies_is_not_lost_in_rounding(far):
+    generator = torch.Generator().manual_seed(0)
+    d = far * torch.randn(10_000, generator=generator, dtype=torch.float64)
+    found = k3(torch.zeros(10_000), d.float())
+    assert (found >= 0).all() and float(found.double().mean()) == pytest.approx(float((d.exp() - d - 1).mean()), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_loss_is_that_of_the_same_numbers_in_float32(dtype):
+    logp, old, ref, advantages = (x.detach().to(dtype) for x in numbers()[:4])
+    right = policy_loss(*(x.float() for x in (logp, old, ref, advantages)))
+    assert torch.equal(policy_loss(logp, old, ref, advantages), right)
+
+
 @pytest.mark.parametrize("scale", ["std", "none"])
 def test_advantages_are_the_definition_and_what_was_not_judged_is_left_out(scale):
     rewards = torch.tensor([[1.0, 0.0, 0.5, 2.0], [3.0, 3.0, 3.0, 3.0], [1.0, math.nan, 0.0, math.nan],

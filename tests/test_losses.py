@@ -556,3 +556,10 @@ def test_the_metrics_are_those_of_full_logits():
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-6)
     assert ours["agreement"].tolist() == (student.argmax(-1) == teacher.argmax(-1)).float().tolist()
     assert 0 < ours["agreement"].sum() < N
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0, math.nan])
+def test_a_mixture_of_one_model_alone_is_refused(alpha):
+    for divergence in skew_forward_kl, skew_reverse_kl:
+        with pytest.raises(ValueError, match="must be between 0 and 1"):
+            divergence(torch.zeros(3), torch.zeros(3), alpha=alpha)

@@ -91,9 +91,13 @@ def test_a_codeforces_record_becomes_its_statement_and_its_tests():
     assert to_problem(RECORD | {"examples": None}, "x").facts["tests"] == []
 
 
-@pytest.mark.parametrize("changed", [{"generated_checker": "def check(): ..."}, {"input_mode": "file"}])
+@pytest.mark.parametrize("changed", [{"generated_checker": "def check(): ..."}, {"input_mode": "file"},
+                                     {"interaction_format": "Print a guess, then flush."},
+                                     {"description": "This is an interactive problem. Guess n."}])
 def test_what_a_comparison_could_not_judge_has_no_tests(changed):
-    assert to_problem(RECORD | changed, "x").facts["tests"] == []
+    problem = to_problem(RECORD | changed, "x")
+    assert problem.facts["tests"] == []
+    assert changed.get("interaction_format", "") in problem.messages[-1]["content"]
 
 
 def test_an_empty_cell_is_no_limit():
@@ -105,6 +109,7 @@ def test_a_question_with_its_answer_is_a_problem():
     gsm = to_problem({"question": "2 + 2?", "answer": "Two and two is 4.\n#### 4"}, "x")
     assert gsm.facts == {"answer": "4"} and gsm.messages[-1]["content"] == "2 + 2?"
     assert to_problem({"problem": "1 + 1?", "answer": 2}, "x").facts == {"answer": "2"}
+    assert to_problem({"question": " ", "problem": "1 + 1?", "answer": None, "solution": "2"}, "x").facts == {"answer": "2"}
 
 
 @pytest.mark.parametrize("more", [{"input": "3 and 4", "output": "7"}, {"context": "3 and 4", "input": None, "response": "7"}])
@@ -118,6 +123,8 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
 
 @pytest.mark.parametrize("record, said", [
     ({"title": "x"}, "is not a problem: give `question` and `answer`"), ({"question": "Why?"}, "is not a problem"),
+    ({"question": "Why?", "answer": " "}, "is not a problem"), ({"question": "Why?", "answer": "so\n#### "}, "is not a problem"),
+    ({"question": "Why?", "answer": float("nan")}, "is not a problem"), ({"question": "", "answer": "b"}, "is not a problem"),
     (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is not a list of {input, output} texts"),
     (RECORD | {"examples": 3}, "field 'examples' is not a list"),
     (RECORD | {"examples": ["3"]}, "field 'examples' is not a list"),

@@ -511,3 +511,10 @@ def test_one_name_from_two_files_is_refused(tmp_path):
             for name in ("a.py", "b.py"))
     with pytest.raises(InputError, match="'f' is twice"):
         load_rewards(f"{a}:f,{b}:f")
+
+
+def test_a_blank_gold_answer_pays_nothing_and_a_test_that_no_program_can_pass_is_left_out():
+    assert answer_reward(["<think>a</think>", "<think>a</think>x"], [{"answer": " "}, {"answer": ""}]) == [None, None]
+    large = {"input": "", "output": "9 " * sandbox.OUTPUT}
+    program = "```python\nprint(7)\n```"
+    assert code_reward([program, program], [{"tests": [large]}, {"tests": [large, {"input": "", "output": "7"}]}]) == [None, 1.0]

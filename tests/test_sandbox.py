@@ -314,7 +314,7 @@ def test_a_trick_inside_the_program_does_not_reach_what_is_compared(source):
     ("1\n2\n", "1\n2", True), ("1  2 \t3 \n", "1 2 3\n", True), ("1\r\n2\r\n", "1\n2\n", True), ("1\n\n\n", "1", True),
     ("", "", True), ("\n", "", True), ("1", "1\n2\n", False), ("1\n", "1\n2\n", False), ("1\n2\n3\n", "1\n2\n", False),
     ("1\n2\nand more", "1\n2\n", False), ("1 2", "12", False), ("1 2", "1\n2", False), ("1\n\n2", "1\n2", False),
-    ("2\n1", "1\n2", False), ("", "1", False), ("1", "", False), ("1.0", "1", False), ("YES", "yes", False),
+    ("2\n1", "1\n2", False), ("", "1", False), ("1", "", False), ("1.0", "1", False), ("Yes no", "YES NO", True), ("Yess", "YES", False), ("A", "a", False),
     ("debug\n1", "1", False)])
 def test_outputs_are_the_same_line_by_line_whatever_the_blanks(stdout, expected, same):
     assert same_output(stdout, expected) == same

@@ -258,3 +258,19 @@ def test_a_log_that_lost_its_start_still_ends_in_a_table(capsys):
     """As after --resume where the power's failure had left a state but no log."""
     rl.show_change([{"step": 3, "kl": 0.1}, {"step": 4, "valid_answer": 0.5, "valid_sample": "2"}, {"step": 4, "done": True}])
     assert "answer                     0.500     0.500" in capsys.readouterr().out
+
+
+def test_each_held_out_answer_is_judged_by_the_check_that_it_has(monkeypatch, tokenizer, world):
+    """`answer` for a question, `code` for a program: neither alone is the accuracy of both."""
+    verdicts = {"answer": [1.0, None, None, 0.0], "code": [None, 1.0, None, None]}
+    monkeypatch.setattr(rl, "pay", lambda *_: ({**verdicts, "form": [0.0] * 4}, torch.zeros(4)))
+    rows = [Encoded([5, 6, 7], [], False, i) for i in range(4)]
+    found = rl.accuracy(load_model(world / "model"), tokenizer, rows, [{}] * 4, dict.fromkeys([*verdicts, "form"]),
+                        max_new_tokens=2, at_once=4, seed=0)
+    assert found["greedy"] == found["sampled"] == pytest.approx(2 / 3)          # one answer could not be judged
+
+
+def test_a_step_in_which_no_answer_counts_logs_no_entropy(run, world, tmp_path):
+    status, _, err = run("--drop-flat", "--steps", 2, rewards=f"{world}/ours.py:nothing")
+    assert status == 0, err
+    assert all(line["entropy"] is None and line["kl"] is None and line["flat"] == 1 for line in steps_of(tmp_path / "run"))
