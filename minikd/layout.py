@@ -35,7 +35,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
         model.packed_head = None                        # kept by a 4-bit model whose head was then trained or cast
     pack = weight.device.type == "cpu" and torch.backends.mkldnn.enabled and (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        or weight.dtype == torch.float32 and rows >= 4 and weight.numel() > 1 << 20)        # a toy's fits in cache
+        or weight.dtype == torch.float32 and rows >= 3 and weight.numel() > 1 << 20)        # a toy's fits in cache
     inside = not model.quantization and model.model.layers[0].mlp.joined is not None
     if steps < WORTH or inside or not (pack or weight.is_cuda or model.quantization):
         yield
