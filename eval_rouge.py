@@ -21,7 +21,7 @@ from minikd.quant import show_ways
 from minikd.records import local_files
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import (Progress, check_positive, check_unused, fill_defaults, flag_group, make_parser, pick_device,
+from minikd.training import (Progress, check_positive, note_unused, fill_defaults, flag_group, make_parser, pick_device,
                              pick_dtype, spare_threads)
 
 SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
@@ -64,10 +64,12 @@ def parse_args():
     if args.model and args.predictions:
         raise InputError("--model and --predictions; give one of them: a model that answers, or answers")
     if args.predictions:
-        check_unused(args, "to answers in a file", "limit", "template", "max_length", "max_prompt_length", "max_new_tokens",
+        note_unused(args, "to answers in a file", "limit", "template", "max_length", "max_prompt_length", "max_new_tokens",
                      "batch_size", "temperature", "top_p", "top_k", "seeds", "device", "dtype", "int8_head", "show_ways")
     if not args.temperature:
-        check_unused(args, "to greedy answers (--temperature 0)", "seeds", "top_p", "top_k")
+        note_unused(args, "to greedy answers (--temperature 0)", "top_p", "top_k")
+    if args.seeds and not args.temperature:
+        raise InputError("--seeds with --temperature 0: greedy answers are the same for all; add --temperature 1")
     toy = not (args.model or args.predictions)
     fill_defaults(args, parser, toy)
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0):

@@ -26,7 +26,7 @@ from minikd.quant import check_groups, to_w4, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import (LOG, Progress, check_positive, check_unused, fill_defaults, flag_group, make_parser,
+from minikd.training import (LOG, Progress, check_positive, note_unused, fill_defaults, flag_group, make_parser,
                              pick_device, pick_dtype, spare_threads)
 
 
@@ -62,9 +62,9 @@ def parse_args():
     args = parser.parse_args()
     toy = args.model is None
     if args.method == "rtn":
-        check_unused(args, "with --method rtn", "samples", "length", "no_act_order", "damp")
+        note_unused(args, "with --method rtn", "samples", "length", "no_act_order", "damp")
     if not (args.eval_data or toy):
-        check_unused(args, "without --eval-data", "eval_examples", "max_new_tokens", "rouge")
+        note_unused(args, "without --eval-data", "eval_examples", "max_new_tokens", "rouge")
     fill_defaults(args, parser, toy)
     if toy and not Path(args.model).exists():
         raise InputError(f"{args.model}: no toy student yet; run train_kd.py first, or give --model, --calibration and --out")

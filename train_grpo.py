@@ -33,7 +33,7 @@ from minikd.rewards import combine, load_rewards, reward_files, summary
 from minikd.teacher import fingerprint
 from minikd.tokenizer import Tokenizer
 from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
-                             check_student, check_unused, compile_blocks, fill_defaults, flag_group, learning_rate,
+                             check_student, note_unused, compile_blocks, fill_defaults, flag_group, learning_rate,
                              load_state, lock, make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state,
                              spare_threads)
 
@@ -92,7 +92,10 @@ def parse_args():
     if args.data and not args.model:
         raise InputError("--data without --model; add --model FOLDER")
     args.toy = not args.data
-    check_unused(args, *("in the toy world", "limit") if args.toy else ("with --data", "task"))
+    if args.limit and not args.data:
+        raise InputError("--limit without --data; add --data FILE, or leave it out in the toy world")
+    if args.data:
+        note_unused(args, "with --data", "task")
     fill_defaults(args, parser, args.toy)
     args.out = args.out or (f"runs/grpo-{args.task}" if args.toy else "runs/grpo")
     check_positive(args, "limit", "max_prompt_length", "prompts", "group_size", "max_new_tokens", "temperature", "clip",

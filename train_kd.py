@@ -36,7 +36,7 @@ from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
 from minikd.training import (CONFIG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule,
-                             check_settings, check_student, check_unused, compile_blocks, fill_defaults, flag_group,
+                             check_settings, check_student, note_unused, compile_blocks, fill_defaults, flag_group,
                              learning_rate, load_state, lock, make_optimizer, make_parser, pick_device, pick_dtype, read_log,
                              save_state, spare_threads, write_config)
 
@@ -101,7 +101,7 @@ def parse_args():
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
         help="of matrix products and of the teacher")
     args = parser.parse_args()
-    check_used(args)
+    note_flags(args)
     args.toy = args.student is None
     args.from_sft = args.toy and bool(args.loss == "minillm" or args.on_policy)     # both need a student that can answer
     if args.from_sft:
@@ -115,17 +115,17 @@ def parse_args():
     return args
 
 
-def check_used(args):
-    """Raises InputError for a flag that would do nothing with this loss."""
+def note_flags(args):
+    """Says which flags do nothing with this loss."""
     losses = [args.loss] if args.loss else ["sft", "forward_kl"]
     for names, used in (
             (("kd_ratio", "temperature"), any(loss in DIVERGENCES for loss in losses)), (("beta",), "jsd" in losses),
             (("alpha",), any("skew" in loss for loss in losses)),
             (("mix", "rollouts", "inner_epochs", "ratio_clip"), "minillm" in losses)):
         if not used:
-            check_unused(args, f"with --loss {' or '.join(losses)}", *names)
+            note_unused(args, f"with --loss {' or '.join(losses)}", *names)
     if not args.lm_data:
-        check_unused(args, "without --lm-data", "lm_coef")
+        note_unused(args, "without --lm-data", "lm_coef")
 
 
 def check_flags(args):

@@ -147,11 +147,13 @@ def check_positive(args, *names: str):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and at most 10^12; give another number")
 
 
-def check_unused(args, reason: str, *names: str):
-    """Raises InputError for the first of these flags that was given, though it would do nothing. Before fill_defaults."""
-    for name in names:
-        if getattr(args, name) is not None and getattr(args, name) is not False:
-            raise InputError(f"--{name.replace('_', '-')} does nothing {reason}; leave it out")
+def note_unused(args, reason: str, *names: str):
+    """Says which of these flags were given, though they do nothing. (No error: one loop over all losses may give the same flags to
+    each.) Before fill_defaults."""
+    given = [f"--{name.replace('_', '-')}" for name in names
+             if getattr(args, name) is not None and getattr(args, name) is not False]       # 0 is given
+    if given:
+        print(f"note: {' '.join(given)} does nothing {reason}", file=sys.stderr)
 
 
 def fill_defaults(args, parser: Parser, toy: bool):

@@ -205,9 +205,8 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
     (["--model", "m", "--data", "d:*.jsonl", "--out", "d/r.jsonl"], "is one of the files to read"),
     (["--model", "no/such/model", "--data", "r.jsonl"], "no/such/model: no such folder"),
     (["--model", "m", "--data", "r.jsonl", "--batch-size", "0"], "--batch-size 0: must be above 0"),
-    (["--model", "m", "--data", "r.jsonl", "--seeds", "1", "2"], "--seeds does nothing to greedy answers"),
+    (["--model", "m", "--data", "r.jsonl", "--seeds", "1", "2"], "--seeds with --temperature 0"),
     (["--model", "m", "--data", "r.jsonl", "--temperature", "1", "--seeds", "5", "5"], "two are the same"),
-    (["--predictions", "p.txt", "--references", "r.txt", "--limit", "1"], "--limit does nothing to answers in a file"),
     (["--model", "m", "--data", "r.jsonl", "--temperature", "1", "--top-p", "0"], "--top-p above 0")])
 def test_bad_input_is_one_line_that_says_what_and_where(run, tmp_path, flags, said):
     write(tmp_path / "p.txt", PREDICTIONS), write(tmp_path / "two.txt", PREDICTIONS[:2])
@@ -236,3 +235,9 @@ def test_an_int8_head_answers_as_the_head_does(run, world):
     plain, int8 = scores_in("plain.jsonl"), scores_in("int8.jsonl")
     same = sum(a["prediction"] == b["prediction"] for a, b in zip(plain, int8))
     assert same >= len(plain) / 2                               # a near tie may fall the other way
+
+
+def test_flags_that_do_nothing_are_named(run, tmp_path):
+    write(tmp_path / "p.txt", PREDICTIONS)
+    status, _, err = run("--predictions", "p.txt", "--references", "p.txt", "--limit", 1, "--top-k", 0)
+    assert status == 0 and "note: --limit --top-k does nothing to answers in a file\n" in err

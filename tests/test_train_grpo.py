@@ -214,7 +214,7 @@ def test_a_toy_takes_no_real_runs_place(run, shell, world, tmp_path):
     """--data forgotten."""
     assert run("--steps", "1")[0] == 0
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    for more, said in ([], "run already, 1 steps"), (["--resume"], "run already, 1 steps"), (["--limit", "9"], "--limit does nothing in the toy world"):
+    for more, said in ([], "run already, 1 steps"), (["--resume"], "run already, 1 steps"), (["--limit", "9"], "without --data"):
         status, _, err = shell(rl, "--model", world / "model", "--steps", "1", "--out", tmp_path / "run", *more)
         assert status == 2 and said in err and err.count("\n") == 1
     assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
