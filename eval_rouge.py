@@ -64,11 +64,11 @@ def parse_args():
     if args.model and args.predictions:
         raise InputError("--model and --predictions; give one of them: a model that answers, or answers")
     if args.predictions:
-        note_unused(args, "to answers in a file", "limit", "template", "max_length", "max_prompt_length", "max_new_tokens",
+        note_unused(args, "with answers in a file", "limit", "template", "max_length", "max_prompt_length", "max_new_tokens",
                      "batch_size", "temperature", "top_p", "top_k", "seeds", "device", "dtype", "int8_head", "show_ways")
-    if not args.temperature:
-        note_unused(args, "to greedy answers (--temperature 0)", "top_p", "top_k")
-    if args.seeds and not args.temperature:
+    elif not args.temperature:
+        note_unused(args, "with greedy answers (--temperature 0)", "top_p", "top_k")
+    if args.seeds and not args.temperature and not args.predictions:
         raise InputError("--seeds with --temperature 0: greedy answers are the same for all; add --temperature 1")
     toy = not (args.model or args.predictions)
     fill_defaults(args, parser, toy)

@@ -51,7 +51,7 @@ def parse_args():
     add("--damp", type=float, default=0.01, help="share of the Hessian's mean diagonal that is added to it")
     add("--clip-search", action="store_true", help="shrink each group's range where that lowers its error")
     add = flag_group(parser, "run")
-    add("--out", toy="runs/toy/w4", help="folder to write; without --method -rtn and -gptq are added to the name")
+    add("--out", toy="runs/toy/w4", help="folder to write; in the toy world without --method -rtn and -gptq are added")
     add("--batch-size", type=int, default=4, help="calibration rows at a time")
     add("--max-new-tokens", type=int, default=256, toy=48, help="longest answer")
     add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="words of ROUGE-L")

@@ -432,7 +432,7 @@ def main():
                            "dtype": str(dtype), "limit": args.limit,
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
                            "held_out": fingerprint(same_prompt(problem.messages) for problem in tests),
-                           "records": {label(file): sha256(file) for file in data_files(args.data or ())}}
+                           "records": [[label(file), sha256(file)] for file in data_files(args.data or ())]}
     if not begin_run(out, recorded, args.resume):
         return
     model = load_model(args.model, device)

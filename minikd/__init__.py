@@ -9,7 +9,7 @@ Shape letters, in docstrings and beside the lines that change a shape; a docstri
 A prime marks the teacher's size: D', V'. Lower case is a part: n tokens of a chunk, b rows of a block. In the CUDA files
 M counts the rows of a product, N its outputs and K its inputs.
 
-Reading order (the README's list is the order of imports): files model quant checkpoint tokenizer records data toy losses
+Reading order (the README's list is the order of imports): files hub model quant checkpoint tokenizer records data toy losses
 generate teacher minillm grpo problems sandbox rewards gptq rouge evaluate training plots; last the files that only concern
 speed: layout cuda w4_cuda decode_cuda.
 """

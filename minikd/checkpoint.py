@@ -82,9 +82,10 @@ def model_folder(name, weights: bool = True) -> Path:
     folder = local_folder(name, ["config.json", INDEX, *TOKENIZER])
     if weights and not Path(name).expanduser().is_dir():
         load_config(folder), read_quantization(folder)          # before gigabytes are fetched in vain
-        if names := files_on_hub(name):
+        names = files_on_hub(name)
+        if names is not None:
             check_weights(name, names)
-        local_folder(name, shards_of(folder))
+        local_folder(name, [SINGLE] if SINGLE in (names or ()) else shards_of(folder))
     return folder
 
 

@@ -249,8 +249,7 @@ class Report:
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)           # reason -> number of records
     first_bad: str = ""                                         # error message of the first malformed record
-    last: str | None = None                                     # format of the last record
-    # (path, first 16 hex digits of its sha256) in the order they were read; the hub revises files under one name
+    # (hub.label, first 16 hex digits of its sha256) in the order they were read; the hub revises files under one name
     files: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -283,22 +282,28 @@ def load_examples(paths, format: str | None = None, limit: int | None = None) ->
 
 def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
     report.files.append((label(file), sha256(file)))
-    name = format or report.last                                # the first record may be a malformed one
+    name, early = format, []                                    # errors before any record has shown the format
 
     def refuse(error: InputError):
+        if name is None:
+            return early.append(error)
         if name != "pytorrent":
             raise error
         report.dropped["malformed"] += 1
         report.first_bad = report.first_bad or str(error)
 
     for where, record in read_records(file, refuse):
-        name = report.last = format or recognise(record) or name        # a field is missing: take the last one's format
+        name = format or recognise(record) or name              # a field is missing: take the last one's format
+        while name and early:
+            refuse(early.pop(0))
         try:
             yield to_example(record, where, name)
         except Dropped as error:
             report.dropped[error.reason] += 1
         except InputError as error:
             refuse(error)
+    if early:
+        raise early[0]
 
 
 def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:

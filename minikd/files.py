@@ -28,8 +28,9 @@ def script_errors():
         yield
     except InputError as error:
         text = str(error)
-        if cached := re.search(r"/\S+/snapshots/[0-9a-f]{40}/[^\s:]+", text):     # the hub fetches no file that is there
-            text = text.replace("fetch", f"delete {cached[0]} and {os.path.realpath(cached[0])} and fetch", 1)
+        cached = re.match(r"(.+/snapshots/[0-9a-f]{40}/[^:]+):.*fetch (it|the model) again$", text)
+        if cached and os.path.islink(cached[1]):                # the hub fetches no file that is in its cache
+            text += f": delete {cached[1]} and {os.path.realpath(cached[1])} first"
         _exit_with(text)
     except (MemoryError, RuntimeError) as error:                # torch, on GPU and CPU, raises a RuntimeError
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):

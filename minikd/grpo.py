@@ -61,7 +61,7 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     then it is that of KL(π || π_ref).)
     """
     d = single(ref_logp) - single(logp)
-    return torch.expm1(d.clamp(max=60)) - d                                     # exact for a small d, as ratio_of is bounded
+    return torch.expm1(d.clamp(max=60)) - d                                     # expm1: exact for small d; bounded like ratio_of
 
 
 def single(x: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from minikd.files import InputError
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
              "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
-TIMEOUT = 10                                        # seconds in which the hub must answer once; else its cache has to do
+TIMEOUTS = 10, 30                                   # seconds in which the hub must answer; else its cache has to do
 ADDRESS = re.compile(r"^(https://huggingface\.co/|hf://)(datasets/)?")
 CACHED = re.compile(r".*/(?:models|datasets)--(.+?)--(.+)/snapshots/([0-9a-f]{40})(?:/(.+))?")
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EFBIG}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def local_folder(name, patterns, kind: str = "model") -> Path:
@@ -57,8 +57,8 @@ def repository(name: str, kind: str) -> "Repository":
 
 
 class Repository:
-    """A repository on the hub, at the commit that the first look found: a run that loads its student again after hours must not
-    get another.
+    """A repository on the hub, at the commit of its first file here: a run that loads its student again after hours must not get
+    another.
 
     files   the names of its files; None if the hub did not answer
     """
@@ -68,16 +68,15 @@ class Repository:
         if self.name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise InputError(f"{name}: no such folder; give a local folder or a hub name such as Qwen/Qwen2.5-0.5B")
         from huggingface_hub import HfApi                       # comes with tokenizers
-        from huggingface_hub.utils import disable_progress_bars
-        if not sys.stderr.isatty():
-            disable_progress_bars()                             # twenty lines in a log, even for what is cached
         self.kind, self.revision = kind, revision or None
         self.files, self.silent, self.folder, self.fetched = None, None, None, set()
-        try:
-            info = HfApi().repo_info(self.name, repo_type=kind, revision=self.revision, timeout=TIMEOUT)
-            self.files = [file.rfilename for file in info.siblings or ()]
-        except Exception as error:      # the hub's own, or those of whichever HTTP library its version is built on
-            self.silent = error
+        for timeout in TIMEOUTS:
+            try:
+                info = HfApi().repo_info(self.name, repo_type=kind, revision=self.revision, timeout=timeout)
+                self.files, self.silent = [file.rfilename for file in info.siblings or ()], None
+                break
+            except Exception as error:  # the hub's own, or those of whichever HTTP library its version is built on
+                self.silent = error
 
     def fetch(self, patterns) -> Path:
         """The folder of its files in the hub's cache, those that match the patterns downloaded where they are missing."""
@@ -89,6 +88,7 @@ class Repository:
                 folder = Path(snapshot_download(self.name, repo_type=self.kind, revision=revision, allow_patterns=missing,
                                                 local_files_only=self.silent is not None))
             except Exception as error:
+                repository.cache_clear()                        # the next call asks again
                 raise self.refusal(self.silent or error) from error
             if self.silent and not self.folder:
                 print(f"{self.name}: the hub did not answer ({why(self.silent)[0]}); its cache has commit {folder.name[:12]}",
@@ -101,7 +101,7 @@ class Repository:
         """What to raise: a disk's error as it is, with its place, or an InputError."""
         from huggingface_hub import constants
         for cause in causes(error):
-            if isinstance(cause, OSError) and cause.errno in DISK:
+            if isinstance(cause, OSError) and (cause.errno in DISK or cause.errno and cause.filename):
                 return OSError(cause.errno, cause.strerror, cause.filename or constants.HF_HUB_CACHE)
         reason, mend = why(error)
         return InputError(f"{self.name}: no such folder here, and the hub did not return it ({reason}); {mend}")
@@ -131,7 +131,7 @@ def why(error: Exception) -> tuple[str, str]:
             wait = response.headers.get("Retry-After")
             return f"too many requests{f', wait {wait} s' if wait else ''}", "try again later, or set HF_TOKEN"
         if isinstance(cause, errors.OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set", "its cache does not hold it: unset it once, or check the name"
+            return "HF_HUB_OFFLINE is set", "its cache does not hold all of it: unset it once, or check the name"
         if "Expecting value" in text:                           # json's, about a page of HTML
             return "what answered is not the hub", "does this network ask to log in first?"
     return " ".join(str(error).split()) or type(error).__name__, "check the network, and try again"

@@ -122,11 +122,11 @@ def to_problem(record: dict, where: str) -> Problem:
     if kind_of(record.get("description")) != "null" and ("input_format" in record or "examples" in record):
         text, facts = _codeforces(record, where)
     else:
-        filled = [name for name, value in record.items() if kind_of(value) != "null" and str(value).strip()]
         field = next((name for name in ("question", "problem", "instruction", "prompt")
-                      if name in filled and isinstance(record[name], str)), None)
-        answer = next((record[name] for name in ("answer", "response", "output", "solution") if name in filled), None)
-        answer = str(answer).rpartition("####")[2].strip() if isinstance(answer, (str, int, float)) else ""     # GSM8K's mark
+                      if isinstance(record.get(name), str) and record[name].strip()), None)
+        answer = next((record[name] for name in ("answer", "response", "output", "solution") if name in record), None)
+        given = isinstance(answer, (str, int, float)) and kind_of(answer) != "null"
+        answer = str(answer).rpartition("####")[2].strip() if given else ""                 # GSM8K: after ####
         if field is None or not answer:
             raise InputError(f"{where}: is not a problem: give `question` and `answer`, or Codeforces' `description` and "
                              f"`examples` (its fields: {', '.join(list(record)[:12])})")

@@ -22,7 +22,8 @@ def data_files(name) -> list[Path]:
     """The files that one --data argument names, or a list of them, in the order they are read.
 
     It is "data.jsonl", or a folder or hub dataset that holds one data file. If it holds several, "name:choice" names a
-    file, a folder or a glob in it, and all matching files are read: "open-r1/codeforces-cots:solutions_py".
+    file, a folder or a glob in it, and all matching files are read: "open-r1/codeforces-cots:solutions_py", or, at a revision,
+    "open-r1/codeforces-cots@main:solutions_py".
     Raises InputError if there is no file, or several and no choice.
     """
     if not isinstance(name, (str, Path)):
@@ -60,7 +61,7 @@ def _check_complete(name: str, files: list[Path]):
     """Raises InputError where of train-00000-of-00002.parquet and its like one is missing, as after a broken download."""
     for file in files:
         part = re.search(r"-\d{5}(-of-(\d{5})\..+)", file.name)
-        if part and len(list(file.parent.glob(f"*{part[1]}"))) < int(part[2]):
+        if part and len(list(file.parent.glob(f"{file.name[:part.start()]}-?????{part[1]}"))) < int(part[2]):
             raise InputError(f"{name}: its cache holds only some of the {int(part[2])} files like {file.name}; run once online")
 
 

@@ -175,7 +175,7 @@ def code_reward(completions: list[str], problems: list[dict], partial: bool = Fa
         source = extract_code(answer or "")
         limits = (min(problem.get("time_limit") or 5.0, max_seconds),                      # 5 s: open-r1's
                   int(max(64, min(problem.get("memory_limit") or 512, max_memory))))       # the interpreter takes 30
-        tests = [test for test in problem.get("tests") or () if len(test["output"]) < sandbox.OUTPUT]  # others none can pass
+        tests = [test for test in problem.get("tests") or () if len(test["output"].encode()) < sandbox.OUTPUT]
         if python and tests:
             asked.append([((source, test["input"], *limits), test["output"]) for test in tests if source])
         else:

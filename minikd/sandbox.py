@@ -112,7 +112,7 @@ def isolation() -> str:
 
 def same_output(stdout: str, expected: str) -> bool:
     """Whether both texts have the same words line by line, apart from blanks around words, empty lines at the end, and the case
-    of yes and no, as in open-r1's comparison.
+    of yes and no.
 
     All lines must match: comparing with zip would accept only the first line, or a right answer followed by anything.
     """

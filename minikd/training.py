@@ -118,6 +118,13 @@ def make_parser(doc: str) -> Parser:
         lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=125)))
 
 
+def shortest(value) -> str:
+    """A default as a user would type it: 1e-5, not 1e-05."""
+    if isinstance(value, list):
+        return " ".join(map(shortest, value))
+    return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+
+
 def flag_group(parser: Parser, title: str):
     """The add_argument of a new group of flags. It adds choices and default to the help text, and leaves the default to
     fill_defaults, so that until then what was not given is None.
@@ -130,8 +137,7 @@ def flag_group(parser: Parser, title: str):
         if "action" not in options:
             options.setdefault("metavar", {int: "N", float: "X"}.get(options.get("type"), names[0].strip("-").upper()))
         help += f": {', '.join(options['choices'])}" if "choices" in options else ""
-        value = lambda x: f"{x:g}" if isinstance(x, float) else " ".join(map(value, x)) if isinstance(x, list) else str(x)
-        shown = [what + value(x) for what, x in (("", default), ("toy ", toy)) if x is not None]
+        shown = [what + shortest(x) for what, x in (("", default), ("toy ", toy)) if x is not None]
         flag = group.add_argument(*names, help=help + (f" ({'; '.join(shown)})" if shown else ""), **options)
         parser.defaults[flag.dest] = default, default if toy is None else toy
 
@@ -153,7 +159,7 @@ def note_unused(args, reason: str, *names: str):
     given = [f"--{name.replace('_', '-')}" for name in names
              if getattr(args, name) is not None and getattr(args, name) is not False]       # 0 is given
     if given:
-        print(f"note: {' '.join(given)} does nothing {reason}", file=sys.stderr)
+        print(f"note: without effect {reason}: {' '.join(given)}", file=sys.stderr)
 
 
 def fill_defaults(args, parser: Parser, toy: bool):

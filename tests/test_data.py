@@ -649,3 +649,14 @@ def test_a_line_that_breaks_off_is_named_by_its_own_number(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(DOLLY) + "\n" + '{"instruction": "a"\n' + json.dumps(DOLLY) + "\n")
     with pytest.raises(InputError, match="d.jsonl:2: "):
         load_examples(tmp_path / "d.jsonl")
+
+
+def test_a_file_s_own_records_decide_about_the_lines_before_them(tmp_path):
+    good = json.dumps(PYTORRENT)
+    (tmp_path / "shard.jsonl").write_text(good + "\n")
+    (tmp_path / "other.jsonl").write_text("{broken\n" + json.dumps(DOLLY) + "\n")
+    with pytest.raises(InputError, match="other.jsonl:1: not JSON"):
+        load_examples([tmp_path / "shard.jsonl", tmp_path / "other.jsonl"])
+    (tmp_path / "other.jsonl").write_text("{broken\n{broken\n")
+    with pytest.raises(InputError, match="other.jsonl:1: not JSON"):
+        load_examples([tmp_path / "shard.jsonl", tmp_path / "other.jsonl"])

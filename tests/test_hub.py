@@ -13,7 +13,7 @@ import huggingface_hub.utils
 import pytest
 
 from conftest import same, small, tiny
-from minikd import hub
+from minikd import hub, records
 from minikd.checkpoint import identify, load_model, model_folder, save_model
 from minikd.files import InputError, script_errors
 from minikd.hub import label, local_folder
@@ -87,7 +87,7 @@ def served(server, tmp_path, monkeypatch):
     server.repositories, server.asked, server.sent, server.faults = {}, [], [], {}
     address = f"http://127.0.0.1:{server.server_address[1]}"
     for name, value in dict(ENDPOINT=address, HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}",
-                            HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True).items():
+                            HF_HUB_CACHE=str(tmp_path / "my cache"), HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True).items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr("time.sleep", lambda _: None)           # before huggingface_hub's further tries
     monkeypatch.chdir(tmp_path)
@@ -152,14 +152,40 @@ def test_offline_everything_is_there_and_the_hub_is_not_asked(served, model, mon
 
 
 def test_a_run_sees_one_commit_though_main_moves(served, model):
-    del served.repositories["models", model][COMMITS[1]]
-    first = load_model(model).state_dict()
-    served.repositories["models", model][COMMITS[1]] = served.repositories["models", model][COMMITS[0]]
-    assert same(load_model(model).state_dict(), first)
+    later = served.repositories["models", model].pop(COMMITS[1])
+    model_folder(model, weights=False)                                          # the tokenizer, hours before the weights
+    served.repositories["models", model][COMMITS[1]] = later
+    assert same(load_model(model).state_dict(), small(0).state_dict())
     assert identify(model).startswith(f"{model}@{COMMITS[0]} (sha256 ")
     again()
+    assert same(load_model(model).state_dict(), small(1).state_dict())
     assert identify(model).startswith(f"{model}@{COMMITS[1]} (sha256 ")
-    assert identify(model)[-13:] == identify(f"{model}@{COMMITS[0]}")[-13:]     # another commit, the same weights
+
+
+def test_another_commit_with_the_same_weights_is_the_same_model(served, model):
+    commits = served.repositories["models", model]
+    commits[COMMITS[1]] = commits[COMMITS[0]] | {"README.md": b"better"}
+    assert identify(model)[-13:] == identify(f"{model}@{COMMITS[0]}")[-13:]
+
+
+def test_nothing_is_asked_twice(served, model):
+    load_model(model)
+    served.asked.clear()
+    load_model(model), Tokenizer.load(model), identify(model)
+    assert served.asked == []
+
+
+def test_a_hub_that_failed_once_is_asked_again(served, model):
+    served.faults["/api/*"] = (503, {}, b"")
+    refusal(lambda: model_folder(model))
+    served.faults.clear()
+    load_model(model)
+
+
+def test_with_both_one_file_and_shards_the_file_is_taken_as_from_a_local_folder(served, model, tmp_path):
+    save_model(small(7), tmp_path / "single")
+    served.repositories["models", model][COMMITS[1]] |= files_in(tmp_path / "single")
+    assert same(load_model(model).state_dict(), small(7).state_dict())
 
 
 def test_a_revision_is_named_after_an_at(served, model):
@@ -195,7 +221,7 @@ def test_a_damaged_file_in_the_cache_is_named_with_its_blob(served, model, capsy
     blob.write_text("{")
     with pytest.raises(SystemExit), script_errors():
         load_model(model)
-    assert f"; delete {file} and {blob} and fetch it again" in capsys.readouterr().err
+    assert f"; fetch it again: delete {file} and {blob} first" in capsys.readouterr().err
     file.unlink(), blob.unlink(), again()
     load_model(model)
 
@@ -224,7 +250,7 @@ def test_without_a_network_the_cache_serves_and_what_it_lacks_is_refused(served,
     load_model(model)
     assert "org/model: the hub did not answer (" in capsys.readouterr().err
     offline(monkeypatch)
-    assert "(HF_HUB_OFFLINE is set); its cache does not hold it: unset it once" in refusal(lambda: load_model("org/other"))
+    assert "(HF_HUB_OFFLINE is set); its cache does not hold all of it: unset it once" in refusal(lambda: load_model("org/other"))
 
 
 def test_a_hub_that_never_answers_is_given_up(served, monkeypatch):
@@ -232,7 +258,7 @@ def test_a_hub_that_never_answers_is_given_up(served, monkeypatch):
         threading.Event().wait(5)
 
     monkeypatch.setattr(Request, "find", hang)
-    monkeypatch.setattr(hub, "TIMEOUT", 0.05)
+    monkeypatch.setattr(hub, "TIMEOUTS", (0.05, 0.05))
     assert "did not return it" in refusal(lambda: local_folder("org/model", ["*"]))
 
 
@@ -261,13 +287,17 @@ def test_of_a_dataset_only_what_is_chosen_is_fetched(served, data):
     assert [file.name for file in data_files(f"{data}:es")] == ["test.jsonl"] and served.sent == ["es/test.jsonl"]
     assert [file.name for file in data_files(f"hf://datasets/{data}:solutions_py/")] == ["train-00000-of-00002.jsonl",
                                                                                       "train-00001-of-00002.jsonl"]
-    assert [label(file) for file in data_files(f"{data}:es/test.jsonl")] == ["org/data/es/test.jsonl"]
+    assert [label(file) for file in data_files(f"{data}@{COMMITS[0]}:es/test.jsonl")] == ["org/data/es/test.jsonl"]
 
 
 def test_half_of_a_dataset_in_the_cache_is_not_taken_for_all_of_it(served, data, monkeypatch):
     first = data_files(f"{data}:solutions_py/train-00000-of-00002.jsonl")
+    other = first[0].with_name("test-00000-of-00002.jsonl")                     # half of another split
+    other.write_bytes(first[0].read_bytes())
     offline(monkeypatch)
     assert data_files(f"{data}:solutions_py/train-00000-of-00002.jsonl") == first
+    with pytest.raises(InputError):
+        records._check_complete(data, first)
     refusal(lambda: data_files(f"{data}:solutions_py"))
 
 

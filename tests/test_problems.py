@@ -109,7 +109,7 @@ def test_a_question_with_its_answer_is_a_problem():
     gsm = to_problem({"question": "2 + 2?", "answer": "Two and two is 4.\n#### 4"}, "x")
     assert gsm.facts == {"answer": "4"} and gsm.messages[-1]["content"] == "2 + 2?"
     assert to_problem({"problem": "1 + 1?", "answer": 2}, "x").facts == {"answer": "2"}
-    assert to_problem({"question": " ", "problem": "1 + 1?", "answer": None, "solution": "2"}, "x").facts == {"answer": "2"}
+    assert to_problem({"question": " ", "problem": "1 + 1?", "answer": "2", "solution": "1 + 1 = 2"}, "x").facts == {"answer": "2"}
 
 
 @pytest.mark.parametrize("more", [{"input": "3 and 4", "output": "7"}, {"context": "3 and 4", "input": None, "response": "7"}])
@@ -124,6 +124,7 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
 @pytest.mark.parametrize("record, said", [
     ({"title": "x"}, "is not a problem: give `question` and `answer`"), ({"question": "Why?"}, "is not a problem"),
     ({"question": "Why?", "answer": " "}, "is not a problem"), ({"question": "Why?", "answer": "so\n#### "}, "is not a problem"),
+    ({"question": "Why?", "answer": None, "solution": "a proof"}, "is not a problem"),
     ({"question": "Why?", "answer": float("nan")}, "is not a problem"), ({"question": "", "answer": "b"}, "is not a problem"),
     (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is not a list of {input, output} texts"),
     (RECORD | {"examples": 3}, "field 'examples' is not a list"),

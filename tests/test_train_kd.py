@@ -726,9 +726,9 @@ def test_a_toy_that_is_resumed_with_another_seed_is_refused_with_its_data_as_the
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--loss sft --kd-ratio 0 --temperature 2", "--kd-ratio --temperature does nothing with --loss sft\n"),
-    ("--loss jsd --alpha 0.3 --beta 0.3", "--alpha does nothing with --loss jsd\n"),
-    ("--mix 0.1", "--mix does nothing with --loss sft or forward_kl\n"), ("--loss sft --lm-coef 3", "without --lm-data\n"),
+    ("--loss sft --kd-ratio 0 --temperature 2", "with --loss sft: --kd-ratio --temperature\n"),
+    ("--loss jsd --alpha 0.3 --beta 0.3", "with --loss jsd: --alpha\n"),
+    ("--mix 0.1", "with --loss sft or forward_kl: --mix\n"), ("--loss sft --lm-coef 3", "without --lm-data: --lm-coef\n"),
     ("--loss minillm --mix 0.3 --rollouts 8", "")])
 def test_a_flag_that_does_nothing_is_named(run, flags, said):
     status, _, err = run("--steps", 1, "--batch-size", 4, *flags.split())
