@@ -154,8 +154,8 @@ def check_positive(args, *names: str):
 
 
 def note_unused(args, reason: str, *names: str):
-    """Says which of these flags were given, though they do nothing. (No error: one loop over all losses may give the same flags to
-    each.) Before fill_defaults."""
+    """Says which of these flags were given, though they do nothing. (No error: one loop over all losses may give each the same
+    flags.) Before fill_defaults."""
     given = [f"--{name.replace('_', '-')}" for name in names
              if getattr(args, name) is not None and getattr(args, name) is not False]       # 0 is given
     if given:

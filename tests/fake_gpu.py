@@ -22,8 +22,9 @@ WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_sel
          aten.repeat_interleave.Tensor, aten._unique2.default}          # the host waits for a value, or for a shape
 # What CUDA's autocast casts (torch's documentation: "CUDA Ops that can autocast"), as far as this project could call it.
 LOW = set("addbmm addmm addmv addr baddbmm bmm einsum linear matmul mm mv scaled_dot_product_attention".split())
-FLOAT32 = set("cosine_similarity cross_entropy cumprod cumsum exp expm1 kl_div layer_norm log log1p log_softmax mse_loss nll_loss "
-              "norm normalize pow prod reciprocal rdiv rms_norm rpow rsqrt rtruediv smooth_l1_loss softmax softplus sum".split())
+FLOAT32 = set("cosine_similarity cross_entropy cumprod cumsum exp expm1 kl_div layer_norm log log1p log_softmax mse_loss "
+              "nll_loss norm normalize pow prod reciprocal rdiv rms_norm rpow rsqrt rtruediv smooth_l1_loss softmax softplus "
+              "sum".split())
 
 
 class Wrong(AssertionError):
