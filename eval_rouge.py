@@ -21,7 +21,7 @@ from minikd.quant import show_ways
 from minikd.records import local_files
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import (Progress, check_positive, note_unused, fill_defaults, flag_group, make_parser, pick_device,
+from minikd.training import (Progress, check_positive, fill_defaults, flag_group, make_parser, note_unused, pick_device,
                              pick_dtype, spare_threads)
 
 SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
@@ -56,20 +56,7 @@ def parse_args():
     add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="words of ROUGE-L")
     add("--out", help="jsonl of every example's scores (answers.jsonl in the model's folder, else in runs/eval)")
     args = parser.parse_args()
-    for pair in ("model", "data"), ("predictions", "references"):
-        given = [name for name in pair if getattr(args, name) is not None]
-        missing = [name for name in pair if getattr(args, name) is None]
-        if given and missing:
-            raise InputError(f"--{given[0]} without --{missing[0]}; give both")
-    if args.model and args.predictions:
-        raise InputError("--model and --predictions; give one of them: a model that answers, or answers")
-    if args.predictions:
-        note_unused(args, "with answers in a file", "limit", "template", "max_length", "max_prompt_length", "max_new_tokens",
-                     "batch_size", "temperature", "top_p", "top_k", "seeds", "device", "dtype", "int8_head", "show_ways")
-    elif not args.temperature:
-        note_unused(args, "with greedy answers (--temperature 0)", "top_p", "top_k")
-    if args.seeds and not args.temperature and not args.predictions:
-        raise InputError("--seeds with --temperature 0: greedy answers are the same for all; add --temperature 1")
+    check_given(args)
     toy = not (args.model or args.predictions)
     fill_defaults(args, parser, toy)
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0):
@@ -88,6 +75,24 @@ def parse_args():
     if args.out.resolve() in [file.resolve() for file in read]:
         raise InputError(f"--out {args.out}: is one of the files to read; choose another")
     return args
+
+
+def check_given(args):
+    """Raises InputError for flags that do not go together, and says which have no effect. Before fill_defaults."""
+    for pair in ("model", "data"), ("predictions", "references"):
+        given = [name for name in pair if getattr(args, name) is not None]
+        missing = [name for name in pair if getattr(args, name) is None]
+        if given and missing:
+            raise InputError(f"--{given[0]} without --{missing[0]}; give both")
+    if args.model and args.predictions:
+        raise InputError("--model and --predictions; give one of them: a model that answers, or answers")
+    if args.predictions:
+        note_unused(args, "with answers in a file", "limit", "template", "max_length", "max_prompt_length", "max_new_tokens",
+                    "batch_size", "temperature", "top_p", "top_k", "seeds", "device", "dtype", "int8_head", "show_ways")
+    elif not args.temperature:
+        note_unused(args, "with greedy answers (--temperature 0)", "top_p", "top_k")
+    if args.seeds and not args.temperature and not args.predictions:
+        raise InputError("--seeds with --temperature 0: greedy answers are the same for all; add --temperature 1")
 
 
 def model_scores(args) -> list[list[dict]]:

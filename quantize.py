@@ -26,7 +26,7 @@ from minikd.quant import check_groups, to_w4, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import (LOG, Progress, check_positive, note_unused, fill_defaults, flag_group, make_parser,
+from minikd.training import (LOG, Progress, check_positive, fill_defaults, flag_group, make_parser, note_unused,
                              pick_device, pick_dtype, spare_threads)
 
 

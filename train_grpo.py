@@ -33,8 +33,8 @@ from minikd.rewards import combine, load_rewards, reward_files, summary
 from minikd.teacher import fingerprint
 from minikd.tokenizer import Tokenizer
 from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
-                             check_student, note_unused, compile_blocks, fill_defaults, flag_group, learning_rate,
-                             load_state, lock, make_optimizer, make_parser, pick_device, pick_dtype, read_log, save_state,
+                             check_student, compile_blocks, fill_defaults, flag_group, learning_rate, load_state, lock,
+                             make_optimizer, make_parser, note_unused, pick_device, pick_dtype, read_log, save_state,
                              spare_threads)
 
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO

@@ -36,8 +36,8 @@ from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
 from minikd.training import (CONFIG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule,
-                             check_settings, check_student, note_unused, compile_blocks, fill_defaults, flag_group,
-                             learning_rate, load_state, lock, make_optimizer, make_parser, pick_device, pick_dtype, read_log,
+                             check_settings, check_student, compile_blocks, fill_defaults, flag_group, learning_rate,
+                             load_state, lock, make_optimizer, make_parser, note_unused, pick_device, pick_dtype, read_log,
                              save_state, spare_threads, write_config)
 
 AT_ONCE = 16                                                    # prompts answered at a time, or a micro-batch if that is more
@@ -117,13 +117,15 @@ def parse_args():
 
 def note_flags(args):
     """Says which flags do nothing with this loss."""
-    losses = [args.loss] if args.loss else ["sft", "forward_kl"]
-    for names, used in (
-            (("kd_ratio", "temperature"), any(loss in DIVERGENCES for loss in losses)), (("beta",), "jsd" in losses),
-            (("alpha",), any("skew" in loss for loss in losses)),
-            (("mix", "rollouts", "inner_epochs", "ratio_clip"), "minillm" in losses)):
-        if not used:
-            note_unused(args, f"with --loss {' or '.join(losses)}", *names)
+    this = f"with --loss {args.loss or 'sft or forward_kl'}"
+    if args.loss in ("sft", "minillm"):
+        note_unused(args, this, "kd_ratio", "temperature")
+    if args.loss != "jsd":
+        note_unused(args, this, "beta")
+    if "skew" not in (args.loss or ""):
+        note_unused(args, this, "alpha")
+    if args.loss != "minillm":
+        note_unused(args, this, "mix", "rollouts", "inner_epochs", "ratio_clip")
     if not args.lm_data:
         note_unused(args, "without --lm-data", "lm_coef")
 

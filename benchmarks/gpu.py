@@ -154,6 +154,7 @@ def peak_gb(device: str) -> float:
 # ---- sections; each takes the device, whether shapes are tiny, and `limits`, the bandwidth and FLOP/s that the machine reaches
 
 def driver() -> str:
+    """The driver's version, which torch does not know."""
     try:
         return "driver " + subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
                                           capture_output=True, text=True, check=True).stdout.strip()

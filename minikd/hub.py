@@ -1,6 +1,5 @@
 """A name -> a folder: a local one, or a repository of the Hugging Face hub in the hub's cache, with only the files asked for."""
 import errno
-import functools
 import re
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json"
 TIMEOUTS = 10, 30                                   # seconds in which the hub must answer; else its cache has to do
 ADDRESS = re.compile(r"^(https://huggingface\.co/|hf://)(datasets/)?")
 CACHED = re.compile(r".*/(?:models|datasets)--(.+?)--(.+)/snapshots/([0-9a-f]{40})(?:/(.+))?")
+KNOWN = {}                                          # (name, kind) -> Repository
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -31,7 +31,11 @@ def local_folder(name, patterns, kind: str = "model") -> Path:
         return path
     if path.exists():
         raise InputError(f"{name}: is a file; give the {kind}'s folder")
-    return repository(str(name), kind).fetch(patterns)
+    try:
+        return repository(str(name), kind).fetch(patterns)
+    except Exception:
+        KNOWN.pop((str(name), kind), None)
+        raise
 
 
 def files_on_hub(name, kind: str = "model") -> list[str] | None:
@@ -50,10 +54,11 @@ def label(path) -> str:
     return f"{owner}/{name}/{file}" if file else f"{owner}/{name}@{commit}"
 
 
-@functools.cache
 def repository(name: str, kind: str) -> "Repository":
-    """Asks the hub once per process."""
-    return Repository(name, kind)
+    """Asks the hub once per process; again only after a failure."""
+    if (name, kind) not in KNOWN:
+        KNOWN[name, kind] = Repository(name, kind)
+    return KNOWN[name, kind]
 
 
 class Repository:
@@ -77,6 +82,8 @@ class Repository:
                 break
             except Exception as error:  # the hub's own, or those of whichever HTTP library its version is built on
                 self.silent = error
+                if getattr(error, "response", None) is not None:        # an answer, though not the wanted one
+                    break
 
     def fetch(self, patterns) -> Path:
         """The folder of its files in the hub's cache, those that match the patterns downloaded where they are missing."""
@@ -88,7 +95,6 @@ class Repository:
                 folder = Path(snapshot_download(self.name, repo_type=self.kind, revision=revision, allow_patterns=missing,
                                                 local_files_only=self.silent is not None))
             except Exception as error:
-                repository.cache_clear()                        # the next call asks again
                 raise self.refusal(self.silent or error) from error
             if self.silent and not self.folder:
                 print(f"{self.name}: the hub did not answer ({why(self.silent)[0]}); its cache has commit {folder.name[:12]}",

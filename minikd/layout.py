@@ -26,7 +26,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
     layout from which oneDNN multiplies few rows fastest; the head is held twice, as the embedding needs its plain rows.
 
     rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
-    The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16, and in float32, from a few rows on, a third. On a
+    The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16, and in float32, from three rows on, a third. On a
     GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its codes never change, and its packed head while the
     head is the same.
     """

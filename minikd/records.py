@@ -33,7 +33,8 @@ def data_files(name) -> list[Path]:
     base, _, choice = ADDRESS.sub("", str(name)).rstrip("/").partition(":")
     choice = choice.rstrip("/")
     folder = Path(base).expanduser()
-    if not folder.is_dir():
+    here = folder.is_dir()
+    if not here:
         if base.endswith(ENDINGS):                              # runs/data.jsonl is no hub name: do not ask the hub
             raise InputError(f"{base}: no such file; check the path")
         held = files_on_hub(base, kind="dataset")
@@ -43,18 +44,16 @@ def data_files(name) -> list[Path]:
             return [folder / file for file in chosen]           # the cache may hold more, from other choices
         patterns = [choice, f"{choice}/*"] if choice else [f"*{ending}" for ending in ENDINGS]
         folder = local_folder(base, patterns, kind="dataset")   # offline: whatever the cache holds
-        if not choice.endswith(ENDINGS) and not set("*?[") & set(choice):
-            _check_complete(base, [folder / file for file in _choose(base, _names(folder), choice)])
-    return [folder / file for file in _choose(base, _names(folder), choice)]
+    held = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    files = [folder / file for file in _choose(base, held, choice)]
+    if not here and not choice.endswith(ENDINGS) and not set("*?[") & set(choice):
+        _check_complete(base, files)
+    return files
 
 
 def local_files(names) -> list[Path]:
     """data_files of those names that are files or folders here; the hub is not asked about the others."""
     return data_files([name for name in names if Path(str(name).partition(":")[0]).expanduser().exists()])
-
-
-def _names(folder: Path) -> list[str]:
-    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
 
 
 def _check_complete(name: str, files: list[Path]):

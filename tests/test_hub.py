@@ -98,7 +98,7 @@ def served(server, tmp_path, monkeypatch):
 
 def again():
     """As in another process."""
-    hub.repository.cache_clear()
+    hub.KNOWN.clear()
     getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()            # old versions' sessions are offline or not
 
 
