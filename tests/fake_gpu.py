@@ -7,6 +7,7 @@ addresses that they read and write. Recording changes no memory, and a replay re
 Autocast casts as CUDA's does, in forward passes. Not played: time, memory, streams, and which of torch's kernels would run.
 """
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import lru_cache
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,7 +15,7 @@ import torch
 import torch._dynamo                    # torch's optimizers import it, and it lists torch's functions: before they are replaced
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 BOTH = {aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}  # take a CPU's tensors
@@ -40,6 +41,22 @@ class Played:
 
 def raw(x):
     return x.held if isinstance(x, OnGPU) else x
+
+
+def each(kind, act, value):
+    """value with act(x) for every x of that kind in its lists, tuples and dicts."""
+    if isinstance(value, kind):
+        return act(value)
+    if type(value) in (list, tuple):
+        return type(value)([each(kind, act, x) for x in value])
+    return {key: each(kind, act, x) for key, x in value.items()} if type(value) is dict else value
+
+
+@lru_cache(None)
+def arguments(func) -> tuple[list[str], set[str]]:
+    """An operator's parameters, and which of them it writes to."""
+    places = func._schema.arguments
+    return [place.name for place in places], {place.name for place in places if place.alias_info and place.alias_info.is_write}
 
 
 def wait(what):
@@ -81,7 +98,8 @@ class OnGPU(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = []
+        each(Tensor, tensors.append, [args, kwargs])
         others = [x for x in tensors if not isinstance(x, OnGPU) and x.dim()]       # a number may come from the CPU
         if others and func not in BOTH:
             raise Wrong(f"{func}: on cuda {[tuple(x.shape) for x in tensors if isinstance(x, OnGPU)]}, on the CPU "
@@ -89,19 +107,19 @@ class OnGPU(Tensor):
         by_mask = func is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
         if others or by_mask or func in WAITS:
             wait(func)
-        write = {place.name for place in func._schema.arguments if place.alias_info and place.alias_info.is_write}
-        given = dict(zip((place.name for place in func._schema.arguments), args)) | kwargs
+        names, write = arguments(func)
+        given = dict(zip(names, args)) | kwargs if write else {}
         written = [x for name in write for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
         for x in written if Played.recording is not None else ():
             Played.before.setdefault((x.data_ptr(), x.shape, x.stride()), (raw(x), raw(x).clone()))
-        args, kwargs = tree_map_only(Tensor, raw, (args, kwargs))
+        args, kwargs = each(Tensor, raw, (args, kwargs))
         if "device" in kwargs:
             kwargs["device"] = "cpu"
         out = func(*args, **kwargs)
         if Played.recording is not None:
             Played.recording.append((func, args, kwargs, () if written else tree_leaves(out)))
         same = {id(raw(x)): x for x in written}                 # an operator that writes in place returns its argument
-        return tree_map_only(Tensor, lambda x: same[id(x)] if id(x) in same else OnGPU(x), out)
+        return each(Tensor, lambda x: same[id(x)] if id(x) in same else OnGPU(x), out)
 
 
 class Move(torch.autograd.Function):
@@ -135,8 +153,8 @@ class Places(TorchFunctionMode):
         if Played.autocast is not None and "out" not in kwargs:
             plain = name[2:-2] if name.startswith("__") else name           # __matmul__
             if dtype := Played.autocast if plain in LOW else torch.float32 if plain in FLOAT32 else None:
-                args, kwargs = tree_map_only(OnGPU, lambda x: x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16) else x,
-                                             (args, kwargs))
+                args, kwargs = each(OnGPU, lambda x: x.to(dtype) if x.dtype in (torch.float32, torch.bfloat16) else x,
+                                    (args, kwargs))
         if "device" not in kwargs:
             return func(*args, **kwargs)
         there = is_gpu(kwargs["device"])

@@ -77,7 +77,8 @@ def with_template(folder, tmp_path, template, apart=False):
     if apart:
         (tmp_path / "t" / "chat_template.jinja").write_text(template)
     else:
-        config = {"chat_template": template, "eos_token": {"content": "<|im_end|>"}, "bos_token": None}
+        config = {"chat_template": template, "eos_token": {"__type": "AddedToken", "content": "<|im_end|>"}, "bos_token": None,
+                  "tokenizer_class": "Qwen2Tokenizer"}
         (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path / "t"
 
@@ -324,11 +325,10 @@ def test_the_saved_real_tokenizer_is_transformers_own(qwen, tmp_path):
 
 @pytest.mark.parametrize("template", [QWEN25, VARIABLE, THINKING, OPEN, MARKED, OTHER],
                          ids="25 variable thinking open marked other".split())
-def test_chat_is_transformers_apply_chat_template(qwen, tmp_path, template):
+def test_chat_is_transformers_apply_chat_template(tokenizer_folder, tmp_path, template):
     transformers = pytest.importorskip("transformers")
-    qwen.save(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(template)
-    mine, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    folder = with_template(tokenizer_folder, tmp_path, template)
+    mine, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
     for messages in CHATS.values():
         for asked in True, False:
             assert mine.chat(messages, asked) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
