@@ -114,14 +114,11 @@ def read_problems(args) -> tuple[list[problems.Problem], list[problems.Problem]]
     if args.toy:
         return (problems.toy_problems(args.task, 3000 if args.task == "sums" else 1000, seed=args.seed),
                 problems.toy_problems(args.task, args.eval_examples, seed=99, test=True))
-    read, first = problems.load_problems(args.data, args.limit), {}
-    for problem in read:
-        first.setdefault(same_prompt(problem.messages), problem)
-    found = list(first.values())
+    found, repeats = problems.load_problems(args.data, args.limit)
     if len(found) < 2:
         raise InputError(f"{', '.join(args.data)}: holds one problem; give 2 or more, one is held out")
-    if len(found) < len(read):
-        print(f"{len(read) - len(found):,} records ask what an earlier one asks, and are left out")
+    if repeats:
+        print(f"{repeats:,} records ask what an earlier one asks, and are left out")
     return split_examples(found, min(args.eval_examples, max(1, len(found) // 5)), args.seed)
 
 

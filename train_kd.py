@@ -392,7 +392,8 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
     if len(examples) < 5:
         raise InputError(f"{', '.join(args.data)}: {len(examples)} usable records; give 5 or more, one is held out")
     train_part, valid_part = split_examples(examples, min(args.validation, len(examples) // 5), args.seed)
-    rows, counts = encode_examples(train_part, tokenizer, **lengths)
+    with Progress("encoding", len(train_part)) as progress:
+        rows, counts = encode_examples(train_part, tokenizer, **lengths, progress=lambda count: progress.update(by=count))
     valid_rows, _ = encode_examples(valid_part, tokenizer, **lengths)
     print(", ".join(f"{count:,} {what}" for what, count in counts.items()) + f"; {len(valid_rows):,} for validation")
     asked = valid_rows[:args.eval_examples], valid_part         # what the table's models are asked

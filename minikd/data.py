@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -41,6 +42,8 @@ from torch import Tensor
 from minikd.files import InputError, sha256
 from minikd.hub import label
 from minikd.records import HALF, data_files, kind_of, read_records
+
+ENCODED_AT_ONCE = 512                               # examples that the tokenizer is given in one call
 
 # ---- a record -> an example
 
@@ -391,30 +394,35 @@ class Encoded:
 
 
 def encode_examples(examples: list[Example], tokenizer, template: str = "chatml", max_length: int = 512,
-                    max_prompt_length: int = 256) -> tuple[list[Encoded], dict[str, int]]:
+                    max_prompt_length: int = 256, progress=None) -> tuple[list[Encoded], dict[str, int]]:
     """Prompt ids and response ids of each example, and counts to print; lengths are in tokens.
 
     An example is dropped if its prompt exceeds max_prompt_length or leaves no room for a response. A response is cut so
     that prompt + response <= max_length; a response that is cut has no end token. An example whose response spells a stop token
     (code of tokenizers does) is dropped: sampling would stop there, so the tokens after it could never be generated.
+
+    progress  called after each part of the examples with its number of them
     Raises NothingLeft, an InputError, when nothing is left.
     """
     counts = {"encoded": 0, "responses cut": 0, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
     encoded = []
-    for index, example in enumerate(examples):
+    for start in range(0, len(examples), ENCODED_AT_ONCE):
+        part = examples[start:start + ENCODED_AT_ONCE]
         # Tokenized separately, then joined, because sampling also appends new ids to the prompt's.
-        prompt = tokenizer.encode(prompt_text(example, tokenizer, template))
-        response = tokenizer.encode(example.response)
-        room = max_length - len(prompt)
-        if len(prompt) > max_prompt_length or room < 1:
-            counts["dropped: prompt too long"] += 1
-        elif not tokenizer.eos_ids.isdisjoint(response):
-            counts["dropped: stop token inside"] += 1
-        else:
+        prompts = tokenizer.encode_batch([prompt_text(example, tokenizer, template) for example in part])
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= min(max_prompt_length, max_length - 1)]
+        counts["dropped: prompt too long"] += len(part) - len(fitting)
+        for i, response in zip(fitting, tokenizer.encode_batch([part[i].response for i in fitting])):
+            if not tokenizer.eos_ids.isdisjoint(response):
+                counts["dropped: stop token inside"] += 1
+                continue
+            room = max_length - len(prompts[i])
             response.append(tokenizer.end_id)
-            encoded.append(Encoded(prompt, response[:room], len(response) > room, index))
+            encoded.append(Encoded(prompts[i], response[:room], len(response) > room, start + i))
             counts["encoded"] += 1
             counts["responses cut"] += encoded[-1].cut
+        if progress:
+            progress(len(part))
     if examples and not encoded:
         lost = ", ".join(f"{count} {what.removeprefix('dropped: ')}" for what, count in counts.items() if count)
         mend = "raise --max-prompt-length or --max-length" if counts["dropped: prompt too long"] else "check the records"
@@ -429,10 +437,11 @@ def encode_text(texts: list[str], tokenizer, max_length: int = 512) -> list[Enco
     before, which it does not score: so every token is scored once.
     """
     rows = []
-    for index, text in enumerate(texts):
-        ids = [tokenizer.pad_id, *tokenizer.encode(text), tokenizer.pad_id]
-        rows += [Encoded(ids[at:at + 1], ids[at + 1:at + max_length], at + max_length < len(ids), index)
-                 for at in range(0, len(ids) - 1, max_length - 1)]
+    for start in range(0, len(texts), ENCODED_AT_ONCE):
+        for index, text in enumerate(tokenizer.encode_batch(texts[start:start + ENCODED_AT_ONCE]), start):
+            ids = [tokenizer.pad_id, *text, tokenizer.pad_id]
+            rows += [Encoded(ids[at:at + 1], ids[at + 1:at + max_length], at + max_length < len(ids), index)
+                     for at in range(0, len(ids) - 1, max_length - 1)]
     return rows
 
 
@@ -500,5 +509,9 @@ def steps_per_epoch(rows: int, batch_size: int, grad_accum: int) -> int:
 def next_rows(rows: list[Encoded], turn: int, count: int, seed: int) -> list[Encoded]:
     """Items turn * count to (turn + 1) * count of an endless stream: all rows in random order, then again in another."""
     places = [divmod(i, len(rows)) for i in range(turn * count, (turn + 1) * count)]       # (epoch, place in it)
-    order = {epoch: random.Random(f"{seed}:{epoch}").sample(rows, len(rows)) for epoch in {epoch for epoch, _ in places}}
-    return [order[epoch][at] for epoch, at in places]
+    return [rows[_shuffled(len(rows), epoch, seed)[at]] for epoch, at in places]
+
+
+@lru_cache(maxsize=2)                                           # a turn may end one epoch and begin the next
+def _shuffled(count: int, epoch: int, seed: int) -> list[int]:
+    return random.Random(f"{seed}:{epoch}").sample(range(count), count)

@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 from itertools import islice
 
-from minikd.data import Encoded, text_field
+from minikd.data import Encoded, same_prompt, text_field
 from minikd.files import InputError
 from minikd.records import HALF, kind_of, read_records
 from minikd.toy import held_out
@@ -108,13 +108,17 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
 
 # ---- records
 
-def load_problems(paths, limit: int | None = None) -> list[Problem]:
-    """Problems of the records in files, folders or hub datasets.
+def load_problems(paths, limit: int | None = None) -> tuple[list[Problem], int]:
+    """The problems in files, folders or hub datasets, every question once; and how many records repeat an earlier one's.
 
-    limit  stop after that many problems
+    limit  read only so many records
     Raises InputError for a record that is no problem, or whose fields have the wrong type, naming the place.
     """
-    return [to_problem(record, where) for where, record in islice(read_records(paths), limit)]
+    found, read = {}, 0
+    for read, (where, record) in enumerate(islice(read_records(paths), limit), 1):
+        problem = to_problem(record, where)
+        found.setdefault(same_prompt(problem.messages), problem)
+    return list(found.values()), read - len(found)
 
 
 def to_problem(record: dict, where: str) -> Problem:
@@ -179,8 +183,8 @@ def encode_problems(problems: list[Problem], tokenizer, max_prompt_length: int =
 
     Raises InputError when none is left.
     """
-    prompts = [tokenizer.encode(tokenizer.chat(list(problem.messages), add_generation_prompt=True))
-               for problem in problems]
+    prompts = tokenizer.encode_batch([tokenizer.chat(list(problem.messages), add_generation_prompt=True)
+                                      for problem in problems])
     rows = [Encoded(prompt, [], False, i) for i, prompt in enumerate(prompts) if len(prompt) <= max_prompt_length]
     if not rows:
         raise InputError(f"no problem is left of {len(problems)}: all prompts exceed {max_prompt_length} tokens; "

@@ -199,12 +199,13 @@ _DONE = {}                                      # run_program's arguments -> its
 
 
 def _run_all(runs: set[tuple]) -> dict[tuple, sandbox.Result]:
-    """Results of the runs. Those of programs that ended by themselves are remembered: a policy repeats its programs."""
+    """Results of the runs. Those of programs that ended by themselves are remembered, if short: a policy repeats its programs."""
     fresh = sorted(run for run in runs if run not in _DONE)
     if len(_DONE) > 50_000:
         _DONE.clear()
     found = {run: _DONE[run] for run in runs if run in _DONE} | dict(zip(fresh, sandbox.run_programs(fresh)))
-    _DONE.update((run, found[run]) for run in fresh if found[run].status in ("ok", "error"))
+    _DONE.update((run, found[run]) for run in fresh if found[run].status in ("ok", "error")
+                 and len(found[run].stdout) + len(found[run].stderr) <= 10_000)
     return found
 
 

@@ -38,6 +38,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from minikd.files import InputError
 
@@ -46,6 +47,7 @@ NOBODY = 65534
 OUTPUT = MB                 # bytes of stdout, and of stderr
 DISK, FILES = 8 * MB, 200   # of the private folder, which is flat
 TICK = 0.05                 # seconds between two checks of that folder
+SHARE = Path("/sys/fs/cgroup/cpu.max")
 LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPROC": 0}     # NPROC counts threads too
 READABLE = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime",
             "/dev/zero", "/dev/random", "/dev/urandom"]
@@ -99,9 +101,17 @@ def run_programs(jobs, workers: int | None = None) -> list[Result]:
     workers  programs at a time; by default the cores this process may use, but at least 2, so that an endless loop does
              not hold up all others
     """
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    with ThreadPoolExecutor(workers or max(2, cores)) as pool:
+    with ThreadPoolExecutor(workers or max(2, cores())) as pool:
         return list(pool.map(lambda job: run_program(*job), jobs))
+
+
+def cores() -> int:
+    """The cores this process may use: with more programs at a time than that, right ones would run out of time."""
+    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    with suppress(OSError, ValueError):                         # a container's share: "200000 100000" is two cores, "max" all
+        quota, period = SHARE.read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
 
 
 @functools.lru_cache(maxsize=None)
@@ -168,7 +178,7 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)         # not a venv's link
     seconds = math.ceil(timeout) + 1                            # of CPU time, if the wall clock should fail
     return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED,
-            "boot": inspect.getsource(_boot) + "_boot()", "uid": NOBODY if root and not as_root else None,
+            "boot": _boot_source(), "uid": NOBODY if root and not as_root else None,
             "readable": READABLE + [python, f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)],
             "limits": LIMITS | {"RLIMIT_CPU": seconds, "RLIMIT_AS": int(memory_mb * MB)}}
 
@@ -443,6 +453,11 @@ def _boot():
     with open("program.py", "rb") as file:
         code = compile(file.read(), "program.py", "exec", dont_inherit=True)
     exec(code, main)
+
+
+@functools.lru_cache(maxsize=None)
+def _boot_source() -> str:
+    return inspect.getsource(_boot) + "_boot()"
 
 
 @functools.lru_cache(maxsize=None)

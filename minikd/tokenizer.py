@@ -30,6 +30,7 @@ class Tokenizer:
             raise InputError(f"{folder}: the tokenizer has no {STOPS[stops.index(None)]}; "
                              "minikd needs a ChatML tokenizer, such as Qwen2's")
         self.eos_ids, self.end_id, self.pad_id = set(stops), stops[0], stops[1]
+        self.numbers = {}                           # id -> the int that stands for it in every encoded text
 
     @classmethod
     def load(cls, name) -> "Tokenizer":
@@ -82,7 +83,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; special tokens written out in it, such as <|im_end|>, become their ids."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """encode of each text, on all cores. An id is one object wherever it occurs, so that a token of the data takes 9 bytes
+        of memory, and not 34."""
+        found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [[self.numbers.setdefault(token, token) for token in encoding.ids] for encoding in found]
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens are left out."""

@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from minikd.checkpoint import check_vocabulary, model_folder, outline
-from minikd.files import InputError, append_to, atomic_path, read_json, save_tensors, write_jsonl
+from minikd.files import InputError, append_to, atomic_path, read_json, save_tensors
 from minikd.model import Qwen2, Qwen2Config, run_block
 from minikd.records import local_files
 
@@ -177,7 +179,9 @@ class Log:
     def __init__(self, folder, upto: int = 0, name: str = LOG):
         """Keeps the lines of the first `upto` steps: later ones, of a killed run, will be logged again."""
         self.path = Path(folder) / name
-        write_jsonl([line for line in read_log(folder, name) if line["step"] <= upto] if upto else [], self.path)
+        kept = (line for line, value in _log_lines(self.path) if value["step"] <= upto) if upto else ()
+        with atomic_path(self.path) as new, open(new, "wb") as file:
+            file.writelines(kept)
 
     def write(self, *lines: dict, **values):
         """Appends one line with the keyword values, or all of `lines`."""
@@ -187,14 +191,21 @@ class Log:
 
 def read_log(folder, name: str = LOG) -> list[dict]:
     """The complete lines of log.jsonl; a last one that a kill cut short is left out.  InputError for a damaged one."""
-    path, lines = Path(folder) / name, []
-    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-            abs(lines[-1]["step"])                              # a number
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}: holds a line that is not a step of a run ({error}); choose another --out") from error
-    return lines
+    return [value for _, value in _log_lines(Path(folder) / name)]
+
+
+def _log_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """Line by line, as GRPO's completions take hundreds of megabytes: (the line, its value)."""
+    with open(path, "rb") if path.exists() else nullcontext([]) as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):                        # cut short by a kill
+                return
+            try:
+                value = json.loads(line)
+                abs(value["step"])                              # a number
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(f"{path}: holds a line that is not a step of a run ({error}); choose another --out") from error
+            yield line, value
 
 
 def write_config(folder, settings: dict):

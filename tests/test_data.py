@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import chain
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +36,9 @@ class Letters:
 
     def encode(self, text):
         return [ord(letter) for letter in text.replace("<e>", "\x01")]
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
 
     def chat(self, messages, add_generation_prompt=False):
         return "".join(f"{m['role'][0]}:{m['content']};" for m in messages) + "a:" * add_generation_prompt
@@ -494,6 +496,16 @@ def test_long_prompts_are_dropped_and_counted_and_the_index_still_points_at_the_
     assert [row.index for row in rows] == [1] and counts["dropped: prompt too long"] == 1
 
 
+def test_in_parts_the_rows_are_the_same_and_a_response_without_its_prompt_is_not_tokenized(monkeypatch):
+    pairs = [("h" * (1 + i % 5), "x" * i) for i in range(1, 12)]
+    whole, counts = encode(*pairs, max_prompt_length=8)
+    seen, done, batch = [], [], Letters.encode_batch
+    monkeypatch.setattr(Letters, "encode_batch", lambda self, texts: (seen.extend(texts), batch(self, texts))[1])
+    monkeypatch.setattr("minikd.data.ENCODED_AT_ONCE", 4)
+    assert encode(*pairs, max_prompt_length=8, progress=done.append) == (whole, counts) and done == [4, 4, 3]
+    assert counts["dropped: prompt too long"] == 4 and len(seen) == 2 * len(pairs) - 4
+
+
 def test_response_that_spells_a_stop_token_is_dropped_and_counted():
     rows, counts = encode(("h", "x<e>y"), ("h", "x"))
     assert [row.index for row in rows] == [1] and counts["dropped: stop token inside"] == 1
@@ -604,8 +616,7 @@ def test_an_endless_stream_holds_each_row_once_a_turn_however_it_is_cut():
 # ---- plain text
 
 def test_plain_text_is_scored_whole_and_once_in_windows():
-    tokenizer = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text], pad_id=0)
-    rows = encode_text(["abcdefgh", "xy", ""], tokenizer, max_length=4)
+    rows = encode_text(["abcdefgh", "xy", ""], Letters(), max_length=4)
     assert [(row.prompt, row.response) for row in rows] == [
         ([0], [97, 98, 99]), ([99], [100, 101, 102]), ([102], [103, 104, 0]), ([0], [120, 121, 0]), ([0], [0])]
     assert [row.index for row in rows] == [0, 0, 0, 1, 2] and [row.cut for row in rows] == [True, True, False, False, False]

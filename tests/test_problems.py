@@ -143,7 +143,7 @@ def test_a_record_that_is_no_problem_is_one_line_with_its_place(tmp_path, record
     with pytest.raises(InputError) as error:
         load_problems(str(tmp_path / "bad.jsonl"))
     assert said in str(error.value) and "bad.jsonl:2" in str(error.value)
-    assert len(load_problems([str(tmp_path / "bad.jsonl")], limit=1)) == 1
+    assert len(load_problems([str(tmp_path / "bad.jsonl")], limit=1)[0]) == 1
 
 
 def test_prompts_that_are_too_long_are_left_out(tokenizer):

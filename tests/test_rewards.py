@@ -378,8 +378,15 @@ def test_the_limits_are_the_problems_and_are_capped(calls):
     assert calls[1][0][2] == 5
 
 
+def test_a_program_that_prints_much_is_not_remembered(calls):
+    short, long = "a", "b" * 10_000
+    for program in short, short, long, long:
+        code_reward([says(block(program))], [{"tests": [{"input": "x", "output": program + "\nx"}]}])
+    assert [len(jobs) for jobs in calls if jobs] == [1, 1, 1]
+
+
 def test_a_status_that_is_not_ok_fails_whatever_was_printed(monkeypatch):
-    results = [SimpleNamespace(status=status, stdout="1") for status in ("ok", "error", "timeout", "memory")]
+    results = [SimpleNamespace(status=status, stdout="1", stderr="") for status in ("ok", "error", "timeout", "memory")]
     monkeypatch.setattr(sandbox, "run_programs", lambda jobs: results)
     problem = {"tests": [{"input": str(i), "output": "1"} for i in range(4)]}
     assert one(code_reward, says(block("x")), problem, partial=True) == 0.25

@@ -373,6 +373,17 @@ def test_one_endless_loop_among_fifty_stalls_nobody():
     assert run_programs([]) == []
 
 
+@pytest.mark.parametrize("share, here", [("200000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", 16), ("9900000 100000\n", 16),
+                                         (None, 16)])
+def test_a_container_s_share_of_the_cores_is_seen(monkeypatch, tmp_path, share, here):
+    file = tmp_path / "cpu.max"
+    if share:
+        file.write_text(share)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(sandbox, "SHARE", file)
+    assert sandbox.cores() == here
+
+
 def test_parallel_runs_do_not_meet(monkeypatch):
     without(monkeypatch, "NPROC", "seccomp")
     waits = "import time\ntime.sleep(0.5)\nprint('kept')"

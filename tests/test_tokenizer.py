@@ -306,6 +306,13 @@ def test_the_real_tokenizer_gives_qwens_ids(qwen):
     assert turn[:3] == [151_644, 8948, 198] and turn[-3:] == [151_644, 77_091, 198]        # system, assistant
 
 
+def test_a_batch_is_its_texts_one_by_one_and_an_id_one_object(qwen):
+    batch = qwen.encode_batch(TEXTS * 2)
+    assert batch == [qwen.backend.encode(text, add_special_tokens=False).ids for text in TEXTS * 2]
+    again = qwen.encode_batch(TEXTS)
+    assert max(batch[0]) > 1000 and all(a is b for ids, others in zip(batch, again) for a, b in zip(ids, others))
+
+
 def test_the_real_tokenizer_streams_whole_characters(qwen):
     for text in TEXTS[:-1]:
         ids = qwen.encode(text)
