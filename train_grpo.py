@@ -409,6 +409,8 @@ def main():
     check_free(out, [out], resume=args.resume, toy=args.toy, data=args.data or ())
     asked, tests = read_problems(args)
     rewards, weights = choose_rewards(args, asked + tests)
+    if rewards.keys() & {"code", "code_partial"}:               # it may not run here: said before a student is taught
+        print(f"sandbox: {sandbox.isolation()}")
     if args.toy:
         spare_threads(toy.student_config(1))
         args.model = args.model or str(toy_student(args.task, out, args.seed, args.resume))
@@ -417,8 +419,6 @@ def main():
     rows, valid_rows = (problems.encode_problems(part, tokenizer, args.max_prompt_length) for part in (asked, tests))
     dropped = len(asked) + len(tests) - len(rows) - len(valid_rows)
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
-    if rewards.keys() & {"code", "code_partial"}:
-        print(f"sandbox: {sandbox.isolation()}")
     names = ("prompts", "group_size", "max_new_tokens", "temperature", "clip", "clip_high", "beta", "scale", "norm",
              "ratio", "inner_epochs", "mask_truncated", "drop_flat", "steps", "batch_size", "lr", "warmup", "schedule",
              "weight_decay", "max_grad_norm", "gradient_checkpointing", "compile", "patience", "eval_every", "seed")

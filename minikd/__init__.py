@@ -13,3 +13,7 @@ Reading order (the README's list is the order of imports): files hub model quant
 generate teacher minillm grpo problems sandbox rewards gptq rouge evaluate training plots; last the files that only concern
 speed: layout cuda w4_cuda decode_cuda.
 """
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("minikd runs on Linux and macOS; on Windows use WSL")

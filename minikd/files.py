@@ -110,9 +110,13 @@ def _sweep(path: Path):
         return
     for left in path.parent.iterdir():
         pid = left.name.removeprefix(f".{path.name}.").partition(".")[0]
-        if left.name.startswith(f".{path.name}.") and pid.isdigit() and not Path(f"/proc/{pid}").exists() \
-                and Path("/proc/self").exists():
-            shutil.rmtree(left, ignore_errors=True)
+        if left.name.startswith(f".{path.name}.") and pid.isdigit():
+            try:
+                os.kill(int(pid), 0)                            # signal 0 is not sent: is there such a process?
+            except (ProcessLookupError, OverflowError):
+                shutil.rmtree(left, ignore_errors=True)
+            except PermissionError:                             # another user's
+                pass
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -23,19 +23,21 @@ INT8_ROWS = 8
 @contextmanager
 def laid_out(model: Qwen2, rows: int, steps: int):
     """Inside the `with` block q/k/v are one product and gate/up another. On a CPU the blocks' weights are held only in the
-    layout from which oneDNN multiplies few rows fastest; the head is held twice, as the embedding needs its plain rows.
+    layout from which oneDNN multiplies few rows fastest; the head is held twice, as the embedding needs its plain rows, or for
+    one or two rows in float32 as it is.
 
     rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
-    The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16, and in float32, from three rows on, a third. On a
-    GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its codes never change, and its packed head while the
+    The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16; in float32 no more than one thread does, and less from
+    two rows on. On a GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its codes never change, and its packed head while the
     head is the same.
     """
     weight = model.head
     if model.packed_head is not None and model.packed_from != state_of(weight):
         model.packed_head = None                        # kept by a 4-bit model whose head was then trained or cast
-    pack = weight.device.type == "cpu" and torch.backends.mkldnn.enabled and (
+    pack = weight.device.type == "cpu" and can_pack() and (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        or weight.dtype == torch.float32 and rows >= 3 and weight.numel() > 1 << 20)        # a toy's fits in cache
+        or weight.dtype == torch.float32 and weight.numel() > 1 << 20                       # a toy's fits in cache
+        and (rows > 1 or torch.get_num_threads() > 1))
     inside = not model.quantization and model.model.layers[0].mlp.joined is not None
     if steps < WORTH or inside or not (pack or weight.is_cuda or model.quantization):
         yield
@@ -52,6 +54,11 @@ def laid_out(model: Qwen2, rows: int, steps: int):
                 raise
             if pack:
                 give_memory_back()
+
+
+def can_pack() -> bool:
+    """Whether this torch has oneDNN: a Mac's has not, though `enabled` is true there."""
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 def lay_out(model: Qwen2, rows: int, pack: bool):
@@ -71,7 +78,8 @@ def lay_out(model: Qwen2, rows: int, pack: bool):
                 layer.packed.free_parts()
     if pack:
         give_memory_back()
-        if model.packed_head is None and not (model.int8_head and rows < INT8_ROWS):
+        few = rows <= 2 and model.head.dtype == torch.float32               # for those apply_head is as fast
+        if model.packed_head is None and not few and not (model.int8_head and rows < INT8_ROWS):
             model.packed_from = state_of(model.head)
             model.packed_head = torch.ops.mkldnn._reorder_linear_weight(model.head, rows)
 

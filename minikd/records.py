@@ -191,7 +191,7 @@ def _parquet_rows(file: Path):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(f"{file}: .parquet needs pyarrow (pip install pyarrow); or convert it once: duckdb -c "
+        raise InputError(f"{file}: .parquet needs pyarrow (pip install 'pyarrow>=14'); or convert it once: duckdb -c "
                          f"\"COPY (FROM '{file}') TO '{file.stem}.jsonl' (FORMAT json)\"") from None
     try:
         with pyarrow.parquet.ParquetFile(file) as table:

@@ -331,7 +331,7 @@ def _kill_below():
 
 def _become(libc, report, options):
     """Drops all rights that the program does not need, then becomes it (execve). Raises if it must not be run."""
-    import resource                                             # here: Windows, which imports this file, lacks it
+    import resource                                             # here: it is not among the trampoline's imports
     os.setsid()
     root, uid = os.geteuid() == 0, options["uid"]
     level = ["rlimits", f"uid {os.geteuid() if uid is None else uid}"]

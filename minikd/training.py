@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -81,9 +81,9 @@ def pick_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch sees no GPU; use --device cpu")
     try:
-        if torch.zeros(1, device=name).is_meta:
+        if torch.zeros(1, device=name, dtype=torch.float64).is_meta:            # sampling needs float64, which mps lacks
             raise InputError(f"--device {name}: holds no data; use --device cpu or cuda")
-    except (RuntimeError, AssertionError) as error:             # no such device, or torch built without it
+    except (RuntimeError, AssertionError, TypeError) as error:  # no such device, or torch built without it
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu or cuda") from error
     return name
 
@@ -211,8 +211,11 @@ def _log_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
 def write_config(folder, settings: dict):
     """Writes a run's config.json: its settings, and the versions and the commit that it runs with."""
     here = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": git.stdout.strip() or None,
+    commit = None
+    with suppress(OSError):                                     # git may not be installed
+        commit = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True,
+                                text=True).stdout.strip() or None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit,
                 "threads": torch.get_num_threads()}
     with atomic_path(Path(folder) / CONFIG) as new:
         new.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2, default=str) + "\n")

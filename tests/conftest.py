@@ -18,7 +18,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from minikd import cuda
+from minikd import cuda, sandbox
 from minikd.checkpoint import load_model, save_model
 from minikd.model import Qwen2, Qwen2Config
 from minikd.tokenizer import Tokenizer
@@ -27,6 +27,8 @@ from minikd.training import Log, lock, read_log
 from ptx import Driver, Kernel, kernels_of
 
 torch.set_num_threads(1)
+if sys.platform != "linux":
+    sandbox._run = lambda *_: pytest.skip("programs are confined on Linux alone")
 os.fsync = lambda handle: None                                   # no test cuts the power; 7,000 times 0.7 ms
 sys.path.insert(0, str(Path(__file__).parents[1]))               # the scripts and benchmarks/, which are not installed
 
@@ -127,6 +129,13 @@ def shell(monkeypatch, capsys):
             status = stop.code
         return status, *capsys.readouterr()
     return call
+
+
+@pytest.fixture
+def int8():
+    """Of a test that multiplies in int8."""
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        pytest.skip("torch has no int8 product for this CPU")
 
 
 @pytest.fixture(scope="session")

@@ -254,5 +254,7 @@ def gpu():
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))
         stack.enter_context(mock.patch.multiple(torch, **rest))
+        stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", lambda *_: SimpleNamespace(
+            is_capturing=lambda: Played.recording is not None)))        # asked by the optimizers of a torch that is built with CUDA
         stack.enter_context(Places())
         yield

@@ -46,7 +46,8 @@ def test_nvrtc_compiles_the_sources_if_it_is_installed():
         cuda.find_nvrtc()
     except Unavailable:
         pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc")
-    assert all(name.encode() in cuda.nvrtc(cuda.program(), "sm_90") for name in KERNELS)
+    code = cuda.nvrtc(cuda.program(), "sm_90")
+    assert all(name.encode() in code for name in KERNELS)
     with pytest.raises(Unavailable, match="NVRTC: a.cu.*7.*nonsense"):
         cuda.nvrtc(b'#line 7 "a.cu"\n__global__ void f() { nonsense; }', "sm_90")
 

@@ -228,7 +228,7 @@ def test_a_format_that_does_not_fit_the_references_is_named(tmp_path):
         read_references(write(tmp_path / "r.jsonl", RECORDS), format="bugnet")
 
 
-def test_an_int8_head_answers_as_the_head_does(run, world):
+def test_an_int8_head_answers_as_the_head_does(int8, run, world):
     flags = "--model", world / "student", "--data", world / "data.jsonl", "--dtype", "float32", "--max-new-tokens", 12
     assert run(*flags, "--batch-size", 2, "--out", "plain.jsonl")[0] == 0
     assert run(*flags, "--batch-size", 2, "--out", "int8.jsonl", "--int8-head")[0] == 0

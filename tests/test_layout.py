@@ -10,7 +10,7 @@ from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.gptq import quantize_model
 from minikd.generate import generate, respond
-from minikd.layout import INT8_ROWS, Packed, head_logits, join, laid_out, use_int8_head
+from minikd.layout import INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, use_int8_head
 from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear, to_w4, to_words
 from test_generate import PROMPTS, V, random_model
@@ -23,9 +23,17 @@ def seed():
 
 # ---- packed weights, on a CPU ----
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_torch_without_onednn_has_no_packed_layout(large, monkeypatch, there):
+    """A Mac's; `enabled` is true there too, but torch.ops.mkldnn has no operators."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
+    with laid_out(large, rows=3, steps=16):
+        assert packed_parts(large) == 9 * there
+
+
 @pytest.fixture
 def narrow() -> Qwen2:
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not (can_pack() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         pytest.skip("oneDNN has no bfloat16 on this CPU: it wants AVX-512")
     return random_model(dtype=torch.bfloat16, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
 
@@ -66,22 +74,24 @@ def test_short_answers_and_other_dtypes_are_not_laid_out(narrow, steps, dtype):
         assert packed_parts(narrow) == 0
 
 
-def test_in_float32_a_large_model_is_packed_for_several_rows(large):
+def test_in_float32_a_large_model_is_packed_where_it_is_faster(large, monkeypatch):
+    """For one row on one thread it is not; for two rows at most the head is as fast without."""
     with torch.inference_mode():
-        states = torch.randn(6, 56)
-        plain = large.hidden(torch.tensor(PROMPTS[2:3])), head_logits(large, states)
-        with laid_out(large, rows=3, steps=16):
-            assert packed_parts(large) == 9
-            for ours, theirs in zip((large.hidden(torch.tensor(PROMPTS[2:3])), head_logits(large, states)), plain):
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        for rows, steps in (2, 16), (6, 15):
+        ids, states = torch.tensor(PROMPTS[2:3]), torch.randn(6, 56)
+        plain = large.hidden(ids), head_logits(large, states), head_logits(large, states[:1])
+        for threads, rows, steps, parts in (1, 3, 16, 9), (1, 2, 16, 8), (1, 1, 16, 0), (2, 1, 16, 8), (1, 6, 15, 0):
+            monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
             with laid_out(large, rows=rows, steps=steps):
-                assert packed_parts(large) == 0
+                assert packed_parts(large) == parts
+                for ours, right in zip((large.hidden(ids), head_logits(large, states), head_logits(large, states[:1])), plain):
+                    torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
 def large() -> Qwen2:
-    """Large enough to be packed in float32, which every CPU can; for 4 rows or more."""
+    """Large enough to be packed in float32, which every x86 CPU can."""
+    if not can_pack():
+        pytest.skip("this torch has no oneDNN")
     return random_model(vocab_size=20_000)
 
 
@@ -259,7 +269,7 @@ def test_generate_decodes_outside_of_autocast():
             assert generate(model, PROMPTS, 20) == expected
 
 
-def test_a_4_bit_model_is_copied_refilled_and_cast_in_part():
+def test_a_4_bit_model_is_copied_refilled_and_cast_in_part(int8):
     model, other = four_bits(), four_bits()
     with torch.no_grad():
         other.head.mul_(-1)
@@ -281,7 +291,8 @@ def test_a_4_bit_model_is_copied_refilled_and_cast_in_part():
 
 # ---- the head in int8 ----
 
-def test_all_of_a_large_head_is_in_int8():
+
+def test_all_of_a_large_head_is_in_int8(int8):
     model = random_model(vocab_size=9000)
     states = torch.randn(2, 56)
     expected = head_logits(model, states)
@@ -291,7 +302,7 @@ def test_all_of_a_large_head_is_in_int8():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_int8_head_is_the_head_to_8_bits_even_beside_outliers(dtype):
+def test_an_int8_head_is_the_head_to_8_bits_even_beside_outliers(int8, dtype):
     model = random_model(dtype=dtype)
     use_int8_head(model)
     head = model.head.detach().double()
@@ -312,7 +323,7 @@ def test_an_int8_head_is_the_head_to_8_bits_even_beside_outliers(dtype):
     assert head_logits(model, states[:1] * 0).eq(0).all()
 
 
-def test_many_rows_read_the_head_as_it_is():
+def test_many_rows_read_the_head_as_it_is(int8):
     model = random_model()
     states = torch.randn(INT8_ROWS, 56)
     expected = head_logits(model, states)

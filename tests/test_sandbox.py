@@ -307,7 +307,7 @@ def test_isolation_says_what_is_missing(monkeypatch, layers):
 def test_a_trick_inside_the_program_does_not_reach_what_is_compared(source):
     expected = "42\n"
     result = run_program(source)
-    assert result.status == "ok" and not same_output(result.stdout, expected) and "expected" not in result.stdout
+    assert result.status == "ok" and not same_output(result.stdout, expected) and "42" not in result.stdout.split()
 
 
 @pytest.mark.parametrize("stdout, expected, same", [
@@ -375,12 +375,15 @@ def test_one_endless_loop_among_fifty_stalls_nobody():
 
 @pytest.mark.parametrize("share, here", [("200000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", 16), ("9900000 100000\n", 16),
                                          (None, 16)])
-def test_a_container_s_share_of_the_cores_is_seen(monkeypatch, tmp_path, share, here):
-    file = tmp_path / "cpu.max"
-    if share:
-        file.write_text(share)
+def test_a_container_s_share_of_the_cores_is_seen(monkeypatch, share, here):
+    class File:
+        def read_text(self):
+            if share is None:
+                raise FileNotFoundError
+            return share
+
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.setattr(sandbox, "SHARE", file)
+    monkeypatch.setattr(sandbox, "SHARE", File())
     assert sandbox.cores() == here
 
 

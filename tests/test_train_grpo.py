@@ -12,6 +12,7 @@ from conftest import killed_at, same, steps_of, tiny, weights
 from minikd import problems
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
+from minikd.files import InputError
 from minikd.training import STATE, read_log
 from test_problems import RECORD
 
@@ -236,6 +237,15 @@ def test_a_run_is_not_resumed_against_another_reference(run, world, tmp_path):
     save_model(load_model(tmp_path / "start").init_weights(9), tmp_path / "start")
     status, _, err = run("--steps", "1", "--resume", model=("--model", tmp_path / "start"))
     assert status == 2 and err.count("start (sha256 ") == 2 and "give the same flags, or another --out" in err
+
+
+def test_where_no_program_can_be_confined_a_code_task_is_refused_before_its_student_is_taught(shell, monkeypatch, tmp_path):
+    def refuse():
+        raise InputError("sandbox: programs cannot be confined on darwin; run them on Linux")
+
+    monkeypatch.setattr(rl.sandbox, "isolation", refuse)
+    status, _, err = shell(rl, "--task", "code", "--out", tmp_path / "run")
+    assert status == 2 and "cannot be confined" in err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("task", ["sums", "code"])

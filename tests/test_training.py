@@ -110,6 +110,16 @@ def test_auto_and_cuda_are_a_gpu_only_if_torch_sees_one(monkeypatch, there):
             pick_device("cuda:0")
 
 
+def test_a_device_without_float64_is_refused(monkeypatch):
+    def zeros(*_, dtype=torch.float32, **__):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(InputError, match="--device mps: .*float64; use --device cpu"):
+        pick_device("mps")
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", "meta"])
 def test_a_device_that_is_not_there_is_one_line(name):
     with pytest.raises(InputError, match=f"--device {name}: .*; use --device cpu") as error:
@@ -331,6 +341,12 @@ def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_
     check_settings(tmp_path, SETTINGS | {"newer_flag": None})
     with pytest.raises(InputError, match="--newer-flag 1, but the run began with None"):
         check_settings(tmp_path, SETTINGS | {"newer_flag": 1})
+
+
+def test_without_git_no_commit_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    write_config(tmp_path, SETTINGS)
+    assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] is None
 
 
 def test_a_disk_that_fills_leaves_the_files_before(tmp_path, monkeypatch):
