@@ -57,6 +57,7 @@ def parse_args():
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt")
     add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses of the data are cut")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped")
+    add("--limit", type=int, help="read only the first LIMIT usable records of --data")
     add("--validation", type=int, default=500, toy=100, help="examples held out of --data")
     add = flag_group(parser, "loss")
     add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="without it: both sft and forward_kl; else one")
@@ -133,13 +134,13 @@ def note_flags(args):
 def check_flags(args):
     """Raises InputError for flags that do not go together."""
     asks = args.on_policy or args.seq_kd or args.cache_teacher
-    if args.student is None and (args.teacher or args.data or args.eval_data):
-        raise InputError("--teacher, --data or --eval-data without --student; give all, or none for the toy world")
+    if args.student is None and (args.teacher or args.data or args.eval_data or args.limit):
+        raise InputError("--teacher, --data, --eval-data or --limit without --student; give all, or none for the toy world")
     if args.student and not args.data:
         raise InputError("--student without --data; add --data FILE")
     if args.student and not args.teacher and (args.loss != "sft" or asks):
         raise InputError("--student without --teacher; add --teacher NAME, or --loss sft alone")
-    check_positive(args, "max_length", "max_prompt_length", "validation", "temperature", "epochs", "steps",
+    check_positive(args, "limit", "max_length", "max_prompt_length", "validation", "temperature", "epochs", "steps",
                    "batch_size", "grad_accum", "lr", "clip", "eval_every", "eval_examples", "max_new_tokens",
                    "rollouts", "inner_epochs", "ratio_clip", "lm_coef")
     if not (0 <= args.kd_ratio <= 1 and 0 < args.beta < 1 and 0 < args.alpha < 1):
@@ -387,7 +388,7 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
 
 def read_data(args, tokenizer, lengths: dict) -> tuple:
     """--data and --eval-data -> a Report, the training rows, (rows, examples) held out, (rows, examples) of the table."""
-    examples, report = load_examples(args.data, args.format)
+    examples, report = load_examples(args.data, args.format, args.limit)
     print(report)
     if len(examples) < 5:
         raise InputError(f"{', '.join(args.data)}: {len(examples)} usable records; give 5 or more, one is held out")
@@ -464,7 +465,8 @@ def main():
         "gradient_checkpointing", "compile", "eval_examples", "max_new_tokens", "rouge", "seed")}
     recorded = {"toy": args.toy, "student": identify(args.student), "teacher": args.teacher and identify(args.teacher),
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
-                "cache_teacher": args.cache_teacher, "dtype": str(dtype), "validation": args.validation, **lengths}
+                "cache_teacher": args.cache_teacher, "dtype": str(dtype), "limit": args.limit,
+                "validation": args.validation, **lengths}
     for _, loss, lr, folder in planned(args) if args.resume and not args.toy else ():       # before anything is written
         if read_log(out / folder):
             check_settings(out / folder, recorded | recordable(settings | dict(loss=loss, lr=lr)))

@@ -554,7 +554,8 @@ def test_the_students_own_folder_is_not_taken_for_out(run, world):
     (dict(data=("--data", "no/such.jsonl")), "no/such.jsonl: no such file"),
     (dict(models=("--student", "no/such/student", "--teacher", "no/such/teacher")), "no/such/student: no such folder"),
     (dict(models=("--student", "{world}/student")), "--student without --teacher"),
-    (dict(models=("--teacher", "{world}/teacher")), "--teacher, --data or --eval-data without --student"),
+    (dict(models=("--teacher", "{world}/teacher")), "--teacher, --data, --eval-data or --limit without --student"),
+    (dict(models=("--limit", "3"), data=()), "--teacher, --data, --eval-data or --limit without --student"),
     (dict(models=("--student", "{world}/student", "--teacher", "{world}/short")), "short: the tokenizer has "),
     (dict(data=()), "--student without --data"),
     (dict(data=("--data", "{world}/bad.jsonl")), "bad.jsonl:7: field 'response' is a int; make it text"),
@@ -621,6 +622,14 @@ def test_a_teacher_may_be_trained_in_a_folder_of_the_comparison(run, tmp_path):
     assert run(*flags, out=tmp_path / "run/teacher")[0] == 0
     assert run("--steps", "1", models=("--student", tmp_path / "run/teacher/best", "--teacher",
                                        tmp_path / "run/teacher/best"))[0] == 0
+
+
+def test_of_much_data_only_the_first_records_can_be_read(run, tmp_path):
+    flags = "--loss", "sft", "--validation", "2", "--steps", "1", "--limit"
+    status, out, err = run(*flags, "12")
+    assert status == 0 and "12 of 12 records kept" in out and "10 encoded" in out, err
+    status, _, err = run(*flags, "13", "--resume")
+    assert status == 2 and "--resume with --limit 13, but the run began with 12" in err
 
 
 def test_what_was_held_out_can_be_asked_for_afterwards(run, shell, world, tmp_path):
