@@ -21,14 +21,14 @@ from minikd.quant import show_ways
 from minikd.records import local_files
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import (Progress, check_positive, fill_defaults, flag_group, make_parser, note_unused, pick_device,
+from minikd.training import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device,
                              pick_dtype, spare_threads)
 
 SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
 
 
 def parse_args():
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     add = flag_group(parser, "a model's answers")
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
     add("--data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
@@ -118,7 +118,7 @@ def model_scores(args) -> list[list[dict]]:
     with Progress("answers", len(seeds) * len(rows)) as progress:
         for seed in seeds:
             texts = answer(model, tokenizer, rows, args.max_new_tokens, args.batch_size, args.temperature, seed=seed or 0,
-                           top_p=args.top_p, top_k=args.top_k, progress=lambda count: progress.update(by=count))
+                           top_p=args.top_p, top_k=args.top_k, progress=progress.update)
             scores = score_answers(texts, [examples[row.index] for row in rows], args.rouge)
             rounds.append([score if seed is None else {"seed": seed, **score} for score in scores])
     return rounds

@@ -26,12 +26,12 @@ from minikd.quant import check_groups, to_w4, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import (LOG, Progress, check_positive, fill_defaults, flag_group, make_parser, note_unused,
-                             pick_device, pick_dtype, spare_threads)
+from minikd.training import (LOG, Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device,
+                             pick_dtype, spare_threads)
 
 
 def parse_args():
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     add = flag_group(parser, "model and data")
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
     add("--calibration", nargs="+", metavar="FILE", toy=["runs/toy/data/train.jsonl"],
@@ -80,8 +80,7 @@ def parse_args():
     check_positive(args, "samples", "length", "eval_examples", "batch_size", "max_new_tokens")
     if args.length < 2:
         raise InputError(f"--length {args.length}: a row needs at least two tokens; 2048 is usual")
-    if not 0 <= args.damp < math.inf:
-        raise InputError(f"--damp {args.damp}: must be a finite number of 0 or more; 0.01 is usual")
+    check_positive(args, "damp", or_zero=True)
     return args
 
 
@@ -110,7 +109,7 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
     model, started = load_model(folder, "cpu", dtype), time.perf_counter()      # only one block at a time is on `device`
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
         def on_layer(name, error, rtn):
-            progress.update("" if error is None else f"{name}: error {error:.2e}, rounding {rtn:.2e}")
+            progress.update(note="" if error is None else f"{name}: error {error:.2e}, rounding {rtn:.2e}")
 
         words = quantize_model(
             model, rows, tokenizer.pad_id, bits=args.bits, group_size=args.group_size, sym=not args.asym,

@@ -32,17 +32,16 @@ from minikd.records import data_files
 from minikd.rewards import combine, load_rewards, reward_files, summary
 from minikd.teacher import fingerprint
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule, check_settings,
+from minikd.training import (STATE, Log, Parser, Progress, begin_run, check_free, check_positive, check_settings,
                              check_student, compile_blocks, fill_defaults, flag_group, learning_rate, load_state, lock,
-                             make_optimizer, make_parser, note_unused, pick_device, pick_dtype, read_log, save_state,
-                             spare_threads)
+                             make_optimizer, note_unused, pick_device, pick_dtype, read_log, save_state, spare_threads)
 
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
 FORM = {"format": 0.05, "steps": 0.05}                          # and their weights: with more, accuracy collapses
 
 
 def parse_args():
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     add = flag_group(parser, "model and problems (none of them: a toy task)")
     add("--model", help="folder or hub name, best a distilled student (else a toy student, first fine-tuned)")
     add("--data", nargs="+", metavar="FILE",
@@ -103,9 +102,7 @@ def parse_args():
                    "eval_examples")
     if args.group_size < 2:
         raise InputError("--group-size 1: an answer is judged against its group; give 2 or more")
-    if not 0 <= args.beta < math.inf:
-        raise InputError(f"--beta {args.beta}: give a finite number of 0 or more")
-    check_schedule(args)
+    check_positive(args, "beta", "warmup", "weight_decay", or_zero=True)
     return args
 
 
@@ -232,7 +229,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             line["kl"] = line["kl"] if beta else None                           # there is no reference to compare with
             log.write(step=step + 1, **line)
             completions.write(*lines_of(step + 1, answers, texts, values, total, advantages, tokenizer))
-            progress.update(f"reward {line['reward'] or 0:.3f} kl {line['kl'] or 0:.3f} length {line['length']:.0f}")
+            progress.update(note=f"reward {line['reward'] or 0:.3f} kl {line['kl'] or 0:.3f} length {line['length']:.0f}")
             unpaid = 0 if total.nan_to_num().any() else unpaid + 1
             if unpaid == patience:
                 raise InputError(f"{out}: every reward was 0 for {patience} steps, so there is nothing to learn from; "
@@ -393,7 +390,7 @@ def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            progress.update(f"ce {float(loss.detach()):.3f}")
+            progress.update(note=f"ce {float(loss.detach()):.3f}")
     tokenizer.save(folder)
     save_model(student, folder)
     return folder
@@ -404,8 +401,6 @@ def main():
     out, started = Path(args.out).expanduser(), time.time()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    if args.resume and not out.exists():
-        print(f"{out}: nothing to resume there; the run begins")
     check_free(out, [out], resume=args.resume, toy=args.toy, data=args.data or ())
     asked, tests = read_problems(args)
     rewards, weights = choose_rewards(args, asked + tests)

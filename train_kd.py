@@ -35,16 +35,16 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (CONFIG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule,
-                             check_settings, check_student, compile_blocks, fill_defaults, flag_group, learning_rate,
-                             load_state, lock, make_optimizer, make_parser, note_unused, pick_device, pick_dtype, read_log,
-                             save_state, spare_threads, write_config)
+from minikd.training import (CONFIG, STATE, Log, Parser, Progress, begin_run, check_free, check_positive, check_settings,
+                             check_student, compile_blocks, fill_defaults, flag_group, learning_rate, load_state, lock,
+                             make_optimizer, note_unused, pick_device, pick_dtype, read_log, save_state, spare_threads,
+                             write_config)
 
 AT_ONCE = 16                                                    # prompts answered at a time, or a micro-batch if that is more
 
 
 def parse_args():
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     add = flag_group(parser, "models and data (none of them: the toy world)")
     add("--student", help="folder or hub name to start from")
     add("--teacher", help="folder or hub name; for all but --loss sft")
@@ -154,7 +154,7 @@ def check_flags(args):
                          "and SFT has no teacher: leave it out")
     if args.seq_kd and args.loss == "minillm":
         raise InputError("--seq-kd with --loss minillm: MiniLLM learns from its own answers; leave one out")
-    check_schedule(args)
+    check_positive(args, "warmup", "weight_decay", or_zero=True)
     if len({f"{lr:g}" for lr in args.lr or ()}) < len(args.lr or ()):
         raise InputError(f"--lr {args.lr}: two rates are the same; give each once")
     if len(args.lr or ()) > 1 and not args.loss:
@@ -234,7 +234,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
             log.write(step=step + 1, ce=ce, kd=kd, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
                       **({"lm_ce": float(lm_sums[0]) / lm_scored} if lm_batches else {}),
                       seconds=round(time.perf_counter() - started, 4))
-            progress.update(f"ce {ce:.3f}" + (f" kd {kd:.3f}" if teacher else ""))
+            progress.update(note=f"ce {ce:.3f}" + (f" kd {kd:.3f}" if teacher else ""))
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 state = judge(state=state | {"step": step + 1}, sampler=sampler, progress=progress)
                 if step + 1 < steps:
@@ -365,8 +365,7 @@ def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
     made_from = {"teacher": model_files(model_folder(args.teacher)), "dtype": str(dtype)}
     with Progress("the teacher's answers", len(rows)) as progress:
         return teacher_responses(out / "teacher-answers.jsonl", load, rows, made_from, tokenizer,
-                                 max(AT_ONCE, args.batch_size), args.max_new_tokens, args.seed,
-                                 progress=lambda count: progress.update(by=count))
+                                 max(AT_ONCE, args.batch_size), args.max_new_tokens, args.seed, progress.update)
 
 
 def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher | CachedTeacher:
@@ -380,7 +379,7 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
                  "seq_kd": args.seq_kd, **lengths}
     with Progress(f"{args.cache_teacher}: teacher's states, rows", len(rows)) as progress:
         computed = fill_cache(args.cache_teacher, rows, made_from, load, config.hidden_size, tokenizer.pad_id,
-                              args.batch_size, dtype, progress=lambda count: progress.update(by=count))
+                              args.batch_size, dtype, progress.update)
     print(f"{args.cache_teacher}: {computed:,} tokens computed; "
           f"{2 * config.hidden_size:,} bytes a scored token, {sum(len(row.response) for row in rows):,} of them")
     return CachedTeacher(args.cache_teacher, load_head(folder, device, dtype))
@@ -394,7 +393,7 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
         raise InputError(f"{', '.join(args.data)}: {len(examples)} usable records; give 5 or more, one is held out")
     train_part, valid_part = split_examples(examples, min(args.validation, len(examples) // 5), args.seed)
     with Progress("encoding", len(train_part)) as progress:
-        rows, counts = encode_examples(train_part, tokenizer, **lengths, progress=lambda count: progress.update(by=count))
+        rows, counts = encode_examples(train_part, tokenizer, **lengths, progress=progress.update)
     valid_rows, _ = encode_examples(valid_part, tokenizer, **lengths)
     print(", ".join(f"{count:,} {what}" for what, count in counts.items()) + f"; {len(valid_rows):,} for validation")
     asked = valid_rows[:args.eval_examples], valid_part         # what the table's models are asked
@@ -436,8 +435,6 @@ def main():
     out, started = Path(args.out).expanduser(), time.time()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    if args.resume and not out.exists():
-        print(f"{out}: nothing to resume there; the run begins")
     runs = [out / folder for *_, folder in planned(args)] + ([out / "teacher", out / "base"] if args.toy else [])
     runs += [out / "sft"] if args.from_sft else []
     check_free(out, runs, resume=args.resume, toy=args.toy,

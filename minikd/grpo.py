@@ -42,7 +42,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     rewards = single(rewards)                                                   # half would overflow in the sums
     judged = ~rewards.isnan()
     count = judged.sum(1, keepdim=True)                                         # [P, 1]
-    mean = torch.where(judged, rewards, 0.0).sum(1, keepdim=True) / count       # [P, 1]; NaN where none is judged, not used
+    mean = rewards.nanmean(1, keepdim=True)                                     # [P, 1]; NaN where none is judged, not used
     lowest = torch.where(judged, rewards, torch.inf).amin(1, keepdim=True)                  # [P, 1]
     highest = torch.where(judged, rewards, -torch.inf).amax(1, keepdim=True)                # [P, 1]
     centred = torch.where(judged & (lowest < highest), rewards - mean, 0.0)     # [P, G]; 0 where fewer than two are judged

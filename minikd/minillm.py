@@ -144,21 +144,14 @@ FROZEN = ["old_logq", "advantage", "teacher"]        # fields of a Rollout that 
 
 
 def pack_rollouts(rollouts: list[Rollout]) -> dict[str, Tensor]:
-    """Rollouts as a few tensors, for a checkpoint; unpack_rollouts gives them back."""
-    if not rollouts:
-        return {}
-    numbers = torch.tensor([[len(row.prompt), len(row.response), row.cut, row.index] for row in rollouts])  # [rows, 4]
-    ids = torch.tensor([token for row in rollouts for token in row.prompt + row.response])
-    return {"numbers": numbers, "ids": ids} | {name: torch.cat([getattr(row, name) for row in rollouts])
-                                               for name in FROZEN}
+    """Every field of every rollout as a tensor of its own, for a checkpoint; unpack_rollouts gives them back."""
+    return {f"{i}.{name}": torch.as_tensor(value) for i, row in enumerate(rollouts) for name, value in vars(row).items()}
 
 
 def unpack_rollouts(tensors: dict[str, Tensor]) -> list[Rollout]:
-    """pack_rollouts' inverse, bit for bit; without tensors, no rollouts."""
-    if not tensors:
-        return []
-    numbers = tensors["numbers"].tolist()
-    ids = tensors["ids"].split([part for prompt, response, *_ in numbers for part in (prompt, response)])
-    frozen = zip(*(tensors[name].split([response for _, response, *_ in numbers]) for name in FROZEN))
-    return [Rollout(prompt.tolist(), response.tolist(), bool(cut), index, *values) for (_, _, cut, index), prompt,
-            response, values in zip(numbers, ids[::2], ids[1::2], frozen)]
+    """pack_rollouts' inverse, bit for bit."""
+    fields = {}                                                 # number of a rollout -> its fields
+    for key, value in tensors.items():
+        i, name = key.split(".")
+        fields.setdefault(int(i), {})[name] = value if name in FROZEN else value.tolist()
+    return [Rollout(**fields[i]) for i in sorted(fields)]

@@ -144,19 +144,15 @@ def to_problem(record: dict, where: str) -> Problem:
 
 def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     """Statement and facts. No tests if comparing outputs cannot decide: a program checks or answers, or files are used."""
-    for name in "title", "description", "input_format", "output_format", "interaction_format", "note":
-        if not isinstance(record.get(name) or "", str):
-            raise InputError(f"{where}: field {name!r} is {kind_of(record[name])}; make it text")
+    title, description, stdin, stdout, interaction, note = (text_field(record, where, name, default="") for name in (
+        "title", "description", "input_format", "output_format", "interaction_format", "note"))
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
-    interactive = bool(record.get("interaction_format")) or "this is an interactive problem" in record["description"].lower()
+    interactive = interaction or "this is an interactive problem" in description.lower()
     decided = not interactive and record.get("generated_checker") is None and record.get("input_mode") in (None, "stdio")
-    parts = [f"# {record['title']}" if record.get("title") else "", record["description"],
-             f"## Input\n{record['input_format']}" if record.get("input_format") else "",
-             f"## Output\n{record['output_format']}" if record.get("output_format") else "",
-             f"## Interaction\n{record['interaction_format']}" if record.get("interaction_format") else "",
-             *(f"## Example\nInput:\n{test['input']}\nOutput:\n{test['output']}" for test in examples),
-             f"## Note\n{record['note']}" if record.get("note") else "",
-             (f"Time limit: {record['time_limit']} seconds. " if kind_of(record.get("time_limit")) != "null" else "") + PYTHON]
+    parts = [("# ", title), ("", description), ("## Input\n", stdin), ("## Output\n", stdout), ("## Interaction\n", interaction),
+             *(("## Example\n", f"Input:\n{test['input']}\nOutput:\n{test['output']}") for test in examples),
+             ("## Note\n", note),
+             (f"Time limit: {record['time_limit']} seconds. " if kind_of(record.get("time_limit")) != "null" else "", PYTHON)]
     tests = examples + [test for test in tests if test not in examples]
     facts = {"tests": tests if decided else [], "language": "python"}
     for name in "time_limit", "memory_limit":
@@ -165,7 +161,7 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
             if type(value) not in (int, float) or not 0 < value < 1e12:
                 raise InputError(f"{where}: field {name!r} is {value!r:.40}; give a number above 0, or leave it out")
             facts[name] = float(value)
-    return "\n\n".join(part for part in parts if part), facts
+    return "\n\n".join(heading + text for heading, text in parts if text), facts
 
 
 def _tests(record: dict, name: str, where: str) -> list[dict]:

@@ -83,25 +83,21 @@ def extract_code(text: str) -> str | None:
 
 # ---- form
 
-def format_fault(completion: str) -> str | None:
-    """None if a completion is thoughts and then an answer; else, in a few words, why not."""
-    for tag in "<think>", "</think>":
-        if completion.count(tag) != 1:
-            return f"{completion.count(tag)} times {tag}"
-    if not completion.startswith("<think>"):
-        return "text before <think>"
-    thoughts, _, answer = (part.strip() for part in completion.removeprefix("<think>").partition("</think>"))
-    if "<answer>" in completion or "</answer>" in completion:
-        inside = answer.removeprefix("<answer>").removesuffix("</answer>")
-        if answer != f"<answer>{inside}</answer>" or completion.count("<answer>") + completion.count("</answer>") != 2:
-            return "no single pair of answer tags around the whole answer"
-        answer = inside.strip()
-    return "no thoughts" if not thoughts else "no answer" if not answer else None
+def well_formed(completion: str) -> bool:
+    """Whether a completion is thoughts and then an answer, neither of them blank, without text before, between or after."""
+    before, *rest = re.split("(</?(?:think|answer)>)", completion)
+    tags, texts = rest[::2], [text.strip() for text in rest[1::2]]              # a text, maybe blank, follows each tag
+    if before or tags[:2] != ["<think>", "</think>"]:
+        return False
+    if tags[2:] == ["<answer>", "</answer>"]:
+        thoughts, between, answer, after = texts
+        return bool(thoughts and answer and not between and not after)
+    return len(tags) == 2 and all(texts)
 
 
 def format_reward(completions: list[str], problems: list[dict]) -> Values:
     """1 for thoughts and then an answer, nothing before, between or after; else 0.             open-r1 line 85"""
-    return [float(format_fault(completion) is None) for completion in completions]
+    return [float(well_formed(completion)) for completion in completions]
 
 
 def tags_reward(completions: list[str], problems: list[dict]) -> Values:

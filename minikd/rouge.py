@@ -89,7 +89,7 @@ def tokens(text: str, stemmer=False, unicode=False) -> list[str]:
         words = _unicode_word().findall(unicodedata.normalize("NFC", text.lower()))
     else:                                                       # a table look-up per byte: 3 x as fast as a regex
         words = text.lower().encode("ascii", "replace").translate(_ASCII_WORDS).decode("ascii").split()
-    return list(map(_STEMS.__getitem__, words)) if stemmer else words
+    return list(map(porter_stem, words)) if stemmer else words
 
 
 @lru_cache(maxsize=None)
@@ -158,19 +158,7 @@ _STEP4 = _rules("al> ance> ence> er> ic> able> ible> ant> ement> ment> ent> ion>
 _ONLY_AFTER = {"ogi": "l", "ion": "st"}
 
 
-class _Stems(dict):
-    """word -> stem, computed at the first look-up. A hit costs less than half of lru_cache's."""
-
-    def __missing__(self, word):
-        if len(self) >= 1 << 18:                                # about 40 MB; a corpus rarely has a tenth of this
-            self.clear()
-        stem = self[word] = porter_stem(word)
-        return stem
-
-
-_STEMS = _Stems()
-
-
+@lru_cache(maxsize=1 << 18)                                     # about 40 MB; a corpus rarely has a tenth of this
 def porter_stem(word: str) -> str:
     """The stem of a lower-case word of ASCII letters and digits, as rouge_score gives it: up to three letters stay."""
     if len(word) <= 3 or word[-1] not in _ENDINGS or not word.isascii():

@@ -171,14 +171,14 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
     for name, content in (("program.py", source), ("stdin", stdin)):
         with open(f"{folder}/{name}", "xb") as file:
             file.write(content)
-    root, as_root = os.geteuid() == 0, os.environ.get("MINIKD_SANDBOX_AS_ROOT") == "1"
-    if root and not as_root:
-        os.chown(folder, NOBODY, NOBODY)
-        os.chown(f"{folder}/program.py", NOBODY, NOBODY)
+    uid = NOBODY if os.geteuid() == 0 and os.environ.get("MINIKD_SANDBOX_AS_ROOT") != "1" else None
+    if uid is not None:
+        os.chown(folder, uid, uid)
+        os.chown(f"{folder}/program.py", uid, uid)
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)         # not a venv's link
     seconds = math.ceil(timeout) + 1                            # of CPU time, if the wall clock should fail
     return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED,
-            "boot": _boot_source(), "uid": NOBODY if root and not as_root else None,
+            "boot": inspect.getsource(_boot) + "_boot()", "uid": uid,
             "readable": READABLE + [python, f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)],
             "limits": LIMITS | {"RLIMIT_CPU": seconds, "RLIMIT_AS": int(memory_mb * MB)}}
 
@@ -453,11 +453,6 @@ def _boot():
     with open("program.py", "rb") as file:
         code = compile(file.read(), "program.py", "exec", dont_inherit=True)
     exec(code, main)
-
-
-@functools.lru_cache(maxsize=None)
-def _boot_source() -> str:
-    return inspect.getsource(_boot) + "_boot()"
 
 
 @functools.lru_cache(maxsize=None)

@@ -79,7 +79,7 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
     """
     folder, unique = Path(folder), {digest_of(row): row for row in rows}
     shards = plan_shards(unique)
-    made_from = json.loads(json.dumps(made_from | {"rows": fingerprint(sorted(unique))}))
+    made_from = made_from | {"rows": fingerprint(sorted(unique))}
     check_made_from(folder, made_from)
     if not (folder / FACTS).exists():
         with atomic_path(folder / FACTS) as new:
@@ -148,8 +148,8 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     Raises InputError if `path` is damaged, or was made from something else.
     """
     path, step = Path(path), 8 * batch_size                     # step: rows sampled between two writes
-    made_from = json.loads(json.dumps(made_from | {"rows": fingerprint(map(digest_of, rows)), "seed": seed,
-                                                   "max_new_tokens": max_new_tokens, "batch_size": batch_size}))
+    made_from = made_from | {"rows": fingerprint(map(digest_of, rows)), "seed": seed, "max_new_tokens": max_new_tokens,
+                             "batch_size": batch_size}
     first = json.dumps(made_from, sort_keys=True)
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     lines = text.split("\n")[:-1] or [first]                    # the last is empty, or cut by a kill

@@ -95,29 +95,17 @@ def spare_threads(config: Qwen2Config):
         torch.set_num_threads(1)
 
 
-def check_schedule(args):
-    """Raises InputError for a --warmup or --weight-decay that is negative or infinite."""
-    if args.warmup is not None and args.warmup < 0:
-        raise InputError(f"--warmup {args.warmup}: give 0 or more")
-    if args.weight_decay is not None and not 0 <= args.weight_decay < math.inf:
-        raise InputError(f"--weight-decay {args.weight_decay}: give a finite number of 0 or more")
-
-
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as an InputError, like every other error that the user can fix."""
+    """Its --help is the script's docstring, then one line per flag; no flag may be abbreviated. A wrong flag is an InputError,
+    like every other error that the user can fix."""
 
-    def __init__(self, **options):
-        super().__init__(**options)
+    def __init__(self, doc: str):
+        super().__init__(description=doc, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=(
+            lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=125)))
         self.defaults = {}                                      # flag -> its default, and that in the toy world
 
     def error(self, message: str):
         raise InputError(f"{message}; see --help")
-
-
-def make_parser(doc: str) -> Parser:
-    """A parser whose --help is the script's docstring, then one line per flag; no flag may be abbreviated."""
-    return Parser(description=doc, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=(
-        lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=125)))
 
 
 def shortest(value) -> str:
@@ -146,13 +134,15 @@ def flag_group(parser: Parser, title: str):
     return add
 
 
-def check_positive(args, *names: str):
-    """Raises InputError for the first of these flags with a number outside 0 < number <= 10^12; None is allowed."""
+def check_positive(args, *names: str, or_zero: bool = False):
+    """Raises InputError for the first of these flags with a number outside 0 < number <= 10^12 (or_zero: 0 <= number); None is
+    allowed."""
     for name in names:
         value = getattr(args, name)
         numbers = value if isinstance(value, list) else [value]
-        if any(not 0 < number <= 1e12 for number in numbers if number is not None):
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0 and at most 10^12; give another number")
+        if any(not (0 < number <= 1e12 or or_zero and number == 0) for number in numbers if number is not None):
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be {'0 or more' if or_zero else 'above 0'} and at most "
+                             "10^12; give another number")
 
 
 def note_unused(args, reason: str, *names: str):
@@ -249,10 +239,8 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
             for key, value in model.state_dict().items():
                 value.copy_(file.get_tensor(f"model.{key}"))
             state = optimizer.state_dict()
-            count = len(list(model.parameters()))
-            names = [key for key in file.keys() if key.startswith("optimizer.0.")]
-            state["state"] = {i: {name.split(".")[2]: file.get_tensor(name.replace(".0.", f".{i}.", 1))
-                                  for name in names} for i in range(count)}
+            for _, i, name in (key.split(".") for key in file.keys() if key.startswith("optimizer.")):
+                state["state"].setdefault(int(i), {})[name] = file.get_tensor(f"optimizer.{i}.{name}")
             optimizer.load_state_dict(state)
             more = {key.removeprefix("more."): file.get_tensor(key) for key in file.keys() if key.startswith("more.")}
             return json.loads(file.metadata()["facts"]), more
@@ -270,13 +258,15 @@ def settings_of(folder) -> dict:
 
 def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=()):
     """Raises InputError if a folder to be written holds a model, or a run that this one would replace, or whose table, picture
-    or held-out records it would replace; or if a file to be read would be replaced.
+    or held-out records it would replace; or if a file to be read would be replaced. Says if there is nothing to resume.
 
     runs  the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
     data  what the run reads, as data_files takes it
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose a folder with --out")
+    if resume and not out.exists():
+        print(f"{out}: nothing to resume there; the run begins")
     for folder in dict.fromkeys([out, *runs, out / "sft", out / "kd", *sorted(out.glob("lr-*"))]):
         if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG):
             raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run; choose another --out")
@@ -358,7 +348,7 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def update(self, note: str = "", by: int = 1):
+    def update(self, by: int = 1, note: str = ""):
         """`by` more steps are done; `note` is shown beside the bar."""
         self.done += by
         if self.bar is not None:

@@ -9,9 +9,9 @@ import pytest
 
 from minikd import rewards, sandbox
 from minikd.files import InputError
-from minikd.rewards import (REWARDS, answer_part, answer_reward, code_reward, combine, extract_code, format_fault,
-                            format_reward, length_reward, load_rewards, repetition_reward, reward_files, steps_reward,
-                            summary, tags_reward, think_part)
+from minikd.rewards import (REWARDS, answer_part, answer_reward, code_reward, combine, extract_code, format_reward,
+                            length_reward, load_rewards, repetition_reward, reward_files, steps_reward, summary, tags_reward,
+                            think_part)
 
 GOOD = "<think>\nStep 1: 3+4=7\n</think>\n<answer>\n7\n</answer>"
 TAGS = "<think>", "</think>", "<answer>", "</answer>"
@@ -123,7 +123,6 @@ def test_code_is_the_last_fenced_block(text, code):
 ])
 def test_format_is_thoughts_and_then_an_answer(text, fault):
     assert one(format_reward, text) == (fault is None)
-    assert (format_fault(text) is None) if fault is None else fault in format_fault(text)
 
 
 def open_r1_format(text):

@@ -14,10 +14,9 @@ from conftest import locked_by_another, small
 from minikd.checkpoint import save_model
 from minikd.files import InputError
 from minikd.model import Qwen2, Qwen2Config
-from minikd.training import (CONFIG, LOG, STATE, Log, Progress, begin_run, check_free, check_positive, check_schedule,
+from minikd.training import (CONFIG, LOG, STATE, Log, Parser, Progress, begin_run, check_free, check_positive,
                              check_settings, check_student, flag_group, learning_rate, load_state, make_optimizer,
-                             make_parser, pick_device, pick_dtype, read_log, save_state, settings_of, spare_threads,
-                             write_config)
+                             pick_device, pick_dtype, read_log, save_state, settings_of, spare_threads, write_config)
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -138,14 +137,14 @@ def test_a_number_that_must_be_above_zero_is_named_by_its_flag(value):
                                    dict(weight_decay=math.nan)])
 def test_a_schedule_may_be_left_out_or_zero_but_not_negative_or_infinite(wrong):
     for right in dict(warmup=None, weight_decay=None), dict(warmup=0, weight_decay=0.0):
-        check_schedule(argparse.Namespace(**right))
+        check_positive(argparse.Namespace(**right), "warmup", "weight_decay", or_zero=True)
         (key, value), = wrong.items()
-        with pytest.raises(InputError, match=f"--{key.replace('_', '-')} {value}: give"):
-            check_schedule(argparse.Namespace(**right | wrong))
+        with pytest.raises(InputError, match=f"--{key.replace('_', '-')} {value}: must be 0 or more"):
+            check_positive(argparse.Namespace(**right | wrong), "warmup", "weight_decay", or_zero=True)
 
 
 def test_flags_show_what_they_take_and_may_not_be_abbreviated():
-    parser = make_parser("What the\n   script does.")
+    parser = Parser("What the\n   script does.")
     add = flag_group(parser, "all")
     add("--steps", type=int)
     add("--lr", type=float)
@@ -492,8 +491,8 @@ def test_a_run_that_is_done_or_had_other_settings_is_left_as_it_is(tmp_path, cap
 
 def test_progress_in_a_log_is_plain_lines_now_and_then(capsys):
     with Progress("KD", total=10, start=4, every=0.0) as progress:
-        progress.update("ce 2.5")
-        progress.update(by=3)
+        progress.update(note="ce 2.5")
+        progress.update(3)
         progress.say("a sample answer")
     out, err = capsys.readouterr()
     assert err == "KD 5/10 ce 2.5\nKD 8/10 \n" and out == "a sample answer\n"
@@ -522,7 +521,7 @@ def test_progress_without_a_stderr_says_nothing(monkeypatch, capsys):
 def test_progress_on_a_terminal_is_a_bar_that_counts_to_its_total(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with Progress("KD", total=10, start=4) as progress:
-        progress.update("ce 2.5", by=6)
+        progress.update(6, "ce 2.5")
         assert progress.bar.n == progress.bar.total == 10
         monkeypatch.setattr("minikd.training.tqdm.write", lambda text: print("above:", text))
         progress.say("a sample answer")
