@@ -110,7 +110,7 @@ def _sweep(path: Path):
         return
     for left in path.parent.iterdir():
         pid = left.name.removeprefix(f".{path.name}.").partition(".")[0]
-        if left.name.startswith(f".{path.name}.") and pid.isdigit():
+        if left.name.startswith(f".{path.name}.") and pid.isdecimal():
             try:
                 os.kill(int(pid), 0)                            # signal 0 is not sent: is there such a process?
             except (ProcessLookupError, OverflowError):

@@ -301,7 +301,7 @@ def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tenso
     out = out[:n]
     if states.is_cuda:
         return torch.mm(states, head.to(states.dtype).T, out=out)
-    if n == 1 and states.dtype == torch.float32:                # MKL's matrix-vector product takes twice as long as two columns
+    if n == 1 and states.dtype == torch.float32:                # MKL takes up to twice as long for one column as for two
         states = states.repeat(2, 1)
     for i in range(0, len(head), BLOCK):
         out[:, i:i + BLOCK] = (head[i:i + BLOCK].to(states.dtype) @ states.T)[:, :n].T      # ([b, D] [D, n])ᵀ

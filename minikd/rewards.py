@@ -195,7 +195,7 @@ _DONE = {}                                      # run_program's arguments -> its
 
 
 def _run_all(runs: set[tuple]) -> dict[tuple, sandbox.Result]:
-    """Results of the runs. Those of programs that ended by themselves are remembered, if short: a policy repeats its programs."""
+    """Results of the runs. Short ones of programs that ended by themselves are remembered: a policy repeats its programs."""
     fresh = sorted(run for run in runs if run not in _DONE)
     if len(_DONE) > 50_000:
         _DONE.clear()

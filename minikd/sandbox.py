@@ -47,7 +47,7 @@ NOBODY = 65534
 OUTPUT = MB                 # bytes of stdout, and of stderr
 DISK, FILES = 8 * MB, 200   # of the private folder, which is flat
 TICK = 0.05                 # seconds between two checks of that folder
-SHARE = Path("/sys/fs/cgroup/cpu.max")
+SHARE = Path("/sys/fs/cgroup/cpu.max")          # cgroup v2
 LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPROC": 0}     # NPROC counts threads too
 READABLE = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime",
             "/dev/zero", "/dev/random", "/dev/urandom"]

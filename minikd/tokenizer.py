@@ -1,6 +1,7 @@
 """Text <-> token ids: tokenizer.json through `tokenizers`, and the chat template."""
 import json
 from datetime import datetime
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import tokenizers
@@ -11,6 +12,7 @@ from minikd.hub import TOKENIZER, local_folder
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 STOPS = ("<|im_end|>", "<|endoftext|>")             # an answer ends with either; the first ends a turn of ChatML
 GENERATION = "generation_config.json"
+AT_ONCE = 1 << 19                                   # characters of the texts that are encoded at once
 
 
 class Tokenizer:
@@ -87,9 +89,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """encode of each text, on all cores. An id is one object wherever it occurs, so that a token of the data takes 9 bytes
-        of memory, and not 34."""
-        found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [[self.numbers.setdefault(token, token) for token in encoding.ids] for encoding in found]
+        of memory, and not 34; the tokenizer's own result takes 60, and is of few texts at a time."""
+        sizes, found = accumulate(map(len, texts)), []
+        for _, part in groupby(zip(sizes, texts), key=lambda item: item[0] // AT_ONCE):
+            encodings = self.backend.encode_batch_fast([text for _, text in part], add_special_tokens=False)
+            found += [[self.numbers.setdefault(token, token) for token in encoding.ids] for encoding in encodings]
+        return found
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens are left out."""

@@ -191,7 +191,7 @@ def _log_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
             if not line.endswith(b"\n"):                        # cut short by a kill
                 return
             try:
-                value = json.loads(line)
+                value = json.loads(line[:-1])
                 abs(value["step"])                              # a number
             except (ValueError, TypeError, KeyError) as error:
                 raise InputError(f"{path}: holds a line that is not a step of a run ({error}); choose another --out") from error

@@ -255,6 +255,6 @@ def gpu():
         stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))
         stack.enter_context(mock.patch.multiple(torch, **rest))
         stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", lambda *_: SimpleNamespace(
-            is_capturing=lambda: Played.recording is not None)))        # asked by the optimizers of a torch that is built with CUDA
+            is_capturing=lambda: Played.recording is not None)))        # optimizers of a torch built with CUDA ask it
         stack.enter_context(Places())
         yield

@@ -192,6 +192,20 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_write_but_not_a_living_o
     assert not left.exists() and alive.exists() and other.exists()
 
 
+@pytest.mark.parametrize("error, swept", [(ProcessLookupError, True), (PermissionError, False), (OverflowError, True)])
+def test_another_users_process_may_still_be_writing(tmp_path, monkeypatch, error, swept):
+    def kill(pid, signal):
+        raise error
+
+    with atomic_path(tmp_path / "x") as new:
+        new.write_text("")
+    (tmp_path / ".x.123.a").mkdir(), (tmp_path / ".x.\u00b2.a").mkdir()          # a digit for isdigit(), not for int()
+    monkeypatch.setattr(os, "kill", kill)
+    with atomic_path(tmp_path / "x") as new:
+        new.write_text("")
+    assert (tmp_path / ".x.123.a").exists() == (not swept) and (tmp_path / ".x.\u00b2.a").exists()
+
+
 def test_a_device_or_a_folder_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()

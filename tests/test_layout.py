@@ -291,7 +291,6 @@ def test_a_4_bit_model_is_copied_refilled_and_cast_in_part(int8):
 
 # ---- the head in int8 ----
 
-
 def test_all_of_a_large_head_is_in_int8(int8):
     model = random_model(vocab_size=9000)
     states = torch.randn(2, 56)

@@ -157,7 +157,8 @@ def test_in_bfloat16_a_gpus_autocast_suits_every_operator(run, flags, near):
 
 def test_a_model_quantised_on_a_gpu_answers_there_as_on_a_cpu(run):
     """Codes that a graph found column by column; the 4-bit model without minikd's kernel."""
-    flags = "--model {w}/student --calibration {w}/data.jsonl --group-size 16 --eval-data {w}/data.jsonl --eval-examples 2 --max-new-tokens 20"
+    flags = ("--model {w}/student --calibration {w}/data.jsonl --group-size 16 --eval-data {w}/data.jsonl --eval-examples 2 "
+             "--max-new-tokens 20")
     (told, folder), (right, _) = (run(quantize, flags, device) for device in ("cuda", "cpu"))
     table, other = ([[float(cell) for cell in line.split()[1:]] for line in text.splitlines()[-2:]] for text in (told, right))
     assert table[1] == pytest.approx(other[1], rel=1e-3) and table[0][1] != pytest.approx(table[1][1], rel=1e-3)

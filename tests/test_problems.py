@@ -146,6 +146,13 @@ def test_a_record_that_is_no_problem_is_one_line_with_its_place(tmp_path, record
     assert len(load_problems([str(tmp_path / "bad.jsonl")], limit=1)[0]) == 1
 
 
+def test_of_records_that_ask_the_same_the_first_is_the_problem(tmp_path):
+    records = [{"question": q, "answer": a} for q, a in (("1+1", "2"), ("2+2", "4"), ("1+1", "two"), ("1+1", "II"))]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found, repeats = load_problems(tmp_path / "sums.jsonl")
+    assert [problem.facts["answer"] for problem in found] == ["2", "4"] and repeats == 2
+
+
 def test_prompts_that_are_too_long_are_left_out(tokenizer):
     problems = toy_problems("sums", 5, seed=1) + [to_problem(RECORD, "x")]
     longest = max(len(row.prompt) for row in encode_problems(problems[:5], tokenizer))

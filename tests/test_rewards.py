@@ -377,11 +377,15 @@ def test_the_limits_are_the_problems_and_are_capped(calls):
     assert calls[1][0][2] == 5
 
 
-def test_a_program_that_prints_much_is_not_remembered(calls):
+def test_a_program_that_prints_much_is_not_remembered(calls, monkeypatch):
     short, long = "a", "b" * 10_000
     for program in short, short, long, long:
         code_reward([says(block(program))], [{"tests": [{"input": "x", "output": program + "\nx"}]}])
     assert [len(jobs) for jobs in calls if jobs] == [1, 1, 1]
+    noisy = [SimpleNamespace(status="error", stdout="", stderr="!" * 10_001)]
+    monkeypatch.setattr(sandbox, "run_programs", lambda jobs: noisy[:len(jobs)])
+    code_reward([says(block("c"))], [{"tests": [{"input": "x", "output": "c"}]}])
+    assert [result.stdout for result in rewards._DONE.values()] == ["a\nx"]
 
 
 def test_a_status_that_is_not_ok_fails_whatever_was_printed(monkeypatch):

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -373,8 +374,8 @@ def test_one_endless_loop_among_fifty_stalls_nobody():
     assert run_programs([]) == []
 
 
-@pytest.mark.parametrize("share, here", [("200000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", 16), ("9900000 100000\n", 16),
-                                         (None, 16)])
+@pytest.mark.parametrize("share, here", [("200000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", 16),
+                                         ("9900000 100000\n", 16), (None, 16)])
 def test_a_container_s_share_of_the_cores_is_seen(monkeypatch, share, here):
     class File:
         def read_text(self):
@@ -385,6 +386,9 @@ def test_a_container_s_share_of_the_cores_is_seen(monkeypatch, share, here):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr(sandbox, "SHARE", File())
     assert sandbox.cores() == here
+    pools = []
+    monkeypatch.setattr(sandbox, "ThreadPoolExecutor", lambda workers: (pools.append(workers), ThreadPoolExecutor(workers))[1])
+    assert run_programs([]) == [] and pools == [max(2, here)]       # an endless loop leaves one for the others
 
 
 def test_parallel_runs_do_not_meet(monkeypatch):

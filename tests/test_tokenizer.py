@@ -306,9 +306,11 @@ def test_the_real_tokenizer_gives_qwens_ids(qwen):
     assert turn[:3] == [151_644, 8948, 198] and turn[-3:] == [151_644, 77_091, 198]        # system, assistant
 
 
-def test_a_batch_is_its_texts_one_by_one_and_an_id_one_object(qwen):
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 19])
+def test_a_batch_is_its_texts_one_by_one_and_an_id_one_object(qwen, monkeypatch, at_once):
+    monkeypatch.setattr("minikd.tokenizer.AT_ONCE", at_once)
     batch = qwen.encode_batch(TEXTS * 2)
-    assert batch == [qwen.backend.encode(text, add_special_tokens=False).ids for text in TEXTS * 2]
+    assert batch == [qwen.backend.encode(text, add_special_tokens=False).ids for text in TEXTS * 2] and qwen.encode_batch([]) == []
     again = qwen.encode_batch(TEXTS)
     assert max(batch[0]) > 1000 and all(a is b for ids, others in zip(batch, again) for a, b in zip(ids, others))
 

@@ -361,7 +361,8 @@ def test_a_disk_that_fills_leaves_the_files_before(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr("minikd.training.open", lambda path, mode: full(path) if "w" in mode else open(path, mode), raising=False)
+    monkeypatch.setattr("minikd.training.open", lambda path, mode: full(path) if "w" in mode else open(path, mode),
+                        raising=False)
     monkeypatch.setattr("minikd.training.save_tensors", lambda tensors, path, facts: full(path))
     for write in (lambda: write_config(tmp_path, SETTINGS), lambda: Log(tmp_path, upto=1),
                   lambda: save_state(tmp_path, model, optimizer, {"step": 2})):
