@@ -177,15 +177,14 @@ def code_reward(completions: list[str], problems: list[dict], partial: bool = Fa
         else:
             asked.append(None)                  # cannot be judged
     passed = [[] for _ in asked]                # per completion: whether it passed each test so far
-    start, end = 0, None if partial else 1
-    while any(tests[start:end] for tests in asked if tests):    # all tests at once, or rounds of 1, 1, 2, 4, ...
+    most = max((len(tests) for tests in asked if tests), default=0)
+    start, end = 0, most if partial else 1
+    while start < most:                                         # all tests at once, or rounds of 1, 1, 2, 4, ...
         due = [(tests[start:end], right) for tests, right in zip(asked, passed) if tests and (partial or all(right))]
         results = _run_all({run for tests, _ in due for run, _ in tests})
         for tests, right in due:
             right += [results[run].status == "ok" and sandbox.same_output(results[run].stdout, wanted)
                       for run, wanted in tests]
-        if end is None or not due:
-            break
         start, end = end, 2 * end
     scores = [sum(right) / max(1, len(right)) if partial else float(all(right) and right != []) for right in passed]
     return [None if tests is None else score for tests, score in zip(asked, scores)]

@@ -36,24 +36,15 @@ class CachedTeacher:
     """
 
     def __init__(self, folder, head: Tensor):
-        self.folder, self.head = Path(folder), head
-        self.shards, self.place = {}, {}                                        # row's digest -> (shard, first token)
-        for shard, rows in read_json(self.folder / FACTS)["shards"].items():
-            at = 0
-            for digest, length in rows:
-                self.place[digest] = shard, at
-                at += length
+        self.head, self.shards = head, {}                                       # row's digest -> the open shard that holds it
+        for path in Path(folder).glob("states-*.safetensors"):
+            shard = safe_open(path, framework="pt")                             # mapped into memory, not read whole
+            self.shards |= dict.fromkeys(shard.keys(), shard)
 
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
         """As Teacher.states, in bfloat16 as stored.  Raises KeyError for a row that fill_cache was not given."""
-        return send(torch.cat([self._read(row) for row in rows]), self.head.device)
-
-    def _read(self, row: Encoded) -> Tensor:
-        """[n, D'] of one row, from a file that is mapped into memory, not read whole."""
-        shard, at = self.place[digest_of(row)]
-        if shard not in self.shards:
-            self.shards[shard] = safe_open(self.folder / shard, framework="pt").get_slice("states")
-        return self.shards[shard][at:at + len(row.response)]
+        digests = map(digest_of, rows)
+        return send(torch.cat([self.shards[digest].get_tensor(digest) for digest in digests]), self.head.device)
 
 
 def digest_of(row: Encoded) -> str:
@@ -74,39 +65,38 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
     load       () -> the teacher; only called if states are missing, and its memory is freed afterwards
     width      D' of the teacher
     progress   called after each batch with its number of rows
-    A shard of about 50,000 tokens appears only when it is complete; a run after a kill makes the missing shards, and
-    those that are damaged or of another shape.
+    A shard holds about 50,000 tokens, each row's states [n, D'] under its digest. It appears only when it is complete; a run
+    after a kill makes the missing shards, and those that are damaged or of another shape.
     """
     folder, unique = Path(folder), {digest_of(row): row for row in rows}
-    shards = plan_shards(unique)
     made_from = made_from | {"rows": fingerprint(sorted(unique))}
     check_made_from(folder, made_from)
     if not (folder / FACTS).exists():
         with atomic_path(folder / FACTS) as new:
-            new.write_text(json.dumps({"made_from": made_from, "shards": shards}) + "\n")
-    missing = {name: plan for name, plan in shards.items() if not whole(folder / name, plan, width)}
+            new.write_text(json.dumps({"made_from": made_from}) + "\n")
+    missing = {name: held for name, held in plan_shards(unique).items() if not whole(folder / name, held, width)}
     teacher = Teacher(load()) if missing else None
-    for name, plan in missing.items():
-        states = []
-        for start in range(0, len(plan), batch_size):
-            part = [unique[digest] for digest, _ in plan[start:start + batch_size]]
-            device = teacher.head.device
+    for name, held in missing.items():
+        states, items, device = {}, list(held.items()), teacher.head.device
+        for start in range(0, len(items), batch_size):
+            digests, part = zip(*items[start:start + batch_size])
             with mixed(device, dtype):
-                states.append(teacher.states(part, *collate(part, pad_id, device)).bfloat16().cpu())
+                found = teacher.states(part, *collate(part, pad_id, device)).bfloat16().cpu()       # [N, D']
+            states |= zip(digests, found.split([len(row.response) for row in part]))
             if progress:
                 progress(len(part))
         with atomic_path(folder / name) as new:
-            save_tensors({"states": torch.cat(states)}, new, {"rows": fingerprint(digest for digest, _ in plan)})
-    return sum(length for plan in missing.values() for _, length in plan)
+            save_tensors(states, new)
+    return sum(len(row.response) for held in missing.values() for row in held.values())
 
 
-def plan_shards(unique: dict[str, Encoded]) -> dict[str, list]:
-    """shard's file -> [digest, scored tokens] of its rows, similar lengths together; full from SHARD_TOKENS tokens on."""
+def plan_shards(unique: dict[str, Encoded]) -> dict[str, dict[str, Encoded]]:
+    """shard's file -> its rows by their digests, similar lengths together; full from SHARD_TOKENS scored tokens on."""
     shards, tokens = {}, SHARD_TOKENS
     for digest, row in sorted(unique.items(), key=lambda item: (len(item[1]), item[0])):
         if tokens >= SHARD_TOKENS:
-            plan, tokens = shards.setdefault(f"states-{len(shards):05d}.safetensors", []), 0
-        plan.append([digest, len(row.response)])
+            held, tokens = shards.setdefault(f"states-{len(shards):05d}.safetensors", {}), 0
+        held[digest] = row
         tokens += len(row.response)
     return shards
 
@@ -127,15 +117,14 @@ def check_made_from(folder: Path, made_from: dict):
             raise InputError(f"{folder}: was made from something else: {what}; choose another --cache-teacher")
 
 
-def whole(path: Path, plan: list, width: int) -> bool:
+def whole(path: Path, held: dict[str, Encoded], width: int) -> bool:
     """Whether a shard exists and holds these rows, complete as far as its header and its size can tell."""
     try:
         with safe_open(path, framework="pt") as file:
-            states = file.get_slice("states")
-            return (states.get_shape(), states.get_dtype(), file.metadata()["rows"]) == (
-                [sum(length for _, length in plan), width], "BF16", fingerprint(digest for digest, _ in plan))
-    except (OSError, SafetensorError, KeyError, TypeError):
+            shapes = {digest: file.get_slice(digest).get_shape() for digest in file.keys()}
+    except (OSError, SafetensorError):
         return False
+    return shapes == {digest: [len(row.response), width] for digest, row in held.items()}
 
 
 def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenizer, batch_size: int,
@@ -150,26 +139,22 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     path, step = Path(path), 8 * batch_size                     # step: rows sampled between two writes
     made_from = made_from | {"rows": fingerprint(map(digest_of, rows)), "seed": seed, "max_new_tokens": max_new_tokens,
                              "batch_size": batch_size}
-    first = json.dumps(made_from, sort_keys=True)
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-    lines = text.split("\n")[:-1] or [first]                    # the last is empty, or cut by a kill
+    lines = text.split("\n")[:-1] or [json.dumps(made_from)]    # the last is empty, or cut by a kill
     try:
         before, *answers = map(json.loads, lines)
-        answers = [answer["ids"] for answer in answers]
+        responses = [answer["ids"] for answer in answers]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: holds a damaged line ({error}); delete the file, it is made again") from error
-    if lines[0] != first:
-        what = next(key for key in made_from if before.get(key) != made_from[key])
-        raise InputError(f"{path}: holds other answers: their {what} is {before.get(what)}, here {made_from[what]}; "
-                         "choose another --out")
-    held = len(lines) - 1
-    if held < len(rows):
-        held -= held % step                                     # complete writes only: a seed belongs to each
+    for key, value in made_from.items():
+        if before.get(key) != value:
+            raise InputError(f"{path}: holds other answers: their {key} is {before.get(key)}, here {value}; choose another --out")
+    if len(responses) < len(rows):
+        del responses[len(responses) // step * step:]           # complete writes only: a seed belongs to each
     with atomic_path(path) as new:
-        new.write_text("\n".join(lines[:1 + held]) + "\n", encoding="utf-8")
-    responses = answers[:held]
-    teacher = load() if held < len(rows) else None
-    for start in range(held, len(rows), step):
+        new.write_text("\n".join(lines[:1 + len(responses)]) + "\n", encoding="utf-8")
+    teacher = load() if len(responses) < len(rows) else None
+    for start in range(len(responses), len(rows), step):
         own = respond(teacher, rows[start:start + step], batch_size, max_new_tokens, tokenizer.eos_ids,
                       seed=seed + start, vocab=len(tokenizer))
         with append_to(path) as file:
