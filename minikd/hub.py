@@ -121,7 +121,7 @@ def causes(error: BaseException):
 
 def why(error: Exception) -> tuple[str, str]:
     """An error of the hub's -> what happened, and what the user can do."""
-    from huggingface_hub import errors
+    from huggingface_hub import utils as errors                 # old versions have no huggingface_hub.errors
     for cause in causes(error):
         response = getattr(cause, "response", None)
         status, text = getattr(response, "status_code", None), " ".join(str(cause).split())
