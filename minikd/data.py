@@ -43,7 +43,7 @@ from minikd.files import InputError, sha256
 from minikd.hub import label
 from minikd.records import HALF, data_files, kind_of, read_records
 
-ENCODED_AT_ONCE = 512                               # examples that the tokenizer is given in one call
+ENCODED_AT_ONCE = 512                               # examples between two steps of the progress
 
 # ---- a record -> an example
 
@@ -409,7 +409,7 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
     for start in range(0, len(examples), ENCODED_AT_ONCE):
         part = examples[start:start + ENCODED_AT_ONCE]
         # Tokenized separately, then joined, because sampling also appends new ids to the prompt's.
-        prompts = tokenizer.encode_batch([prompt_text(example, tokenizer, template) for example in part])
+        prompts = list(tokenizer.encode_batch([prompt_text(example, tokenizer, template) for example in part]))
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= min(max_prompt_length, max_length - 1)]
         counts["dropped: prompt too long"] += len(part) - len(fitting)
         for i, response in zip(fitting, tokenizer.encode_batch([part[i].response for i in fitting])):
@@ -437,11 +437,10 @@ def encode_text(texts: list[str], tokenizer, max_length: int = 512) -> list[Enco
     before, which it does not score: so every token is scored once.
     """
     rows = []
-    for start in range(0, len(texts), ENCODED_AT_ONCE):
-        for index, text in enumerate(tokenizer.encode_batch(texts[start:start + ENCODED_AT_ONCE]), start):
-            ids = [tokenizer.pad_id, *text, tokenizer.pad_id]
-            rows += [Encoded(ids[at:at + 1], ids[at + 1:at + max_length], at + max_length < len(ids), index)
-                     for at in range(0, len(ids) - 1, max_length - 1)]
+    for index, text in enumerate(tokenizer.encode_batch(texts)):
+        ids = [tokenizer.pad_id, *text, tokenizer.pad_id]
+        rows += [Encoded(ids[at:at + 1], ids[at + 1:at + max_length], at + max_length < len(ids), index)
+                 for at in range(0, len(ids) - 1, max_length - 1)]
     return rows
 
 

@@ -121,10 +121,10 @@ def whole(path: Path, held: dict[str, Encoded], width: int) -> bool:
     """Whether a shard exists and holds these rows, complete as far as its header and its size can tell."""
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {digest: file.get_slice(digest).get_shape() for digest in file.keys()}
+            found = {digest: (file.get_slice(digest).get_shape(), file.get_slice(digest).get_dtype()) for digest in file.keys()}
     except (OSError, SafetensorError):
         return False
-    return shapes == {digest: [len(row.response), width] for digest, row in held.items()}
+    return found == {digest: ([len(row.response), width], "BF16") for digest, row in held.items()}
 
 
 def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenizer, batch_size: int,
@@ -144,11 +144,12 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     try:
         before, *answers = map(json.loads, lines)
         responses = [answer["ids"] for answer in answers]
+        other = [key for key in before | made_from if before.get(key) != made_from.get(key)]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: holds a damaged line ({error}); delete the file, it is made again") from error
-    for key, value in made_from.items():
-        if before.get(key) != value:
-            raise InputError(f"{path}: holds other answers: their {key} is {before.get(key)}, here {value}; choose another --out")
+    if other:
+        raise InputError(f"{path}: holds other answers: their {other[0]} is {before.get(other[0])}, here "
+                         f"{made_from.get(other[0])}; choose another --out")
     if len(responses) < len(rows):
         del responses[len(responses) // step * step:]           # complete writes only: a seed belongs to each
     with atomic_path(path) as new:

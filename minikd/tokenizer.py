@@ -1,5 +1,6 @@
 """Text <-> token ids: tokenizer.json through `tokenizers`, and the chat template."""
 import json
+from collections.abc import Iterator
 from datetime import datetime
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -85,16 +86,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; special tokens written out in it, such as <|im_end|>, become their ids."""
-        return self.encode_batch([text])[0]
+        return next(self.encode_batch([text]))
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str]) -> Iterator[list[int]]:
         """encode of each text, on all cores. An id is one object wherever it occurs, so that a token of the data takes 9 bytes
         of memory, and not 34; the tokenizer's own result takes 60, and is of few texts at a time."""
-        sizes, found = accumulate(map(len, texts)), []
-        for _, part in groupby(zip(sizes, texts), key=lambda item: item[0] // AT_ONCE):
-            encodings = self.backend.encode_batch_fast([text for _, text in part], add_special_tokens=False)
-            found += [[self.numbers.setdefault(token, token) for token in encoding.ids] for encoding in encodings]
-        return found
+        for _, part in groupby(zip(accumulate(map(len, texts)), texts), key=lambda item: item[0] // AT_ONCE):
+            for encoding in self.backend.encode_batch_fast([text for _, text in part], add_special_tokens=False):
+                yield [self.numbers.setdefault(token, token) for token in encoding.ids]
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens are left out."""

@@ -615,9 +615,7 @@ def test_an_endless_stream_holds_each_row_once_a_turn_however_it_is_cut():
 
 # ---- plain text
 
-@pytest.mark.parametrize("at_once", [1, 2, 9])
-def test_plain_text_is_scored_whole_and_once_in_windows(monkeypatch, at_once):
-    monkeypatch.setattr("minikd.data.ENCODED_AT_ONCE", at_once)
+def test_plain_text_is_scored_whole_and_once_in_windows():
     rows = encode_text(["abcdefgh", "xy", ""], Letters(), max_length=4)
     assert [(row.prompt, row.response) for row in rows] == [
         ([0], [97, 98, 99]), ([99], [100, 101, 102]), ([102], [103, 104, 0]), ([0], [120, 121, 0]), ([0], [0])]

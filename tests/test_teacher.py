@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import small
 from minikd import teacher as module
@@ -91,6 +91,14 @@ def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(fill, tmp_pat
     assert shards[5].stat().st_mtime_ns == kept
 
 
+def test_states_of_another_dtype_are_made_again(fill, tmp_path):
+    fill()
+    shard = min((tmp_path / "cache").glob("states-*"))
+    before, states = shard.read_bytes(), load_file(shard)
+    save_file({digest: value.float() for digest, value in states.items()}, shard)
+    assert fill() == sum(map(len, states.values())) and shard.read_bytes() == before
+
+
 def test_a_cache_of_something_else_is_refused_by_name(fill, tmp_path):
     fill()
     for changed, said in ((dict(made_from=dict(teacher="b")), "its teacher is a, here b"),
@@ -168,3 +176,9 @@ def test_answers_of_another_teacher_or_to_other_prompts_are_refused(respond):
                           (dict(seed=1), "their seed is 0, here 1")):
         with pytest.raises(InputError, match=said):
             respond(**changed)
+
+
+def test_answers_that_were_made_with_a_setting_more_are_refused(respond):
+    respond(made_from=dict(teacher="a", more=1))
+    with pytest.raises(InputError, match="their more is 1, here None"):
+        respond()

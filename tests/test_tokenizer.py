@@ -309,9 +309,8 @@ def test_the_real_tokenizer_gives_qwens_ids(qwen):
 @pytest.mark.parametrize("at_once", [1, 50, 1 << 19])
 def test_a_batch_is_its_texts_one_by_one_and_an_id_one_object(qwen, monkeypatch, at_once):
     monkeypatch.setattr("minikd.tokenizer.AT_ONCE", at_once)
-    batch = qwen.encode_batch(TEXTS * 2)
-    assert batch == [qwen.backend.encode(text, add_special_tokens=False).ids for text in TEXTS * 2] and qwen.encode_batch([]) == []
-    again = qwen.encode_batch(TEXTS)
+    batch, again, none = (list(qwen.encode_batch(texts)) for texts in (TEXTS * 2, TEXTS, []))
+    assert batch == [qwen.backend.encode(text, add_special_tokens=False).ids for text in TEXTS * 2] and none == []
     assert max(batch[0]) > 1000 and all(a is b for ids, others in zip(batch, again) for a, b in zip(ids, others))
 
 
