@@ -219,7 +219,7 @@ def save_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, facts: di
     """
     tensors = {f"more.{key}": value for key, value in (more or {}).items()}
     tensors |= {f"model.{key}": value for key, value in model.state_dict().items()}
-    for i, (_, moments) in enumerate(optimizer.state_dict()["state"].items()):
+    for i, moments in optimizer.state_dict()["state"].items():                  # i: the parameter's place in its groups
         tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
     with atomic_path(Path(folder) / STATE) as new:
         save_tensors(tensors, new, {"facts": json.dumps(facts)})
@@ -231,7 +231,10 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
     try:
         with safe_open(path, framework="pt") as file:
             wanted = {f"model.{key}": list(value.shape) for key, value in model.state_dict().items()}
-            held = {key: file.get_slice(key).get_shape() for key in file.keys() if key.startswith("model.")}
+            held = {key: file.get_slice(key).get_shape() for key in file.keys() if key.startswith(("model.", "optimizer."))}
+            for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                wanted |= {key: [] if key.endswith(".step") else list(parameter.shape) for key in held
+                           if key.startswith(f"optimizer.{i}.")}
             for key in sorted(wanted.keys() | held.keys()):     # all are checked before the first is changed
                 if wanted.get(key) != held.get(key):
                     raise InputError(f"{path}: belongs to another model ({key.removeprefix('model.')} is {held.get(key)}, "

@@ -257,9 +257,14 @@ def test_a_state_comes_back_bit_for_bit_moments_and_all(tmp_path, tied):
         moments, again = optimizer.state[mine], fresh.state[theirs]
         assert set(moments) == set(again) == {"step", "exp_avg", "exp_avg_sq"} and moments["exp_avg_sq"].any()
         assert all(torch.equal(moments[key], again[key]) and moments[key].dtype == again[key].dtype for key in moments)
-    take_steps(model, optimizer, 3)
-    take_steps(other, fresh, 3)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), other.parameters()))
+    for number in range(1, 4):                                                  # and so after every further stop
+        take_steps(model, optimizer, 3)
+        take_steps(other, fresh, 3)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), other.parameters()))
+        save_state(tmp_path, other, fresh, {"step": 3 + 3 * number})
+        other = small_model(seed=2 + number, tie_word_embeddings=tied)
+        fresh = make_optimizer(other, 0.01)
+        load_state(tmp_path, other, fresh)
 
 
 def test_a_state_is_one_file_that_replaces_the_one_before(tmp_path):
@@ -287,6 +292,20 @@ def test_a_state_of_another_model_is_refused_in_one_line_and_nothing_is_touched(
         load_state(tmp_path, other, make_optimizer(other, 0.01))
     assert "\n" not in str(error.value)
     assert all(torch.equal(was, now) for was, now in zip(before, other.parameters()))
+
+
+def test_a_state_with_the_moments_of_other_parameters_is_refused(tmp_path):
+    """The fused AdamW would read past their ends."""
+    model = small_model()
+    optimizer = make_optimizer(model, 0.01)
+    take_steps(model, optimizer, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        state = optimizer.state_dict()
+        order = sorted(state["state"], key=str)
+        patch.setattr(optimizer, "state_dict", lambda: state | {"state": dict(zip(order, state["state"].values()))})
+        save_state(tmp_path, model, optimizer, {"step": 1})
+    with pytest.raises(InputError, match=f"{STATE}: belongs to another model .optimizer"):
+        load_state(tmp_path, model, make_optimizer(model, 0.01))
 
 
 def test_a_state_cut_short_is_named(tmp_path):
