@@ -89,9 +89,11 @@ VARIANTS = [[], ["--inner-epochs", "2"], ["--norm", "constant", "--scale", "none
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=" ".join)
 def test_every_variant_goes_on_from_its_last_state_to_the_same_bits(run, tmp_path, flags):
+    flags = [*flags, "--eval-every", "1"]
     assert run(*flags, out=tmp_path / "whole")[0] == 0
-    with killed_at(4):
-        assert run(*flags, out=tmp_path / "killed")[0] == 130
+    for step, resume in (2, []), (4, ["--resume"]):                             # the second state is that of a resumed run
+        with killed_at(step):
+            assert run(*flags, *resume, out=tmp_path / "killed")[0] == 130
     status, _, err = run(*flags, "--resume", out=tmp_path / "killed")
     assert status == 0, err
     assert steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole") and len(steps_of(tmp_path / "whole")) == 4

@@ -273,8 +273,9 @@ def test_every_mode_goes_on_from_its_last_state_to_the_same_bits(run, mode, tmp_
     monkeypatch.setattr(minillm, "collect", lambda **options: (kept.append(options["seed"]), kept[0](**options))[1])
     flags = [*mode(name), "--steps", "10", "--eval-every", "3", "--batch-size", "4", "--grad-accum", "2", "--lr", "0.003"]
     assert run(*flags, out=tmp_path / "whole")[0] == 0
-    with killed_at(8):
-        assert run(*flags, out=tmp_path / "killed")[0] == 130
+    for step, resume in (5, []), (8, ["--resume"]):                             # the second state is that of a resumed run
+        with killed_at(step):
+            assert run(*flags, *resume, out=tmp_path / "killed")[0] == 130
     before = len(kept)
     status, _, err = run(*flags, "--resume", out=tmp_path / "killed")
     assert status == 0, err
