@@ -23,7 +23,7 @@ import torch
 from minikd import grpo, problems, sandbox, toy
 from minikd.checkpoint import identify, load_model, save_model
 from minikd.data import Encoded, collate, encode_examples, next_rows, same_prompt, split_examples, to_example
-from minikd.files import InputError, script_errors, sha256
+from minikd.files import InputError, remove, script_errors, sha256
 from minikd.hub import label
 from minikd.losses import entropy, head_loss, scored_positions
 from minikd.model import Qwen2, cast_copy, mixed
@@ -244,7 +244,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                 if step + 1 < steps:
                     save_state(out, model, optimizer, {"step": step + 1, "unpaid": unpaid})
     log.write(step=steps, done=True)
-    (out / STATE).unlink(missing_ok=True)                       # last/ has the weights; the moments are of no more use
+    remove(out / STATE)                                         # last/ has the weights; the moments are of no more use
     return model
 
 

@@ -27,7 +27,7 @@ from minikd.checkpoint import (check_vocabulary, identify, load_config, load_hea
 from minikd.data import (FORMATS, Encoded, collate, encode_examples, encode_text, load_examples, load_texts,
                          optimizer_steps, same_prompt, split_examples, steps_per_epoch)
 from minikd.evaluate import answer_and_score, compare, show_table
-from minikd.files import InputError, script_errors, write_jsonl
+from minikd.files import InputError, remove, script_errors, write_jsonl
 from minikd.generate import respond
 from minikd.losses import (DIVERGENCES, clipped_surrogate, head_loss, pick_divergence, reverse_kl, scored_positions)
 from minikd.model import Qwen2, cast_copy, mixed
@@ -241,7 +241,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                     save_state(out, student, optimizer, state, minillm.pack_rollouts(rollouts_now))
             started = time.perf_counter()
     log.write(step=steps, done=True)
-    (out / STATE).unlink(missing_ok=True)                       # last/ has the weights; the moments are of no more use
+    remove(out / STATE)                                         # last/ has the weights; the moments are of no more use
     return student
 
 

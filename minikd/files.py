@@ -65,7 +65,8 @@ def atomic_path(path, folder: bool = False):
     if folder and Path.cwd().is_relative_to(path):
         raise InputError(f"{path}: is the folder you work in, and would be replaced; give another, or one inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    if path.exists():                                           # else what was left may be the only copy
+        _sweep(path)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent))   # on the same file system
     try:
         new = work / path.name
@@ -80,11 +81,18 @@ def atomic_path(path, folder: bool = False):
                 os.rename(path, work / "old")                   # os.replace cannot replace a full folder
             os.replace(new, path)
         _fsync(path.parent)
+        _sweep(path)
     except OSError as error:
         error.filename = error.filename or str(path)            # a full disk's error does not name the file
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def remove(path: Path):
+    """Deletes a file, if there is one, and what killed processes left of it."""
+    path.unlink(missing_ok=True)
+    _sweep(path)
 
 
 def write_jsonl(rows: list[dict], path):
@@ -106,8 +114,6 @@ def append_to(path):
 
 def _sweep(path: Path):
     """Removes the temporary files of processes that were killed while writing `path`: gigabytes, for a model."""
-    if not path.exists():                                       # theirs may then be the only copy
-        return
     for left in path.parent.iterdir():
         pid = left.name.removeprefix(f".{path.name}.").partition(".")[0]
         if left.name.startswith(f".{path.name}.") and pid.isdecimal():

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from minikd.checkpoint import check_vocabulary, model_folder, outline
-from minikd.files import InputError, append_to, atomic_path, read_json, save_tensors
+from minikd.files import InputError, append_to, atomic_path, read_json, remove, save_tensors
 from minikd.model import Qwen2, Qwen2Config, run_block
 from minikd.records import local_files
 
@@ -309,6 +309,7 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
         check_settings(folder, settings)
         if lines and lines[-1].get("done"):
             print(f"{folder}: done already")
+            remove(state)                                       # if it was killed before it could
             return False
         began = read_json(folder / CONFIG).get("versions", {})
         for what, now in ("torch", torch.__version__), ("threads", torch.get_num_threads()):
@@ -317,7 +318,7 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
     lock(folder)
     if not resume:
         for name in STATE, LOG:                                 # of another run: it must not be continued
-            (folder / name).unlink(missing_ok=True)
+            remove(folder / name)
     write_config(folder, settings)
     return True
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minikd import files
-from minikd.files import InputError, atomic_path, check_writable, read_json, script_errors
+from minikd.files import InputError, atomic_path, check_writable, read_json, remove, script_errors
 
 
 def names(folder: Path) -> list[str]:
@@ -178,18 +178,24 @@ def test_what_is_not_a_json_object_is_named_in_one_line(tmp_path, content, compl
     assert str(caught.value).startswith(f"{path}: {complaint}") and "\n" not in str(caught.value)
 
 
-def test_what_a_killed_writer_left_is_swept_by_the_next_write_but_not_a_living_ones(tmp_path):
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("last", ["write", "removal"])
+def test_what_a_killed_writer_left_is_swept_by_the_next_write_but_not_a_living_ones(tmp_path, before, last):
     path = tmp_path / "last"
-    with atomic_path(path, folder=True):
-        pass
+    if before:
+        path.touch()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     left, alive, other = (tmp_path / name for name in (f".last.{dead.pid}.x", f".last.{os.getpid()}.x", ".lasting.1.x"))
     for folder in (left, alive, other):
         folder.mkdir()
-    with atomic_path(path, folder=True):
-        pass
-    assert not left.exists() and alive.exists() and other.exists()
+    if last == "removal":
+        remove(path)
+    else:
+        with atomic_path(path) as new:
+            assert left.exists() == (not before)                # a folder that is being replaced may be there and nowhere else
+            new.touch()
+    assert not left.exists() and alive.exists() and other.exists() and path.exists() == (last == "write")
 
 
 @pytest.mark.parametrize("error, swept", [(ProcessLookupError, True), (PermissionError, False), (OverflowError, True)])

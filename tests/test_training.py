@@ -498,8 +498,8 @@ def test_a_run_that_goes_on_with_other_threads_says_so(tmp_path, capsys):
 def test_a_run_that_is_done_or_had_other_settings_is_left_as_it_is(tmp_path, capsys):
     write_config(tmp_path, SETTINGS)
     Log(tmp_path).write(dict(step=1), dict(step=2, done=True))
-    (tmp_path / STATE).touch()
     files = {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()}
+    (tmp_path / STATE).touch()                                                  # killed before it could remove it
     assert begin_run(tmp_path, SETTINGS, resume=True) is False
     assert capsys.readouterr().out == f"{tmp_path}: done already\n"
     with pytest.raises(InputError, match="--lr 1.0, but the run began with 1e-05"):
