@@ -50,7 +50,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
         if not model.quantization:
             try:
                 model.lay_back()
-            except KeyboardInterrupt:                   # first the weights, then the interrupt
+            except BaseException:                       # an interrupt, no memory: first the weights, then the error
                 model.lay_back()
                 raise
             if pack:

@@ -283,7 +283,7 @@ def compare_heads(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden:
                                    (logq.argmax(-1) == logp.argmax(-1)).float()]))          # [4, n]
         return values[-1][0]
 
-    values = []
+    values = [torch.zeros(4, 0, device=hidden.device)]          # all there is without tokens
     _, ce, _ = head_loss(hidden, head, targets, teacher_hidden, teacher_head, metrics)
     names = "kd", "forward_kl", "reverse_kl", "agreement"
     return {"ce": ce} | dict(zip(names, torch.cat(values, dim=1), strict=True))

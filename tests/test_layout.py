@@ -114,22 +114,23 @@ def test_the_blocks_weights_are_held_once_and_come_back_bit_for_bit(large):
         before = bits_of(large)
 
 
-def test_weights_come_back_after_an_interrupt_also_of_their_unpacking(large, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_weights_come_back_after_an_error_also_of_their_unpacking(large, monkeypatch, error):
     before, unpack, calls = bits_of(large), Packed.unpack, []
 
     def failing(*_):
-        raise KeyboardInterrupt
+        raise error
 
     def stopped(packed):
         calls.append(packed)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise error
         unpack(packed)
 
     for place, name, method in ((large, "hidden", failing), (Packed, "__call__", failing), (Packed, "unpack", stopped),
                                 (Packed, "free_parts", failing)):
         monkeypatch.setattr(place, name, method)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             generate(large, [[1, 2]] * 6, 16)
         monkeypatch.undo()
         assert packed_parts(large) == 0 and same(large.state_dict(), before)
