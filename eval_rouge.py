@@ -74,6 +74,8 @@ def parse_args():
     read = local_files(filter(None, [args.predictions, args.references, *(args.data or [])]))
     if args.out.resolve() in [file.resolve() for file in read]:
         raise InputError(f"--out {args.out}: is one of the files to read; choose another")
+    if args.out.exists() and args.out.suffix != ".jsonl":       # a model's weights, say
+        raise InputError(f"--out {args.out}: exists, and only a .jsonl file is replaced; choose another")
     return args
 
 

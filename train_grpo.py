@@ -29,7 +29,7 @@ from minikd.losses import entropy, head_loss, scored_positions
 from minikd.model import Qwen2, cast_copy, mixed
 from minikd.plots import plot_rewards
 from minikd.records import data_files
-from minikd.rewards import combine, load_rewards, reward_files, summary
+from minikd.rewards import LARGEST, combine, load_rewards, reward_files, summary
 from minikd.teacher import fingerprint
 from minikd.tokenizer import Tokenizer
 from minikd.training import (STATE, Log, Parser, Progress, begin_run, check_free, check_positive, check_settings,
@@ -143,8 +143,8 @@ def parse_weights(text: str | None, names: list[str]) -> dict[str, float]:
         weights = [float(part) for part in text.split(",")] if text else [1.0] * len(names)
     except ValueError:
         raise InputError(f"--reward-weights {text}: is not a list of numbers; give {len(names)}, with commas") from None
-    if not all(map(math.isfinite, weights)):
-        raise InputError(f"--reward-weights {text}: a weight is not finite; give finite numbers")
+    if not all(abs(weight) <= LARGEST for weight in weights):
+        raise InputError(f"--reward-weights {text}: a weight is not at most 10^9; give a smaller one")
     if len(weights) != len(names):
         raise InputError(f"--reward-weights {text}: {len(weights)} weights for {len(names)} rewards; "
                          f"give one for each: {', '.join(names)}")

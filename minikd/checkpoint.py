@@ -108,7 +108,7 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:
     with torch.device("meta"):
         try:
             model = Qwen2(config)
-        except RuntimeError as error:                           # the bytes of a tensor do not fit in 64 bits
+        except (RuntimeError, TypeError) as error:              # a size, or a tensor's bytes, does not fit in 64 bits
             raise InputError(f"{folder / 'config.json'}: its sizes are impossible ({str(error).splitlines()[0]}); "
                              "fetch it again") from error
         model.quantization = read_quantization(folder)

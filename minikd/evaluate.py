@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from minikd.data import Encoded, Example, by_length, collate, recognise, to_example
+from minikd.data import Encoded, Example, by_length, collate, recognise, text_field, to_example
 from minikd.files import InputError, write_jsonl
 from minikd.generate import respond
 from minikd.losses import compare_heads, head_loss, reverse_kl, scored_positions
@@ -160,7 +160,7 @@ def read_references(path, format: str | None = None) -> list[Example]:
             examples.append(to_example(fields, where, format))
         else:
             right = _texts(value, where, ("references", "reference", "response", "output", "text"))
-            examples.append(Example((), "", "", right[0], right, str(fields.get("category") or ""), where))
+            examples.append(Example((), "", "", right[0], right, text_field(fields, where, "category", default=""), where))
     return examples
 
 

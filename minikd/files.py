@@ -33,6 +33,8 @@ def script_errors():
             text += f": delete {cached[1]} and {os.path.realpath(cached[1])} first"
         _exit_with(text)
     except (MemoryError, RuntimeError) as error:                # torch, on GPU and CPU, raises a RuntimeError
+        if re.match("Symlink loop|Could not determine home", str(error)):       # pathlib's, of a path that the user gave
+            _exit_with(f"{error}; give another path")
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         _exit_with("out of memory; lower --batch-size or the lengths, or use --gradient-checkpointing if the script has it")
@@ -157,7 +159,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: is missing; a Hugging Face model folder has one") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:               # bytes, syntax, a number of 5,000 digits, lists 1,000 deep
         raise InputError(f"{path}: is not JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, not an object; fetch it again")

@@ -36,7 +36,8 @@ def data_files(name) -> list[Path]:
     here = folder.is_dir()
     if not here:
         if base.endswith(ENDINGS):                              # runs/data.jsonl is no hub name: do not ask the hub
-            raise InputError(f"{base}: no such file; check the path")
+            raise InputError(f"{name}: {base} is a file, which has no parts; leave out the rest" if folder.is_file() else
+                             f"{base}: no such file; check the path")
         held = files_on_hub(base, kind="dataset")
         if held is not None:
             chosen = _choose(base, held, choice)
@@ -197,5 +198,5 @@ def _parquet_rows(file: Path):
         with pyarrow.parquet.ParquetFile(file) as table:
             rows = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
             yield from ((f"{file}:row {number}", row) for number, row in enumerate(rows, 1))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not a whole parquet file ({error}); download it again") from error

@@ -38,6 +38,7 @@ from minikd import sandbox
 from minikd.files import InputError
 
 Values = list[float | None]
+LARGEST = 1e9                                   # of a reward, and of a weight: squares of the sums must fit into float32
 
 _MARKERS = re.compile(r"\bStep \d+\b|^\d+\.(?!\d)|^[-*] +\S.*|\b(?:First|Second|Next|Finally),", re.MULTILINE)
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?", re.ASCII | re.IGNORECASE)
@@ -282,9 +283,12 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
             raise InputError(f"{path}:{name}: raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}); fix it, "
                              "or return None for what cannot be judged") from error
         try:
-            return [None if value is None or not math.isfinite(value) else float(value)
-                    for _, value in zip(completions, values, strict=True)]
-        except (TypeError, ValueError, OverflowError):
+            numbers = [None if value is None or not math.isfinite(value) else float(value)
+                       for _, value in zip(completions, values, strict=True)]
+        except Exception:                                                       # of the wrong type or length, whatever it is
+            numbers = [math.inf]
+        if any(abs(number or 0) > LARGEST for number in numbers):
             raise InputError(f"{path}:{name}: returned {values!r:.60} for {len(completions)} completions; "
-                             "return a number or None for each") from None
+                             "return a number, at most 10^9, or None for each")
+        return numbers
     return checked

@@ -1,6 +1,7 @@
 """What the student is compared with: the teacher model, or its hidden states on disk, computed once."""
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -38,8 +39,9 @@ class CachedTeacher:
     def __init__(self, folder, head: Tensor):
         self.head, self.shards = head, {}                                       # row's digest -> the open shard that holds it
         for path in Path(folder).glob("states-*.safetensors"):
-            shard = safe_open(path, framework="pt")                             # mapped into memory, not read whole
-            self.shards |= dict.fromkeys(shard.keys(), shard)
+            with suppress(SafetensorError):                                     # a stray file: fill_cache's are whole
+                shard = safe_open(path, framework="pt")                         # mapped into memory, not read whole
+                self.shards |= dict.fromkeys(shard.keys(), shard)
 
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
         """As Teacher.states, in bfloat16 as stored.  Raises KeyError for a row that fill_cache was not given."""
@@ -145,7 +147,11 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
         before, *answers = map(json.loads, lines)
         responses = [answer["ids"] for answer in answers]
         other = [key for key in before | made_from if before.get(key) != made_from.get(key)]
-    except (ValueError, KeyError, TypeError) as error:
+        good = len(responses) <= len(rows) and all(
+            set(map(type, ids)) == {int} and 0 <= min(ids) <= max(ids) < len(tokenizer) for ids in responses)
+        if not (good or other):
+            raise ValueError("too many answers, or one without ids of the tokenizer")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: holds a damaged line ({error}); delete the file, it is made again") from error
     if other:
         raise InputError(f"{path}: holds other answers: their {other[0]} is {before.get(other[0])}, here "

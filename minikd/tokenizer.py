@@ -162,7 +162,7 @@ def read_template(folder: Path):
     config = read_json(path) if path.exists() else {}
     source = config.get("chat_template")
     if isinstance(source, list):                                                # several, each with a name
-        source = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}.get("default")
+        source = next((one.get("template") for one in source if isinstance(one, dict) and one.get("name") == "default"), None)
     if apart.exists():                                                          # transformers 5: in its own file
         source, path = apart.read_text(encoding="utf-8", errors="replace"), apart
     if not isinstance(source, str) or not source.strip():
@@ -190,5 +190,5 @@ def read_template(folder: Path):
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     try:
         return environment.from_string(source, globals=given)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise InputError(f"{path}: its chat template is damaged ({error}); fetch it again") from error

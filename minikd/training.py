@@ -20,7 +20,7 @@ from tqdm import tqdm
 from minikd.checkpoint import check_vocabulary, model_folder, outline
 from minikd.files import InputError, append_to, atomic_path, read_json, remove, save_tensors
 from minikd.model import Qwen2, Qwen2Config, run_block
-from minikd.records import local_files
+from minikd.records import HALF, local_files
 
 STATE, LOG, CONFIG = "state.safetensors", "log.jsonl", "config.json"
 # Names of the files that a run writes, and data may have.
@@ -103,6 +103,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=(
             lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=125)))
         self.defaults = {}                                      # flag -> its default, and that in the toy world
+
+    def parse_args(self, given: list[str] | None = None):
+        for word in sys.argv[1:] if given is None else given:
+            if HALF.search(word):                               # bytes of a file's name; nothing could write it down
+                raise InputError(f"{word!r}: is not UTF-8; rename the file or folder")
+        return super().parse_args(given)
 
     def error(self, message: str):
         raise InputError(f"{message}; see --help")
@@ -193,7 +199,7 @@ def _log_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
             try:
                 value = json.loads(line[:-1])
                 abs(value["step"])                              # a number
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise InputError(f"{path}: holds a line that is not a step of a run ({error}); choose another --out") from error
             yield line, value
 
@@ -232,9 +238,10 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
         with safe_open(path, framework="pt") as file:
             wanted = {f"model.{key}": list(value.shape) for key, value in model.state_dict().items()}
             held = {key: file.get_slice(key).get_shape() for key in file.keys() if key.startswith(("model.", "optimizer."))}
-            for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-                wanted |= {key: [] if key.endswith(".step") else list(parameter.shape) for key in held
-                           if key.startswith(f"optimizer.{i}.")}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, parameter in enumerate(parameters if held.keys() - wanted.keys() else ()):
+                wanted |= {f"optimizer.{i}.step": []} | dict.fromkeys(
+                    (f"optimizer.{i}.exp_avg", f"optimizer.{i}.exp_avg_sq"), list(parameter.shape))
             for key in sorted(wanted.keys() | held.keys()):     # all are checked before the first is changed
                 if wanted.get(key) != held.get(key):
                     raise InputError(f"{path}: belongs to another model ({key.removeprefix('model.')} is {held.get(key)}, "
@@ -311,7 +318,7 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
             print(f"{folder}: done already")
             remove(state)                                       # if it was killed before it could
             return False
-        began = read_json(folder / CONFIG).get("versions", {})
+        began = read_json(folder / CONFIG).get("versions") or {}
         for what, now in ("torch", torch.__version__), ("threads", torch.get_num_threads()):
             if began.get(what, now) != now:
                 print(f"{folder}: began with {what} {began[what]}, goes on with {now}; the weights may differ in the last digits")

@@ -236,7 +236,8 @@ def test_a_folder_without_weights_is_named(folder):
 
 @pytest.mark.parametrize("content, complaint", [(None, "is missing"), ("{", "is not JSON"), ("[]", "holds a list"),
                                                 ('{"model_type": "llama"}', "model_type = 'llama'"),
-                                                ('{"model_type": "qwen2", "hidden_size": 1000000000000}', "are impossible")])
+                                                ('{"model_type": "qwen2", "hidden_size": 1000000000000}', "are impossible"),
+                                                ('{"model_type": "qwen2", "hidden_size": 1%s}' % ("0" * 30), "are impossible")])
 def test_a_config_that_is_not_there_or_not_ours_is_named(folder, content, complaint):
     (folder / "config.json").unlink()
     if content is not None:

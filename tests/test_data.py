@@ -324,8 +324,11 @@ def test_parquet_streams_through_pyarrow(tmp_path):
     examples, _ = load_examples(tmp_path / "d.parquet")
     assert [example.response for example in examples] == ["ho", "ho"] and examples[1].where.endswith(":row 2")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match="not a whole parquet file"):
-        list(read_records(tmp_path / "broken.parquet"))
+    latin = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pyarrow.py_buffer(b"\xf1"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "latin.parquet")
+    for name in "broken", "latin":
+        with pytest.raises(InputError, match="not a whole parquet file"):
+            list(read_records(tmp_path / f"{name}.parquet"))
 
 
 def test_parquet_without_pyarrow_gives_the_conversion_command(tmp_path, monkeypatch):
@@ -418,6 +421,12 @@ def test_missing_file_is_not_taken_for_a_hub_name(monkeypatch):
     monkeypatch.setattr(records, "local_folder", None)
     with pytest.raises(InputError, match="runs/none.jsonl: no such file"):
         load_examples("runs/none.jsonl")
+
+
+def test_a_file_has_no_parts(tmp_path):
+    (tmp_path / "d.jsonl").touch()
+    with pytest.raises(InputError, match="d.jsonl:es: .*d.jsonl is a file, which has no parts; leave out the rest"):
+        load_examples(f"{tmp_path}/d.jsonl:es")
 
 
 def test_folder_without_data_says_what_it_takes(tmp_path):

@@ -169,7 +169,8 @@ def test_a_link_keeps_leading_to_the_folder_that_is_replaced(tmp_path):
 # ---- read_json
 
 @pytest.mark.parametrize("content, complaint", [(b"{\"a\": 1,}", "is not JSON"), (b"", "is not JSON"),
-                                                (b"\xff\xfe{}", "is not JSON"), (b"[1]", "holds a list")])
+                                                (b"\xff\xfe{}", "is not JSON"), (b"[1]", "holds a list"),
+                                                (b"[" * 9999, "is not JSON"), (b"9" * 9999, "is not JSON")])
 def test_what_is_not_a_json_object_is_named_in_one_line(tmp_path, content, complaint):
     path = tmp_path / "config.json"
     path.write_bytes(content)

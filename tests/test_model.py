@@ -274,6 +274,7 @@ def test_a_config_survives_its_own_writing():
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"hidden_size": 56.0}, "hidden_size = 56.0"), ({"vocab_size": "300"}, "vocab_size = '300'"),
     ({"vocab_size": True}, "vocab_size = True"), ({"num_hidden_layers": -1}, "num_hidden_layers = -1"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000; give a whole number from 1 to 1,000"),
     ({"num_attention_heads": 0}, "num_attention_heads = 0"), ({"num_key_value_heads": 0}, "num_key_value_heads = 0"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
     ({"rms_norm_eps": "tiny"}, "rms_norm_eps = 'tiny'"), ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan"),

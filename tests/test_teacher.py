@@ -89,6 +89,8 @@ def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(fill, tmp_pat
     assert 0 < made == sum(len(states) for path in shards[:4] for states in load_file(path).values()) < whole
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert shards[5].stat().st_mtime_ns == kept
+    (folder / "states-99999.safetensors").write_bytes(b"half a cop")            # nobody asked for it
+    assert CachedTeacher(folder, torch.zeros(1)).states(ROWS[:1], None, None).shape[0] == len(ROWS[0].response)
 
 
 def test_states_of_another_dtype_are_made_again(fill, tmp_path):
@@ -176,6 +178,17 @@ def test_answers_of_another_teacher_or_to_other_prompts_are_refused(respond):
                           (dict(seed=1), "their seed is 0, here 1")):
         with pytest.raises(InputError, match=said):
             respond(**changed)
+
+
+@pytest.mark.parametrize("line", ['{"ids": []}', '{"ids": [400]}', '{"ids": [-1]}', '{"ids": [5.0]}', '{"ids": null}', "[" * 9999])
+def test_answers_without_ids_of_the_tokenizer_are_refused(respond, tmp_path, line):
+    respond()
+    path = tmp_path / "answers.jsonl"
+    first, second, *more = path.read_text().splitlines()
+    for lines in [first, line, *more], [first, second, *more, second]:          # the last: one answer too many
+        path.write_text("\n".join(lines) + "\n")
+        with pytest.raises(InputError, match="holds a damaged line .*delete the file, it is made again"):
+            respond()
 
 
 def test_answers_that_were_made_with_a_setting_more_are_refused(respond):

@@ -129,13 +129,13 @@ def test_the_template_is_read_from_either_file_the_one_apart_first(tokenizer_fol
 
 
 def test_of_several_named_templates_the_default_one_counts(tokenizer_folder, tmp_path):
-    named = [{"name": "tool_use", "template": NO_SYSTEM}, {"name": "default", "template": QWEN2}]
+    named = [{"name": ["odd"]}, {"name": "tool_use", "template": NO_SYSTEM}, {"name": "default", "template": QWEN2}]
     tokenizer = Tokenizer.load(with_template(tokenizer_folder, tmp_path, named))
     assert tokenizer.chat([USER]) == rendered(QWEN2, [USER], False)
 
 
 @pytest.mark.parametrize("template, said", [
-    ("{% if %}", "is damaged"), ("{{ raise_exception('system first') }}", "system first"), ("{{ nobody.knows }}", "undefined"),
+    ("{% if %}", "is damaged"), ("{{" + "(" * 9999 + ")" * 9999 + "}}", "is damaged"), ("{{ raise_exception('system first') }}", "system first"), ("{{ nobody.knows }}", "undefined"),
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"), ("{{ messages.append(1) }}", "unsafe"),
     ("{{ 1 / 0 }}", "division by zero")])
 def test_a_template_that_fails_or_reaches_out_is_one_line(tokenizer_folder, tmp_path, template, said):

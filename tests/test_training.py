@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import locked_by_another, small
 from minikd.checkpoint import save_model
@@ -200,7 +200,7 @@ def test_a_log_of_another_name_leaves_the_first_alone(tmp_path):
     assert read_log(tmp_path) == [{"step": 1}] and read_log(tmp_path, "answers.jsonl") == [{"step": 7}]
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"ce": 1}', '{"step": null}', '{"step": "2"}'])
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"ce": 1}', '{"step": null}', '{"step": "2"}', "[" * 9999])
 def test_a_line_that_is_no_step_is_named_and_only_a_resumed_log_reads_it(tmp_path, line):
     (tmp_path / LOG).write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
     with pytest.raises(InputError, match=f"{LOG}: holds a line that is not a step of a run"):
@@ -305,6 +305,11 @@ def test_a_state_with_the_moments_of_other_parameters_is_refused(tmp_path):
         patch.setattr(optimizer, "state_dict", lambda: state | {"state": dict(zip(order, state["state"].values()))})
         save_state(tmp_path, model, optimizer, {"step": 1})
     with pytest.raises(InputError, match=f"{STATE}: belongs to another model .optimizer"):
+        load_state(tmp_path, model, make_optimizer(model, 0.01))
+    save_state(tmp_path, model, optimizer, {"step": 1})
+    left = {key: value for key, value in load_file(tmp_path / STATE).items() if "optimizer.3." not in key}
+    save_file(left, tmp_path / STATE, {"facts": "{}"})
+    with pytest.raises(InputError, match=f"{STATE}: belongs to another model .optimizer.3.exp_avg is None"):
         load_state(tmp_path, model, make_optimizer(model, 0.01))
 
 
