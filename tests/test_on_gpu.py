@@ -9,7 +9,7 @@ import eval_rouge
 import quantize
 import train_grpo
 import train_kd
-from conftest import small, steps_of, tiny
+from conftest import killed_at, small, steps_of, tiny
 from fake_gpu import Graph, Played, Wrong, gpu, record
 from minikd.generate import Rows, generate_with_log_probs
 from minikd.model import mixed
@@ -145,6 +145,24 @@ def test_a_run_on_a_gpu_learns_what_it_learns_on_a_cpu(run, script, flags):
     assert len(ours) == len(theirs) > 2
     for line, right in zip(ours, theirs):
         assert line == pytest.approx(right, rel=2e-3, abs=2e-4)
+
+
+@pytest.mark.parametrize("script, flags", [
+    (train_kd, KD + "--loss minillm --rollouts 16 --inner-epochs 2"),
+    (train_grpo, GRPO + "--eval-every 2 --eval-examples 1 --prompts 1 --max-new-tokens 6")])
+def test_a_run_stopped_twice_on_a_gpu_goes_on_there_to_the_same_steps(shell, world, tmp_path, script, flags):
+    def call(out, *more):
+        with gpu():
+            return shell(script, "--device", "cuda", "--dtype", "float32", "--out", tmp_path / out,
+                         *flags.format(w=world, out=tmp_path / out).split(), "--steps", 6, *more)
+
+    assert call("whole")[0] == 0
+    for step, resume in (3, []), (5, ["--resume"]):
+        with killed_at(step):
+            assert call("stopped", *resume)[0] == 130
+    status, _, err = call("stopped", "--resume")
+    assert status == 0, err
+    assert len(steps_of(tmp_path / "whole")) == 6 and steps_of(tmp_path / "stopped") == steps_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("flags, near", [("--loss forward_kl --cache-teacher {out}/states", 0.02), ("--loss sft", 0.02),
