@@ -83,7 +83,7 @@ def atomic_path(path, folder: bool = False):
                 os.rename(path, work / "old")                   # os.replace cannot replace a full folder
             os.replace(new, path)
         _fsync(path.parent)
-        _sweep(path)
+        _sweep(path)                                            # what was left of it before there was any
     except OSError as error:
         error.filename = error.filename or str(path)            # a full disk's error does not name the file
         raise
@@ -153,13 +153,21 @@ def check_writable(folder: Path):
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
 
 
+def parse_json(text: str | bytes):
+    """json.loads. All that it cannot parse is a ValueError: bytes, syntax, a number of 5,000 digits, and lists 1,000 deep, too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
 def read_json(path: Path) -> dict:
     """One JSON object from a file.  Raises InputError, with file and position, if it is missing or not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: is missing; a Hugging Face model folder has one") from None
-    except (ValueError, RecursionError) as error:               # bytes, syntax, a number of 5,000 digits, lists 1,000 deep
+    except ValueError as error:
         raise InputError(f"{path}: is not JSON ({error}); fetch it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, not an object; fetch it again")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from minikd.files import InputError
+from minikd.files import InputError, parse_json
 from minikd.hub import ADDRESS, files_on_hub, local_folder
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
@@ -129,12 +129,12 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse(data: bytes, file: Path, line: int = 1):
     try:
-        return json.loads(data)                                 # given bytes, it checks UTF-8 and accepts a BOM
+        return parse_json(data)                                 # given bytes, it checks UTF-8 and accepts a BOM
     except json.JSONDecodeError as error:
         line, reason = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
     except UnicodeDecodeError as error:
         line, reason = line + error.object.count(b"\n", 0, error.start), str(error)
-    except (ValueError, RecursionError) as error:               # a number of 5,000 digits, lists 1,000 deep
+    except ValueError as error:
         reason = str(error)
     raise InputError(f"{file}:{line}: not JSON ({reason}): {data[:40]!r}; fix or remove it")
 

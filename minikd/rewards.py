@@ -259,7 +259,7 @@ def _entries(names: str) -> list[tuple[str, str]]:
 
 
 def _from_file(path: str, name: str) -> Callable[..., Values]:
-    """A function of the user's file. Its results are checked; NaN and infinity become None."""
+    """A function of the user's file. Its results are checked: NaN and infinity become None, beyond LARGEST is an InputError."""
     file, module_name = Path(path).expanduser(), "rewards_of_" + re.sub(r"\W", "_", path)
     if file.suffix != ".py" or not file.is_file():
         raise InputError(f"{path}:{name}: there is no Python file {path}; give FILE.py:FUNCTION")
@@ -283,12 +283,17 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
             raise InputError(f"{path}:{name}: raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}); fix it, "
                              "or return None for what cannot be judged") from error
         try:
-            numbers = [None if value is None or not math.isfinite(value) else float(value)
-                       for _, value in zip(completions, values, strict=True)]
+            return [_checked(value) for _, value in zip(completions, values, strict=True)]
         except Exception:                                                       # of the wrong type or length, whatever it is
-            numbers = [math.inf]
-        if any(abs(number or 0) > LARGEST for number in numbers):
             raise InputError(f"{path}:{name}: returned {values!r:.60} for {len(completions)} completions; "
-                             "return a number, at most 10^9, or None for each")
-        return numbers
+                             "return a number, at most 10^9, or None for each") from None
+
     return checked
+
+
+def _checked(value) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    if abs(value) > LARGEST:
+        raise ValueError(value)
+    return float(value)

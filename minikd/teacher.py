@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minikd.data import Encoded, collate, send
-from minikd.files import InputError, append_to, atomic_path, read_json, save_tensors
+from minikd.files import InputError, append_to, atomic_path, parse_json, read_json, save_tensors
 from minikd.generate import respond
 from minikd.losses import scored_positions
 from minikd.model import Qwen2, mixed
@@ -144,14 +144,14 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     lines = text.split("\n")[:-1] or [json.dumps(made_from)]    # the last is empty, or cut by a kill
     try:
-        before, *answers = map(json.loads, lines)
+        before, *answers = map(parse_json, lines)
         responses = [answer["ids"] for answer in answers]
         other = [key for key in before | made_from if before.get(key) != made_from.get(key)]
         good = len(responses) <= len(rows) and all(
             set(map(type, ids)) == {int} and 0 <= min(ids) <= max(ids) < len(tokenizer) for ids in responses)
         if not (good or other):
             raise ValueError("too many answers, or one without ids of the tokenizer")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: holds a damaged line ({error}); delete the file, it is made again") from error
     if other:
         raise InputError(f"{path}: holds other answers: their {other[0]} is {before.get(other[0])}, here "
