@@ -4,9 +4,9 @@
     python train_grpo.py --task code            small programs, judged by running them in the sandbox
     python train_grpo.py --model runs/kd/kd/best --data open-r1/codeforces-cots:solutions_py      the real thing
     python train_grpo.py ... --rewards format,code,my_rewards.py:brevity --reward-weights 0.1,1,0.1
-    python train_grpo.py ... --norm constant --scale none                       Dr. GRPO
-    python train_grpo.py ... --norm token --clip-high 0.28 --drop-flat --inner-epochs 4     DAPO
-    python train_grpo.py ... --ratio sequence --clip 3e-4 --inner-epochs 4                  GSPO
+    python train_grpo.py ... --norm constant --scale none --beta 0                                  Dr. GRPO
+    python train_grpo.py ... --norm token --clip-high 0.28 --drop-flat --beta 0 --inner-epochs 4    DAPO
+    python train_grpo.py ... --ratio sequence --clip 3e-4 --clip-high 4e-4 --inner-epochs 4         GSPO
 
 Each step samples a group of answers to each of a few prompts, computes their rewards, and makes those more probable that
 are better than their group. (In the first update after sampling the ratio is 1, but for a bfloat16 sampler's rounding:
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from minikd import grpo, problems, sandbox, toy
-from minikd.checkpoint import identify, load_model, save_model
+from minikd.checkpoint import identify, load_config, load_model, model_folder, save_model
 from minikd.data import Encoded, collate, encode_examples, next_rows, same_prompt, split_examples, to_example
 from minikd.files import InputError, remove, script_errors, sha256
 from minikd.hub import label
@@ -43,7 +43,8 @@ FORM = {"format": 0.05, "steps": 0.05}                          # and their weig
 def parse_args():
     parser = Parser(__doc__)
     add = flag_group(parser, "model and problems (none of them: a toy task)")
-    add("--model", help="folder or hub name, best a distilled student (else a toy student, first fine-tuned)")
+    add("--model", help="folder or hub name, best a distilled student; without --data with the toy's defaults, so give "
+                          "--lr (without --model a toy student, first fine-tuned)")
     add("--data", nargs="+", metavar="FILE",
         help="records with a question and an answer, or with tests; else a toy task")
     add("--task", choices=list(problems.TASKS), default="sums", help="toy task")
@@ -406,9 +407,10 @@ def main():
     rewards, weights = choose_rewards(args, asked + tests)
     if rewards.keys() & {"code", "code_partial"}:               # it may not run here: said before a student is taught
         print(f"sandbox: {sandbox.isolation()}")
-    if args.toy:
+    if args.toy and not args.model:
         spare_threads(toy.student_config(1))
-        args.model = args.model or str(toy_student(args.task, out, args.seed, args.resume))
+        args.model = str(toy_student(args.task, out, args.seed, args.resume))
+    spare_threads(load_config(model_folder(args.model, weights=False)))
     tokenizer = Tokenizer.load(args.model)
     check_student(args.model, tokenizer)
     rows, valid_rows = (problems.encode_problems(part, tokenizer, args.max_prompt_length) for part in (asked, tests))

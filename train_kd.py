@@ -65,7 +65,7 @@ def parse_args():
     add("--temperature", type=float, default=1.0, help="divides both models' logits; not in MiniLLM")
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture")
     add("--alpha", type=float, default=0.1,
-        help="skew losses: share in the mixture of the model whose expectation is taken, forward the teacher")
+        help="skew losses: share of the teacher in skew_forward_kl's mixture, of the student in skew_reverse_kl's")
     add("--lm-coef", type=float, default=1.0, help="weight of the loss on --lm-data")
     add = flag_group(parser, "whose answers to learn from")
     add("--on-policy", type=float, default=0.0, help="share of steps on the student's own answers, without CE")
@@ -86,7 +86,7 @@ def parse_args():
     add("--warmup", type=int, default=0, toy=30, help="steps of linear warm-up")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up")
     add("--weight-decay", type=float, default=0.01, help="of weight matrices")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--max-grad-norm", type=float, default=1.0, help="a larger gradient is scaled down to it")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     add("--compile", action="store_true", help="torch.compile the blocks for training: for long runs on a GPU")
     add = flag_group(parser, "evaluation")
@@ -121,6 +121,8 @@ def note_flags(args):
     this = f"with --loss {args.loss or 'sft or forward_kl'}"
     if args.loss in ("sft", "minillm"):
         note_unused(args, this, "kd_ratio", "temperature")
+    if args.on_policy == 1:
+        note_unused(args, "with --on-policy 1, which has no cross-entropy", "kd_ratio")
     if args.loss != "jsd":
         note_unused(args, this, "beta")
     if "skew" not in (args.loss or ""):
@@ -141,7 +143,7 @@ def check_flags(args):
     if args.student and not args.teacher and (args.loss != "sft" or asks):
         raise InputError("--student without --teacher; add --teacher NAME, or --loss sft alone")
     check_positive(args, "limit", "max_length", "max_prompt_length", "validation", "temperature", "epochs", "steps",
-                   "batch_size", "grad_accum", "lr", "clip", "eval_every", "eval_examples", "max_new_tokens",
+                   "batch_size", "grad_accum", "lr", "max_grad_norm", "eval_every", "eval_examples", "max_new_tokens",
                    "rollouts", "inner_epochs", "ratio_clip", "lm_coef")
     if not (0 <= args.kd_ratio <= 1 and 0 < args.beta < 1 and 0 < args.alpha < 1):
         raise InputError("--kd-ratio must be from 0 to 1, --beta and --alpha between 0 and 1; fix the wrong one")
@@ -166,7 +168,7 @@ def check_flags(args):
 def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_rows: list[Encoded], valid_examples, out,
           loss, teacher: Teacher | CachedTeacher | None = None, kd_ratio=0.5, temperature=1.0, beta=0.5, alpha=0.1,
           lm_rows=(), lm_coef=1.0, on_policy=0.0, mix=0.2, rollouts=256, inner_epochs=4, ratio_clip=0.2, steps,
-          batch_size, grad_accum=1, lr, warmup=0, schedule="cosine", weight_decay=0.01, clip=1.0,
+          batch_size, grad_accum=1, lr, warmup=0, schedule="cosine", weight_decay=0.01, max_grad_norm=1.0,
           gradient_checkpointing=False, compile=False, eval_every, eval_examples, max_new_tokens, rouge, seed=0,
           dtype=torch.float32, title) -> Qwen2:
     """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens.
@@ -223,7 +225,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                                  ratio_clip=ratio_clip) for batch in batches)   # [2] CE and divergence
             lm_scored = response_tokens(lm_batches)
             lm_sums = sum(gradients(batch, weight=lm_coef / lm_scored) for batch in lm_batches)
-            norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), clip))
+            norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm))
             if not math.isfinite(norm):
                 raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g}), "
                                  "or use --dtype float32")
@@ -418,7 +420,7 @@ def conclude(args, out: Path, tokenizer, base: Qwen2, teacher, held_out: tuple, 
     whole_teacher = teacher.model if isinstance(teacher, Teacher) else None
     if isinstance(teacher, CachedTeacher):                      # the table needs answers, and so the whole model
         whole_teacher = load_model(args.teacher, device, dtype).requires_grad_(False)
-    models = {"Base": base.to(dtype)}
+    models = {"SFT" if args.from_sft else "Base": base.to(dtype)}            # what the runs began from
     models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
     models |= {"Teacher": whole_teacher} if whole_teacher else {}
     answers = dict(max_new_tokens=args.max_new_tokens, batch_size=max(AT_ONCE, args.batch_size), rouge=args.rouge)
@@ -458,7 +460,7 @@ def main():
                     eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
     settings |= {name: getattr(args, name) for name in (
         "kd_ratio", "temperature", "beta", "alpha", "lm_coef", "on_policy", "mix", "rollouts", "inner_epochs",
-        "ratio_clip", "batch_size", "grad_accum", "warmup", "schedule", "weight_decay", "clip",
+        "ratio_clip", "batch_size", "grad_accum", "warmup", "schedule", "weight_decay", "max_grad_norm",
         "gradient_checkpointing", "compile", "eval_examples", "max_new_tokens", "rouge", "seed")}
     recorded = {"toy": args.toy, "student": identify(args.student), "teacher": args.teacher and identify(args.teacher),
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,

@@ -217,7 +217,7 @@ def without_docstring(code: str) -> str:
 
     The docstring is the prompt: in the target it could be copied, and would inflate ROUGE. A body that is only a
     docstring becomes `pass`. In source that does not parse (Python 2, a fragment) the first triple-quoted text under a
-    line that ends in a colon is removed.
+    line that ends in a colon is removed. A method's lines lose their indentation, those of its multi-line strings too.
     """
     code = textwrap.dedent(re.sub("\r\n?", "\n", code))           # a method is still indented as in its class
     try:

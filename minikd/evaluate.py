@@ -50,7 +50,7 @@ def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher
 
     The model samples an answer y to each prompt; the estimate is the exact KL(q_t || p_t) summed over y's tokens, averaged
     over the answers. By the chain rule KL(q || p) = E_y Σ_t KL(q_t || p_t); log q(y) - log p(y) has the same mean, but also the
-    noise of each y_t.
+    noise of each y_t. Of an answer cut at max_new_tokens only the beginning counts: too little for a model that rambles.
     """
     own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids,
                   vocab=min(len(model.head), len(teacher.head)))        # ids that both heads have
@@ -128,14 +128,14 @@ def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encode
 
 def print_table(columns: dict[str, dict[str, float]], metrics: dict[str, dict[str, float]]):
     """One column per model: ROUGE-L by category, then those of METRICS that any model has."""
-    width = max(8, *map(len, columns)) + 1
-    print(f"{'':<14}" + "".join(f"{name:>{width}}" for name in columns))
+    width, first = max(8, *map(len, columns)) + 1, max(14, *(len(category) + 1 for category in next(iter(columns.values()))))
+    print(f"{'':<{first}}" + "".join(f"{name:>{width}}" for name in columns))
     for category in next(iter(columns.values())):
-        print(f"{category:<14}" + "".join(f"{column[category]:{width}.1f}" for column in columns.values()))
+        print(f"{category:<{first}}" + "".join(f"{column[category]:{width}.1f}" for column in columns.values()))
     for key, (what, digits) in METRICS.items():
         cells = [f"{found[key]:.{digits}f}" if key in found else "-" for found in metrics.values()]
         if set(cells) != {"-"}:
-            print(f"{key.replace('_', ' '):<14}" + "".join(f"{cell:>{width}}" for cell in cells) + f"  {what}")
+            print(f"{key.replace('_', ' '):<{first}}" + "".join(f"{cell:>{width}}" for cell in cells) + f"  {what}")
 
 
 # ---- answers and references in files

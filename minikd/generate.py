@@ -25,7 +25,7 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     """Continues every prompt; returns the new tokens only, including the stop token if one ended the row.
 
     temperature  0 is greedy
-    top_k        keep the k likeliest tokens; 0 keeps all
+    top_k        keep the k likeliest tokens, and any as likely as the last of them; 0 keeps all
     top_p        then keep the fewest likeliest tokens whose probabilities sum to p or more (nucleus)
     eos_ids      a row ends after any of these, or at max_new_tokens without one
     seed         for this call only: the same call gives the same tokens, whatever ran before

@@ -6,8 +6,8 @@ A layer's weight W [O, I] is rounded to Q so that the layer's outputs change lit
 
 A column of W belongs to one input, a row to one output; H, the second derivative of the squared error, is the same for all
 rows. Eq. (2) divides the error of column j by [H_F^-1]_jj and spreads it over the columns F that are not rounded yet, along
-row j of H_F^-1, the inverse of their part of H. It shrinks with every column, but no new inverse is needed: with H^-1 = U^T U,
-U upper triangular, the lower right part of U is that factor for H_F, so that
+row j of H_F^-1, the inverse of their part of H. F, and with it H_F, shrinks with every column, but no new inverse is needed:
+with H^-1 = U^T U, U upper triangular, the lower right part of U is that factor for H_F, so that
 
     U_jj^2 = [H_F^-1]_jj,   U_j,F / U_jj = [H_F^-1]_j,F / [H_F^-1]_jj
 

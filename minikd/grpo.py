@@ -12,8 +12,8 @@ References
     Knowledge Distillation for Large Language Models, eq. (5) advantages, (6) objective, (7) KL estimate
     GRPO, DeepSeekMath          arXiv:2402.03300, eq. (3), (4)
     k3                          Schulman, "Approximating KL divergence" (2020)
-    Dr. GRPO                    arXiv:2503.20783: no division by the deviation, nor by an answer's length
-    DAPO                        arXiv:2503.14476: mean over all tokens, clip-higher, groups without signal dropped
+    Dr. GRPO                    arXiv:2503.20783: no division by the deviation, nor by an answer's length; β = 0
+    DAPO                        arXiv:2503.14476: mean over all tokens, clip-higher, groups without signal dropped; β = 0
     GSPO                        arXiv:2507.18071: one ratio a sequence
 """
 import torch
@@ -32,7 +32,8 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
     scale  "std" divides by the unbiased standard deviation, as trl does; "none" does not (Dr. GRPO: dividing gives very
            easy and very hard prompts more weight)
-    All tokens of an answer have its advantage. With G = 2 and "std" it is 0.71 and -0.71, however far apart the two rewards.
+    All tokens of an answer have its advantage. With G = 2 and "std" it is 0.71 and -0.71 for any two rewards
+    that differ by much more than 1e-4.
     A reward of NaN could not be judged: mean and deviation leave it out, and its advantage is 0. So are the advantages of
     a group with fewer than two judged rewards, or with equal ones: exactly 0, although their mean is rounded.
     Raises ValueError for another scale.

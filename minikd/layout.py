@@ -24,11 +24,11 @@ INT8_ROWS = 8
 @contextmanager
 def laid_out(model: Qwen2, rows: int, steps: int):
     """Inside the `with` block q/k/v are one product and gate/up another. On a CPU the blocks' weights are held only in the
-    layout from which oneDNN multiplies few rows fastest; the head is held twice, as the embedding needs its plain rows, or for
-    one or two rows in float32 as it is.
+    layout from which oneDNN multiplies few rows fastest. The head is held twice, packed, and plain for the embedding; only plain
+    for one or two rows in float32, where packing it gains nothing.
 
     rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
-    The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16. In float32 several threads are no faster with it than one,
+    The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16. In float32 it gains nothing from several threads,
     and from two rows on it takes two to five times as long. On a GPU nothing is packed. A 4-bit model keeps the layout afterwards,
     as its codes never change, and its packed head while the head is the same.
     """

@@ -20,8 +20,8 @@ BLOCK = 2048                                        # head rows in one matrix pr
 LEAST = -1e30                                       # replaces a logit of -inf; its probability is 0 just the same
 PIECE_BYTES = 256 << 10                            # float32 logits in one softmax, at least: fewer are mostly overhead
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # logits of one model that are in memory at once, at most
-# In float32 on a CPU a chunk is a multiple of so many tokens, as MKL multiplies in tiles: with AVX-512 the head takes two thirds of
-# the time per token for 48 of them that it takes for 55. In bfloat16 there is no such step.
+# In float32 on a CPU a chunk is a multiple of so many tokens, as MKL multiplies in tiles: with AVX-512 chunks of 48 tokens take two
+# thirds of the time per token that chunks of 55 take. In bfloat16 there is no such step.
 TILE = 48
 
 
@@ -165,7 +165,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     backward pass would cost a second head product.
     Under autocast the head multiplies in autocast's dtype.
 
-    Raises ValueError for a kd_ratio without divergence or teacher.
+    Raises ValueError for a kd_ratio without divergence or teacher, and for gradients in float16.
     """
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
@@ -248,7 +248,7 @@ def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight,
             cost = policy(-ce) if policy else (1 - kd_ratio) * ce               # -CE is log q of the target
         with torch.set_grad_enabled(need_grad and kd_ratio > 0):
             kd = divergence(logits, teacher_logits)
-        total = weight * (cost + kd_ratio * kd)                                 # paper eq. (3); MiniLLM eq. (7)
+        total = weight * (cost + kd_ratio * kd if kd_ratio else cost)           # paper eq. (3); MiniLLM eq. (7)
         grad = torch.autograd.grad(total.sum(), logits)[0] if need_grad else None
     return ce.detach(), kd.detach(), total.detach(), grad
 

@@ -160,7 +160,7 @@ class KVCache:
 class StaticCache(KVCache):
     """The cache of a step that a CUDA graph replays: all that changes between steps is a device tensor at a fixed address.
 
-    Each step reads every slot, and `hidden` masks those not yet written.
+    Each step reads every slot, and `bias`, added to the scores, excludes those not yet written.
     """
 
     def __init__(self, cache: KVCache):
@@ -172,20 +172,20 @@ class StaticCache(KVCache):
         self.slot = torch.full((1,), cache.used, device=cache.valid.device)     # [1] where the next token goes
         written = torch.arange(self.valid.shape[1], device=self.valid.device) <= self.slot      # and the next one
         # [B, S] added to the scores: -inf where a row may not look. Built once, not from a bool mask in every layer.
-        self.hidden = torch.zeros_like(self.valid, dtype=self.keys[0].dtype)
-        self.hidden.masked_fill_(~(self.valid & written), -torch.inf)
+        self.bias = torch.zeros_like(self.valid, dtype=self.keys[0].dtype)
+        self.bias.masked_fill_(~(self.valid & written), -torch.inf)
 
     def layer(self, i: int) -> Slots:
-        return Slots(self.keys[i], self.values[i], self.slot, self.hidden[:, None, None])
+        return Slots(self.keys[i], self.values[i], self.slot, self.bias[:, None, None])
 
     def advance(self, T: int):
         self.lengths += 1
         self.slot += 1
-        self.hidden.index_fill_(1, self.slot.clamp(max=self.hidden.shape[1] - 1), 0)    # no slot after the last
+        self.bias.index_fill_(1, self.slot.clamp(max=self.bias.shape[1] - 1), 0)    # no slot after the last
 
     def keep(self, rows: Tensor):
         super().keep(rows)
-        self.hidden = self.hidden[rows]
+        self.bias = self.bias[rows]
 
 
 class Linear(nn.Linear):

@@ -68,15 +68,17 @@ def answer_part(completion: str) -> str | None:
 
 
 def extract_code(text: str) -> str | None:
-    """The last closed code block; None if there is none, or its language is not Python."""
+    """The last closed code block; None if there is none, or its language is not Python. A block in a list is indented with the
+    list: that is taken off its lines, and a fence that is indented further does not end it."""
     fence, lines, code = None, [], None
     for line in text.split("\n"):
-        mark = re.fullmatch(r"(`{3,})([^`]*)", line)
+        mark = re.fullmatch(r"([ \t]*)(`{3,})([^`]*)", line)
         if mark and fence is None:
             fence, lines = mark, []
-        elif mark and len(mark[1]) >= len(fence[1]) and not mark[2].strip():
-            language = (fence[2].split() or [""])[0].lower()
-            fence, code = None, "\n".join(lines) + "\n" if lines and language in _PYTHON else None
+        elif mark and len(mark[1]) <= len(fence[1]) and len(mark[2]) >= len(fence[2]) and not mark[3].strip():
+            language = (fence[3].split() or [""])[0].lower()
+            code = "".join(line.removeprefix(fence[1]) + "\n" for line in lines)
+            fence, code = None, code if lines and language in _PYTHON else None
         else:
             lines.append(line)
     return code

@@ -53,7 +53,7 @@ def exact_match(prediction: str, references, unicode=False) -> bool:
 def mean_by_category(examples) -> dict:
     """Mean scores x 100: {category: {"examples", "rouge_l", "exact_match"}}, sorted by name, "all" (every example) last.
 
-    examples  dicts with "f1" and "exact_match", and "category" if they have one
+    examples  dicts with "f1" and "exact_match", and "category" if they have one; one called "all" becomes "all (category)"
     """
     groups = {}
     for example in examples:
@@ -61,8 +61,9 @@ def mean_by_category(examples) -> dict:
             groups.setdefault(category, []).append(example)
     def mean(group, score):
         return 100 * fsum(example[score] for example in group) / len(group)
-    return {category or "all": {"examples": len(group), "rouge_l": mean(group, "f1"),
-                                "exact_match": mean(group, "exact_match")}
+    names = {None: "all", "all": "all (category)"}
+    return {names.get(category, category): {"examples": len(group), "rouge_l": mean(group, "f1"),
+                                            "exact_match": mean(group, "exact_match")}
             for category, group in sorted(groups.items(), key=lambda item: (item[0] is None, str(item[0] or "")))}
 
 

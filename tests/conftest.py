@@ -102,8 +102,13 @@ def killed_at(step: int):
         yield
 
 
+def pytest_configure(config):
+    config.pluginmanager.set_blocked("logging-plugin")              # it hangs handlers on 63 loggers of transformers, three times a test
+
+
 def pytest_collection_finish(session):
     gc.collect(), gc.freeze()                                       # what was imported, which no later collection searches
+    gc.set_threshold(100_000, 50, 100)                              # models come and go by thousands: a tenth of all time
     if shutil.which("nvcc") and any("compiled" in getattr(item, "fixturenames", ()) for item in session.items):
         folder = tempfile.TemporaryDirectory()
         source = Path(folder.name, "kernels.cu")

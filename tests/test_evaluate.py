@@ -84,10 +84,13 @@ def test_answers_are_scored_in_the_words_that_were_asked_for(rouge, expected):
     assert [row["f1"] for row in score_answers(["the dogs", "año"], examples, rouge)] == expected
 
 
-def test_a_category_may_be_called_as_a_column_of_the_table(tmp_path):
-    examples = [Example(({"role": "user", "content": "?"},), "", "", "1", ("1",), "model", "")] * len(ROWS)
+@pytest.mark.parametrize("category", ["model", "information_extraction"])
+def test_a_category_may_be_called_as_a_column_of_the_table_and_be_long(tmp_path, capsys, category):
+    examples = [Example(({"role": "user", "content": "?"},), "", "", "1", ("1",), category, "")] * len(ROWS)
     show_table({"KD": STUDENT}, Ids, ROWS, examples, tmp_path, max_new_tokens=2, batch_size=5)
     assert json.loads((tmp_path / "table.jsonl").read_text())["model"] == "KD"
+    head, *rows = capsys.readouterr().out.splitlines()[2:5]
+    assert len({len(line) for line in (head, *rows)}) == 1 and rows[0].startswith(f"{category} ")
 
 
 def test_the_table_holds_means_over_the_answers_and_distances_to_the_teacher(tmp_path):

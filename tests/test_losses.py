@@ -353,6 +353,14 @@ def test_the_per_token_values_are_for_logs_and_carry_no_gradient():
     assert not ce.requires_grad and not kd.requires_grad
 
 
+def test_a_divergence_that_is_only_measured_may_be_infinite():
+    inputs = head_inputs()
+    infinite = lambda logits, teacher_logits: torch.full((len(logits),), torch.inf)
+    loss, ce, kd = head_loss(**inputs, divergence=infinite)
+    assert kd.isinf().all() and float(loss.detach()) == pytest.approx(float(ce.sum()))
+    assert gradients(loss, inputs["hidden"])[0].isfinite().all()
+
+
 def test_a_batch_without_a_scored_token_has_loss_0_and_gradient_0():
     inputs = head_inputs()
     none = {key: inputs[key][:0] for key in ("targets", "teacher_hidden")}

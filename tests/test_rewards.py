@@ -77,6 +77,8 @@ def test_the_answer_stands_in_its_tags_or_after_the_thoughts(text, answer):
     ("```python\nfirst\n```\nno:\n```python\nsecond\n```", "second\n"),
     ("```python\nfirst\n```\n```python\ncut", "first\n"),               # a block that is not closed is none
     ("```python\ns = '''\n    ```\n'''\n```", "s = '''\n    ```\n'''\n"),
+    ("1. So:\n\n   ```python\n   def f():\n       return 1\n\n   ```\n2. Done.", "def f():\n    return 1\n\n"),   # in a list
+    ("- So:\n\t```python\n\ta\n```\nDone.", "a\n"),
     ("````python\n```\na\n```\n````", "```\na\n```\n"),                 # as in CommonMark
     ("```cpp\nint x;\n```", None),
     ("```c++\nint x;\n```", None),

@@ -203,6 +203,7 @@ def test_means_are_per_category_and_over_all_examples():
     assert table["qa"] == {"examples": 2, "rouge_l": 75.0, "exact_match": 50.0}
     assert table["all"] == {"examples": 5, "rouge_l": 50.0, "exact_match": 20.0}
     assert mean_by_category([]) == {}
+    assert list(mean_by_category([*examples, examples[0] | {"category": "all"}])) == ["all (category)", "code", "qa", "all"]
 
 
 # ---- against rouge_score and nltk themselves, where installed ----

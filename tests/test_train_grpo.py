@@ -266,6 +266,14 @@ def test_with_no_flags_a_toy_student_is_taught_and_goes_through_a_step(monkeypat
     assert "weights" in json.dumps(json.loads((tmp_path / f"runs/grpo-{task}/config.json").read_text()))
 
 
+def test_a_model_that_is_given_to_a_toy_task_decides_about_threads(shell, world, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rl, "spare_threads", lambda config: asked.append(config.hidden_size))
+    status, _, err = shell(rl, "--model", world / "model", "--steps", 1, "--prompts", 2, "--group-size", 2, "--max-new-tokens", 2,
+                           "--eval-examples", 2, "--out", tmp_path / "run")
+    assert status == 0 and asked == [load_model(world / "model").config.hidden_size], err
+
+
 def test_a_log_that_lost_its_start_still_ends_in_a_table(capsys):
     """As after --resume where the power's failure had left a state but no log."""
     rl.show_change([{"step": 3, "kl": 0.1}, {"step": 4, "valid_answer": 0.5, "valid_sample": "2"}, {"step": 4, "done": True}])

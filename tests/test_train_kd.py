@@ -724,6 +724,7 @@ def test_in_the_toy_world_own_answers_begin_from_a_student_that_was_fine_tuned(s
     kd.main()
     assert list(shrunk) == ["teacher", "base", "sft", "toy"]
     assert torch.equal(shrunk["toy"], load_model("runs/toy/sft/best").head)
+    assert [json.loads(line)["model"] for line in open("runs/toy/table.jsonl")] == ["SFT", flags[1], "Teacher"]
 
 
 def test_a_toy_that_is_resumed_with_another_seed_is_refused_with_its_data_as_they_were(shrunk, shell):
@@ -738,6 +739,7 @@ def test_a_toy_that_is_resumed_with_another_seed_is_refused_with_its_data_as_the
 @pytest.mark.parametrize("flags, said", [
     ("--loss sft --kd-ratio 0 --temperature 2", "with --loss sft: --kd-ratio --temperature\n"),
     ("--loss jsd --alpha 0.3 --beta 0.3", "with --loss jsd: --alpha\n"),
+    ("--loss jsd --on-policy 1 --kd-ratio 0.3", "with --on-policy 1, which has no cross-entropy: --kd-ratio\n"),
     ("--mix 0.1", "with --loss sft or forward_kl: --mix\n"), ("--loss sft --lm-coef 3", "without --lm-data: --lm-coef\n"),
     ("--loss minillm --mix 0.3 --rollouts 8", "")])
 def test_a_flag_that_does_nothing_is_named(run, flags, said):
