@@ -427,15 +427,14 @@ def main():
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
                            "held_out": fingerprint(same_prompt(problem.messages) for problem in tests),
                            "records": [[label(file), sha256(file)] for file in data_files(args.data or ())]}
-    if not begin_run(out, recorded, args.resume):
-        return
-    model = load_model(args.model, device)
-    reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None
-    judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, rewards=rewards,
-                              facts=[problem.facts for problem in tests], max_new_tokens=args.max_new_tokens,
-                              at_once=args.prompts * args.group_size, seed=args.seed)
-    train(model=model, reference=reference, tokenizer=tokenizer, rows=rows, judge=judge, out=out, rewards=rewards,
-          facts=[problem.facts for problem in asked], weights=weights, dtype=dtype, **settings)
+    if begin_run(out, recorded, args.resume):
+        model = load_model(args.model, device)
+        reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None
+        judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, rewards=rewards,
+                                  facts=[problem.facts for problem in tests], max_new_tokens=args.max_new_tokens,
+                                  at_once=args.prompts * args.group_size, seed=args.seed)
+        train(model=model, reference=reference, tokenizer=tokenizer, rows=rows, judge=judge, out=out, rewards=rewards,
+              facts=[problem.facts for problem in asked], weights=weights, dtype=dtype, **settings)
     show_change(read_log(out))
     picture = plot_rewards(out, out / "curves.png")
     print(f"\n{f'curves in {picture}; ' if picture else ''}{out}/last is the model; {time.time() - started:.0f} s")

@@ -178,8 +178,8 @@ def shards_of(folder: Path) -> list[str]:
     if (folder / SINGLE).exists() or not (folder / INDEX).exists():
         return [SINGLE]
     named = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
-        raise InputError(f"{folder / INDEX}: has no weight_map of tensors to files; fetch it again")
+    if not isinstance(named, dict) or not all(isinstance(shard, str) and Path(shard).name == shard for shard in named.values()):
+        raise InputError(f"{folder / INDEX}: has no weight_map of tensors to files of its folder; fetch it again")
     return sorted(set(named.values()))
 
 

@@ -181,7 +181,8 @@ def _entries(path):
 
 
 def _texts(value, where: str, names: tuple[str, ...], single: bool = False) -> tuple[str, ...]:
-    name = next((name for name in names if value.get(name) is not None), None) if isinstance(value, dict) else None
+    there = [name for name in names if name in value] if isinstance(value, dict) else []
+    name = next((name for name in there if value[name] is not None), there[0] if there else None)      # null: if all are
     if isinstance(value, dict) and name is None:
         raise InputError(f"{where}: has none of the fields {', '.join(names)}, but {', '.join(list(value)[:12])}; "
                          "rename the one that holds the text")

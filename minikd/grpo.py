@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minikd.data import Encoded, by_length, collate
 from minikd.generate import generate_with_log_probs
-from minikd.losses import clipped_surrogate, head_loss, ratio_of, scored_positions
+from minikd.losses import clipped_surrogate, head_loss, ratio_of, scored_positions, single
 from minikd.model import Qwen2, mixed
 
 NORMS = ("sequence", "token", "constant")
@@ -63,11 +63,6 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """
     d = single(ref_logp) - single(logp)
     return torch.expm1(d.clamp(max=60)) - d                                     # expm1: exact for small d; bounded like ratio_of
-
-
-def single(x: Tensor) -> Tensor:
-    """At least float32: in half precision the small differences of two policies are lost."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, clip: float = 0.2,

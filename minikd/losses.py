@@ -1,7 +1,7 @@
 """Token-level divergences between a student q and its teacher p, and the LM head applied chunk by chunk.
 
-Every divergence takes logits and returns one value per token, in nats, computed in float32: with 151,936 rows a bfloat16
-softmax is off by more than the KL itself where the models are close. They are true divergences: 0 when q equals p.
+Every divergence takes logits and returns one value per token, in nats, computed in float32 or, of float64 logits, in float64:
+with 151,936 rows a bfloat16 softmax is off by more than the KL itself where the models are close. They are true divergences: 0 when q equals p.
 
 References
     Knowledge Distillation for Large Language Models, eq. (3) the mixed loss, (4) token-level KL
@@ -26,7 +26,7 @@ TILE = 48
 
 
 def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log q and log p in float32 at a temperature.  [..., V], [..., V'] -> two of [..., min(V, V')]
+    """log q and log p at a temperature.  [..., V], [..., V'] -> two of [..., min(V, V')]
 
     Qwen2.5's heads have 151,936 rows up to 3B and 152,064 above; the rows past the tokenizer are never trained. The
     logits are cut to the shared rows before the softmax: cut after it, the larger would no longer sum to 1.
@@ -38,10 +38,15 @@ def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float
     return log_softmax(student_logits[..., :V], temperature), log_softmax(teacher_logits[..., :V], temperature)
 
 
+def single(x: Tensor) -> Tensor:
+    """At least float32: in half precision the small differences of two models are lost."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax in float32.  [..., V] -> [..., V].  A logit of -inf, which excludes a token, becomes a large finite one:
+    """log softmax in float32 or float64.  [..., V] -> [..., V].  A logit of -inf, which excludes a token, becomes a large finite one:
     then 0 log 0 is 0, where inf - inf would be NaN, in the gradient too."""
-    logits = logits.float().clamp(min=LEAST)
+    logits = single(logits).clamp(min=LEAST)
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # [..., V]
 
 

@@ -10,12 +10,12 @@ processes. None is started with preexec_fn, which would be unsafe in a caller wi
 The functions from _supervise to _boot run in the last two processes, passed to `python -c` as source. Important limits
 are set in more than one way, as a kernel or container may lack some of these; isolation() says which are active:
 
-    rlimits        memory, CPU time, file size, open files, no processes or threads (root is exempt: hence the uid)
+    rlimits        memory, CPU time, file size, open files, threads (root is exempt: hence the uid)
     uid            root becomes 65534, without access to root's files, processes and environment
     namespaces     no network, TCP or UDP; no IPC. For an ordinary user also no access to the memory and environment of
                    its other processes
     Landlock       reads Python and the system's libraries, writes the private folder; from ABI 4 no TCP, 6 no signals
-    seccomp        no processes, threads, sockets, folders, tracing; signals only to itself
+    seccomp        no processes, sockets, folders, tracing; signals only to itself. A kernel without it also allows no threads
 
 It does not protect against bugs of the kernel. Without Landlock, a program can read whatever its uid can read.
 
@@ -48,13 +48,14 @@ OUTPUT = MB                 # bytes of stdout, and of stderr
 DISK, FILES = 8 * MB, 200   # of the private folder, which is flat
 TICK = 0.05                 # seconds between two checks of that folder
 SHARE = Path("/sys/fs/cgroup/cpu.max")          # cgroup v2
-LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPROC": 0}     # NPROC counts threads too
+# NPROC counts threads, of all the uid's programs together: recursion in a thread with a large stack is common in contests.
+LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPROC": 256}
 READABLE = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime",
             "/dev/zero", "/dev/random", "/dev/urandom"]
-# System calls that no answer needs, by their numbers on (x86_64, aarch64): new processes and threads, sockets, access to
-# other processes, ways around the filter, folders, and objects that outlive the process. -1: that machine lacks it.
+# System calls that no answer needs, by their numbers on (x86_64, aarch64): new processes, sockets, access to other processes,
+# ways around the filter, folders, and objects that outlive the process. -1: that machine lacks it.
 DENIED = {
-    "fork": (57, -1), "vfork": (58, -1), "clone": (56, 220), "clone3": (435, 435), "socket": (41, 198),
+    "fork": (57, -1), "vfork": (58, -1), "socket": (41, 198),
     "socketpair": (53, 199), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
     "pidfd_send_signal": (424, 424), "ptrace": (101, 117), "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271), "io_uring_setup": (425, 425), "bpf": (321, 280), "userfaultfd": (323, 282),
@@ -91,7 +92,7 @@ def run_program(source: str, stdin: str = "", timeout: float = 5.0, memory_mb: i
     Raises ValueError for a timeout or memory_mb that is negative or above a billion, or for no memory.
     """
     if not (0 <= timeout <= 1e9 and 0 < memory_mb <= 1e9):
-        raise ValueError(f"run_program: timeout = {timeout}, memory_mb = {memory_mb}: give numbers of 0 to 1e9")
+        raise ValueError(f"run_program: timeout = {timeout}, memory_mb = {memory_mb}: give numbers up to 1e9, memory_mb above 0")
     return _run(source, stdin, timeout, memory_mb)[0]
 
 
@@ -360,7 +361,10 @@ def _become(libc, report, options):
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(which, (value, value))
     libc.prctl(1, _signal.SIGKILL, 0, 0, 0)                     # PR_SET_PDEATHSIG: dies with the supervisor
-    level.append("seccomp" if _seccomp(libc, options["denied"]) else "no seccomp")
+    filtered = _seccomp(libc, options["denied"])
+    if not filtered:                                            # then only this keeps it from starting processes
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    level.append("seccomp" if filtered else "no seccomp")
     os.write(report, ", ".join(level).encode())
     python = options["python"]                                  # no random hash seed: the same source, the same output
     os.execve(python, [python, "-s", "-S", "-B", "-X", "utf8", "-c", options["boot"]], {"PYTHONHASHSEED": "0"})
@@ -417,11 +421,11 @@ def _landlock(libc, readable) -> int:
 
 
 def _seccomp(libc, denied) -> bool:
-    """Makes the system calls in `denied`, and signals to other processes, fail with EPERM; False if not supported."""
+    """Makes the system calls in `denied`, new processes, and signals to others fail with EPERM; False if not supported."""
     machine = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
     if machine is None:
         return False
-    load, equal, above, end = 0x20, 0x15, 0x35, 0x06            # BPF: load a word, jump if ==, if >=, return
+    load, equal, above, shares, end = 0x20, 0x15, 0x35, 0x45, 0x06      # BPF: load a word, jump if ==, >=, a common bit; return
     deny, allow = (end, 0, 0, 0x50001), (end, 0, 0, 0x7FFF0000)     # SECCOMP_RET_ERRNO with EPERM, SECCOMP_RET_ALLOW
     code = [(load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[machine]), deny,    # another ABI's numbers
             (load, 0, 0, 0), (above, 0, 1, 0x40000000), deny]                           # x32
@@ -430,7 +434,8 @@ def _seccomp(libc, denied) -> bool:
             code += [(equal, 0, 1, numbers[machine]), deny]
     for number in ((62, 234), (129, 131))[machine]:             # kill, tgkill: the first argument must be one's own pid
         code += [(equal, 0, 4, number), (load, 0, 0, 16), (equal, 1, 0, os.getpid()), deny, allow]
-    code.append(allow)
+    code += [(equal, 0, 4, (56, 220)[machine]), (load, 0, 0, 16), (shares, 1, 0, 0x10000), deny, allow]     # clone: CLONE_THREAD
+    code += [(equal, 0, 1, 435), (end, 0, 0, 0x50026), allow]   # clone3's flags are out of sight: ENOSYS, and libc calls clone
     word = sys.byteorder
     raw = b"".join(c.to_bytes(2, word) + bytes([yes, no]) + k.to_bytes(4, word) for c, yes, no, k in code)
     program = ctypes.create_string_buffer(raw, len(raw))

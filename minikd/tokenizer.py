@@ -20,7 +20,8 @@ class Tokenizer:
     """encode, decode and chat for one Qwen2 tokenizer folder.
 
     eos_ids  every id that ends an answer: a set, since Instruct models stop at <|im_end|>, base models at
-             <|endoftext|>, and a base model after a little fine-tuning at either
+             <|endoftext|>, a base model after a little fine-tuning at either, and others at what their
+             generation_config.json names too
     end_id   the one that training appends to an answer
     pad_id   <|endoftext|>. It only fills rows: padding is found by masks, never by comparing ids, so that
              a real <|endoftext|> is not taken for padding.
@@ -32,7 +33,10 @@ class Tokenizer:
         if None in stops:
             raise InputError(f"{folder}: the tokenizer has no {STOPS[stops.index(None)]}; "
                              "minikd needs a ChatML tokenizer, such as Qwen2's")
-        self.eos_ids, self.end_id, self.pad_id = set(stops), stops[0], stops[1]
+        self.generation = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
+        more = self.generation.get("eos_token_id")              # an id, several, or none
+        self.eos_ids = {*stops, *(stop for stop in (more if isinstance(more, list) else [more]) if type(stop) is int)}
+        self.end_id, self.pad_id = stops
         self.numbers = {}                           # id -> the int that stands for it in every encoded text
 
     @classmethod
@@ -48,24 +52,19 @@ class Tokenizer:
             backend.no_padding()
         except Exception as error:                  # tokenizers raises bare Exception, and nothing narrower
             raise InputError(f"{path}: is damaged ({error}); fetch it again") from error
-        if (folder / GENERATION).exists():
-            read_json(folder / GENERATION)          # report a damaged one before the work, not at its end
         return cls(backend, folder)
 
     def save(self, folder):
         """Copies the tokenizer's files into `folder`; its generation_config.json then names every id that ends an answer. (A base
         model's own lacks <|im_end|>, at which a student fine-tuned from it stops.)"""
-        folder, path = Path(folder), self.folder / GENERATION
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(folder)
         for file in TOKENIZER if self.folder.resolve() != folder.resolve() else ():
             if file != GENERATION and (self.folder / file).exists():
                 with atomic_path(folder / file) as new:
                     new.write_bytes((self.folder / file).read_bytes())
-        config = {"pad_token_id": self.pad_id} | (read_json(path) if path.exists() else {})
-        stops = config.get("eos_token_id")                                      # an id, several, or none
-        stops = {stop for stop in (stops if isinstance(stops, list) else [stops]) if type(stop) is int} | self.eos_ids
+        config = {"pad_token_id": self.pad_id} | self.generation | {"eos_token_id": sorted(self.eos_ids)}
         with atomic_path(folder / GENERATION) as new:
-            new.write_text(json.dumps(config | {"eos_token_id": sorted(stops)}, indent=2) + "\n")
+            new.write_text(json.dumps(config, indent=2) + "\n")
 
     def check_same(self, name):
         """Raises InputError where the tokenizer in folder or hub name `name` gives other ids than this one.

@@ -218,7 +218,8 @@ def test_an_index_that_names_an_absent_file_is_refused(sharded):
 @pytest.mark.parametrize("content, complaint", [
     ('{"weight_map": {"a"', "is not JSON"), ("[]", "holds a list"), ('{"metadata": {}}', "has no weight_map"),
     ('{"weight_map": []}', "has no weight_map"), ('{"weight_map": {"a": 1}}', "has no weight_map"),
-    ('{"weight_map": {"a": "."}}', "names ., which is not"), ('{"weight_map": {}}', f"{EMBED} [37, 16] is missing")])
+    ('{"weight_map": {"a": "../model.safetensors"}}', "has no weight_map of tensors to files of its folder"),
+    ('{"weight_map": {"a": "."}}', "has no weight_map"), ('{"weight_map": {}}', f"{EMBED} [37, 16] is missing")])
 def test_a_damaged_index_is_named(sharded, content, complaint):
     (sharded / INDEX).write_text(content)
     assert complaint in refusal(sharded)

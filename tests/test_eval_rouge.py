@@ -198,6 +198,7 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
     (["--predictions", "p.txt", "--references", "wrong.jsonl"], "wrong.jsonl:2: has none of the fields references"),
     (["--predictions", "number.jsonl", "--references", "r.jsonl"], "number.jsonl:1: text is a int; make it text"),
     (["--predictions", "half.jsonl", "--references", "r.jsonl"], "half.jsonl:1: text is half a character"),
+    (["--predictions", "null.jsonl", "--references", "r.jsonl"], "null.jsonl:1: prediction is null; make it text"),
     (["--predictions", "latin.txt", "--references", "r.jsonl"], "latin.txt:2: is not UTF-8"),
     (["--predictions", "p.txt", "--references", "empty.jsonl"], "empty.jsonl:1: references is an empty list"),
     (["--predictions", "p.txt", "--references", "r.jsonl", "--out", "./p.txt"], "is one of the files to read"),
@@ -216,7 +217,7 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, tmp_path, flags, sa
     write(tmp_path / "p.txt", PREDICTIONS), write(tmp_path / "two.txt", PREDICTIONS[:2])
     write(tmp_path / "r.jsonl", RECORDS), write(tmp_path / "wrong.jsonl", [RECORDS[0], {"answer": "a"}, RECORDS[2]])
     write(tmp_path / "number.jsonl", [{"text": 3}]), write(tmp_path / "empty.jsonl", [{"references": []}])
-    write(tmp_path / "half.jsonl", [{"text": "\ud83d"}])
+    write(tmp_path / "half.jsonl", [{"text": "\ud83d"}]), write(tmp_path / "null.jsonl", [{"prediction": None}])
     write(tmp_path / "odd.jsonl", [{"reference": "a", "category": "\ud83d"}] * 3), (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "latin.txt").write_bytes("uno\naño\ndos\n".encode("latin-1"))
     (tmp_path / "d").mkdir()

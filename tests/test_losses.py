@@ -55,6 +55,12 @@ def random_logits(*shape, seed=0, scale=2.0):
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("name,share", CASES)
+def test_in_float64_a_divergence_has_the_gradient_that_differences_give(name, share):
+    student, teacher = (random_logits(3, 7, seed=seed).double().requires_grad_() for seed in (1, 2))
+    assert torch.autograd.gradcheck(lambda q, p: call(name, share, q, p, temperature=1.5), (student, teacher))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 @pytest.mark.parametrize("name,share", CASES)
 def test_a_divergence_is_the_sum_in_the_paper(name, share, temperature):

@@ -60,13 +60,13 @@ def without(monkeypatch, *layers):
     """Takes layers away, as an older kernel or a container does."""
     source, changes = sandbox._trampoline(), {
         "Landlock": ("abi = libc.syscall(444, None, ctypes.c_size_t(0), 1)", "abi = -1"),
+        "NPROC": ("resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))", "pass"),
         "seccomp": ("if machine is None", "if True"), "namespaces": ("libc.unshare(spaces)", "1")}
     for layer in layers:
+        assert source.count(changes[layer][0]) == 1
+        source = source.replace(*changes[layer])
         if layer == "NPROC":
             monkeypatch.setattr(sandbox, "LIMITS", {k: v for k, v in sandbox.LIMITS.items() if k != "RLIMIT_NPROC"})
-        else:
-            assert source.count(changes[layer][0]) == 1
-            source = source.replace(*changes[layer])
     monkeypatch.setattr(sandbox, "_trampoline", lambda: source)
 
 
@@ -93,8 +93,10 @@ def needs(*layers):
      "", "<class '__main__.A'> __main__ pickle\n"),
     ("print('no newline', end='')", "", "no newline"),
     ("", "", ""),
+    ("import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(1 << 27)\nf = lambda n: n and 1 + f(n - 1)\n"
+     "threading.Thread(target=lambda: print(f(int(input())))).start()", "30000", "30000\n"),
 ], ids=["input", "imports", "unicode", "a file", "recursion", "devices", "main", "exit", "pickle", "no newline",
-        "empty"])
+        "empty", "deep recursion in a thread"])
 def test_an_ordinary_program_runs(source, stdin, stdout):
     result = run_program(source, stdin)
     assert (result.status, result.stdout, result.stderr) == ("ok", stdout, "") and 0.005 < result.seconds < 3
@@ -155,7 +157,9 @@ ATTACKS = {
     "memory bomb": ("x = []\nwhile True: x.append(bytearray(10 << 20))", "memory"),
     "memory at once": ("x = [0] * 10**10", "memory"),
     "fork bomb": ("import os\nwhile True: os.fork()", "error"),
-    "threads": ("import threading\nthreading.Thread(target=print).start()", "error"),
+    "a thread that forks": ("import os, threading\nthreading.Thread(target=os.fork).start()\nprint(os.fork())", "error"),
+    "thread bomb": ("import threading, time\nthreading.stack_size(32768)\n"
+                    "while True: threading.Thread(target=time.sleep, args=(60,)).start()", "timeout"),      # Python waits for them
     "posix_spawn": ("import os\nos.posix_spawn('/bin/sleep', ['sleep', '60'], {})", "error"),
     "subprocess": ("import subprocess\nsubprocess.run(['/bin/echo', 'hoped'])", "error"),
     "another program in its place": ("import os\nos.execv('/bin/echo', ['echo', 'hoped'])", "error"),
@@ -176,7 +180,7 @@ ATTACKS = {
     "looks around": ("import os\nprint(os.listdir('/tmp'))", "error"),
     "reads processes": ("import os\nos.listdir('/proc')", "error"),
     "becomes root": ("import os\nos.setuid(0)\nos.setgid(0)\nopen('/root/hoped', 'w')", "error"),
-    "raises its limits": ("import resource\nresource.setrlimit(resource.RLIMIT_NPROC, (9, 9))", "error"),
+    "raises its limits": ("import resource\nresource.setrlimit(resource.RLIMIT_NPROC, (999, 999))", "error"),
     "own namespace": ("import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0", "error"),
     "System V memory": ("import ctypes\nassert ctypes.CDLL(None).shmget(77, 4096, 0o1666) >= 0", "error"),
     "a Unix socket": ("import socket\nsocket.socketpair()", "error"),

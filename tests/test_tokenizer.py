@@ -107,7 +107,8 @@ def test_chat_without_a_template_is_qwen25s(tokenizer):
     assert tokenizer.chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True) == (
         "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer.chat([USER]) == rendered(QWEN25, [USER], False)
+    for messages in CHATS.values():
+        assert tokenizer.chat(messages) == rendered(QWEN25, messages, False)
 
 
 @pytest.mark.parametrize("turn", [{"role": "tool", "content": "3"}, {"role": "developer", "content": "x"}, {"content": "x"},
@@ -262,10 +263,11 @@ def test_save_keeps_the_template_and_a_generation_config_that_the_model_came_wit
     tokenizer = Tokenizer.load(folder)
     for stops in 7, [7], None:                              # a base model names <|endoftext|> only
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops, "temperature": 0.7}))
-        tokenizer.save(tmp_path / "out")
+        ends = Tokenizer.load(folder)
+        assert ends.eos_ids == tokenizer.eos_ids | ({7} if stops else set())    # answers end there too
+        ends.save(tmp_path / "out")
         assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
-            "pad_token_id": tokenizer.pad_id, "temperature": 0.7,
-            "eos_token_id": sorted(tokenizer.eos_ids | ({7} if stops else set()))}
+            "pad_token_id": tokenizer.pad_id, "temperature": 0.7, "eos_token_id": sorted(ends.eos_ids)}
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(InputError, match="generation_config.json: is not JSON"):
         Tokenizer.load(folder)
