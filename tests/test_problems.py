@@ -20,6 +20,9 @@ def test_a_sums_answer_is_the_sum_and_its_steps_are_true():
         for left, right in re.findall(r"Step \d: ([\d+]+)=(\d+)", record["response"]):
             assert sum(map(int, left.split("+"))) == int(right)
         assert record["response"].count("Step") == 2 and format_reward([record["response"]], [{}]) == [1.0]
+    for problem in toy_problems("sums", 200, seed=3):
+        a, b = map(int, problem.messages[0]["content"].split("+"))
+        assert problem.facts == {"answer": str(a + b)} and 10 <= min(a, b) <= max(a, b) <= 99
 
 
 def test_a_code_answer_is_the_line_through_both_points():
@@ -45,6 +48,9 @@ def test_the_answers_to_learn_from_are_of_mixed_quality(task):
     tagged = [(a["response"], b["response"]) for a, b in zip(mixed, clean) if "<think>" in a["response"]]
     assert abs(len(bare) / 2000 - UNTAGGED) < 0.05
     assert abs(sum(a != b for a, b in tagged) / len(tagged) - NOISE) < 0.05
+    if task == "sums":                                              # a wrong step is off by one or two tens, and the answer with it
+        slips = {int(answer_part(a)) - int(answer_part(b)) for a, b in tagged}
+        assert slips == {-20, -10, 0, 10, 20}
 
 
 @pytest.mark.parametrize("task, count", [("sums", 300), ("code", 300)])

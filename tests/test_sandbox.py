@@ -257,6 +257,8 @@ def test_no_network_with_any_one_layer_missing(monkeypatch, layers):
 def test_no_process_is_made_with_either_layer_missing(monkeypatch, layers):
     without(monkeypatch, *layers)
     assert run_program("import os\nprint(os.fork())").status == "error"
+    if "seccomp" in layers:                                         # then threads cannot be told from processes
+        assert run_program("import threading\nthreading.Thread(target=print).start()").status == "error"
 
 
 @pytest.mark.parametrize("layers", [("seccomp",), ("Landlock",), ("seccomp", "Landlock", "namespaces")])
