@@ -1,7 +1,7 @@
 """Claims: a KD step with the teacher's states read from disk has the loss and gradient of one with the live teacher to 1e-3,
 and from the second epoch on is 2 x as fast, for a teacher 6 x as large as the student.
 
-    python -m benchmarks.cached_teacher         # 15 minutes on two cores, 16 GB of memory, 8 GB of disk
+    python -m benchmarks.cached_teacher         # 15 minutes on two cores, 17 GB of memory, 8 GB of disk
 
 The shapes of Qwen2.5-3B and 0.5B with random weights; a step has 4 x 256 tokens, about 800 of them scored; forward KL, AdamW,
 the gradients by train_kd.py's own add_gradients. Child processes take turns. `exact`: one child computes the gradient of the

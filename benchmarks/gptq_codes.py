@@ -8,7 +8,7 @@ grid per row, no act-order; and symmetric, groups of 128, act-order with static 
 minikd rounds scales to float16, as they are stored; the reference keeps them in float32. So its Quantizer.find_params is
 wrapped to return the grid of minikd.quant.find_grid (the zero follows from the scale). Columns:
     equal       the share of equal codes
-    rows apart  rows in which a code differs: once the two round a near-tie (within 1e-5 of a step) differently, the rest of the
+    rows apart  rows in which a code differs: once the two round a near-tie (within 1.2e-5 of a step) differently, the rest of the
                 row differs too, and both are as good
     objective   tr((W - Q) H (W - Q)^T) in float64, minikd's divided by the reference's; for all layers, the mean
     own scales  the share of equal codes if the reference keeps its float32 scales

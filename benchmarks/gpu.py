@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one run: compiles the kernels, checks and times them, and times what uses them.
 
-    python -m benchmarks.gpu                    # about 20 minutes on one H100 or H200
+    python -m benchmarks.gpu                    # an expected 20 minutes on one H100 or H200
     python -m benchmarks.gpu --only kernel step matmul  # then decoding; sampling; kd; gptq: each below 10 minutes
     python -m benchmarks.gpu --device cpu --tiny        # small shapes: only shows that the script runs
 

@@ -1,6 +1,6 @@
 """Claim: a GRPO step at a vocabulary of 151,936 is 2.5 x as fast as trl's GRPOTrainer, in no more memory.
 
-    python -m benchmarks.grpo_step              # 8 minutes on two cores, 9 GB of memory
+    python -m benchmarks.grpo_step              # 8 minutes on two cores, 5 GB of memory
 
 896 x 4 layers (196M parameters), tied head, random weights; one prompt of 28 tokens, a group of 8, 64 new tokens each
 (no stop token ends them earlier), temperature 1, no KL, AdamW, clipping at 1. minikd's step calls train_grpo.py's own

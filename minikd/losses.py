@@ -20,8 +20,8 @@ BLOCK = 2048                                        # head rows in one matrix pr
 LEAST = -1e30                                       # replaces a logit of -inf; its probability is 0 just the same
 PIECE_BYTES = 256 << 10                            # float32 logits in one softmax, at least: fewer are mostly overhead
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # logits of one model that are in memory at once, at most
-# In float32 on a CPU a chunk is a multiple of so many tokens, as MKL multiplies in tiles: with AVX-512 chunks of 48 tokens take two
-# thirds of the time per token that chunks of 55 take. In bfloat16 there is no such step.
+# In float32 on a CPU a chunk is a multiple of so many tokens, as MKL multiplies in tiles: with AVX-512 a token in chunks of 48 takes
+# 0.8 of its time in chunks of 55 (results/head_loss.txt). In bfloat16 there is no such step.
 TILE = 48
 
 
@@ -297,7 +297,7 @@ def compare_heads(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden:
 def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
     """states [n, D], head [V, D] -> logits [n, V] in states' dtype, written to the first rows of `out` if given.
 
-    On a CPU it is (head_block @ states.T).T, block after block: in float32 1.1 to 1.9 x as fast as one product for 8 to 220
+    On a CPU it is (head_block @ states.T).T, block after block: in float32 up to 1.9 x as fast as one product for 8 to 220
     rows on two cores. A head in another dtype is cast block by block, so that no second copy of it is held.
     """
     n = len(states)
