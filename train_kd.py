@@ -29,7 +29,8 @@ from minikd.data import (FORMATS, Encoded, collate, encode_examples, encode_text
 from minikd.evaluate import answer_and_score, compare, show_table
 from minikd.files import InputError, remove, script_errors, write_jsonl
 from minikd.generate import respond
-from minikd.losses import (DIVERGENCES, clipped_surrogate, head_loss, pick_divergence, reverse_kl, scored_positions)
+from minikd.losses import (DIVERGENCES, clipped_surrogate, compile_losses, head_loss, pick_divergence, reverse_kl,
+                           scored_positions)
 from minikd.model import Qwen2, cast_copy, mixed
 from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
@@ -88,7 +89,7 @@ def parse_args():
     add("--weight-decay", type=float, default=0.01, help="of weight matrices")
     add("--max-grad-norm", type=float, default=1.0, help="a larger gradient is scaled down to it")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
-    add("--compile", action="store_true", help="torch.compile the blocks for training: for long runs on a GPU")
+    add("--compile", action="store_true", help="torch.compile the blocks and divergences: for long runs on a GPU")
     add = flag_group(parser, "evaluation")
     add("--eval-every", type=int, toy=50, help="steps between evaluations; without it: one for each epoch")
     add("--eval-examples", type=int, default=200, toy=100, help="validation examples answered for ROUGE-L each time")
@@ -188,6 +189,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         divergence = pick_divergence(loss, temperature=temperature, beta=beta, alpha=alpha)
     if compile:
         compile_blocks(student, *([teacher.model] if isinstance(teacher, Teacher) else []))
+        compile_losses()
     state, saved = {"step": 0, "best": -1.0}, {}                # steps done, best ROUGE-L; MiniLLM's rollouts as tensors
     if (out / STATE).exists():
         state, saved = load_state(out, student, optimizer)

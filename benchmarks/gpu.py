@@ -1,10 +1,11 @@
 """Everything that needs a GPU, in one run: compiles the kernels, checks and times them, and times what uses them.
 
     python -m benchmarks.gpu                    # an expected 20 minutes on one H100 or H200
-    python -m benchmarks.gpu --only kernel step matmul  # then decoding; sampling; kd; gptq: each below 10 minutes
+    python -m benchmarks.gpu --only check kernel matmul # then step; sampling kd; decoding; gptq: each below 10 minutes
     python -m benchmarks.gpu --device cpu --tiny        # small shapes: only shows that the script runs
 
 Claims (one H200, random weights in Qwen2.5's shapes, peers in the same run):
+    check     sampling from graphs, by one kernel, GPTQ's columns and a step's gradients are the plain path's
     kernel    relative error under 1e-2 on every shape and batch; outputs are nan before
     step      a token by one kernel (decode.cu): as exact as the plain step; how long it takes without weights to read
     matmul    layers of 20 MB and more: 70% of the copy bandwidth at batch 1, 3 x bfloat16 cuBLAS, not slower than torch's
@@ -34,10 +35,10 @@ from benchmarks.measure import machine
 from minikd import cuda, w4_cuda
 from minikd.data import Encoded, send
 from minikd.decode_cuda import OneKernel
-from minikd.generate import generate, prefill
-from minikd.gptq import quantize_model
+from minikd.generate import generate, generate_with_log_probs, prefill
+from minikd.gptq import quantize_columns, quantize_model, replayed_columns
 from minikd.layout import laid_out
-from minikd.losses import forward_kl, head_loss, scored_positions
+from minikd.losses import compile_losses, forward_kl, head_loss, scored_positions
 from minikd.model import Qwen2, Qwen2Config, StaticCache
 from minikd.quant import W4Linear, decode_groups, round_to_nearest, to_w4, to_words
 from minikd.training import compile_blocks, make_optimizer
@@ -145,6 +146,14 @@ def fresh(device: str):
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def begin(kind: str, device: str):
+    """Before a row: a fresh start, and for transformers cuDNN's attention, which minikd turns off for the process."""
+    torch.backends.cuda.enable_cudnn_sdp(kind.startswith("transformers"))
+    if kind.endswith(("compile", "compiled")):
+        torch.compiler.reset()                      # another row's compiled graphs must not fill the limit
+    fresh(device)
 
 
 def peak_gb(device: str) -> float:
@@ -258,6 +267,69 @@ def check_step(device, tiny, limits):
     print(f"narrow layers have almost no weights: what remains is {5 * narrow.num_hidden_layers} barriers of all blocks")
 
 
+def check_results(device, tiny, limits):
+    """What is timed below, against the plain path: sampling and GPTQ's columns from graphs, one kernel, a step's gradients."""
+    # Weights larger than usual: with 0.02 every next token is as likely, or the last one again, whatever the cache holds.
+    config, new = replace(SHAPES["0.5B"], num_hidden_layers=2 if tiny else 4, initializer_range=0.1), 20 if tiny else 40
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1000, (length,), generator=generator).tolist() for length in ((5, 9) if tiny else (5, 28, 17, 1))]
+    table = Table("check", "result", "")
+
+    def sampling(kind, model, asked, most, **options):
+        """Compares the log-probabilities that tokens were drawn with to those that the whole texts, read at once, give them."""
+        stops = {row[new // 3] for row in generate(model, asked, new, temperature=1.0, seed=3, **options)}      # some end early
+        answers, logps = generate_with_log_probs(model, asked, new, 1.0, eos_ids=stops, seed=3, graphs=True,
+                                                 one_kernel="one kernel" in kind, **options)
+        worst = 0.0
+        for i, (answer, drawn) in enumerate(zip(answers, logps)):
+            prompt = asked[i * len(asked) // len(answers)]
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + answer], device=device))[0, len(prompt) - 1:-1]
+            read = logits.float().log_softmax(-1).gather(1, torch.tensor(answer, device=device)[:, None])[:, 0]
+            worst = max(worst, float((read - torch.tensor(drawn, device=device)).abs().max()))
+        table.row(kind, f"{worst:.1e} nats off", "" if worst < most else "TOO LARGE")
+
+    def columns():
+        n, O = 32 if tiny else 128, 896
+        W = torch.randn(n, O, device=device)
+        scale, zero = torch.full_like(W, 0.2), torch.full_like(W, 8.0)
+        U = torch.randn(n, n, device=device).triu() * 0.1 + torch.eye(n, device=device)
+        solve = replayed_columns(n, O, 4, torch.device(device))
+        pairs = [(solve(W * k, U, scale, zero), quantize_columns(W * k, U, scale, zero, 4)) for k in (1.0, 0.5, 2.0)]
+        same = all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair))
+        table.row("GPTQ's columns, recorded and replayed", "equal" if same else "NOT EQUAL", "")
+
+    def gradients():
+        ids, mask = torch.randint(1000, (2, 24), generator=generator), torch.arange(24).expand(2, -1) >= 8
+
+        def step(place):
+            student, teacher = (make(config, "cpu", torch.float32, seed).to(place) for seed in (0, 1))
+            hidden, targets = scored_positions(student.train().hidden(ids.to(place)), ids.to(place), mask.to(place))
+            soft = scored_positions(teacher.hidden(ids.to(place)), ids.to(place), mask.to(place))[0].detach()
+            loss = head_loss(hidden, student.head, targets, soft, teacher.head.detach(), forward_kl, 0.5, 0.1)[0]
+            loss.backward()
+            return float(loss.detach()), [parameter.grad.cpu().double() for parameter in student.parameters()]
+
+        (loss, grads), (right, exact) = step(device), step("cpu")
+        off, whole = (sum(float(x.square().sum()) for x in part) ** 0.5
+                      for part in ([a - b for a, b in zip(grads, exact)], exact))
+        table.row("a KD step's loss and gradients", f"{abs(loss / right - 1):.1e}, {off / whole:.1e}",
+                  "" if off < 1e-3 * whole else "TOO LARGE")
+
+    with attempt("sampling"):
+        sampling("samples, float32", make(config, device, torch.float32), prompts, 1e-3, samples=2)
+    for bits in 16, 4:
+        with attempt(f"one kernel, {bits} bits"):
+            model = make(config, device)
+            sampling(f"a sample by one kernel, {bits} bits", model if bits == 16 else four_bits(model), prompts[1:2], 0.3)
+    if device == "cuda":
+        with attempt("columns"):
+            columns()
+    with attempt("gradients"):
+        gradients()
+    fresh(device)
+
+
 def time_matmul(device, tiny, limits):
     shapes = [(256, 256)] if tiny else [(N, K) for N, K in LAYERS if N * K >= 1_000_000]
     table = Table("layer", "operator us", "of copy", "cuBLAS", "torch int4", "spread", "each kernel us")
@@ -310,30 +382,33 @@ def torch_int4(N: int, K: int, device: str, copies: int):
 def time_decoding(device, tiny, limits):
     new, speeds = 20 if tiny else 256, {}
     prompt = torch.randint(1000, (28,), generator=torch.Generator().manual_seed(0)).tolist()
-    table = Table("batch 1", "tokens/s a step", "whole call", "of the copy's", "of bf16", "spread", "peak GB")
+    table = Table("batch 1", "tokens/s a step", "whole call", "of the copy's", "of its bf16", "spread", "peak GB")
 
     def measure(name, kind):
-        model = theirs(SHAPES[name], device) if kind == "transformers" else make(SHAPES[name], device)
+        peer = kind == "transformers"
+        model = theirs(SHAPES[name], device) if peer else make(SHAPES[name], device)
         if kind.startswith("w4"):
             model = four_bits(model)
-            fresh(device)
         if kind.endswith("compiled"):
             compile_blocks(model)
-        run = (lambda n: transformers_answer(model, [prompt], n)) if kind == "transformers" else (
+        fresh(device)                               # made in float32: not the peak that is asked for
+        run = (lambda n: transformers_answer(model, [prompt], n)) if peer else (
             lambda n: generate(model, [prompt], n, one_kernel=kind.endswith("one kernel")))
-        run(24)
+        long = new if tiny or peer else 2 * new     # fast steps need more of them
+        run(long), run(long // 2)
         # Prefill, capturing the graph and the first steps take the same time in both: the difference is the steps' time.
-        times = [(time_once(run, new, device) - time_once(run, new // 2, device)) / (new - new // 2)
-                 for _ in range(1 if tiny else 5)]
-        speed = speeds[name, kind] = 1 / median(times)
-        share = "-" if kind == "transformers" else f"{bytes_of_a_step(model) * speed / limits['bandwidth']:.0%}"
-        table.row(f"{name} {kind}", f"{speed:,.0f}", f"{new / time_once(run, new, device):,.0f}", share,
-                  f"{speed / speeds.get((name, 'bf16'), float('nan')):.2f}x", spread(times), f"{peak_gb(device):.2f}")
+        whole, half = ([time_once(run, n, device) for _ in range(1 if tiny else 2 if peer else 5)] for n in (long, long // 2))
+        speed = speeds[name, kind] = (long - long // 2) / (median(whole) - median(half))
+        share = "-" if peer else f"{bytes_of_a_step(model) * speed / limits['bandwidth']:.0%}"
+        base = speeds.get((name, kind.replace("w4", "bf16") if "w4" in kind else "bf16"), float("nan"))
+        table.row(f"{name} {kind}", f"{speed:,.0f}", f"{long / median(whole):,.0f}", share, f"{speed / base:.2f}x", spread(whole),
+                  f"{peak_gb(device):.2f}")
 
-    for name in list(SHAPES)[:1] if tiny else SHAPES:
-        for kind in "bf16", "w4", "transformers", "bf16 one kernel", "w4 one kernel", "bf16 compiled", "w4 compiled":
+    # By kinds, so that a trap of the one kernel or a timeout while compiling costs only what comes after.
+    for kind in "bf16", "w4", "transformers", "bf16 one kernel", "w4 one kernel", "bf16 compiled", "w4 compiled":
+        for name in list(SHAPES)[:1] if tiny else SHAPES:
             if not (tiny and "compiled" in kind):   # compiling takes longer than all the rest
-                fresh(device)
+                begin(kind, device)
                 with attempt(f"{name} {kind}"):
                     measure(name, kind)
 
@@ -369,6 +444,7 @@ def time_sampling(device, tiny, limits):
         model = theirs(config, device) if kind == "transformers" else make(config, device)
         if kind == "minikd compiled":
             compile_blocks(model)
+        fresh(device)
         run = (lambda n: transformers_answer(model, [prompt] * rows, n, sample=True)) if kind == "transformers" else (
             lambda n: generate(model, [prompt], n, temperature=1.0, samples=rows, seed=0))
         run(20)
@@ -376,7 +452,7 @@ def time_sampling(device, tiny, limits):
         table.row(kind, f"{rows * new / median(times):,.0f}", spread(times), f"{peak_gb(device):.2f}")
 
     for kind in ("minikd", "transformers") if tiny else ("minikd", "transformers", "minikd compiled"):
-        fresh(device)
+        begin(kind, device)
         with attempt(kind):
             measure(kind)
 
@@ -399,6 +475,7 @@ def time_kd(device, tiny, limits):
         student.train()
         if kind == "minikd --compile":
             compile_blocks(student, teacher)
+            compile_losses()
         if kind == "transformers compiled":
             student.forward, teacher.forward = torch.compile(student.forward), torch.compile(teacher.forward)
         head, kept = teacher.head.detach() if ours else None, None
@@ -417,8 +494,9 @@ def time_kd(device, tiny, limits):
                     loss = head_loss(hidden, student.head, targets, soft, head, forward_kl, 1.0, 1 / len(targets))[0]
                 else:
                     with torch.no_grad():
-                        soft = teacher(input_ids=ids).logits[:, :-1]
-                    loss = (forward_kl(student(input_ids=ids).logits[:, :-1], soft) * mask[:, 1:]).sum() / scored
+                        soft = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
+                    logits = student(input_ids=ids, use_cache=False).logits[:, :-1]
+                    loss = (forward_kl(logits, soft) * mask[:, 1:]).sum() / scored
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
@@ -436,7 +514,7 @@ def time_kd(device, tiny, limits):
 
     kinds = ["minikd", "minikd cached", "transformers", "minikd --compile", "transformers compiled"]
     for kind in kinds[:3] if tiny else kinds:       # compiling takes longer than all the rest
-        fresh(device)
+        begin(kind, device)
         with attempt(kind):
             measure(kind)
 
@@ -467,8 +545,8 @@ def time_gptq(device, tiny, limits):
             measure(name)
 
 
-SECTIONS = {"machine": measure_machine, "kernel": check_kernel, "step": check_step, "matmul": time_matmul,
-            "decoding": time_decoding, "sampling": time_sampling, "kd": time_kd, "gptq": time_gptq}
+SECTIONS = {"machine": measure_machine, "check": check_results, "kernel": check_kernel, "matmul": time_matmul,
+            "step": check_step, "decoding": time_decoding, "sampling": time_sampling, "kd": time_kd, "gptq": time_gptq}
 
 
 def main():
@@ -483,6 +561,7 @@ def main():
     limits = {"bandwidth": float("nan"), "flops": float("nan")}
     for name in dict.fromkeys(["machine", *args.only]):
         print(f"\n== {name}", flush=True)
+        begin(name, args.device)
         start = time.perf_counter()
         with attempt(name):
             SECTIONS[name](args.device, args.tiny, limits)

@@ -86,7 +86,7 @@ __device__ __forceinline__ void arrive(u32* arrived) {
 __device__ __forceinline__ void wait(const u32* arrived, u32& phase) {
     if (threadIdx.x == 0)
         for (u32 polls = 0; load_acquire(arrived) >> 31 == phase; polls++)
-            if (polls == 1u << 26) give_up();           // after half a minute: an error is better than a GPU that hangs
+            if (polls == 1u << 22) give_up();           // after some seconds: an error is better than a GPU that hangs
     phase ^= 1;
     __syncthreads();
 }

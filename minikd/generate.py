@@ -236,7 +236,8 @@ def invert(probs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     is below 1 after top-p.
 
     Two searches, for the block of 128 tokens and then within it: one running sum in float64 over 151,936 probabilities
-    (float32 would lose the tail) takes two to ten times as long as their softmax, and on a GPU one block of threads walks each row.
+    (float32 would lose the tail) takes two to ten times as long as their softmax, and on a GPU one block of threads walks each
+    row.
     """
     blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)         # [B, V/128, 128]
     mass = blocks.sum(-1, dtype=torch.float64)                                              # [B, V/128]

@@ -17,7 +17,7 @@ from minikd.quant import W4Linear, give_memory_back
 
 # Fewest steps for which packing is worth it: there and back it takes as long as ten, for a row or two in float32 as 15 to 20.
 WORTH = 16
-# Fewer rows than this use the int8 head: 2.2 x as fast at 1 row, 1.3 to 1.6 x at 4, 1.1 x at 8 (benchmarks/w4_linear.py).
+# Fewer rows than this use the int8 head: 2.2 x as fast at 1 row, 1.2 to 1.6 x at 4, 1.0 to 1.1 x at 8 (benchmarks/w4_linear.py).
 INT8_ROWS = 8
 
 
@@ -29,8 +29,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 
     rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
     The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16. In float32 it gains nothing from several threads,
-    and from two rows on it takes two to five times as long. On a GPU nothing is packed. A 4-bit model keeps the layout afterwards,
-    as its codes never change, and its packed head while the head is the same.
+    and from two rows on it takes two to five times as long. On a GPU nothing is packed. A 4-bit model keeps the layout
+    afterwards, as its codes never change, and its packed head while the head is the same.
     """
     weight = model.head
     if model.packed_head is not None and model.packed_from != state_of(weight):

@@ -1,7 +1,8 @@
 """Token-level divergences between a student q and its teacher p, and the LM head applied chunk by chunk.
 
 Every divergence takes logits and returns one value per token, in nats, computed in float32 or, of float64 logits, in float64:
-with 151,936 rows a bfloat16 softmax is off by more than the KL itself where the models are close. They are true divergences: 0 when q equals p.
+with 151,936 rows a bfloat16 softmax is off by more than the KL itself where the models are close. They are true divergences:
+0 when q equals p.
 
 References
     Knowledge Distillation for Large Language Models, eq. (3) the mixed loss, (4) token-level KL
@@ -20,8 +21,8 @@ BLOCK = 2048                                        # head rows in one matrix pr
 LEAST = -1e30                                       # replaces a logit of -inf; its probability is 0 just the same
 PIECE_BYTES = 256 << 10                            # float32 logits in one softmax, at least: fewer are mostly overhead
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # logits of one model that are in memory at once, at most
-# In float32 on a CPU a chunk is a multiple of so many tokens, as MKL multiplies in tiles: with AVX-512 a token in chunks of 48 takes
-# 0.8 of its time in chunks of 55 (results/head_loss.txt). In bfloat16 there is no such step.
+# In float32 on a CPU a chunk is a multiple of so many tokens, as MKL multiplies in tiles: with AVX-512 a token in chunks of 48
+# takes 0.8 of its time in chunks of 55 (results/head_loss.txt). In bfloat16 there is no such step.
 TILE = 48
 
 
@@ -44,8 +45,8 @@ def single(x: Tensor) -> Tensor:
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax in float32 or float64.  [..., V] -> [..., V].  A logit of -inf, which excludes a token, becomes a large finite one:
-    then 0 log 0 is 0, where inf - inf would be NaN, in the gradient too."""
+    """log softmax in float32 or float64.  [..., V] -> [..., V].  A logit of -inf, which excludes a token, becomes a large finite
+    one: then 0 log 0 is 0, where inf - inf would be NaN, in the gradient too."""
     logits = single(logits).clamp(min=LEAST)
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # [..., V]
 
@@ -244,16 +245,31 @@ def _pieces(at: slice, size: int):
         yield slice(first, last), slice(first - at.start, last - at.start)
 
 
+def _costs(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy) -> tuple[Tensor, Tensor, Tensor]:
+    """CE [n], divergence [n] and their weighted sum [n], of logits [n, V]; what is only logged gets no gradient."""
+    logits = logits.float()
+    ce = F.cross_entropy(logits if kd_ratio < 1 or policy else logits.detach(), targets, reduction="none")
+    cost = policy(-ce) if policy else (1 - kd_ratio) * ce                       # -CE is log q of the target
+    kd = divergence(logits if kd_ratio else logits.detach(), teacher_logits)
+    return ce, kd, weight * (cost + kd_ratio * kd if kd_ratio else cost)        # paper eq. (3); MiniLLM eq. (7)
+
+
+_compiled_costs = None
+
+
+def compile_losses():
+    """Lets torch.compile fuse the passes that a divergence makes over the logits, in distillation steps from here on."""
+    global _compiled_costs
+    _compiled_costs = torch.compile(_costs, dynamic=True)
+
+
 def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy, need_grad):
-    """CE [n], divergence [n], their weighted sum [n], and its gradient [n, V] with respect to the logits [n, V]."""
+    """_costs, and the gradient [n, V] of the weighted sum with respect to the logits [n, V]."""
+    plain = _compiled_costs is None or policy or not (need_grad and kd_ratio)   # a policy is another function for each piece
     with torch.set_grad_enabled(need_grad):
-        logits = logits.detach().float().requires_grad_(need_grad)
-        with torch.set_grad_enabled(need_grad and (kd_ratio < 1 or policy is not None)):    # at ratio 1 CE is only logged
-            ce = F.cross_entropy(logits, targets, reduction="none")
-            cost = policy(-ce) if policy else (1 - kd_ratio) * ce               # -CE is log q of the target
-        with torch.set_grad_enabled(need_grad and kd_ratio > 0):
-            kd = divergence(logits, teacher_logits)
-        total = weight * (cost + kd_ratio * kd if kd_ratio else cost)           # paper eq. (3); MiniLLM eq. (7)
+        logits = logits.detach().requires_grad_(need_grad)
+        costs = _costs if plain else _compiled_costs
+        ce, kd, total = costs(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy)
         grad = torch.autograd.grad(total.sum(), logits)[0] if need_grad else None
     return ce.detach(), kd.detach(), total.detach(), grad
 

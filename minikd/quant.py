@@ -284,7 +284,8 @@ def choose(layer: W4Linear, x: Tensor) -> str:
     "int4", torch's operator on a CPU; or "dequantise", then multiply: works anywhere, also where a gradient is needed."""
     if x.dtype != torch.bfloat16 or not layer.in_order or torch.is_grad_enabled() and x.requires_grad:
         return "dequantise"
-    if x.is_cuda and fits(layer.size) and available(x.device.index):
+    ready = layer.prepared is not None and layer.prepared[0] == "kernel"       # torch.compile cannot trace `available`
+    if x.is_cuda and fits(layer.size) and (ready or available(x.device.index)):
         return "kernel"
     rows = x.numel() // layer.inputs
     if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.size in (32, 64, 128, 256) and rows < MANY_ROWS:

@@ -49,6 +49,7 @@ def compile_blocks(*models: Qwen2):
     """Lets torch.compile fuse the operations between a block's matrix products, for whole sequences and for decoding steps
     that a CUDA graph replays. One compiled graph serves all blocks; each kind of call takes half a minute to compile.
     """
+    torch._dynamo.config.recompile_limit = 64                   # run_block's, for all models, modes, numbers of rows; not 8
     for model in models:
         model.model.compiled = torch.compile(run_block)
 

@@ -23,7 +23,7 @@ def test_every_section_of_the_gpu_script_runs(monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch 2.8 makes a mask on the CPU within its own operator")
 def test_what_needs_no_kernel_of_ours_runs_on_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--only", "sampling", "kd"])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--only", "check", "sampling", "kd"])
     monkeypatch.setattr(script, "SHAPES", dict(script.SHAPES))
     with gpu():
         script.main()

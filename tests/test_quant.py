@@ -1,4 +1,6 @@
 """The grid as slow loops, the words bit by bit in plain integers, and a layer that multiplies as its weight does."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -178,6 +180,16 @@ def test_each_way_is_taken_where_it_may_be():
         assert choose(made, narrow.expand(1000, 128)) == "dequantise"           # many rows
         assert choose(layer(group=16)[0], narrow) == "dequantise"               # a group the operator does not know
     assert choose(made, narrow.clone().requires_grad_()) == "dequantise"
+
+
+def test_a_layer_that_is_prepared_for_the_kernel_does_not_look_for_it_again(monkeypatch):
+    """torch.compile follows what `available` does at its first call: reading files, loading libraries."""
+    made, asked = layer(group=128)[0], []
+    monkeypatch.setattr("minikd.quant.available", lambda index: (asked.append(index), True)[1])
+    x = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, requires_grad=False, device=SimpleNamespace(index=3))
+    assert choose(made, x) == "kernel" and asked == [3]
+    made.prepared = "kernel", ()
+    assert choose(made, x) == "kernel" and asked == [3]
 
 
 def test_a_cast_leaves_the_scales_as_they_were_stored():

@@ -15,7 +15,7 @@ import torch
 import eval_rouge
 import train_kd as kd
 from conftest import killed_at, locked_by_another, same, steps_of, tiny, weights
-from minikd import evaluate, minillm, toy
+from minikd import evaluate, losses, minillm, toy
 from minikd.checkpoint import identify, load_model, save_model
 from minikd.data import encode_examples, load_examples
 from minikd.evaluate import sequence_kl
@@ -179,6 +179,7 @@ def test_compile_changes_time_and_nothing_else(settings, monkeypatch):
 
     plain = kd.train(**settings(steps=2)).state_dict()
     compiler = torch.compile
+    monkeypatch.setattr(losses, "_compiled_costs", None)        # and afterwards again
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend=backend, fullgraph=True, **options))
     again = kd.train(**settings(steps=2, compile=True, gradient_checkpointing=True)).state_dict()
     assert all(torch.equal(plain[key], value) for key, value in again.items())
