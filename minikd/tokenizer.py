@@ -45,7 +45,10 @@ class Tokenizer:
         folder = local_folder(name, TOKENIZER)
         path = folder / "tokenizer.json"
         if not path.exists():
-            raise InputError(f"{path}: is missing; copy the tokenizer's files beside the model's")
+            mend = "copy the tokenizer's files beside the model's"
+            if (folder / "vocab.json").exists():
+                mend = "transformers makes it of vocab.json: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            raise InputError(f"{path}: is missing; {mend}")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()                 # the saved settings may include either

@@ -285,6 +285,12 @@ def test_a_tokenizer_json_that_is_missing_or_damaged_is_named_in_one_line(tmp_pa
     assert text.startswith(f"{tmp_path / 'tokenizer.json'}: {complaint}") and "\n" not in text
 
 
+def test_of_a_tokenizer_in_the_older_files_the_mend_is_named(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(InputError, match="tokenizer.json: is missing; transformers makes it of vocab.json"):
+        Tokenizer.load(tmp_path)
+
+
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>"])
 def test_a_tokenizer_that_does_not_speak_chatml_is_refused_by_the_token_it_lacks(tokenizer_folder, tmp_path, token):
     text = (tokenizer_folder / "tokenizer.json").read_text().replace(json.dumps(token), '"<|other|>"')
