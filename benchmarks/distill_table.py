@@ -1,7 +1,7 @@
 """Claims: MiniLLM ends nearer to its teacher than SFT and forward-KL distillation, by the reverse KL on held-out prompts; and
 distillation on the student's own answers ends nearer than on the data's answers. Toy world, mean and sd over seeds.
 
-    python -m benchmarks.distill_table          # 20 minutes on one CPU core
+    python -m benchmarks.distill_table          # half an hour on one CPU core
 
 Each seed: `python train_kd.py --seed S` makes teacher and data and trains a student by SFT; every method starts from that
 student and makes the same number of updates at the same learning rate on the same prompts (kd_ratio 1: only the divergence).
