@@ -171,19 +171,21 @@ def test_the_loss_options_reach_the_loss(settings, tmp_path):
 
 def test_compile_changes_time_and_nothing_else(settings, monkeypatch):
     """torch.compile's tracing, one graph for all blocks of a model, without its code generator (half a minute)."""
-    graphs = []
+    graphs, compiler = {}, torch.compile                        # name of a compiled function -> its graphs
 
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
+    def compile(f, **options):
+        def backend(graph, _):
+            graphs.setdefault(f.__name__, []).append(graph)
+            return graph.forward
+        return compiler(f, backend=backend, fullgraph=True, **options)
 
     plain = kd.train(**settings(steps=2)).state_dict()
-    compiler = torch.compile
     monkeypatch.setattr(losses, "_compiled_costs", None)        # and afterwards again
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend=backend, fullgraph=True, **options))
+    monkeypatch.setattr(torch, "compile", compile)
     again = kd.train(**settings(steps=2, compile=True, gradient_checkpointing=True)).state_dict()
     assert all(torch.equal(plain[key], value) for key, value in again.items())
-    assert 2 <= len(graphs) <= 6                                # student and teacher, with gradients and without
+    assert 2 <= len(graphs["run_block"]) <= 6                   # student and teacher, with gradients and without
+    assert len(graphs["_costs"]) == 1                           # of the divergence, whatever the number of tokens
 
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else(settings):
