@@ -149,7 +149,7 @@ def fresh(device: str):
 
 
 def begin(kind: str, device: str):
-    """Before a row: a fresh start, and for transformers cuDNN's attention, which minikd turns off for the process."""
+    """Before a section or a row: a fresh start; for transformers cuDNN's attention, which minikd turns off for the process."""
     torch.backends.cuda.enable_cudnn_sdp(kind.startswith("transformers"))
     if kind.endswith(("compile", "compiled")):
         torch.compiler.reset()                      # another row's compiled graphs must not fill the limit
@@ -304,8 +304,9 @@ def check_results(device, tiny, limits):
 
         def step(place):
             student, teacher = (make(config, "cpu", torch.float32, seed).to(place) for seed in (0, 1))
-            hidden, targets = scored_positions(student.train().hidden(ids.to(place)), ids.to(place), mask.to(place))
-            soft = scored_positions(teacher.hidden(ids.to(place)), ids.to(place), mask.to(place))[0].detach()
+            batch = ids.to(place), mask.to(place)
+            hidden, targets = scored_positions(student.train().hidden(batch[0]), *batch)
+            soft = scored_positions(teacher.hidden(batch[0]), *batch)[0].detach()
             loss = head_loss(hidden, student.head, targets, soft, teacher.head.detach(), forward_kl, 0.5, 0.1)[0]
             loss.backward()
             return float(loss.detach()), [parameter.grad.cpu().double() for parameter in student.parameters()]

@@ -265,10 +265,10 @@ def compile_losses():
 
 def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy, need_grad):
     """_costs, and the gradient [n, V] of the weighted sum with respect to the logits [n, V]."""
-    plain = _compiled_costs is None or policy or not (need_grad and kd_ratio)   # a policy is another function for each piece
+    fused = _compiled_costs is not None and need_grad and kd_ratio and policy is None       # a policy is new for each piece
+    costs = _compiled_costs if fused else _costs
     with torch.set_grad_enabled(need_grad):
         logits = logits.detach().requires_grad_(need_grad)
-        costs = _costs if plain else _compiled_costs
         ce, kd, total = costs(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy)
         grad = torch.autograd.grad(total.sum(), logits)[0] if need_grad else None
     return ce.detach(), kd.detach(), total.detach(), grad

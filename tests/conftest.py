@@ -103,7 +103,7 @@ def killed_at(step: int):
 
 
 def pytest_configure(config):
-    config.pluginmanager.set_blocked("logging-plugin")              # it hangs handlers on 63 loggers of transformers, three times a test
+    config.pluginmanager.set_blocked("logging-plugin")              # it gives 63 loggers of transformers handlers, thrice a test
 
 
 def pytest_collection_finish(session):

@@ -48,7 +48,7 @@ def test_the_answers_to_learn_from_are_of_mixed_quality(task):
     tagged = [(a["response"], b["response"]) for a, b in zip(mixed, clean) if "<think>" in a["response"]]
     assert abs(len(bare) / 2000 - UNTAGGED) < 0.05
     assert abs(sum(a != b for a, b in tagged) / len(tagged) - NOISE) < 0.05
-    if task == "sums":                                              # a wrong step is off by one or two tens, and the answer with it
+    if task == "sums":                                              # a wrong step moves the answer by one or two tens
         slips = {int(answer_part(a)) - int(answer_part(b)) for a, b in tagged}
         assert slips == {-20, -10, 0, 10, 20}
 

@@ -159,7 +159,7 @@ ATTACKS = {
     "fork bomb": ("import os\nwhile True: os.fork()", "error"),
     "a thread that forks": ("import os, threading\nthreading.Thread(target=os.fork).start()\nprint(os.fork())", "error"),
     "thread bomb": ("import threading, time\nthreading.stack_size(32768)\n"
-                    "while True: threading.Thread(target=time.sleep, args=(60,)).start()", "timeout"),      # Python waits for them
+                    "while True: threading.Thread(target=time.sleep, args=(60,)).start()", "timeout"),  # Python waits for them
     "posix_spawn": ("import os\nos.posix_spawn('/bin/sleep', ['sleep', '60'], {})", "error"),
     "subprocess": ("import subprocess\nsubprocess.run(['/bin/echo', 'hoped'])", "error"),
     "another program in its place": ("import os\nos.execv('/bin/echo', ['echo', 'hoped'])", "error"),
@@ -429,7 +429,7 @@ def test_a_caller_that_is_killed_leaves_nothing(nothing_left):
         time.sleep(0.01)
     caller.kill()
     caller.wait()
-    assert len(running) == 2                                        # not counted again: a program that is just started has no name
+    assert len(running) == 2                                        # not counted again: one that is just started has no name
     while (processes(caller.pid) or os.listdir(nothing_left)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert processes(caller.pid) == os.listdir(nothing_left) == []
