@@ -54,6 +54,7 @@ FAST = [("w4_matvec_1", 1, 256), ("w4_matvec_2", 2, 256), ("w4_matvec_4", 4, 256
         ("w4_mma_8_few", 8, 512), ("w4_mma_16", 16, 256), ("w4_mma_16_few", 16, 512), ("w4_mma_32", 32, 256),   # rows, threads
         ("w4_mma_64", 64, 256)]
 TEACHER, TOKENS = "3B", 512
+WITHOUT = []                                        # --without
 L2 = 64 << 20                                       # above the caches of an H200, 60 MB, and of an H100, 50 MB
 
 
@@ -118,6 +119,11 @@ def rotating(calls: list, device: str, repeats: int = 30) -> list[float]:
         for call in calls:
             call()
     return [value / len(calls) for value in seconds_of(graph.replay, repeats, device)]
+
+
+def wanted(*kinds: str) -> list[str]:
+    """The rows that --without leaves."""
+    return [kind for kind in kinds if not any(word in kind for word in WITHOUT)]
 
 
 def make(config: Qwen2Config, device: str, dtype=torch.bfloat16, seed=0) -> Qwen2:
@@ -406,7 +412,7 @@ def time_decoding(device, tiny, limits):
                   f"{peak_gb(device):.2f}")
 
     # By kinds, so that a trap of the one kernel or a timeout while compiling costs only what comes after.
-    for kind in "bf16", "w4", "transformers", "bf16 one kernel", "w4 one kernel", "bf16 compiled", "w4 compiled":
+    for kind in wanted("bf16", "w4", "transformers", "bf16 one kernel", "w4 one kernel", "bf16 compiled", "w4 compiled"):
         for name in list(SHAPES)[:1] if tiny else SHAPES:
             if not (tiny and "compiled" in kind):   # compiling takes longer than all the rest
                 begin(kind, device)
@@ -452,7 +458,7 @@ def time_sampling(device, tiny, limits):
         times = [time_once(run, new, device) for _ in range(1 if tiny else 3)]
         table.row(kind, f"{rows * new / median(times):,.0f}", spread(times), f"{peak_gb(device):.2f}")
 
-    for kind in ("minikd", "transformers") if tiny else ("minikd", "transformers", "minikd compiled"):
+    for kind in wanted(*("minikd", "transformers", "minikd compiled")[:2 if tiny else 3]):
         begin(kind, device)
         with attempt(kind):
             measure(kind)
@@ -514,7 +520,7 @@ def time_kd(device, tiny, limits):
                   f"{flops / median(times) / limits['flops']:.0%}", f"{peak_gb(device):.2f}", f"{loss:.3f}", spread(times))
 
     kinds = ["minikd", "minikd cached", "transformers", "minikd --compile", "transformers compiled"]
-    for kind in kinds[:3] if tiny else kinds:       # compiling takes longer than all the rest
+    for kind in wanted(*kinds[:3 if tiny else 5]):  # compiling takes longer than all the rest
         begin(kind, device)
         with attempt(kind):
             measure(kind)
@@ -541,7 +547,7 @@ def time_gptq(device, tiny, limits):
         table.row(f"{name}, {count} x {length:,}", f"{time.perf_counter() - start:.0f}", f"{peak_gb(device):.2f}",
                   f"{peak_gb(device) / size:.2f}", f"{statistics.fmean(errors):.2f}")
 
-    for name in ["0.5B"] if tiny else ["0.5B", "3B"]:
+    for name in wanted("0.5B") if tiny else wanted("0.5B", "3B"):
         with attempt(name):
             measure(name)
 
@@ -555,7 +561,10 @@ def main():
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, only to see that the script runs")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--without", nargs="+", default=[], metavar="WORD",
+                        help="leave out rows whose name contains one of these: transformers, compile, 3B, ...")
     args = parser.parse_args()
+    WITHOUT[:] = args.without
     if args.tiny:
         SHAPES.update({name: replace(SHAPES["0.5B"], vocab_size=2000, hidden_size=128, intermediate_size=256, head_dim=32,
                                      num_hidden_layers=2, num_attention_heads=4) for name in SHAPES})
