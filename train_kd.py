@@ -227,14 +227,14 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                                  ratio_clip=ratio_clip) for batch in batches)   # [2] CE and divergence
             lm_scored = response_tokens(lm_batches)
             lm_sums = sum(gradients(batch, weight=lm_coef / lm_scored) for batch in lm_batches)
-            norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm))
-            if not math.isfinite(norm):
-                raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g}), "
-                                 "or use --dtype float32")
+            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            ce, kd = (sums / scored).tolist()                                   # nats per token
+            ce, kd, norm = [*(sums / scored).tolist(), float(norm)]             # nats per token; here the host waits for a GPU
+            if not math.isfinite(norm):                                         # what was saved before stays
+                raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g}), "
+                                 "or use --dtype float32")
             log.write(step=step + 1, ce=ce, kd=kd, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
                       **({"lm_ce": float(lm_sums[0]) / lm_scored} if lm_batches else {}),
                       seconds=round(time.perf_counter() - started, 4))
@@ -263,14 +263,15 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
     device, policy, teacher_states = student.head.device, None, None
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     with mixed(device, dtype):
-        states, targets = scored_positions(student.hidden(ids, checkpointing=checkpointing), ids, mask)  # [N, D], [N]
         if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7)
             old, advantage, teacher_states = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']
             policy = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
             kd_ratio = 1.0
         elif kd_ratio:                                                          # paper eq. (3)
-            teacher_states = teacher.states(batch, ids, mask)                   # [N, D']
+            teacher_states = teacher.states(batch, ids, mask)                   # [N, D']; first: a GPU works at it for long,
+        states, targets = scored_positions(                                     # while the host launches the student's kernels
+            student.hidden(ids, checkpointing=checkpointing), ids, mask)        # [N, D], [N]
         value, ce, kd = head_loss(states, student.head, targets, teacher_states, teacher.head if teacher else None,
                                   divergence if kd_ratio else None, kd_ratio, weight, policy)
     value.backward()

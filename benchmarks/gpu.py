@@ -310,7 +310,7 @@ def check_results(device, tiny, limits):
 
         def step(place):
             student, teacher = (make(config, "cpu", torch.float32, seed).to(place) for seed in (0, 1))
-            batch = ids.to(place), mask.to(place)
+            batch = ids.to(place), mask
             hidden, targets = scored_positions(student.train().hidden(batch[0]), *batch)
             soft = scored_positions(teacher.hidden(batch[0]), *batch)[0].detach()
             loss = head_loss(hidden, student.head, targets, soft, teacher.head.detach(), forward_kl, 0.5, 0.1)[0]
@@ -469,7 +469,8 @@ def time_kd(device, tiny, limits):
     length, prompt, steps = (32, 8, 2) if tiny else (TOKENS, 128, 10)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(student_shape.vocab_size, (batch, length), generator=generator).to(device)
-    mask = (torch.arange(length) >= prompt).expand(batch, -1).to(device)
+    mask = (torch.arange(length) >= prompt).expand(batch, -1)   # on the CPU, as collate leaves it
+    kept_by_peer = mask[:, 1:].to(device)
     scored, first = int(mask.sum()), []
     table = Table(f"{batch} x {length}, {scored:,} scored", "ms a step", "speed", "padded tokens/s", "MFU of 989T",
                   "of the product", "peak GB", "loss", "spread")
@@ -503,7 +504,7 @@ def time_kd(device, tiny, limits):
                     with torch.no_grad():
                         soft = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
                     logits = student(input_ids=ids, use_cache=False).logits[:, :-1]
-                    loss = (forward_kl(logits, soft) * mask[:, 1:]).sum() / scored
+                    loss = (forward_kl(logits, soft) * kept_by_peer).sum() / scored
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()

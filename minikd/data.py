@@ -449,16 +449,17 @@ def encode_text(texts: list[str], tokenizer, max_length: int = 512) -> list[Enco
 def send(tensor: Tensor, device) -> Tensor:
     """Copies a CPU tensor to a device. To a GPU the copy is asynchronous, from pinned memory: while the GPU computes one
     batch, the CPU prepares the next."""
-    if torch.device(device).type != "cuda":
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def collate(encoded: list[Encoded], pad_id: int, device="cpu") -> tuple[Tensor, Tensor]:
-    """Rows of prompt + response, as wide as the longest -> ids [B, T] int64 and mask [B, T] bool, on `device`.
+    """Rows of prompt + response, as wide as the longest -> ids [B, T] int64 on `device`, and mask [B, T] bool on the CPU.
 
     Padded on the right, so that causal attention needs no padding mask. The mask is True on the response's tokens, its
-    end token included; padding is never found by comparing ids with pad_id.
+    end token included; padding is never found by comparing ids with pad_id. It stays on the CPU so that scored_positions
+    knows how many tokens are scored without waiting for a GPU.
     """
     T = max(map(len, encoded))
     ids = torch.full((len(encoded), T), pad_id)                                 # [B, T]
@@ -466,7 +467,7 @@ def collate(encoded: list[Encoded], pad_id: int, device="cpu") -> tuple[Tensor, 
     for i, row in enumerate(encoded):
         ids[i, :len(row)] = torch.tensor(row.prompt + row.response)
         mask[i, len(row.prompt):len(row)] = True
-    return send(ids, device), send(mask, device)
+    return send(ids, device), mask
 
 
 def batch_order(encoded: list[Encoded], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

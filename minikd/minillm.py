@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minikd.data import Encoded, by_length, collate, next_rows, optimizer_steps, steps_per_epoch
+from minikd.data import Encoded, by_length, collate, next_rows, optimizer_steps, send, steps_per_epoch
 from minikd.generate import respond
 from minikd.losses import head_loss, log_mix, scored_positions
 from minikd.model import Qwen2, cast_copy, mixed
@@ -103,7 +103,7 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
             teacher_states, _ = scored_positions(teacher.hidden(ids), ids, mask)            # [N, D']
             logq = -head_loss(states, student.head, targets, teacher_head=teacher.head)[1]  # [N] = -CE, over the shared rows
             logp = -head_loss(teacher_states, teacher.head, targets, teacher_head=student.head)[1]
-        valid = mask[:, 1:]                                         # [B, T-1], N of them True: scored_positions' shift
+        valid = send(mask[:, 1:], device)                           # [B, T-1], N of them True: scored_positions' shift
         logq, logp = (torch.zeros(valid.shape, device=device).masked_scatter(valid, x) for x in (logq, logp))   # [B, T-1]
         to_go = rewards_to_go(logq, logp, valid, **options)
         weight = importance_weights(logq, logp, valid, mix)

@@ -7,13 +7,17 @@ import pytest
 import torch
 
 import eval_rouge
+import fake_gpu
 import quantize
 import train_grpo
 import train_kd
 from conftest import killed_at, small, steps_of, tiny
 from fake_gpu import Graph, Played, Wrong, gpu, record
+from minikd.data import Encoded
 from minikd.generate import Rows, generate_with_log_probs
+from minikd.losses import forward_kl
 from minikd.model import mixed
+from minikd.teacher import Teacher
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23]]
 
@@ -63,6 +67,18 @@ def test_autocast_casts_as_cudas_does():
             assert product.sum().dtype == product.softmax(-1).dtype == (product ** 2).dtype == torch.float32
             with torch.autocast("cuda", enabled=False):
                 assert (x @ x).dtype == torch.float32
+
+
+def test_a_distillation_step_is_launched_without_waiting_for_the_gpu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(fake_gpu, "wait", waited.append)
+    rows = [Encoded([5, 6, 7], [8, 9], False, 0), Encoded([5], [8, 9, 10, 11], True, 1)]
+    with gpu():
+        student, teacher = small(0).to("cuda").train(), Teacher(small(1).to("cuda"))
+        sums = train_kd.add_gradients(rows, student=student, weight=1 / 6, pad_id=0, dtype=torch.bfloat16, checkpointing=False,
+                                      teacher=teacher, divergence=forward_kl, kd_ratio=0.5)
+        assert not fake_gpu.WAITS & set(waited)
+        assert float(sums[0]) > 0 and fake_gpu.WAITS & set(waited)              # reading a number does wait
 
 
 # ---- sampling by graphs
