@@ -2,7 +2,7 @@
 //
 // A step at batch 1 reads every weight once and does little else. Launched as some 18 kernels per layer, it mostly waits: for
 // kernels to start and for their first bytes to arrive. Here one block per multiprocessor runs for the whole step. A layer has
-// five stages, and all blocks synchronise before each of them:
+// five stages, and each needs what all blocks computed in the one before:
 //
 //   1  RMSNorm, q/k/v, RoPE; keys and values go into the cache
 //   2  attention, each head's keys in up to SPLITS parts
@@ -10,11 +10,18 @@
 //   4  RMSNorm, gate/up, silu
 //   5  down, residual
 //
-// Weights do not depend on the stage before. So a block signals its arrival, starts the copies of its next weights (7 KB per
-// warp, 112 KB per multiprocessor), and only then waits for the other blocks: the memory stays busy during the wait.
+// The blocks have no barrier. A value is sent together with a tag, the number of the step and layer, in one word, and who needs
+// it reads the word until the tag is right: one way through the L2 and back, where a barrier takes three (the values, the count
+// of arrivals, the values again). Measured on an H200: see benchmarks/results/gpu.txt.
+//
+// Weights do not depend on the stage before. So a warp starts the copies of its next weights (8 KB per warp, 128 KB per
+// multiprocessor) as soon as it has done its share of a stage, and only then waits for words: the memory stays busy.
 
-// WIDEST: most inputs of a product; SPLITS: parts of a head's keys; AT_ONCE: keys in flight per lane; SLOT, DEPTH: the ring
-const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, SLOT = 1072, DEPTH = 8;
+// WIDEST: most inputs of a product; SPLITS: parts of a head's keys; AT_ONCE: keys in flight per lane; RING: bytes of a warp's
+// weights in flight; BIASES: most outputs of q/k/v
+const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, RING = 10240, BIASES = 5120;
+
+typedef unsigned long long u64;
 
 struct Matrix { const void* weight; const u16* scales; const u8* zeros; };     // bfloat16 [N, K], or as repack lays it out
 struct Layer {                                          // only addresses: decode_cuda.py writes them as int64
@@ -26,114 +33,143 @@ struct Layer {                                          // only addresses: decod
 };
 struct Step {
     const Layer* layers;
-    u16* x;                                             // [D] the residual stream: the token's embedding at first
-    u16 *q, *wide;                                      // [H, E] stage 1 to 2, [I] stage 4 to 5
-    float* parts;                                       // [H, SPLITS, E + 2] stage 2 to 3: what `attend` writes
+    const u16* x;                                       // [D] the token's embedding
+    u16* y;                                             // [D] the residual stream after the last layer
+    u32 *heads, *middle, *wide, *last;                  // words of values: [(H + 2K) E] stage 1 to 2, [D] 3 to 4, [I] 4 to 5,
+    u64* parts;                                         // [D] 5 to 1 of the next layer; [H, SPLITS, E + 2] 2 to 3, see `attend`
     const u16 *cos, *sin;                               // [S, E]
     long long* slot;                                    // [1] the token's slot in the cache; the kernel adds 1 at its end
-    u32* arrived;                                       // [1] the counter of arrive and wait; 0 before the first launch
-    int L, D, I, H, K, E, S, group;
+    int L, D, I, H, K, E, S, group, bits[4];            // bits: of the warps per team, for each matrix; see `Product`
     float eps;
 };
 struct alignas(16) Shared {
-    char ring[WARPS][DEPTH][SLOT];                      // each warp's weights in flight
-    union { u16 in[WIDEST]; float sums[WARPS * 258]; }; // a product's input; in attention, each warp's sums [E + 2]
+    char ring[WARPS][RING];                             // each warp's weights in flight
+    union { u16 in[WIDEST]; float sums[WARPS * 130]; }; // a product's input; in attention, each warp's sums [E + 2]
     u16 x[8 * THREADS];                                 // the residual stream at the last RMSNorm; o or down adds to it
-    float part[WARPS][16];                              // each warp's partial sums of a product's outputs
+    u16 bias[BIASES], cos[128], sin[128];               // of this layer's q/k/v; of this step's slot
+    float part[2][WARPS][16], squares[WARPS];           // each warp's partial sums: of a product's outputs, of x^2
     Layer layer[2];                                     // the addresses of this layer and of the next
 };
-static_assert(sizeof(Shared) == 187664, "decode_cuda.py asks for so many bytes");
+static_assert(sizeof(Shared) == 226128, "decode_cuda.py asks for so many bytes");
 
-// For what another block may have written: loads from the L2, as this multiprocessor's L1 may hold old values.
-__device__ __forceinline__ Words load_fresh(const Words* p) {
-    Words v;
-    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ float load_fresh(const float* p) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-__device__ __forceinline__ void add_release(u32* p, u32 value) {        // who acquires the sum sees all that was written before
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(p), "r"(value) : "memory");
-}
-__device__ __forceinline__ u32 load_acquire(const u32* p) {
-    u32 v;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ void give_up() { asm volatile("trap;"); }
-__device__ __forceinline__ void wait_for_team(int team, int threads) {  // barrier 0 is that of __syncthreads
-    asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "r"(threads) : "memory");
-}
+struct alignas(8) Four { u32 w[2]; };                   // 4 bfloat16 values
+struct Two { u64 v[2]; };
 extern __shared__ Words shared_memory[];
 
 __device__ __forceinline__ float rounded(float f) { return bf16(to_bf16(f)); }
 __device__ __forceinline__ float value(const Words& v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }
-
-// ---- a barrier of all blocks, in two halves
-//
-// Each block adds 1 to a counter, but block 0 adds 2^31 - (blocks - 1). The sum is 2^31: so the last arrival flips the top
-// bit, and the other bits are 0 again for the next barrier. `phase` is the top bit before the flip.
-
-__device__ __forceinline__ void arrive(u32* arrived) {
-    __syncthreads();                                    // the release below covers what all threads of the block wrote
-    if (threadIdx.x == 0) add_release(arrived, blockIdx.x ? 1 : 0x80000000u - (gridDim.x - 1));
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+__device__ __forceinline__ void wait_for_team(int team, int threads) {  // barrier 0 is that of __syncthreads
+    asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void wait(const u32* arrived, u32& phase) {
-    if (threadIdx.x == 0)
-        for (u32 polls = 0; load_acquire(arrived) >> 31 == phase; polls++)
-            if (polls == 1u << 22) give_up();           // after some seconds: an error is better than a GPU that hangs
-    phase ^= 1;
-    __syncthreads();
+
+// ---- words: what a block sends to all others
+//
+// A word holds a bfloat16 value in its upper half and a tag in its lower; of 64 bits, a float32 and a tag. Relaxed accesses see
+// a word whole, old or new, and need no fence: nothing else is read on the strength of it. Before a block overwrites words, all
+// blocks have read them: every block computes a part of `wide` in each layer, which it cannot send before it has read all words
+// of the stages before, and no block passes stage 5 without all of `wide`.
+
+__device__ __forceinline__ Words load_relaxed(const u32* p) {
+    Words v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ Two load_relaxed(const u64* p) {
+    Two v;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(v.v[0]), "=l"(v.v[1]) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_relaxed(u32* p, u32 v) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_relaxed(u64* p, u64 v) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(p), "l"(v) : "memory");
+}
+__device__ __forceinline__ void give_up() { asm volatile("trap;"); }
+
+__device__ __forceinline__ void send(u32* to, float v, u32 tag) { store_relaxed(to, (u32)to_bf16(v) << 16 | tag); }
+__device__ __forceinline__ void send(u64* to, float v, u32 tag) { store_relaxed(to, __float_as_uint(v) | (u64)tag << 32); }
+__device__ __forceinline__ bool carries(const Words& v, u32 tag) {
+    return !(((v.w[0] ^ tag) | (v.w[1] ^ tag) | (v.w[2] ^ tag) | (v.w[3] ^ tag)) & 0xffff);
+}
+__device__ __forceinline__ bool carries(const Two& v, u32 tag) {
+    return !((u32)(v.v[0] >> 32 ^ tag) | (u32)(v.v[1] >> 32 ^ tag));
+}
+__device__ __forceinline__ Four values(const Words& v) {
+    return Four{{v.w[0] >> 16 | (v.w[1] & 0xffff0000u), v.w[2] >> 16 | (v.w[3] & 0xffff0000u)}};
+}
+// Asks `ready` until it is true; after some seconds an error is better than a GPU that hangs.
+template <class Ready> __device__ __forceinline__ void wait_until(Ready ready) {
+    for (u32 polls = 0; !ready(); polls++)
+        if (polls == 1u << 22) give_up();
+}
+
+// Words that this thread needs of `count`: v[r] are the four from 4 (threadIdx.x + (first + r) THREADS) on, as they were sent.
+// Past the end they are 0.
+template <int R> __device__ __forceinline__ void receive(const u32* words, int first, int count, u32 tag, Words* v) {
+    wait_until([&] {
+        bool ready = true;
+#pragma unroll
+        for (int r = 0; r < R; r++) {                   // all loads are in flight before the first tag is looked at
+            int at = 4 * (threadIdx.x + (first + r) * THREADS);
+            v[r] = at < count ? load_relaxed(words + at) : Words{{tag, tag, tag, tag}};
+        }
+#pragma unroll
+        for (int r = 0; r < R; r++) ready &= carries(v[r], tag);
+        return ready;
+    });
 }
 
 // ---- products of a weight and the vector in shared memory
 //
-// A warp reads a unit at a time: 2 parts of RUN outputs x BLOCK inputs, 512 bytes each, 16 bytes per lane. With PAIR = 2 the
-// parts are two runs of outputs, `gap` apart, that are needed together (RoPE's two halves of a head, gate and up); with
-// PAIR = 1 two blocks of inputs of the same outputs.  fetch starts the copies of a part, add adds a unit's products to the
-// lane's sums, store writes the warp's sums to shared memory.
-
+// A warp reads a unit at a time: 2 parts of 8 outputs x BLOCK inputs. With PAIR = 2 the parts are two runs of outputs, `gap`
+// apart, that are needed together (RoPE's two halves of a head, gate and up); with PAIR = 1 two blocks of inputs of the same
+// outputs.  fetch starts the copies of a part, add adds a unit's products to the lane's sums.
+//
+// Both by tensor cores: a part is 8 rows of an mma's left operand, the two parts of a unit its upper and its lower 8 rows. The
+// input is column 0 of the right one; with PAIR = 1 the lower rows have other inputs, which are column 1. The sums are then in
+// the lanes (g, 0): c[0] is row g of column 0, c[2] row g + 8 of column 0, c[3] row g + 8 of column 1.
+//
+// An mma sums over 16 inputs in any order, if it is the same in both operands: a lane's 8 neighbours serve two mma.
 struct Bf16 {
-    static const int RUN = 1, BLOCK = 256;
-    template <int PAIR> struct Sum { float v[PAIR]; };
+    static const int BLOCK = 64, SLOT = 2048, DEPTH = RING / SLOT;
+    struct Sum { float c[4]; };
     const u16* weight;
     int K;
 
     __device__ Bf16(Matrix matrix, int N, int K, int group) : weight((const u16*)matrix.weight), K(K) {}
 
+    // A row's 64 inputs are 128 contiguous bytes; in odd rows their halves change places, against bank conflicts in `add`.
     __device__ __forceinline__ void fetch(char* slot, int p, int n, int block) const {
-        int lane = threadIdx.x % 32, k = block * BLOCK + lane * 8;
-        copy_async<16>(k < K, slot + p * 512 + lane * 16, weight + (long long)n * K + (k < K ? k : 0));
-    }
-    template <int PAIR> __device__ __forceinline__ void add(Sum<PAIR>& sum, const char* slot, const u16* in) const {
-        int lane = threadIdx.x % 32;
+        int lane = threadIdx.x % 32, k = block * BLOCK + lane % 8 * 8;
 #pragma unroll
-        for (int p = 0; p < 2; p++) {
-            Words w = ((const Words*)slot)[p * 32 + lane], x = ((const Words*)in)[(PAIR == 1 ? p * 32 : 0) + lane];
-#pragma unroll
-            for (int i = 0; i < 8; i++) sum.v[p % PAIR] += value(w, i) * value(x, i);
+        for (int h = 0; h < 2; h++) {
+            int row = h * 4 + lane / 8;
+            copy_async<16>(k < K, slot + p * 1024 + row * 128 + (lane % 8 ^ row % 2 * 4) * 16,
+                           weight + (long long)(n + row) * K + (k < K ? k : 0));
         }
     }
-    template <int PAIR> __device__ __forceinline__ void store(const Sum<PAIR>& sum, float* part) const {
+    template <int PAIR> __device__ __forceinline__ void add(Sum& sum, const char* slot, const u16* in) const {
+        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        if (PAIR == 1 && g) in += BLOCK;                // column 1; columns 2 to 7 are not used
+        __syncwarp();                                   // other lanes copied these rows
 #pragma unroll
-        for (int p = 0; p < PAIR; p++) {
-            float v = sum.v[p];
-            for (int mask = 16; mask; mask /= 2) v += __shfl_xor_sync(~0u, v, mask);
-            if (threadIdx.x % 32 == 0) part[p] = v;
+        for (int h = 0; h < 2; h++) {
+            Words x = *(const Words*)(in + h * 32 + t * 8);
+            const Words* w = (const Words*)(slot + g * 128) + (h * 4 + t ^ g % 2 * 4);
+            Words up = w[0], down = w[64];
+            u32 a[4] = {up.w[0], down.w[0], up.w[1], down.w[1]}, b[4] = {up.w[2], down.w[2], up.w[3], down.w[3]};
+            mma(sum.c, a, x.w), mma(sum.c, b, x.w + 2);
         }
     }
 };
 
-// By tensor cores, as `tensor` in w4_matmul.cu: a part is half a tile, and the two parts are the upper and the lower 8 rows of
-// an mma's left operand. x is column 0 of the right one; with PAIR = 1 the lower rows have other inputs, which are column 1.
+// A part is half a tile of w4_matmul.cu's layout, and is multiplied as by `tensor` there.
 struct Int4 {
-    static const int RUN = 8, BLOCK = 128;
-    template <int PAIR> struct Sum { float v[PAIR]; };
+    static const int BLOCK = 128, SLOT = 1072, DEPTH = RING / SLOT;
+    struct Sum { float c[4]; };
     const Words* words;
     const u16* scales;
     const u8* zeros;
@@ -153,7 +189,7 @@ struct Int4 {
         if (lane == p) copy_async<16>(there, slot + 1024 + p * 16, scales + at);                // of 8 outputs
         if (lane == 2 + p && zeros) copy_async<8>(there, slot + 1056 + p * 8, zeros + at);
     }
-    template <int PAIR> __device__ __forceinline__ void add(Sum<PAIR>& sum, const char* slot, const u16* in) const {
+    template <int PAIR> __device__ __forceinline__ void add(Sum& sum, const char* slot, const u16* in) const {
         int lane = threadIdx.x % 32, g = lane / 4;
         u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u), zero[2];
         float scale[2], c[4] = {};
@@ -176,36 +212,30 @@ struct Int4 {
                 mma(c, a, x.w + i);
             }
         }
-        sum.v[0] += scale[0] * c[0];                    // row g of column 0, in lanes with lane % 4 == 0
-        sum.v[PAIR - 1] += scale[1] * c[PAIR == 1 ? 3 : 2];                     // row g + 8 of column 1 or 0
-    }
-    template <int PAIR> __device__ __forceinline__ void store(const Sum<PAIR>& sum, float* part) const {
-        int lane = threadIdx.x % 32;
-        for (int p = 0; p < PAIR; p++)
-            if (lane % 4 == 0) part[p * 8 + lane / 4] = sum.v[p];
+#pragma unroll
+        for (int q = 0; q < 4; q++) sum.c[q] += scale[q / 2] * c[q];
     }
 };
 
-// A task is RUN outputs, or RUN pairs of outputs; a team of `split` warps computes one at a time, its warps taking turns along
-// the inputs, a unit each.
+// A task is 8 outputs, or 8 pairs of outputs; a team of 2^bits warps computes one at a time, its warps taking turns along the
+// inputs, a unit each. decode_cuda.py chooses `bits`.
 template <class Weights, int PAIR> struct Product {
-    static const int RUN = Weights::RUN, INPUTS = Weights::BLOCK * (3 - PAIR);          // of a unit
+    static const int RUN = 8, INPUTS = Weights::BLOCK * (3 - PAIR), DEPTH = Weights::DEPTH;     // INPUTS: of a unit
     struct At { int task, unit; };
     Shared& shared;
     Weights weights;
-    int gap, pairs, warp, tasks, units, split = 1, team, rank, teams;
+    int gap, pairs, warp, tasks, units, split, team, rank, teams;
     At first, ahead;
 
     // For y [N] = W [N, K] in; starts the copies of the first weights.  gap, pairs  pair n is the outputs n + (n & pairs) and
     // that plus `gap`; pairs = -gap (gap a power of two) steps over the second half of every 2 gap outputs, 0 over none
-    __device__ __forceinline__ Product(Shared& shared, Matrix matrix, int N, int K, int group, int gap = 0, int pairs = 0)
-        : shared(shared), weights(matrix, N, K, group), gap(gap), pairs(pairs) {
+    __device__ __forceinline__ Product(Shared& shared, Matrix matrix, int N, int K, int group, int bits, int gap = 0,
+                                       int pairs = 0)
+        : shared(shared), weights(matrix, N, K, group), gap(gap), pairs(pairs), split(1 << bits) {
         warp = threadIdx.x / 32, tasks = N / (PAIR * RUN), units = round_up(K, INPUTS) / INPUTS;
-        // A team grows only while each has at most one task: no next task's parts overwrite parts that are still read.
-        int bits = 0;
-        while (split < WARPS && 2 * split <= units && 2 * split * tasks <= WARPS * (int)gridDim.x) split *= 2, bits++;
         team = warp >> bits, rank = warp & split - 1, teams = (WARPS >> bits) * gridDim.x;
         first = ahead = {team * (int)gridDim.x + (int)blockIdx.x, rank};
+        if (first.unit >= units) first.task = ahead.task = tasks;      // more warps than units: this one has none
         for (int d = 0; d < DEPTH - 1; d++) fetch(d);
     }
     __device__ __forceinline__ void next(At& at) const {
@@ -217,35 +247,40 @@ template <class Weights, int PAIR> struct Product {
     __device__ __forceinline__ void fetch(int d) {
         if (ahead.task < tasks) {
             int n = output(ahead.task);
+            char* slot = shared.ring[warp] + d * Weights::SLOT;
             for (int p = 0; p < 2; p++)
-                if (PAIR == 2) weights.fetch(shared.ring[warp][d], p, n + p * gap, ahead.unit);
-                else weights.fetch(shared.ring[warp][d], p, n, 2 * ahead.unit + p);
+                if (PAIR == 2) weights.fetch(slot, p, n + p * gap, ahead.unit);
+                else weights.fetch(slot, p, n, 2 * ahead.unit + p);
         }
         commit_group();                                 // also an empty one: wait_for_copies counts groups
         next(ahead);
     }
     // done(n, a, b)  is given output n and, of a pair, n + gap.  shared.in holds K inputs, then zeros up to a multiple of 512
     template <class Done> __device__ __forceinline__ void run(Done done) {
-        typename Weights::template Sum<PAIR> sum = {};
-        int lane = threadIdx.x % 32, d = 0;
+        int lane = threadIdx.x % 32, d = 0, turn = 0;
+        for (int task = team * gridDim.x + blockIdx.x; task < tasks; task += teams, turn ^= 1) {
+            typename Weights::Sum sum = {};
 #pragma unroll 1
-        for (At now = first; now.task < tasks; next(now)) {
-            wait_for_copies<DEPTH - 2>();
-            weights.add(sum, shared.ring[warp][d], shared.in + now.unit * INPUTS);
-            fetch(d ? d - 1 : DEPTH - 1);               // into the slot that was read before this one
-            d = d + 1 == DEPTH ? 0 : d + 1;
-            if (now.unit + split < units) continue;     // this task has more units for this warp
-            weights.store(sum, shared.part[warp]);
-            sum = {};
+            for (int unit = rank; unit < units; unit += split) {
+                wait_for_copies<DEPTH - 2>();
+                weights.template add<PAIR>(sum, shared.ring[warp] + d * Weights::SLOT, shared.in + unit * INPUTS);
+                fetch(d ? d - 1 : DEPTH - 1);           // into the slot that was read before this one
+                d = d + 1 == DEPTH ? 0 : d + 1;
+            }
+            // Two turns of sums have places: who is at the next turn's barrier has added the sums of the turn before.
+            if (lane % 4 == 0) {
+                shared.part[turn][warp][lane / 4] = sum.c[0] + (PAIR == 1 ? sum.c[3] : 0);
+                if (PAIR == 2) shared.part[turn][warp][8 + lane / 4] = sum.c[2];
+            }
             if (split > 1) wait_for_team(team, 32 * split);
             else __syncwarp();
             if (rank == 0 && lane < RUN) {
                 float a = 0, b = 0;
                 for (int w = warp; w < warp + split; w++) {
-                    a += shared.part[w][lane];
-                    if (PAIR == 2) b += shared.part[w][RUN + lane];
+                    a += shared.part[turn][w][lane];
+                    if (PAIR == 2) b += shared.part[turn][w][RUN + lane];
                 }
-                done(output(now.task) + lane, a, b);
+                done(output(task) + lane, a, b);
             }
         }
         wait_for_copies<0>();
@@ -254,25 +289,29 @@ template <class Weights, int PAIR> struct Product {
 
 // ---- between the products
 
-// shared.in = x / rms(x) * weight, shared.x = x for the residual.  RMSNorm eq. (4).  D <= 8 THREADS
-__device__ __forceinline__ void normalise(Shared& shared, const u16* x, const u16* weight, int D, float eps) {
-    int at = threadIdx.x * 8, warp = threadIdx.x / 32;
-    Words mine = {}, gain = {};
-    if (at < D) gain = load((const Words*)(weight + at)), mine = load_fresh((const Words*)(x + at));
+// shared.in = x / rms(x) * gain, shared.x = x for the residual.  RMSNorm eq. (4).  D <= 8 THREADS
+// mine  x in the upper halves, as `receive` gives it
+__device__ __forceinline__ void normalise(Shared& shared, const Words* mine, const u16* gain, int D, float eps) {
+    int warp = threadIdx.x / 32;
     float sum = 0;
-    for (int i = 0; i < 8; i++) sum += value(mine, i) * value(mine, i);
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum += high(mine[i / 4].w[i % 4]) * high(mine[i / 4].w[i % 4]);
     for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-    if (threadIdx.x % 32 == 0) shared.part[warp][0] = sum;
-    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared.squares[warp] = sum;
+    __syncthreads();                                    // also: no warp reads shared.in and shared.x any more
     sum = 0;
-    for (int w = 0; w < WARPS; w++) sum += shared.part[w][0];
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += shared.squares[w];
     float inverse = rsqrtf(sum / D + eps);
-    if (at < round_up(D, 512)) {
-        Words out;
-        for (int i = 0; i < 4; i++)
-            out.w[i] = to_bf16(low(gain.w[i]) * rounded(low(mine.w[i]) * inverse))
-                       | (u32)to_bf16(high(gain.w[i]) * rounded(high(mine.w[i]) * inverse)) << 16;
-        *(Words*)(shared.in + at) = out, *(Words*)(shared.x + at) = mine;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int at = 4 * (threadIdx.x + r * THREADS);
+        if (at >= round_up(D, 512)) continue;
+        Four scale = at < D ? *(const Four*)(gain + at) : Four{}, out;
+        for (int i = 0; i < 2; i++)
+            out.w[i] = to_bf16(low(scale.w[i]) * rounded(high(mine[r].w[2 * i]) * inverse))
+                       | (u32)to_bf16(high(scale.w[i]) * rounded(high(mine[r].w[2 * i + 1]) * inverse)) << 16;
+        *(Four*)(shared.in + at) = out, *(Four*)(shared.x + at) = values(mine[r]);
     }
     __syncthreads();
 }
@@ -287,30 +326,49 @@ __device__ __forceinline__ float join(float& most, float& mass, float other_most
 }
 
 // One head's attention over a part of its keys, by one block: a key takes `lanes` lanes, 8 values each, and a warp reads `keys`
-// keys at once, with AT_ONCE such loads in flight.  -> out [E + 2]: the weighted values, most and mass
-__device__ __forceinline__ void attend(Shared& shared, const Step& s, const Layer& layer, int head, int begin, int end,
-                                       float* out) {
+// keys at once, with AT_ONCE such loads in flight; the first ones before the query is there. This step's own key and value come
+// as words.  -> out [E + 2]: the weighted values, most and mass
+__device__ __forceinline__ void attend(Shared& shared, const Step& s, const Layer& layer, int slot, int head, int begin, int end,
+                                       u64* out, u32 tag) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, lanes = s.E / 8, keys = 32 / lanes, column = lane % lanes * 8;
-    long long base = (long long)(head / (s.H / s.K)) * s.S * s.E + column;
+    int group = head / (s.H / s.K);
+    long long base = (long long)group * s.S * s.E + column;
     const u16 *all_keys = layer.keys + base, *all_values = layer.values + base;
-    Words q = load_fresh((const Words*)(s.q + head * s.E + column));
+    Words own[3] = {}, k[AT_ONCE], v[AT_ONCE];          // own: q, and the key and the value of `slot`
     float most = -1e30f, mass = 0, sum[8] = {}, scale = rsqrtf(s.E), share, other;
-    for (int first = begin + warp * keys * AT_ONCE; first < end; first += WARPS * keys * AT_ONCE) {
-        Words k[AT_ONCE] = {}, v[AT_ONCE] = {};
+    for (int first = begin + warp * keys * AT_ONCE, turn = 0; first < end; first += WARPS * keys * AT_ONCE, turn++) {
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
             int at = first + u * keys + lane / lanes;
-            if (at < end) {
-                k[u] = load_fresh((const Words*)(all_keys + at * s.E));
-                v[u] = load_fresh((const Words*)(all_values + at * s.E));
-            }
+            k[u] = v[u] = Words{};
+            if (at < min(end, slot)) k[u] = *(const Words*)(all_keys + at * s.E), v[u] = *(const Words*)(all_values + at * s.E);
+        }
+        if (!turn) {
+            const u32* from[3] = {s.heads + head * s.E + column, s.heads + (s.H + group) * s.E + column,
+                                  s.heads + (s.H + s.K + group) * s.E + column};
+            wait_until([&] {
+                Words words[6];
+                bool ready = true;
+#pragma unroll
+                for (int i = 0; i < 6; i++) words[i] = load_relaxed(from[i / 2] + i % 2 * 4);
+#pragma unroll
+                for (int i = 0; i < 6; i++) {
+                    ready &= carries(words[i], tag);
+                    Four four = values(words[i]);
+                    own[i / 2].w[i % 2 * 2] = four.w[0], own[i / 2].w[i % 2 * 2 + 1] = four.w[1];
+                }
+                return ready;
+            });
+            __syncwarp();
         }
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
+            int at = first + u * keys + lane / lanes;
+            if (at == slot) k[u] = own[1], v[u] = own[2];
             float score = 0;
-            for (int i = 0; i < 8; i++) score += value(q, i) * value(k[u], i);
+            for (int i = 0; i < 8; i++) score += value(own[0], i) * value(k[u], i);
             for (int mask = lanes / 2; mask; mask /= 2) score += __shfl_xor_sync(~0u, score, mask);
-            if (first + u * keys + lane / lanes >= end) continue;
+            if (at >= end) continue;
             share = join(most, mass, score * scale, 1, other);
             for (int i = 0; i < 8; i++) sum[i] = sum[i] * share + other * value(v[u], i);
         }
@@ -320,6 +378,7 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
         share = join(most, mass, other_most, other_mass, other);
         for (int i = 0; i < 8; i++) sum[i] = sum[i] * share + other * __shfl_xor_sync(~0u, sum[i], mask);
     }
+    __syncthreads();                                    // no warp reads shared.in any more
     float* mine = shared.sums + warp * (s.E + 2);
     for (int i = 0; i < 8 && lane < lanes; i++) mine[column + i] = sum[i];
     if (lane == 0) mine[s.E] = most, mine[s.E + 1] = mass;
@@ -333,39 +392,66 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
             float part = __expf(theirs[s.E] - top);
             all += part * theirs[s.E + 1], v += part * theirs[e];
         }
-        out[e] = v;
-        if (e == 0) out[s.E] = top, out[s.E + 1] = all;
+        send(out + e, v, tag);
+        if (e == 0) send(out + s.E, top, tag), send(out + s.E + 1, all, tag);
     }
     __syncthreads();
 }
 
-// Joins the parts of each head: attention's output [H E], into shared.in. One head per warp.
-__device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits) {
+// Joins the parts of each head: attention's output [H E], into shared.in. One head per warp, two neighbours and, of a wide
+// head, two more per lane.
+__device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits, u32 tag) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = s.E + 2;
+    __syncthreads();                                    // no warp reads shared.in any more
     for (int head = warp; head < s.H; head += WARPS) {
-        const float* parts = s.parts + head * SPLITS * width;
-        float most = -1e30f, mass = 0;                  // of part `lane`
-        if (lane < splits) most = load_fresh(parts + lane * width + s.E), mass = load_fresh(parts + lane * width + s.E + 1);
-        for (int e = lane; e < s.E; e += 32) {
-            float some[SPLITS], v = 0;
+        float most = -1e30f, mass = 0, v[4] = {}, other;
+        for (int begin = 0; begin < splits; begin += AT_ONCE) {
+            Two got[AT_ONCE][3];                        // of each part: values e and e + 1, e + 64 and e + 65; most and mass
+            wait_until([&] {
+                bool ready = true;
 #pragma unroll
-            for (int p = 0; p < SPLITS; p++)            // all loads are in flight before the first is used
-                some[p] = p < splits ? load_fresh(parts + p * width + e) : 0;
-            if (e == lane) {                            // once per head: each part's share
-                float top = most;
-                for (int mask = SPLITS / 2; mask; mask /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
-                float share = __expf(most - top), all = share * mass;
-                for (int mask = SPLITS / 2; mask; mask /= 2) all += __shfl_xor_sync(~0u, all, mask);
-                __syncwarp();                           // the head before no longer needs its shares
-                if (lane < SPLITS) shared.part[warp][lane] = share / all;
-                __syncwarp();
+                for (int i = 0; i < 3 * AT_ONCE; i++) {
+                    int part = begin + i / 3, e = i % 3 == 2 ? s.E : i % 3 * 64 + 2 * lane;
+                    bool there = part < splits && (i % 3 == 2 || e < s.E);
+                    got[i / 3][i % 3] = there ? load_relaxed(s.parts + (head * SPLITS + part) * width + e)
+                                              : Two{{(u64)tag << 32, (u64)tag << 32}};
+                }
+#pragma unroll
+                for (int i = 0; i < 3 * AT_ONCE; i++) ready &= carries(got[i / 3][i % 3], tag);
+                return ready;
+            });
+            __syncwarp();
+#pragma unroll
+            for (int p = 0; p < AT_ONCE; p++) {
+                if (begin + p >= splits) continue;
+                float f[6];
+                for (int i = 0; i < 6; i++) f[i] = __uint_as_float((u32)got[p][i / 2].v[i % 2]);
+                float share = join(most, mass, f[4], f[5], other);
+                for (int i = 0; i < 4; i++) v[i] = v[i] * share + other * f[i];
             }
-#pragma unroll
-            for (int p = 0; p < SPLITS; p++) v += shared.part[warp][p] * some[p];
-            shared.in[head * s.E + e] = to_bf16(v);
         }
+        for (int i = 0; i < 2; i++)
+            if (int e = i * 64 + 2 * lane; e < s.E)
+                *(u32*)(shared.in + head * s.E + e) = to_bf16(v[2 * i] / mass) | (u32)to_bf16(v[2 * i + 1] / mass) << 16;
     }
     for (int i = s.H * s.E + threadIdx.x; i < round_up(s.H * s.E, 512); i += THREADS) shared.in[i] = 0;
+    __syncthreads();
+}
+
+// shared.in = wide. The words come a few at a time, but those first that are waited for: while they are not there, the others
+// would only fill the way to the L2.
+__device__ __forceinline__ void receive_wide(Shared& shared, const Step& s, u32 tag) {
+    Words v[AT_ONCE];
+    receive<1>(s.wide, 0, s.I, tag, v);
+    __syncthreads();                                    // no warp reads shared.in any more
+    *(Four*)(shared.in + 4 * threadIdx.x) = values(v[0]);
+    for (int first = 1; first * 4 * THREADS < s.I; first += AT_ONCE) {
+        receive<AT_ONCE>(s.wide, first, s.I, tag, v);
+#pragma unroll
+        for (int r = 0; r < AT_ONCE; r++)
+            if (int at = 4 * (threadIdx.x + (first + r) * THREADS); at < round_up(s.I, 512))
+                *(Four*)(shared.in + at) = values(v[r]);
+    }
     __syncthreads();
 }
 
@@ -375,70 +461,76 @@ __device__ __forceinline__ void read_layer(Shared& shared, const Step& s, int l)
     if (l < s.L && at < sizeof(Layer)) copy_async<8>(true, (char*)&shared.layer[l % 2] + at, (const char*)(s.layers + l) + at);
     commit_group();
 }
-// A layer's norms and bias into the L2: they are small, but `ring` does not bring them, and each would wait for the memory.
-__device__ __forceinline__ void prefetch_layer(const Step& s, const Layer& layer) {
-    int i = (blockIdx.x * THREADS + threadIdx.x) * 64, all = gridDim.x * THREADS * 64;  // 64 values are a cache line
-    for (int at = i; at < s.D; at += all) prefetch(layer.norm + at), prefetch(layer.second_norm + at);
-    for (int at = i; at < (s.H + 2 * s.K) * s.E; at += all) prefetch(layer.bias + at);
+// The same for the bias of a layer; its norms come into the L2.
+__device__ __forceinline__ void read_bias(Shared& shared, const Step& s, const Layer& layer) {
+    int at = 8 * threadIdx.x, line = (blockIdx.x * THREADS + threadIdx.x) * 64;         // 64 values are a cache line
+    for (int i = at; i < (s.H + 2 * s.K) * s.E; i += 8 * THREADS) copy_async<16>(true, shared.bias + i, layer.bias + i);
+    if (line < s.D) prefetch(layer.norm + line), prefetch(layer.second_norm + line);
+    commit_group();
 }
 
 template <class Weights>
 __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
-    int slot = *s.slot, half = s.E / 2, heads = s.H + 2 * s.K, span = WARPS * AT_ONCE * 256 / s.E;  // keys a block reads at once
-    int splits = min(SPLITS, round_up(slot + 1, span) / span);
-    u32 phase = load_acquire(s.arrived) >> 31;          // cannot flip before this block has arrived
+    int slot = *(volatile long long*)s.slot, half = s.E / 2, heads = s.H + 2 * s.K, tid = threadIdx.x;
+    int span = WARPS * AT_ONCE * 256 / s.E, splits = min(SPLITS, round_up(slot + 1, span) / span);  // span: keys read at once
     read_layer(shared, s, 0);
+    if (tid < s.E) shared.cos[tid] = s.cos[slot * s.E + tid], shared.sin[tid] = s.sin[slot * s.E + tid];
+    wait_for_copies<0>();
+    __syncthreads();
+    read_bias(shared, s, shared.layer[0]);
     wait_for_copies<0>();
     for (int l = 0; l < s.L; l++) {
         const Layer& layer = shared.layer[l % 2];
-        arrive(s.arrived);
+        u32 tag = ((u32)slot * s.L + l) % 65535 + 1, before = ((u32)slot * s.L + l + 65534) % 65535 + 1;
+        Words mine[2] = {};
         read_layer(shared, s, l + 1);
-        Product<Weights, 2> qkv(shared, layer.qkv, heads * s.E, s.D, s.group, half, -half);
-        wait(s.arrived, phase);
-        normalise(shared, s.x, layer.norm, s.D, s.eps);
+        Product<Weights, 2> qkv(shared, layer.qkv, heads * s.E, s.D, s.group, s.bits[0], half, -half);
+        if (l) receive<2>(s.last, 0, s.D, before, mine);
+        else
+            for (int i = 0; i < 8; i++)
+                if (int at = 4 * (tid + i / 4 * THREADS) + i % 4; at < s.D) mine[i / 4].w[i % 4] = (u32)s.x[at] << 16;
+        normalise(shared, mine, layer.norm, s.D, s.eps);
         qkv.run([&](int n, float a, float b) {          // the two that RoPE rotates together
             int head = n / s.E, i = n % s.E;
-            a = rounded(a + bf16(layer.bias[n])), b = rounded(b + bf16(layer.bias[n + half]));
-            float cos = bf16(s.cos[slot * s.E + i]), sin = bf16(s.sin[slot * s.E + i]);
-            u16* to = head < s.H ? s.q + head * s.E : head < s.H + s.K
-                ? layer.keys + ((long long)(head - s.H) * s.S + slot) * s.E
-                : layer.values + ((long long)(head - s.H - s.K) * s.S + slot) * s.E;
+            a = rounded(a + bf16(shared.bias[n])), b = rounded(b + bf16(shared.bias[n + half]));
+            float cos = bf16(shared.cos[i]), sin = bf16(shared.sin[i]);
             if (head >= s.H + s.K) cos = 1, sin = 0;    // values are not rotated
-            to[i] = to_bf16(a * cos - b * sin), to[i + half] = to_bf16(b * cos + a * sin);          // RoPE eq. (34)
+            float low = a * cos - b * sin, high = b * cos + a * sin;            // RoPE eq. (34)
+            send(s.heads + n, low, tag), send(s.heads + n + half, high, tag);
+            if (head < s.H) return;
+            u16* to = head < s.H + s.K ? layer.keys + ((long long)(head - s.H) * s.S + slot) * s.E
+                                       : layer.values + ((long long)(head - s.H - s.K) * s.S + slot) * s.E;
+            to[i] = to_bf16(low), to[i + half] = to_bf16(high);
         });
 
-        arrive(s.arrived);
-        Product<Weights, 1> o(shared, layer.o, s.D, s.H * s.E, s.group);
-        if (l + 1 < s.L) prefetch_layer(s, shared.layer[(l + 1) % 2]);
-        wait(s.arrived, phase);
+        Product<Weights, 1> o(shared, layer.o, s.D, s.H * s.E, s.group, s.bits[1]);
         for (int i = blockIdx.x; i < s.H * splits; i += gridDim.x) {
             int head = i / splits, part = i % splits, each = round_up(slot + 1, splits) / splits;
-            attend(shared, s, layer, head, part * each, min(slot + 1, (part + 1) * each),
-                   s.parts + (head * SPLITS + part) * (s.E + 2));
+            attend(shared, s, layer, slot, head, part * each, min(slot + 1, (part + 1) * each),
+                   s.parts + (head * SPLITS + part) * (s.E + 2), tag);
         }
 
-        arrive(s.arrived), wait(s.arrived, phase);
-        gather(shared, s, splits);
-        o.run([&](int n, float a, float) { s.x[n] = to_bf16(bf16(shared.x[n]) + rounded(a)); });
+        gather(shared, s, splits, tag);
+        if (l + 1 < s.L) read_bias(shared, s, shared.layer[(l + 1) % 2]);
+        o.run([&](int n, float a, float) { send(s.middle + n, bf16(shared.x[n]) + rounded(a), tag); });
 
-        arrive(s.arrived);
-        Product<Weights, 2> gate_up(shared, layer.gate_up, 2 * s.I, s.D, s.group, s.I);
-        wait(s.arrived, phase);
-        normalise(shared, s.x, layer.second_norm, s.D, s.eps);
+        Product<Weights, 2> gate_up(shared, layer.gate_up, 2 * s.I, s.D, s.group, s.bits[2], s.I);
+        receive<2>(s.middle, 0, s.D, tag, mine);
+        normalise(shared, mine, layer.second_norm, s.D, s.eps);
         gate_up.run([&](int n, float gate, float up) {  // SwiGLU eq. (6)
             gate = rounded(gate);
-            s.wide[n] = to_bf16(rounded(gate / (1 + __expf(-gate))) * rounded(up));
+            send(s.wide + n, rounded(gate / (1 + __expf(-gate))) * rounded(up), tag);
         });
 
-        arrive(s.arrived);
-        Product<Weights, 1> down(shared, layer.down, s.D, s.I, s.group);
-        wait(s.arrived, phase);
-        for (int at = threadIdx.x * 8; at < round_up(s.I, 512); at += THREADS * 8)
-            *(Words*)(shared.in + at) = at < s.I ? load_fresh((const Words*)(s.wide + at)) : Words{};
-        __syncthreads();
-        down.run([&](int n, float a, float) { s.x[n] = to_bf16(bf16(shared.x[n]) + rounded(a)); });
+        Product<Weights, 1> down(shared, layer.down, s.D, s.I, s.group, s.bits[3]);
+        receive_wide(shared, s, tag);
+        down.run([&](int n, float a, float) {
+            a = bf16(shared.x[n]) + rounded(a);
+            if (l + 1 < s.L) send(s.last + n, a, tag);
+            else s.y[n] = to_bf16(a);
+        });
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) *s.slot = slot + 1;        // all blocks read it before their first barrier
+    if (blockIdx.x == 0 && tid == 0) *(volatile long long*)s.slot = slot + 1;   // all blocks have read it: they sent `wide`
 }
 
 #define DECODE(NAME, WEIGHTS) \

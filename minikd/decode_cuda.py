@@ -8,13 +8,14 @@ from minikd.cuda import available, launch
 from minikd.model import Block, Linear, Qwen2, StaticCache, rope_tables
 from minikd.quant import W4Linear
 
-THREADS, WIDEST, SPLITS, SHARED = 512, 20_480, 16, 187_664      # decode.cu's constants; SHARED is sizeof(Shared)
+THREADS, WIDEST, SPLITS, BIASES, SHARED = 512, 20_480, 16, 5120, 226_128        # decode.cu's; SHARED is sizeof(Shared)
 
 
 class Step(ctypes.Structure):
     """decode.cu's Step, field by field."""
-    _fields_ = [(name, ctypes.c_void_p) for name in ("layers", "x", "q", "wide", "parts", "cos", "sin", "slot", "arrived")]
-    _fields_ += [(name, ctypes.c_int) for name in ("L", "D", "I", "H", "K", "E", "S", "group")] + [("eps", ctypes.c_float)]
+    _fields_ = [(name, ctypes.c_void_p) for name in "layers x y heads middle wide last parts cos sin slot".split()]
+    _fields_ += [(name, ctypes.c_int) for name in "L D I H K E S group".split()]
+    _fields_ += [("bits", 4 * ctypes.c_int), ("eps", ctypes.c_float)]
 
 
 def products(block: Block) -> list[nn.Module | None]:
@@ -41,7 +42,8 @@ def fits(model: Qwen2, rows: int) -> bool:
         good = len({layer.size for layer in layers}) == 1 and layers[0].size % 128 == 0
     else:
         good = all(isinstance(layer, Linear) for layer in layers)
-    return (good and D <= 8 * THREADS and max(wide, config.num_attention_heads * E) <= WIDEST and E in (32, 64, 128, 256)
+    outputs = (config.num_attention_heads + 2 * config.num_key_value_heads) * E                 # of q/k/v
+    return (good and D <= 8 * THREADS and max(wide, outputs) <= WIDEST and outputs <= BIASES and E in (32, 64, 128)
             and D % 8 == wide % 8 == 0 and all(weight.data_ptr() % 16 == 0 for weight in model.parameters()))
 
 
@@ -59,6 +61,15 @@ def tensors_of(block: Block, keys: Tensor, values: Tensor) -> list[Tensor | None
             *matrix(gate_up), *matrix(down), keys, values]
 
 
+def team_bits(tasks: int, units: int, blocks: int) -> int:
+    """How many warps work at a task together, as a power of two: few turns of few units each. After each turn the team's
+    warps wait for each other, about as long as for a unit."""
+    def cost(bits: int) -> int:
+        return -(-tasks // ((THREADS // 32 >> bits) * blocks)) * (-(-units // 2**bits) + 1)
+
+    return min(range(5), key=lambda bits: (cost(bits), bits))
+
+
 class OneKernel:
     """Replaces the model in generate's steps: `hidden` computes the hidden states of the one row's next token.
 
@@ -72,21 +83,26 @@ class OneKernel:
         table = [[0 if tensor is None else tensor.data_ptr() for tensor in tensors] for tensors in layers]
         cos, sin = rope_tables(torch.arange(S, device=device)[None], config.rope_theta, E, torch.bfloat16)
         self.weights = layers                                   # keeps them alive: the kernel has only their addresses
+        D, I, outputs = config.hidden_size, config.intermediate_size, (H + 2 * config.num_key_value_heads) * E
+        words = lambda count: torch.zeros(count, dtype=torch.int32, device=device)              # 0 is no tag
         self.held = dict(
             layers=torch.tensor(table, device=device), cos=cos, sin=sin, slot=cache.slot,               # [L, 17], [S, E], [1]
-            q=torch.empty(H * E, dtype=torch.bfloat16, device=device),
-            wide=torch.empty(config.intermediate_size, dtype=torch.bfloat16, device=device),
-            parts=torch.empty(H, SPLITS, E + 2, device=device), arrived=torch.zeros(1, dtype=torch.int32, device=device))
+            y=torch.empty(1, 1, D, dtype=torch.bfloat16, device=device), heads=words(outputs), middle=words(D), wide=words(I),
+            last=words(D), parts=torch.zeros(H, SPLITS, E + 2, dtype=torch.int64, device=device))
         first = self.body.layers[0].self_attn.o_proj
-        self.name = "decode_w4" if isinstance(first, W4Linear) else "decode_bf16"
-        self.step = Step(L=L, D=config.hidden_size, I=config.intermediate_size, H=H, K=config.num_key_value_heads, E=E, S=S,
-                         group=getattr(first, "size", 0), eps=config.rms_norm_eps,
+        four = isinstance(first, W4Linear)
+        self.name, block = ("decode_w4", 128) if four else ("decode_bf16", 64)                  # block: a part's inputs
+        count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+        self.blocks = min(count, I // 8)                        # each must compute a part of `wide`: see decode.cu
+        shapes = (outputs // 2, D, 1), (D, H * E, 2), (I, D, 1), (D, I, 2)                      # tasks x 8, inputs, parts
+        bits = [team_bits(N // 8, -(-K // (parts * block)), self.blocks) for N, K, parts in shapes]
+        self.step = Step(L=L, D=D, I=I, H=H, K=config.num_key_value_heads, E=E, S=S, group=getattr(first, "size", 0),
+                         bits=(4 * ctypes.c_int)(*bits), eps=config.rms_norm_eps,
                          **{name: tensor.data_ptr() for name, tensor in self.held.items()})
-        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
     def hidden(self, ids: Tensor, cache: StaticCache) -> Tensor:
         """ids [1, 1] -> hidden states after the last norm [1, 1, D]"""
-        x = self.body.embed_tokens(ids)                                         # [1, 1, D]; a new tensor: the kernel adds to it
+        x = self.body.embed_tokens(ids)                                         # [1, 1, D]
         self.step.x = x.data_ptr()
         launch(self.name, x.device, (self.blocks, 1), THREADS, self.step, together=True, shared=SHARED)
-        return self.body.norm(x)
+        return self.body.norm(self.held["y"])

@@ -1,8 +1,8 @@
 """Interprets PTX on a CPU, one warp at a time in numpy: the CUDA sources as nvcc compiles them, inline assembly included.
 
 Slow, but it finds errors that a GPU hides. Vector clocks check every access to shared memory, and to the global memory that a
-kernel writes, for data races with all earlier accesses: barriers, __syncwarp and release/acquire order accesses; shuffles and
-tensor-core products do not. An asynchronous copy may complete at any time between its issue and the wait for it, so until that
+kernel writes, for data races with all earlier accesses: barriers and __syncwarp order accesses; shuffles, tensor-core products
+and relaxed accesses do not. What is accessed relaxed is never a race, but no ordinary access may touch it. An asynchronous copy may complete at any time between its issue and the wait for it, so until that
 wait no access may touch its target. Lanes that diverge at a branch reconverge at its immediate post-dominator. A Fault is an
 AssertionError.
 """
@@ -63,9 +63,9 @@ class Kernel:
         return self.runs[at]
 
     def is_rare(self, at: int) -> bool:
-        """Whether Warp.run handles this instruction by itself: control flow, a guard, an acquire."""
+        """Whether Warp.run handles this instruction by itself: control flow, a guard, a relaxed load."""
         guard, opcode, _ = self.code[at]
-        return guard is not None or opcode in CONTROL or "acquire" in opcode
+        return guard is not None or opcode in CONTROL or opcode.startswith(RELAXED_LOADS)
 
     def rare(self, at: int):
         """The one instruction at `at`, without its guard, as a function of a warp."""
@@ -121,6 +121,7 @@ class Memory:
         if warps:
             cells = len(view) // 2 + 1
             self.in_flight = np.zeros(cells, bool)                              # the target of an asynchronous copy
+            self.relaxed = np.zeros(cells, bool)                                # accessed relaxed
             self.writer, self.lane = np.full(cells, -1), np.zeros(cells, int)   # -1: no writer yet
             self.written = np.zeros(cells, int)
             self.read, self.reader = np.full((cells, warps), -1), np.zeros((cells, warps), int)     # reader -1: several lanes
@@ -130,6 +131,7 @@ class Memory:
         cells, clock, id, lanes = (at[:, None] + np.arange(0, size, 2)) // 2, warp.clock, warp.id, lanes[:, None]
         writer, written, now = self.writer[cells], self.written[cells], clock[id]
         require(not self.in_flight[cells].any(), "accessed while an asynchronous copy is in flight", warp)
+        require(not self.relaxed[cells].any(), "an ordinary access to what others access relaxed", warp)
         # By this warp: another lane, and no sync since. By another warp: later than what this one knows of that warp's clock.
         unordered = np.where(writer == id, (written == now) & (self.lane[cells] != lanes), clock[writer] < written)
         require(not unordered.any(), "race: accesses what another thread wrote", warp)
@@ -145,6 +147,12 @@ class Memory:
             several |= self.reader[cells, id] != lanes                          # lanes that now read the same cell: one is kept
             self.reader[cells[several], id] = -1
         return cells
+
+    def touch_relaxed(self, warp, at: np.ndarray, size: int):
+        require(self.warps, "a relaxed access to what is only read", warp)
+        cells = (at[:, None] + np.arange(0, size, 2)) // 2
+        require(self.writer[cells].max() < 0 and self.read[cells].max() < 0, "relaxed, and by ordinary accesses before", warp)
+        self.relaxed[cells] = True
 
     def mark(self, warp, lanes, cells):
         """The lanes have written their cells."""
@@ -202,38 +210,35 @@ class Warp:
         values = np.frombuffer(self.block.grid.arguments, type, count, at)
         return [np.full(32, value) for value in values] if count > 1 else np.full(32, values[0])
 
-    def load(self, space: str, addresses, type, count: int, constant: bool) -> list[np.ndarray]:
+    def load(self, space: str, addresses, type, count: int, constant: bool, relaxed: bool = False) -> list[np.ndarray]:
         """-> `count` registers.  constant: as by ld.global.nc, only from memory that the kernel does not write"""
         lanes, size = self.lanes, count * type().itemsize
         out, addresses = np.zeros((32, size), np.uint8), addresses[lanes]
         for memory, inside, at in self.find(space, addresses, size):
             require(not (constant and memory.warps), "reads by the non-coherent path what the kernel writes", self)
-            if memory.warps:
+            if relaxed:
+                memory.touch_relaxed(self, at, size)
+            elif memory.warps:
                 memory.check(self, lanes[inside], at, size, False)
             out[lanes[inside]] = memory.view[at[:, None] + np.arange(size)]
         return list(out.view(type).T.copy())
 
-    def store(self, space: str, addresses, *values):
+    def store(self, space: str, addresses, *values, relaxed: bool = False):
         lanes, data = self.lanes, np.stack(values, 1).view(np.uint8)
         size = data.shape[1]
         for memory, inside, at in self.find(space, addresses[lanes], size):
             require(memory.warps, "writes what it may only read", self)
-            memory.mark(self, lanes[inside], memory.check(self, lanes[inside], at, size, True))
+            if relaxed:
+                memory.touch_relaxed(self, at, size)
+            else:
+                memory.mark(self, lanes[inside], memory.check(self, lanes[inside], at, size, True))
             memory.view[at[:, None] + np.arange(size)] = data[lanes[inside]]
 
-    def acquire(self, space: str, addresses, type, count: int, constant: bool) -> list[np.ndarray]:
-        place, = set(addresses[self.lanes])                     # the same for all lanes
-        (memory, _, at), = self.find(space, np.array([place]), 4)
-        self.clock = np.maximum(self.clock, self.block.grid.released.get(place, 0))
-        return [np.full(32, memory.view[at[0]:][:4].view(type))]
+    def load_relaxed(self, space: str, addresses, type, count: int, constant: bool) -> list[np.ndarray]:
+        return self.load(space, addresses, type, count, constant, relaxed=True)
 
-    def release(self, addresses, values):
-        place, = addresses[self.lanes]                          # only one lane is active
-        (memory, _, at), = self.find("global", np.array([place]), 4)
-        memory.view[at[0]:][:4].view(np.uint32)[:] += values[self.lanes]
-        released = self.block.grid.released
-        released[place] = np.maximum(released.get(place, 0), self.clock)
-        self.clock[self.id] += 1
+    def store_relaxed(self, space: str, addresses, *values):
+        self.store(space, addresses, *values, relaxed=True)
 
     def copy(self, to, source, size: int, there):
         """cp.async: `size` bytes, the first `there` of them read and the others 0; here `there` is 0 or `size`. Until the wait,
@@ -271,7 +276,7 @@ class Warp:
 
     def run(self, kernel: Kernel):
         """A generator that yields wherever other warps should run: at a barrier its list of the warps that have arrived, which
-        the last one empties; at an acquiring load None."""
+        the last one empties; at a relaxed load None."""
         code, end = kernel.code, len(kernel.code)
         stack = [[0, np.ones(32, bool), end]]                   # instruction, lanes, where these reconverge with the others
         while stack:
@@ -301,13 +306,12 @@ class Warp:
                 require(taken.all(), "not the whole warp reaches a barrier", self)
                 number, *threads = (int(self.r[operand][0]) if operand in self.r else int(operand) for operand in operands)
                 yield from self.block.barrier(number, threads[0] // 32 if threads else len(self.block.warps), self)
-            elif opcode.startswith("ld.acquire"):
-                kernel.rare(pc)(self)
-                yield
             elif taken.any():
                 require(opcode != "trap", "trap", self)
                 self.mask, self.full = taken, bool(taken.all())
                 kernel.rare(pc)(self)
+                if opcode.startswith(RELAXED_LOADS):
+                    yield
 
 
 class Block:
@@ -345,7 +349,7 @@ class Grid:
     def __init__(self, kernel: Kernel, shape: tuple[int, int], threads: int, arguments: bytes, readable, writable,
                  dynamic: int = 0, together: bool = False, order: str = "turns"):
         self.kernel, self.shape, self.threads, self.arguments, self.dynamic = kernel, shape, threads, arguments, dynamic
-        self.order, self.released, warps = order, {}, threads // 32
+        self.order, warps = order, threads // 32
         self.clocks = warps * (shape[0] if together else 1)
         places = [(x, y) for y in range(shape[1]) for x in range(shape[0])]
         for group in [places] if together else [[place] for place in places]:
@@ -414,6 +418,7 @@ class Driver:
 # ---- instructions, each translated to a line of Python
 
 CONTROL = "bra", "bra.uni", "ret", "trap", "bar.sync"
+RELAXED_LOADS = "ld.relaxed", "ld.volatile"             # volatile is relaxed, for the whole system
 REGISTERS = {"%rs": "u2", "%rd": "u8", "%r": "u4", "%f": "f4", "%p": "b1"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
@@ -435,13 +440,14 @@ def translate(kernel: Kernel, start: int, end: int):
 
     def read(operand: str, type: str) -> str:
         """Python for the operand's 32 values, their bits taken as `type`."""
-        if operand[0] == "%" or operand not in kernel.symbols and operand[0].isalpha():
+        if operand[0] == "%" or operand[0].isalpha() and operand not in kernel.symbols and operand not in kernel.params:
             text, has = f'r["{operand}"]', register(operand)
             if int(has[1]) > int(type[1]):
                 text, has = f"{text}.astype(u{type[1]})", "u" + type[1]
             require(has[1] == type[1], "a register is too narrow", operand)
             return text if has == type else f"{text}.view({type})"
         bits = int(operand[2:], 16) if operand.startswith("0f") else kernel.symbols.get(operand)
+        bits = kernel.params[operand][0] if operand in kernel.params else bits
         bits = int(operand, 0) if bits is None else bits
         name = f"k{len(names)}"
         names[name] = np.full(32, bits % (1 << 8 * int(type[1])), f"u{type[1]}").view(type)
@@ -475,19 +481,18 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         return f"{read(name, 'u4' if space == 'shared' else 'u8')}.astype(i8) + {plus or 0}"
 
     if base == "ld" and mods[0] == "param":
-        name, plus = re.fullmatch(r"\[(\w+)(?:\+(\d+))?\]", operands[1]).groups()
+        name, plus = re.fullmatch(r"\[(%?\w+)(?:\+(-?\d+))?\]", operands[1]).groups()
         type, count = type_of(kind), len(parts[0])
-        return parts[0], [type] * count, f"w.parameter({kernel.params[name][0] + int(plus or 0)}, {type}, {count})"
+        begin = kernel.params[name][0] if name in kernel.params else f"int({read(name, 'u8')}[0])"      # or its address
+        return parts[0], [type] * count, f"w.parameter({begin} + {plus or 0}, {type}, {count})"
     if base == "ld":
-        type, count, method = type_of(kind), len(parts[0]), "acquire" if "acquire" in mods else "load"
+        type, count, method = type_of(kind), len(parts[0]), "load_relaxed" if opcode.startswith(RELAXED_LOADS) else "load"
         value = f'w.{method}("{space}", {address(operands[1], space)}, {type}, {count}, {"nc" in mods})'
         return parts[0], [type] * count, value + "[0]" * (count == 1)
     if base == "st":
         values = ", ".join(read(name, type_of(kind)) for name in parts[1])
-        return [], [], f'w.store("{space}", {address(operands[0], space)}, {values})'
-    if base == "red":
-        require(mods == ["release", "gpu", "global", "add", "u32"], opcode)
-        return [], [], f"w.release({address(operands[0], space)}, {read(operands[1], 'u4')})"
+        method = "store_relaxed" if mods[0] in ("relaxed", "volatile") else "store"
+        return [], [], f'w.{method}("{space}", {address(operands[0], space)}, {values})'
     if base == "cp" and len(operands) < 2:
         return [], [], {"commit_group": "w.commit_group()", "wait_group": f"w.wait_for_copies({''.join(operands)})"}[mods[1]]
     if base == "cp":
@@ -546,6 +551,9 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
         return ["b1"], f"{a} {COMPARE[mods[0]]} {b}"
     if base == "selp":
         return [type], f"where({read(operands[3], 'b1')}, {a}, {b})"
+    if base == "bfi":                                           # the lowest bits of a, at a place in b
+        place, width = int(operands[3]), (1 << int(operands[4])) - 1
+        return [type], f"({a} & {type}({width})) << {type}({place}) | {b} & ~{type}({width << place})"
     if base in ("fma", "mad"):
         require(base == "fma" or mods[0] == "lo", base, mods)
         c = read(operands[3], type)

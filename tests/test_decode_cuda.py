@@ -46,14 +46,14 @@ def on_cpu(gpu, monkeypatch) -> Driver:
 
     def init(one, *given):
         original(one, *given)
-        one.blocks = 2
-        tables = [one.held.pop(name) for name in ("layers", "cos", "sin")]
-        gpu.readable = places(*tables, *(tensor for *weights, _, _ in one.weights for tensor in weights))
-        gpu.own = places(*one.held.values(), *(tensor for *_, keys, values in one.weights for tensor in (keys, values)))
-        one.held |= {"tables": tables}
+        one.blocks = min(2, one.blocks)
+        tables = {name: one.held[name] for name in ("layers", "cos", "sin")}
+        gpu.weights = places(*tables.values(), *(tensor for *weights, _, _ in one.weights for tensor in weights))
+        gpu.writable = places(*(tensor for name, tensor in one.held.items() if name not in tables),
+                              *(tensor for *_, keys, values in one.weights for tensor in (keys, values)))
 
     def launched(name, device, grid, threads, step, **options):
-        gpu.writable = gpu.own + [(step.x, 2 * step.D)]
+        gpu.readable = gpu.weights + [(step.x, 2 * step.D)]
         launch(name, device, grid, threads, step, **options)
 
     monkeypatch.setattr(OneKernel, "__init__", init)
