@@ -69,7 +69,6 @@ __device__ __forceinline__ void give_up() { asm volatile("trap;"); }
 __device__ __forceinline__ void wait_for_team(int team, int threads) {  // barrier 0 is that of __syncthreads
     asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "r"(threads) : "memory");
 }
-extern __shared__ Words shared_memory[];
 
 __device__ __forceinline__ float rounded(float f) { return bf16(to_bf16(f)); }
 __device__ __forceinline__ float value(const Words& v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from minikd.cuda import launch
 
-KERNELS = ("w4_naive", "w4_matvec_1", "w4_matvec_2", "w4_matvec_4", "w4_mma_8", "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few",
-           "w4_mma_32", "w4_mma_64", "w4_dequantise")
-# The most rows of x for each kind of kernel. By counted instructions, not measured: tensor cores need fewer even for one row.
-MATVEC_ROWS, MMA_ROWS = 0, 64
+KERNELS = ("w4_naive", "w4_int8_2", "w4_int8_4", "w4_int8_8", "w4_int8_16", "w4_mma_8", "w4_mma_8_few", "w4_mma_16",
+           "w4_mma_16_few", "w4_mma_32", "w4_mma_64", "w4_dequantise")
+MMA_ROWS = 64                           # the most rows of x for tensor cores; above, cuBLAS multiplies
+INT8_INPUTS = 65_536                    # w4_int8_*: the most M K that each block converts to int8 by itself
+MOST_SHARED = 227 << 10                 # bytes of shared memory that a block can have
 FEW_TILES = 264                         # below two blocks for each of an H100's 132 multiprocessors
 
 
@@ -43,15 +44,35 @@ def fits(group_size: int) -> bool:
     return group_size in (32, 64) or group_size % 128 == 0
 
 
-def plan(M: int, N: int) -> tuple[str, tuple[int, int], int]:
-    """The kernel for x [M, K] and W [N, K], M <= MMA_ROWS: its name, its grid, and its threads per block."""
-    tiles = -(-N // 16)
-    if M <= MATVEC_ROWS:
-        return f"w4_matvec_{1 if M == 1 else 2 if M == 2 else 4}", (tiles, 1), 256
-    rows = 8 if M <= 8 else 16 if M <= 16 else 32 if M <= 32 else 64
-    if rows <= 16 and tiles < FEW_TILES:
-        return f"w4_mma_{rows}_few", (tiles, 1), 512
-    return f"w4_mma_{rows}", (tiles, 1), 256
+def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, processors: int) -> tuple[tuple[int, int], int, int]:
+    """How a kernel is launched for x [M, K] and W [N, K] on so many multiprocessors: grid, threads, bytes of shared memory."""
+    tiles, blocks = -(-N // 16), -(-K // 128)
+    if name == "w4_naive":
+        return (-(-N // 128), M), 128, 0
+    if not name.startswith("w4_int8"):
+        return (tiles, 1), 512 if name.endswith("few") else 256, 0
+    grid = min(tiles, processors)
+    sets = 1 if group_size % 128 == 0 else 4
+    # as int8_product lays it out: tiles in flight, x's digits and units, sums of the warps, sums of x
+    shared = 16 * 4 * (1024 + 48 * sets) + blocks * M * (384 + 4) + (16 - -tiles // grid + 1) * M * 64 + zeros * blocks * M * 4 * sets
+    return (grid, 1), 512, shared
+
+
+def plan(M: int, N: int, K: int, group_size: int, zeros: bool, processors: int) -> tuple[str, tuple[int, int], int, int]:
+    """The kernel for x [M, K] and W [N, K], M <= MMA_ROWS: its name, grid, threads per block and bytes of shared memory."""
+    rows = next(rows for rows in (2, 4, 8, 16, 32, 64) if M <= rows)
+    sizes = M, N, K, group_size, zeros, processors
+    name = f"w4_int8_{rows}"
+    if rows <= 16 and M * K <= INT8_INPUTS and shape(name, *sizes)[2] <= MOST_SHARED:
+        return name, *shape(name, *sizes)
+    name = f"w4_mma_{max(rows, 8)}" + "_few" * (rows <= 16 and -(-N // 16) < FEW_TILES)
+    return name, *shape(name, *sizes)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Its multiprocessors; those of an H200 where there is no GPU, in tests."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, outputs: int,
@@ -68,8 +89,8 @@ def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bia
         return F.linear(x, dequantise(words, scales, zeros, outputs, K, group_size), bias)
     y = x.new_empty(M, outputs)
     if M:
-        name, grid, threads = plan(M, outputs)
-        launch(name, x.device, grid, threads, words, scales, zeros, x, bias, y, M, outputs, K, group_size)
+        name, grid, threads, shared = plan(M, outputs, K, group_size, zeros is not None, processors(x.device))
+        launch(name, x.device, grid, threads, words, scales, zeros, x, bias, y, M, outputs, K, group_size, shared=shared)
     return y
 
 

@@ -416,6 +416,8 @@ class Driver:
 CONTROL = "bra", "bra.uni", "ret", "trap", "bar.sync"
 REGISTERS = {"%rs": "u2", "%rd": "u8", "%r": "u4", "%f": "f4", "%p": "b1"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+MMA = {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": ("mma", "f4"),
+       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32": ("mma_int8", "i4")}
 INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 
 
@@ -500,9 +502,10 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         require(mods == ["warp", "sync"] and operands == ["-1"], opcode, operands)
         return [], [], "w.sync()"
     if base == "mma":
-        require(opcode == "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", opcode)
-        a, b, c = ("[" + ", ".join(read(name, type) for name in part) + "]" for part, type in zip(parts[1:], ("u4", "u4", "f4")))
-        return parts[0], ["f4"] * 4, f"w.together() and mma({a}, {b}, {c})"
+        require(opcode in MMA, opcode)
+        function, type = MMA[opcode]
+        a, b, c = ("[" + ", ".join(read(name, type) for name in part) + "]" for part, type in zip(parts[1:], ("u4", "u4", type)))
+        return parts[0], [type] * 4, f"w.together() and {function}({a}, {b}, {c})"
     if base == "shfl":
         require(mods == ["sync", "bfly", "b32"], opcode)
         value, other, clamp, members = (read(operand, "u4") for operand in operands[1:])
@@ -533,7 +536,7 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
         a, b, c = (read(operand, "u4") for operand in operands[1:4])
         return ["u4"], f"lop3({a}, {b}, {c}, {operands[4]})"
     if base == "prmt":
-        return ["u4"], f"permute({read(operands[1], 'u4')}, {read(operands[2], 'u4')}, {operands[3]})"
+        return ["u4"], "permute({}, {}, {})".format(*(read(operand, "u4") for operand in operands[1:4]))
     type = register(operands[0]) if base == "mov" else type_of(kind)
     if base == "mov":
         return [type], read(operands[1], type)
@@ -592,9 +595,10 @@ def lop3(a, b, c, table: int) -> np.ndarray:
                                  for i in range(8) if table >> i & 1])
 
 
-def permute(a, b, selector: int) -> np.ndarray:
+def permute(a, b, selector) -> np.ndarray:
     """prmt: each of the result's four bytes is one of the operands' eight."""
-    chosen = [selector >> 4 * i & 15 for i in range(4)]
+    require(len(set(selector)) == 1, "prmt of lanes that differ")
+    chosen = [int(selector[0]) >> 4 * i & 15 for i in range(4)]
     require(max(chosen) < 8, "prmt that copies signs")
     return np.stack([a, b], 1).view(np.uint8)[:, chosen].copy().view(np.uint32)[:, 0]
 
@@ -612,7 +616,16 @@ def mma(a: list, b: list, c: list) -> np.ndarray:
     return (left @ right + total)[C]
 
 
+def mma_int8(a: list, b: list, c: list) -> np.ndarray:
+    """As mma: each value of a and b stands for two int8 with consecutive k."""
+    left, right, total = np.empty((16, 16, 2), np.int8), np.empty((16, 8, 2), np.int8), np.empty((16, 8), np.int32)
+    left[A], right[B] = (np.stack(registers).view(np.int8).reshape(-1, 32, 2, 2).transpose(0, 2, 1, 3).reshape(-1, 32, 2)
+                         for registers in (a, b))
+    total[C] = np.stack(c)
+    return (np.einsum("mke,nke->mn", left.astype(np.int32), right.transpose(1, 0, 2).astype(np.int32)) + total)[C]
+
+
 OPERATIONS = {name: np.dtype(name).type for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "b1")}
 OPERATIONS |= {function.__name__: function for function in (
-    to_bf16, fma_pairs, divide, lop3, permute, mma, np.where, np.exp2, np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
+    to_bf16, fma_pairs, divide, lop3, permute, mma, mma_int8, np.where, np.exp2, np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
 OPERATIONS["lanes"] = LANES
