@@ -7,11 +7,12 @@ from torch import Tensor
 
 from minikd.cuda import launch
 
-KERNELS = ("w4_naive", "w4_int8_2", "w4_int8_4", "w4_int8_8", "w4_int8_16", "w4_mma_8", "w4_mma_8_few", "w4_mma_16",
-           "w4_mma_16_few", "w4_mma_32", "w4_mma_64", "w4_dequantise")
+KERNELS = ("w4_naive", "w4_int8_2", "w4_int8_2_deep", "w4_int8_2_two", "w4_int8_4", "w4_int8_8", "w4_int8_16", "w4_mma_8",
+           "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few", "w4_mma_32", "w4_mma_64", "w4_dequantise")
 MMA_ROWS = 64                           # the most rows of x for tensor cores; above, cuBLAS multiplies
 INT8_INPUTS = 65_536                    # w4_int8_*: the most M K that each block converts to int8 by itself
 MOST_SHARED = 227 << 10                 # bytes of shared memory that a block can have
+VARIANTS = {"w4_int8_2_deep": (16, 6, 1), "w4_int8_2_two": (8, 6, 2)}    # warps, depth of their rings, blocks per multiprocessor
 FEW_TILES = 264                         # below two blocks for each of an H100's 132 multiprocessors
 
 
@@ -32,11 +33,11 @@ def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor
     padded_scales = scales.new_zeros(rows, scales.shape[1])
     padded_scales[:O] = scales
     scales = padded_scales.T.half().contiguous()
-    if (zeros == 8).all():
-        return words, scales, None
     padded_zeros = zeros.new_full(padded_scales.shape, 8)
     padded_zeros[:O] = zeros
-    return words, scales, padded_zeros.T.to(torch.uint8).contiguous()
+    padded_zeros = padded_zeros.T.to(torch.uint8).contiguous()
+    # Reading this on the host waits for all of the above: a kernel may read weights before the kernel ahead of it has ended.
+    return words, scales, None if (zeros == 8).all() else padded_zeros
 
 
 def fits(group_size: int) -> bool:
@@ -51,28 +52,38 @@ def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, proce
         return (-(-N // 128), M), 128, 0
     if not name.startswith("w4_int8"):
         return (tiles, 1), 512 if name.endswith("few") else 256, 0
-    grid = min(tiles, processors)
+    warps, depth, resident = VARIANTS.get(name, (16, 4, 1))
+    grid = min(tiles, processors * resident)
     sets = 1 if group_size % 128 == 0 else 4
-    # as int8_product lays it out: tiles in flight, x's digits and units, sums of the warps, sums of x
-    shared = 16 * 4 * (1024 + 48 * sets) + blocks * M * (384 + 4) + (16 - -tiles // grid + 1) * M * 64 + zeros * blocks * M * 4 * sets
-    return (grid, 1), 512, shared
+    # As int8_product lays it out: tiles in flight; x's digits and units, and sums if there are zeros; the warps' sums.
+    shared = warps * depth * (1024 + 48 * sets) + blocks * M * (384 + 4 + 4 * sets * zeros) + (warps - -tiles // grid) * M * 64
+    return (grid, 1), 32 * warps, shared
 
 
-def plan(M: int, N: int, K: int, group_size: int, zeros: bool, processors: int) -> tuple[str, tuple[int, int], int, int]:
-    """The kernel for x [M, K] and W [N, K], M <= MMA_ROWS: its name, grid, threads per block and bytes of shared memory."""
+def plan(M: int, N: int, K: int, group_size: int, zeros: bool, processors: int) -> str:
+    """The name of the kernel for x [M, K] and W [N, K], M <= MMA_ROWS."""
     rows = next(rows for rows in (2, 4, 8, 16, 32, 64) if M <= rows)
-    sizes = M, N, K, group_size, zeros, processors
     name = f"w4_int8_{rows}"
-    if rows <= 16 and M * K <= INT8_INPUTS and shape(name, *sizes)[2] <= MOST_SHARED:
-        return name, *shape(name, *sizes)
-    name = f"w4_mma_{max(rows, 8)}" + "_few" * (rows <= 16 and -(-N // 16) < FEW_TILES)
-    return name, *shape(name, *sizes)
+    if rows <= 16 and M * K <= INT8_INPUTS and shape(name, M, N, K, group_size, zeros, processors)[2] <= MOST_SHARED:
+        return name
+    return f"w4_mma_{max(rows, 8)}" + "_few" * (rows <= 16 and -(-N // 16) < FEW_TILES)
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """Its multiprocessors; those of an H200 where there is no GPU, in tests."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def machine(device: torch.device) -> tuple[int, bool]:
+    """Its multiprocessors, and whether it overlaps kernels (cuda.launch); an H200's where there is no GPU, in tests."""
+    if device.type != "cuda":
+        return 132, True
+    return torch.cuda.get_device_properties(device).multi_processor_count, torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def run(name: str, words: Tensor, scales: Tensor, zeros: Tensor | None, x: Tensor, bias: Tensor | None, y: Tensor,
+        group_size: int, overlap: bool = True):
+    """Launches one kernel: y = x W^T + b, as `multiply`."""
+    (M, K), N, (processors, can) = x.shape, y.shape[1], machine(x.device)
+    grid, threads, shared = shape(name, M, N, K, group_size, zeros is not None, processors)
+    launch(name, x.device, grid, threads, words, scales, zeros, x, bias, y, M, N, K, group_size, shared=shared,
+           overlap=overlap and can and name.startswith("w4_int8"))
 
 
 def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, outputs: int,
@@ -89,8 +100,8 @@ def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bia
         return F.linear(x, dequantise(words, scales, zeros, outputs, K, group_size), bias)
     y = x.new_empty(M, outputs)
     if M:
-        name, grid, threads, shared = plan(M, outputs, K, group_size, zeros is not None, processors(x.device))
-        launch(name, x.device, grid, threads, words, scales, zeros, x, bias, y, M, outputs, K, group_size, shared=shared)
+        name = plan(M, outputs, K, group_size, zeros is not None, machine(x.device)[0])
+        run(name, words, scales, zeros, x, bias, y, group_size)
     return y
 
 

@@ -2,10 +2,10 @@
 // NVRTC compiles this file on a machine that has only torch's own CUDA libraries. From naive to fast:
 //
 //   w4_naive        one thread per output, one code at a time: the reference for the others
-//   w4_matvec_*     1 to 4 rows of x: every lane loads 16 bytes of codes at once and multiplies without tensor cores; a step
-//                   between naive and fast, not launched as long as w4_cuda.MATVEC_ROWS is 0
-//   w4_mma_*        up to 64 rows: the same 16 bytes become operands of tensor-core products without a shuffle; asynchronous
-//                   copies bring the tiles into shared memory, several tiles ahead
+//   w4_mma_*        up to 64 rows: codes become operands of tensor-core products in bfloat16, without a shuffle; asynchronous
+//                   copies bring them into shared memory, several tiles ahead
+//   w4_int8_*       up to 16 rows: half the instructions by tensor cores in int8, x split into three digits, as exact; one
+//                   block per multiprocessor, whose copies never pause
 //   w4_dequantise   more rows: writes W in bfloat16, and cuBLAS multiplies
 //
 // The layout, made at load by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with codes of 8
@@ -61,6 +61,18 @@ __device__ __forceinline__ void commit_group() { asm volatile("cp.async.commit_g
 template <int COUNT> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" :: "n"(COUNT) : "memory");
 }
+// Programmatic dependent launch (cuda.launch's `overlap`): from the first call on, the stream's next kernel may start beside this
+// one, if it was launched so too; by the second, it waits for the end of all kernels before it, and sees what they wrote.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ u32 minus_pair(u32 a, u32 b) {       // two bfloat16 a - b, as b * -1 + a: sm_80 has no sub.bf16x2
     u32 d;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xbf80bf80u), "r"(a));
@@ -69,6 +81,11 @@ __device__ __forceinline__ u32 minus_pair(u32 a, u32 b) {       // two bfloat16 
 __device__ __forceinline__ u32 merge(u32 a, u32 mask, u32 top) {        // (a & mask) | top, whose truth table is 0xea: one
     u32 d;                                                              // instruction, not two, if mask and top are registers
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(top));
+    return d;
+}
+__device__ __forceinline__ u32 flip(u32 a, u32 mask, u32 bits) {         // (a & mask) ^ bits, likewise
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
     return d;
 }
 __device__ __forceinline__ u32 in_register(u32 value) {
@@ -286,29 +303,31 @@ __device__ __forceinline__ Digits digits_of(const Words& x, float inverse) {
     u32 v[8];
     Digits d;
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = __float_as_uint(fmaf(i % 2 ? high(x.w[i / 2]) : low(x.w[i / 2]), inverse, 8388608.f + 0x408080));
+    for (int i = 0; i < 8; i++)
+        v[i] = __float_as_uint(fmaf(i % 2 ? high(x.w[i / 2]) : low(x.w[i / 2]), inverse, 8388608.f + 0x408080));
 #pragma unroll
     for (int h = 0; h < 2; h++) {                       // a 4 x 3 transpose of bytes: inputs 2h, 2h + 4, 2h + 1, 2h + 5
-        u32 a = __byte_perm(v[2 * h], v[2 * h + 4], 0x5140), b = __byte_perm(v[2 * h + 1], v[2 * h + 5], 0x5140);
-        u32 top = __byte_perm(__byte_perm(v[2 * h], v[2 * h + 4], 0x0062), __byte_perm(v[2 * h + 1], v[2 * h + 5], 0x0062), 0x5410);
-        d.w[0].w[h] = __byte_perm(a, b, 0x5410) ^ 0x80808080u;
-        d.w[1].w[h] = __byte_perm(a, b, 0x7632) ^ 0x80808080u;
+        u32 *p = v + 2 * h, *q = p + 4;
+        u32 even = __byte_perm(p[0], q[0], 0x5140), odd = __byte_perm(p[1], q[1], 0x5140);
+        u32 top = __byte_perm(__byte_perm(p[0], q[0], 0x0062), __byte_perm(p[1], q[1], 0x0062), 0x5410);
+        d.w[0].w[h] = __byte_perm(even, odd, 0x5410) ^ 0x80808080u;
+        d.w[1].w[h] = __byte_perm(even, odd, 0x7632) ^ 0x80808080u;
         d.w[2].w[h] = (top | 0x80808080u) - 0x40404040u ^ 0x80808080u;    // byte by byte: the set bit keeps it from borrowing
     }
     return d;
 }
 
-// c [16, 8] += a [16, 32] b [32, 8], int8 into int32.  Lane (g, t) holds a[g, 4t..], a[g+8, 4t..], a[g, 4t+16..], a[g+8, 4t+16..],
-// b[4t.., g], b[4t+16.., g], and c as above.  4t.. are four values, in one register.
+// c [16, 8] += a [16, 32] b [32, 8], int8 into int32.  Lane (g, t) holds a[g, 4t..], a[g+8, 4t..], a[g, 4t+16..],
+// a[g+8, 4t+16..]; b[4t.., g], b[4t+16.., g]; c as above.  4t.. are four values, in one register.
 __device__ __forceinline__ void mma(int* c, const u32* a, const u32* b) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// A left operand: 16 (code - 8) for word j of outputs g (w[0]) and g + 8 (w[1]).
-__device__ __forceinline__ void operand(u32* a, const Words* w, int j) {
+// A left operand: 16 (code - 8) for word j of outputs g (w[0]) and g + 8 (w[1]).  mask = 0xf0f0f0f0, top = 0x80808080
+__device__ __forceinline__ void operand(u32* a, const Words* w, int j, u32 mask, u32 top) {
 #pragma unroll
-    for (int q = 0; q < 4; q++) a[q] = (q < 2 ? w[q % 2].w[j] << 4 : w[q % 2].w[j]) & 0xf0f0f0f0u ^ 0x80808080u;
+    for (int q = 0; q < 4; q++) a[q] = flip(q < 2 ? w[q % 2].w[j] << 4 : w[q % 2].w[j], mask, top);
 }
 
 // x in shared memory: for each block of 128 inputs [half: words 2 half, 2 half + 1][row][digit][t][word % 2][8 bytes], so that
@@ -317,36 +336,29 @@ struct X { char* digits; float *units, *sums; int M; bool with_sums; };
 
 // By all threads; SETS sums per block, each of 128 / SETS inputs.
 template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, int K) {
-    const int AHEAD = 3;                                // loads in flight
     int l = threadIdx.x % 16, j = l / 4, t = l % 4, blocks = round_up(K, 128) / 128;        // 16 lanes take a block of a row
     int step = blockDim.x / 16, step_b = step / to.M, step_m = step - step_b * to.M;
-    auto next = [&](int& b, int& m) {                   // the rows of a block, and then the next block's
-        b += step_b, m += step_m;
-        if (m >= to.M) m -= to.M, b++;
-    };
     auto read = [&](int b, int m) {
-        return load_if(b * 128 + 8 * l < K, (const Words*)(x + m * K + b * 128 + 8 * l));
+        return load_if(b * 128 + 8 * l < K, (const Words*)(x + (m * K + b * 128 + 8 * l)));
     };
-    int at = threadIdx.x / 16, b = at / to.M, m = at - b * to.M, ahead_b = b, ahead_m = m;
-    Words in[AHEAD];
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++, next(ahead_b, ahead_m)) in[i] = read(ahead_b, ahead_m);
-#pragma unroll 1
-    for (int left = round_up(blocks * to.M, 2) - at; left > 0; left -= step, next(b, m), next(ahead_b, ahead_m)) {
-        Words now = in[0];
-#pragma unroll
-        for (int i = 1; i < AHEAD; i++) in[i - 1] = in[i];
-        in[AHEAD - 1] = read(ahead_b, ahead_m);
+    int next_b = threadIdx.x / 16 / to.M, next_m = threadIdx.x / 16 - next_b * to.M;
+    Words next = read(next_b, next_m);
+#pragma unroll 1                                        // a warp's two halves stay together, for the shuffles
+    for (int left = round_up(blocks * to.M, 2) - threadIdx.x / 16; left > 0; left -= step) {
+        int b = next_b, m = next_m;
+        Words now = next;
+        next_b += step_b, next_m += step_m;             // through the rows of a block, then to the next block
+        if (next_m >= to.M) next_m -= to.M, next_b++;
+        next = read(next_b, next_m);
         u32 most = 0;
-        float sum = 0;
 #pragma unroll
-        for (int w = 0; w < 4; w++) {
-            most = max(most, max(now.w[w] & 0x7fff0000u, now.w[w] << 16 & 0x7fff0000u));
-            sum += low(now.w[w]) + high(now.w[w]);
-        }
+        for (int w = 0; w < 4; w++) most = max(most, max(now.w[w] & 0x7fff0000u, now.w[w] << 16 & 0x7fff0000u));
         for (int mask = 8; mask; mask /= 2) most = max(most, __shfl_xor_sync(~0u, most, mask));
-        if (to.with_sums)
+        float sum = 0;
+        if (to.with_sums) {
+            for (int w = 0; w < 4; w++) sum += low(now.w[w]) + high(now.w[w]);
             for (int mask = SETS == 4 ? 2 : 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+        }
         if (b >= blocks) continue;                      // an odd number of blocks: the last warp's other half
         u32 exponent = max(most >> 23, 25u);            // |x| < 2^(exponent - 126); unit = 2^(exponent - 147)
         Digits d = digits_of(now, __uint_as_float((274 - exponent) << 23));
@@ -367,13 +379,15 @@ template <int ROWS, int SETS> struct Int8 {
     int column[BY_ROW ? TILES : ROWS / 8], row[UNITS];  // where a lane's digits are; rows of its sums
     int second;                                         // a lane with d2 has no digit in its other column
     float first;
+    u32 mask, top;
 
     __device__ __forceinline__ Int8(int M) {            // past the last row it is read again, for sums that nobody reads
         int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         second = t % 2 ? 0 : 256, first = t % 2 ? 0 : 1;
+        mask = in_register(0xf0f0f0f0u), top = in_register(0x80808080u);
 #pragma unroll
         for (int i = 0; i < (BY_ROW ? TILES : ROWS / 8); i++)
-            column[i] = BY_ROW ? min(2 * i + g / 4, M - 1) * 192 + min(g % 4, 2) * 64 + t * 16 : min(8 * i + g, M - 1) * 192 + t * 16;
+            column[i] = min(BY_ROW ? 2 * i + g / 4 : 8 * i + g, M - 1) * 192 + (BY_ROW ? min(g % 4, 2) * 64 : 0) + t * 16;
 #pragma unroll
         for (int i = 0; i < UNITS; i++) row[i] = min(BY_ROW ? 2 * i + t / 2 : i / 2 * 8 + 2 * t + i % 2, M - 1);
         clear();
@@ -395,7 +409,7 @@ template <int ROWS, int SETS> struct Int8 {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             u32 a[4];
-            operand(a, w, j);
+            operand(a, w, j, mask, top);
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
                 int at = (BY_ROW ? column[i] : column[i / 3] + i % 3 * 64) + j / 2 * x.M * 192;
@@ -460,35 +474,38 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     float* part = in.units + blocks * M;                // [WARPS + mine - 1][M][16], and then the sums
     in.sums = part + (WARPS + mine) * M * 16, in.with_sums = zeros;
 
-    int strip = (u32)tile / (u32)blocks, b = tile - strip * blocks, ahead = tile, column = (begin + strip) * 16, row = b;    // the next copy's
-    const Words* from = words + ((long long)begin * blocks + tile) * 64 + lane;
-    auto fetch = [&](int d) {
-        char* slot = ring + d * SLOT;
+    // The next copy's state; three lanes per set copy 2 x 8 outputs' scales and 16 outputs' zeros.
+    int strip = (u32)tile / (u32)blocks, b = tile - strip * blocks, ahead = tile, row = b, set = lane / 3, which = lane % 3;
+    const Words* codes = words + ((long long)begin * blocks + tile) * 64 + lane;
+    const char* quant = which < 2 ? (const char*)(scales + which * 8) : (const char*)zeros;
+    int column = (begin + strip) * 16, size = which < 2 ? 2 : 1;
+    bool copies = set < SETS && quant;
+    auto fetch = [&](char* slot) {
         if (ahead < end) {
-            for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512 + lane * 16, from + h * 32);
-            int j = lane / 3, which = lane % 3;         // three lanes per set: 2 x 8 outputs' scales, 16 outputs' zeros
-            int at = inverse ? __umulhi(4 * row + j * (4 / SETS), inverse) : 4 * row + j;           // which group
+            int at = row * 4 + set * (4 / SETS);
+            if (inverse) at = __umulhi(at, inverse);    // which group
             if (SETS == 4) at = min(at, last);          // the last tile may reach past the last group
-            at = at * stride + column;
-            if (j < SETS && (which < 2 || zeros))
-                copy_async<16>(true, slot + 1024 + lane * 16, which < 2 ? (const void*)(scales + at + which * 8) : zeros + at);
-            ahead++, from += 64;
+            for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512 + lane * 16, codes + h * 32);
+            if (copies) copy_async<16>(true, slot + 1024 + lane * 16, quant + (long long)(at * stride + column) * size);
+            ahead++, codes += 64;
             if (++row == blocks) row = 0, column += 16;
         }
         commit_group();                                 // also an empty one: wait_for_copies counts groups
     };
-    for (int d = 0; d < DEPTH - 1; d++) fetch(d);
+    let_next_start();
+    for (int d = 0; d < DEPTH - 1; d++) fetch(ring + d * SLOT);         // weights do not depend on the kernel before; x does
+    wait_for_previous();
     convert<SETS>(in, x, K);
     __syncthreads();
     Int8<ROWS, SETS> sum(M);
-    int d = 0;
+    char *slot = ring, *before = ring + (DEPTH - 1) * SLOT;
 #pragma unroll 1
     for (; tile < end; tile++) {
         wait_for_copies<DEPTH - 2>();
         __syncwarp();                                   // other lanes' copies are there too, and the slot before has been read
-        fetch(d ? d - 1 : DEPTH - 1);
-        sum.add(ring + d * SLOT, in, b);
-        d = d + 1 == DEPTH ? 0 : d + 1;
+        fetch(before);
+        sum.add(slot, in, b);
+        before = slot, slot = slot == ring + (DEPTH - 1) * SLOT ? ring : slot + SLOT;
         if (++b < blocks && tile + 1 < end) continue;
         sum.store(part + (warp + strip) * M * 16, M);
         sum.clear();
@@ -500,17 +517,20 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
         int m = i / (mine * 16), n = i - m * mine * 16, s = n / 16;
         if (begin * 16 + n >= N) continue;
         float v = bias ? bf16(bias[begin * 16 + n]) : 0;
-        for (u32 w = (u32)(s * blocks) / run; w <= (u32)(s * blocks + blocks - 1) / run; w++) v += part[((w + s) * M + m) * 16 + n % 16];
+        u32 w = (u32)(s * blocks) / run, to = (u32)(s * blocks + blocks - 1) / run;         // the warps that the strip met
+        for (; w <= to; w++) v += part[((w + s) * M + m) * 16 + n % 16];
         y[(long long)m * N + begin * 16 + n] = to_bf16(v);
     }
 }
 
 #define INT8(NAME, ROWS, WARPS, DEPTH) \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) NAME(PARAMETERS) { \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, ROWS == 2 ? 32 / WARPS : 1) NAME(PARAMETERS) { \
         if (group % 128) int8_product<ROWS, WARPS, DEPTH, 4>(ARGUMENTS); \
         else int8_product<ROWS, WARPS, DEPTH, 1>(ARGUMENTS); \
     }
 INT8(w4_int8_2, 2, 16, 4)
+INT8(w4_int8_2_deep, 2, 16, 6)                          // to compare
+INT8(w4_int8_2_two, 2, 8, 6)
 INT8(w4_int8_4, 4, 16, 4)
 INT8(w4_int8_8, 8, 16, 4)
 INT8(w4_int8_16, 16, 16, 4)

@@ -158,6 +158,7 @@ class Warp:
         self.clock = np.zeros(block.grid.clocks, int)           # a vector clock: the latest time it knows of each warp
         self.clock[self.id] = 1
         self.groups, self.here = [[]], 0                        # of asynchronous copies, the last one still open; instruction
+        self.waited = not block.grid.overlap
         full = lambda value: np.full(32, value, np.uint32)
         (x, y), (across, down), threads = block.at, block.grid.shape, block.grid.threads
         self.r = {"%tid.x": (number * 32 + LANES).astype(np.uint32), "%ntid.x": full(threads), "%ctaid.x": full(x),
@@ -202,11 +203,13 @@ class Warp:
         values = np.frombuffer(self.block.grid.arguments, type, count, at)
         return [np.full(32, value) for value in values] if count > 1 else np.full(32, values[0])
 
-    def load(self, space: str, addresses, type, count: int, constant: bool) -> list[np.ndarray]:
-        """-> `count` registers.  constant: as by ld.global.nc, only from memory that the kernel does not write"""
+    def load(self, space: str, addresses, type, count: int, constant: bool, early: bool = False) -> list[np.ndarray]:
+        """-> `count` registers.  constant: as by ld.global.nc, only from memory that the kernel does not write; early: even if
+        the kernel before has not ended"""
         lanes, size = self.lanes, count * type().itemsize
         out, addresses = np.zeros((32, size), np.uint8), addresses[lanes]
         for memory, inside, at in self.find(space, addresses, size):
+            require(early or self.waited or memory is self.block.shared, "reads before the kernel ahead has ended", self)
             require(not (constant and memory.warps), "reads by the non-coherent path what the kernel writes", self)
             if memory.warps:
                 memory.check(self, lanes[inside], at, size, False)
@@ -217,6 +220,7 @@ class Warp:
         lanes, data = self.lanes, np.stack(values, 1).view(np.uint8)
         size = data.shape[1]
         for memory, inside, at in self.find(space, addresses[lanes], size):
+            require(self.waited or memory is self.block.shared, "writes before the kernel ahead has ended", self)
             require(memory.warps, "writes what it may only read", self)
             memory.mark(self, lanes[inside], memory.check(self, lanes[inside], at, size, True))
             memory.view[at[:, None] + np.arange(size)] = data[lanes[inside]]
@@ -245,7 +249,7 @@ class Warp:
         self.mask = mask & (there > 0)
         if self.mask.any():
             self.full = False
-            data = np.stack(self.load("global", source, np.uint32, size // 4, True), 1).view(np.uint8)
+            data = np.stack(self.load("global", source, np.uint32, size // 4, True, True), 1).view(np.uint8)
         self.mask, self.full = mask, full
         cells, where = memory.check(self, lanes, at, size, True), at[:, None] + np.arange(size)
         memory.in_flight[cells] = True
@@ -262,6 +266,9 @@ class Warp:
     def commit_group(self):
         require(self.full, "not all lanes commit a group", self)
         self.groups.append([])
+
+    def wait_for_previous(self):
+        self.waited = True
 
     def sync(self):
         require(self.full, "not all lanes reach __syncwarp", self)
@@ -339,13 +346,14 @@ class Grid:
     arguments           the kernel's parameters, as bytes
     readable, writable  (address, bytes) of all that the kernel may access
     together            the blocks run at the same time, as in a cooperative launch
+    overlap             the kernel before may still run: until griddepcontrol.wait, only asynchronous copies access global memory
     order               which warp runs next when one yields: the "first" that can, the "last", or all in "turns"
     """
 
     def __init__(self, kernel: Kernel, shape: tuple[int, int], threads: int, arguments: bytes, readable, writable,
-                 dynamic: int = 0, together: bool = False, order: str = "turns"):
+                 dynamic: int = 0, together: bool = False, order: str = "turns", overlap: bool = False):
         self.kernel, self.shape, self.threads, self.arguments, self.dynamic = kernel, shape, threads, arguments, dynamic
-        self.order, self.released, warps = order, {}, threads // 32
+        self.order, self.overlap, self.released, warps = order, overlap, {}, threads // 32
         self.clocks = warps * (shape[0] if together else 1)
         places = [(x, y) for y in range(shape[1]) for x in range(shape[0])]
         for group in [places] if together else [[place] for place in places]:
@@ -395,7 +403,8 @@ class Driver:
         self.shared[name] = value
         return 0
 
-    def cuLaunchKernel(self, name, across, down, deep, threads, rows, layers, shared, stream, addresses, extra, together=False):
+    def cuLaunchKernel(self, name, across, down, deep, threads, rows, layers, shared, stream, addresses, extra, together=False,
+                       overlap=False):
         kernel = self.kernels[name]
         require(deep == rows == layers == 1 and threads % 32 == 0 and threads <= kernel.most, "bad launch shape", threads)
         require(shared <= self.shared.get(name, 48 << 10), "more shared memory than was asked for", shared)
@@ -403,9 +412,16 @@ class Driver:
         arguments = bytearray(sum(max(kernel.params.values())))
         for (begin, size), address in zip(kernel.params.values(), addresses):
             arguments[begin:begin + size] = ctypes.string_at(address, size)
-        Grid(kernel, (across, down), threads, bytes(arguments), self.readable, self.writable, shared, together, self.order)
+        Grid(kernel, (across, down), threads, bytes(arguments), self.readable, self.writable, shared, together, self.order,
+             overlap)
         self.launched.append(name)
         return 0
+
+    def cuLaunchKernelEx(self, config, name, addresses, extra):
+        config = config._obj
+        attribute = config.attributes[0]
+        require((config.count, attribute.id, attribute.value) == (1, 6, 1), "an attribute other than overlap")
+        return self.cuLaunchKernel(name, *config.shape, config.stream, addresses, extra, overlap=True)
 
     def cuLaunchCooperativeKernel(self, *given):
         return self.cuLaunchKernel(*given, None, together=True)
@@ -496,6 +512,8 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         require(mods == ["async", "cg" if operands[2] == "16" else "ca", "shared", "global"], opcode, operands)
         to, source = address(operands[0], "shared"), address(operands[1], "global")
         return [], [], f"w.copy({to}, {source}, {operands[2]}, {read(operands[3], 'u4')})"
+    if base == "griddepcontrol":
+        return [], [], {"launch_dependents": "None", "wait": "w.wait_for_previous()"}[mods[0]]
     if base == "prefetch":
         return [], [], "None"
     if base == "bar":
@@ -597,10 +615,9 @@ def lop3(a, b, c, table: int) -> np.ndarray:
 
 def permute(a, b, selector) -> np.ndarray:
     """prmt: each of the result's four bytes is one of the operands' eight."""
-    require(len(set(selector)) == 1, "prmt of lanes that differ")
-    chosen = [int(selector[0]) >> 4 * i & 15 for i in range(4)]
-    require(max(chosen) < 8, "prmt that copies signs")
-    return np.stack([a, b], 1).view(np.uint8)[:, chosen].copy().view(np.uint32)[:, 0]
+    chosen = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 15
+    require(chosen.max() < 8, "prmt that copies signs")
+    return np.take_along_axis(np.stack([a, b], 1).view(np.uint8), chosen, 1).view(np.uint32)[:, 0]
 
 
 # The fragments of mma as the PTX manual draws them: row and column of each of a lane's values.
