@@ -9,11 +9,10 @@ from minikd.cuda import launch
 
 KERNELS = ("w4_naive", "w4_int8_2", "w4_int8_2_deep", "w4_int8_2_two", "w4_int8_4", "w4_int8_8", "w4_int8_16", "w4_mma_8",
            "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few", "w4_mma_32", "w4_mma_64", "w4_dequantise")
-MMA_ROWS = 64                           # the most rows of x for tensor cores; above, cuBLAS multiplies
-INT8_INPUTS = 65_536                    # w4_int8_*: the most M K that each block converts to int8 by itself
+MMA_ROWS = 64                           # the most rows of x for tensor cores in int8; above, cuBLAS multiplies
+INT8_INPUTS = 65_536                    # w4_int8_*: the most inputs a block converts; half of it if that takes several slices
 MOST_SHARED = 227 << 10                 # bytes of shared memory that a block can have
 VARIANTS = {"w4_int8_2_deep": (16, 6, 1), "w4_int8_2_two": (8, 6, 2)}    # warps, depth of their rings, blocks per multiprocessor
-FEW_TILES = 264                         # below two blocks for each of an H100's 132 multiprocessors
 
 
 def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -53,20 +52,23 @@ def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, proce
     if not name.startswith("w4_int8"):
         return (tiles, 1), 512 if name.endswith("few") else 256, 0
     warps, depth, resident = VARIANTS.get(name, (16, 4, 1))
-    grid = min(tiles, processors * resident)
     sets = 1 if group_size % 128 == 0 else 4
-    # As int8_product lays it out: tiles in flight; x's digits and units, and sums if there are zeros; the warps' sums.
-    shared = warps * depth * (1024 + 48 * sets) + blocks * M * (384 + 4 + 4 * sets * zeros) + (warps - -tiles // grid) * M * 64
-    return (grid, 1), 32 * warps, shared
+    for slices in range(1, 33):
+        grid = min(tiles, processors * resident // slices)
+        each = -(-blocks // slices)
+        # As int8_product lays it out: tiles in flight; x's digits and units, and sums if there are zeros; the warps' sums.
+        shared = warps * depth * (1024 + 48 * sets) + each * M * (384 + 4 + 4 * sets * zeros) + (warps - -tiles // grid) * M * 64
+        if shared <= MOST_SHARED // resident and M * K <= INT8_INPUTS * (1 if slices == 1 else slices / 2):
+            break
+    return (grid, slices), 32 * warps, shared
 
 
-def plan(M: int, N: int, K: int, group_size: int, zeros: bool, processors: int) -> str:
-    """The name of the kernel for x [M, K] and W [N, K], M <= MMA_ROWS."""
-    rows = next(rows for rows in (2, 4, 8, 16, 32, 64) if M <= rows)
-    name = f"w4_int8_{rows}"
-    if rows <= 16 and M * K <= INT8_INPUTS and shape(name, M, N, K, group_size, zeros, processors)[2] <= MOST_SHARED:
-        return name
-    return f"w4_mma_{max(rows, 8)}" + "_few" * (rows <= 16 and -(-N // 16) < FEW_TILES)
+def plan(M: int, N: int, K: int, group_size: int, zeros: bool, processors: int) -> tuple[str, int]:
+    """The kernel for the first rows of x [M, K], and how many rows it takes: 16 at most, fewer if they do not fit."""
+    rows = next(rows for rows in (2, 4, 8, 16) if min(M, 16) <= rows)
+    while rows > 2 and shape(f"w4_int8_{rows}", min(M, rows), N, K, group_size, zeros, processors)[2] > MOST_SHARED:
+        rows //= 2
+    return f"w4_int8_{rows}", min(M, rows)
 
 
 @functools.cache
@@ -82,15 +84,18 @@ def run(name: str, words: Tensor, scales: Tensor, zeros: Tensor | None, x: Tenso
     """Launches one kernel: y = x W^T + b, as `multiply`."""
     (M, K), N, (processors, can) = x.shape, y.shape[1], machine(x.device)
     grid, threads, shared = shape(name, M, N, K, group_size, zeros is not None, processors)
-    launch(name, x.device, grid, threads, words, scales, zeros, x, bias, y, M, N, K, group_size, shared=shared,
-           overlap=overlap and can and name.startswith("w4_int8"))
+    overlap, slices = overlap and can and name != "w4_naive", grid[1] if "int8" in name else 1
+    out = x.new_empty(slices, M, N, dtype=torch.float32) if slices > 1 else y
+    launch(name, x.device, grid, threads, words, scales, zeros, x, bias, out, M, N, K, group_size, shared=shared, overlap=overlap)
+    if slices > 1:
+        launch("w4_sum", x.device, (-(-N // 128), M), 128, out, bias, y, M, N, slices, overlap=overlap)
 
 
 def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, outputs: int,
              group_size: int) -> Tensor:
     """y = x W^T + b.  x [M, K] bfloat16, W as `repack` gives it, bias [N] bfloat16 -> y [M, N] bfloat16
 
-    Up to MMA_ROWS rows: the kernel that `plan` names. More: W is dequantised into a temporary tensor, and cuBLAS multiplies.
+    Up to MMA_ROWS rows: the kernels that `plan` names. More: W is dequantised into a temporary tensor, and cuBLAS multiplies.
     """
     M, K = x.shape
     x = x.contiguous()
@@ -98,10 +103,11 @@ def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bia
         x = x.clone()
     if M > MMA_ROWS:
         return F.linear(x, dequantise(words, scales, zeros, outputs, K, group_size), bias)
-    y = x.new_empty(M, outputs)
-    if M:
-        name = plan(M, outputs, K, group_size, zeros is not None, machine(x.device)[0])
-        run(name, words, scales, zeros, x, bias, y, group_size)
+    y, done = x.new_empty(M, outputs), 0
+    while done < M:
+        name, rows = plan(M - done, outputs, K, group_size, zeros is not None, machine(x.device)[0])
+        run(name, words, scales, zeros, x[done:done + rows], bias, y[done:done + rows], group_size)
+        done += rows
     return y
 
 

@@ -218,7 +218,9 @@ __device__ __forceinline__ void tensor(Words* memory, PARAMETERS) {
         }
         commit_group();                                 // also an empty one: wait_for_copies counts groups
     };
-    for (int d = 0; d < DEPTH - 1; d++) fetch(d, warp + d * WARPS);
+    let_next_start();
+    for (int d = 0; d < DEPTH - 1; d++) fetch(d, warp + d * WARPS);     // weights do not depend on the kernel before; x does
+    wait_for_previous();
     int d = 0;                                          // the slot that is read
 #pragma unroll 1
     for (int b = warp; b < blocks; b += WARPS) {
@@ -278,7 +280,7 @@ KERNEL(w4_mma_64, tensor, 8, 8)
 KERNEL(w4_mma_8_few, tensor, 16, 1)                     // few outputs, so few blocks: more warps along K instead
 KERNEL(w4_mma_16_few, tensor, 16, 2)
 
-// ---- int8 tensor cores: grid (blocks), one persistent block per multiprocessor; up to ROWS rows of x
+// ---- int8 tensor cores: grid (blocks, slices), in all one block per multiprocessor; up to ROWS rows of x
 //
 // Unpacking codes to bfloat16 costs more instructions than all else together. As int8 it takes one and a half per four codes:
 // a nibble in the upper half of a byte, with its top bit flipped, is 16 (code - 8) in two's complement. x becomes int8 as well,
@@ -293,6 +295,9 @@ KERNEL(w4_mma_16_few, tensor, 16, 2)
 // of them, whatever strips it cuts, and the copies ahead never pause: those of the first tiles are in flight while the block
 // converts x, and no warp waits for another before the end. `part` gets a sum for each warp and strip that meet; number
 // warp + strip is free for every such pair, as along the tiles one of the two grows, or both. In the end each strip's are added.
+//
+// Every block converts all of x. Where that takes too long, or x does not fit, the inputs are divided into slices, and a block
+// converts and multiplies only one: its sums go to y [slices, M, N] in float32, and w4_sum adds the slices.
 
 struct alignas(8) Pair { u32 w[2]; };
 struct Digits { Pair w[3]; };                           // [digit][inputs 0 4 1 5, inputs 2 6 3 7], as a word's nibbles are ordered
@@ -334,12 +339,12 @@ __device__ __forceinline__ void operand(u32* a, const Words* w, int j, u32 mask,
 // a lane's 16 bytes are its operands of two products; then each block's and row's unit / 16 and, if `with_sums`, sums of its inputs.
 struct X { char* digits; float *units, *sums; int M; bool with_sums; };
 
-// By all threads; SETS sums per block, each of 128 / SETS inputs.
-template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, int K) {
-    int l = threadIdx.x % 16, j = l / 4, t = l % 4, blocks = round_up(K, 128) / 128;        // 16 lanes take a block of a row
+// By all threads: `blocks` blocks from `first` on; SETS sums per block, each of 128 / SETS inputs.
+template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, int K, int first, int blocks) {
+    int l = threadIdx.x % 16, j = l / 4, t = l % 4, k = first * 128 + 8 * l;                // 16 lanes take a block of a row
     int step = blockDim.x / 16, step_b = step / to.M, step_m = step - step_b * to.M;
     auto read = [&](int b, int m) {
-        return load_if(b * 128 + 8 * l < K, (const Words*)(x + (m * K + b * 128 + 8 * l)));
+        return load_if(b < blocks && b * 128 + k < K, (const Words*)(x + (m * K + b * 128 + k)));
     };
     int next_b = threadIdx.x / 16 / to.M, next_m = threadIdx.x / 16 - next_b * to.M;
     Words next = read(next_b, next_m);
@@ -365,8 +370,8 @@ template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, 
         char* digits = to.digits + ((b * 2 + j / 2) * to.M + m) * 192 + t * 16 + j % 2 * 8;
 #pragma unroll
         for (int digit = 0; digit < 3; digit++) *(Pair*)(digits + digit * 64) = d.w[digit];
-        // an infinite or nan input makes its row's outputs nan
-        if (l == 0) to.units[b * to.M + m] = __uint_as_float(exponent == 255 ? 0x7fc00000u : (exponent - 24) << 23);
+        if (l == 0)                                     // an infinite or nan input makes its row's outputs nan
+            to.units[b * to.M + m] = __uint_as_float(exponent == 255 ? 0x7fc00000u : (exponent - 24) << 23);
         if (to.with_sums && (SETS == 4 ? t : l) == 0) to.sums[(b * SETS + (SETS == 4 ? j : 0)) * to.M + m] = sum;
     }
 }
@@ -462,7 +467,9 @@ template <int ROWS, int WARPS, int DEPTH, int SETS>
 __device__ __forceinline__ void int8_product(PARAMETERS) {
     const int SLOT = 1024 + 48 * SETS;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int blocks = round_up(K, 128) / 128, stride = round_up(N, 16), per = group / 32, last = K / group - 1;
+    int all = round_up(K, 128) / 128, first = (u32)(all * blockIdx.y) / gridDim.y;
+    int blocks = (u32)(all * (blockIdx.y + 1)) / gridDim.y - first;     // of 128 inputs, of this slice
+    int stride = round_up(N, 16), per = group / 32, last = K / group - 1;
     u32 inverse = 0xffffffffu / per + 1;                // as in `tensor`
     u32 strips = stride / 16, least = strips / gridDim.x, more = strips - least * gridDim.x;        // `more` blocks have one more
     int begin = blockIdx.x * least + min(blockIdx.x, more), mine = least + (blockIdx.x < more);
@@ -476,26 +483,26 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
 
     // The next copy's state; three lanes per set copy 2 x 8 outputs' scales and 16 outputs' zeros.
     int strip = (u32)tile / (u32)blocks, b = tile - strip * blocks, ahead = tile, row = b, set = lane / 3, which = lane % 3;
-    const Words* codes = words + ((long long)begin * blocks + tile) * 64 + lane;
+    const Words* codes = words + ((long long)(begin + strip) * all + first + b) * 64 + lane;
     const char* quant = which < 2 ? (const char*)(scales + which * 8) : (const char*)zeros;
     int column = (begin + strip) * 16, size = which < 2 ? 2 : 1;
     bool copies = set < SETS && quant;
     auto fetch = [&](char* slot) {
         if (ahead < end) {
-            int at = row * 4 + set * (4 / SETS);
+            int at = (first + row) * 4 + set * (4 / SETS);
             if (inverse) at = __umulhi(at, inverse);    // which group
             if (SETS == 4) at = min(at, last);          // the last tile may reach past the last group
             for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512 + lane * 16, codes + h * 32);
             if (copies) copy_async<16>(true, slot + 1024 + lane * 16, quant + (long long)(at * stride + column) * size);
             ahead++, codes += 64;
-            if (++row == blocks) row = 0, column += 16;
+            if (++row == blocks) row = 0, column += 16, codes += (all - blocks) * 64;
         }
         commit_group();                                 // also an empty one: wait_for_copies counts groups
     };
     let_next_start();
     for (int d = 0; d < DEPTH - 1; d++) fetch(ring + d * SLOT);         // weights do not depend on the kernel before; x does
     wait_for_previous();
-    convert<SETS>(in, x, K);
+    convert<SETS>(in, x, K, first, blocks);
     __syncthreads();
     Int8<ROWS, SETS> sum(M);
     char *slot = ring, *before = ring + (DEPTH - 1) * SLOT;
@@ -516,10 +523,12 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     for (int i = threadIdx.x; i < mine * 16 * M; i += 32 * WARPS) {
         int m = i / (mine * 16), n = i - m * mine * 16, s = n / 16;
         if (begin * 16 + n >= N) continue;
-        float v = bias ? bf16(bias[begin * 16 + n]) : 0;
+        float v = bias && gridDim.y == 1 ? bf16(bias[begin * 16 + n]) : 0;
         u32 w = (u32)(s * blocks) / run, to = (u32)(s * blocks + blocks - 1) / run;         // the warps that the strip met
         for (; w <= to; w++) v += part[((w + s) * M + m) * 16 + n % 16];
-        y[(long long)m * N + begin * 16 + n] = to_bf16(v);
+        long long at = ((long long)blockIdx.y * M + m) * N + begin * 16 + n;
+        if (gridDim.y == 1) y[at] = to_bf16(v);
+        else ((float*)y)[at] = v;
     }
 }
 
@@ -534,6 +543,17 @@ INT8(w4_int8_2_two, 2, 8, 6)
 INT8(w4_int8_4, 4, 16, 4)
 INT8(w4_int8_8, 8, 16, 4)
 INT8(w4_int8_16, 16, 16, 4)
+
+// Grid (N / 128, M): y = the sum of `slices` float32 [M, N], and bias.
+extern "C" __global__ void w4_sum(const float* parts, const u16* bias, u16* y, int M, int N, int slices) {
+    int n = blockIdx.x * blockDim.x + threadIdx.x, m = blockIdx.y;
+    let_next_start();
+    wait_for_previous();
+    if (n >= N) return;
+    float v = bias ? bf16(bias[n]) : 0;
+    for (int i = 0; i < slices; i++) v += parts[((long long)i * M + m) * N + n];
+    y[(long long)m * N + n] = to_bf16(v);
+}
 
 // ---- dequantise: grid (N / 16, K / 1024), one tile per warp; y [N, K] is W without the padding
 
