@@ -50,9 +50,9 @@ SHAPES = {"0.5B": Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidde
 LAYERS = [(1152, 896), (896, 896), (9728, 896), (896, 4864), (128, 896), (17920, 1536), (1536, 8960), (2560, 2048),
           (22016, 2048), (2048, 11008), (37888, 3584), (3584, 18944)]         # outputs x inputs; the last of the 7B
 BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 64, 257]
-FAST = [("w4_matvec_1", 1, 256), ("w4_matvec_2", 2, 256), ("w4_matvec_4", 4, 256), ("w4_mma_8", 8, 256),        # name, most
-        ("w4_mma_8_few", 8, 512), ("w4_mma_16", 16, 256), ("w4_mma_16_few", 16, 512), ("w4_mma_32", 32, 256),   # rows, threads
-        ("w4_mma_64", 64, 256)]
+FAST = {"w4_int8_2": 2, "w4_int8_2 alone": 2, "w4_int8_2_deep": 2, "w4_int8_2_two": 2, "w4_int8_4": 4, "w4_int8_8": 8,
+        "w4_int8_8 alone": 8, "w4_int8_16": 16, "w4_mma_8": 8, "w4_mma_8_few": 8, "w4_mma_16": 16, "w4_mma_16_few": 16,
+        "w4_mma_32": 32, "w4_mma_64": 64}           # the most rows of x
 TEACHER, TOKENS = "3B", 512
 WITHOUT = []                                        # --without
 L2 = 64 << 20                                       # above the caches of an H200, 60 MB, and of an H100, 50 MB
@@ -200,6 +200,15 @@ def packed_layer(N: int, K: int, device: str, sym=True, group=128, seed=0):
     return w4_cuda.repack(*parts), decode_groups(*parts)
 
 
+def launch(name: str, x, packed, bias, y, group=128) -> bool:
+    """Launches one kernel, "NAME alone" without overlap; False if it needs more shared memory than there is."""
+    (M, K), N, (name, *alone) = x.shape, y.shape[1], name.split()
+    fits = w4_cuda.shape(name, M, N, K, group, packed[2] is not None, w4_cuda.machine(x.device)[0])[2] <= w4_cuda.MOST_SHARED
+    if fits:
+        w4_cuda.run(name, *packed, x, bias, y, group, overlap=not alone)
+    return fits
+
+
 def check_kernel(device, tiny, limits):
     if device != "cuda":
         return print("the kernel needs a GPU; tests/test_w4_cuda.py runs it on a CPU")
@@ -219,13 +228,11 @@ def check_kernel(device, tiny, limits):
                 x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
                 bias = torch.randn(N, device=device, dtype=torch.bfloat16)
                 expected = x.double() @ exact.T + bias.double()
-                names = [w4_cuda.plan(M, N)] if M <= 64 else []
-                names += [("w4_naive", (-(-N // 128), M), 128)] if M <= 4 else []
-                names += [(name, (-(-N // 16), 1), threads) for name, most, threads in FAST if M <= most]
                 found = {"operator": torch.ops.minikd.w4_matmul(x, *packed, bias, N, group)}
-                for name, grid, threads in names:
-                    found[name] = torch.full((M, N), torch.nan, device=device, dtype=torch.bfloat16)
-                    cuda.launch(name, x.device, grid, threads, *packed, x, bias, found[name], M, N, K, group)
+                for name, most in {"w4_naive": 4, **FAST}.items():
+                    y = torch.full((M, N), torch.nan, device=device, dtype=torch.bfloat16)
+                    if M <= most and launch(name, x, packed, bias, y, group):
+                        found[name] = y
                 for name, y in found.items():
                     error = float((y.double() - expected).norm() / expected.norm())
                     count += 1
@@ -352,11 +359,10 @@ def time_matmul(device, tiny, limits):
                 calls["torch int4"] = [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w[0], 128, w[1]) for w in peer]
             if device == "cuda":
                 calls["operator"] = [lambda p=p: torch.ops.minikd.w4_matmul(x, *p, None, N, 128) for p in packed]
-                y, tiles = torch.empty(M, N, device=device, dtype=torch.bfloat16), -(-N // 16)
-                for name, most, threads in FAST:
-                    if most / 4 < M <= most or name.startswith("w4_mma_8") and M <= 8:
-                        calls[name] = [lambda p=p, name=name, threads=threads: cuda.launch(
-                            name, x.device, (tiles, 1), threads, *p, x, None, y, M, N, K, 128) for p in packed]
+                y = torch.empty(M, N, device=device, dtype=torch.bfloat16)
+                for name, most in FAST.items():
+                    if (most / 4 < M or most <= 8) and M <= most and launch(name, x, packed[0], None, y):
+                        calls[name] = [lambda p=p, name=name: launch(name, x, p, None, y) for p in packed]
             times = {}
             for name, call in calls.items():
                 with attempt(f"{name}, {N} x {K}, batch {M}"):

@@ -22,6 +22,7 @@ from minikd.files import atomic_path
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("w4_matmul.cu", "decode.cu"))     # one program, in this order
 
 MAX_SHARED = 8                          # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+OVERLAP = 6                             # its CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 class Unavailable(RuntimeError):
@@ -156,14 +157,27 @@ def available(device: int) -> bool:
     return True
 
 
+class Attribute(ctypes.Structure):
+    """The driver's CUlaunchAttribute."""
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
+
+
+class Config(ctypes.Structure):
+    """The driver's CUlaunchConfig."""
+    _fields_ = [("shape", ctypes.c_uint * 7), ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(Attribute)),
+                ("count", ctypes.c_uint)]
+
+
 def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int, *values, together: bool = False,
-           shared: int = 0):
+           overlap: bool = False, shared: int = 0):
     """Launches a kernel on the current stream.
 
     threads   per block
     values    the kernel's arguments: a tensor is passed as its address, None as null, an int as a C int, a ctypes structure
               by value
     together  a cooperative launch: all blocks are resident at once and can wait for each other; an error if they do not fit
+    overlap   the kernel may start before the one before it in the stream has ended, if that one allows it; from compute
+              capability 9.0 on. Until it calls wait_for_previous(), it reads only what no kernel writes, and writes nothing
     shared    bytes of dynamic shared memory per block, in addition to what the kernel declares
     Raises RuntimeError if the driver returns an error.
     """
@@ -178,7 +192,11 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
     with torch.cuda.device(device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         error = shared and driver.cuFuncSetAttribute(kernel, MAX_SHARED, shared)                # needed above 48 KB
-        error = error or (driver.cuLaunchCooperativeKernel(kernel, *shape, stream, addresses) if together else
-                          driver.cuLaunchKernel(kernel, *shape, stream, addresses, None))
+        if overlap:
+            config = Config(shape, stream, ctypes.pointer(Attribute(id=OVERLAP, value=1)), 1)
+            error = error or driver.cuLaunchKernelEx(ctypes.byref(config), kernel, addresses, None)
+        else:
+            error = error or (driver.cuLaunchCooperativeKernel(kernel, *shape, stream, addresses) if together else
+                              driver.cuLaunchKernel(kernel, *shape, stream, addresses, None))
     if error:
         raise RuntimeError(f"{name}: launch failed with CUDA error {error}")

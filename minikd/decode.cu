@@ -54,8 +54,6 @@ static_assert(sizeof(Shared) == 226128, "decode_cuda.py asks for so many bytes")
 
 struct alignas(8) Four { u32 w[2]; };                   // 4 bfloat16 values
 struct Two { u64 v[2]; };
-extern __shared__ Words shared_memory[];
-
 __device__ __forceinline__ float rounded(float f) { return bf16(to_bf16(f)); }
 __device__ __forceinline__ float value(const Words& v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from minikd.cuda import launch
 
-KERNELS = ("w4_naive", "w4_matvec_1", "w4_matvec_2", "w4_matvec_4", "w4_mma_8", "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few",
-           "w4_mma_32", "w4_mma_64", "w4_dequantise")
-# The most rows of x for each kind of kernel. By counted instructions, not measured: tensor cores need fewer even for one row.
-MATVEC_ROWS, MMA_ROWS = 0, 64
-FEW_TILES = 264                         # below two blocks for each of an H100's 132 multiprocessors
+KERNELS = ("w4_naive", "w4_int8_2", "w4_int8_2_deep", "w4_int8_2_two", "w4_int8_4", "w4_int8_8", "w4_int8_16", "w4_mma_8",
+           "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few", "w4_mma_32", "w4_mma_64", "w4_dequantise")
+MMA_ROWS = 64                           # the most rows of x for tensor cores in int8; above, cuBLAS multiplies
+INT8_INPUTS = 65_536                    # w4_int8_*: the most inputs a block converts; half of it if that takes several slices
+MOST_SHARED = 227 << 10                 # bytes of shared memory that a block can have
+VARIANTS = {"w4_int8_2_deep": (16, 6, 1), "w4_int8_2_two": (8, 6, 2)}    # warps, depth of their rings, blocks per multiprocessor
 
 
 def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -31,11 +32,11 @@ def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor
     padded_scales = scales.new_zeros(rows, scales.shape[1])
     padded_scales[:O] = scales
     scales = padded_scales.T.half().contiguous()
-    if (zeros == 8).all():
-        return words, scales, None
     padded_zeros = zeros.new_full(padded_scales.shape, 8)
     padded_zeros[:O] = zeros
-    return words, scales, padded_zeros.T.to(torch.uint8).contiguous()
+    padded_zeros = padded_zeros.T.to(torch.uint8).contiguous()
+    # Reading this on the host waits for all of the above: a kernel may read weights before the kernel ahead of it has ended.
+    return words, scales, None if (zeros == 8).all() else padded_zeros
 
 
 def fits(group_size: int) -> bool:
@@ -43,22 +44,58 @@ def fits(group_size: int) -> bool:
     return group_size in (32, 64) or group_size % 128 == 0
 
 
-def plan(M: int, N: int) -> tuple[str, tuple[int, int], int]:
-    """The kernel for x [M, K] and W [N, K], M <= MMA_ROWS: its name, its grid, and its threads per block."""
-    tiles = -(-N // 16)
-    if M <= MATVEC_ROWS:
-        return f"w4_matvec_{1 if M == 1 else 2 if M == 2 else 4}", (tiles, 1), 256
-    rows = 8 if M <= 8 else 16 if M <= 16 else 32 if M <= 32 else 64
-    if rows <= 16 and tiles < FEW_TILES:
-        return f"w4_mma_{rows}_few", (tiles, 1), 512
-    return f"w4_mma_{rows}", (tiles, 1), 256
+def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, processors: int) -> tuple[tuple[int, int], int, int]:
+    """How a kernel is launched for x [M, K] and W [N, K] on so many multiprocessors: grid, threads, bytes of shared memory."""
+    tiles, blocks = -(-N // 16), -(-K // 128)
+    if name == "w4_naive":
+        return (-(-N // 128), M), 128, 0
+    if not name.startswith("w4_int8"):
+        return (tiles, 1), 512 if name.endswith("few") else 256, 0
+    warps, depth, resident = VARIANTS.get(name, (16, 4, 1))
+    sets = 1 if group_size % 128 == 0 else 4
+    for slices in range(1, 33):
+        grid = min(tiles, processors * resident // slices)
+        each = -(-blocks // slices)
+        # As int8_product lays it out: tiles in flight; x's digits and units, and sums if there are zeros; the warps' sums.
+        shared = warps * depth * (1024 + 48 * sets) + each * M * (384 + 4 + 4 * sets * zeros) + (warps - -tiles // grid) * M * 64
+        if shared <= MOST_SHARED // resident and M * K <= INT8_INPUTS * (1 if slices == 1 else slices / 2):
+            break
+    return (grid, slices), 32 * warps, shared
+
+
+def plan(M: int, N: int, K: int, group_size: int, zeros: bool, processors: int) -> tuple[str, int]:
+    """The kernel for the first rows of x [M, K], and how many rows it takes: 16 at most, fewer if they do not fit."""
+    rows = next(rows for rows in (2, 4, 8, 16) if min(M, 16) <= rows)
+    while rows > 2 and shape(f"w4_int8_{rows}", min(M, rows), N, K, group_size, zeros, processors)[2] > MOST_SHARED:
+        rows //= 2
+    return f"w4_int8_{rows}", min(M, rows)
+
+
+@functools.cache
+def machine(device: torch.device) -> tuple[int, bool]:
+    """Its multiprocessors, and whether it overlaps kernels (cuda.launch); an H200's where there is no GPU, in tests."""
+    if device.type != "cuda":
+        return 132, True
+    return torch.cuda.get_device_properties(device).multi_processor_count, torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def run(name: str, words: Tensor, scales: Tensor, zeros: Tensor | None, x: Tensor, bias: Tensor | None, y: Tensor,
+        group_size: int, overlap: bool = True):
+    """Launches one kernel: y = x W^T + b, as `multiply`."""
+    (M, K), N, (processors, can) = x.shape, y.shape[1], machine(x.device)
+    grid, threads, shared = shape(name, M, N, K, group_size, zeros is not None, processors)
+    overlap, slices = overlap and can and name != "w4_naive", grid[1] if "int8" in name else 1
+    out = x.new_empty(slices, M, N, dtype=torch.float32) if slices > 1 else y
+    launch(name, x.device, grid, threads, words, scales, zeros, x, bias, out, M, N, K, group_size, shared=shared, overlap=overlap)
+    if slices > 1:
+        launch("w4_sum", x.device, (-(-N // 128), M), 128, out, bias, y, M, N, slices, overlap=overlap)
 
 
 def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, outputs: int,
              group_size: int) -> Tensor:
     """y = x W^T + b.  x [M, K] bfloat16, W as `repack` gives it, bias [N] bfloat16 -> y [M, N] bfloat16
 
-    Up to MMA_ROWS rows: the kernel that `plan` names. More: W is dequantised into a temporary tensor, and cuBLAS multiplies.
+    Up to MMA_ROWS rows: the kernels that `plan` names. More: W is dequantised into a temporary tensor, and cuBLAS multiplies.
     """
     M, K = x.shape
     x = x.contiguous()
@@ -66,10 +103,11 @@ def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bia
         x = x.clone()
     if M > MMA_ROWS:
         return F.linear(x, dequantise(words, scales, zeros, outputs, K, group_size), bias)
-    y = x.new_empty(M, outputs)
-    if M:
-        name, grid, threads = plan(M, outputs)
-        launch(name, x.device, grid, threads, words, scales, zeros, x, bias, y, M, outputs, K, group_size)
+    y, done = x.new_empty(M, outputs), 0
+    while done < M:
+        name, rows = plan(M - done, outputs, K, group_size, zeros is not None, machine(x.device)[0])
+        run(name, words, scales, zeros, x[done:done + rows], bias, y[done:done + rows], group_size)
+        done += rows
     return y
 
 

@@ -2,10 +2,10 @@
 // NVRTC compiles this file on a machine that has only torch's own CUDA libraries. From naive to fast:
 //
 //   w4_naive        one thread per output, one code at a time: the reference for the others
-//   w4_matvec_*     1 to 4 rows of x: every lane loads 16 bytes of codes at once and multiplies without tensor cores; a step
-//                   between naive and fast, not launched as long as w4_cuda.MATVEC_ROWS is 0
-//   w4_mma_*        up to 64 rows: the same 16 bytes become operands of tensor-core products without a shuffle; asynchronous
-//                   copies bring the tiles into shared memory, several tiles ahead
+//   w4_mma_*        up to 64 rows: codes become operands of tensor-core products in bfloat16, without a shuffle; asynchronous
+//                   copies bring them into shared memory, several tiles ahead
+//   w4_int8_*       up to 16 rows: half the instructions by tensor cores in int8, x split into three digits, as exact; one
+//                   block per multiprocessor, whose copies never pause
 //   w4_dequantise   more rows: writes W in bfloat16, and cuBLAS multiplies
 //
 // The layout, made at load by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with codes of 8
@@ -61,6 +61,18 @@ __device__ __forceinline__ void commit_group() { asm volatile("cp.async.commit_g
 template <int COUNT> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" :: "n"(COUNT) : "memory");
 }
+// Programmatic dependent launch (cuda.launch's `overlap`): from the first call on, the stream's next kernel may start beside this
+// one, if it was launched so too; by the second, it waits for the end of all kernels before it, and sees what they wrote.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ u32 minus_pair(u32 a, u32 b) {       // two bfloat16 a - b, as b * -1 + a: sm_80 has no sub.bf16x2
     u32 d;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xbf80bf80u), "r"(a));
@@ -69,6 +81,11 @@ __device__ __forceinline__ u32 minus_pair(u32 a, u32 b) {       // two bfloat16 
 __device__ __forceinline__ u32 merge(u32 a, u32 mask, u32 top) {        // (a & mask) | top, whose truth table is 0xea: one
     u32 d;                                                              // instruction, not two, if mask and top are registers
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(top));
+    return d;
+}
+__device__ __forceinline__ u32 flip(u32 a, u32 mask, u32 bits) {         // (a & mask) ^ bits, likewise
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
     return d;
 }
 __device__ __forceinline__ u32 in_register(u32 value) {
@@ -159,69 +176,6 @@ __device__ __forceinline__ void write_out(const float* sum, const u16* bias, u16
     }
 }
 
-// ---- matrix-vector: grid (N / 16)
-
-template <int ROWS, int WARPS, int EACH>
-__device__ __forceinline__ void matvec(Words* memory, PARAMETERS) {
-    float* sum = (float*)memory;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    int blocks = round_up(K, 128) / 128, stride = round_up(N, 16);
-    const Words* tile = words + (long long)blockIdx.x * blocks * 64 + lane;
-    float total[2][ROWS] = {};                          // outputs g and g + 8 of the tile
-    Words next[2];
-    if (warp < blocks) next[0] = load_once(tile + warp * 64), next[1] = load_once(tile + warp * 64 + 32);
-    for (int b = warp; b < blocks; b += WARPS) {
-        Words now[2] = {next[0], next[1]};
-        if (b + WARPS < blocks) {                       // the next tile is in flight while this one is multiplied
-            next[0] = load_once(tile + (b + WARPS) * 64);
-            next[1] = load_once(tile + (b + WARPS) * 64 + 32);
-        }
-        float part[2][ROWS] = {};                       // sums of one group, before its scale
-        Quant quant[2] = {};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int k = b * 128 + j * 32;
-            if (j % EACH == 0 && k < K)
-                for (int h = 0; h < 2; h++)
-                    quant[h] = quant_of(scales, zeros, k / group * stride + blockIdx.x * 16 + h * 8 + g);
-            Words in[ROWS];
-#pragma unroll
-            for (int m = 0; m < ROWS; m++) in[m] = load_if(m < M && k + 8 * t < K, (const Words*)(x + m * K + k + 8 * t));
-#pragma unroll
-            for (int h = 0; h < 2; h++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    u32 pair = decode_pair(now[h].w[j], i, quant[h].zero);
-#pragma unroll
-                    for (int m = 0; m < ROWS; m++) {
-                        part[h][m] += low(pair) * low(in[m].w[i]);
-                        part[h][m] += high(pair) * high(in[m].w[i]);
-                    }
-                }
-            if ((j + 1) % EACH == 0) {                  // the scale multiplies the sum, not every weight
-#pragma unroll
-                for (int h = 0; h < 2; h++)
-#pragma unroll
-                    for (int m = 0; m < ROWS; m++) total[h][m] += quant[h].scale * part[h][m], part[h][m] = 0;
-            }
-        }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-        for (int m = 0; m < ROWS; m++) {
-            float v = total[h][m];
-            v += __shfl_xor_sync(~0u, v, 1);            // over the four lanes of an output
-            v += __shfl_xor_sync(~0u, v, 2);
-            if (t == 0) sum[(warp * 16 + h * 8 + g) * (ROWS + 1) + m] = v;
-        }
-    write_out<ROWS, WARPS>(sum, bias, y, M, N);
-}
-
-KERNEL(w4_matvec_1, matvec, 8, 1)
-KERNEL(w4_matvec_2, matvec, 8, 2)
-KERNEL(w4_matvec_4, matvec, 8, 4)
-
 // ---- tensor cores: grid (N / 16); 8 EIGHTS rows of x, which are the columns of EIGHTS mma
 //
 // An mma sums over 16 inputs, in any order that is the same in both operands. So a lane's own 8 inputs 32 j + 8 t + 0..7 can
@@ -264,7 +218,9 @@ __device__ __forceinline__ void tensor(Words* memory, PARAMETERS) {
         }
         commit_group();                                 // also an empty one: wait_for_copies counts groups
     };
-    for (int d = 0; d < DEPTH - 1; d++) fetch(d, warp + d * WARPS);
+    let_next_start();
+    for (int d = 0; d < DEPTH - 1; d++) fetch(d, warp + d * WARPS);     // weights do not depend on the kernel before; x does
+    wait_for_previous();
     int d = 0;                                          // the slot that is read
 #pragma unroll 1
     for (int b = warp; b < blocks; b += WARPS) {
@@ -323,6 +279,281 @@ KERNEL(w4_mma_32, tensor, 8, 4)
 KERNEL(w4_mma_64, tensor, 8, 8)
 KERNEL(w4_mma_8_few, tensor, 16, 1)                     // few outputs, so few blocks: more warps along K instead
 KERNEL(w4_mma_16_few, tensor, 16, 2)
+
+// ---- int8 tensor cores: grid (blocks, slices), in all one block per multiprocessor; up to ROWS rows of x
+//
+// Unpacking codes to bfloat16 costs more instructions than all else together. As int8 it takes one and a half per four codes:
+// a nibble in the upper half of a byte, with its top bit flipped, is 16 (code - 8) in two's complement. x becomes int8 as well,
+// in three digits. In each block of 128 inputs of a row, x is a power of two, `unit`, times an integer of 22 bits with its sign,
+//
+//   x / unit = d0 + 256 d1 + 65536 d2,   digits from -128 to 127, each in a column of its own of the product's right operand,
+//
+// exactly, unless x is below 2^-13 of the block's largest: then rounded, by at most 2^-21 of the largest. The sums over a group
+// are exact in int32; scales, units and the sum over groups are float32.
+//
+// A block has about N / 16 / blocks consecutive strips of 16 outputs, so consecutive tiles. Each of its warps takes an equal run
+// of them, whatever strips it cuts, and the copies ahead never pause: those of the first tiles are in flight while the block
+// converts x, and no warp waits for another before the end. `part` gets a sum for each warp and strip that meet; number
+// warp + strip is free for every such pair, as along the tiles one of the two grows, or both. In the end each strip's are added.
+//
+// Every block converts all of x. Where that takes too long, or x does not fit, the inputs are divided into slices, and a block
+// converts and multiplies only one: its sums go to y [slices, M, N] in float32, and w4_sum adds the slices.
+
+struct alignas(8) Pair { u32 w[2]; };
+struct Digits { Pair w[3]; };                           // [digit][inputs 0 4 1 5, inputs 2 6 3 7], as a word's nibbles are ordered
+
+// 8 inputs, and `inverse` = 1 / unit.  Adding 2^23 + 0x408080 to x / unit leaves it, plus 0x408080, in a float's low 23 bits:
+// bytes 0 and 1 are d0 + 128 and d1 + 128, byte 2 is d2 + 64.
+__device__ __forceinline__ Digits digits_of(const Words& x, float inverse) {
+    u32 v[8];
+    Digits d;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        v[i] = __float_as_uint(fmaf(i % 2 ? high(x.w[i / 2]) : low(x.w[i / 2]), inverse, 8388608.f + 0x408080));
+#pragma unroll
+    for (int h = 0; h < 2; h++) {                       // a 4 x 3 transpose of bytes: inputs 2h, 2h + 4, 2h + 1, 2h + 5
+        u32 *p = v + 2 * h, *q = p + 4;
+        u32 even = __byte_perm(p[0], q[0], 0x5140), odd = __byte_perm(p[1], q[1], 0x5140);
+        u32 top = __byte_perm(__byte_perm(p[0], q[0], 0x0062), __byte_perm(p[1], q[1], 0x0062), 0x5410);
+        d.w[0].w[h] = __byte_perm(even, odd, 0x5410) ^ 0x80808080u;
+        d.w[1].w[h] = __byte_perm(even, odd, 0x7632) ^ 0x80808080u;
+        d.w[2].w[h] = (top | 0x80808080u) - 0x40404040u ^ 0x80808080u;    // byte by byte: the set bit keeps it from borrowing
+    }
+    return d;
+}
+
+// c [16, 8] += a [16, 32] b [32, 8], int8 into int32.  Lane (g, t) holds a[g, 4t..], a[g+8, 4t..], a[g, 4t+16..],
+// a[g+8, 4t+16..]; b[4t.., g], b[4t+16.., g]; c as above.  4t.. are four values, in one register.
+__device__ __forceinline__ void mma(int* c, const u32* a, const u32* b) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// A left operand: 16 (code - 8) for word j of outputs g (w[0]) and g + 8 (w[1]).  mask = 0xf0f0f0f0, top = 0x80808080
+__device__ __forceinline__ void operand(u32* a, const Words* w, int j, u32 mask, u32 top) {
+#pragma unroll
+    for (int q = 0; q < 4; q++) a[q] = flip(q < 2 ? w[q % 2].w[j] << 4 : w[q % 2].w[j], mask, top);
+}
+
+// x in shared memory: for each block of 128 inputs [half: words 2 half, 2 half + 1][row][digit][t][word % 2][8 bytes], so that
+// a lane's 16 bytes are its operands of two products; then each block's and row's unit / 16 and, if `with_sums`, sums of its inputs.
+struct X { char* digits; float *units, *sums; int M; bool with_sums; };
+
+// By all threads: `blocks` blocks from `first` on; SETS sums per block, each of 128 / SETS inputs.
+template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, int K, int first, int blocks) {
+    int l = threadIdx.x % 16, j = l / 4, t = l % 4, k = first * 128 + 8 * l;                // 16 lanes take a block of a row
+    int step = blockDim.x / 16, step_b = step / to.M, step_m = step - step_b * to.M;
+    auto read = [&](int b, int m) {
+        return load_if(b < blocks && b * 128 + k < K, (const Words*)(x + (m * K + b * 128 + k)));
+    };
+    int next_b = threadIdx.x / 16 / to.M, next_m = threadIdx.x / 16 - next_b * to.M;
+    Words next = read(next_b, next_m);
+#pragma unroll 1                                        // a warp's two halves stay together, for the shuffles
+    for (int left = round_up(blocks * to.M, 2) - threadIdx.x / 16; left > 0; left -= step) {
+        int b = next_b, m = next_m;
+        Words now = next;
+        next_b += step_b, next_m += step_m;             // through the rows of a block, then to the next block
+        if (next_m >= to.M) next_m -= to.M, next_b++;
+        next = read(next_b, next_m);
+        u32 most = 0;
+#pragma unroll
+        for (int w = 0; w < 4; w++) most = max(most, max(now.w[w] & 0x7fff0000u, now.w[w] << 16 & 0x7fff0000u));
+        for (int mask = 8; mask; mask /= 2) most = max(most, __shfl_xor_sync(~0u, most, mask));
+        float sum = 0;
+        if (to.with_sums) {
+            for (int w = 0; w < 4; w++) sum += low(now.w[w]) + high(now.w[w]);
+            for (int mask = SETS == 4 ? 2 : 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+        }
+        if (b >= blocks) continue;                      // an odd number of blocks: the last warp's other half
+        u32 exponent = max(most >> 23, 25u);            // |x| < 2^(exponent - 126); unit = 2^(exponent - 147)
+        Digits d = digits_of(now, __uint_as_float((274 - exponent) << 23));
+        char* digits = to.digits + ((b * 2 + j / 2) * to.M + m) * 192 + t * 16 + j % 2 * 8;
+#pragma unroll
+        for (int digit = 0; digit < 3; digit++) *(Pair*)(digits + digit * 64) = d.w[digit];
+        if (l == 0)                                     // an infinite or nan input makes its row's outputs nan
+            to.units[b * to.M + m] = __uint_as_float(exponent == 255 ? 0x7fc00000u : (exponent - 24) << 23);
+        if (to.with_sums && (SETS == 4 ? t : l) == 0) to.sums[(b * SETS + (SETS == 4 ? j : 0)) * to.M + m] = sum;
+    }
+}
+
+// The sums of a lane. With up to 4 rows, a product's columns are d0, d1, d2 and an unused one of two rows; with more, one digit
+// of 8 rows, and three products give all digits.
+template <int ROWS, int SETS> struct Int8 {
+    static const int BY_ROW = ROWS <= 4, TILES = BY_ROW ? ROWS / 2 : ROWS / 8 * 3, UNITS = BY_ROW ? TILES : ROWS / 4;
+    float total[BY_ROW ? TILES * 2 : ROWS / 2];         // by row: [tile][output g, g + 8]; else [8 rows][output][row 2t, 2t + 1]
+    int column[BY_ROW ? TILES : ROWS / 8], row[UNITS];  // where a lane's digits are; rows of its sums
+    int second;                                         // a lane with d2 has no digit in its other column
+    float first;
+    u32 mask, top;
+
+    __device__ __forceinline__ Int8(int M) {            // past the last row it is read again, for sums that nobody reads
+        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        second = t % 2 ? 0 : 256, first = t % 2 ? 0 : 1;
+        mask = in_register(0xf0f0f0f0u), top = in_register(0x80808080u);
+#pragma unroll
+        for (int i = 0; i < (BY_ROW ? TILES : ROWS / 8); i++)
+            column[i] = min(BY_ROW ? 2 * i + g / 4 : 8 * i + g, M - 1) * 192 + (BY_ROW ? min(g % 4, 2) * 64 : 0) + t * 16;
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) row[i] = min(BY_ROW ? 2 * i + t / 2 : i / 2 * 8 + 2 * t + i % 2, M - 1);
+        clear();
+    }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (float& v : total) v = 0;
+    }
+    // Adds the tile in `slot`: 1,024 bytes of codes, then per set 16 scales and 16 zeros, of block b of x.
+    __device__ __forceinline__ void add(const char* slot, const X& x, int b) {
+        int lane = threadIdx.x % 32, g = lane / 4;
+        Words w[2] = {((const Words*)slot)[lane], ((const Words*)slot)[32 + lane]};
+        const char* digits = x.digits + b * x.M * 384;
+        int c[TILES][4] = {};
+        float unit[UNITS];
+        Words in[TILES];
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) unit[i] = x.units[b * x.M + row[i]];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            u32 a[4];
+            operand(a, w, j, mask, top);
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                int at = (BY_ROW ? column[i] : column[i / 3] + i % 3 * 64) + j / 2 * x.M * 192;
+                if (j % 2 == 0) in[i] = *(const Words*)(digits + at);
+                mma(c[i], a, in[i].w + j % 2 * 2);
+            }
+            if ((j + 1) % (4 / SETS)) continue;
+            const char* quant = slot + 1024 + (SETS == 4 ? j : 0) * 48;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float scale = half_to_float(((const u16*)quant)[h * 8 + g]);
+                float shift = x.with_sums ? scale * (8 - (int)(u8)quant[32 + h * 8 + g]) : 0;
+                if (BY_ROW) shift *= first;
+#pragma unroll
+                for (int i = 0; i < UNITS; i++) {
+                    float& v = total[BY_ROW ? i * 2 + h : i / 2 * 4 + h * 2 + i % 2];
+                    if (BY_ROW)
+                        v += scale * unit[i] * (c[i][2 * h] + second * c[i][2 * h + 1]);
+                    else {
+                        int q = h * 2 + i % 2, *low = c[i / 2 * 3] + q;
+                        v += scale * unit[i] * fmaf(65536.f, low[8], low[0] + 256 * low[4]);
+                    }
+                    if (x.with_sums) v += shift * x.sums[(b * SETS + (SETS == 4 ? j : 0)) * x.M + row[i]];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+#pragma unroll
+                for (int q = 0; q < 4; q++) c[i][q] = 0;
+        }
+    }
+    // -> part [M][16]
+    __device__ __forceinline__ void store(float* part, int M) const {
+        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int i = 0; i < UNITS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float v = total[BY_ROW ? i * 2 + h : i / 2 * 4 + h * 2 + i % 2];
+                if (BY_ROW) v += 65536 * __shfl_xor_sync(~0u, v, 1);        // d2's sum; right where t is even
+                int m = BY_ROW ? 2 * i + t / 2 : i / 2 * 8 + 2 * t + i % 2;
+                if (m < M && (!BY_ROW || t % 2 == 0)) part[m * 16 + h * 8 + g] = v;
+            }
+    }
+};
+
+extern __shared__ Words shared_memory[];
+
+template <int ROWS, int WARPS, int DEPTH, int SETS>
+__device__ __forceinline__ void int8_product(PARAMETERS) {
+    const int SLOT = 1024 + 48 * SETS;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int all = round_up(K, 128) / 128, first = (u32)(all * blockIdx.y) / gridDim.y;
+    int blocks = (u32)(all * (blockIdx.y + 1)) / gridDim.y - first;     // of 128 inputs, of this slice
+    int stride = round_up(N, 16), per = group / 32, last = K / group - 1;
+    u32 inverse = 0xffffffffu / per + 1;                // as in `tensor`
+    u32 strips = stride / 16, least = strips / gridDim.x, more = strips - least * gridDim.x;        // `more` blocks have one more
+    int begin = blockIdx.x * least + min(blockIdx.x, more), mine = least + (blockIdx.x < more);
+    int run = round_up(mine * blocks, WARPS) / WARPS;
+    int tile = min(warp * run, mine * blocks), end = min(tile + run, mine * blocks);        // counted from the block's first one
+    char* ring = (char*)shared_memory + warp * DEPTH * SLOT;
+    X in;
+    in.M = M, in.digits = (char*)shared_memory + WARPS * DEPTH * SLOT, in.units = (float*)(in.digits + blocks * M * 384);
+    float* part = in.units + blocks * M;                // [WARPS + mine - 1][M][16], and then the sums
+    in.sums = part + (WARPS + mine) * M * 16, in.with_sums = zeros;
+
+    // The next copy's state; three lanes per set copy 2 x 8 outputs' scales and 16 outputs' zeros.
+    int strip = (u32)tile / (u32)blocks, b = tile - strip * blocks, ahead = tile, row = b, set = lane / 3, which = lane % 3;
+    const Words* codes = words + ((long long)(begin + strip) * all + first + b) * 64 + lane;
+    const char* quant = which < 2 ? (const char*)(scales + which * 8) : (const char*)zeros;
+    int column = (begin + strip) * 16, size = which < 2 ? 2 : 1;
+    bool copies = set < SETS && quant;
+    auto fetch = [&](char* slot) {
+        if (ahead < end) {
+            int at = (first + row) * 4 + set * (4 / SETS);
+            if (inverse) at = __umulhi(at, inverse);    // which group
+            if (SETS == 4) at = min(at, last);          // the last tile may reach past the last group
+            for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512 + lane * 16, codes + h * 32);
+            if (copies) copy_async<16>(true, slot + 1024 + lane * 16, quant + (long long)(at * stride + column) * size);
+            ahead++, codes += 64;
+            if (++row == blocks) row = 0, column += 16, codes += (all - blocks) * 64;
+        }
+        commit_group();                                 // also an empty one: wait_for_copies counts groups
+    };
+    let_next_start();
+    for (int d = 0; d < DEPTH - 1; d++) fetch(ring + d * SLOT);         // weights do not depend on the kernel before; x does
+    wait_for_previous();
+    convert<SETS>(in, x, K, first, blocks);
+    __syncthreads();
+    Int8<ROWS, SETS> sum(M);
+    char *slot = ring, *before = ring + (DEPTH - 1) * SLOT;
+#pragma unroll 1
+    for (; tile < end; tile++) {
+        wait_for_copies<DEPTH - 2>();
+        __syncwarp();                                   // other lanes' copies are there too, and the slot before has been read
+        fetch(before);
+        sum.add(slot, in, b);
+        before = slot, slot = slot == ring + (DEPTH - 1) * SLOT ? ring : slot + SLOT;
+        if (++b < blocks && tile + 1 < end) continue;
+        sum.store(part + (warp + strip) * M * 16, M);
+        sum.clear();
+        b = 0, strip++;
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+    for (int i = threadIdx.x; i < mine * 16 * M; i += 32 * WARPS) {
+        int m = i / (mine * 16), n = i - m * mine * 16, s = n / 16;
+        if (begin * 16 + n >= N) continue;
+        float v = bias && gridDim.y == 1 ? bf16(bias[begin * 16 + n]) : 0;
+        u32 w = (u32)(s * blocks) / run, to = (u32)(s * blocks + blocks - 1) / run;         // the warps that the strip met
+        for (; w <= to; w++) v += part[((w + s) * M + m) * 16 + n % 16];
+        long long at = ((long long)blockIdx.y * M + m) * N + begin * 16 + n;
+        if (gridDim.y == 1) y[at] = to_bf16(v);
+        else ((float*)y)[at] = v;
+    }
+}
+
+#define INT8(NAME, ROWS, WARPS, DEPTH) \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, ROWS == 2 ? 32 / WARPS : 1) NAME(PARAMETERS) { \
+        if (group % 128) int8_product<ROWS, WARPS, DEPTH, 4>(ARGUMENTS); \
+        else int8_product<ROWS, WARPS, DEPTH, 1>(ARGUMENTS); \
+    }
+INT8(w4_int8_2, 2, 16, 4)
+INT8(w4_int8_2_deep, 2, 16, 6)                          // to compare
+INT8(w4_int8_2_two, 2, 8, 6)
+INT8(w4_int8_4, 4, 16, 4)
+INT8(w4_int8_8, 8, 16, 4)
+INT8(w4_int8_16, 16, 16, 4)
+
+// Grid (N / 128, M): y = the sum of `slices` float32 [M, N], and bias.
+extern "C" __global__ void w4_sum(const float* parts, const u16* bias, u16* y, int M, int N, int slices) {
+    int n = blockIdx.x * blockDim.x + threadIdx.x, m = blockIdx.y;
+    let_next_start();
+    wait_for_previous();
+    if (n >= N) return;
+    float v = bias ? bf16(bias[n]) : 0;
+    for (int i = 0; i < slices; i++) v += parts[((long long)i * M + m) * N + n];
+    y[(long long)m * N + n] = to_bf16(v);
+}
 
 // ---- dequantise: grid (N / 16, K / 1024), one tile per warp; y [N, K] is W without the padding
 

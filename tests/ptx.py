@@ -166,6 +166,7 @@ class Warp:
         self.clock = np.zeros(block.grid.clocks, int)           # a vector clock: the latest time it knows of each warp
         self.clock[self.id] = 1
         self.groups, self.here = [[]], 0                        # of asynchronous copies, the last one still open; instruction
+        self.waited = not block.grid.overlap
         full = lambda value: np.full(32, value, np.uint32)
         (x, y), (across, down), threads = block.at, block.grid.shape, block.grid.threads
         self.r = {"%tid.x": (number * 32 + LANES).astype(np.uint32), "%ntid.x": full(threads), "%ctaid.x": full(x),
@@ -210,11 +211,14 @@ class Warp:
         values = np.frombuffer(self.block.grid.arguments, type, count, at)
         return [np.full(32, value) for value in values] if count > 1 else np.full(32, values[0])
 
-    def load(self, space: str, addresses, type, count: int, constant: bool, relaxed: bool = False) -> list[np.ndarray]:
-        """-> `count` registers.  constant: as by ld.global.nc, only from memory that the kernel does not write"""
+    def load(self, space: str, addresses, type, count: int, constant: bool, early: bool = False,
+             relaxed: bool = False) -> list[np.ndarray]:
+        """-> `count` registers.  constant: as by ld.global.nc, only from memory that the kernel does not write; early: even if
+        the kernel before has not ended"""
         lanes, size = self.lanes, count * type().itemsize
         out, addresses = np.zeros((32, size), np.uint8), addresses[lanes]
         for memory, inside, at in self.find(space, addresses, size):
+            require(early or self.waited or memory is self.block.shared, "reads before the kernel ahead has ended", self)
             require(not (constant and memory.warps), "reads by the non-coherent path what the kernel writes", self)
             if relaxed:
                 memory.touch_relaxed(self, at, size)
@@ -227,6 +231,7 @@ class Warp:
         lanes, data = self.lanes, np.stack(values, 1).view(np.uint8)
         size = data.shape[1]
         for memory, inside, at in self.find(space, addresses[lanes], size):
+            require(self.waited or memory is self.block.shared, "writes before the kernel ahead has ended", self)
             require(memory.warps, "writes what it may only read", self)
             if relaxed:
                 memory.touch_relaxed(self, at, size)
@@ -250,7 +255,7 @@ class Warp:
         self.mask = mask & (there > 0)
         if self.mask.any():
             self.full = False
-            data = np.stack(self.load("global", source, np.uint32, size // 4, True), 1).view(np.uint8)
+            data = np.stack(self.load("global", source, np.uint32, size // 4, True, True), 1).view(np.uint8)
         self.mask, self.full = mask, full
         cells, where = memory.check(self, lanes, at, size, True), at[:, None] + np.arange(size)
         memory.in_flight[cells] = True
@@ -267,6 +272,9 @@ class Warp:
     def commit_group(self):
         require(self.full, "not all lanes commit a group", self)
         self.groups.append([])
+
+    def wait_for_previous(self):
+        self.waited = True
 
     def sync(self):
         require(self.full, "not all lanes reach __syncwarp", self)
@@ -343,13 +351,14 @@ class Grid:
     arguments           the kernel's parameters, as bytes
     readable, writable  (address, bytes) of all that the kernel may access
     together            the blocks run at the same time, as in a cooperative launch
+    overlap             the kernel before may still run: until griddepcontrol.wait, only asynchronous copies access global memory
     order               which warp runs next when one yields: the "first" that can, the "last", or all in "turns"
     """
 
     def __init__(self, kernel: Kernel, shape: tuple[int, int], threads: int, arguments: bytes, readable, writable,
-                 dynamic: int = 0, together: bool = False, order: str = "turns"):
+                 dynamic: int = 0, together: bool = False, order: str = "turns", overlap: bool = False):
         self.kernel, self.shape, self.threads, self.arguments, self.dynamic = kernel, shape, threads, arguments, dynamic
-        self.order, warps = order, threads // 32
+        self.order, self.overlap, warps = order, overlap, threads // 32
         self.clocks = warps * (shape[0] if together else 1)
         places = [(x, y) for y in range(shape[1]) for x in range(shape[0])]
         for group in [places] if together else [[place] for place in places]:
@@ -399,7 +408,8 @@ class Driver:
         self.shared[name] = value
         return 0
 
-    def cuLaunchKernel(self, name, across, down, deep, threads, rows, layers, shared, stream, addresses, extra, together=False):
+    def cuLaunchKernel(self, name, across, down, deep, threads, rows, layers, shared, stream, addresses, extra, together=False,
+                       overlap=False):
         kernel = self.kernels[name]
         require(deep == rows == layers == 1 and threads % 32 == 0 and threads <= kernel.most, "bad launch shape", threads)
         require(shared <= self.shared.get(name, 48 << 10), "more shared memory than was asked for", shared)
@@ -407,9 +417,16 @@ class Driver:
         arguments = bytearray(sum(max(kernel.params.values())))
         for (begin, size), address in zip(kernel.params.values(), addresses):
             arguments[begin:begin + size] = ctypes.string_at(address, size)
-        Grid(kernel, (across, down), threads, bytes(arguments), self.readable, self.writable, shared, together, self.order)
+        Grid(kernel, (across, down), threads, bytes(arguments), self.readable, self.writable, shared, together, self.order,
+             overlap)
         self.launched.append(name)
         return 0
+
+    def cuLaunchKernelEx(self, config, name, addresses, extra):
+        config = config._obj
+        attribute = config.attributes[0]
+        require((config.count, attribute.id, attribute.value) == (1, 6, 1), "an attribute other than overlap")
+        return self.cuLaunchKernel(name, *config.shape, config.stream, addresses, extra, overlap=True)
 
     def cuLaunchCooperativeKernel(self, *given):
         return self.cuLaunchKernel(*given, None, together=True)
@@ -421,6 +438,8 @@ CONTROL = "bra", "bra.uni", "ret", "trap", "bar.sync"
 RELAXED_LOADS = "ld.relaxed", "ld.volatile"             # volatile is relaxed, for the whole system
 REGISTERS = {"%rs": "u2", "%rd": "u8", "%r": "u4", "%f": "f4", "%p": "b1"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+MMA = {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": ("mma", "f4"),
+       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32": ("mma_int8", "i4")}
 INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 
 
@@ -499,15 +518,18 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         require(mods == ["async", "cg" if operands[2] == "16" else "ca", "shared", "global"], opcode, operands)
         to, source = address(operands[0], "shared"), address(operands[1], "global")
         return [], [], f"w.copy({to}, {source}, {operands[2]}, {read(operands[3], 'u4')})"
+    if base == "griddepcontrol":
+        return [], [], {"launch_dependents": "None", "wait": "w.wait_for_previous()"}[mods[0]]
     if base == "prefetch":
         return [], [], "None"
     if base == "bar":
         require(mods == ["warp", "sync"] and operands == ["-1"], opcode, operands)
         return [], [], "w.sync()"
     if base == "mma":
-        require(opcode == "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", opcode)
-        a, b, c = ("[" + ", ".join(read(name, type) for name in part) + "]" for part, type in zip(parts[1:], ("u4", "u4", "f4")))
-        return parts[0], ["f4"] * 4, f"w.together() and mma({a}, {b}, {c})"
+        require(opcode in MMA, opcode)
+        function, type = MMA[opcode]
+        a, b, c = ("[" + ", ".join(read(name, type) for name in part) + "]" for part, type in zip(parts[1:], ("u4", "u4", type)))
+        return parts[0], [type] * 4, f"w.together() and {function}({a}, {b}, {c})"
     if base == "shfl":
         require(mods == ["sync", "bfly", "b32"], opcode)
         value, other, clamp, members = (read(operand, "u4") for operand in operands[1:])
@@ -538,7 +560,7 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
         a, b, c = (read(operand, "u4") for operand in operands[1:4])
         return ["u4"], f"lop3({a}, {b}, {c}, {operands[4]})"
     if base == "prmt":
-        return ["u4"], f"permute({read(operands[1], 'u4')}, {read(operands[2], 'u4')}, {operands[3]})"
+        return ["u4"], "permute({}, {}, {})".format(*(read(operand, "u4") for operand in operands[1:4]))
     type = register(operands[0]) if base == "mov" else type_of(kind)
     if base == "mov":
         return [type], read(operands[1], type)
@@ -600,11 +622,11 @@ def lop3(a, b, c, table: int) -> np.ndarray:
                                  for i in range(8) if table >> i & 1])
 
 
-def permute(a, b, selector: int) -> np.ndarray:
+def permute(a, b, selector) -> np.ndarray:
     """prmt: each of the result's four bytes is one of the operands' eight."""
-    chosen = [selector >> 4 * i & 15 for i in range(4)]
-    require(max(chosen) < 8, "prmt that copies signs")
-    return np.stack([a, b], 1).view(np.uint8)[:, chosen].copy().view(np.uint32)[:, 0]
+    chosen = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 15
+    require(chosen.max() < 8, "prmt that copies signs")
+    return np.take_along_axis(np.stack([a, b], 1).view(np.uint8), chosen, 1).view(np.uint32)[:, 0]
 
 
 # The fragments of mma as the PTX manual draws them: row and column of each of a lane's values.
@@ -620,7 +642,16 @@ def mma(a: list, b: list, c: list) -> np.ndarray:
     return (left @ right + total)[C]
 
 
+def mma_int8(a: list, b: list, c: list) -> np.ndarray:
+    """As mma: each value of a and b stands for two int8 with consecutive k."""
+    left, right, total = np.empty((16, 16, 2), np.int8), np.empty((16, 8, 2), np.int8), np.empty((16, 8), np.int32)
+    left[A], right[B] = (np.stack(registers).view(np.int8).reshape(-1, 32, 2, 2).transpose(0, 2, 1, 3).reshape(-1, 32, 2)
+                         for registers in (a, b))
+    total[C] = np.stack(c)
+    return (np.einsum("mke,nke->mn", left.astype(np.int32), right.transpose(1, 0, 2).astype(np.int32)) + total)[C]
+
+
 OPERATIONS = {name: np.dtype(name).type for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "b1")}
 OPERATIONS |= {function.__name__: function for function in (
-    to_bf16, fma_pairs, divide, lop3, permute, mma, np.where, np.exp2, np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
+    to_bf16, fma_pairs, divide, lop3, permute, mma, mma_int8, np.where, np.exp2, np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
 OPERATIONS["lanes"] = LANES

@@ -1,4 +1,5 @@
 """w4_matmul.cu's kernels, run on a CPU by ptx.py, and their layout bit by bit."""
+import math
 import re
 
 import pytest
@@ -52,48 +53,143 @@ def test_the_layout_is_the_one_that_is_drawn():
 
 # ---- the kernels themselves, on the CPU
 
-def run(gpu, name, grid, threads, words, scales, zeros, x, bias, y, *sizes):
-    """cuda.launch; an access outside these tensors is a Fault."""
-    gpu.readable, gpu.writable = places(words, scales, zeros, x, bias), places(y)
-    launch(name, y.device, grid, threads, words, scales, zeros, x, bias, y, *sizes)
+def run(gpu, name, words, scales, zeros, x, bias, y, group, processors=2):
+    """w4_cuda.run; an access outside these tensors is a Fault."""
+    def launched(name, device, grid, threads, *values, **options):
+        inputs, out = (values[:2], values[2]) if name == "w4_sum" else (values[:5], values[5])
+        gpu.readable, gpu.writable = places(*inputs), places(out)
+        launch(name, device, grid, threads, *values, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w4_cuda, "machine", lambda device: (processors, True))
+        patch.setattr(w4_cuda, "launch", launched)
+        w4_cuda.run(name, words, scales, zeros, x, bias, y, group)
 
 
-def check(gpu, name, grid, M, N, K, group, sym=True, biased=True, threads=256):
+def check(gpu, name, M, N, K, group, sym=True, biased=True, processors=2) -> torch.Tensor:
     codes, scales, zeros, weight = layer(N, K, group, sym, seed=M)
     generator = torch.Generator().manual_seed(M + N)
     x = torch.randn(M, K, generator=generator).bfloat16()
     bias = torch.randn(N, generator=generator).bfloat16() if biased else None
     y = torch.full((M, N), torch.nan).bfloat16()                                # nan: an output that is not written shows
-    run(gpu, name, grid, threads, *repack(codes, scales, zeros), x, bias, y, M, N, K, group)
+    run(gpu, name, *repack(codes, scales, zeros), x, bias, y, group, processors)
     expected = x.double() @ weight.T + (0 if bias is None else bias.double())
     error = (y.double() - expected).norm() / expected.norm()
     assert error < 3e-3, (name, M, N, K, group, error)                          # no more than y's rounding to bfloat16
+    return y
 
 
 @pytest.mark.parametrize("M", [1, 3, 8, 9, 16, 33, 64])
 def test_every_batch_size_gives_the_product(gpu, M):
-    name, grid, threads = plan(M, 24)
-    check(gpu, name, grid, M, 24, 256, 128, threads=threads)
-    if name.endswith("_few"):                                                   # what a layer of many outputs uses
-        check(gpu, name.removesuffix("_few"), grid, M, 24, 256, 128)
+    for name in KERNELS:
+        if name.split("_")[1] in ("mma", "int8") and M <= int(name.split("_")[2]) < max(4 * M, 9):
+            check(gpu, name, M, 24, 256, 128)
 
 
-@pytest.mark.parametrize("N, K, group", [(8, 64, 64), (8, 1152, 32), (40, 192, 64), (32, 896, 128), (16, 512, 512),
-                                         (16, 5120, 256)])
+SHAPES = [(8, 64, 64), (8, 1152, 32), (40, 192, 64), (32, 896, 128), (16, 512, 512), (16, 5120, 256)]
+
+
+@pytest.mark.parametrize("N, K, group", SHAPES)
 @pytest.mark.parametrize("sym", [True, False])
 def test_every_shape_gives_the_product(gpu, N, K, group, sym):
     gpu.order = "first" if sym else "last"                                      # one warp runs as far as barriers allow
-    for name, rows in (("w4_naive", 3), ("w4_matvec_1", 1), ("w4_matvec_2", 2), ("w4_matvec_4", 3), ("w4_mma_8", 5),
-                       ("w4_mma_16", 13)):
-        if K < 600 or name.startswith("w4_mma"):                                # the other kernels are slow here, and not used
-            grid = (-(-N // 128), rows) if name == "w4_naive" else (-(-N // 16), 1)
-            check(gpu, name, grid, rows, N, K, group, sym, biased=sym, threads=128 if name == "w4_naive" else 256)
+    for name, rows in ("w4_naive", 3), ("w4_mma_8", 5), ("w4_mma_16", 13):
+        if K < 600 or name != "w4_naive":                                       # slow here
+            check(gpu, name, rows, N, K, group, sym, biased=sym)
+
+
+@pytest.mark.parametrize("N, K, group", SHAPES + [(200, 128, 128), (72, 384, 128)])
+@pytest.mark.parametrize("sym", [True, False])
+def test_every_shape_gives_the_product_by_int8(gpu, N, K, group, sym):
+    gpu.order = "first" if sym else "last"
+    for name, rows in ("w4_int8_2", 1), ("w4_int8_2_deep", 2), ("w4_int8_2_two", 1), ("w4_int8_4", 3), ("w4_int8_8", 5), \
+                      ("w4_int8_16", 11):
+        if K < 2000 or rows < 5:
+            check(gpu, name, rows, N, K, group, sym, biased=sym, processors=1 if sym else 3)
+
+
+@pytest.mark.parametrize("name, M", [("w4_int8_2", 1), ("w4_int8_4", 4), ("w4_int8_16", 9)])
+def test_slices_of_the_inputs_give_the_product(gpu, monkeypatch, name, M):
+    monkeypatch.setattr(w4_cuda, "INT8_INPUTS", M * 256)
+    for N, K, group, sym in (40, 1152, 128, True), (24, 608, 32, False):
+        check(gpu, name, M, N, K, group, sym, processors=20)
+        assert gpu.launched[-2:] == [name, "w4_sum"]
+
+
+def test_the_order_of_warps_does_not_change_a_bit(gpu):
+    found = []
+    for gpu.order in "first", "last", "turns":
+        found.append(check(gpu, "w4_int8_2", 2, 88, 640, 128, processors=1))    # warps' runs cut strips
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def digits(block: list[float]) -> tuple[float, list[tuple[int, int, int]]]:
+    """A block of x as w4_matmul.cu describes it, one input at a time -> its unit, the digits of each input."""
+    exponent = max(-102, max((math.frexp(value)[1] for value in block if value), default=-102))     # |x| < 2^exponent
+    unit, found = 2.0 ** (exponent - 21), []
+    for value in block:
+        whole, each = round(value / unit), []                                   # to the nearest, to even in the middle
+        for _ in range(3):
+            each.append((whole + 128) % 256 - 128)
+            whole = (whole - each[-1]) // 256
+        assert whole == 0
+        found.append(tuple(each))
+    return unit, found
+
+
+@pytest.mark.parametrize("name", ["w4_int8_2", "w4_int8_8"])
+@pytest.mark.parametrize("sym", [True, False])
+def test_digits_are_those_of_a_loop_over_inputs(gpu, name, sym):
+    M, N, K = 2, 16, 256
+    codes, scales, zeros, weight = layer(N, K, 128, sym)
+    # Magnitudes differ by up to 2^20 from one input to the next, and more between blocks; each block's largest has weights of 0.
+    x = (torch.randn(M, K) * 2.0 ** torch.randint(-20, 0, (M, K))).bfloat16()
+    x[:, ::128] = torch.tensor([[3.0, -3.0], [-1.99, 3.98]])
+    x[:, 128:] *= torch.tensor([[1e30], [1e-24]])
+    codes[:, ::128] = zeros.to(torch.uint8)
+    weight[:, ::128] = 0
+    rounded = torch.zeros(M, K, dtype=torch.float64)
+    for m in range(M):
+        for b in range(0, K, 128):
+            unit, found = digits(x[m, b:b + 128].tolist())
+            for k, (d0, d1, d2) in enumerate(found):
+                assert all(-128 <= d < 128 for d in (d0, d1, d2))
+                rounded[m, b + k] = unit * (d0 + 256 * d1 + 65536 * d2)
+            large = x[m, b:b + 128].abs() >= 2.0 ** -13 * x[m, b:b + 128].abs().max()
+            off = (rounded[m, b:b + 128] - x[m, b:b + 128].double()).abs()
+            assert (off[large] == 0).all() and 0 < off.max() <= 2.0 ** -21 * x[m, b:b + 128].abs().max()
+    for b in 0, 128:                                                            # one block at a time, the other one is 0
+        alone = torch.zeros_like(x)
+        alone[:, b:b + 128] = x[:, b:b + 128]
+        y = torch.full((M, N), torch.nan).bfloat16()
+        run(gpu, name, *repack(codes, scales, zeros), alone, None, y, 128)
+        expected = rounded[:, b:b + 128] @ weight[:, b:b + 128].T
+        assert ((y.double() - expected).abs() <= 2.0 ** -8 * expected.abs() + 1e-6 * expected.abs().max()).all()
+
+
+@pytest.mark.parametrize("name", ["w4_int8_2", "w4_int8_4", "w4_int8_8", "w4_int8_16"])
+@pytest.mark.parametrize("sym", [True, False])
+def test_what_is_not_finite_stays_in_its_row(gpu, name, sym):
+    M = int(name.split("_")[2])
+    codes, scales, zeros, weight = layer(24, 256, 128, sym)
+    x, y = torch.randn(M, 256).bfloat16(), torch.zeros(M, 24).bfloat16()
+    x[0] = 0
+    for value in float("inf"), -float("inf"), float("nan"):
+        x[1, 200] = value
+        run(gpu, name, *repack(codes, scales, zeros), x, None, y, 128)
+        assert not y[1].isfinite().any() and (y[0] == 0).all()
+        right = x[2:].double() @ weight.T
+        assert (y[2:].double() - right).norm() <= 3e-3 * right.norm()
+    x[1, 200] = 3e38                                                            # the largest are not infinite
+    run(gpu, name, *repack(codes, scales, zeros), x, None, y, 128)
+    right = x[1].double() @ weight.T
+    assert (y[1].double() - right).norm() <= 3e-3 * right.norm()
 
 
 @pytest.mark.parametrize("name, M", [("w4_mma_8_few", 8), ("w4_mma_16_few", 11)])
 def test_more_warps_along_the_inputs_give_the_product(gpu, name, M):
     for K, group in (128, 64), (4864, 128), (2560, 512):                        # fewer tiles than warps; more than rings hold
-        check(gpu, name, (2, 1), M, 24, K, group, sym=group == 128, threads=512)
+        check(gpu, name, M, 24, K, group, sym=group == 128)
 
 
 @pytest.mark.parametrize("N, K, group, sym", [(40, 1216, 64, False), (16, 896, 128, True)])
@@ -101,41 +197,53 @@ def test_the_dequantised_weight_is_the_weight(gpu, N, K, group, sym):
     codes, scales, zeros, weight = layer(N, K, group, sym)
     y = torch.full((N, K), torch.nan).bfloat16()
     words, *grid = repack(codes, scales, zeros)
-    run(gpu, "w4_dequantise", (words.shape[0], -(-words.shape[1] // 8)), 256, words, *grid, None, None, y, 0, N, K, group)
+    gpu.readable, gpu.writable = places(words, *grid), places(y)
+    launch("w4_dequantise", y.device, (words.shape[0], -(-words.shape[1] // 8)), 256, words, *grid, None, None, y, 0, N, K, group)
     assert torch.equal(y, weight.bfloat16())
 
 
-def test_the_check_detects_a_wrong_nibble(gpu):
+@pytest.mark.parametrize("name", ["w4_int8_2", "w4_mma_8"])
+def test_the_check_detects_a_wrong_nibble(gpu, name):
     codes, scales, zeros, weight = layer(16, 128, 128, True)
     words, *grid = repack(codes, scales, zeros)
     words[0, 0, 1, 17, 2] ^= 8 << 20
     y, x = torch.zeros(1, 16).bfloat16(), torch.ones(1, 128).bfloat16()
-    run(gpu, "w4_matvec_1", (1, 1), 256, words, *grid, x, None, y, 1, 16, 128, 128)
+    run(gpu, name, words, *grid, x, None, y, 128)
     off = (y.double() - x.double() @ weight.T).abs()[0]
     assert off[8 + 17 // 4] > 4 * scales[12] and off.sort().values[-2] < 0.1 * off.max()
 
 
+@pytest.mark.parametrize("name, K", [("w4_mma_8", 2560), ("w4_int8_2", 8192)])
 @pytest.mark.parametrize("old, new, fault", [
     (r"bar\.warp\.sync\s+-1;", "", "race: accesses what another thread wrote"),
-    (r"bar\.sync\s+0;", "", "reads what no thread wrote"),
-    (r"wait_group\s+2;", "wait_group 3;", "while an asynchronous copy is in flight")])
-def test_the_check_detects_a_missing_barrier_or_wait(compiled, gpu, old, new, fault):
-    body = re.search(r"\.visible \.entry w4_mma_8\(.*?\n}\n", compiled.ptx, re.S)[0]
+    (r"bar\.sync\s+0;", "", "another thread wrote|no thread wrote"),
+    (r"wait_group\s+2;", "wait_group 3;", "while an asynchronous copy is in flight"),
+    (r"griddepcontrol\.wait;", "", "reads before the kernel ahead has ended")])
+def test_the_check_detects_a_missing_barrier_or_wait(compiled, gpu, name, K, old, new, fault):
+    body = re.search(r"\.visible \.entry %s\(.*?\n}\n" % name, compiled.ptx, re.S)[0]
     gpu.kernels = kernels_of(body)
-    check(gpu, "w4_mma_8", (1, 1), 3, 16, 2560, 128)
+    check(gpu, name, 2, 16, K, 128)
     changed, count = re.subn(old, new, body)
-    assert count
+    assert count or name == "w4_mma_8" and "grid" in old
     gpu.kernels = kernels_of(changed)
-    with pytest.raises(Fault, match=fault):
-        check(gpu, "w4_mma_8", (1, 1), 3, 16, 2560, 128)
+    if count:
+        with pytest.raises(Fault, match=fault):
+            check(gpu, name, 2, 16, K, 128)
 
 
-def test_the_check_detects_a_read_past_the_end(gpu):
+@pytest.mark.parametrize("name", ["w4_int8_2", "w4_mma_8"])
+def test_the_check_detects_a_read_past_the_end(gpu, name):
     for what in 0, 1, 3:                                                        # words, scales, x
         parts = [*repack(*layer(16, 256, 128, True)[:3]), torch.ones(1, 256).bfloat16(), None, torch.zeros(1, 16).bfloat16()]
         parts[what] = parts[what][..., :-1].clone()
+        if what == 3:
+            parts[3] = torch.nn.functional.pad(parts[3], (0, 1))[:, :256]       # K is still 256, of which 255 are readable
+        gpu.readable, gpu.writable = places(*parts[:5]), places(parts[5])
+        if what == 3:
+            gpu.readable[-1] = gpu.readable[-1][0], 510
+        shape = w4_cuda.shape(name, 1, 16, 256, 128, False, 1)
         with pytest.raises(Fault, match="is in no tensor"):
-            run(gpu, "w4_mma_8", (1, 1), 256, *parts, 1, 16, 256, 128)
+            launch(name, parts[5].device, *shape[:2], *parts, 1, 16, 256, 128, shared=shape[2])
 
 
 # ---- the operator
@@ -143,14 +251,15 @@ def test_the_check_detects_a_read_past_the_end(gpu):
 @pytest.fixture
 def on_cpu(gpu, monkeypatch) -> list:
     """Makes the operator run on the CPU -> the names of the kernels that it launched."""
-    def launched(name, device, grid, threads, *values):
-        run(gpu, name, grid, threads, *values)
+    def launched(name, device, grid, threads, *values, **options):
+        gpu.readable, gpu.writable = places(*values[:5]), places(values[5])
+        launch(name, device, grid, threads, *values, **options)
 
     monkeypatch.setattr(w4_cuda, "launch", launched)
     return gpu.launched
 
 
-@pytest.mark.parametrize("M, expected", [(0, []), (1, ["w4_mma_8_few"]), (20, ["w4_mma_32"]), (65, ["w4_dequantise"])])
+@pytest.mark.parametrize("M, expected", [(0, []), (1, ["w4_int8_2"]), (20, ["w4_int8_16", "w4_int8_4"]), (65, ["w4_dequantise"])])
 def test_the_operator_takes_the_planned_kernel_and_any_x(on_cpu, M, expected):
     codes, scales, zeros, weight = layer(48, 256, 64, sym=False)
     bias = torch.randn(48).bfloat16()
@@ -171,7 +280,7 @@ def test_a_4_bit_layer_multiplies_by_the_kernel(on_cpu, monkeypatch):
     made.load_state_dict(quant.to_words(codes, scales, zeros, 2) | {"bias": torch.randn(40)})
     x = torch.randn(2, 3, 128).bfloat16()
     y = made.multiply(x, "kernel")
-    assert on_cpu == ["w4_mma_8_few"] and y.shape == (2, 3, 40)
+    assert on_cpu == ["w4_int8_8"] and y.shape == (2, 3, 40)
     expected = x.double() @ made.weight().double().T + made.bias.double()
     assert (y - expected).norm() < 1e-2 * expected.norm()
     made.multiply(x, "kernel")
@@ -204,10 +313,16 @@ def test_on_a_gpu_the_kernel_is_chosen_where_it_can_be(monkeypatch):
 
 def test_a_plan_covers_all_outputs_and_rows():
     for M in range(1, w4_cuda.MMA_ROWS + 1):
-        for N in 8, 128, 896, 9728, 22_016:
-            name, (x, y), threads = plan(M, N)
-            assert name in KERNELS and y == 1 and threads == (512 if name.endswith("few") else 256)
-            assert (x - 1) * 16 < N <= x * 16 and M <= int(name.split("_")[2])
+        for N, K in (8, 128), (128, 896), (896, 4864), (22_016, 2048), (37_888, 3584), (3584, 18_944), (151_936, 8192):
+            name, rows = plan(M, N, K, 32, True, 132)
+            (blocks, slices), threads, shared = w4_cuda.shape(name, rows, N, K, 32, True, 132)
+            assert name in KERNELS and 0 < rows <= min(M, int(name.split("_")[2])) and shared <= w4_cuda.MOST_SHARED
+            assert blocks <= -(-N // 16) and blocks * slices <= 132 and threads == 512
+            assert rows == min(M, 16) or N * K > 1e8
+    for N, K in (3584, 18_944), (37_888, 3584):
+        for M in 1, 2:
+            assert plan(M, N, K, 128, False, 132) == ("w4_int8_2", M)
+            assert w4_cuda.shape("w4_int8_2", M, N, K, 128, False, 132)[0] == (132, 1)
     assert all(map(fits, (32, 64, 128, 256, 896, 4864))) and not any(map(fits, (16, 96, 192)))
 
 
