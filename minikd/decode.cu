@@ -14,12 +14,12 @@
 // it reads the word until the tag is right: one way through the L2 and back, where a barrier takes three (the values, the count
 // of arrivals, the values again). Measured on an H200: see benchmarks/results/gpu.txt.
 //
-// Weights do not depend on the stage before. So a warp starts the copies of its next weights (8 KB per warp, 128 KB per
+// Weights do not depend on the stage before. So a warp starts the copies of its next weights (6 KB per warp, 96 KB per
 // multiprocessor) as soon as it has done its share of a stage, and only then waits for words: the memory stays busy.
 
 // WIDEST: most inputs of a product; SPLITS: parts of a head's keys; AT_ONCE: keys in flight per lane; RING: bytes of a warp's
 // weights in flight; BIASES: most outputs of q/k/v
-const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, RING = 10240, BIASES = 5120;
+const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, RING = 8576, BIASES = 5120;
 
 typedef unsigned long long u64;
 
@@ -39,20 +39,25 @@ struct Step {
     u64* parts;                                         // [D] 5 to 1 of the next layer; [H, SPLITS, E + 2] 2 to 3, see `attend`
     const u16 *cos, *sin;                               // [S, E]
     long long* slot;                                    // [1] the token's slot in the cache; the kernel adds 1 at its end
-    int L, D, I, H, K, E, S, group, bits[4];            // bits: of the warps per team, for each matrix; see `Product`
+    int L, D, I, H, K, E, S, group, zeros, bits[4];     // zeros: whether codes have zero points other than 8; bits: of the
+                                                        // warps per team, for each matrix, see `Product`
     float eps;
 };
 struct alignas(16) Shared {
     char ring[WARPS][RING];                             // each warp's weights in flight
-    union { u16 in[WIDEST]; float sums[WARPS * 130]; }; // a product's input; in attention, each warp's sums [E + 2]
+    union {                                             // a product's input, in bfloat16 or, for codes, in digits;
+        u16 in[WIDEST];
+        char digits[WIDEST * 3];
+        float sums[WARPS * 130];                        // in attention, each warp's sums [E + 2]
+    };
+    float units[WIDEST / 128], totals[WIDEST / 128];    // with digits: each block's unit / 16, and the sum of its inputs
     u16 x[8 * THREADS];                                 // the residual stream at the last RMSNorm; o or down adds to it
     u16 bias[BIASES], cos[128], sin[128];               // of this layer's q/k/v; of this step's slot
     float part[2][WARPS][16], squares[WARPS];           // each warp's partial sums: of a product's outputs, of x^2
     Layer layer[2];                                     // the addresses of this layer and of the next
 };
-static_assert(sizeof(Shared) == 226128, "decode_cuda.py asks for so many bytes");
+static_assert(sizeof(Shared) == 221264, "decode_cuda.py asks for so many bytes");
 
-struct alignas(8) Four { u32 w[2]; };                   // 4 bfloat16 values
 struct Two { u64 v[2]; };
 __device__ __forceinline__ float rounded(float f) { return bf16(to_bf16(f)); }
 __device__ __forceinline__ float value(const Words& v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }
@@ -95,8 +100,8 @@ __device__ __forceinline__ bool carries(const Words& v, u32 tag) {
 __device__ __forceinline__ bool carries(const Two& v, u32 tag) {
     return !((u32)(v.v[0] >> 32 ^ tag) | (u32)(v.v[1] >> 32 ^ tag));
 }
-__device__ __forceinline__ Four values(const Words& v) {
-    return Four{{v.w[0] >> 16 | (v.w[1] & 0xffff0000u), v.w[2] >> 16 | (v.w[3] & 0xffff0000u)}};
+__device__ __forceinline__ Pair values(const Words& v) {
+    return Pair{{v.w[0] >> 16 | (v.w[1] & 0xffff0000u), v.w[2] >> 16 | (v.w[3] & 0xffff0000u)}};
 }
 // Asks `ready` until it is true; after some seconds an error is better than a GPU that hangs.
 template <class Ready> __device__ __forceinline__ void wait_until(Ready ready) {
@@ -118,6 +123,7 @@ template <int R> __device__ __forceinline__ void receive(const u32* words, int f
         for (int r = 0; r < R; r++) ready &= carries(v[r], tag);
         return ready;
     });
+    __syncwarp();
 }
 
 // ---- products of a weight and the vector in shared memory
@@ -126,16 +132,22 @@ template <int R> __device__ __forceinline__ void receive(const u32* words, int f
 // apart, that are needed together (RoPE's two halves of a head, gate and up); with PAIR = 1 two blocks of inputs of the same
 // outputs.  fetch starts the copies of a part, add adds a unit's products to the lane's sums.
 //
+// put writes inputs to shared memory, and finish gives a task's sums.
+//
 // Both by tensor cores: a part is 8 rows of an mma's left operand, the two parts of a unit its upper and its lower 8 rows. The
 // input is column 0 of the right one; with PAIR = 1 the lower rows have other inputs, which are column 1. The sums are then in
 // the lanes (g, 0): c[0] is row g of column 0, c[2] row g + 8 of column 0, c[3] row g + 8 of column 1.
 //
 // An mma sums over 16 inputs in any order, if it is the same in both operands: a lane's 8 neighbours serve two mma.
+struct Sums { float upper, lower; };
 struct Bf16 {
     static const int BLOCK = 64, SLOT = 2048, DEPTH = RING / SLOT;
     struct Sum { float c[4]; };
     const u16* weight;
     int K;
+
+    // shared.in[at..at+3] = v
+    static __device__ __forceinline__ void put(Shared& shared, int at, Pair v, bool) { *(Pair*)(shared.in + at) = v; }
 
     __device__ Bf16(Matrix matrix, int N, int K, int group) : weight((const u16*)matrix.weight), K(K) {}
 
@@ -149,9 +161,9 @@ struct Bf16 {
                            weight + (long long)(n + row) * K + (k < K ? k : 0));
         }
     }
-    template <int PAIR> __device__ __forceinline__ void add(Sum& sum, const char* slot, const u16* in) const {
+    template <int PAIR> __device__ __forceinline__ void add(Sum& sum, const char* slot, const Shared& shared, int unit) const {
         int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        if (PAIR == 1 && g) in += BLOCK;                // column 1; columns 2 to 7 are not used
+        const u16* in = shared.in + (PAIR == 2 ? unit : 2 * unit + min(g, 1)) * BLOCK;  // columns 2 to 7 are not used
         __syncwarp();                                   // other lanes copied these rows
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -162,20 +174,48 @@ struct Bf16 {
             mma(sum.c, a, x.w), mma(sum.c, b, x.w + 2);
         }
     }
+    // The sums of the outputs g: of the upper rows, with PAIR = 1 of both inputs; of the lower rows. In the lanes (g, 0).
+    template <int PAIR> static __device__ __forceinline__ Sums finish(const Sum& sum) {
+        return {sum.c[0] + (PAIR == 1 ? sum.c[3] : 0), sum.c[2]};
+    }
 };
 
-// A part is half a tile of w4_matmul.cu's layout, and is multiplied as by `tensor` there.
+// A part is half a tile of w4_matmul.cu's layout; by int8 tensor cores, as there, with the inputs in three digits, columns 0 to 2
+// and, with PAIR = 1, those of the lower rows in columns 4 to 6.
 struct Int4 {
     static const int BLOCK = 128, SLOT = 1072, DEPTH = RING / SLOT;
-    struct Sum { float c[4]; };
+    struct Sum { float c[2]; };                         // of the upper and the lower rows; with PAIR = 1 one of them per lane
     const Words* words;
     const u16* scales;
     const u8* zeros;
     int blocks, stride;
-    u32 inverse;                                        // of the blocks per group, as in `tensor`
+    u32 inverse, mask, top;                             // inverse: of the blocks per group, as in `tensor`
+
+    // The digits of inputs at..at+3, by a whole warp, whose inputs are one block of 128. As w4_matmul.cu's `convert`, where a lane
+    // has 8 inputs: here two lanes share them, and each makes one of the two words that a digit of theirs takes.
+    static __device__ __forceinline__ void put(Shared& shared, int at, Pair v, bool with_totals) {
+        int lane = threadIdx.x % 32, odd = lane % 2, block = at / 128;
+        u32 most = max(max(v.w[0] & 0x7fff0000u, v.w[0] << 16 & 0x7fff0000u), max(v.w[1] & 0x7fff0000u, v.w[1] << 16 & 0x7fff0000u));
+        for (int shift = 16; shift; shift /= 2) most = max(most, __shfl_xor_sync(~0u, most, shift));
+        float total = 0;
+        if (with_totals) {
+            total = low(v.w[0]) + high(v.w[0]) + low(v.w[1]) + high(v.w[1]);
+            for (int shift = 16; shift; shift /= 2) total += __shfl_xor_sync(~0u, total, shift);
+        }
+        u32 exponent = max(most >> 23, 25u);            // |x| < 2^(exponent - 126); unit = 2^(exponent - 147)
+        u32 other = __shfl_xor_sync(~0u, odd ? v.w[0] : v.w[1], 1);
+        u32 a = odd ? other : v.w[0], b = odd ? v.w[1] : other;         // inputs 0 1 and 4 5, or 2 3 and 6 7
+        Words d = digits_of(low(a), low(b), high(a), high(b), __uint_as_float((274 - exponent) << 23));
+        char* digits = shared.digits + block * 384 + lane / 16 * 192 + lane % 8 / 2 * 16 + lane / 8 % 2 * 8 + odd * 4;
+#pragma unroll
+        for (int digit = 0; digit < 3; digit++) *(u32*)(digits + digit * 64) = d.w[digit];
+        if (lane == 0)                                  // an infinite or nan input makes all outputs nan
+            shared.units[block] = __uint_as_float(exponent == 255 ? 0x7fc00000u : (exponent - 24) << 23), shared.totals[block] = total;
+    }
 
     __device__ Int4(Matrix matrix, int N, int K, int group) : words((const Words*)matrix.weight), scales(matrix.scales),
-        zeros(matrix.zeros), blocks(round_up(K, 128) / 128), stride(round_up(N, 16)), inverse(0xffffffffu / (group / 128) + 1) {}
+        zeros(matrix.zeros), blocks(round_up(K, 128) / 128), stride(round_up(N, 16)), inverse(0xffffffffu / (group / 128) + 1),
+        mask(in_register(0xf0f0f0f0u)), top(in_register(0x80808080u)) {}
 
     __device__ __forceinline__ void fetch(char* slot, int p, int n, int block) const {
         int lane = threadIdx.x % 32;
@@ -187,31 +227,36 @@ struct Int4 {
         if (lane == p) copy_async<16>(there, slot + 1024 + p * 16, scales + at);                // of 8 outputs
         if (lane == 2 + p && zeros) copy_async<8>(there, slot + 1056 + p * 8, zeros + at);
     }
-    template <int PAIR> __device__ __forceinline__ void add(Sum& sum, const char* slot, const u16* in) const {
-        int lane = threadIdx.x % 32, g = lane / 4;
-        u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u), zero[2];
-        float scale[2], c[4] = {};
-        Words w[2];
+    template <int PAIR> __device__ __forceinline__ void add(Sum& sum, const char* slot, const Shared& shared, int unit) const {
+        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        int block = PAIR == 2 ? unit : 2 * unit + g / 4, c[4] = {};
+        const char* digits = shared.digits + block * 384 + min(g % 4, 2) * 64 + t * 16;
         __syncwarp();                                   // other lanes copied the scales
-#pragma unroll
-        for (int p = 0; p < 2; p++) {
-            w[p] = ((const Words*)slot)[p * 32 + lane];
-            scale[p] = half_to_float(((const u16*)(slot + 1024))[p * 8 + g]);
-            zero[p] = top | (zeros ? (u8)slot[1056 + p * 8 + g] : 8) * 0x10001u;
-        }
+        Words w[2] = {((const Words*)slot)[lane], ((const Words*)slot)[32 + lane]}, in;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            Words x = {};
-            if (lane < 4 * (3 - PAIR)) x = *(const Words*)(in + lane / 4 * 128 + j * 32 + lane % 4 * 8);
-#pragma unroll
-            for (int i = 0; i < 4; i += 2) {
-                u32 a[4];
-                operand(a, w, j, i, zero, mask, top);
-                mma(c, a, x.w + i);
-            }
+            u32 a[4];
+            operand(a, w, j, mask, top);
+            if (j % 2 == 0) in = *(const Words*)(digits + j / 2 * 192);
+            mma(c, a, in.w + j % 2 * 2);
         }
-#pragma unroll
-        for (int q = 0; q < 4; q++) sum.c[q] += scale[q / 2] * c[q];
+        int second = t % 2 ? 0 : 256;                   // a lane with d2 has no digit in its other column
+        auto plus = [&](float& v, int p, int c0, int c1, int block) {           // p: which part's scale and zero point
+            float scale = half_to_float(((const u16*)(slot + 1024))[p * 8 + g]);
+            v += scale * shared.units[block] * (c0 + second * c1);
+            if (zeros && t % 2 == 0) v += scale * (8 - (int)(u8)slot[1056 + p * 8 + g]) * shared.totals[block];
+        };
+        if (PAIR == 2) plus(sum.c[0], 0, c[0], c[1], unit), plus(sum.c[1], 1, c[2], c[3], unit);
+        else plus(sum.c[0], t / 2, t < 2 ? c[0] : c[2], t < 2 ? c[1] : c[3], 2 * unit + t / 2);
+    }
+    template <int PAIR> static __device__ __forceinline__ Sums finish(const Sum& sum) {
+        float v[2] = {sum.c[0], sum.c[1]};
+        for (int i = 0; i < PAIR; i++) {
+            if (threadIdx.x % 2) v[i] *= 65536;         // d2's sum
+            v[i] += __shfl_xor_sync(~0u, v[i], 1);
+            if (PAIR == 1) v[i] += __shfl_xor_sync(~0u, v[i], 2);
+        }
+        return {v[0], v[1]};
     }
 };
 
@@ -261,15 +306,13 @@ template <class Weights, int PAIR> struct Product {
 #pragma unroll 1
             for (int unit = rank; unit < units; unit += split) {
                 wait_for_copies<DEPTH - 2>();
-                weights.template add<PAIR>(sum, shared.ring[warp] + d * Weights::SLOT, shared.in + unit * INPUTS);
+                weights.template add<PAIR>(sum, shared.ring[warp] + d * Weights::SLOT, shared, unit);
                 fetch(d ? d - 1 : DEPTH - 1);           // into the slot that was read before this one
                 d = d + 1 == DEPTH ? 0 : d + 1;
             }
             // Two turns of sums have places: who is at the next turn's barrier has added the sums of the turn before.
-            if (lane % 4 == 0) {
-                shared.part[turn][warp][lane / 4] = sum.c[0] + (PAIR == 1 ? sum.c[3] : 0);
-                if (PAIR == 2) shared.part[turn][warp][8 + lane / 4] = sum.c[2];
-            }
+            Sums both = Weights::template finish<PAIR>(sum);
+            if (lane % 4 == 0) shared.part[turn][warp][lane / 4] = both.upper, shared.part[turn][warp][RUN + lane / 4] = both.lower;
             if (split > 1) wait_for_team(team, 32 * split);
             else __syncwarp();
             if (rank == 0 && lane < RUN) {
@@ -289,7 +332,8 @@ template <class Weights, int PAIR> struct Product {
 
 // shared.in = x / rms(x) * gain, shared.x = x for the residual.  RMSNorm eq. (4).  D <= 8 THREADS
 // mine  x in the upper halves, as `receive` gives it
-__device__ __forceinline__ void normalise(Shared& shared, const Words* mine, const u16* gain, int D, float eps) {
+template <class Weights>
+__device__ __forceinline__ void normalise(Shared& shared, const Words* mine, const u16* gain, int D, float eps, bool zeros) {
     int warp = threadIdx.x / 32;
     float sum = 0;
 #pragma unroll
@@ -305,11 +349,12 @@ __device__ __forceinline__ void normalise(Shared& shared, const Words* mine, con
     for (int r = 0; r < 2; r++) {
         int at = 4 * (threadIdx.x + r * THREADS);
         if (at >= round_up(D, 512)) continue;
-        Four scale = at < D ? *(const Four*)(gain + at) : Four{}, out;
+        Pair scale = at < D ? *(const Pair*)(gain + at) : Pair{}, out;
         for (int i = 0; i < 2; i++)
             out.w[i] = to_bf16(low(scale.w[i]) * rounded(high(mine[r].w[2 * i]) * inverse))
                        | (u32)to_bf16(high(scale.w[i]) * rounded(high(mine[r].w[2 * i + 1]) * inverse)) << 16;
-        *(Four*)(shared.in + at) = out, *(Four*)(shared.x + at) = values(mine[r]);
+        Weights::put(shared, at, out, zeros);
+        *(Pair*)(shared.x + at) = values(mine[r]);
     }
     __syncthreads();
 }
@@ -352,7 +397,7 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
 #pragma unroll
                 for (int i = 0; i < 6; i++) {
                     ready &= carries(words[i], tag);
-                    Four four = values(words[i]);
+                    Pair four = values(words[i]);
                     own[i / 2].w[i % 2 * 2] = four.w[0], own[i / 2].w[i % 2 * 2 + 1] = four.w[1];
                 }
                 return ready;
@@ -396,29 +441,26 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
     __syncthreads();
 }
 
-// Joins the parts of each head: attention's output [H E], into shared.in. One head per warp, two neighbours and, of a wide
-// head, two more per lane.
-__device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits, u32 tag) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = s.E + 2;
+// Joins the parts of each head: attention's output [H E], into shared.in. A lane takes 4 neighbours.
+template <class Weights> __device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits, u32 tag) {
     __syncthreads();                                    // no warp reads shared.in any more
-    for (int head = warp; head < s.H; head += WARPS) {
+    for (int at = 4 * threadIdx.x; at < round_up(s.H * s.E, 512); at += 4 * THREADS) {
+        int head = at / s.E, e = at % s.E;
         float most = -1e30f, mass = 0, v[4] = {}, other;
-        for (int begin = 0; begin < splits; begin += AT_ONCE) {
-            Two got[AT_ONCE][3];                        // of each part: values e and e + 1, e + 64 and e + 65; most and mass
+        const u64* parts = s.parts + (long long)head * SPLITS * (s.E + 2);
+        for (int begin = 0; begin < splits && head < s.H; begin += AT_ONCE) {
+            Two got[AT_ONCE][3];                        // of each part: two values, two values, most and mass
             wait_until([&] {
                 bool ready = true;
 #pragma unroll
-                for (int i = 0; i < 3 * AT_ONCE; i++) {
-                    int part = begin + i / 3, e = i % 3 == 2 ? s.E : i % 3 * 64 + 2 * lane;
-                    bool there = part < splits && (i % 3 == 2 || e < s.E);
-                    got[i / 3][i % 3] = there ? load_relaxed(s.parts + (head * SPLITS + part) * width + e)
-                                              : Two{{(u64)tag << 32, (u64)tag << 32}};
-                }
+                for (int i = 0; i < 3 * AT_ONCE; i++)
+                    got[i / 3][i % 3] = begin + i / 3 < splits
+                        ? load_relaxed(parts + (begin + i / 3) * (s.E + 2) + (i % 3 == 2 ? s.E : e + i % 3 * 2))
+                        : Two{{(u64)tag << 32, (u64)tag << 32}};
 #pragma unroll
                 for (int i = 0; i < 3 * AT_ONCE; i++) ready &= carries(got[i / 3][i % 3], tag);
                 return ready;
             });
-            __syncwarp();
 #pragma unroll
             for (int p = 0; p < AT_ONCE; p++) {
                 if (begin + p >= splits) continue;
@@ -428,27 +470,28 @@ __device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits
                 for (int i = 0; i < 4; i++) v[i] = v[i] * share + other * f[i];
             }
         }
-        for (int i = 0; i < 2; i++)
-            if (int e = i * 64 + 2 * lane; e < s.E)
-                *(u32*)(shared.in + head * s.E + e) = to_bf16(v[2 * i] / mass) | (u32)to_bf16(v[2 * i + 1] / mass) << 16;
+        __syncwarp();
+        Pair out = {};
+        if (head < s.H)
+            for (int i = 0; i < 2; i++) out.w[i] = to_bf16(v[2 * i] / mass) | (u32)to_bf16(v[2 * i + 1] / mass) << 16;
+        Weights::put(shared, at, out, s.zeros);
     }
-    for (int i = s.H * s.E + threadIdx.x; i < round_up(s.H * s.E, 512); i += THREADS) shared.in[i] = 0;
     __syncthreads();
 }
 
 // shared.in = wide. The words come a few at a time, but those first that are waited for: while they are not there, the others
 // would only fill the way to the L2.
-__device__ __forceinline__ void receive_wide(Shared& shared, const Step& s, u32 tag) {
+template <class Weights> __device__ __forceinline__ void receive_wide(Shared& shared, const Step& s, u32 tag) {
     Words v[AT_ONCE];
     receive<1>(s.wide, 0, s.I, tag, v);
     __syncthreads();                                    // no warp reads shared.in any more
-    *(Four*)(shared.in + 4 * threadIdx.x) = values(v[0]);
+    Weights::put(shared, 4 * threadIdx.x, values(v[0]), s.zeros);
     for (int first = 1; first * 4 * THREADS < s.I; first += AT_ONCE) {
         receive<AT_ONCE>(s.wide, first, s.I, tag, v);
 #pragma unroll
         for (int r = 0; r < AT_ONCE; r++)
             if (int at = 4 * (threadIdx.x + (first + r) * THREADS); at < round_up(s.I, 512))
-                *(Four*)(shared.in + at) = values(v[r]);
+                Weights::put(shared, at, values(v[r]), s.zeros);
     }
     __syncthreads();
 }
@@ -487,7 +530,7 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
         else
             for (int i = 0; i < 8; i++)
                 if (int at = 4 * (tid + i / 4 * THREADS) + i % 4; at < s.D) mine[i / 4].w[i % 4] = (u32)s.x[at] << 16;
-        normalise(shared, mine, layer.norm, s.D, s.eps);
+        normalise<Weights>(shared, mine, layer.norm, s.D, s.eps, s.zeros);
         qkv.run([&](int n, float a, float b) {          // the two that RoPE rotates together
             int head = n / s.E, i = n % s.E;
             a = rounded(a + bf16(shared.bias[n])), b = rounded(b + bf16(shared.bias[n + half]));
@@ -508,20 +551,20 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
                    s.parts + (head * SPLITS + part) * (s.E + 2), tag);
         }
 
-        gather(shared, s, splits, tag);
+        gather<Weights>(shared, s, splits, tag);
         if (l + 1 < s.L) read_bias(shared, s, shared.layer[(l + 1) % 2]);
         o.run([&](int n, float a, float) { send(s.middle + n, bf16(shared.x[n]) + rounded(a), tag); });
 
         Product<Weights, 2> gate_up(shared, layer.gate_up, 2 * s.I, s.D, s.group, s.bits[2], s.I);
         receive<2>(s.middle, 0, s.D, tag, mine);
-        normalise(shared, mine, layer.second_norm, s.D, s.eps);
+        normalise<Weights>(shared, mine, layer.second_norm, s.D, s.eps, s.zeros);
         gate_up.run([&](int n, float gate, float up) {  // SwiGLU eq. (6)
             gate = rounded(gate);
             send(s.wide + n, rounded(gate / (1 + __expf(-gate))) * rounded(up), tag);
         });
 
         Product<Weights, 1> down(shared, layer.down, s.D, s.I, s.group, s.bits[3]);
-        receive_wide(shared, s, tag);
+        receive_wide<Weights>(shared, s, tag);
         down.run([&](int n, float a, float) {
             a = bf16(shared.x[n]) + rounded(a);
             if (l + 1 < s.L) send(s.last + n, a, tag);

@@ -8,13 +8,13 @@ from minikd.cuda import available, launch
 from minikd.model import Block, Linear, Qwen2, StaticCache, rope_tables
 from minikd.quant import W4Linear
 
-THREADS, WIDEST, SPLITS, BIASES, SHARED = 512, 20_480, 16, 5120, 226_128        # decode.cu's; SHARED is sizeof(Shared)
+THREADS, WIDEST, SPLITS, BIASES, SHARED = 512, 20_480, 16, 5120, 221_264        # decode.cu's; SHARED is sizeof(Shared)
 
 
 class Step(ctypes.Structure):
     """decode.cu's Step, field by field."""
     _fields_ = [(name, ctypes.c_void_p) for name in "layers x y heads middle wide last parts cos sin slot".split()]
-    _fields_ += [(name, ctypes.c_int) for name in "L D I H K E S group".split()]
+    _fields_ += [(name, ctypes.c_int) for name in "L D I H K E S group zeros".split()]
     _fields_ += [("bits", 4 * ctypes.c_int), ("eps", ctypes.c_float)]
 
 
@@ -96,7 +96,8 @@ class OneKernel:
         self.blocks = min(count, I // 8)                        # each must compute a part of `wide`: see decode.cu
         shapes = (outputs // 2, D, 1), (D, H * E, 2), (I, D, 1), (D, I, 2)                      # tasks x 8, inputs, parts
         bits = [team_bits(N // 8, -(-K // (parts * block)), self.blocks) for N, K, parts in shapes]
-        self.step = Step(L=L, D=D, I=I, H=H, K=config.num_key_value_heads, E=E, S=S, group=getattr(first, "size", 0),
+        zeros = any(tensors[i] is not None for tensors in layers for i in (4, 7, 11, 14))       # of the four matrices
+        self.step = Step(L=L, D=D, I=I, H=H, K=config.num_key_value_heads, E=E, S=S, group=getattr(first, "size", 0), zeros=zeros,
                          bits=(4 * ctypes.c_int)(*bits), eps=config.rms_norm_eps,
                          **{name: tensor.data_ptr() for name, tensor in self.held.items()})
 

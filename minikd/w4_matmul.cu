@@ -300,26 +300,18 @@ KERNEL(w4_mma_16_few, tensor, 16, 2)
 // converts and multiplies only one: its sums go to y [slices, M, N] in float32, and w4_sum adds the slices.
 
 struct alignas(8) Pair { u32 w[2]; };
-struct Digits { Pair w[3]; };                           // [digit][inputs 0 4 1 5, inputs 2 6 3 7], as a word's nibbles are ordered
 
-// 8 inputs, and `inverse` = 1 / unit.  Adding 2^23 + 0x408080 to x / unit leaves it, plus 0x408080, in a float's low 23 bits:
-// bytes 0 and 1 are d0 + 128 and d1 + 128, byte 2 is d2 + 64.
-__device__ __forceinline__ Digits digits_of(const Words& x, float inverse) {
-    u32 v[8];
-    Digits d;
+// The digits of four inputs, one digit in each of the first three words, and `inverse` = 1 / unit.  Adding 2^23 + 0x408080 to
+// x / unit leaves it, plus 0x408080, in a float's low 23 bits: bytes 0 and 1 are d0 + 128 and d1 + 128, byte 2 is d2 + 64.
+__device__ __forceinline__ Words digits_of(float a, float b, float c, float d, float inverse) {
+    float x[4] = {a, b, c, d};
+    u32 v[4];
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        v[i] = __float_as_uint(fmaf(i % 2 ? high(x.w[i / 2]) : low(x.w[i / 2]), inverse, 8388608.f + 0x408080));
-#pragma unroll
-    for (int h = 0; h < 2; h++) {                       // a 4 x 3 transpose of bytes: inputs 2h, 2h + 4, 2h + 1, 2h + 5
-        u32 *p = v + 2 * h, *q = p + 4;
-        u32 even = __byte_perm(p[0], q[0], 0x5140), odd = __byte_perm(p[1], q[1], 0x5140);
-        u32 top = __byte_perm(__byte_perm(p[0], q[0], 0x0062), __byte_perm(p[1], q[1], 0x0062), 0x5410);
-        d.w[0].w[h] = __byte_perm(even, odd, 0x5410) ^ 0x80808080u;
-        d.w[1].w[h] = __byte_perm(even, odd, 0x7632) ^ 0x80808080u;
-        d.w[2].w[h] = (top | 0x80808080u) - 0x40404040u ^ 0x80808080u;    // byte by byte: the set bit keeps it from borrowing
-    }
-    return d;
+    for (int i = 0; i < 4; i++) v[i] = __float_as_uint(fmaf(x[i], inverse, 8388608.f + 0x408080));
+    u32 even = __byte_perm(v[0], v[1], 0x5140), odd = __byte_perm(v[2], v[3], 0x5140);         // a 4 x 3 transpose of bytes
+    u32 last = __byte_perm(__byte_perm(v[0], v[1], 0x0062), __byte_perm(v[2], v[3], 0x0062), 0x5410);
+    return Words{{__byte_perm(even, odd, 0x5410) ^ 0x80808080u, __byte_perm(even, odd, 0x7632) ^ 0x80808080u,
+                  (last | 0x80808080u) - 0x40404040u ^ 0x80808080u}};   // byte by byte: the set bit keeps it from borrowing
 }
 
 // c [16, 8] += a [16, 32] b [32, 8], int8 into int32.  Lane (g, t) holds a[g, 4t..], a[g+8, 4t..], a[g, 4t+16..],
@@ -366,10 +358,12 @@ template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, 
         }
         if (b >= blocks) continue;                      // an odd number of blocks: the last warp's other half
         u32 exponent = max(most >> 23, 25u);            // |x| < 2^(exponent - 126); unit = 2^(exponent - 147)
-        Digits d = digits_of(now, __uint_as_float((274 - exponent) << 23));
+        float inverse = __uint_as_float((274 - exponent) << 23);        // inputs in the order of a word's nibbles
+        Words even = digits_of(low(now.w[0]), low(now.w[2]), high(now.w[0]), high(now.w[2]), inverse);      // 0 4 1 5
+        Words odd = digits_of(low(now.w[1]), low(now.w[3]), high(now.w[1]), high(now.w[3]), inverse);       // 2 6 3 7
         char* digits = to.digits + ((b * 2 + j / 2) * to.M + m) * 192 + t * 16 + j % 2 * 8;
 #pragma unroll
-        for (int digit = 0; digit < 3; digit++) *(Pair*)(digits + digit * 64) = d.w[digit];
+        for (int digit = 0; digit < 3; digit++) *(Pair*)(digits + digit * 64) = Pair{{even.w[digit], odd.w[digit]}};
         if (l == 0)                                     // an infinite or nan input makes its row's outputs nan
             to.units[b * to.M + m] = __uint_as_float(exponent == 255 ? 0x7fc00000u : (exponent - 24) << 23);
         if (to.with_sums && (SETS == 4 ? t : l) == 0) to.sums[(b * SETS + (SETS == 4 ? j : 0)) * to.M + m] = sum;
