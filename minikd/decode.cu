@@ -18,8 +18,9 @@
 // multiprocessor) as soon as it has done its share of a stage, and only then waits for words: the memory stays busy.
 
 // WIDEST: most inputs of a product; SPLITS: parts of a head's keys; AT_ONCE: keys in flight per lane; RING: bytes of a warp's
-// weights in flight; BIASES: most outputs of q/k/v
-const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, RING = 8576, BIASES = 5120;
+// weights in flight; BIASES: most outputs of q/k/v; AHEAD: bytes per block that are brought into the L2
+const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, RING = 8576, BIASES = 5120,
+          AHEAD = 160 << 10;
 
 typedef unsigned long long u64;
 
@@ -62,6 +63,11 @@ struct Two { u64 v[2]; };
 __device__ __forceinline__ float rounded(float f) { return bf16(to_bf16(f)); }
 __device__ __forceinline__ float value(const Words& v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+__device__ __forceinline__ void prefetch(const void* p, u32 bytes) {    // whole ranges, multiples of 16 bytes, by one instruction
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(bytes));
+#endif
+}
 __device__ __forceinline__ void wait_for_team(int team, int threads) {  // barrier 0 is that of __syncthreads
     asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "r"(threads) : "memory");
 }
@@ -151,6 +157,9 @@ struct Bf16 {
 
     __device__ Bf16(Matrix matrix, int N, int K, int group) : weight((const u16*)matrix.weight), K(K) {}
 
+    __device__ __forceinline__ u32 bytes() const { return 8 * K * 2; }                  // of 8 outputs
+    __device__ __forceinline__ void prefetch_rows(int n) const { prefetch(weight + (long long)n * K, bytes()); }
+
     // A row's 64 inputs are 128 contiguous bytes; in odd rows their halves change places, against bank conflicts in `add`.
     __device__ __forceinline__ void fetch(char* slot, int p, int n, int block) const {
         int lane = threadIdx.x % 32, k = block * BLOCK + lane % 8 * 8;
@@ -217,6 +226,10 @@ struct Int4 {
         zeros(matrix.zeros), blocks(round_up(K, 128) / 128), stride(round_up(N, 16)), inverse(0xffffffffu / (group / 128) + 1),
         mask(in_register(0xf0f0f0f0u)), top(in_register(0x80808080u)) {}
 
+    __device__ __forceinline__ u32 bytes() const { return blocks * 512; }
+    __device__ __forceinline__ void prefetch_rows(int n) const {        // the other half of a tile lies between
+        if (n % 16 == 0) prefetch(words + (long long)(n / 16) * blocks * 64, 2 * bytes());
+    }
     __device__ __forceinline__ void fetch(char* slot, int p, int n, int block) const {
         int lane = threadIdx.x % 32;
         bool there = block < blocks;
@@ -328,12 +341,31 @@ template <class Weights, int PAIR> struct Product {
     }
 };
 
+// Starts to bring a block's first weights of a later product into the L2, as far as AHEAD bytes: while the stages before it wait
+// for each other, the memory would have nothing to do.
+template <class Weights> __device__ __forceinline__ void prefetch_product(Matrix matrix, int N, int K, int group, int gap = 0) {
+    Weights weights(matrix, N, K, group);
+    u32 parts = gap ? 2 : 1, task = blockIdx.x + threadIdx.x * gridDim.x;
+    if (threadIdx.x >= AHEAD / (parts * weights.bytes()) || task >= N / (8 * parts)) return;
+    weights.prefetch_rows(task * 8);
+    if (gap) weights.prefetch_rows(task * 8 + gap);
+}
+
 // ---- between the products
 
+// A norm's weights at this thread's places: read before x is waited for.
+__device__ __forceinline__ void read_gain(const u16* weight, int D, Pair* gain) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int at = 4 * (threadIdx.x + r * THREADS);
+        gain[r] = at < D ? *(const Pair*)(weight + at) : Pair{};
+    }
+}
+
 // shared.in = x / rms(x) * gain, shared.x = x for the residual.  RMSNorm eq. (4).  D <= 8 THREADS
-// mine  x in the upper halves, as `receive` gives it
+// mine  x in the upper halves, as `receive` gives it;  gain  of the same places
 template <class Weights>
-__device__ __forceinline__ void normalise(Shared& shared, const Words* mine, const u16* gain, int D, float eps, bool zeros) {
+__device__ __forceinline__ void normalise(Shared& shared, const Words* mine, const Pair* gain, int D, float eps, bool zeros) {
     int warp = threadIdx.x / 32;
     float sum = 0;
 #pragma unroll
@@ -349,10 +381,10 @@ __device__ __forceinline__ void normalise(Shared& shared, const Words* mine, con
     for (int r = 0; r < 2; r++) {
         int at = 4 * (threadIdx.x + r * THREADS);
         if (at >= round_up(D, 512)) continue;
-        Pair scale = at < D ? *(const Pair*)(gain + at) : Pair{}, out;
+        Pair out;
         for (int i = 0; i < 2; i++)
-            out.w[i] = to_bf16(low(scale.w[i]) * rounded(high(mine[r].w[2 * i]) * inverse))
-                       | (u32)to_bf16(high(scale.w[i]) * rounded(high(mine[r].w[2 * i + 1]) * inverse)) << 16;
+            out.w[i] = to_bf16(low(gain[r].w[i]) * rounded(high(mine[r].w[2 * i]) * inverse))
+                       | (u32)to_bf16(high(gain[r].w[i]) * rounded(high(mine[r].w[2 * i + 1]) * inverse)) << 16;
         Weights::put(shared, at, out, zeros);
         *(Pair*)(shared.x + at) = values(mine[r]);
     }
@@ -378,7 +410,7 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
     long long base = (long long)group * s.S * s.E + column;
     const u16 *all_keys = layer.keys + base, *all_values = layer.values + base;
     Words own[3] = {}, k[AT_ONCE], v[AT_ONCE];          // own: q, and the key and the value of `slot`
-    float most = -1e30f, mass = 0, sum[8] = {}, scale = rsqrtf(s.E), share, other;
+    float most = -1e30f, mass = 0, sum[8] = {}, scale = rsqrtf(s.E), share;
     for (int first = begin + warp * keys * AT_ONCE, turn = 0; first < end; first += WARPS * keys * AT_ONCE, turn++) {
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
@@ -404,36 +436,50 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
             });
             __syncwarp();
         }
+        float score[AT_ONCE], top = most;
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
             int at = first + u * keys + lane / lanes;
             if (at == slot) k[u] = own[1], v[u] = own[2];
-            float score = 0;
-            for (int i = 0; i < 8; i++) score += value(own[0], i) * value(k[u], i);
-            for (int mask = lanes / 2; mask; mask /= 2) score += __shfl_xor_sync(~0u, score, mask);
-            if (at >= end) continue;
-            share = join(most, mass, score * scale, 1, other);
-            for (int i = 0; i < 8; i++) sum[i] = sum[i] * share + other * value(v[u], i);
+            score[u] = 0;
+            for (int i = 0; i < 8; i++) score[u] += value(own[0], i) * value(k[u], i);
+            for (int mask = lanes / 2; mask; mask /= 2) score[u] += __shfl_xor_sync(~0u, score[u], mask);
+            score[u] = at < end ? score[u] * scale : -1e30f;
+            top = fmaxf(top, score[u]);
+        }
+        share = __expf(most - top), mass *= share, most = top;         // online softmax
+        for (int i = 0; i < 8; i++) sum[i] *= share;
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            float part = score[u] > -1e30f ? __expf(score[u] - top) : 0;
+            mass += part;
+            for (int i = 0; i < 8; i++) sum[i] += part * value(v[u], i);
         }
     }
-    for (int mask = 16; mask >= lanes; mask /= 2) {     // joins the lanes of a warp that read different keys
-        float other_most = __shfl_xor_sync(~0u, most, mask), other_mass = __shfl_xor_sync(~0u, mass, mask);
-        share = join(most, mass, other_most, other_mass, other);
-        for (int i = 0; i < 8; i++) sum[i] = sum[i] * share + other * __shfl_xor_sync(~0u, sum[i], mask);
+    float top = most;                                   // joins the lanes of a warp that read different keys
+    for (int mask = 16; mask >= lanes; mask /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
+    share = __expf(most - top), mass *= share;
+    for (int i = 0; i < 8; i++) sum[i] *= share;
+    for (int mask = 16; mask >= lanes; mask /= 2) {
+        mass += __shfl_xor_sync(~0u, mass, mask);
+        for (int i = 0; i < 8; i++) sum[i] += __shfl_xor_sync(~0u, sum[i], mask);
     }
     __syncthreads();                                    // no warp reads shared.in any more
     float* mine = shared.sums + warp * (s.E + 2);
     for (int i = 0; i < 8 && lane < lanes; i++) mine[column + i] = sum[i];
-    if (lane == 0) mine[s.E] = most, mine[s.E + 1] = mass;
+    if (lane == 0) mine[s.E] = top, mine[s.E + 1] = mass;
     __syncthreads();
     int e = threadIdx.x;
     if (e < s.E) {                                      // joins the warps
-        float top = -1e30f, all = 0, v = 0;
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, shared.sums[w * (s.E + 2) + s.E]);
+        float all = 0, v = 0, shares[WARPS];
+        top = -1e30f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) shares[w] = shared.sums[w * (s.E + 2) + s.E], top = fmaxf(top, shares[w]);
+#pragma unroll
         for (int w = 0; w < WARPS; w++) {
             const float* theirs = shared.sums + w * (s.E + 2);
-            float part = __expf(theirs[s.E] - top);
-            all += part * theirs[s.E + 1], v += part * theirs[e];
+            shares[w] = __expf(shares[w] - top);
+            all += shares[w] * theirs[s.E + 1], v += shares[w] * theirs[e];
         }
         send(out + e, v, tag);
         if (e == 0) send(out + s.E, top, tag), send(out + s.E + 1, all, tag);
@@ -445,7 +491,7 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
 template <class Weights> __device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits, u32 tag) {
     __syncthreads();                                    // no warp reads shared.in any more
     for (int at = 4 * threadIdx.x; at < round_up(s.H * s.E, 512); at += 4 * THREADS) {
-        int head = at / s.E, e = at % s.E;
+        int head = at >> 31 - __clz(s.E), e = at & s.E - 1;
         float most = -1e30f, mass = 0, v[4] = {}, other;
         const u64* parts = s.parts + (long long)head * SPLITS * (s.E + 2);
         for (int begin = 0; begin < splits && head < s.H; begin += AT_ONCE) {
@@ -512,7 +558,7 @@ __device__ __forceinline__ void read_bias(Shared& shared, const Step& s, const L
 
 template <class Weights>
 __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
-    int slot = *(volatile long long*)s.slot, half = s.E / 2, heads = s.H + 2 * s.K, tid = threadIdx.x;
+    int slot = *(volatile long long*)s.slot, half = s.E / 2, log2 = 31 - __clz(s.E), heads = s.H + 2 * s.K, tid = threadIdx.x;
     int span = WARPS * AT_ONCE * 256 / s.E, splits = min(SPLITS, round_up(slot + 1, span) / span);  // span: keys read at once
     read_layer(shared, s, 0);
     if (tid < s.E) shared.cos[tid] = s.cos[slot * s.E + tid], shared.sin[tid] = s.sin[slot * s.E + tid];
@@ -524,15 +570,18 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
         const Layer& layer = shared.layer[l % 2];
         u32 tag = ((u32)slot * s.L + l) % 65535 + 1, before = ((u32)slot * s.L + l + 65534) % 65535 + 1;
         Words mine[2] = {};
+        Pair gain[2];
         read_layer(shared, s, l + 1);
         Product<Weights, 2> qkv(shared, layer.qkv, heads * s.E, s.D, s.group, s.bits[0], half, -half);
+        prefetch_product<Weights>(layer.gate_up, 2 * s.I, s.D, s.group, s.I);
+        read_gain(layer.norm, s.D, gain);
         if (l) receive<2>(s.last, 0, s.D, before, mine);
         else
             for (int i = 0; i < 8; i++)
                 if (int at = 4 * (tid + i / 4 * THREADS) + i % 4; at < s.D) mine[i / 4].w[i % 4] = (u32)s.x[at] << 16;
-        normalise<Weights>(shared, mine, layer.norm, s.D, s.eps, s.zeros);
+        normalise<Weights>(shared, mine, gain, s.D, s.eps, s.zeros);
         qkv.run([&](int n, float a, float b) {          // the two that RoPE rotates together
-            int head = n / s.E, i = n % s.E;
+            int head = n >> log2, i = n & s.E - 1;
             a = rounded(a + bf16(shared.bias[n])), b = rounded(b + bf16(shared.bias[n + half]));
             float cos = bf16(shared.cos[i]), sin = bf16(shared.sin[i]);
             if (head >= s.H + s.K) cos = 1, sin = 0;    // values are not rotated
@@ -555,9 +604,11 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
         if (l + 1 < s.L) read_bias(shared, s, shared.layer[(l + 1) % 2]);
         o.run([&](int n, float a, float) { send(s.middle + n, bf16(shared.x[n]) + rounded(a), tag); });
 
+        prefetch_product<Weights>(layer.down, s.D, s.I, s.group);
         Product<Weights, 2> gate_up(shared, layer.gate_up, 2 * s.I, s.D, s.group, s.bits[2], s.I);
+        read_gain(layer.second_norm, s.D, gain);
         receive<2>(s.middle, 0, s.D, tag, mine);
-        normalise<Weights>(shared, mine, layer.second_norm, s.D, s.eps, s.zeros);
+        normalise<Weights>(shared, mine, gain, s.D, s.eps, s.zeros);
         gate_up.run([&](int n, float gate, float up) {  // SwiGLU eq. (6)
             gate = rounded(gate);
             send(s.wide + n, rounded(gate / (1 + __expf(-gate))) * rounded(up), tag);

@@ -438,6 +438,7 @@ CONTROL = "bra", "bra.uni", "ret", "trap", "bar.sync"
 RELAXED_LOADS = "ld.relaxed", "ld.volatile"             # volatile is relaxed, for the whole system
 REGISTERS = {"%rs": "u2", "%rd": "u8", "%r": "u4", "%f": "f4", "%p": "b1"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+OPPOSITE = {"leu": ">", "ltu": ">=", "geu": "<", "gtu": "<=", "neu": "=="}     # u: true of nan too
 MMA = {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": ("mma", "f4"),
        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32": ("mma_int8", "i4")}
 INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
@@ -512,6 +513,8 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         values = ", ".join(read(name, type_of(kind)) for name in parts[1])
         method = "store_relaxed" if mods[0] in ("relaxed", "volatile") else "store"
         return [], [], f'w.{method}("{space}", {address(operands[0], space)}, {values})'
+    if base == "prefetch" or "prefetch" in mods:
+        return [], [], "None"
     if base == "cp" and len(operands) < 2:
         return [], [], {"commit_group": "w.commit_group()", "wait_group": f"w.wait_for_copies({''.join(operands)})"}[mods[1]]
     if base == "cp":
@@ -520,8 +523,6 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         return [], [], f"w.copy({to}, {source}, {operands[2]}, {read(operands[3], 'u4')})"
     if base == "griddepcontrol":
         return [], [], {"launch_dependents": "None", "wait": "w.wait_for_previous()"}[mods[0]]
-    if base == "prefetch":
-        return [], [], "None"
     if base == "bar":
         require(mods == ["warp", "sync"] and operands == ["-1"], opcode, operands)
         return [], [], "w.sync()"
@@ -565,12 +566,14 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
     if base == "mov":
         return [type], read(operands[1], type)
     a, *more = (read(operand, type) for operand in operands[1:3])
+    if base == "clz":
+        return ["u4"], f"leading_zeros({a})"
     if base in ("neg", "not", "ex2", "rsqrt"):
         return [type], {"neg": f"-{a}", "not": f"~{a}", "ex2": f"exp2({a})", "rsqrt": f"(1 / sqrt({a})).astype(f4)"}[base]
     b, = more
     if base == "setp":
         require(len(operands) == 3, "setp of two predicates")
-        return ["b1"], f"{a} {COMPARE[mods[0]]} {b}"
+        return ["b1"], f"~({a} {OPPOSITE[mods[0]]} {b})" if mods[0] in OPPOSITE else f"{a} {COMPARE[mods[0]]} {b}"
     if base == "selp":
         return [type], f"where({read(operands[3], 'b1')}, {a}, {b})"
     if base == "bfi":                                           # the lowest bits of a, at a place in b
@@ -610,6 +613,10 @@ def fma_pairs(*pairs) -> np.ndarray:
     a, b, c = halves(pairs).reshape(3, 2, 32)                   # float32 is exact for the small integers of these kernels
     low, high = to_bf16(a * b + c).astype(np.uint32)
     return low | high << 16
+
+
+def leading_zeros(a) -> np.ndarray:
+    return np.array([32 - int(x).bit_length() for x in a], np.uint32)
 
 
 def divide(a, b):
@@ -653,5 +660,5 @@ def mma_int8(a: list, b: list, c: list) -> np.ndarray:
 
 OPERATIONS = {name: np.dtype(name).type for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "b1")}
 OPERATIONS |= {function.__name__: function for function in (
-    to_bf16, fma_pairs, divide, lop3, permute, mma, mma_int8, np.where, np.exp2, np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
+    to_bf16, fma_pairs, leading_zeros, divide, lop3, permute, mma, mma_int8, np.where, np.exp2, np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
 OPERATIONS["lanes"] = LANES
