@@ -53,7 +53,7 @@ def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, proce
         return (tiles, 1), 512 if name.endswith("few") else 256, 0
     warps, depth, resident = VARIANTS.get(name, (16, 4, 1))
     sets = 1 if group_size % 128 == 0 else 4
-    for slices in range(1, 33):
+    for slices in range(1, min(blocks, 32) + 1):
         grid = min(tiles, processors * resident // slices)
         each = -(-blocks // slices)
         # As int8_product lays it out: tiles in flight; x's digits and units, and sums if there are zeros; the warps' sums.
