@@ -4,8 +4,8 @@
 //   w4_naive        one thread per output, one code at a time: the reference for the others
 //   w4_mma_*        up to 64 rows: codes become operands of tensor-core products in bfloat16, without a shuffle; asynchronous
 //                   copies bring them into shared memory, several tiles ahead
-//   w4_int8_*       up to 16 rows: half the instructions by tensor cores in int8, x split into three digits, as exact; one
-//                   block per multiprocessor, whose copies never pause
+//   w4_int8_*       up to 16 rows: fewer instructions by tensor cores in int8, x split into three digits, as exact; one block
+//                   per multiprocessor, whose copies never pause
 //   w4_dequantise   more rows: writes W in bfloat16, and cuBLAS multiplies
 //
 // The layout, made at load by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with codes of 8
@@ -300,10 +300,10 @@ KERNEL(w4_mma_16_few, tensor, 16, 2)
 // converts and multiplies only one: its sums go to y [slices, M, N] in float32, and w4_sum adds the slices.
 
 struct alignas(8) Pair { u32 w[2]; };
-struct Digits { Pair w[3]; };                           // [digit][inputs 0 4 1 5, inputs 2 6 3 7], as a word's nibbles are ordered
+struct Digits { Pair w[3]; };                           // [digit][inputs 0 4 1 5, inputs 2 6 3 7], as in a word's nibbles
 
-// 8 inputs, and `inverse` = 1 / unit.  Adding 2^23 + 0x408080 to x / unit leaves it, plus 0x408080, in a float's low 23 bits:
-// bytes 0 and 1 are d0 + 128 and d1 + 128, byte 2 is d2 + 64.
+// 8 inputs, and `inverse` = 1 / unit.  Adding 2^23 + 0x408080 to x / unit leaves it, plus 0x408080, in the low 23 bits of a
+// float: bytes 0 and 1 are d0 + 128 and d1 + 128, byte 2 is d2 + 64.
 __device__ __forceinline__ Digits digits_of(const Words& x, float inverse) {
     u32 v[8];
     Digits d;
@@ -336,8 +336,8 @@ __device__ __forceinline__ void operand(u32* a, const Words* w, int j, u32 mask,
 }
 
 // x in shared memory: for each block of 128 inputs [half: words 2 half, 2 half + 1][row][digit][t][word % 2][8 bytes], so that
-// a lane's 16 bytes are its operands of two products; then each block's and row's unit / 16 and, if `with_sums`, sums of its inputs.
-struct X { int digits, units, sums, M; bool with_sums; };       // where they begin in shared memory, in bytes
+// a lane's 16 bytes are its operands of two products; each block's and row's unit / 16; if `with_sums`, the sums of its inputs.
+struct X { int digits, units, sums, M; bool with_sums; };       // where these begin in shared memory, in bytes
 
 extern __shared__ Words shared_memory[];
 __device__ __forceinline__ char* shared_at(int bytes) { return (char*)shared_memory + bytes; }
@@ -557,7 +557,14 @@ extern "C" __global__ void w4_sum(const float* parts, const u16* bias, u16* y, i
     wait_for_previous();
     if (n >= N) return;
     float v = bias ? bf16(bias[n]) : 0;
-    for (int i = 0; i < slices; i++) v += parts[((long long)i * M + m) * N + n];
+    for (int first = 0; first < slices; first += 8) {
+        float some[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++)                     // all are in flight before the first is used
+            some[i] = first + i < slices ? parts[((long long)(first + i) * M + m) * N + n] : 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) v += some[i];
+    }
     y[(long long)m * N + n] = to_bf16(v);
 }
 
