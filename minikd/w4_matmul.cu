@@ -288,8 +288,8 @@ KERNEL(w4_mma_16_few, tensor, 16, 2)
 //
 //   x / unit = d0 + 256 d1 + 65536 d2,   digits from -128 to 127, each in a column of its own of the product's right operand,
 //
-// exactly, unless x is below 2^-13 of the block's largest: then rounded, by at most 2^-21 of the largest. The sums over a group
-// are exact in int32; scales, units and the sum over groups are float32.
+// exactly, unless x is below 2^-13 of the block's largest: then rounded, by at most 2^-21 of the largest. The products of a tile
+// are summed exactly, in int32; scales, units and the sums over tiles are float32.
 //
 // A block has about N / 16 / blocks consecutive strips of 16 outputs, so consecutive tiles. Each of its warps takes an equal run
 // of them, whatever strips it cuts, and the copies ahead never pause: those of the first tiles are in flight while the block
@@ -505,6 +505,7 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
         commit_group();                                 // also an empty one: wait_for_copies counts groups
     };
     let_next_start();
+#pragma unroll 1
     for (int d = 0; d < DEPTH - 1; d++) fetch(tile + d < end, ring + d * SLOT + lane * 16);
     wait_for_previous();                                // weights do not depend on the kernel before, but x does
     convert<SETS>(in, x, K, first, blocks);
@@ -526,6 +527,7 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     }
     wait_for_copies<0>();
     __syncthreads();
+#pragma unroll 1                                        // code that runs once should be short: it has to be fetched, too
     for (int i = threadIdx.x; i < mine * 16 * M; i += 32 * WARPS) {
         int m = i / (mine * 16), n = i - m * mine * 16, s = n / 16;
         if (begin * 16 + n >= N) continue;
