@@ -470,8 +470,9 @@ template <int ROWS, int WARPS, int DEPTH, int SETS>
 __device__ __forceinline__ void int8_product(PARAMETERS) {
     const int SLOT = 1024 + 48 * SETS;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int all = round_up(K, 128) / 128, first = (u32)(all * blockIdx.y) / gridDim.y;
-    int blocks = (u32)(all * (blockIdx.y + 1)) / gridDim.y - first;     // of 128 inputs, of this slice
+    int all = round_up(K, 128) / 128, first = 0, blocks = all;          // blocks of 128 inputs, of this slice
+    if (gridDim.y > 1)                                  // divisions take long, and the first copies wait for them
+        first = (u32)(all * blockIdx.y) / gridDim.y, blocks = (u32)(all * (blockIdx.y + 1)) / gridDim.y - first;
     int stride = round_up(N, 16), per = group / 32;
     u32 last = K / group - 1, inverse = 0xffffffffu / per + 1;          // as in `tensor`
     u32 strips = stride / 16, least = strips / gridDim.x, more = strips - least * gridDim.x;        // `more` blocks have one more
