@@ -202,8 +202,8 @@ def packed_layer(N: int, K: int, device: str, sym=True, group=128, seed=0):
 
 def launch(name: str, x, packed, bias, y, group=128) -> bool:
     """Launches one kernel, "NAME alone" without overlap; False if it needs more shared memory than there is."""
-    (M, K), N, (name, *alone) = x.shape, y.shape[1], name.split()
-    fits = w4_cuda.shape(name, M, N, K, group, packed[2] is not None, w4_cuda.machine(x.device)[0])[2] <= w4_cuda.MOST_SHARED
+    (M, K), N, (name, *alone), gpu = x.shape, y.shape[1], name.split(), w4_cuda.gpu_of(x.device)
+    fits = w4_cuda.shape(name, M, N, K, group, packed[2] is not None, gpu)[2] <= gpu.shared
     if fits:
         w4_cuda.run(name, *packed, x, bias, y, group, overlap=not alone)
     return fits

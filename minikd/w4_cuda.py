@@ -1,5 +1,6 @@
 """w4_matmul.cu from Python: the layout it reads, which kernel it uses for which shapes, and torch.ops.minikd.w4_matmul."""
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,6 @@ KERNELS = ("w4_naive", "w4_int8_2", "w4_int8_2_deep", "w4_int8_2_two", "w4_int8_
            "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few", "w4_mma_32", "w4_mma_64", "w4_dequantise")
 MMA_ROWS = 64                           # the most rows of x for tensor cores in int8; above, cuBLAS multiplies
 INT8_INPUTS = 65_536                    # w4_int8_*: the most inputs a block converts; half of it if that takes several slices
-MOST_SHARED = 227 << 10                 # bytes of shared memory that a block can have
 VARIANTS = {"w4_int8_2_deep": (16, 6, 1), "w4_int8_2_two": (8, 6, 2)}    # warps, depth of their rings, blocks per multiprocessor
 
 
@@ -44,8 +44,23 @@ def fits(group_size: int) -> bool:
     return group_size in (32, 64) or group_size % 128 == 0
 
 
-def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, processors: int) -> tuple[tuple[int, int], int, int]:
-    """How a kernel is launched for x [M, K] and W [N, K] on so many multiprocessors: grid, threads, bytes of shared memory."""
+class GPU(NamedTuple):
+    """What a launch depends on; the defaults are an H100's and H200's."""
+    processors: int = 132
+    shared: int = 227 << 10             # bytes of shared memory that a block can have
+    overlap: bool = True                # whether a kernel can start before the one ahead has ended (cuda.launch)
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> GPU:
+    if device.type != "cuda":                                   # in tests
+        return GPU()
+    found = torch.cuda.get_device_properties(device)
+    return GPU(found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9)
+
+
+def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> tuple[tuple[int, int], int, int]:
+    """How a kernel is launched for x [M, K] and W [N, K]: grid, threads, bytes of shared memory, which may be more than fit."""
     tiles, blocks = -(-N // 16), -(-K // 128)
     if name == "w4_naive":
         return (-(-N // 128), M), 128, 0
@@ -53,38 +68,30 @@ def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, proce
         return (tiles, 1), 512 if name.endswith("few") else 256, 0
     warps, depth, resident = VARIANTS.get(name, (16, 4, 1))
     sets = 1 if group_size % 128 == 0 else 4
-    for slices in range(1, 33):
-        grid = min(tiles, processors * resident // slices)
+    for slices in range(1, min(blocks, 32) + 1):
+        grid = min(tiles, gpu.processors * resident // slices)
         each = -(-blocks // slices)
         # As int8_product lays it out: tiles in flight; x's digits and units, and sums if there are zeros; the warps' sums.
         shared = warps * depth * (1024 + 48 * sets) + each * M * (384 + 4 + 4 * sets * zeros) + (warps - -tiles // grid) * M * 64
-        if shared <= MOST_SHARED // resident and M * K <= INT8_INPUTS * (1 if slices == 1 else slices / 2):
+        if shared <= gpu.shared // resident and M * K <= INT8_INPUTS * (1 if slices == 1 else slices / 2):
             break
     return (grid, slices), 32 * warps, shared
 
 
-def plan(M: int, N: int, K: int, group_size: int, zeros: bool, processors: int) -> tuple[str, int]:
+def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> tuple[str, int]:
     """The kernel for the first rows of x [M, K], and how many rows it takes: 16 at most, fewer if they do not fit."""
     rows = next(rows for rows in (2, 4, 8, 16) if min(M, 16) <= rows)
-    while rows > 2 and shape(f"w4_int8_{rows}", min(M, rows), N, K, group_size, zeros, processors)[2] > MOST_SHARED:
+    while rows > 2 and shape(f"w4_int8_{rows}", min(M, rows), N, K, group_size, zeros, gpu)[2] > gpu.shared:
         rows //= 2
     return f"w4_int8_{rows}", min(M, rows)
-
-
-@functools.cache
-def machine(device: torch.device) -> tuple[int, bool]:
-    """Its multiprocessors, and whether it overlaps kernels (cuda.launch); an H200's where there is no GPU, in tests."""
-    if device.type != "cuda":
-        return 132, True
-    return torch.cuda.get_device_properties(device).multi_processor_count, torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def run(name: str, words: Tensor, scales: Tensor, zeros: Tensor | None, x: Tensor, bias: Tensor | None, y: Tensor,
         group_size: int, overlap: bool = True):
     """Launches one kernel: y = x W^T + b, as `multiply`."""
-    (M, K), N, (processors, can) = x.shape, y.shape[1], machine(x.device)
-    grid, threads, shared = shape(name, M, N, K, group_size, zeros is not None, processors)
-    overlap, slices = overlap and can and name != "w4_naive", grid[1] if "int8" in name else 1
+    (M, K), N, gpu = x.shape, y.shape[1], gpu_of(x.device)
+    grid, threads, shared = shape(name, M, N, K, group_size, zeros is not None, gpu)
+    overlap, slices = overlap and gpu.overlap and name != "w4_naive", grid[1] if "int8" in name else 1
     out = x.new_empty(slices, M, N, dtype=torch.float32) if slices > 1 else y
     launch(name, x.device, grid, threads, words, scales, zeros, x, bias, out, M, N, K, group_size, shared=shared, overlap=overlap)
     if slices > 1:
@@ -105,7 +112,7 @@ def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bia
         return F.linear(x, dequantise(words, scales, zeros, outputs, K, group_size), bias)
     y, done = x.new_empty(M, outputs), 0
     while done < M:
-        name, rows = plan(M - done, outputs, K, group_size, zeros is not None, machine(x.device)[0])
+        name, rows = plan(M - done, outputs, K, group_size, zeros is not None, gpu_of(x.device))
         run(name, words, scales, zeros, x[done:done + rows], bias, y[done:done + rows], group_size)
         done += rows
     return y

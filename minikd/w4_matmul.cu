@@ -4,8 +4,8 @@
 //   w4_naive        one thread per output, one code at a time: the reference for the others
 //   w4_mma_*        up to 64 rows: codes become operands of tensor-core products in bfloat16, without a shuffle; asynchronous
 //                   copies bring them into shared memory, several tiles ahead
-//   w4_int8_*       up to 16 rows: half the instructions by tensor cores in int8, x split into three digits, as exact; one
-//                   block per multiprocessor, whose copies never pause
+//   w4_int8_*       up to 16 rows: fewer instructions by tensor cores in int8, x split into three digits, as exact; one block
+//                   per multiprocessor, whose copies never pause
 //   w4_dequantise   more rows: writes W in bfloat16, and cuBLAS multiplies
 //
 // The layout, made at load by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with codes of 8
@@ -89,7 +89,7 @@ __device__ __forceinline__ u32 flip(u32 a, u32 mask, u32 bits) {         // (a &
     return d;
 }
 __device__ __forceinline__ u32 in_register(u32 value) {
-    asm volatile("" : "+r"(value));                     // hides from the compiler that it is a constant
+    asm volatile("" : "+r"(value));                     // hides from the compiler how to compute it again
     return value;
 }
 __device__ __forceinline__ float half_to_float(u16 h) {
@@ -288,8 +288,8 @@ KERNEL(w4_mma_16_few, tensor, 16, 2)
 //
 //   x / unit = d0 + 256 d1 + 65536 d2,   digits from -128 to 127, each in a column of its own of the product's right operand,
 //
-// exactly, unless x is below 2^-13 of the block's largest: then rounded, by at most 2^-21 of the largest. The sums over a group
-// are exact in int32; scales, units and the sum over groups are float32.
+// exactly, unless x is below 2^-13 of the block's largest: then rounded, by at most 2^-21 of the largest. The products of a tile
+// are summed exactly, in int32; scales, units and the sums over tiles are float32.
 //
 // A block has about N / 16 / blocks consecutive strips of 16 outputs, so consecutive tiles. Each of its warps takes an equal run
 // of them, whatever strips it cuts, and the copies ahead never pause: those of the first tiles are in flight while the block
@@ -328,8 +328,11 @@ __device__ __forceinline__ void operand(u32* a, const Words* w, int j, u32 mask,
 }
 
 // x in shared memory: for each block of 128 inputs [half: words 2 half, 2 half + 1][row][digit][t][word % 2][8 bytes], so that
-// a lane's 16 bytes are its operands of two products; then each block's and row's unit / 16 and, if `with_sums`, sums of its inputs.
-struct X { char* digits; float *units, *sums; int M; bool with_sums; };
+// a lane's 16 bytes are its operands of two products; each block's and row's unit / 16; if `with_sums`, the sums of its inputs.
+struct X { int digits, units, sums, M; bool with_sums; };       // where these begin in shared memory, in bytes
+
+extern __shared__ Words shared_memory[];
+__device__ __forceinline__ char* shared_at(int bytes) { return (char*)shared_memory + bytes; }
 
 // By all threads: `blocks` blocks from `first` on; SETS sums per block, each of 128 / SETS inputs.
 template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, int K, int first, int blocks) {
@@ -361,12 +364,13 @@ template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, 
         float inverse = __uint_as_float((274 - exponent) << 23);        // inputs in the order of a word's nibbles
         Words even = digits_of(low(now.w[0]), low(now.w[2]), high(now.w[0]), high(now.w[2]), inverse);      // 0 4 1 5
         Words odd = digits_of(low(now.w[1]), low(now.w[3]), high(now.w[1]), high(now.w[3]), inverse);       // 2 6 3 7
-        char* digits = to.digits + ((b * 2 + j / 2) * to.M + m) * 192 + t * 16 + j % 2 * 8;
+        int digits = to.digits + ((b * 2 + j / 2) * to.M + m) * 192 + t * 16 + j % 2 * 8;
 #pragma unroll
-        for (int digit = 0; digit < 3; digit++) *(Pair*)(digits + digit * 64) = Pair{{even.w[digit], odd.w[digit]}};
+        for (int digit = 0; digit < 3; digit++) *(Pair*)shared_at(digits + digit * 64) = Pair{{even.w[digit], odd.w[digit]}};
         if (l == 0)                                     // an infinite or nan input makes its row's outputs nan
-            to.units[b * to.M + m] = __uint_as_float(exponent == 255 ? 0x7fc00000u : (exponent - 24) << 23);
-        if (to.with_sums && (SETS == 4 ? t : l) == 0) to.sums[(b * SETS + (SETS == 4 ? j : 0)) * to.M + m] = sum;
+            *(u32*)shared_at(to.units + (b * to.M + m) * 4) = exponent == 255 ? 0x7fc00000u : (exponent - 24) << 23;
+        if (to.with_sums && (SETS == 4 ? t : l) == 0)
+            *(float*)shared_at(to.sums + ((b * SETS + (SETS == 4 ? j : 0)) * to.M + m) * 4) = sum;
     }
 }
 
@@ -375,20 +379,22 @@ template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, 
 template <int ROWS, int SETS> struct Int8 {
     static const int BY_ROW = ROWS <= 4, TILES = BY_ROW ? ROWS / 2 : ROWS / 8 * 3, UNITS = BY_ROW ? TILES : ROWS / 4;
     float total[BY_ROW ? TILES * 2 : ROWS / 2];         // by row: [tile][output g, g + 8]; else [8 rows][output][row 2t, 2t + 1]
-    int column[BY_ROW ? TILES : ROWS / 8], row[UNITS];  // where a lane's digits are; rows of its sums
-    int second;                                         // a lane with d2 has no digit in its other column
-    float first;
+    int digits[BY_ROW ? TILES : ROWS / 8], row[UNITS];  // the lane's columns in block 0, and its sums' rows; past the last row
+                                                        // it is read again, for sums that nobody reads
+    int second, lane, g;                                // second: a lane with d2 has no digit in its other column
     u32 mask, top;
 
-    __device__ __forceinline__ Int8(int M) {            // past the last row it is read again, for sums that nobody reads
-        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        second = t % 2 ? 0 : 256, first = t % 2 ? 0 : 1;
-        mask = in_register(0xf0f0f0f0u), top = in_register(0x80808080u);
+    __device__ __forceinline__ Int8(const X& x) {
+        lane = in_register(threadIdx.x % 32), g = in_register(lane / 4);
+        int t = lane % 4;
+        second = in_register(t % 2 ? 0 : 256), mask = in_register(0xf0f0f0f0u), top = in_register(0x80808080u);
 #pragma unroll
         for (int i = 0; i < (BY_ROW ? TILES : ROWS / 8); i++)
-            column[i] = min(BY_ROW ? 2 * i + g / 4 : 8 * i + g, M - 1) * 192 + (BY_ROW ? min(g % 4, 2) * 64 : 0) + t * 16;
+            digits[i] = in_register(x.digits + t * 16 + (BY_ROW ? min(2 * i + g / 4, x.M - 1) * 192 + min(g % 4, 2) * 64
+                                                                : min(8 * i + g, x.M - 1) * 192));
 #pragma unroll
-        for (int i = 0; i < UNITS; i++) row[i] = min(BY_ROW ? 2 * i + t / 2 : i / 2 * 8 + 2 * t + i % 2, M - 1);
+        for (int i = 0; i < UNITS; i++)
+            row[i] = in_register(min(BY_ROW ? 2 * i + t / 2 : i / 2 * 8 + 2 * t + i % 2, x.M - 1) * 4);
         clear();
     }
     __device__ __forceinline__ void clear() {
@@ -397,22 +403,20 @@ template <int ROWS, int SETS> struct Int8 {
     }
     // Adds the tile in `slot`: 1,024 bytes of codes, then per set 16 scales and 16 zeros, of block b of x.
     __device__ __forceinline__ void add(const char* slot, const X& x, int b) {
-        int lane = threadIdx.x % 32, g = lane / 4;
         Words w[2] = {((const Words*)slot)[lane], ((const Words*)slot)[32 + lane]};
-        const char* digits = x.digits + b * x.M * 384;
-        int c[TILES][4] = {};
+        int at = b * x.M, c[TILES][4] = {};
         float unit[UNITS];
         Words in[TILES];
 #pragma unroll
-        for (int i = 0; i < UNITS; i++) unit[i] = x.units[b * x.M + row[i]];
+        for (int i = 0; i < UNITS; i++) unit[i] = *(const float*)shared_at(x.units + row[i] + at * 4);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             u32 a[4];
             operand(a, w, j, mask, top);
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
-                int at = (BY_ROW ? column[i] : column[i / 3] + i % 3 * 64) + j / 2 * x.M * 192;
-                if (j % 2 == 0) in[i] = *(const Words*)(digits + at);
+                int from = (BY_ROW ? digits[i] : digits[i / 3] + i % 3 * 64) + at * 384 + j / 2 * x.M * 192;
+                if (j % 2 == 0) in[i] = *(const Words*)shared_at(from);
                 mma(c[i], a, in[i].w + j % 2 * 2);
             }
             if ((j + 1) % (4 / SETS)) continue;
@@ -421,7 +425,7 @@ template <int ROWS, int SETS> struct Int8 {
             for (int h = 0; h < 2; h++) {
                 float scale = half_to_float(((const u16*)quant)[h * 8 + g]);
                 float shift = x.with_sums ? scale * (8 - (int)(u8)quant[32 + h * 8 + g]) : 0;
-                if (BY_ROW) shift *= first;
+                if (BY_ROW && second == 0) shift = 0;   // once per row
 #pragma unroll
                 for (int i = 0; i < UNITS; i++) {
                     float& v = total[BY_ROW ? i * 2 + h : i / 2 * 4 + h * 2 + i % 2];
@@ -431,7 +435,8 @@ template <int ROWS, int SETS> struct Int8 {
                         int q = h * 2 + i % 2, *low = c[i / 2 * 3] + q;
                         v += scale * unit[i] * fmaf(65536.f, low[8], low[0] + 256 * low[4]);
                     }
-                    if (x.with_sums) v += shift * x.sums[(b * SETS + (SETS == 4 ? j : 0)) * x.M + row[i]];
+                    if (!x.with_sums) continue;
+                    v += shift * *(const float*)shared_at(x.sums + row[i] + (at * SETS + (SETS == 4 ? j * x.M : 0)) * 4);
                 }
             }
 #pragma unroll
@@ -442,7 +447,7 @@ template <int ROWS, int SETS> struct Int8 {
     }
     // -> part [M][16]
     __device__ __forceinline__ void store(float* part, int M) const {
-        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        int t = lane % 4;
 #pragma unroll
         for (int i = 0; i < UNITS; i++)
 #pragma unroll
@@ -455,65 +460,69 @@ template <int ROWS, int SETS> struct Int8 {
     }
 };
 
-extern __shared__ Words shared_memory[];
-
 template <int ROWS, int WARPS, int DEPTH, int SETS>
 __device__ __forceinline__ void int8_product(PARAMETERS) {
     const int SLOT = 1024 + 48 * SETS;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int all = round_up(K, 128) / 128, first = (u32)(all * blockIdx.y) / gridDim.y;
-    int blocks = (u32)(all * (blockIdx.y + 1)) / gridDim.y - first;     // of 128 inputs, of this slice
-    int stride = round_up(N, 16), per = group / 32, last = K / group - 1;
-    u32 inverse = 0xffffffffu / per + 1;                // as in `tensor`
+    int all = round_up(K, 128) / 128, first = 0, blocks = all;          // blocks of 128 inputs, of this slice
+    if (gridDim.y > 1)                                  // divisions take long, and the first copies wait for them
+        first = (u32)(all * blockIdx.y) / gridDim.y, blocks = (u32)(all * (blockIdx.y + 1)) / gridDim.y - first;
+    int stride = round_up(N, 16), per = group / 32;
+    u32 last = K / group - 1, inverse = 0xffffffffu / per + 1;          // as in `tensor`
     u32 strips = stride / 16, least = strips / gridDim.x, more = strips - least * gridDim.x;        // `more` blocks have one more
     int begin = blockIdx.x * least + min(blockIdx.x, more), mine = least + (blockIdx.x < more);
     int run = round_up(mine * blocks, WARPS) / WARPS;
     int tile = min(warp * run, mine * blocks), end = min(tile + run, mine * blocks);        // counted from the block's first one
-    char* ring = (char*)shared_memory + warp * DEPTH * SLOT;
+    const int LAST = (DEPTH - 1) * SLOT;
+    char* ring = shared_at(in_register(warp * DEPTH * SLOT));
     X in;
-    in.M = M, in.digits = (char*)shared_memory + WARPS * DEPTH * SLOT, in.units = (float*)(in.digits + blocks * M * 384);
-    float* part = in.units + blocks * M;                // [WARPS + mine - 1][M][16], and then the sums
-    in.sums = part + (WARPS + mine) * M * 16, in.with_sums = zeros;
+    in.M = M, in.digits = WARPS * DEPTH * SLOT, in.units = in.digits + blocks * M * 384;
+    float* part = (float*)shared_at(in.units + blocks * M * 4);         // [WARPS + mine - 1][M][16], and then the sums
+    in.sums = in.units + blocks * M * 4 + (WARPS + mine) * M * 64, in.with_sums = zeros;
 
     // The next copy's state; three lanes per set copy 2 x 8 outputs' scales and 16 outputs' zeros.
-    int strip = (u32)tile / (u32)blocks, b = tile - strip * blocks, ahead = tile, row = b, set = lane / 3, which = lane % 3;
+    int strip = (u32)tile / (u32)blocks, b = tile - strip * blocks, row = b, set = lane / 3, which = lane % 3;
     const Words* codes = words + ((long long)(begin + strip) * all + first + b) * 64 + lane;
     const char* quant = which < 2 ? (const char*)(scales + which * 8) : (const char*)zeros;
-    int column = (begin + strip) * 16, size = which < 2 ? 2 : 1;
-    bool copies = set < SETS && quant;
-    auto fetch = [&](char* slot) {
-        if (ahead < end) {
-            int at = (first + row) * 4 + set * (4 / SETS);
+    u32 column = (begin + strip) * 16, size = which < 2 ? 2 : 1;
+    if (set >= SETS || !quant) size = 0;                // this lane copies only codes
+    auto fetch = [&](bool there, char* slot) {          // slot: this lane's first 16 bytes
+        if (there) {
+            u32 at = (first + row) * 4 + set * (4 / SETS);
             if (inverse) at = __umulhi(at, inverse);    // which group
             if (SETS == 4) at = min(at, last);          // the last tile may reach past the last group
-            for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512 + lane * 16, codes + h * 32);
-            if (copies) copy_async<16>(true, slot + 1024 + lane * 16, quant + (long long)(at * stride + column) * size);
-            ahead++, codes += 64;
+            at = (at * stride + column) * size;
+            for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512, codes + h * 32);
+            if (size) copy_async<16>(true, slot + 1024, quant + at);
+            codes += 64;
             if (++row == blocks) row = 0, column += 16, codes += (all - blocks) * 64;
         }
         commit_group();                                 // also an empty one: wait_for_copies counts groups
     };
     let_next_start();
-    for (int d = 0; d < DEPTH - 1; d++) fetch(ring + d * SLOT);         // weights do not depend on the kernel before; x does
-    wait_for_previous();
+#pragma unroll 1
+    for (int d = 0; d < DEPTH - 1; d++) fetch(tile + d < end, ring + d * SLOT + lane * 16);
+    wait_for_previous();                                // weights do not depend on the kernel before, but x does
     convert<SETS>(in, x, K, first, blocks);
     __syncthreads();
-    Int8<ROWS, SETS> sum(M);
-    char *slot = ring, *before = ring + (DEPTH - 1) * SLOT;
+    Int8<ROWS, SETS> sum(in);
+    int slot = 0, before = LAST;
 #pragma unroll 1
-    for (; tile < end; tile++) {
+    for (int left = end - tile; left > 0;) {
         wait_for_copies<DEPTH - 2>();
         __syncwarp();                                   // other lanes' copies are there too, and the slot before has been read
-        fetch(before);
-        sum.add(slot, in, b);
-        before = slot, slot = slot == ring + (DEPTH - 1) * SLOT ? ring : slot + SLOT;
-        if (++b < blocks && tile + 1 < end) continue;
+        fetch(left >= DEPTH, ring + before + sum.lane * 16);
+        sum.add(ring + slot, in, b);
+        before = slot, slot = slot == LAST ? 0 : slot + SLOT;
+        left--;
+        if (++b < blocks && left) continue;
         sum.store(part + (warp + strip) * M * 16, M);
         sum.clear();
         b = 0, strip++;
     }
     wait_for_copies<0>();
     __syncthreads();
+#pragma unroll 1                                        // code that runs once should be short: it has to be fetched, too
     for (int i = threadIdx.x; i < mine * 16 * M; i += 32 * WARPS) {
         int m = i / (mine * 16), n = i - m * mine * 16, s = n / 16;
         if (begin * 16 + n >= N) continue;
@@ -545,7 +554,14 @@ extern "C" __global__ void w4_sum(const float* parts, const u16* bias, u16* y, i
     wait_for_previous();
     if (n >= N) return;
     float v = bias ? bf16(bias[n]) : 0;
-    for (int i = 0; i < slices; i++) v += parts[((long long)i * M + m) * N + n];
+    for (int first = 0; first < slices; first += 8) {
+        float some[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++)                     // all are in flight before the first is used
+            some[i] = first + i < slices ? parts[((long long)(first + i) * M + m) * N + n] : 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) v += some[i];
+    }
     y[(long long)m * N + n] = to_bf16(v);
 }
 

@@ -8,7 +8,7 @@ import torch
 from minikd import quant, w4_cuda
 from minikd.cuda import launch
 from minikd.quant import W4Linear, choose, decode_groups, round_to_nearest
-from minikd.w4_cuda import KERNELS, fits, plan, repack
+from minikd.w4_cuda import GPU, KERNELS, fits, plan, repack
 from ptx import Fault, kernels_of, places
 
 
@@ -61,7 +61,7 @@ def run(gpu, name, words, scales, zeros, x, bias, y, group, processors=2):
         launch(name, device, grid, threads, *values, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(w4_cuda, "machine", lambda device: (processors, True))
+        patch.setattr(w4_cuda, "gpu_of", lambda device: GPU(processors))
         patch.setattr(w4_cuda, "launch", launched)
         w4_cuda.run(name, words, scales, zeros, x, bias, y, group)
 
@@ -241,7 +241,7 @@ def test_the_check_detects_a_read_past_the_end(gpu, name):
         gpu.readable, gpu.writable = places(*parts[:5]), places(parts[5])
         if what == 3:
             gpu.readable[-1] = gpu.readable[-1][0], 510
-        shape = w4_cuda.shape(name, 1, 16, 256, 128, False, 1)
+        shape = w4_cuda.shape(name, 1, 16, 256, 128, False, GPU(1))
         with pytest.raises(Fault, match="is in no tensor"):
             launch(name, parts[5].device, *shape[:2], *parts, 1, 16, 256, 128, shared=shape[2])
 
@@ -314,15 +314,20 @@ def test_on_a_gpu_the_kernel_is_chosen_where_it_can_be(monkeypatch):
 def test_a_plan_covers_all_outputs_and_rows():
     for M in range(1, w4_cuda.MMA_ROWS + 1):
         for N, K in (8, 128), (128, 896), (896, 4864), (22_016, 2048), (37_888, 3584), (3584, 18_944), (151_936, 8192):
-            name, rows = plan(M, N, K, 32, True, 132)
-            (blocks, slices), threads, shared = w4_cuda.shape(name, rows, N, K, 32, True, 132)
-            assert name in KERNELS and 0 < rows <= min(M, int(name.split("_")[2])) and shared <= w4_cuda.MOST_SHARED
+            name, rows = plan(M, N, K, 32, True, GPU())
+            (blocks, slices), threads, shared = w4_cuda.shape(name, rows, N, K, 32, True, GPU())
+            assert name in KERNELS and 0 < rows <= min(M, int(name.split("_")[2])) and shared <= GPU().shared
             assert blocks <= -(-N // 16) and blocks * slices <= 132 and threads == 512
             assert rows == min(M, 16) or N * K > 1e8
+    small = GPU(108, 99 << 10, False)                                           # less shared memory: fewer rows or more slices
+    for N, K in (22_016, 2048), (3584, 18_944):
+        for M in 1, 2, 7, 16:
+            name, rows = plan(M, N, K, 32, True, small)
+            assert w4_cuda.shape(name, rows, N, K, 32, True, small)[2] <= small.shared
     for N, K in (3584, 18_944), (37_888, 3584):
         for M in 1, 2:
-            assert plan(M, N, K, 128, False, 132) == ("w4_int8_2", M)
-            assert w4_cuda.shape("w4_int8_2", M, N, K, 128, False, 132)[0] == (132, 1)
+            assert plan(M, N, K, 128, False, GPU()) == ("w4_int8_2", M)
+            assert w4_cuda.shape("w4_int8_2", M, N, K, 128, False, GPU())[0] == (132, 1)
     assert all(map(fits, (32, 64, 128, 256, 896, 4864))) and not any(map(fits, (16, 96, 192)))
 
 
