@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import fake_gpu
+from benchmarks import gpu as script
 from minikd import loss_cuda, losses
 from minikd.cuda import launch
-from minikd.losses import clipped_surrogate, entropy, forward_kl, head_loss, jensen_shannon, pick_divergence, pick_kernel, reverse_kl
+from minikd.losses import (clipped_surrogate, entropy, forward_kl, head_loss, jensen_shannon, pick_divergence, pick_kernel,
+                           reverse_kl, tokens_at_once)
 from ptx import Fault, kernels_of
 
 DIVERGENCES = {"ce": losses.no_divergence, "entropy": entropy, "forward": forward_kl, "reverse": reverse_kl}
@@ -138,7 +140,7 @@ def test_tokens_that_one_model_rules_out_are_as_in_the_plain_path(on_cpu, name, 
     assert ce[3].isinf() and (name == "ce" or kd.isinf().any())
     torch.testing.assert_close((ce, kd), (expected_ce.detach(), expected.detach()), rtol=2e-6, atol=2e-6)
     right = torch.autograd.grad(total.sum(), leaf)[0]
-    finite = kd.isfinite()                              # where D is infinite, the reverse gradient shows LEAST's rounding to bfloat16
+    finite = kd.isfinite()                              # where D is not, the reverse gradient shows LEAST's rounding to bfloat16
     torch.testing.assert_close(grad[finite].float(), right[finite], rtol=2 ** -8, atol=1e-6)
     torch.testing.assert_close(grad.float(), right, rtol=0.02, atol=1e-6)
 
@@ -243,10 +245,24 @@ def test_which_losses_the_kernels_compute(monkeypatch):
         pick = lambda divergence, kd_ratio=0.5, s=s, t=s: pick_kernel(divergence, kd_ratio, s, t)
         assert pick(forward_kl) == ("forward", 1.0) and pick(pick_divergence("reverse_kl", temperature=2.0)) == ("reverse", 2.0)
         assert pick(losses.no_divergence, 0.0, t=None) == ("ce", 1.0) and pick(entropy, 0.0, t=s.float()) == ("entropy", 1.0)
-        for other in (jensen_shannon, pick_divergence("jsd"), pick_divergence("forward_kl", temperature=0.0), lambda s, t: s[:, 0],
-                      functools.partial(forward_kl, teacher_logits=s), functools.partial(forward_kl, s)):
+        for other in (jensen_shannon, pick_divergence("jsd"), pick_divergence("forward_kl", temperature=0.0),
+                      lambda s, t: s[:, 0], functools.partial(forward_kl, teacher_logits=s), functools.partial(forward_kl, s)):
             assert pick(other) is None
         assert pick(entropy) is pick(forward_kl, t=None) is pick(forward_kl, t=s.float()) is pick(forward_kl, s=s.float()) is None
         assert pick(forward_kl, s=s[:, 1:], t=s[:, 1:]) is None                 # rows that are not aligned
         assert pick(forward_kl, t=torch.zeros_like(s, dtype=s.dtype).repeat(1, 2)[:, :16]) is None      # nor equally far apart
     assert pick_kernel(forward_kl, 0.5, torch.zeros(3, 16).bfloat16(), torch.zeros(3, 16).bfloat16()) is None       # on a CPU
+
+
+def test_chunks_are_whole_tiles_and_equally_large():
+    assert [tokens_at_once(N, 883, 128) for N in (0, 5, 128, 700, 768, 769, 3072, 10_000)] == [1, 5, 128, 700, 768, 512, 768, 768]
+    assert tokens_at_once(3072, 1766, 128) == 1536 and tokens_at_once(100, 7, 48) == 7 and tokens_at_once(9, 0, 128) == 1
+
+
+def test_the_gpu_script_checks_and_times_the_kernels(on_cpu, monkeypatch, capsys):
+    monkeypatch.setitem(script.SHAPES, "0.5B", script.replace(script.SHAPES["0.5B"], vocab_size=72))
+    monkeypatch.setattr(script, "seconds_of", lambda call, *_: (call(), [1.0])[1])
+    with fake_gpu.gpu():
+        script.check_loss("cuda", True, {"bandwidth": 1e12})
+    told = capsys.readouterr().out
+    assert told.count("temperature") == 6 and "TOO LARGE" not in told and "FAILED" not in told
