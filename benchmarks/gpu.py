@@ -411,6 +411,13 @@ def check_results(device, tiny, limits):
         gradients()
     with attempt("loss.cu"):
         by_kernels()
+    if device == "cuda":
+        try:                                        # as losses._add_product does, which multiplies and then adds if this fails
+            total, ones = torch.ones(64, 64, device=device), torch.ones(64, 64, device=device, dtype=torch.bfloat16)
+            torch.addmm(total, ones.T, ones, out_dtype=total.dtype, out=total)
+            table.row("a product added in float32", "one kernel", "" if total.eq(65).all() else "WRONG")
+        except RuntimeError as reason:
+            table.row("a product added in float32", "NOT AVAILABLE", str(reason).split("\n")[0][:90])
     fresh(device)
 
 

@@ -1,7 +1,7 @@
 // The losses of a token and their gradient, from rows of bfloat16 logits: in two passes what losses._costs does in some twenty
-// over float32 copies. It is compiled after w4_matmul.cu, as one program, and uses its helpers. Per logit 10 bytes move (each
-// model's is read twice, and a gradient written), which is all that takes time as long as a multiprocessor issues its 21
-// instructions per pair of logits in 1 / 5 of a nanosecond.
+// over float32 copies. It is compiled after w4_matmul.cu, as one program, and uses its helpers. Both
+// models' logits are read twice and the gradient is written: 10 bytes per pair. That is what takes the time: loss_* issues some
+// 21 instructions per pair, of the 27 for which an H200 has time while it reads one.
 //
 //   loss_*        reads the student's logits s and the teacher's t once: CE of the target, the divergence D, and what the
 //                 gradient needs of the row (a Row)

@@ -27,7 +27,8 @@ def costs(name: str, temperature: float, logits: Tensor, targets: Tensor, teache
 def gradient_(name: str, temperature: float, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, rows: Tensor,
               slope_ce: Tensor, slope_kd: Tensor):
     """Overwrites logits [n, V] with slope_ce dCE/dlogits + slope_kd dD/dlogits; the slopes are [n]."""
-    _launch(f"loss_grad_{name}", temperature, logits, targets, teacher_logits, rows, slope_ce, slope_kd)
+    _launch(f"loss_grad_{name}", temperature, logits, targets, teacher_logits, rows, slope_ce.contiguous(),
+            slope_kd.contiguous())
 
 
 def _launch(kernel: str, temperature: float, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, *values):

@@ -22,7 +22,7 @@ from minikd import loss_cuda
 
 BLOCK = 2048                                        # head rows in one matrix product on a CPU: they fit its cache
 LEAST = -1e30                                       # replaces a logit of -inf; its probability is 0 just the same
-PIECE_BYTES = 256 << 10                            # float32 logits in one softmax, at least: fewer are mostly overhead
+PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # float32 logits in one softmax, at least: fewer are mostly overhead
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # logits of one model that are in memory at once, at most
 # A chunk is a multiple of so many tokens, as matrices are multiplied in tiles. On a CPU, by MKL, in float32: with AVX-512 a
 # token in chunks of 48 takes 0.8 of its time in chunks of 55 (results/head_loss.txt); in bfloat16 there is no such step. By
@@ -209,7 +209,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head) if need_head else None               # [V, D]
         ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))
         chunk = tokens_at_once(N, chunk_bytes // (V * dtype.itemsize), TILES.get((device, dtype), 1))
-        piece = max(1, chunk // 16, PIECE_BYTES // (4 * V))                     # of those, tokens of one float32 softmax
+        least = PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V)
+        piece = max(1, chunk // 16, least)                                      # of those, tokens of one float32 softmax
         with torch.autocast(device, enabled=False):
             states, head = hidden.to(dtype), head[:V]
             if hidden.is_cuda:
@@ -288,8 +289,9 @@ def compile_losses():
     _compiled_costs = torch.compile(_costs, dynamic=True)
 
 
-def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy, need_grad, kernel=None):
-    """_costs; with need_grad, the gradient of the weighted sum overwrites the logits [n, V]."""
+def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy, need_grad, kernel):
+    """_costs; with need_grad, the gradient of the weighted sum overwrites the logits [n, V].  `kernel` as pick_kernel gives it:
+    the same by loss.cu, without the dozens of float32 tensors [n, V] that _costs and its gradient read and write."""
     if kernel:
         return _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, policy, need_grad)
     fused = _compiled_costs is not None and need_grad and kd_ratio and policy is None       # a policy is new for each piece
@@ -317,8 +319,8 @@ def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Ten
 
 
 def _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, policy, need_grad):
-    """_token_losses by loss.cu: CE and D of every token, then the logits' gradient, which is a sum of those of CE and of D. Both
-    slopes are numbers per token, that autograd finds from the same `weigh`."""
+    """_token_losses by loss.cu: one kernel for CE and D, one for the logits' gradient dL/dCE dCE/dlogits + dL/dD dD/dlogits. What
+    dL/dCE and dL/dD are, a number per token each, autograd finds from the formula itself, `weigh`."""
     ce, kd, rows = loss_cuda.costs(*kernel, logits, targets, teacher_logits)
     with torch.set_grad_enabled(need_grad):
         total = weigh(ce.requires_grad_(need_grad), kd.requires_grad_(need_grad), kd_ratio, weight, policy)
