@@ -117,7 +117,7 @@ __device__ __forceinline__ void costs(Row* parts, const u16* s, const u16* t, co
     for (; left > 0; left -= step) {
         Words now_s = next_s, now_t = next_t;
         s8 += step, t8 += step;
-        if (left > step) next_s = load_once(s8), next_t = KIND >= FORWARD ? load_once(t8) : next_t;    // in flight while 8 are added
+        if (left > step) next_s = load_once(s8), next_t = KIND >= FORWARD ? load_once(t8) : next_t;    // on their way meanwhile
         add<KIND>(x, now_s, now_t, T);
     }
     if (threadIdx.x < V % 8) {                          // past the last 8

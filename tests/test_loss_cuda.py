@@ -9,7 +9,7 @@ import torch
 import fake_gpu
 from benchmarks import gpu as script
 from minikd import loss_cuda, losses
-from minikd.cuda import launch
+from minikd.cuda import SOURCES, launch
 from minikd.losses import (clipped_surrogate, entropy, forward_kl, head_loss, jensen_shannon, pick_divergence, pick_kernel,
                            reverse_kl, tokens_at_once)
 from ptx import Fault, kernels_of
@@ -266,3 +266,10 @@ def test_the_gpu_script_checks_and_times_the_kernels(on_cpu, monkeypatch, capsys
         script.check_loss("cuda", True, {"bandwidth": 1e12})
     told = capsys.readouterr().out
     assert told.count("temperature") == 6 and "TOO LARGE" not in told and "FAILED" not in told
+
+
+def test_the_sizes_are_those_of_loss_cu():
+    source = SOURCES[1].read_text()
+    assert f"const int THREADS = {loss_cuda.THREADS};" in source
+    fields = re.sub(r"//.*", "", re.search(r"struct Row \{(.*?)\n\}", source, re.S)[1])
+    assert len(re.findall(r"\w+[,;]", fields)) == loss_cuda.ROW
