@@ -415,7 +415,7 @@ class Driver:
 
 CONTROL = "bra", "bra.uni", "ret", "trap", "bar.sync"
 REGISTERS = {"%rs": "u2", "%rd": "u8", "%r": "u4", "%f": "f4", "%p": "b1"}
-COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "neu": "!="}
 INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 
 
@@ -521,8 +521,11 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
     """An instruction that computes each lane by itself -> [the result's type], Python that computes it"""
     kind = mods[-1]
     if kind == "bf16x2":
-        require(base == "fma", base)
-        return ["u4"], f"fma_pairs({', '.join(read(operand, 'u4') for operand in operands[1:])})"
+        require(base == "fma" or base == "max" and mods[0] == "NaN", base, mods)
+        return ["u4"], f"{base}_pairs({', '.join(read(operand, 'u4') for operand in operands[1:])})"
+    if base == "cvt" and mods[-2] == "bf16x2":
+        high, low = (read(operand, "f4") for operand in operands[1:])
+        return ["u4"], f"to_bf16({low}) | to_bf16({high}).astype(u4) << 16"
     if base == "cvt":
         value, to = read(operands[1], type_of(kind)), mods[-2]
         return (["u2"], f"to_bf16({value})") if to == "bf16" else ([type_of(to)], f"{value}.astype({type_of(to)})")
@@ -538,8 +541,9 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
     if base == "mov":
         return [type], read(operands[1], type)
     a, *more = (read(operand, type) for operand in operands[1:3])
-    if base in ("neg", "not", "ex2", "rsqrt"):
-        return [type], {"neg": f"-{a}", "not": f"~{a}", "ex2": f"exp2({a})", "rsqrt": f"(1 / sqrt({a})).astype(f4)"}[base]
+    if base in ("neg", "not", "ex2", "rsqrt", "rcp"):
+        return [type], {"neg": f"-{a}", "not": f"~{a}", "ex2": f"exp2({a})", "rsqrt": f"(1 / sqrt({a})).astype(f4)",
+                        "rcp": f"(1 / {a}).astype(f4)"}[base]
     b, = more
     if base == "setp":
         require(len(operands) == 3, "setp of two predicates")
@@ -565,7 +569,7 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
 
 def to_bf16(value: np.ndarray) -> np.ndarray:
     bits = value.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(value), 0x7fff, (bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def halves(registers) -> np.ndarray:
@@ -579,6 +583,11 @@ def halves(registers) -> np.ndarray:
 def fma_pairs(*pairs) -> np.ndarray:
     a, b, c = halves(pairs).reshape(3, 2, 32)                   # float32 is exact for the small integers of these kernels
     low, high = to_bf16(a * b + c).astype(np.uint32)
+    return low | high << 16
+
+
+def max_pairs(a, b) -> np.ndarray:
+    low, high = to_bf16(np.maximum(*halves((a, b)).reshape(2, 2, 32))).astype(np.uint32)    # maximum: NaN if one is NaN
     return low | high << 16
 
 
@@ -614,5 +623,5 @@ def mma(a: list, b: list, c: list) -> np.ndarray:
 
 OPERATIONS = {name: np.dtype(name).type for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "b1")}
 OPERATIONS |= {function.__name__: function for function in (
-    to_bf16, fma_pairs, divide, lop3, permute, mma, np.where, np.exp2, np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
+    to_bf16, fma_pairs, max_pairs, divide, lop3, permute, mma, np.where, np.exp2, np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
 OPERATIONS["lanes"] = LANES
