@@ -1,12 +1,13 @@
 """Everything that needs a GPU, in one run: compiles the kernels, checks and times them, and times what uses them.
 
     python -m benchmarks.gpu                    # an expected 20 minutes on one H100 or H200
-    python -m benchmarks.gpu --only check kernel matmul # then step; sampling kd; decoding; gptq: each below 10 minutes
+    python -m benchmarks.gpu --only check kernel matmul # then loss step; sampling kd; decoding; gptq: each below 10 minutes
     python -m benchmarks.gpu --device cpu --tiny        # small shapes: only shows that the script runs
 
 Claims (one H200, random weights in Qwen2.5's shapes, peers in the same run):
     check     sampling from graphs, by one kernel, GPTQ's columns and a step's gradients are the plain path's
     kernel    relative error under 1e-2 on every shape and batch; outputs are nan before
+    loss      the losses' kernels (loss.cu): at least as exact as torch's float32; 80% of the copy bandwidth
     step      a token by one kernel (decode.cu): as exact as the plain step; how long it takes without weights to read
     matmul    layers of 20 MB and more: 70% of the copy bandwidth at batch 1, 3 x bfloat16 cuBLAS, not slower than torch's
               int4 at batches 1 to 16; weights take turns, more of them than the L2 cache holds
@@ -27,18 +28,19 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import machine
-from minikd import cuda, w4_cuda
+from minikd import cuda, loss_cuda, losses, w4_cuda
 from minikd.data import Encoded, send
 from minikd.decode_cuda import OneKernel
 from minikd.generate import generate, generate_with_log_probs, prefill
 from minikd.gptq import quantize_columns, quantize_model, replayed_columns
 from minikd.layout import laid_out
-from minikd.losses import compile_losses, forward_kl, head_loss, scored_positions
+from minikd.losses import clipped_surrogate, compile_losses, forward_kl, head_loss, pick_divergence, reverse_kl, scored_positions
 from minikd.model import Qwen2, Qwen2Config, StaticCache
 from minikd.quant import W4Linear, decode_groups, round_to_nearest, to_w4, to_words
 from minikd.training import compile_blocks, make_optimizer
@@ -245,6 +247,50 @@ def check_kernel(device, tiny, limits):
     print(f"{count} products against float64")
 
 
+def check_loss(device, tiny, limits):
+    if device != "cuda":
+        return print("loss.cu needs a GPU; tests/test_loss_cuda.py runs it on a CPU")
+    (n, few), V = (4, 2) if tiny else (768, 32), SHAPES["0.5B"].vocab_size
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda scale: scale * torch.randn(n, V, device=device, generator=generator)
+    kept = draw(3.0)
+    soft, targets = (kept + draw(0.3)).bfloat16(), torch.randint(V, (n,), device=device, generator=generator)
+    kept = kept.bfloat16()
+    slopes = [torch.full((n,), 0.5, device=device) for _ in range(2)]
+    table = Table(f"{n} tokens, {V:,} logits each", "error", "torch's", "gradient's", "us, costs", "of the copy's",
+                  "us, gradient", "of the copy's")
+
+    def measure(name, divergence, T, passes):
+        options = dict(temperature=T) if name in ("forward", "reverse") else {}
+        run = lambda: loss_cuda.costs(name, T, kept, targets, soft)
+        ce, kd, rows = run()
+        exact = kept[:few].double().requires_grad_()
+        right = divergence(exact, soft[:few].double(), **options)
+        plain = divergence(kept[:few], soft[:few], **options)
+        error, torchs = (float((x[:few].double() - right.detach()).abs().max()) for x in (kd, plain))
+        right_ce = F.cross_entropy(exact, targets[:few], reduction="none")
+        cells = [f"{error:.1e}", f"{torchs:.1e}", "", "", ""]
+        good = error < 2 * torchs + 1e-6 and (ce[:few] - right_ce).abs().max() < 1e-5
+        share = lambda count, times: f"{2 * count * n * V / median(times) / limits['bandwidth']:.0%}"
+        times = seconds_of(run, 20, device)
+        cells[3:] = [f"{median(times) * 1e6:.0f}", share(passes, times)]
+        if name != "entropy":
+            work = kept.clone()
+            loss_cuda.gradient_(name, T, work, targets, soft, rows, *slopes)
+            slope = torch.autograd.grad(0.5 * (right_ce + right).sum(), exact)[0]
+            off = float((work[:few] - slope).norm() / slope.norm())
+            times = seconds_of(lambda: loss_cuda.gradient_(name, T, work, targets, soft, rows, *slopes), 20, device)
+            cells[2], good = f"{off:.1e}", good and off < 4e-3
+            cells += [f"{median(times) * 1e6:.0f}", share(passes + 1, times)]
+        table.row(f"{name}, temperature {T:g}", *cells, *[] if good else ["TOO LARGE"])
+
+    for name, divergence, T, passes in (
+            ("forward", forward_kl, 1.0, 2), ("reverse", reverse_kl, 1.0, 2), ("forward", forward_kl, 2.0, 2),
+            ("reverse", reverse_kl, 0.5, 2), ("ce", losses.no_divergence, 1.0, 1), ("entropy", losses.entropy, 1.0, 1)):
+        with attempt(name):
+            measure(name, divergence, T, passes)
+
+
 def check_step(device, tiny, limits):
     if device != "cuda":
         return print("decode.cu needs a GPU; tests/test_decode_cuda.py runs it on a CPU")
@@ -330,6 +376,35 @@ def check_results(device, tiny, limits):
         table.row("a KD step's loss and gradients", f"{abs(loss / right - 1):.1e}, {off / whole:.1e}",
                   "" if off < 1e-3 * whole else "TOO LARGE")
 
+    def by_kernels():
+        """A step's loss and gradients in bfloat16 by loss.cu against those by torch's operators, on the same device."""
+        N, student, teacher = 300, SHAPES["0.5B"], SHAPES[TEACHER]
+        normal = lambda *shape: torch.randn(*shape, generator=generator).to(device)
+        states, soft, old, advantage = normal(N, student.hidden_size), normal(N, teacher.hidden_size), normal(N) - 15, normal(N)
+        heads = [normal(shape.vocab_size, shape.hidden_size) * 2 / shape.hidden_size ** 0.5 for shape in (student, teacher)]
+        targets = torch.randint(student.vocab_size, (N,), generator=generator).to(device)
+        surrogate = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], clip=10.0)
+
+        def step(divergence, ratio, policy):
+            leaves = [x.clone().requires_grad_() for x in (states, heads[0])]
+            with torch.autocast(device, torch.bfloat16):
+                loss, ce, kd = head_loss(*leaves, targets, soft, heads[1].bfloat16(), divergence, ratio, 1 / N, policy,
+                                         chunk_bytes=2 * 128 * student.vocab_size)      # two chunks of 128 and a part
+            loss.backward()
+            return [x.detach().double() for x in (ce, kd, leaves[0].grad, leaves[1].grad)]
+
+        for kind, *options in (("forward KL, CE", forward_kl, 0.5, None), ("reverse KL, policy", reverse_kl, 1.0, surrogate),
+                               ("temperature 2", pick_divergence("reverse_kl", temperature=2.0), 1.0, None),
+                               ("SFT", None, 0.0, None), ("entropy, policy", losses.entropy, 0.0, surrogate)):
+            with mock.patch.object(loss_cuda, "launch", wraps=loss_cuda.launch) as launched:
+                ours = step(*options)
+            with mock.patch.object(loss_cuda, "can_run", return_value=False):
+                plain = step(*options)
+            ce, kd, states_off, head_off = (float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(ours, plain))
+            used = "" if launched.called or device != "cuda" else "loss.cu NOT USED"
+            table.row(f"loss.cu, {kind}", f"{max(ce, kd):.1e}, {states_off:.1e}, {head_off:.1e}",
+                      used or ("" if max(ce, kd) < 1e-4 and max(states_off, head_off) < 1e-2 else "TOO LARGE"))
+
     with attempt("sampling"):
         sampling("samples, float32", make(config, device, torch.float32), prompts, 1e-3, samples=2)
     for bits in 16, 4:
@@ -341,6 +416,15 @@ def check_results(device, tiny, limits):
             columns()
     with attempt("gradients"):
         gradients()
+    with attempt("loss.cu"):
+        by_kernels()
+    if device == "cuda":
+        try:                                        # as losses._add_product does, which multiplies and then adds if this fails
+            total, ones = torch.ones(64, 64, device=device), torch.ones(64, 64, device=device, dtype=torch.bfloat16)
+            torch.addmm(total, ones.T, ones, out_dtype=total.dtype, out=total)
+            table.row("a product added in float32", "one kernel", "" if total.eq(65).all() else "WRONG")
+        except RuntimeError as reason:
+            table.row("a product added in float32", "NOT AVAILABLE", str(reason).split("\n")[0][:90])
     fresh(device)
 
 
@@ -560,7 +644,8 @@ def time_gptq(device, tiny, limits):
 
 
 SECTIONS = {"machine": measure_machine, "check": check_results, "kernel": check_kernel, "matmul": time_matmul,
-            "step": check_step, "decoding": time_decoding, "sampling": time_sampling, "kd": time_kd, "gptq": time_gptq}
+            "loss": check_loss, "step": check_step, "decoding": time_decoding, "sampling": time_sampling, "kd": time_kd,
+            "gptq": time_gptq}
 
 
 def main():

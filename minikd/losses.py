@@ -12,20 +12,23 @@ References
 import functools
 import inspect
 import math
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minikd import loss_cuda
 from minikd.data import send
 
 BLOCK = 2048                                        # head rows in one matrix product on a CPU: they fit its cache
 LEAST = -1e30                                       # replaces a logit of -inf; its probability is 0 just the same
-PIECE_BYTES = 256 << 10                            # float32 logits in one softmax, at least: fewer are mostly overhead
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # logits of one model that are in memory at once, at most
-# In float32 on a CPU a chunk is a multiple of so many tokens, as MKL multiplies in tiles: with AVX-512 a token in chunks of 48
-# takes 0.8 of its time in chunks of 55 (results/head_loss.txt). In bfloat16 there is no such step.
-TILE = 48
+PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # float32 logits in one softmax, at least: fewer are mostly overhead
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # logits of one model that are in memory at once, at most
+# A chunk is a multiple of so many tokens, as matrices are multiplied in tiles. On a CPU, by MKL, in float32: with AVX-512 a
+# token in chunks of 48 takes 0.8 of its time in chunks of 55 (results/head_loss.txt); in bfloat16 there is no such step. By
+# cuBLAS: the gradient's product for 1,766 tokens took 1.6 ms on an H200, 2.7 x one whose sizes are multiples of 8.
+TILES = {("cpu", torch.float32): 48, ("cuda", torch.float32): 128, ("cuda", torch.bfloat16): 128}
 
 
 def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -124,6 +127,11 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
     return kl(logq, log_mix(logq, logp, alpha))
 
 
+def no_divergence(logits: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+    """0 of each token: [n, V] -> [n]"""
+    return torch.zeros(len(logits), device=logits.device)
+
+
 def entropy(logits: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
     """H(q).  [..., V] -> [...] nats.  teacher_logits is not used: head_loss passes it to every divergence."""
     logq = log_softmax(logits)
@@ -181,7 +189,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     """
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
-    divergence = divergence or (lambda logits, _: torch.zeros(len(logits), device=logits.device))
+    divergence = divergence or no_divergence
     shared = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))      # V from here on, CE too
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, device=hidden.device)                   # as_tensor would synchronise with the GPU
@@ -205,30 +213,29 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
         grad_head = torch.zeros_like(head) if need_head else None               # [V, D]
         ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))
-        chunk = chunk_bytes // (V * dtype.itemsize)                             # tokens whose logits are in memory
-        if device == "cpu" and dtype == torch.float32:
-            chunk = chunk // TILE * TILE or chunk
-        chunk = max(1, min(N, chunk))
-        piece = max(1, chunk // 16, PIECE_BYTES // (4 * V))                     # of those, tokens of one float32 softmax
+        chunk = tokens_at_once(N, chunk_bytes // (V * dtype.itemsize), TILES.get((device, dtype), 1))
+        least = PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V)
+        piece = max(1, chunk // 16, least)                                      # of those, tokens of one float32 softmax
         with torch.autocast(device, enabled=False):
-            states = hidden.to(dtype)
-            logits = states.new_empty(chunk, V)                                 # student's, later overwritten by gradient
-            teacher_logits = None                                               # [chunk, V]
+            states, head = hidden.to(dtype), head[:V]
+            if hidden.is_cuda:
+                head = head.to(dtype)                                           # cast once; on a CPU block by block
+            logits, teacher_logits = aligned(states, chunk, V), None            # student's, later overwritten by gradient
             if teacher_hidden is not None:
-                teacher_logits = teacher_hidden.new_empty(chunk, V, dtype=teacher_head.dtype)
+                teacher_logits = aligned(teacher_head, chunk, V)                # [chunk, V]
+            kernel = pick_kernel(divergence, kd_ratio, logits, teacher_logits)
             for start in range(0, N, chunk):
                 at = slice(start, min(start + chunk, N))
-                apply_head(states[at], head[:V], out=logits)                    # [n, D] -> [n, V]
+                apply_head(states[at], head, out=logits)                        # [n, D] -> [n, V]
                 if teacher_logits is not None:
                     apply_head(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
-                for tokens, rows in _pieces(at, piece):
-                    ce[tokens], kd[tokens], total[tokens], grad = _token_losses(
+                for tokens, rows in _pieces(at, chunk if kernel else piece):
+                    ce[tokens], kd[tokens], total[tokens] = _token_losses(      # from here on dL/dlogits, in place
                         logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], divergence,
-                        kd_ratio, weight[tokens], policy and functools.partial(policy, at=tokens), need_hidden or need_head)
-                    if grad is not None:
-                        logits[rows] = grad                                     # from here on dL/dlogits, in place
+                        kd_ratio, weight[tokens], policy and functools.partial(policy, at=tokens), need_hidden or need_head,
+                        kernel)
                 if need_hidden or need_head:
-                    _backward_head(logits[:at.stop - start], states[at], head[:V],
+                    _backward_head(logits[:at.stop - start], states[at], head,
                                    grad_hidden[at] if need_hidden else None,
                                    grad_head[:V] if need_head else None)
         ctx.grads = grad_hidden, grad_head
@@ -244,6 +251,19 @@ class _HeadLoss(torch.autograd.Function):
         return *(g if g is None else g.mul_(grad_loss) for g in grads), *[None] * 10    # None: the other 10 inputs
 
 
+def tokens_at_once(N: int, most: int, tile: int) -> int:
+    """Tokens in a chunk: at most `most`, whole tiles if one fits, and as many in every chunk as that allows."""
+    if most >= tile and N:
+        chunks = -(-N // (most // tile * tile))
+        most = -(-N // chunks // tile) * tile                   # 3,072 tokens by at most 1,766: 2 x 1,536, not 1,664 + 1,408
+    return max(1, min(N, most))
+
+
+def aligned(like: Tensor, n: int, V: int) -> Tensor:
+    """An uninitialised [n, V], whose rows begin at multiples of 8 elements, for loads of 16 bytes."""
+    return like.new_empty(n, -(-V // loss_cuda.ALIGN) * loss_cuda.ALIGN)[:, :V]
+
+
 def _pieces(at: slice, size: int):
     """Cuts the chunk `at` of the N tokens into pieces: (a piece among the N tokens, the same within the chunk)."""
     for first in range(at.start, at.stop, size):
@@ -251,13 +271,18 @@ def _pieces(at: slice, size: int):
         yield slice(first, last), slice(first - at.start, last - at.start)
 
 
+def weigh(ce: Tensor, kd: Tensor, kd_ratio: float, weight: Tensor, policy) -> Tensor:
+    """Each token's part of the loss [n], of its CE and divergence [n]."""
+    cost = policy(-ce) if policy else (1 - kd_ratio) * ce                       # -CE is log q of the target
+    return weight * (cost + kd_ratio * kd if kd_ratio else cost)                # paper eq. (3); MiniLLM eq. (7)
+
+
 def _costs(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy) -> tuple[Tensor, Tensor, Tensor]:
     """CE [n], divergence [n] and their weighted sum [n], of logits [n, V]; what is only logged gets no gradient."""
     logits = logits.float()
     ce = F.cross_entropy(logits if kd_ratio < 1 or policy else logits.detach(), targets, reduction="none")
-    cost = policy(-ce) if policy else (1 - kd_ratio) * ce                       # -CE is log q of the target
     kd = divergence(logits if kd_ratio else logits.detach(), teacher_logits)
-    return ce, kd, weight * (cost + kd_ratio * kd if kd_ratio else cost)        # paper eq. (3); MiniLLM eq. (7)
+    return ce, kd, weigh(ce, kd, kd_ratio, weight, policy)
 
 
 _compiled_costs = None
@@ -269,15 +294,46 @@ def compile_losses():
     _compiled_costs = torch.compile(_costs, dynamic=True)
 
 
-def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy, need_grad):
-    """_costs, and the gradient [n, V] of the weighted sum with respect to the logits [n, V]."""
+def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy, need_grad, kernel):
+    """_costs; with need_grad, the gradient of the weighted sum overwrites the logits [n, V].  `kernel` as pick_kernel gives it:
+    the same by loss.cu, without the dozens of float32 tensors [n, V] that _costs and its gradient read and write."""
+    if kernel:
+        return _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, policy, need_grad)
     fused = _compiled_costs is not None and need_grad and kd_ratio and policy is None       # a policy is new for each piece
     costs = _compiled_costs if fused else _costs
     with torch.set_grad_enabled(need_grad):
-        logits = logits.detach().requires_grad_(need_grad)
-        ce, kd, total = costs(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy)
-        grad = torch.autograd.grad(total.sum(), logits)[0] if need_grad else None
-    return ce.detach(), kd.detach(), total.detach(), grad
+        leaf = logits.detach().requires_grad_(need_grad)
+        ce, kd, total = costs(leaf, targets, teacher_logits, divergence, kd_ratio, weight, policy)
+        if need_grad:
+            logits.copy_(torch.autograd.grad(total.sum(), leaf)[0])
+    return ce.detach(), kd.detach(), total.detach()
+
+
+def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Tensor | None) -> tuple[str, float] | None:
+    """The name and the temperature by which loss.cu has this divergence; None if torch's operators compute it."""
+    options = {}
+    if isinstance(divergence, functools.partial) and not divergence.args:       # as pick_divergence makes it
+        divergence, options = divergence.func, divergence.keywords
+    name = {no_divergence: "ce", entropy: "entropy", forward_kl: "forward", reverse_kl: "reverse"}.get(divergence)
+    read = [logits, teacher_logits] if name in ("forward", "reverse") else [logits]
+    temperature = options.get("temperature", 1.0)
+    if (name is None or options.keys() - {"temperature"} or not temperature > 0 or name == "entropy" and kd_ratio
+            or not loss_cuda.can_run(*read)):
+        return None
+    return name, temperature
+
+
+def _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, policy, need_grad):
+    """_token_losses by loss.cu: one kernel for CE and D, one for the logits' gradient dL/dCE dCE/dlogits + dL/dD dD/dlogits. What
+    dL/dCE and dL/dD are, a number per token each, autograd finds from the formula itself, `weigh`."""
+    ce, kd, rows = loss_cuda.costs(*kernel, logits, targets, teacher_logits)
+    with torch.set_grad_enabled(need_grad):
+        total = weigh(ce.requires_grad_(need_grad), kd.requires_grad_(need_grad), kd_ratio, weight, policy)
+        if need_grad:
+            slopes = torch.autograd.grad(total.sum(), (ce, kd), materialize_grads=True)     # dL/dCE, dL/dD: [n] each
+            name, temperature = kernel if kd_ratio else ("ce", 1.0)                         # a divergence that is only measured
+            loss_cuda.gradient_(name, temperature, logits, targets, teacher_logits, rows, *slopes)
+    return ce.detach(), kd.detach(), total.detach()
 
 
 def ratio_of(logq: Tensor, old_logq: Tensor) -> Tensor:
@@ -337,14 +393,19 @@ def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tenso
 
 def _backward_head(grads: Tensor, states: Tensor, head: Tensor, grad_hidden: Tensor | None, grad_head: Tensor | None):
     """From grads [n, V] of the logits: writes grad_hidden [n, D], and adds to grad_head [V, D] in place."""
-    total = states.new_zeros(states.T.shape, dtype=torch.float32)               # [D, n]
-    block = len(head) if head.is_cuda else BLOCK
-    for i in range(0, len(head), block):
-        grad = grads[:, i:i + block].T                                          # [b, n]
+    if grads.is_cuda:                                                           # whole; rows of D and V are aligned, of n not
         if grad_hidden is not None:
-            _add_product(total, head[i:i + block].to(grad.dtype).T, grad)       # += [D, b] [b, n]
+            grad_hidden.copy_(grads @ head)                                     # [n, V] [V, D]
         if grad_head is not None:
-            _add_product(grad_head[i:i + block], grad, states)                  # += [b, n] [n, D]
+            _add_product(grad_head, grads.T, states)                            # += [V, n] [n, D]
+        return
+    total = states.new_zeros(states.T.shape, dtype=torch.float32)               # [D, n]
+    for i in range(0, len(head), BLOCK):
+        grad = grads[:, i:i + BLOCK].T                                          # [b, n]
+        if grad_hidden is not None:
+            _add_product(total, head[i:i + BLOCK].to(grad.dtype).T, grad)       # += [D, b] [b, n]
+        if grad_head is not None:
+            _add_product(grad_head[i:i + BLOCK], grad, states)                  # += [b, n] [n, D]
     if grad_hidden is not None:
         grad_hidden.copy_(total.T)
 
@@ -353,5 +414,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor):
     """total += a @ b, without a second matrix of total's size if the dtypes allow it."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:
-        total += a @ b
+        return
+    if total.is_cuda:
+        with suppress(RuntimeError):                    # added within the product, in float32: newer versions of torch on CUDA
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+            return
+    total += a @ b

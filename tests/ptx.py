@@ -549,8 +549,11 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
     """An instruction that computes each lane by itself -> [the result's type], Python that computes it"""
     kind = mods[-1]
     if kind == "bf16x2":
-        require(base == "fma", base)
-        return ["u4"], f"fma_pairs({', '.join(read(operand, 'u4') for operand in operands[1:])})"
+        require(base == "fma" or base == "max" and mods[0] == "NaN", base, mods)
+        return ["u4"], f"{base}_pairs({', '.join(read(operand, 'u4') for operand in operands[1:])})"
+    if base == "cvt" and mods[-2] == "bf16x2":
+        high, low = (read(operand, "f4") for operand in operands[1:])
+        return ["u4"], f"to_bf16({low}) | to_bf16({high}).astype(u4) << 16"
     if base == "cvt":
         value, to = read(operands[1], type_of(kind)), mods[-2]
         return (["u2"], f"to_bf16({value})") if to == "bf16" else ([type_of(to)], f"{value}.astype({type_of(to)})")
@@ -568,8 +571,9 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
     a, *more = (read(operand, type) for operand in operands[1:3])
     if base == "clz":
         return ["u4"], f"leading_zeros({a})"
-    if base in ("neg", "not", "ex2", "rsqrt"):
-        return [type], {"neg": f"-{a}", "not": f"~{a}", "ex2": f"exp2({a})", "rsqrt": f"(1 / sqrt({a})).astype(f4)"}[base]
+    if base in ("neg", "not", "ex2", "rsqrt", "rcp"):
+        return [type], {"neg": f"-{a}", "not": f"~{a}", "ex2": f"exp2({a})", "rsqrt": f"(1 / sqrt({a})).astype(f4)",
+                        "rcp": f"(1 / {a}).astype(f4)"}[base]
     b, = more
     if base == "setp":
         require(len(operands) == 3, "setp of two predicates")
@@ -598,7 +602,7 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
 
 def to_bf16(value: np.ndarray) -> np.ndarray:
     bits = value.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(value), 0x7fff, (bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def halves(registers) -> np.ndarray:
@@ -617,6 +621,11 @@ def fma_pairs(*pairs) -> np.ndarray:
 
 def leading_zeros(a) -> np.ndarray:
     return np.array([32 - int(x).bit_length() for x in a], np.uint32)
+
+
+def max_pairs(a, b) -> np.ndarray:
+    low, high = to_bf16(np.maximum(*halves((a, b)).reshape(2, 2, 32))).astype(np.uint32)    # maximum: NaN if one is NaN
+    return low | high << 16
 
 
 def divide(a, b):
@@ -660,5 +669,6 @@ def mma_int8(a: list, b: list, c: list) -> np.ndarray:
 
 OPERATIONS = {name: np.dtype(name).type for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "b1")}
 OPERATIONS |= {function.__name__: function for function in (
-    to_bf16, fma_pairs, leading_zeros, divide, lop3, permute, mma, mma_int8, np.where, np.exp2, np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
+    to_bf16, fma_pairs, leading_zeros, max_pairs, divide, lop3, permute, mma, mma_int8, np.where, np.exp2,
+    np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
 OPERATIONS["lanes"] = LANES

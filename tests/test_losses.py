@@ -310,7 +310,7 @@ def test_a_tall_head_is_multiplied_block_by_block_and_the_blocks_are_summed_in_f
     assert grad.item() == 300                                                   # bfloat16 itself counts to 256
 
 
-@pytest.mark.parametrize("dtype, chunks", [(torch.float32, [48, 48, 34]), (torch.bfloat16, [55, 55, 20])])
+@pytest.mark.parametrize("dtype, chunks", [(torch.float32, [48, 48, 34]), (torch.bfloat16, [44, 44, 42])])
 def test_float32_chunks_are_whole_tiles(monkeypatch, dtype, chunks):
     hidden, head = random_logits(130, 8).to(dtype).requires_grad_(), random_logits(40, 8, seed=1).to(dtype)
     targets = torch.arange(130) % 40

@@ -1,0 +1,38 @@
+"""loss.cu from Python: the costs of a chunk of tokens by one kernel, the gradient of its logits, in place, by another."""
+import ctypes
+
+import torch
+from torch import Tensor
+
+from minikd.cuda import available, launch
+
+THREADS, ROW = 512, 6                   # loss.cu's THREADS; the floats of its Row
+ALIGN = 8                               # rows of logits begin at multiples of 8 of them: loads are 16 bytes
+
+
+def can_run(*logits: Tensor | None) -> bool:
+    """Whether the kernels can read these logits, whose rows are equally far apart."""
+    good = all(x is not None and x.is_cuda and x.dtype == torch.bfloat16 and x.stride() == (logits[0].stride(0), 1)
+               and x.stride(0) % ALIGN == x.data_ptr() % 16 == 0 for x in logits)
+    return good and available(logits[0].device.index)
+
+
+def costs(name: str, temperature: float, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> list[Tensor]:
+    """CE [n]; what `name` says besides (forward, reverse, entropy; ce: zeros) [n]; what `gradient_` needs of a row [n, ROW]."""
+    ce, kd, rows = (torch.empty(shape, device=logits.device) for shape in (len(logits), len(logits), (len(logits), ROW)))
+    _launch(f"loss_{name}", temperature, logits, targets, teacher_logits, rows, ce, kd)
+    return [ce, kd, rows]
+
+
+def gradient_(name: str, temperature: float, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, rows: Tensor,
+              slope_ce: Tensor, slope_kd: Tensor):
+    """Overwrites logits [n, V] with slope_ce dCE/dlogits + slope_kd dD/dlogits; the slopes are [n]."""
+    _launch(f"loss_grad_{name}", temperature, logits, targets, teacher_logits, rows, slope_ce.contiguous(),
+            slope_kd.contiguous())
+
+
+def _launch(kernel: str, temperature: float, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, *values):
+    n, V = logits.shape
+    if n:
+        launch(kernel, logits.device, (n, 1), THREADS, logits, teacher_logits, targets.contiguous(), *values, V, logits.stride(0),
+               ctypes.c_float(temperature))
