@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minikd.attend_cuda import attend, make_parts
 from minikd.files import InputError
 
 # cuDNN's attention, torch's first choice on a Hopper GPU, makes a new plan for every length; batches here have many.
@@ -106,6 +107,7 @@ class Slots(NamedTuple):
     values: Tensor                                                              # [B, K, S, E]
     at: int | Tensor                                                            # slots filled so far; in a StaticCache a tensor [1]
     mask: Tensor | None                 # what a new token sees: [B, 1, 1, S] bool; StaticCache: 0 or -inf, to be added
+    parts: Tensor | None = None         # a StaticCache's, if attend_cuda can attend to it
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k, v [B, K, T, E]; returns all that attention reads [B, K, S, E]."""
@@ -131,6 +133,7 @@ class KVCache:
 
     def __init__(self, config: Qwen2Config, lengths: Tensor, capacity: int, dtype: torch.dtype):
         B, prompt, device = len(lengths), int(lengths.max()), lengths.device
+        self.config = config
         shape = (B, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
@@ -160,12 +163,12 @@ class KVCache:
 class StaticCache(KVCache):
     """The cache of a step that a CUDA graph replays: all that changes between steps is a device tensor at a fixed address.
 
-    Each step reads every slot, and `bias`, added to the scores, excludes those not yet written.
+    `bias`, added to the scores, excludes the slots not yet written, which torch's attention reads too.
     """
 
     def __init__(self, cache: KVCache):
         """Takes over the tensors of a cache that has read its prompts."""
-        self.keys, self.values, self.used = cache.keys, cache.values, cache.used
+        self.config, self.keys, self.values, self.used = cache.config, cache.keys, cache.values, cache.used
         for slots in self.keys + self.values:
             slots[:, :, cache.used:] = 0                                        # a masked slot counts 0 x its value: not NaN
         self.valid, self.lengths = cache.valid, cache.lengths.clone()           # changed in place from here on
@@ -174,9 +177,10 @@ class StaticCache(KVCache):
         # [B, S] added to the scores: -inf where a row may not look. Built once, not from a bool mask in every layer.
         self.bias = torch.zeros_like(self.valid, dtype=self.keys[0].dtype)
         self.bias.masked_fill_(~(self.valid & written), -torch.inf)
+        self.parts = make_parts(self.keys[0], self.config.num_attention_heads)
 
     def layer(self, i: int) -> Slots:
-        return Slots(self.keys[i], self.values[i], self.slot, self.bias[:, None, None])
+        return Slots(self.keys[i], self.values[i], self.slot, self.bias[:, None, None], self.parts)
 
     def advance(self, T: int):
         self.lengths += 1
@@ -185,7 +189,7 @@ class StaticCache(KVCache):
 
     def keep(self, rows: Tensor):
         super().keep(rows)
-        self.bias = self.bias[rows]
+        self.bias, self.parts = self.bias[rows], make_parts(self.keys[0], self.config.num_attention_heads)
 
 
 class Linear(nn.Linear):
@@ -255,6 +259,8 @@ class Attention(nn.Module):
             qkv = self.joined(x)                                                # [B, T, (H + 2K) E]
         else:
             qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)   # the same shape
+        if slots is not None and slots.parts is not None:                       # all that follows, by one kernel on a GPU
+            return self.o_proj(attend(qkv, cos, sin, slots.keys, slots.values, slots.at, slots.mask, slots.parts))
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         v = heads[:, -self.K:]                                                  # [B, K, T, E]
         rotated = rotate(heads[:, :-self.K], cos, sin)                          # [B, H + K, T, E]

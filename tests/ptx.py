@@ -235,6 +235,18 @@ class Warp:
         released[place] = np.maximum(released.get(place, 0), self.clock)
         self.clock[self.id] += 1
 
+    def count_up(self, addresses, last) -> np.ndarray:
+        """atom.inc with acquire and release -> the values before"""
+        place, = addresses[self.lanes]                          # only one lane is active
+        (memory, _, at), = self.find("global", np.array([place]), 4)
+        count, released = memory.view[at[0]:][:4].view(np.uint32), self.block.grid.released
+        before = count.copy()
+        count[:] = 0 if before >= last[self.lanes] else before + 1
+        released[place] = self.clock = np.maximum(self.clock, released.get(place, 0))
+        self.clock = self.clock.copy()
+        self.clock[self.id] += 1
+        return np.full(32, before)
+
     def copy(self, to, source, size: int, there):
         """cp.async: `size` bytes, the first `there` of them read and the others 0; here `there` is 0 or `size`. Until the wait,
         the target holds 0xff."""
@@ -346,7 +358,7 @@ class Grid:
                  dynamic: int = 0, together: bool = False, order: str = "turns"):
         self.kernel, self.shape, self.threads, self.arguments, self.dynamic = kernel, shape, threads, arguments, dynamic
         self.order, self.released, warps = order, {}, threads // 32
-        self.clocks = warps * (shape[0] if together else 1)
+        self.clocks = warps * (shape[0] * shape[1] if together else 1)
         places = [(x, y) for y in range(shape[1]) for x in range(shape[0])]
         for group in [places] if together else [[place] for place in places]:
             runs = sorted([(*run, 0) for run in readable] + [(*run, self.clocks) for run in writable])
@@ -488,6 +500,9 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
     if base == "red":
         require(mods == ["release", "gpu", "global", "add", "u32"], opcode)
         return [], [], f"w.release({address(operands[0], space)}, {read(operands[1], 'u4')})"
+    if base == "atom":
+        require(mods == ["acq_rel", "gpu", "global", "inc", "u32"], opcode)
+        return operands[:1], ["u4"], f"w.count_up({address(operands[1], space)}, {read(operands[2], 'u4')})"
     if base == "cp" and len(operands) < 2:
         return [], [], {"commit_group": "w.commit_group()", "wait_group": f"w.wait_for_copies({''.join(operands)})"}[mods[1]]
     if base == "cp":
@@ -504,11 +519,12 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         a, b, c = ("[" + ", ".join(read(name, type) for name in part) + "]" for part, type in zip(parts[1:], ("u4", "u4", "f4")))
         return parts[0], ["f4"] * 4, f"w.together() and mma({a}, {b}, {c})"
     if base == "shfl":
-        require(mods == ["sync", "bfly", "b32"], opcode)
+        require(mods in (["sync", "bfly", "b32"], ["sync", "idx", "b32"]), opcode)
         value, other, clamp, members = (read(operand, "u4") for operand in operands[1:])
+        source = f"lanes ^ {other}" if mods[1] == "bfly" else other
         target = operands[0].split("|")[0]                      # after | stands a predicate, which is not used
         type = register(target)
-        return [target], [type], f"w.together({clamp}, {members}) and {value}[lanes ^ {other}].view({type})"
+        return [target], [type], f"w.together({clamp}, {members}) and {value}[{source}].view({type})"
     if base == "mov" and len(parts[0]) == 2:                    # a register's halves
         value = read(operands[1], "u4")
         return parts[0], ["u2", "u2"], f"({value} & 0xffff).astype(u2), ({value} >> 16).astype(u2)"
@@ -533,7 +549,7 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
         a, b, c = (read(operand, "u4") for operand in operands[1:4])
         return ["u4"], f"lop3({a}, {b}, {c}, {operands[4]})"
     if base == "prmt":
-        return ["u4"], f"permute({read(operands[1], 'u4')}, {read(operands[2], 'u4')}, {operands[3]})"
+        return ["u4"], f"permute({', '.join(read(operand, 'u4') for operand in operands[1:4])})"
     type = register(operands[0]) if base == "mov" else type_of(kind)
     if base == "mov":
         return [type], read(operands[1], type)
@@ -592,11 +608,11 @@ def lop3(a, b, c, table: int) -> np.ndarray:
                                  for i in range(8) if table >> i & 1])
 
 
-def permute(a, b, selector: int) -> np.ndarray:
+def permute(a, b, selector) -> np.ndarray:
     """prmt: each of the result's four bytes is one of the operands' eight."""
-    chosen = [selector >> 4 * i & 15 for i in range(4)]
-    require(max(chosen) < 8, "prmt that copies signs")
-    return np.stack([a, b], 1).view(np.uint8)[:, chosen].copy().view(np.uint32)[:, 0]
+    chosen = np.stack([selector >> 4 * i & 15 for i in range(4)], 1)
+    require(chosen.max() < 8, "prmt that copies signs")
+    return np.take_along_axis(np.stack([a, b], 1).view(np.uint8), chosen, 1).view(np.uint32)[:, 0]
 
 
 # The fragments of mma as the PTX manual draws them: row and column of each of a lane's values.
