@@ -20,9 +20,8 @@ def make_parts(keys: Tensor, heads: int) -> Tensor | None:
     return torch.zeros(B * K, max(1, min(idle, S // LEAST)), HEADS * (E + 2) + 1, device=keys.device)
 
 
-@torch.library.custom_op("minikd::attend", mutates_args=("keys", "values", "parts"), device_types="cuda")
-def attend(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, bias: Tensor,
-           parts: Tensor) -> Tensor:
+def step(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, bias: Tensor,
+         parts: Tensor) -> Tensor:
     """What model.Attention computes between qkv [B, 1, (H + 2K) E] and its product with o, for one new token per row; writes its
     key and value into the cache's slot.  cos, sin [B, 1, 1, E], the rest as in model.Slots -> [B, 1, H E]"""
     B, K, S, E = keys.shape
@@ -31,6 +30,9 @@ def attend(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, 
     launch(f"attend_{E}", qkv.device, parts.shape[:2], 1024 // E * 32,
            qkv.contiguous(), cos, sin, bias, slot, keys, values, parts, y, H, K, S)
     return y
+
+
+attend = torch.library.custom_op("minikd::attend", step, mutates_args=("keys", "values", "parts"), device_types="cuda")
 
 
 @attend.register_fake                                           # y's shape and dtype, all that torch.compile's tracing needs

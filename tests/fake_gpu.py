@@ -117,7 +117,7 @@ class OnGPU(Tensor):
             kwargs["device"] = "cpu"
         out = func(*args, **kwargs)
         if Played.recording is not None:
-            Played.recording.append((func, args, kwargs, () if written else tree_leaves(out)))
+            Played.recording.append((func, args, kwargs, tree_leaves(out)))
         same = {id(raw(x)): x for x in written}                 # an operator that writes in place returns its argument
         return each(Tensor, lambda x: same[id(x)] if id(x) in same else OnGPU(x), out)
 
@@ -188,7 +188,7 @@ class Graph:
             for func, args, kwargs, outputs in self.steps:
                 results = tree_leaves(func(*args, **kwargs))
                 for place, result in zip(outputs, results):
-                    if isinstance(place, Tensor) and place.data_ptr() != result.data_ptr():     # a view needs no copy
+                    if isinstance(place, Tensor) and place.data_ptr() != result.data_ptr():     # neither view nor in place
                         place.copy_(result)
 
 

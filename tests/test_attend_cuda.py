@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from conftest import small
-from fake_gpu import OnGPU, gpu as played
-from minikd import attend_cuda
+from fake_gpu import gpu as played
+from minikd import attend_cuda, generate as generating
 from minikd.attend_cuda import HEADS, LEAST, attend, make_parts
 from minikd.cuda import SOURCES, launch
-from minikd.generate import generate_with_log_probs
-from minikd.model import Attention, Qwen2Config, Slots, rope_tables, rotate
+from minikd.generate import generate, generate_with_log_probs
+from minikd.model import rope_tables, rotate
 from ptx import Fault, kernels_of, places
 
 
@@ -20,19 +20,12 @@ from ptx import Fault, kernels_of, places
 def on_cpu(gpu, monkeypatch):
     """Makes the operator run on the CPU. Its blocks run at the same time, so that races between them are found."""
     def launched(name, device, grid, threads, *values):
-        tensors = values[:9]
-        gpu.readable, gpu.writable = places(*tensors[:5]), places(*tensors[5:])
-        launch(name, device, grid, threads, *values, together=True)
+        gpu.readable, gpu.writable = places(*values[:5]), places(*values[5:9])
+        launch(name, device, grid, threads, *values, together=grid[1] > 1)      # blocks that split a row's slots
 
     monkeypatch.setattr(attend_cuda, "launch", launched)
-    monkeypatch.setattr(gpu, "cuLaunchCooperativeKernel",
-                        lambda *given: gpu.cuLaunchKernel(*given, None, together=grid_of(given) > 1))
-    attend.register_kernel("cpu")(attend._init_fn)
+    attend.register_kernel("cpu")(attend_cuda.step)
     return gpu
-
-
-def grid_of(given) -> int:
-    return given[2]                                                             # blocks that split a row's slots
 
 
 def case(B, H, K, E, S, slot, splits=1, seed=0, gaps=True):
@@ -105,3 +98,92 @@ def test_several_blocks_split_the_slots(on_cpu, slot, splits, E, order):
     check(on_cpu, given)
     given[5].sub_(1)                                                            # again, with the same parts
     check(on_cpu, given)
+
+
+@pytest.mark.parametrize("old, new, fault", [
+    (r"bar\.sync\s+0;", "", "reads what no thread wrote|race"), (r"atom\.acq_rel\S+inc\.u32\s+(\S+), .*;", r"mov.u32 \1 1;", "race")])
+def test_the_check_detects_a_missing_barrier_or_counter(compiled, on_cpu, old, new, fault):
+    body = re.search(r"\.visible \.entry attend_64\(.*?\n}\n", compiled.ptx, re.S)[0]
+    changed, count = re.subn(old, new, body)
+    assert count
+    on_cpu.kernels = kernels_of(changed)
+    with pytest.raises(Fault, match=fault):
+        check(on_cpu, case(1, 2, 1, 64, 1040, 1000, splits=2))
+
+
+# ---- in the model
+
+@pytest.fixture
+def on_played_gpu(on_cpu, monkeypatch):
+    """-> the kernels launched on a GPU that the CPU plays."""
+    monkeypatch.setattr(attend_cuda, "available", lambda index: True)
+    return on_cpu.launched
+
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16]]
+SHAPE = dict(num_attention_heads=3, num_key_value_heads=1, head_dim=64, hidden_size=32, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("options", [dict(samples=2), dict(mix=0.4)])
+def test_generate_by_the_kernel_draws_from_the_plain_path_s_distribution(on_played_gpu, monkeypatch, options):
+    """Rows of different lengths, finished rows dropped, graphs, two models."""
+    model, teacher = (small(seed, **SHAPE).bfloat16().eval() for seed in (3, 4))
+    monkeypatch.setattr(generating, "LOOK", 4)
+    given = dict(max_new_tokens=10, temperature=1.0, seed=2, teacher=teacher, **options)
+    free = generate_with_log_probs(model, PROMPTS, **given)[0]
+    stops = {row[2] for row in free[:(len(free) + 1) // 2]}                     # half of the rows end early
+    assert not on_played_gpu
+    with played():
+        model, given["teacher"] = small(3, **SHAPE).bfloat16().eval().to("cuda"), teacher.to("cuda")
+        answers, logps = generate_with_log_probs(model, PROMPTS, eos_ids=stops, **given)
+    assert set(on_played_gpu) == {"attend_64"} and len(on_played_gpu) >= 2 * 6
+    assert min(map(len, answers)) <= 3 and max(map(len, answers)) == 10
+    model, teacher = (small(seed, **SHAPE).bfloat16().eval() for seed in (3, 4))
+    for i, (answer, drawn) in enumerate(zip(answers, logps)):
+        prompt = PROMPTS[i * len(PROMPTS) // len(answers)]
+        with torch.inference_mode():
+            read = [each(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1].double().softmax(-1)
+                    for each in (model, teacher)]
+        probs = 0.6 * read[0] + 0.4 * read[1] if "mix" in options else read[0]
+        right = probs.gather(1, torch.tensor(answer)[:, None])[:, 0].log()
+        assert (right - torch.tensor(drawn)).abs().max() < 0.1, i
+
+
+def test_generate_by_the_kernel_gives_the_plain_path_s_tokens(on_played_gpu):
+    shape = SHAPE | dict(initializer_range=0.5)
+    model = small(39, **shape).bfloat16().eval()
+    plain = generate(model, PROMPTS, 6, graphs=True)
+    for prompt, answer in zip(PROMPTS, plain):
+        with torch.inference_mode():
+            best = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1].float().topk(2).values
+        assert (best[:, 0] - best[:, 1]).min() > 0.2                            # no near-tie that rounding could change
+    with played():
+        assert generate(small(39, **shape).bfloat16().eval().to("cuda"), PROMPTS, 6) == plain
+    assert len(on_played_gpu) == 2 * 6                                          # once more: this GPU computes while it records
+
+
+def test_make_parts_refuses_what_the_kernel_does_not_support(on_played_gpu, monkeypatch):
+    def made(shape=(2, 1, 64, 64), heads=7, dtype=torch.bfloat16):
+        parts = make_parts(torch.empty(shape, dtype=dtype, device="cuda"), heads)
+        return None if parts is None else tuple(parts.shape)
+
+    assert make_parts(torch.empty(2, 1, 64, 64).bfloat16(), 7) is None          # on a CPU
+    with played():
+        assert made() == (2, 1, HEADS * 66 + 1) and made((1, 2, 640, 128), 16) == (2, 1, HEADS * 130 + 1)
+        assert made(dtype=torch.float32) is made((2, 1, 64, 32)) is made((2, 1, 63, 64)) is made(heads=9) is None
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+        assert [made((B, 2, 4096, 64))[1] for B in (1, 8, 16, 64, 200)] == [8, 8, 4, 1, 1] and made((1, 2, 1023, 64)) is None
+        monkeypatch.setattr(attend_cuda, "available", lambda index: False)
+        assert made() is None
+
+
+def test_torch_compile_keeps_the_operator_and_copies_no_cache(on_cpu):
+    """The traced graph has the operator, once; opcheck tests its declared writes and its fake version."""
+    given = case(1, 4, 2, 64, 40, 17)
+    torch.library.opcheck(torch.ops.minikd.attend.default, tuple(x.nan_to_num(0.0) for x in given),
+                          test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def test_the_sizes_are_those_of_attend_cu():
+    source = SOURCES[-1].read_text()
+    assert f"HEADS = {HEADS}, CHUNK = 16, LEAST = {LEAST};" in source and "WARPS = 1024 / E, THREADS = 32 * WARPS;" in source
