@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.gpu import SHAPES, attention_errors
 from conftest import small
 from fake_gpu import gpu as played
 from minikd import attend_cuda, generate as generating
@@ -29,7 +30,7 @@ def on_cpu(gpu, monkeypatch):
 
 
 def case(B, H, K, E, S, slot, splits=1, seed=0, gaps=True):
-    """-> random arguments of the operator; some slots are left out, with huge values in them, and those not yet written are nan"""
+    """-> random arguments of the operator; slots that are left out hold huge values, those not yet written nan"""
     generator = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()
     qkv, keys, values = random(B, 1, (H + 2 * K) * E), random(B, K, S, E), random(B, K, S, E)
@@ -100,8 +101,16 @@ def test_several_blocks_split_the_slots(on_cpu, slot, splits, E, order):
     check(on_cpu, given)
 
 
+@pytest.mark.parametrize("shape, length, splits", [("0.5B", 577, 1), ("1.5B", 77, 1), ("3B", 30, 2)])
+def test_a_step_is_as_exact_as_the_plain_path(on_cpu, shape, length, splits):
+    torch.manual_seed(0)
+    ours, plain, same = attention_errors(SHAPES[shape], length, splits, "cpu")
+    assert same and ours < 1.5 * plain + 1e-3 and plain < 5e-3, (ours, plain)
+
+
 @pytest.mark.parametrize("old, new, fault", [
-    (r"bar\.sync\s+0;", "", "reads what no thread wrote|race"), (r"atom\.acq_rel\S+inc\.u32\s+(\S+), .*;", r"mov.u32 \1 1;", "race")])
+    (r"bar\.sync\s+0;", "", "reads what no thread wrote|race"),
+    (r"atom\.acq_rel\S+inc\.u32\s+(\S+), .*;", r"mov.u32 \1 1;", "race")])
 def test_the_check_detects_a_missing_barrier_or_counter(compiled, on_cpu, old, new, fault):
     body = re.search(r"\.visible \.entry attend_64\(.*?\n}\n", compiled.ptx, re.S)[0]
     changed, count = re.subn(old, new, body)
@@ -177,8 +186,7 @@ def test_make_parts_refuses_what_the_kernel_does_not_support(on_played_gpu, monk
         assert made() is None
 
 
-def test_torch_compile_keeps_the_operator_and_copies_no_cache(on_cpu):
-    """The traced graph has the operator, once; opcheck tests its declared writes and its fake version."""
+def test_the_operator_writes_what_it_declares_and_can_be_traced(on_cpu):
     given = case(1, 4, 2, 64, 40, 17)
     torch.library.opcheck(torch.ops.minikd.attend.default, tuple(x.nan_to_num(0.0) for x in given),
                           test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
