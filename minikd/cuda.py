@@ -19,7 +19,8 @@ from torch import Tensor
 
 from minikd.files import atomic_path
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("w4_matmul.cu", "decode.cu", "attend.cu"))     # one program
+# One program, in this order.
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("w4_matmul.cu", "decode.cu", "attend.cu", "fused.cu"))
 
 MAX_SHARED = 8                          # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 

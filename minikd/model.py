@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minikd.attend_cuda import attend, make_parts
 from minikd.files import InputError
+from minikd.fused_cuda import add_norm, can_fuse, silu_up
 
 # cuDNN's attention, torch's first choice on a Hopper GPU, makes a new plan for every length; batches here have many.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -217,6 +218,13 @@ class RMSNorm(nn.Module):
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)                                    # RMSNorm eq. (4)
 
+    def after_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, and that normalised."""
+        if can_fuse(x) and x.shape[-1] % 8 == 0 and x.shape[-1] <= 8192:        # one kernel instead of two
+            return add_norm(x, y, self.weight.to(x.dtype), self.eps)
+        x = x + y
+        return x, self(x)
+
 
 def rope_tables(positions: Tensor, theta: float, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position x frequency.  positions [B or 1, T] -> two tables [B or 1, 1, T, E]"""
@@ -294,7 +302,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.joined is not None:
-            gate, up = self.joined(x).chunk(2, dim=-1)                          # [B, T, W] each
+            gate_up = self.joined(x)                                            # [B, T, 2W]
+            if can_fuse(gate_up) and gate_up.shape[-1] % 16 == 0:               # one kernel instead of two
+                return self.down_proj(silu_up(gate_up))
+            gate, up = gate_up.chunk(2, dim=-1)                                 # [B, T, W] each
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)                       # the same shape
         return self.down_proj(F.silu(gate) * up)                                # SwiGLU eq. (6)
@@ -310,8 +321,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, *attention) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *attention)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normed = self.post_attention_layernorm.after_sum(x, self.self_attn(self.input_layernorm(x), *attention))
+        return x + self.mlp(normed)
 
 
 def run_block(block: Block, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:

@@ -426,7 +426,7 @@ class Driver:
 # ---- instructions, each translated to a line of Python
 
 CONTROL = "bra", "bra.uni", "ret", "trap", "bar.sync"
-REGISTERS = {"%rs": "u2", "%rd": "u8", "%r": "u4", "%f": "f4", "%p": "b1"}
+REGISTERS = {"%rs": "u2", "%rd": "u8", "%r": "u4", "%fd": "f8", "%f": "f4", "%p": "b1"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 
@@ -453,7 +453,7 @@ def translate(kernel: Kernel, start: int, end: int):
                 text, has = f"{text}.astype(u{type[1]})", "u" + type[1]
             require(has[1] == type[1], "a register is too narrow", operand)
             return text if has == type else f"{text}.view({type})"
-        bits = int(operand[2:], 16) if operand.startswith("0f") else kernel.symbols.get(operand)
+        bits = int(operand[2:], 16) if operand.startswith(("0f", "0d")) else kernel.symbols.get(operand)
         bits = int(operand, 0) if bits is None else bits
         name = f"k{len(names)}"
         names[name] = np.full(32, bits % (1 << 8 * int(type[1])), f"u{type[1]}").view(type)
@@ -554,8 +554,8 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
     if base == "mov":
         return [type], read(operands[1], type)
     a, *more = (read(operand, type) for operand in operands[1:3])
-    if base in ("neg", "not", "ex2", "rsqrt"):
-        return [type], {"neg": f"-{a}", "not": f"~{a}", "ex2": f"exp2({a})", "rsqrt": f"(1 / sqrt({a})).astype(f4)"}[base]
+    if base in ("neg", "not", "ex2", "lg2", "rsqrt"):
+        return [type], {"neg": f"-{a}", "not": f"~{a}", "ex2": f"exp2({a})", "lg2": f"log2({a})", "rsqrt": f"(1 / sqrt({a})).astype(f4)"}[base]
     b, = more
     if base == "setp":
         require(len(operands) == 3, "setp of two predicates")
@@ -630,5 +630,5 @@ def mma(a: list, b: list, c: list) -> np.ndarray:
 
 OPERATIONS = {name: np.dtype(name).type for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "b1")}
 OPERATIONS |= {function.__name__: function for function in (
-    to_bf16, fma_pairs, divide, lop3, permute, mma, np.where, np.exp2, np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
+    to_bf16, fma_pairs, divide, lop3, permute, mma, np.where, np.exp2, np.log2, np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
 OPERATIONS["lanes"] = LANES

@@ -193,5 +193,5 @@ def test_the_operator_writes_what_it_declares_and_can_be_traced(on_cpu):
 
 
 def test_the_sizes_are_those_of_attend_cu():
-    source = SOURCES[-1].read_text()
+    source = SOURCES[2].read_text()
     assert f"HEADS = {HEADS}, CHUNK = 16, LEAST = {LEAST};" in source and "WARPS = 1024 / E, THREADS = 32 * WARPS;" in source
