@@ -276,7 +276,7 @@ def check_step(device, tiny, limits):
 
 def attention_errors(config: Qwen2Config, length: int, splits: int, device: str) -> tuple[float, float, bool]:
     """attend.cu's relative error and the plain path's, against float64, and whether the cache's new slot is right bit for bit."""
-    B, H, K, E, S = 3, config.num_attention_heads, config.num_key_value_heads, config.head_dim, length + 8 - length % 2
+    B, H, K, E, S = 3, config.num_attention_heads, config.num_key_value_heads, config.head_dim, length + 15 & ~7
     qkv, keys, values = (torch.randn(*shape, device=device).bfloat16()
                          for shape in ((B, 1, (H + 2 * K) * E), (B, K, S, E), (B, K, S, E)))
     cos, sin = rope_tables(torch.randint(4000, (B, 1), device=device), 1e6, E, torch.bfloat16)

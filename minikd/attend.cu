@@ -9,10 +9,13 @@
 //   p      = exp(scores - most)                  online softmax: when the greatest score grows, what was summed is scaled down
 //   sum^T [E, 8] += values^T [E, 16] p^T [16, 8]
 //
-// Both products take keys and values from the registers into which 16-byte loads bring them, without shared memory and without
-// a shuffle, because the order is free in which an mma's inputs are summed and its outputs are numbered: the first one sums
-// over e = 32 j + 8 t + 0..7 in lane (g, t), the second one's rows g and g + 8 are e = 8 g + 2 w and 8 g + 2 w + 1. And its
-// right operand, p^T, is in exactly those lanes that hold the scores.
+// A lane multiplies the same 16 bytes that it copied, without a shuffle, because the order is free in which an mma's inputs are
+// summed and its outputs are numbered: the first product sums over e = 32 j + 8 t + 0..7 in lane (g, t), the second one's rows
+// g and g + 8 are e = 8 g + 2 w and 8 g + 2 w + 1. And its right operand, p^T, is in exactly those lanes that hold the scores.
+// Asynchronous copies bring slots into shared memory, the next CHUNK while this one is multiplied: of loads into registers the
+// compiler moves those of the values behind the first product, so that half as many bytes are on their way.
+
+extern __shared__ Words shared_memory[];
 
 namespace attention {
 
@@ -21,19 +24,15 @@ const int HEADS = 8, CHUNK = 16, LEAST = 512;
 const float LOG2_E = 1.4426950408889634f, NONE = -1e30f;        // NONE: most, before any score; -inf - -inf would be NaN
 
 template <int E> struct alignas(16) Shared {
-    static const int WARPS = 1024 / E, THREADS = 32 * WARPS;    // with E = 128 a lane has twice the bytes in flight
-    alignas(16) u16 q[HEADS][E];
-    float sum[WARPS][HEADS][E + 4], most[WARPS][HEADS], mass[WARPS][HEADS];     // + 4 spreads the heads over more banks
+    static const int WARPS = 1024 / E, THREADS = 32 * WARPS;    // with E = 128 a warp has twice the bytes in flight
+    struct Chunk { Words keys[2][E / 32][32], values[E / 64][4][32]; u16 bias[CHUNK]; };
+    struct Sums { float sum[HEADS][E + 4], most[HEADS], mass[HEADS]; };         // + 4 spreads the heads over more banks
+    union { Chunk chunks[2]; Sums sums; } warp[WARPS];          // each warp's own
+    u16 q[HEADS][E];
     u32 earlier;                                                // blocks of this row and head that were finished before
 };
+static_assert(sizeof(Shared<64>) <= 133648 && sizeof(Shared<128>) == 133648, "attend_cuda.py asks for so many bytes");
 
-// Not load_once, whose path is for memory that the kernel does not write; a cache's slot is read once, so it skips the L1 too.
-__device__ __forceinline__ Words load_slot(const u16* p) {
-    Words v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p) : "memory");
-    return v;
-}
 __device__ __forceinline__ float load_l2(const float* p) {      // what another block wrote: this L1 may hold older values
     float v;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
@@ -110,25 +109,30 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
 
     Words q[E / 32];
 #pragma unroll
-    for (int j = 0; j < E / 32; j++) q[j] = *(Words*)&shared.q[g][32 * j + 8 * t];
+    for (int j = 0; j < E / 32; j++) q[j] = *(const Words*)&shared.q[g][32 * j + 8 * t];
     float most = NONE, mass = 0, sum[E / 64][4][4] = {}, scale = LOG2_E * rsqrtf(E);    // exp(x) is 2^(x log2(e))
-    for (int first = begin + warp * CHUNK; first < end; first += WARPS * CHUNK) {
-        Words k[2][E / 32], v[E / 64][4];
-        u32 seen[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {                           // past the end the last slot is read again, and has p = 0
+    auto& mine = shared.warp[warp];
+    auto fetch = [&](int d, int first) {                        // starts to copy a chunk
+        for (int h = 0; h < 2 && first < end; h++) {            // past the end the last slot is copied again, and has p = 0
             const u16* at = keys + min(first + 8 * h + g, end - 1) * E + 8 * t;
 #pragma unroll
-            for (int j = 0; j < E / 32; j++) k[h][j] = load_slot(at + 32 * j);
+            for (int j = 0; j < E / 32; j++) copy_async<16>(true, &mine.chunks[d].keys[h][j][lane], at + 32 * j);
         }
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
+        for (int c = 0; c < 4 && first < end; c++) {
             const u16* at = values + min(first + c / 2 * 8 + 2 * t + c % 2, end - 1) * E + 8 * g;
 #pragma unroll
-            for (int i = 0; i < E / 64; i++) v[i][c] = load_slot(at + 64 * i);
+            for (int i = 0; i < E / 64; i++) copy_async<16>(true, &mine.chunks[d].values[i][c][lane], at + 64 * i);
         }
-#pragma unroll
-        for (int h = 0; h < 2; h++) seen[h] = *(const u32*)(bias + min(first + 8 * h + 2 * t, S - 2));
+        int slot = first + 8 * lane;                            // the first two lanes copy the bias of 8 slots each
+        if (lane < 2 && slot < min(end + 7, S)) copy_async<16>(true, &mine.chunks[d].bias[8 * lane], bias + slot);
+        commit_group();                                         // also an empty one: wait_for_copies counts groups
+    };
+    int d = 0;                                                  // which of the two chunks is multiplied
+    fetch(d, begin + warp * CHUNK);
+    for (int first = begin + warp * CHUNK; first < end; first += WARPS * CHUNK) {
+        fetch(d ^ 1, first + WARPS * CHUNK);
+        wait_for_copies<1>();
+        __syncwarp();                                           // other lanes copied the bias
         float p[2][2], top = most;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -138,12 +142,12 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
 #pragma unroll
                 for (int i = 0; i < 4; i += 2) {
                     u32 a[4] = {q[j].w[i], 0, q[j].w[i + 1], 0};        // rows 8 to 15 are no heads
-                    mma(c, a, k[h][j].w + i);
+                    mma(c, a, mine.chunks[d].keys[h][j][lane].w + i);
                 }
 #pragma unroll
             for (int i = 0; i < 2; i++) {                       // head g, slots 2t and 2t + 1 of these 8
-                float left_out = i ? high(seen[h]) : low(seen[h]);
-                p[h][i] = first + 8 * h + 2 * t + i < end ? c[i] * scale + left_out : -__int_as_float(0x7f800000);
+                int slot = 8 * h + 2 * t + i;
+                p[h][i] = first + slot < end ? c[i] * scale + bf16(mine.chunks[d].bias[slot]) : -__int_as_float(0x7f800000);
                 top = fmaxf(top, p[h][i]);
             }
         }
@@ -160,22 +164,28 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
         }
         float left = __shfl_sync(~0u, share, 8 * t), right = __shfl_sync(~0u, share, 8 * t + 4);     // of heads 2t, 2t + 1
 #pragma unroll
-        for (int i = 0; i < E / 64; i++)
+        for (int i = 0; i < E / 64; i++) {
+            Words v[4];
+            for (int c = 0; c < 4; c++) v[c] = mine.chunks[d].values[i][c][lane];
 #pragma unroll
             for (int w = 0; w < 4; w++) {
                 u32 a[4];                                       // of two slots' pairs e = 64 i + 8 g + 2 w + 0, 1: 0x5410 selects
 #pragma unroll                                                  // the low halves, e, 0x7632 the high ones, e + 1
                 for (int r = 0; r < 4; r++)
-                    a[r] = __byte_perm(v[i][r / 2 * 2].w[w], v[i][r / 2 * 2 + 1].w[w], r % 2 ? 0x7632 : 0x5410);
+                    a[r] = __byte_perm(v[r / 2 * 2].w[w], v[r / 2 * 2 + 1].w[w], r % 2 ? 0x7632 : 0x5410);
                 sum[i][w][0] *= left, sum[i][w][1] *= right, sum[i][w][2] *= left, sum[i][w][3] *= right;
                 mma(sum[i][w], a, b);
             }
+        }
+        __syncwarp();                                           // all lanes have read what is overwritten next
+        d ^= 1;
     }
+    wait_for_copies<0>();
 
     // The warps' sums are joined.
     mass += __shfl_xor_sync(~0u, mass, 1);
     mass += __shfl_xor_sync(~0u, mass, 2);
-    if (t == 0) shared.most[warp][g] = most, shared.mass[warp][g] = mass;
+    if (t == 0) mine.sums.most[g] = most, mine.sums.mass[g] = mass;
     struct alignas(16) Four { float v[4]; };
 #pragma unroll
     for (int n = 0; n < 2; n++)                                 // head 2t + n, e = 64 i + 8 g + 2 w..
@@ -183,7 +193,7 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
         for (int i = 0; i < E / 64; i++)
 #pragma unroll
             for (int w = 0; w < 4; w += 2)
-                *(Four*)&shared.sum[warp][2 * t + n][64 * i + 8 * g + 2 * w] =
+                *(Four*)&mine.sums.sum[2 * t + n][64 * i + 8 * g + 2 * w] =
                     {sum[i][w][n], sum[i][w][n + 2], sum[i][w + 1][n], sum[i][w + 1][n + 2]};
     __syncthreads();
     int used = newest / length + 1;                             // blocks of this row and head that have slots
@@ -191,12 +201,13 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
     u16* out = y + (row * H + kv * each) * E;
     for (int i = threadIdx.x; i < each * E; i += THREADS) {
         int head = i / E, e = i % E;
-        Joined found = join(WARPS, [&](int w) { return shared.sum[w][head][e]; }, [&](int w) { return shared.most[w][head]; },
-                            [&](int w) { return shared.mass[w][head]; });
-        float* mine = all + blockIdx.y * PART + head * (E + 2);
+        Joined found = join(WARPS, [&](int w) { return shared.warp[w].sums.sum[head][e]; },
+                            [&](int w) { return shared.warp[w].sums.most[head]; },
+                            [&](int w) { return shared.warp[w].sums.mass[head]; });
+        float* part = all + blockIdx.y * PART + head * (E + 2);
         if (used == 1) out[i] = to_bf16(found.sum / found.mass);
-        else mine[e] = found.sum;
-        if (used > 1 && e == 0) mine[E] = found.most, mine[E + 1] = found.mass;
+        else part[e] = found.sum;
+        if (used > 1 && e == 0) part[E] = found.most, part[E + 1] = found.mass;
     }
     if (used == 1) return;
 
@@ -216,8 +227,7 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
 
 #define ATTEND(NAME, E) \
     extern "C" __global__ void __launch_bounds__(Shared<E>::THREADS) NAME(ATTEND_PARAMETERS) { \
-        __shared__ Shared<E> shared; \
-        attend<E>(shared, qkv, cos, sin, bias, slot, keys, values, parts, y, H, K, S); \
+        attend<E>(*(Shared<E>*)shared_memory, qkv, cos, sin, bias, slot, keys, values, parts, y, H, K, S); \
     }
 
 ATTEND(attend_64, 64)

@@ -42,11 +42,11 @@ def draw_tokens(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, 
 
 
 def can_draw(logits: Tensor) -> bool:
-    """Whether `draw` can: its loads are 16 bytes, aligned."""
+    """Whether `draw_on_gpu` can: its loads are 16 bytes, aligned."""
     return (can_fuse(logits) and len(logits) > 0 and logits.shape[1] <= MOST_TOKENS and logits.stride(1) == 1
             and logits.stride(0) % 8 == 0 and logits.data_ptr() % 16 == 0)
 
 
-silu_up, add_norm, draw = (torch.library.custom_op(f"minikd::{name}", function, mutates_args=(), device_types="cuda")
+silu_up, add_norm, draw_on_gpu = (torch.library.custom_op(f"minikd::{name}", function, mutates_args=(), device_types="cuda")
                            for name, function in (("silu_up", multiply_by_silu), ("add_norm", add_and_normalise),
                                                   ("draw", draw_tokens)))

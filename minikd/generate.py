@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minikd.data import Encoded, by_length
 from minikd.decode_cuda import OneKernel, fits
-from minikd.fused_cuda import can_draw, draw
+from minikd.fused_cuda import can_draw, draw_on_gpu
 from minikd.layout import head_logits, laid_out
 from minikd.losses import log_mix, log_probs
 from minikd.model import KVCache, Qwen2, StaticCache
@@ -219,7 +219,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tens
     if temperature < 1e-6:                                      # greedy: the division would overflow
         return logits.max(-1).indices, torch.zeros(len(logits), device=logits.device)   # argmax takes 4 x as long in bfloat16
     if top_k == 0 and top_p == 1 and can_draw(logits):          # all that follows, by one kernel on a GPU
-        return draw(logits, u, temperature)
+        return draw_on_gpu(logits, u, temperature)
     if temperature != 1:                                        # at 1, save a copy of [B, V]
         logits = logits.float() / temperature
     if top_k > 0:

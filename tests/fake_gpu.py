@@ -238,7 +238,8 @@ def gpu():
     shallow = torch._has_compatible_shallow_copy_type
     cuda = dict(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, get_device_capability=lambda *_: (7, 5),
-        get_device_properties=lambda *_: SimpleNamespace(name="played", multi_processor_count=1, total_memory=1 << 40),
+        get_device_properties=lambda *_: SimpleNamespace(name="played", multi_processor_count=1, total_memory=1 << 40,
+                                                          shared_memory_per_block_optin=227 << 10),
         device=lambda _: nullcontext(), synchronize=lambda *_: None, empty_cache=lambda: None, CUDAGraph=Graph, graph=record,
         get_rng_state=lambda *_: torch.get_rng_state(), set_rng_state=lambda state, *_: torch.set_rng_state(state),
         is_current_stream_capturing=lambda: Played.recording is not None, get_device_name=lambda *_: "a CPU",

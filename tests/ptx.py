@@ -257,7 +257,7 @@ class Warp:
         self.mask = mask & (there > 0)
         if self.mask.any():
             self.full = False
-            data = np.stack(self.load("global", source, np.uint32, size // 4, True), 1).view(np.uint8)
+            data = np.stack(self.load("global", source, np.uint32, size // 4, False), 1).view(np.uint8)
         self.mask, self.full = mask, full
         cells, where = memory.check(self, lanes, at, size, True), at[:, None] + np.arange(size)
         memory.in_flight[cells] = True

@@ -9,8 +9,8 @@ import torch
 from benchmarks.gpu import SHAPES, attention_errors
 from conftest import small
 from fake_gpu import gpu as played
-from minikd import attend_cuda, generate as generating
-from minikd.attend_cuda import HEADS, LEAST, attend, make_parts
+from minikd import attend_cuda, fused_cuda, generate as generating
+from minikd.attend_cuda import HEADS, LEAST, SHARED, attend, make_parts
 from minikd.cuda import SOURCES, launch
 from minikd.generate import generate, generate_with_log_probs
 from minikd.model import rope_tables, rotate
@@ -20,9 +20,9 @@ from ptx import Fault, kernels_of, places
 @pytest.fixture
 def on_cpu(gpu, monkeypatch):
     """Makes the operator run on the CPU. Its blocks run at the same time, so that races between them are found."""
-    def launched(name, device, grid, threads, *values):
+    def launched(name, device, grid, threads, *values, shared):
         gpu.readable, gpu.writable = places(*values[:5]), places(*values[5:9])
-        launch(name, device, grid, threads, *values, together=grid[1] > 1)      # blocks that split a row's slots
+        launch(name, device, grid, threads, *values, together=grid[1] > 1, shared=shared)   # blocks that split a row's slots
 
     monkeypatch.setattr(attend_cuda, "launch", launched)
     attend.register_kernel("cpu")(attend_cuda.step)
@@ -88,7 +88,7 @@ def test_a_step_is_the_definition(on_cpu, H, K, E, slot):
 @pytest.mark.parametrize("slot, order", [(15, "first"), (16, "last"), (255, "turns"), (256, "first"), (301, "last")])
 def test_every_length_is_attended_to(on_cpu, slot, order):
     on_cpu.order = order
-    check(on_cpu, case(1, 7, 1, 64, 302, slot, seed=slot, gaps=slot != 255))
+    check(on_cpu, case(1, 7, 1, 64, 304, slot, seed=slot, gaps=slot != 255))
 
 
 @pytest.mark.parametrize("slot, splits, E, order", [(511, 2, 64, "turns"), (512, 2, 64, "first"), (1039, 3, 64, "last"),
@@ -126,6 +126,7 @@ def test_the_check_detects_a_missing_barrier_or_counter(compiled, on_cpu, old, n
 def on_played_gpu(on_cpu, monkeypatch):
     """-> the kernels launched on a GPU that the CPU plays."""
     monkeypatch.setattr(attend_cuda, "available", lambda index: True)
+    monkeypatch.setattr(fused_cuda, "available", lambda index: False)
     return on_cpu.launched
 
 
@@ -179,9 +180,10 @@ def test_make_parts_refuses_what_the_kernel_does_not_support(on_played_gpu, monk
     assert make_parts(torch.empty(2, 1, 64, 64).bfloat16(), 7) is None          # on a CPU
     with played():
         assert made() == (2, 1, HEADS * 66 + 1) and made((1, 2, 640, 128), 16) == (2, 1, HEADS * 130 + 1)
-        assert made(dtype=torch.float32) is made((2, 1, 64, 32)) is made((2, 1, 63, 64)) is made(heads=9) is None
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
-        assert [made((B, 2, 4096, 64))[1] for B in (1, 8, 16, 64, 200)] == [8, 8, 4, 1, 1] and made((1, 2, 1023, 64)) is None
+        assert made(dtype=torch.float32) is made((2, 1, 64, 32)) is made((2, 1, 60, 64)) is made(heads=9) is None
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(
+            multi_processor_count=132, shared_memory_per_block_optin=227 << 10))
+        assert [made((B, 2, 4096, 64))[1] for B in (1, 8, 16, 64, 200)] == [8, 8, 4, 1, 1] and made((1, 2, 1020, 64)) is None
         monkeypatch.setattr(attend_cuda, "available", lambda index: False)
         assert made() is None
 
@@ -195,3 +197,4 @@ def test_the_operator_writes_what_it_declares_and_can_be_traced(on_cpu):
 def test_the_sizes_are_those_of_attend_cu():
     source = SOURCES[2].read_text()
     assert f"HEADS = {HEADS}, CHUNK = 16, LEAST = {LEAST};" in source and "WARPS = 1024 / E, THREADS = 32 * WARPS;" in source
+    assert f"sizeof(Shared<128>) == {SHARED}," in source

@@ -17,18 +17,18 @@ WRITES = {"silu_up": [1], "add_norm": [3, 4], "draw": [2, 3], "attend_64": [5, 6
 @pytest.fixture
 def on_cpu(gpu, monkeypatch) -> list:
     """Makes the operators run on the CPU -> the names of the kernels launched."""
-    def launched(name, device, grid, threads, *values):
+    def launched(name, device, grid, threads, *values, **options):
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         gpu.readable = places(*(tensor for i, tensor in enumerate(tensors) if i not in WRITES[name] and tensor.is_contiguous()))
         gpu.readable += [(tensor.data_ptr(), 2 * len(tensor) * tensor.stride(0)) for tensor in tensors
                          if not tensor.is_contiguous()]                         # a vocabulary's rows, and what lies between them
         gpu.writable = places(*(tensors[i] for i in WRITES[name]))
-        launch(name, device, grid, threads, *values)
+        launch(name, device, grid, threads, *values, **options)
 
     for module in attend_cuda, fused_cuda:
         monkeypatch.setattr(module, "launch", launched)
     for op, function in ((attend_cuda.attend, attend_cuda.step), (fused_cuda.silu_up, multiply_by_silu),
-                         (fused_cuda.add_norm, add_and_normalise), (fused_cuda.draw, draw_tokens)):
+                         (fused_cuda.add_norm, add_and_normalise), (fused_cuda.draw_on_gpu, draw_tokens)):
         op.register_kernel("cpu")(function)
     return gpu.launched
 
