@@ -113,18 +113,22 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
     float most = NONE, mass = 0, sum[E / 64][4][4] = {}, scale = LOG2_E * rsqrtf(E);    // exp(x) is 2^(x log2(e))
     auto& mine = shared.warp[warp];
     auto fetch = [&](int d, int first) {                        // starts to copy a chunk
-        for (int h = 0; h < 2 && first < end; h++) {            // past the end the last slot is copied again, and has p = 0
-            const u16* at = keys + min(first + 8 * h + g, end - 1) * E + 8 * t;
+        if (first < end) {                                      // past the end the last slot is copied again, and has p = 0
 #pragma unroll
-            for (int j = 0; j < E / 32; j++) copy_async<16>(true, &mine.chunks[d].keys[h][j][lane], at + 32 * j);
-        }
-        for (int c = 0; c < 4 && first < end; c++) {
-            const u16* at = values + min(first + c / 2 * 8 + 2 * t + c % 2, end - 1) * E + 8 * g;
+            for (int h = 0; h < 2; h++) {
+                const u16* at = keys + min(first + 8 * h + g, end - 1) * E + 8 * t;
 #pragma unroll
-            for (int i = 0; i < E / 64; i++) copy_async<16>(true, &mine.chunks[d].values[i][c][lane], at + 64 * i);
+                for (int j = 0; j < E / 32; j++) copy_async<16>(true, &mine.chunks[d].keys[h][j][lane], at + 32 * j);
+            }
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const u16* at = values + min(first + c / 2 * 8 + 2 * t + c % 2, end - 1) * E + 8 * g;
+#pragma unroll
+                for (int i = 0; i < E / 64; i++) copy_async<16>(true, &mine.chunks[d].values[i][c][lane], at + 64 * i);
+            }
+            int slot = first + 8 * lane;                        // the first two lanes copy the bias of 8 slots each
+            if (lane < 2 && slot < end) copy_async<16>(true, &mine.chunks[d].bias[8 * lane], bias + slot);
         }
-        int slot = first + 8 * lane;                            // the first two lanes copy the bias of 8 slots each
-        if (lane < 2 && slot < min(end + 7, S)) copy_async<16>(true, &mine.chunks[d].bias[8 * lane], bias + slot);
         commit_group();                                         // also an empty one: wait_for_copies counts groups
     };
     int d = 0;                                                  // which of the two chunks is multiplied

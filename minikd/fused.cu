@@ -67,6 +67,13 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const u16* x, const 
     *(Words*)(normed + row) = out;
 }
 
+// Sets the values from `left` on to -inf.
+__device__ __forceinline__ void cut(Words& v, int left) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        v.w[i] = 2 * i >= left ? 0xff80ff80u : 2 * i + 1 >= left ? 0xff800000u | v.w[i] & 0xffffu : v.w[i];
+}
+
 // ---- a token per row from softmax(logits / temperature), as generate.sample draws it.  grid (B), 512 threads
 //
 // The logits are read once: every warp sums exp(logit - its own greatest) over its part of the row. The token is then where the
@@ -91,11 +98,11 @@ __device__ __forceinline__ Place find(const float* mass, int n, double rest) {
 
 // p[i] = 2^(scale logit - most) of 8 tokens, 0 from the vocabulary's end on
 __device__ __forceinline__ float exps(float* p, const u16* logits, int token, int V, float scale, float most) {
-    Words word = {};
+    Words word = load_if(token < V, (const Words*)(logits + token));
     float sum = 0;
-    if (token < V) word = load((const Words*)(logits + token));
+    if (token + 8 > V) cut(word, V - token);
 #pragma unroll
-    for (int i = 0; i < 8; i++) p[i] = token + i < V ? power_of_2(element(word, i) * scale - most) : 0, sum += p[i];
+    for (int i = 0; i < 8; i++) p[i] = power_of_2(element(word, i) * scale - most), sum += p[i];
     return sum;
 }
 
@@ -113,16 +120,12 @@ extern "C" __global__ void __launch_bounds__(32 * PARTS) draw(const u16* logits,
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             int token = begin + (first + c) * CHUNK;
-            bool there = first + c < chunks && token < V;
-            word[c] = load_if(there, (const Words*)(logits + token));
-#pragma unroll
-            for (int i = 0; i < 4 && !(there && token + 8 <= V); i++) {         // past the end: bfloat16's -inf
-                if (!there || token + 2 * i >= V) word[c].w[i] = 0xff80ff80u;
-                else if (token + 2 * i + 1 >= V) word[c].w[i] = 0xff800000u | word[c].w[i] & 0xffffu;
-            }
+            word[c] = load_if(first + c < chunks && token < V, (const Words*)(logits + token));
         }
 #pragma unroll
         for (int c = 0; c < 4; c++) {
+            int left = first + c < chunks ? V - begin - (first + c) * CHUNK : 0;
+            if (left < 8) cut(word[c], left);
             float top = most;
 #pragma unroll
             for (int i = 0; i < 8; i++) top = fmaxf(top, element(word[c], i) * scale);

@@ -109,9 +109,10 @@ def test_a_step_is_as_exact_as_the_plain_path(on_cpu, shape, length, splits):
 
 
 @pytest.mark.parametrize("old, new, fault", [
-    (r"bar\.sync\s+0;", "", "reads what no thread wrote|race"),
+    (r"bar\.sync\s+0;", "", "reads what no thread wrote|race"), (r"bar\.warp\.sync\s+-1;", "", "race"),
+    (r"wait_group\s+1;", "wait_group 2;", "while an asynchronous copy is in flight"),
     (r"atom\.acq_rel\S+inc\.u32\s+(\S+), .*;", r"mov.u32 \1 1;", "race")])
-def test_the_check_detects_a_missing_barrier_or_counter(compiled, on_cpu, old, new, fault):
+def test_the_check_detects_a_missing_barrier_wait_or_counter(compiled, on_cpu, old, new, fault):
     body = re.search(r"\.visible \.entry attend_64\(.*?\n}\n", compiled.ptx, re.S)[0]
     changed, count = re.subn(old, new, body)
     assert count
