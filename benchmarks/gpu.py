@@ -5,7 +5,7 @@
     python -m benchmarks.gpu --device cpu --tiny        # small shapes: only shows that the script runs
 
 Claims (one H200, random weights in Qwen2.5's shapes, peers in the same run):
-    check     sampling from graphs, by one kernel, GPTQ's columns and a step's gradients are the plain path's
+    check     sampling from graphs (with attend.cu), by one kernel, GPTQ's columns and a step's gradients are the plain path's
     kernel    relative error under 1e-2 on every shape and batch; outputs are nan before
     loss      the losses' kernels (loss.cu): at least as exact as torch's float32; 80% of the copy bandwidth
     step      a token by one kernel (decode.cu): as exact as the plain step; how long it takes without weights to read
@@ -35,13 +35,14 @@ import torch.nn.functional as F
 
 from benchmarks.measure import machine
 from minikd import cuda, loss_cuda, losses, w4_cuda
+from minikd.attend_cuda import HEADS, attend
 from minikd.data import Encoded, send
 from minikd.decode_cuda import OneKernel
 from minikd.generate import generate, generate_with_log_probs, prefill
 from minikd.gptq import quantize_columns, quantize_model, replayed_columns
 from minikd.layout import laid_out
 from minikd.losses import clipped_surrogate, compile_losses, forward_kl, head_loss, pick_divergence, reverse_kl, scored_positions
-from minikd.model import Qwen2, Qwen2Config, StaticCache
+from minikd.model import Qwen2, Qwen2Config, StaticCache, rope_tables, rotate
 from minikd.quant import W4Linear, decode_groups, round_to_nearest, to_w4, to_words
 from minikd.training import compile_blocks, make_optimizer
 
@@ -326,6 +327,27 @@ def check_step(device, tiny, limits):
     print(f"narrow layers have almost no weights: what remains is {5 * narrow.num_hidden_layers} barriers of all blocks")
 
 
+def attention_errors(config: Qwen2Config, length: int, splits: int, device: str) -> tuple[float, float, bool]:
+    """attend.cu's relative error and the plain path's, against float64, and whether the cache's new slot is right bit for bit."""
+    B, H, K, E, S = 3, config.num_attention_heads, config.num_key_value_heads, config.head_dim, length + 15 & ~7
+    qkv, keys, values = (torch.randn(*shape, device=device).bfloat16()
+                         for shape in ((B, 1, (H + 2 * K) * E), (B, K, S, E), (B, K, S, E)))
+    cos, sin = rope_tables(torch.randint(4000, (B, 1), device=device), 1e6, E, torch.bfloat16)
+    seen = (torch.rand(B, S, device=device) < 0.8) & (torch.arange(S, device=device) < length)
+    seen[:, length - 1] = True                      # the new one
+    bias = torch.zeros(B, S, device=device).masked_fill(~seen, -torch.inf)[:, None, None].bfloat16()
+    parts, slot = torch.zeros(B * K, splits, HEADS * (E + 2) + 1, device=device), torch.tensor([length - 1], device=device)
+    for _ in range(2):                              # the second one finds the counters as the first one left them
+        y = attend(qkv, cos, sin, keys, values, slot, bias, parts)
+    heads = qkv.view(B, -1, 1, E)
+    q, k, v = rotate(heads[:, :H], cos, sin), rotate(heads[:, H:-K], cos, sin), heads[:, -K:]
+    same = torch.equal(keys[:, :, length - 1:length], k) and torch.equal(values[:, :, length - 1:length], v)
+    exact, plain = (F.scaled_dot_product_attention(q.to(dtype).reshape(B, K, -1, E), keys.to(dtype), values.to(dtype),
+                                                   attn_mask=bias.to(dtype)).reshape(B, 1, -1)
+                    for dtype in (torch.float64, torch.bfloat16))
+    return *(float((found - exact).norm() / exact.norm()) for found in (y, plain)), same
+
+
 def check_results(device, tiny, limits):
     """What is timed below, against the plain path: sampling and GPTQ's columns from graphs, one kernel, a step's gradients."""
     # Weights larger than usual: with 0.02 every next token is as likely, or the last one again, whatever the cache holds.
@@ -407,6 +429,13 @@ def check_results(device, tiny, limits):
 
     with attempt("sampling"):
         sampling("samples, float32", make(config, device, torch.float32), prompts, 1e-3, samples=2)
+        sampling("samples, bfloat16 (attend.cu)", make(config, device), prompts, 0.3, samples=2)
+    for shape, length, splits in (("0.5B", 1, 1), ("0.5B", 576, 1), ("1.5B", 77, 1), ("3B", 300, 1), ("3B", 2000, 3)):
+        if device == "cuda" and cuda.available(torch.cuda.current_device()):
+            with attempt(f"attention, {shape}"):
+                ours, plain, same = attention_errors(SHAPES[shape], length, splits, device)
+                table.row(f"attend.cu, {shape}, {length:,} slots, {splits} blocks", f"{ours:.1e}, {plain:.1e}",
+                          "" if same and ours < 1.5 * plain + 1e-3 else "TOO LARGE")
     for bits in 16, 4:
         with attempt(f"one kernel, {bits} bits"):
             model = make(config, device)

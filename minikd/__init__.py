@@ -11,7 +11,7 @@ M counts the rows of a product, N its outputs and K its inputs.
 
 Reading order (the README's list is the order of imports): files hub model quant checkpoint tokenizer records data toy losses
 generate teacher minillm grpo problems sandbox rewards gptq rouge evaluate training plots; last the files that only concern
-speed: layout cuda w4_cuda loss_cuda decode_cuda.
+speed: layout cuda attend_cuda fused_cuda w4_cuda loss_cuda decode_cuda.
 """
 import sys
 

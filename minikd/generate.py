@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minikd.data import Encoded, by_length
 from minikd.decode_cuda import OneKernel, fits
+from minikd.fused_cuda import can_draw, draw_on_gpu
 from minikd.layout import head_logits, laid_out
 from minikd.losses import log_mix, log_probs
 from minikd.model import KVCache, Qwen2, StaticCache
@@ -217,6 +218,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tens
     """
     if temperature < 1e-6:                                      # greedy: the division would overflow
         return logits.max(-1).indices, torch.zeros(len(logits), device=logits.device)   # argmax takes 4 x as long in bfloat16
+    if top_k == 0 and top_p == 1 and can_draw(logits):          # all that follows, by one kernel on a GPU
+        return draw_on_gpu(logits, u, temperature)
     if temperature != 1:                                        # at 1, save a copy of [B, V]
         logits = logits.float() / temperature
     if top_k > 0:
@@ -239,7 +242,8 @@ def invert(probs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     (float32 would lose the tail) takes two to ten times as long as their softmax, and on a GPU one block of threads walks each
     row.
     """
-    blocks = F.pad(probs, (0, -probs.shape[1] % BLOCK)).view(len(probs), -1, BLOCK)         # [B, V/128, 128]
+    fill = -probs.shape[1] % BLOCK
+    blocks = (F.pad(probs, (0, fill)) if fill else probs).reshape(len(probs), -1, BLOCK)       # [B, V/128, 128]; F.pad copies
     mass = blocks.sum(-1, dtype=torch.float64)                                              # [B, V/128]
     upto = mass.cumsum(-1)
     total = upto[:, -1:]                                                                    # [B, 1]

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minikd.attend_cuda import attend, make_parts
 from minikd.files import InputError
+from minikd.fused_cuda import add_norm, can_fuse, silu_up
 
 # cuDNN's attention, torch's first choice on a Hopper GPU, makes a new plan for every length; batches here have many.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -106,6 +108,7 @@ class Slots(NamedTuple):
     values: Tensor                                                              # [B, K, S, E]
     at: int | Tensor                                                            # slots filled so far; in a StaticCache a tensor [1]
     mask: Tensor | None                 # what a new token sees: [B, 1, 1, S] bool; StaticCache: 0 or -inf, to be added
+    parts: Tensor | None = None         # a StaticCache's, if attend_cuda can attend to it
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k, v [B, K, T, E]; returns all that attention reads [B, K, S, E]."""
@@ -131,6 +134,7 @@ class KVCache:
 
     def __init__(self, config: Qwen2Config, lengths: Tensor, capacity: int, dtype: torch.dtype):
         B, prompt, device = len(lengths), int(lengths.max()), lengths.device
+        self.config = config
         shape = (B, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
@@ -160,12 +164,12 @@ class KVCache:
 class StaticCache(KVCache):
     """The cache of a step that a CUDA graph replays: all that changes between steps is a device tensor at a fixed address.
 
-    Each step reads every slot, and `bias`, added to the scores, excludes those not yet written.
+    `bias`, added to the scores, excludes the slots not yet written, which torch's attention reads too.
     """
 
     def __init__(self, cache: KVCache):
         """Takes over the tensors of a cache that has read its prompts."""
-        self.keys, self.values, self.used = cache.keys, cache.values, cache.used
+        self.config, self.keys, self.values, self.used = cache.config, cache.keys, cache.values, cache.used
         for slots in self.keys + self.values:
             slots[:, :, cache.used:] = 0                                        # a masked slot counts 0 x its value: not NaN
         self.valid, self.lengths = cache.valid, cache.lengths.clone()           # changed in place from here on
@@ -174,9 +178,10 @@ class StaticCache(KVCache):
         # [B, S] added to the scores: -inf where a row may not look. Built once, not from a bool mask in every layer.
         self.bias = torch.zeros_like(self.valid, dtype=self.keys[0].dtype)
         self.bias.masked_fill_(~(self.valid & written), -torch.inf)
+        self.parts = make_parts(self.keys[0], self.config.num_attention_heads)
 
     def layer(self, i: int) -> Slots:
-        return Slots(self.keys[i], self.values[i], self.slot, self.bias[:, None, None])
+        return Slots(self.keys[i], self.values[i], self.slot, self.bias[:, None, None], self.parts)
 
     def advance(self, T: int):
         self.lengths += 1
@@ -185,7 +190,7 @@ class StaticCache(KVCache):
 
     def keep(self, rows: Tensor):
         super().keep(rows)
-        self.bias = self.bias[rows]
+        self.bias, self.parts = self.bias[rows], make_parts(self.keys[0], self.config.num_attention_heads)
 
 
 class Linear(nn.Linear):
@@ -212,6 +217,13 @@ class RMSNorm(nn.Module):
         x32 = x.float()                                                         # float16 overflows in the mean square
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)                                    # RMSNorm eq. (4)
+
+    def after_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, and that normalised."""
+        if can_fuse(x) and x.shape[-1] % 8 == 0 and x.shape[-1] <= 8192:        # one kernel instead of two
+            return add_norm(x, y, self.weight.to(x.dtype), self.eps)
+        x = x + y
+        return x, self(x)
 
 
 def rope_tables(positions: Tensor, theta: float, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -255,6 +267,8 @@ class Attention(nn.Module):
             qkv = self.joined(x)                                                # [B, T, (H + 2K) E]
         else:
             qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)   # the same shape
+        if slots is not None and slots.parts is not None:                       # all that follows, by one kernel on a GPU
+            return self.o_proj(attend(qkv, cos, sin, slots.keys, slots.values, slots.at, slots.mask, slots.parts))
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         v = heads[:, -self.K:]                                                  # [B, K, T, E]
         rotated = rotate(heads[:, :-self.K], cos, sin)                          # [B, H + K, T, E]
@@ -288,7 +302,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.joined is not None:
-            gate, up = self.joined(x).chunk(2, dim=-1)                          # [B, T, W] each
+            gate_up = self.joined(x)                                            # [B, T, 2W]
+            if can_fuse(gate_up) and gate_up.shape[-1] % 16 == 0:               # one kernel instead of two
+                return self.down_proj(silu_up(gate_up))
+            gate, up = gate_up.chunk(2, dim=-1)                                 # [B, T, W] each
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)                       # the same shape
         return self.down_proj(F.silu(gate) * up)                                # SwiGLU eq. (6)
@@ -304,8 +321,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, *attention) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *attention)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normed = self.post_attention_layernorm.after_sum(x, self.self_attn(self.input_layernorm(x), *attention))
+        return x + self.mlp(normed)
 
 
 def run_block(block: Block, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:

@@ -117,7 +117,7 @@ class OnGPU(Tensor):
             kwargs["device"] = "cpu"
         out = func(*args, **kwargs)
         if Played.recording is not None:
-            Played.recording.append((func, args, kwargs, () if written else tree_leaves(out)))
+            Played.recording.append((func, args, kwargs, tree_leaves(out)))
         same = {id(raw(x)): x for x in written}                 # an operator that writes in place returns its argument
         return each(Tensor, lambda x: same[id(x)] if id(x) in same else OnGPU(x), out)
 
@@ -188,7 +188,7 @@ class Graph:
             for func, args, kwargs, outputs in self.steps:
                 results = tree_leaves(func(*args, **kwargs))
                 for place, result in zip(outputs, results):
-                    if isinstance(place, Tensor) and place.data_ptr() != result.data_ptr():     # a view needs no copy
+                    if isinstance(place, Tensor) and place.data_ptr() != result.data_ptr():     # neither view nor in place
                         place.copy_(result)
 
 
@@ -238,7 +238,8 @@ def gpu():
     shallow = torch._has_compatible_shallow_copy_type
     cuda = dict(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, get_device_capability=lambda *_: (7, 5),
-        get_device_properties=lambda *_: SimpleNamespace(name="played", multi_processor_count=1, total_memory=1 << 40),
+        get_device_properties=lambda *_: SimpleNamespace(name="played", multi_processor_count=1, total_memory=1 << 40,
+                                                          shared_memory_per_block_optin=227 << 10),
         device=lambda _: nullcontext(), synchronize=lambda *_: None, empty_cache=lambda: None, CUDAGraph=Graph, graph=record,
         get_rng_state=lambda *_: torch.get_rng_state(), set_rng_state=lambda state, *_: torch.set_rng_state(state),
         is_current_stream_capturing=lambda: Played.recording is not None, get_device_name=lambda *_: "a CPU",

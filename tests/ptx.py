@@ -245,6 +245,18 @@ class Warp:
     def store_relaxed(self, space: str, addresses, *values):
         self.store(space, addresses, *values, relaxed=True)
 
+    def count_up(self, addresses, last) -> np.ndarray:
+        """atom.inc with acquire and release -> the values before"""
+        place, = addresses[self.lanes]                          # only one lane is active
+        (memory, _, at), = self.find("global", np.array([place]), 4)
+        count, released = memory.view[at[0]:][:4].view(np.uint32), self.block.grid.released
+        before = count.copy()
+        count[:] = 0 if before >= last[self.lanes] else before + 1
+        released[place] = self.clock = np.maximum(self.clock, released.get(place, 0))
+        self.clock = self.clock.copy()
+        self.clock[self.id] += 1
+        return np.full(32, before)
+
     def copy(self, to, source, size: int, there):
         """cp.async: `size` bytes, the first `there` of them read and the others 0; here `there` is 0 or `size`. Until the wait,
         the target holds 0xff."""
@@ -255,7 +267,7 @@ class Warp:
         self.mask = mask & (there > 0)
         if self.mask.any():
             self.full = False
-            data = np.stack(self.load("global", source, np.uint32, size // 4, True, True), 1).view(np.uint8)
+            data = np.stack(self.load("global", source, np.uint32, size // 4, False, True), 1).view(np.uint8)
         self.mask, self.full = mask, full
         cells, where = memory.check(self, lanes, at, size, True), at[:, None] + np.arange(size)
         memory.in_flight[cells] = True
@@ -358,8 +370,8 @@ class Grid:
     def __init__(self, kernel: Kernel, shape: tuple[int, int], threads: int, arguments: bytes, readable, writable,
                  dynamic: int = 0, together: bool = False, order: str = "turns", overlap: bool = False):
         self.kernel, self.shape, self.threads, self.arguments, self.dynamic = kernel, shape, threads, arguments, dynamic
-        self.order, self.overlap, warps = order, overlap, threads // 32
-        self.clocks = warps * (shape[0] if together else 1)
+        self.order, self.overlap, self.released, warps = order, overlap, {}, threads // 32
+        self.clocks = warps * (shape[0] * shape[1] if together else 1)
         places = [(x, y) for y in range(shape[1]) for x in range(shape[0])]
         for group in [places] if together else [[place] for place in places]:
             runs = sorted([(*run, 0) for run in readable] + [(*run, self.clocks) for run in writable])
@@ -436,7 +448,7 @@ class Driver:
 
 CONTROL = "bra", "bra.uni", "ret", "trap", "bar.sync"
 RELAXED_LOADS = "ld.relaxed", "ld.volatile"             # volatile is relaxed, for the whole system
-REGISTERS = {"%rs": "u2", "%rd": "u8", "%r": "u4", "%f": "f4", "%p": "b1"}
+REGISTERS = {"%rs": "u2", "%rd": "u8", "%r": "u4", "%fd": "f8", "%f": "f4", "%p": "b1"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 OPPOSITE = {"leu": ">", "ltu": ">=", "geu": "<", "gtu": "<=", "neu": "=="}     # u: true of nan too
 MMA = {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": ("mma", "f4"),
@@ -466,7 +478,7 @@ def translate(kernel: Kernel, start: int, end: int):
                 text, has = f"{text}.astype(u{type[1]})", "u" + type[1]
             require(has[1] == type[1], "a register is too narrow", operand)
             return text if has == type else f"{text}.view({type})"
-        bits = int(operand[2:], 16) if operand.startswith("0f") else kernel.symbols.get(operand)
+        bits = int(operand[2:], 16) if operand.startswith(("0f", "0d")) else kernel.symbols.get(operand)
         bits = kernel.params[operand][0] if operand in kernel.params else bits
         bits = int(operand, 0) if bits is None else bits
         name = f"k{len(names)}"
@@ -515,6 +527,9 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         return [], [], f'w.{method}("{space}", {address(operands[0], space)}, {values})'
     if base == "prefetch" or "prefetch" in mods:
         return [], [], "None"
+    if base == "atom":
+        require(mods == ["acq_rel", "gpu", "global", "inc", "u32"], opcode)
+        return operands[:1], ["u4"], f"w.count_up({address(operands[1], space)}, {read(operands[2], 'u4')})"
     if base == "cp" and len(operands) < 2:
         return [], [], {"commit_group": "w.commit_group()", "wait_group": f"w.wait_for_copies({''.join(operands)})"}[mods[1]]
     if base == "cp":
@@ -532,11 +547,12 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         a, b, c = ("[" + ", ".join(read(name, type) for name in part) + "]" for part, type in zip(parts[1:], ("u4", "u4", type)))
         return parts[0], [type] * 4, f"w.together() and {function}({a}, {b}, {c})"
     if base == "shfl":
-        require(mods == ["sync", "bfly", "b32"], opcode)
+        require(mods in (["sync", "bfly", "b32"], ["sync", "idx", "b32"]), opcode)
         value, other, clamp, members = (read(operand, "u4") for operand in operands[1:])
+        source = f"lanes ^ {other}" if mods[1] == "bfly" else other
         target = operands[0].split("|")[0]                      # after | stands a predicate, which is not used
         type = register(target)
-        return [target], [type], f"w.together({clamp}, {members}) and {value}[lanes ^ {other}].view({type})"
+        return [target], [type], f"w.together({clamp}, {members}) and {value}[{source}].view({type})"
     if base == "mov" and len(parts[0]) == 2:                    # a register's halves
         value = read(operands[1], "u4")
         return parts[0], ["u2", "u2"], f"({value} & 0xffff).astype(u2), ({value} >> 16).astype(u2)"
@@ -564,16 +580,16 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
         a, b, c = (read(operand, "u4") for operand in operands[1:4])
         return ["u4"], f"lop3({a}, {b}, {c}, {operands[4]})"
     if base == "prmt":
-        return ["u4"], "permute({}, {}, {})".format(*(read(operand, "u4") for operand in operands[1:4]))
+        return ["u4"], f"permute({', '.join(read(operand, 'u4') for operand in operands[1:4])})"
     type = register(operands[0]) if base == "mov" else type_of(kind)
     if base == "mov":
         return [type], read(operands[1], type)
     a, *more = (read(operand, type) for operand in operands[1:3])
     if base == "clz":
         return ["u4"], f"leading_zeros({a})"
-    if base in ("neg", "not", "ex2", "rsqrt", "rcp"):
-        return [type], {"neg": f"-{a}", "not": f"~{a}", "ex2": f"exp2({a})", "rsqrt": f"(1 / sqrt({a})).astype(f4)",
-                        "rcp": f"(1 / {a}).astype(f4)"}[base]
+    if base in ("neg", "not", "ex2", "lg2", "rsqrt", "rcp"):
+        return [type], {"neg": f"-{a}", "not": f"~{a}", "ex2": f"exp2({a})", "lg2": f"log2({a})",
+                        "rsqrt": f"(1 / sqrt({a})).astype(f4)", "rcp": f"(1 / {a}).astype(f4)"}[base]
     b, = more
     if base == "setp":
         require(len(operands) == 3, "setp of two predicates")
@@ -669,6 +685,6 @@ def mma_int8(a: list, b: list, c: list) -> np.ndarray:
 
 OPERATIONS = {name: np.dtype(name).type for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "b1")}
 OPERATIONS |= {function.__name__: function for function in (
-    to_bf16, fma_pairs, leading_zeros, max_pairs, divide, lop3, permute, mma, mma_int8, np.where, np.exp2,
-    np.sqrt, np.minimum, np.fmin, np.fmax, np.fmod)}
+    to_bf16, fma_pairs, leading_zeros, max_pairs, divide, lop3, permute, mma, mma_int8, np.where, np.exp2, np.log2, np.sqrt,
+    np.minimum, np.fmin, np.fmax, np.fmod)}
 OPERATIONS["lanes"] = LANES

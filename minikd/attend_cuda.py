@@ -1,0 +1,44 @@
+"""attend.cu from Python: where it can run, and torch.ops.minikd.attend."""
+import torch
+from torch import Tensor
+
+from minikd.cuda import available, launch
+
+HEADS, LEAST, SHARED = 8, 512, 133_648  # attend.cu's: most query heads of a key/value head, fewest slots of a block, its memory
+
+
+def make_parts(keys: Tensor, heads: int) -> Tensor | None:
+    """Room for the kernel's partial sums [B K, splits, HEADS (E + 2) + 1], 0 at first, for a cache of layers like `keys`
+    [B, K, S, E]. Several blocks split a row's slots where one block each would leave multiprocessors idle.
+    None if it cannot run: not on a GPU, not in bfloat16, heads of another size, more than HEADS of them to a key; too little
+    shared memory, as before the A100 and on consumer GPUs.
+    """
+    B, K, S, E = keys.shape
+    if not (keys.is_cuda and keys.dtype == torch.bfloat16 and E in (64, 128) and heads <= HEADS * K and S % 8 == 0
+            and available(keys.device.index)):
+        return None
+    gpu = torch.cuda.get_device_properties(keys.device)
+    if gpu.shared_memory_per_block_optin < SHARED:
+        return None
+    splits = max(1, min(gpu.multi_processor_count // (B * K), S // LEAST))
+    return torch.zeros(B * K, splits, HEADS * (E + 2) + 1, device=keys.device)
+
+
+def step(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, bias: Tensor,
+         parts: Tensor) -> Tensor:
+    """What model.Attention computes between qkv [B, 1, (H + 2K) E] and its product with o, for one new token per row; writes its
+    key and value into the cache's slot.  cos, sin [B, 1, 1, E], the rest as in model.Slots -> [B, 1, H E]"""
+    B, K, S, E = keys.shape
+    H = qkv.shape[-1] // E - 2 * K
+    y = qkv.new_empty(B, 1, H * E)
+    launch(f"attend_{E}", qkv.device, parts.shape[:2], 1024 // E * 32,
+           qkv.contiguous(), cos, sin, bias, slot, keys, values, parts, y, H, K, S, shared=SHARED)
+    return y
+
+
+attend = torch.library.custom_op("minikd::attend", step, mutates_args=("keys", "values", "parts"), device_types="cuda")
+
+
+@attend.register_fake                                           # y's shape and dtype, all that torch.compile's tracing needs
+def _(qkv, cos, sin, keys, values, slot, bias, parts):
+    return qkv.new_empty(qkv.shape[0], 1, qkv.shape[-1] - 2 * keys.shape[1] * keys.shape[3])

@@ -1,0 +1,174 @@
+// What surrounds a decoding step's products, in few kernels: each would be two to ten of torch's, which spend most of their time
+// on starting and on writing intermediate results. Compiled after w4_matmul.cu, as one program, and uses its helpers.
+
+namespace fused {
+
+__device__ __forceinline__ float element(const Words& v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }
+__device__ __forceinline__ u32 pair(float a, float b) { return to_bf16(a) | (u32)to_bf16(b) << 16; }
+__device__ __forceinline__ float nearest(float x) { return bf16(to_bf16(x)); }
+__device__ __forceinline__ float power_of_2(float x) {          // one instruction; exp2f adds some for results below 2^-126
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float log_2(float x) {
+    float y;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+const float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f, NONE = -1e30f;
+
+// ---- y [N, W] = silu(gate) up, gate_up [N, 2W].  SwiGLU eq. (6).  grid (N, W / 2048 rounded up), 256 threads
+
+extern "C" __global__ void __launch_bounds__(256) silu_up(const u16* gate_up, u16* y, int W) {
+    int at = (blockIdx.y * 256 + threadIdx.x) * 8;
+    if (at >= W) return;
+    const u16* row = gate_up + (long long)blockIdx.x * 2 * W + at;
+    Words gate = load((const Words*)row), up = load((const Words*)(row + W)), out;
+    float v[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float x = element(gate, i);
+        v[i] = nearest(x / (1 + power_of_2(-LOG2_E * x))) * element(up, i);       // rounded where F.silu rounds
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) out.w[i] = pair(v[2 * i], v[2 * i + 1]);
+    *(Words*)(y + (long long)blockIdx.x * W + at) = out;
+}
+
+// ---- sum = x + y, normed = sum / sqrt(mean(sum^2) + eps) * weight.  RMSNorm eq. (4).  grid (N), a thread for every 8 of D
+
+extern "C" __global__ void __launch_bounds__(1024) add_norm(const u16* x, const u16* y, const u16* weight, u16* sum, u16* normed,
+                                                           int D, float eps) {
+    __shared__ alignas(16) float squares[32];                   // of each warp
+    int lane = threadIdx.x % 32, at = threadIdx.x * 8;
+    long long row = (long long)blockIdx.x * D + at;
+    float v[8] = {}, square = 0;
+    Words out, gain = {};
+    if (at < D) {
+        Words a = load((const Words*)(x + row)), b = load((const Words*)(y + row));
+        gain = load((const Words*)(weight + at));
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = nearest(element(a, i) + element(b, i)), square += v[i] * v[i];
+#pragma unroll
+        for (int i = 0; i < 4; i++) out.w[i] = pair(v[2 * i], v[2 * i + 1]);
+        *(Words*)(sum + row) = out;
+    }
+    for (int mask = 16; mask; mask /= 2) square += __shfl_xor_sync(~0u, square, mask);
+    if (lane == 0) squares[threadIdx.x / 32] = square;
+    __syncthreads();
+    square = 0;
+    for (int w = 0; w < blockDim.x / 32; w++) square += squares[w];
+    float inverse = rsqrtf(square / D + eps);
+    if (at >= D) return;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        out.w[i] = pair(v[2 * i] * inverse * low(gain.w[i]), v[2 * i + 1] * inverse * high(gain.w[i]));
+    *(Words*)(normed + row) = out;
+}
+
+// Sets the values from `left` on to -inf.
+__device__ __forceinline__ void cut(Words& v, int left) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        v.w[i] = 2 * i >= left ? 0xff80ff80u : 2 * i + 1 >= left ? 0xff800000u | v.w[i] & 0xffffu : v.w[i];
+}
+
+// ---- a token per row from softmax(logits / temperature), as generate.sample draws it.  grid (B), 512 threads
+//
+// The logits are read once: every warp sums exp(logit - its own greatest) over its part of the row. The token is then where the
+// running sum passes u x total: first which warp's part, then which 256 tokens of it, which 8, and which one.
+
+const int PARTS = 16, CHUNK = 256, CHUNKS = 64;                 // tokens that a warp reads at once; most of them in a part
+struct Place { int at; double rest; };                          // which of several masses, and how far into it
+struct alignas(16) Draw { float most[PARTS], mass[PARTS], chunk[CHUNKS], word[32]; Place part; double total; };
+
+// The first of n masses at which their running sum passes `rest`. Masses of the same tokens that are summed again round another
+// way: so the last one that is above 0 is taken if none passes, and the rest is kept below the mass.
+__device__ __forceinline__ Place find(const float* mass, int n, double rest) {
+    int at = 0;
+    double before = 0, start = 0, its = 0;
+    for (int i = 0; i < n; i++) {
+        double next = mass[i];
+        if (next > 0 && before <= rest) at = i, start = before, its = next;
+        before += next;
+    }
+    return {at, fmin(rest - start, its * (1 - 0x1p-52))};
+}
+
+// p[i] = 2^(scale logit - most) of 8 tokens, 0 from the vocabulary's end on
+__device__ __forceinline__ float exps(float* p, const u16* logits, int token, int V, float scale, float most) {
+    Words word = load_if(token < V, (const Words*)(logits + token));
+    float sum = 0;
+    if (token + 8 > V) cut(word, V - token);
+#pragma unroll
+    for (int i = 0; i < 8; i++) p[i] = power_of_2(element(word, i) * scale - most), sum += p[i];
+    return sum;
+}
+
+// logits [B, stride], of which the first V of each row count; u [B]; scale = log2(e) / temperature; tokens, logps [B]
+extern "C" __global__ void __launch_bounds__(32 * PARTS) draw(const u16* logits, const double* u, long long* tokens, float* logps,
+                                                             int V, int stride, float scale) {
+    __shared__ Draw shared;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int chunks = ((V + CHUNK - 1) / CHUNK + PARTS - 1) / PARTS, begin = warp * chunks * CHUNK + lane * 8;
+    logits += (long long)blockIdx.x * stride;
+    float most = NONE, mass = 0;
+#pragma unroll 1
+    for (int first = 0; first < chunks; first += 4) {
+        Words word[4];                                          // four loads in flight per lane
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            int token = begin + (first + c) * CHUNK;
+            word[c] = load_if(first + c < chunks && token < V, (const Words*)(logits + token));
+        }
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            int left = first + c < chunks ? V - begin - (first + c) * CHUNK : 0;
+            if (left < 8) cut(word[c], left);
+            float top = most;
+#pragma unroll
+            for (int i = 0; i < 8; i++) top = fmaxf(top, element(word[c], i) * scale);
+            mass *= power_of_2(most - top), most = top;
+#pragma unroll
+            for (int i = 0; i < 8; i++) mass += power_of_2(element(word[c], i) * scale - top);
+        }
+    }
+    for (int mask = 16; mask; mask /= 2) {
+        float other = __shfl_xor_sync(~0u, most, mask), its = __shfl_xor_sync(~0u, mass, mask), top = fmaxf(most, other);
+        mass = mass * power_of_2(most - top) + its * power_of_2(other - top), most = top;
+    }
+    if (lane == 0) shared.most[warp] = most, shared.mass[warp] = mass;
+    __syncthreads();
+    most = NONE;
+    for (int w = 0; w < PARTS; w++) most = fmaxf(most, shared.most[w]);
+    if (warp == 0) {
+        if (lane < PARTS) shared.mass[lane] *= power_of_2(shared.most[lane] - most);
+        __syncwarp();
+        double total = 0;
+        for (int w = 0; w < PARTS; w++) total += shared.mass[w];
+        Place part = find(shared.mass, PARTS, u[blockIdx.x] * total);
+        if (lane == 0) shared.part = part, shared.total = total;
+    }
+    __syncthreads();
+    Place part = shared.part;
+    float p[8];
+    for (int c = warp; c < chunks; c += PARTS) {
+        float sum = exps(p, logits, (part.at * chunks + c) * CHUNK + lane * 8, V, scale, most);
+        for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+        if (lane == 0) shared.chunk[c] = sum;
+    }
+    __syncthreads();
+    if (warp) return;
+    Place chunk = find(shared.chunk, chunks, part.rest);
+    int token = (part.at * chunks + chunk.at) * CHUNK + lane * 8;
+    shared.word[lane] = exps(p, logits, token, V, scale, most);
+    __syncwarp();
+    Place word = find(shared.word, 32, chunk.rest);
+    if (lane != word.at) return;
+    token = min(token + find(p, 8, word.rest).at, V - 1);       // NaNs, of a model that diverged, must not run past the end
+    tokens[blockIdx.x] = token;
+    logps[blockIdx.x] = (bf16(logits[token]) * scale - most - log_2(shared.total)) * LN_2;
+}
+
+}

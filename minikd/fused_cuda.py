@@ -1,0 +1,52 @@
+"""fused.cu from Python: what surrounds a decoding step's products, as torch.ops.minikd.silu_up, add_norm and draw."""
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from minikd.cuda import available, launch
+
+MOST_TOKENS = 1 << 18                   # of a vocabulary: fused.cu's PARTS x CHUNKS x CHUNK
+
+
+def can_fuse(x: Tensor) -> bool:
+    """Whether the kernels can run: on a GPU, in bfloat16, without gradients. (torch.compile fuses by itself.)"""
+    return (not torch.compiler.is_compiling() and x.is_cuda and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+            and available(x.device.index))
+
+
+def multiply_by_silu(gate_up: Tensor) -> Tensor:
+    """silu(gate) up: SwiGLU between its products.  [..., 2W] -> [..., W]"""
+    W = gate_up.shape[-1] // 2
+    y = gate_up.new_empty(*gate_up.shape[:-1], W)
+    launch("silu_up", y.device, (gate_up.shape[:-1].numel(), -(-W // 2048)), 256, gate_up.contiguous(), y, W)
+    return y
+
+
+def add_and_normalise(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and its RMSNorm.  [..., D] each"""
+    total, normed, D = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
+    launch("add_norm", x.device, (x.shape[:-1].numel(), 1), -(-D // 256) * 32, x, y.contiguous(), weight, total, normed, D,
+           ctypes.c_float(eps))
+    return total, normed
+
+
+def draw_tokens(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """generate.sample without top-k and top-p.  logits [B, V], u [B] float64 -> tokens [B], log-probabilities [B]"""
+    B, V = logits.shape
+    tokens, logps = u.new_empty(B, dtype=torch.long), u.new_empty(B, dtype=torch.float32)
+    launch("draw", logits.device, (B, 1), 512, logits, u.contiguous(), tokens, logps, V, logits.stride(0),
+           ctypes.c_float(math.log2(math.e) / temperature))
+    return tokens, logps
+
+
+def can_draw(logits: Tensor) -> bool:
+    """Whether `draw_on_gpu` can: its loads are 16 bytes, aligned."""
+    return (can_fuse(logits) and len(logits) > 0 and logits.shape[1] <= MOST_TOKENS and logits.stride(1) == 1
+            and logits.stride(0) % 8 == 0 and logits.data_ptr() % 16 == 0)
+
+
+silu_up, add_norm, draw_on_gpu = (torch.library.custom_op(f"minikd::{name}", function, mutates_args=(), device_types="cuda")
+                           for name, function in (("silu_up", multiply_by_silu), ("add_norm", add_and_normalise),
+                                                  ("draw", draw_tokens)))
