@@ -24,7 +24,7 @@ from minikd.data import send
 BLOCK = 2048                                        # head rows in one matrix product on a CPU: they fit its cache
 LEAST = -1e30                                       # replaces a logit of -inf; its probability is 0 just the same
 PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # float32 logits in one softmax, at least: fewer are mostly overhead
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}  # logits of one model that are in memory at once, at most
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 160 << 20}  # logits of one model that are in memory at once, at most
 # A chunk is a multiple of so many tokens, as matrices are multiplied in tiles. On a CPU, by MKL, in float32: with AVX-512 a
 # token in chunks of 48 takes 0.8 of its time in chunks of 55 (results/head_loss.txt); in bfloat16 there is no such step. By
 # cuBLAS: the gradient's product for 1,766 tokens took 1.6 ms on an H200, 2.7 x one whose sizes are multiples of 8.

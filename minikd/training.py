@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from minikd.checkpoint import check_vocabulary, model_folder, outline
 from minikd.files import InputError, append_to, atomic_path, parse_json, read_json, remove, save_tensors
-from minikd.model import Qwen2, Qwen2Config, run_block
+from minikd.model import Qwen2, Qwen2Config, run_blocks
 from minikd.records import HALF, local_files
 
 STATE, LOG, CONFIG = "state.safetensors", "log.jsonl", "config.json"
@@ -47,11 +47,11 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> torch
 
 def compile_blocks(*models: Qwen2):
     """Lets torch.compile fuse the operations between a block's matrix products, for whole sequences and for decoding steps
-    that a CUDA graph replays. One compiled graph serves all blocks; each kind of call takes half a minute to compile.
+    that a CUDA graph replays. One compiled graph serves all groups of blocks; each kind of call takes half a minute to compile.
     """
-    torch._dynamo.config.recompile_limit = 64                   # run_block's, for all models, modes, numbers of rows; not 8
+    torch._dynamo.config.recompile_limit = 64                   # run_blocks', for all models, modes, numbers of rows; not 8
     for model in models:
-        model.model.compiled = torch.compile(run_block)
+        model.model.compiled = torch.compile(run_blocks)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine") -> float:
