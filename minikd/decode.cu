@@ -18,9 +18,8 @@
 // multiprocessor) as soon as it has done its share of a stage, and only then waits for words: the memory stays busy.
 
 // WIDEST: most inputs of a product; SPLITS: parts of a head's keys; AT_ONCE: keys in flight per lane; RING: bytes of a warp's
-// weights in flight; BIASES: most outputs of q/k/v; AHEAD: bytes per block that are brought into the L2
-const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, RING = 8576, BIASES = 5120,
-          AHEAD = 160 << 10;
+// weights in flight; BIASES: most outputs of q/k/v
+const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, RING = 8576, BIASES = 5120;
 
 typedef unsigned long long u64;
 
@@ -40,8 +39,9 @@ struct Step {
     u64* parts;                                         // [D] 5 to 1 of the next layer; [H, SPLITS, E + 2] 2 to 3, see `attend`
     const u16 *cos, *sin;                               // [S, E]
     long long* slot;                                    // [1] the token's slot in the cache; the kernel adds 1 at its end
-    int L, D, I, H, K, E, S, group, zeros, bits[4];     // zeros: whether codes have zero points other than 8; bits: of the
-                                                        // warps per team, for each matrix, see `Product`
+    int L, D, I, H, K, E, S, group, zeros;              // zeros: whether codes have zero points other than 8
+    int bits[4], ahead[2];                              // of the warps per team, for each matrix: see `Product`; tasks of
+                                                        // gate/up and down that a block brings into the L2
     float eps;
 };
 struct alignas(16) Shared {
@@ -157,9 +157,6 @@ struct Bf16 {
 
     __device__ Bf16(Matrix matrix, int N, int K, int group) : weight((const u16*)matrix.weight), K(K) {}
 
-    __device__ __forceinline__ u32 bytes() const { return 8 * K * 2; }                  // of 8 outputs
-    __device__ __forceinline__ void prefetch_rows(int n) const { prefetch(weight + (long long)n * K, bytes()); }
-
     // A row's 64 inputs are 128 contiguous bytes; in odd rows their halves change places, against bank conflicts in `add`.
     __device__ __forceinline__ void fetch(char* slot, int p, int n, int block) const {
         int lane = threadIdx.x % 32, k = block * BLOCK + lane % 8 * 8;
@@ -226,10 +223,6 @@ struct Int4 {
         zeros(matrix.zeros), blocks(round_up(K, 128) / 128), stride(round_up(N, 16)), inverse(0xffffffffu / (group / 128) + 1),
         mask(in_register(0xf0f0f0f0u)), top(in_register(0x80808080u)) {}
 
-    __device__ __forceinline__ u32 bytes() const { return blocks * 512; }
-    __device__ __forceinline__ void prefetch_rows(int n) const {        // the other half of a tile lies between
-        if (n % 16 == 0) prefetch(words + (long long)(n / 16) * blocks * 64, 2 * bytes());
-    }
     __device__ __forceinline__ void fetch(char* slot, int p, int n, int block) const {
         int lane = threadIdx.x % 32;
         bool there = block < blocks;
@@ -328,27 +321,26 @@ template <class Weights, int PAIR> struct Product {
             if (lane % 4 == 0) shared.part[turn][warp][lane / 4] = both.upper, shared.part[turn][warp][RUN + lane / 4] = both.lower;
             if (split > 1) wait_for_team(team, 32 * split);
             else __syncwarp();
-            if (rank == 0 && lane < RUN) {
-                float a = 0, b = 0;
-                for (int w = warp; w < warp + split; w++) {
-                    a += shared.part[turn][w][lane];
-                    if (PAIR == 2) b += shared.part[turn][w][RUN + lane];
-                }
-                done(output(task) + lane, a, b);
+            if (rank == 0) {                            // half a warp adds the 16 sums of every other warp
+                float total = 0;
+#pragma unroll 1
+                for (int w = warp + lane / 16; w < warp + split; w += 2) total += shared.part[turn][w][lane % 16];
+                total += __shfl_xor_sync(~0u, total, 16);
+                float other = __shfl_xor_sync(~0u, total, RUN);
+                if (lane < RUN) done(output(task) + lane, total, other);
             }
         }
         wait_for_copies<0>();
     }
 };
 
-// Starts to bring a block's first weights of a later product into the L2, as far as AHEAD bytes: while the stages before it wait
-// for each other, the memory would have nothing to do.
-template <class Weights> __device__ __forceinline__ void prefetch_product(Matrix matrix, int N, int K, int group, int gap = 0) {
-    Weights weights(matrix, N, K, group);
-    u32 parts = gap ? 2 : 1, task = blockIdx.x + threadIdx.x * gridDim.x;
-    if (threadIdx.x >= AHEAD / (parts * weights.bytes()) || task >= N / (8 * parts)) return;
-    weights.prefetch_rows(task * 8);
-    if (gap) weights.prefetch_rows(task * 8 + gap);
+// Starts to bring the bfloat16 weights of a block's first `tasks` tasks of a later product into the L2: while the stages before
+// wait for each other, the memory would have nothing to do.
+__device__ __forceinline__ void prefetch_product(Matrix matrix, int N, int K, u32 tasks, int gap) {
+    u32 n = (blockIdx.x + threadIdx.x * gridDim.x) * 8;
+    if (threadIdx.x >= tasks || n >= N) return;
+    prefetch((const u16*)matrix.weight + (long long)n * K, 16 * K);
+    if (gap) prefetch((const u16*)matrix.weight + (long long)(n + gap) * K, 16 * K);
 }
 
 // ---- between the products
@@ -376,17 +368,17 @@ __device__ __forceinline__ void normalise(Shared& shared, const Words* mine, con
     sum = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) sum += shared.squares[w];
-    float inverse = rsqrtf(sum / D + eps);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        int at = 4 * (threadIdx.x + r * THREADS);
-        if (at >= round_up(D, 512)) continue;
+    float inverse = rsqrtf(__fdividef(sum, D) + eps);
+    Words x = mine[0];
+    Pair scale = gain[0];
+#pragma unroll 1
+    for (int at = 4 * threadIdx.x; at < round_up(D, 512); at += 4 * THREADS, x = mine[1], scale = gain[1]) {
         Pair out;
         for (int i = 0; i < 2; i++)
-            out.w[i] = to_bf16(low(gain[r].w[i]) * rounded(high(mine[r].w[2 * i]) * inverse))
-                       | (u32)to_bf16(high(gain[r].w[i]) * rounded(high(mine[r].w[2 * i + 1]) * inverse)) << 16;
+            out.w[i] = to_bf16(low(scale.w[i]) * rounded(high(x.w[2 * i]) * inverse))
+                       | (u32)to_bf16(high(scale.w[i]) * rounded(high(x.w[2 * i + 1]) * inverse)) << 16;
         Weights::put(shared, at, out, zeros);
-        *(Pair*)(shared.x + at) = values(mine[r]);
+        *(Pair*)(shared.x + at) = values(x);
     }
     __syncthreads();
 }
@@ -471,15 +463,15 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
     __syncthreads();
     int e = threadIdx.x;
     if (e < s.E) {                                      // joins the warps
-        float all = 0, v = 0, shares[WARPS];
+        float all = 0, v = 0;
         top = -1e30f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) shares[w] = shared.sums[w * (s.E + 2) + s.E], top = fmaxf(top, shares[w]);
-#pragma unroll
+#pragma unroll 4
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, shared.sums[w * (s.E + 2) + s.E]);
+#pragma unroll 4
         for (int w = 0; w < WARPS; w++) {
             const float* theirs = shared.sums + w * (s.E + 2);
-            shares[w] = __expf(shares[w] - top);
-            all += shares[w] * theirs[s.E + 1], v += shares[w] * theirs[e];
+            float part = __expf(theirs[s.E] - top);
+            all += part * theirs[s.E + 1], v += part * theirs[e];
         }
         send(out + e, v, tag);
         if (e == 0) send(out + s.E, top, tag), send(out + s.E + 1, all, tag);
@@ -518,8 +510,9 @@ template <class Weights> __device__ __forceinline__ void gather(Shared& shared, 
         }
         __syncwarp();
         Pair out = {};
+        float one = __fdividef(1, mass);
         if (head < s.H)
-            for (int i = 0; i < 2; i++) out.w[i] = to_bf16(v[2 * i] / mass) | (u32)to_bf16(v[2 * i + 1] / mass) << 16;
+            for (int i = 0; i < 2; i++) out.w[i] = to_bf16(v[2 * i] * one) | (u32)to_bf16(v[2 * i + 1] * one) << 16;
         Weights::put(shared, at, out, s.zeros);
     }
     __syncthreads();
@@ -534,10 +527,13 @@ template <class Weights> __device__ __forceinline__ void receive_wide(Shared& sh
     Weights::put(shared, 4 * threadIdx.x, values(v[0]), s.zeros);
     for (int first = 1; first * 4 * THREADS < s.I; first += AT_ONCE) {
         receive<AT_ONCE>(s.wide, first, s.I, tag, v);
+#pragma unroll 1                                        // less code: a layer's must fit into the instruction caches
+        for (int r = 0; r < AT_ONCE; r++) {
+            int at = 4 * (threadIdx.x + (first + r) * THREADS);
+            if (at < round_up(s.I, 512)) Weights::put(shared, at, values(v[0]), s.zeros);
 #pragma unroll
-        for (int r = 0; r < AT_ONCE; r++)
-            if (int at = 4 * (threadIdx.x + (first + r) * THREADS); at < round_up(s.I, 512))
-                Weights::put(shared, at, values(v[r]), s.zeros);
+            for (int i = 1; i < AT_ONCE; i++) v[i - 1] = v[i];          // registers have no index
+        }
     }
     __syncthreads();
 }
@@ -551,6 +547,7 @@ __device__ __forceinline__ void read_layer(Shared& shared, const Step& s, int l)
 // The same for the bias of a layer; its norms come into the L2.
 __device__ __forceinline__ void read_bias(Shared& shared, const Step& s, const Layer& layer) {
     int at = 8 * threadIdx.x, line = (blockIdx.x * THREADS + threadIdx.x) * 64;         // 64 values are a cache line
+#pragma unroll 1
     for (int i = at; i < (s.H + 2 * s.K) * s.E; i += 8 * THREADS) copy_async<16>(true, shared.bias + i, layer.bias + i);
     if (line < s.D) prefetch(layer.norm + line), prefetch(layer.second_norm + line);
     commit_group();
@@ -573,7 +570,7 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
         Pair gain[2];
         read_layer(shared, s, l + 1);
         Product<Weights, 2> qkv(shared, layer.qkv, heads * s.E, s.D, s.group, s.bits[0], half, -half);
-        prefetch_product<Weights>(layer.gate_up, 2 * s.I, s.D, s.group, s.I);
+        prefetch_product(layer.gate_up, s.I, s.D, s.ahead[0], s.I);
         read_gain(layer.norm, s.D, gain);
         if (l) receive<2>(s.last, 0, s.D, before, mine);
         else
@@ -604,7 +601,7 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
         if (l + 1 < s.L) read_bias(shared, s, shared.layer[(l + 1) % 2]);
         o.run([&](int n, float a, float) { send(s.middle + n, bf16(shared.x[n]) + rounded(a), tag); });
 
-        prefetch_product<Weights>(layer.down, s.D, s.I, s.group);
+        prefetch_product(layer.down, s.D, s.I, s.ahead[1], 0);
         Product<Weights, 2> gate_up(shared, layer.gate_up, 2 * s.I, s.D, s.group, s.bits[2], s.I);
         read_gain(layer.second_norm, s.D, gain);
         receive<2>(s.middle, 0, s.D, tag, mine);
