@@ -4,7 +4,7 @@
 //   w4_naive        one thread per output, one code at a time: the reference for the others
 //   w4_mma_*        up to 64 rows: codes become operands of tensor-core products in bfloat16, without a shuffle; asynchronous
 //                   copies bring them into shared memory, several tiles ahead
-//   w4_int8_*       up to 16 rows: fewer instructions by tensor cores in int8, x split into three digits, as exact; one block
+//   w4_int8_2       up to 2 rows: fewer instructions by tensor cores in int8, x split into three digits, as exact; one block
 //                   per multiprocessor, whose copies never pause
 //   w4_dequantise   more rows: writes W in bfloat16, and cuBLAS multiplies
 //
@@ -47,12 +47,13 @@ __device__ __forceinline__ Words load_if(bool there, const Words* p) {
         : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3]) : "l"(p), "r"((u32)there));
     return v;
 }
-// Starts a copy from global to shared memory, which needs no registers; it writes zeros if not `there`.
+// Starts a copy from global to shared memory, which needs no registers; it writes zeros if not `there`. L2::128B brings the whole
+// line into the L2: 32 bytes of scales would cost a memory access of their own, and their neighbours are read soon.
 template <int BYTES> __device__ __forceinline__ void copy_async(bool there, void* to, const void* from) {
     u32 at = (u32)__cvta_generic_to_shared(to);
     int bytes = there ? BYTES : 0;
     if (BYTES == 16)                                    // cg bypasses the L1, and exists for 16 bytes only
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(at), "l"(from), "r"(bytes) : "memory");
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(at), "l"(from), "r"(bytes) : "memory");
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(at), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
 }
@@ -154,13 +155,13 @@ extern "C" __global__ void w4_naive(PARAMETERS) {
 // order, so that the result does not depend on which warp is first.  EACH: how many words a lane multiplies before it loads
 // scales again, 4 if a group is a multiple of 128 inputs, else 1.
 
-const int SLOTS = 32, MEMORY = SLOTS * 1216;            // tiles that a block holds; bytes: 1,024 of codes, 192 of scales, zeros
+extern __shared__ Words shared_memory[];                // its size is w4_cuda.shape's
+__device__ __forceinline__ char* shared_at(int bytes) { return (char*)shared_memory + bytes; }
 
-#define KERNEL(NAME, BODY, WARPS, SIZE) \
+#define MMA(NAME, EIGHTS, WARPS) \
     extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(PARAMETERS) { \
-        __shared__ Words memory[MEMORY / 16];           /* tiles, and at the end the warps' sums */ \
-        if (group % 128) BODY<SIZE, WARPS, 1>(memory, ARGUMENTS); \
-        else BODY<SIZE, WARPS, 4>(memory, ARGUMENTS); \
+        if (group % 128) tensor<EIGHTS, WARPS, 1>(ARGUMENTS); \
+        else tensor<EIGHTS, WARPS, 4>(ARGUMENTS); \
     }
 
 // sum [WARPS][16][ROWS + 1] -> y, written coalesced; the + 1 avoids bank conflicts
@@ -191,15 +192,15 @@ __device__ __forceinline__ void operand(u32* a, const Words* w, int j, int i, co
 }
 
 template <int EIGHTS, int WARPS, int EACH>
-__device__ __forceinline__ void tensor(Words* memory, PARAMETERS) {
-    const int GROUPS = 4 / EACH, SLOT = 1024 + 48 * GROUPS, DEPTH = SLOTS / WARPS;      // GROUPS: sets of scales per tile
-    static_assert(WARPS * 16 * (8 * EIGHTS + 1) * 4 <= MEMORY, "the sums fit where the tiles were");
+__device__ __forceinline__ void tensor(PARAMETERS) {
+    const int GROUPS = 4 / EACH, SLOT = 1024 + 48 * GROUPS, DEPTH = 4;  // GROUPS: sets of scales per tile
+    static_assert(16 * (8 * EIGHTS + 1) * 4 <= DEPTH * SLOT, "the sums fit where the tiles were");
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int blocks = round_up(K, 128) / 128, stride = round_up(N, 16), per = group / 32, last = K / group - 1;
     u32 inverse = 0xffffffffu / per + 1;                // 2^32 / per rounded up: __umulhi(n, inverse) is n / per; 0 for per = 1
     u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u);
     const Words* tile = words + (long long)blockIdx.x * blocks * 64;
-    char* ring = (char*)memory + warp * DEPTH * SLOT;
+    char* ring = shared_at(warp * DEPTH * SLOT);
     float total[EIGHTS][4] = {};
     const u16* lane_x = x + warp * 128 + 8 * t;
     int row[EIGHTS];                                    // offsets of rows of x; past the last row it is read again, for columns
@@ -264,7 +265,7 @@ __device__ __forceinline__ void tensor(Words* memory, PARAMETERS) {
     }
     wait_for_copies<0>();
     __syncthreads();                                    // no warp reads tiles any more: the sums overwrite them
-    float* sum = (float*)memory;
+    float* sum = (float*)shared_memory;
 #pragma unroll
     for (int c = 0; c < EIGHTS; c++)
 #pragma unroll
@@ -273,14 +274,14 @@ __device__ __forceinline__ void tensor(Words* memory, PARAMETERS) {
     write_out<8 * EIGHTS, WARPS>(sum, bias, y, M, N);
 }
 
-KERNEL(w4_mma_8, tensor, 8, 1)
-KERNEL(w4_mma_16, tensor, 8, 2)
-KERNEL(w4_mma_32, tensor, 8, 4)
-KERNEL(w4_mma_64, tensor, 8, 8)
-KERNEL(w4_mma_8_few, tensor, 16, 1)                     // few outputs, so few blocks: more warps along K instead
-KERNEL(w4_mma_16_few, tensor, 16, 2)
+MMA(w4_mma_8, 1, 8)
+MMA(w4_mma_16, 2, 8)
+MMA(w4_mma_32, 4, 8)
+MMA(w4_mma_64, 8, 8)
+MMA(w4_mma_8_few, 1, 16)                                // few outputs, so few blocks: more warps along K instead
+MMA(w4_mma_16_few, 2, 16)
 
-// ---- int8 tensor cores: grid (blocks, slices), in all one block per multiprocessor; up to ROWS rows of x
+// ---- int8 tensor cores: grid (blocks, slices), in all one block per multiprocessor; one or two rows of x
 //
 // Unpacking codes to bfloat16 costs more instructions than all else together. As int8 it takes one and a half per four codes:
 // a nibble in the upper half of a byte, with its top bit flipped, is 16 (code - 8) in two's complement. x becomes int8 as well,
@@ -339,9 +340,6 @@ __device__ __forceinline__ void operand(u32* a, const Words* w, int j, u32 mask,
 // a lane's 16 bytes are its operands of two products; each block's and row's unit / 16; if `with_sums`, the sums of its inputs.
 struct X { int digits, units, sums, M; bool with_sums; };       // where these begin in shared memory, in bytes
 
-extern __shared__ Words shared_memory[];
-__device__ __forceinline__ char* shared_at(int bytes) { return (char*)shared_memory + bytes; }
-
 // By all threads: `blocks` blocks from `first` on; SETS sums per block, each of 128 / SETS inputs.
 template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, int K, int first, int blocks) {
     int l = threadIdx.x % 16, j = l / 4, t = l % 4, k = first * 128 + 8 * l;                // 16 lanes take a block of a row
@@ -380,95 +378,59 @@ template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, 
     }
 }
 
-// The sums of a lane. With up to 4 rows, a product's columns are d0, d1, d2 and an unused one of two rows; with more, one digit
-// of 8 rows, and three products give all digits.
-template <int ROWS, int SETS> struct Int8 {
-    static const int BY_ROW = ROWS <= 4, TILES = BY_ROW ? ROWS / 2 : ROWS / 8 * 3, UNITS = BY_ROW ? TILES : ROWS / 4;
-    float total[BY_ROW ? TILES * 2 : ROWS / 2];         // by row: [tile][output g, g + 8]; else [8 rows][output][row 2t, 2t + 1]
-    int digits[BY_ROW ? TILES : ROWS / 8], row[UNITS];  // the lane's columns in block 0, and its sums' rows; past the last row
-                                                        // it is read again, for sums that nobody reads
-    int second, lane, g;                                // second: a lane with d2 has no digit in its other column
-    u32 mask, top;
+// The sums of a lane. A product's columns are d0, d1, d2 and an unused one of two rows.
+template <int SETS> struct Int8 {
+    float total[2] = {};                                // of outputs g and g + 8
+    int lane, g, digits, row, second;                   // where the lane's column begins and its sums' row; without a second row
+    u32 mask, top;                                      // the first is read again, for sums that nobody reads
 
     __device__ __forceinline__ Int8(const X& x) {
         lane = in_register(threadIdx.x % 32), g = in_register(lane / 4);
         int t = lane % 4;
-        second = in_register(t % 2 ? 0 : 256), mask = in_register(0xf0f0f0f0u), top = in_register(0x80808080u);
-#pragma unroll
-        for (int i = 0; i < (BY_ROW ? TILES : ROWS / 8); i++)
-            digits[i] = in_register(x.digits + t * 16 + (BY_ROW ? min(2 * i + g / 4, x.M - 1) * 192 + min(g % 4, 2) * 64
-                                                                : min(8 * i + g, x.M - 1) * 192));
-#pragma unroll
-        for (int i = 0; i < UNITS; i++)
-            row[i] = in_register(min(BY_ROW ? 2 * i + t / 2 : i / 2 * 8 + 2 * t + i % 2, x.M - 1) * 4);
-        clear();
-    }
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (float& v : total) v = 0;
+        second = in_register(t % 2 ? 0 : 256);          // a lane with d2 has no digit in its other column
+        mask = in_register(0xf0f0f0f0u), top = in_register(0x80808080u);
+        digits = in_register(x.digits + min(g / 4, x.M - 1) * 192 + min(g % 4, 2) * 64 + t * 16);
+        row = in_register(min(t / 2, x.M - 1) * 4);
     }
     // Adds the tile in `slot`: 1,024 bytes of codes, then per set 16 scales and 16 zeros, of block b of x.
     __device__ __forceinline__ void add(const char* slot, const X& x, int b) {
-        Words w[2] = {((const Words*)slot)[lane], ((const Words*)slot)[32 + lane]};
-        int at = b * x.M, c[TILES][4] = {};
-        float unit[UNITS];
-        Words in[TILES];
-#pragma unroll
-        for (int i = 0; i < UNITS; i++) unit[i] = *(const float*)shared_at(x.units + row[i] + at * 4);
+        Words w[2] = {((const Words*)slot)[lane], ((const Words*)slot)[32 + lane]}, in;
+        int at = b * x.M, c[4] = {};
+        float unit = *(const float*)shared_at(x.units + row + at * 4);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             u32 a[4];
             operand(a, w, j, mask, top);
-#pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                int from = (BY_ROW ? digits[i] : digits[i / 3] + i % 3 * 64) + at * 384 + j / 2 * x.M * 192;
-                if (j % 2 == 0) in[i] = *(const Words*)shared_at(from);
-                mma(c[i], a, in[i].w + j % 2 * 2);
-            }
+            if (j % 2 == 0) in = *(const Words*)shared_at(digits + at * 384 + j / 2 * x.M * 192);
+            mma(c, a, in.w + j % 2 * 2);
             if ((j + 1) % (4 / SETS)) continue;
             const char* quant = slot + 1024 + (SETS == 4 ? j : 0) * 48;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 float scale = half_to_float(((const u16*)quant)[h * 8 + g]);
-                float shift = x.with_sums ? scale * (8 - (int)(u8)quant[32 + h * 8 + g]) : 0;
-                if (BY_ROW && second == 0) shift = 0;   // once per row
-#pragma unroll
-                for (int i = 0; i < UNITS; i++) {
-                    float& v = total[BY_ROW ? i * 2 + h : i / 2 * 4 + h * 2 + i % 2];
-                    if (BY_ROW)
-                        v += scale * unit[i] * (c[i][2 * h] + second * c[i][2 * h + 1]);
-                    else {
-                        int q = h * 2 + i % 2, *low = c[i / 2 * 3] + q;
-                        v += scale * unit[i] * fmaf(65536.f, low[8], low[0] + 256 * low[4]);
-                    }
-                    if (!x.with_sums) continue;
-                    v += shift * *(const float*)shared_at(x.sums + row[i] + (at * SETS + (SETS == 4 ? j * x.M : 0)) * 4);
-                }
+                total[h] += scale * unit * (c[2 * h] + second * c[2 * h + 1]);
+                c[2 * h] = c[2 * h + 1] = 0;
+                if (!x.with_sums || second == 0) continue;                  // once per row
+                float of_inputs = *(const float*)shared_at(x.sums + row + (at * SETS + (SETS == 4 ? j * x.M : 0)) * 4);
+                total[h] += scale * (8 - (int)(u8)quant[32 + h * 8 + g]) * of_inputs;
             }
-#pragma unroll
-            for (int i = 0; i < TILES; i++)
-#pragma unroll
-                for (int q = 0; q < 4; q++) c[i][q] = 0;
         }
     }
-    // -> part [M][16]
-    __device__ __forceinline__ void store(float* part, int M) const {
+    // -> part [M][16], and begins again
+    __device__ __forceinline__ void store(float* part, int M) {
         int t = lane % 4;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float v = total[BY_ROW ? i * 2 + h : i / 2 * 4 + h * 2 + i % 2];
-                if (BY_ROW) v += 65536 * __shfl_xor_sync(~0u, v, 1);        // d2's sum; right where t is even
-                int m = BY_ROW ? 2 * i + t / 2 : i / 2 * 8 + 2 * t + i % 2;
-                if (m < M && (!BY_ROW || t % 2 == 0)) part[m * 16 + h * 8 + g] = v;
-            }
+        for (int h = 0; h < 2; h++) {
+            float v = total[h] + 65536 * __shfl_xor_sync(~0u, total[h], 1);     // d2's sum; right where t is even
+            if (t % 2 == 0 && t / 2 < M) part[t / 2 * 16 + h * 8 + g] = v;
+            total[h] = 0;
+        }
     }
 };
 
-template <int ROWS, int WARPS, int DEPTH, int SETS>
+template <int DEPTH, int SETS>
 __device__ __forceinline__ void int8_product(PARAMETERS) {
-    const int SLOT = 1024 + 48 * SETS;
+    const int SLOT = 1024 + 48 * SETS, WARPS = 16;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int all = round_up(K, 128) / 128, first = 0, blocks = all;          // blocks of 128 inputs, of this slice
     if (gridDim.y > 1)                                  // divisions take long, and the first copies wait for them
@@ -511,7 +473,7 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     wait_for_previous();                                // weights do not depend on the kernel before, but x does
     convert<SETS>(in, x, K, first, blocks);
     __syncthreads();
-    Int8<ROWS, SETS> sum(in);
+    Int8<SETS> sum(in);
     int slot = 0, before = LAST;
 #pragma unroll 1
     for (int left = end - tile; left > 0;) {
@@ -523,7 +485,6 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
         left--;
         if (++b < blocks && left) continue;
         sum.store(part + (warp + strip) * M * 16, M);
-        sum.clear();
         b = 0, strip++;
     }
     wait_for_copies<0>();
@@ -541,17 +502,13 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     }
 }
 
-#define INT8(NAME, ROWS, WARPS, DEPTH) \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, ROWS == 2 ? 32 / WARPS : 1) NAME(PARAMETERS) { \
-        if (group % 128) int8_product<ROWS, WARPS, DEPTH, 4>(ARGUMENTS); \
-        else int8_product<ROWS, WARPS, DEPTH, 1>(ARGUMENTS); \
+#define INT8(NAME, DEPTH) \
+    extern "C" __global__ void __launch_bounds__(512, 2) NAME(PARAMETERS) { \
+        if (group % 128) int8_product<DEPTH, 4>(ARGUMENTS); \
+        else int8_product<DEPTH, 1>(ARGUMENTS); \
     }
-INT8(w4_int8_2, 2, 16, 4)
-INT8(w4_int8_2_deep, 2, 16, 6)                          // to compare
-INT8(w4_int8_2_two, 2, 8, 6)
-INT8(w4_int8_4, 4, 16, 4)
-INT8(w4_int8_8, 8, 16, 4)
-INT8(w4_int8_16, 16, 16, 4)
+INT8(w4_int8_2, 5)                                      // the next kernel's block fits beside this one, and fills its ring
+INT8(w4_int8_2_deep, 9)                                 // it does not fit; to compare
 
 // Grid (N / 128, M): y = the sum of `slices` float32 [M, N], and bias.
 extern "C" __global__ void w4_sum(const float* parts, const u16* bias, u16* y, int M, int N, int slices) {
