@@ -340,22 +340,20 @@ __device__ __forceinline__ void operand(u32* a, const Words* w, int j, u32 mask,
 // a lane's 16 bytes are its operands of two products; each block's and row's unit / 16; if `with_sums`, the sums of its inputs.
 struct X { int digits, units, sums, M; bool with_sums; };       // where these begin in shared memory, in bytes
 
-// By all threads: `blocks` blocks from `first` on; SETS sums per block, each of 128 / SETS inputs.
+// By all threads, 16 lanes per block and row: `blocks` blocks from `first` on; SETS sums per block, each of 128 / SETS inputs.
 template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, int K, int first, int blocks) {
-    int l = threadIdx.x % 16, j = l / 4, t = l % 4, k = first * 128 + 8 * l;                // 16 lanes take a block of a row
-    int step = blockDim.x / 16, step_b = step / to.M, step_m = step - step_b * to.M;
-    auto read = [&](int b, int m) {
+    int l = threadIdx.x % 16, j = l / 4, t = l % 4, k = first * 128 + 8 * l, step = blockDim.x / 16;
+    int two = to.M - 1;                                 // 1 if there are two rows; then they alternate
+    auto read = [&](int at) {
+        int b = at >> two, m = at & two;
         return load_if(b < blocks && b * 128 + k < K, (const Words*)(x + (m * K + b * 128 + k)));
     };
-    int next_b = threadIdx.x / 16 / to.M, next_m = threadIdx.x / 16 - next_b * to.M;
-    Words next = read(next_b, next_m);
+    Words next = read(threadIdx.x / 16);
 #pragma unroll 1                                        // a warp's two halves stay together, for the shuffles
-    for (int left = round_up(blocks * to.M, 2) - threadIdx.x / 16; left > 0; left -= step) {
-        int b = next_b, m = next_m;
+    for (int at = threadIdx.x / 16; at - threadIdx.x / 16 % 2 < blocks << two; at += step) {
+        int b = at >> two, m = at & two;
         Words now = next;
-        next_b += step_b, next_m += step_m;             // through the rows of a block, then to the next block
-        if (next_m >= to.M) next_m -= to.M, next_b++;
-        next = read(next_b, next_m);
+        next = read(at + step);
         u32 most = 0;
 #pragma unroll
         for (int w = 0; w < 4; w++) most = max(most, max(now.w[w] & 0x7fff0000u, now.w[w] << 16 & 0x7fff0000u));
@@ -405,15 +403,18 @@ template <int SETS> struct Int8 {
             mma(c, a, in.w + j % 2 * 2);
             if ((j + 1) % (4 / SETS)) continue;
             const char* quant = slot + 1024 + (SETS == 4 ? j : 0) * 48;
+            float scale[2];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float scale = half_to_float(((const u16*)quant)[h * 8 + g]);
-                total[h] += scale * unit * (c[2 * h] + second * c[2 * h + 1]);
+                scale[h] = half_to_float(((const u16*)quant)[h * 8 + g]);
+                total[h] += scale[h] * unit * (c[2 * h] + second * c[2 * h + 1]);
                 c[2 * h] = c[2 * h + 1] = 0;
-                if (!x.with_sums || second == 0) continue;                  // once per row
-                float of_inputs = *(const float*)shared_at(x.sums + row + (at * SETS + (SETS == 4 ? j * x.M : 0)) * 4);
-                total[h] += scale * (8 - (int)(u8)quant[32 + h * 8 + g]) * of_inputs;
             }
+            if (!x.with_sums) continue;
+            float of_inputs = *(const float*)shared_at(x.sums + row + (at * SETS + (SETS == 4 ? j * x.M : 0)) * 4);
+            if (second == 0) of_inputs = 0;             // once per row
+#pragma unroll
+            for (int h = 0; h < 2; h++) total[h] += scale[h] * (8 - (int)(u8)quant[32 + h * 8 + g]) * of_inputs;
         }
     }
     // -> part [M][16], and begins again
@@ -491,7 +492,7 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     __syncthreads();
 #pragma unroll 1                                        // code that runs once should be short: it has to be fetched, too
     for (int i = threadIdx.x; i < mine * 16 * M; i += 32 * WARPS) {
-        int m = i / (mine * 16), n = i - m * mine * 16, s = n / 16;
+        int m = i >= mine * 16, n = i - m * mine * 16, s = n / 16;
         if (begin * 16 + n >= N) continue;
         float v = bias && gridDim.y == 1 ? bf16(bias[begin * 16 + n]) : 0;
         u32 w = (u32)(s * blocks) / run, to = (u32)(s * blocks + blocks - 1) / run;         // the warps that the strip met
