@@ -158,8 +158,8 @@ extern "C" __global__ void w4_naive(PARAMETERS) {
 extern __shared__ Words shared_memory[];                // its size is w4_cuda.shape's
 __device__ __forceinline__ char* shared_at(int bytes) { return (char*)shared_memory + bytes; }
 
-#define MMA(NAME, EIGHTS, WARPS) \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(PARAMETERS) { \
+#define MMA(NAME, EIGHTS, WARPS, RESIDENT) \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) NAME(PARAMETERS) { \
         if (group % 128) tensor<EIGHTS, WARPS, 1>(ARGUMENTS); \
         else tensor<EIGHTS, WARPS, 4>(ARGUMENTS); \
     }
@@ -193,43 +193,53 @@ __device__ __forceinline__ void operand(u32* a, const Words* w, int j, int i, co
 
 template <int EIGHTS, int WARPS, int EACH>
 __device__ __forceinline__ void tensor(PARAMETERS) {
-    const int GROUPS = 4 / EACH, SLOT = 1024 + 48 * GROUPS, DEPTH = 4;  // GROUPS: sets of scales per tile
+    const int GROUPS = 4 / EACH, SLOT = 1024 + 48 * GROUPS, DEPTH = 4, LAST = (DEPTH - 1) * SLOT;
     static_assert(16 * (8 * EIGHTS + 1) * 4 <= DEPTH * SLOT, "the sums fit where the tiles were");
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const bool AHEAD = EIGHTS == 1;                     // there are registers for x of the warp's next tile
+    int lane = in_register(threadIdx.x % 32), warp = threadIdx.x / 32, g = in_register(lane / 4), t = lane % 4;
     int blocks = round_up(K, 128) / 128, stride = round_up(N, 16), per = group / 32, last = K / group - 1;
     u32 inverse = 0xffffffffu / per + 1;                // 2^32 / per rounded up: __umulhi(n, inverse) is n / per; 0 for per = 1
     u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u);
-    const Words* tile = words + (long long)blockIdx.x * blocks * 64;
-    char* ring = shared_at(warp * DEPTH * SLOT);
-    float total[EIGHTS][4] = {};
-    const u16* lane_x = x + warp * 128 + 8 * t;
-    int row[EIGHTS];                                    // offsets of rows of x; past the last row it is read again, for columns
+    char* ring = shared_at(in_register(warp * DEPTH * SLOT));
+    const u16* lane_x = x + 8 * t;
+    int from[EIGHTS];                                   // offsets of rows of x; past the last row it is read again, for columns
 #pragma unroll                                          // of the product that are not written out
-    for (int c = 0; c < EIGHTS; c++) row[c] = min(8 * c + g, M - 1) * K;
-    auto fetch = [&](int d, int b) {
-        char* slot = ring + d * SLOT;
+    for (int c = 0; c < EIGHTS; c++) from[c] = min(8 * c + g, M - 1) * K;
+    auto read = [&](int b, int j, int c) {              // EACH == 4: K is a multiple of 128, so no load is past it
+        const Words* p = (const Words*)(lane_x + b * 128 + from[c]) + j * 4;
+        return EACH == 4 ? load(p) : load_if(b * 128 + 32 * j + 8 * t < K, p);
+    };
+    // Three lanes per set of scales copy 2 x 8 outputs' scales and 16 outputs' zeros.
+    const Words* codes = words + ((long long)blockIdx.x * blocks + warp) * 64 + lane;
+    int set = lane / 3, which = lane % 3;
+    const char* quant = which < 2 ? (const char*)(scales + blockIdx.x * 16 + which * 8) : (const char*)(zeros + blockIdx.x * 16);
+    u32 row = set >= GROUPS || which == 2 && !zeros ? 0 : which < 2 ? 2 * stride : stride;  // bytes per group, 0: only codes
+    auto fetch = [&](char* slot, int b) {               // slot: this lane's first 16 bytes
         if (b < blocks) {
-            for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512 + lane * 16, tile + b * 64 + h * 32 + lane);
-            int j = lane / 3, part = lane % 3;          // three lanes per group: 2 x 8 outputs' scales, 16 outputs' zeros
-            int at = inverse ? __umulhi(4 * b + j * EACH, inverse) : 4 * b + j * EACH;          // which group
+            u32 at = 4 * b + set * EACH;
+            if (inverse) at = __umulhi(at, inverse);    // which group
             if (EACH == 1) at = min(at, last);          // the last tile may reach past the last group
-            at = at * stride + blockIdx.x * 16;
-            if (j < GROUPS && (part < 2 || zeros))
-                copy_async<16>(true, slot + 1024 + lane * 16, part < 2 ? (const void*)(scales + at + part * 8) : zeros + at);
+            for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512, codes + h * 32);
+            if (row) copy_async<16>(true, slot + 1024, quant + at * row);
+            codes += WARPS * 64;
         }
         commit_group();                                 // also an empty one: wait_for_copies counts groups
     };
     let_next_start();
-    for (int d = 0; d < DEPTH - 1; d++) fetch(d, warp + d * WARPS);     // weights do not depend on the kernel before; x does
-    wait_for_previous();
-    int d = 0;                                          // the slot that is read
+    for (int d = 0; d < DEPTH - 1; d++) fetch(ring + d * SLOT + lane * 16, warp + d * WARPS);
+    wait_for_previous();                                // weights do not depend on the kernel before, but x does
+    Words ahead[4];
+    if (AHEAD)
+        for (int j = 0; j < 4; j++) ahead[j] = read(min(warp, blocks - 1), j, 0);
+    int at = 0, before = LAST;                          // the slot that is read, and that which was
+    float total[EIGHTS][4] = {};
 #pragma unroll 1
     for (int b = warp; b < blocks; b += WARPS) {
         wait_for_copies<DEPTH - 2>();
         __syncwarp();                                   // other lanes' copies are there too, and the slot before has been read
-        fetch(d ? d - 1 : DEPTH - 1, b + (DEPTH - 1) * WARPS);
-        const char* slot = ring + d * SLOT;
-        d = d + 1 == DEPTH ? 0 : d + 1;
+        fetch(ring + before + lane * 16, b + (DEPTH - 1) * WARPS);
+        const char* slot = ring + at;
+        before = at, at = at == LAST ? 0 : at + SLOT;
         Words w[2] = {((const Words*)slot)[lane], ((const Words*)slot)[32 + lane]};
         float part[EIGHTS][4] = {}, scale[2];           // of one group
         u32 zero[2];
@@ -243,10 +253,7 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
                 }
             Words in[EIGHTS];
 #pragma unroll
-            for (int c = 0; c < EIGHTS; c++) {          // EACH == 4: K is a multiple of 128, so no load is past it
-                const Words* from = (const Words*)(lane_x + row[c]) + j * 4;
-                in[c] = EACH == 4 ? load(from) : load_if(b * 128 + j * 32 + 8 * t < K, from);
-            }
+            for (int c = 0; c < EIGHTS; c++) in[c] = AHEAD ? ahead[j] : read(b, j, c);
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
                 u32 a[4];
@@ -254,6 +261,7 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
 #pragma unroll
                 for (int c = 0; c < EIGHTS; c++) mma(part[c], a, in[c].w + i);
             }
+            if (AHEAD) ahead[j] = read(min(b + WARPS, blocks - 1), j, 0);
             if ((j + 1) % EACH == 0) {                  // operands were exact in bfloat16; the scale multiplies in float32
 #pragma unroll
                 for (int c = 0; c < EIGHTS; c++)
@@ -261,7 +269,6 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
                     for (int q = 0; q < 4; q++) total[c][q] += scale[q / 2] * part[c][q], part[c][q] = 0;
             }
         }
-        lane_x += WARPS * 128;
     }
     wait_for_copies<0>();
     __syncthreads();                                    // no warp reads tiles any more: the sums overwrite them
@@ -274,12 +281,12 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
     write_out<8 * EIGHTS, WARPS>(sum, bias, y, M, N);
 }
 
-MMA(w4_mma_8, 1, 8)
-MMA(w4_mma_16, 2, 8)
-MMA(w4_mma_32, 4, 8)
-MMA(w4_mma_64, 8, 8)
-MMA(w4_mma_8_few, 1, 16)                                // few outputs, so few blocks: more warps along K instead
-MMA(w4_mma_16_few, 2, 16)
+MMA(w4_mma_8, 1, 8, 4)
+MMA(w4_mma_16, 2, 8, 3)
+MMA(w4_mma_32, 4, 8, 2)
+MMA(w4_mma_64, 8, 8, 1)
+MMA(w4_mma_8_few, 1, 16, 2)                                // few outputs, so few blocks: more warps along K instead
+MMA(w4_mma_16_few, 2, 16, 2)
 
 // ---- int8 tensor cores: grid (blocks, slices), in all one block per multiprocessor; one or two rows of x
 //
