@@ -164,6 +164,29 @@ __device__ __forceinline__ char* shared_at(int bytes) { return (char*)shared_mem
         else tensor<EIGHTS, WARPS, 4>(ARGUMENTS); \
     }
 
+// Copies tiles to shared memory, by all lanes of a warp: 1,024 bytes of codes, then SETS times 16 scales and 16 zeros.
+template <int SETS> struct Copies {
+    const char* quant;                                  // three lanes per set copy 2 x 8 outputs' scales and 16 outputs' zeros
+    u32 size, stride, inverse, last;                    // size: bytes per output of what this lane copies, 0: only codes
+    int lane, set;
+
+    __device__ __forceinline__ Copies(const u16* scales, const u8* zeros, int N, int K, int group) {
+        lane = in_register(threadIdx.x % 32), set = lane / 3, stride = round_up(N, 16), last = K / group - 1;
+        int which = lane % 3, per = group / 32;
+        inverse = 0xffffffffu / per + 1;                // 2^32 / per rounded up: __umulhi(n, inverse) is n / per; 0 for per = 1
+        quant = which < 2 ? (const char*)(scales + which * 8) : (const char*)zeros;
+        size = set >= SETS || !quant ? 0 : which < 2 ? 2 : 1;
+    }
+    // codes: where this lane's first 16 are; block, column: the tile's inputs / 128 and its first output
+    __device__ __forceinline__ void start(char* slot, const Words* codes, u32 block, u32 column) const {
+        u32 at = 4 * block + set * (4 / SETS);
+        if (inverse) at = __umulhi(at, inverse);        // which group
+        if (SETS == 4) at = min(at, last);              // the last tile may reach past the last group
+        for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512 + lane * 16, codes + h * 32);
+        if (size) copy_async<16>(true, slot + 1024 + lane * 16, quant + (at * stride + column) * size);
+    }
+};
+
 // sum [WARPS][16][ROWS + 1] -> y, written coalesced; the + 1 avoids bank conflicts
 template <int ROWS, int WARPS>
 __device__ __forceinline__ void write_out(const float* sum, const u16* bias, u16* y, int M, int N) {
@@ -196,9 +219,8 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
     const int GROUPS = 4 / EACH, SLOT = 1024 + 48 * GROUPS, DEPTH = 4, LAST = (DEPTH - 1) * SLOT;
     static_assert(16 * (8 * EIGHTS + 1) * 4 <= DEPTH * SLOT, "the sums fit where the tiles were");
     const bool AHEAD = EIGHTS == 1;                     // there are registers for x of the warp's next tile
-    int lane = in_register(threadIdx.x % 32), warp = threadIdx.x / 32, g = in_register(lane / 4), t = lane % 4;
-    int blocks = round_up(K, 128) / 128, stride = round_up(N, 16), per = group / 32, last = K / group - 1;
-    u32 inverse = 0xffffffffu / per + 1;                // 2^32 / per rounded up: __umulhi(n, inverse) is n / per; 0 for per = 1
+    Copies<GROUPS> copies(scales, zeros, N, K, group);
+    int lane = copies.lane, warp = threadIdx.x / 32, g = in_register(lane / 4), t = lane % 4, blocks = round_up(K, 128) / 128;
     u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u);
     char* ring = shared_at(in_register(warp * DEPTH * SLOT));
     const u16* lane_x = x + 8 * t;
@@ -209,24 +231,13 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
         const Words* p = (const Words*)(lane_x + b * 128 + from[c]) + j * 4;
         return EACH == 4 ? load(p) : load_if(b * 128 + 32 * j + 8 * t < K, p);
     };
-    // Three lanes per set of scales copy 2 x 8 outputs' scales and 16 outputs' zeros.
     const Words* codes = words + ((long long)blockIdx.x * blocks + warp) * 64 + lane;
-    int set = lane / 3, which = lane % 3;
-    const char* quant = which < 2 ? (const char*)(scales + blockIdx.x * 16 + which * 8) : (const char*)(zeros + blockIdx.x * 16);
-    u32 row = set >= GROUPS || which == 2 && !zeros ? 0 : which < 2 ? 2 * stride : stride;  // bytes per group, 0: only codes
-    auto fetch = [&](char* slot, int b) {               // slot: this lane's first 16 bytes
-        if (b < blocks) {
-            u32 at = 4 * b + set * EACH;
-            if (inverse) at = __umulhi(at, inverse);    // which group
-            if (EACH == 1) at = min(at, last);          // the last tile may reach past the last group
-            for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512, codes + h * 32);
-            if (row) copy_async<16>(true, slot + 1024, quant + at * row);
-            codes += WARPS * 64;
-        }
+    auto fetch = [&](char* slot, int b) {
+        if (b < blocks) copies.start(slot, codes, b, blockIdx.x * 16), codes += WARPS * 64;
         commit_group();                                 // also an empty one: wait_for_copies counts groups
     };
     let_next_start();
-    for (int d = 0; d < DEPTH - 1; d++) fetch(ring + d * SLOT + lane * 16, warp + d * WARPS);
+    for (int d = 0; d < DEPTH - 1; d++) fetch(ring + d * SLOT, warp + d * WARPS);
     wait_for_previous();                                // weights do not depend on the kernel before, but x does
     Words ahead[4];
     if (AHEAD)
@@ -237,7 +248,7 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
     for (int b = warp; b < blocks; b += WARPS) {
         wait_for_copies<DEPTH - 2>();
         __syncwarp();                                   // other lanes' copies are there too, and the slot before has been read
-        fetch(ring + before + lane * 16, b + (DEPTH - 1) * WARPS);
+        fetch(ring + before, b + (DEPTH - 1) * WARPS);
         const char* slot = ring + at;
         before = at, at = at == LAST ? 0 : at + SLOT;
         Words w[2] = {((const Words*)slot)[lane], ((const Words*)slot)[32 + lane]};
@@ -397,7 +408,7 @@ template <int SETS> struct Int8 {
         digits = in_register(x.digits + min(g / 4, x.M - 1) * 192 + min(g % 4, 2) * 64 + t * 16);
         row = in_register(min(t / 2, x.M - 1) * 4);
     }
-    // Adds the tile in `slot`: 1,024 bytes of codes, then per set 16 scales and 16 zeros, of block b of x.
+    // Adds the tile in `slot` times block b of x.
     __device__ __forceinline__ void add(const char* slot, const X& x, int b) {
         Words w[2] = {((const Words*)slot)[lane], ((const Words*)slot)[32 + lane]}, in;
         int at = b * x.M, c[4] = {};
@@ -439,13 +450,12 @@ template <int SETS> struct Int8 {
 template <int DEPTH, int SETS>
 __device__ __forceinline__ void int8_product(PARAMETERS) {
     const int SLOT = 1024 + 48 * SETS, WARPS = 16;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Copies<SETS> copies(scales, zeros, N, K, group);
+    int warp = threadIdx.x / 32;
     int all = round_up(K, 128) / 128, first = 0, blocks = all;          // blocks of 128 inputs, of this slice
     if (gridDim.y > 1)                                  // divisions take long, and the first copies wait for them
         first = (u32)(all * blockIdx.y) / gridDim.y, blocks = (u32)(all * (blockIdx.y + 1)) / gridDim.y - first;
-    int stride = round_up(N, 16), per = group / 32;
-    u32 last = K / group - 1, inverse = 0xffffffffu / per + 1;          // as in `tensor`
-    u32 strips = stride / 16, least = strips / gridDim.x, more = strips - least * gridDim.x;        // `more` blocks have one more
+    u32 strips = copies.stride / 16, least = strips / gridDim.x, more = strips - least * gridDim.x; // `more` blocks have 1 more
     int begin = blockIdx.x * least + min(blockIdx.x, more), mine = least + (blockIdx.x < more);
     int run = round_up(mine * blocks, WARPS) / WARPS;
     int tile = min(warp * run, mine * blocks), end = min(tile + run, mine * blocks);        // counted from the block's first one
@@ -456,20 +466,12 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     float* part = (float*)shared_at(in.units + blocks * M * 4);         // [WARPS + mine - 1][M][16], and then the sums
     in.sums = in.units + blocks * M * 4 + (WARPS + mine) * M * 64, in.with_sums = zeros;
 
-    // The next copy's state; three lanes per set copy 2 x 8 outputs' scales and 16 outputs' zeros.
-    int strip = (u32)tile / (u32)blocks, b = tile - strip * blocks, row = b, set = lane / 3, which = lane % 3;
-    const Words* codes = words + ((long long)(begin + strip) * all + first + b) * 64 + lane;
-    const char* quant = which < 2 ? (const char*)(scales + which * 8) : (const char*)zeros;
-    u32 column = (begin + strip) * 16, size = which < 2 ? 2 : 1;
-    if (set >= SETS || !quant) size = 0;                // this lane copies only codes
-    auto fetch = [&](bool there, char* slot) {          // slot: this lane's first 16 bytes
+    // The next copy's state.
+    int strip = (u32)tile / (u32)blocks, b = tile - strip * blocks, row = b, column = (begin + strip) * 16;
+    const Words* codes = words + ((long long)(begin + strip) * all + first + b) * 64 + copies.lane;
+    auto fetch = [&](bool there, char* slot) {
         if (there) {
-            u32 at = (first + row) * 4 + set * (4 / SETS);
-            if (inverse) at = __umulhi(at, inverse);    // which group
-            if (SETS == 4) at = min(at, last);          // the last tile may reach past the last group
-            at = (at * stride + column) * size;
-            for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512, codes + h * 32);
-            if (size) copy_async<16>(true, slot + 1024, quant + at);
+            copies.start(slot, codes, first + row, column);
             codes += 64;
             if (++row == blocks) row = 0, column += 16, codes += (all - blocks) * 64;
         }
@@ -477,7 +479,7 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     };
     let_next_start();
 #pragma unroll 1
-    for (int d = 0; d < DEPTH - 1; d++) fetch(tile + d < end, ring + d * SLOT + lane * 16);
+    for (int d = 0; d < DEPTH - 1; d++) fetch(tile + d < end, ring + d * SLOT);
     wait_for_previous();                                // weights do not depend on the kernel before, but x does
     convert<SETS>(in, x, K, first, blocks);
     __syncthreads();
@@ -487,7 +489,7 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     for (int left = end - tile; left > 0;) {
         wait_for_copies<DEPTH - 2>();
         __syncwarp();                                   // other lanes' copies are there too, and the slot before has been read
-        fetch(left >= DEPTH, ring + before + sum.lane * 16);
+        fetch(left >= DEPTH, ring + before);
         sum.add(ring + slot, in, b);
         before = slot, slot = slot == LAST ? 0 : slot + SLOT;
         left--;
@@ -511,7 +513,7 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
 }
 
 #define INT8(NAME, DEPTH) \
-    extern "C" __global__ void __launch_bounds__(512, 2) NAME(PARAMETERS) { \
+    extern "C" __global__ void __launch_bounds__(576, 2) NAME(PARAMETERS) { /* 512 threads; registers left for w4_sum's */ \
         if (group % 128) int8_product<DEPTH, 4>(ARGUMENTS); \
         else int8_product<DEPTH, 1>(ARGUMENTS); \
     }
