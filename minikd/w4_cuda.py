@@ -8,8 +8,8 @@ from torch import Tensor
 
 from minikd.cuda import launch
 
-KERNELS = ("w4_naive", "w4_int8_2", "w4_int8_2_deep", "w4_mma_8", "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few", "w4_mma_32",
-           "w4_mma_64", "w4_dequantise")
+KERNELS = ("w4_naive", "w4_int8_2", "w4_int8_2_deep", "w4_mma_8", "w4_mma_8_late", "w4_mma_8_few", "w4_mma_16",
+           "w4_mma_16_few", "w4_mma_32", "w4_mma_64", "w4_dequantise")
 MMA_ROWS = 64                           # the most rows of x that w4_mma_* and w4_int8_2 take; above, cuBLAS multiplies
 ADDING = 40                             # what w4_sum costs, in tiles that a block could have multiplied in its time
 
@@ -81,7 +81,9 @@ def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, gpu: 
 
 
 def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> str:
-    """The kernel for x [M, K] and W [N, K], M <= MMA_ROWS, as an H200 measured them (benchmarks/gpu.py matmul)."""
+    """The fastest kernel for x [M, K] and W [N, K], M <= MMA_ROWS."""
+    # On an H200 w4_int8_2, w4_mma_8, w4_mma_8_few took for one row, in us: 8.5, 9.9, 13.1 at 22016 x 2048; 22.1, 24.5, 30.3 at
+    # 37888 x 3584; 2.7, 3.7, 2.2 at 2560 x 2048; 14.1, 19.5, 13.7 at 3584 x 18944; from three rows on int8 gained little.
     few = -(-N // 16) < 2 * gpu.processors                      # blocks of 16 outputs: less than two per multiprocessor
     if M <= 2 and not few and shape("w4_int8_2", M, N, K, group_size, zeros, gpu)[2] <= gpu.shared:
         return "w4_int8_2"

@@ -158,10 +158,11 @@ extern "C" __global__ void w4_naive(PARAMETERS) {
 extern __shared__ Words shared_memory[];                // its size is w4_cuda.shape's
 __device__ __forceinline__ char* shared_at(int bytes) { return (char*)shared_memory + bytes; }
 
-#define MMA(NAME, EIGHTS, WARPS, RESIDENT) \
+// RESIDENT: blocks per multiprocessor, which limits registers; AHEAD: there are registers for x of each warp's next tile
+#define MMA(NAME, EIGHTS, WARPS, RESIDENT, AHEAD) \
     extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) NAME(PARAMETERS) { \
-        if (group % 128) tensor<EIGHTS, WARPS, 1>(ARGUMENTS); \
-        else tensor<EIGHTS, WARPS, 4>(ARGUMENTS); \
+        if (group % 128) tensor<EIGHTS, WARPS, AHEAD, 1>(ARGUMENTS); \
+        else tensor<EIGHTS, WARPS, AHEAD, 4>(ARGUMENTS); \
     }
 
 // Copies tiles to shared memory, by all lanes of a warp: 1,024 bytes of codes, then SETS times 16 scales and 16 zeros.
@@ -214,11 +215,10 @@ __device__ __forceinline__ void operand(u32* a, const Words* w, int j, int i, co
     for (int q = 0; q < 4; q++) a[q] = minus_pair(merge(w[q % 2].w[j] >> 4 * (i + q / 2), mask, top), zero[q % 2]);
 }
 
-template <int EIGHTS, int WARPS, int EACH>
+template <int EIGHTS, int WARPS, bool AHEAD, int EACH>
 __device__ __forceinline__ void tensor(PARAMETERS) {
     const int GROUPS = 4 / EACH, SLOT = 1024 + 48 * GROUPS, DEPTH = 4, LAST = (DEPTH - 1) * SLOT;
     static_assert(16 * (8 * EIGHTS + 1) * 4 <= DEPTH * SLOT, "the sums fit where the tiles were");
-    const bool AHEAD = EIGHTS == 1;                     // there are registers for x of the warp's next tile
     Copies<GROUPS> copies(scales, zeros, N, K, group);
     int lane = copies.lane, warp = threadIdx.x / 32, g = in_register(lane / 4), t = lane % 4, blocks = round_up(K, 128) / 128;
     u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u);
@@ -292,12 +292,13 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
     write_out<8 * EIGHTS, WARPS>(sum, bias, y, M, N);
 }
 
-MMA(w4_mma_8, 1, 8, 4)
-MMA(w4_mma_16, 2, 8, 3)
-MMA(w4_mma_32, 4, 8, 2)
-MMA(w4_mma_64, 8, 8, 1)
-MMA(w4_mma_8_few, 1, 16, 2)                                // few outputs, so few blocks: more warps along K instead
-MMA(w4_mma_16_few, 2, 16, 2)
+MMA(w4_mma_8, 1, 8, 4, true)
+MMA(w4_mma_8_late, 1, 8, 5, false)                      // to compare
+MMA(w4_mma_16, 2, 8, 3, false)
+MMA(w4_mma_32, 4, 8, 2, false)
+MMA(w4_mma_64, 8, 8, 1, false)
+MMA(w4_mma_8_few, 1, 16, 2, true)                       // few outputs, so few blocks: more warps along K instead
+MMA(w4_mma_16_few, 2, 16, 2, false)
 
 // ---- int8 tensor cores: grid (blocks, slices), in all one block per multiprocessor; one or two rows of x
 //

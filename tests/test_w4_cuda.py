@@ -93,7 +93,7 @@ SHAPES = [(8, 64, 64), (8, 1152, 32), (40, 192, 64), (32, 896, 128), (16, 512, 5
 @pytest.mark.parametrize("sym", [True, False])
 def test_every_shape_gives_the_product(gpu, N, K, group, sym):
     gpu.order = "first" if sym else "last"                                      # one warp runs as far as barriers allow
-    for name, rows in ("w4_naive", 3), ("w4_mma_8", 5), ("w4_mma_16", 13):
+    for name, rows in ("w4_naive", 3), ("w4_mma_8", 5), ("w4_mma_8_late", 8), ("w4_mma_16", 13):
         if K < 600 or name != "w4_naive":                                       # slow here
             check(gpu, name, rows, N, K, group, sym, biased=sym)
 
