@@ -305,6 +305,6 @@ def show_ways(model: Qwen2, rows=(1, 16, 64, 1024)):
             x = torch.empty(count, inputs, dtype=model.head.dtype, device=model.head.device)
             way = "/".join(dict.fromkeys(choose(layer, x) for layer in alike))
             if way == "kernel" and count <= MMA_ROWS:
-                way, _ = plan(count, outputs, inputs, alike[0].size, True, gpu_of(x.device))
+                way = plan(count, outputs, inputs, alike[0].size, True, gpu_of(x.device))
             cells.append(way)
         print(f"{f'{len(alike)} of {inputs:,} -> {outputs:,}':<28}" + "".join(f"{cell:>16}" for cell in cells))

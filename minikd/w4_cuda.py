@@ -8,11 +8,10 @@ from torch import Tensor
 
 from minikd.cuda import launch
 
-KERNELS = ("w4_naive", "w4_int8_2", "w4_int8_2_deep", "w4_int8_2_two", "w4_int8_4", "w4_int8_8", "w4_int8_16", "w4_mma_8",
-           "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few", "w4_mma_32", "w4_mma_64", "w4_dequantise")
-MMA_ROWS = 64                           # the most rows of x for tensor cores in int8; above, cuBLAS multiplies
-INT8_INPUTS = 65_536                    # w4_int8_*: the most inputs a block converts; half of it if that takes several slices
-VARIANTS = {"w4_int8_2_deep": (16, 6, 1), "w4_int8_2_two": (8, 6, 2)}    # warps, depth of their rings, blocks per multiprocessor
+KERNELS = ("w4_naive", "w4_int8_2", "w4_int8_2_deep", "w4_mma_8", "w4_mma_8_late", "w4_mma_8_few", "w4_mma_16",
+           "w4_mma_16_few", "w4_mma_32", "w4_mma_64", "w4_dequantise")
+MMA_ROWS = 64                           # the most rows of x that w4_mma_* and w4_int8_2 take; above, cuBLAS multiplies
+ADDING = 40                             # what w4_sum costs, in tiles that a block could have multiplied in its time
 
 
 def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -59,31 +58,37 @@ def gpu_of(device: torch.device) -> GPU:
     return GPU(found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9)
 
 
+@functools.cache
 def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> tuple[tuple[int, int], int, int]:
     """How a kernel is launched for x [M, K] and W [N, K]: grid, threads, bytes of shared memory, which may be more than fit."""
-    tiles, blocks = -(-N // 16), -(-K // 128)
+    strips, blocks, sets = -(-N // 16), -(-K // 128), 1 if group_size % 128 == 0 else 4
+    slot = 1024 + 48 * sets                                     # a tile in shared memory
     if name == "w4_naive":
         return (-(-N // 128), M), 128, 0
-    if not name.startswith("w4_int8"):
-        return (tiles, 1), 512 if name.endswith("few") else 256, 0
-    warps, depth, resident = VARIANTS.get(name, (16, 4, 1))
-    sets = 1 if group_size % 128 == 0 else 4
-    for slices in range(1, min(blocks, 32) + 1):
-        grid = min(tiles, gpu.processors * resident // slices)
-        each = -(-blocks // slices)
-        # As int8_product lays it out: tiles in flight; x's digits and units, and sums if there are zeros; the warps' sums.
-        shared = warps * depth * (1024 + 48 * sets) + each * M * (384 + 4 + 4 * sets * zeros) + (warps - -tiles // grid) * M * 64
-        if shared <= gpu.shared // resident and M * K <= INT8_INPUTS * (1 if slices == 1 else slices / 2):
-            break
-    return (grid, slices), 32 * warps, shared
+    if name.startswith("w4_mma"):
+        warps = 16 if name.endswith("few") else 8
+        return (strips, 1), 32 * warps, warps * 4 * slot
+
+    def sliced(slices: int):                                    # -> whether it does not fit, its cost in tiles; the launch
+        grid, each = min(strips, gpu.processors // slices), -(-blocks // slices)
+        mine = -(-strips // grid)
+        # As int8_product lays it out: tiles; x's digits and units, and sums if there are zeros; the warps' sums.
+        shared = 16 * (9 if name.endswith("deep") else 5) * slot + each * M * (388 + 4 * sets * zeros) + (16 + mine) * M * 64
+        cost = mine * each + 0.3 * each * M + (ADDING + slices) * (slices > 1)      # 0.3: to convert a block of 128 inputs
+        return shared > gpu.shared, cost, (grid, slices), 512, shared
+
+    return min(map(sliced, range(1, min(blocks, gpu.processors, 32) + 1)))[2:]
 
 
-def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> tuple[str, int]:
-    """The kernel for the first rows of x [M, K], and how many rows it takes: 16 at most, fewer if they do not fit."""
-    rows = next(rows for rows in (2, 4, 8, 16) if min(M, 16) <= rows)
-    while rows > 2 and shape(f"w4_int8_{rows}", min(M, rows), N, K, group_size, zeros, gpu)[2] > gpu.shared:
-        rows //= 2
-    return f"w4_int8_{rows}", min(M, rows)
+def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> str:
+    """The fastest kernel for x [M, K] and W [N, K], M <= MMA_ROWS."""
+    # On an H200 w4_int8_2, w4_mma_8, w4_mma_8_few took for one row, in us: 8.5, 9.9, 13.1 at 22016 x 2048; 22.1, 24.5, 30.3 at
+    # 37888 x 3584; 2.7, 3.7, 2.2 at 2560 x 2048; 14.1, 19.5, 13.7 at 3584 x 18944; from three rows on int8 gained little.
+    few = -(-N // 16) < 2 * gpu.processors                      # blocks of 16 outputs: less than two per multiprocessor
+    if M <= 2 and not few and shape("w4_int8_2", M, N, K, group_size, zeros, gpu)[2] <= gpu.shared:
+        return "w4_int8_2"
+    rows = next(rows for rows in (8, 16, 32, 64) if M <= rows)
+    return f"w4_mma_{rows}" + "_few" * (few and rows <= 16)
 
 
 def run(name: str, words: Tensor, scales: Tensor, zeros: Tensor | None, x: Tensor, bias: Tensor | None, y: Tensor,
@@ -102,7 +107,7 @@ def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bia
              group_size: int) -> Tensor:
     """y = x W^T + b.  x [M, K] bfloat16, W as `repack` gives it, bias [N] bfloat16 -> y [M, N] bfloat16
 
-    Up to MMA_ROWS rows: the kernels that `plan` names. More: W is dequantised into a temporary tensor, and cuBLAS multiplies.
+    Up to MMA_ROWS rows: the kernel that `plan` names. More: W is dequantised into a temporary tensor, and cuBLAS multiplies.
     """
     M, K = x.shape
     x = x.contiguous()
@@ -110,11 +115,10 @@ def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bia
         x = x.clone()
     if M > MMA_ROWS:
         return F.linear(x, dequantise(words, scales, zeros, outputs, K, group_size), bias)
-    y, done = x.new_empty(M, outputs), 0
-    while done < M:
-        name, rows = plan(M - done, outputs, K, group_size, zeros is not None, gpu_of(x.device))
-        run(name, words, scales, zeros, x[done:done + rows], bias, y[done:done + rows], group_size)
-        done += rows
+    y = x.new_empty(M, outputs)
+    if M:
+        name = plan(M, outputs, K, group_size, zeros is not None, gpu_of(x.device))
+        run(name, words, scales, zeros, x, bias, y, group_size)
     return y
 
 

@@ -4,7 +4,7 @@
 //   w4_naive        one thread per output, one code at a time: the reference for the others
 //   w4_mma_*        up to 64 rows: codes become operands of tensor-core products in bfloat16, without a shuffle; asynchronous
 //                   copies bring them into shared memory, several tiles ahead
-//   w4_int8_*       up to 16 rows: fewer instructions by tensor cores in int8, x split into three digits, as exact; one block
+//   w4_int8_2       up to 2 rows: fewer instructions by tensor cores in int8, x split into three digits, as exact; one block
 //                   per multiprocessor, whose copies never pause
 //   w4_dequantise   more rows: writes W in bfloat16, and cuBLAS multiplies
 //
@@ -47,12 +47,13 @@ __device__ __forceinline__ Words load_if(bool there, const Words* p) {
         : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3]) : "l"(p), "r"((u32)there));
     return v;
 }
-// Starts a copy from global to shared memory, which needs no registers; it writes zeros if not `there`.
+// Starts a copy from global to shared memory, which needs no registers; it writes zeros if not `there`. L2::128B brings the whole
+// line into the L2: 32 bytes of scales would cost a memory access of their own, and their neighbours are read soon.
 template <int BYTES> __device__ __forceinline__ void copy_async(bool there, void* to, const void* from) {
     u32 at = (u32)__cvta_generic_to_shared(to);
     int bytes = there ? BYTES : 0;
     if (BYTES == 16)                                    // cg bypasses the L1, and exists for 16 bytes only
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(at), "l"(from), "r"(bytes) : "memory");
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(at), "l"(from), "r"(bytes) : "memory");
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(at), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
 }
@@ -154,14 +155,38 @@ extern "C" __global__ void w4_naive(PARAMETERS) {
 // order, so that the result does not depend on which warp is first.  EACH: how many words a lane multiplies before it loads
 // scales again, 4 if a group is a multiple of 128 inputs, else 1.
 
-const int SLOTS = 32, MEMORY = SLOTS * 1216;            // tiles that a block holds; bytes: 1,024 of codes, 192 of scales, zeros
+extern __shared__ Words shared_memory[];                // its size is w4_cuda.shape's
+__device__ __forceinline__ char* shared_at(int bytes) { return (char*)shared_memory + bytes; }
 
-#define KERNEL(NAME, BODY, WARPS, SIZE) \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(PARAMETERS) { \
-        __shared__ Words memory[MEMORY / 16];           /* tiles, and at the end the warps' sums */ \
-        if (group % 128) BODY<SIZE, WARPS, 1>(memory, ARGUMENTS); \
-        else BODY<SIZE, WARPS, 4>(memory, ARGUMENTS); \
+// RESIDENT: blocks per multiprocessor, which limits registers; AHEAD: there are registers for x of each warp's next tile
+#define MMA(NAME, EIGHTS, WARPS, RESIDENT, AHEAD) \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) NAME(PARAMETERS) { \
+        if (group % 128) tensor<EIGHTS, WARPS, AHEAD, 1>(ARGUMENTS); \
+        else tensor<EIGHTS, WARPS, AHEAD, 4>(ARGUMENTS); \
     }
+
+// Copies tiles to shared memory, by all lanes of a warp: 1,024 bytes of codes, then SETS times 16 scales and 16 zeros.
+template <int SETS> struct Copies {
+    const char* quant;                                  // three lanes per set copy 2 x 8 outputs' scales and 16 outputs' zeros
+    u32 size, stride, inverse, last;                    // size: bytes per output of what this lane copies, 0: only codes
+    int lane, set;
+
+    __device__ __forceinline__ Copies(const u16* scales, const u8* zeros, int N, int K, int group) {
+        lane = in_register(threadIdx.x % 32), set = lane / 3, stride = round_up(N, 16), last = K / group - 1;
+        int which = lane % 3, per = group / 32;
+        inverse = 0xffffffffu / per + 1;                // 2^32 / per rounded up: __umulhi(n, inverse) is n / per; 0 for per = 1
+        quant = which < 2 ? (const char*)(scales + which * 8) : (const char*)zeros;
+        size = set >= SETS || !quant ? 0 : which < 2 ? 2 : 1;
+    }
+    // codes: where this lane's first 16 are; block, column: the tile's inputs / 128 and its first output
+    __device__ __forceinline__ void start(char* slot, const Words* codes, u32 block, u32 column) const {
+        u32 at = 4 * block + set * (4 / SETS);
+        if (inverse) at = __umulhi(at, inverse);        // which group
+        if (SETS == 4) at = min(at, last);              // the last tile may reach past the last group
+        for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512 + lane * 16, codes + h * 32);
+        if (size) copy_async<16>(true, slot + 1024 + lane * 16, quant + (at * stride + column) * size);
+    }
+};
 
 // sum [WARPS][16][ROWS + 1] -> y, written coalesced; the + 1 avoids bank conflicts
 template <int ROWS, int WARPS>
@@ -190,45 +215,42 @@ __device__ __forceinline__ void operand(u32* a, const Words* w, int j, int i, co
     for (int q = 0; q < 4; q++) a[q] = minus_pair(merge(w[q % 2].w[j] >> 4 * (i + q / 2), mask, top), zero[q % 2]);
 }
 
-template <int EIGHTS, int WARPS, int EACH>
-__device__ __forceinline__ void tensor(Words* memory, PARAMETERS) {
-    const int GROUPS = 4 / EACH, SLOT = 1024 + 48 * GROUPS, DEPTH = SLOTS / WARPS;      // GROUPS: sets of scales per tile
-    static_assert(WARPS * 16 * (8 * EIGHTS + 1) * 4 <= MEMORY, "the sums fit where the tiles were");
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    int blocks = round_up(K, 128) / 128, stride = round_up(N, 16), per = group / 32, last = K / group - 1;
-    u32 inverse = 0xffffffffu / per + 1;                // 2^32 / per rounded up: __umulhi(n, inverse) is n / per; 0 for per = 1
+template <int EIGHTS, int WARPS, bool AHEAD, int EACH>
+__device__ __forceinline__ void tensor(PARAMETERS) {
+    const int GROUPS = 4 / EACH, SLOT = 1024 + 48 * GROUPS, DEPTH = 4, LAST = (DEPTH - 1) * SLOT;
+    static_assert(16 * (8 * EIGHTS + 1) * 4 <= DEPTH * SLOT, "the sums fit where the tiles were");
+    Copies<GROUPS> copies(scales, zeros, N, K, group);
+    int lane = copies.lane, warp = threadIdx.x / 32, g = in_register(lane / 4), t = lane % 4, blocks = round_up(K, 128) / 128;
     u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u);
-    const Words* tile = words + (long long)blockIdx.x * blocks * 64;
-    char* ring = (char*)memory + warp * DEPTH * SLOT;
-    float total[EIGHTS][4] = {};
-    const u16* lane_x = x + warp * 128 + 8 * t;
-    int row[EIGHTS];                                    // offsets of rows of x; past the last row it is read again, for columns
+    char* ring = shared_at(in_register(warp * DEPTH * SLOT));
+    const u16* lane_x = x + 8 * t;
+    int from[EIGHTS];                                   // offsets of rows of x; past the last row it is read again, for columns
 #pragma unroll                                          // of the product that are not written out
-    for (int c = 0; c < EIGHTS; c++) row[c] = min(8 * c + g, M - 1) * K;
-    auto fetch = [&](int d, int b) {
-        char* slot = ring + d * SLOT;
-        if (b < blocks) {
-            for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512 + lane * 16, tile + b * 64 + h * 32 + lane);
-            int j = lane / 3, part = lane % 3;          // three lanes per group: 2 x 8 outputs' scales, 16 outputs' zeros
-            int at = inverse ? __umulhi(4 * b + j * EACH, inverse) : 4 * b + j * EACH;          // which group
-            if (EACH == 1) at = min(at, last);          // the last tile may reach past the last group
-            at = at * stride + blockIdx.x * 16;
-            if (j < GROUPS && (part < 2 || zeros))
-                copy_async<16>(true, slot + 1024 + lane * 16, part < 2 ? (const void*)(scales + at + part * 8) : zeros + at);
-        }
+    for (int c = 0; c < EIGHTS; c++) from[c] = min(8 * c + g, M - 1) * K;
+    auto read = [&](int b, int j, int c) {              // EACH == 4: K is a multiple of 128, so no load is past it
+        const Words* p = (const Words*)(lane_x + b * 128 + from[c]) + j * 4;
+        return EACH == 4 ? load(p) : load_if(b * 128 + 32 * j + 8 * t < K, p);
+    };
+    const Words* codes = words + ((long long)blockIdx.x * blocks + warp) * 64 + lane;
+    auto fetch = [&](char* slot, int b) {
+        if (b < blocks) copies.start(slot, codes, b, blockIdx.x * 16), codes += WARPS * 64;
         commit_group();                                 // also an empty one: wait_for_copies counts groups
     };
     let_next_start();
-    for (int d = 0; d < DEPTH - 1; d++) fetch(d, warp + d * WARPS);     // weights do not depend on the kernel before; x does
-    wait_for_previous();
-    int d = 0;                                          // the slot that is read
+    for (int d = 0; d < DEPTH - 1; d++) fetch(ring + d * SLOT, warp + d * WARPS);
+    wait_for_previous();                                // weights do not depend on the kernel before, but x does
+    Words ahead[4];
+    if (AHEAD)
+        for (int j = 0; j < 4; j++) ahead[j] = read(min(warp, blocks - 1), j, 0);
+    int at = 0, before = LAST;                          // the slot that is read, and that which was
+    float total[EIGHTS][4] = {};
 #pragma unroll 1
     for (int b = warp; b < blocks; b += WARPS) {
         wait_for_copies<DEPTH - 2>();
         __syncwarp();                                   // other lanes' copies are there too, and the slot before has been read
-        fetch(d ? d - 1 : DEPTH - 1, b + (DEPTH - 1) * WARPS);
-        const char* slot = ring + d * SLOT;
-        d = d + 1 == DEPTH ? 0 : d + 1;
+        fetch(ring + before, b + (DEPTH - 1) * WARPS);
+        const char* slot = ring + at;
+        before = at, at = at == LAST ? 0 : at + SLOT;
         Words w[2] = {((const Words*)slot)[lane], ((const Words*)slot)[32 + lane]};
         float part[EIGHTS][4] = {}, scale[2];           // of one group
         u32 zero[2];
@@ -242,10 +264,7 @@ __device__ __forceinline__ void tensor(Words* memory, PARAMETERS) {
                 }
             Words in[EIGHTS];
 #pragma unroll
-            for (int c = 0; c < EIGHTS; c++) {          // EACH == 4: K is a multiple of 128, so no load is past it
-                const Words* from = (const Words*)(lane_x + row[c]) + j * 4;
-                in[c] = EACH == 4 ? load(from) : load_if(b * 128 + j * 32 + 8 * t < K, from);
-            }
+            for (int c = 0; c < EIGHTS; c++) in[c] = AHEAD ? ahead[j] : read(b, j, c);
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
                 u32 a[4];
@@ -253,6 +272,7 @@ __device__ __forceinline__ void tensor(Words* memory, PARAMETERS) {
 #pragma unroll
                 for (int c = 0; c < EIGHTS; c++) mma(part[c], a, in[c].w + i);
             }
+            if (AHEAD) ahead[j] = read(min(b + WARPS, blocks - 1), j, 0);
             if ((j + 1) % EACH == 0) {                  // operands were exact in bfloat16; the scale multiplies in float32
 #pragma unroll
                 for (int c = 0; c < EIGHTS; c++)
@@ -260,11 +280,10 @@ __device__ __forceinline__ void tensor(Words* memory, PARAMETERS) {
                     for (int q = 0; q < 4; q++) total[c][q] += scale[q / 2] * part[c][q], part[c][q] = 0;
             }
         }
-        lane_x += WARPS * 128;
     }
     wait_for_copies<0>();
     __syncthreads();                                    // no warp reads tiles any more: the sums overwrite them
-    float* sum = (float*)memory;
+    float* sum = (float*)shared_memory;
 #pragma unroll
     for (int c = 0; c < EIGHTS; c++)
 #pragma unroll
@@ -273,14 +292,15 @@ __device__ __forceinline__ void tensor(Words* memory, PARAMETERS) {
     write_out<8 * EIGHTS, WARPS>(sum, bias, y, M, N);
 }
 
-KERNEL(w4_mma_8, tensor, 8, 1)
-KERNEL(w4_mma_16, tensor, 8, 2)
-KERNEL(w4_mma_32, tensor, 8, 4)
-KERNEL(w4_mma_64, tensor, 8, 8)
-KERNEL(w4_mma_8_few, tensor, 16, 1)                     // few outputs, so few blocks: more warps along K instead
-KERNEL(w4_mma_16_few, tensor, 16, 2)
+MMA(w4_mma_8, 1, 8, 4, true)
+MMA(w4_mma_8_late, 1, 8, 5, false)                      // to compare
+MMA(w4_mma_16, 2, 8, 3, false)
+MMA(w4_mma_32, 4, 8, 2, false)
+MMA(w4_mma_64, 8, 8, 1, false)
+MMA(w4_mma_8_few, 1, 16, 2, true)                       // few outputs, so few blocks: more warps along K instead
+MMA(w4_mma_16_few, 2, 16, 2, false)
 
-// ---- int8 tensor cores: grid (blocks, slices), in all one block per multiprocessor; up to ROWS rows of x
+// ---- int8 tensor cores: grid (blocks, slices), in all one block per multiprocessor; one or two rows of x
 //
 // Unpacking codes to bfloat16 costs more instructions than all else together. As int8 it takes one and a half per four codes:
 // a nibble in the upper half of a byte, with its top bit flipped, is 16 (code - 8) in two's complement. x becomes int8 as well,
@@ -331,25 +351,20 @@ __device__ __forceinline__ void operand(u32* a, const Words* w, int j, u32 mask,
 // a lane's 16 bytes are its operands of two products; each block's and row's unit / 16; if `with_sums`, the sums of its inputs.
 struct X { int digits, units, sums, M; bool with_sums; };       // where these begin in shared memory, in bytes
 
-extern __shared__ Words shared_memory[];
-__device__ __forceinline__ char* shared_at(int bytes) { return (char*)shared_memory + bytes; }
-
-// By all threads: `blocks` blocks from `first` on; SETS sums per block, each of 128 / SETS inputs.
+// By all threads, 16 lanes per block and row: `blocks` blocks from `first` on; SETS sums per block, each of 128 / SETS inputs.
 template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, int K, int first, int blocks) {
-    int l = threadIdx.x % 16, j = l / 4, t = l % 4, k = first * 128 + 8 * l;                // 16 lanes take a block of a row
-    int step = blockDim.x / 16, step_b = step / to.M, step_m = step - step_b * to.M;
-    auto read = [&](int b, int m) {
+    int l = threadIdx.x % 16, j = l / 4, t = l % 4, k = first * 128 + 8 * l, step = blockDim.x / 16;
+    int two = to.M - 1;                                 // 1 if there are two rows; then they alternate
+    auto read = [&](int at) {
+        int b = at >> two, m = at & two;
         return load_if(b < blocks && b * 128 + k < K, (const Words*)(x + (m * K + b * 128 + k)));
     };
-    int next_b = threadIdx.x / 16 / to.M, next_m = threadIdx.x / 16 - next_b * to.M;
-    Words next = read(next_b, next_m);
+    Words next = read(threadIdx.x / 16);
 #pragma unroll 1                                        // a warp's two halves stay together, for the shuffles
-    for (int left = round_up(blocks * to.M, 2) - threadIdx.x / 16; left > 0; left -= step) {
-        int b = next_b, m = next_m;
+    for (int at = threadIdx.x / 16; at - threadIdx.x / 16 % 2 < blocks << two; at += step) {
+        int b = at >> two, m = at & two;
         Words now = next;
-        next_b += step_b, next_m += step_m;             // through the rows of a block, then to the next block
-        if (next_m >= to.M) next_m -= to.M, next_b++;
-        next = read(next_b, next_m);
+        next = read(at + step);
         u32 most = 0;
 #pragma unroll
         for (int w = 0; w < 4; w++) most = max(most, max(now.w[w] & 0x7fff0000u, now.w[w] << 16 & 0x7fff0000u));
@@ -374,102 +389,68 @@ template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, 
     }
 }
 
-// The sums of a lane. With up to 4 rows, a product's columns are d0, d1, d2 and an unused one of two rows; with more, one digit
-// of 8 rows, and three products give all digits.
-template <int ROWS, int SETS> struct Int8 {
-    static const int BY_ROW = ROWS <= 4, TILES = BY_ROW ? ROWS / 2 : ROWS / 8 * 3, UNITS = BY_ROW ? TILES : ROWS / 4;
-    float total[BY_ROW ? TILES * 2 : ROWS / 2];         // by row: [tile][output g, g + 8]; else [8 rows][output][row 2t, 2t + 1]
-    int digits[BY_ROW ? TILES : ROWS / 8], row[UNITS];  // the lane's columns in block 0, and its sums' rows; past the last row
-                                                        // it is read again, for sums that nobody reads
-    int second, lane, g;                                // second: a lane with d2 has no digit in its other column
-    u32 mask, top;
+// The sums of a lane. A product's columns are d0, d1, d2 and an unused one of two rows.
+template <int SETS> struct Int8 {
+    float total[2] = {};                                // of outputs g and g + 8
+    int lane, g, digits, row, second;                   // where the lane's column begins and its sums' row; without a second row
+    u32 mask, top;                                      // the first is read again, for sums that nobody reads
 
     __device__ __forceinline__ Int8(const X& x) {
         lane = in_register(threadIdx.x % 32), g = in_register(lane / 4);
         int t = lane % 4;
-        second = in_register(t % 2 ? 0 : 256), mask = in_register(0xf0f0f0f0u), top = in_register(0x80808080u);
-#pragma unroll
-        for (int i = 0; i < (BY_ROW ? TILES : ROWS / 8); i++)
-            digits[i] = in_register(x.digits + t * 16 + (BY_ROW ? min(2 * i + g / 4, x.M - 1) * 192 + min(g % 4, 2) * 64
-                                                                : min(8 * i + g, x.M - 1) * 192));
-#pragma unroll
-        for (int i = 0; i < UNITS; i++)
-            row[i] = in_register(min(BY_ROW ? 2 * i + t / 2 : i / 2 * 8 + 2 * t + i % 2, x.M - 1) * 4);
-        clear();
+        second = in_register(t % 2 ? 0 : 256);          // a lane with d2 has no digit in its other column
+        mask = in_register(0xf0f0f0f0u), top = in_register(0x80808080u);
+        digits = in_register(x.digits + min(g / 4, x.M - 1) * 192 + min(g % 4, 2) * 64 + t * 16);
+        row = in_register(min(t / 2, x.M - 1) * 4);
     }
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (float& v : total) v = 0;
-    }
-    // Adds the tile in `slot`: 1,024 bytes of codes, then per set 16 scales and 16 zeros, of block b of x.
+    // Adds the tile in `slot` times block b of x.
     __device__ __forceinline__ void add(const char* slot, const X& x, int b) {
-        Words w[2] = {((const Words*)slot)[lane], ((const Words*)slot)[32 + lane]};
-        int at = b * x.M, c[TILES][4] = {};
-        float unit[UNITS];
-        Words in[TILES];
-#pragma unroll
-        for (int i = 0; i < UNITS; i++) unit[i] = *(const float*)shared_at(x.units + row[i] + at * 4);
+        Words w[2] = {((const Words*)slot)[lane], ((const Words*)slot)[32 + lane]}, in;
+        int at = b * x.M, c[4] = {};
+        float unit = *(const float*)shared_at(x.units + row + at * 4);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             u32 a[4];
             operand(a, w, j, mask, top);
-#pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                int from = (BY_ROW ? digits[i] : digits[i / 3] + i % 3 * 64) + at * 384 + j / 2 * x.M * 192;
-                if (j % 2 == 0) in[i] = *(const Words*)shared_at(from);
-                mma(c[i], a, in[i].w + j % 2 * 2);
-            }
+            if (j % 2 == 0) in = *(const Words*)shared_at(digits + at * 384 + j / 2 * x.M * 192);
+            mma(c, a, in.w + j % 2 * 2);
             if ((j + 1) % (4 / SETS)) continue;
             const char* quant = slot + 1024 + (SETS == 4 ? j : 0) * 48;
+            float scale[2];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float scale = half_to_float(((const u16*)quant)[h * 8 + g]);
-                float shift = x.with_sums ? scale * (8 - (int)(u8)quant[32 + h * 8 + g]) : 0;
-                if (BY_ROW && second == 0) shift = 0;   // once per row
-#pragma unroll
-                for (int i = 0; i < UNITS; i++) {
-                    float& v = total[BY_ROW ? i * 2 + h : i / 2 * 4 + h * 2 + i % 2];
-                    if (BY_ROW)
-                        v += scale * unit[i] * (c[i][2 * h] + second * c[i][2 * h + 1]);
-                    else {
-                        int q = h * 2 + i % 2, *low = c[i / 2 * 3] + q;
-                        v += scale * unit[i] * fmaf(65536.f, low[8], low[0] + 256 * low[4]);
-                    }
-                    if (!x.with_sums) continue;
-                    v += shift * *(const float*)shared_at(x.sums + row[i] + (at * SETS + (SETS == 4 ? j * x.M : 0)) * 4);
-                }
+                scale[h] = half_to_float(((const u16*)quant)[h * 8 + g]);
+                total[h] += scale[h] * unit * (c[2 * h] + second * c[2 * h + 1]);
+                c[2 * h] = c[2 * h + 1] = 0;
             }
+            if (!x.with_sums) continue;
+            float of_inputs = *(const float*)shared_at(x.sums + row + (at * SETS + (SETS == 4 ? j * x.M : 0)) * 4);
+            if (second == 0) of_inputs = 0;             // once per row
 #pragma unroll
-            for (int i = 0; i < TILES; i++)
-#pragma unroll
-                for (int q = 0; q < 4; q++) c[i][q] = 0;
+            for (int h = 0; h < 2; h++) total[h] += scale[h] * (8 - (int)(u8)quant[32 + h * 8 + g]) * of_inputs;
         }
     }
-    // -> part [M][16]
-    __device__ __forceinline__ void store(float* part, int M) const {
+    // -> part [M][16], and begins again
+    __device__ __forceinline__ void store(float* part, int M) {
         int t = lane % 4;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float v = total[BY_ROW ? i * 2 + h : i / 2 * 4 + h * 2 + i % 2];
-                if (BY_ROW) v += 65536 * __shfl_xor_sync(~0u, v, 1);        // d2's sum; right where t is even
-                int m = BY_ROW ? 2 * i + t / 2 : i / 2 * 8 + 2 * t + i % 2;
-                if (m < M && (!BY_ROW || t % 2 == 0)) part[m * 16 + h * 8 + g] = v;
-            }
+        for (int h = 0; h < 2; h++) {
+            float v = total[h] + 65536 * __shfl_xor_sync(~0u, total[h], 1);     // d2's sum; right where t is even
+            if (t % 2 == 0 && t / 2 < M) part[t / 2 * 16 + h * 8 + g] = v;
+            total[h] = 0;
+        }
     }
 };
 
-template <int ROWS, int WARPS, int DEPTH, int SETS>
+template <int DEPTH, int SETS>
 __device__ __forceinline__ void int8_product(PARAMETERS) {
-    const int SLOT = 1024 + 48 * SETS;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int SLOT = 1024 + 48 * SETS, WARPS = 16;
+    Copies<SETS> copies(scales, zeros, N, K, group);
+    int warp = threadIdx.x / 32;
     int all = round_up(K, 128) / 128, first = 0, blocks = all;          // blocks of 128 inputs, of this slice
     if (gridDim.y > 1)                                  // divisions take long, and the first copies wait for them
         first = (u32)(all * blockIdx.y) / gridDim.y, blocks = (u32)(all * (blockIdx.y + 1)) / gridDim.y - first;
-    int stride = round_up(N, 16), per = group / 32;
-    u32 last = K / group - 1, inverse = 0xffffffffu / per + 1;          // as in `tensor`
-    u32 strips = stride / 16, least = strips / gridDim.x, more = strips - least * gridDim.x;        // `more` blocks have one more
+    u32 strips = copies.stride / 16, least = strips / gridDim.x, more = strips - least * gridDim.x; // `more` blocks have 1 more
     int begin = blockIdx.x * least + min(blockIdx.x, more), mine = least + (blockIdx.x < more);
     int run = round_up(mine * blocks, WARPS) / WARPS;
     int tile = min(warp * run, mine * blocks), end = min(tile + run, mine * blocks);        // counted from the block's first one
@@ -480,20 +461,12 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     float* part = (float*)shared_at(in.units + blocks * M * 4);         // [WARPS + mine - 1][M][16], and then the sums
     in.sums = in.units + blocks * M * 4 + (WARPS + mine) * M * 64, in.with_sums = zeros;
 
-    // The next copy's state; three lanes per set copy 2 x 8 outputs' scales and 16 outputs' zeros.
-    int strip = (u32)tile / (u32)blocks, b = tile - strip * blocks, row = b, set = lane / 3, which = lane % 3;
-    const Words* codes = words + ((long long)(begin + strip) * all + first + b) * 64 + lane;
-    const char* quant = which < 2 ? (const char*)(scales + which * 8) : (const char*)zeros;
-    u32 column = (begin + strip) * 16, size = which < 2 ? 2 : 1;
-    if (set >= SETS || !quant) size = 0;                // this lane copies only codes
-    auto fetch = [&](bool there, char* slot) {          // slot: this lane's first 16 bytes
+    // The next copy's state.
+    int strip = (u32)tile / (u32)blocks, b = tile - strip * blocks, row = b, column = (begin + strip) * 16;
+    const Words* codes = words + ((long long)(begin + strip) * all + first + b) * 64 + copies.lane;
+    auto fetch = [&](bool there, char* slot) {
         if (there) {
-            u32 at = (first + row) * 4 + set * (4 / SETS);
-            if (inverse) at = __umulhi(at, inverse);    // which group
-            if (SETS == 4) at = min(at, last);          // the last tile may reach past the last group
-            at = (at * stride + column) * size;
-            for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512, codes + h * 32);
-            if (size) copy_async<16>(true, slot + 1024, quant + at);
+            copies.start(slot, codes, first + row, column);
             codes += 64;
             if (++row == blocks) row = 0, column += 16, codes += (all - blocks) * 64;
         }
@@ -501,30 +474,29 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     };
     let_next_start();
 #pragma unroll 1
-    for (int d = 0; d < DEPTH - 1; d++) fetch(tile + d < end, ring + d * SLOT + lane * 16);
+    for (int d = 0; d < DEPTH - 1; d++) fetch(tile + d < end, ring + d * SLOT);
     wait_for_previous();                                // weights do not depend on the kernel before, but x does
     convert<SETS>(in, x, K, first, blocks);
     __syncthreads();
-    Int8<ROWS, SETS> sum(in);
+    Int8<SETS> sum(in);
     int slot = 0, before = LAST;
 #pragma unroll 1
     for (int left = end - tile; left > 0;) {
         wait_for_copies<DEPTH - 2>();
         __syncwarp();                                   // other lanes' copies are there too, and the slot before has been read
-        fetch(left >= DEPTH, ring + before + sum.lane * 16);
+        fetch(left >= DEPTH, ring + before);
         sum.add(ring + slot, in, b);
         before = slot, slot = slot == LAST ? 0 : slot + SLOT;
         left--;
         if (++b < blocks && left) continue;
         sum.store(part + (warp + strip) * M * 16, M);
-        sum.clear();
         b = 0, strip++;
     }
     wait_for_copies<0>();
     __syncthreads();
 #pragma unroll 1                                        // code that runs once should be short: it has to be fetched, too
     for (int i = threadIdx.x; i < mine * 16 * M; i += 32 * WARPS) {
-        int m = i / (mine * 16), n = i - m * mine * 16, s = n / 16;
+        int m = i >= mine * 16, n = i - m * mine * 16, s = n / 16;
         if (begin * 16 + n >= N) continue;
         float v = bias && gridDim.y == 1 ? bf16(bias[begin * 16 + n]) : 0;
         u32 w = (u32)(s * blocks) / run, to = (u32)(s * blocks + blocks - 1) / run;         // the warps that the strip met
@@ -535,17 +507,13 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     }
 }
 
-#define INT8(NAME, ROWS, WARPS, DEPTH) \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, ROWS == 2 ? 32 / WARPS : 1) NAME(PARAMETERS) { \
-        if (group % 128) int8_product<ROWS, WARPS, DEPTH, 4>(ARGUMENTS); \
-        else int8_product<ROWS, WARPS, DEPTH, 1>(ARGUMENTS); \
+#define INT8(NAME, DEPTH) \
+    extern "C" __global__ void __launch_bounds__(576, 2) NAME(PARAMETERS) { /* 512 threads; registers left for w4_sum's */ \
+        if (group % 128) int8_product<DEPTH, 4>(ARGUMENTS); \
+        else int8_product<DEPTH, 1>(ARGUMENTS); \
     }
-INT8(w4_int8_2, 2, 16, 4)
-INT8(w4_int8_2_deep, 2, 16, 6)                          // to compare
-INT8(w4_int8_2_two, 2, 8, 6)
-INT8(w4_int8_4, 4, 16, 4)
-INT8(w4_int8_8, 8, 16, 4)
-INT8(w4_int8_16, 16, 16, 4)
+INT8(w4_int8_2, 5)                                      // the next kernel's block fits beside this one, and fills its ring
+INT8(w4_int8_2_deep, 9)                                 // it does not fit; to compare
 
 // Grid (N / 128, M): y = the sum of `slices` float32 [M, N], and bias.
 extern "C" __global__ void w4_sum(const float* parts, const u16* bias, u16* y, int M, int N, int slices) {

@@ -533,7 +533,7 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
     if base == "cp" and len(operands) < 2:
         return [], [], {"commit_group": "w.commit_group()", "wait_group": f"w.wait_for_copies({''.join(operands)})"}[mods[1]]
     if base == "cp":
-        require(mods == ["async", "cg" if operands[2] == "16" else "ca", "shared", "global"], opcode, operands)
+        require(".".join(mods) == ("async.cg.shared.global.L2::128B" if operands[2] == "16" else "async.ca.shared.global"))
         to, source = address(operands[0], "shared"), address(operands[1], "global")
         return [], [], f"w.copy({to}, {source}, {operands[2]}, {read(operands[3], 'u4')})"
     if base == "griddepcontrol":

@@ -244,4 +244,4 @@ def test_the_ways_are_shown_by_shape_and_rows(capsys, monkeypatch):
                          ["4", "of", "64", "->", "96", "int4", "dequantise"], ["2", "of", "96", "->", "64", "int4", "dequantise"]]
     monkeypatch.setattr("minikd.quant.choose", lambda *_: "kernel")
     show_ways(model, rows=(1, 20, 100))
-    assert capsys.readouterr().out.splitlines()[1].split()[-3:] == ["w4_int8_2", "w4_int8_16", "kernel"]
+    assert capsys.readouterr().out.splitlines()[1].split()[-3:] == ["w4_mma_8_few", "w4_mma_32", "kernel"]
