@@ -17,9 +17,10 @@
 // Weights do not depend on the stage before. So a warp starts the copies of its next weights (6 KB per warp, 96 KB per
 // multiprocessor) as soon as it has done its share of a stage, and only then waits for words: the memory stays busy.
 
-// WIDEST: most inputs of a product; SPLITS: parts of a head's keys; AT_ONCE: keys in flight per lane; RING: bytes of a warp's
+// WIDEST: most inputs of a product; SPLITS: parts of a head's keys; KEYS, AT_ONCE: loads in flight per lane, of keys and of
+// words; RING: bytes of a warp's
 // weights in flight; BIASES: most outputs of q/k/v
-const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, AT_ONCE = 4, RING = 8576, BIASES = 5120;
+const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, KEYS = 2, AT_ONCE = 4, RING = 8576, BIASES = 5120;
 
 typedef unsigned long long u64;
 
@@ -393,19 +394,19 @@ __device__ __forceinline__ float join(float& most, float& mass, float other_most
 }
 
 // One head's attention over a part of its keys, by one block: a key takes `lanes` lanes, 8 values each, and a warp reads `keys`
-// keys at once, with AT_ONCE such loads in flight; the first ones before the query is there. This step's own key and value come
-// as words.  -> out [E + 2]: the weighted values, most and mass
+// keys at once, with KEYS such loads in flight; the first ones before the query is there. This step's own key and value come as
+// words.  -> out [E + 2]: the weighted values, most and mass
 __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Layer& layer, int slot, int head, int begin, int end,
                                        u64* out, u32 tag) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, lanes = s.E / 8, keys = 32 / lanes, column = lane % lanes * 8;
     int group = head / (s.H / s.K);
     long long base = (long long)group * s.S * s.E + column;
     const u16 *all_keys = layer.keys + base, *all_values = layer.values + base;
-    Words own[3] = {}, k[AT_ONCE], v[AT_ONCE];          // own: q, and the key and the value of `slot`
-    float most = -1e30f, mass = 0, sum[8] = {}, scale = rsqrtf(s.E), share;
-    for (int first = begin + warp * keys * AT_ONCE, turn = 0; first < end; first += WARPS * keys * AT_ONCE, turn++) {
+    Words own[3] = {}, k[KEYS], v[KEYS];                // own: q, and the key and the value of `slot`
+    float most = -1e30f, mass = 0, sum[8] = {}, q[8], share;
+    for (int first = begin + warp * keys * KEYS, turn = 0; first < end; first += WARPS * keys * KEYS, turn++) {
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
+        for (int u = 0; u < KEYS; u++) {
             int at = first + u * keys + lane / lanes;
             k[u] = v[u] = Words{};
             if (at < min(end, slot)) k[u] = *(const Words*)(all_keys + at * s.E), v[u] = *(const Words*)(all_values + at * s.E);
@@ -427,22 +428,24 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
                 return ready;
             });
             __syncwarp();
+            for (int i = 0; i < 8; i++) q[i] = value(own[0], i) * rsqrtf(s.E);
         }
-        float score[AT_ONCE], top = most;
+        float score[KEYS], top = most;
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
+        for (int u = 0; u < KEYS; u++) {
             int at = first + u * keys + lane / lanes;
             if (at == slot) k[u] = own[1], v[u] = own[2];
-            score[u] = 0;
-            for (int i = 0; i < 8; i++) score[u] += value(own[0], i) * value(k[u], i);
+            float pair[2] = {};                         // two sums: half as many steps in a row
+            for (int i = 0; i < 8; i++) pair[i % 2] += q[i] * value(k[u], i);
+            score[u] = pair[0] + pair[1];
             for (int mask = lanes / 2; mask; mask /= 2) score[u] += __shfl_xor_sync(~0u, score[u], mask);
-            score[u] = at < end ? score[u] * scale : -1e30f;
+            if (at >= end) score[u] = -1e30f;
             top = fmaxf(top, score[u]);
         }
         share = __expf(most - top), mass *= share, most = top;         // online softmax
         for (int i = 0; i < 8; i++) sum[i] *= share;
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
+        for (int u = 0; u < KEYS; u++) {
             float part = score[u] > -1e30f ? __expf(score[u] - top) : 0;
             mass += part;
             for (int i = 0; i < 8; i++) sum[i] += part * value(v[u], i);
@@ -461,22 +464,17 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
     for (int i = 0; i < 8 && lane < lanes; i++) mine[column + i] = sum[i];
     if (lane == 0) mine[s.E] = top, mine[s.E + 1] = mass;
     __syncthreads();
-    int e = threadIdx.x;
-    if (e < s.E) {                                      // joins the warps
-        float all = 0, v = 0;
-        top = -1e30f;
-#pragma unroll 4
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, shared.sums[w * (s.E + 2) + s.E]);
-#pragma unroll 4
-        for (int w = 0; w < WARPS; w++) {
-            const float* theirs = shared.sums + w * (s.E + 2);
-            float part = __expf(theirs[s.E] - top);
-            all += part * theirs[s.E + 1], v += part * theirs[e];
-        }
-        send(out + e, v, tag);
-        if (e == 0) send(out + s.E, top, tag), send(out + s.E + 1, all, tag);
-    }
-    __syncthreads();
+    if (warp >= s.E / 32) return;                       // the others join the warps: a lane knows the share of one,
+    const float* theirs = shared.sums + lane % WARPS * (s.E + 2) + s.E;
+    most = top = theirs[0];
+    for (int mask = WARPS / 2; mask; mask /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
+    share = __expf(most - top), mass = share * theirs[1];
+    for (int mask = WARPS / 2; mask; mask /= 2) mass += __shfl_xor_sync(~0u, mass, mask);
+    float joined = 0;                                   // and a thread adds one of the E values
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) joined += __shfl_sync(~0u, share, w) * shared.sums[w * (s.E + 2) + threadIdx.x];
+    send(out + threadIdx.x, joined, tag);
+    if (threadIdx.x == 0) send(out + s.E, top, tag), send(out + s.E + 1, mass, tag);
 }
 
 // Joins the parts of each head: attention's output [H E], into shared.in. A lane takes 4 neighbours.
@@ -556,7 +554,8 @@ __device__ __forceinline__ void read_bias(Shared& shared, const Step& s, const L
 template <class Weights>
 __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
     int slot = *(volatile long long*)s.slot, half = s.E / 2, log2 = 31 - __clz(s.E), heads = s.H + 2 * s.K, tid = threadIdx.x;
-    int span = WARPS * AT_ONCE * 256 / s.E, splits = min(SPLITS, round_up(slot + 1, span) / span);  // span: keys read at once
+    int span = WARPS * KEYS * 256 / s.E, most = min(SPLITS, max(1, gridDim.x / s.H));       // span: keys that a block reads at once
+    int splits = min(most, round_up(slot + 1, span) / span);
     read_layer(shared, s, 0);
     if (tid < s.E) shared.cos[tid] = s.cos[slot * s.E + tid], shared.sin[tid] = s.sin[slot * s.E + tid];
     wait_for_copies<0>();
