@@ -43,7 +43,7 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
 def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temperature: float,
                             top_p: float = 1.0, top_k: int = 0, eos_ids=(), seed: int | None = None, samples: int = 1,
                             teacher: Qwen2 | None = None, mix: float = 0.0, vocab: int | None = None,
-                            graphs: bool | None = None, one_kernel: bool = False) -> tuple[list[list[int]], list[list[float]]]:
+                            graphs: bool | None = None, one_kernel: bool = True) -> tuple[list[list[int]], list[list[float]]]:
     """generate's new tokens, and the log-probability of each under the distribution it was drawn from, temperature and
     truncation included; 0 if greedy.
 
@@ -53,8 +53,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     graphs   every step works on tensors at fixed addresses, so that a CUDA graph replays it; the host reads the tokens every
              LOOK steps, and drops finished rows when half have finished. Default: on CUDA only. True on a CPU runs such
              steps without a graph (for tests).
-    one_kernel  with `graphs`: where decode_cuda.fits, one kernel computes the hidden states. Off by default, as it has not
-             been measured on a GPU yet.
+    one_kernel  with `graphs`: where decode_cuda.fits, one kernel computes the hidden states
     """
     if not all(prompts):
         raise ValueError("generate: a prompt is empty; give each at least one token")
