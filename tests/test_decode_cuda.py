@@ -117,15 +117,15 @@ def test_generate_by_one_kernel_gives_the_plain_path_s_tokens(on_cpu, monkeypatc
         yield joined(model)
 
     on_cpu.order, prompt, steps = "first", [[3, 1, 4, 1, 5, 9, 2, 6]], 3 if bits == 16 else 2
-    plain = generate(model, prompt, steps, graphs=True)
+    plain = generate(model, prompt, steps, graphs=True, one_kernel=False)
     with torch.inference_mode():
         best = model(torch.tensor([prompt[0] + plain[0]]))[0, len(prompt[0]) - 1:-1].float().topk(2).values
     assert (best[:, 0] - best[:, 1]).min() > 0.2                                # no near-tie that rounding could change
     assert not on_cpu.launched
     monkeypatch.setattr(generating, "laid_out", laid_out)
-    assert generate(model, prompt, steps, graphs=True, one_kernel=True) == plain
+    assert generate(model, prompt, steps, graphs=True) == plain
     assert len(on_cpu.launched) == steps - 1
-    two = generate(model, prompt * 2, steps, graphs=True, one_kernel=True)      # more than one row: the plain path
+    two = generate(model, prompt * 2, steps, graphs=True)      # more than one row: the plain path
     assert two == plain * 2 and len(on_cpu.launched) == steps - 1
 
 
@@ -148,7 +148,7 @@ def test_without_a_gpu_the_plain_path_runs():
     model = make(4, **SHAPES_W4["small"])
     assert not fits(model, 1)
     given = dict(max_new_tokens=4, graphs=True)
-    assert generate(model, [[5, 6]], one_kernel=True, **given) == generate(model, [[5, 6]], **given)
+    assert generate(model, [[5, 6]], **given) == generate(model, [[5, 6]], one_kernel=False, **given)
 
 
 def test_the_sizes_are_those_of_decode_cu():
