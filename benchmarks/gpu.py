@@ -519,10 +519,10 @@ def time_decoding(device, tiny, limits):
         fresh(device)                               # made in float32: not the peak that is asked for
         run = (lambda n: transformers_answer(model, [prompt], n)) if peer else (
             lambda n: generate(model, [prompt], n, one_kernel=kind.endswith("one kernel")))
-        long = new if tiny or peer else 2 * new     # fast steps need more of them
+        long = new // 2 if peer else new if tiny or "one" not in kind else 2 * new              # fast steps need more of them
         run(long), run(long // 2)
         # Prefill, capturing the graph and the first steps take the same time in both: the difference is the steps' time.
-        whole, half = ([time_once(run, n, device) for _ in range(1 if tiny else 2 if peer else 5)] for n in (long, long // 2))
+        whole, half = ([time_once(run, n, device) for _ in range(1 if tiny else 2 if peer else 4)] for n in (long, long // 2))
         speed = speeds[name, kind] = (long - long // 2) / (median(whole) - median(half))
         share = "-" if peer else f"{bytes_of_a_step(model) * speed / limits['bandwidth']:.0%}"
         base = speeds.get((name, kind.replace("w4", "bf16") if "w4" in kind else "bf16"), float("nan"))
@@ -573,7 +573,7 @@ def time_sampling(device, tiny, limits):
         run = (lambda n: transformers_answer(model, [prompt] * rows, n, sample=True)) if kind == "transformers" else (
             lambda n: generate(model, [prompt], n, temperature=1.0, samples=rows, seed=0))
         run(20)
-        times = [time_once(run, new, device) for _ in range(1 if tiny else 3)]
+        times = [time_once(run, new, device) for _ in range(1 if tiny or kind == "transformers" else 3)]
         table.row(kind, f"{rows * new / median(times):,.0f}", spread(times), f"{peak_gb(device):.2f}")
 
     for kind in wanted(*("minikd", "transformers", "minikd compiled")[:2 if tiny else 3]):
