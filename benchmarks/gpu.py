@@ -53,8 +53,8 @@ SHAPES = {"0.5B": Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidde
 LAYERS = [(1152, 896), (896, 896), (9728, 896), (896, 4864), (128, 896), (17920, 1536), (1536, 8960), (2560, 2048),
           (22016, 2048), (2048, 11008), (37888, 3584), (3584, 18944)]         # outputs x inputs; the last of the 7B
 BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 64, 257]
-FAST = {"w4_int8_2": 2, "w4_int8_2 alone": 2, "w4_int8_2_deep": 2, "w4_mma_8": 8, "w4_mma_8_late": 8, "w4_mma_8_few": 8,
-        "w4_mma_8_few alone": 8, "w4_mma_16": 16, "w4_mma_16_few": 16, "w4_mma_32": 32, "w4_mma_64": 64}    # the most rows of x
+FAST = {"w4_int8_2": 2, "w4_int8_2 alone": 2, "w4_mma_8": 8, "w4_mma_8_few": 8, "w4_mma_8_few alone": 8, "w4_mma_16": 16,
+        "w4_mma_16_few": 16, "w4_mma_32": 32, "w4_mma_64": 64}                                  # the most rows of x
 TEACHER, TOKENS = "3B", 512
 WITHOUT = []                                        # --without
 L2 = 64 << 20                                       # above the caches of an H200, 60 MB, and of an H100, 50 MB

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from minikd.cuda import launch
 
-KERNELS = ("w4_naive", "w4_int8_2", "w4_int8_2_deep", "w4_mma_8", "w4_mma_8_late", "w4_mma_8_few", "w4_mma_16",
-           "w4_mma_16_few", "w4_mma_32", "w4_mma_64", "w4_dequantise")
-MMA_ROWS = 64                           # the most rows of x that w4_mma_* and w4_int8_2 take; above, cuBLAS multiplies
-ADDING = 40                             # what w4_sum costs, in tiles that a block could have multiplied in its time
+KERNELS = ("w4_naive", "w4_int8_2", "w4_mma_8", "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few", "w4_mma_32", "w4_mma_64",
+           "w4_dequantise")
+MMA_ROWS = 64                           # the most rows of x that w4_mma_* take; above, cuBLAS multiplies
 
 
 def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -69,24 +68,23 @@ def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, gpu: 
         warps = 16 if name.endswith("few") else 8
         return (strips, 1), 32 * warps, warps * 4 * slot
 
-    def sliced(slices: int):                                    # -> whether it does not fit, its cost in tiles; the launch
-        grid, each = min(strips, gpu.processors // slices), -(-blocks // slices)
-        mine = -(-strips // grid)
-        # As int8_product lays it out: tiles; x's digits and units, and sums if there are zeros; the warps' sums.
-        shared = 16 * (9 if name.endswith("deep") else 5) * slot + each * M * (388 + 4 * sets * zeros) + (16 + mine) * M * 64
-        cost = mine * each + 0.3 * each * M + (ADDING + slices) * (slices > 1)      # 0.3: to convert a block of 128 inputs
-        return shared > gpu.shared, cost, (grid, slices), 512, shared
-
-    return min(map(sliced, range(1, min(blocks, gpu.processors, 32) + 1)))[2:]
+    grid = min(strips, gpu.processors)
+    # As int8_product lays it out: tiles; x's digits and units, and sums if there are zeros; the warps' sums.
+    shared = 16 * 5 * slot + blocks * M * (388 + 4 * sets * zeros) + (16 + -(-strips // grid)) * M * 64
+    return (grid, 1), 512, shared
 
 
 def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> str:
-    """The fastest kernel for x [M, K] and W [N, K], M <= MMA_ROWS."""
-    # On an H200 w4_int8_2, w4_mma_8, w4_mma_8_few took for one row, in us: 8.5, 9.9, 13.1 at 22016 x 2048; 22.1, 24.5, 30.3 at
-    # 37888 x 3584; 2.7, 3.7, 2.2 at 2560 x 2048; 14.1, 19.5, 13.7 at 3584 x 18944; from three rows on int8 gained little.
-    few = -(-N // 16) < 2 * gpu.processors                      # blocks of 16 outputs: less than two per multiprocessor
+    """The fastest kernel for x [M, K] and W [N, K], M <= MMA_ROWS.
+
+    On an H200 (benchmarks/results/gpu.txt) one row took, in us:       w4_int8_2     w4_mma_8     w4_mma_8_few
+        22016 x 2048                                                         8.3         10.1             13.5
+        37888 x 3584                                                        21.8         24.2             30.0
+         2560 x 2048                                                         2.5          3.3              2.3
+    """
+    few = -(-N // 16) < 2 * gpu.processors                      # strips of 16 outputs: < 2 a multiprocessor, 264 (H200)
     if M <= 2 and not few and shape("w4_int8_2", M, N, K, group_size, zeros, gpu)[2] <= gpu.shared:
-        return "w4_int8_2"
+        return "w4_int8_2"                                      # a row takes 4 of a product's 8 columns
     rows = next(rows for rows in (8, 16, 32, 64) if M <= rows)
     return f"w4_mma_{rows}" + "_few" * (few and rows <= 16)
 
@@ -96,11 +94,8 @@ def run(name: str, words: Tensor, scales: Tensor, zeros: Tensor | None, x: Tenso
     """Launches one kernel: y = x W^T + b, as `multiply`."""
     (M, K), N, gpu = x.shape, y.shape[1], gpu_of(x.device)
     grid, threads, shared = shape(name, M, N, K, group_size, zeros is not None, gpu)
-    overlap, slices = overlap and gpu.overlap and name != "w4_naive", grid[1] if "int8" in name else 1
-    out = x.new_empty(slices, M, N, dtype=torch.float32) if slices > 1 else y
-    launch(name, x.device, grid, threads, words, scales, zeros, x, bias, out, M, N, K, group_size, shared=shared, overlap=overlap)
-    if slices > 1:
-        launch("w4_sum", x.device, (-(-N // 128), M), 128, out, bias, y, M, N, slices, overlap=overlap)
+    overlap = overlap and gpu.overlap and name != "w4_naive"
+    launch(name, x.device, grid, threads, words, scales, zeros, x, bias, y, M, N, K, group_size, shared=shared, overlap=overlap)
 
 
 def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, outputs: int,
