@@ -303,7 +303,8 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model:
                                                      beta=beta, **terms)[:, 0])             # paper eq. (6), each token a row
     value.backward()
     clipped = grpo.was_clipped(-ce[:, None], divisor(-ce, slice(None))[:, None], A, **terms)
-    return torch.stack([grpo.k3(-ce, ref).sum(), entropies.sum(), clipped.sum(), lengths.sum()]).cpu()
+    sums = torch.stack([grpo.k3(-ce, ref).sum(), entropies.sum(), clipped.sum()]).cpu()
+    return torch.cat([sums, lengths.sum()[None]])
 
 
 def describe(answers, values: dict[str, list], total, flat, sums, clock) -> dict:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 BOTH = {aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}  # take a CPU's tensors
+FILLS = {aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}     # take a number of the CPU
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
          aten.repeat_interleave.Tensor, aten._unique2.default}          # the host waits for a value, or for a shape
 # What CUDA's autocast casts (torch's documentation: "CUDA Ops that can autocast"), as far as this project could call it.
@@ -100,7 +101,8 @@ class OnGPU(Tensor):
         kwargs = kwargs or {}
         tensors = []
         each(Tensor, tensors.append, [args, kwargs])
-        others = [x for x in tensors if not isinstance(x, OnGPU) and x.dim()]       # a number may come from the CPU
+        number = torch.Tag.pointwise in func.tags or func in BOTH | FILLS       # may come from the CPU: not for cat, stack, ...
+        others = [x for x in tensors if not isinstance(x, OnGPU) and (x.dim() or not number)]
         if others and func not in BOTH:
             raise Wrong(f"{func}: on cuda {[tuple(x.shape) for x in tensors if isinstance(x, OnGPU)]}, on the CPU "
                         f"{[tuple(x.shape) for x in others]}")

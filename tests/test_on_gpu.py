@@ -41,7 +41,8 @@ def test_a_recording_runs_nothing_and_a_replay_reads_what_is_there_by_then():
 
 
 @pytest.mark.parametrize("act", [
-    lambda x: x + torch.ones(3), lambda x: torch.cat([x, torch.ones(3)]), lambda x: x.numpy(), lambda x: torch.ones(3) @ x,
+    lambda x: x + torch.ones(3), lambda x: torch.cat([x, torch.ones(3)]), lambda x: torch.stack([x[0], torch.ones(())]),
+    lambda x: x.numpy(), lambda x: torch.ones(3) @ x,
     lambda x: torch.rand(3, device="cuda", generator=torch.Generator()), lambda x: torch.zeros_like(x, device="cpu")])
 def test_the_devices_do_not_mix(act):
     with gpu(), pytest.raises(Wrong):
