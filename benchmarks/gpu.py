@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in one run: compiles the kernels, checks and times them, and times what uses them.
 
-    python -m benchmarks.gpu                    # an expected 20 minutes on one H100 or H200
-    python -m benchmarks.gpu --only check kernel matmul # then loss step; sampling kd; decoding; gptq: each below 10 minutes
+    python -m benchmarks.gpu --without compiled         # on an H200 7 minutes, of which GPTQ of the 3B shape takes the most
+    python -m benchmarks.gpu --only check kernel matmul # some sections: these take a minute
     python -m benchmarks.gpu --device cpu --tiny        # small shapes: only shows that the script runs
 
-Claims (one H200, random weights in Qwen2.5's shapes, peers in the same run):
+Targets (one H200, random weights in Qwen2.5's shapes, peers in the same run; what was reached: results/gpu.txt):
     check     sampling from graphs (with attend.cu), by one kernel, GPTQ's columns and a step's gradients are the plain path's
     kernel    relative error under 1e-2 on every shape and batch; outputs are nan before
     loss      the losses' kernels (loss.cu): at least as exact as torch's float32; 80% of the copy bandwidth
