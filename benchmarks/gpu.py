@@ -323,7 +323,7 @@ def check_step(device, tiny, limits):
             with attempt(f"{name}, {bits} bits"):
                 measure(f"{name}, {bits} bits", config, bits)
             fresh(device)
-    print(f"narrow layers have almost no weights: what remains is {5 * narrow.num_hidden_layers} times that blocks wait for words")
+    print(f"narrow layers have almost no weights: what remains are {5 * narrow.num_hidden_layers} waits for other blocks' words")
 
 
 def attention_errors(config: Qwen2Config, length: int, splits: int, device: str) -> tuple[float, float, bool]:

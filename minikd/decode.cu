@@ -198,11 +198,12 @@ struct Int4 {
     int blocks, stride;
     u32 inverse, mask, top;                             // inverse: of the blocks per group, as in `tensor`
 
-    // The digits of inputs at..at+3, by a whole warp, whose inputs are one block of 128. As w4_matmul.cu's `convert`, where a lane
-    // has 8 inputs: here two lanes share them, and each makes one of the two words that a digit of theirs takes.
+    // The digits of inputs at..at+3, by a whole warp, whose inputs are one block of 128. As w4_matmul.cu's `convert`, where a
+    // lane has 8 inputs: here two lanes share them, and each makes one of the two words that a digit of theirs takes.
     static __device__ __forceinline__ void put(Shared& shared, int at, Pair v, bool with_totals) {
         int lane = threadIdx.x % 32, odd = lane % 2, block = at / 128;
-        u32 most = max(max(v.w[0] & 0x7fff0000u, v.w[0] << 16 & 0x7fff0000u), max(v.w[1] & 0x7fff0000u, v.w[1] << 16 & 0x7fff0000u));
+        u32 most = 0;
+        for (u32 word : v.w) most = max(most, max(word & 0x7fff0000u, word << 16 & 0x7fff0000u));
         for (int shift = 16; shift; shift /= 2) most = max(most, __shfl_xor_sync(~0u, most, shift));
         float total = 0;
         if (with_totals) {
@@ -216,8 +217,9 @@ struct Int4 {
         char* digits = shared.digits + block * 384 + lane / 16 * 192 + lane % 8 / 2 * 16 + lane / 8 % 2 * 8 + odd * 4;
 #pragma unroll
         for (int digit = 0; digit < 3; digit++) *(u32*)(digits + digit * 64) = d.w[digit];
-        if (lane == 0)                                  // an infinite or nan input makes all outputs nan
-            shared.units[block] = __uint_as_float(exponent == 255 ? 0x7fc00000u : (exponent - 24) << 23), shared.totals[block] = total;
+        if (lane) return;
+        shared.units[block] = __uint_as_float(exponent == 255 ? 0x7fc00000u : (exponent - 24) << 23);  // nan if an input is not finite
+        shared.totals[block] = total;
     }
 
     __device__ Int4(Matrix matrix, int N, int K, int group) : words((const Words*)matrix.weight), scales(matrix.scales),
@@ -319,7 +321,8 @@ template <class Weights, int PAIR> struct Product {
             }
             // Two turns of sums have places: who is at the next turn's barrier has added the sums of the turn before.
             Sums both = Weights::template finish<PAIR>(sum);
-            if (lane % 4 == 0) shared.part[turn][warp][lane / 4] = both.upper, shared.part[turn][warp][RUN + lane / 4] = both.lower;
+            float* mine = shared.part[turn][warp] + lane / 4;
+            if (lane % 4 == 0) mine[0] = both.upper, mine[RUN] = both.lower;
             if (split > 1) wait_for_team(team, 32 * split);
             else __syncwarp();
             if (rank == 0) {                            // half a warp adds the 16 sums of every other warp
@@ -554,8 +557,8 @@ __device__ __forceinline__ void read_bias(Shared& shared, const Step& s, const L
 template <class Weights>
 __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
     int slot = *(volatile long long*)s.slot, half = s.E / 2, log2 = 31 - __clz(s.E), heads = s.H + 2 * s.K, tid = threadIdx.x;
-    int span = WARPS * KEYS * 256 / s.E, most = min(SPLITS, max(1, gridDim.x / s.H));       // span: keys that a block reads at once
-    int splits = min(most, round_up(slot + 1, span) / span);
+    int span = WARPS * KEYS * 256 / s.E;                // keys that a block reads at once
+    int splits = min(round_up(slot + 1, span) / span, min(SPLITS, max(1, gridDim.x / s.H)));
     read_layer(shared, s, 0);
     if (tid < s.E) shared.cos[tid] = s.cos[slot * s.E + tid], shared.sin[tid] = s.sin[slot * s.E + tid];
     wait_for_copies<0>();

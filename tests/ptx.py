@@ -2,9 +2,9 @@
 
 Slow, but it finds errors that a GPU hides. Vector clocks check every access to shared memory, and to the global memory that a
 kernel writes, for data races with all earlier accesses: barriers and __syncwarp order accesses; shuffles, tensor-core products
-and relaxed accesses do not. What is accessed relaxed is never a race, but no ordinary access may touch it. An asynchronous copy may complete at any time between its issue and the wait for it, so until that
-wait no access may touch its target. Lanes that diverge at a branch reconverge at its immediate post-dominator. A Fault is an
-AssertionError.
+and relaxed accesses do not. What is accessed relaxed is never a race, but no ordinary access may touch it. An asynchronous copy
+may complete at any time between its issue and the wait for it, so until that wait no access may touch its target. Lanes that
+diverge at a branch reconverge at its immediate post-dominator. A Fault is an AssertionError.
 """
 import ctypes
 import re
