@@ -92,16 +92,16 @@ def test_every_length_is_attended_to(on_cpu, slot, order):
 
 
 @pytest.mark.parametrize("slot, splits, E, order", [(511, 2, 64, "turns"), (512, 2, 64, "first"), (1039, 3, 64, "last"),
-                                                    (700, 2, 128, "turns"), (1025, 2, 64, "turns")])
+                                                    (700, 2, 128, "turns")])
 def test_several_blocks_split_the_slots(on_cpu, slot, splits, E, order):
     on_cpu.order = order
-    given = case(1, 4, 2, E, 1040, slot, splits, seed=slot)
+    given = case(1, 2, 1, E, 1040, slot, splits, seed=slot)
     check(on_cpu, given)
     given[5].sub_(1)                                                            # again, with the same parts
     check(on_cpu, given)
 
 
-@pytest.mark.parametrize("shape, length, splits", [("0.5B", 577, 1), ("1.5B", 77, 1), ("3B", 30, 2)])
+@pytest.mark.parametrize("shape, length, splits", [("0.5B", 200, 1), ("1.5B", 30, 1), ("3B", 9, 2)])
 def test_a_step_is_as_exact_as_the_plain_path(on_cpu, shape, length, splits):
     torch.manual_seed(0)
     ours, plain, same = attention_errors(SHAPES[shape], length, splits, "cpu")
