@@ -18,6 +18,7 @@ from minikd.generate import Rows, generate_with_log_probs
 from minikd.losses import forward_kl
 from minikd.model import mixed
 from minikd.teacher import Teacher
+from minikd.training import pick_device
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23]]
 
@@ -42,7 +43,9 @@ def test_a_recording_runs_nothing_and_a_replay_reads_what_is_there_by_then():
 
 @pytest.mark.parametrize("act", [
     lambda x: x + torch.ones(3), lambda x: torch.cat([x, torch.ones(3)]), lambda x: torch.stack([x[0], torch.ones(())]),
-    lambda x: x.numpy(), lambda x: torch.ones(3) @ x,
+    lambda x: x.numpy(), lambda x: torch.ones(3) @ x, lambda x: torch.zeros(()).add_(x[0]), lambda x: torch.ones(3)[x.long()],
+    lambda x: x.index_put_((x.long(),), torch.ones(3)), lambda x: x.pin_memory(), lambda x: x.long()[None] @ x.long()[:, None],
+    lambda x: torch.ops.mkldnn._linear_pointwise(x[None], x[None], None, "none", [], ""),
     lambda x: torch.rand(3, device="cuda", generator=torch.Generator()), lambda x: torch.zeros_like(x, device="cpu")])
 def test_the_devices_do_not_mix(act):
     with gpu(), pytest.raises(Wrong):
@@ -50,13 +53,22 @@ def test_the_devices_do_not_mix(act):
 
 
 @pytest.mark.parametrize("act", [lambda x: x.tolist(), lambda x: float(x[0]), lambda x: bool((x > 0).any()), lambda x: x[x > 0],
-                                 lambda x: x.cpu(), lambda x: x.copy_(torch.ones(3)), lambda x: Graph().replay()])
+                                 lambda x: x.cpu(), lambda x: x.copy_(torch.ones(3)), lambda x: Graph().replay(),
+                                 lambda x: x + torch.tensor([1.0], device="cuda")])
 def test_while_a_graph_is_recorded_the_host_waits_for_nothing(act):
     with gpu():
         x = torch.ones(3, device="cuda")
         with pytest.raises(Wrong, match="recorded"), record(Graph()):
             act(x)
         assert Played.recording is None
+
+
+def test_what_a_gpu_takes_from_the_cpu():
+    with gpu():
+        x = torch.arange(3.0, device="cuda")
+        x[torch.tensor([0, 2])] = torch.tensor(5.0)                             # indices, and a number
+        x += torch.tensor(1.0)
+        assert x.tolist() == [6, 2, 6] and x[torch.tensor([True, False, False])].tolist() == [6]
 
 
 def test_autocast_casts_as_cudas_does():
@@ -116,6 +128,18 @@ def test_a_step_that_replaces_a_tensor_would_draw_other_tokens(monkeypatch):
     assert generate_with_log_probs(small(3), PROMPTS, 40, 0.0)[0] == free
     with gpu():
         assert generate_with_log_probs(small(3).to("cuda"), PROMPTS, 40, 0.0)[0] != free
+
+
+def test_no_graph_is_recorded_of_another_gpu_than_the_current_one(monkeypatch):
+    """It would stay empty, without an error. The scripts make --device the current one."""
+    model, made = small(3), []
+    right = generate_with_log_probs(model, PROMPTS, 40, 0.0)[0]
+    with gpu():
+        monkeypatch.setattr(torch.cuda, "set_device", made.append)
+        assert pick_device("cuda") == "cuda" and made == [] and pick_device("cuda:0") == "cuda:0" and made == ["cuda:0"]
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", None)
+        assert generate_with_log_probs(model.to("cuda"), PROMPTS, 40, 0.0)[0] == right
 
 
 # ---- the scripts
