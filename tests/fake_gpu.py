@@ -231,8 +231,12 @@ class Autocast:
 
     def __enter__(self):
         self.outer, Played.autocast = Played.autocast, self.dtype
+        lost = not torch.overrides._get_current_function_mode_stack()           # in backward, where checkpointing runs blocks again
+        self.places = Places() if lost else nullcontext()
+        self.places.__enter__()
 
     def __exit__(self, *error):
+        self.places.__exit__(*error)
         Played.autocast = self.outer
 
 
@@ -254,7 +258,7 @@ def gpu():
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda _: None,
         get_device_capability=lambda *_: (7, 5),
         get_device_properties=lambda *_: SimpleNamespace(name="played", multi_processor_count=1, total_memory=1 << 40,
-                                                          shared_memory_per_block_optin=227 << 10),
+                                                          major=7, minor=5, shared_memory_per_block_optin=227 << 10),
         device=lambda _: nullcontext(), synchronize=lambda *_: None, empty_cache=lambda: None, CUDAGraph=Graph, graph=record,
         get_rng_state=lambda *_: torch.get_rng_state(), set_rng_state=lambda state, *_: torch.set_rng_state(state),
         is_current_stream_capturing=lambda: Played.recording is not None, get_device_name=lambda *_: "a CPU",
@@ -270,6 +274,7 @@ def gpu():
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))
         stack.enter_context(mock.patch.multiple(torch, **rest))
+        stack.enter_context(mock.patch.object(torch.amp, "autocast", Autocast))                 # checkpointing's
         stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", lambda *_: SimpleNamespace(
             is_capturing=lambda: Played.recording is not None)))        # optimizers of a torch built with CUDA ask it
         stack.enter_context(Places())

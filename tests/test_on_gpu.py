@@ -146,10 +146,12 @@ def test_no_graph_is_recorded_of_another_gpu_than_the_current_one(monkeypatch):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tokenizer) -> Path:
-    """student/, teacher/ with a taller head, records, sums and plain text."""
+    """student/, teacher/ with a taller head, records, sums, plain text, and a reward for low ids: something to learn."""
     folder = tmp_path_factory.mktemp("world")
     tiny(1, tokenizer, folder / "student", hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
     tiny(2, tokenizer, folder / "teacher", vocab_size=416, hidden_size=24, num_hidden_layers=2)
+    (folder / "ours.py").write_text("def early(completions, problems):\n"
+                                    "    return [sum(c < 'N' for c in text) / max(1, len(text)) for text in completions]\n")
     records = {"data": lambda i: {"instruction": f"What is {i} + {i}?", "response": f"It is {2 * i}." * (1 + i % 3)},
                "sums": lambda i: {"question": f"{i}+1", "answer": str(i + 1)}, "text": lambda i: {"text": f"Page {i}. " * 9}}
     for name, make in records.items():
@@ -173,7 +175,7 @@ def run(shell, world, tmp_path):
 KD = ("--student {w}/student --teacher {w}/teacher --data {w}/data.jsonl --steps 4 --batch-size 4 --lr 0.01 --max-new-tokens 6 "
       "--eval-every 2 --eval-examples 3 ")
 GRPO = ("--model {w}/student --data {w}/sums.jsonl --steps 3 --prompts 2 --group-size 4 --batch-size 3 --max-new-tokens 24 "
-        "--lr 0.01 --rewards format,steps,answer --eval-examples 3 ")
+        "--lr 0.01 --rewards {w}/ours.py:early,answer --eval-examples 3 ")
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -207,7 +209,33 @@ def test_a_run_stopped_twice_on_a_gpu_goes_on_there_to_the_same_steps(shell, wor
     assert len(steps_of(tmp_path / "whole")) == 6 and steps_of(tmp_path / "stopped") == steps_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("first, then", [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_goes_on_on_another_device(shell, world, tmp_path, first, then):
+    def call(out, device, *more):
+        with gpu() if device == "cuda" else nullcontext():
+            return shell(train_kd, "--device", device, "--dtype", "float32", "--out", tmp_path / out, *KD.format(w=world).split(),
+                         "--loss", "minillm", "--rollouts", 16, "--inner-epochs", 2, "--steps", 5, *more)
+
+    assert call("whole", "cpu")[0] == 0
+    with killed_at(4):                                                          # within its rollouts, which the state holds
+        assert call("moved", first)[0] == 130
+    status, _, err = call("moved", then, "--resume")
+    assert status == 0, err
+    for line, right in zip(steps_of(tmp_path / "moved"), steps_of(tmp_path / "whole"), strict=True):
+        assert line == pytest.approx(right, rel=2e-3, abs=2e-4)
+
+
+def test_grpo_in_bfloat16_learns_as_in_float32(run):
+    """It draws other answers, so only means are alike."""
+    flags = GRPO + "--inner-epochs 2 --drop-flat --norm token --dtype "
+    ours, theirs = (steps_of(run(train_grpo, flags + dtype, "cuda")[1]) for dtype in ("bfloat16", "float32"))
+    assert len(ours) == 3 and all(line["grad_norm"] > 0.1 for line in ours)
+    assert ours[0]["entropy"] != theirs[0]["entropy"] == pytest.approx(ours[0]["entropy"], rel=0.02)
+    assert ours[0]["reward"] == pytest.approx(theirs[0]["reward"], rel=0.2)
+
+
 @pytest.mark.parametrize("flags, near", [("--loss forward_kl --cache-teacher {out}/states", 0.02), ("--loss sft", 0.02),
+                                         ("--loss reverse_kl --gradient-checkpointing", 0.02),
                                          ("--loss minillm --rollouts 8", 0.3)])     # draws other answers than in float32
 def test_in_bfloat16_a_gpus_autocast_suits_every_operator(run, flags, near):
     ours, theirs = (steps_of(run(train_kd, KD + flags + dtype, "cuda")[1]) for dtype in (" --dtype bfloat16", ""))
