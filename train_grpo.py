@@ -366,8 +366,8 @@ def show_change(lines: list[dict]):
 
 # ---- the toy: a student that GRPO can start from
 
-def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
-    """A tokenizer and a small student, taught by supervised fine-tuning on answers of mixed quality."""
+def toy_student(task: str, out: Path, seed: int, resume: bool, device) -> Path:
+    """A tokenizer and a small student, taught on `device` by supervised fine-tuning on answers of mixed quality."""
     if resume and read_log(out):                                # refuse now, not after the fine-tuning
         check_settings(out, {"task": task, "seed": seed})
     lock(out)
@@ -377,7 +377,7 @@ def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
     records = problems.toy_records(task, 8000, seed=1000 + seed)
     tokenizer = toy.make_tokenizer(folder, [f"{r['instruction']}\n{r['response']}" for r in records[:2000]])
     rows, _ = encode_examples([to_example(record, f"{task}:{i}") for i, record in enumerate(records)], tokenizer)
-    student = Qwen2(toy.student_config(len(tokenizer))).init_weights(seed).train()
+    student = Qwen2(toy.student_config(len(tokenizer))).init_weights(seed).to(device).train()
     steps, batch_size = TOY_LESSONS[task], 64
     optimizer = make_optimizer(student, 4e-3)
     with Progress("teaching the student", steps) as progress:
@@ -385,7 +385,7 @@ def toy_student(task: str, out: Path, seed: int, resume: bool) -> Path:
             batch = next_rows(rows, step, batch_size, seed)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, 4e-3, warmup=50)
-            ids, mask = collate(batch, tokenizer.pad_id)                        # [B, T]
+            ids, mask = collate(batch, tokenizer.pad_id, device)                      # [B, T]
             states, targets = scored_positions(student.hidden(ids), ids, mask)  # [N, D], [N]
             loss, _, _ = head_loss(states, student.head, targets, weight=1 / len(targets))
             loss.backward()
@@ -410,7 +410,7 @@ def main():
         print(f"sandbox: {sandbox.isolation()}")
     if args.toy and not args.model:
         spare_threads(toy.student_config(1))
-        args.model = str(toy_student(args.task, out, args.seed, args.resume))
+        args.model = str(toy_student(args.task, out, args.seed, args.resume, device))
     spare_threads(load_config(model_folder(args.model, weights=False)))
     tokenizer = Tokenizer.load(args.model)
     check_student(args.model, tokenizer)

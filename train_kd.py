@@ -321,8 +321,8 @@ def recordable(settings: dict) -> dict:
     return {key: value for key, value in settings.items() if isinstance(value, (str, int, float, type(None)))}
 
 
-def toy_world(out: Path, seed: int, resume: bool):
-    """Makes the records, the tokenizer, the teacher and the student's base under `out`."""
+def toy_world(out: Path, seed: int, resume: bool, device):
+    """Makes the records, the tokenizer, the teacher and the student's base under `out`, both trained on `device`."""
     if resume and read_log(out / "teacher"):                    # before anything is written
         check_settings(out / "teacher", {"seed": seed})
     if not any((out / name / CONFIG).exists() for name in ("teacher", "base")):
@@ -341,11 +341,11 @@ def toy_world(out: Path, seed: int, resume: bool):
     rows, valid = (encode_examples(part, tokenizer)[0] for part in (train_part, valid_part))
     common = dict(tokenizer=tokenizer, loss="sft", batch_size=32, warmup=30, eval_examples=100, max_new_tokens=48,
                   rouge="unicode", seed=seed, valid_rows=valid, valid_examples=valid_part, resume=resume)
-    stage(out / "teacher", lambda: Qwen2(toy.teacher_config(len(tokenizer))).init_weights(seed), rows=rows, steps=500,
-          lr=2e-3, eval_every=250, recorded={"toy": True, "data": report.files}, **common)
+    stage(out / "teacher", lambda: Qwen2(toy.teacher_config(len(tokenizer))).init_weights(seed).to(device), rows=rows,
+          steps=500, lr=2e-3, eval_every=250, recorded={"toy": True, "data": report.files}, **common)
     text = encode_text(toy.plain_text(3000, seed=4000 + seed), tokenizer)
-    stage(out / "base", lambda: Qwen2(toy.student_config(len(tokenizer))).init_weights(seed + 1), rows=text, steps=200,
-          lr=4e-3, eval_every=200, recorded={"toy": True}, **common)
+    stage(out / "base", lambda: Qwen2(toy.student_config(len(tokenizer))).init_weights(seed + 1).to(device), rows=text,
+          steps=200, lr=4e-3, eval_every=200, recorded={"toy": True}, **common)
 
 
 def planned(args) -> list[tuple[str, str, float, str]]:
@@ -446,7 +446,7 @@ def main():
                data=sum(filter(None, (args.data, args.eval_data, args.lm_data)), []))
     if args.toy:
         spare_threads(toy.teacher_config(1))
-        toy_world(out, args.seed, args.resume)
+        toy_world(out, args.seed, args.resume, device)
         args.student, args.teacher = str(out / "base" / "best"), str(out / "teacher" / "best")
         args.data, args.eval_data = [str(out / "data" / "train.jsonl")], [str(out / "data" / "test.jsonl")]
 

@@ -51,7 +51,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     teacher  with `mix`: each token is drawn from the probabilities (1 - mix) model + mix teacher, at temperature 1
     vocab    draw only ids below it: heads have rows past the tokenizer's ids, a teacher's sometimes more than a student's
     graphs   every step works on tensors at fixed addresses, so that a CUDA graph replays it; the host reads the tokens every
-             LOOK steps, and drops finished rows when half have finished. Default: on CUDA only. True on a CPU runs such
+             LOOK steps, and drops finished rows when half have finished. Default: where can_record. True on a CPU runs such
              steps without a graph (for tests).
     one_kernel  with `graphs`: where decode_cuda.fits, one kernel computes the hidden states
     """
@@ -67,7 +67,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
     count = len(prompts) * samples                              # of answers
     u = torch.rand(max_new_tokens, count, generator=generator, dtype=torch.float64, device=device)
-    graphs = device.type == "cuda" if graphs is None else graphs
+    graphs = can_record(device) if graphs is None else graphs
     models = [model, teacher] if mix else [model]
 
     def draw(states, u):
@@ -167,6 +167,11 @@ class Rows:
             cache.keep(rows)
         self.tokens = self.tokens[rows]
         self.u, self.drawn, self.logps = self.u[:, rows], self.drawn[:, rows], self.logps[:, rows]
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether Replay's graphs record what runs there: on the current GPU. Of another they would stay empty, without an error."""
+    return device.type == "cuda" and device.index == torch.cuda.current_device()
 
 
 class Replay:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from minikd.data import Encoded, by_length, collate
 from minikd.files import InputError
-from minikd.generate import Replay
+from minikd.generate import Replay, can_record
 from minikd.model import Block, Qwen2, rope_tables
 from minikd.quant import check_weight, decode, decode_groups, encode, find_grid, give_memory_back, round_to_nearest
 
@@ -156,7 +156,8 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
             at = start // size
             scales[:, at], zeros[:, at] = find_grid(W[start:start + size].T, bits, sym, clip_search)
         grid = (part[:, order[start:end] // size].T for part in (scales, zeros))    # [n, O] each
-        solve = replayed_columns(end - start, O, bits, W.device) if W.is_cuda else functools.partial(quantize_columns, bits=bits)
+        solve = (replayed_columns(end - start, O, bits, W.device) if can_record(W.device) else
+                 functools.partial(quantize_columns, bits=bits))
         codes[start:end], errors = solve(W[start:end], U[start:end, start:end], *grid)
         W[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)                  # [I - end, n] [n, O], the lazy update: eq. (4)
         start = end

@@ -76,7 +76,8 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 
 def pick_device(name: str) -> str:
-    """--device auto: a GPU if there is one, else the CPU.  Raises InputError for a device that does not work."""
+    """--device auto: a GPU if there is one, else the CPU. Another GPU than the first becomes torch's current one: a CUDA graph
+    records there and nowhere else.  Raises InputError for a device that does not work."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -86,6 +87,8 @@ def pick_device(name: str) -> str:
             raise InputError(f"--device {name}: holds no data; use --device cpu or cuda")
     except (RuntimeError, AssertionError, TypeError) as error:  # no such device, or torch built without it
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu or cuda") from error
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
     return name
 
 

@@ -1,10 +1,11 @@
 """A GPU that the CPU plays: code for CUDA runs in the tests, on any machine, with its values.
 
 Inside `with gpu():` torch sees one GPU, whose tensors (OnGPU) hold a tensor of the CPU that computes for them. What a real GPU
-refuses is Wrong here: an operator that is given tensors of both devices; a copy to the host, or a value that the host waits
-for, while a graph is recorded; a generator of the other device; numpy. A graph is what it is on a GPU: operators with the
-addresses that they read and write. Recording changes no memory, and a replay reads what is at those addresses by then.
-Autocast casts as CUDA's does, in forward passes. Not played: time, memory, streams, and which of torch's kernels would run.
+refuses is Wrong here: an operator that is given tensors of both devices; a copy to the host or from it, or a value that the
+host waits for, while a graph is recorded; a generator of the other device; numpy; a product of integers; a CPU's own operators.
+A graph is what it is on a GPU: operators with the addresses that they read and write. Recording changes no memory, and a replay
+reads what is at those addresses by then. Autocast casts as CUDA's does, in forward passes. Not played: time, memory, streams, and
+which of torch's kernels would run.
 """
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
@@ -19,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 BOTH = {aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}  # take a CPU's tensors
+INDEXED = BOTH - {aten.copy_.default}   # these only as indices, and one value
+PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default}
 FILLS = {aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}     # take a number of the CPU
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
          aten.repeat_interleave.Tensor, aten._unique2.default}          # the host waits for a value, or for a shape
@@ -103,15 +106,20 @@ class OnGPU(Tensor):
         each(Tensor, tensors.append, [args, kwargs])
         number = torch.Tag.pointwise in func.tags or func in BOTH | FILLS       # may come from the CPU: not for cat, stack, ...
         others = [x for x in tensors if not isinstance(x, OnGPU) and (x.dim() or not number)]
-        if others and func not in BOTH:
-            raise Wrong(f"{func}: on cuda {[tuple(x.shape) for x in tensors if isinstance(x, OnGPU)]}, on the CPU "
-                        f"{[tuple(x.shape) for x in others]}")
-        by_mask = func is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
-        if others or by_mask or func in WAITS:
-            wait(func)
         names, write = arguments(func)
         given = dict(zip(names, args)) | kwargs if write else {}
         written = [x for name in write for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
+        here = [args[0], *(x for x in args[2:3] if x.dim())] if func in INDEXED else [] if func in BOTH else others + written
+        if any(not isinstance(x, OnGPU) for x in here):
+            raise Wrong(f"{func}: on cuda {[tuple(x.shape) for x in tensors if isinstance(x, OnGPU)]}, on the CPU "
+                        f"{[tuple(x.shape) for x in tensors if not isinstance(x, OnGPU)]}")
+        if func.namespace in ("mkldnn", "quantized") or "for_cpu" in func.__name__ and "attention" not in func.__name__:
+            raise Wrong(f"{func}: is for CPUs")
+        if func in PRODUCTS and not all(x.is_floating_point() for x in tensors):
+            raise Wrong(f"{func}: of integers, which CUDA does not multiply")
+        by_mask = func is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if others or by_mask or func in WAITS:
+            wait(func)
         for x in written if Played.recording is not None else ():
             Played.before.setdefault((x.data_ptr(), x.shape, x.stride()), (raw(x), raw(x).clone()))
         args, kwargs = each(Tensor, raw, (args, kwargs))
@@ -149,6 +157,8 @@ class Places(TorchFunctionMode):
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self.to(*args, **kwargs, **({} if func is Tensor.to else {"device": func.__name__}))
         if func is Tensor.pin_memory:
+            if isinstance(args[0], OnGPU):
+                raise Wrong("pin_memory of a GPU's tensor")
             return args[0]
         if name == "__set__" and func.__self__ is Tensor.data and isinstance(args[0], OnGPU):
             args[0].held = args[1].held
@@ -164,6 +174,8 @@ class Places(TorchFunctionMode):
             raise Wrong(f"{name}: its generator is on the other device")
         if not there and any(isinstance(x, OnGPU) for x in args):
             raise Wrong(f"{name}: on the CPU, like a tensor of the GPU")
+        if there and func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], OnGPU):
+            wait(f"{name}: a copy of the host's values")
         out = func(*args, **kwargs | {"device": "cpu"})
         return OnGPU(out).requires_grad_(out.requires_grad) if there and not isinstance(out, OnGPU) else out
 
@@ -219,8 +231,12 @@ class Autocast:
 
     def __enter__(self):
         self.outer, Played.autocast = Played.autocast, self.dtype
+        lost = not torch.overrides._get_current_function_mode_stack()           # in backward, where checkpointing runs blocks again
+        self.places = Places() if lost else nullcontext()
+        self.places.__enter__()
 
     def __exit__(self, *error):
+        self.places.__exit__(*error)
         Played.autocast = self.outer
 
 
@@ -239,9 +255,10 @@ def gpu():
     """While it lasts there is a GPU, too old for minikd's kernels: torch's operators run."""
     shallow = torch._has_compatible_shallow_copy_type
     cuda = dict(
-        is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, get_device_capability=lambda *_: (7, 5),
+        is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda _: None,
+        get_device_capability=lambda *_: (7, 5),
         get_device_properties=lambda *_: SimpleNamespace(name="played", multi_processor_count=1, total_memory=1 << 40,
-                                                          shared_memory_per_block_optin=227 << 10),
+                                                          major=7, minor=5, shared_memory_per_block_optin=227 << 10),
         device=lambda _: nullcontext(), synchronize=lambda *_: None, empty_cache=lambda: None, CUDAGraph=Graph, graph=record,
         get_rng_state=lambda *_: torch.get_rng_state(), set_rng_state=lambda state, *_: torch.set_rng_state(state),
         is_current_stream_capturing=lambda: Played.recording is not None, get_device_name=lambda *_: "a CPU",
@@ -257,6 +274,7 @@ def gpu():
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))
         stack.enter_context(mock.patch.multiple(torch, **rest))
+        stack.enter_context(mock.patch.object(torch.amp, "autocast", Autocast))                 # checkpointing's
         stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", lambda *_: SimpleNamespace(
             is_capturing=lambda: Played.recording is not None)))        # optimizers of a torch built with CUDA ask it
         stack.enter_context(Places())

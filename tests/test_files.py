@@ -226,5 +226,7 @@ def test_too_little_memory_is_one_line_and_other_errors_are_not(capsys):
     with pytest.raises(SystemExit) as stop, script_errors():
         torch.empty(10**15)
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory; lower --batch-size")
+    with pytest.raises(SystemExit), script_errors():            # cuBLAS's and cuSOLVER's words
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     with pytest.raises(RuntimeError, match="a bug"), script_errors():
         raise RuntimeError("a bug")

@@ -18,6 +18,7 @@ from minikd.generate import Rows, generate_with_log_probs
 from minikd.losses import forward_kl
 from minikd.model import mixed
 from minikd.teacher import Teacher
+from minikd.training import pick_device
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23]]
 
@@ -42,7 +43,9 @@ def test_a_recording_runs_nothing_and_a_replay_reads_what_is_there_by_then():
 
 @pytest.mark.parametrize("act", [
     lambda x: x + torch.ones(3), lambda x: torch.cat([x, torch.ones(3)]), lambda x: torch.stack([x[0], torch.ones(())]),
-    lambda x: x.numpy(), lambda x: torch.ones(3) @ x,
+    lambda x: x.numpy(), lambda x: torch.ones(3) @ x, lambda x: torch.zeros(()).add_(x[0]), lambda x: torch.ones(3)[x.long()],
+    lambda x: x.index_put_((x.long(),), torch.ones(3)), lambda x: x.pin_memory(), lambda x: x.long()[None] @ x.long()[:, None],
+    lambda x: torch.ops.mkldnn._linear_pointwise(x[None], x[None], None, "none", [], ""),
     lambda x: torch.rand(3, device="cuda", generator=torch.Generator()), lambda x: torch.zeros_like(x, device="cpu")])
 def test_the_devices_do_not_mix(act):
     with gpu(), pytest.raises(Wrong):
@@ -50,13 +53,22 @@ def test_the_devices_do_not_mix(act):
 
 
 @pytest.mark.parametrize("act", [lambda x: x.tolist(), lambda x: float(x[0]), lambda x: bool((x > 0).any()), lambda x: x[x > 0],
-                                 lambda x: x.cpu(), lambda x: x.copy_(torch.ones(3)), lambda x: Graph().replay()])
+                                 lambda x: x.cpu(), lambda x: x.copy_(torch.ones(3)), lambda x: Graph().replay(),
+                                 lambda x: x + torch.tensor([1.0], device="cuda")])
 def test_while_a_graph_is_recorded_the_host_waits_for_nothing(act):
     with gpu():
         x = torch.ones(3, device="cuda")
         with pytest.raises(Wrong, match="recorded"), record(Graph()):
             act(x)
         assert Played.recording is None
+
+
+def test_what_a_gpu_takes_from_the_cpu():
+    with gpu():
+        x = torch.arange(3.0, device="cuda")
+        x[torch.tensor([0, 2])] = torch.tensor(5.0)                             # indices, and a number
+        x += torch.tensor(1.0)
+        assert x.tolist() == [6, 2, 6] and x[torch.tensor([True, False, False])].tolist() == [6]
 
 
 def test_autocast_casts_as_cudas_does():
@@ -118,14 +130,28 @@ def test_a_step_that_replaces_a_tensor_would_draw_other_tokens(monkeypatch):
         assert generate_with_log_probs(small(3).to("cuda"), PROMPTS, 40, 0.0)[0] != free
 
 
+def test_no_graph_is_recorded_of_another_gpu_than_the_current_one(monkeypatch):
+    """It would stay empty, without an error. The scripts make --device the current one."""
+    model, made = small(3), []
+    right = generate_with_log_probs(model, PROMPTS, 40, 0.0)[0]
+    with gpu():
+        monkeypatch.setattr(torch.cuda, "set_device", made.append)
+        assert pick_device("cuda") == "cuda" and made == [] and pick_device("cuda:0") == "cuda:0" and made == ["cuda:0"]
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", None)
+        assert generate_with_log_probs(model.to("cuda"), PROMPTS, 40, 0.0)[0] == right
+
+
 # ---- the scripts
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tokenizer) -> Path:
-    """student/, teacher/ with a taller head, records, sums and plain text."""
+    """student/, teacher/ with a taller head, records, sums, plain text, and a reward for low ids: something to learn."""
     folder = tmp_path_factory.mktemp("world")
     tiny(1, tokenizer, folder / "student", hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
     tiny(2, tokenizer, folder / "teacher", vocab_size=416, hidden_size=24, num_hidden_layers=2)
+    (folder / "ours.py").write_text("def early(completions, problems):\n"
+                                    "    return [sum(c < 'N' for c in text) / max(1, len(text)) for text in completions]\n")
     records = {"data": lambda i: {"instruction": f"What is {i} + {i}?", "response": f"It is {2 * i}." * (1 + i % 3)},
                "sums": lambda i: {"question": f"{i}+1", "answer": str(i + 1)}, "text": lambda i: {"text": f"Page {i}. " * 9}}
     for name, make in records.items():
@@ -149,7 +175,7 @@ def run(shell, world, tmp_path):
 KD = ("--student {w}/student --teacher {w}/teacher --data {w}/data.jsonl --steps 4 --batch-size 4 --lr 0.01 --max-new-tokens 6 "
       "--eval-every 2 --eval-examples 3 ")
 GRPO = ("--model {w}/student --data {w}/sums.jsonl --steps 3 --prompts 2 --group-size 4 --batch-size 3 --max-new-tokens 24 "
-        "--lr 0.01 --rewards format,steps,answer --eval-examples 3 ")
+        "--lr 0.01 --rewards {w}/ours.py:early,answer --eval-examples 3 ")
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -183,7 +209,33 @@ def test_a_run_stopped_twice_on_a_gpu_goes_on_there_to_the_same_steps(shell, wor
     assert len(steps_of(tmp_path / "whole")) == 6 and steps_of(tmp_path / "stopped") == steps_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("first, then", [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_goes_on_on_another_device(shell, world, tmp_path, first, then):
+    def call(out, device, *more):
+        with gpu() if device == "cuda" else nullcontext():
+            return shell(train_kd, "--device", device, "--dtype", "float32", "--out", tmp_path / out, *KD.format(w=world).split(),
+                         "--loss", "minillm", "--rollouts", 16, "--inner-epochs", 2, "--steps", 5, *more)
+
+    assert call("whole", "cpu")[0] == 0
+    with killed_at(4):                                                          # within its rollouts, which the state holds
+        assert call("moved", first)[0] == 130
+    status, _, err = call("moved", then, "--resume")
+    assert status == 0, err
+    for line, right in zip(steps_of(tmp_path / "moved"), steps_of(tmp_path / "whole"), strict=True):
+        assert line == pytest.approx(right, rel=2e-3, abs=2e-4)
+
+
+def test_grpo_in_bfloat16_learns_as_in_float32(run):
+    """It draws other answers, so only means are alike."""
+    flags = GRPO + "--inner-epochs 2 --drop-flat --norm token --dtype "
+    ours, theirs = (steps_of(run(train_grpo, flags + dtype, "cuda")[1]) for dtype in ("bfloat16", "float32"))
+    assert len(ours) == 3 and all(line["grad_norm"] > 0.1 for line in ours)
+    assert ours[0]["entropy"] != theirs[0]["entropy"] == pytest.approx(ours[0]["entropy"], rel=0.02)
+    assert ours[0]["reward"] == pytest.approx(theirs[0]["reward"], rel=0.2)
+
+
 @pytest.mark.parametrize("flags, near", [("--loss forward_kl --cache-teacher {out}/states", 0.02), ("--loss sft", 0.02),
+                                         ("--loss reverse_kl --gradient-checkpointing", 0.02),
                                          ("--loss minillm --rollouts 8", 0.3)])     # draws other answers than in float32
 def test_in_bfloat16_a_gpus_autocast_suits_every_operator(run, flags, near):
     ours, theirs = (steps_of(run(train_kd, KD + flags + dtype, "cuda")[1]) for dtype in (" --dtype bfloat16", ""))

@@ -9,6 +9,7 @@ import torch
 
 import train_grpo as rl
 from conftest import killed_at, same, steps_of, tiny, weights
+from fake_gpu import gpu
 from minikd import problems
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
@@ -264,6 +265,16 @@ def test_with_no_flags_a_toy_student_is_taught_and_goes_through_a_step(monkeypat
     assert {f"start-{task}-0", "last", "log.jsonl", "completions.jsonl", "config.json"} <= {
         path.name for path in (tmp_path / f"runs/grpo-{task}").iterdir()}
     assert "weights" in json.dumps(json.loads((tmp_path / f"runs/grpo-{task}/config.json").read_text()))
+
+
+def test_on_a_gpu_the_toy_student_is_taught_there(shell, monkeypatch, tmp_path):
+    devices, optimizer = [], rl.make_optimizer
+    monkeypatch.setattr(rl, "make_optimizer", lambda model, *rest: (devices.append(model.head.device), optimizer(model, *rest))[1])
+    monkeypatch.setattr(rl, "TOY_LESSONS", {"sums": 3})
+    with gpu():
+        status, _, err = shell(rl, "--device", "cuda", "--steps", 1, "--eval-examples", 2, "--prompts", 2, "--group-size", 2,
+                               "--max-new-tokens", 5, "--out", tmp_path / "run")
+    assert status == 0 and [device.type for device in devices] == ["cuda", "cuda"], err
 
 
 def test_a_model_that_is_given_to_a_toy_task_decides_about_threads(shell, world, tmp_path, monkeypatch):

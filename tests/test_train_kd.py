@@ -15,6 +15,7 @@ import torch
 import eval_rouge
 import train_kd as kd
 from conftest import killed_at, locked_by_another, same, steps_of, tiny, weights
+from fake_gpu import gpu
 from minikd import evaluate, losses, minillm, toy
 from minikd.checkpoint import identify, load_model, save_model
 from minikd.data import encode_examples, load_examples
@@ -719,6 +720,13 @@ def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge
     eval_rouge.main()
     last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("all ")][-1]
     assert float(last.split()[2]) == pytest.approx(table["KD"], abs=0.051)
+
+
+def test_on_a_gpu_the_toy_world_trains_there(shrunk, shell):
+    with gpu():
+        status, _, err = shell(kd, "--device", "cuda", "--validation", "20", "--max-new-tokens", "4")
+    assert status == 0, err
+    assert list(shrunk) == ["teacher", "base", "sft", "kd"] and all(head.is_cuda for head in shrunk.values())
 
 
 @pytest.mark.parametrize("flags", [["--loss", "minillm"], ["--loss", "reverse_kl", "--on-policy", "1"]], ids=" ".join)
