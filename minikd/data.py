@@ -451,7 +451,7 @@ def send(tensor: Tensor, device) -> Tensor:
     batch, the CPU prepares the next."""
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def collate(encoded: list[Encoded], pad_id: int, device="cpu") -> tuple[Tensor, Tensor]:
