@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,6 +107,10 @@ def pytest_configure(config):
     config.pluginmanager.set_blocked("logging-plugin")              # it gives 63 loggers of transformers handlers, thrice a test
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "compiled" in getattr(item, "fixturenames", ()))    # last: nvcc is ready by then
+
+
 def pytest_collection_finish(session):
     gc.collect(), gc.freeze()                                       # what was imported, which no later collection searches
     gc.set_threshold(100_000, 50, 100)                              # models come and go by thousands: a tenth of all time
@@ -115,7 +120,8 @@ def pytest_collection_finish(session):
         source.write_bytes(cuda.program())
         nvcc = ["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "--keep", "--keep-dir", folder.name, source, "-o",
                 folder.name + "/kernels.cubin"]
-        session.compilation = folder, subprocess.Popen(nvcc)        # while the first tests run
+        # While the first tests run. By a thread, so that no ended child process is left for a test that looks for children.
+        session.compilation = folder, ThreadPoolExecutor(1).submit(subprocess.run, nvcc)
 
 
 @pytest.fixture
@@ -149,7 +155,7 @@ def compiled(request) -> SimpleNamespace:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     folder, nvcc = request.session.compilation
-    assert nvcc.wait() == 0
+    assert nvcc.result().returncode == 0
     return SimpleNamespace(ptx=Path(folder.name, "kernels.ptx").read_text(), cubin=Path(folder.name, "kernels.cubin").read_bytes())
 
 

@@ -122,9 +122,10 @@ class Memory:
             cells = len(view) // 2 + 1
             self.in_flight = np.zeros(cells, bool)                              # the target of an asynchronous copy
             self.relaxed = np.zeros(cells, bool)                                # accessed relaxed
-            self.writer, self.lane = np.full(cells, -1), np.zeros(cells, int)   # -1: no writer yet
-            self.written = np.zeros(cells, int)
-            self.read, self.reader = np.full((cells, warps), -1), np.zeros((cells, warps), int)     # reader -1: several lanes
+            self.writer, self.lane = np.full(cells, -1, np.int32), np.zeros(cells, np.int8)         # -1: no writer yet
+            self.written = np.zeros(cells, np.int32)
+            self.read = np.full((cells, warps), -1, np.int32)
+            self.reader = np.zeros((cells, warps), np.int8)                     # -1: several lanes
 
     def check(self, warp, lanes: np.ndarray, at: np.ndarray, size: int, write: bool) -> np.ndarray:
         """n lanes of a warp access `size` bytes each, at offsets `at` [n] -> the cells [n, size / 2]; Faults for a race"""

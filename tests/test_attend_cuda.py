@@ -80,9 +80,9 @@ def check(on_cpu, given):
 
 
 @pytest.mark.parametrize("H, K, E", [(1, 1, 64), (4, 2, 64), (7, 1, 64), (14, 2, 128), (8, 1, 128), (3, 3, 64)])
-@pytest.mark.parametrize("slot", [0, 37])
+@pytest.mark.parametrize("slot", [0, 21])
 def test_a_step_is_the_definition(on_cpu, H, K, E, slot):
-    check(on_cpu, case(2, H, K, E, 40, slot, seed=slot))
+    check(on_cpu, case(2 if slot else 1, H, K, E, 40, slot, seed=slot))
 
 
 @pytest.mark.parametrize("slot, order", [(15, "first"), (16, "last"), (255, "turns"), (256, "first"), (301, "last")])
@@ -91,8 +91,8 @@ def test_every_length_is_attended_to(on_cpu, slot, order):
     check(on_cpu, case(1, 7, 1, 64, 304, slot, seed=slot, gaps=slot != 255))
 
 
-@pytest.mark.parametrize("slot, splits, E, order", [(511, 2, 64, "turns"), (512, 2, 64, "first"), (1039, 3, 64, "last"),
-                                                    (700, 2, 128, "turns")])
+@pytest.mark.parametrize("slot, splits, E, order", [(511, 2, 64, "turns"), (1039, 3, 64, "last"),
+                                                    (530, 2, 128, "first")])
 def test_several_blocks_split_the_slots(on_cpu, slot, splits, E, order):
     on_cpu.order = order
     given = case(1, 2, 1, E, 1040, slot, splits, seed=slot)
@@ -101,7 +101,7 @@ def test_several_blocks_split_the_slots(on_cpu, slot, splits, E, order):
     check(on_cpu, given)
 
 
-@pytest.mark.parametrize("shape, length, splits", [("0.5B", 200, 1), ("1.5B", 30, 1), ("3B", 9, 2)])
+@pytest.mark.parametrize("shape, length, splits", [("0.5B", 120, 1), ("1.5B", 20, 1), ("3B", 9, 1)])
 def test_a_step_is_as_exact_as_the_plain_path(on_cpu, shape, length, splits):
     torch.manual_seed(0)
     ours, plain, same = attention_errors(SHAPES[shape], length, splits, "cpu")
@@ -139,8 +139,8 @@ SHAPE = dict(num_attention_heads=3, num_key_value_heads=1, head_dim=64, hidden_s
 def test_generate_by_the_kernel_draws_from_the_plain_path_s_distribution(on_played_gpu, monkeypatch, options):
     """Rows of different lengths, finished rows dropped, graphs, two models."""
     model, teacher = (small(seed, **SHAPE).bfloat16().eval() for seed in (3, 4))
-    monkeypatch.setattr(generating, "LOOK", 4)
-    given = dict(max_new_tokens=10, temperature=1.0, seed=2, teacher=teacher, **options)
+    monkeypatch.setattr(generating, "LOOK", 3)
+    given = dict(max_new_tokens=7, temperature=1.0, seed=2, teacher=teacher, **options)
     free = generate_with_log_probs(model, PROMPTS, **given)[0]
     stops = {row[2] for row in free[:(len(free) + 1) // 2]}                     # half of the rows end early
     assert not on_played_gpu
@@ -148,7 +148,7 @@ def test_generate_by_the_kernel_draws_from_the_plain_path_s_distribution(on_play
         model, given["teacher"] = small(3, **SHAPE).bfloat16().eval().to("cuda"), teacher.to("cuda")
         answers, logps = generate_with_log_probs(model, PROMPTS, eos_ids=stops, **given)
     assert set(on_played_gpu) == {"attend_64"} and len(on_played_gpu) >= 2 * 6
-    assert min(map(len, answers)) <= 3 and max(map(len, answers)) == 10
+    assert min(map(len, answers)) <= 3 and max(map(len, answers)) == 7
     model, teacher = (small(seed, **SHAPE).bfloat16().eval() for seed in (3, 4))
     for i, (answer, drawn) in enumerate(zip(answers, logps)):
         prompt = PROMPTS[i * len(PROMPTS) // len(answers)]
