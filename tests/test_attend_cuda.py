@@ -48,7 +48,7 @@ def case(B, H, K, E, S, slot, splits=1, seed=0, gaps=True):
 
 def by_loops(qkv, cos, sin, keys, values, slot, bias, parts):
     """The definition, head by head and slot by slot, in float64."""
-    (B, K, S, E), slot = keys.shape, int(slot)
+    (B, K, _, E), slot = keys.shape, int(slot)
     H = qkv.shape[-1] // E - 2 * K
     heads = qkv.view(B, H + 2 * K, 1, E)
     rotated = rotate(heads[:, :H + K], cos, sin)[:, :, 0].double()              # [B, H + K, E]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from conftest import small
 from fake_gpu import gpu as played
-from minikd import attend_cuda, fused_cuda, generate as generating, layout
+from minikd import attend_cuda, fused_cuda, layout
 from minikd.cuda import launch
 from minikd.fused_cuda import add_and_normalise, can_draw, can_fuse, draw_tokens, multiply_by_silu
 from minikd.generate import generate_with_log_probs, sample
