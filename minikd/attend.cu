@@ -1,5 +1,4 @@
 // Attention of one decoding step, one new token per row: everything between the q/k/v product and the o product in one kernel.
-// Compiled after w4_matmul.cu, as one program, and uses its helpers.
 //
 // A block has one row and one key/value head, with all query heads that share it (GQA), so that every key and value is read
 // once; with few rows several blocks split the keys. It rotates queries and the new key (RoPE), writes key and value into the
@@ -19,7 +18,7 @@ namespace attention {
 
 // CHUNK: slots that a warp reads at once; LEAST: fewest slots for which another block pays, as joining takes some microseconds
 const int HEADS = 8, CHUNK = 16, LEAST = 512;
-const float LOG2_E = 1.4426950408889634f, NONE = -1e30f;        // NONE: most, before any score; -inf - -inf would be NaN
+const float NONE = -1e30f;              // most, before any score; -inf - -inf would be NaN
 
 template <int E> struct alignas(16) Shared {
     static const int WARPS = 1024 / E, THREADS = 32 * WARPS;    // with E = 128 a warp has twice the bytes in flight
@@ -36,7 +35,6 @@ __device__ __forceinline__ float load_l2(const float* p) {      // what another 
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
     return v;
 }
-__device__ __forceinline__ void fetch_into_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 // Adds 1, or sets 0 at `last`, so that the counter is ready for the next launch; returns the value before. Who gets `last` sees
 // all that the others wrote before.
 __device__ __forceinline__ u32 count_up(u32* p, u32 last) {
@@ -44,13 +42,6 @@ __device__ __forceinline__ u32 count_up(u32* p, u32 last) {
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(last) : "memory");
     return before;
 }
-__device__ __forceinline__ float power_of_2(float x) {          // one instruction; exp2f adds some for results below 2^-126
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float nearest(float x) { return bf16(to_bf16(x)); }
-
 // Joins `count` partial sums of one output, each relative to its own greatest score.
 struct Joined { float sum, most, mass; };
 template <class Sum, class Most, class Mass>
@@ -82,7 +73,7 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
     keys += base, values += base, bias += (long long)row * S;
 
     // The memory is busy with the first slots, 128 bytes per thread, while queries and the new key are made.
-    if (int at = begin * E + threadIdx.x * 64; at < end * E) fetch_into_l2(keys + at), fetch_into_l2(values + at);
+    if (int at = begin * E + threadIdx.x * 64; at < end * E) prefetch(keys + at), prefetch(values + at);
     const u16* in = qkv + (long long)row * (H + 2 * K) * E;
 #pragma unroll
     for (int i = threadIdx.x; i < (HEADS + 1) * E / 2; i += THREADS) {
@@ -97,9 +88,9 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
         for (int half = 0; half < 2; half++) {                  // RoPE, rounded where model.rotate's operators round
             int at = half * (E / 2);
             float angle_cos = bf16(cos[row * E + e + at]), angle_sin = bf16(sin[row * E + e + at]);
-            float rotated = nearest((half ? high : low) * angle_cos) + nearest((half ? low : -high) * angle_sin);
-            if (head < HEADS) shared.q[head][e + at] = to_bf16(rotated);
-            else if (end > newest) keys[newest * E + e + at] = to_bf16(rotated);        // this block has the new slot
+            float turned = rounded((half ? high : low) * angle_cos) + rounded((half ? low : -high) * angle_sin);
+            if (head < HEADS) shared.q[head][e + at] = to_bf16(turned);
+            else if (end > newest) keys[newest * E + e + at] = to_bf16(turned);        // this block has the new slot
         }
     }
     if (end > newest && threadIdx.x < E) values[newest * E + threadIdx.x] = in[(H + K + kv) * E + threadIdx.x];
@@ -162,7 +153,7 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
         for (int h = 0; h < 2; h++) {
             p[h][0] = power_of_2(p[h][0] - top), p[h][1] = power_of_2(p[h][1] - top);
             mass += p[h][0] + p[h][1];
-            b[h] = to_bf16(p[h][0]) | (u32)to_bf16(p[h][1]) << 16;
+            b[h] = to_bf16_pair(p[h][0], p[h][1]);
         }
         float left = __shfl_sync(~0u, share, 8 * t), right = __shfl_sync(~0u, share, 8 * t + 4);     // of heads 2t, 2t + 1
 #pragma unroll

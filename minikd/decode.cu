@@ -1,4 +1,4 @@
-// One token of one row, the whole decoder in one kernel. It is compiled after w4_matmul.cu, as one program, and uses its helpers.
+// One token of one row, the whole decoder in one kernel. It uses w4_matmul.cu's digits.
 //
 // A step at batch 1 reads every weight once and does little else. Launched as some 18 kernels per layer, it mostly waits: for
 // kernels to start and for their first bytes to arrive. Here one block per multiprocessor runs for the whole step. A layer has
@@ -61,14 +61,6 @@ struct alignas(16) Shared {
 static_assert(sizeof(Shared) == 221264, "decode_cuda.py asks for so many bytes");
 
 struct Two { u64 v[2]; };
-__device__ __forceinline__ float rounded(float f) { return bf16(to_bf16(f)); }
-__device__ __forceinline__ float value(const Words& v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-__device__ __forceinline__ void prefetch(const void* p, u32 bytes) {    // whole ranges, multiples of 16 bytes, by one instruction
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(bytes));
-#endif
-}
 __device__ __forceinline__ void wait_for_team(int team, int threads) {  // barrier 0 is that of __syncthreads
     asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "r"(threads) : "memory");
 }
@@ -203,23 +195,22 @@ struct Int4 {
     static __device__ __forceinline__ void put(Shared& shared, int at, Pair v, bool with_totals) {
         int lane = threadIdx.x % 32, odd = lane % 2, block = at / 128;
         u32 most = 0;
-        for (u32 word : v.w) most = max(most, max(word & 0x7fff0000u, word << 16 & 0x7fff0000u));
+        for (u32 pair : v.w) most = larger(most, pair);
         for (int shift = 16; shift; shift /= 2) most = max(most, __shfl_xor_sync(~0u, most, shift));
         float total = 0;
         if (with_totals) {
             total = low(v.w[0]) + high(v.w[0]) + low(v.w[1]) + high(v.w[1]);
             for (int shift = 16; shift; shift /= 2) total += __shfl_xor_sync(~0u, total, shift);
         }
-        u32 exponent = max(most >> 23, 25u);            // |x| < 2^(exponent - 126); unit = 2^(exponent - 147)
+        Unit unit(most);
         u32 other = __shfl_xor_sync(~0u, odd ? v.w[0] : v.w[1], 1);
         u32 a = odd ? other : v.w[0], b = odd ? v.w[1] : other;         // inputs 0 1 and 4 5, or 2 3 and 6 7
-        Words d = digits_of(low(a), low(b), high(a), high(b), __uint_as_float((274 - exponent) << 23));
+        Words d = digits_of(low(a), low(b), high(a), high(b), unit.inverse);
         char* digits = shared.digits + block * 384 + lane / 16 * 192 + lane % 8 / 2 * 16 + lane / 8 % 2 * 8 + odd * 4;
 #pragma unroll
         for (int digit = 0; digit < 3; digit++) *(u32*)(digits + digit * 64) = d.w[digit];
         if (lane) return;
-        shared.units[block] = __uint_as_float(exponent == 255 ? 0x7fc00000u : (exponent - 24) << 23);  // nan if an input is not finite
-        shared.totals[block] = total;
+        shared.units[block] = unit.sixteenth, shared.totals[block] = total;
     }
 
     __device__ Int4(Matrix matrix, int N, int K, int group) : words((const Words*)matrix.weight), scales(matrix.scales),
@@ -379,8 +370,8 @@ __device__ __forceinline__ void normalise(Shared& shared, const Words* mine, con
     for (int at = 4 * threadIdx.x; at < round_up(D, 512); at += 4 * THREADS, x = mine[1], scale = gain[1]) {
         Pair out;
         for (int i = 0; i < 2; i++)
-            out.w[i] = to_bf16(low(scale.w[i]) * rounded(high(x.w[2 * i]) * inverse))
-                       | (u32)to_bf16(high(scale.w[i]) * rounded(high(x.w[2 * i + 1]) * inverse)) << 16;
+            out.w[i] = to_bf16_pair(low(scale.w[i]) * rounded(high(x.w[2 * i]) * inverse),
+                                    high(scale.w[i]) * rounded(high(x.w[2 * i + 1]) * inverse));
         Weights::put(shared, at, out, zeros);
         *(Pair*)(shared.x + at) = values(x);
     }
@@ -513,7 +504,7 @@ template <class Weights> __device__ __forceinline__ void gather(Shared& shared, 
         Pair out = {};
         float one = __fdividef(1, mass);
         if (head < s.H)
-            for (int i = 0; i < 2; i++) out.w[i] = to_bf16(v[2 * i] * one) | (u32)to_bf16(v[2 * i + 1] * one) << 16;
+            for (int i = 0; i < 2; i++) out.w[i] = to_bf16_pair(v[2 * i] * one, v[2 * i + 1] * one);
         Weights::put(shared, at, out, s.zeros);
     }
     __syncthreads();

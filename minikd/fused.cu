@@ -1,22 +1,14 @@
 // What surrounds a decoding step's products, in few kernels: each would be two to ten of torch's, which spend most of their time
-// on starting and on writing intermediate results. Compiled after w4_matmul.cu, as one program, and uses its helpers.
+// on starting and on writing intermediate results.
 
 namespace fused {
 
-__device__ __forceinline__ float element(const Words& v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }
-__device__ __forceinline__ u32 pair(float a, float b) { return to_bf16(a) | (u32)to_bf16(b) << 16; }
-__device__ __forceinline__ float nearest(float x) { return bf16(to_bf16(x)); }
-__device__ __forceinline__ float power_of_2(float x) {          // one instruction; exp2f adds some for results below 2^-126
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ float log_2(float x) {
     float y;
     asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-const float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f, NONE = -1e30f;
+const float LN_2 = 0.6931471805599453f, NONE = -1e30f;
 
 // ---- y [N, W] = silu(gate) up, gate_up [N, 2W].  SwiGLU eq. (6).  grid (N, W / 2048 rounded up), 256 threads
 
@@ -28,11 +20,11 @@ extern "C" __global__ void __launch_bounds__(256) silu_up(const u16* gate_up, u1
     float v[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        float x = element(gate, i);
-        v[i] = nearest(x / (1 + power_of_2(-LOG2_E * x))) * element(up, i);       // rounded where F.silu rounds
+        float x = value(gate, i);
+        v[i] = rounded(x / (1 + power_of_2(-LOG2_E * x))) * value(up, i);       // rounded where F.silu rounds
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) out.w[i] = pair(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < 4; i++) out.w[i] = to_bf16_pair(v[2 * i], v[2 * i + 1]);
     *(Words*)(y + (long long)blockIdx.x * W + at) = out;
 }
 
@@ -49,9 +41,9 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const u16* x, const 
         Words a = load((const Words*)(x + row)), b = load((const Words*)(y + row));
         gain = load((const Words*)(weight + at));
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = nearest(element(a, i) + element(b, i)), square += v[i] * v[i];
+        for (int i = 0; i < 8; i++) v[i] = rounded(value(a, i) + value(b, i)), square += v[i] * v[i];
 #pragma unroll
-        for (int i = 0; i < 4; i++) out.w[i] = pair(v[2 * i], v[2 * i + 1]);
+        for (int i = 0; i < 4; i++) out.w[i] = to_bf16_pair(v[2 * i], v[2 * i + 1]);
         *(Words*)(sum + row) = out;
     }
     for (int mask = 16; mask; mask /= 2) square += __shfl_xor_sync(~0u, square, mask);
@@ -63,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const u16* x, const 
     if (at >= D) return;
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        out.w[i] = pair(v[2 * i] * inverse * low(gain.w[i]), v[2 * i + 1] * inverse * high(gain.w[i]));
+        out.w[i] = to_bf16_pair(v[2 * i] * inverse * low(gain.w[i]), v[2 * i + 1] * inverse * high(gain.w[i]));
     *(Words*)(normed + row) = out;
 }
 
@@ -102,7 +94,7 @@ __device__ __forceinline__ float exps(float* p, const u16* logits, int token, in
     float sum = 0;
     if (token + 8 > V) cut(word, V - token);
 #pragma unroll
-    for (int i = 0; i < 8; i++) p[i] = power_of_2(element(word, i) * scale - most), sum += p[i];
+    for (int i = 0; i < 8; i++) p[i] = power_of_2(value(word, i) * scale - most), sum += p[i];
     return sum;
 }
 
@@ -128,10 +120,10 @@ extern "C" __global__ void __launch_bounds__(32 * PARTS) draw(const u16* logits,
             if (left < 8) cut(word[c], left);
             float top = most;
 #pragma unroll
-            for (int i = 0; i < 8; i++) top = fmaxf(top, element(word[c], i) * scale);
+            for (int i = 0; i < 8; i++) top = fmaxf(top, value(word[c], i) * scale);
             mass *= power_of_2(most - top), most = top;
 #pragma unroll
-            for (int i = 0; i < 8; i++) mass += power_of_2(element(word[c], i) * scale - top);
+            for (int i = 0; i < 8; i++) mass += power_of_2(value(word[c], i) * scale - top);
         }
     }
     for (int mask = 16; mask; mask /= 2) {

@@ -1,7 +1,6 @@
 // The losses of a token and their gradient, from rows of bfloat16 logits: in two passes what losses._costs does in some twenty
-// over float32 copies. It is compiled after w4_matmul.cu, as one program, and uses its helpers. Both
-// models' logits are read twice and the gradient is written: 10 bytes per pair. That is what takes the time: loss_* issues some
-// 21 instructions per pair, of the 27 for which an H200 has time while it reads one.
+// over float32 copies. Both models' logits are read twice and the gradient is written: 10 bytes per pair. That is what takes the
+// time: loss_* issues some 21 instructions per pair, of the 27 for which an H200 has time while it reads one.
 //
 //   loss_*        reads the student's logits s and the teacher's t once: CE of the target, the divergence D, and what the
 //                 gradient needs of the row (a Row)
@@ -19,7 +18,7 @@ namespace loss {                                        // so that no name clash
 
 enum { NONE, ENTROPY, FORWARD, REVERSE };               // what is measured besides CE; t is read from FORWARD on
 const int THREADS = 512;
-const float LOG2E = 1.44269504f, LEAST = -9.953038e29f;  // losses.LEAST, -1e30, in bfloat16
+const float LEAST = -9.953038e29f;                      // losses.LEAST, -1e30, in bfloat16
 const u32 TWO_LEAST = 0xf149f149u;                      // its bits, twice
 
 // Sums over a part of a row that can be added up in any order ("online softmax", arXiv:1805.02867): exponents are relative to
@@ -31,19 +30,9 @@ struct Row {
     float gap;                                          // forward: Σ e^((t - t_most) / T) ((t - t_most) - (s - s_most))
 };                                                      // reverse: s and t change places
 
-__device__ __forceinline__ float exp2_fast(float x) {   // one instruction; 2^-22 off, relative; below 2^-126 it gives 0
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ u32 max_pair(u32 a, u32 b) { // of two bfloat16 in one instruction; NaN if one is NaN
     u32 d;
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-__device__ __forceinline__ u32 to_bf16_pair(float first, float second) {
-    u32 d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(second), "f"(first));
     return d;
 }
 // -inf, an excluded token, becomes LEAST: then 0 log 0 is 0, where inf - inf would be NaN.
@@ -55,17 +44,16 @@ __device__ __forceinline__ float largest(Words v) {
     u32 pair = max_pair(max_pair(v.w[0], v.w[1]), max_pair(v.w[2], v.w[3]));
     return fmaxf(low(pair), high(pair));
 }
-__device__ __forceinline__ float logit(Words v, int j) { return j % 2 ? high(v.w[j / 2]) : low(v.w[j / 2]); }
 __device__ __forceinline__ float clamped(u16 bits) { return low(max_pair(bits, TWO_LEAST)); }
 
 // Makes x's sums relative to larger logits: each term of `gap` changes by the same, so its sum by that times the mass.
 template <int KIND> __device__ __forceinline__ void raise(Row& x, float s_most, float t_most, float T) {
     float ds = x.s_most - s_most, dt = x.t_most - t_most;       // 0 or below
-    float s_part = exp2_fast(ds * (LOG2E / T)), t_part = exp2_fast(dt * (LOG2E / T));
+    float s_part = power_of_2(ds * (LOG2_E / T)), t_part = power_of_2(dt * (LOG2_E / T));
     if (KIND == FORWARD) x.gap = (x.gap + x.t_mass * (dt - ds)) * t_part;
     if (KIND == REVERSE || KIND == ENTROPY) x.gap = (x.gap + x.s_mass * (ds - dt)) * s_part;
     x.s_mass *= s_part, x.t_mass *= t_part, x.s_most = s_most, x.t_most = t_most;
-    if (T != 1) x.plain *= exp2_fast(ds * LOG2E);
+    if (T != 1) x.plain *= power_of_2(ds * LOG2_E);
 }
 template <int KIND> __device__ __forceinline__ void merge(Row& x, Row y, float T) {
     float s_most = fmaxf(x.s_most, y.s_most), t_most = fmaxf(x.t_most, y.t_most);
@@ -86,10 +74,10 @@ template <int KIND> __device__ __forceinline__ void add(Row& x, Words s, Words t
     Row part = {};                                      // sums of 8, then sums of those: less is lost than one by one
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        float ds = logit(s, j) - x.s_most, s_part = exp2_fast(ds * (LOG2E / T));
+        float ds = value(s, j) - x.s_most, s_part = power_of_2(ds * (LOG2_E / T));
         part.s_mass += s_part;
         if (KIND >= FORWARD) {
-            float dt = logit(t, j) - x.t_most, t_part = exp2_fast(dt * (LOG2E / T));
+            float dt = value(t, j) - x.t_most, t_part = power_of_2(dt * (LOG2_E / T));
             part.t_mass += t_part;
             part.gap += KIND == FORWARD ? t_part * (dt - ds) : s_part * (ds - dt);
         }
@@ -98,7 +86,7 @@ template <int KIND> __device__ __forceinline__ void add(Row& x, Words s, Words t
     x.s_mass += part.s_mass, x.t_mass += part.t_mass, x.gap += part.gap;
     if (T != 1) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) part.plain += exp2_fast((logit(s, j) - x.s_most) * LOG2E);
+        for (int j = 0; j < 8; j++) part.plain += power_of_2((value(s, j) - x.s_most) * LOG2_E);
         x.plain += part.plain;
     }
 }
@@ -149,12 +137,12 @@ __device__ __forceinline__ void gradient(u16* s, const u16* t, const long long* 
     s += (long long)n * stride, t += KIND >= FORWARD ? (long long)n * stride : 0;
     const Row x = rows[n];
     const int target = targets[n], step = blockDim.x;
-    const float a = slope_ce[n], a_plain = a / x.plain, b = KIND ? slope_kd[n] / T : 0, scale = LOG2E / T;
+    const float a = slope_ce[n], a_plain = a / x.plain, b = KIND ? slope_kd[n] / T : 0, scale = LOG2_E / T;
     const float b_s = b / x.s_mass / (KIND == REVERSE ? T : 1), b_t = KIND ? b / x.t_mass : 0;
     auto slope = [&](float sv, float tv, int v) {       // of the cost with respect to logit v; both logits are clamped
         float ds = sv - x.s_most, dt = tv - x.t_most;
-        float s_part = exp2_fast(ds * scale), g = a_plain * (T == 1 ? s_part : exp2_fast(ds * LOG2E));
-        if (KIND == FORWARD) g += b_s * s_part - b_t * exp2_fast(dt * scale);
+        float s_part = power_of_2(ds * scale), g = a_plain * (T == 1 ? s_part : power_of_2(ds * LOG2_E));
+        if (KIND == FORWARD) g += b_s * s_part - b_t * power_of_2(dt * scale);
         if (KIND == REVERSE) g += b_s * s_part * (ds - dt - x.gap);     // x.gap is the mean of ds - dt: T (log q - log p - D)
         if (sv == LEAST) g = 0;                         // an excluded token's probability is 0 whatever its logit
         return v == target ? g - a : g;
@@ -169,8 +157,8 @@ __device__ __forceinline__ void gradient(u16* s, const u16* t, const long long* 
         if (left > step) next_s = s8[step], next_t = KIND >= FORWARD ? load_once(t8) : next_t;
 #pragma unroll
         for (int j = 0; j < 8; j += 2)
-            out.w[j / 2] = to_bf16_pair(slope(logit(now_s, j), logit(now_t, j), v + j),
-                                        slope(logit(now_s, j + 1), logit(now_t, j + 1), v + j + 1));
+            out.w[j / 2] = to_bf16_pair(slope(value(now_s, j), value(now_t, j), v + j),
+                                        slope(value(now_s, j + 1), value(now_t, j + 1), v + j + 1));
         *s8 = out;
     }
     if (threadIdx.x < V % 8) {

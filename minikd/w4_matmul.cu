@@ -1,5 +1,5 @@
-// W4A16 on CUDA: y = x W^T + b with W in 4-bit codes, x and y in bfloat16, sums in float32. No header is included, so that
-// NVRTC compiles this file on a machine that has only torch's own CUDA libraries. From naive to fast:
+// W4A16 on CUDA: y = x W^T + b with W in 4-bit codes, x and y in bfloat16, sums in float32. From
+// naive to fast:
 //
 //   w4_naive        one thread per output, one code at a time: the reference for the others
 //   w4_mma_*        up to 64 rows: codes become operands of tensor-core products in bfloat16, without a shuffle; asynchronous
@@ -22,58 +22,6 @@
 // scales [groups, N'] float16 and, unless all zeros are 8, zeros [groups, N'] uint8, N' = N padded to 16; a group is 32, 64
 // or a multiple of 128 consecutive inputs. K is a multiple of 8.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-
-struct alignas(16) Words { u32 w[4]; };                 // 32 codes, or 8 bfloat16 values
-
-__device__ __forceinline__ Words load_once(const Words* p) {    // does not fill the L1: every weight is read only once
-    Words v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
-    return v;
-}
-__device__ __forceinline__ Words load(const Words* p) {         // through the L1: the multiprocessor's other blocks read x too
-    Words v;
-    asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
-    return v;
-}
-// Zeros if not `there`; a predicated load costs less than a branch.
-__device__ __forceinline__ Words load_if(bool there, const Words* p) {
-    Words v;
-    asm("{.reg .pred there; setp.ne.u32 there, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
-        "@there ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
-        : "=&r"(v.w[0]), "=&r"(v.w[1]), "=&r"(v.w[2]), "=&r"(v.w[3]) : "l"(p), "r"((u32)there));
-    return v;
-}
-// Starts a copy from global to shared memory, which needs no registers; it writes zeros if not `there`. L2::128B brings the whole
-// line into the L2: 32 bytes of scales would cost a memory access of their own, and their neighbours are read soon.
-template <int BYTES> __device__ __forceinline__ void copy_async(bool there, void* to, const void* from) {
-    u32 at = (u32)__cvta_generic_to_shared(to);
-    int bytes = there ? BYTES : 0;
-    if (BYTES == 16)                                    // cg bypasses the L1, and exists for 16 bytes only
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(at), "l"(from), "r"(bytes) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(at), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most the latest COUNT of this thread's groups of copies are in flight.
-template <int COUNT> __device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(COUNT) : "memory");
-}
-// Programmatic dependent launch (cuda.launch's `overlap`): from the first call on, the stream's next kernel may start beside this
-// one, if it was launched so too; by the second, it waits for the end of all kernels before it, and sees what they wrote.
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 __device__ __forceinline__ u32 minus_pair(u32 a, u32 b) {       // two bfloat16 a - b, as b * -1 + a: sm_80 has no sub.bf16x2
     u32 d;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xbf80bf80u), "r"(a));
@@ -89,32 +37,11 @@ __device__ __forceinline__ u32 flip(u32 a, u32 mask, u32 bits) {         // (a &
     asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
     return d;
 }
-__device__ __forceinline__ u32 in_register(u32 value) {
-    asm volatile("" : "+r"(value));                     // hides from the compiler how to compute it again
-    return value;
-}
 __device__ __forceinline__ float half_to_float(u16 h) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
     return f;
 }
-__device__ __forceinline__ u16 to_bf16(float f) {
-    u16 h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
-    return h;
-}
-// c [16, 8] += a [16, 16] b [16, 8].  Lane (g, t) holds a[g, 2t..], a[g+8, 2t..], a[g, 2t+8..], a[g+8, 2t+8..];
-// b[2t.., g], b[2t+8.., g];  c[g, 2t], c[g, 2t+1], c[g+8, 2t], c[g+8, 2t+1].  2t.. are 2t and 2t + 1, in one register.
-__device__ __forceinline__ void mma(float* c, const u32* a, const u32* b) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ __forceinline__ float bf16(u32 bits) { return __uint_as_float(bits << 16); }
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-
 // code - zero of inputs (2i, 2i + 1), exactly.  0x4300 is 128 in bfloat16, and the last of its 7 mantissa bits is worth 1: so
 // 0x4300 | code is 128 + code, and one logical instruction converts two codes.  `zero` holds 128 + zero twice.
 __device__ __forceinline__ u32 decode_pair(u32 word, int i, u32 zero) {
@@ -131,8 +58,6 @@ __device__ __forceinline__ Quant quant_of(const u16* scales, const u8* zeros, in
 #define PARAMETERS const Words* words, const u16* scales, const u8* zeros, const u16* x, const u16* bias, u16* y, \
                    int M, int N, int K, int group
 #define ARGUMENTS words, scales, zeros, x, bias, y, M, N, K, group
-
-__device__ __forceinline__ int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // ---- naive: grid (N / 128, M), one output per thread
 
@@ -151,7 +76,6 @@ extern "C" __global__ void w4_naive(PARAMETERS) {
 
 // ---- what the two fast ones share
 
-extern __shared__ Words shared_memory[];                // its size is w4_cuda.shape's
 __device__ __forceinline__ char* shared_at(int bytes) { return (char*)shared_memory + bytes; }
 
 // Copies tiles to shared memory, by all lanes of a warp: 1,024 bytes of codes, then SETS times 16 scales and 16 zeros.
@@ -328,6 +252,19 @@ __device__ __forceinline__ Words digits_of(float a, float b, float c, float d, f
                   (last | 0x80808080u) - 0x40404040u ^ 0x80808080u}};   // byte by byte: the set bit keeps it from borrowing
 }
 
+// From the bits of a block's largest |x|, in the upper halves: 1 / unit; and unit / 16, nan if an input is infinite or nan.
+struct Unit {
+    float inverse, sixteenth;
+    __device__ __forceinline__ Unit(u32 largest) {
+        u32 exponent = max(largest >> 23, 25u);         // |x| < 2^(exponent - 126); unit = 2^(exponent - 147)
+        inverse = __uint_as_float((274 - exponent) << 23);
+        sixteenth = __uint_as_float(exponent == 255 ? 0x7fc00000u : (exponent - 24) << 23);
+    }
+};
+__device__ __forceinline__ u32 larger(u32 largest, u32 pair) {  // of it and of a pair's magnitudes
+    return max(largest, max(pair & 0x7fff0000u, pair << 16 & 0x7fff0000u));
+}
+
 // c [16, 8] += a [16, 32] b [32, 8], int8 into int32.  Lane (g, t) holds a[g, 4t..], a[g+8, 4t..], a[g, 4t+16..],
 // a[g+8, 4t+16..]; b[4t.., g], b[4t+16.., g]; c as above.  4t.. are four values, in one register.
 __device__ __forceinline__ void mma(int* c, const u32* a, const u32* b) {
@@ -361,7 +298,7 @@ template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, 
         next = read(at + step);
         u32 most = 0;
 #pragma unroll
-        for (int w = 0; w < 4; w++) most = max(most, max(now.w[w] & 0x7fff0000u, now.w[w] << 16 & 0x7fff0000u));
+        for (int w = 0; w < 4; w++) most = larger(most, now.w[w]);
         for (int mask = 8; mask; mask /= 2) most = max(most, __shfl_xor_sync(~0u, most, mask));
         float sum = 0;
         if (to.with_sums) {
@@ -369,15 +306,13 @@ template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, 
             for (int mask = SETS == 4 ? 2 : 8; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
         }
         if (b >= blocks) continue;                      // an odd number of blocks: the last warp's other half
-        u32 exponent = max(most >> 23, 25u);            // |x| < 2^(exponent - 126); unit = 2^(exponent - 147)
-        float inverse = __uint_as_float((274 - exponent) << 23);        // inputs in the order of a word's nibbles
-        Words even = digits_of(low(now.w[0]), low(now.w[2]), high(now.w[0]), high(now.w[2]), inverse);      // 0 4 1 5
-        Words odd = digits_of(low(now.w[1]), low(now.w[3]), high(now.w[1]), high(now.w[3]), inverse);       // 2 6 3 7
+        Unit unit(most);                                // inputs in the order of a word's nibbles
+        Words even = digits_of(low(now.w[0]), low(now.w[2]), high(now.w[0]), high(now.w[2]), unit.inverse);     // 0 4 1 5
+        Words odd = digits_of(low(now.w[1]), low(now.w[3]), high(now.w[1]), high(now.w[3]), unit.inverse);      // 2 6 3 7
         int digits = to.digits + ((b * 2 + j / 2) * to.M + m) * 192 + t * 16 + j % 2 * 8;
 #pragma unroll
         for (int digit = 0; digit < 3; digit++) *(Pair*)shared_at(digits + digit * 64) = Pair{{even.w[digit], odd.w[digit]}};
-        if (l == 0)                                     // an infinite or nan input makes its row's outputs nan
-            *(u32*)shared_at(to.units + (b * to.M + m) * 4) = exponent == 255 ? 0x7fc00000u : (exponent - 24) << 23;
+        if (l == 0) *(float*)shared_at(to.units + (b * to.M + m) * 4) = unit.sixteenth;
         if (to.with_sums && (SETS == 4 ? t : l) == 0)
             *(float*)shared_at(to.sums + ((b * SETS + (SETS == 4 ? j : 0)) * to.M + m) * 4) = sum;
     }
