@@ -101,7 +101,11 @@ class OnGPU(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():                   # Places has had its say
+            return cls.compute(func, args, kwargs or {})
+
+    @classmethod
+    def compute(cls, func, args, kwargs):
         tensors = []
         each(Tensor, tensors.append, [args, kwargs])
         number = torch.Tag.pointwise in func.tags or func in BOTH | FILLS       # may come from the CPU: not for cat, stack, ...
@@ -198,7 +202,7 @@ class Places(TorchFunctionMode):
 class Graph:
     def replay(self):
         wait("a replay")
-        with torch.inference_mode():
+        with torch.inference_mode(), torch._C.DisableTorchFunction():           # it runs on the CPU: nothing to place
             for func, args, kwargs, outputs in self.steps:
                 results = tree_leaves(func(*args, **kwargs))
                 for place, result in zip(outputs, results):

@@ -138,18 +138,19 @@ SHAPE = dict(num_attention_heads=3, num_key_value_heads=1, head_dim=64, hidden_s
 @pytest.mark.parametrize("options", [dict(samples=2), dict(mix=0.4)])
 def test_generate_by_the_kernel_draws_from_the_plain_path_s_distribution(on_played_gpu, monkeypatch, options):
     """Rows of different lengths, finished rows dropped, graphs, two models."""
-    model, teacher = (small(seed, **SHAPE).bfloat16().eval() for seed in (3, 4))
+    shape = SHAPE | dict(num_hidden_layers=1)
+    model, teacher = (small(seed, **shape).bfloat16().eval() for seed in (3, 4))
     monkeypatch.setattr(generating, "LOOK", 3)
     given = dict(max_new_tokens=7, temperature=1.0, seed=2, teacher=teacher, **options)
     free = generate_with_log_probs(model, PROMPTS, **given)[0]
     stops = {row[2] for row in free[:(len(free) + 1) // 2]}                     # half of the rows end early
     assert not on_played_gpu
     with played():
-        model, given["teacher"] = small(3, **SHAPE).bfloat16().eval().to("cuda"), teacher.to("cuda")
+        model, given["teacher"] = small(3, **shape).bfloat16().eval().to("cuda"), teacher.to("cuda")
         answers, logps = generate_with_log_probs(model, PROMPTS, eos_ids=stops, **given)
-    assert set(on_played_gpu) == {"attend_64"} and len(on_played_gpu) >= 2 * 6
+    assert set(on_played_gpu) == {"attend_64"} and len(on_played_gpu) >= 6
     assert min(map(len, answers)) <= 3 and max(map(len, answers)) == 7
-    model, teacher = (small(seed, **SHAPE).bfloat16().eval() for seed in (3, 4))
+    model, teacher = (small(seed, **shape).bfloat16().eval() for seed in (3, 4))
     for i, (answer, drawn) in enumerate(zip(answers, logps)):
         prompt = PROMPTS[i * len(PROMPTS) // len(answers)]
         with torch.inference_mode():
