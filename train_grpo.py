@@ -33,18 +33,18 @@ from minikd.rewards import LARGEST, combine, load_rewards, reward_files, summary
 from minikd.teacher import fingerprint
 from minikd.tokenizer import Tokenizer
 from minikd.training import (STATE, Log, Parser, Progress, begin_run, check_free, check_positive, check_settings,
-                             check_student, compile_blocks, fill_defaults, flag_group, learning_rate, load_state, lock,
+                             check_student, compile_blocks, fill_defaults, flag_group, flags_of, learning_rate, load_state, lock,
                              make_optimizer, note_unused, pick_device, pick_dtype, read_log, save_state, spare_threads)
 
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
-FORM = {"format": 0.05, "steps": 0.05}                          # and their weights: with more, accuracy collapses
+FORM = {"format": 0.05, "steps": 0.05}                          # rewards for form; with larger weights accuracy collapses
 
 
 def parse_args():
     parser = Parser(__doc__)
     add = flag_group(parser, "model and problems (none of them: a toy task)")
-    add("--model", help="folder or hub name, best a distilled student; without --data with the toy's defaults, so give "
-                          "--lr (without --model a toy student, first fine-tuned)")
+    add("--model", help="folder or hub name, best a distilled student; without it a toy student is fine-tuned first. Without "
+                          "--data the toy's defaults hold: then give --lr")
     add("--data", nargs="+", metavar="FILE",
         help="records with a question and an answer, or with tests; else a toy task")
     add("--task", choices=list(problems.TASKS), default="sums", help="toy task")
@@ -63,7 +63,8 @@ def parse_args():
     add("--clip-high", type=float, help="the same above 1, where it differs; DAPO 0.28")
     add("--beta", type=float, default=0.04, help="weight of the KL to the starting model; 0 needs no copy of it")
     add("--scale", choices=("std", "none"), default="std", help="divide advantages by their group's deviation")
-    add("--norm", choices=grpo.NORMS, default="sequence", help="mean over")
+    add("--norm", choices=grpo.NORMS, default="sequence",
+        help="a token's weight: 1 / its answer's length, 1 / all tokens, 1 / --max-new-tokens")
     add("--ratio", choices=("token", "sequence"), default="token", help="one ratio per token, or per sequence (GSPO)")
     add("--inner-epochs", type=int, default=1, help="updates on the answers of one step")
     add("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens do not count")
@@ -290,19 +291,19 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model:
     A, weight, ref = per_token(advantages), per_token(weights), torch.cat(ref).to(device)       # [N]
     if ratio == "sequence":
         log_s = per_token(old)                                                  # [N]
-        divisor = lambda logp, at: logp.detach() - log_s[at]                    # so that the ratio is s: GSPO-token
+        old_logp = lambda logp, at: logp.detach() - log_s[at]                   # [n], so that every ratio is s: GSPO-token
     else:
         old = torch.cat(old).to(device)                                         # [N]
-        divisor = lambda logp, at: old[at]
+        old_logp = lambda logp, at: old[at]                                     # [n]
     terms = dict(clip=clip, clip_high=clip_high)
     with mixed(device, dtype):
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)  # [N, D], [N]
         value, ce, entropies = head_loss(                                       # scaling the states scales the logits
             states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,
-            policy=lambda logp, at: grpo.policy_loss(logp[:, None], divisor(logp, at)[:, None], ref[at][:, None], A[at],
-                                                     beta=beta, **terms)[:, 0])             # paper eq. (6), each token a row
+            policy=lambda logp, at: grpo.policy_loss(               # paper eq. (6); [n, 1]: each token as an answer of one
+                logp[:, None], old_logp(logp, at)[:, None], ref[at][:, None], A[at], beta=beta, **terms)[:, 0])
     value.backward()
-    clipped = grpo.was_clipped(-ce[:, None], divisor(-ce, slice(None))[:, None], A, **terms)
+    clipped = grpo.was_clipped(-ce[:, None], old_logp(-ce, slice(None))[:, None], A, **terms)
     sums = torch.stack([grpo.k3(-ce, ref).sum(), entropies.sum(), clipped.sum()]).cpu()
     return torch.cat([sums, lengths.sum()[None]])
 
@@ -417,10 +418,7 @@ def main():
     rows, valid_rows = (problems.encode_problems(part, tokenizer, args.max_prompt_length) for part in (asked, tests))
     dropped = len(asked) + len(tests) - len(rows) - len(valid_rows)
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
-    names = ("prompts", "group_size", "max_new_tokens", "temperature", "clip", "clip_high", "beta", "scale", "norm",
-             "ratio", "inner_epochs", "mask_truncated", "drop_flat", "steps", "batch_size", "lr", "warmup", "schedule",
-             "weight_decay", "max_grad_norm", "gradient_checkpointing", "compile", "patience", "eval_every", "seed")
-    settings = {name: getattr(args, name) for name in names}
+    settings = flags_of(train, args, but=("model", "rewards", "out", "dtype"))
     recorded = settings | {"toy": args.toy, "model": identify(args.model), "data": args.data, "task": args.task,
                            "rewards": args.rewards, "reward_weights": weights,
                            "reward_files": {path: sha256(path) for path in reward_files(args.rewards)},

@@ -37,7 +37,7 @@ from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
 from minikd.training import (CONFIG, STATE, Log, Parser, Progress, begin_run, check_free, check_positive, check_settings,
-                             check_student, compile_blocks, fill_defaults, flag_group, learning_rate, load_state, lock,
+                             check_student, compile_blocks, fill_defaults, flag_group, flags_of, learning_rate, load_state, lock,
                              make_optimizer, note_unused, pick_device, pick_dtype, read_log, save_state, spare_threads,
                              write_config)
 
@@ -211,19 +211,19 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     with Progress(title, steps, start=state["step"]) as progress:
         started = time.perf_counter()
         for (step, batches), (_, lm_batches) in zip(source, texts):             # MiniLLM's rollouts are sampled by `source`
-            ratio = kd_ratio
+            share = kd_ratio                                                    # of the divergence; the rest is CE
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
 
             if random.Random(f"{seed}:{step}").random() < on_policy:            # GKD: this step on the student's answers
                 sampler = cast_copy(student, dtype, sampler)
-                own = respond(sampler, sum(batches, []), seed=seed + 7919 * step, **sampling,  # a prime: new seeds each step
+                own = respond(sampler, sum(batches, []), seed=seed + 7919 * step, **sampling,
                               vocab=min(len(student.head), len(teacher.head)))  # ids that both heads have
                 batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
-                ratio = 1.0                                                     # no CE: its own answers are no targets
+                share = 1.0                                                     # no CE: its own answers are no targets
 
             scored = response_tokens(batches)                                   # of the whole optimizer step
-            sums = sum(gradients(batch, weight=1 / scored, teacher=teacher, divergence=divergence, kd_ratio=ratio,
+            sums = sum(gradients(batch, weight=1 / scored, teacher=teacher, divergence=divergence, kd_ratio=share,
                                  ratio_clip=ratio_clip) for batch in batches)   # [2] CE and divergence
             lm_scored = response_tokens(lm_batches)
             lm_sums = sum(gradients(batch, weight=lm_coef / lm_scored) for batch in lm_batches)
@@ -459,12 +459,9 @@ def main():
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or math.ceil(args.epochs * per_epoch)
     check_student(args.student, tokenizer)
-    settings = dict(tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
-                    eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
-    settings |= {name: getattr(args, name) for name in (
-        "kd_ratio", "temperature", "beta", "alpha", "lm_coef", "on_policy", "mix", "rollouts", "inner_epochs",
-        "ratio_clip", "batch_size", "grad_accum", "warmup", "schedule", "weight_decay", "max_grad_norm",
-        "gradient_checkpointing", "compile", "eval_examples", "max_new_tokens", "rouge", "seed")}
+    settings = flags_of(train, args, but=("student", "teacher", "loss", "lr", "out")) | dict(
+        tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
+        eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
     recorded = {"toy": args.toy, "student": identify(args.student), "teacher": args.teacher and identify(args.teacher),
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
                 "cache_teacher": args.cache_teacher, "dtype": str(dtype), "limit": args.limit,

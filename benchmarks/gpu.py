@@ -205,7 +205,7 @@ def packed_layer(N: int, K: int, device: str, sym=True, group=128, seed=0):
 def launch(name: str, x, packed, bias, y, group=128) -> bool:
     """Launches one kernel, "NAME alone" without overlap; False if it needs more shared memory than there is."""
     (M, K), N, (name, *alone), gpu = x.shape, y.shape[1], name.split(), w4_cuda.gpu_of(x.device)
-    fits = w4_cuda.shape(name, M, N, K, group, packed[2] is not None, gpu)[2] <= gpu.shared
+    fits = w4_cuda.launch_shape(name, M, N, K, group, packed[2] is not None, gpu)[2] <= gpu.shared
     if fits:
         w4_cuda.run(name, *packed, x, bias, y, group, overlap=not alone)
     return fits

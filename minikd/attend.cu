@@ -16,9 +16,8 @@
 
 namespace attention {
 
-// CHUNK: slots that a warp reads at once; LEAST: fewest slots for which another block pays, as joining takes some microseconds
-const int HEADS = 8, CHUNK = 16, LEAST = 512;
-const float NONE = -1e30f;              // most, before any score; -inf - -inf would be NaN
+// CHUNK: slots that a warp reads at once; FEWEST: fewest slots for which another block pays, as joining takes some microseconds
+const int HEADS = 8, CHUNK = 16, FEWEST = 512;
 
 template <int E> struct alignas(16) Shared {
     static const int WARPS = 1024 / E, THREADS = 32 * WARPS;    // with E = 128 a warp has twice the bytes in flight
@@ -46,13 +45,101 @@ __device__ __forceinline__ u32 count_up(u32* p, u32 last) {
 struct Joined { float sum, most, mass; };
 template <class Sum, class Most, class Mass>
 __device__ __forceinline__ Joined join(int count, Sum sum, Most most, Mass mass) {
-    Joined all = {0, NONE, 0};
+    Joined all = {0, LEAST, 0};
     for (int i = 0; i < count; i++) all.most = fmaxf(all.most, most(i));
     for (int i = 0; i < count; i++) {
         float share = power_of_2(most(i) - all.most);           // 0 for a warp that had no slot
         all.sum += share * sum(i), all.mass += share * mass(i);
     }
     return all;
+}
+
+// What a block works at: the slots begin..end-1 of one row and key/value head.
+struct Work {
+    int row, kv, each;                                          // each: query heads that share the key/value head
+    int newest, length, begin, end;                             // the new token's slot; a block's slots, a multiple of CHUNK
+
+    __device__ __forceinline__ Work(int H, int K, int newest)
+        : row(blockIdx.x / K), kv(blockIdx.x % K), each(H / K), newest(newest) {
+        length = max(FEWEST, (newest / (CHUNK * (int)gridDim.y) + 1) * CHUNK);
+        begin = blockIdx.y * length, end = min(begin + length, newest + 1);
+    }
+    __device__ __forceinline__ bool has_newest() const { return end > newest; }
+};
+
+// The queries, rotated (RoPE), into shared memory; if this block has the new slot, the rotated key and the value into the cache.
+template <int E> __device__ __forceinline__ void read_token(Shared<E>& shared, const Work& work, const u16* in, const u16* cos,
+                                                            const u16* sin, u16* keys, u16* values, int H, int K) {
+#pragma unroll
+    for (int i = threadIdx.x; i < (HEADS + 1) * E / 2; i += Shared<E>::THREADS) {
+        int head = i / (E / 2), e = i % (E / 2);                // the last head is the key
+        if (head < HEADS && head >= work.each) {
+            shared.q[head][e] = shared.q[head][e + E / 2] = 0;
+            continue;
+        }
+        const u16* x = in + (head < HEADS ? work.kv * work.each + head : H + work.kv) * E + e;
+        float low = bf16(x[0]), high = bf16(x[E / 2]);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {                  // RoPE eq. (34), rounded where model.rotate's operators round
+            int at = half * (E / 2);
+            float angle_cos = bf16(cos[work.row * E + e + at]), angle_sin = bf16(sin[work.row * E + e + at]);
+            float turned = rounded((half ? high : low) * angle_cos) + rounded((half ? low : -high) * angle_sin);
+            if (head < HEADS) shared.q[head][e + at] = to_bf16(turned);
+            else if (work.has_newest()) keys[work.newest * E + e + at] = to_bf16(turned);
+        }
+    }
+    if (work.has_newest() && threadIdx.x < E) values[work.newest * E + threadIdx.x] = in[(H + K + work.kv) * E + threadIdx.x];
+}
+
+// Starts to copy the slots first..first+15: past the end the last slot is copied again, and has p = 0.
+template <int E> __device__ __forceinline__ void fetch(typename Shared<E>::Chunk& to, const u16* keys, const u16* values,
+                                                       const u16* bias, int first, int end) {
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    if (first < end) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const u16* at = keys + min(first + 8 * h + g, end - 1) * E + 8 * t;
+#pragma unroll
+            for (int j = 0; j < E / 32; j++) copy_async<16>(true, &to.keys[h][j][lane], at + 32 * j);
+        }
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const u16* at = values + min(first + c / 2 * 8 + 2 * t + c % 2, end - 1) * E + 8 * g;
+#pragma unroll
+            for (int i = 0; i < E / 64; i++) copy_async<16>(true, &to.values[i][c][lane], at + 64 * i);
+        }
+        int slot = first + 8 * lane;                            // the first two lanes copy the bias of 8 slots each
+        if (lane < 2 && slot < end) copy_async<16>(true, &to.bias[8 * lane], bias + slot);
+    }
+    commit_group();                                             // also an empty one: wait_for_copies counts groups
+}
+
+// Joins the sums of a block's warps, then, by the last block of a row and head to get here, those of the blocks.
+template <int E> __device__ __forceinline__ void write(Shared<E>& shared, const Work& work, float* parts, u16* out) {
+    const int WARPS = Shared<E>::WARPS, THREADS = Shared<E>::THREADS, PART = HEADS * (E + 2) + 1;
+    int used = work.newest / work.length + 1;                   // blocks of this row and head that have slots
+    for (int i = threadIdx.x; i < work.each * E; i += THREADS) {
+        int head = i / E, e = i % E;
+        Joined found = join(WARPS, [&](int w) { return shared.warp[w].sums.sum[head][e]; },
+                            [&](int w) { return shared.warp[w].sums.most[head]; },
+                            [&](int w) { return shared.warp[w].sums.mass[head]; });
+        float* part = parts + blockIdx.y * PART + head * (E + 2);
+        if (used == 1) out[i] = to_bf16(found.sum / found.mass);
+        else part[e] = found.sum;
+        if (used > 1 && e == 0) part[E] = found.most, part[E + 1] = found.mass;
+    }
+    if (used == 1) return;
+    __syncthreads();
+    if (threadIdx.x == 0) shared.earlier = count_up((u32*)parts + PART - 1, used - 1);
+    __syncthreads();
+    if (shared.earlier < used - 1) return;
+    for (int i = threadIdx.x; i < work.each * E; i += THREADS) {        // the others' sums are in the L2
+        const float* part = parts + i / E * (E + 2);
+        Joined found = join(used, [&](int s) { return load_l2(part + s * PART + i % E); },
+                            [&](int s) { return load_l2(part + s * PART + E); },
+                            [&](int s) { return load_l2(part + s * PART + E + 1); });
+        out[i] = to_bf16(found.sum / found.mass);
+    }
 }
 
 // qkv [B, (H + 2K) E]; cos, sin [B, E]; bias [B, S] 0 or -inf; slot [1]; keys, values [B, K, S, E]; y [B, H E].
@@ -62,68 +149,28 @@ __device__ __forceinline__ Joined join(int count, Sum sum, Most most, Mass mass)
                           u16 *values, float *parts, u16 *y, int H, int K, int S
 
 template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEND_PARAMETERS) {
-    const int WARPS = Shared<E>::WARPS, THREADS = Shared<E>::THREADS, PART = HEADS * (E + 2) + 1;
+    const int WARPS = Shared<E>::WARPS, PART = HEADS * (E + 2) + 1;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    int row = blockIdx.x / K, kv = blockIdx.x % K, each = H / K;        // `each`: query heads of this key/value head
-    int newest = (int)*slot, splits = gridDim.y;
-    int length = max(LEAST, (newest / (CHUNK * splits) + 1) * CHUNK);   // slots of a block, a multiple of CHUNK
-    int begin = blockIdx.y * length, end = min(begin + length, newest + 1);
-    if (begin > newest) return;
+    Work work(H, K, (int)*slot);
+    int begin = work.begin, end = work.end;
+    if (begin > work.newest) return;
     long long base = (long long)blockIdx.x * S * E;
-    keys += base, values += base, bias += (long long)row * S;
+    keys += base, values += base, bias += (long long)work.row * S;
 
     // The memory is busy with the first slots, 128 bytes per thread, while queries and the new key are made.
     if (int at = begin * E + threadIdx.x * 64; at < end * E) prefetch(keys + at), prefetch(values + at);
-    const u16* in = qkv + (long long)row * (H + 2 * K) * E;
-#pragma unroll
-    for (int i = threadIdx.x; i < (HEADS + 1) * E / 2; i += THREADS) {
-        int head = i / (E / 2), e = i % (E / 2);                // the last head is the key
-        if (head < HEADS && head >= each) {
-            shared.q[head][e] = shared.q[head][e + E / 2] = 0;
-            continue;
-        }
-        const u16* x = in + (head < HEADS ? kv * each + head : H + kv) * E + e;
-        float low = bf16(x[0]), high = bf16(x[E / 2]);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {                  // RoPE, rounded where model.rotate's operators round
-            int at = half * (E / 2);
-            float angle_cos = bf16(cos[row * E + e + at]), angle_sin = bf16(sin[row * E + e + at]);
-            float turned = rounded((half ? high : low) * angle_cos) + rounded((half ? low : -high) * angle_sin);
-            if (head < HEADS) shared.q[head][e + at] = to_bf16(turned);
-            else if (end > newest) keys[newest * E + e + at] = to_bf16(turned);        // this block has the new slot
-        }
-    }
-    if (end > newest && threadIdx.x < E) values[newest * E + threadIdx.x] = in[(H + K + kv) * E + threadIdx.x];
+    read_token(shared, work, qkv + (long long)work.row * (H + 2 * K) * E, cos, sin, keys, values, H, K);
     __syncthreads();                                            // from here on the new slot is like the others
 
     Words q[E / 32];
 #pragma unroll
     for (int j = 0; j < E / 32; j++) q[j] = *(const Words*)&shared.q[g][32 * j + 8 * t];
-    float most = NONE, mass = 0, sum[E / 64][4][4] = {}, scale = LOG2_E * rsqrtf(E);    // exp(x) is 2^(x log2(e))
+    float most = LEAST, mass = 0, sum[E / 64][4][4] = {}, scale = LOG2_E * rsqrtf(E);    // exp(x) is 2^(x log2(e))
     auto& mine = shared.warp[warp];
-    auto fetch = [&](int d, int first) {                        // starts to copy a chunk
-        if (first < end) {                                      // past the end the last slot is copied again, and has p = 0
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const u16* at = keys + min(first + 8 * h + g, end - 1) * E + 8 * t;
-#pragma unroll
-                for (int j = 0; j < E / 32; j++) copy_async<16>(true, &mine.chunks[d].keys[h][j][lane], at + 32 * j);
-            }
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                const u16* at = values + min(first + c / 2 * 8 + 2 * t + c % 2, end - 1) * E + 8 * g;
-#pragma unroll
-                for (int i = 0; i < E / 64; i++) copy_async<16>(true, &mine.chunks[d].values[i][c][lane], at + 64 * i);
-            }
-            int slot = first + 8 * lane;                        // the first two lanes copy the bias of 8 slots each
-            if (lane < 2 && slot < end) copy_async<16>(true, &mine.chunks[d].bias[8 * lane], bias + slot);
-        }
-        commit_group();                                         // also an empty one: wait_for_copies counts groups
-    };
     int d = 0;                                                  // which of the two chunks is multiplied
-    fetch(d, begin + warp * CHUNK);
+    fetch<E>(mine.chunks[d], keys, values, bias, begin + warp * CHUNK, end);
     for (int first = begin + warp * CHUNK; first < end; first += WARPS * CHUNK) {
-        fetch(d ^ 1, first + WARPS * CHUNK);
+        fetch<E>(mine.chunks[d ^ 1], keys, values, bias, first + WARPS * CHUNK, end);
         wait_for_copies<1>();
         __syncwarp();                                           // other lanes copied the bias
         float p[2][2], top = most;
@@ -140,7 +187,7 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
 #pragma unroll
             for (int i = 0; i < 2; i++) {                       // head g, slots 2t and 2t + 1 of these 8
                 int slot = 8 * h + 2 * t + i;
-                p[h][i] = first + slot < end ? c[i] * scale + bf16(mine.chunks[d].bias[slot]) : -__int_as_float(0x7f800000);
+                p[h][i] = first + slot < end ? c[i] * scale + bf16(mine.chunks[d].bias[slot]) : -infinity();
                 top = fmaxf(top, p[h][i]);
             }
         }
@@ -175,7 +222,6 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
     }
     wait_for_copies<0>();
 
-    // The warps' sums are joined.
     mass += __shfl_xor_sync(~0u, mass, 1);
     mass += __shfl_xor_sync(~0u, mass, 2);
     if (t == 0) mine.sums.most[g] = most, mine.sums.mass[g] = mass;
@@ -189,33 +235,7 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
                 *(Four*)&mine.sums.sum[2 * t + n][64 * i + 8 * g + 2 * w] =
                     {sum[i][w][n], sum[i][w][n + 2], sum[i][w + 1][n], sum[i][w + 1][n + 2]};
     __syncthreads();
-    int used = newest / length + 1;                             // blocks of this row and head that have slots
-    float* all = parts + (long long)blockIdx.x * splits * PART;
-    u16* out = y + (row * H + kv * each) * E;
-    for (int i = threadIdx.x; i < each * E; i += THREADS) {
-        int head = i / E, e = i % E;
-        Joined found = join(WARPS, [&](int w) { return shared.warp[w].sums.sum[head][e]; },
-                            [&](int w) { return shared.warp[w].sums.most[head]; },
-                            [&](int w) { return shared.warp[w].sums.mass[head]; });
-        float* part = all + blockIdx.y * PART + head * (E + 2);
-        if (used == 1) out[i] = to_bf16(found.sum / found.mass);
-        else part[e] = found.sum;
-        if (used > 1 && e == 0) part[E] = found.most, part[E + 1] = found.mass;
-    }
-    if (used == 1) return;
-
-    // The last block of a row and head to get here joins the others' sums, which are in the L2.
-    __syncthreads();
-    if (threadIdx.x == 0) shared.earlier = count_up((u32*)all + PART - 1, used - 1);
-    __syncthreads();
-    if (shared.earlier < used - 1) return;
-    for (int i = threadIdx.x; i < each * E; i += THREADS) {
-        const float* part = all + i / E * (E + 2);
-        Joined found = join(used, [&](int s) { return load_l2(part + s * PART + i % E); },
-                            [&](int s) { return load_l2(part + s * PART + E); },
-                            [&](int s) { return load_l2(part + s * PART + E + 1); });
-        out[i] = to_bf16(found.sum / found.mass);
-    }
+    write(shared, work, parts + (long long)blockIdx.x * gridDim.y * PART, y + (work.row * H + work.kv * work.each) * E);
 }
 
 #define ATTEND(NAME, E) \

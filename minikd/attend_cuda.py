@@ -4,7 +4,7 @@ from torch import Tensor
 
 from minikd.cuda import available, launch
 
-HEADS, LEAST, SHARED = 8, 512, 133_648  # attend.cu's: most query heads of a key/value head, fewest slots of a block, its memory
+HEADS, FEWEST, SHARED = 8, 512, 133_648         # attend.cu's: most query heads of a key/value head; of a block, fewest slots, memory
 
 
 def make_parts(keys: Tensor, heads: int) -> Tensor | None:
@@ -20,7 +20,7 @@ def make_parts(keys: Tensor, heads: int) -> Tensor | None:
     gpu = torch.cuda.get_device_properties(keys.device)
     if gpu.shared_memory_per_block_optin < SHARED:
         return None
-    splits = max(1, min(gpu.multi_processor_count // (B * K), S // LEAST))
+    splits = max(1, min(gpu.multi_processor_count // (B * K), S // FEWEST))
     return torch.zeros(B * K, splits, HEADS * (E + 2) + 1, device=keys.device)
 
 

@@ -6,6 +6,7 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 
 struct alignas(16) Words { u32 w[4]; };                 // 8 bfloat16 values, or 32 codes of 4 bits
+struct alignas(8) Pair { u32 w[2]; };
 extern __shared__ Words shared_memory[];                // what a launch asks for besides what its kernel declares
 
 __device__ __forceinline__ Words load_once(const Words* p) {    // does not fill the L1: for what is read only once
@@ -98,3 +99,15 @@ __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ __forceinline__ float value(const Words& v, int i) { return i % 2 ? high(v.w[i / 2]) : low(v.w[i / 2]); }
 __device__ __forceinline__ float rounded(float f) { return bf16(to_bf16(f)); }
+__device__ __forceinline__ float half_to_float(u16 h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+const float LEAST = -1e30f;                             // in the place of -inf, as -inf - -inf would be NaN
+__device__ __forceinline__ float warp_sum(float v) {    // every lane gets it
+    for (int mask = 16; mask; mask /= 2) v += __shfl_xor_sync(~0u, v, mask);
+    return v;
+}

@@ -17,10 +17,12 @@
 // Weights do not depend on the stage before. So a warp starts the copies of its next weights (6 KB per warp, 96 KB per
 // multiprocessor) as soon as it has done its share of a stage, and only then waits for words: the memory stays busy.
 
-// WIDEST: most inputs of a product; SPLITS: parts of a head's keys; KEYS, AT_ONCE: loads in flight per lane, of keys and of
-// words; RING: bytes of a warp's
-// weights in flight; BIASES: most outputs of q/k/v
-const int WARPS = 16, THREADS = 32 * WARPS, WIDEST = 20480, SPLITS = 16, KEYS = 2, AT_ONCE = 4, RING = 8576, BIASES = 5120;
+namespace one_kernel {
+
+const int WARPS = 16, THREADS = 32 * WARPS;
+const int WIDEST = 20480, SPLITS = 16, BIASES = 5120;   // most inputs of a product, parts of a head's keys, outputs of q/k/v
+const int RING = 8576;                                  // bytes of a warp's weights in flight
+const int KEYS = 2, AT_ONCE = 4;                        // loads in flight per lane, of keys and of words
 
 typedef unsigned long long u64;
 
@@ -36,13 +38,14 @@ struct Step {
     const Layer* layers;
     const u16* x;                                       // [D] the token's embedding
     u16* y;                                             // [D] the residual stream after the last layer
-    u32 *heads, *middle, *wide, *last;                  // words of values: [(H + 2K) E] stage 1 to 2, [D] 3 to 4, [I] 4 to 5,
-    u64* parts;                                         // [D] 5 to 1 of the next layer; [H, SPLITS, E + 2] 2 to 3, see `attend`
+    u32 *heads, *middle, *wide;                         // words: [(H + 2K) E] stage 1 to 2, [D] 3 to 4, [I] 4 to 5
+    u32* last;                                          // words: [D] 5 to 1 of the next layer
+    u64* parts;                                         // words of 64 bits: [H, SPLITS, E + 2] 2 to 3, see `attend`
     const u16 *cos, *sin;                               // [S, E]
     long long* slot;                                    // [1] the token's slot in the cache; the kernel adds 1 at its end
     int L, D, I, H, K, E, S, group, zeros;              // zeros: whether codes have zero points other than 8
-    int bits[4], ahead[2];                              // of the warps per team, for each matrix: see `Product`; tasks of
-                                                        // gate/up and down that a block brings into the L2
+    int bits[4];                                        // log2 of the warps per team, for each matrix: see `Product`
+    int ahead[2];                                       // tasks of gate/up and down that a block brings into the L2
     float eps;
 };
 struct alignas(16) Shared {
@@ -129,9 +132,8 @@ template <int R> __device__ __forceinline__ void receive(const u32* words, int f
 //
 // A warp reads a unit at a time: 2 parts of 8 outputs x BLOCK inputs. With PAIR = 2 the parts are two runs of outputs, `gap`
 // apart, that are needed together (RoPE's two halves of a head, gate and up); with PAIR = 1 two blocks of inputs of the same
-// outputs.  fetch starts the copies of a part, add adds a unit's products to the lane's sums.
-//
-// put writes inputs to shared memory, and finish gives a task's sums.
+// outputs.  put writes inputs to shared memory, fetch starts the copies of a part, add adds a unit's products to a lane's sums,
+// and finish gives a task's.
 //
 // Both by tensor cores: a part is 8 rows of an mma's left operand, the two parts of a unit its upper and its lower 8 rows. The
 // input is column 0 of the right one; with PAIR = 1 the lower rows have other inputs, which are column 1. The sums are then in
@@ -200,7 +202,7 @@ struct Int4 {
         float total = 0;
         if (with_totals) {
             total = low(v.w[0]) + high(v.w[0]) + low(v.w[1]) + high(v.w[1]);
-            for (int shift = 16; shift; shift /= 2) total += __shfl_xor_sync(~0u, total, shift);
+            total = warp_sum(total);
         }
         Unit unit(most);
         u32 other = __shfl_xor_sync(~0u, odd ? v.w[0] : v.w[1], 1);
@@ -357,7 +359,7 @@ __device__ __forceinline__ void normalise(Shared& shared, const Words* mine, con
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) sum += high(mine[i / 4].w[i % 4]) * high(mine[i / 4].w[i % 4]);
-    for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+    sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) shared.squares[warp] = sum;
     __syncthreads();                                    // also: no warp reads shared.in and shared.x any more
     sum = 0;
@@ -397,7 +399,7 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
     long long base = (long long)group * s.S * s.E + column;
     const u16 *all_keys = layer.keys + base, *all_values = layer.values + base;
     Words own[3] = {}, k[KEYS], v[KEYS];                // own: q, and the key and the value of `slot`
-    float most = -1e30f, mass = 0, sum[8] = {}, q[8], share;
+    float most = LEAST, mass = 0, sum[8] = {}, q[8], share;
     for (int first = begin + warp * keys * KEYS, turn = 0; first < end; first += WARPS * keys * KEYS, turn++) {
 #pragma unroll
         for (int u = 0; u < KEYS; u++) {
@@ -433,14 +435,14 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
             for (int i = 0; i < 8; i++) pair[i % 2] += q[i] * value(k[u], i);
             score[u] = pair[0] + pair[1];
             for (int mask = lanes / 2; mask; mask /= 2) score[u] += __shfl_xor_sync(~0u, score[u], mask);
-            if (at >= end) score[u] = -1e30f;
+            if (at >= end) score[u] = LEAST;
             top = fmaxf(top, score[u]);
         }
         share = __expf(most - top), mass *= share, most = top;         // online softmax
         for (int i = 0; i < 8; i++) sum[i] *= share;
 #pragma unroll
         for (int u = 0; u < KEYS; u++) {
-            float part = score[u] > -1e30f ? __expf(score[u] - top) : 0;
+            float part = score[u] > LEAST ? __expf(score[u] - top) : 0;
             mass += part;
             for (int i = 0; i < 8; i++) sum[i] += part * value(v[u], i);
         }
@@ -476,7 +478,7 @@ template <class Weights> __device__ __forceinline__ void gather(Shared& shared, 
     __syncthreads();                                    // no warp reads shared.in any more
     for (int at = 4 * threadIdx.x; at < round_up(s.H * s.E, 512); at += 4 * THREADS) {
         int head = at >> 31 - __clz(s.E), e = at & s.E - 1;
-        float most = -1e30f, mass = 0, v[4] = {}, other;
+        float most = LEAST, mass = 0, v[4] = {}, other;
         const u64* parts = s.parts + (long long)head * SPLITS * (s.E + 2);
         for (int begin = 0; begin < splits && head < s.H; begin += AT_ONCE) {
             Two got[AT_ONCE][3];                        // of each part: two values, two values, most and mass
@@ -619,3 +621,5 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(Step s) { decode<WEIGHTS>(*(Shared*)shared_memory, s); }
 DECODE(decode_bf16, Bf16)
 DECODE(decode_w4, Int4)
+
+}

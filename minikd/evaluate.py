@@ -55,7 +55,7 @@ def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher
     own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids,
                   vocab=min(len(model.head), len(teacher.head)))        # ids that both heads have
     length = sum(len(row.response) for row in own) / len(own)
-    return compare(model, own, tokenizer.pad_id, batch_size, teacher)["reverse_kl"] * length
+    return compare(model, own, tokenizer.pad_id, batch_size, teacher)["reverse_kl"] * length            # MiniLLM eq. (1)
 
 
 def distinct(texts: list[str], n: int = 4) -> float:

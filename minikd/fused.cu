@@ -8,9 +8,9 @@ __device__ __forceinline__ float log_2(float x) {
     asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-const float LN_2 = 0.6931471805599453f, NONE = -1e30f;
+const float LN_2 = 0.6931471805599453f;
 
-// ---- y [N, W] = silu(gate) up, gate_up [N, 2W].  SwiGLU eq. (6).  grid (N, W / 2048 rounded up), 256 threads
+// ---- y [B, W] = silu(gate) up, gate_up [B, 2W].  SwiGLU eq. (6).  grid (B, W / 2048 rounded up), 256 threads
 
 extern "C" __global__ void __launch_bounds__(256) silu_up(const u16* gate_up, u16* y, int W) {
     int at = (blockIdx.y * 256 + threadIdx.x) * 8;
@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(256) silu_up(const u16* gate_up, u1
     *(Words*)(y + (long long)blockIdx.x * W + at) = out;
 }
 
-// ---- sum = x + y, normed = sum / sqrt(mean(sum^2) + eps) * weight.  RMSNorm eq. (4).  grid (N), a thread for every 8 of D
+// ---- sum = x + y, normed = sum / sqrt(mean(sum^2) + eps) * weight.  RMSNorm eq. (4).  grid (B), a thread for every 8 of D
 
 extern "C" __global__ void __launch_bounds__(1024) add_norm(const u16* x, const u16* y, const u16* weight, u16* sum, u16* normed,
                                                            int D, float eps) {
@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const u16* x, const 
         for (int i = 0; i < 4; i++) out.w[i] = to_bf16_pair(v[2 * i], v[2 * i + 1]);
         *(Words*)(sum + row) = out;
     }
-    for (int mask = 16; mask; mask /= 2) square += __shfl_xor_sync(~0u, square, mask);
+    square = warp_sum(square);
     if (lane == 0) squares[threadIdx.x / 32] = square;
     __syncthreads();
     square = 0;
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(32 * PARTS) draw(const u16* logits,
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int chunks = ((V + CHUNK - 1) / CHUNK + PARTS - 1) / PARTS, begin = warp * chunks * CHUNK + lane * 8;
     logits += (long long)blockIdx.x * stride;
-    float most = NONE, mass = 0;
+    float most = LEAST, mass = 0;
 #pragma unroll 1
     for (int first = 0; first < chunks; first += 4) {
         Words word[4];                                          // four loads in flight per lane
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(32 * PARTS) draw(const u16* logits,
     }
     if (lane == 0) shared.most[warp] = most, shared.mass[warp] = mass;
     __syncthreads();
-    most = NONE;
+    most = LEAST;
     for (int w = 0; w < PARTS; w++) most = fmaxf(most, shared.most[w]);
     if (warp == 0) {
         if (lane < PARTS) shared.mass[lane] *= power_of_2(shared.most[lane] - most);
@@ -146,8 +146,7 @@ extern "C" __global__ void __launch_bounds__(32 * PARTS) draw(const u16* logits,
     Place part = shared.part;
     float p[8];
     for (int c = warp; c < chunks; c += PARTS) {
-        float sum = exps(p, logits, (part.at * chunks + c) * CHUNK + lane * 8, V, scale, most);
-        for (int mask = 16; mask; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+        float sum = warp_sum(exps(p, logits, (part.at * chunks + c) * CHUNK + lane * 8, V, scale, most));
         if (lane == 0) shared.chunk[c] = sum;
     }
     __syncthreads();

@@ -172,8 +172,8 @@ def quantize_columns(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: in
     codes, errors = torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
     for j in range(len(W)):
         codes[j] = encode(W[j], scale[j], zero[j], bits)
-        errors[j] = (W[j] - decode(codes[j], scale[j], zero[j])) / U[j, j]
-        W[j + 1:].addr_(U[j, j + 1:], errors[j], alpha=-1)                      # GPTQ eq. (2), on the rest of the block
+        errors[j] = (W[j] - decode(codes[j], scale[j], zero[j])) / U[j, j]      # GPTQ eq. (2), its fraction
+        W[j + 1:].addr_(U[j, j + 1:], errors[j], alpha=-1)                      # and the rest of it, within the block
     return codes, errors
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minikd.data import Encoded, by_length, collate
 from minikd.generate import generate_with_log_probs
-from minikd.losses import clipped_surrogate, head_loss, ratio_of, scored_positions, single
+from minikd.losses import clipped_surrogate, head_loss, ratio_of, scored_positions, at_least_float32
 from minikd.model import Qwen2, mixed
 
 NORMS = ("sequence", "token", "constant")
@@ -40,7 +40,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale = {scale!r}; it must be 'std' or 'none'")
-    rewards = single(rewards)                                                   # half would overflow in the sums
+    rewards = at_least_float32(rewards)                                                   # half would overflow in the sums
     judged = ~rewards.isnan()
     count = judged.sum(1, keepdim=True)                                         # [P, 1]
     mean = rewards.nanmean(1, keepdim=True)                                     # [P, 1]; NaN where none is judged, not used
@@ -61,7 +61,7 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     matter: (1 - π_ref / π) ∇ log π has the mean ∇KL(π_ref || π), in the other direction. (trl multiplies k3 by the ratio, and
     then it is that of KL(π || π_ref).)
     """
-    d = single(ref_logp) - single(logp)
+    d = at_least_float32(ref_logp) - at_least_float32(logp)
     return torch.expm1(d.clamp(max=60)) - d                                     # expm1: exact for small d; bounded like ratio_of
 
 
@@ -76,7 +76,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
     """
     if advantages.shape != logp.shape[:1]:
         raise ValueError(f"advantages {list(advantages.shape)} for answers {list(logp.shape)}; give one for each answer")
-    logp, old_logp, advantages = map(single, (logp, old_logp, advantages))
+    logp, old_logp, advantages = map(at_least_float32, (logp, old_logp, advantages))
     loss = clipped_surrogate(logp, old_logp.detach(), advantages[:, None], clip, clip_high)
     return loss + beta * k3(logp, ref_logp.detach()) if beta else loss          # paper eq. (6), negated
 
@@ -106,8 +106,9 @@ def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: in
         raise ValueError(f"norm = {norm!r}; it must be one of {', '.join(NORMS)}")
     counted = counted or [True] * len(lengths)
     answers, tokens = sum(counted), sum(length for length, keep in zip(lengths, counted) if keep)
-    divisors = {"sequence": lambda length: answers * length, "token": lambda _: tokens,
-                "constant": lambda _: answers * max_new_tokens}
+    divisors = {"sequence": lambda length: answers * length,                    # paper eq. (6)
+                "token": lambda _: tokens,                                      # DAPO
+                "constant": lambda _: answers * max_new_tokens}                 # Dr. GRPO
     return [1 / max(1, divisors[norm](length)) if keep else 0.0 for length, keep in zip(lengths, counted)]
 
 
@@ -117,7 +118,7 @@ def sequence_log_ratio(logp: Tensor, old_logp: Tensor) -> float:
     With log π - log s (π detached) in the place of log π_old, every token has the ratio s, and s ∇ log π_t as the gradient
     of it (GSPO-token). With norm "sequence" the mean over tokens is s (mean_t ∇ log π_t), GSPO's gradient.
     """
-    return float((logp - old_logp).detach().mean())
+    return float((logp - old_logp).detach().mean())                             # GSPO's log s, the mean over |o| tokens
 
 
 @torch.no_grad()

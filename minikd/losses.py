@@ -25,9 +25,8 @@ BLOCK = 2048                                        # head rows in one matrix pr
 LEAST = -1e30                                       # replaces a logit of -inf; its probability is 0 just the same
 PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # float32 logits in one softmax, at least: fewer are mostly overhead
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 160 << 20}  # logits of one model that are in memory at once, at most
-# A chunk is a multiple of so many tokens, as matrices are multiplied in tiles. On a CPU, by MKL, in float32: with AVX-512 a
-# token in chunks of 48 takes 0.8 of its time in chunks of 55 (results/head_loss.txt); in bfloat16 there is no such step. By
-# cuBLAS: the gradient's product for 1,766 tokens took 1.6 ms on an H200, 2.7 x one whose sizes are multiples of 8.
+# A chunk is a multiple of so many tokens, as matrices are multiplied in tiles: 48 is MKL's with AVX-512 (a token in chunks of
+# 48 takes 0.8 of its time in chunks of 55, results/head_loss.txt; in bfloat16 there is no such step), 128 cuBLAS's.
 TILES = {("cpu", torch.float32): 48, ("cuda", torch.float32): 128, ("cuda", torch.bfloat16): 128}
 
 
@@ -44,7 +43,7 @@ def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float
     return log_softmax(student_logits[..., :V], temperature), log_softmax(teacher_logits[..., :V], temperature)
 
 
-def single(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """At least float32: in half precision the small differences of two models are lost."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -52,7 +51,7 @@ def single(x: Tensor) -> Tensor:
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax in float32 or float64.  [..., V] -> [..., V].  A logit of -inf, which excludes a token, becomes a large finite
     one: then 0 log 0 is 0, where inf - inf would be NaN, in the gradient too."""
-    logits = single(logits).clamp(min=LEAST)
+    logits = at_least_float32(logits).clamp(min=LEAST)
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # [..., V]
 
 
@@ -114,7 +113,7 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
     [..., V], [..., V] -> [...] nats, at most -log(alpha).  Raises ValueError unless 0 < alpha < 1.
     """
     logq, logp = log_probs(student_logits, teacher_logits, temperature)
-    return kl(logp, log_mix(logp, logq, alpha))
+    return kl(logp, log_mix(logp, logq, alpha))                                 # DistiLLM, section 3.1
 
 
 def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.1,
@@ -124,7 +123,7 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
     [..., V], [..., V] -> [...] nats, at most -log(alpha).  Raises ValueError unless 0 < alpha < 1.
     """
     logq, logp = log_probs(student_logits, teacher_logits, temperature)
-    return kl(logq, log_mix(logq, logp, alpha))
+    return kl(logq, log_mix(logq, logp, alpha))                                 # DistiLLM, section 3.1
 
 
 def no_divergence(logits: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
@@ -215,7 +214,7 @@ class _HeadLoss(torch.autograd.Function):
         ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))
         chunk = tokens_at_once(N, chunk_bytes // (V * dtype.itemsize), TILES.get((device, dtype), 1))
         least = PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V)
-        piece = max(1, chunk // 16, least)                                      # of those, tokens of one float32 softmax
+        piece = max(1, chunk // 16, least)                                      # tokens of a chunk in one float32 softmax
         with torch.autocast(device, enabled=False):
             states, head = hidden.to(dtype), head[:V]
             if hidden.is_cuda:
@@ -274,7 +273,7 @@ def _pieces(at: slice, size: int):
 def weigh(ce: Tensor, kd: Tensor, kd_ratio: float, weight: Tensor, policy) -> Tensor:
     """Each token's part of the loss [n], of its CE and divergence [n]."""
     cost = policy(-ce) if policy else (1 - kd_ratio) * ce                       # -CE is log q of the target
-    return weight * (cost + kd_ratio * kd if kd_ratio else cost)                # paper eq. (3); MiniLLM eq. (7)
+    return weight * (cost + kd_ratio * kd if kd_ratio else cost)                # paper eq. (3); MiniLLM's objective, eq. (7)
 
 
 def _costs(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy) -> tuple[Tensor, Tensor, Tensor]:

@@ -72,7 +72,7 @@ def importance_weights(logq: Tensor, logp: Tensor, mask: Tensor, mix: float, pro
     """
     if not mix:
         return torch.ones_like(logq)
-    logw = torch.where(mask, logq - log_mix(logp, logq, mix), 0.0)             # eq. (7)
+    logw = torch.where(mask, logq - log_mix(logp, logq, mix), 0.0)             # w_t of eq. (7)
     if product:
         logw = logw.sum(1, keepdim=True).expand_as(logw)                        # eq. (5), to the answer's end
     return logw.exp()
@@ -133,7 +133,7 @@ def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps
         phase, at = divmod(step, phase_steps)
         if at == 0:
             sampled[:] = collect(rows=next_rows(rows, phase, rollouts, seed),
-                                 seed=seed + 7919 * phase, **collecting)        # a prime: new seeds each phase
+                                 seed=seed + 7919 * phase, **collecting)
         for inner, batches in optimizer_steps(sampled, at, min(phase_steps, steps - phase * phase_steps), batch_size,
                                               grad_accum, seed + 7919 * phase):
             yield phase * phase_steps + inner, batches

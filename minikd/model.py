@@ -150,8 +150,9 @@ class KVCache:
         return Slots(self.keys[i], self.values[i], self.used, mask)
 
     def advance(self, T: int):
-        """After all layers have read T more tokens per row."""
+        """After all layers have read the prompts, T slots, or later one more token per row."""
         if self.used:                                                           # `lengths` counts the prompts already
+            assert T == 1, f"{T} tokens at once after the prompts"
             self.lengths = self.lengths + 1
         self.used += T
 
@@ -213,7 +214,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:                                                           # one kernel instead of seven
             with torch.autocast("cuda", enabled=False):                         # autocast would run it in float32
-                return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+                return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)      # eq. (4), as below
         x32 = x.float()                                                         # float16 overflows in the mean square
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)                                    # RMSNorm eq. (4)

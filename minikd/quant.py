@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minikd.cuda import available
 from minikd.files import InputError
 from minikd.model import Linear, Qwen2
-from minikd.w4_cuda import MMA_ROWS, fits, gpu_of, plan, repack
+from minikd.w4_cuda import MMA_ROWS, gpu_of, plan, repack, supports_groups
 
 
 # ---- the grid
@@ -285,7 +285,7 @@ def choose(layer: W4Linear, x: Tensor) -> str:
     if x.dtype != torch.bfloat16 or not layer.in_order or torch.is_grad_enabled() and x.requires_grad:
         return "dequantise"
     ready = layer.prepared is not None and layer.prepared[0] == "kernel"       # torch.compile cannot trace `available`
-    if x.is_cuda and fits(layer.size) and (ready or available(x.device.index)):
+    if x.is_cuda and supports_groups(layer.size) and (ready or available(x.device.index)):
         return "kernel"
     rows = x.numel() // layer.inputs
     if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.size in (32, 64, 128, 256) and rows < MANY_ROWS:

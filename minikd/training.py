@@ -2,6 +2,7 @@
 in the scripts."""
 import argparse
 import fcntl
+import inspect
 import json
 import math
 import platform
@@ -171,6 +172,12 @@ def fill_defaults(args, parser: Parser, toy: bool):
             setattr(args, name, values[toy])
 
 
+def flags_of(function, args, but: tuple[str, ...]) -> dict:
+    """The flags that `function` takes as arguments of the same names, except those in `but`."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in vars(args).items() if name in names and name not in but}
+
+
 # ---- what a run leaves behind
 
 class Log:
@@ -272,8 +279,8 @@ def settings_of(folder) -> dict:
 
 
 def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=()):
-    """Raises InputError if a folder to be written holds a model, or a run that this one would replace, or whose table, picture
-    or held-out records it would replace; or if a file to be read would be replaced. Says if there is nothing to resume.
+    """Raises InputError if this run would destroy something: a model in a folder to be written, another run, the table and
+    picture of runs beside it, or a file that it reads. Says if there is nothing to resume.
 
     runs  the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
     data  what the run reads, as data_files takes it
@@ -286,7 +293,8 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=())
         if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG):
             raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run; choose another --out")
         lines = read_log(folder)
-        if lines and not ((toy or resume and folder in runs) and bool(settings_of(folder).get("toy")) == toy):
+        may_go_on = toy or resume and folder in runs
+        if lines and not (may_go_on and bool(settings_of(folder).get("toy")) == toy):       # a toy never touches a real run
             raise InputError(f"{folder}: holds {'another' if resume else 'a'} run already, {lines[-1]['step']} steps; "
                              f"{'' if resume else 'go on with --resume, or '}choose another --out")
     for folder in runs:

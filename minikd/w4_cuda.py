@@ -37,7 +37,7 @@ def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor
     return words, scales, None if (zeros == 8).all() else padded_zeros
 
 
-def fits(group_size: int) -> bool:
+def supports_groups(group_size: int) -> bool:
     """Whether the kernels support groups of this size; a layer's shape can be any that can be packed."""
     return group_size in (32, 64) or group_size % 128 == 0
 
@@ -58,7 +58,7 @@ def gpu_of(device: torch.device) -> GPU:
 
 
 @functools.cache
-def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> tuple[tuple[int, int], int, int]:
+def launch_shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> tuple[tuple[int, int], int, int]:
     """How a kernel is launched for x [M, K] and W [N, K]: grid, threads, bytes of shared memory, which may be more than fit."""
     strips, blocks, sets = -(-N // 16), -(-K // 128), 1 if group_size % 128 == 0 else 4
     slot = 1024 + 48 * sets                                     # a tile in shared memory
@@ -69,8 +69,9 @@ def shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, gpu: 
         return (strips, 1), 32 * warps, warps * 4 * slot
 
     grid = min(strips, gpu.processors)
-    # As int8_product lays it out: tiles; x's digits and units, and sums if there are zeros; the warps' sums.
-    shared = 16 * 5 * slot + blocks * M * (388 + 4 * sets * zeros) + (16 + -(-strips // grid)) * M * 64
+    # As int8_product lays it out: tiles; of x per 128 inputs three digits each and their unit, and sums if there are zeros; the
+    # warps' sums and the block's, 16 outputs each.
+    shared = 16 * 5 * slot + blocks * M * (3 * 128 + 4 + 4 * sets * zeros) + (16 + -(-strips // grid)) * M * 4 * 16
     return (grid, 1), 512, shared
 
 
@@ -83,7 +84,7 @@ def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> str:
          2560 x 2048                                                         2.5          3.3              2.3
     """
     few = -(-N // 16) < 2 * gpu.processors                      # strips of 16 outputs: < 2 a multiprocessor, 264 (H200)
-    if M <= 2 and not few and shape("w4_int8_2", M, N, K, group_size, zeros, gpu)[2] <= gpu.shared:
+    if M <= 2 and not few and launch_shape("w4_int8_2", M, N, K, group_size, zeros, gpu)[2] <= gpu.shared:
         return "w4_int8_2"                                      # a row takes 4 of a product's 8 columns
     rows = next(rows for rows in (8, 16, 32, 64) if M <= rows)
     return f"w4_mma_{rows}" + "_few" * (few and rows <= 16)
@@ -93,7 +94,7 @@ def run(name: str, words: Tensor, scales: Tensor, zeros: Tensor | None, x: Tenso
         group_size: int, overlap: bool = True):
     """Launches one kernel: y = x W^T + b, as `multiply`."""
     (M, K), N, gpu = x.shape, y.shape[1], gpu_of(x.device)
-    grid, threads, shared = shape(name, M, N, K, group_size, zeros is not None, gpu)
+    grid, threads, shared = launch_shape(name, M, N, K, group_size, zeros is not None, gpu)
     overlap = overlap and gpu.overlap and name != "w4_naive"
     launch(name, x.device, grid, threads, words, scales, zeros, x, bias, y, M, N, K, group_size, shared=shared, overlap=overlap)
 

@@ -37,11 +37,6 @@ __device__ __forceinline__ u32 flip(u32 a, u32 mask, u32 bits) {         // (a &
     asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
     return d;
 }
-__device__ __forceinline__ float half_to_float(u16 h) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-    return f;
-}
 // code - zero of inputs (2i, 2i + 1), exactly.  0x4300 is 128 in bfloat16, and the last of its 7 mantissa bits is worth 1: so
 // 0x4300 | code is 128 + code, and one logical instruction converts two codes.  `zero` holds 128 + zero twice.
 __device__ __forceinline__ u32 decode_pair(u32 word, int i, u32 zero) {
@@ -237,7 +232,6 @@ MMA(w4_mma_16_few, 2, 16, 2)
 // One row on an H200: at 22016 x 2048 8.3 us beside the kernel before it, 10.0 alone, w4_mma_8 10.1; at 37888 x 3584 21.8 us, 75%
 // of a copy's speed. Every block converts all of x, so w4_mma_8_few is faster if many have only one strip.
 
-struct alignas(8) Pair { u32 w[2]; };
 
 // The digits of four inputs, one digit in each of the first three words, and `inverse` = 1 / unit.  Adding 2^23 + 0x408080 to
 // x / unit leaves it, plus 0x408080, in a float's low 23 bits: bytes 0 and 1 are d0 + 128 and d1 + 128, byte 2 is d2 + 64.
@@ -321,8 +315,11 @@ template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, 
 // The sums of a lane. A product's columns are d0, d1, d2 and an unused one of two rows.
 template <int SETS> struct Int8 {
     float total[2] = {};                                // of outputs g and g + 8
-    int lane, g, digits, row, second;                   // where the lane's column begins and its sums' row; without a second row
-    u32 mask, top;                                      // the first is read again, for sums that nobody reads
+    int lane, g;
+    int digits;                                         // where this lane's column of digits begins
+    int row;                                            // its sums' row; the first again if there is no second: nobody reads them
+    int second;                                         // the factor of its other column: 256, or 0 beside d2
+    u32 mask, top;
 
     __device__ __forceinline__ Int8(const X& x) {
         lane = in_register(threadIdx.x % 32), g = in_register(lane / 4);

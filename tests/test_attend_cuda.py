@@ -10,7 +10,7 @@ from benchmarks.gpu import SHAPES, attention_errors
 from conftest import small
 from fake_gpu import gpu as played
 from minikd import attend_cuda, fused_cuda, generate as generating
-from minikd.attend_cuda import HEADS, LEAST, SHARED, attend, make_parts
+from minikd.attend_cuda import HEADS, FEWEST, SHARED, attend, make_parts
 from minikd.cuda import SOURCES, launch
 from minikd.generate import generate, generate_with_log_probs
 from minikd.model import rope_tables, rotate
@@ -198,5 +198,5 @@ def test_the_operator_writes_what_it_declares_and_can_be_traced(on_cpu):
 
 def test_the_sizes_are_those_of_attend_cu():
     source = SOURCES[0].with_name("attend.cu").read_text()
-    assert f"HEADS = {HEADS}, CHUNK = 16, LEAST = {LEAST};" in source and "WARPS = 1024 / E, THREADS = 32 * WARPS;" in source
+    assert f"HEADS = {HEADS}, CHUNK = 16, FEWEST = {FEWEST};" in source and "WARPS = 1024 / E, THREADS = 32 * WARPS;" in source
     assert f"sizeof(Shared<128>) == {SHARED}," in source

@@ -154,6 +154,6 @@ def test_without_a_gpu_the_plain_path_runs():
 
 def test_the_sizes_are_those_of_decode_cu():
     source = SOURCES[0].with_name("decode.cu").read_text()
-    assert f"WIDEST = {decode_cuda.WIDEST}, SPLITS = {decode_cuda.SPLITS}," in source
+    assert f"WIDEST = {decode_cuda.WIDEST}, SPLITS = {decode_cuda.SPLITS}, BIASES = {decode_cuda.BIASES};" in source
     assert f"WARPS = {decode_cuda.THREADS // 32}, THREADS = 32 * WARPS" in source
     assert f"sizeof(Shared) == {decode_cuda.SHARED}," in source

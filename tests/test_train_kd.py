@@ -1,4 +1,5 @@
 """train_kd.py as it is used: a tiny student, a tiny teacher, two dozen records, and every way to call it."""
+import functools
 import json
 import os
 import resource
@@ -696,6 +697,7 @@ def shrunk(tmp_path, monkeypatch) -> dict:
     """Little data and few steps, in an empty folder; run's folder -> the head of the student that it started from."""
     few, train, text, starts = toy.records, kd.train, toy.plain_text, {}
 
+    @functools.wraps(train)                                                     # with its signature
     def shortened(**settings):
         starts[settings["out"].name] = settings["student"].head.detach().clone()
         return train(**settings | dict(steps=2, eval_every=2, eval_examples=4, max_new_tokens=4, batch_size=8))

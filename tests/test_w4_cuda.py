@@ -8,7 +8,7 @@ import torch
 from minikd import quant, w4_cuda
 from minikd.cuda import launch
 from minikd.quant import W4Linear, choose, decode_groups, round_to_nearest
-from minikd.w4_cuda import GPU, KERNELS, fits, plan, repack
+from minikd.w4_cuda import GPU, KERNELS, plan, repack, supports_groups
 from ptx import Fault, kernels_of, places
 
 
@@ -227,7 +227,7 @@ def test_the_check_detects_a_read_past_the_end(gpu, name):
         gpu.readable, gpu.writable = places(*parts[:5]), places(parts[5])
         if what == 3:
             gpu.readable[-1] = gpu.readable[-1][0], 510
-        shape = w4_cuda.shape(name, 1, 16, 256, 128, False, GPU(1))
+        shape = w4_cuda.launch_shape(name, 1, 16, 256, 128, False, GPU(1))
         with pytest.raises(Fault, match="is in no tensor"):
             launch(name, parts[5].device, *shape[:2], *parts, 1, 16, 256, 128, shared=shape[2])
 
@@ -301,13 +301,13 @@ def test_a_plan_fits_the_gpu_and_covers_all_outputs_and_rows():
         for M in range(1, w4_cuda.MMA_ROWS + 1):
             for N, K in (8, 128), (128, 896), (896, 4864), (22_016, 2048), (37_888, 3584), (3584, 18_944), (151_936, 8192):
                 name = plan(M, N, K, 32, True, gpu)
-                (blocks, one), threads, shared = w4_cuda.shape(name, M, N, K, 32, True, gpu)
+                (blocks, one), threads, shared = w4_cuda.launch_shape(name, M, N, K, 32, True, gpu)
                 assert name in KERNELS and M <= int(name.split("_")[2]) and shared <= gpu.shared
                 assert one == 1 and blocks == (gpu.processors if "int8" in name else -(-N // 16))
     for N, K in (9728, 896), (22_016, 2048), (37_888, 3584):
         for M in 1, 2:
-            assert w4_cuda.shape("w4_int8_2", M, N, K, 128, False, GPU())[2] + 1024 <= 114 << 10        # two fit a multiprocessor
-    assert all(map(fits, (32, 64, 128, 256, 896, 4864))) and not any(map(fits, (16, 96, 192)))
+            assert w4_cuda.launch_shape("w4_int8_2", M, N, K, 128, False, GPU())[2] + 1024 <= 114 << 10        # two fit a multiprocessor
+    assert all(map(supports_groups, (32, 64, 128, 256, 896, 4864))) and not any(map(supports_groups, (16, 96, 192)))
 
 
 @pytest.mark.parametrize("M, N, K, gpu, name", [
