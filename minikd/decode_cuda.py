@@ -51,11 +51,7 @@ def fits(model: Qwen2, rows: int) -> bool:
 def tensors_of(block: Block, keys: Tensor, values: Tensor) -> list[Tensor | None]:
     """One layer's tensors in the order of decode.cu's Layer."""
     def matrix(layer) -> tuple:
-        if isinstance(layer, Linear):
-            return layer.weight, None, None
-        if layer.prepared is None or layer.prepared[0] != "kernel":
-            layer.prepared = "kernel", layer.prepare("kernel")
-        return layer.prepared[1]
+        return (layer.weight, None, None) if isinstance(layer, Linear) else layer.ready("kernel")
 
     qkv, o, gate_up, down = products(block)
     return [block.input_layernorm.weight, qkv.bias, *matrix(qkv), *matrix(o), block.post_attention_layernorm.weight,

@@ -198,15 +198,19 @@ class W4Linear(nn.Module):
         if way == "dequantise":                                 # any dtype, anywhere; gradients with respect to x
             return F.linear(x, self.weight().to(x.dtype), bias)
         rows = x.reshape(-1, self.inputs).contiguous()                                          # [N, I]
+        if way == "kernel":
+            y = torch.ops.minikd.w4_matmul(rows, *self.ready(way), bias, self.outputs, self.size)
+            return y.view(*x.shape[:-1], -1)
+        packed, scales_zeros = self.ready(way)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.size, scales_zeros).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+
+    def ready(self, way: str) -> tuple:
+        """What `prepare` gives, kept."""
         if self.prepared is None or self.prepared[0] != way:
             self.prepared = way, self.prepare(way)
             give_memory_back()
-        if way == "kernel":
-            y = torch.ops.minikd.w4_matmul(rows, *self.prepared[1], bias, self.outputs, self.size)
-            return y.view(*x.shape[:-1], -1)
-        packed, scales_zeros = self.prepared[1]
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.size, scales_zeros).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
+        return self.prepared[1]
 
     def prepare(self, way: str) -> tuple:
         """Codes and grid in the layout of a way, for bfloat16 inputs. int4's layout depends on the CPU: it is never saved."""
