@@ -42,7 +42,7 @@ from minikd.generate import generate, generate_with_log_probs, prefill
 from minikd.gptq import quantize_columns, quantize_model, replayed_columns
 from minikd.layout import laid_out
 from minikd.losses import clipped_surrogate, compile_losses, forward_kl, head_loss, pick_divergence, reverse_kl, scored_positions
-from minikd.model import Qwen2, Qwen2Config, StaticCache, rope_tables, rotate
+from minikd.model import Qwen2, Qwen2Config, StaticCache, mixed, rope_tables, rotate
 from minikd.quant import W4Linear, decode_groups, round_to_nearest, to_w4, to_words
 from minikd.training import compile_blocks, make_optimizer
 
@@ -397,6 +397,21 @@ def check_results(device, tiny, limits):
         table.row("a KD step's loss and gradients", f"{abs(loss / right - 1):.1e}, {off / whole:.1e}",
                   "" if off < 1e-3 * whole else "TOO LARGE")
 
+    def compiled(dtype, most):
+        """Gradients of three batches of other lengths, through torch.compile against without it."""
+        def gradients(compiling):
+            model = make(config, device, torch.float32).train()
+            if compiling:
+                compile_blocks(model)
+            for B, T in (3, 40), (2, 64), (2, 72):
+                with mixed(model.head.device, dtype):
+                    model.hidden(torch.arange(B * T, device=device).view(B, T)).square().mean().backward()
+            return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+        ours, right = gradients(True), gradients(False)
+        off = float((ours - right).norm() / right.norm())
+        table.row(f"compiled blocks, three lengths, {dtype}", f"{off:.1e}", "" if off < most else "TOO LARGE")
+
     def by_kernels():
         """A step's loss and gradients in bfloat16 by loss.cu against those by torch's operators, on the same device."""
         N, student, teacher = 300, SHAPES["0.5B"], SHAPES[TEACHER]
@@ -444,6 +459,10 @@ def check_results(device, tiny, limits):
             columns()
     with attempt("gradients"):
         gradients()
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)) if wanted("compiled") and not tiny else ():
+        with attempt(f"compiled, {dtype}"):
+            torch.compiler.reset()
+            compiled(dtype, most)
     with attempt("loss.cu"):
         by_kernels()
     if device == "cuda":

@@ -47,11 +47,11 @@ def build(arch: str) -> bytes:
 
     Raises Unavailable if neither compiles it. If the cache cannot be written, every call compiles.
     """
-    source = program()
-    path = cache_folder() / f"kernels-{hashlib.sha256(source).hexdigest()[:16]}-{arch}.cubin"
-    if path.exists():
-        return path.read_bytes()
-    reasons = []
+    source, path, reasons = program(), None, []
+    with suppress(OSError, RuntimeError):                       # a folder that this user may not look into; no home at all
+        path = cache_folder() / f"kernels-{hashlib.sha256(source).hexdigest()[:16]}-{arch}.cubin"
+        if path.exists():
+            return path.read_bytes()
     for compiler in nvrtc, nvcc:
         try:
             code = compiler(source, arch)
@@ -59,9 +59,10 @@ def build(arch: str) -> bytes:
             reasons.append(str(error))
             continue
         with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as new:
-                new.write_bytes(code)
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_path(path) as new:
+                    new.write_bytes(code)
         return code
     raise Unavailable("; ".join(reasons))
 
@@ -152,7 +153,7 @@ def available(device: int) -> bool:
     """Whether the kernels run on this GPU; if not, one line on standard error says why, once."""
     try:
         load(device)
-    except Unavailable as error:
+    except (Unavailable, OSError) as error:                     # OSError: no place for nvcc's files
         print(f"{', '.join(path.name for path in SOURCES)}: not used, torch's operators run instead: {error}", file=sys.stderr)
         return False
     return True
@@ -200,4 +201,4 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
             error = error or (driver.cuLaunchCooperativeKernel(kernel, *shape, stream, addresses) if together else
                               driver.cuLaunchKernel(kernel, *shape, stream, addresses, None))
     if error:
-        raise RuntimeError(f"{name}: launch failed with CUDA error {error}")
+        raise RuntimeError(f"{name}: launch failed with CUDA error {error}" + ": out of memory" * (error == 2))

@@ -189,9 +189,10 @@ class Replay:
             self.warm = True
             return self.step()
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):                  # records, without running
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):                       # records, without running
                 self.step()
+            self.graph = graph                                  # not before it is whole
         self.graph.replay()
 
 
@@ -208,7 +209,7 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
         for turn, at in enumerate(by_length([row.prompt for row in rows], batch_size)):
             responses = generate(model, [rows[i].prompt for i in at], max_new_tokens, temperature, eos_ids=eos_ids,
                                  seed=seed * 1_000_003 + turn * batch_size, **options)      # another for each batch
-            for i, response in zip(at, responses):
+            for i, response in zip(at, responses, strict=True):             # one each: no `samples`
                 own[i] = rows[i].answered(response, eos_ids)
             if progress:
                 progress(len(at))

@@ -273,6 +273,8 @@ class Attention(nn.Module):
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         v = heads[:, -self.K:]                                                  # [B, K, T, E]
         rotated = rotate(heads[:, :-self.K], cos, sin)                          # [B, H + K, T, E]
+        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # torch's compiler keeps slices of one tensor
+            rotated = rotated.contiguous()                                      # by the strides of the first length it saw
         q, k = rotated[:, :-self.K], rotated[:, -self.K:]                       # [B, H, T, E], [B, K, T, E]
         if slots is not None:
             k, v = slots.write(k, v)                                            # [B, K, S, E]

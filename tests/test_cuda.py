@@ -29,6 +29,11 @@ def test_nvcc_compiles_and_the_result_is_cached(tmp_path, monkeypatch):
     assert build("sm_90") == code                                               # from the cache
     monkeypatch.setenv("MINIKD_CACHE", "/proc/nowhere")                         # which cannot be written
     assert build("sm_90") == build("sm_90") == b"built again"
+    for method, error in ("exists", PermissionError(13, "another user's")), ("home", RuntimeError("no home")):
+        with monkeypatch.context() as patch:
+            patch.delenv("MINIKD_CACHE")
+            patch.setattr(cuda.Path, method, lambda *_: (_ for _ in ()).throw(error))
+            assert build("sm_90") == b"built again"
 
 
 def test_a_changed_source_is_compiled_again(tmp_path, monkeypatch):

@@ -170,6 +170,8 @@ def slow_log_probs(model, row, shared=20) -> list[float]:
 def test_a_rollout_holds_what_was_true_when_it_was_sampled(length_norm):
     rollouts = collect(rows=ROWS, mix=0.3, seed=5, length_norm=length_norm, **COLLECT)
     drawn = respond(STUDENT, ROWS, 5, 6, {7, 8}, seed=5, teacher=TEACHER, mix=0.3)          # not from the student alone
+    with pytest.raises(ValueError):                                             # two answers for each row: whose is whose?
+        respond(STUDENT, ROWS, 5, 6, {7, 8}, samples=2)
     assert [(row.prompt, row.response) for row in rollouts] == [(row.prompt, row.response) for row in drawn]
     assert {len(row.response) for row in rollouts} > {6} and any(row.cut for row in rollouts)
     plain, weights = [], []

@@ -14,7 +14,7 @@ import train_kd
 from conftest import killed_at, small, steps_of, tiny
 from fake_gpu import Graph, Played, Wrong, gpu, record
 from minikd.data import Encoded
-from minikd.generate import Rows, generate_with_log_probs
+from minikd.generate import Replay, Rows, generate_with_log_probs
 from minikd.losses import forward_kl
 from minikd.model import mixed
 from minikd.teacher import Teacher
@@ -128,6 +128,23 @@ def test_a_step_that_replaces_a_tensor_would_draw_other_tokens(monkeypatch):
     assert generate_with_log_probs(small(3), PROMPTS, 40, 0.0)[0] == free
     with gpu():
         assert generate_with_log_probs(small(3).to("cuda"), PROMPTS, 40, 0.0)[0] != free
+
+
+def test_a_recording_that_fails_is_made_again():
+    fail = [True]
+
+    def step():
+        if Played.recording is not None and fail:
+            raise MemoryError(fail.pop())
+        count.add_(1)
+
+    with gpu():
+        count, replay = torch.zeros(1, device="cuda"), Replay(step, on=True)
+        replay()
+        with pytest.raises(MemoryError):
+            replay()
+        replay(), replay()
+        assert count.tolist() == [3]
 
 
 def test_no_graph_is_recorded_of_another_gpu_than_the_current_one(monkeypatch):

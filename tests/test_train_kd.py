@@ -188,6 +188,10 @@ def test_compile_changes_time_and_nothing_else(settings, monkeypatch):
     assert all(torch.equal(plain[key], value) for key, value in again.items())
     assert 2 <= len(graphs["run_blocks"]) <= 6                   # student and teacher, with gradients and without
     assert len(graphs["_costs"]) == 1                           # of the divergence, whatever the number of tokens
+    queries = [node.args[0] for graph in graphs["run_blocks"] for node in graph.graph.nodes
+               if node.target is torch.nn.functional.scaled_dot_product_attention]
+    assert queries and all(query.args[0].target == "contiguous" for query in queries)       # else torch's code generator keeps
+                                                                # its strides, and fails at another length: see model.Attention
 
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else(settings):
