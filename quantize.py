@@ -129,7 +129,7 @@ def check_out(out: Path, folder: Path):
         raise InputError(f"--out {out}: is the folder you work in; choose another, or one inside it")
     if out.resolve() == folder.resolve():
         raise InputError(f"--out {out}: is the model's own folder; choose another")
-    if (out / LOG).exists() or (out / "best").exists():
+    if (out / LOG).exists() or (out / "best").exists() or any(out.glob(f"*/{LOG}")):        # a comparison's are in sft/ and kd/
         raise InputError(f"--out {out}: holds a training run; choose a folder of its own")
     if (out / "config.json").exists() and not read_json(out / "config.json").get("quantization_config"):
         raise InputError(f"--out {out}: holds an unquantised model, which would be replaced; choose another")
@@ -162,8 +162,12 @@ def main():
     if read_quantization(folder):
         raise InputError(f"{folder}: is quantised already; give the folder it was made from")
     config = load_config(folder)
-    for size in config.hidden_size, config.intermediate_size:
+    for size in config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size:     # inputs
         check_groups(size, args.group_size, str(folder))
+    for size in config.hidden_size, config.num_key_value_heads * config.head_dim, config.intermediate_size:
+        if size % 8:
+            raise InputError(f"{folder}: has layers with {size} inputs or outputs; the format packs multiples of 8, so this model "
+                             "cannot be written in it")
     spare_threads(config)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(args.model, config, tokenizer)

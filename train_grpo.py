@@ -234,7 +234,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             progress.update(note=f"reward {line['reward'] or 0:.3f} kl {line['kl'] or 0:.3f} length {line['length']:.0f}")
             unpaid = 0 if total.nan_to_num().any() else unpaid + 1
             if unpaid == patience:
-                raise InputError(f"{out}: every reward was 0 for {patience} steps, so there is nothing to learn from; "
+                what = "no answer could be judged" if total.isnan().all() else "every reward was 0"
+                raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; "
                                  "start from a model that sometimes succeeds, or add an easier reward (--rewards)")
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 sampler = cast_copy(model, dtype, sampler)

@@ -284,6 +284,8 @@ def evaluate_and_save(student, *, sampler, tokenizer, rows, examples, teacher, d
     its ROUGE-L is the best so far.  Returns `state` with the best ROUGE-L."""
     sampler = cast_copy(student, dtype, sampler)
     metrics = compare(sampler, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
+    if not math.isfinite(metrics["ce"]):                        # before it replaces what was saved earlier
+        raise InputError(f"{out}: the held-out loss after step {state['step']} is not finite; lower --lr")
     scores = answer_and_score(sampler, tokenizer, rows[:eval_examples], examples, max_new_tokens, max(AT_ONCE, batch_size),
                               rouge)
     rouge_l = mean_by_category(scores)["all"]["rouge_l"]
@@ -399,7 +401,10 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
     train_part, valid_part = split_examples(examples, min(args.validation, len(examples) // 5), args.seed)
     with Progress("encoding", len(train_part)) as progress:
         rows, counts = encode_examples(train_part, tokenizer, **lengths, progress=progress.update)
-    valid_rows, _ = encode_examples(valid_part, tokenizer, **lengths)
+    try:
+        valid_rows, _ = encode_examples(valid_part, tokenizer, **lengths)
+    except InputError as error:
+        raise InputError(f"of the records held out, {error}") from error
     print(", ".join(f"{count:,} {what}" for what, count in counts.items()) + f"; {len(valid_rows):,} for validation")
     asked = valid_rows[:args.eval_examples], valid_part         # what the table's models are asked
     if args.eval_data:

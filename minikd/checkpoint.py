@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from minikd.files import InputError, atomic_path, read_json, save_tensors, sha256
 from minikd.hub import TOKENIZER, files_on_hub, label, local_folder
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import W4Linear, read_zeros, swap_linears
+from minikd.quant import W4Linear, is_finite, read_zeros, swap_linears
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZE = "quantize_config.json"
@@ -57,12 +57,10 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
 
 
 def check_words(layer: W4Linear, quantization: dict, where: str):
-    """Raises InputError for missing groups, scales that are not finite, and zero points of the other gptq format."""
+    """Raises InputError for missing groups, and zero points of the other gptq format."""
     groups = len(layer.scales)
     if not 0 <= int(layer.g_idx.min()) <= int(layer.g_idx.max()) < groups:
         raise InputError(f"{where}.g_idx: names a group outside 0 to {groups - 1}; fetch it again")
-    if not layer.scales.isfinite().all():
-        raise InputError(f"{where}.scales: has values that are not finite; fetch it again")
     zeros = read_zeros(layer.qzeros, layer.version)                                        # [I/g, O]
     if quantization.get("sym") and ((zeros == 7).all() or (zeros == 9).all()):
         raise InputError(f"{where}.qzeros: symmetric zero points are 8, these are {int(zeros[0, 0])}; is checkpoint_format in "
@@ -151,12 +149,15 @@ def read_quantization(folder: Path) -> dict | None:
 
 
 def read_tensor(path: Path, key: str, floating: bool = True) -> torch.Tensor:
-    """One tensor of a safetensors file.  Raises InputError where it holds integers for floats, or the reverse."""
+    """One tensor of a safetensors file.  Raises InputError where it holds integers for floats, or the reverse, or floats that
+    are not finite."""
     with open_tensors(path) as file:                            # opened per tensor: closing frees its pages
         tensor = file.get_tensor(key)
     if tensor.is_floating_point() != floating:
         kind = "a float" if floating else "an integer"
         raise InputError(f"{path}: {key} is {tensor.dtype}, not {kind} tensor; fetch the model again")
+    if floating and not is_finite(tensor):
+        raise InputError(f"{path}: {key}: has values that are not finite; fetch the model again, or take an earlier checkpoint")
     return tensor
 
 

@@ -45,12 +45,15 @@ def script_errors():
         advice = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
                   errno.EFBIG: "raise the limit on a file's size", errno.EACCES: "check the permissions"}
         advice = advice.get(error.errno, "check the path and the disk")
-        where = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else "file")
+        where = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else "standard output or a file")
         _exit_with(f"{where}: {error.strerror or error}; {advice}")
 
 
 def _exit_with(text: str):
-    print("error: " + " ".join(text.split()), file=sys.stderr)
+    line = " ".join(text.split())
+    if len(line) > 2000:                                        # a value of the user's in it; the mend is at the end
+        line = f"{line[:1000]} ... {line[-400:]}"
+    print("error: " + line, file=sys.stderr)
     sys.exit(2)
 
 
@@ -161,16 +164,20 @@ def parse_json(text: str | bytes):
         raise ValueError(str(error)) from error
 
 
-def read_json(path: Path) -> dict:
-    """One JSON object from a file.  Raises InputError, with file and position, if it is missing or not one."""
+def read_json(path: Path, mend: str | None = None) -> dict:
+    """One JSON object from a file.  Raises InputError, with file and position, if it is missing or not one.
+
+    mend  what the user can do then; by default that of a file in a Hugging Face folder
+    """
+    again = mend or "fetch it again"
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: is missing; a Hugging Face model folder has one") from None
+        raise InputError(f"{path}: is missing; {mend or 'a Hugging Face model folder has one'}") from None
     except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error}); fetch it again") from error
+        raise InputError(f"{path}: is not JSON ({error}); {again}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, not an object; fetch it again")
+        raise InputError(f"{path}: holds a {type(value).__name__}, not an object; {again}")
     return value
 
 

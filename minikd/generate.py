@@ -4,6 +4,7 @@ References
     nucleus sampling                    arXiv:1904.09751
     MiniLLM, teacher-mixed sampling     arXiv:2306.08543, eq. (4)
 """
+import math
 from contextlib import ExitStack
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from minikd.data import Encoded, by_length
 from minikd.decode_cuda import OneKernel, fits
+from minikd.files import InputError
 from minikd.fused_cuda import can_draw, draw_on_gpu
 from minikd.layout import head_logits, laid_out
 from minikd.losses import log_mix, log_probs
@@ -33,7 +35,8 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     options      those of generate_with_log_probs
     On a CPU the weights are moved while it runs (layout.laid_out): do not use an alias such as p.data that was taken before.
     Raises ValueError for an empty prompt (there is no state to sample the first token from) and for invalid options: a
-    negative temperature or top_k, top_p of 0 or above 1, samples or vocab below 1, mix without a teacher.
+    negative temperature or top_k, top_p of 0 or above 1, samples or vocab below 1, mix without a teacher; InputError (a
+    ValueError) for a model whose logits are not finite.
     """
     return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed,
                                    **options)[0]
@@ -152,6 +155,9 @@ class Rows:
         for row, (answer, tokens, logps) in enumerate(new):
             if self.answers[answer] and self.answers[answer][-1] in stops:  # finished before, but not dropped yet
                 continue
+            if math.isnan(sum(logps)):
+                raise InputError("generate: the model's logits are not finite, so there is nothing to draw from; its weights are "
+                                 "damaged, its training diverged (lower --lr), or float16 overflows")
             end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
             self.answers[answer] += tokens[:end]
             self.answer_logps[answer] += logps[:end]
@@ -222,7 +228,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tens
     u  [B] float64, uniform in [0, 1): one random number per row; torch.multinomial would draw one per vocabulary entry
     """
     if temperature < 1e-6:                                      # greedy: the division would overflow
-        return logits.max(-1).indices, torch.zeros(len(logits), device=logits.device)   # argmax takes 4 x as long in bfloat16
+        top = logits.max(-1)                                    # argmax takes 4 x as long in bfloat16
+        return top.indices, 0 * top.values.float()              # 0; NaN where the largest logit is NaN or infinite
     if top_k == 0 and top_p == 1 and can_draw(logits):          # all that follows, by one kernel on a GPU
         return draw_on_gpu(logits, u, temperature)
     if temperature != 1:                                        # at 1, save a copy of [B, V]

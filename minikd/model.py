@@ -11,7 +11,6 @@ References
     GQA (grouped-query attention)                   arXiv:2305.13245
     SwiGLU                                          arXiv:2002.05202, eq. (6)
 """
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
@@ -77,8 +76,8 @@ class Qwen2Config:
             if rope.get("rope_theta") is not None:
                 values["rope_theta"] = rope["rope_theta"]
         checks = {bool: (lambda x: isinstance(x, bool), "true or false"),
-                  float: (lambda x: type(x) in (int, float) and 0 <= x < math.inf, "a number of at least 0"),
-                  "rope_theta": (lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above 0"),
+                  float: (lambda x: type(x) in (int, float) and 0 <= x < 1e30, "a number of at least 0"),
+                  "rope_theta": (lambda x: type(x) in (int, float) and 0 < x < 1e30, "a number above 0"),
                   "num_hidden_layers": (lambda x: type(x) is int and 0 < x <= 1000, "a whole number from 1 to 1,000")}
         whole = lambda x: type(x) is int and x > 0, "a whole number above 0"
         for f in fields(cls):

@@ -36,9 +36,14 @@ def check_groups(inputs: int, group_size: int, where: str = "weight") -> int:
     return size
 
 
+def is_finite(x: Tensor) -> bool:
+    """Whether all values are finite: by the smallest and the largest, as NaN is both. isfinite() takes 40 times as long."""
+    return all(value.isfinite() for value in (x if x.itemsize > 1 else x.float()).aminmax())   # float8 has no aminmax
+
+
 def check_weight(weight: Tensor, group_size: int, where: str = "weight") -> int:
     """check_groups of a weight [O, I].  Raises InputError for values that are not finite, too."""
-    if not weight.sum(dtype=torch.float32).isfinite():
+    if not is_finite(weight):
         raise InputError(f"{where}: has weights that are not finite; fetch or train the model again")
     return check_groups(weight.shape[1], group_size, where)
 

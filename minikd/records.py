@@ -32,6 +32,8 @@ def data_files(name) -> list[Path]:
         return [Path(name).expanduser()]
     base, _, choice = ADDRESS.sub("", str(name)).rstrip("/").partition(":")
     choice = choice.rstrip("/")
+    if not base:                                                # Path("") would be the current folder
+        raise InputError(f"{str(name)!r}: names no file; give one, or a folder")
     folder = Path(base).expanduser()
     here = folder.is_dir()
     if not here:

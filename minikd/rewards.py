@@ -285,6 +285,8 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
             raise InputError(f"{path}:{name}: raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}); fix it, "
                              "or return None for what cannot be judged") from error
         try:
+            if isinstance(values, (dict, set)):
+                raise TypeError(values)
             return [_checked(value) for _, value in zip(completions, values, strict=True)]
         except Exception:                                                       # of the wrong type or length, whatever it is
             raise InputError(f"{path}:{name}: returned {values!r:.60} for {len(completions)} completions; "

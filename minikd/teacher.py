@@ -109,7 +109,7 @@ def check_made_from(folder: Path, made_from: dict):
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise InputError(f"{folder}: is not empty and not a teacher's cache; choose another --cache-teacher")
         return
-    before = read_json(folder / FACTS).get("made_from")
+    before = read_json(folder / FACTS, "delete the folder, or choose another --cache-teacher").get("made_from")
     if not isinstance(before, dict):
         raise InputError(f"{folder / FACTS}: does not say what the cache was made from; choose another --cache-teacher")
     for key, value in made_from.items():

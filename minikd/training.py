@@ -24,6 +24,7 @@ from minikd.model import Qwen2, Qwen2Config, run_blocks
 from minikd.records import HALF, local_files
 
 STATE, LOG, CONFIG = "state.safetensors", "log.jsonl", "config.json"
+ANOTHER = "choose another --out"                                # what to do about a damaged CONFIG
 # Names of the files that a run writes, and data may have.
 WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")
 LOCKS = {}                                                      # folder -> an open file: closing it would unlock the folder
@@ -111,6 +112,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, given: list[str] | None = None):
         for word in sys.argv[1:] if given is None else given:
+            if not word or re.fullmatch(r"--[\w-]+=", word):    # an unset variable; as a path it would be the current folder
+                raise InputError(f"{word!r}: is empty; give a value, or leave its flag out")
             if HALF.search(word):                               # bytes of a file's name; nothing could write it down
                 raise InputError(f"{word!r}: is not UTF-8; rename the file or folder")
         return super().parse_args(given)
@@ -272,7 +275,7 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
 
 def settings_of(folder) -> dict:
     """The settings that the run in `folder` was started with.  Raises InputError if its config.json has none."""
-    settings = read_json(Path(folder) / CONFIG).get("settings")
+    settings = read_json(Path(folder) / CONFIG, ANOTHER).get("settings")
     if not isinstance(settings, dict):
         raise InputError(f"{Path(folder) / CONFIG}: has no settings of a run; choose another --out")
     return settings
@@ -290,7 +293,7 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=())
     if resume and not out.exists():
         print(f"{out}: nothing to resume there; the run begins")
     for folder in dict.fromkeys([out, *runs, out / "sft", out / "kd", *sorted(out.glob("lr-*"))]):
-        if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG):
+        if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG, ANOTHER):
             raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run; choose another --out")
         lines = read_log(folder)
         may_go_on = toy or resume and folder in runs
@@ -312,7 +315,9 @@ def check_settings(folder, settings: dict):
     essence = lambda value: re.sub(r"^.* (?=\(sha256 \w+\)$)", "", value) if isinstance(value, str) else value
     before = settings_of(folder)
     for key, value in json.loads(json.dumps(settings, default=str)).items():
-        if essence(before.get(key)) != essence(value):
+        if key == "reward_files" and before.get(key) != value:
+            print(f"{folder}: a file of --rewards has changed since the run began", file=sys.stderr)    # its bug may be mended
+        elif essence(before.get(key)) != essence(value):
             raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
                              f"{before.get(key)}; give the same flags, or another --out")
 
@@ -331,7 +336,7 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
             print(f"{folder}: done already")
             remove(state)                                       # if it was killed before it could
             return False
-        began = read_json(folder / CONFIG).get("versions") or {}
+        began = read_json(folder / CONFIG, ANOTHER).get("versions") or {}
         for what, now in ("torch", torch.__version__), ("threads", torch.get_num_threads()):
             if began.get(what, now) != now:
                 print(f"{folder}: began with {what} {began[what]}, goes on with {now}; the weights may differ in the last digits")

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from conftest import small
 from minikd import checkpoint
 from minikd.checkpoint import load_config, load_head, load_model, save_model, split_shards
 from minikd.files import InputError
@@ -493,4 +494,14 @@ def test_words_that_are_damaged_are_refused_by_their_layer(tmp_path, name, at, v
     getattr(packed.model.layers[1].mlp.down_proj, name)[at] = value
     save_model(packed, tmp_path)
     with pytest.raises(InputError, match=f"model.layers.1.mlp.down_proj.{name}: .*{said}"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.0.mlp.up_proj"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, name, value):
+    model = small(0)
+    model.model.get_submodule(name).weight.data[-1, 2] = value
+    save_model(model.bfloat16(), tmp_path)
+    with pytest.raises(InputError, match=f"model.{name}.weight: has values that are not finite"):
         load_model(tmp_path)

@@ -177,6 +177,8 @@ def test_what_is_not_a_json_object_is_named_in_one_line(tmp_path, content, compl
     with pytest.raises(InputError) as caught:
         read_json(path)
     assert str(caught.value).startswith(f"{path}: {complaint}") and "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="; start anew$"):
+        read_json(path, "start anew")
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -230,3 +232,10 @@ def test_too_little_memory_is_one_line_and_other_errors_are_not(capsys):
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     with pytest.raises(RuntimeError, match="a bug"), script_errors():
         raise RuntimeError("a bug")
+
+
+def test_a_long_value_does_not_hide_the_mend(capsys):
+    with pytest.raises(SystemExit), script_errors():
+        raise InputError(f"file: {'x' * 100_000} is wrong; mend it")
+    line = capsys.readouterr().err
+    assert len(line) < 2000 and line.startswith("error: file: xxx") and line.endswith("is wrong; mend it\n")

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from conftest import small
 from minikd.checkpoint import save_model
+from minikd.files import InputError
 from minikd.generate import Replay, generate, generate_with_log_probs, invert, sample
 from minikd.layout import join
 from minikd.model import GROUP, Qwen2, Qwen2Config
@@ -396,3 +398,12 @@ def test_greedy_chances_are_certain_and_ids_past_vocab_are_never_drawn():
     assert answers == generate(model, PROMPTS, 5) and all(chance == 0 for row in chances for chance in row)
     few = generate(model, PROMPTS, 30, temperature=3.0, seed=1, vocab=11)
     assert {token for row in few for token in row} == set(range(11))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(graphs, temperature):
+    model = small(3)
+    model.model.norm.weight.data[2] = math.nan
+    with pytest.raises(InputError, match="logits are not finite"):
+        generate(model, [[5, 6], [7]], 5, temperature, graphs=graphs)

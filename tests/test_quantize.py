@@ -163,15 +163,16 @@ def test_a_kill_in_the_middle_leaves_nothing_that_loads(run, tmp_path):
 
 def test_an_out_that_holds_something_else_is_refused_before_the_work(run, world, tmp_path, monkeypatch):
     monkeypatch.setattr(qz, "quantize", None)                                   # would fail
-    training, plain, file = tmp_path / "run", tmp_path / "plain", tmp_path / "file"
-    training.mkdir()
-    (training / "log.jsonl").write_text("")
+    training, plain, file, comparison = (tmp_path / name for name in ("run", "plain", "file", "comparison"))
+    for folder in training, comparison / "sft":
+        folder.mkdir(parents=True)
+        (folder / "log.jsonl").write_text("")
     shutil.copytree(world / "model", plain)
     file.write_text("mine")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     shutil.copy(plain / "model.safetensors", adapter / "adapter_model.safetensors")
-    for out, said in ((training, "holds a training run"), (adapter, "holds .safetensors files without a config.json"),
+    for out, said in ((training, "holds a training run"), (comparison, "holds a training run"), (adapter, "holds .safetensors files without a config.json"),
                       (plain, "holds an unquantised model"), (file, "is a file"),
                       (world / "model", "the model's own folder"), (file / "below", "cannot be written")):
         status, _, err = run("--method", "rtn", out=("--out", out))

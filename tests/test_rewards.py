@@ -482,7 +482,7 @@ def odd(completions, problems):
 
 @pytest.mark.parametrize("body, message", [
     ("return [1.0]", r"mine.py:f: returned \[1.0\] for 2 completions; return"),
-    ("return None", "returned None for 2"), ("return 1.0", "returned 1.0 for 2"),
+    ("return None", "returned None for 2"), ("return {0: 1.0, 1: 0.5}", "returned {0: 1.0"), ("return 1.0", "returned 1.0 for 2"),
     ("return ['a', 'b']", r"returned \['a', 'b'\]"), ("return [10**400] * 2", "returned .1000.* for 2 completions"),
     ("return [1e10, 0]", "at most 10.9"), ("return type('Odd', (), {'__iter__': lambda self: {}[1]})()", "returned <.* for 2 comp"),
     ("import sys; sys.exit(0)", "raised SystemExit: 0"), ("return (1 / 0 for _ in completions)", "raised ZeroDivisionError"),

@@ -122,6 +122,8 @@ def test_what_nobody_can_judge_moves_nothing(run, world, tmp_path):
     assert run("--beta", "0", rewards="{world}/ours.py:unsure")[0] == 0
     assert same(weights(tmp_path / "run/last"), weights(world / "model"))
     assert all(line["reward"] is None and line["flat"] == 1 for line in steps_of(tmp_path / "run"))
+    status, _, err = run("--patience", "2", rewards="{world}/ours.py:unsure", out=tmp_path / "other")
+    assert status == 2 and "no answer could be judged for 2 steps" in err and err.count("\n") == 1
 
 
 def test_a_codeforces_record_goes_through_prompt_rollout_sandbox_and_update(run, world, tmp_path):
@@ -196,7 +198,7 @@ def test_evaluation_samples_no_more_at_once_than_a_step(run, monkeypatch):
     (["--rewards", "format,code"], "`code` can judge none of the 20 problems, which have no tests"),
     (["--rewards", "code_partial"], "`code_partial` can judge none of the 20 problems"),
     (["--data", "no/such.jsonl"], "no/such.jsonl: no such file"), (["--max-prompt-length", "2"], "raise --max-prompt-length"),
-    (["--lr", "1e12"], "is not finite; lower --lr"), (["--model", "no/such/model"], "no/such/model: no such folder")])
+    (["--lr", "1e12"], "training diverged (lower --lr)"), (["--model", "no/such/model"], "no/such/model: no such folder")])
 def test_bad_input_is_one_line(run, flags, said):
     status, _, err = run(*flags)
     assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
@@ -224,14 +226,14 @@ def test_a_toy_takes_no_real_runs_place(run, shell, world, tmp_path):
     assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
-def test_a_run_is_not_resumed_with_a_reward_that_changed(run, tmp_path):
+def test_a_run_goes_on_with_a_reward_whose_bug_was_mended_and_says_so(run, tmp_path):
     (tmp_path / "mine.py").write_text("def f(completions, problems):\n    return [0.5] * len(completions)\n")
     flags = "--steps", "2", "--eval-every", "1"
     assert run(*flags, rewards=f"{tmp_path}/mine.py:f")[0] == 0
     assert all(line["flat"] == 1 and line["grad_norm"] < 1e-6 for line in steps_of(tmp_path / "run"))
     (tmp_path / "mine.py").write_text("def f(completions, problems):\n    return [0.7] * len(completions)\n")
     status, _, err = run(*flags, "--resume", rewards=f"{tmp_path}/mine.py:f")
-    assert status == 2 and "--reward-files" in err and err.count("\n") == 1
+    assert status == 0 and "a file of --rewards has changed" in err and err.count("\n") == 1
 
 
 def test_a_run_is_not_resumed_against_another_reference(run, world, tmp_path):
