@@ -166,8 +166,8 @@ def main():
         check_groups(size, args.group_size, str(folder))
     for size in config.hidden_size, config.num_key_value_heads * config.head_dim, config.intermediate_size:
         if size % 8:
-            raise InputError(f"{folder}: has layers with {size} inputs or outputs; the format packs multiples of 8, so this model "
-                             "cannot be written in it")
+            raise InputError(f"{folder}: has layers with {size} inputs or outputs; the format packs multiples of 8, so that this "
+                             "model cannot be written in it")
     spare_threads(config)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(args.model, config, tokenizer)

@@ -345,8 +345,8 @@ def split_examples(examples: list, count: int, seed: int = 42) -> tuple[list, li
         if len(held) + len(groups[key]) <= count:
             held.update(groups[key])
     if count and not held:
-        raise InputError(f"every prompt is there more than {count} times, so no validation examples can be set apart; ask for more, "
-                         "or remove repeats")
+        raise InputError(f"every prompt is there more than {count} times, so no validation examples can be set apart; ask for "
+                         "more, or remove repeats")
     return ([example for i, example in enumerate(examples) if i not in held],
             [example for i, example in enumerate(examples) if i in held])
 

@@ -157,7 +157,7 @@ def check_writable(folder: Path):
 
 
 def parse_json(text: str | bytes):
-    """json.loads. All that it cannot parse is a ValueError: bytes, syntax, a number of 5,000 digits, and lists 1,000 deep, too."""
+    """json.loads. All that it cannot parse is a ValueError: bytes, syntax, a number of 5,000 digits, lists 1,000 deep."""
     try:
         return json.loads(text)
     except RecursionError as error:

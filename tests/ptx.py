@@ -12,7 +12,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-LANES = np.arange(32)
+LANES, BYTES = np.arange(32), np.arange(16)
 SHARED, SHARED_BYTES = 1 << 56, 227 << 10               # shared memory's first generic address, far above any pointer; its size
 
 
@@ -129,12 +129,14 @@ class Memory:
 
     def check(self, warp, lanes: np.ndarray, at: np.ndarray, size: int, write: bool) -> np.ndarray:
         """n lanes of a warp access `size` bytes each, at offsets `at` [n] -> the cells [n, size / 2]; Faults for a race"""
-        cells, clock, id, lanes = (at[:, None] + np.arange(0, size, 2)) // 2, warp.clock, warp.id, lanes[:, None]
+        cells, clock, id, lanes = self.cells(at, size), warp.clock, warp.id, lanes[:, None]
         writer, written, now = self.writer[cells], self.written[cells], clock[id]
-        require(not self.in_flight[cells].any(), "accessed while an asynchronous copy is in flight", warp)
-        require(not self.relaxed[cells].any(), "an ordinary access to what others access relaxed", warp)
-        # By this warp: another lane, and no sync since. By another warp: later than what this one knows of that warp's clock.
-        unordered = np.where(writer == id, (written == now) & (self.lane[cells] != lanes), clock[writer] < written)
+        require(not (self.in_flight[cells] | self.relaxed[cells]).any(),
+                "accessed while an asynchronous copy is in flight, or ordinarily where others access relaxed", warp)
+        # By another warp: later than what this one knows of that warp's clock. By this warp: another lane, and no sync since.
+        unordered = clock[writer] < written
+        if (written >= now).any():
+            unordered |= (writer == id) & (written == now) & (self.lane[cells] != lanes)
         require(not unordered.any(), "race: accesses what another thread wrote", warp)
         if write:
             seen = self.read[cells]                                             # [n, size / 2, warps]
@@ -149,9 +151,13 @@ class Memory:
             self.reader[cells[several], id] = -1
         return cells
 
+    @staticmethod
+    def cells(at: np.ndarray, size: int) -> np.ndarray:
+        return (at[:, None] + BYTES[:size:2]) >> 1
+
     def touch_relaxed(self, warp, at: np.ndarray, size: int):
         require(self.warps, "a relaxed access to what is only read", warp)
-        cells = (at[:, None] + np.arange(0, size, 2)) // 2
+        cells = self.cells(at, size)
         require(self.writer[cells].max() < 0 and self.read[cells].max() < 0, "relaxed, and by ordinary accesses before", warp)
         self.relaxed[cells] = True
 
@@ -209,8 +215,11 @@ class Warp:
     # -- accesses; addresses and values are those of all 32 lanes
 
     def parameter(self, at: int, type, count: int):
-        values = np.frombuffer(self.block.grid.arguments, type, count, at)
-        return [np.full(32, value) for value in values] if count > 1 else np.full(32, values[0])
+        given = self.block.grid.given
+        if (at, type, count) not in given:
+            values = [np.full(32, value) for value in np.frombuffer(self.block.grid.arguments, type, count, at)]
+            given[at, type, count] = values if count > 1 else values[0]
+        return given[at, type, count]
 
     def load(self, space: str, addresses, type, count: int, constant: bool, early: bool = False,
              relaxed: bool = False) -> list[np.ndarray]:
@@ -225,7 +234,7 @@ class Warp:
                 memory.touch_relaxed(self, at, size)
             elif memory.warps:
                 memory.check(self, lanes[inside], at, size, False)
-            out[lanes[inside]] = memory.view[at[:, None] + np.arange(size)]
+            out[lanes[inside]] = memory.view[at[:, None] + BYTES[:size]]
         return list(out.view(type).T.copy())
 
     def store(self, space: str, addresses, *values, relaxed: bool = False):
@@ -238,7 +247,7 @@ class Warp:
                 memory.touch_relaxed(self, at, size)
             else:
                 memory.mark(self, lanes[inside], memory.check(self, lanes[inside], at, size, True))
-            memory.view[at[:, None] + np.arange(size)] = data[lanes[inside]]
+            memory.view[at[:, None] + BYTES[:size]] = data[lanes[inside]]
 
     def load_relaxed(self, space: str, addresses, type, count: int, constant: bool) -> list[np.ndarray]:
         return self.load(space, addresses, type, count, constant, relaxed=True)
@@ -270,7 +279,7 @@ class Warp:
             self.full = False
             data = np.stack(self.load("global", source, np.uint32, size // 4, False, True), 1).view(np.uint8)
         self.mask, self.full = mask, full
-        cells, where = memory.check(self, lanes, at, size, True), at[:, None] + np.arange(size)
+        cells, where = memory.check(self, lanes, at, size, True), at[:, None] + BYTES[:size]
         memory.in_flight[cells] = True
         memory.view[where] = 0xff
         self.groups[-1].append((memory, lanes, cells, where, data[lanes]))
@@ -371,7 +380,7 @@ class Grid:
     def __init__(self, kernel: Kernel, shape: tuple[int, int], threads: int, arguments: bytes, readable, writable,
                  dynamic: int = 0, together: bool = False, order: str = "turns", overlap: bool = False):
         self.kernel, self.shape, self.threads, self.arguments, self.dynamic = kernel, shape, threads, arguments, dynamic
-        self.order, self.overlap, self.released, warps = order, overlap, {}, threads // 32
+        self.order, self.overlap, self.released, self.given, warps = order, overlap, {}, {}, threads // 32
         self.clocks = warps * (shape[0] * shape[1] if together else 1)
         places = [(x, y) for y in range(shape[1]) for x in range(shape[0])]
         for group in [places] if together else [[place] for place in places]:

@@ -189,9 +189,9 @@ def run(shell, world, tmp_path):
     return call
 
 
-KD = ("--student {w}/student --teacher {w}/teacher --data {w}/data.jsonl --steps 4 --batch-size 4 --lr 0.01 --max-new-tokens 6 "
+KD = ("--student {w}/student --teacher {w}/teacher --data {w}/data.jsonl --steps 3 --batch-size 4 --lr 0.01 --max-new-tokens 4 "
       "--eval-every 2 --eval-examples 3 ")
-GRPO = ("--model {w}/student --data {w}/sums.jsonl --steps 3 --prompts 2 --group-size 4 --batch-size 3 --max-new-tokens 24 "
+GRPO = ("--model {w}/student --data {w}/sums.jsonl --steps 3 --prompts 2 --group-size 4 --batch-size 3 --max-new-tokens 12 "
         "--lr 0.01 --rewards {w}/ours.py:early,answer --eval-examples 3 ")
 
 
