@@ -2,6 +2,7 @@
 in the scripts."""
 import argparse
 import fcntl
+import functools
 import inspect
 import json
 import math
@@ -218,14 +219,18 @@ def _log_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
             yield line, value
 
 
+@functools.cache                                                # this process runs the code it began with
+def commit() -> str | None:
+    """The commit of minikd's own checkout, if there is one."""
+    with suppress(OSError):                                     # git may not be installed
+        here = Path(__file__).resolve().parents[1]
+        return subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True,
+                              text=True).stdout.strip() or None
+
+
 def write_config(folder, settings: dict):
     """Writes a run's config.json: its settings, and the versions and the commit that it runs with."""
-    here = Path(__file__).resolve().parents[1]
-    commit = None
-    with suppress(OSError):                                     # git may not be installed
-        commit = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True,
-                                text=True).stdout.strip() or None
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit,
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit(),
                 "threads": torch.get_num_threads()}
     with atomic_path(Path(folder) / CONFIG) as new:
         new.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2, default=str) + "\n")

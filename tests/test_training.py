@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import locked_by_another, small
+from minikd import training
 from minikd.checkpoint import save_model
 from minikd.files import InputError
 from minikd.model import Qwen2, Qwen2Config
@@ -346,6 +347,7 @@ def test_the_settings_are_written_with_the_versions_that_ran_them(tmp_path):
 @pytest.mark.parametrize("said, commit", [("abc1234-dirty\n", "abc1234-dirty"), ("", None)])
 def test_a_run_records_the_commit_of_this_code_wherever_it_is_started(tmp_path, monkeypatch, said, commit):
     asked = []
+    monkeypatch.setattr(training, "commit", training.commit.__wrapped__)        # not cached
     monkeypatch.setattr(subprocess, "run", lambda *given, **how: asked.append((*given, how)) or SimpleNamespace(stdout=said))
     write_config(tmp_path, SETTINGS)
     assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] == commit
@@ -367,6 +369,7 @@ def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_
 
 
 def test_without_git_no_commit_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "commit", training.commit.__wrapped__)        # not cached
     monkeypatch.setenv("PATH", str(tmp_path))
     write_config(tmp_path, SETTINGS)
     assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] is None
