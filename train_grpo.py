@@ -74,7 +74,8 @@ def parse_args():
     add("--batch-size", type=int, default=8, toy=256, help="answers in a micro-batch")
     add("--lr", type=float, default=1e-6, toy=3e-4, help="peak learning rate")
     add("--warmup", type=int, default=0, help="steps of linear warm-up")
-    add("--schedule", choices=("cosine", "constant"), default="constant", help="after the warm-up")
+    add("--schedule", choices=("cosine", "constant"), default="constant",
+        help="after the warm-up; cosine ends at --lr / 10")
     add("--weight-decay", type=float, default=0.0, help="of weight matrices")
     add("--max-grad-norm", type=float, default=1.0, help="largest gradient norm")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")

@@ -85,7 +85,8 @@ def parse_args():
     add("--lr", type=float, nargs="+", default=[1e-5], toy=[3e-3],
         help="peak; several: one run for each; 1e-3 on the toy's own answers")
     add("--warmup", type=int, default=0, toy=30, help="steps of linear warm-up")
-    add("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up")
+    add("--schedule", choices=("cosine", "constant"), default="cosine",
+        help="after the warm-up; cosine ends at --lr / 10")
     add("--weight-decay", type=float, default=0.01, help="of weight matrices")
     add("--max-grad-norm", type=float, default=1.0, help="a larger gradient is scaled down to it")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
