@@ -229,7 +229,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tens
     """
     if temperature < 1e-6:                                      # greedy: the division would overflow
         top = logits.max(-1)                                    # argmax takes 4 x as long in bfloat16
-        return top.indices, 0 * top.values.float()              # 0; NaN where the largest logit is NaN or infinite
+        return top.indices, top.values - top.values             # 0; NaN where the largest logit is NaN or infinite
     if top_k == 0 and top_p == 1 and can_draw(logits):          # all that follows, by one kernel on a GPU
         return draw_on_gpu(logits, u, temperature)
     if temperature != 1:                                        # at 1, save a copy of [B, V]
