@@ -101,7 +101,7 @@ def test_several_blocks_split_the_slots(on_cpu, slot, splits, E, order):
     check(on_cpu, given)
 
 
-@pytest.mark.parametrize("shape, length, splits", [("0.5B", 120, 1), ("1.5B", 20, 1), ("3B", 9, 1)])
+@pytest.mark.parametrize("shape, length, splits", [("0.5B", 120, 1), ("3B", 9, 1)])
 def test_a_step_is_as_exact_as_the_plain_path(on_cpu, shape, length, splits):
     torch.manual_seed(0)
     ours, plain, same = attention_errors(SHAPES[shape], length, splits, "cpu")
