@@ -169,7 +169,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     judge      model -> the dict of accuracy(), on held-out problems
     rewards    name -> function, as load_rewards gives them; weights  name -> weight in the sum
     The other arguments are the flags of the same names. A saved state in `out` is continued.
-    Raises InputError for a gradient that is not finite, and when every reward was 0 for `patience` steps in a row.
+    Raises InputError for a gradient that is not finite, and when every reward was 0, or no answer could be judged, for
+    `patience` steps in a row.
     """
     optimizer, state = make_optimizer(model.train(), lr, weight_decay), {"step": 0, "unpaid": 0}
     sampler = None                                              # a copy of the policy in `dtype`

@@ -178,7 +178,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     The other arguments are the flags of the same names; loss is one name of --loss, dtype that of matrix products and of
     sampling, lm_rows the rows of --lm-data. A saved state in `out` is continued. In the log, `ce` is that of the tokens learned
     from: in MiniLLM and in on-policy steps -log q of the student's own samples. Raises InputError for a gradient that is not
-    finite, after the step it spoiled: the student then holds it, but nothing was saved.
+    finite, after the step it spoiled (the student holds it, but it is not saved), and for such a held-out loss.
     """
     optimizer = make_optimizer(student.train(), lr, weight_decay)
     divergence = None                                           # of one token's distributions; None for SFT

@@ -404,8 +404,9 @@ def check_results(device, tiny, limits):
             if compiling:
                 compile_blocks(model)
             for B, T in (3, 40), (2, 64), (2, 72):
-                with mixed(model.head.device, dtype):
-                    model.hidden(torch.arange(B * T, device=device).view(B, T)).square().mean().backward()
+                weight = torch.randn(B, T, config.hidden_size, generator=torch.Generator().manual_seed(T)).to(device)
+                with mixed(model.head.device, dtype):           # weighted: the mean square after the last norm is always 1
+                    (weight * model.hidden(torch.arange(B * T, device=device).view(B, T))).sum().backward()
             return torch.cat([p.grad.flatten() for p in model.parameters()])
 
         ours, right = gradients(True), gradients(False)
@@ -459,7 +460,7 @@ def check_results(device, tiny, limits):
             columns()
     with attempt("gradients"):
         gradients()
-    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)) if wanted("compiled") and not tiny else ():
+    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)) if wanted("compiled") and not tiny else ():
         with attempt(f"compiled, {dtype}"):
             torch.compiler.reset()
             compiled(dtype, most)

@@ -68,6 +68,7 @@ struct Work {
 };
 
 // The queries, rotated (RoPE), into shared memory; if this block has the new slot, the rotated key and the value into the cache.
+// in, keys, values: this row's; cos, sin: all rows'.
 template <int E> __device__ __forceinline__ void read_token(Shared<E>& shared, const Work& work, const u16* in, const u16* cos,
                                                             const u16* sin, u16* keys, u16* values, int H, int K) {
 #pragma unroll
@@ -115,6 +116,7 @@ template <int E> __device__ __forceinline__ void fetch(typename Shared<E>::Chunk
 }
 
 // Joins the sums of a block's warps, then, by the last block of a row and head to get here, those of the blocks.
+// parts [gridDim.y, PART], out [each E]: of this row and head.
 template <int E> __device__ __forceinline__ void write(Shared<E>& shared, const Work& work, float* parts, u16* out) {
     const int WARPS = Shared<E>::WARPS, THREADS = Shared<E>::THREADS, PART = HEADS * (E + 2) + 1;
     int used = work.newest / work.length + 1;                   // blocks of this row and head that have slots

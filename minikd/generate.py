@@ -155,10 +155,10 @@ class Rows:
         for row, (answer, tokens, logps) in enumerate(new):
             if self.answers[answer] and self.answers[answer][-1] in stops:  # finished before, but not dropped yet
                 continue
-            if math.isnan(sum(logps)):
+            end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+            if math.isnan(sum(logps[:end])):
                 raise InputError("generate: the model's logits are not finite, so there is nothing to draw from; its weights are "
                                  "damaged, its training diverged (lower --lr), or float16 overflows")
-            end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
             self.answers[answer] += tokens[:end]
             self.answer_logps[answer] += logps[:end]
             if tokens[end - 1] not in stops:

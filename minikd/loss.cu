@@ -18,8 +18,8 @@ namespace loss {                                        // so that no name clash
 
 enum { NONE, ENTROPY, FORWARD, REVERSE };               // what is measured besides CE; t is read from FORWARD on
 const int THREADS = 512;
-const u32 TWO_LEAST = 0xf149f149u;                      // LEAST in bfloat16, twice
-const float ROUNDED_LEAST = -9.953038e29f;              // its value
+const u32 TWO_LEAST = 0xf149f149u;                      // LEAST cut to bfloat16's bits, twice
+const float CUT_LEAST = -9.953038e29f;                  // its value
 
 // Sums over a part of a row that can be added up in any order ("online softmax", arXiv:1805.02867): exponents are relative to
 // the largest logit of the part, because e^s itself overflows.
@@ -35,7 +35,7 @@ __device__ __forceinline__ u32 max_pair(u32 a, u32 b) { // of two bfloat16 in on
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
-// -inf, an excluded token, becomes ROUNDED_LEAST: then 0 log 0 is 0, where inf - inf would be NaN.
+// -inf, an excluded token, becomes CUT_LEAST: then 0 log 0 is 0, where inf - inf would be NaN.
 __device__ __forceinline__ Words clamp(Words v) {
     for (int i = 0; i < 4; i++) v.w[i] = max_pair(v.w[i], TWO_LEAST);
     return v;
@@ -97,7 +97,7 @@ __device__ __forceinline__ void costs(Row* parts, const u16* s, const u16* t, co
     const int n = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, step = blockDim.x;
     s += (long long)n * stride, t += KIND >= FORWARD ? (long long)n * stride : 0;
     const Words *s8 = (const Words*)s + threadIdx.x, *t8 = (const Words*)t + threadIdx.x;
-    const Row empty = {ROUNDED_LEAST, KIND >= FORWARD ? ROUNDED_LEAST : 0};
+    const Row empty = {CUT_LEAST, KIND >= FORWARD ? CUT_LEAST : 0};
     Row x = empty;
     int left = V / 8 - threadIdx.x;                     // groups of 8, of which every step-th is this thread's
     Words next_s = {}, next_t = {};
@@ -125,7 +125,7 @@ __device__ __forceinline__ void costs(Row* parts, const u16* s, const u16* t, co
     float mean = x.gap / (KIND == FORWARD ? x.t_mass : x.s_mass), ratio = x.s_mass / x.t_mass;
     float D = KIND >= FORWARD ? mean / T + logf(KIND == FORWARD ? ratio : 1 / ratio) : 0;
     if (KIND == ENTROPY) D = logf(x.plain) - mean;
-    kd[n] = D > 1e10f ? infinity() : D;                 // as in losses.kl: so large by ROUNDED_LEAST only
+    kd[n] = D > 1e10f ? infinity() : D;                 // as in losses.kl: so large by CUT_LEAST only
     x.gap = mean;
     rows[n] = x;
 }
@@ -144,7 +144,7 @@ __device__ __forceinline__ void gradient(u16* s, const u16* t, const long long* 
         float s_part = power_of_2(ds * scale), g = a_plain * (T == 1 ? s_part : power_of_2(ds * LOG2_E));
         if (KIND == FORWARD) g += b_s * s_part - b_t * power_of_2(dt * scale);
         if (KIND == REVERSE) g += b_s * s_part * (ds - dt - x.gap);     // x.gap is the mean of ds - dt: T (log q - log p - D)
-        if (sv == ROUNDED_LEAST) g = 0;                 // an excluded token's probability is 0 whatever its logit
+        if (sv == CUT_LEAST) g = 0;                 // an excluded token's probability is 0 whatever its logit
         return v == target ? g - a : g;
     };
     Words *s8 = (Words*)s + threadIdx.x, next_s = {}, next_t = {};

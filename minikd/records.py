@@ -33,7 +33,7 @@ def data_files(name) -> list[Path]:
     base, _, choice = ADDRESS.sub("", str(name)).rstrip("/").partition(":")
     choice = choice.rstrip("/")
     if not base:                                                # Path("") would be the current folder
-        raise InputError(f"{str(name)!r}: names no file; give one, or a folder")
+        raise InputError(f"{str(name)!r}: names no file or folder to read; give one")
     folder = Path(base).expanduser()
     here = folder.is_dir()
     if not here:

@@ -29,7 +29,7 @@ import re
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from decimal import Decimal
 from functools import partial, wraps
 from pathlib import Path
@@ -285,7 +285,7 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
             raise InputError(f"{path}:{name}: raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}); fix it, "
                              "or return None for what cannot be judged") from error
         try:
-            if isinstance(values, (dict, set)):
+            if isinstance(values, (Mapping, Set)):
                 raise TypeError(values)
             return [_checked(value) for _, value in zip(completions, values, strict=True)]
         except Exception:                                                       # of the wrong type or length, whatever it is

@@ -316,12 +316,12 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=())
 
 def check_settings(folder, settings: dict):
     """Raises InputError, naming the first setting that differs from those the run in `folder` was started with. Of a model only
-    its files' hash counts: it may have another name by now."""
+    its files' hash counts: it may have another name by now. A changed file of --rewards is only said."""
     essence = lambda value: re.sub(r"^.* (?=\(sha256 \w+\)$)", "", value) if isinstance(value, str) else value
     before = settings_of(folder)
     for key, value in json.loads(json.dumps(settings, default=str)).items():
         if key == "reward_files" and before.get(key) != value:
-            print(f"{folder}: a file of --rewards has changed since the run began", file=sys.stderr)    # its bug may be mended
+            print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)    # its bug may be mended
         elif essence(before.get(key)) != essence(value):
             raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
                              f"{before.get(key)}; give the same flags, or another --out")

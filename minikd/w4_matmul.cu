@@ -232,7 +232,6 @@ MMA(w4_mma_16_few, 2, 16, 2)
 // One row on an H200: at 22016 x 2048 8.3 us beside the kernel before it, 10.0 alone, w4_mma_8 10.1; at 37888 x 3584 21.8 us, 75%
 // of a copy's speed. Every block converts all of x, so w4_mma_8_few is faster if many have only one strip.
 
-
 // The digits of four inputs, one digit in each of the first three words, and `inverse` = 1 / unit.  Adding 2^23 + 0x408080 to
 // x / unit leaves it, plus 0x408080, in a float's low 23 bits: bytes 0 and 1 are d0 + 128 and d1 + 128, byte 2 is d2 + 64.
 __device__ __forceinline__ Words digits_of(float a, float b, float c, float d, float inverse) {

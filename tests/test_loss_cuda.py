@@ -140,7 +140,7 @@ def test_tokens_that_one_model_rules_out_are_as_in_the_plain_path(on_cpu, name, 
     assert ce[3].isinf() and (name == "ce" or kd.isinf().any())
     torch.testing.assert_close((ce, kd), (expected_ce.detach(), expected.detach()), rtol=2e-6, atol=2e-6)
     right = torch.autograd.grad(total.sum(), leaf)[0]
-    finite = kd.isfinite()                              # where D is not, the reverse gradient shows LEAST's rounding to bfloat16
+    finite = kd.isfinite()                              # where D is not, the reverse gradient shows LEAST cut to bfloat16
     torch.testing.assert_close(grad[finite].float(), right[finite], rtol=2 ** -8, atol=1e-6)
     torch.testing.assert_close(grad.float(), right, rtol=0.02, atol=1e-6)
 
