@@ -389,7 +389,7 @@ def toy_student(task: str, out: Path, seed: int, resume: bool, device) -> Path:
             batch = next_rows(rows, step, batch_size, seed)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, 4e-3, warmup=50)
-            ids, mask = collate(batch, tokenizer.pad_id, device)                      # [B, T]
+            ids, mask = collate(batch, tokenizer.pad_id, device)                # [B, T]
             states, targets = scored_positions(student.hidden(ids), ids, mask)  # [N, D], [N]
             loss, _, _ = head_loss(states, student.head, targets, weight=1 / len(targets))
             loss.backward()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minikd.data import Encoded, by_length, collate
 from minikd.generate import generate_with_log_probs
-from minikd.losses import clipped_surrogate, head_loss, ratio_of, scored_positions, at_least_float32
+from minikd.losses import at_least_float32, clipped_surrogate, head_loss, ratio_of, scored_positions
 from minikd.model import Qwen2, mixed
 
 NORMS = ("sequence", "token", "constant")
@@ -40,7 +40,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale = {scale!r}; it must be 'std' or 'none'")
-    rewards = at_least_float32(rewards)                                                   # half would overflow in the sums
+    rewards = at_least_float32(rewards)                                         # half would overflow in the sums
     judged = ~rewards.isnan()
     count = judged.sum(1, keepdim=True)                                         # [P, 1]
     mean = rewards.nanmean(1, keepdim=True)                                     # [P, 1]; NaN where none is judged, not used

@@ -320,8 +320,8 @@ def check_settings(folder, settings: dict):
     essence = lambda value: re.sub(r"^.* (?=\(sha256 \w+\)$)", "", value) if isinstance(value, str) else value
     before = settings_of(folder)
     for key, value in json.loads(json.dumps(settings, default=str)).items():
-        if key == "reward_files" and before.get(key) != value:
-            print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)    # its bug may be mended
+        if key == "reward_files" and before.get(key) != value:                  # a bug in it may be mended
+            print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)
         elif essence(before.get(key)) != essence(value):
             raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
                              f"{before.get(key)}; give the same flags, or another --out")
