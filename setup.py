@@ -1,6 +1,6 @@
 """pip install -e .            what the scripts and the tests need
    pip install -e ".[plots]"   and pictures of the curves
-   pip install -e ".[reference]"   and the peers that tests and benchmarks compare with
+   pip install -e ".[reference]"   and the peers that tests and benchmarks compare with; pytest on all cores
 """
 from setuptools import setup
 
@@ -20,6 +20,6 @@ setup(
     ],
     extras_require={
         "plots": ["matplotlib"],
-        "reference": ["transformers>=5", "trl", "rouge_score"],
+        "reference": ["transformers>=5", "trl", "rouge_score", "pytest-xdist"],
     },
 )
