@@ -104,6 +104,15 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
     return rng.sample(rows, min(samples, len(rows)))
 
 
+def describe_calibration(rows: list, samples: int, config) -> str:
+    """One line on how much there is to calibrate on, and whether it is little."""
+    tokens, widest = sum(len(row.prompt) + len(row.response) for row in rows), config.intermediate_size
+    few = f"fewer than --samples {samples}" if len(rows) < samples else ""
+    if tokens < widest:                                         # then a Hessian of that size has no full rank
+        few = f"fewer tokens than the {widest:,} inputs of a layer, so that GPTQ can be worse than rounding; give more"
+    return f"calibration: {len(rows):,} rows, {tokens:,} tokens" + (f" (note: {few})" if few else "")
+
+
 def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype):
     """Quantises the model in `folder` by `method` and writes the 4-bit folder `out`."""
     model, started = load_model(folder, "cpu", dtype), time.perf_counter()      # only one block at a time is on `device`
@@ -116,8 +125,8 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
             act_order=not args.no_act_order, damp=args.damp, clip_search=args.clip_search, method=method,
             batch_size=args.batch_size, device=device, on_layer=on_layer,
             store=functools.partial(to_words, version=2 if args.asym else 1))
-    to_w4(model, words, args.group_size, not args.asym, damp_percent=args.damp, static_groups=not args.no_act_order,
-          true_sequential=True, method=method)
+    how = {"damp_percent": args.damp, "static_groups": not args.no_act_order, "true_sequential": True} if method == "gptq" else {}
+    to_w4(model, words, args.group_size, not args.asym, method=method, clip_search=args.clip_search, **how)
     tokenizer.save(out)
     save_model(model, out, dtype=torch.bfloat16 if dtype == torch.bfloat16 else None)
     print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s")
@@ -173,6 +182,8 @@ def main():
     check_vocabulary(args.model, config, tokenizer)
     rows = calibration_rows(args.calibration, tokenizer, args.samples, args.length, args.template,
                             args.seed) if args.calibration else []
+    if "gptq" in args.methods:
+        print(describe_calibration(rows, args.samples, config))
     examples, eval_rows = [], []
     if args.eval_data:
         examples, _ = load_examples(args.eval_data, limit=args.eval_examples)

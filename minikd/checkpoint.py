@@ -50,6 +50,7 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     for key in sorted(wanted, key=lambda key: -math.prod(wanted[key])):
         with torch.no_grad():
             places[key].copy_(read_tensor(files[key], key, places[key].is_floating_point()))
+        check_finite(places[key], files[key], key)
     for layer_name, layer in model.named_modules():
         if isinstance(layer, W4Linear):
             check_words(layer, model.quantization, f"{files[layer_name + '.g_idx']}: {layer_name}")
@@ -62,7 +63,7 @@ def check_words(layer: W4Linear, quantization: dict, where: str):
     if not 0 <= int(layer.g_idx.min()) <= int(layer.g_idx.max()) < groups:
         raise InputError(f"{where}.g_idx: names a group outside 0 to {groups - 1}; fetch it again")
     zeros = read_zeros(layer.qzeros, layer.version)                                        # [I/g, O]
-    if quantization.get("sym") and ((zeros == 7).all() or (zeros == 9).all()):
+    if quantization.get("sym", True) and ((zeros == 7).all() or (zeros == 9).all()):
         raise InputError(f"{where}.qzeros: symmetric zero points are 8, these are {int(zeros[0, 0])}; is checkpoint_format in "
                          "config.json the right one of gptq and gptq_v2?")
 
@@ -71,7 +72,9 @@ def load_head(name, device="cpu", dtype: torch.dtype = torch.float32) -> torch.T
     """Only the LM head [V, D] of a model that load_model would load; raises the same errors."""
     model, _, files = outline(model_folder(name))
     key = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
-    return read_tensor(files[key], key).to(device, dtype)
+    head = read_tensor(files[key], key).to(device, dtype)
+    check_finite(head, files[key], key)
+    return head
 
 
 def model_folder(name, weights: bool = True) -> Path:
@@ -116,7 +119,7 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:
                 swap_linears(model, size, 2 if model.quantization["checkpoint_format"] == "gptq_v2" else 1)
             except InputError as error:
                 raise InputError(f"{folder / 'config.json'}: quantization_config has group_size = {size}, which does not "
-                                 "divide its layers; are config.json and the weights from the same model?") from error
+                                 "divide its layers; minikd reads only sizes that do: use the unquantised folder") from error
     wanted = {key: tuple(p.shape) for key, p in model.state_dict().items()}
     return model, wanted, tensor_files(folder, wanted)
 
@@ -132,8 +135,8 @@ def read_quantization(folder: Path) -> dict | None:
         return None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: quantization_config is not an object; fetch it again")
-    raw = raw | {"checkpoint_format": raw.get("checkpoint_format", raw.get("format", "gptq"))}
-    format = raw["checkpoint_format"]
+    raw = {field: value for field, value in raw.items() if value is not None}              # null: the default
+    format = raw.setdefault("checkpoint_format", raw.get("format", "gptq"))
     for field, value, good in (
             ("quant_method", raw.get("quant_method"), ["gptq"]), ("bits", raw.get("bits"), [4]),
             ("checkpoint_format", format, ["gptq", "gptq_v2"]), ("format", raw.get("format", format), [format]),
@@ -149,16 +152,20 @@ def read_quantization(folder: Path) -> dict | None:
 
 
 def read_tensor(path: Path, key: str, floating: bool = True) -> torch.Tensor:
-    """One tensor of a safetensors file.  Raises InputError where it holds integers for floats, or the reverse, or floats that
-    are not finite."""
+    """One tensor of a safetensors file.  Raises InputError where it holds integers for floats, or the reverse."""
     with open_tensors(path) as file:                            # opened per tensor: closing frees its pages
         tensor = file.get_tensor(key)
     if tensor.is_floating_point() != floating:
         kind = "a float" if floating else "an integer"
         raise InputError(f"{path}: {key} is {tensor.dtype}, not {kind} tensor; fetch the model again")
-    if floating and not is_finite(tensor):
-        raise InputError(f"{path}: {key}: has values that are not finite; fetch the model again, or take an earlier checkpoint")
     return tensor
+
+
+def check_finite(tensor: torch.Tensor, path: Path, key: str):
+    """Raises InputError for floats that are not finite in the dtype they are now held in: float16's largest is 65,504."""
+    if tensor.is_floating_point() and not is_finite(tensor):
+        raise InputError(f"{path}: {key}: has values that are not finite in {tensor.dtype}; fetch the model again, or take an "
+                         "earlier checkpoint")
 
 
 def open_tensors(path: Path):
@@ -204,6 +211,9 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
             found |= {key: (folder / shard, tuple(file.get_slice(key).get_shape())) for key in file.keys()}
     head = None if "lm_head.weight" in wanted else found.pop("lm_head.weight", None)    # tied, yet some folders store it too
     for key, shape in wanted.items():
+        if key.removesuffix("weight") + "qweight" in found:
+            raise InputError(f"{folder}: holds 4-bit layers, but its config.json has no quantization_config; copy what "
+                             f"{QUANTIZE} says there, with \"quant_method\": \"gptq\"")
         if key not in found:
             raise InputError(f"{folder}: tensor {key} {list(shape)} is missing; config.json asks for it")
         if found[key][1] != shape:

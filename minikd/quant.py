@@ -206,9 +206,9 @@ class W4Linear(nn.Module):
         rows = x.reshape(-1, self.inputs).contiguous()                                          # [N, I]
         if way == "kernel":
             y = torch.ops.minikd.w4_matmul(rows, *self.ready(way), bias, self.outputs, self.size)
-            return y.view(*x.shape[:-1], -1)
+            return y.view(*x.shape[:-1], self.outputs)
         packed, scales_zeros = self.ready(way)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.size, scales_zeros).view(*x.shape[:-1], -1)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.size, scales_zeros).view(*x.shape[:-1], self.outputs)
         return y if bias is None else y + bias
 
     def ready(self, way: str) -> tuple:

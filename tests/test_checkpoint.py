@@ -505,3 +505,41 @@ def test_weights_that_are_not_finite_are_named(tmp_path, name, value):
     save_model(model.bfloat16(), tmp_path)
     with pytest.raises(InputError, match=f"model.{name}.weight: has values that are not finite"):
         load_model(tmp_path)
+
+
+def test_weights_that_overflow_in_the_dtype_asked_for_are_named(tmp_path):
+    model = small(0)
+    model.head.data[-1, 2] = 1e5
+    save_model(model, tmp_path)
+    assert load_model(tmp_path).head.max() == 1e5
+    for load in load_model, load_head:
+        with pytest.raises(InputError, match="embed_tokens.weight: has values that are not finite in torch.float16"):
+            load(tmp_path, dtype=torch.float16)
+
+
+def test_a_4_bit_folder_without_its_settings_says_where_they_are(tmp_path):
+    save_model(rounded()[1], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="holds 4-bit layers.* copy what quantize_config.json says there"):
+        load_model(tmp_path)
+    assert json.loads((tmp_path / "quantize_config.json").read_text()) == settings
+
+
+def test_settings_that_are_null_are_the_defaults(tmp_path):
+    _, packed = rounded()
+    save_model(packed, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= dict.fromkeys(["checkpoint_format", "format", "pack_dtype", "lm_head", "dynamic", "sym"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path)(ids), packed(ids))
+    words = packed.model.layers[1].mlp.down_proj
+    words.qzeros[:] = -0x77777778                                   # version 2's 8: symmetric unless it says otherwise
+    save_model(packed, tmp_path / "mixed")
+    config["quantization_config"] |= {"group_size": packed.quantization["group_size"]}
+    (tmp_path / "mixed/config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="symmetric zero points are 8, these are 9"):
+        load_model(tmp_path / "mixed")

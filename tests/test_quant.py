@@ -182,6 +182,16 @@ def test_each_way_is_taken_where_it_may_be():
     assert choose(made, narrow.clone().requires_grad_()) == "dequantise"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_of_another_width_are_refused_and_none_give_none(dtype):
+    made = layer()[0].to(dtype)                                         # 128 -> 32
+    with torch.no_grad():
+        assert made(torch.zeros(2, 0, 128, dtype=dtype)).shape == (2, 0, 32)
+        for shape in (1, 256), (2, 4, 64):
+            with pytest.raises(RuntimeError):
+                made(torch.zeros(shape, dtype=dtype))
+
+
 def test_a_layer_that_is_prepared_for_the_kernel_does_not_look_for_it_again(monkeypatch):
     """torch.compile follows what `available` does at its first call: reading files, loading libraries."""
     made, asked = layer(group=128)[0], []

@@ -1,6 +1,7 @@
 """quantize.py as it is used: a tiny model, two dozen records, and every way to call it."""
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -61,6 +62,16 @@ def test_the_folder_loads_and_is_near_the_model(run, world, tmp_path, flags, ver
     assert {"tokenizer.json", "generation_config.json", "quantize_config.json"} <= {
         path.name for path in (tmp_path / "w4").iterdir()}
     assert f"{tmp_path / 'w4'}: " in out and " MB" in out
+    assert ("calibration: 24 rows" in out) == ("rtn" not in flags)
+    assert ("damp_percent" in model.quantization["meta"]) == ("rtn" not in flags)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--samples", "24"], r"tokens$"), ([], r"note: fewer than --samples 128\)$"),
+    (["--samples", "1", "--length", "40"], r"calibration: 1 rows, \d\d tokens \(note: fewer tokens than the 64 inputs of a layer")])
+def test_little_calibration_is_noted(run, world, flags, said):
+    status, out, _ = run(*flags, data=("--calibration", world / ("text.jsonl" if "--length" in flags else "data.jsonl")))
+    assert status == 0 and re.search(said, out, re.MULTILINE)
 
 
 def test_gptq_is_nearer_than_rounding_on_what_it_calibrates_on(run, world, tmp_path):
