@@ -349,12 +349,19 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
     return found | {"length": sum(len(answer.response) for answer in answers) / len(answers), "sample": texts[0]}
 
 
+ENOUGH = 0.25                   # share of right answers, sampled before the first step
+
+
 def report(found: dict, step: int, log: Log, progress: Progress):
     """Logs and prints what accuracy() found."""
     log.write(step=step, **{f"valid_{key}": value for key, value in found.items()})
     numbers = ", ".join(f"{key.removeprefix('reward/')} {value:.2f}" for key, value in found.items()
                         if isinstance(value, float))
     progress.say(f"step {step}: held-out {numbers}; says {found['sample'][:120]!r}")
+    checked = any(f"reward/{name}" in found for name in problems.CHECKS) and found["sampled"] is not None
+    if step == 0 and checked and found["sampled"] < ENOUGH:
+        progress.say(f"note: fewer than {ENOUGH:.0%} of the sampled answers are right, so that GRPO may teach only the form; "
+                     "better fine-tune or distil the student first, or take easier problems")
 
 
 def show_change(lines: list[dict]):
@@ -412,6 +419,9 @@ def main():
     rewards, weights = choose_rewards(args, asked + tests)
     if rewards.keys() & {"code", "code_partial"}:               # it may not run here: said before a student is taught
         print(f"sandbox: {sandbox.isolation()}")
+        if all(problems.shows_its_tests(problem) for problem in asked + tests if problem.facts.get("tests")):
+            print("note: all tests stand in the prompts, so that a program which only prints them is rewarded too; "
+                  "open-r1/codeforces has hidden ones")
     if args.toy and not args.model:
         spare_threads(toy.student_config(1))
         args.model = str(toy_student(args.task, out, args.seed, args.resume, device))

@@ -2,14 +2,16 @@
 
     sums        two-digit addition, ones and tens as Step 1 and Step 2; the answer is a number
     code        f(2)=7, f(5)=13: write a program that prints f(x) for the x it reads; tests decide
-    codeforces  open-r1/codeforces-cots and open-r1/codeforces: statement, examples, official_tests, limits
-    question    GSM8K and others: question or problem, answer
+    codeforces  open-r1/codeforces-cots and open-r1/codeforces: statement, examples, official_tests, limits. -cots has no
+                official_tests: what it checks stands in the prompt, where a program that only prints it is rewarded too
+    question    GSM8K, NuminaMath and others: question or problem, answer or solution
 
 The toy students first learn from answers of mixed quality, some wrong and some without thoughts; GRPO then makes the good
 ones more frequent. It strengthens what the student can do already, and teaches no new skill.
 """
 import json
 import random
+import re
 from dataclasses import dataclass
 from itertools import islice
 
@@ -24,6 +26,12 @@ SYSTEM = ("You first think about the problem step by step and then give the answ
           "<think> and </think>, as Step 1, Step 2 and so on, and the answer after them.")
 PYTHON = "Write a Python 3 program that reads standard input and writes standard output, in a ```python block."
 
+
+# What a statement says where several outputs are right, or nearly right ones too: comparing texts cannot judge them.
+UNDECIDED = re.compile(r"(?:print|output|report|return) any\b"
+                       r"|(?:multiple|several|many|more than one)(?: (?:possible|correct|valid|optimal|such))*"
+                       r" (?:answers?|solutions?|outputs?)\b"
+                       r"|(?:absolute|relative)(?: or (?:absolute|relative))? error", re.IGNORECASE)
 
 CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward that tells right from wrong -> its fact
 
@@ -121,6 +129,12 @@ def load_problems(paths, limit: int | None = None) -> tuple[list[Problem], int]:
     return list(found.values()), read - len(found)
 
 
+def shows_its_tests(problem: Problem) -> bool:
+    """Whether all that its program is tested by stands in the prompt."""
+    asked, tests = problem.messages[-1]["content"], problem.facts.get("tests")
+    return bool(tests) and all(f"Input:\n{test['input']}\nOutput:\n{test['output']}" in asked for test in tests)
+
+
 def to_problem(record: dict, where: str) -> Problem:
     """One record, recognised by its fields: a Codeforces statement, or a question with its answer."""
     if kind_of(record.get("description")) != "null" and ("input_format" in record or "examples" in record):
@@ -128,9 +142,12 @@ def to_problem(record: dict, where: str) -> Problem:
     else:
         field = next((name for name in ("question", "problem", "instruction", "prompt")
                       if isinstance(record.get(name), str) and record[name].strip()), None)
-        answer = next((record[name] for name in ("answer", "response", "output", "solution") if name in record), None)
-        given = isinstance(answer, (str, int, float)) and kind_of(answer) != "null"
-        answer = str(answer).rpartition("####")[2].strip() if given else ""                 # GSM8K: after ####
+        given = next((name for name in ("answer", "response", "output", "solution") if name in record), None)
+        answer = record.get(given)
+        whole = str(answer) if isinstance(answer, (str, int, float)) and kind_of(answer) != "null" else ""
+        answer = boxed(whole) or whole.rpartition("####")[2].strip()                        # NuminaMath; GSM8K
+        if given == "solution" and answer == whole.strip() and len(answer.split()) > 1:     # a proof that nobody will repeat
+            answer = ""
         if field is None or not answer:
             raise InputError(f"{where}: is not a problem: give `question` and `answer`, or Codeforces' `description` and "
                              f"`examples` (its fields: {', '.join(list(record)[:12])})")
@@ -142,19 +159,31 @@ def to_problem(record: dict, where: str) -> Problem:
     return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts)
 
 
+def boxed(text: str) -> str | None:
+    """What the last \\boxed{...} holds, braces balanced; None without one."""
+    inside, depth = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else "", 1
+    for at, letter in enumerate(inside):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if depth == 0:
+            return inside[:at].strip()
+    return None
+
+
 def _codeforces(record: dict, where: str) -> tuple[str, dict]:
-    """Statement and facts. No tests if comparing outputs cannot decide: a program checks or answers, or files are used."""
+    """Statement and facts. No tests if comparing outputs cannot decide: several are right, or nearly right ones, as far as
+    the statement says so in usual words; a program checks or answers; files are used."""
     title, description, stdin, stdout, interaction, note = (text_field(record, where, name, default="") for name in (
         "title", "description", "input_format", "output_format", "interaction_format", "note"))
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
     interactive = interaction or "this is an interactive problem" in description.lower()
-    decided = not interactive and record.get("generated_checker") is None and record.get("input_mode") in (None, "stdio")
+    undecided = interactive or UNDECIDED.search("\n".join((description, stdout, note))) or (
+        record.get("generated_checker") is not None or record.get("input_mode") not in (None, "stdio"))
     parts = [("# ", title), ("", description), ("## Input\n", stdin), ("## Output\n", stdout), ("## Interaction\n", interaction),
              *(("## Example\n", f"Input:\n{test['input']}\nOutput:\n{test['output']}") for test in examples),
              ("## Note\n", note),
              (f"Time limit: {record['time_limit']} seconds. " if kind_of(record.get("time_limit")) != "null" else "", PYTHON)]
     tests = examples + [test for test in tests if test not in examples]
-    facts = {"tests": tests if decided else [], "language": "python"}
+    facts = {"tests": [] if undecided else tests, "language": "python"}
     for name in "time_limit", "memory_limit":
         value = record.get(name)
         if kind_of(value) != "null":

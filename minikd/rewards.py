@@ -36,6 +36,7 @@ from pathlib import Path
 
 from minikd import sandbox
 from minikd.files import InputError
+from minikd.problems import boxed
 
 Values = list[float | None]
 LARGEST = 1e9                                   # of a reward, and of a weight: squares of the sums must fit into float32
@@ -142,7 +143,10 @@ def repetition_reward(completions: list[str], problems: list[dict], n: int = 3, 
 # ---- right or wrong
 
 def answer_reward(completions: list[str], problems: list[dict]) -> Values:
-    """1 if the answer equals the problem's, as text or as a number (1,000 = 1000.0), else 0; None without a gold answer."""
+    """1 if the answer equals the problem's, as text or as a number (1,000 = 1000.0), else 0; None without a gold answer.
+
+    Of an answer with a LaTeX \\boxed{...} only what the last one holds counts, and $ around it does not.
+    """
     values = []
     for completion, problem in zip(completions, problems, strict=True):
         answer, gold = answer_part(completion), (problem.get("answer") or "").strip()
@@ -151,6 +155,7 @@ def answer_reward(completions: list[str], problems: list[dict]) -> Values:
 
 
 def _same_answer(a: str, b: str) -> bool:
+    a, b = ((boxed(text) or text).strip("$ ") for text in (a, b))
     if _NUMBER.fullmatch(a) and _NUMBER.fullmatch(b):
         return Decimal(a.replace(",", "")) == Decimal(b.replace(",", ""))       # exact at any length, unlike float
     return a == b
@@ -197,13 +202,14 @@ _DONE = {}                                      # run_program's arguments -> its
 
 
 def _run_all(runs: set[tuple]) -> dict[tuple, sandbox.Result]:
-    """Results of the runs. Short ones of programs that ended by themselves are remembered: a policy repeats its programs."""
+    """Results of the runs. Short ones of programs that ended by themselves are remembered, as a policy repeats its programs;
+    not for want of threads, which programs that ran beside them may have used up (sandbox.LIMITS)."""
     fresh = sorted(run for run in runs if run not in _DONE)
     if len(_DONE) > 50_000:
         _DONE.clear()
     found = {run: _DONE[run] for run in runs if run in _DONE} | dict(zip(fresh, sandbox.run_programs(fresh)))
     _DONE.update((run, found[run]) for run in fresh if found[run].status in ("ok", "error")
-                 and len(found[run].stdout) + len(found[run].stderr) <= 10_000)
+                 and len(found[run].stdout) + len(found[run].stderr) <= 10_000 and "start new thread" not in found[run].stderr)
     return found
 
 

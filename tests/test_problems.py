@@ -7,8 +7,8 @@ import pytest
 
 from minikd.data import encode_examples, to_example
 from minikd.files import InputError
-from minikd.problems import (NOISE, TASKS, UNTAGGED, encode_problems, load_problems, to_problem, toy_problems,
-                             toy_records)
+from minikd.problems import (NOISE, TASKS, UNTAGGED, boxed, encode_problems, load_problems, shows_its_tests, to_problem,
+                             toy_problems, toy_records)
 from minikd.rewards import answer_part, extract_code, format_reward, steps_reward
 from minikd.toy import held_out
 
@@ -99,11 +99,28 @@ def test_a_codeforces_record_becomes_its_statement_and_its_tests():
 
 @pytest.mark.parametrize("changed", [{"generated_checker": "def check(): ..."}, {"input_mode": "file"},
                                      {"interaction_format": "Print a guess, then flush."},
-                                     {"description": "This is an interactive problem. Guess n."}])
+                                     {"description": "This is an interactive problem. Guess n."},
+                                     {"output_format": "If there are several such answers, output any."},
+                                     {"note": "If there are multiple valid solutions, you may show one of them."},
+                                     {"description": "Print any two numbers whose sum is n."},
+                                     {"output_format": "The absolute or relative error must not exceed 1e-6."}])
 def test_what_a_comparison_could_not_judge_has_no_tests(changed):
     problem = to_problem(RECORD | changed, "x")
     assert problem.facts["tests"] == []
     assert changed.get("interaction_format", "") in problem.messages[-1]["content"]
+
+
+@pytest.mark.parametrize("said", ["You can choose any two of them and swap them.", "There are several ways; print their number.",
+                                  "Is there any answer? Print YES or NO."])
+def test_what_has_one_answer_keeps_its_tests(said):
+    assert to_problem(RECORD | {"description": said}, "x").facts["tests"] == RECORD["examples"]
+
+
+def test_whether_all_tests_stand_in_the_prompt():
+    hidden = {"official_tests": [{"input": "10\n", "output": "20\n"}]}
+    assert shows_its_tests(to_problem(RECORD, "x")) and not shows_its_tests(to_problem(RECORD | hidden, "x"))
+    assert not shows_its_tests(to_problem(RECORD | {"examples": None}, "x"))                # there are none
+    assert not any(map(shows_its_tests, toy_problems("code", 5, seed=1)))
 
 
 def test_an_empty_cell_is_no_limit():
@@ -116,6 +133,10 @@ def test_a_question_with_its_answer_is_a_problem():
     assert gsm.facts == {"answer": "4"} and gsm.messages[-1]["content"] == "2 + 2?"
     assert to_problem({"problem": "1 + 1?", "answer": 2}, "x").facts == {"answer": "2"}
     assert to_problem({"question": " ", "problem": "1 + 1?", "answer": "2", "solution": "1 + 1 = 2"}, "x").facts == {"answer": "2"}
+    numina = {"problem": "1/2 + 1/4?", "solution": r"$\boxed{x}$ is the unknown. So $x = \boxed{\frac{3}{4}}$, not {1}."}
+    assert to_problem(numina, "x").facts == {"answer": r"\frac{3}{4}"}
+    assert to_problem({"problem": "1 + 1?", "solution": "2 "}, "x").facts == {"answer": "2"}
+    assert [boxed(text) for text in ("2", r"\boxed{", r"\boxed{{2}", r"\boxed{}", r"\boxed{ 2 }{")] == [None, None, None, "", "2"]
 
 
 @pytest.mark.parametrize("more", [{"input": "3 and 4", "output": "7"}, {"context": "3 and 4", "input": None, "response": "7"}])
@@ -131,6 +152,7 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
     ({"title": "x"}, "is not a problem: give `question` and `answer`"), ({"question": "Why?"}, "is not a problem"),
     ({"question": "Why?", "answer": " "}, "is not a problem"), ({"question": "Why?", "answer": "so\n#### "}, "is not a problem"),
     ({"question": "Why?", "answer": None, "solution": "a proof"}, "is not a problem"),
+    ({"question": "Why?", "solution": "a proof"}, "is not a problem"),
     ({"question": "Why?", "answer": float("nan")}, "is not a problem"), ({"question": "", "answer": "b"}, "is not a problem"),
     (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is not a list of {input, output} texts"),
     (RECORD | {"examples": 3}, "field 'examples' is not a list"),

@@ -256,6 +256,8 @@ def test_repetition_takes_other_lengths_and_penalties():
     ("1,00", "100", False), ("0.1", "0.10000000000000001", False), ("9007199254740993", "9007199254740992", False),
     ("1e9999", "1", False), ("1e999999999999", "1", False), ("nan", "nan", True), ("sNaN", "1", False),
     ("42 apples", "42", False), ("6 7", "67", False), ("41, 42, 43", "42", False), ("1/2", "0.5", False),
+    (r"so \boxed{42}", "42", True), (r"\boxed{42} or \boxed{43}", "42", False), ("$42$", "42", True), ("$42", "$42.0$", True),
+    (r"$\boxed{\frac{1}{2}}$.", r"\frac{1}{2}", True), (r"\boxed{}", "42", False), ("", "42", False), (r"42 \boxed{", "42", False),
 ])
 def test_answers_are_equal_as_texts_or_as_numbers(said, gold, right):
     assert one(answer_reward, f"<think>a</think><answer>{said}</answer>", {"answer": gold}) == right

@@ -140,7 +140,7 @@ def test_a_codeforces_record_goes_through_prompt_rollout_sandbox_and_update(run,
     finally:
         rl.Tokenizer.decode = decode
     assert status == 0, err
-    assert "sandbox: " in out
+    assert "sandbox: " in out and "note: all tests stand in the prompts" in out
     paid = [row["rewards"]["code"] for row in read_log(tmp_path / "run", "completions.jsonl")]
     assert set(paid) == {0.0, 1.0} and abs(sum(paid) / len(paid) - 1 / 3) < 0.15
     assert not same(weights(tmp_path / "run/last"), weights(world / "model"))
@@ -264,6 +264,7 @@ def test_with_no_flags_a_toy_student_is_taught_and_goes_through_a_step(monkeypat
     rl.main()
     out = capsys.readouterr().out
     assert "step 0: held-out greedy" in out and "held-out problems" in out
+    assert out.count("note: fewer than 25% of the sampled answers are right") == 1 and "all tests stand" not in out
     assert {f"start-{task}-0", "last", "log.jsonl", "completions.jsonl", "config.json"} <= {
         path.name for path in (tmp_path / f"runs/grpo-{task}").iterdir()}
     assert "weights" in json.dumps(json.loads((tmp_path / f"runs/grpo-{task}/config.json").read_text()))
