@@ -2,7 +2,7 @@
 
     python eval_rouge.py                                    the toy student that train_kd.py left, on its test set
     python eval_rouge.py --model runs/kd/kd/best --data test.jsonl
-    python eval_rouge.py --model runs/kd/kd/best --data test.jsonl --temperature 1          as MiniLLM's tables
+    python eval_rouge.py --model runs/kd/kd/best --data test.jsonl --temperature 1          and seeds, as MiniLLM
     python eval_rouge.py --predictions answers.txt --references test.jsonl
 
 Prints the means by category, x 100, and writes every answer with its scores to a jsonl file. At a temperature above 0 it

@@ -133,6 +133,8 @@ def note_flags(args):
         note_unused(args, this, "mix", "rollouts", "inner_epochs", "ratio_clip")
     if not args.lm_data:
         note_unused(args, "without --lm-data", "lm_coef")
+    if args.steps:
+        note_unused(args, "with --steps", "epochs")
 
 
 def check_flags(args):
@@ -216,7 +218,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
 
-            if random.Random(f"{seed}:{step}").random() < on_policy:            # GKD: this step on the student's answers
+            own_answers = random.Random(f"{seed}:{step}").random() < on_policy  # GKD: this step on the student's answers
+            if own_answers:
                 sampler = cast_copy(student, dtype, sampler)
                 own = respond(sampler, sum(batches, []), seed=seed + 7919 * step, **sampling,
                               vocab=min(len(student.head), len(teacher.head)))  # ids that both heads have
@@ -236,7 +239,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
             if not math.isfinite(norm):                                         # what was saved before stays
                 raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g}), "
                                  "or use --dtype float32")
-            log.write(step=step + 1, ce=ce, kd=kd, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
+            log.write(step=step + 1, ce=ce, **({"kd": kd} if share or loss == "minillm" else {}), grad_norm=norm,
+                      lr=optimizer.param_groups[0]["lr"], tokens=scored, **({"own_answers": own_answers} if on_policy else {}),
                       **({"lm_ce": float(lm_sums[0]) / lm_scored} if lm_batches else {}),
                       seconds=round(time.perf_counter() - started, 4))
             progress.update(note=f"ce {ce:.3f}" + (f" kd {kd:.3f}" if teacher else ""))

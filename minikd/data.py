@@ -402,7 +402,7 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
     (code of tokenizers does) is dropped: sampling would stop there, so the tokens after it could never be generated.
 
     progress  called after each part of the examples with its number of them
-    Raises NothingLeft, an InputError, when nothing is left.
+    Raises NothingLeft, an InputError, when nothing is left; InputError for a prompt without a token.
     """
     counts = {"encoded": 0, "responses cut": 0, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
     encoded = []
@@ -410,6 +410,8 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
         part = examples[start:start + ENCODED_AT_ONCE]
         # Tokenized separately, then joined, because sampling also appends new ids to the prompt's.
         prompts = list(tokenizer.encode_batch([prompt_text(example, tokenizer, template) for example in part]))
+        if not all(prompts):
+            raise InputError(f"{tokenizer.folder}: a prompt has no tokens; check its chat template")
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= min(max_prompt_length, max_length - 1)]
         counts["dropped: prompt too long"] += len(part) - len(fitting)
         for i, response in zip(fitting, tokenizer.encode_batch([part[i].response for i in fitting])):

@@ -17,11 +17,12 @@ Where the authors' code (LMOps/minillm, losses.py, sampler.py) departs from thei
     theirs                                                          here
     R_t, which includes r_t, already in the exact first term        R_{t+1}, as in the paper; `current=True` gives R_t
     γ = 0.95, and the discounted sum divided by the plain length    no γ, as in the paper
-    whitening includes padding                                      only valid tokens
+    whitens each micro-batch, padding included                      all rollouts of a sampling at once, only valid tokens
     w_t is clipped together with the ratio                          w_t multiplies the clipped objective
     mixes probabilities, then takes the logarithm                   mixes in log space
 What their code does without the paper saying so, and this file too: advantages are whitened, rewards clipped, and the
-exact first term has no weight w_t: its mean over y_t is 1, so that it would only add noise.
+exact first term has no weight w_t: its mean over y_t is 1, so that it would only add noise. Plain text (--lm-data) costs only
+its cross-entropy here; there half of it is the cross-entropy with the teacher.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass

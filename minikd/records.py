@@ -12,7 +12,7 @@ from pathlib import Path
 from minikd.files import InputError, parse_json
 from minikd.hub import ADDRESS, files_on_hub, local_folder
 
-ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 HUB_METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}   # not records
 
 
@@ -104,7 +104,8 @@ def read_records(path, refuse: Callable[[InputError], None] | None = None,
     for file in data_files(path):
         reader = readers.get(Path(file.stem).suffix if file.suffix == ".gz" else file.suffix)
         if reader is None:
-            raise InputError(f"{file}: the name does not say what it holds; rename it to end in {' '.join(ENDINGS)}")
+            raise InputError(f"{file}: the name does not say what it holds; unpack it, or rename it to end in "
+                             f"{' '.join(ENDINGS)}")
         read = 0
         for read, (where, record) in enumerate(reader(file), 1):
             if isinstance(record, kinds):

@@ -70,7 +70,7 @@ class Tokenizer:
             new.write_text(json.dumps(config, indent=2) + "\n")
 
     def check_same(self, name):
-        """Raises InputError where the tokenizer in folder or hub name `name` gives other ids than this one.
+        """Raises InputError where the tokenizer in folder or hub name `name` has another vocabulary than this one.
 
         A student learns its teacher's probabilities id by id. A folder without a tokenizer is not checked.
         """

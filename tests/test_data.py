@@ -302,7 +302,10 @@ def test_gz_json_and_csv_give_the_same_records_as_jsonl(tmp_path):
         rows = csv.DictWriter(handle, DOLLY)
         rows.writeheader()
         rows.writerows(records)
-    for name in ("d.jsonl.gz", "d.json", "e.json", "f.json", "d.csv"):
+    for name in "d.json", "d.csv":
+        (tmp_path / "packed" / name).mkdir(parents=True)
+        (tmp_path / "packed" / name / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    for name in ("d.jsonl.gz", "d.json", "e.json", "f.json", "d.csv", "packed/d.json", "packed/d.csv"):     # or a folder of one
         assert [record for _, record in read_records(tmp_path / name)] == records, name
     write(tmp_path / "f.json", DOLLY)                                           # of one line
     assert [record for _, record in read_records(tmp_path / "f.json")] == [DOLLY]
@@ -364,7 +367,7 @@ GOOD = json.dumps(DOLLY).encode()
     ("d.csv", b"instruction,response\na\n", "d.csv:2: 1 cells under 2 columns"),
     ("d.csv", b'instruction,response\na,b\nc,"d\ne,f\n', "d.csv:3: not CSV in UTF-8 (unexpected end of data)"),
     ("d.csv", b"instruction,response\na,b\nc,\xff\n", "d.csv:3: not CSV in UTF-8 ('utf-8' codec"),
-    ("d.txt", GOOD, "d.txt: the name does not say what it holds; rename it to end in .jsonl"),
+    ("d.txt", GOOD, "d.txt: the name does not say what it holds; unpack it, or rename it to end in .jsonl"),
 ])
 def test_broken_file_is_one_line_that_says_where(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
@@ -503,6 +506,12 @@ def test_long_prompts_are_dropped_and_counted_and_the_index_still_points_at_the_
     assert [row.index for row in rows] == [1] and counts["dropped: prompt too long"] == 1
     rows, counts = encode(("hhh", "x"), ("h", "x"), max_length=7)               # eight prompt tokens leave no room
     assert [row.index for row in rows] == [1] and counts["dropped: prompt too long"] == 1
+
+
+def test_a_template_that_renders_nothing_is_named(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "chat", lambda *_, **__: "")
+    with pytest.raises(InputError, match="a prompt has no tokens; check its chat template"):
+        encode_examples([to_example({"instruction": "a", "response": "b"}, "x")], tokenizer)
 
 
 def test_in_parts_the_rows_are_the_same_and_a_response_without_its_prompt_is_not_tokenized(monkeypatch):
