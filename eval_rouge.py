@@ -9,10 +9,13 @@ Prints the means by category, x 100, and writes every answer with its scores to 
 samples once for each seed, MiniLLM's 10 to 50 by default, and prints mean and standard deviation over the seeds.
 """
 import math
+import os
 import statistics
 from pathlib import Path
 
 from minikd.checkpoint import check_vocabulary, load_model
+from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
+                            spare_threads)
 from minikd.data import FORMATS, encode_examples, load_examples
 from minikd.evaluate import answer, read_predictions, read_references, score_answers
 from minikd.files import InputError, check_writable, script_errors, write_jsonl
@@ -21,8 +24,6 @@ from minikd.quant import show_ways
 from minikd.records import local_files
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device,
-                             pick_dtype, spare_threads)
 
 SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
 
@@ -67,7 +68,7 @@ def parse_args():
     if toy and not all(Path(path).exists() for path in (args.model, *args.data)):
         raise InputError(f"{args.model}: no toy student yet; run train_kd.py first, or give --model and --data")
     folder = Path(args.model or "").expanduser()
-    beside = folder if args.model and folder.is_dir() else Path("runs/eval")
+    beside = folder if args.model and folder.is_dir() and os.access(folder, os.W_OK) else Path("runs/eval")
     args.out = Path(args.out or beside / "answers.jsonl").expanduser()
     if args.out.is_dir():
         raise InputError(f"--out {args.out}: is a folder; give a file")

@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 
 from minikd.checkpoint import check_vocabulary, load_config, load_model, model_folder, read_quantization, save_model
-from minikd.data import NothingLeft, encode_examples, encode_text, load_examples, load_texts, recognise
+from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
+                            spare_threads)
+from minikd.data import FORMATS, NothingLeft, encode_examples, encode_text, load_examples, load_texts, recognise
 from minikd.evaluate import answer_and_score, compare
 from minikd.files import InputError, check_writable, read_json, script_errors
 from minikd.gptq import quantize_model
@@ -26,8 +28,7 @@ from minikd.quant import check_groups, to_w4, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import (LOG, Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device,
-                             pick_dtype, spare_threads)
+from minikd.training import LOG
 
 
 def parse_args():
@@ -36,6 +37,7 @@ def parse_args():
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
     add("--calibration", nargs="+", metavar="FILE", toy=["runs/toy/data/train.jsonl"],
         help="records as train_kd.py reads them, or plain text (field `text`)")
+    add("--format", choices=FORMATS, help="schema of the records, if it shall not be recognised")
     add("--samples", type=int, default=128, help="calibration rows, drawn at random")
     add("--length", type=int, default=2048, help="longest of them, in tokens")
     add("--eval-data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
@@ -84,14 +86,14 @@ def parse_args():
     return args
 
 
-def calibration_rows(paths, tokenizer, samples: int, length: int, template: str, seed: int) -> list:
+def calibration_rows(paths, tokenizer, samples: int, length: int, template: str, seed: int, format: str | None = None) -> list:
     """At most `samples` random rows of at most `length` tokens: pieces of text, or prompts with their responses. Records are
     encoded in random order until there are enough."""
     first = next(read_records(data_files(paths[0])[0]))[1]
-    if recognise(first) is None and "text" in first:
+    if format is None and recognise(first) is None and "text" in first:
         source, encode = load_texts(paths)[0], lambda part: encode_text(part, tokenizer, length)
     else:
-        source, encode = load_examples(paths)[0], lambda part: encode_examples(part, tokenizer, template, length, length)[0]
+        source, encode = load_examples(paths, format)[0], lambda part: encode_examples(part, tokenizer, template, length, length)[0]
     rng, rows = random.Random(seed), []
     rng.shuffle(source)
     for start in range(0, len(source), samples):
@@ -181,12 +183,12 @@ def main():
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(args.model, config, tokenizer)
     rows = calibration_rows(args.calibration, tokenizer, args.samples, args.length, args.template,
-                            args.seed) if args.calibration else []
+                            args.seed, args.format) if args.calibration else []
     if "gptq" in args.methods:
         print(describe_calibration(rows, args.samples, config))
     examples, eval_rows = [], []
     if args.eval_data:
-        examples, _ = load_examples(args.eval_data, limit=args.eval_examples)
+        examples, _ = load_examples(args.eval_data, args.format, args.eval_examples)
         try:
             eval_rows, _ = encode_examples(examples, tokenizer, args.template)
         except InputError as error:                             # its message names flags of train_kd.py

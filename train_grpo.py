@@ -22,6 +22,8 @@ import torch
 
 from minikd import grpo, problems, sandbox, toy
 from minikd.checkpoint import identify, load_config, load_model, model_folder, save_model
+from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
+                            pick_dtype, spare_threads)
 from minikd.data import Encoded, collate, encode_examples, next_rows, same_prompt, split_examples, to_example
 from minikd.files import InputError, remove, script_errors, sha256
 from minikd.hub import label
@@ -32,9 +34,8 @@ from minikd.records import data_files
 from minikd.rewards import LARGEST, combine, load_rewards, reward_files, summary
 from minikd.teacher import fingerprint
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, Parser, Progress, begin_run, check_free, check_positive, check_settings,
-                             check_student, compile_blocks, fill_defaults, flag_group, flags_of, learning_rate, load_state, lock,
-                             make_optimizer, note_unused, pick_device, pick_dtype, read_log, save_state, spare_threads)
+from minikd.training import (STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks, learning_rate,
+                             load_state, lock, make_optimizer, read_log, save_state)
 
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
 FORM = {"format": 0.05, "steps": 0.05}                          # rewards for form; with larger weights accuracy collapses
@@ -47,6 +48,7 @@ def parse_args():
                           "--data the toy's defaults hold: then give --lr")
     add("--data", nargs="+", metavar="FILE",
         help="records with a question and an answer, or with tests; else a toy task")
+    add("--format", choices=problems.FORMATS, help="schema of the records, if it shall not be recognised")
     add("--task", choices=list(problems.TASKS), default="sums", help="toy task")
     add("--limit", type=int, help="read only the first LIMIT records")
     add("--max-prompt-length", type=int, default=1024, help="tokens; longer prompts are dropped and counted")
@@ -98,6 +100,8 @@ def parse_args():
         raise InputError("--limit without --data; add --data FILE, or leave it out in the toy world")
     if args.data:
         note_unused(args, "with --data", "task")
+    else:
+        note_unused(args, "without --data", "format")
     fill_defaults(args, parser, args.toy)
     args.out = args.out or (f"runs/grpo-{args.task}" if args.toy else "runs/grpo")
     check_positive(args, "limit", "max_prompt_length", "prompts", "group_size", "max_new_tokens", "temperature", "clip",
@@ -114,7 +118,7 @@ def read_problems(args) -> tuple[list[problems.Problem], list[problems.Problem]]
     if args.toy:
         return (problems.toy_problems(args.task, 3000 if args.task == "sums" else 1000, seed=args.seed),
                 problems.toy_problems(args.task, args.eval_examples, seed=99, test=True))
-    found, repeats = problems.load_problems(args.data, args.limit)
+    found, repeats = problems.load_problems(args.data, args.limit, args.format)
     if len(found) < 2:
         raise InputError(f"{', '.join(args.data)}: holds one problem; give 2 or more, one is held out")
     if repeats:
@@ -435,7 +439,7 @@ def main():
     recorded = settings | {"toy": args.toy, "model": identify(args.model), "data": args.data, "task": args.task,
                            "rewards": args.rewards, "reward_weights": weights,
                            "reward_files": {path: sha256(path) for path in reward_files(args.rewards)},
-                           "dtype": str(dtype), "limit": args.limit,
+                           "dtype": str(dtype), "limit": args.limit, "format": args.format,
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
                            "held_out": fingerprint(same_prompt(problem.messages) for problem in tests),
                            "records": [[label(file), sha256(file)] for file in data_files(args.data or ())]}

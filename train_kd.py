@@ -17,6 +17,7 @@ import itertools
 import math
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ import torch
 from minikd import minillm, toy
 from minikd.checkpoint import (check_vocabulary, identify, load_config, load_head, load_model, model_files, model_folder,
                                save_model)
+from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
+                            pick_dtype, spare_threads)
 from minikd.data import (FORMATS, Encoded, collate, encode_examples, encode_text, load_examples, load_texts,
                          optimizer_steps, same_prompt, split_examples, steps_per_epoch)
 from minikd.evaluate import answer_and_score, compare, show_table
@@ -36,10 +39,8 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (CONFIG, STATE, Log, Parser, Progress, begin_run, check_free, check_positive, check_settings,
-                             check_student, compile_blocks, fill_defaults, flag_group, flags_of, learning_rate, load_state, lock,
-                             make_optimizer, note_unused, pick_device, pick_dtype, read_log, save_state, spare_threads,
-                             write_config)
+from minikd.training import (CONFIG, STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks,
+                             learning_rate, load_state, lock, make_optimizer, read_log, save_state, write_config)
 
 AT_ONCE = 16                                                    # prompts answered at a time, or a micro-batch if that is more
 
@@ -401,9 +402,7 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
     """--data and --eval-data -> a Report, the training rows, (rows, examples) held out, (rows, examples) of the table."""
     examples, report = load_examples(args.data, args.format, args.limit)
     print(report)
-    if len(examples) < 5:
-        raise InputError(f"{', '.join(args.data)}: {len(examples)} usable records; give 5 or more, one is held out")
-    train_part, valid_part = split_examples(examples, min(args.validation, len(examples) // 5), args.seed)
+    train_part, valid_part = hold_out(examples, args.validation, args.seed)
     with Progress("encoding", len(train_part)) as progress:
         rows, counts = encode_examples(train_part, tokenizer, **lengths, progress=progress.update)
     try:
@@ -419,6 +418,17 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
             print(f"{both:,} of {len(test):,} records of --eval-data ask what is also trained on")
         asked = encode_examples(test, tokenizer, **lengths)[0], test
     return report, rows, (valid_rows, valid_part), asked
+
+
+def hold_out(examples: list, count: int, seed: int) -> tuple[list, list]:
+    """(train, validation): split_examples, with at most a fifth in the second; where none can be held out, as of three records,
+    all are trained on and some of them also validate."""
+    with suppress(InputError):                                  # every prompt is there too often
+        if len(examples) >= 5:
+            return split_examples(examples, min(count, len(examples) // 5), seed)
+    print(f"note: of {len(examples)} records with few prompts none can be held out: validation, and held-out.jsonl, "
+          "use records that are trained on")
+    return examples, examples[:count]
 
 
 def write_held_out(examples: list, path: Path):

@@ -182,11 +182,15 @@ def read_json(path: Path, mend: str | None = None) -> dict:
 
 
 def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
-    """safetensors' save_file, with its error for a full disk turned back into the OSError it was."""
+    """safetensors' save_file, with the mode of any new file (it makes files that only their owner can read), and with its error
+    for a full disk turned back into the OSError it was."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
+    Path(path).touch()
+    mode = os.stat(path).st_mode & 0o777
     try:
         save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
+        os.chmod(path, mode)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO

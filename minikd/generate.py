@@ -30,7 +30,7 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     temperature  0 is greedy
     top_k        keep the k likeliest tokens, and any as likely as the last of them; 0 keeps all
     top_p        then keep the fewest likeliest tokens whose probabilities sum to p or more (nucleus)
-    eos_ids      a row ends after any of these, or at max_new_tokens without one
+    eos_ids      one id or several: a row ends after any of these, or at max_new_tokens without one
     seed         for this call only: the same call gives the same tokens, whatever ran before
     options      those of generate_with_log_probs
     On a CPU the weights are moved while it runs (layout.laid_out): do not use an alias such as p.data that was taken before.
@@ -58,6 +58,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
              steps without a graph (for tests).
     one_kernel  with `graphs`: where decode_cuda.fits, one kernel computes the hidden states
     """
+    prompts = [[int(token) for token in prompt] for prompt in prompts]          # also tuples, or the rows of a tensor
     if not all(prompts):
         raise ValueError("generate: a prompt is empty; give each at least one token")
     if samples < 1 or not (temperature >= 0 and 0 < top_p <= 1) or top_k < 0 or vocab is not None and vocab < 1:
@@ -66,7 +67,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
     if not prompts or max_new_tokens < 1:
         return [[] for _ in range(len(prompts) * samples)], [[] for _ in range(len(prompts) * samples)]
-    device, stops = model.head.device, frozenset(map(int, eos_ids))
+    device, stops = model.head.device, frozenset(map(int, [eos_ids] if isinstance(eos_ids, int) else eos_ids or ()))
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
     count = len(prompts) * samples                              # of answers
     u = torch.rand(max_new_tokens, count, generator=generator, dtype=torch.float64, device=device)

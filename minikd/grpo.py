@@ -40,7 +40,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale = {scale!r}; it must be 'std' or 'none'")
-    rewards = at_least_float32(rewards)                                         # half would overflow in the sums
+    rewards = at_least_float32(torch.as_tensor(rewards))                        # half would overflow in the sums
     judged = ~rewards.isnan()
     count = judged.sum(1, keepdim=True)                                         # [P, 1]
     mean = rewards.nanmean(1, keepdim=True)                                     # [P, 1]; NaN where none is judged, not used

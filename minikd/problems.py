@@ -4,7 +4,7 @@
     code        f(2)=7, f(5)=13: write a program that prints f(x) for the x it reads; tests decide
     codeforces  open-r1/codeforces-cots and open-r1/codeforces: statement, examples, official_tests, limits. -cots has no
                 official_tests: what it checks stands in the prompt, where a program that only prints it is rewarded too
-    question    GSM8K, NuminaMath and others: question or problem, answer or solution
+    question    GSM8K, NuminaMath and others: question or problem; answer or solution, or tests [{input, output}]
 
 The toy students first learn from answers of mixed quality, some wrong and some without thoughts; GRPO then makes the good
 ones more frequent. It strengthens what the student can do already, and teaches no new skill.
@@ -116,15 +116,16 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
 
 # ---- records
 
-def load_problems(paths, limit: int | None = None) -> tuple[list[Problem], int]:
+def load_problems(paths, limit: int | None = None, format: str | None = None) -> tuple[list[Problem], int]:
     """The problems in files, folders or hub datasets, every question once; and how many records repeat an earlier one's.
 
-    limit  read only so many records
+    limit   read only so many records
+    format  one of FORMATS; without it each record is recognised
     Raises InputError for a record that is no problem, or whose fields have the wrong type, naming the place.
     """
     found, read = {}, 0
     for read, (where, record) in enumerate(islice(read_records(paths), limit), 1):
-        problem = to_problem(record, where)
+        problem = to_problem(record, where, format)
         found.setdefault(same_prompt(problem.messages), problem)
     return list(found.values()), read - len(found)
 
@@ -135,28 +136,37 @@ def shows_its_tests(problem: Problem) -> bool:
     return bool(tests) and all(f"Input:\n{test['input']}\nOutput:\n{test['output']}" in asked for test in tests)
 
 
-def to_problem(record: dict, where: str) -> Problem:
-    """One record, recognised by its fields: a Codeforces statement, or a question with its answer."""
-    if kind_of(record.get("description")) != "null" and ("input_format" in record or "examples" in record):
-        text, facts = _codeforces(record, where)
-    else:
-        field = next((name for name in ("question", "problem", "instruction", "prompt")
-                      if isinstance(record.get(name), str) and record[name].strip()), None)
-        given = next((name for name in ("answer", "response", "output", "solution") if name in record), None)
-        answer = record.get(given)
-        whole = str(answer) if isinstance(answer, (str, int, float)) and kind_of(answer) != "null" else ""
-        answer = boxed(whole) or whole.rpartition("####")[2].strip()                        # NuminaMath; GSM8K
-        if given == "solution" and answer == whole.strip() and len(answer.split()) > 1:     # a proof that nobody will repeat
-            answer = ""
-        if field is None or not answer:
-            raise InputError(f"{where}: is not a problem: give `question` and `answer`, or Codeforces' `description` and "
-                             f"`examples` (its fields: {', '.join(list(record)[:12])})")
-        text, facts = record[field], {"answer": answer}
-        more = text_field(record, where, "context", "input", default="") if field == "instruction" else ""
-        text += f"\n\n{more}" if more else ""                                               # Dolly's, Alpaca's
+FORMATS = "codeforces", "question"
+
+
+def to_problem(record: dict, where: str, format: str | None = None) -> Problem:
+    """One record, of a format or recognised by its fields: a Codeforces statement, or a question with its answer or tests."""
+    stated = kind_of(record.get("description")) != "null" and ("input_format" in record or "examples" in record)
+    text, facts = (_codeforces if format == "codeforces" or stated and not format else _question)(record, where)
     if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
         raise InputError(f"{where}: holds half a character (a lone surrogate); fix its escapes")
     return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts)
+
+
+def _question(record: dict, where: str) -> tuple[str, dict]:
+    """What is asked, and its answer, or the tests that a program must pass."""
+    field = next((name for name in ("question", "problem", "instruction", "prompt")
+                  if isinstance(record.get(name), str) and record[name].strip()), None)
+    given = next((name for name in ("answer", "response", "output", "solution") if name in record), None)
+    answer = record.get(given)
+    whole = str(answer) if isinstance(answer, (str, int, float)) and kind_of(answer) != "null" else ""
+    answer = boxed(whole) or whole.rpartition("####")[2].strip()                            # NuminaMath; GSM8K
+    if given == "solution" and answer == whole.strip() and len(answer.split()) > 1:         # a proof that nobody will repeat
+        answer = ""
+    facts = {"answer": answer} if answer else {}
+    tests = _tests(record, "tests", where)
+    if tests:
+        facts |= {"tests": tests, "language": "python"} | _limits(record, where)
+    if field is None or not facts:
+        raise InputError(f"{where}: is not a problem: give `question` and `answer` or `tests`, or Codeforces' `description` and "
+                         f"`examples` (its fields: {', '.join(list(record)[:12])})")
+    more = text_field(record, where, "context", "input", default="") if field == "instruction" else ""      # Dolly's, Alpaca's
+    return "\n\n".join(filter(None, (record[field], more, PYTHON if tests else ""))), facts
 
 
 def boxed(text: str) -> str | None:
@@ -174,6 +184,8 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     the statement says so in usual words; a program checks or answers; files are used."""
     title, description, stdin, stdout, interaction, note = (text_field(record, where, name, default="") for name in (
         "title", "description", "input_format", "output_format", "interaction_format", "note"))
+    if kind_of(record.get("description")) == "null":
+        raise InputError(f"{where}: has no `description`; is --format codeforces right?")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
     interactive = interaction or "this is an interactive problem" in description.lower()
     undecided = interactive or UNDECIDED.search("\n".join((description, stdout, note))) or (
@@ -183,14 +195,16 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
              ("## Note\n", note),
              (f"Time limit: {record['time_limit']} seconds. " if kind_of(record.get("time_limit")) != "null" else "", PYTHON)]
     tests = examples + [test for test in tests if test not in examples]
-    facts = {"tests": [] if undecided else tests, "language": "python"}
-    for name in "time_limit", "memory_limit":
-        value = record.get(name)
-        if kind_of(value) != "null":
-            if type(value) not in (int, float) or not 0 < value < 1e12:
-                raise InputError(f"{where}: field {name!r} is {value!r:.40}; give a number above 0, or leave it out")
-            facts[name] = float(value)
+    facts = {"tests": [] if undecided else tests, "language": "python"} | _limits(record, where)
     return "\n\n".join(heading + text for heading, text in parts if text), facts
+
+
+def _limits(record: dict, where: str) -> dict[str, float]:
+    found = {name: record[name] for name in ("time_limit", "memory_limit") if kind_of(record.get(name)) != "null"}
+    for name, value in found.items():
+        if type(value) not in (int, float) or not 0 < value < 1e12:
+            raise InputError(f"{where}: field {name!r} is {value!r:.40}; give a number above 0, or leave it out")
+    return {name: float(value) for name, value in found.items()}
 
 
 def _tests(record: dict, name: str, where: str) -> list[dict]:

@@ -147,6 +147,12 @@ def test_the_models_own_answers_are_asked_for_and_scored(run, world, tokenizer):
     assert [line.split()[:2] for line in out.splitlines() if line[:2] in ("a ", "b ")] == [["a", "6"], ["b", "6"]]
 
 
+def test_beside_a_model_in_a_folder_that_cannot_be_written_the_scores_go_into_runs(run, world, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != world / "student")
+    status, out, _ = run("--model", world / "student", "--data", world / "data.jsonl", "--max-new-tokens", 2)
+    assert status == 0 and len(scores_in("runs/eval/answers.jsonl")) == 12
+
+
 def test_seeds_give_a_mean_and_a_spread_and_the_same_answers_again(run, world):
     flags = ["--model", world / "student", "--data", world / "data.jsonl", "--max-new-tokens", 6, "--dtype", "float32",
              "--temperature", 1, "--rouge", "plain"]

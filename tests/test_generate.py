@@ -136,6 +136,16 @@ def test_options_that_mean_nothing_are_refused(options):
         generate(random_model(), [[1, 2]], 4, **options)
 
 
+def test_prompts_may_be_tuples_or_tensors_and_one_stop_a_number():
+    model, prompts = random_model(), [[5, 6, 7], [8, 9, 10]]
+    answers = generate(model, prompts, 8)
+    for given in [(5, 6, 7), (8, 9, 10)], torch.tensor(prompts), [torch.tensor(prompt) for prompt in prompts]:
+        assert generate(model, given, 8) == answers
+    stop = answers[0][3]
+    assert generate(model, prompts, 8, eos_ids=stop) == generate(model, prompts, 8, eos_ids=[stop]) != answers
+    assert generate(model, prompts, 8, eos_ids=None) == answers
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="a prompt is empty"):
         generate(random_model(), [[1, 2], []])

@@ -112,6 +112,7 @@ def test_advantages_are_the_definition_and_what_was_not_judged_is_left_out(scale
         for r, advantage in zip(row, found):
             right = (r - mean) / ((std + 1e-4) if scale == "std" else 1) if not math.isnan(r) and len(judged) > 1 else 0.0
             assert advantage == pytest.approx(right, abs=1e-6)
+    assert torch.equal(group_advantages(rewards.tolist(), scale), ours)
     with pytest.raises(ValueError, match="'std' or 'none'"):
         group_advantages(rewards, "batch")
 

@@ -13,12 +13,12 @@ import train_grpo
 import train_kd
 from conftest import killed_at, small, steps_of, tiny
 from fake_gpu import Graph, Played, Wrong, gpu, record
+from minikd.command import pick_device
 from minikd.data import Encoded
 from minikd.generate import Replay, Rows, generate_with_log_probs
 from minikd.losses import forward_kl
 from minikd.model import mixed
 from minikd.teacher import Teacher
-from minikd.training import pick_device
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23]]
 

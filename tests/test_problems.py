@@ -139,6 +139,25 @@ def test_a_question_with_its_answer_is_a_problem():
     assert [boxed(text) for text in ("2", r"\boxed{", r"\boxed{{2}", r"\boxed{}", r"\boxed{ 2 }{")] == [None, None, None, "", "2"]
 
 
+def test_a_question_may_have_tests_in_place_of_an_answer():
+    tests = [{"input": "3\n", "output": "6\n"}]
+    problem = to_problem({"question": "Double it.", "tests": tests, "time_limit": 2}, "x")
+    assert problem.facts == {"tests": tests, "language": "python", "time_limit": 2.0}
+    assert problem.messages[-1]["content"].startswith("Double it.\n\nWrite a Python 3 program")
+    both = to_problem({"question": "Double it.", "tests": tests, "answer": "6"}, "x")
+    assert both.facts == {"answer": "6", "tests": tests, "language": "python"}
+
+
+def test_a_format_decides_where_fields_are_of_both(tmp_path):
+    record = RECORD | {"question": "What is doubled?", "answer": "n"}
+    assert to_problem(record, "x").facts["tests"] and to_problem(record, "x", "codeforces") == to_problem(record, "x")
+    assert to_problem(record, "x", "question").facts == {"answer": "n"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(record))
+    assert load_problems(tmp_path / "d.jsonl", format="question")[0][0].messages[-1]["content"] == "What is doubled?"
+    with pytest.raises(InputError, match="x: has no `description`; is --format codeforces right"):
+        to_problem({"question": "Why?", "answer": "b"}, "x", "codeforces")
+
+
 @pytest.mark.parametrize("more", [{"input": "3 and 4", "output": "7"}, {"context": "3 and 4", "input": None, "response": "7"}])
 def test_an_instruction_is_asked_with_what_it_is_about(more):
     problem = to_problem({"instruction": "Add the numbers."} | more, "x")
@@ -149,10 +168,11 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
 
 
 @pytest.mark.parametrize("record, said", [
-    ({"title": "x"}, "is not a problem: give `question` and `answer`"), ({"question": "Why?"}, "is not a problem"),
+    ({"title": "x"}, "is not a problem: give `question` and `answer` or `tests`"), ({"question": "Why?"}, "is not a problem"),
     ({"question": "Why?", "answer": " "}, "is not a problem"), ({"question": "Why?", "answer": "so\n#### "}, "is not a problem"),
     ({"question": "Why?", "answer": None, "solution": "a proof"}, "is not a problem"),
-    ({"question": "Why?", "solution": "a proof"}, "is not a problem"),
+    ({"question": "Why?", "solution": "a proof"}, "is not a problem"), ({"question": "Why?", "tests": []}, "is not a problem"),
+    ({"question": "Why?", "tests": ["3"]}, "field 'tests' is not a list of {input, output} texts"),
     ({"question": "Why?", "answer": float("nan")}, "is not a problem"), ({"question": "", "answer": "b"}, "is not a problem"),
     (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is not a list of {input, output} texts"),
     (RECORD | {"examples": 3}, "field 'examples' is not a list"),

@@ -74,6 +74,17 @@ def test_little_calibration_is_noted(run, world, flags, said):
     assert status == 0 and re.search(said, out, re.MULTILINE)
 
 
+def test_a_format_says_what_the_records_are(run, world, tmp_path):
+    both = {"instruction": "Say a.", "output": "a.", "text": "One book. " * 9}
+    (tmp_path / "both.jsonl").write_text(json.dumps(both) + "\n")
+    tokenizer = qz.Tokenizer.load(world / "model")
+    rows = lambda format: qz.calibration_rows([tmp_path / "both.jsonl"], tokenizer, 9, 512, "chatml", 0, format)
+    assert "Say a." in tokenizer.decode(rows("alpaca")[0].prompt)
+    status, _, err = run("--format", "dolly", data=("--calibration", tmp_path / "both.jsonl"))
+    assert status == 2 and "both.jsonl:1" in err and "response" in err, err
+    assert run("--format", "alpaca", data=("--calibration", tmp_path / "both.jsonl"))[0] == 0
+
+
 def test_gptq_is_nearer_than_rounding_on_what_it_calibrates_on(run, world, tmp_path):
     assert run(out=("--out", tmp_path / "gptq"))[0] == 0
     assert run("--method", "rtn", out=("--out", tmp_path / "rtn"))[0] == 0

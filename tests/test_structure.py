@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("files hub cuda attend_cuda fused_cuda model w4_cuda quant checkpoint tokenizer records data toy loss_cuda losses "
-         "layout decode_cuda generate teacher minillm grpo problems sandbox rewards gptq rouge evaluate training plots").split()
+         "layout decode_cuda generate teacher minillm grpo problems sandbox rewards gptq rouge evaluate command training plots").split()
 HEAVY = {"transformers", "trl", "datasets", "accelerate", "triton"}
 
 

@@ -70,6 +70,12 @@ def test_loss_and_gradient_with_the_cache_are_those_of_the_live_teacher(fill, tm
     assert not torch.equal(grad, other_grad)
 
 
+def test_whoever_may_read_what_was_cached_for_may_read_the_states(fill, tmp_path):
+    fill()
+    modes = {file.stat().st_mode for file in (tmp_path / "cache").iterdir() if file.suffix in (".safetensors", ".json")}
+    assert len(modes) == 1, modes
+
+
 def test_a_cache_that_is_whole_needs_no_teacher(fill):
     fill()
     assert fill() == 0 and fill.loads == 1

@@ -155,6 +155,14 @@ def test_a_question_asked_twice_is_one_problem_and_what_is_held_out_is_not_train
     assert len({row["prompt"] for row in read_log(tmp_path / "run", "completions.jsonl")}) == 8 * 2     # 2 a step, no repeats
 
 
+def test_the_format_may_be_given(run, tmp_path):
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(RECORD | {"question": f"{i} + {i}?", "answer": str(2 * i)}) + "\n"
+                                                 for i in range(6)))
+    status, out, err = run("--format", "question", "--steps", 1, data=("--data", tmp_path / "both.jsonl"))
+    assert status == 0 and "5 problems, 1 held out" in out, err
+    assert all("?" in row["prompt"] for row in read_log(tmp_path / "run", "completions.jsonl"))
+
+
 def test_by_default_what_the_problems_can_be_checked_by_is_rewarded(shell, world, tmp_path):
     def settings(data, out):
         status, _, err = shell(rl, "--model", world / "model", "--data", data, "--max-prompt-length", "600", *FAST,

@@ -559,6 +559,15 @@ def test_the_students_own_folder_is_not_taken_for_out(run, world):
     assert (world / "student/config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("count, times", [(1, 1), (4, 1), (2, 9)])
+def test_a_few_records_can_be_learned_by_heart(run, world, tmp_path, count, times):
+    lines = (world / "data.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:count] * times))
+    status, out, err = run("--loss", "sft", "--steps", 2, "--validation", 3, data=("--data", tmp_path / "few.jsonl"))
+    assert status == 0 and f"note: of {count * times} records with few prompts none can be held out" in out, err
+    assert len((tmp_path / "run/held-out.jsonl").read_text().splitlines()) == min(3, count * times)
+
+
 # ---- what the user can fix
 
 @pytest.mark.parametrize("flags, said", [
@@ -569,11 +578,9 @@ def test_the_students_own_folder_is_not_taken_for_out(run, world):
     (dict(models=("--limit", "3"), data=()), "--teacher, --data, --eval-data or --limit without --student"),
     (dict(models=("--student", "{world}/student", "--teacher", "{world}/short")), "short: the tokenizer has "),
     (dict(data=()), "--student without --data"),
-    (dict(data=("--data", "{world}/bad.jsonl")), "bad.jsonl:7: field 'response' is a int; make it text"),
-    (dict(data=("--data", "{world}/few.jsonl")), "4 usable records; give 5 or more")])
+    (dict(data=("--data", "{world}/bad.jsonl")), "bad.jsonl:7: field 'response' is a int; make it text")])
 def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, tmp_path, flags, said):
     lines = (world / "data.jsonl").read_text().splitlines(keepends=True)
-    (world / "few.jsonl").write_text("".join(lines[:4]))
     (world / "bad.jsonl").write_text("".join([*lines[:6], '{"instruction": "Why?", "response": 3}\n', *lines[6:]]))
     tiny(4, tokenizer, world / "short", vocab_size=100)
     flags = {name: [value.format(world=world) for value in values] for name, values in flags.items()}

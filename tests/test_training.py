@@ -1,5 +1,4 @@
 """What two training loops share: the schedule as a slow formula, and a state that comes back bit for bit."""
-import argparse
 import json
 import math
 import subprocess
@@ -14,10 +13,9 @@ from conftest import locked_by_another, small
 from minikd import training
 from minikd.checkpoint import save_model
 from minikd.files import InputError
-from minikd.model import Qwen2, Qwen2Config
-from minikd.training import (CONFIG, LOG, STATE, Log, Parser, Progress, begin_run, check_free, check_positive,
-                             check_settings, check_student, flag_group, learning_rate, load_state, make_optimizer,
-                             pick_device, pick_dtype, read_log, save_state, settings_of, spare_threads, write_config)
+from minikd.model import Qwen2
+from minikd.training import (CONFIG, LOG, STATE, Log, begin_run, check_free, check_settings, check_student, learning_rate,
+                             load_state, make_optimizer, read_log, save_state, settings_of, write_config)
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -83,82 +81,6 @@ def test_decay_alone_moves_a_matrix_and_leaves_a_norm():
     for name, parameter in model.named_parameters():
         shrunk = 1 - 0.1 * 0.5 if parameter.dim() == 2 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * shrunk, msg=name)
-
-
-# ---- device, dtype, numbers
-
-def test_auto_takes_a_gpu_where_there_is_one_and_a_named_dtype_is_taken_at_its_word():
-    assert pick_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert pick_dtype("float32", "cuda") == torch.float32 and pick_dtype("bfloat16", "cpu") == torch.bfloat16
-    assert pick_dtype("auto", "cuda:0") == torch.bfloat16
-    assert pick_device("cpu") == "cpu"
-
-
-@pytest.mark.parametrize("avx512, amx", [(False, False), (True, False), (False, True)])
-def test_a_cpu_takes_bfloat16_where_it_has_instructions_for_it(monkeypatch, avx512, amx):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert pick_dtype("auto", "cpu") == (torch.bfloat16 if avx512 or amx else torch.float32)
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_auto_and_cuda_are_a_gpu_only_if_torch_sees_one(monkeypatch, there):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert pick_device("auto") == ("cuda" if there else "cpu")
-    if not there:
-        with pytest.raises(InputError, match="--device cuda:0: torch sees no GPU"):
-            pick_device("cuda:0")
-
-
-def test_a_device_without_float64_is_refused(monkeypatch):
-    def zeros(*_, dtype=torch.float32, **__):
-        if dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
-
-    monkeypatch.setattr(torch, "zeros", zeros)
-    with pytest.raises(InputError, match="--device mps: .*float64; use --device cpu"):
-        pick_device("mps")
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", "meta"])
-def test_a_device_that_is_not_there_is_one_line(name):
-    with pytest.raises(InputError, match=f"--device {name}: .*; use --device cpu") as error:
-        pick_device(name)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("value", [0, -1, float("nan"), [1e-3, 0.0], 10**12 + 1])
-def test_a_number_that_must_be_above_zero_is_named_by_its_flag(value):
-    check_positive(argparse.Namespace(batch_size=10**12, grad_accum=None, lr=[1e-5]), "batch_size", "grad_accum", "lr")
-    with pytest.raises(InputError, match="--batch-size .*: must be above 0"):
-        check_positive(argparse.Namespace(steps=1, batch_size=value), "steps", "batch_size")
-
-
-@pytest.mark.parametrize("wrong", [dict(warmup=-1), dict(weight_decay=-0.1), dict(weight_decay=math.inf),
-                                   dict(weight_decay=math.nan)])
-def test_a_schedule_may_be_left_out_or_zero_but_not_negative_or_infinite(wrong):
-    for right in dict(warmup=None, weight_decay=None), dict(warmup=0, weight_decay=0.0):
-        check_positive(argparse.Namespace(**right), "warmup", "weight_decay", or_zero=True)
-        (key, value), = wrong.items()
-        with pytest.raises(InputError, match=f"--{key.replace('_', '-')} {value}: must be 0 or more"):
-            check_positive(argparse.Namespace(**right | wrong), "warmup", "weight_decay", or_zero=True)
-
-
-def test_flags_show_what_they_take_and_may_not_be_abbreviated():
-    parser = Parser("What the\n   script does.")
-    add = flag_group(parser, "all")
-    add("--steps", type=int)
-    add("--lr", type=float)
-    add("--out")
-    add("--data", metavar="FILE")
-    add("--resume", action="store_true")
-    said = parser.format_help()
-    assert "What the\n   script does.\n" in said and "\nall:\n" in said
-    for line in "--steps N", "--lr X", "--out OUT", "--data FILE", "--resume":
-        assert f"  {line}\n" in said
-    assert parser.parse_args(["--steps", "3", "--resume"]).steps == 3
-    with pytest.raises(InputError, match="--step 3; see --help"):
-        parser.parse_args(["--step", "3"])
 
 
 # ---- the student
@@ -320,15 +242,6 @@ def test_a_state_cut_short_is_named(tmp_path):
     (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:-50])
     with pytest.raises(InputError, match=f"{STATE}: is damaged .*; start again"):
         load_state(tmp_path, model, make_optimizer(model, 0.01))
-
-
-def test_small_matrices_are_not_shared_between_threads(monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    spare_threads(Qwen2Config(hidden_size=896, num_attention_heads=14, num_key_value_heads=2))
-    assert asked == []
-    spare_threads(Qwen2Config(hidden_size=128, num_attention_heads=4, num_key_value_heads=2))
-    assert asked == [1]
 
 
 # ---- the settings
@@ -513,45 +426,3 @@ def test_a_run_that_is_done_or_had_other_settings_is_left_as_it_is(tmp_path, cap
     with pytest.raises(InputError, match="--lr 1.0, but the run began with 1e-05"):
         begin_run(tmp_path, SETTINGS | {"lr": 1.0}, resume=True)
     assert files == {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()}
-
-
-# ---- progress
-
-def test_progress_in_a_log_is_plain_lines_now_and_then(capsys):
-    with Progress("KD", total=10, start=4, every=0.0) as progress:
-        progress.update(note="ce 2.5")
-        progress.update(3)
-        progress.say("a sample answer")
-    out, err = capsys.readouterr()
-    assert err == "KD 5/10 ce 2.5\nKD 8/10 \n" and out == "a sample answer\n"
-    with Progress("KD", total=10, every=60.0) as progress:
-        for _ in range(10):
-            progress.update()
-    assert capsys.readouterr().err == "" and progress.done == 10                # not a line a step
-
-
-def test_progress_in_a_log_waits_from_line_to_line(monkeypatch, capsys):
-    clock = iter(range(0, 10**6, 10))                                           # every look at it takes ten seconds
-    monkeypatch.setattr("minikd.training.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with Progress("KD", total=6) as progress:
-        for _ in range(6):
-            progress.update()
-    assert capsys.readouterr().err == "KD 2/6 \nKD 4/6 \nKD 6/6 \n"
-
-
-def test_progress_without_a_stderr_says_nothing(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stderr", None)
-    with Progress("KD", total=1, every=-1) as progress:
-        progress.update()
-    assert capsys.readouterr().out == ""                                        # print(file=None) would write there
-
-
-def test_progress_on_a_terminal_is_a_bar_that_counts_to_its_total(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with Progress("KD", total=10, start=4) as progress:
-        progress.update(6, "ce 2.5")
-        assert progress.bar.n == progress.bar.total == 10
-        monkeypatch.setattr("minikd.training.tqdm.write", lambda text: print("above:", text))
-        progress.say("a sample answer")
-    out, err = capsys.readouterr()
-    assert "KD" in err and out == "above: a sample answer\n" and progress.bar.disable          # closed

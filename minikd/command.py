@@ -1,0 +1,169 @@
+"""The command line of the scripts: flags, device and dtype, progress."""
+import argparse
+import inspect
+import os
+import re
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from minikd.files import InputError
+from minikd.model import Qwen2Config
+from minikd.records import HALF
+
+
+class Parser(argparse.ArgumentParser):
+    """Its --help is the script's docstring, then one line per flag; no flag may be abbreviated. A wrong flag is an InputError,
+    like every other error that the user can fix."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, usage="%(prog)s [flags]", allow_abbrev=False, formatter_class=(
+            lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=125)))
+        self.defaults = {}                                      # flag -> its default, and that in the toy world
+
+    def parse_args(self, given: list[str] | None = None):
+        for word in sys.argv[1:] if given is None else given:
+            if not word or re.fullmatch(r"--[\w-]+=", word):    # an unset variable; as a path it would be the current folder
+                raise InputError(f"{word!r}: is empty; give a value, or leave its flag out")
+            if HALF.search(word):                               # bytes of a file's name; nothing could write it down
+                raise InputError(f"{word!r}: is not UTF-8; rename the file or folder")
+        return super().parse_args(given)
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see --help")
+
+
+def shortest(value) -> str:
+    """A default as a user would type it: 1e-5, not 1e-05."""
+    if isinstance(value, list):
+        return " ".join(map(shortest, value))
+    return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
+
+
+def flag_group(parser: Parser, title: str):
+    """The add_argument of a new group of flags. It adds choices and default to the help text, and leaves the default to
+    fill_defaults, so that until then what was not given is None.
+
+    toy  the default in the toy world, if it is another one
+    """
+    group = parser.add_argument_group(title)
+
+    def add(*names, help="", default=None, toy=None, **options):
+        if "action" not in options:
+            options.setdefault("metavar", {int: "N", float: "X"}.get(options.get("type"), names[0].strip("-").upper()))
+        help += f": {', '.join(options['choices'])}" if "choices" in options else ""
+        shown = [what + shortest(x) for what, x in (("", default), ("toy ", toy)) if x is not None]
+        flag = group.add_argument(*names, help=help + (f" ({'; '.join(shown)})" if shown else ""), **options)
+        parser.defaults[flag.dest] = default, default if toy is None else toy
+
+    return add
+
+
+def check_positive(args, *names: str, or_zero: bool = False):
+    """Raises InputError for the first of these flags with a number outside 0 < number <= 10^12 (or_zero: 0 <= number); None is
+    allowed."""
+    for name in names:
+        value = getattr(args, name)
+        numbers = value if isinstance(value, list) else [value]
+        if any(not (0 < number <= 1e12 or or_zero and number == 0) for number in numbers if number is not None):
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be {'0 or more' if or_zero else 'above 0'} and at most "
+                             "10^12; give another number")
+
+
+def note_unused(args, reason: str, *names: str):
+    """Says which of these flags were given, though they do nothing. (No error: one loop over all losses may give each the same
+    flags.) Before fill_defaults."""
+    given = [f"--{name.replace('_', '-')}" for name in names
+             if getattr(args, name) is not None and getattr(args, name) is not False]       # 0 is given
+    if given:
+        print(f"note: without effect {reason}: {' '.join(given)}", file=sys.stderr)
+
+
+def fill_defaults(args, parser: Parser, toy: bool):
+    """Gives every flag that was left out its default, in the toy world or outside it."""
+    for name, values in parser.defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[toy])
+
+
+def flags_of(function, args, but: tuple[str, ...]) -> dict:
+    """The flags that `function` takes as arguments of the same names, except those in `but`."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in vars(args).items() if name in names and name not in but}
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """--dtype auto: bfloat16 on GPUs and on CPUs with instructions for it (AVX512-BF16, AMX), else float32.
+
+    It is the dtype of the matrix products and of the teacher; the student's weights stay in float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    fast = device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def pick_device(name: str) -> str:
+    """--device auto: a GPU if there is one, else the CPU. Another GPU than the first becomes torch's current one: a CUDA graph
+    records there and nowhere else.  Raises InputError for a device that does not work."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch sees no GPU; use --device cpu")
+    try:
+        if torch.zeros(1, device=name, dtype=torch.float64).is_meta:            # sampling needs float64, which mps lacks
+            raise InputError(f"--device {name}: holds no data; use --device cpu or cuda")
+    except (RuntimeError, AssertionError, TypeError) as error:  # no such device, or torch built without it
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu or cuda") from error
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
+    return name
+
+
+def spare_threads(config: Qwen2Config):
+    """One thread if a model's matrices are too small to split, as the toy's: threads wait for each other at each of them,
+    and while other programs use the cores two take 13 times as long as one (eval_rouge.py on the toy: 35 s, not 2.7)."""
+    if config.hidden_size <= 256:
+        torch.set_num_threads(1)
+
+
+def window() -> dict:
+    """What tqdm must be told where the terminal has no size, as in `script`; by itself it would then show nothing."""
+    try:
+        known = all(os.get_terminal_size(sys.stderr.fileno()))
+    except (OSError, ValueError):
+        known = True
+    return {} if known else {"ncols": 80, "nrows": 24}
+
+
+class Progress:
+    """A bar on a terminal; in a log, one plain line every few seconds.  Use as `with`, and call update()."""
+
+    def __init__(self, title: str, total: int, start: int = 0, every: float = 15.0):
+        self.title, self.total, self.done, self.every, self.shown = title, total, start, every, time.monotonic()
+        self.bar = None
+        if sys.stderr and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=start, desc=title, leave=False, **window())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, by: int = 1, note: str = ""):
+        """`by` more steps are done; `note` is shown beside the bar."""
+        self.done += by
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(by)
+        elif sys.stderr and time.monotonic() - self.shown > self.every:
+            self.shown = time.monotonic()
+            print(f"{self.title} {self.done}/{self.total} {note}", file=sys.stderr, flush=True)
+
+    def say(self, text: str):
+        """A line above the bar."""
+        tqdm.write(text) if self.bar is not None else print(text, flush=True)

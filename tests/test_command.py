@@ -1,0 +1,152 @@
+"""What the scripts' command lines share: flags and their errors, the device and dtype that `auto` picks, progress."""
+import argparse
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minikd.command import Parser, Progress, check_positive, flag_group, pick_device, pick_dtype, spare_threads
+from minikd.files import InputError
+from minikd.model import Qwen2Config
+
+# ---- device and dtype
+
+def test_auto_takes_a_gpu_where_there_is_one_and_a_named_dtype_is_taken_at_its_word():
+    assert pick_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_dtype("float32", "cuda") == torch.float32 and pick_dtype("bfloat16", "cpu") == torch.bfloat16
+    assert pick_dtype("auto", "cuda:0") == torch.bfloat16
+    assert pick_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("avx512, amx", [(False, False), (True, False), (False, True)])
+def test_a_cpu_takes_bfloat16_where_it_has_instructions_for_it(monkeypatch, avx512, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert pick_dtype("auto", "cpu") == (torch.bfloat16 if avx512 or amx else torch.float32)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_and_cuda_are_a_gpu_only_if_torch_sees_one(monkeypatch, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert pick_device("auto") == ("cuda" if there else "cpu")
+    if not there:
+        with pytest.raises(InputError, match="--device cuda:0: torch sees no GPU"):
+            pick_device("cuda:0")
+
+
+def test_a_device_without_float64_is_refused(monkeypatch):
+    def zeros(*_, dtype=torch.float32, **__):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(InputError, match="--device mps: .*float64; use --device cpu"):
+        pick_device("mps")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x", "meta"])
+def test_a_device_that_is_not_there_is_one_line(name):
+    with pytest.raises(InputError, match=f"--device {name}: .*; use --device cpu") as error:
+        pick_device(name)
+    assert "\n" not in str(error.value)
+
+
+def test_small_matrices_are_not_shared_between_threads(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    spare_threads(Qwen2Config(hidden_size=896, num_attention_heads=14, num_key_value_heads=2))
+    assert asked == []
+    spare_threads(Qwen2Config(hidden_size=128, num_attention_heads=4, num_key_value_heads=2))
+    assert asked == [1]
+
+
+# ---- flags
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), [1e-3, 0.0], 10**12 + 1])
+def test_a_number_that_must_be_above_zero_is_named_by_its_flag(value):
+    check_positive(argparse.Namespace(batch_size=10**12, grad_accum=None, lr=[1e-5]), "batch_size", "grad_accum", "lr")
+    with pytest.raises(InputError, match="--batch-size .*: must be above 0"):
+        check_positive(argparse.Namespace(steps=1, batch_size=value), "steps", "batch_size")
+
+
+@pytest.mark.parametrize("wrong", [dict(warmup=-1), dict(weight_decay=-0.1), dict(weight_decay=math.inf),
+                                   dict(weight_decay=math.nan)])
+def test_a_schedule_may_be_left_out_or_zero_but_not_negative_or_infinite(wrong):
+    for right in dict(warmup=None, weight_decay=None), dict(warmup=0, weight_decay=0.0):
+        check_positive(argparse.Namespace(**right), "warmup", "weight_decay", or_zero=True)
+        (key, value), = wrong.items()
+        with pytest.raises(InputError, match=f"--{key.replace('_', '-')} {value}: must be 0 or more"):
+            check_positive(argparse.Namespace(**right | wrong), "warmup", "weight_decay", or_zero=True)
+
+
+def test_flags_show_what_they_take_and_may_not_be_abbreviated():
+    parser = Parser("What the\n   script does.")
+    add = flag_group(parser, "all")
+    add("--steps", type=int)
+    add("--lr", type=float)
+    add("--out")
+    add("--data", metavar="FILE")
+    add("--resume", action="store_true")
+    said = parser.format_help()
+    assert "What the\n   script does.\n" in said and "\nall:\n" in said
+    for line in "--steps N", "--lr X", "--out OUT", "--data FILE", "--resume":
+        assert f"  {line}\n" in said
+    assert parser.parse_args(["--steps", "3", "--resume"]).steps == 3
+    with pytest.raises(InputError, match="--step 3; see --help"):
+        parser.parse_args(["--step", "3"])
+
+
+# ---- progress
+
+def test_progress_in_a_log_is_plain_lines_now_and_then(capsys):
+    with Progress("KD", total=10, start=4, every=0.0) as progress:
+        progress.update(note="ce 2.5")
+        progress.update(3)
+        progress.say("a sample answer")
+    out, err = capsys.readouterr()
+    assert err == "KD 5/10 ce 2.5\nKD 8/10 \n" and out == "a sample answer\n"
+    with Progress("KD", total=10, every=60.0) as progress:
+        for _ in range(10):
+            progress.update()
+    assert capsys.readouterr().err == "" and progress.done == 10                # not a line a step
+
+
+def test_progress_in_a_log_waits_from_line_to_line(monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 10))                                           # every look at it takes ten seconds
+    monkeypatch.setattr("minikd.command.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with Progress("KD", total=6) as progress:
+        for _ in range(6):
+            progress.update()
+    assert capsys.readouterr().err == "KD 2/6 \nKD 4/6 \nKD 6/6 \n"
+
+
+def test_progress_without_a_stderr_says_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", None)
+    with Progress("KD", total=1, every=-1) as progress:
+        progress.update()
+    assert capsys.readouterr().out == ""                                        # print(file=None) would write there
+
+
+def test_progress_on_a_terminal_is_a_bar_that_counts_to_its_total(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Progress("KD", total=10, start=4) as progress:
+        progress.update(6, "ce 2.5")
+        assert progress.bar.n == progress.bar.total == 10
+        monkeypatch.setattr("minikd.command.tqdm.write", lambda text: print("above:", text))
+        progress.say("a sample answer")
+    out, err = capsys.readouterr()
+    assert "KD" in err and out == "above: a sample answer\n" and progress.bar.disable          # closed
+
+
+def test_progress_is_a_bar_on_a_terminal_that_does_not_know_its_size_too(monkeypatch):
+    """As `script` and many harnesses open one: 0 x 0, where tqdm by itself shows nothing."""
+    reader, writer = os.openpty()
+    with open(writer, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        with Progress("KD", total=10) as progress:
+            progress.update(4)
+        monkeypatch.undo()
+        assert b"KD" in os.read(reader, 4096)
+    os.close(reader)
