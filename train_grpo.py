@@ -186,7 +186,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     log, completions = Log(out, upto=state["step"]), Log(out, upto=state["step"], name="completions.jsonl")
     scoring = dict(pad_id=tokenizer.pad_id, temperature=temperature, vocab=len(tokenizer), dtype=dtype)
     log_probs = functools.partial(grpo.token_log_probs, batch_size=batch_size, **scoring)   # (model, answers) -> [n] of each
-    gradients = functools.partial(add_gradients, model=model, ratio=ratio, clip=clip, clip_high=clip_high, beta=beta,
+    gradients = functools.partial(add_gradients, model=model, clip=clip, clip_high=clip_high, beta=beta,
                                   checkpointing=gradient_checkpointing, **scoring)
     with Progress("grpo", steps, start=state["step"]) as progress:
         if state["step"] == 0:
@@ -217,15 +217,16 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             weight = grpo.token_weights([len(answer.response) for answer in answers], norm, max_new_tokens, counted)
             ref = log_probs(reference, answers) if beta else old                # with beta 0 the KL is not used
             if ratio == "sequence" and inner_epochs > 1:
-                start = log_probs(model, answers)               # a bfloat16 sampler's differ by more than GSPO's small clip
+                old = log_probs(model, answers)                 # a bfloat16 sampler's differ by more than GSPO's small clip
             for epoch in range(inner_epochs):
-                if ratio == "sequence":                                         # GSPO: every token has its answer's ratio
-                    old = [grpo.sequence_log_ratio(*pair) for pair in zip(log_probs(model, answers), start)] if epoch else \
-                        [0.0] * len(answers)                                    # nothing was updated yet
+                log_s = [None] * len(answers)                                   # a ratio for each token
+                if ratio == "sequence":                                         # GSPO: s for each answer, 1 before an update
+                    now = log_probs(model, answers) if epoch else old
+                    log_s = [grpo.sequence_log_ratio(*pair) for pair in zip(now, old)]
                 sums = torch.zeros(4)
                 for batch in longest_first(answers, counted, batch_size):
                     pick = lambda column: [column[i] for i in batch]
-                    sums += gradients(pick(answers), pick(old), pick(ref), advantages.view(-1)[batch], pick(weight))
+                    sums += gradients(pick(answers), pick(old), pick(ref), advantages.view(-1)[batch], pick(weight), pick(log_s))
                 grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
                 if not math.isfinite(grad_norm):
                     raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g})")
@@ -283,21 +284,22 @@ def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) 
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
 
-def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model: Qwen2, pad_id: int, dtype: torch.dtype,
-                  temperature: float, vocab: int, ratio: str, clip: float, clip_high: float | None, beta: float,
+def add_gradients(batch: list[Encoded], old, ref, advantages, weights, log_s, *, model: Qwen2, pad_id: int, dtype: torch.dtype,
+                  temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
                   checkpointing: bool) -> torch.Tensor:
     """Forward and backward of one micro-batch of answers; returns sums over its tokens: KL, entropy, clipped, 1 [4].
 
-    old   per answer its log-probabilities when it was sampled [n]; with ratio "sequence" its sequence_log_ratio
-    ref, weights, advantages  per answer the reference's log-probabilities [n], the weight of its tokens, its advantage
+    old, ref             per answer the log-probabilities [n] of its tokens when it was sampled, and the reference's
+    advantages, weights  per answer its advantage, and the weight of each of its tokens
+    log_s                per answer its sequence_log_ratio (GSPO), which then is every token's; or None
     """
     device = model.head.device
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     lengths = torch.tensor([len(row.response) for row in batch])
     per_token = lambda x: torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)
     A, weight, ref = per_token(advantages), per_token(weights), torch.cat(ref).to(device)       # [N]
-    if ratio == "sequence":
-        log_s = per_token(old)                                                  # [N]
+    if log_s[0] is not None:
+        log_s = per_token(log_s)                                                # [N]
         old_logp = lambda logp, at: logp.detach() - log_s[at]                   # [n], so that every ratio is s: GSPO-token
     else:
         old = torch.cat(old).to(device)                                         # [N]
@@ -307,10 +309,9 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, *, model:
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)  # [N, D], [N]
         value, ce, entropies = head_loss(                                       # scaling the states scales the logits
             states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,
-            policy=lambda logp, at: grpo.policy_loss(               # paper eq. (6); [n, 1]: each token as an answer of one
-                logp[:, None], old_logp(logp, at)[:, None], ref[at][:, None], A[at], beta=beta, **terms)[:, 0])
+            policy=lambda logp, at: grpo.token_loss(logp, old_logp(logp, at), ref[at], A[at], beta=beta, **terms))  # eq. (6)
     value.backward()
-    clipped = grpo.was_clipped(-ce[:, None], old_logp(-ce, slice(None))[:, None], A, **terms)
+    clipped = grpo.was_clipped(-ce, old_logp(-ce, slice(None)), A, **terms)
     sums = torch.stack([grpo.k3(-ce, ref).sum(), entropies.sum(), clipped.sum()]).cpu()
     return torch.cat([sums, lengths.sum()[None]])
 

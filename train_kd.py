@@ -13,7 +13,6 @@ Without --loss, SFT and KD start from the same student and see the same examples
 compares Base, SFT, KD and Teacher. Paper: Knowledge Distillation for Large Language Models, eq. (3) and (4).
 """
 import functools
-import itertools
 import math
 import random
 import time
@@ -204,7 +203,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         source = minillm.rollout_steps(rollouts_now, rows, state["step"], steps, *batching, rollouts, inner_epochs, collecting)
     else:
         source = optimizer_steps(rows, state["step"], steps, *batching)         # of (step, its micro-batches)
-    texts = optimizer_steps(lm_rows, state["step"], steps, *batching) if lm_rows else itertools.repeat((0, ()))
+    texts = optimizer_steps(lm_rows, state["step"], steps, *batching)           # the same of --lm-data; not begun without it
     gradients = functools.partial(add_gradients, student=student, pad_id=tokenizer.pad_id, dtype=dtype,
                                   checkpointing=gradient_checkpointing)
     sampler, log = None, Log(out, upto=state["step"])           # sampler: a copy of the student in `dtype`
@@ -214,7 +213,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         rouge=rouge, out=out, log=log)
     with Progress(title, steps, start=state["step"]) as progress:
         started = time.perf_counter()
-        for (step, batches), (_, lm_batches) in zip(source, texts):             # MiniLLM's rollouts are sampled by `source`
+        for step, batches in source:                                            # MiniLLM's rollouts are sampled in here
+            lm_batches = next(texts)[1] if lm_rows else []
             share = kd_ratio                                                    # of the divergence; the rest is CE
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)

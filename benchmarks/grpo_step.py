@@ -60,7 +60,7 @@ def minikd(folder: Path, mode: str, steps: int):
         clock.append(time.perf_counter())
         advantages = grpo.group_advantages(torch.tensor([[reward(answer.response) for answer in answers]]))[0]
         share = grpo.token_weights([len(answer.response) for answer in answers])
-        add_gradients(answers, old, old, advantages, share, model=model, pad_id=0, dtype=dtype, temperature=1.0, ratio="token",
+        add_gradients(answers, old, old, advantages, share, model=model, pad_id=0, dtype=dtype, temperature=1.0,
                       vocab=None, clip=0.2, clip_high=None, beta=0.0, checkpointing=False)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -285,28 +285,28 @@ def load_examples(paths, format: str | None = None, limit: int | None = None) ->
 
 def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
     report.files.append((label(file), sha256(file)))
-    name, early = format, []                                    # errors before any record has shown the format
+    name, bad = format, []                                      # the last record's format; errors not yet judged by it
 
-    def refuse(error: InputError):
-        if name is None:
-            return early.append(error)
-        if name != "pytorrent":
-            raise error
-        report.dropped["malformed"] += 1
-        report.first_bad = report.first_bad or str(error)
+    def judge():
+        """Of PyTorrent's malformed records only counts are kept; elsewhere the first is an error."""
+        for error in bad:
+            if name != "pytorrent":
+                raise error
+            report.dropped["malformed"] += 1
+            report.first_bad = report.first_bad or str(error)
+        bad.clear()
 
-    for where, record in read_records(file, refuse):
+    for where, record in read_records(file, bad.append):
         name = format or recognise(record) or name              # a field is missing: take the last one's format
-        while name and early:
-            refuse(early.pop(0))
+        judge()
         try:
             yield to_example(record, where, name)
         except Dropped as error:
             report.dropped[error.reason] += 1
         except InputError as error:
-            refuse(error)
-    if early:
-        raise early[0]
+            bad.append(error)
+            judge()
+    judge()
 
 
 def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:

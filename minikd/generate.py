@@ -98,9 +98,9 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
                 going = rows.read(done, stops)                  # the rows that are not finished
                 if not going:
                     break
-                most = len(rows.alive) // 2 if graphs else len(rows.alive) - 1      # dropping rows costs a new graph
-                if len(going) <= most:
-                    rows.keep(going)                            # finished rows cost no more time
+                # Finished rows cost time, and dropping them a new graph, as one is for a number of rows: half must have finished.
+                if len(going) < len(rows.alive) and (2 * len(going) <= len(rows.alive) or not graphs):
+                    rows.keep(going)
                     step = Replay(rows.step, step.on)
             step()
         rows.read(max_new_tokens, stops)

@@ -76,18 +76,23 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
     """
     if advantages.shape != logp.shape[:1]:
         raise ValueError(f"advantages {list(advantages.shape)} for answers {list(logp.shape)}; give one for each answer")
-    logp, old_logp, advantages = map(at_least_float32, (logp, old_logp, advantages))
-    loss = clipped_surrogate(logp, old_logp.detach(), advantages[:, None], clip, clip_high)
+    return token_loss(logp, old_logp, ref_logp, advantages[:, None], clip, beta, clip_high)
+
+
+def token_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, A: Tensor, clip: float = 0.2, beta: float = 0.04,
+               clip_high: float | None = None) -> Tensor:
+    """policy_loss, token by token: A is the advantage of each token's answer.  [N] four times -> [N]"""
+    logp, old_logp, A = map(at_least_float32, (logp, old_logp, A))
+    loss = clipped_surrogate(logp, old_logp.detach(), A, clip, clip_high)
     return loss + beta * k3(logp, ref_logp.detach()) if beta else loss          # paper eq. (6), negated
 
 
-def was_clipped(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float = 0.2,
-                clip_high: float | None = None) -> Tensor:
-    """True where the clip makes a token's gradient 0: its ratio is past the bound on the side its advantage asks for.
+def was_clipped(logp: Tensor, old_logp: Tensor, A: Tensor, clip: float = 0.2, clip_high: float | None = None) -> Tensor:
+    """True where the clip makes a token's gradient 0: its ratio is past the bound on the side that its advantage asks for.
 
-    [B, R] twice, [B] -> [B, R] bool
+    [N] three times -> [N] bool
     """
-    ratio, A = ratio_of(logp, old_logp), advantages[:, None]
+    ratio = ratio_of(logp, old_logp)
     upper = 1 + (clip if clip_high is None else clip_high)
     return (A > 0) & (ratio > upper) | (A < 0) & (ratio < 1 - clip)
 

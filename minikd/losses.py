@@ -214,7 +214,6 @@ class _HeadLoss(torch.autograd.Function):
         ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))
         chunk = tokens_at_once(N, chunk_bytes // (V * dtype.itemsize), TILES.get((device, dtype), 1))
         least = PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V)
-        piece = max(1, chunk // 16, least)                                      # tokens of a chunk in one float32 softmax
         with torch.autocast(device, enabled=False):
             states, head = hidden.to(dtype), head[:V]
             if hidden.is_cuda:
@@ -223,18 +222,23 @@ class _HeadLoss(torch.autograd.Function):
             if teacher_hidden is not None:
                 teacher_logits = aligned(teacher_head, chunk, V)                # [chunk, V]
             kernel = pick_kernel(divergence, kd_ratio, logits, teacher_logits)
+            # The logits of a chunk are in memory at once; a piece of it, which fits the cache, takes one float32 softmax.
+            piece = chunk if kernel else max(1, chunk // 16, least)
             for start in range(0, N, chunk):
                 at = slice(start, min(start + chunk, N))
                 apply_head(states[at], head, out=logits)                        # [n, D] -> [n, V]
                 if teacher_logits is not None:
                     apply_head(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
-                for tokens, rows in _pieces(at, chunk if kernel else piece):
+                n = at.stop - at.start
+                for first in range(0, n, piece):
+                    rows = slice(first, min(first + piece, n))                  # the piece within the chunk
+                    tokens = slice(start + rows.start, start + rows.stop)       # the same among all N
                     ce[tokens], kd[tokens], total[tokens] = _token_losses(      # from here on dL/dlogits, in place
                         logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], divergence,
                         kd_ratio, weight[tokens], policy and functools.partial(policy, at=tokens), need_hidden or need_head,
                         kernel)
                 if need_hidden or need_head:
-                    _backward_head(logits[:at.stop - start], states[at], head,
+                    _backward_head(logits[:n], states[at], head,
                                    grad_hidden[at] if need_hidden else None,
                                    grad_head[:V] if need_head else None)
         ctx.grads = grad_hidden, grad_head
@@ -261,13 +265,6 @@ def tokens_at_once(N: int, most: int, tile: int) -> int:
 def aligned(like: Tensor, n: int, V: int) -> Tensor:
     """An uninitialised [n, V], whose rows begin at multiples of 8 elements, for loads of 16 bytes."""
     return like.new_empty(n, -(-V // loss_cuda.ALIGN) * loss_cuda.ALIGN)[:, :V]
-
-
-def _pieces(at: slice, size: int):
-    """Cuts the chunk `at` of the N tokens into pieces: (a piece among the N tokens, the same within the chunk)."""
-    for first in range(at.start, at.stop, size):
-        last = min(first + size, at.stop)
-        yield slice(first, last), slice(first - at.start, last - at.start)
 
 
 def weigh(ce: Tensor, kd: Tensor, kd_ratio: float, weight: Tensor, policy) -> Tensor:
@@ -356,19 +353,18 @@ def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: f
 
 @torch.inference_mode()
 def compare_heads(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
-                  divergence=reverse_kl) -> dict[str, Tensor]:
-    """Metrics of each token [N], the inputs as in head_loss: ce, kd (the given divergence), forward_kl, reverse_kl in
-    nats, and agreement, 1 where both models' likeliest token is the same."""
+                  divergence=None) -> dict[str, Tensor]:
+    """Metrics of each token [N], the inputs as in head_loss: ce, forward_kl, reverse_kl in nats; agreement, 1 where both
+    models' likeliest token is the same; and kd, the given divergence, if there is one."""
     def metrics(logits, teacher_logits):                # takes a divergence's place to see all logits, piece by piece
         logq, logp = log_probs(logits, teacher_logits, temperature=1.0)
-        values.append(torch.stack([divergence(logits, teacher_logits), kl(logp, logq), kl(logq, logp),
-                                   (logq.argmax(-1) == logp.argmax(-1)).float()]))          # [4, n]
-        return values[-1][0]
+        values.append(torch.stack([kl(logp, logq), kl(logq, logp), (logq.argmax(-1) == logp.argmax(-1)).float()]))  # [3, n]
+        return (divergence or no_divergence)(logits, teacher_logits)
 
-    values = [torch.zeros(4, 0, device=hidden.device)]          # all there is without tokens
-    _, ce, _ = head_loss(hidden, head, targets, teacher_hidden, teacher_head, metrics)
-    names = "kd", "forward_kl", "reverse_kl", "agreement"
-    return {"ce": ce} | dict(zip(names, torch.cat(values, dim=1), strict=True))
+    values = [torch.zeros(3, 0, device=hidden.device)]          # all there is without tokens
+    _, ce, kd = head_loss(hidden, head, targets, teacher_hidden, teacher_head, metrics)
+    found = dict(zip(("forward_kl", "reverse_kl", "agreement"), torch.cat(values, dim=1), strict=True))
+    return {"ce": ce, **found} | ({"kd": kd} if divergence else {})
 
 
 def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:

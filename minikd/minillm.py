@@ -96,7 +96,7 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
     """
     own = respond(cast_copy(student, dtype), rows, batch_size, max_new_tokens, eos_ids, seed=seed, teacher=teacher,
                   mix=mix, vocab=min(len(student.head), len(teacher.head)))     # ids that both heads have
-    parts, device = {}, student.head.device                     # row -> its old_logq, R, w_t [n] and teacher [n, D']
+    found, device = [None] * len(own), student.head.device      # per row: log q, R_{t+1}, w_t [n] and teacher [n, D']
     for at in by_length(own, batch_size):
         ids, mask = collate([own[i] for i in at], pad_id, device)
         with mixed(device, dtype):
@@ -108,13 +108,12 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
         logq, logp = (torch.zeros(valid.shape, device=device).masked_scatter(valid, x) for x in (logq, logp))   # [B, T-1]
         to_go = rewards_to_go(logq, logp, valid, **options)
         weight = importance_weights(logq, logp, valid, mix)
-        lengths = valid.sum(1).tolist()
-        columns = (x[valid].split(lengths) for x in (logq, to_go, weight))                  # [N], cut into [n] of each row
-        parts |= dict(zip(at, zip(*columns, teacher_states.split(lengths))))
-    old_logq, to_go, weight, states = zip(*(parts[i] for i in range(len(own))))             # in the order of the rows
-    white = whiten(torch.cat(to_go)).split([len(row.response) for row in own])              # over all answers together
-    return [Rollout(**vars(row), old_logq=q, advantage=A * w, teacher=state)
-            for row, q, A, w, state in zip(own, old_logq, white, weight, states)]
+        columns = logq[valid], to_go[valid], weight[valid], teacher_states                  # [N] three times, [N, D']
+        for i, *of_row in zip(at, *(x.split(valid.sum(1).tolist()) for x in columns)):
+            found[i] = of_row
+    white = whiten(torch.cat([to_go for _, to_go, _, _ in found])).split([len(row.response) for row in own])
+    return [Rollout(**vars(row), old_logq=q, advantage=A * w, teacher=states)               # whitened over all answers
+            for row, A, (q, _, w, states) in zip(own, white, found)]
 
 
 def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps: int, batch_size: int,

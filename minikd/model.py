@@ -11,7 +11,8 @@ References
     GQA (grouped-query attention)                   arXiv:2305.13245
     SwiGLU                                          arXiv:2002.05202, eq. (6)
 """
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -75,15 +76,20 @@ class Qwen2Config:
                 refuse(field, "use a checkpoint without RoPE scaling, the same in all layers", rope)
             if rope.get("rope_theta") is not None:
                 values["rope_theta"] = rope["rope_theta"]
-        checks = {bool: (lambda x: isinstance(x, bool), "true or false"),
-                  float: (lambda x: type(x) in (int, float) and 0 <= x < 1e30, "a number of at least 0"),
-                  "rope_theta": (lambda x: type(x) in (int, float) and 0 < x < 1e30, "a number above 0"),
-                  "num_hidden_layers": (lambda x: type(x) is int and 0 < x <= 1000, "a whole number from 1 to 1,000")}
-        whole = lambda x: type(x) is int and x > 0, "a whole number above 0"
-        for f in fields(cls):
-            good, wanted = checks.get(f.name) or checks.get(f.type) or whole
-            if f.name in values and not good(values[f.name]):
-                raise InputError(f"{where}: {f.name} = {values[f.name]!r}; give {wanted}")
+        for name, value in values.items():
+            kind = cls.__dataclass_fields__[name].type
+            if kind is bool:
+                good, wanted = isinstance(value, bool), "true or false"
+            elif name == "rope_theta":
+                good, wanted = type(value) in (int, float) and 0 < value < 1e30, "a number above 0"
+            elif kind is float:
+                good, wanted = type(value) in (int, float) and 0 <= value < 1e30, "a number of at least 0"
+            elif name == "num_hidden_layers":
+                good, wanted = type(value) is int and 0 < value <= 1000, "a whole number from 1 to 1,000"
+            else:
+                good, wanted = type(value) is int and 0 < value, "a whole number above 0"
+            if not good:
+                raise InputError(f"{where}: {name} = {value!r}; give {wanted}")
         if "num_attention_heads" in values:                                     # old configs: as many key/value heads
             values.setdefault("num_key_value_heads", values["num_attention_heads"])
         config = cls(**values)
@@ -257,10 +263,6 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, config.num_key_value_heads * E, bias=True)
         self.o_proj = Linear(config.num_attention_heads * E, D, bias=False)
 
-    def _apply(self, fn, recurse=True):
-        self.joined = None                                                      # it would stay in the old dtype or device
-        return super()._apply(fn, recurse)
-
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
         B, T, _ = x.shape
         if self.joined is not None:
@@ -298,10 +300,6 @@ class MLP(nn.Module):
         self.down_proj = Linear(W, D, bias=False)
         self.joined = None                                                      # x -> gate and up side by side; layout.py
 
-    def _apply(self, fn, recurse=True):
-        self.joined = None
-        return super()._apply(fn, recurse)
-
     def forward(self, x: Tensor) -> Tensor:
         if self.joined is not None:
             gate_up = self.joined(x)                                            # [B, T, 2W]
@@ -321,6 +319,10 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(config), MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def _apply(self, fn, recurse=True):
+        self.self_attn.joined = self.mlp.joined = None                          # it would stay in the old dtype or device
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, *attention) -> Tensor:
         x, normed = self.post_attention_layernorm.after_sum(x, self.self_attn(self.input_layernorm(x), *attention))
@@ -385,15 +387,14 @@ class Body(nn.Module):
         else:
             x = self.embed_tokens(ids)                                          # [B, T, D]
         rope = rope_tables(positions, self.config.rope_theta, self.config.head_dim, x.dtype)
+        blocks = tuple(self.layers)
+        slots = tuple(None if cache is None else cache.layer(i) for i in range(len(blocks)))
         fixed = cache is None or isinstance(cache, StaticCache)                 # a plain cache grows: compiled anew each step
-        run, checkpointing = self.compiled if self.compiled and fixed else run_blocks, checkpointing and torch.is_grad_enabled()
-        blocks, count = tuple(self.layers), 1 if checkpointing or run is run_blocks else GROUP
+        run, count = (self.compiled, GROUP) if self.compiled and fixed else (run_blocks, 1)
+        if checkpointing and torch.is_grad_enabled():                           # block by block
+            run, count = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False), 1
         for i in range(0, len(blocks), count):
-            slots = tuple(None if cache is None else cache.layer(j) for j in range(i, min(i + count, len(blocks))))
-            if checkpointing:
-                x = checkpoint(run, blocks[i:i + 1], x, *rope, slots, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = run(blocks[i:i + count], x, *rope, slots)
+            x = run(blocks[i:i + count], x, *rope, slots[i:i + count])          # [B, T, D]
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.norm(x)

@@ -8,6 +8,7 @@ import torch
 from conftest import small
 from minikd.data import Encoded, Example
 from minikd.evaluate import answer, compare, distinct, score_answers, sequence_kl, show_table
+from minikd.losses import reverse_kl
 from minikd.model import Qwen2, cast_copy
 from minikd.rouge import rouge_l
 from minikd.teacher import Teacher
@@ -42,7 +43,7 @@ def test_means_run_over_all_scored_tokens(batch_size):
                 "forward_kl": [float((p.exp() * (p - q)).sum()) for q, p, _ in found],
                 "reverse_kl": [float((q.exp() * (q - p)).sum()) for q, p, _ in found],
                 "agreement": [float(q.argmax() == p.argmax()) for q, p, _ in found]}
-    ours = compare(STUDENT, ROWS, 0, batch_size, Teacher(TEACHER))
+    ours = compare(STUDENT, ROWS, 0, batch_size, Teacher(TEACHER), reverse_kl)
     for name, values in expected.items():
         assert ours[name] == pytest.approx(sum(values) / len(values), rel=1e-5), name
     assert ours["kd"] == ours["reverse_kl"]

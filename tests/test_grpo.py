@@ -8,7 +8,7 @@ import torch
 from conftest import small
 from minikd import grpo
 from minikd.data import Encoded, collate
-from minikd.grpo import (NORMS, group_advantages, k3, policy_loss, sample_groups, sequence_log_ratio, token_log_probs,
+from minikd.grpo import (NORMS, group_advantages, k3, policy_loss, sample_groups, sequence_log_ratio, token_log_probs, token_loss,
                          token_weights, was_clipped)
 from minikd.losses import entropy, head_loss, scored_positions
 from minikd.model import Qwen2
@@ -48,7 +48,7 @@ def test_a_ratio_that_float32_cannot_hold_spoils_nothing():
     loss = policy_loss(logp, torch.full((2, 1), -200.0), torch.full((2, 1), -1.0), torch.tensor([0.0, 1.0]))
     grad, = torch.autograd.grad(loss.sum(), logp)
     assert loss[:, 0].tolist() == pytest.approx([0.0, -1.2]) and grad.eq(0).all()
-    assert was_clipped(logp.detach(), torch.full((2, 1), -200.0), torch.tensor([0.0, 1.0]))[:, 0].tolist() == [False, True]
+    assert was_clipped(logp.detach()[:, 0], torch.full((2,), -200.0), torch.tensor([0.0, 1.0])).tolist() == [False, True]
     assert not was_clipped(torch.full((1, 1), -3.0), torch.full((1, 1), -1.0), torch.zeros(1)).any()
     assert k3(torch.tensor(-200.0), torch.tensor(-1.0)).isfinite()
 
@@ -72,7 +72,7 @@ def test_the_loss_of_a_token_is_the_papers(options):
     logp, old, ref, advantages, _ = numbers()
     torch.testing.assert_close(policy_loss(logp, old, ref, advantages, **options).detach(),
                                slow_loss(logp.detach(), old, ref, advantages, **options), rtol=1e-5, atol=1e-6)
-    clipped = was_clipped(logp.detach(), old, advantages, **{key: x for key, x in options.items() if key != "beta"})
+    clipped = was_clipped(logp.detach(), old, advantages[:, None], **{key: x for key, x in options.items() if key != "beta"})
     assert 0 < clipped.sum() < N * R
     grad = torch.autograd.grad(policy_loss(logp, old, ref, advantages, **options | dict(beta=0.0)).sum(), logp)[0]
     assert torch.equal(grad == 0, clipped)                                      # what is counted is what gets no gradient
@@ -244,7 +244,7 @@ def test_the_step_is_the_formula_on_full_logits():
     flat = lambda x: torch.as_tensor(x).repeat_interleave(lengths)
     o, r, a = torch.cat(old), torch.cat(ref), flat(A)
     loss, ce, spread = head_loss(states / 0.8, policy.head, targets, weight=flat(weights), divergence=entropy, chunk_bytes=800,
-                                 policy=lambda now, at: policy_loss(now[:, None], o[at][:, None], r[at][:, None], a[at])[:, 0])
+                                 policy=lambda now, at: token_loss(now, o[at], r[at], a[at]))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     for ours, grad in zip(torch.autograd.grad(loss, list(policy.parameters())), theirs):
         torch.testing.assert_close(ours, grad, rtol=1e-4, atol=1e-6)
