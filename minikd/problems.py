@@ -29,8 +29,8 @@ PYTHON = "Write a Python 3 program that reads standard input and writes standard
 
 # What a statement says where several outputs are right, or nearly right ones too: comparing texts cannot judge them.
 UNDECIDED = re.compile(r"(?:print|output|report|return) any\b"
-                       r"|(?:multiple|several|many|more than one)(?: (?:possible|correct|valid|optimal|such))*"
-                       r" (?:answers?|solutions?|outputs?)\b"
+                       r"|(?<!how )(?<!infinitely )(?:multiple|several|many|more than one)"
+                       r"(?: (?:possible|correct|valid|optimal|such))* (?:answers?|solutions?|outputs?)\b"
                        r"|(?:absolute|relative)(?: or (?:absolute|relative))? error", re.IGNORECASE)
 
 CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward that tells right from wrong -> its fact

@@ -111,7 +111,8 @@ def test_what_a_comparison_could_not_judge_has_no_tests(changed):
 
 
 @pytest.mark.parametrize("said", ["You can choose any two of them and swap them.", "There are several ways; print their number.",
-                                  "Is there any answer? Print YES or NO."])
+                                  "Is there any answer? Print YES or NO.",
+                                  "Print how many solutions there are, or -1 if there are infinitely many solutions."])
 def test_what_has_one_answer_keeps_its_tests(said):
     assert to_problem(RECORD | {"description": said}, "x").facts["tests"] == RECORD["examples"]
 
