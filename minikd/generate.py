@@ -34,9 +34,9 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     seed         for this call only: the same call gives the same tokens, whatever ran before
     options      those of generate_with_log_probs
     On a CPU the weights are moved while it runs (layout.laid_out): do not use an alias such as p.data that was taken before.
-    Raises ValueError for an empty prompt (there is no state to sample the first token from) and for invalid options: a
-    negative temperature or top_k, top_p of 0 or above 1, samples or vocab below 1, mix without a teacher; InputError (a
-    ValueError) for a model whose logits are not finite.
+    Raises ValueError for an empty prompt (there is no state to sample the first token from), for an id that the model has no
+    row for, and for invalid options: a negative temperature or top_k, top_p of 0 or above 1, samples or vocab below 1, mix
+    without a teacher; InputError (a ValueError) for a model whose logits are not finite.
     """
     return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed,
                                    **options)[0]
@@ -65,6 +65,9 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         raise ValueError("generate: samples and vocab must be at least 1, temperature and top_k at least 0, 0 < top_p <= 1")
     if mix and (teacher is None or temperature != 1 or not 0 < mix < 1):
         raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
+    strange = [token for prompt in prompts for token in prompt if not 0 <= token < len(model.head)]
+    if strange:                                                 # on a GPU the lookup would end the process's use of it
+        raise ValueError(f"generate: {strange[0]} in a prompt is not an id of the model, which has {len(model.head):,}")
     if not prompts or max_new_tokens < 1:
         return [[] for _ in range(len(prompts) * samples)], [[] for _ in range(len(prompts) * samples)]
     device, stops = model.head.device, frozenset(map(int, [eos_ids] if isinstance(eos_ids, int) else eos_ids or ()))

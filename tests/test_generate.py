@@ -146,6 +146,12 @@ def test_prompts_may_be_tuples_or_tensors_and_one_stop_a_number():
     assert generate(model, prompts, 8, eos_ids=None) == answers
 
 
+@pytest.mark.parametrize("token", [-1, 50])
+def test_an_id_without_a_row_is_refused(token):
+    with pytest.raises(ValueError, match=f"{token} in a prompt is not an id of the model, which has 50"):
+        generate(random_model(vocab_size=50), [[1, 2], [3, token, 4]], 2)
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="a prompt is empty"):
         generate(random_model(), [[1, 2], []])
