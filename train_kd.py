@@ -16,7 +16,7 @@ import functools
 import math
 import random
 import time
-from contextlib import suppress
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -240,11 +240,12 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
             if not math.isfinite(norm):                                         # what was saved before stays
                 raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g}), "
                                  "or use --dtype float32")
-            log.write(step=step + 1, ce=ce, **({"kd": kd} if share or loss == "minillm" else {}), grad_norm=norm,
+            measured = bool(share) or loss == "minillm"                         # the divergence
+            log.write(step=step + 1, ce=ce, **({"kd": kd} if measured else {}), grad_norm=norm,
                       lr=optimizer.param_groups[0]["lr"], tokens=scored, **({"own_answers": own_answers} if on_policy else {}),
                       **({"lm_ce": float(lm_sums[0]) / lm_scored} if lm_batches else {}),
                       seconds=round(time.perf_counter() - started, 4))
-            progress.update(note=f"ce {ce:.3f}" + (f" kd {kd:.3f}" if teacher else ""))
+            progress.update(note=f"ce {ce:.3f}" + (f" kd {kd:.3f}" if measured else ""))
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 state = judge(state=state | {"step": step + 1}, sampler=sampler, progress=progress)
                 if step + 1 < steps:
@@ -421,13 +422,13 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
 
 
 def hold_out(examples: list, count: int, seed: int) -> tuple[list, list]:
-    """(train, validation): split_examples, with at most a fifth in the second; where none can be held out, as of three records,
-    all are trained on and some of them also validate."""
-    with suppress(InputError):                                  # every prompt is there too often
-        if len(examples) >= 5:
-            return split_examples(examples, min(count, len(examples) // 5), seed)
-    print(f"note: of {len(examples)} records with few prompts none can be held out: validation, and held-out.jsonl, "
-          "use records that are trained on")
+    """(train, validation): split_examples, with at most a fifth in the second, but one prompt at least. Fewer than five records,
+    or only one prompt, are all trained on, and some of them validate."""
+    repeats = Counter(same_prompt(example.messages) for example in examples)
+    if len(examples) >= 5 and len(repeats) > 1:
+        return split_examples(examples, max(min(count, len(examples) // 5), min(repeats.values())), seed)
+    print(f"note: of {len(examples)} records with {len(repeats)} prompts none can be held out: validation, and without --eval-data "
+          "the table and held-out.jsonl, use records that are trained on")
     return examples, examples[:count]
 
 

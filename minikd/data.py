@@ -285,18 +285,19 @@ def load_examples(paths, format: str | None = None, limit: int | None = None) ->
 
 def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
     report.files.append((label(file), sha256(file)))
-    name, bad = format, []                                      # the last record's format; errors not yet judged by it
+    name, bad = format, []                                      # the last record's format; errors before the first known one
 
     def judge():
-        """Of PyTorrent's malformed records only counts are kept; elsewhere the first is an error."""
-        for error in bad:
+        """Malformed records of PyTorrent are only counted; elsewhere the first is an error."""
+        while name and bad:
+            error = bad.pop(0)
             if name != "pytorrent":
                 raise error
             report.dropped["malformed"] += 1
             report.first_bad = report.first_bad or str(error)
-        bad.clear()
 
     for where, record in read_records(file, bad.append):
+        judge()                                                 # lines that could not be read, by the format before them
         name = format or recognise(record) or name              # a field is missing: take the last one's format
         judge()
         try:
@@ -305,8 +306,9 @@ def _examples(file: Path, format: str | None, report: Report) -> Iterator[Exampl
             report.dropped[error.reason] += 1
         except InputError as error:
             bad.append(error)
-            judge()
     judge()
+    if bad:
+        raise bad[0]
 
 
 def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:

@@ -65,12 +65,14 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         raise ValueError("generate: samples and vocab must be at least 1, temperature and top_k at least 0, 0 < top_p <= 1")
     if mix and (teacher is None or temperature != 1 or not 0 < mix < 1):
         raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
-    strange = [token for prompt in prompts for token in prompt if not 0 <= token < len(model.head)]
+    ids = min(len(each.head) for each in (model, teacher or model))
+    strange = [token for prompt in prompts for token in prompt if not 0 <= token < ids]
     if strange:                                                 # on a GPU the lookup would end the process's use of it
-        raise ValueError(f"generate: {strange[0]} in a prompt is not an id of the model, which has {len(model.head):,}")
+        raise ValueError(f"generate: {strange[0]} in a prompt is not an id of the model, which has {ids:,}")
     if not prompts or max_new_tokens < 1:
         return [[] for _ in range(len(prompts) * samples)], [[] for _ in range(len(prompts) * samples)]
-    device, stops = model.head.device, frozenset(map(int, [eos_ids] if isinstance(eos_ids, int) else eos_ids or ()))
+    stops = frozenset(map(int, () if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else eos_ids))
+    device = model.head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
     count = len(prompts) * samples                              # of answers
     u = torch.rand(max_new_tokens, count, generator=generator, dtype=torch.float64, device=device)

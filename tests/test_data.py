@@ -266,6 +266,27 @@ def test_skipped_records_are_counted_and_the_first_is_shown(tmp_path):
     assert "d.jsonl:1" in str(report).splitlines()[1] and "malformed" not in str(load_examples(write(file, DOLLY))[1])
 
 
+@pytest.mark.parametrize("first", ['{"docstring": "d"}', '{"zz": 1}', 'no JSON', 'no JSON\n{"zz": 1}'])
+def test_what_is_malformed_before_the_first_whole_record_is_judged_by_that(tmp_path, first):
+    (tmp_path / "p.jsonl").write_text(f"{first}\n{json.dumps(PYTORRENT)}\n")
+    examples, report = load_examples(tmp_path / "p.jsonl")
+    assert len(examples) == 1 and report.dropped["malformed"] == first.count("\n") + 1
+    (tmp_path / "d.jsonl").write_text(f"{first}\n{json.dumps(DOLLY)}\n")
+    for name in "d.jsonl", "none.jsonl":
+        (tmp_path / "none.jsonl").write_text(first)
+        with pytest.raises(InputError, match=f"{name}:1: "):
+            load_examples(tmp_path / name)
+
+
+def test_a_bad_line_between_two_formats_is_judged_by_the_one_before(tmp_path):
+    lines = [json.dumps(PYTORRENT), "no JSON", json.dumps(DOLLY)]
+    (tmp_path / "both.jsonl").write_text("\n".join(lines))
+    assert len(load_examples(tmp_path / "both.jsonl")[0]) == 2
+    (tmp_path / "both.jsonl").write_text("\n".join(reversed(lines)))
+    with pytest.raises(InputError, match="both.jsonl:2: not JSON"):
+        load_examples(tmp_path / "both.jsonl")
+
+
 def test_corrupt_lines_are_skipped_and_counted_in_pytorrent_alone(tmp_path):
     good = json.dumps(PYTORRENT)
     shard = tmp_path / "shard.jsonl.gz"

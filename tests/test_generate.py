@@ -142,7 +142,9 @@ def test_prompts_may_be_tuples_or_tensors_and_one_stop_a_number():
     for given in [(5, 6, 7), (8, 9, 10)], torch.tensor(prompts), [torch.tensor(prompt) for prompt in prompts]:
         assert generate(model, given, 8) == answers
     stop = answers[0][3]
-    assert generate(model, prompts, 8, eos_ids=stop) == generate(model, prompts, 8, eos_ids=[stop]) != answers
+    stopped = generate(model, prompts, 8, eos_ids=[stop])
+    for given in stop, {stop}, torch.tensor([stop]), torch.tensor([stop, stop]), (0 * stop + stop,):
+        assert generate(model, prompts, 8, eos_ids=given) == stopped != answers
     assert generate(model, prompts, 8, eos_ids=None) == answers
 
 
@@ -150,6 +152,8 @@ def test_prompts_may_be_tuples_or_tensors_and_one_stop_a_number():
 def test_an_id_without_a_row_is_refused(token):
     with pytest.raises(ValueError, match=f"{token} in a prompt is not an id of the model, which has 50"):
         generate(random_model(vocab_size=50), [[1, 2], [3, token, 4]], 2)
+    with pytest.raises(ValueError, match="not an id of the model, which has 50"):           # the teacher reads it too
+        generate(random_model(vocab_size=60), [[1, 55]], 2, 1.0, teacher=random_model(2, vocab_size=50), mix=0.2)
 
 
 def test_an_empty_prompt_is_refused():

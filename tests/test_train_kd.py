@@ -559,13 +559,21 @@ def test_the_students_own_folder_is_not_taken_for_out(run, world):
     assert (world / "student/config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("count, times", [(1, 1), (4, 1), (2, 9)])
+@pytest.mark.parametrize("count, times", [(1, 1), (4, 1), (1, 9)])
 def test_a_few_records_can_be_learned_by_heart(run, world, tmp_path, count, times):
     lines = (world / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "few.jsonl").write_text("".join(lines[:count] * times))
     status, out, err = run("--loss", "sft", "--steps", 2, "--validation", 3, data=("--data", tmp_path / "few.jsonl"))
-    assert status == 0 and f"note: of {count * times} records with few prompts none can be held out" in out, err
+    assert status == 0 and f"note: of {count * times} records with {count} prompts none can be held out" in out, err
     assert len((tmp_path / "run/held-out.jsonl").read_text().splitlines()) == min(3, count * times)
+
+
+def test_of_prompts_that_repeat_a_whole_one_is_held_out(run, world, tmp_path):
+    lines = (world / "data.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "thrice.jsonl").write_text("".join(lines[:4] * 3))
+    status, out, err = run("--loss", "sft", "--steps", 2, "--validation", 1, data=("--data", tmp_path / "thrice.jsonl"))
+    held = [json.loads(line)["instruction"] for line in (tmp_path / "run/held-out.jsonl").open()]
+    assert status == 0 and "note:" not in out + err and len(held) == 3 and len(set(held)) == 1
 
 
 # ---- what the user can fix
