@@ -118,11 +118,12 @@ def read_problems(args) -> tuple[list[problems.Problem], list[problems.Problem]]
     if args.toy:
         return (problems.toy_problems(args.task, 3000 if args.task == "sums" else 1000, seed=args.seed),
                 problems.toy_problems(args.task, args.eval_examples, seed=99, test=True))
-    found, repeats = problems.load_problems(args.data, args.limit, args.format)
+    found, left = problems.load_problems(args.data, args.limit, args.format)
     if len(found) < 2:
-        raise InputError(f"{', '.join(args.data)}: holds one problem; give 2 or more, one is held out")
-    if repeats:
-        print(f"{repeats:,} records ask what an earlier one asks, and are left out")
+        raise InputError(f"{', '.join(args.data)}: problems with an answer or tests: {len(found)}; give 2 or more, one is "
+                         "held out")
+    if left:
+        print(f"{left:,} records ask what an earlier one asks, or have no answer to compare with, and are left out")
     return split_examples(found, min(args.eval_examples, max(1, len(found) // 5)), args.seed)
 
 
@@ -219,14 +220,15 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             if ratio == "sequence" and inner_epochs > 1:
                 old = log_probs(model, answers)                 # a bfloat16 sampler's differ by more than GSPO's small clip
             for epoch in range(inner_epochs):
-                log_s = [None] * len(answers)                                   # a ratio for each token
+                log_s = None                                                    # a ratio for each token
                 if ratio == "sequence":                                         # GSPO: s for each answer, 1 before an update
                     now = log_probs(model, answers) if epoch else old
                     log_s = [grpo.sequence_log_ratio(*pair) for pair in zip(now, old)]
                 sums = torch.zeros(4)
                 for batch in longest_first(answers, counted, batch_size):
                     pick = lambda column: [column[i] for i in batch]
-                    sums += gradients(pick(answers), pick(old), pick(ref), advantages.view(-1)[batch], pick(weight), pick(log_s))
+                    sums += gradients(pick(answers), pick(old), pick(ref), advantages.view(-1)[batch], pick(weight),
+                                      log_s and pick(log_s))
                 grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
                 if not math.isfinite(grad_norm):
                     raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g})")
@@ -284,8 +286,8 @@ def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) 
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
 
-def add_gradients(batch: list[Encoded], old, ref, advantages, weights, log_s, *, model: Qwen2, pad_id: int, dtype: torch.dtype,
-                  temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
+def add_gradients(batch: list[Encoded], old, ref, advantages, weights, log_s=None, *, model: Qwen2, pad_id: int,
+                  dtype: torch.dtype, temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
                   checkpointing: bool) -> torch.Tensor:
     """Forward and backward of one micro-batch of answers; returns sums over its tokens: KL, entropy, clipped, 1 [4].
 
@@ -298,7 +300,7 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, log_s, *,
     lengths = torch.tensor([len(row.response) for row in batch])
     per_token = lambda x: torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)
     A, weight, ref = per_token(advantages), per_token(weights), torch.cat(ref).to(device)       # [N]
-    if log_s[0] is not None:
+    if log_s is not None:
         log_s = per_token(log_s)                                                # [N]
         old_logp = lambda logp, at: logp.detach() - log_s[at]                   # [n], so that every ratio is s: GSPO-token
     else:

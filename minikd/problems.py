@@ -12,6 +12,7 @@ ones more frequent. It strengthens what the student can do already, and teaches 
 import json
 import random
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
@@ -28,10 +29,12 @@ PYTHON = "Write a Python 3 program that reads standard input and writes standard
 
 
 # What a statement says where several outputs are right, or nearly right ones too: comparing texts cannot judge them.
-UNDECIDED = re.compile(r"(?:print|output|report|return) any\b"
+UNDECIDED = re.compile(r"(?:print|output|report|return)\W+any\b(?! (?:extra|other|additional))"
+                       r"|any (?:of them|(?:valid|correct|such) \w+) (?:will be|is|are) (?:accepted|allowed|correct)"
                        r"|(?<!how )(?<!infinitely )(?:multiple|several|many|more than one)"
                        r"(?: (?:possible|correct|valid|optimal|such))* (?:answers?|solutions?|outputs?)\b"
                        r"|(?:absolute|relative)(?: or (?:absolute|relative))? error", re.IGNORECASE)
+ANY_ORDER = re.compile(r"in (?:any|(?:an )?arbitrary) order", re.IGNORECASE)        # of the output; elsewhere it may be of a move
 
 CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward that tells right from wrong -> its fact
 
@@ -117,7 +120,8 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
 # ---- records
 
 def load_problems(paths, limit: int | None = None, format: str | None = None) -> tuple[list[Problem], int]:
-    """The problems in files, folders or hub datasets, every question once; and how many records repeat an earlier one's.
+    """The problems in files, folders or hub datasets, every question once; and how many records were left out: they repeat an
+    earlier one's question, or their answer is blank or a proof, with which no answer can be compared.
 
     limit   read only so many records
     format  one of FORMATS; without it each record is recognised
@@ -125,9 +129,14 @@ def load_problems(paths, limit: int | None = None, format: str | None = None) ->
     """
     found, read = {}, 0
     for read, (where, record) in enumerate(islice(read_records(paths), limit), 1):
-        problem = to_problem(record, where, format)
-        found.setdefault(same_prompt(problem.messages), problem)
+        with suppress(Unanswered):
+            problem = to_problem(record, where, format)
+            found.setdefault(same_prompt(problem.messages), problem)
     return list(found.values()), read - len(found)
+
+
+class Unanswered(InputError):
+    """A question whose answer is blank, or nothing that another can be compared with."""
 
 
 def shows_its_tests(problem: Problem) -> bool:
@@ -152,19 +161,20 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     """What is asked, and its answer, or the tests that a program must pass."""
     field = next((name for name in ("question", "problem", "instruction", "prompt")
                   if isinstance(record.get(name), str) and record[name].strip()), None)
-    given = next((name for name in ("answer", "response", "output", "solution") if name in record), None)
-    answer = record.get(given)
-    whole = str(answer) if isinstance(answer, (str, int, float)) and kind_of(answer) != "null" else ""
+    given = [name for name in ("answer", "response", "output", "solution") if name in record]
+    name = next((name for name in given if kind_of(record[name]) != "null" and str(record[name]).strip()), None)
+    whole = str(record[name]) if name and isinstance(record[name], (str, int, float)) else ""
     answer = boxed(whole) or whole.rpartition("####")[2].strip()                            # NuminaMath; GSM8K
-    if given == "solution" and answer == whole.strip() and len(answer.split()) > 1:         # a proof that nobody will repeat
+    if name == "solution" and answer == whole.strip() and len(answer.split()) > 1:         # a proof that nobody will repeat
         answer = ""
     facts = {"answer": answer} if answer else {}
-    tests = _tests(record, "tests", where)
+    tests = _tests(record, "tests", where) if isinstance(record.get("tests"), list) or not given else []
     if tests:
         facts |= {"tests": tests, "language": "python"} | _limits(record, where)
     if field is None or not facts:
-        raise InputError(f"{where}: is not a problem: give `question` and `answer` or `tests`, or Codeforces' `description` and "
-                         f"`examples` (its fields: {', '.join(list(record)[:12])})")
+        kind = Unanswered if field and given else InputError
+        raise kind(f"{where}: is not a problem: give `question` and `answer` or `tests`, or Codeforces' `description` and "
+                   f"`examples` (its fields: {', '.join(list(record)[:12])})")
     more = text_field(record, where, "context", "input", default="") if field == "instruction" else ""      # Dolly's, Alpaca's
     return "\n\n".join(filter(None, (record[field], more, PYTHON if tests else ""))), facts
 
@@ -188,7 +198,7 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
         raise InputError(f"{where}: has no `description`; is --format codeforces right?")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
     interactive = interaction or "this is an interactive problem" in description.lower()
-    undecided = interactive or UNDECIDED.search("\n".join((description, stdout, note))) or (
+    undecided = interactive or UNDECIDED.search("\n".join((description, stdout, note))) or ANY_ORDER.search(stdout) or (
         record.get("generated_checker") is not None or record.get("input_mode") not in (None, "stdio"))
     parts = [("# ", title), ("", description), ("## Input\n", stdin), ("## Output\n", stdout), ("## Interaction\n", interaction),
              *(("## Example\n", f"Input:\n{test['input']}\nOutput:\n{test['output']}") for test in examples),

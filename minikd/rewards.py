@@ -155,7 +155,7 @@ def answer_reward(completions: list[str], problems: list[dict]) -> Values:
 
 
 def _same_answer(a: str, b: str) -> bool:
-    a, b = ((boxed(text) or text).strip("$ ") for text in (a, b))
+    a, b = ((boxed(text) or text).strip("$ \n") for text in (a, b))
     if _NUMBER.fullmatch(a) and _NUMBER.fullmatch(b):
         return Decimal(a.replace(",", "")) == Decimal(b.replace(",", ""))       # exact at any length, unlike float
     return a == b

@@ -1,12 +1,15 @@
-"""The script that a GPU is lent for runs from end to end: on a CPU, in small shapes."""
+"""The script that a GPU is lent for runs from end to end, on a CPU, in small shapes; and minikd's side of a GRPO step."""
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu as script
+from benchmarks import gpu as script, grpo_step
+from conftest import small
 from fake_gpu import gpu
+from minikd.checkpoint import save_model
 
 
 def test_every_section_of_the_gpu_script_runs(monkeypatch, capsys):
@@ -31,6 +34,15 @@ def test_what_needs_no_kernel_of_ours_runs_on_a_gpu(monkeypatch, capsys):
     failed = [line for line in told.splitlines() if line.endswith("FAILED")]
     assert all(line.endswith("transformers: FAILED") for line in failed) and told.count("minikd") >= 3
     assert not (failed and importlib.util.find_spec("transformers"))
+
+
+def test_minikds_side_of_the_grpo_step_runs(monkeypatch, tmp_path):
+    for name, value in dict(SHAPE=SimpleNamespace(vocab_size=400), WORDS=400, GROUP=3, NEW=4).items():
+        monkeypatch.setattr(grpo_step, name, value)
+    save_model(small(1), tmp_path / "model")
+    for mode in "float32", "bf16":
+        seconds, sampling = grpo_step.minikd(tmp_path, mode, 2)
+        assert len(seconds) == 2 and 0 < sampling < max(seconds)
 
 
 def test_a_section_that_fails_does_not_cost_the_others(monkeypatch, capsys):

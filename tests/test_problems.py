@@ -103,6 +103,8 @@ def test_a_codeforces_record_becomes_its_statement_and_its_tests():
                                      {"output_format": "If there are several such answers, output any."},
                                      {"note": "If there are multiple valid solutions, you may show one of them."},
                                      {"description": "Print any two numbers whose sum is n."},
+                                     {"output_format": "Print\nany of them."}, {"output_format": "Print them in any order."},
+                                     {"note": "Any valid path will be accepted."},
                                      {"output_format": "The absolute or relative error must not exceed 1e-6."}])
 def test_what_a_comparison_could_not_judge_has_no_tests(changed):
     problem = to_problem(RECORD | changed, "x")
@@ -110,7 +112,7 @@ def test_what_a_comparison_could_not_judge_has_no_tests(changed):
     assert changed.get("interaction_format", "") in problem.messages[-1]["content"]
 
 
-@pytest.mark.parametrize("said", ["You can choose any two of them and swap them.", "There are several ways; print their number.",
+@pytest.mark.parametrize("said", ["You can choose any two of them, in any order, and swap them. Don't print any extra spaces.", "There are several ways; print their number.",
                                   "Is there any answer? Print YES or NO.",
                                   "Print how many solutions there are, or -1 if there are infinitely many solutions."])
 def test_what_has_one_answer_keeps_its_tests(said):
@@ -170,11 +172,9 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
 
 @pytest.mark.parametrize("record, said", [
     ({"title": "x"}, "is not a problem: give `question` and `answer` or `tests`"), ({"question": "Why?"}, "is not a problem"),
-    ({"question": "Why?", "answer": " "}, "is not a problem"), ({"question": "Why?", "answer": "so\n#### "}, "is not a problem"),
-    ({"question": "Why?", "answer": None, "solution": "a proof"}, "is not a problem"),
-    ({"question": "Why?", "solution": "a proof"}, "is not a problem"), ({"question": "Why?", "tests": []}, "is not a problem"),
+    ({"question": "Why?", "tests": []}, "is not a problem"),
     ({"question": "Why?", "tests": ["3"]}, "field 'tests' is not a list of {input, output} texts"),
-    ({"question": "Why?", "answer": float("nan")}, "is not a problem"), ({"question": "", "answer": "b"}, "is not a problem"),
+    ({"question": "", "answer": "b"}, "is not a problem"),
     (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is not a list of {input, output} texts"),
     (RECORD | {"examples": 3}, "field 'examples' is not a list"),
     (RECORD | {"examples": ["3"]}, "field 'examples' is not a list"),
@@ -193,6 +193,16 @@ def test_a_record_that_is_no_problem_is_one_line_with_its_place(tmp_path, record
         load_problems(str(tmp_path / "bad.jsonl"))
     assert said in str(error.value) and "bad.jsonl:2" in str(error.value)
     assert len(load_problems([str(tmp_path / "bad.jsonl")], limit=1)[0]) == 1
+
+
+def test_records_without_an_answer_to_compare_with_are_left_out_and_counted(tmp_path):
+    answers = [{"answer": " "}, {"answer": "so\n#### "}, {"answer": None, "solution": "a proof"}, {"solution": "a proof"},
+               {"answer": float("nan")}, {"answer": []}]
+    good = [{"answer": None, "solution": r"so \boxed{3}"}, {"answer": "", "solution": "4"}, {"answer": "5", "tests": "unread"}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"question": f"{i}?"} | more) + "\n"
+                                              for i, more in enumerate([*answers, *good])))
+    found, left = load_problems(tmp_path / "d.jsonl")
+    assert [problem.facts for problem in found] == [{"answer": n} for n in "345"] and left == len(answers)
 
 
 def test_of_records_that_ask_the_same_the_first_is_the_problem(tmp_path):
