@@ -27,7 +27,6 @@ SYSTEM = ("You first think about the problem step by step and then give the answ
           "<think> and </think>, as Step 1, Step 2 and so on, and the answer after them.")
 PYTHON = "Write a Python 3 program that reads standard input and writes standard output, in a ```python block."
 
-
 # What a statement says where several outputs are right, or nearly right ones too: comparing texts cannot judge them.
 UNDECIDED = re.compile(r"(?:print|output|report|return)\W+any\b(?! (?:extra|other|additional))"
                        r"|any (?:of them|(?:valid|correct|such) \w+) (?:will be|is|are) (?:accepted|allowed|correct)"
@@ -37,12 +36,17 @@ UNDECIDED = re.compile(r"(?:print|output|report|return)\W+any\b(?! (?:extra|othe
 ANY_ORDER = re.compile(r"in (?:any|(?:an )?arbitrary) order", re.IGNORECASE)        # of the output; elsewhere it may be of a move
 
 CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward that tells right from wrong -> its fact
+FORMATS = "codeforces", "question"                                          # of records
 
 
 @dataclass(frozen=True)
 class Problem:
     messages: tuple[dict, ...]          # what is asked, for tokenizer.chat
     facts: dict                         # what rewards look at: answer; tests [{input, output}], time_limit (s), ...
+
+
+class Unanswered(InputError):
+    """A question whose answer is blank, or nothing that another can be compared with."""
 
 
 # ---- toy tasks
@@ -135,17 +139,10 @@ def load_problems(paths, limit: int | None = None, format: str | None = None) ->
     return list(found.values()), read - len(found)
 
 
-class Unanswered(InputError):
-    """A question whose answer is blank, or nothing that another can be compared with."""
-
-
 def shows_its_tests(problem: Problem) -> bool:
     """Whether all that its program is tested by stands in the prompt."""
     asked, tests = problem.messages[-1]["content"], problem.facts.get("tests")
     return bool(tests) and all(f"Input:\n{test['input']}\nOutput:\n{test['output']}" in asked for test in tests)
-
-
-FORMATS = "codeforces", "question"
 
 
 def to_problem(record: dict, where: str, format: str | None = None) -> Problem:
