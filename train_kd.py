@@ -241,10 +241,11 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                 raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g}), "
                                  "or use --dtype float32")
             measured = bool(share) or loss == "minillm"                         # the divergence
-            log.write(step=step + 1, ce=ce, **({"kd": kd} if measured else {}), grad_norm=norm,
-                      lr=optimizer.param_groups[0]["lr"], tokens=scored, **({"own_answers": own_answers} if on_policy else {}),
-                      **({"lm_ce": float(lm_sums[0]) / lm_scored} if lm_batches else {}),
-                      seconds=round(time.perf_counter() - started, 4))
+            line = dict(ce=ce, kd=kd if measured else None, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
+                        own_answers=own_answers if on_policy else None,
+                        lm_ce=float(lm_sums[0]) / lm_scored if lm_batches else None,
+                        seconds=round(time.perf_counter() - started, 4))
+            log.write(step=step + 1, **{key: value for key, value in line.items() if value is not None})
             progress.update(note=f"ce {ce:.3f}" + (f" kd {kd:.3f}" if measured else ""))
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 state = judge(state=state | {"step": step + 1}, sampler=sampler, progress=progress)

@@ -40,8 +40,8 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     """A model in eval mode from a local folder or a hub name.
 
     Every tensor goes from the file straight into its place in `dtype` on `device`; no second copy of the
-    model is ever held. Raises InputError for a tensor that is missing, unexpected or of the wrong shape, a
-    truncated file, or an index that names a missing file.
+    model is ever held. Raises InputError for a tensor that is missing, unexpected, of the wrong shape or not
+    finite, a truncated file, or an index that names a missing file.
     """
     model, wanted, files = outline(model_folder(name))
     model = model.to(dtype).to_empty(device=device)

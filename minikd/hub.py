@@ -71,7 +71,9 @@ class Repository:
     def __init__(self, name: str, kind: str):
         self.name, _, revision = ADDRESS.sub("", name).rstrip("/").partition("@")
         if self.name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise InputError(f"{name}: no such folder; give a local folder or a hub name such as Qwen/Qwen2.5-0.5B")
+            raise InputError(f"{name}: no such folder; give a local folder or a hub name such as Qwen/Qwen2.5-0.5B"
+                             if kind == "model" else
+                             f"{name}: no such file or folder; check the path, or give a hub name such as openai/gsm8k")
         from huggingface_hub import HfApi                       # comes with tokenizers
         self.kind, self.revision = kind, revision or None
         self.files, self.silent, self.folder, self.fetched = None, None, None, set()

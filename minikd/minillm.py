@@ -108,8 +108,9 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
         logq, logp = (torch.zeros(valid.shape, device=device).masked_scatter(valid, x) for x in (logq, logp))   # [B, T-1]
         to_go = rewards_to_go(logq, logp, valid, **options)
         weight = importance_weights(logq, logp, valid, mix)
+        lengths = valid.sum(1).tolist()
         columns = logq[valid], to_go[valid], weight[valid], teacher_states                  # [N] three times, [N, D']
-        for i, *of_row in zip(at, *(x.split(valid.sum(1).tolist()) for x in columns)):
+        for i, *of_row in zip(at, *(x.split(lengths) for x in columns)):
             found[i] = of_row
     white = whiten(torch.cat([to_go for _, to_go, _, _ in found])).split([len(row.response) for row in own])
     return [Rollout(**vars(row), old_logq=q, advantage=A * w, teacher=states)               # whitened over all answers

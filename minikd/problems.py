@@ -142,7 +142,11 @@ def load_problems(paths, limit: int | None = None, format: str | None = None) ->
 def shows_its_tests(problem: Problem) -> bool:
     """Whether all that its program is tested by stands in the prompt."""
     asked, tests = problem.messages[-1]["content"], problem.facts.get("tests")
-    return bool(tests) and all(f"Input:\n{test['input']}\nOutput:\n{test['output']}" in asked for test in tests)
+    return bool(tests) and all(_shown(test) in asked for test in tests)
+
+
+def _shown(test: dict) -> str:
+    return f"Input:\n{test['input']}\nOutput:\n{test['output']}"
 
 
 def to_problem(record: dict, where: str, format: str | None = None) -> Problem:
@@ -198,8 +202,7 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     undecided = interactive or UNDECIDED.search("\n".join((description, stdout, note))) or ANY_ORDER.search(stdout) or (
         record.get("generated_checker") is not None or record.get("input_mode") not in (None, "stdio"))
     parts = [("# ", title), ("", description), ("## Input\n", stdin), ("## Output\n", stdout), ("## Interaction\n", interaction),
-             *(("## Example\n", f"Input:\n{test['input']}\nOutput:\n{test['output']}") for test in examples),
-             ("## Note\n", note),
+             *(("## Example\n", _shown(test)) for test in examples), ("## Note\n", note),
              (f"Time limit: {record['time_limit']} seconds. " if kind_of(record.get("time_limit")) != "null" else "", PYTHON)]
     tests = examples + [test for test in tests if test not in examples]
     facts = {"tests": [] if undecided else tests, "language": "python"} | _limits(record, where)

@@ -41,8 +41,6 @@ def data_files(name) -> list[Path]:
         if base.endswith(ENDINGS):                              # runs/data.jsonl is no hub name: do not ask the hub
             raise InputError(f"{name}: {base} is a file, which has no parts; leave out the rest" if folder.is_file() else
                              f"{base}: no such file; check the path")
-        if "/" not in base:
-            raise InputError(f"{base}: no such file or folder; check the path, or give a hub name such as openai/gsm8k")
         held = files_on_hub(base, kind="dataset")
         if held is not None:
             chosen = _choose(base, held, choice)

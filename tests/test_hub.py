@@ -329,6 +329,8 @@ def test_what_cannot_be_a_hub_name_is_refused_without_asking_the_hub(monkeypatch
     monkeypatch.setattr(huggingface_hub, "HfApi", None)
     with pytest.raises(InputError, match="no such folder; give a local folder or a hub name"):
         local_folder(name, ["*"])
+    with pytest.raises(InputError, match="no such file or folder; check the path, or give a hub name such as openai/gsm8k"):
+        data_files(name)
 
 
 def test_a_file_in_place_of_a_folder_is_named(tmp_path):
