@@ -402,7 +402,8 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
 
 def read_data(args, tokenizer, lengths: dict) -> tuple:
     """--data and --eval-data -> a Report, the training rows, (rows, examples) held out, (rows, examples) of the table."""
-    examples, report = load_examples(args.data, args.format, args.limit)
+    with Progress("reading", args.limit) as progress:
+        examples, report = load_examples(args.data, args.format, args.limit, progress.update)
     print(report)
     train_part, valid_part = hold_out(examples, args.validation, args.seed)
     with Progress("encoding", len(train_part)) as progress:

@@ -139,9 +139,12 @@ def window() -> dict:
 
 
 class Progress:
-    """A bar on a terminal; in a log, one plain line every few seconds.  Use as `with`, and call update()."""
+    """A bar on a terminal; in a log, one plain line every few seconds.  Use as `with`, and call update().
 
-    def __init__(self, title: str, total: int, start: int = 0, every: float = 15.0):
+    total  of steps; None if it is not known
+    """
+
+    def __init__(self, title: str, total: int | None, start: int = 0, every: float = 15.0):
         self.title, self.total, self.done, self.every, self.shown = title, total, start, every, time.monotonic()
         self.bar = None
         if sys.stderr and sys.stderr.isatty():
@@ -162,7 +165,8 @@ class Progress:
             self.bar.update(by)
         elif sys.stderr and time.monotonic() - self.shown > self.every:
             self.shown = time.monotonic()
-            print(f"{self.title} {self.done}/{self.total} {note}", file=sys.stderr, flush=True)
+            of = "" if self.total is None else f"/{self.total}"
+            print(f"{self.title} {self.done}{of} {note}", file=sys.stderr, flush=True)
 
     def say(self, text: str):
         """A line above the bar."""

@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -267,16 +267,20 @@ class Report:
                 + (f"\nfirst malformed: {self.first_bad}" if self.first_bad else ""))
 
 
-def load_examples(paths, format: str | None = None, limit: int | None = None) -> tuple[list[Example], Report]:
+def load_examples(paths, format: str | None = None, limit: int | None = None, progress=None) -> tuple[list[Example], Report]:
     """Every usable record of one or more files, folders or hub datasets, in order.
 
-    format  one of FORMATS; None recognises each record
-    limit   stop after that many examples
+    format    one of FORMATS; None recognises each record
+    limit     stop after that many examples
+    progress  called after each example
     Raises InputError for the first malformed record (in PyTorrent, whose published shards hold corrupt lines, they are only
     counted), and where no record is usable.
     """
-    report, files = Report(), data_files(paths)                 # every name is looked up before a file is read
-    examples = list(islice((example for file in files for example in _examples(file, format, report)), limit))
+    report, files, examples = Report(), data_files(paths), []   # every name is looked up before a file is read
+    for example in islice(chain.from_iterable(_examples(file, format, report) for file in files), limit):
+        examples.append(example)
+        if progress:
+            progress()
     report.kept = len(examples)
     if not examples:
         raise InputError(f"{', '.join(map(str, files))}: no usable record; {report}")

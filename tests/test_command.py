@@ -122,6 +122,16 @@ def test_progress_in_a_log_waits_from_line_to_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "KD 2/6 \nKD 4/6 \nKD 6/6 \n"
 
 
+def test_progress_towards_an_unknown_end(monkeypatch, capsys):
+    with Progress("reading", total=None, every=-1) as progress:
+        progress.update(512)
+    assert capsys.readouterr().err == "reading 512 \n"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Progress("reading", total=None) as progress:
+        progress.update(512)
+        assert "reading: 512it" in str(progress.bar)
+
+
 def test_progress_without_a_stderr_says_nothing(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr", None)
     with Progress("KD", total=1, every=-1) as progress:

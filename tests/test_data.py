@@ -410,7 +410,8 @@ def test_report_counts_hashes_and_fits_a_line(tmp_path):
     digest = subprocess.run(["sha256sum", a], capture_output=True, text=True).stdout[:16]
     assert report.files[0] == (str(a), digest) and len(report.files) == 2
     assert str(report).startswith(f"2 of 3 records kept (dropped: 1 empty response); a.jsonl sha256 {digest}, b.jsonl")
-    assert len(load_examples([a, b], limit=1)[0]) == 1
+    read = []
+    assert len(load_examples([a, b], limit=1, progress=lambda: read.append(1))[0]) == len(read) == 1
 
 
 def test_a_format_that_is_named_is_taken_where_another_would_be_recognised(tmp_path):
