@@ -27,7 +27,8 @@ from minikd.command import (Parser, Progress, check_positive, fill_defaults, fla
 from minikd.data import Encoded, collate, encode_examples, next_rows, same_prompt, split_examples, to_example
 from minikd.files import InputError, remove, script_errors, sha256
 from minikd.hub import label
-from minikd.losses import entropy, head_loss, scored_positions
+from minikd.head import head_loss, scored_positions
+from minikd.losses import entropy
 from minikd.model import Qwen2, cast_copy, mixed
 from minikd.plots import plot_rewards
 from minikd.records import data_files

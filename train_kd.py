@@ -31,8 +31,8 @@ from minikd.data import (FORMATS, Encoded, collate, encode_examples, encode_text
 from minikd.evaluate import answer_and_score, compare, show_table
 from minikd.files import InputError, remove, script_errors, write_jsonl
 from minikd.generate import respond
-from minikd.losses import (DIVERGENCES, clipped_surrogate, compile_losses, head_loss, pick_divergence, reverse_kl,
-                           scored_positions)
+from minikd.head import compile_losses, head_loss, scored_positions
+from minikd.losses import DIVERGENCES, clipped_surrogate, pick_divergence, reverse_kl
 from minikd.model import Qwen2, cast_copy, mixed
 from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category

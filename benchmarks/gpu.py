@@ -41,7 +41,8 @@ from minikd.decode_cuda import OneKernel
 from minikd.generate import generate, generate_with_log_probs, prefill
 from minikd.gptq import quantize_columns, quantize_model, replayed_columns
 from minikd.layout import laid_out
-from minikd.losses import clipped_surrogate, compile_losses, forward_kl, head_loss, pick_divergence, reverse_kl, scored_positions
+from minikd.head import compile_losses, head_loss, scored_positions
+from minikd.losses import clipped_surrogate, forward_kl, pick_divergence, reverse_kl
 from minikd.model import Qwen2, Qwen2Config, StaticCache, mixed, rope_tables, rotate
 from minikd.quant import W4Linear, decode_groups, round_to_nearest, to_w4, to_words
 from minikd.training import compile_blocks, make_optimizer
@@ -467,7 +468,7 @@ def check_results(device, tiny, limits):
     with attempt("loss.cu"):
         by_kernels()
     if device == "cuda":
-        try:                                        # as losses._add_product does, which multiplies and then adds if this fails
+        try:                                        # as head._add_product does, which multiplies and then adds if this fails
             total, ones = torch.ones(64, 64, device=device), torch.ones(64, 64, device=device, dtype=torch.bfloat16)
             torch.addmm(total, ones.T, ones, out_dtype=total.dtype, out=total)
             table.row("a product added in float32", "one kernel", "" if total.eq(65).all() else "WRONG")

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import child, in_turns, machine, peak_resident, report, reset_peak, resident, table
-from minikd.losses import forward_kl, head_loss
+from minikd.head import head_loss
+from minikd.losses import forward_kl
 
 V, N, STUDENT, TEACHER = 151_936, 1024, 896, 1536
 MODES = {"float32": (torch.float32, torch.float32), "bf16": (torch.bfloat16, torch.bfloat16),

@@ -29,7 +29,8 @@ import torch
 
 from benchmarks.measure import child, in_turns, machine, peak_resident, report, reset_peak, resident, table
 from minikd.checkpoint import load_model, save_model
-from minikd.losses import forward_kl, head_loss, scored_positions
+from minikd.head import head_loss, scored_positions
+from minikd.losses import forward_kl
 from minikd.model import Qwen2, Qwen2Config
 
 COMMON = dict(num_hidden_layers=4, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)

@@ -7,7 +7,7 @@ import torch
 from minikd.data import Encoded, Example, by_length, collate, recognise, text_field, to_example
 from minikd.files import InputError, write_jsonl
 from minikd.generate import respond
-from minikd.losses import compare_heads, head_loss, scored_positions
+from minikd.head import compare_heads, head_loss, scored_positions
 from minikd.model import Qwen2, mixed
 from minikd.records import HALF, kind_of, read_records
 from minikd.rouge import exact_match, mean_by_category, rouge_l_best, tokens
@@ -24,7 +24,7 @@ METRICS = {                                         # what show_table prints bel
 @torch.inference_mode()
 def compare(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, teacher=None, divergence=None,
             dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Means over all scored tokens of the rows: `ce`, and with a teacher what losses.compare_heads measures.
+    """Means over all scored tokens of the rows: `ce`, and with a teacher what head.compare_heads measures.
 
     teacher  teacher.Teacher or CachedTeacher; None for cross-entropy alone
     """

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from minikd.data import Encoded, by_length, collate
 from minikd.generate import generate_with_log_probs
-from minikd.losses import at_least_float32, clipped_surrogate, head_loss, ratio_of, scored_positions
+from minikd.head import head_loss, scored_positions
+from minikd.losses import at_least_float32, clipped_surrogate, ratio_of
 from minikd.model import Qwen2, mixed
 
 NORMS = ("sequence", "token", "constant")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minikd.files import InputError
-from minikd.losses import apply_head
+from minikd.head import apply_head
 from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear, give_memory_back
 

@@ -1,4 +1,4 @@
-// The losses of a token and their gradient, from rows of bfloat16 logits: in two passes what losses._costs does in some twenty
+// The losses of a token and their gradient, from rows of bfloat16 logits: in two passes what head._costs does in some twenty
 // over float32 copies. Both models' logits are read twice and the gradient is written: 10 bytes per pair. That is what takes the
 // time: loss_* issues some 21 instructions per pair, of the 27 for which an H200 has time while it reads one.
 //

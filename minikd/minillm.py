@@ -32,7 +32,8 @@ from torch import Tensor
 
 from minikd.data import Encoded, by_length, collate, next_rows, optimizer_steps, send, steps_per_epoch
 from minikd.generate import respond
-from minikd.losses import head_loss, log_mix, scored_positions
+from minikd.head import head_loss, scored_positions
+from minikd.losses import log_mix
 from minikd.model import Qwen2, cast_copy, mixed
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from minikd.data import Encoded, collate, send
 from minikd.files import InputError, append_to, atomic_path, parse_json, read_json, save_tensors
 from minikd.generate import respond
-from minikd.losses import scored_positions
+from minikd.head import scored_positions
 from minikd.model import Qwen2, mixed
 
 FACTS, SHARD_TOKENS = "cache.json", 50_000          # a shard of a 3B teacher's states is 205 MB

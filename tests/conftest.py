@@ -68,6 +68,10 @@ def small(seed: int, **shape) -> Qwen2:
     return Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed)
 
 
+def random_logits(*shape: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def tiny(seed: int, tokenizer, folder, **shape) -> Path:
     """A folder with such a model and the tokenizer."""
     tokenizer.save(folder)

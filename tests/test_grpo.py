@@ -10,7 +10,8 @@ from minikd import grpo
 from minikd.data import Encoded, collate
 from minikd.grpo import (NORMS, group_advantages, k3, policy_loss, sample_groups, sequence_log_ratio, token_log_probs, token_loss,
                          token_weights, was_clipped)
-from minikd.losses import entropy, head_loss, scored_positions
+from minikd.head import head_loss, scored_positions
+from minikd.losses import entropy
 from minikd.model import Qwen2
 
 N, R = 6, 7                                         # answers, tokens

@@ -1,4 +1,4 @@
-"""loss.cu, run on a CPU by ptx.py, against the formulas in slow Python loops and against losses.py's own path."""
+"""loss.cu, run on a CPU by ptx.py, against the formulas in slow Python loops and against head.py's own path."""
 import functools
 import math
 import re
@@ -8,13 +8,14 @@ import torch
 
 import fake_gpu
 from benchmarks import gpu as script
-from minikd import loss_cuda, losses
+from minikd import loss_cuda
 from minikd.cuda import SOURCES, launch
-from minikd.losses import (clipped_surrogate, entropy, forward_kl, head_loss, jensen_shannon, pick_divergence, pick_kernel,
-                           reverse_kl, tokens_at_once)
+from minikd.head import _costs, head_loss, pick_kernel, tokens_at_once
+from minikd.losses import (clipped_surrogate, entropy, forward_kl, jensen_shannon, no_divergence, pick_divergence,
+                           reverse_kl)
 from ptx import Fault, kernels_of
 
-DIVERGENCES = {"ce": losses.no_divergence, "entropy": entropy, "forward": forward_kl, "reverse": reverse_kl}
+DIVERGENCES = {"ce": no_divergence, "entropy": entropy, "forward": forward_kl, "reverse": reverse_kl}
 
 
 def extent(x) -> tuple[int, int]:
@@ -135,7 +136,7 @@ def test_tokens_that_one_model_rules_out_are_as_in_the_plain_path(on_cpu, name, 
     targets = torch.tensor([30, 2, 7, 42, 42, 3])                               # the fourth is a token that is ruled out
     leaf = s.float().requires_grad_()
     divergence = DIVERGENCES[name] if name == "ce" else functools.partial(DIVERGENCES[name], temperature=T)
-    expected_ce, expected, total = losses._costs(leaf, targets, t, divergence, 0.5, torch.ones(6), None)
+    expected_ce, expected, total = _costs(leaf, targets, t, divergence, 0.5, torch.ones(6), None)
     ce, kd, grad = run(name, s, t, targets, T, 0.5, 0.5)
     assert ce[3].isinf() and (name == "ce" or kd.isinf().any())
     torch.testing.assert_close((ce, kd), (expected_ce.detach(), expected.detach()), rtol=2e-6, atol=2e-6)
@@ -244,7 +245,7 @@ def test_which_losses_the_kernels_compute(monkeypatch):
         s = torch.zeros(3, 16, dtype=torch.bfloat16, device="cuda")
         pick = lambda divergence, kd_ratio=0.5, s=s, t=s: pick_kernel(divergence, kd_ratio, s, t)
         assert pick(forward_kl) == ("forward", 1.0) and pick(pick_divergence("reverse_kl", temperature=2.0)) == ("reverse", 2.0)
-        assert pick(losses.no_divergence, 0.0, t=None) == ("ce", 1.0) and pick(entropy, 0.0, t=s.float()) == ("entropy", 1.0)
+        assert pick(no_divergence, 0.0, t=None) == ("ce", 1.0) and pick(entropy, 0.0, t=s.float()) == ("entropy", 1.0)
         for other in (jensen_shannon, pick_divergence("jsd"), pick_divergence("forward_kl", temperature=0.0),
                       lambda s, t: s[:, 0], functools.partial(forward_kl, teacher_logits=s), functools.partial(forward_kl, s)):
             assert pick(other) is None

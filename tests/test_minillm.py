@@ -8,7 +8,8 @@ import torch
 from conftest import small
 from minikd.data import Encoded, next_rows
 from minikd.generate import generate, respond
-from minikd.losses import clipped_surrogate, head_loss, reverse_kl
+from minikd.head import head_loss
+from minikd.losses import clipped_surrogate, reverse_kl
 from minikd.minillm import (FROZEN, Rollout, collect, importance_weights, pack_rollouts, rewards_to_go,
                             rollout_steps, unpack_rollouts, whiten)
 from minikd.model import Qwen2

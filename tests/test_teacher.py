@@ -10,7 +10,8 @@ from minikd import teacher as module
 from minikd.checkpoint import load_head, load_model, model_files, save_model
 from minikd.data import Encoded, collate
 from minikd.files import InputError
-from minikd.losses import forward_kl, head_loss, scored_positions
+from minikd.head import head_loss, scored_positions
+from minikd.losses import forward_kl
 from minikd.model import Qwen2
 from minikd.teacher import CachedTeacher, Teacher, digest_of, fill_cache, teacher_responses
 

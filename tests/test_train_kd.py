@@ -17,7 +17,7 @@ import eval_rouge
 import train_kd as kd
 from conftest import killed_at, locked_by_another, same, steps_of, tiny, weights
 from fake_gpu import gpu
-from minikd import evaluate, losses, minillm, toy
+from minikd import evaluate, head, minillm, toy
 from minikd.checkpoint import identify, load_model, save_model
 from minikd.data import encode_examples, load_examples
 from minikd.evaluate import sequence_kl
@@ -182,7 +182,7 @@ def test_compile_changes_time_and_nothing_else(settings, monkeypatch):
         return compiler(f, backend=backend, fullgraph=True, **options)
 
     plain = kd.train(**settings(steps=2)).state_dict()
-    monkeypatch.setattr(losses, "_compiled_costs", None)        # and afterwards again
+    monkeypatch.setattr(head, "_compiled_costs", None)        # and afterwards again
     monkeypatch.setattr(torch, "compile", compile)
     again = kd.train(**settings(steps=2, compile=True, gradient_checkpointing=True)).state_dict()
     assert all(torch.equal(plain[key], value) for key, value in again.items())

@@ -1,0 +1,275 @@
+"""The LM head, applied chunk by chunk to the states that score a token: full logits [N, 151,936] are never held.
+
+`scored_positions` picks those states, `head_loss` computes a loss of them with its gradients, and `compare_heads` metrics.
+
+Reference
+    Knowledge Distillation for Large Language Models, eq. (3) the mixed loss
+"""
+import functools
+from contextlib import suppress
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minikd import loss_cuda
+from minikd.data import send
+from minikd.losses import entropy, forward_kl, kl, log_probs, no_divergence, reverse_kl
+
+BLOCK = 2048                                        # head rows in one matrix product on a CPU: they fit its cache
+PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # float32 logits in one softmax, at least: fewer are mostly overhead
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 160 << 20}  # logits of one model that are in memory at once, at most
+# A chunk is a multiple of so many tokens, as matrices are multiplied in tiles: 48 is MKL's with AVX-512 (a token in chunks of
+# 48 takes 0.8 of its time in chunks of 55, results/head_loss.txt; in bfloat16 there is no such step), 128 cuBLAS's.
+TILES = {("cpu", torch.float32): 48, ("cuda", torch.float32): 128, ("cuda", torch.bfloat16): 128}
+
+
+def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The shift by one: the state at t-1 scores the token at t.
+
+    hidden [B, T, D], ids [B, T], mask [B, T] True on response tokens -> states [N, D], targets [N]
+
+    With the mask on the CPU, where `collate` leaves it, the host never waits for a GPU: it launches a step's kernels while
+    those before them still run. On an H200 waiting here for the teacher took a third of a distillation step.
+    """
+    row, before = mask[:, 1:].nonzero(as_tuple=True)                            # [N] each
+    at = send(row * mask.shape[1] + before, hidden.device)                      # [N] among the B T positions
+    return hidden.flatten(0, 1).index_select(0, at), ids.flatten().index_select(0, at + 1)
+
+
+def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor | None = None,
+              teacher_head: Tensor | None = None, divergence=None, kd_ratio: float = 0.0,
+              weight: Tensor | float = 1.0, policy=None, vocab: int | None = None,
+              chunk_bytes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Paper eq. (3) summed over tokens:  Σ_n weight_n ((1 - kd_ratio) CE_n + kd_ratio D(p_n, q_n)).
+
+    hidden          [N, D]   the student's states that score a token (scored_positions)
+    head            [V, D]   the student's LM head
+    targets         [N]      the tokens they score
+    teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated; None for kd_ratio 0
+    divergence      (student logits [n, V], teacher logits [n, V']) -> [n], as losses.py has them. With kd_ratio 0
+                    it is only measured, and the teacher may be absent (entropy)
+    weight          of each token, often 1 / scored tokens of the optimizer step: a number, or one per token [N]
+    policy          (log q of the targets [n], at=slice of the N tokens) -> [n], a loss that takes the place of CE, in full:
+                    Σ_n weight_n (policy_n + kd_ratio D_n). The objective of a policy gradient (clipped_surrogate)
+    vocab           use only the head's first `vocab` rows, as sampling did
+    returns         the loss (differentiable once), and for logs CE [N] and D [N] of each token
+
+    Full logits are never held. For each chunk of tokens this computes the logits, the loss and its gradient G [n, V] with
+    respect to them (for CE: softmax - one-hot), and from it at once, while it is in the cache, those of the inputs:
+    dL/dhidden = G head, dL/dhead += G^T hidden. That is why `weight` must be known here; recomputing the logits in the
+    backward pass would cost a second head product.
+    Under autocast the head multiplies in autocast's dtype.
+
+    Raises ValueError for a kd_ratio without divergence or teacher, and for gradients in float16.
+    """
+    if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
+        raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
+    divergence = divergence or no_divergence
+    shared = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))      # V from here on, CE too
+    if not isinstance(weight, Tensor):
+        weight = torch.full((), weight, device=hidden.device)                   # as_tensor would synchronise with the GPU
+    weight = weight.to(hidden.device, torch.float32).expand(len(hidden))
+    chunk_bytes = chunk_bytes or CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
+    return _HeadLoss.apply(hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy,
+                           shared, chunk_bytes, torch.is_grad_enabled())
+
+
+class _HeadLoss(torch.autograd.Function):
+    """forward computes the loss and its gradients too; backward only multiplies them by grad_loss."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy, V,
+                chunk_bytes, grad_enabled):
+        N, device = len(hidden), hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        need_hidden, need_head = (grad_enabled and need for need in ctx.needs_input_grad[:2])
+        if dtype == torch.float16 and (need_hidden or need_head):       # no later loss scale can save what underflows here
+            raise ValueError("head_loss: gradients underflow in float16; train in bfloat16 or float32")
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
+        grad_head = torch.zeros_like(head) if need_head else None               # [V, D]
+        ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))
+        chunk = tokens_at_once(N, chunk_bytes // (V * dtype.itemsize), TILES.get((device, dtype), 1))
+        least = PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V)
+        with torch.autocast(device, enabled=False):
+            states, head = hidden.to(dtype), head[:V]
+            if hidden.is_cuda:
+                head = head.to(dtype)                                           # cast once; on a CPU block by block
+            logits, teacher_logits = aligned(states, chunk, V), None            # student's, later overwritten by gradient
+            if teacher_hidden is not None:
+                teacher_logits = aligned(teacher_head, chunk, V)                # [chunk, V]
+            kernel = pick_kernel(divergence, kd_ratio, logits, teacher_logits)
+            # The logits of a chunk are in memory at once; a piece of it, which fits the cache, takes one float32 softmax.
+            piece = chunk if kernel else max(1, chunk // 16, least)
+            for start in range(0, N, chunk):
+                at = slice(start, min(start + chunk, N))
+                apply_head(states[at], head, out=logits)                        # [n, D] -> [n, V]
+                if teacher_logits is not None:
+                    apply_head(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
+                n = at.stop - at.start
+                for first in range(0, n, piece):
+                    rows = slice(first, min(first + piece, n))                  # the piece within the chunk
+                    tokens = slice(start + rows.start, start + rows.stop)       # the same among all N
+                    ce[tokens], kd[tokens], total[tokens] = _token_losses(      # from here on dL/dlogits, in place
+                        logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], divergence,
+                        kd_ratio, weight[tokens], policy and functools.partial(policy, at=tokens), need_hidden or need_head,
+                        kernel)
+                if need_hidden or need_head:
+                    _backward_head(logits[:n], states[at], head,
+                                   grad_hidden[at] if need_hidden else None,
+                                   grad_head[:V] if need_head else None)
+        ctx.grads = grad_hidden, grad_head
+        ctx.mark_non_differentiable(ce, kd)
+        return total.sum(), ce, kd
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if ctx.grads is None:
+            raise RuntimeError("head_loss can be differentiated once; call it again for a second backward")
+        grads, ctx.grads = ctx.grads, None                                      # scaled in place, so good for one use
+        return *(g if g is None else g.mul_(grad_loss) for g in grads), *[None] * 10    # None: the other 10 inputs
+
+
+def tokens_at_once(N: int, most: int, tile: int) -> int:
+    """Tokens in a chunk: at most `most`, whole tiles if one fits, and as many in every chunk as that allows."""
+    if most >= tile and N:
+        chunks = -(-N // (most // tile * tile))
+        most = -(-N // chunks // tile) * tile                   # 3,072 tokens by at most 1,766: 2 x 1,536, not 1,664 + 1,408
+    return max(1, min(N, most))
+
+
+def aligned(like: Tensor, n: int, V: int) -> Tensor:
+    """An uninitialised [n, V], whose rows begin at multiples of 8 elements, for loads of 16 bytes."""
+    return like.new_empty(n, -(-V // loss_cuda.ALIGN) * loss_cuda.ALIGN)[:, :V]
+
+
+def weigh(ce: Tensor, kd: Tensor, kd_ratio: float, weight: Tensor, policy) -> Tensor:
+    """Each token's part of the loss [n], of its CE and divergence [n]."""
+    cost = policy(-ce) if policy else (1 - kd_ratio) * ce                       # -CE is log q of the target
+    return weight * (cost + kd_ratio * kd if kd_ratio else cost)                # paper eq. (3); MiniLLM's objective, eq. (7)
+
+
+def _costs(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy) -> tuple[Tensor, Tensor, Tensor]:
+    """CE [n], divergence [n] and their weighted sum [n], of logits [n, V]; what is only logged gets no gradient."""
+    logits = logits.float()
+    ce = F.cross_entropy(logits if kd_ratio < 1 or policy else logits.detach(), targets, reduction="none")
+    kd = divergence(logits if kd_ratio else logits.detach(), teacher_logits)
+    return ce, kd, weigh(ce, kd, kd_ratio, weight, policy)
+
+
+_compiled_costs = None
+
+
+def compile_losses():
+    """Lets torch.compile fuse the passes that a divergence makes over the logits, in distillation steps from here on."""
+    global _compiled_costs
+    _compiled_costs = torch.compile(_costs, dynamic=True)
+
+
+def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy, need_grad, kernel):
+    """_costs; with need_grad, the gradient of the weighted sum overwrites the logits [n, V].  `kernel` as pick_kernel gives it:
+    the same by loss.cu, without the dozens of float32 tensors [n, V] that _costs and its gradient read and write."""
+    if kernel:
+        return _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, policy, need_grad)
+    fused = _compiled_costs is not None and need_grad and kd_ratio and policy is None       # a policy is new for each piece
+    costs = _compiled_costs if fused else _costs
+    with torch.set_grad_enabled(need_grad):
+        leaf = logits.detach().requires_grad_(need_grad)
+        ce, kd, total = costs(leaf, targets, teacher_logits, divergence, kd_ratio, weight, policy)
+        if need_grad:
+            logits.copy_(torch.autograd.grad(total.sum(), leaf)[0])
+    return ce.detach(), kd.detach(), total.detach()
+
+
+def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Tensor | None) -> tuple[str, float] | None:
+    """The name and the temperature by which loss.cu has this divergence; None if torch's operators compute it."""
+    options = {}
+    if isinstance(divergence, functools.partial) and not divergence.args:       # as pick_divergence makes it
+        divergence, options = divergence.func, divergence.keywords
+    name = {no_divergence: "ce", entropy: "entropy", forward_kl: "forward", reverse_kl: "reverse"}.get(divergence)
+    read = [logits, teacher_logits] if name in ("forward", "reverse") else [logits]
+    temperature = options.get("temperature", 1.0)
+    if (name is None or options.keys() - {"temperature"} or not temperature > 0 or name == "entropy" and kd_ratio
+            or not loss_cuda.can_run(*read)):
+        return None
+    return name, temperature
+
+
+def _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, policy, need_grad):
+    """_token_losses by loss.cu: one kernel for CE and D, one for the logits' gradient dL/dCE dCE/dlogits + dL/dD dD/dlogits. What
+    dL/dCE and dL/dD are, a number per token each, autograd finds from the formula itself, `weigh`."""
+    ce, kd, rows = loss_cuda.costs(*kernel, logits, targets, teacher_logits)
+    with torch.set_grad_enabled(need_grad):
+        total = weigh(ce.requires_grad_(need_grad), kd.requires_grad_(need_grad), kd_ratio, weight, policy)
+        if need_grad:
+            slopes = torch.autograd.grad(total.sum(), (ce, kd), materialize_grads=True)     # dL/dCE, dL/dD: [n] each
+            name, temperature = kernel if kd_ratio else ("ce", 1.0)                         # a divergence that is only measured
+            loss_cuda.gradient_(name, temperature, logits, targets, teacher_logits, rows, *slopes)
+    return ce.detach(), kd.detach(), total.detach()
+
+
+@torch.inference_mode()
+def compare_heads(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
+                  divergence=None) -> dict[str, Tensor]:
+    """Metrics of each token [N], the inputs as in head_loss: ce, forward_kl, reverse_kl in nats; agreement, 1 where both
+    models' likeliest token is the same; and kd, the given divergence, if there is one."""
+    def metrics(logits, teacher_logits):                # takes a divergence's place to see all logits, piece by piece
+        logq, logp = log_probs(logits, teacher_logits, temperature=1.0)
+        values.append(torch.stack([kl(logp, logq), kl(logq, logp), (logq.argmax(-1) == logp.argmax(-1)).float()]))  # [3, n]
+        return (divergence or no_divergence)(logits, teacher_logits)
+
+    values = [torch.zeros(3, 0, device=hidden.device)]          # all there is without tokens
+    _, ce, kd = head_loss(hidden, head, targets, teacher_hidden, teacher_head, metrics)
+    found = dict(zip(("forward_kl", "reverse_kl", "agreement"), torch.cat(values, dim=1), strict=True))
+    return {"ce": ce, **found} | ({"kd": kd} if divergence else {})
+
+
+def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
+    """states [n, D], head [V, D] -> logits [n, V] in states' dtype, written to the first rows of `out` if given.
+
+    On a CPU it is (head_block @ states.T).T, block after block: in float32 up to 1.9 x as fast as one product for 8 to 220
+    rows on two cores. A head in another dtype is cast block by block, so that no second copy of it is held.
+    """
+    n = len(states)
+    if out is None:
+        out = states.new_empty(n, len(head))
+    out = out[:n]
+    if states.is_cuda:
+        return torch.mm(states, head.to(states.dtype).T, out=out)
+    if n == 1 and states.dtype == torch.float32:                # MKL takes up to twice as long for one column as for two
+        states = states.repeat(2, 1)
+    for i in range(0, len(head), BLOCK):
+        out[:, i:i + BLOCK] = (head[i:i + BLOCK].to(states.dtype) @ states.T)[:, :n].T      # ([b, D] [D, n])ᵀ
+    return out
+
+
+def _backward_head(grads: Tensor, states: Tensor, head: Tensor, grad_hidden: Tensor | None, grad_head: Tensor | None):
+    """From grads [n, V] of the logits: writes grad_hidden [n, D], and adds to grad_head [V, D] in place."""
+    if grads.is_cuda:                                                           # whole; rows of D and V are aligned, of n not
+        if grad_hidden is not None:
+            grad_hidden.copy_(grads @ head)                                     # [n, V] [V, D]
+        if grad_head is not None:
+            _add_product(grad_head, grads.T, states)                            # += [V, n] [n, D]
+        return
+    total = states.new_zeros(states.T.shape, dtype=torch.float32)               # [D, n]
+    for i in range(0, len(head), BLOCK):
+        grad = grads[:, i:i + BLOCK].T                                          # [b, n]
+        if grad_hidden is not None:
+            _add_product(total, head[i:i + BLOCK].to(grad.dtype).T, grad)       # += [D, b] [b, n]
+        if grad_head is not None:
+            _add_product(grad_head[i:i + BLOCK], grad, states)                  # += [b, n] [n, D]
+    if grad_hidden is not None:
+        grad_hidden.copy_(total.T)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor):
+    """total += a @ b, without a second matrix of total's size if the dtypes allow it."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+        return
+    if total.is_cuda:
+        with suppress(RuntimeError):                    # added within the product, in float32: newer versions of torch on CUDA
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+            return
+    total += a @ b

@@ -1,0 +1,354 @@
+"""The head applied chunk by chunk, against the loss of full logits, its gradients and its memory; the shift by one."""
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from conftest import random_logits
+from minikd.head import _backward_head, apply_head, compare_heads, head_loss, scored_positions
+from minikd.losses import DIVERGENCES, clipped_surrogate, forward_kl, jensen_shannon, reverse_kl
+from minikd.model import Qwen2, Qwen2Config
+
+NAMES = sorted(DIVERGENCES)
+
+
+# ---- the shift by one
+
+def test_the_state_before_a_token_scores_it():
+    rng = random.Random(0)
+    hidden, ids = torch.randn(4, 9, 5), torch.randint(50, (4, 9))
+    mask = torch.tensor([[rng.random() < 0.5 for _ in range(9)] for _ in range(4)])
+    states, targets = scored_positions(hidden, ids, mask)
+    expected = [(hidden[b, t - 1], ids[b, t]) for b in range(4) for t in range(1, 9) if mask[b, t]]
+    assert len(states) == len(targets) == len(expected) > 0
+    for state, target, (slow_state, slow_target) in zip(states, targets, expected):
+        assert torch.equal(state, slow_state) and target == slow_target
+
+
+def test_the_last_prompt_position_scores_the_first_reply_token_and_padding_scores_nothing():
+    ids = torch.tensor([[11, 12, 13, 21, 22, 0, 0], [11, 31, 32, 33, 34, 35, 36]])
+    mask = torch.tensor([[0, 0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 1]]).bool()  # prompts of 3 and 1, replies of 2 and 6
+    hidden = torch.arange(14).view(2, 7, 1)                                     # each state is its own index
+    states, targets = scored_positions(hidden, ids, mask)
+    assert len(targets) == mask.sum()
+    assert targets.tolist() == [21, 22, 31, 32, 33, 34, 35, 36]
+    assert states[:, 0].tolist() == [2, 3, 7, 8, 9, 10, 11, 12]
+
+
+# ---- the head, chunk by chunk
+
+N, V, D, DT = 53, 41, 6, 10                         # scored tokens, vocabulary, student's and teacher's hidden size
+
+
+def head_inputs(student_rows=V, teacher_rows=V):
+    generator = torch.Generator().manual_seed(17)
+    shapes = dict(hidden=(N, D), head=(student_rows, D), teacher_hidden=(N, DT), teacher_head=(teacher_rows, DT))
+    inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name in "hidden", "head":
+        inputs[name].requires_grad_()
+    return inputs | {"targets": torch.randint(min(student_rows, teacher_rows), (N,), generator=generator)}
+
+
+def naive(hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight=1.0):
+    """What head_loss computes, with every logit of every token held at once."""
+    shared = min(len(head), len(teacher_head))
+    student, teacher = hidden @ head[:shared].T, teacher_hidden @ teacher_head[:shared].T
+    ce, kd = F.cross_entropy(student, targets, reduction="none"), divergence(student, teacher)
+    return (weight * ((1 - kd_ratio) * ce + kd_ratio * kd)).sum(), ce, kd
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 35, 52, 53, 1000])             # in a chunk; its 16th in a softmax
+@pytest.mark.parametrize("kd_ratio", [0.5, 1.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_head_loss_is_the_loss_of_full_logits(name, kd_ratio, tokens):
+    inputs = head_inputs()
+    options = dict(divergence=DIVERGENCES[name], kd_ratio=kd_ratio)
+    expected, ce, kd = naive(**inputs, **options)
+    loss, our_ce, our_kd = head_loss(**inputs, **options, chunk_bytes=tokens * V * 4)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(our_kd, kd, rtol=1e-5, atol=1e-6)
+    if kd_ratio < 1:
+        torch.testing.assert_close(our_ce, ce, rtol=1e-5, atol=1e-6)
+    of = inputs["hidden"], inputs["head"]
+    for ours, theirs in zip(gradients(2.5 * loss, *of), gradients(2.5 * expected, *of)):    # the chain rule goes on
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 1000])
+def test_without_a_teacher_head_loss_is_cross_entropy(tokens):
+    inputs = head_inputs()
+    of = inputs["hidden"], inputs["head"]
+    expected = F.cross_entropy(of[0] @ of[1].T, inputs["targets"], reduction="none")
+    loss, ce, kd = head_loss(*of, inputs["targets"], weight=1 / N, chunk_bytes=tokens * V * 4)
+    torch.testing.assert_close(loss, expected.mean())
+    torch.testing.assert_close(ce, expected.detach())
+    assert kd.eq(0).all()
+    for ours, theirs in zip(gradients(loss, *of), gradients(expected.mean(), *of)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows,teacher_rows", [(V, V - 4), (V - 4, V)])
+def test_head_loss_cuts_heads_to_the_shared_vocabulary(rows, teacher_rows):
+    inputs = head_inputs(rows, teacher_rows)
+    expected, ce, _ = naive(**inputs, divergence=reverse_kl, kd_ratio=0.5)
+    loss, our_ce, _ = head_loss(**inputs, divergence=reverse_kl, kd_ratio=0.5, chunk_bytes=5 * V * 4)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(our_ce, ce)                                      # cross-entropy sees the shared rows too
+    of = inputs["hidden"], inputs["head"]
+    for ours, theirs in zip(gradients(loss, *of), gradients(expected, *of)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)          # 0 in the rows that were cut
+
+
+def test_a_tall_head_is_multiplied_block_by_block_and_the_blocks_are_summed_in_float32(monkeypatch):
+    inputs = head_inputs()
+    of, options = (inputs["hidden"], inputs["head"]), dict(divergence=forward_kl, kd_ratio=0.5, chunk_bytes=5 * V * 4)
+    expected = naive(**inputs, divergence=forward_kl, kd_ratio=0.5)[0]
+    monkeypatch.setattr("minikd.head.BLOCK", 16)                              # two blocks and a part
+    loss, *_ = head_loss(**inputs, **options)
+    torch.testing.assert_close(loss, expected)
+    exact = gradients(expected, *of)
+    for ours, theirs in zip(gradients(loss, *of), exact):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr("minikd.head.BLOCK", 1)
+    ones, grad = torch.ones(300, 1).bfloat16(), torch.empty(1, 1).bfloat16()
+    _backward_head(ones.T, ones[:1], ones, grad, None)
+    assert grad.item() == 300                                                   # bfloat16 itself counts to 256
+
+
+@pytest.mark.parametrize("dtype, chunks", [(torch.float32, [48, 48, 34]), (torch.bfloat16, [44, 44, 42])])
+def test_float32_chunks_are_whole_tiles(monkeypatch, dtype, chunks):
+    hidden, head = random_logits(130, 8).to(dtype).requires_grad_(), random_logits(40, 8, seed=1).to(dtype)
+    targets = torch.arange(130) % 40
+    seen = []
+
+    def counted(states, *rest, **out):
+        seen.append(len(states))
+        return apply_head(states, *rest, **out)
+
+    monkeypatch.setattr("minikd.head.apply_head", counted)
+    grads = []
+    for size in 1 << 20, 55 * 40 * dtype.itemsize:                              # all at once, and room for 55 tokens
+        head_loss(hidden, head, targets, chunk_bytes=size)[0].backward()
+        grads.append(hidden.grad)
+        hidden.grad = None
+    assert seen == [130, *chunks]
+    torch.testing.assert_close(*grads)
+
+
+def test_each_token_counts_by_its_own_weight():
+    inputs, weight = head_inputs(), torch.rand(N, generator=torch.Generator().manual_seed(18))
+    weight[3] = 0.0
+    expected, *_ = naive(**inputs, divergence=forward_kl, kd_ratio=0.5, weight=weight)
+    loss, *_ = head_loss(**inputs, divergence=forward_kl, kd_ratio=0.5, weight=weight, chunk_bytes=5 * V * 4)
+    torch.testing.assert_close(loss, expected)
+    of = inputs["hidden"], inputs["head"]
+    ours = gradients(loss, *of)
+    for grad, theirs in zip(ours, gradients(expected, *of)):
+        torch.testing.assert_close(grad, theirs, rtol=1e-5, atol=1e-5)
+    assert ours[0][3].eq(0).all()
+
+
+def test_head_loss_without_gradients_and_with_one_side_frozen():
+    inputs = head_inputs()
+    options = dict(divergence=forward_kl, kd_ratio=0.5, chunk_bytes=5 * V * 4)
+    loss, *_ = head_loss(**inputs, **options)
+    grad_hidden, grad_head = gradients(loss, inputs["hidden"], inputs["head"])
+    for mode in torch.no_grad(), torch.inference_mode():
+        with mode:
+            value, *_ = head_loss(**inputs, **options)
+        assert value == loss and not value.requires_grad
+    for frozen, free, expected in ("head", "hidden", grad_hidden), ("hidden", "head", grad_head):
+        some = inputs | {frozen: inputs[frozen].detach()}
+        value, *_ = head_loss(**some, **options)
+        assert value == loss
+        torch.testing.assert_close(gradients(value, some[free])[0], expected)
+
+
+def test_the_per_token_values_are_for_logs_and_carry_no_gradient():
+    _, ce, kd = head_loss(**head_inputs(), divergence=forward_kl, kd_ratio=0.5)
+    assert not ce.requires_grad and not kd.requires_grad
+
+
+def test_a_divergence_that_is_only_measured_may_be_infinite():
+    inputs = head_inputs()
+    infinite = lambda logits, teacher_logits: torch.full((len(logits),), torch.inf)
+    loss, ce, kd = head_loss(**inputs, divergence=infinite)
+    assert kd.isinf().all() and float(loss.detach()) == pytest.approx(float(ce.sum()))
+    assert gradients(loss, inputs["hidden"])[0].isfinite().all()
+
+
+def test_a_batch_without_a_scored_token_has_loss_0_and_gradient_0():
+    inputs = head_inputs()
+    none = {key: inputs[key][:0] for key in ("targets", "teacher_hidden")}
+    hidden = inputs["hidden"].detach()[:0].requires_grad_()
+    loss, ce, kd = head_loss(hidden, inputs["head"], none["targets"], none["teacher_hidden"], inputs["teacher_head"],
+                             forward_kl, 0.5)
+    assert loss == 0 and ce.shape == kd.shape == (0,)
+    assert gradients(loss, inputs["head"])[0].eq(0).all()
+
+
+def test_head_loss_is_differentiated_once_and_says_so():
+    for keep in False, True:
+        loss, *_ = head_loss(**head_inputs(), divergence=forward_kl, kd_ratio=0.5)
+        loss.backward(retain_graph=keep)
+        with pytest.raises(RuntimeError, match="once"):
+            loss.backward()
+    inputs = head_inputs()
+    loss, *_ = head_loss(**inputs, divergence=forward_kl, kd_ratio=0.5)
+    scale = torch.ones((), requires_grad=True)
+    first, = torch.autograd.grad(scale * loss, inputs["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):                            # nor a second derivative
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("lacks", ["divergence", "teacher_hidden", "teacher_head"])
+def test_a_kd_ratio_without_a_teacher_or_a_divergence_is_refused(lacks):
+    inputs = head_inputs() | {"divergence": forward_kl}
+    with pytest.raises(ValueError, match="kd_ratio = 0.5 needs"):
+        head_loss(**inputs | {lacks: None}, kd_ratio=0.5)
+
+
+def test_gradients_in_float16_are_refused_as_they_would_underflow():
+    inputs = {key: value.detach().half() if value.is_floating_point() else value for key, value in head_inputs().items()}
+    assert head_loss(**inputs)[0].isfinite()
+    with pytest.raises(ValueError, match="underflow in float16"):
+        head_loss(**inputs | {"hidden": inputs["hidden"].requires_grad_()})
+
+
+def test_autocast_and_bfloat16_stay_near_float32():
+    inputs = head_inputs()
+    of, options = (inputs["hidden"], inputs["head"]), dict(divergence=forward_kl, kd_ratio=0.5, chunk_bytes=6 * V * 4)
+    exact, *_ = head_loss(**inputs, **options)
+    expected = gradients(exact, *of)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, ce, kd = head_loss(**inputs, **options)
+    narrow = {key: value.detach().bfloat16().requires_grad_() if value.is_floating_point() else value
+              for key, value in inputs.items()}
+    small, small_ce, small_kd = head_loss(**narrow, **options)
+    assert loss.dtype == small.dtype == torch.float32
+    for values in ce, kd, small_ce, small_kd:                                   # nothing after the logits is narrow
+        assert (values != values.bfloat16()).sum() > N / 2
+    for value, grads in (loss, gradients(loss, *of)), (small, gradients(small, narrow["hidden"], narrow["head"])):
+        assert value.item() == pytest.approx(exact.item(), rel=1e-2) and value != exact
+        for grad, wide in zip(grads, expected):
+            assert (grad.float() - wide).norm() < 2e-2 * wide.norm()
+    assert [grad.dtype for grad in gradients(head_loss(**inputs, **options)[0], *of)] == [torch.float32] * 2
+
+
+def test_states_that_were_kept_in_bfloat16_meet_the_teachers_head_in_its_own_dtype():
+    inputs = head_inputs() | dict(divergence=forward_kl, kd_ratio=0.5)
+    kept = inputs["teacher_hidden"].bfloat16()
+    *_, kd = head_loss(**inputs | dict(teacher_hidden=kept))
+    torch.testing.assert_close(kd, naive(**inputs | dict(teacher_hidden=kept.float()))[2], rtol=1e-5, atol=1e-6)
+
+
+def ragged_batch(lengths, prompts, vocab):
+    """ids and mask, right-padded: replies run from each prompt's end to the row's."""
+    ids = torch.randint(1, vocab, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(19))
+    column = torch.arange(max(lengths))
+    inside = column < torch.tensor(lengths)[:, None]
+    return ids * inside, inside & (column >= torch.tensor(prompts)[:, None])
+
+
+def test_one_batch_of_eight_equals_eight_of_one_accumulated():
+    shape = dict(vocab_size=60, intermediate_size=24, num_hidden_layers=1, tie_word_embeddings=True,
+                 initializer_range=0.3)
+    student = Qwen2(Qwen2Config(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, **shape)).init_weights(1)
+    teacher = Qwen2(Qwen2Config(hidden_size=24, num_attention_heads=2, num_key_value_heads=1, **shape)).init_weights(2)
+    lengths, prompts = [5, 12, 7, 3, 9, 12, 4, 10], [2, 1, 6, 1, 5, 3, 2, 4]
+    ids, mask = ragged_batch(lengths, prompts, 60)
+
+    def accumulate(rows_at_once, per_micro_batch=False):
+        student.zero_grad()
+        total = 0.0
+        for i in range(0, 8, rows_at_once):
+            width = max(lengths[i:i + rows_at_once])                            # as the batches come: padded no further
+            part, scored = ids[i:i + rows_at_once, :width], mask[i:i + rows_at_once, :width]
+            states, targets = scored_positions(student.hidden(part), part, scored)
+            with torch.no_grad():
+                soft, _ = scored_positions(teacher.hidden(part), part, scored)
+            weight = rows_at_once / 8 / scored.sum() if per_micro_batch else 1 / mask.sum()
+            loss, *_ = head_loss(states, student.head, targets, soft, teacher.head.detach(), forward_kl, 0.5, weight)
+            loss.backward()
+            total += loss.item()
+        return total, torch.cat([p.grad.flatten() for p in student.parameters()])
+
+    whole, expected = accumulate(8)
+    for rows in 1, 3:
+        loss, grads = accumulate(rows)
+        assert loss == pytest.approx(whole, rel=1e-6)
+        torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+    assert (accumulate(1, per_micro_batch=True)[1] - expected).norm() > 1e-2 * expected.norm()     # the pitfall
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made within the block has."""
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_full_logits_are_never_made_forward_or_backward(name, autocast):
+    n, v, d, chunk = 64, 1000, 8, 16
+    hidden, head = random_logits(n, d).requires_grad_(), random_logits(v, d).requires_grad_()
+    rest = dict(targets=torch.zeros(n, dtype=torch.long), teacher_hidden=random_logits(n, d, seed=1),
+                teacher_head=random_logits(v, d, seed=2), divergence=DIVERGENCES[name], kd_ratio=0.5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with Largest() as ours:
+            head_loss(hidden, head, **rest, chunk_bytes=chunk * v * (2 if autocast else 4))[0].backward()
+        with Largest() as theirs:
+            naive(hidden, head, **rest)[0].backward()
+    assert ours.elements == chunk * v and theirs.elements >= n * v
+
+
+# ---- a policy gradient through the same head, and the metrics
+
+@pytest.mark.parametrize("tokens", [3, 17, 1000])
+@pytest.mark.parametrize("kd_ratio", [0.0, 0.3, 1.0])
+def test_a_policy_takes_cross_entropys_place_chunk_by_chunk(tokens, kd_ratio):
+    inputs, generator = head_inputs(V, V - 3), torch.Generator().manual_seed(5)
+    old, advantage, weight = (torch.randn(N, generator=generator) for _ in range(3))
+    student = inputs["hidden"] @ inputs["head"][:V - 3].T
+    teacher = inputs["teacher_hidden"] @ inputs["teacher_head"].T
+    logq = student.log_softmax(-1).gather(1, inputs["targets"][:, None])[:, 0]
+    old = (logq + 0.3 * old).detach()
+    surrogate = clipped_surrogate(logq, old, advantage)
+    expected = (weight * (surrogate + kd_ratio * reverse_kl(student, teacher))).sum()
+    loss, ce, _ = head_loss(**inputs, divergence=reverse_kl, kd_ratio=kd_ratio, weight=weight, chunk_bytes=tokens * V * 4,
+                            policy=lambda now, at: clipped_surrogate(now, old[at], advantage[at]))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ce, -logq.detach(), rtol=1e-5, atol=1e-5)        # still what is logged
+    of = inputs["hidden"], inputs["head"]
+    for ours, theirs in zip(gradients(loss, *of), gradients(expected, *of)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_metrics_are_those_of_full_logits():
+    inputs = head_inputs(V, V - 3)
+    inputs["hidden"] = inputs["hidden"].detach().index_fill(0, torch.tensor([4, 9]), 0.0)   # there both are uniform
+    inputs["teacher_hidden"][4:10] = 0.0
+    student = (inputs["hidden"] @ inputs["head"][:V - 3].T).detach()
+    teacher = inputs["teacher_hidden"] @ inputs["teacher_head"].T
+    ours = compare_heads(**inputs, divergence=jensen_shannon)
+    torch.testing.assert_close(ours["ce"], F.cross_entropy(student, inputs["targets"], reduction="none"))
+    teacher = inputs["teacher_hidden"] @ inputs["teacher_head"].T
+    for name, expected in dict(kd=jensen_shannon(student, teacher), forward_kl=forward_kl(student, teacher),
+                               reverse_kl=reverse_kl(student, teacher)).items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-6)
+    assert ours["agreement"].tolist() == (student.argmax(-1) == teacher.argmax(-1)).float().tolist()
+    assert 0 < ours["agreement"].sum() < N
+    empty = {name: value if "head" in name else value[:0] for name, value in inputs.items()}
+    none = compare_heads(**empty, divergence=jensen_shannon)
+    assert none.keys() == ours.keys() and all(value.shape == (0,) for value in none.values())
