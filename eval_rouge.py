@@ -16,8 +16,9 @@ from pathlib import Path
 from minikd.checkpoint import check_vocabulary, load_model
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
                             spare_threads)
-from minikd.data import FORMATS, encode_examples, load_examples
+from minikd.data import encode_examples
 from minikd.evaluate import answer, read_predictions, read_references, score_answers
+from minikd.examples import FORMATS, load_examples
 from minikd.files import InputError, check_writable, script_errors, write_jsonl
 from minikd.layout import INT8_ROWS, use_int8_head
 from minikd.quant import show_ways

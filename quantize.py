@@ -20,8 +20,9 @@ import torch
 from minikd.checkpoint import check_vocabulary, load_config, load_model, model_folder, read_quantization, save_model
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
                             spare_threads)
-from minikd.data import FORMATS, NothingLeft, encode_examples, encode_text, load_examples, load_texts, recognise
+from minikd.data import NothingLeft, encode_examples, encode_text
 from minikd.evaluate import answer_and_score, compare
+from minikd.examples import FORMATS, load_examples, load_texts, recognise
 from minikd.files import InputError, check_writable, read_json, script_errors
 from minikd.gptq import quantize_model
 from minikd.quant import check_groups, to_w4, to_words

@@ -24,10 +24,11 @@ from minikd import grpo, problems, sandbox, toy
 from minikd.checkpoint import identify, load_config, load_model, model_folder, save_model
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
-from minikd.data import Encoded, collate, encode_examples, next_rows, same_prompt, split_examples, to_example
+from minikd.data import Encoded, collate, encode_examples, next_rows
+from minikd.examples import same_prompt, split_examples, to_example
 from minikd.files import InputError, remove, script_errors, sha256
-from minikd.hub import label
 from minikd.head import head_loss, scored_positions
+from minikd.hub import label
 from minikd.losses import entropy
 from minikd.model import Qwen2, cast_copy, mixed
 from minikd.plots import plot_rewards

@@ -26,9 +26,9 @@ from minikd.checkpoint import (check_vocabulary, identify, load_config, load_hea
                                save_model)
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
-from minikd.data import (FORMATS, Encoded, collate, encode_examples, encode_text, load_examples, load_texts,
-                         optimizer_steps, same_prompt, split_examples, steps_per_epoch)
+from minikd.data import Encoded, collate, encode_examples, encode_text, optimizer_steps, steps_per_epoch
 from minikd.evaluate import answer_and_score, compare, show_table
+from minikd.examples import FORMATS, load_examples, load_texts, same_prompt, split_examples
 from minikd.files import InputError, remove, script_errors, write_jsonl
 from minikd.generate import respond
 from minikd.head import compile_losses, head_loss, scored_positions

@@ -40,8 +40,8 @@ from minikd.data import Encoded, send
 from minikd.decode_cuda import OneKernel
 from minikd.generate import generate, generate_with_log_probs, prefill
 from minikd.gptq import quantize_columns, quantize_model, replayed_columns
-from minikd.layout import laid_out
 from minikd.head import compile_losses, head_loss, scored_positions
+from minikd.layout import laid_out
 from minikd.losses import clipped_surrogate, forward_kl, pick_divergence, reverse_kl
 from minikd.model import Qwen2, Qwen2Config, StaticCache, mixed, rope_tables, rotate
 from minikd.quant import W4Linear, decode_groups, round_to_nearest, to_w4, to_words

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from minikd.data import Encoded, Example, by_length, collate, recognise, text_field, to_example
+from minikd.data import Encoded, by_length, collate
+from minikd.examples import Example, recognise, text_field, to_example
 from minikd.files import InputError, write_jsonl
 from minikd.generate import respond
 from minikd.head import compare_heads, head_loss, scored_positions

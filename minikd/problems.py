@@ -16,7 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
-from minikd.data import Encoded, same_prompt, text_field
+from minikd.data import Encoded
+from minikd.examples import same_prompt, text_field
 from minikd.files import InputError
 from minikd.records import HALF, kind_of, read_records
 from minikd.toy import held_out

@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from minikd.data import to_example
+from minikd.examples import to_example
 from minikd.files import atomic_path
 from minikd.model import Qwen2Config
 from minikd.tokenizer import STOPS, Tokenizer

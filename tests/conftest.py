@@ -38,6 +38,22 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["The student learns from its teacher, and the teacher learns nothing.", "¿Qué año es? El niño comió piñas.",
          "def add(a, b):\n    return a + b\n", "你好，世界。你好吗？", "What is 12 + 30? It is 42."] * 4
 
+# A record of each dataset.
+DOLLY = {"instruction": "Which is a fish?", "context": "", "response": "Tope", "category": "classification"}
+BUGNET = {"problem_id": "p1", "language": "Python", "original_status": "Wrong Answer", "fail": "print(1)\n",
+          "pass": "print(2)\n", "change": "replace", "i1": 6, "i2": 7, "error": "TLE", "stderr": "", "stdout": "1"}
+PYTORRENT = {"repo": "r", "docstring": "Add one.\n\nReturns int.", "summary": "Add one.", "func_name": "f",
+             "original_string": 'def f(x):\n    """Add one.\n\n    Returns int."""\n    return x + 1\n',
+             "code": "def f(x):\n    return x + 1\n"}
+CODEFORCES = {"id": "1/A", "note": None, "editorial": None, "prompt": "Solve it.", "generation": "<think>\n</think>",
+              "finish_reason": "stop", "messages": [{"role": "user", "content": "Solve it."},
+                                                    {"role": "assistant", "content": "<think>\n</think>"}]}
+
+
+def write_records(path: Path, *records: dict) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
 
 @contextmanager
 def locked_by_another(folder: Path):

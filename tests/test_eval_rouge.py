@@ -11,10 +11,11 @@ import pytest
 import eval_rouge
 from conftest import tiny
 from minikd.checkpoint import load_model
-from minikd.data import load_examples, prompt_text
+from minikd.data import prompt_text
+from minikd.evaluate import read_predictions, read_references
+from minikd.examples import load_examples
 from minikd.files import InputError
 from minikd.generate import generate
-from minikd.evaluate import read_predictions, read_references
 from minikd.rouge import rouge_l
 
 SCRIPT = Path(__file__).parents[1] / "eval_rouge.py"

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from conftest import small
-from minikd.data import Encoded, Example
+from minikd.data import Encoded
 from minikd.evaluate import answer, compare, distinct, score_answers, sequence_kl, show_table
+from minikd.examples import Example
 from minikd.losses import reverse_kl
 from minikd.model import Qwen2, cast_copy
 from minikd.rouge import rouge_l

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from minikd.data import encode_examples, to_example
+from minikd.data import encode_examples
+from minikd.examples import to_example
 from minikd.files import InputError
 from minikd.problems import (NOISE, TASKS, UNTAGGED, boxed, encode_problems, load_problems, shows_its_tests, to_problem,
                              toy_problems, toy_records)

@@ -9,7 +9,8 @@ import pytest
 
 from minikd import toy
 from minikd.checkpoint import save_model
-from minikd.data import encode_examples, prompt_text, recognise, to_example
+from minikd.data import encode_examples, prompt_text
+from minikd.examples import recognise, to_example
 from minikd.model import Qwen2
 from minikd.tokenizer import Tokenizer
 

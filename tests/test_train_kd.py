@@ -19,8 +19,9 @@ from conftest import killed_at, locked_by_another, same, steps_of, tiny, weights
 from fake_gpu import gpu
 from minikd import evaluate, head, minillm, toy
 from minikd.checkpoint import identify, load_model, save_model
-from minikd.data import encode_examples, load_examples
+from minikd.data import encode_examples
 from minikd.evaluate import sequence_kl
+from minikd.examples import load_examples
 from minikd.losses import DIVERGENCES
 from minikd.teacher import Teacher
 from minikd.training import LOG, STATE, read_log

@@ -1,0 +1,349 @@
+"""Records of the paper's datasets -> examples: what is asked, what is learned, and what ROUGE compares with.
+
+A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are
+ignored, except `category`, which any record may have.
+
+    dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
+                                                       argilla/databricks-dolly-15k-curated-multilingual
+    alpaca      instruction, input, output             `output` may be a list of references, as in MiniLLM/dolly (its
+                                                       `prompt` repeats instruction and input, and is not read)
+    chat        messages [{role, content}]             the last assistant turn is the answer
+    bugnet      fail, pass, error, original_status,    alexjercan/bugnet; `change` (replace, insert, delete) belongs to
+                language                               the answer and is not read
+    pytorrent   summary or docstring,                  Zenodo 4546290, *.jsonl.gz shards
+                original_string or code
+    codeforces  messages or prompt; generation         open-r1/codeforces-cots: C++, or Python in the folders *_py
+    held-out    messages, instruction, input,          what train_kd.py held out: chat records that keep the two parts of the
+                references                             "alpaca" template and all references
+
+A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code it is
+not: BugNet's targets begin "Solution type replace, solution code", PyTorrent's stand between "### solution code" and "###
+End of code", but the references are bare code (process_data_bugnet.py:45 and process_data_pytorrent.py:48 in
+AlejandroParedesLT/knowledge_distillLLM), which biases the paper's scores.
+"""
+import ast
+import hashlib
+import re
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+
+from minikd.files import InputError, sha256
+from minikd.hub import label
+from minikd.records import HALF, data_files, kind_of, read_records
+
+# ---- a record -> an example
+
+class Dropped(InputError):
+    """A well-formed record with nothing to learn from: load_examples skips it, and counts it under `reason`."""
+
+    def __init__(self, where: str, reason: str):
+        super().__init__(f"{where}: {reason}; leave the record out")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Example:
+    messages: tuple[dict, ...]          # the conversation up to the answer: {"role", "content"}
+    instruction: str                    # the same question for the "alpaca" template (prompt_text)
+    input: str                          # its optional second part; may be ""
+    response: str                       # the training target
+    references: tuple[str, ...]         # what ROUGE compares with, one or more
+    category: str                       # the record's own, else the format's name
+    where: str                          # "file.jsonl:812"
+
+
+def recognise(record: dict) -> str | None:
+    """The first of FORMATS whose fields the record has, even if they are null; None when there is none."""
+    return next((name for name, (_, needs) in FORMATS.items()
+                 if all(any(key in record for key in either) for either in needs)), None)
+
+
+def to_example(record: dict, where: str, format: str | None = None) -> Example:
+    """One record as an Example; format None recognises it from its fields.
+
+    Raises Dropped for an empty prompt or response, else InputError naming the place and the field.
+    """
+    name = format or recognise(record)
+    if name not in FORMATS:
+        known = "; ".join(f"{key} ({', '.join(' or '.join(n) for n in needs)})" for key, (_, needs) in FORMATS.items())
+        raise InputError(f"{where}: {f'format {name!r}' if name else f'fields ({_names(record)})'} not known; "
+                         f"the formats are {known}")
+    messages, instruction, input, answers = FORMATS[name][0](record, where)
+    category = text_field(record, where, "category", default="").strip() or name
+    return Example(messages, instruction, input, answers[0], answers, category, where)
+
+
+def text_field(record: dict, where: str, *names: str, default: str | None = None) -> str:
+    """The first of the fields `names` that holds text; null and NaN (a data frame's empty cell) count as absent.
+
+    default  returned when all are absent or blank. Without one: InputError if all are absent, Dropped if one is blank
+    """
+    filled = {name: record[name] for name in names if name in record and kind_of(record[name]) != "null"}
+    for name, value in filled.items():
+        if not isinstance(value, str):
+            raise InputError(f"{where}: field {name!r} is {kind_of(value)}; make it text")
+        if HALF.search(value):
+            raise InputError(f"{where}: field {name!r} holds half a character (a lone surrogate); fix its escapes")
+        if value.strip():
+            return value
+    if default is not None:
+        return default
+    if filled:
+        raise Dropped(where, f"empty {names[-1]}")
+    raise InputError(f"{where}: field {names[-1]!r} is {_state(record, names[-1])}; fill it or remove the record "
+                     f"(its fields: {_names(record)})")
+
+
+def _state(record: dict, name: str) -> str:
+    return kind_of(record[name]) if name in record else "missing"
+
+
+def _names(record: dict) -> str:
+    return ", ".join(map(str, islice(record, 12)))
+
+
+def _ask(instruction: str, input: str, question: str = "") -> tuple:
+    """(messages, instruction, input); the user turn of `messages` is `question`, or instruction and input joined."""
+    content = question or (f"{instruction}\n\n{input}" if input else instruction)
+    return ({"role": "user", "content": content},), instruction, input
+
+
+def _dolly(record, where):
+    question = _ask(text_field(record, where, "instruction"), text_field(record, where, "context", "input", default=""))
+    return *question, (text_field(record, where, "response"),)
+
+
+def _alpaca(record, where):
+    question = _ask(text_field(record, where, "instruction"), text_field(record, where, "input", default=""))
+    if not isinstance(record.get("output"), list):
+        return *question, (text_field(record, where, "output"),)
+    texts = [text_field({"output": text}, where, "output", default="") for text in record["output"]]
+    if not any(texts):
+        raise Dropped(where, "empty output")
+    return *question, tuple(filter(None, texts))                # the first is the target, all are references
+
+
+def _chat(record, where):
+    if not isinstance(record.get("messages"), list):
+        raise InputError(f"{where}: field 'messages' is {_state(record, 'messages')}; make it [{{role, content}}, ...]")
+    turns = []
+    for i, turn in enumerate(record["messages"]):
+        at = f"{where}: messages[{i}]"
+        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
+            raise InputError(f"{at}: not a turn of system, user or assistant; rename or remove it")
+        if _state(turn, "content") in ("null", "missing"):
+            raise InputError(f"{at}: field 'content' is {_state(turn, 'content')}; fill it or remove the record")
+        turns.append({"role": turn["role"], "content": text_field(turn, at, "content", default="")})
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    asked = [turn for turn in turns[:last] if turn["role"] != "system"]
+    if not any(turn["role"] == "user" for turn in asked):
+        raise InputError(f"{where}: field 'messages' has no assistant turn after a user turn; add the answer")
+    if not asked[-1]["content"] or not turns[last]["content"]:
+        raise Dropped(where, "empty message")
+    # One text for the "alpaca" template; in a conversation of several turns each is marked User: or Assistant:.
+    instruction = "\n\n".join(turn["content"] if turn["role"] == "system" or len(asked) == 1 else
+                              f"{turn['role'].title()}: {turn['content']}" for turn in turns[:last])
+    return tuple(turns[:last]), instruction, "", (turns[last]["content"],)
+
+
+def _bugnet(record, where):
+    fail, answer = text_field(record, where, "fail"), text_field(record, where, "pass")
+    program = f"{text_field(record, where, 'language', default='')} program".strip()
+    status = text_field(record, where, "original_status", default="")
+    error = text_field(record, where, "error", default="0").strip()  # TLE, MLE, WA or a return code, in text
+    error = "" if error == "0" else error                       # "0": no failure when rerun (a quarter of the records)
+    seen = "".join(f"\n{what}: {text}" for what, text in [("Verdict", status), ("Error when rerun", error)] if text)
+    question = _ask(f"Write a {program} that contains the correction of the code bug in order to fix the bug, fix the "
+                    "issue or fix the error.",                  # the paper's wording, with the record's own language
+                    f"Code that has the bug issue or is incorrect:\n{fail}\n"
+                    f"Use as context the reported error in the code:\n{error or status or 'unknown'}",
+                    question=f"Fix the bug in this {program}. Answer with the whole program.\n\n{fail}\n{seen}".rstrip())
+    return *question, (answer,)
+
+
+def _pytorrent(record, where):
+    task = text_field(record, where, "summary", "docstring")
+    code = without_docstring(text_field(record, where, "original_string", "code"))
+    if not code.strip():
+        raise Dropped(where, "empty code")
+    question = _ask("Write a python script that appropriately completes the request.", task,     # the paper's wording
+                    question=f"Write Python code for this description. Answer with code only.\n\n{task}")
+    return *question, (code,)
+
+
+def _codeforces(record, where):
+    if record.get("finish_reason") == "length":
+        raise Dropped(where, "generation cut short")            # else the student would learn to stop there
+    if isinstance(record.get("messages"), list):
+        return _chat(record, where)
+    return *_ask(text_field(record, where, "prompt"), ""), (text_field(record, where, "generation"),)
+
+
+def _held_out(record, where):
+    messages, *_ = _chat(record, where)
+    _, instruction, input, answers = _alpaca(record | {"output": record.get("references")}, where)
+    return messages, instruction, input, answers
+
+
+# In the order they are tried: (record, where) -> (messages, instruction, input, answers), as in Example; and the fields
+# that identify the format, one of each tuple.
+FORMATS = {
+    "held-out": (_held_out, [("messages",), ("instruction",), ("input",), ("references",)]),
+    "codeforces": (_codeforces, [("messages", "prompt"), ("generation",)]),
+    "chat": (_chat, [("messages",)]),
+    "dolly": (_dolly, [("instruction",), ("response",)]),
+    "alpaca": (_alpaca, [("instruction",), ("output",)]),
+    "bugnet": (_bugnet, [("fail",), ("pass",)]),
+    "pytorrent": (_pytorrent, [("summary", "docstring"), ("original_string", "code")]),
+}
+
+
+def without_docstring(code: str) -> str:
+    """Python source without the docstrings of the module and of its outermost defs and classes.
+
+    The docstring is the prompt: in the target it could be copied, and would inflate ROUGE. A body that is only a
+    docstring becomes `pass`. In source that does not parse (Python 2, a fragment) the first triple-quoted text under a
+    line that ends in a colon is removed. A method's lines lose their indentation, those of its multi-line strings too.
+    """
+    code = textwrap.dedent(re.sub("\r\n?", "\n", code))           # a method is still indented as in its class
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # about escapes like "\d" in the source
+            tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return re.sub(r'''(:[ \t]*(?:#[^\n]*)?\n)[ \t]*[rRuUbB]{0,2}("""|\'\'\').*?\2[ \t]*(?:\n|\Z)''', r"\1", code,
+                      count=1, flags=re.DOTALL)
+    defs = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    lines, shared = code.split("\n"), False
+    for scope in reversed([tree, *defs]):                       # from the end: earlier line numbers stay valid
+        if ast.get_docstring(scope, clean=False) is None:
+            continue
+        doc, *rest = scope.body
+        scope.body = rest if rest or scope is tree else [ast.Pass()]
+        start, end = doc.lineno - 1, doc.end_lineno
+        before, after = lines[start][:doc.col_offset], lines[end - 1].encode()[doc.end_col_offset:]  # ast counts bytes
+        # Docstring and code share a line, def f(): "doc"; return 1: then ast writes the whole source anew.
+        shared |= bool(before.strip()) or after.strip()[:1] not in (b"", b"#")
+        while end < len(lines) - 1 and not lines[end].strip():
+            end += 1
+        lines[start:end] = [] if scope.body == rest else [before + "pass"]
+    return ast.unparse(tree) if shared else "\n".join(lines)
+
+
+# ---- files -> examples
+
+@dataclass
+class Report:
+    """Counts of what load_examples read. str() is the line to print and log."""
+    kept: int = 0
+    dropped: Counter = field(default_factory=Counter)           # reason -> number of records
+    first_bad: str = ""                                         # error message of the first malformed record
+    # (hub.label, first 16 hex digits of its sha256) in the order they were read; the hub revises files under one name
+    files: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def read(self) -> int:
+        """Records that were read, dropped ones included."""
+        return self.kept + self.dropped.total()
+
+    def __str__(self):
+        lost = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        files = ", ".join(f"{Path(path).name} sha256 {digest}" for path, digest in self.files)
+        return (f"{self.kept:,} of {self.read:,} records kept{f' (dropped: {lost})' if lost else ''}; {files}"
+                + (f"\nfirst malformed: {self.first_bad}" if self.first_bad else ""))
+
+
+def load_examples(paths, format: str | None = None, limit: int | None = None, progress=None) -> tuple[list[Example], Report]:
+    """Every usable record of one or more files, folders or hub datasets, in order.
+
+    format    one of FORMATS; None recognises each record
+    limit     stop after that many examples
+    progress  called after each example
+    Raises InputError for the first malformed record (in PyTorrent, whose published shards hold corrupt lines, they are only
+    counted), and where no record is usable.
+    """
+    report, files, examples = Report(), data_files(paths), []   # every name is looked up before a file is read
+    for example in islice(chain.from_iterable(_examples(file, format, report) for file in files), limit):
+        examples.append(example)
+        if progress:
+            progress()
+    report.kept = len(examples)
+    if not examples:
+        raise InputError(f"{', '.join(map(str, files))}: no usable record; {report}")
+    return examples, report
+
+
+def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
+    report.files.append((label(file), sha256(file)))
+    name, bad = format, []                                      # the last record's format; errors before the first known one
+
+    def judge():
+        """Malformed records of PyTorrent are only counted; elsewhere the first is an error."""
+        while name and bad:
+            error = bad.pop(0)
+            if name != "pytorrent":
+                raise error
+            report.dropped["malformed"] += 1
+            report.first_bad = report.first_bad or str(error)
+
+    for where, record in read_records(file, bad.append):
+        judge()                                                 # lines that could not be read, by the format before them
+        name = format or recognise(record) or name              # a field is missing: take the last one's format
+        judge()
+        try:
+            yield to_example(record, where, name)
+        except Dropped as error:
+            report.dropped[error.reason] += 1
+        except InputError as error:
+            bad.append(error)
+    judge()
+    if bad:
+        raise bad[0]
+
+
+def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:
+    """Plain text for a language-model loss: the non-blank field `text` of every record, and each file's hash.
+
+    Raises InputError for the first malformed record, and when there is no text.
+    """
+    files, texts = data_files(paths), []
+    for where, record in read_records(files):
+        with suppress(Dropped):
+            texts.append(text_field(record, where, "text"))
+    if not texts:
+        raise InputError(f"{', '.join(map(str, files))}: holds no text; give records with a field 'text'")
+    return texts, [(label(file), sha256(file)) for file in files]
+
+
+def same_prompt(messages) -> str:
+    """A text that two conversations share if they differ only in spacing and capitals."""
+    return " ".join(" ".join(f"{turn['role']}: {turn['content']}" for turn in messages).split()).casefold()
+
+
+def split_examples(examples: list, count: int, seed: int = 42) -> tuple[list, list]:
+    """(train, validation) of Examples or Problems, each in the given order; the same prompt is never in both.
+
+    At most `count` are in the second: fewer where prompts repeat and only whole groups fit. A hash of prompt and seed decides,
+    so that adding or reordering records moves few of the others.
+    Raises InputError when none can be set apart, or none would be left to train on.
+    """
+    if not 0 <= count < len(examples):
+        raise InputError(f"{count} validation examples of {len(examples)} leave none to train on; ask for fewer")
+    groups = {}                                                 # hash -> indices of the examples with that prompt
+    for i, example in enumerate(examples):
+        groups.setdefault(hashlib.sha256(f"{seed}:{same_prompt(example.messages)}".encode()).digest(), []).append(i)
+    held = set()
+    for key in sorted(groups):
+        if len(held) + len(groups[key]) <= count:
+            held.update(groups[key])
+    if count and not held:
+        raise InputError(f"every prompt is there more than {count} times, so no validation examples can be set apart; ask for "
+                         "more, or remove repeats")
+    return ([example for i, example in enumerate(examples) if i not in held],
+            [example for i, example in enumerate(examples) if i in held])

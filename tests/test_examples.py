@@ -1,0 +1,371 @@
+"""Records -> examples: each dataset's schema and quirks, each malformed record, and the split."""
+import gzip
+import json
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from conftest import BUGNET, CODEFORCES, DOLLY, PYTORRENT, write_records
+from minikd.data import prompt_text
+from minikd.evaluate import read_references
+from minikd.examples import (Dropped, load_examples, load_texts, recognise, split_examples, to_example,
+                             without_docstring)
+from minikd.files import InputError
+from train_kd import write_held_out
+
+
+def message(record, format=None):
+    with pytest.raises(InputError) as caught:
+        to_example(record, "data.jsonl:812", format)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- the schemas
+
+def test_dolly_puts_its_context_under_the_instruction():
+    example = to_example({**DOLLY, "context": "Tope swim."}, "d.jsonl:1")
+    assert example.messages == ({"role": "user", "content": "Which is a fish?\n\nTope swim."},)
+    assert (example.instruction, example.input, example.response) == ("Which is a fish?", "Tope swim.", "Tope")
+    assert (example.references, example.category, example.where) == (("Tope",), "classification", "d.jsonl:1")
+
+
+@pytest.mark.parametrize("context", ["", None, float("nan"), "  "])
+def test_an_absent_context_is_empty_however_it_is_written(context):
+    assert to_example({**DOLLY, "context": context}, "d:1").input == ""
+    assert to_example({key: DOLLY[key] for key in ("instruction", "response")}, "d:1").messages[0]["content"] == \
+        "Which is a fish?"
+
+
+def test_spanish_dolly_ignores_the_english_originals():
+    record = {**DOLLY, "instruction": "¿Qué año?", "instruction_original_en": "Which year?", "id": 3}
+    assert to_example(record, "d:1").instruction == "¿Qué año?"
+
+
+def test_instruction_input_response_is_read_as_dolly_without_losing_the_input():
+    assert to_example({"instruction": "Add.", "input": "1 2", "response": "3"}, "d:1").input == "1 2"
+
+
+def test_alpaca_with_several_outputs_trains_on_the_first_and_compares_with_all():
+    record = {"instruction": "Say hi.", "input": "", "output": ["Hi", "", "Hello"], "prompt": "Say<n>hi", "topic": "x"}
+    example = to_example(record, "d:1")
+    assert (example.response, example.references, example.category) == ("Hi", ("Hi", "Hello"), "alpaca")
+    assert "<n>" not in example.messages[0]["content"]
+    assert to_example({**record, "output": "Hi"}, "d:1").references == ("Hi",)
+
+
+def test_chat_trains_on_the_last_assistant_turn_and_keeps_the_system_prompt():
+    turns = [("system", "Be brief."), ("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two"),
+             ("user", "bye")]
+    example = to_example({"messages": [{"role": role, "content": content} for role, content in turns]}, "d:1")
+    assert [m["content"] for m in example.messages] == ["Be brief.", "1?", "one", "2?"]
+    assert (example.response, example.category) == ("two", "chat")
+    assert example.instruction == "Be brief.\n\nUser: 1?\n\nAssistant: one\n\nUser: 2?"
+    single = to_example({"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "one"}]}, "")
+    assert single.instruction == "1?"
+
+
+def test_bugnet_answers_with_bare_code_and_says_how_it_failed():
+    example = to_example(BUGNET, "d:1")
+    assert example.response == "print(2)\n" and example.references == ("print(2)\n",)
+    asked = example.messages[0]["content"]
+    assert "this Python program" in asked and "Wrong Answer" in asked and "TLE" in asked
+    assert "replace" not in asked + example.instruction + example.input         # `change` is part of the answer
+    assert "C++ program" in to_example({**BUGNET, "language": "C++"}, "d:1").messages[0]["content"]
+
+
+@pytest.mark.parametrize("error", ["0", None, ""])
+def test_bugnet_error_0_means_not_reproduced_and_only_the_verdict_is_told(error):
+    example = to_example({**BUGNET, "error": error}, "d:1")
+    assert "rerun" not in example.messages[0]["content"] and example.messages[0]["content"].endswith("Wrong Answer")
+    assert example.input.endswith("error in the code:\nWrong Answer")
+    bare = to_example({"fail": "x", "pass": "y"}, "d:1")
+    assert bare.messages[0]["content"] == "Fix the bug in this program. Answer with the whole program.\n\nx"
+
+
+def test_pytorrent_target_has_lost_the_docstring_that_is_its_prompt():
+    example = to_example(PYTORRENT, "d:1")
+    assert example.response == "def f(x):\n    return x + 1\n" == example.references[0]
+    assert example.input == "Add one." and example.messages[0]["content"].endswith("\n\nAdd one.")
+
+
+@pytest.mark.parametrize("summary", [None, "", "absent"])
+def test_pytorrent_without_a_summary_asks_with_the_docstring(summary):
+    record = {**PYTORRENT, "summary": summary}
+    if summary == "absent":
+        del record["summary"]
+    assert to_example(record, "d:1").input == PYTORRENT["docstring"]
+
+
+def test_pytorrent_without_original_string_uses_code():
+    assert to_example({"summary": "Add.", "code": "x = 1"}, "d:1").response == "x = 1"
+
+
+def test_codeforces_reads_messages_or_prompt_and_generation_alike():
+    by_messages = to_example(CODEFORCES, "d:1")
+    by_prompt = to_example({**CODEFORCES, "messages": None}, "d:1")
+    assert by_messages == by_prompt
+    assert (by_messages.response, by_messages.category) == ("<think>\n</think>", "codeforces")
+
+
+def test_codeforces_trace_that_ran_into_its_limit_teaches_no_end():
+    with pytest.raises(Dropped, match="cut short"):
+        to_example({**CODEFORCES, "finish_reason": "length"}, "d:1")
+
+
+@pytest.mark.parametrize("name, record", [("dolly", DOLLY), ("bugnet", BUGNET), ("pytorrent", PYTORRENT),
+                                          ("codeforces", CODEFORCES), ("chat", {"messages": []}),
+                                          ("alpaca", {"instruction": "", "input": "", "output": ""}),
+                                          (None, {"text": "Llama-2 dolly"})])
+def test_format_is_recognised_from_fields(name, record):
+    assert recognise(record) == name
+
+
+@pytest.mark.parametrize("template", ["chatml", "alpaca"])
+@pytest.mark.parametrize("record", [
+    DOLLY, {**DOLLY, "context": ""}, BUGNET, {**BUGNET, "error": "0"}, PYTORRENT, CODEFORCES,
+    {"instruction": "Add.", "input": "1 2", "output": ["3", "three"]}, {"instruction": "Say a.", "input": "", "output": "a"},
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"},
+                  {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}])
+def test_what_was_held_out_is_read_as_the_same_example(tokenizer, tmp_path, record, template):
+    example = to_example(record, "d:1")
+    write_held_out([example], tmp_path / "held-out.jsonl")
+    (again,), _ = load_examples(tmp_path / "held-out.jsonl")
+    assert replace(again, where="d:1") == example and read_references(tmp_path / "held-out.jsonl")[0].references == example.references
+    assert prompt_text(again, tokenizer, template) == prompt_text(example, tokenizer, template)
+
+
+def test_format_can_be_forced_and_the_records_own_category_wins():
+    both = {"instruction": "i", "response": "r", "output": "o", "category": "es"}
+    assert to_example(both, "d:1").response == "r"
+    assert to_example(both, "d:1", "alpaca").response == "o"
+    assert to_example({**PYTORRENT, "category": "code"}, "d:1").category == "code"
+    assert to_example({**DOLLY, "category": None}, "d:1").category == "dolly"
+
+
+# ---- the docstring that would leak
+
+@pytest.mark.parametrize("code, expected", [
+    ("def f():\n    '''doc'''\n\n    return 1  # why\n", "def f():\n    return 1  # why\n"),
+    ("def f():\n\t'''doc'''\n", "def f():\n\tpass\n"),
+    ("class A:\n    'doc'  # noqa\n    x = 1\n", "class A:\n    x = 1\n"),
+    ("'''module'''\n@wrap\nasync def f(\n    a,\n):\n    r'''doc\n    more'''\n    return a\n",
+     "@wrap\nasync def f(\n    a,\n):\n    return a\n"),
+    ("def f(): 'doc'; return 1", "def f():\n    return 1"),
+    ("    def f(self):\n        '''doc'''\n        return 1\n", "def f(self):\n    return 1\n"),
+    ("def f(self):\n        '''doc'''\n        return 1\n", "def f(self):\n        return 1\n"),
+    ("def f():\r\n    '''doc'''\r\n    return 'é'\r\n", "def f():\n    return 'é'\n"),
+    ("def f():\n    def g():\n        'kept'\n    return g\n", None),
+    ("def f():\n    x = '''kept'''\n    return '\\d'\n", None),
+    ("def f(a):\n    '''doc\n    more'''\n    print 'python 2'\n", "def f(a):\n    print 'python 2'\n"),
+    ("def f(a):  # c\n    \"\"\"doc\"\"\"\n    print a, '''kept'''\n", "def f(a):  # c\n    print a, '''kept'''\n"),
+    ("print 'no docstring'\n", None),
+    ("def f():\n    'doc'; return 1  # why\n", "def f():\n    return 1"),
+    ("def é(): 'doc'\n", "def é():\n    pass"),
+    ("def f():\n    'doc'\n\n\n", "def f():\n    pass\n"),
+    ("def f():\n    '''doc'''\ndef g():\n    '''kept'''\n    print 2\n", "def f():\ndef g():\n    '''kept'''\n    print 2\n"),
+])
+def test_docstring_is_removed_and_the_rest_stays_as_written(code, expected):
+    assert without_docstring(code) == (code if expected is None else expected)
+
+
+# ---- malformed records
+
+def test_missing_field_is_named_with_file_and_line():
+    assert message({"instruction": "i", "context": "c"}, "dolly").startswith(
+        "data.jsonl:812: field 'response' is missing; ")
+
+
+@pytest.mark.parametrize("value, words", [(None, "null"), (float("nan"), "null"), (3, "a int"), (["x"], "a list"),
+                                          ({"a": 1}, "a dict"), (True, "a bool"), ("\ud800", "lone surrogate")])
+def test_required_field_of_the_wrong_kind_is_named(value, words):
+    text = message({**DOLLY, "response": value})
+    assert "data.jsonl:812" in text and "'response'" in text and words in text
+
+
+@pytest.mark.parametrize("record", [{**DOLLY, "context": 7}, {**DOLLY, "category": 7}, {**BUGNET, "error": 0}])
+def test_optional_field_of_the_wrong_kind_is_named_too(record):
+    assert "a int; make it text" in message(record)
+
+
+def test_unknown_fields_and_unknown_format_list_what_is_known():
+    assert "fields (text) not known" in message({"text": "x"}) and "dolly (instruction, response)" in message({})
+    assert "format 'doly' not known" in message(DOLLY, "doly")
+
+
+@pytest.mark.parametrize("messages, words", [
+    ("hi", "'messages' is text"), (None, "'messages' is null"),
+    ([], "no assistant turn"), ([{"role": "user", "content": "hi"}], "no assistant turn"),
+    ([{"role": "assistant", "content": "hi"}], "no assistant turn"),
+    (["hi"], "messages[0]: not a turn"), ([{"role": "tool", "content": "hi"}], "messages[0]: not a turn"),
+    ([{"role": "user"}], "messages[0]: field 'content' is missing"),
+    ([{"role": "user", "content": None}], "messages[0]: field 'content' is null"),
+    ([{"role": "user", "content": [{"type": "text"}]}], "field 'content' is a list")])
+def test_malformed_conversation_names_the_turn(messages, words):
+    assert words in message({"messages": messages})
+
+
+@pytest.mark.parametrize("record", [
+    {**DOLLY, "response": " \n"}, {**DOLLY, "instruction": ""}, {**BUGNET, "pass": ""}, {**BUGNET, "fail": " "},
+    {**PYTORRENT, "docstring": "", "summary": " "}, {**PYTORRENT, "original_string": "'''only a docstring'''"},
+    {"instruction": "i", "output": ["", " "]}, {"instruction": "i", "output": []},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}])
+def test_empty_prompt_or_response_is_dropped_not_an_error(record, tmp_path):
+    with pytest.raises(Dropped):
+        to_example(record, "d:1")
+    examples, report = load_examples(write_records(tmp_path / "d.jsonl", DOLLY, record))
+    assert len(examples) == 1 and report.read == 2 and sum(report.dropped.values()) == 1
+
+
+def test_record_that_lost_a_field_is_judged_as_the_record_before_it(tmp_path):
+    file = write_records(tmp_path / "d.jsonl", DOLLY, {"instruction": "i"})
+    with pytest.raises(InputError, match="d.jsonl:2: field 'response' is missing"):
+        load_examples(file)
+
+
+def test_skipped_records_are_counted_and_the_first_is_shown(tmp_path):
+    file = write_records(tmp_path / "d.jsonl", {"summary": "s"}, PYTORRENT, {**PYTORRENT, "summary": None, "docstring": None})
+    examples, report = load_examples(file, format="pytorrent")
+    assert (len(examples), report.read, report.dropped) == (1, 3, {"malformed": 2})
+    assert "1 of 3 records kept (dropped: 2 malformed)" in str(report) and "d.jsonl:1" in report.first_bad
+    assert "d.jsonl:1" in str(report).splitlines()[1] and "malformed" not in str(load_examples(write_records(file, DOLLY))[1])
+
+
+@pytest.mark.parametrize("first", ['{"docstring": "d"}', '{"zz": 1}', 'no JSON', 'no JSON\n{"zz": 1}'])
+def test_what_is_malformed_before_the_first_whole_record_is_judged_by_that(tmp_path, first):
+    (tmp_path / "p.jsonl").write_text(f"{first}\n{json.dumps(PYTORRENT)}\n")
+    examples, report = load_examples(tmp_path / "p.jsonl")
+    assert len(examples) == 1 and report.dropped["malformed"] == first.count("\n") + 1
+    (tmp_path / "d.jsonl").write_text(f"{first}\n{json.dumps(DOLLY)}\n")
+    for name in "d.jsonl", "none.jsonl":
+        (tmp_path / "none.jsonl").write_text(first)
+        with pytest.raises(InputError, match=f"{name}:1: "):
+            load_examples(tmp_path / name)
+
+
+def test_a_bad_line_between_two_formats_is_judged_by_the_one_before(tmp_path):
+    lines = [json.dumps(PYTORRENT), "no JSON", json.dumps(DOLLY)]
+    (tmp_path / "both.jsonl").write_text("\n".join(lines))
+    assert len(load_examples(tmp_path / "both.jsonl")[0]) == 2
+    (tmp_path / "both.jsonl").write_text("\n".join(reversed(lines)))
+    with pytest.raises(InputError, match="both.jsonl:2: not JSON"):
+        load_examples(tmp_path / "both.jsonl")
+
+
+def test_corrupt_lines_are_skipped_and_counted_in_pytorrent_alone(tmp_path):
+    good = json.dumps(PYTORRENT)
+    shard = tmp_path / "shard.jsonl.gz"
+    with gzip.open(shard, "wt") as handle:
+        handle.write("\n".join([good, good[:50], '{"summary": null, "code": "x"}', good]))
+    examples, report = load_examples(shard)
+    assert [example.where[-1] for example in examples] == ["1", "4"]
+    assert (report.read, report.kept, report.dropped["malformed"]) == (4, 2, 2)
+    (tmp_path / "later.jsonl").write_text(good[:50] + "\n" + good)             # the next shard of the same set
+    assert load_examples([shard, tmp_path / "later.jsonl"])[1].dropped["malformed"] == 3
+    with gzip.open(shard, "wt") as handle:
+        handle.write("\n".join([json.dumps(DOLLY), good[:50]]))
+    with pytest.raises(InputError, match="shard.jsonl.gz:2: not JSON"):
+        load_examples(shard)
+
+
+# ---- files
+
+def test_no_usable_record_is_an_error_that_counts_why(tmp_path):
+    with pytest.raises(InputError, match="no usable record; 0 of 2 records kept .dropped: 2 empty response"):
+        load_examples(write_records(tmp_path / "d.jsonl", *[{**DOLLY, "response": ""}] * 2))
+
+
+def test_report_counts_hashes_and_fits_a_line(tmp_path):
+    a, b = write_records(tmp_path / "a.jsonl", DOLLY, {**DOLLY, "response": ""}), write_records(tmp_path / "b.jsonl", BUGNET)
+    examples, report = load_examples([a, b])
+    assert [example.category for example in examples] == ["classification", "bugnet"]
+    assert (report.read, report.kept, report.dropped) == (3, 2, {"empty response": 1})
+    digest = subprocess.run(["sha256sum", a], capture_output=True, text=True).stdout[:16]
+    assert report.files[0] == (str(a), digest) and len(report.files) == 2
+    assert str(report).startswith(f"2 of 3 records kept (dropped: 1 empty response); a.jsonl sha256 {digest}, b.jsonl")
+    read = []
+    assert len(load_examples([a, b], limit=1, progress=lambda: read.append(1))[0]) == len(read) == 1
+
+
+def test_a_format_that_is_named_is_taken_where_another_would_be_recognised(tmp_path):
+    file = write_records(tmp_path / "d.jsonl", {**DOLLY, "output": "Cod"})
+    assert [load_examples(file, format)[0][0].response for format in (None, "alpaca")] == ["Tope", "Cod"]
+
+
+def test_a_file_s_own_records_decide_about_the_lines_before_them(tmp_path):
+    good = json.dumps(PYTORRENT)
+    (tmp_path / "shard.jsonl").write_text(good + "\n")
+    (tmp_path / "other.jsonl").write_text("{broken\n" + json.dumps(DOLLY) + "\n")
+    with pytest.raises(InputError, match="other.jsonl:1: not JSON"):
+        load_examples([tmp_path / "shard.jsonl", tmp_path / "other.jsonl"])
+    (tmp_path / "other.jsonl").write_text("{broken\n{broken\n")
+    with pytest.raises(InputError, match="other.jsonl:1: not JSON"):
+        load_examples([tmp_path / "shard.jsonl", tmp_path / "other.jsonl"])
+
+
+# ---- the split
+
+def examples_of(*prompts):
+    return [to_example({"instruction": prompt, "response": f"r{i}"}, f"d:{i}") for i, prompt in enumerate(prompts)]
+
+
+def test_split_is_exact_disjoint_and_keeps_the_order():
+    examples = examples_of(*[f"q{i}" for i in range(100)])
+    for count in (0, 1, 37, 99):
+        train, validation = split_examples(examples, count, seed=1)
+        assert len(validation) == count
+        assert sorted(train + validation, key=examples.index) == examples
+        assert train == [e for e in examples if e in train]
+
+
+def test_split_depends_on_prompt_and_seed_not_on_the_file_order():
+    examples = examples_of(*[f"q{i}" for i in range(100)])
+    held = {e.instruction for e in split_examples(examples, 20, seed=1)[1]}
+    assert held == {e.instruction for e in split_examples(examples[::-1], 20, seed=1)[1]}
+    assert held != {e.instruction for e in split_examples(examples, 20, seed=2)[1]}
+    fewer = {e.instruction for e in split_examples(examples[:90], 20, seed=1)[1]}
+    assert len(held & fewer) >= 15
+
+
+def test_split_keeps_the_same_prompt_on_one_side():
+    prompts = [f"q{i % 30}" for i in range(60)] + [f" Q{i}  " for i in range(30)]   # spacing and case do not hide it
+    train, validation = split_examples(examples_of(*prompts, "alone", "apart"), 32)
+    plain = [{e.instruction.strip().casefold() for e in side} for side in (train, validation)]
+    assert len(validation) == 32 and plain[0].isdisjoint(plain[1])
+
+
+def test_split_that_cannot_be_made_says_so():
+    with pytest.raises(InputError, match="5 validation examples of 5 leave none"):
+        split_examples(examples_of(*"abcde"), 5)
+    with pytest.raises(InputError, match="more than 1 times, so no validation examples can be set apart"):
+        split_examples(examples_of(*"aabb"), 1)
+
+
+def test_where_only_whole_groups_fit_fewer_are_held_out():
+    train, validation = split_examples(examples_of(*"aabb"), 3)
+    assert len(train) == len(validation) == 2 and train[0].instruction != validation[0].instruction
+
+
+# ---- plain text
+
+def test_texts_are_the_field_text_of_any_data_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "id": 1}\n{"text": " "}\n{"text": "two"}\n')
+    texts, files = load_texts(tmp_path / "a.jsonl")
+    assert texts == ["one", "two"] and [name for name, _ in files] == [str(tmp_path / "a.jsonl")]
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"words": "two"}\n')
+    with pytest.raises(InputError, match="b.jsonl:2: field 'text' is missing"):
+        load_texts(tmp_path / "b.jsonl")
+    (tmp_path / "c.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(InputError, match="holds no text"):
+        load_texts([tmp_path / "c.jsonl"])
+
+
+# ---- real data
+
+def test_real_dolly_and_alpaca_records_load_and_split(shared):
+    examples, report = load_examples([shared / "dolly-sample.jsonl", shared / "instructions-1100.jsonl"])
+    assert report.read == 1108 and report.kept == len(examples) == 1108 - sum(report.dropped.values())
+    assert {"open_qa", "alpaca"} <= {example.category for example in examples}
+    train, validation = split_examples(examples, 100)
+    assert {e.messages[0]["content"] for e in train}.isdisjoint(e.messages[0]["content"] for e in validation)

@@ -1,0 +1,153 @@
+"""Files, folders and hub names -> records, and every way in which a file can be broken."""
+import csv
+import gzip
+import json
+import sys
+
+import pytest
+
+from conftest import CODEFORCES, DOLLY, write_records
+from minikd import records
+from minikd.examples import load_examples
+from minikd.files import InputError
+from minikd.records import data_files, read_records
+
+
+# ---- files
+
+def test_jsonl_takes_bom_crlf_blank_lines_and_no_last_newline(tmp_path):
+    file, line = tmp_path / "d.jsonl", json.dumps(DOLLY).encode()
+    file.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n" + line)
+    assert [where for where, _ in read_records(file)] == [f"{file}:1", f"{file}:4"]
+
+
+def test_gz_json_and_csv_give_the_same_records_as_jsonl(tmp_path):
+    records = [DOLLY, {**DOLLY, "context": 'commas, "quotes"\nand lines', "response": "é" * 200_000}]
+    text = json.dumps(records)
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as handle:
+        handle.write("\n".join(map(json.dumps, records)))
+    (tmp_path / "d.json").write_text(text)
+    (tmp_path / "e.json").write_text('{"version": 1, "data": ' + text + "}")
+    write_records(tmp_path / "f.json", *records)                                        # JSON Lines under another name
+    with open(tmp_path / "d.csv", "w", newline="", encoding="utf-8-sig") as handle:
+        rows = csv.DictWriter(handle, DOLLY)
+        rows.writeheader()
+        rows.writerows(records)
+    for name in "d.json", "d.csv":
+        (tmp_path / "packed" / name).mkdir(parents=True)
+        (tmp_path / "packed" / name / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    for name in ("d.jsonl.gz", "d.json", "e.json", "f.json", "d.csv", "packed/d.json", "packed/d.csv"):     # or a folder of one
+        assert [record for _, record in read_records(tmp_path / name)] == records, name
+    write_records(tmp_path / "f.json", DOLLY)                                           # of one line
+    assert [record for _, record in read_records(tmp_path / "f.json")] == [DOLLY]
+
+
+def test_where_counts_lines_in_csv_and_records_in_json(tmp_path):
+    (tmp_path / "d.csv").write_text('instruction,response\n"a\nb",c\n\nd,e\n')
+    assert [where[-6:] for where, _ in read_records(tmp_path / "d.csv")] == [".csv:2", ".csv:5"]
+    (tmp_path / "d.json").write_text("[{}, {}]")
+    assert [where[-9:] for where, _ in read_records(tmp_path / "d.json")] == [":record 1", ":record 2"]
+
+
+def test_parquet_streams_through_pyarrow(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}, {"messages": turns}]),
+                                tmp_path / "d.parquet")
+    examples, _ = load_examples(tmp_path / "d.parquet")
+    assert [example.response for example in examples] == ["ho", "ho"] and examples[1].where.endswith(":row 2")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    latin = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pyarrow.py_buffer(b"\xf1"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "latin.parquet")
+    for name in "broken", "latin":
+        with pytest.raises(InputError, match="not a whole parquet file"):
+            list(read_records(tmp_path / f"{name}.parquet"))
+
+
+def test_parquet_without_pyarrow_gives_the_conversion_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "es.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match=r"duckdb -c \"COPY \(FROM '.*es.parquet'\) TO 'es.jsonl' \(FORMAT json\)\""):
+        list(read_records(tmp_path / "es.parquet"))
+
+
+GOOD = json.dumps(DOLLY).encode()
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("d.jsonl", GOOD + b"\n{'instruction'}\n", "d.jsonl:2: not JSON (Expecting property name"),
+    ("d.jsonl", GOOD + b"\n[1]\n", "d.jsonl:2: a record is an object with named fields, not a list"),
+    ("d.jsonl", GOOD + b'\n{"response": "\xff"}\n', "d.jsonl:2: not JSON ('utf-8' codec can't decode byte 0xff"),
+    ("d.jsonl", b"[" * 200_000, "d.jsonl:1: not JSON ("),
+    ("d.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "d.jsonl:1: not JSON"),
+    ("d.jsonl", b"", "d.jsonl: holds no records"),
+    ("d.jsonl", b"\xef\xbb\xbf\n \n", "d.jsonl: holds no records"),
+    ("d.jsonl.gz", b"plain", "d.jsonl.gz: not a whole gzip file (Not a gzipped file"),
+    ("d.jsonl.gz", gzip.compress(GOOD * 99)[:-20], "d.jsonl.gz: not a whole gzip file (Compressed file ended"),
+    ("d.json", b'[{"a": 1},\n {"b"', "d.json:2: not JSON"),
+    ("d.json", b'[{"a": 1},\n {"b": "\xff"}]', "d.json:2: not JSON"),
+    ("d.json", b"[1]", "d.json:record 1: a record is an object"),
+    ("d.json", b'{"data": 3}', 'd.json: a .json file is a list of records, or {"data": [...]}'),
+    ("d.json", b" ", "d.json: holds no records"),
+    ("d.csv", b"", "d.csv: holds no records"),
+    ("d.csv", b"instruction,response\n", "d.csv: holds no records"),
+    ("d.csv", b"response,response\na,b\n", "d.csv:1: the column 'response' is there twice"),
+    ("d.csv", b"instruction,response\na,b\ninstruction,response\n", "d.csv:3: the header again"),
+    ("d.csv", b"instruction,response\na,b,c\n", "d.csv:2: 3 cells under 2 columns"),
+    ("d.csv", b"instruction,response\na\n", "d.csv:2: 1 cells under 2 columns"),
+    ("d.csv", b'instruction,response\na,b\nc,"d\ne,f\n', "d.csv:3: not CSV in UTF-8 (unexpected end of data)"),
+    ("d.csv", b"instruction,response\na,b\nc,\xff\n", "d.csv:3: not CSV in UTF-8 ('utf-8' codec"),
+    ("d.txt", GOOD, "d.txt: the name does not say what it holds; unpack it, or rename it to end in .jsonl"),
+])
+def test_broken_file_is_one_line_that_says_where(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_examples(tmp_path / name)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_line_that_breaks_off_is_named_by_its_own_number(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps(DOLLY) + "\n" + '{"instruction": "a"\n' + json.dumps(DOLLY) + "\n")
+    with pytest.raises(InputError, match="d.jsonl:2: "):
+        load_examples(tmp_path / "d.jsonl")
+
+
+# ---- folders and the hub
+
+def test_folder_with_one_data_file_is_that_file(tmp_path):
+    file = write_records(tmp_path / "train.jsonl", DOLLY)
+    (tmp_path / "README.md").write_text("x")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    write_records(tmp_path / "._train.jsonl", DOLLY)                                    # as a Mac leaves them
+    assert data_files(tmp_path) == [file]
+
+
+def test_several_data_files_are_listed_and_a_choice_picks_file_folder_or_glob(tmp_path):
+    for name in ("es", "solutions_py"):
+        (tmp_path / name).mkdir()
+    shards = [write_records(tmp_path / "solutions_py" / f"train-{i}.jsonl", CODEFORCES) for i in (1, 0)][::-1]
+    es = write_records(tmp_path / "es" / "test.jsonl", DOLLY)
+    with pytest.raises(InputError, match="holds several.*from es/test.jsonl, solutions_py/train-0.jsonl, solutions"):
+        data_files(tmp_path)
+    assert data_files(f"{tmp_path}:es/test.jsonl") == [es]
+    assert data_files(f"{tmp_path}:solutions_py") == shards == data_files(f"{tmp_path}:*train*")
+    with pytest.raises(InputError, match="nothing matches 'fr'"):
+        data_files(f"{tmp_path}:fr")
+
+
+def test_missing_file_is_not_taken_for_a_hub_name(monkeypatch):
+    monkeypatch.setattr(records, "local_folder", None)
+    with pytest.raises(InputError, match="runs/none.jsonl: no such file"):
+        load_examples("runs/none.jsonl")
+
+
+def test_a_file_has_no_parts(tmp_path):
+    (tmp_path / "d.jsonl").touch()
+    with pytest.raises(InputError, match="d.jsonl:es: .*d.jsonl is a file, which has no parts; leave out the rest"):
+        load_examples(f"{tmp_path}/d.jsonl:es")
+
+
+def test_folder_without_data_says_what_it_takes(tmp_path):
+    with pytest.raises(InputError, match="holds no data file"):
+        data_files(tmp_path)
