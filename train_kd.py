@@ -222,8 +222,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
             own_answers = random.Random(f"{seed}:{step}").random() < on_policy  # GKD: this step on the student's answers
             if own_answers:
                 sampler = cast_copy(student, dtype, sampler)
-                own = respond(sampler, sum(batches, []), seed=seed + 7919 * step, **sampling,
-                              vocab=min(len(student.head), len(teacher.head)))  # ids that both heads have
+                own = respond(sampler, sum(batches, []), seed=seed + 7919 * step, vocab=len(tokenizer), **sampling)
                 batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
                 share = 1.0                                                     # no CE: its own answers are no targets
 

@@ -295,6 +295,16 @@ def test_every_mode_goes_on_from_its_last_state_to_the_same_bits(run, mode, tmp_
     assert same(weights(tmp_path / "killed/last"), weights(tmp_path / "whole/last"))
 
 
+def test_on_policy_answers_hold_only_ids_that_the_tokenizer_has(settings, tokenizer, tmp_path, monkeypatch):
+    tall = load_model(tiny(3, tokenizer, tmp_path / "tall", vocab_size=432, tie_word_embeddings=False))
+    tall.lm_head.weight.data[400:] *= 50                        # rows past the tokenizer's, here the likeliest or the least likely
+    seen, add = set(), kd.add_gradients
+    monkeypatch.setattr(kd, "add_gradients", lambda batch, **terms: (seen.update(id for row in batch for id in row.response),
+                                                                     add(batch, **terms))[1])
+    kd.train(**settings(student=tall, loss="reverse_kl", on_policy=1.0, steps=2, max_new_tokens=5))
+    assert len(seen) > 10 and max(seen) < len(tokenizer)
+
+
 def test_on_policy_steps_learn_from_the_students_own_answers_without_cross_entropy(settings, tmp_path, monkeypatch):
     seen, add = [], kd.add_gradients
     monkeypatch.setattr(kd, "add_gradients", lambda batch, **terms: (seen.append((batch, terms["kd_ratio"])),
