@@ -2,7 +2,7 @@
 
     python eval_rouge.py                                    the toy student that train_kd.py left, on its test set
     python eval_rouge.py --model runs/kd/kd/best --data test.jsonl
-    python eval_rouge.py --model runs/kd/kd/best --data test.jsonl --temperature 1          and seeds, as MiniLLM
+    python eval_rouge.py --model runs/kd/kd/best --data test.jsonl --temperature 1 --no-repeat-ngram-size 6      as MiniLLM
     python eval_rouge.py --predictions answers.txt --references test.jsonl
 
 Prints the means by category, x 100, and writes every answer with its scores to a jsonl file. At a temperature above 0 it
@@ -44,6 +44,8 @@ def parse_args():
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     add("--top-k", type=int, default=0, help="sample from this many tokens; 0 is all")
+    add("--no-repeat-ngram-size", type=int, default=0,
+        help="let no run of so many tokens come twice, prompt included; MiniLLM's tables 6")
     add("--seeds", "--seed", type=int, nargs="+", help="one round of answers each (10 20 30 40 50; greedy needs none)")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32", help="of the model")
@@ -61,8 +63,9 @@ def parse_args():
     check_given(args)
     toy = not (args.model or args.predictions)
     fill_defaults(args, parser, toy)
-    if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0):
-        raise InputError("--temperature and --top-k must be at least 0, --top-p above 0 and at most 1; fix the wrong one")
+    if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and min(args.top_k, args.no_repeat_ngram_size) >= 0):
+        raise InputError("--temperature, --top-k and --no-repeat-ngram-size must be at least 0, --top-p above 0 and at most 1; "
+                         "fix the wrong one")
     check_positive(args, "limit", "max_length", "max_prompt_length", "max_new_tokens", "batch_size")
     if len(set(args.seeds or ())) < len(args.seeds or ()):
         raise InputError(f"--seeds {args.seeds}: two are the same, and so would be their answers; give each once")
@@ -92,7 +95,8 @@ def check_given(args):
         raise InputError("--model and --predictions; give one of them: a model that answers, or answers")
     if args.predictions:
         note_unused(args, "with answers in a file", "limit", "template", "max_length", "max_prompt_length", "max_new_tokens",
-                    "batch_size", "temperature", "top_p", "top_k", "seeds", "device", "dtype", "int8_head", "show_ways")
+                    "batch_size", "temperature", "top_p", "top_k", "no_repeat_ngram_size", "seeds", "device", "dtype",
+                    "int8_head", "show_ways")
     elif not args.temperature:
         note_unused(args, "with greedy answers (--temperature 0)", "top_p", "top_k")
     if args.seeds and not args.temperature and not args.predictions:
@@ -122,7 +126,8 @@ def model_scores(args) -> list[list[dict]]:
     with Progress("answers", len(seeds) * len(rows)) as progress:
         for seed in seeds:
             texts = answer(model, tokenizer, rows, args.max_new_tokens, args.batch_size, args.temperature, seed=seed or 0,
-                           top_p=args.top_p, top_k=args.top_k, progress=progress.update)
+                           top_p=args.top_p, top_k=args.top_k, no_repeat_ngram_size=args.no_repeat_ngram_size,
+                           progress=progress.update)
             scores = score_answers(texts, [examples[row.index] for row in rows], args.rouge)
             rounds.append([score if seed is None else {"seed": seed, **score} for score in scores])
     return rounds

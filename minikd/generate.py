@@ -46,13 +46,16 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
 def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temperature: float,
                             top_p: float = 1.0, top_k: int = 0, eos_ids=(), seed: int | None = None, samples: int = 1,
                             teacher: Qwen2 | None = None, mix: float = 0.0, vocab: int | None = None,
-                            graphs: bool | None = None, one_kernel: bool = True) -> tuple[list[list[int]], list[list[float]]]:
+                            no_repeat_ngram_size: int = 0, graphs: bool | None = None,
+                            one_kernel: bool = True) -> tuple[list[list[int]], list[list[float]]]:
     """generate's new tokens, and the log-probability of each under the distribution it was drawn from, temperature and
     truncation included; 0 if greedy.
 
     samples  answers per prompt, next to each other in the result; they share the prompt's prefill
     teacher  with `mix`: each token is drawn from the probabilities (1 - mix) model + mix teacher, at temperature 1
     vocab    draw only ids below it: heads have rows past the tokenizer's ids, a teacher's sometimes more than a student's
+    no_repeat_ngram_size  draw no token that ends a run of so many for the second time in prompt and answer; 0 allows all. The
+             host must know every token before the next, so there are no graphs
     graphs   every step works on tensors at fixed addresses, so that a CUDA graph replays it; the host reads the tokens every
              LOOK steps, and drops finished rows when half have finished. Default: where can_record. True on a CPU runs such
              steps without a graph (for tests).
@@ -61,8 +64,10 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     prompts = [[int(token) for token in prompt] for prompt in prompts]          # also tuples, or the rows of a tensor
     if not all(prompts):
         raise ValueError("generate: a prompt is empty; give each at least one token")
-    if samples < 1 or not (temperature >= 0 and 0 < top_p <= 1) or top_k < 0 or vocab is not None and vocab < 1:
-        raise ValueError("generate: samples and vocab must be at least 1, temperature and top_k at least 0, 0 < top_p <= 1")
+    if (samples < 1 or not (temperature >= 0 and 0 < top_p <= 1) or min(top_k, no_repeat_ngram_size) < 0
+            or vocab is not None and vocab < 1):
+        raise ValueError("generate: samples and vocab must be at least 1, temperature, top_k and no_repeat_ngram_size at least "
+                         "0, 0 < top_p <= 1")
     if mix and (teacher is None or temperature != 1 or not 0 < mix < 1):
         raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
     ids = min(len(each.head) for each in (model, teacher or model))
@@ -76,15 +81,22 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
     count = len(prompts) * samples                              # of answers
     u = torch.rand(max_new_tokens, count, generator=generator, dtype=torch.float64, device=device)
-    graphs = can_record(device) if graphs is None else graphs
+    graphs = (can_record(device) if graphs is None else graphs) and not no_repeat_ngram_size
     models = [model, teacher] if mix else [model]
 
-    def draw(states, u):
-        """From the models' states [B, D] and random numbers [B]: a token per row [B] and its log-probability [B]."""
+    def draw(states, u, answers):
+        """From the models' states [B, D] and random numbers [B]: a token per row [B] and its log-probability [B].
+
+        answers  those that the rows write, as far as the host knows them: {index: tokens}
+        """
         logits = head_logits(model, states[0])[:, :vocab]                                   # [B, V]
         if mix:
             logq, logp = log_probs(logits, head_logits(teacher, states[1]), temperature=1.0)
             logits = log_mix(logp, logq, mix)                   # MiniLLM eq. (4), over the rows that both heads have
+        if no_repeat_ngram_size:
+            for row, (i, answer) in zip(logits, answers.items()):                           # row: [V]
+                banned = repeating(prompts[i // samples] + answer, no_repeat_ngram_size)
+                row[[token for token in banned if token < len(row)]] = -torch.inf
         return sample(logits, temperature, top_p, top_k, u)
 
     with ExitStack() as stack:
@@ -133,25 +145,29 @@ class Rows:
     host what `read` has copied."""
 
     def __init__(self, models, caches, states, draw, u: Tensor):
-        """draw  (states, random numbers [B]) -> tokens [B], log-probabilities [B].   u [max_new_tokens, B]"""
+        """draw  (states, random numbers [B], `writing`) -> tokens [B], log-probabilities [B].   u [max_new_tokens, B]"""
         self.models, self.caches, self.draw, self.u = models, caches, draw, u
-        self.at = torch.zeros(1, dtype=torch.long, device=u.device)         # [1] index of the newest token
-        self.drawn, self.logps = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)     # [max_new_tokens, B]
-        self.tokens, self.logps[0] = draw(states, u[0])                                     # [B]
-        self.drawn[0] = self.tokens
         self.answers, self.answer_logps = ([[] for _ in range(u.shape[1])] for _ in range(2))
         self.alive = list(range(u.shape[1]))                                # which answer each row writes
         self.seen = 0                                                       # tokens of each row that `read` has copied
+        self.at = torch.zeros(1, dtype=torch.long, device=u.device)         # [1] index of the newest token
+        self.drawn, self.logps = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)     # [max_new_tokens, B]
+        self.tokens, self.logps[0] = draw(states, u[0], self.writing())                     # [B]
+        self.drawn[0] = self.tokens
 
     def step(self):
         """The next token of every row. It reads and writes only tensors at fixed addresses, so that a graph can replay it."""
         self.at += 1
         states = [model.hidden(self.tokens[:, None], cache)[:, 0]                           # [B, D] of each model
                   for model, cache in zip(self.models, self.caches)]
-        tokens, logps = self.draw(states, self.u.index_select(0, self.at)[0])               # [B], [B]
+        tokens, logps = self.draw(states, self.u.index_select(0, self.at)[0], self.writing())           # [B], [B]
         self.tokens.copy_(tokens)
         self.drawn.index_copy_(0, self.at, tokens[None])
         self.logps.index_copy_(0, self.at, logps[None].double())
+
+    def writing(self) -> dict[int, list[int]]:
+        """The answers that the rows write, in their order, as far as `read` has copied them."""
+        return {answer: self.answers[answer] for answer in self.alive}
 
     def read(self, done: int, stops: frozenset) -> list[int]:
         """Appends the tokens drawn since the last call, up to `done` in all, to the answers, none after a stop token; returns
@@ -226,6 +242,12 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
             if progress:
                 progress(len(at))
     return own
+
+
+def repeating(history: list[int], n: int) -> list[int]:
+    """The tokens that, next, would end a run of n tokens which `history` holds already."""
+    last = history[len(history) - n + 1:]                                                   # the run's first n - 1
+    return [history[i + n - 1] for i in range(len(history) - n + 1) if history[i:i + n - 1] == last]
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tensor) -> tuple[Tensor, Tensor]:

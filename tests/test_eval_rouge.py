@@ -11,12 +11,13 @@ import pytest
 import eval_rouge
 from conftest import tiny
 from minikd.checkpoint import load_model
-from minikd.data import prompt_text
-from minikd.evaluate import read_predictions, read_references
+from minikd.data import encode_examples, prompt_text
+from minikd.evaluate import answer, read_predictions, read_references
 from minikd.examples import load_examples
 from minikd.files import InputError
 from minikd.generate import generate
 from minikd.rouge import rouge_l
+from minikd.tokenizer import Tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "eval_rouge.py"
 
@@ -167,6 +168,11 @@ def test_seeds_give_a_mean_and_a_spread_and_the_same_answers_again(run, world):
     assert f"{statistics.fmean(means):.1f} ± {statistics.stdev(means):.1f}" in out.split("\nall")[1]
     run(*flags, "--seed", 20, "--out", "one.jsonl")
     assert scores_in("one.jsonl") == rounds[20]
+    run(*flags, "--seed", 20, "--out", "strict.jsonl", "--no-repeat-ngram-size", 1)
+    model, tokenizer = load_model(world / "student"), Tokenizer.load(world / "student")
+    rows, _ = encode_examples(load_examples(world / "data.jsonl")[0], tokenizer)
+    assert [row["prediction"] for row in scores_in("strict.jsonl")] == answer(
+        model, tokenizer, rows, 6, 16, 1.0, seed=20, no_repeat_ngram_size=1) != [row["prediction"] for row in rounds[20]]
     run(*flags, "--limit", 2, "--out", "default.jsonl")
     assert [row["seed"] for row in scores_in("default.jsonl")] == [10, 10, 20, 20, 30, 30, 40, 40, 50, 50]  # MiniLLM's
 

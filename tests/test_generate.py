@@ -130,7 +130,7 @@ def test_nothing_to_do_gives_nothing():
 
 
 @pytest.mark.parametrize("options", [dict(samples=0), dict(temperature=-1.0), dict(temperature=math.nan), dict(top_p=0.0), dict(top_p=1.5),
-                                     dict(top_k=-1), dict(vocab=0)])
+                                     dict(top_k=-1), dict(no_repeat_ngram_size=-1), dict(vocab=0)])
 def test_options_that_mean_nothing_are_refused(options):
     with pytest.raises(ValueError, match="samples and vocab must be at least 1"):
         generate(random_model(), [[1, 2]], 4, **options)
@@ -375,6 +375,39 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path):
     answers = generate(model, PROMPTS, max_new_tokens=40)
     assert answers == expected[:, width:].tolist()
     assert len({token for answer in answers for token in answer}) > 10
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_no_run_of_tokens_is_repeated_as_in_transformers(tmp_path, n):
+    model = random_model(seed=5)
+    save_model(model, tmp_path)
+    prompts = [[7, 8, 9, 7, 8], [5], [4, 4, 4, 4]]
+    answers = generate(model, prompts, max_new_tokens=30, no_repeat_ngram_size=n)
+    assert answers != generate(model, prompts, max_new_tokens=30)               # it repeats itself
+    for prompt, answer in zip(prompts, answers):
+        row = prompt + answer
+        runs = [tuple(row[i:i + n]) for i in range(len(row) - n + 1)]
+        assert all(run not in runs[:i] for i, run in enumerate(runs) if i + n > len(prompt))
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    theirs.generation_config.update(pad_token_id=0, eos_token_id=None)
+    for prompt, answer in zip(prompts, answers):
+        expected = theirs.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=30, no_repeat_ngram_size=n)
+        assert answer == expected[0, len(prompt):].tolist()
+
+
+def test_what_may_not_be_repeated_is_left_out_of_the_distribution_that_is_drawn_from():
+    model, prompt = random_model(seed=5), [4, 9, 4]                             # after 4, no second 9
+    rows = 4000
+    answers, chances = generate_with_log_probs(model, [prompt], 1, 1.0, seed=1, samples=rows, no_repeat_ngram_size=2, vocab=12)
+    probs = model(torch.tensor([prompt]))[0, -1, :12].softmax(-1)
+    probs[9] = 0.0
+    probs /= probs.sum()
+    counts = torch.bincount(torch.tensor(answers)[:, 0], minlength=12)
+    assert counts[9] == 0 and (counts / rows - probs).abs().max() < 4 * (0.25 / rows) ** 0.5
+    torch.testing.assert_close(torch.tensor(chances)[:, 0], probs.log()[torch.tensor(answers)[:, 0]], atol=1e-5, rtol=0)
+    assert generate(model, [[4, 50, 4]], 2, no_repeat_ngram_size=2, vocab=12)   # 50 is no id that could be drawn
 
 
 # ---- groups, and the log-probability of what was drawn
