@@ -291,7 +291,7 @@ def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) 
 def add_gradients(batch: list[Encoded], old, ref, advantages, weights, log_s=None, *, model: Qwen2, pad_id: int,
                   dtype: torch.dtype, temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
                   checkpointing: bool) -> torch.Tensor:
-    """Forward and backward of one micro-batch of answers; returns sums over its tokens: KL, entropy, clipped, 1 [4].
+    """Forward and backward of one micro-batch of answers; returns sums over its tokens [4]: KL, entropy, the clipped ones, all.
 
     old, ref             per answer the log-probabilities [n] of its tokens when it was sampled, and the reference's
     advantages, weights  per answer its advantage, and the weight of each of its tokens
@@ -313,7 +313,7 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, log_s=Non
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)  # [N, D], [N]
         value, ce, entropies = head_loss(                                       # scaling the states scales the logits
             states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,
-            policy=lambda logp, at: grpo.token_loss(logp, old_logp(logp, at), ref[at], A[at], beta=beta, **terms))  # eq. (6)
+            policy_loss=lambda logp, at: grpo.token_loss(logp, old_logp(logp, at), ref[at], A[at], beta=beta, **terms))
     value.backward()
     clipped = grpo.was_clipped(-ce, old_logp(-ce, slice(None)), A, **terms)
     sums = torch.stack([grpo.k3(-ce, ref).sum(), entropies.sum(), clipped.sum()]).cpu()

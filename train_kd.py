@@ -63,7 +63,7 @@ def parse_args():
     add = flag_group(parser, "loss")
     add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="without it: both sft and forward_kl; else one")
     add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy; not in MiniLLM")
-    add("--temperature", type=float, default=1.0, help="divides both models' logits; not in MiniLLM")
+    add("--temperature", type=float, default=1.0, help="divides both models' logits in the divergence, not in CE; not in MiniLLM")
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture")
     add("--alpha", type=float, default=0.1,
         help="skew losses: share of the teacher in skew_forward_kl's mixture, of the student in skew_reverse_kl's")
@@ -177,10 +177,13 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
           dtype=torch.float32, title) -> Qwen2:
     """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens.
 
-    The other arguments are the flags of the same names; loss is one name of --loss, dtype that of matrix products and of
-    sampling, lm_rows the rows of --lm-data. A saved state in `out` is continued. In the log, `ce` is that of the tokens learned
-    from: in MiniLLM and in on-policy steps -log q of the student's own samples. Raises InputError for a gradient that is not
-    finite, after the step it spoiled (the student holds it, but it is not saved), and for such a held-out loss.
+    rows            to learn from; of valid_rows, row.index points into valid_examples
+    teacher         its states and its head; None for sft
+    lm_rows, title  the rows of --lm-data; what the progress is called
+    loss, dtype     one name of --loss; that of matrix products and of sampling
+    The other arguments are the flags of the same names. A saved state in `out` is continued. In the log, `ce` is that of the
+    tokens learned from: in MiniLLM and in on-policy steps -log q of the student's own samples. Raises InputError for a gradient
+    that is not finite, after the step it spoiled (the student holds it, but it is not saved), and for such a held-out loss.
     """
     optimizer = make_optimizer(student.train(), lr, weight_decay)
     divergence = None                                           # of one token's distributions; None for SFT
@@ -267,20 +270,20 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
 
     For rollouts the loss is MiniLLM's, the clipped surrogate plus KL(q_t || p_t), and kd_ratio is not used.
     """
-    device, policy, teacher_states = student.head.device, None, None
+    device, policy_loss, teacher_states = student.head.device, None, None
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     with mixed(device, dtype):
         if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7)
             old, advantage, teacher_states = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']
-            policy = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
+            policy_loss = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
             kd_ratio = 1.0
         elif kd_ratio:                                                          # paper eq. (3)
             teacher_states = teacher.states(batch, ids, mask)                   # [N, D']; first: a GPU works at it for long,
         states, targets = scored_positions(                                     # while the host launches the student's kernels
             student.hidden(ids, checkpointing=checkpointing), ids, mask)        # [N, D], [N]
         value, ce, kd = head_loss(states, student.head, targets, teacher_states, teacher.head if teacher else None,
-                                  divergence if kd_ratio else None, kd_ratio, weight, policy)
+                                  divergence if kd_ratio else None, kd_ratio, weight, policy_loss)
     value.backward()
     return torch.stack([ce.sum(), kd.sum()])
 

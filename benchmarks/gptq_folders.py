@@ -99,7 +99,7 @@ def measure(source: Path, folder: Path, options: dict) -> dict:
         figures[name + "_relative"] = float((ours[dtype] - theirs).norm() / theirs.norm())
     figures["rounding"] = float((ours[torch.bfloat16] - ours[torch.float32]).norm() / ours[torch.float32].norm())
     layers = [layer for layer in load_model(folder).modules() if hasattr(layer, "g_idx")]
-    moved = sum(int((layer.g_idx != torch.arange(layer.inputs) // layer.size).sum()) for layer in layers)
+    moved = sum(int((layer.g_idx != torch.arange(layer.inputs) // layer.group_size).sum()) for layer in layers)
     return figures | {"moved": moved / sum(layer.inputs for layer in layers)}
 
 

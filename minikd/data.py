@@ -20,7 +20,7 @@ def prompt_text(example: Example, tokenizer, template: str = "chatml") -> str:
 
     template  "chatml"  the conversation by the tokenizer's own chat template (Tokenizer.chat), up to where an answer begins
               "alpaca"  the paper's: preamble, ### Instruction:, ### Input: if there is one, ### Response:
-                        Left out are oddities of its code (process_data_*.py): <|im_start|> without a role before the
+                        Left out are oddities of its code (tools/process_data_*.py): <|im_start|> without a role before the
                         preamble, <|im_end|><|im_start|>Assistant: after the last heading (a bare <|im_end|> for
                         PyTorrent), other headings for each dataset, "C++" in prompts about Python and the reverse.
     Raises InputError for another template.
@@ -43,9 +43,9 @@ class NothingLeft(InputError):
 class Encoded:
     """One row of a batch, as token ids, before padding; len() is its length."""
     prompt: list[int]
-    response: list[int]                 # ends in tokenizer.end_id, unless cut
-    cut: bool                           # the response was cut at max_length, and has no end token
-    index: int                          # of its Example in the list that was encoded
+    response: list[int]                 # ends in a stop token, unless cut; empty where there is only a prompt
+    cut: bool                           # the response stopped at a limit of length, or goes on in the next row (encode_text)
+    index: int                          # of what it was made from (Example, Problem, text) in the list of those
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)

@@ -40,7 +40,7 @@ def fits(model: Qwen2, rows: int) -> bool:
     config, layers = model.config, [layer for block in model.model.layers for layer in products(block)]
     D, E, wide = config.hidden_size, config.head_dim, config.intermediate_size
     if all(isinstance(layer, W4Linear) and layer.in_order for layer in layers):
-        good = len({layer.size for layer in layers}) == 1 and layers[0].size % 128 == 0
+        good = len({layer.group_size for layer in layers}) == 1 and layers[0].group_size % 128 == 0
     else:
         good = all(isinstance(layer, Linear) for layer in layers)
     outputs = (config.num_attention_heads + 2 * config.num_key_value_heads) * E                 # of q/k/v
@@ -97,9 +97,9 @@ class OneKernel:
         # Measured on an H200: 5% faster at 0.5B (30 MB a layer); at 1.5B, 3B and for codes the requests only delay the words.
         small = not four and 6 * I * D + 2 * D * (outputs + H * E) < 48 << 20
         ahead = (AHEAD // (32 * D), AHEAD // (16 * I)) if small else (0, 0)                     # bytes of a task's weights
-        self.step = Step(L=L, D=D, I=I, H=H, K=config.num_key_value_heads, E=E, S=S, group=getattr(first, "size", 0), zeros=zeros,
-                         bits=(4 * ctypes.c_int)(*bits), ahead=(2 * ctypes.c_int)(*ahead), eps=config.rms_norm_eps,
-                         **{name: tensor.data_ptr() for name, tensor in self.held.items()})
+        self.step = Step(L=L, D=D, I=I, H=H, K=config.num_key_value_heads, E=E, S=S, group=getattr(first, "group_size", 0),
+                         zeros=zeros, bits=(4 * ctypes.c_int)(*bits), ahead=(2 * ctypes.c_int)(*ahead),
+                         eps=config.rms_norm_eps, **{name: tensor.data_ptr() for name, tensor in self.held.items()})
 
     def hidden(self, ids: Tensor, cache: StaticCache) -> Tensor:
         """ids [1, 1] -> hidden states after the last norm [1, 1, D]"""

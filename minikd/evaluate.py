@@ -54,7 +54,7 @@ def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher
     noise of each y_t. Of an answer cut at max_new_tokens only the beginning counts: too little for a model that rambles.
     """
     own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids,
-                  vocab=min(len(model.head), len(teacher.head)))        # ids that both heads have
+                  vocab=min(len(model.head), len(teacher.head)))        # the rows that the KL is over
     length = sum(len(row.response) for row in own) / len(own)
     return compare(model, own, tokenizer.pad_id, batch_size, teacher)["reverse_kl"] * length            # MiniLLM eq. (1)
 

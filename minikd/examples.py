@@ -1,4 +1,4 @@
-"""Records of the paper's datasets -> examples: what is asked, what is learned, and what ROUGE compares with.
+"""Records of the paper's datasets -> examples: what is asked, what is learned, and what ROUGE compares with. Which are held out.
 
 A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are
 ignored, except `category`, which any record may have.
@@ -18,8 +18,8 @@ ignored, except `category`, which any record may have.
 
 A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code it is
 not: BugNet's targets begin "Solution type replace, solution code", PyTorrent's stand between "### solution code" and "###
-End of code", but the references are bare code (process_data_bugnet.py:45 and process_data_pytorrent.py:48 in
-AlejandroParedesLT/knowledge_distillLLM), which biases the paper's scores.
+End of code" (lines 46 of process_data_bugnet.py and 53 of process_data_pytorrent.py in AlejandroParedesLT/knowledge_distillLLM),
+but the references are bare code (lines 127 and 153), which biases the paper's scores.
 """
 import ast
 import hashlib
@@ -50,7 +50,7 @@ class Dropped(InputError):
 @dataclass(frozen=True)
 class Example:
     messages: tuple[dict, ...]          # the conversation up to the answer: {"role", "content"}
-    instruction: str                    # the same question for the "alpaca" template (prompt_text)
+    instruction: str                    # the same question for the "alpaca" template (data.prompt_text)
     input: str                          # its optional second part; may be ""
     response: str                       # the training target
     references: tuple[str, ...]         # what ROUGE compares with, one or more
@@ -160,7 +160,7 @@ def _bugnet(record, where):
     error = "" if error == "0" else error                       # "0": no failure when rerun (a quarter of the records)
     seen = "".join(f"\n{what}: {text}" for what, text in [("Verdict", status), ("Error when rerun", error)] if text)
     question = _ask(f"Write a {program} that contains the correction of the code bug in order to fix the bug, fix the "
-                    "issue or fix the error.",                  # the paper's wording, with the record's own language
+                    "issue or fix the error.",                  # the wording of the paper's code, with the record's own language
                     f"Code that has the bug issue or is incorrect:\n{fail}\n"
                     f"Use as context the reported error in the code:\n{error or status or 'unknown'}",
                     question=f"Fix the bug in this {program}. Answer with the whole program.\n\n{fail}\n{seen}".rstrip())
@@ -172,7 +172,7 @@ def _pytorrent(record, where):
     code = without_docstring(text_field(record, where, "original_string", "code"))
     if not code.strip():
         raise Dropped(where, "empty code")
-    question = _ask("Write a python script that appropriately completes the request.", task,     # the paper's wording
+    question = _ask("Write a programming script that appropriately completes the request.", task,    # the wording of its code
                     question=f"Write Python code for this description. Answer with code only.\n\n{task}")
     return *question, (code,)
 
@@ -281,30 +281,30 @@ def load_examples(paths, format: str | None = None, limit: int | None = None, pr
 
 def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
     report.files.append((label(file), sha256(file)))
-    name, bad = format, []                                      # the last record's format; errors before the first known one
+    name, waiting = format, []                  # the last record's format; errors that a record's format has not judged yet
 
     def judge():
         """Malformed records of PyTorrent are only counted; elsewhere the first is an error."""
-        while name and bad:
-            error = bad.pop(0)
+        while name and waiting:
+            error = waiting.pop(0)
             if name != "pytorrent":
                 raise error
             report.dropped["malformed"] += 1
             report.first_bad = report.first_bad or str(error)
 
-    for where, record in read_records(file, bad.append):
-        judge()                                                 # lines that could not be read, by the format before them
+    for where, record in read_records(file, waiting.append):
+        judge()                                 # what failed since the last record, by that one's format
         name = format or recognise(record) or name              # a field is missing: take the last one's format
-        judge()
+        judge()                                 # what failed before the first record of a known format, by this one's
         try:
             yield to_example(record, where, name)
         except Dropped as error:
             report.dropped[error.reason] += 1
         except InputError as error:
-            bad.append(error)
+            waiting.append(error)
     judge()
-    if bad:
-        raise bad[0]
+    if waiting:
+        raise waiting[0]
 
 
 def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:

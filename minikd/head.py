@@ -18,9 +18,9 @@ from minikd.losses import entropy, forward_kl, kl, log_probs, no_divergence, rev
 
 BLOCK = 2048                                        # head rows in one matrix product on a CPU: they fit its cache
 PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # float32 logits in one softmax, at least: fewer are mostly overhead
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 160 << 20}  # logits of one model that are in memory at once, at most
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 160 << 20}  # logits of the student that are in memory at once, at most
 # A chunk is a multiple of so many tokens, as matrices are multiplied in tiles: 48 is MKL's with AVX-512 (a token in chunks of
-# 48 takes 0.8 of its time in chunks of 55, results/head_loss.txt; in bfloat16 there is no such step), 128 cuBLAS's.
+# 48 takes 0.8 of its time in chunks of 55, benchmarks/results/head_loss.txt; in bfloat16 there is no such step), 128 cuBLAS's.
 TILES = {("cpu", torch.float32): 48, ("cuda", torch.float32): 128, ("cuda", torch.bfloat16): 128}
 
 
@@ -39,9 +39,9 @@ def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor,
 
 def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor | None = None,
               teacher_head: Tensor | None = None, divergence=None, kd_ratio: float = 0.0,
-              weight: Tensor | float = 1.0, policy=None, vocab: int | None = None,
+              weight: Tensor | float = 1.0, policy_loss=None, vocab: int | None = None,
               chunk_bytes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Paper eq. (3) summed over tokens:  Σ_n weight_n ((1 - kd_ratio) CE_n + kd_ratio D(p_n, q_n)).
+    """Paper eq. (3) summed over tokens:  Σ_n weight_n ((1 - kd_ratio) CE_n + kd_ratio KD_n), KD_n = divergence(p_n, q_n).
 
     hidden          [N, D]   the student's states that score a token (scored_positions)
     head            [V, D]   the student's LM head
@@ -50,16 +50,16 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     divergence      (student logits [n, V], teacher logits [n, V']) -> [n], as losses.py has them. With kd_ratio 0
                     it is only measured, and the teacher may be absent (entropy)
     weight          of each token, often 1 / scored tokens of the optimizer step: a number, or one per token [N]
-    policy          (log q of the targets [n], at=slice of the N tokens) -> [n], a loss that takes the place of CE, in full:
-                    Σ_n weight_n (policy_n + kd_ratio D_n). The objective of a policy gradient (clipped_surrogate)
+    policy_loss     (log q of the targets [n], at=slice of the N tokens) -> [n], a loss that takes the place of CE, in full:
+                    Σ_n weight_n (policy_n + kd_ratio KD_n). The objective of a policy gradient (clipped_surrogate)
     vocab           use only the head's first `vocab` rows, as sampling did
-    returns         the loss (differentiable once), and for logs CE [N] and D [N] of each token
+    returns         the loss (differentiable once), and for logs CE [N] and KD [N] of each token
 
     Full logits are never held. For each chunk of tokens this computes the logits, the loss and its gradient G [n, V] with
     respect to them (for CE: softmax - one-hot), and from it at once, while it is in the cache, those of the inputs:
     dL/dhidden = G head, dL/dhead += G^T hidden. That is why `weight` must be known here; recomputing the logits in the
     backward pass would cost a second head product.
-    Under autocast the head multiplies in autocast's dtype.
+    Under autocast the student's head multiplies in autocast's dtype; the teacher's always in its own.
 
     Raises ValueError for a kd_ratio without divergence or teacher, and for gradients in float16.
     """
@@ -71,7 +71,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
         weight = torch.full((), weight, device=hidden.device)                   # as_tensor would synchronise with the GPU
     weight = weight.to(hidden.device, torch.float32).expand(len(hidden))
     chunk_bytes = chunk_bytes or CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
-    return _HeadLoss.apply(hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy,
+    return _HeadLoss.apply(hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy_loss,
                            shared, chunk_bytes, torch.is_grad_enabled())
 
 
@@ -79,7 +79,7 @@ class _HeadLoss(torch.autograd.Function):
     """forward computes the loss and its gradients too; backward only multiplies them by grad_loss."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy, V,
+    def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy_loss, V,
                 chunk_bytes, grad_enabled):
         N, device = len(hidden), hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -112,8 +112,8 @@ class _HeadLoss(torch.autograd.Function):
                     tokens = slice(start + rows.start, start + rows.stop)       # the same among all N
                     ce[tokens], kd[tokens], total[tokens] = _token_losses(      # from here on dL/dlogits, in place
                         logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], divergence,
-                        kd_ratio, weight[tokens], policy and functools.partial(policy, at=tokens), need_hidden or need_head,
-                        kernel)
+                        kd_ratio, weight[tokens], policy_loss and functools.partial(policy_loss, at=tokens),
+                        need_hidden or need_head, kernel)
                 if need_hidden or need_head:
                     _backward_head(logits[:n], states[at], head,
                                    grad_hidden[at] if need_hidden else None,
@@ -144,18 +144,18 @@ def aligned(like: Tensor, n: int, V: int) -> Tensor:
     return like.new_empty(n, -(-V // loss_cuda.ALIGN) * loss_cuda.ALIGN)[:, :V]
 
 
-def weigh(ce: Tensor, kd: Tensor, kd_ratio: float, weight: Tensor, policy) -> Tensor:
+def weigh(ce: Tensor, kd: Tensor, kd_ratio: float, weight: Tensor, policy_loss) -> Tensor:
     """Each token's part of the loss [n], of its CE and divergence [n]."""
-    cost = policy(-ce) if policy else (1 - kd_ratio) * ce                       # -CE is log q of the target
+    cost = policy_loss(-ce) if policy_loss else (1 - kd_ratio) * ce             # -CE is log q of the target
     return weight * (cost + kd_ratio * kd if kd_ratio else cost)                # paper eq. (3); MiniLLM's objective, eq. (7)
 
 
-def _costs(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy) -> tuple[Tensor, Tensor, Tensor]:
+def _costs(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy_loss) -> tuple[Tensor, Tensor, Tensor]:
     """CE [n], divergence [n] and their weighted sum [n], of logits [n, V]; what is only logged gets no gradient."""
     logits = logits.float()
-    ce = F.cross_entropy(logits if kd_ratio < 1 or policy else logits.detach(), targets, reduction="none")
+    ce = F.cross_entropy(logits if kd_ratio < 1 or policy_loss else logits.detach(), targets, reduction="none")
     kd = divergence(logits if kd_ratio else logits.detach(), teacher_logits)
-    return ce, kd, weigh(ce, kd, kd_ratio, weight, policy)
+    return ce, kd, weigh(ce, kd, kd_ratio, weight, policy_loss)
 
 
 _compiled_costs = None
@@ -167,16 +167,16 @@ def compile_losses():
     _compiled_costs = torch.compile(_costs, dynamic=True)
 
 
-def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy, need_grad, kernel):
+def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy_loss, need_grad, kernel):
     """_costs; with need_grad, the gradient of the weighted sum overwrites the logits [n, V].  `kernel` as pick_kernel gives it:
     the same by loss.cu, without the dozens of float32 tensors [n, V] that _costs and its gradient read and write."""
     if kernel:
-        return _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, policy, need_grad)
-    fused = _compiled_costs is not None and need_grad and kd_ratio and policy is None       # a policy is new for each piece
+        return _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, policy_loss, need_grad)
+    fused = _compiled_costs is not None and need_grad and kd_ratio and policy_loss is None      # that is new for each piece
     costs = _compiled_costs if fused else _costs
     with torch.set_grad_enabled(need_grad):
         leaf = logits.detach().requires_grad_(need_grad)
-        ce, kd, total = costs(leaf, targets, teacher_logits, divergence, kd_ratio, weight, policy)
+        ce, kd, total = costs(leaf, targets, teacher_logits, divergence, kd_ratio, weight, policy_loss)
         if need_grad:
             logits.copy_(torch.autograd.grad(total.sum(), leaf)[0])
     return ce.detach(), kd.detach(), total.detach()
@@ -190,20 +190,21 @@ def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Ten
     name = {no_divergence: "ce", entropy: "entropy", forward_kl: "forward", reverse_kl: "reverse"}.get(divergence)
     read = [logits, teacher_logits] if name in ("forward", "reverse") else [logits]
     temperature = options.get("temperature", 1.0)
-    if (name is None or options.keys() - {"temperature"} or not temperature > 0 or name == "entropy" and kd_ratio
-            or not loss_cuda.can_run(*read)):
+    if name is None or options.keys() - {"temperature"} or not temperature > 0 or not loss_cuda.can_run(*read):
+        return None
+    if name == "entropy" and kd_ratio:                                          # the kernel only measures it: no gradient
         return None
     return name, temperature
 
 
-def _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, policy, need_grad):
-    """_token_losses by loss.cu: one kernel for CE and D, one for the logits' gradient dL/dCE dCE/dlogits + dL/dD dD/dlogits. What
-    dL/dCE and dL/dD are, a number per token each, autograd finds from the formula itself, `weigh`."""
+def _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, policy_loss, need_grad):
+    """_token_losses by loss.cu: one kernel for CE and KD, one for the logits' gradient dL/dCE dCE/dlogits + dL/dKD dKD/dlogits.
+    What dL/dCE and dL/dKD are, a number per token each, autograd finds from the formula itself, `weigh`."""
     ce, kd, rows = loss_cuda.costs(*kernel, logits, targets, teacher_logits)
     with torch.set_grad_enabled(need_grad):
-        total = weigh(ce.requires_grad_(need_grad), kd.requires_grad_(need_grad), kd_ratio, weight, policy)
+        total = weigh(ce.requires_grad_(need_grad), kd.requires_grad_(need_grad), kd_ratio, weight, policy_loss)
         if need_grad:
-            slopes = torch.autograd.grad(total.sum(), (ce, kd), materialize_grads=True)     # dL/dCE, dL/dD: [n] each
+            slopes = torch.autograd.grad(total.sum(), (ce, kd), materialize_grads=True)     # dL/dCE, dL/dKD: [n] each
             name, temperature = kernel if kd_ratio else ("ce", 1.0)                         # a divergence that is only measured
             loss_cuda.gradient_(name, temperature, logits, targets, teacher_logits, rows, *slopes)
     return ce.detach(), kd.detach(), total.detach()
@@ -246,7 +247,7 @@ def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tenso
 
 def _backward_head(grads: Tensor, states: Tensor, head: Tensor, grad_hidden: Tensor | None, grad_head: Tensor | None):
     """From grads [n, V] of the logits: writes grad_hidden [n, D], and adds to grad_head [V, D] in place."""
-    if grads.is_cuda:                                                           # whole; rows of D and V are aligned, of n not
+    if grads.is_cuda:                               # in one product each, by rows of V and D elements: rows of n are not aligned
         if grad_hidden is not None:
             grad_hidden.copy_(grads @ head)                                     # [n, V] [V, D]
         if grad_head is not None:

@@ -131,7 +131,7 @@ def join(parts: list[nn.Module]):
         if not all(torch.equal(part.g_idx, first.g_idx) for part in parts):
             return None
         with torch.device(first.qweight.device):
-            joined = W4Linear(first.inputs, 8, first.size, first.bias is not None, first.version)   # 8: replaced below
+            joined = W4Linear(first.inputs, 8, first.group_size, first.bias is not None, first.version)   # 8: replaced below
         joined.outputs, joined.g_idx = sum(part.outputs for part in parts), first.g_idx
         dims = {"qweight": 1, "qzeros": 1, "scales": 1, "bias": 0}
     else:

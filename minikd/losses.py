@@ -122,13 +122,13 @@ def no_divergence(logits: Tensor, teacher_logits: Tensor | None = None) -> Tenso
 
 
 def entropy(logits: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
-    """H(q).  [..., V] -> [...] nats.  teacher_logits is not used: head_loss passes it to every divergence."""
+    """H(q).  [..., V] -> [...] nats.  teacher_logits is not used: head.head_loss passes it to every divergence."""
     logq = log_softmax(logits)
     return -(logq.exp() * logq).sum(-1)
 
 
 DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, skew_forward_kl, skew_reverse_kl)} | {
-    "jsd": jensen_shannon}                          # the names that --loss takes
+    "jsd": jensen_shannon}                          # the names that --loss takes, beside sft and minillm
 
 
 def pick_divergence(name: str, **options):

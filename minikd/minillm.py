@@ -95,16 +95,17 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
              ratio's denominator, is computed by the student itself, as in training
     options  of rewards_to_go
     """
+    shared = min(len(student.head), len(teacher.head))          # rows of both heads: every distribution here is over them
     own = respond(cast_copy(student, dtype), rows, batch_size, max_new_tokens, eos_ids, seed=seed, teacher=teacher,
-                  mix=mix, vocab=min(len(student.head), len(teacher.head)))     # ids that both heads have
+                  mix=mix, vocab=shared)
     found, device = [None] * len(own), student.head.device      # per row: log q, R_{t+1}, w_t [n] and teacher [n, D']
     for at in by_length(own, batch_size):
         ids, mask = collate([own[i] for i in at], pad_id, device)
         with mixed(device, dtype):
             states, targets = scored_positions(student.hidden(ids), ids, mask)              # [N, D], [N]
             teacher_states, _ = scored_positions(teacher.hidden(ids), ids, mask)            # [N, D']
-            logq = -head_loss(states, student.head, targets, teacher_head=teacher.head)[1]  # [N] = -CE, over the shared rows
-            logp = -head_loss(teacher_states, teacher.head, targets, teacher_head=student.head)[1]
+            logq = -head_loss(states, student.head, targets, vocab=shared)[1]               # [N] = -CE
+            logp = -head_loss(teacher_states, teacher.head, targets, vocab=shared)[1]
         valid = send(mask[:, 1:], device)                           # [B, T-1], N of them True: scored_positions' shift
         logq, logp = (torch.zeros(valid.shape, device=device).masked_scatter(valid, x) for x in (logq, logp))   # [B, T-1]
         to_go = rewards_to_go(logq, logp, valid, **options)
@@ -114,14 +115,14 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
         for i, *of_row in zip(at, *(x.split(lengths) for x in columns)):
             found[i] = of_row
     white = whiten(torch.cat([to_go for _, to_go, _, _ in found])).split([len(row.response) for row in own])
-    return [Rollout(**vars(row), old_logq=q, advantage=A * w, teacher=states)               # whitened over all answers
+    return [Rollout(**vars(row), old_logq=q, advantage=A * w, teacher=states)               # w > 0: the same as w min(ρ A, ...)
             for row, A, (q, _, w, states) in zip(own, white, found)]
 
 
 def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps: int, batch_size: int,
                   grad_accum: int, seed: int, rollouts: int, inner_epochs: int,
                   collecting: dict) -> Iterator[tuple[int, list[list[Rollout]]]]:
-    """(step, its micro-batches) for steps start .. steps-1, as data.optimizer_steps gives them for records.
+    """(step, its micro-batches) for steps start .. steps-1, as data.optimizer_steps gives them for the data's rows.
 
     When the current rollouts have been used `inner_epochs` times, the student as it is then answers the next `rollouts`
     prompts of the rows: step k belongs to phase k // phase_steps.

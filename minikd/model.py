@@ -112,12 +112,12 @@ class Slots(NamedTuple):
     keys: Tensor                                                                # [B, K, S, E]
     values: Tensor                                                              # [B, K, S, E]
     at: int | Tensor                                                            # slots filled so far; StaticCache: a tensor [1]
-    mask: Tensor | None                 # what a new token sees: [B, 1, 1, S] bool; StaticCache: 0 or -inf, to be added
+    mask: Tensor | None                 # what one more token sees, [B, 1, 1, s] bool; StaticCache: [B, 1, 1, S], 0 or -inf to add
     parts: Tensor | None = None         # a StaticCache's, if attend_cuda can attend to it
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k, v [B, K, T, E]; returns all that attention reads [B, K, S, E]."""
-        if isinstance(self.at, Tensor):                                         # StaticCache: attention reads all slots
+        """Appends k, v [B, K, T, E]; returns all that attention reads: the s slots that are filled now, [B, K, s, E]."""
+        if isinstance(self.at, Tensor):                                         # StaticCache: attention reads all S slots
             return self.keys.index_copy_(2, self.at, k), self.values.index_copy_(2, self.at, v)
         end = self.at + k.shape[2]
         self.keys[:, :, self.at:end] = k
@@ -274,11 +274,11 @@ class Attention(nn.Module):
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         v = heads[:, -self.K:]                                                  # [B, K, T, E]
         rotated = rotate(heads[:, :-self.K], cos, sin)                          # [B, H + K, T, E]
-        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # torch's compiler keeps slices of one tensor
-            rotated = rotated.contiguous()                                      # by the strides of the first length it saw
+        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # torch's compiler keeps slices of one tensor by
+            rotated = rotated.contiguous()                                      # the strides of the first length; autocast copies
         q, k = rotated[:, :-self.K], rotated[:, -self.K:]                       # [B, H, T, E], [B, K, T, E]
         if slots is not None:
-            k, v = slots.write(k, v)                                            # [B, K, S, E]
+            k, v = slots.write(k, v)                                            # [B, K, s, E]
         if T == 1 and slots is not None:
             # One query per head: the H/K heads that share a key take the query axis, so keys need no copies.
             q = q.reshape(B, self.K, -1, self.E)                                # [B, K, H/K, E]

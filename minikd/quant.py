@@ -177,7 +177,7 @@ class W4Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int, group_size: int, bias: bool, version: int = 1):
         super().__init__()
         size = check_groups(inputs, group_size)
-        self.inputs, self.outputs, self.size, self.version = inputs, outputs, size, version
+        self.inputs, self.outputs, self.group_size, self.version = inputs, outputs, size, version
         self.register_buffer("qweight", torch.zeros(inputs // 8, outputs, dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros(inputs // size, outputs // 8, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(inputs // size, outputs, dtype=torch.float16))
@@ -193,7 +193,7 @@ class W4Linear(nn.Module):
     @functools.cached_property
     def in_order(self) -> bool:
         """Whether each group is consecutive inputs; act-order in other tools shuffles them."""
-        return bool((self.g_idx == torch.arange(self.inputs, device=self.g_idx.device) // self.size).all())
+        return bool((self.g_idx == torch.arange(self.inputs, device=self.g_idx.device) // self.group_size).all())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(x, choose(self, x))
@@ -203,12 +203,13 @@ class W4Linear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if way == "dequantise":                                 # any dtype, anywhere; gradients with respect to x
             return F.linear(x, self.weight().to(x.dtype), bias)
-        rows = x.reshape(-1, self.inputs).contiguous()                                          # [N, I]
+        rows = x.reshape(-1, self.inputs).contiguous()                                          # [M, I]
         if way == "kernel":
-            y = torch.ops.minikd.w4_matmul(rows, *self.ready(way), bias, self.outputs, self.size)
+            y = torch.ops.minikd.w4_matmul(rows, *self.ready(way), bias, self.outputs, self.group_size)
             return y.view(*x.shape[:-1], self.outputs)
         packed, scales_zeros = self.ready(way)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.size, scales_zeros).view(*x.shape[:-1], self.outputs)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.group_size, scales_zeros)
+        y = y.view(*x.shape[:-1], self.outputs)
         return y if bias is None else y + bias
 
     def ready(self, way: str) -> tuple:
@@ -295,10 +296,10 @@ def choose(layer: W4Linear, x: Tensor) -> str:
     if x.dtype != torch.bfloat16 or not layer.in_order or torch.is_grad_enabled() and x.requires_grad:
         return "dequantise"
     ready = layer.prepared is not None and layer.prepared[0] == "kernel"       # torch.compile cannot trace `available`
-    if x.is_cuda and supports_groups(layer.size) and (ready or available(x.device.index)):
+    if x.is_cuda and supports_groups(layer.group_size) and (ready or available(x.device.index)):
         return "kernel"
     rows = x.numel() // layer.inputs
-    if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.size in (32, 64, 128, 256) and rows < MANY_ROWS:
+    if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.group_size in (32, 64, 128, 256) and rows < MANY_ROWS:
         return "int4"
     return "dequantise"
 
@@ -315,6 +316,6 @@ def show_ways(model: Qwen2, rows=(1, 16, 64, 1024)):
             x = torch.empty(count, inputs, dtype=model.head.dtype, device=model.head.device)
             way = "/".join(dict.fromkeys(choose(layer, x) for layer in alike))
             if way == "kernel" and count <= MMA_ROWS:
-                way = plan(count, outputs, inputs, alike[0].size, True, gpu_of(x.device))
+                way = plan(count, outputs, inputs, alike[0].group_size, True, gpu_of(x.device))
             cells.append(way)
         print(f"{f'{len(alike)} of {inputs:,} -> {outputs:,}':<28}" + "".join(f"{cell:>16}" for cell in cells))

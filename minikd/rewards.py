@@ -1,8 +1,8 @@
 """Rewards for answers of the form `<think>...</think>`, then the answer, bare or in `<answer>...</answer>`.
 
-    f(completions, problems, **options) -> a number each, or None for what cannot be judged
+    f(completions, facts, **options) -> a number each, or None for what cannot be judged
 
-problems[i] is a dict: "answer"; "tests" [{"input", "output"}], "time_limit" (s), "memory_limit" (MB), "language".
+facts[i] is the Problem's: "answer"; "tests" [{"input", "output"}], "time_limit" (s), "memory_limit" (MB), "language".
 None is left out of every sum and mean. (The paper's script gives 0.5 when it cannot read the gold answer.)
 
 Sources
@@ -99,18 +99,18 @@ def well_formed(completion: str) -> bool:
     return len(tags) == 2 and all(texts)
 
 
-def format_reward(completions: list[str], problems: list[dict]) -> Values:
+def format_reward(completions: list[str], facts: list[dict]) -> Values:
     """1 for thoughts and then an answer, nothing before, between or after; else 0.             open-r1 line 85"""
     return [float(well_formed(completion)) for completion in completions]
 
 
-def tags_reward(completions: list[str], problems: list[dict]) -> Values:
+def tags_reward(completions: list[str], facts: list[dict]) -> Values:
     """A quarter for each tag, with its line breaks, that is there exactly once.                open-r1 line 93"""
     tags = "<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>"
     return [0.25 * sum(completion.count(tag) == 1 for tag in tags) for completion in completions]
 
 
-def steps_reward(completions: list[str], problems: list[dict]) -> Values:
+def steps_reward(completions: list[str], facts: list[dict]) -> Values:
     """min(1, n / 3) for n different markers of steps in the thoughts.                          open-r1 line 115
 
     Markers: `Step 1`; `1.` at the start of a line; a whole bullet line; `First,` `Second,` `Next,` `Finally,`.
@@ -120,7 +120,7 @@ def steps_reward(completions: list[str], problems: list[dict]) -> Values:
 
 # ---- length and repetition
 
-def length_reward(completions: list[str], problems: list[dict], max_length: int = 2000, margin: int = 400) -> Values:
+def length_reward(completions: list[str], facts: list[dict], max_length: int = 2000, margin: int = 400) -> Values:
     """0 up to max_length - margin characters, then falling to -1 at max_length.      DAPO eq. (13), open-r1 line 620
 
     The defaults are for about 512 tokens, with DAPO's margin of a fifth.
@@ -129,7 +129,7 @@ def length_reward(completions: list[str], problems: list[dict], max_length: int 
     return [0.0 if n <= 0 else -n / margin if n <= margin else -1.0 for n in over]
 
 
-def repetition_reward(completions: list[str], problems: list[dict], n: int = 3, max_penalty: float = -1.0) -> Values:
+def repetition_reward(completions: list[str], facts: list[dict], n: int = 3, max_penalty: float = -1.0) -> Values:
     """max_penalty (1 - different / all) over the n-grams of lower-case words; 0 if too short.     open-r1 line 285"""
     values = []
     for completion in completions:
@@ -142,13 +142,13 @@ def repetition_reward(completions: list[str], problems: list[dict], n: int = 3, 
 
 # ---- right or wrong
 
-def answer_reward(completions: list[str], problems: list[dict]) -> Values:
+def answer_reward(completions: list[str], facts: list[dict]) -> Values:
     """1 if the answer equals the problem's, as text or as a number (1,000 = 1000.0), else 0; None without a gold answer.
 
     Of an answer with a LaTeX \\boxed{...} only what the last one holds counts, and $ around it does not.
     """
     values = []
-    for completion, problem in zip(completions, problems, strict=True):
+    for completion, problem in zip(completions, facts, strict=True):
         answer, gold = answer_part(completion), (problem.get("answer") or "").strip()
         values.append(float(answer is not None and _same_answer(answer, gold)) if gold else None)
     return values
@@ -161,17 +161,18 @@ def _same_answer(a: str, b: str) -> bool:
     return a == b
 
 
-def code_reward(completions: list[str], problems: list[dict], partial: bool = False, max_seconds: float = 10.0,
+def code_reward(completions: list[str], facts: list[dict], partial: bool = False, max_seconds: float = 10.0,
                 max_memory: int = 512) -> Values:
     """1 if the answer's program passes all tests, else 0; with `partial` the fraction it passes.  open-r1 line 511
 
     The program is the last code block of the answer, or of the whole text if that has no think tags. None if the problem
-    has no tests or wants another language.  max_seconds and max_memory (MB) cap the problem's own limits.
+    has no tests or wants another language; a test whose output is longer than a program may print (sandbox.OUTPUT) is left out.
+    max_seconds and max_memory (MB) cap the problem's own limits.
     The programs of all completions run in parallel, once per input; outcomes are remembered. Without `partial` a program
     that fails a test gets no later one: an endless loop costs one time limit, not one per test.
     """
     asked = []                                  # per completion and test: (run_program's arguments, the expected output)
-    for completion, problem in zip(completions, problems, strict=True):
+    for completion, problem in zip(completions, facts, strict=True):
         python = (problem.get("language") or "python").lower().startswith("py")
         answer = answer_part(completion)
         if answer is None and "<think>" not in completion:
@@ -282,9 +283,9 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
         raise InputError(f"{path}: has no function {name!r}; define it, or check the name")
 
     @wraps(function)
-    def checked(completions, problems, **options):
+    def checked(completions, facts, **options):
         try:
-            values = function(list(completions), [dict(problem) for problem in problems], **options)    # others read them too
+            values = function(list(completions), [dict(each) for each in facts], **options)     # others read them too
             values = list(values) if isinstance(values, Iterator) else values
         except (Exception, SystemExit) as error:
             at = traceback.extract_tb(error.__traceback__)[-1]                  # where in the user's code, or below it

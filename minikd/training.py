@@ -40,7 +40,7 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> torch
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)      # as MiniLLM's trainer
 
 
 def compile_blocks(*models: Qwen2):

@@ -96,7 +96,7 @@ def test_alpaca_template_words_bugnet_and_pytorrent_as_the_paper_does():
     bug = prompt_text(to_example(BUGNET, "d:1"), Letters(), "alpaca")
     assert "Write a Python program that contains the correction of the code bug" in bug and "TLE" in bug
     assert "solution code" not in bug.lower()
-    assert "Write a python script that appropriately completes the request." in \
+    assert "Write a programming script that appropriately completes the request." in \
         prompt_text(to_example(PYTORRENT, "d:1"), Letters(), "alpaca")
 
 

@@ -141,7 +141,7 @@ def test_fits_refuses_what_the_kernel_does_not_support(on_cpu):
     four = make(4, hidden_size=256, intermediate_size=256)
     assert fits(four, 1)
     layer = products(four.model.layers[1])[3]
-    layer.size = 256                                                            # another group size than the others'
+    layer.group_size = 256                                                            # another group size than the others'
     assert not fits(four, 1)
 
 

@@ -245,7 +245,7 @@ def test_the_step_is_the_formula_on_full_logits():
     flat = lambda x: torch.as_tensor(x).repeat_interleave(lengths)
     o, r, a = torch.cat(old), torch.cat(ref), flat(A)
     loss, ce, spread = head_loss(states / 0.8, policy.head, targets, weight=flat(weights), divergence=entropy, chunk_bytes=800,
-                                 policy=lambda now, at: token_loss(now, o[at], r[at], a[at]))
+                                 policy_loss=lambda now, at: token_loss(now, o[at], r[at], a[at]))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     for ours, grad in zip(torch.autograd.grad(loss, list(policy.parameters())), theirs):
         torch.testing.assert_close(ours, grad, rtol=1e-4, atol=1e-6)

@@ -327,7 +327,7 @@ def test_a_policy_takes_cross_entropys_place_chunk_by_chunk(tokens, kd_ratio):
     surrogate = clipped_surrogate(logq, old, advantage)
     expected = (weight * (surrogate + kd_ratio * reverse_kl(student, teacher))).sum()
     loss, ce, _ = head_loss(**inputs, divergence=reverse_kl, kd_ratio=kd_ratio, weight=weight, chunk_bytes=tokens * V * 4,
-                            policy=lambda now, at: clipped_surrogate(now, old[at], advantage[at]))
+                            policy_loss=lambda now, at: clipped_surrogate(now, old[at], advantage[at]))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ce, -logq.detach(), rtol=1e-5, atol=1e-5)        # still what is logged
     of = inputs["hidden"], inputs["head"]

@@ -222,11 +222,11 @@ def test_head_loss_by_the_kernels_is_head_loss(on_cpu, monkeypatch, case, rows, 
             A, old = (advantage - 0.5).to("cuda"), torch.full((N,), -3.5, device="cuda")
             policy = (lambda logq, at: clipped_surrogate(logq, old[at], A[at])) if case in ("policy", "minillm") else None
             with torch.autocast("cuda", torch.bfloat16, enabled=not narrow):
-                loss, ce, kd = head_loss(**there | dict(zip(("hidden", "head"), leaves)) | options, policy=policy,
+                loss, ce, kd = head_loss(**there | dict(zip(("hidden", "head"), leaves)) | options, policy_loss=policy,
                                          weight=weight.to("cuda"), chunk_bytes=8 * 64 * 2)
                 (2 * loss).backward()
                 with torch.inference_mode():
-                    again = head_loss(**there | options, policy=policy, weight=weight.to("cuda"))[0]
+                    again = head_loss(**there | options, policy_loss=policy, weight=weight.to("cuda"))[0]
             return [x.detach().cpu().float() for x in (loss, again, ce, kd, leaves[0].grad, leaves[1].grad)]
 
     right = step(False)

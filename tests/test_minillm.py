@@ -63,7 +63,7 @@ def estimated_gradient(student, teacher, mix=0.0, product=False, **options):
         hidden = torch.eye(7)[states[i, :n]]                                    # the state is the prefix, one-hot
         head = student.T.clone().requires_grad_()                               # [V, 7]: the logits are hidden @ headᵀ
         value, *_ = head_loss(hidden, head, ids[i, :n], hidden, teacher.T, reverse_kl, kd_ratio=1.0,
-                              weight=step[i, :n], policy=lambda now, at: clipped_surrogate(
+                              weight=step[i, :n], policy_loss=lambda now, at: clipped_surrogate(
                                   now, logq[i, :n][at], (advantage * weight / step)[i, :n][at], clip=1e9))
         total += probability * torch.autograd.grad(value, head)[0].T.double()
     return total
