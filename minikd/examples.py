@@ -156,7 +156,9 @@ def _bugnet(record, where):
     fail, answer = text_field(record, where, "fail"), text_field(record, where, "pass")
     program = f"{text_field(record, where, 'language', default='')} program".strip()
     status = text_field(record, where, "original_status", default="")
-    error = text_field(record, where, "error", default="0").strip()  # TLE, MLE, WA or a return code, in text
+    if type(record.get("error")) is int:                        # the published files hold 61 times 0 in place of "0"
+        record = record | {"error": str(record["error"])}
+    error = text_field(record, where, "error", default="0").strip()     # TLE, MLE, WA, an exception's text or a return code
     error = "" if error == "0" else error                       # "0": no failure when rerun (a quarter of the records)
     seen = "".join(f"\n{what}: {text}" for what, text in [("Verdict", status), ("Error when rerun", error)] if text)
     question = _ask(f"Write a {program} that contains the correction of the code bug in order to fix the bug, fix the "

@@ -26,6 +26,7 @@ NOISE, UNTAGGED = 0.25, 0.3             # share with a wrong step, of the answer
 
 SYSTEM = ("You first think about the problem step by step and then give the answer. Write your thoughts between "
           "<think> and </think>, as Step 1, Step 2 and so on, and the answer after them.")
+ANSWER = "Write the answer, and nothing else, between <answer> and </answer>."
 PYTHON = "Write a Python 3 program that reads standard input and writes standard output, in a ```python block."
 
 # What a statement says where several outputs are right, or nearly right ones too: comparing texts cannot judge them.
@@ -166,7 +167,8 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     given = [name for name in ("answer", "response", "output", "solution") if name in record]
     name = next((name for name in given if kind_of(record[name]) != "null" and str(record[name]).strip()), None)
     whole = str(record[name]) if name and isinstance(record[name], (str, int, float)) else ""
-    answer = boxed(whole) or whole.rpartition("####")[2].strip()                            # NuminaMath; GSM8K
+    last = whole.strip().rpartition("\n")[2]
+    answer = boxed(whole) or (last[4:] if last.startswith("####") else whole).strip()      # NuminaMath; GSM8K
     if name == "solution" and answer == whole.strip() and len(answer.split()) > 1:         # a proof that nobody will repeat
         answer = ""
     facts = {"answer": answer} if answer else {}
@@ -178,7 +180,7 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
         raise kind(f"{where}: is not a problem: give `question` and `answer` or `tests`, or Codeforces' `description` and "
                    f"`examples` (its fields: {', '.join(list(record)[:12])})")
     more = text_field(record, where, "context", "input", default="") if field == "instruction" else ""      # Dolly's, Alpaca's
-    return "\n\n".join(filter(None, (record[field], more, PYTHON if tests else ""))), facts
+    return "\n\n".join(filter(None, (record[field], more, PYTHON if tests else ANSWER))), facts
 
 
 def boxed(text: str) -> str | None:

@@ -17,7 +17,7 @@ Departures from the published code, most of which close loopholes
                 line, as in the paper (open-r1: on the text's first line), and "Step 1" without a colon; "3.14", "-5" and
                 "---" do not.
     length      in characters; open-r1 counts tokens.
-    answer      compared as text or as a number, without math-verify; without any tag there is no answer.
+    answer      compared as text or as a number, without math-verify. Without any tag only a \\boxed{} is an answer.
     code        1 for passing all tests, else 0; the fraction, open-r1's reward, is `code_partial`. stdout is compared completely
                 (its zip accepts only the first line), a timeout fails only its own test, and the last code block counts
                 whatever its language (open-r1: the last ```python). No code, and code that does not compile, give 0
@@ -31,6 +31,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Set
 from decimal import Decimal
+from fractions import Fraction
 from functools import partial, wraps
 from pathlib import Path
 
@@ -44,6 +45,10 @@ LARGEST = 1e9                                   # of a reward, and of a weight: 
 _MARKERS = re.compile(r"\bStep \d+\b|^\d+\.(?!\d)|^[-*] +\S.*|\b(?:First|Second|Next|Finally),", re.MULTILINE)
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?", re.ASCII | re.IGNORECASE)
 _PYTHON = ("", "python", "python3", "py")       # languages of a code fence; without one it is taken for Python
+# What does not change an answer, mostly as in the MATH dataset's own comparison (arXiv:2103.03874): pattern -> what replaces it.
+_LATEX = [(r"\\[dt]frac", r"\\frac"), (r"\{,\}", ","), (r"\\(?:left|right)(?![a-z])|\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|°", ""),
+          (r"(?<=\S)\s*\\(?:text|mbox|mathrm)\{[^{}]*\}$", ""),                                     # a unit
+          (r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1"), (r"\\frac\{(-?[\w.]+)\}\{(-?[\w.]+)\}", r"\1/\2")]
 
 
 # ---- the parts of a completion
@@ -143,22 +148,41 @@ def repetition_reward(completions: list[str], facts: list[dict], n: int = 3, max
 # ---- right or wrong
 
 def answer_reward(completions: list[str], facts: list[dict]) -> Values:
-    """1 if the answer equals the problem's, as text or as a number (1,000 = 1000.0), else 0; None without a gold answer.
+    """1 if the answer equals the problem's, as text or as a number (1,000 = 1000.0, 1/2 = \\frac{1}{2} = 0.5), else 0; None
+    without a gold answer.
 
-    Of an answer with a LaTeX \\boxed{...} only what the last one holds counts, and $ around it does not.
+    Of an answer with a LaTeX \\boxed{...} only what the last one holds counts; in a text without tags it is the answer. Marks
+    around it, and a unit in \\text{...}, do not count.
     """
     values = []
     for completion, problem in zip(completions, facts, strict=True):
         answer, gold = answer_part(completion), (problem.get("answer") or "").strip()
+        if answer is None and not re.search("</?(?:think|answer)>", completion):
+            answer = boxed(completion)
         values.append(float(answer is not None and _same_answer(answer, gold)) if gold else None)
     return values
 
 
 def _same_answer(a: str, b: str) -> bool:
-    a, b = ((boxed(text) or text).strip("$ \n") for text in (a, b))
-    if _NUMBER.fullmatch(a) and _NUMBER.fullmatch(b):
-        return Decimal(a.replace(",", "")) == Decimal(b.replace(",", ""))       # exact at any length, unlike float
-    return a == b
+    a, b = map(_plain, (a, b))
+    return a == b or _value(a) is not None and _value(a) == _value(b)
+
+
+def _plain(answer: str) -> str:
+    """The answer without what _LATEX takes off it."""
+    text = boxed(answer) or answer
+    for pattern, replacement in _LATEX:
+        text = re.sub(pattern, replacement, text.strip("$* \n"))
+    return text.strip()
+
+
+def _value(text: str) -> Fraction | None:
+    """The number that a text is: a decimal, or a fraction of two; exact at any length, unlike a float."""
+    parts = text.split("/")
+    if len(parts) > 2 or not all(map(_NUMBER.fullmatch, parts)):
+        return None
+    top, bottom = (Fraction(Decimal(part.replace(",", ""))) for part in (*parts, "1")[:2])
+    return top / bottom if bottom else None
 
 
 def code_reward(completions: list[str], facts: list[dict], partial: bool = False, max_seconds: float = 10.0,

@@ -75,7 +75,7 @@ def test_bugnet_answers_with_bare_code_and_says_how_it_failed():
     assert "C++ program" in to_example({**BUGNET, "language": "C++"}, "d:1").messages[0]["content"]
 
 
-@pytest.mark.parametrize("error", ["0", None, ""])
+@pytest.mark.parametrize("error", ["0", 0, None, ""])
 def test_bugnet_error_0_means_not_reproduced_and_only_the_verdict_is_told(error):
     example = to_example({**BUGNET, "error": error}, "d:1")
     assert "rerun" not in example.messages[0]["content"] and example.messages[0]["content"].endswith("Wrong Answer")
@@ -184,7 +184,7 @@ def test_required_field_of_the_wrong_kind_is_named(value, words):
     assert "data.jsonl:812" in text and "'response'" in text and words in text
 
 
-@pytest.mark.parametrize("record", [{**DOLLY, "context": 7}, {**DOLLY, "category": 7}, {**BUGNET, "error": 0}])
+@pytest.mark.parametrize("record", [{**DOLLY, "context": 7}, {**DOLLY, "category": 7}, {**BUGNET, "original_status": 0}])
 def test_optional_field_of_the_wrong_kind_is_named_too(record):
     assert "a int; make it text" in message(record)
 

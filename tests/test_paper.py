@@ -26,8 +26,8 @@ SPANISH = [{"instruction": f"¿Cuánto es {i} y {i}?", "context": "", "response"
             "instruction_original_en": "", "context_original_en": "", "response_original_en": ""} for i in range(12)]
 ALPACA = [{"prompt": "Below", "instruction": f"Say {i}.", "input": "", "output": [str(i)]} for i in range(12)]
 BUGNET = [{"problem_id": f"p{i}", "language": "Python", "original_status": "Wrong Answer", "fail": f"print({i})",
-           "pass": f"print({i + 1})", "change": "replace", "i1": 0, "i2": 1, "j1": 0, "j2": 1, "error": "WA", "stderr": "",
-           "stdout": ""} for i in range(12)]
+           "pass": f"print({i + 1})", "change": "replace", "i1": 0, "i2": 1, "j1": 0, "j2": 1, "error": ["WA", "0", 0][i % 3],
+           "stderr": None, "stdout": ["1", 1, 0.5, None][i % 4]} for i in range(12)]
 PYTORRENT = [{"repo": "r", "path": "p.py", "language": "python", "func_name": f"f{i}", "docstring": f"Give {i}.", "summary": "",
               "original_string": f'def f{i}():\n    """Give {i}."""\n    return {i}', "code_tokens": [], "partition": "train"}
              for i in range(12)]
@@ -71,6 +71,7 @@ def test_every_command_runs_as_it_stands(served, tokenizer, tmp_path, shell):
     for name, files in {
             "databricks/databricks-dolly-15k": {"databricks-dolly-15k.jsonl": lines(DOLLY)},
             "mrm8488/databricks-dolly-15k-curated-es": {"data/es-00000-of-00001-0.parquet": parquet(SPANISH)},
+            "MiniLLM/dolly": {"raw.jsonl": lines(ALPACA), "valid.jsonl": lines(ALPACA), "valid.txt": b"x"},
             "MiniLLM/self-inst": {"valid.jsonl": lines(ALPACA), "valid.txt": b"x"},
             "MiniLLM/Vicuna": {"valid.jsonl": lines(ALPACA), "valid.txt": b"x"},
             "MiniLLM/sinst": {f"{part}/valid.jsonl": lines(ALPACA) for part in ("0_2", "11_")},
@@ -81,9 +82,10 @@ def test_every_command_runs_as_it_stands(served, tokenizer, tmp_path, shell):
             "AI-MO/NuminaMath-TIR": {f"data/{part}-00000-of-00001.parquet": parquet(NUMINA) for part in ("train", "test")},
     }.items():
         served.repositories["datasets", name] = {"b" * 40: {"README.md": b"", ".gitattributes": b""} | files}
-    Path("pytorrent").mkdir()
-    for shard in "a", "b":
-        Path("pytorrent", f"{shard}.jsonl.gz").write_bytes(gzip.compress(lines(PYTORRENT)))
+    for part in "test", "train", "valid":
+        Path("pytorrent/both", part).mkdir(parents=True)
+        for i in 0, 1:
+            Path("pytorrent/both", part, f"both_chk_{i}.jsonl.gz").write_bytes(gzip.compress(lines(PYTORRENT)))
     assert len(commands()) > 20
     for script, flags in commands():
         short = shlex.split(f"{SHORT[script]} --device cpu --dtype float32")

@@ -8,8 +8,8 @@ import pytest
 from minikd.data import encode_examples
 from minikd.examples import to_example
 from minikd.files import InputError
-from minikd.problems import (NOISE, TASKS, UNTAGGED, boxed, encode_problems, load_problems, shows_its_tests, to_problem,
-                             toy_problems, toy_records)
+from minikd.problems import (ANSWER, NOISE, TASKS, UNTAGGED, Unanswered, boxed, encode_problems, load_problems,
+                             shows_its_tests, to_problem, toy_problems, toy_records)
 from minikd.rewards import answer_part, extract_code, format_reward, steps_reward
 from minikd.toy import held_out
 
@@ -134,12 +134,14 @@ def test_an_empty_cell_is_no_limit():
 
 def test_a_question_with_its_answer_is_a_problem():
     gsm = to_problem({"question": "2 + 2?", "answer": "Two and two is 4.\n#### 4"}, "x")
-    assert gsm.facts == {"answer": "4"} and gsm.messages[-1]["content"] == "2 + 2?"
+    assert gsm.facts == {"answer": "4"} and gsm.messages[-1]["content"] == f"2 + 2?\n\n{ANSWER}"
     assert to_problem({"problem": "1 + 1?", "answer": 2}, "x").facts == {"answer": "2"}
     assert to_problem({"question": " ", "problem": "1 + 1?", "answer": "2", "solution": "1 + 1 = 2"}, "x").facts == {"answer": "2"}
     numina = {"problem": "1/2 + 1/4?", "solution": r"$\boxed{x}$ is the unknown. So $x = \boxed{\frac{3}{4}}$, not {1}."}
     assert to_problem(numina, "x").facts == {"answer": r"\frac{3}{4}"}
     assert to_problem({"problem": "1 + 1?", "solution": "2 "}, "x").facts == {"answer": "2"}
+    with pytest.raises(Unanswered):                                             # a heading is no GSM8K answer
+        to_problem({"problem": "1 + 1?", "solution": "#### Step 1\nAdd.\n#### Conclusion\nSo the sum is 2."}, "x")
     assert [boxed(text) for text in ("2", r"\boxed{", r"\boxed{{2}", r"\boxed{}", r"\boxed{ 2 }{")] == [None, None, None, "", "2"]
 
 
@@ -157,7 +159,7 @@ def test_a_format_decides_where_fields_are_of_both(tmp_path):
     assert to_problem(record, "x").facts["tests"] and to_problem(record, "x", "codeforces") == to_problem(record, "x")
     assert to_problem(record, "x", "question").facts == {"answer": "n"}
     (tmp_path / "d.jsonl").write_text(json.dumps(record))
-    assert load_problems(tmp_path / "d.jsonl", format="question")[0][0].messages[-1]["content"] == "What is doubled?"
+    assert load_problems(tmp_path / "d.jsonl", format="question")[0][0].messages[-1]["content"] == f"What is doubled?\n\n{ANSWER}"
     with pytest.raises(InputError, match="x: has no `description`; is --format codeforces right"):
         to_problem({"question": "Why?", "answer": "b"}, "x", "codeforces")
 
@@ -165,10 +167,10 @@ def test_a_format_decides_where_fields_are_of_both(tmp_path):
 @pytest.mark.parametrize("more", [{"input": "3 and 4", "output": "7"}, {"context": "3 and 4", "input": None, "response": "7"}])
 def test_an_instruction_is_asked_with_what_it_is_about(more):
     problem = to_problem({"instruction": "Add the numbers."} | more, "x")
-    assert problem.messages[-1]["content"] == "Add the numbers.\n\n3 and 4" and problem.facts == {"answer": "7"}
+    assert problem.messages[-1]["content"] == f"Add the numbers.\n\n3 and 4\n\n{ANSWER}" and problem.facts == {"answer": "7"}
     alone = {"instruction": "Why?", "input": " ", "output": "7"}
-    assert to_problem(alone, "x").messages[-1]["content"] == "Why?"
-    assert to_problem({"question": "Why?", "context": "unread", "answer": "7"}, "x").messages[-1]["content"] == "Why?"
+    assert to_problem(alone, "x").messages[-1]["content"] == f"Why?\n\n{ANSWER}"
+    assert to_problem({"question": "Why?", "context": "unread", "answer": "7"}, "x").messages[-1]["content"] == f"Why?\n\n{ANSWER}"
 
 
 @pytest.mark.parametrize("record, said", [

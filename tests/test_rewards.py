@@ -255,9 +255,14 @@ def test_repetition_takes_other_lengths_and_penalties():
     ("-7", "-7.0", True), ("+7", "7", True), (".5", "0.50", True), ("5.", "5", True), ("-0", "0", True),
     ("1,00", "100", False), ("0.1", "0.10000000000000001", False), ("9007199254740993", "9007199254740992", False),
     ("1e9999", "1", False), ("1e999999999999", "1", False), ("nan", "nan", True), ("sNaN", "1", False),
-    ("42 apples", "42", False), ("6 7", "67", False), ("41, 42, 43", "42", False), ("1/2", "0.5", False),
+    ("42 apples", "42", False), ("6 7", "67", False), ("41, 42, 43", "42", False), ("1/2", "0.5", True), ("1/0", "1/0", True), ("1/0", "2/0", False), ("1/2/3", "1/6", False),
     (r"so \boxed{42}", "42", True), (r"\boxed{42} or \boxed{43}", "42", False), ("$42$", "42", True), ("$42", "$42.0$", True),
     (r"$\boxed{\frac{1}{2}}$.", r"\frac{1}{2}", True), (r"\boxed{}", "42", False), ("", "42", False), (r"42 \boxed{", "42", False),
+    ("63/400", r"\frac{63}{400}", True), (r"\dfrac{63}{400}", r"\tfrac{63}{400}", True), (r"-\frac{1}{2}", "-.5", True),
+    (r"\frac{x}{2}", "x/2", True), (r"\frac{x+1}{2}", "x+1/2", False), ("18", r"18 \text{ cm}", True), ("cm", r"18 \text{ cm}", False),
+    ("Tuesday", r"\text{Tuesday}", True), ("25", r"25\%", True), ("25%", "26", False), ("60", r"60^\circ", True), ("12345", "12{,}345", True),
+    ("**42**", "42", True), ("2**3", "23", False), (r"\(42\)", "42", True), (r"\$5.00", "5", True), (r"\left(1,2\right)", "(1,2)", True),
+    (r"\leftarrow", "arrow", False), ("9" * 5000, "9" * 5000 + ".0", True),
 ])
 def test_answers_are_equal_as_texts_or_as_numbers(said, gold, right):
     assert one(answer_reward, f"<think>a</think><answer>{said}</answer>", {"answer": gold}) == right
@@ -269,6 +274,9 @@ def test_an_answer_that_is_not_marked_is_none():
     for text in "42", "", "<think>42", "<think>so <answer>42</answer>", "<answer>41</answer><answer>42</answer>":
         assert one(answer_reward, text, gold) == 0
     assert one(answer_reward, "<answer>42</answer>", gold) == 1
+    assert one(answer_reward, r"It is $\boxed{41}$, no, $\boxed{42}$.", gold) == 1            # open-r1's form
+    for text in r"<think>\boxed{42}", r"<think>\boxed{42}</think>", r"<answer>\boxed{42}":
+        assert one(answer_reward, text, gold) == 0
 
 
 def test_without_a_right_answer_nobody_is_judged():
