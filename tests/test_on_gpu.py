@@ -244,10 +244,10 @@ def test_a_run_goes_on_on_another_device(shell, world, tmp_path, first, then):
 
 def test_grpo_in_bfloat16_learns_as_in_float32(run):
     """It draws other answers, so only means are alike."""
-    flags = GRPO + "--inner-epochs 2 --drop-flat --norm token --dtype "
+    flags = GRPO + "--group-size 12 --batch-size 8 --inner-epochs 2 --drop-flat --norm token --dtype "
     ours, theirs = (steps_of(run(train_grpo, flags + dtype, "cuda")[1]) for dtype in ("bfloat16", "float32"))
     assert len(ours) == 3 and all(line["grad_norm"] > 0.1 for line in ours)
-    assert ours[0]["entropy"] != theirs[0]["entropy"] == pytest.approx(ours[0]["entropy"], rel=0.02)
+    assert ours[0]["entropy"] != theirs[0]["entropy"] == pytest.approx(ours[0]["entropy"], rel=0.1)
     assert ours[0]["reward"] == pytest.approx(theirs[0]["reward"], rel=0.2)
 
 

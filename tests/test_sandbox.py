@@ -43,15 +43,15 @@ def descriptors() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch):
-    """Around every test: the same processes, descriptors and children afterwards, and an empty temporary folder."""
+    """Around every test: no other processes, descriptors and children afterwards, and an empty temporary folder."""
     folder = tempfile.mkdtemp(prefix="test-sandbox-")
     os.chmod(folder, 0o755)
     monkeypatch.setattr(tempfile, "tempdir", folder)
-    before = processes(), descriptors()
+    before = {*processes(), *descriptors()}                     # files of earlier tests among them, which may be closed meanwhile
     yield Path(folder)
-    after, names = (processes(), descriptors()), os.listdir(folder)
+    more, names = {*processes(), *descriptors()} - before, os.listdir(folder)
     shutil.rmtree(folder)
-    assert (after, names) == (before, [])
+    assert (more, names) == (set(), [])
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
