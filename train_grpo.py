@@ -311,7 +311,7 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, log_s=Non
     terms = dict(clip=clip, clip_high=clip_high)
     with mixed(device, dtype):
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)  # [N, D], [N]
-        value, ce, entropies = head_loss(                                       # scaling the states scales the logits
+        value, ce, entropies = head_loss(                                       # eq. (6); scaling the states scales the logits
             states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,
             policy_loss=lambda logp, at: grpo.token_loss(logp, old_logp(logp, at), ref[at], A[at], beta=beta, **terms))
     value.backward()
