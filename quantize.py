@@ -162,7 +162,7 @@ def measure(folder: Path, tokenizer: Tokenizer, examples: list, rows: list, args
     model = load_model(folder, device, dtype)
     ce = compare(model, rows, tokenizer.pad_id, args.batch_size)["ce"]
     scores = answer_and_score(model, tokenizer, rows, examples, args.max_new_tokens, 16, args.rouge)
-    return {"MB": weight_bytes(folder) / 1e6, "perplexity": math.exp(ce),
+    return {"MB": weight_bytes(folder) / 1e6, "perplexity": math.exp(ce) if ce < 700 else math.inf,
             "ROUGE-L": mean_by_category(scores)["all"]["rouge_l"]}
 
 

@@ -34,7 +34,7 @@ from minikd.model import Qwen2, cast_copy, mixed
 from minikd.plots import plot_rewards
 from minikd.records import data_files
 from minikd.rewards import LARGEST, combine, load_rewards, reward_files, summary
-from minikd.teacher import fingerprint
+from minikd.teacher import digest_of, fingerprint
 from minikd.tokenizer import Tokenizer
 from minikd.training import (STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks, learning_rate,
                              load_state, lock, make_optimizer, read_log, save_state)
@@ -423,7 +423,9 @@ def main():
     out, started = Path(args.out).expanduser(), time.time()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    check_free(out, [out], resume=args.resume, toy=args.toy, data=args.data or ())
+    anew = args.toy and not args.model                          # all of it can be made again
+    check = functools.partial(check_free, out, [out], resume=args.resume, toy=anew, data=args.data or ())
+    check()
     asked, tests = read_problems(args)
     rewards, weights = choose_rewards(args, asked + tests)
     if rewards.keys() & {"code", "code_partial"}:               # it may not run here: said before a student is taught
@@ -431,7 +433,7 @@ def main():
         if all(problems.shows_its_tests(problem) for problem in asked + tests if problem.facts.get("tests")):
             print("note: all tests stand in the prompts, so that a program which only prints them is rewarded too; "
                   "open-r1/codeforces has hidden ones")
-    if args.toy and not args.model:
+    if anew:
         spare_threads(toy.student_config(1))
         args.model = str(toy_student(args.task, out, args.seed, args.resume, device))
     spare_threads(load_config(model_folder(args.model, weights=False)))
@@ -441,13 +443,16 @@ def main():
     dropped = len(asked) + len(tests) - len(rows) - len(valid_rows)
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
     settings = flags_of(train, args, but=("model", "rewards", "out", "dtype"))
-    recorded = settings | {"toy": args.toy, "model": identify(args.model), "data": args.data, "task": args.task,
+    files = [[label(file), sha256(file)] for file in data_files(args.data or ())]
+    recorded = settings | {"toy": anew, "model": identify(args.model), "data": files, "task": args.task,
                            "rewards": args.rewards, "reward_weights": weights,
                            "reward_files": {path: sha256(path) for path in reward_files(args.rewards)},
                            "dtype": str(dtype), "limit": args.limit, "format": args.format,
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
                            "held_out": fingerprint(same_prompt(problem.messages) for problem in tests),
-                           "records": [[label(file), sha256(file)] for file in data_files(args.data or ())]}
+                           "rows": fingerprint(map(digest_of, rows + valid_rows))}
+    lock(out)
+    check()                                                     # another process may have run here meanwhile
     if begin_run(out, recorded, args.resume):
         model = load_model(args.model, device)
         reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None

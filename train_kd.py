@@ -36,7 +36,7 @@ from minikd.losses import DIVERGENCES, clipped_surrogate, pick_divergence, rever
 from minikd.model import Qwen2, cast_copy, mixed
 from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
-from minikd.teacher import CachedTeacher, Teacher, fill_cache, teacher_responses
+from minikd.teacher import CachedTeacher, Teacher, digest_of, fill_cache, fingerprint, teacher_responses
 from minikd.tokenizer import Tokenizer
 from minikd.training import (CONFIG, STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks,
                              learning_rate, load_state, lock, make_optimizer, read_log, save_state, write_config)
@@ -421,7 +421,13 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
         learned = {same_prompt(example.messages) for example in train_part}
         if both := sum(same_prompt(example.messages) in learned for example in test):
             print(f"{both:,} of {len(test):,} records of --eval-data ask what is also trained on")
-        asked = encode_examples(test, tokenizer, **lengths)[0], test
+        try:
+            asked_rows, counts = encode_examples(test, tokenizer, **lengths)
+        except InputError as error:
+            raise InputError(f"--eval-data: {error}") from error
+        print(f"{len(asked_rows):,} of {len(test):,} records of --eval-data" + "".join(
+            f", {count:,} {what}" for what, count in counts.items() if count and what.startswith("dropped")))
+        asked = asked_rows, test
     return report, rows, (valid_rows, valid_part), asked
 
 
@@ -467,8 +473,9 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     runs = [out / folder for *_, folder in planned(args)] + ([out / "teacher", out / "base"] if args.toy else [])
     runs += [out / "sft"] if args.from_sft else []
-    check_free(out, runs, resume=args.resume, toy=args.toy,
-               data=sum(filter(None, (args.data, args.eval_data, args.lm_data)), []))
+    check = functools.partial(check_free, out, runs, resume=args.resume, toy=args.toy,
+                              data=sum(filter(None, (args.data, args.eval_data, args.lm_data)), []))
+    check()
     if args.toy:
         spare_threads(toy.teacher_config(1))
         toy_world(out, args.seed, args.resume, device)
@@ -482,7 +489,7 @@ def main():
     report, rows, held_out, asked = read_data(args, tokenizer, lengths)
     texts, text_files = load_texts(args.lm_data) if args.lm_data else ([], None)
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
-    steps = args.steps or math.ceil(args.epochs * per_epoch)
+    steps = args.steps or math.ceil(round(args.epochs * per_epoch, 6))          # 0.07 x 100 is 7.000000000000001
     check_student(args.student, tokenizer)
     settings = flags_of(train, args, but=("student", "teacher", "loss", "lr", "out")) | dict(
         tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
@@ -490,11 +497,12 @@ def main():
     recorded = {"toy": args.toy, "student": identify(args.student), "teacher": args.teacher and identify(args.teacher),
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
                 "cache_teacher": args.cache_teacher, "dtype": str(dtype), "limit": args.limit,
-                "validation": args.validation, **lengths}
+                "validation": args.validation, "rows": fingerprint(map(digest_of, rows + held_out[0])), **lengths}
     for _, loss, lr, folder in planned(args) if args.resume and not args.toy else ():       # before anything is written
         if read_log(out / folder):
             check_settings(out / folder, recorded | recordable(settings | dict(loss=loss, lr=lr)))
     lock(out)
+    check()                                                     # another process may have run here while the data were read
     if not args.eval_data:
         write_held_out(held_out[1], out / "held-out.jsonl")
     teacher = None

@@ -123,6 +123,8 @@ def _sweep(path: Path):
         pid = left.name.removeprefix(f".{path.name}.").partition(".")[0]
         if left.name.startswith(f".{path.name}.") and pid.isdecimal():
             try:
+                if int(pid) == os.getpid():                     # an earlier process: in a container each is number 1
+                    raise ProcessLookupError
                 os.kill(int(pid), 0)                            # signal 0 is not sent: is there such a process?
             except (ProcessLookupError, OverflowError):
                 shutil.rmtree(left, ignore_errors=True)

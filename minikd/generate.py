@@ -31,7 +31,8 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     top_k        keep the k likeliest tokens, and any as likely as the last of them; 0 keeps all
     top_p        then keep the fewest likeliest tokens whose probabilities sum to p or more (nucleus)
     eos_ids      one id or several: a row ends after any of these, or at max_new_tokens without one
-    seed         for this call only: the same call gives the same tokens, whatever ran before
+    seed         for this call only: the same call gives the same tokens, whatever ran before (on a CPU a 4-bit model's sums may
+                 round another way after other calls, as it keeps the layout that they made)
     options      those of generate_with_log_probs
     On a CPU the weights are moved while it runs (layout.laid_out): do not use an alias such as p.data that was taken before.
     Raises ValueError for an empty prompt (there is no state to sample the first token from), for an id that the model has no
@@ -233,7 +234,7 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
     A response that reached max_new_tokens without a stop token is `cut`; none is added.
     """
     own = list(rows)
-    with laid_out(model, rows=batch_size, steps=max_new_tokens):                            # once for all batches
+    with laid_out(model, rows=min(batch_size, len(rows)), steps=max_new_tokens):            # once for all batches
         for turn, at in enumerate(by_length([row.prompt for row in rows], batch_size)):
             responses = generate(model, [rows[i].prompt for i in at], max_new_tokens, temperature, eos_ids=eos_ids,
                                  seed=seed * 1_000_003 + turn * batch_size, **options)      # callers' seeds are 7,919 apart

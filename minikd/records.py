@@ -31,8 +31,7 @@ def data_files(name) -> list[Path]:
     path = Path(name).expanduser()
     if path.exists() and not path.is_dir():
         return [path]
-    base, _, choice = ADDRESS.sub("", str(name)).rstrip("/").partition(":")
-    choice = choice.rstrip("/")
+    base, choice = split_choice(name)
     if not base:                                                # Path("") would be the current folder
         raise InputError(f"{str(name)!r}: names no file or folder to read; give one")
     folder = Path(base).expanduser()
@@ -57,7 +56,15 @@ def data_files(name) -> list[Path]:
 
 def local_files(names) -> list[Path]:
     """data_files of those names that are files or folders here; the hub is not asked about the others."""
-    return data_files([name for name in names if Path(str(name).partition(":")[0]).expanduser().exists()])
+    return data_files([name for name in names if Path(split_choice(name)[0]).expanduser().exists()])
+
+
+def split_choice(name) -> tuple[str, str]:
+    """What a --data argument names, and its choice after a colon, or "". A file's or folder's own name may hold colons."""
+    parts = ADDRESS.sub("", str(name)).rstrip("/").split(":")
+    ends = [end for end in range(len(parts), 0, -1) if Path(":".join(parts[:end])).expanduser().exists()]
+    end = ends[0] if ends else 1
+    return ":".join(parts[:end]), ":".join(parts[end:]).rstrip("/")
 
 
 def _check_complete(name: str, files: list[Path]):

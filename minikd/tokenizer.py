@@ -29,6 +29,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path):
         self.backend, self.folder, self.template = backend, folder, read_template(folder)
+        self.files = {name: (folder / name).read_bytes() for name in TOKENIZER if name != GENERATION and (folder / name).exists()}
         stops = [backend.token_to_id(token) for token in STOPS]
         if None in stops:
             raise InputError(f"{folder}: the tokenizer has no {STOPS[stops.index(None)]}; "
@@ -58,13 +59,16 @@ class Tokenizer:
         return cls(backend, folder)
 
     def save(self, folder):
-        """Copies the tokenizer's files into `folder`; its generation_config.json then names every id that ends an answer. (A base
-        model's own lacks <|im_end|>, at which a student fine-tuned from it stops.)"""
+        """Writes the tokenizer's files, as they were loaded, into `folder`, and removes those of another one there; its
+        generation_config.json then names every id that ends an answer. (A base model's own lacks <|im_end|>, at which a student
+        fine-tuned from it stops.)"""
         folder = Path(folder)
-        for file in TOKENIZER if self.folder.resolve() != folder.resolve() else ():
-            if file != GENERATION and (self.folder / file).exists():
-                with atomic_path(folder / file) as new:
-                    new.write_bytes((self.folder / file).read_bytes())
+        for name in TOKENIZER if self.folder.resolve() != folder.resolve() else ():
+            if name in self.files:
+                with atomic_path(folder / name) as new:
+                    new.write_bytes(self.files[name])
+            elif name != GENERATION:
+                (folder / name).unlink(missing_ok=True)
         config = {"pad_token_id": self.pad_id} | self.generation | {"eos_token_id": sorted(self.eos_ids)}
         with atomic_path(folder / GENERATION) as new:
             new.write_text(json.dumps(config, indent=2) + "\n")

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from minikd.checkpoint import check_vocabulary, model_folder, outline
 from minikd.files import InputError, append_to, atomic_path, parse_json, read_json, remove, save_tensors
 from minikd.model import Qwen2, run_blocks
-from minikd.records import local_files
+from minikd.records import local_files, split_choice
 
-STATE, LOG, CONFIG = "state.safetensors", "log.jsonl", "config.json"
+STATE, LOG, CONFIG, LOCK = "state.safetensors", "log.jsonl", "config.json", ".lock"
 ANOTHER = "choose another --out"                                # what to do about a damaged CONFIG
 # Names of the files that a run writes, and data may have.
 WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")
@@ -189,20 +189,42 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=())
         for part in "best", "last":
             if (folder / part / CONFIG).exists() and not (folder / CONFIG).exists():
                 raise InputError(f"{folder / part}: holds a model, which would be replaced; choose another --out")
+            if Path.cwd().is_relative_to((folder / part).resolve()):
+                raise InputError(f"{folder / part}: is the folder you work in, and would be replaced; choose another --out")
+    places = [folder.resolve() for folder in (out, *runs)]
     for file in local_files(data):
-        if file.parent.resolve() in [folder.resolve() for folder in (out, *runs)] and WRITTEN.fullmatch(file.name):
-            raise InputError(f"{file}: would be replaced by the run's own {file.name}; choose another --out")
+        for path in file.parent.resolve() / file.name, file.resolve():          # a link and what it points to
+            if path.parent in places and WRITTEN.fullmatch(path.name):
+                raise InputError(f"{file}: would be replaced by the run's own {path.name}; choose another --out")
+    for name in data:
+        base, choice = split_choice(name)
+        if not choice and Path(base).expanduser().is_dir() and places[0].is_relative_to(Path(base).expanduser().resolve()):
+            raise InputError(f"--out {out}: lies in {base}, all of which is data; choose another --out, or name the file, "
+                             f"{base}:FILE")
+    began = any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG))
+    for file in out.iterdir() if out.exists() and not began else ():
+        if WRITTEN.fullmatch(file.name) and file.name != LOG:                   # a log is judged above
+            raise InputError(f"{file}: is no run's, and would be replaced by this run's own; choose another --out")
 
 
 def check_settings(folder, settings: dict):
-    """Raises InputError, naming the first setting that differs from those the run in `folder` was started with. Of a model only
-    its files' hash counts: it may have another name by now. A changed file of --rewards is only said."""
-    essence = lambda value: re.sub(r"^.* (?=\(sha256 \w+\)$)", "", value) if isinstance(value, str) else value
+    """Raises InputError, naming the first setting that differs from those the run in `folder` was started with. Of a model or a
+    file of data only its hash counts, of a cache only whether there is one: they may have another name by now. A changed file of
+    --rewards is only said."""
+    def essence(key, value):
+        if isinstance(value, str):
+            return key == "cache_teacher" or re.sub(r"^.* (?=\(sha256 \w+\)$)", "", value)
+        return [file[-1] for file in value] if key in ("data", "lm_data") and value else value
+
     before = settings_of(folder)
-    for key, value in json.loads(json.dumps(settings, default=str)).items():
+    settings = json.loads(json.dumps(settings, default=str))
+    for key, value in sorted(settings.items(), key=lambda item: item[0] == "rows"):         # last: a flag tells more
         if key == "reward_files" and before.get(key) != value:                  # a bug in it may be mended
             print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)
-        elif essence(before.get(key)) != essence(value):
+        elif key == "rows" and key in before and before[key] != value:
+            raise InputError(f"{folder}: --resume, but the data are other tokens than those that the run began with; take back "
+                             "the change of the tokenizer or its chat template, or choose another --out")
+        elif key != "rows" and essence(key, before.get(key)) != essence(key, value):
             raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
                              f"{before.get(key)}; give the same flags, or another --out")
 
@@ -238,7 +260,7 @@ def lock(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() in LOCKS:
         return
-    file = LOCKS[folder.resolve()] = open(folder / ".lock", "w")
+    file = LOCKS[folder.resolve()] = open(folder / LOCK, "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -189,16 +189,18 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_write_but_not_a_living_o
         path.touch()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left, alive, other = (tmp_path / name for name in (f".last.{dead.pid}.x", f".last.{os.getpid()}.x", ".lasting.1.x"))
-    for folder in (left, alive, other):
-        folder.mkdir()
+    left, mine, alive, other = (tmp_path / name for name in (f".last.{dead.pid}.x", f".last.{os.getpid()}.x",
+                                                             f".last.{os.getppid()}.x", ".lasting.1.x"))
+    for folder in (left, mine, alive, other):
+        folder.mkdir()                                          # mine: of a process before, as all are number 1 in a container
     if last == "removal":
         remove(path)
     else:
         with atomic_path(path) as new:
             assert left.exists() == (not before)                # a folder that is being replaced may be there and nowhere else
             new.touch()
-    assert not left.exists() and alive.exists() and other.exists() and path.exists() == (last == "write")
+    assert not left.exists() and not mine.exists()
+    assert alive.exists() and other.exists() and path.exists() == (last == "write")
 
 
 @pytest.mark.parametrize("error, swept", [(ProcessLookupError, True), (PermissionError, False), (OverflowError, True)])

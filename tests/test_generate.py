@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from conftest import small
+from minikd import generate as generation
 from minikd.checkpoint import save_model
+from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.generate import Replay, generate, generate_with_log_probs, invert, sample
 from minikd.layout import join
@@ -395,6 +397,13 @@ def test_no_run_of_tokens_is_repeated_as_in_transformers(tmp_path, n):
     for prompt, answer in zip(prompts, answers):
         expected = theirs.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=30, no_repeat_ngram_size=n)
         assert answer == expected[0, len(prompt):].tolist()
+
+
+def test_no_more_rows_are_laid_out_for_than_there_are(monkeypatch):
+    asked, laid_out = [], generation.laid_out
+    monkeypatch.setattr(generation, "laid_out", lambda model, rows, steps: asked.append(rows) or laid_out(model, rows, steps))
+    generation.respond(random_model(), [Encoded([1, 2], [], False, i) for i in range(3)], 10**8, 2, {3})
+    assert max(asked) == 3
 
 
 def test_what_may_not_be_repeated_is_left_out_of_the_distribution_that_is_drawn_from():

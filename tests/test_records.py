@@ -10,7 +10,7 @@ from conftest import CODEFORCES, DOLLY, write_records
 from minikd import records
 from minikd.examples import load_examples
 from minikd.files import InputError
-from minikd.records import data_files, read_records
+from minikd.records import data_files, local_files, read_records
 
 
 # ---- files
@@ -140,6 +140,17 @@ def test_missing_file_is_not_taken_for_a_hub_name(monkeypatch):
     monkeypatch.setattr(records, "local_folder", None)
     with pytest.raises(InputError, match="runs/none.jsonl: no such file"):
         load_examples("runs/none.jsonl")
+
+
+def test_a_name_may_hold_colons(tmp_path):
+    for folder in "run 12:30", "run 12:30/d:x":
+        (tmp_path / folder).mkdir()
+    file = write_records(tmp_path / "run 12:30/d:x/a:1.jsonl", DOLLY)
+    for name in file, file.parent, f"{file.parent}:a:1.jsonl":
+        assert data_files(name) == [file], name
+    write_records(file.parent / "b.jsonl", DOLLY)
+    assert data_files(f"{file.parent}:b.jsonl") == [file.parent / "b.jsonl"]
+    assert local_files([file, "org/name:a:b", f"{file.parent}:b.jsonl"]) == [file, file.parent / "b.jsonl"]
 
 
 def test_a_file_has_no_parts(tmp_path):

@@ -243,6 +243,19 @@ def test_save_copies_the_tokenizers_files_and_writes_every_stop(tokenizer_folder
     assert Tokenizer.load(str(saved)).eos_ids == tokenizer.eos_ids
 
 
+def test_save_needs_no_source_any_more_and_leaves_no_other_tokenizers_files(tokenizer_folder, tmp_path):
+    shutil.copytree(tokenizer_folder, tmp_path / "source")
+    loaded = Tokenizer.load(tmp_path / "source")
+    shutil.rmtree(tmp_path / "source")
+    (tmp_path / "last").mkdir()
+    for name in "chat_template.jinja", "model.safetensors":
+        (tmp_path / "last" / name).write_text("another model's")
+    loaded.save(tmp_path / "last")
+    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == [
+        "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert Tokenizer.load(tmp_path / "last").encode("What is 12 + 30?") == loaded.encode("What is 12 + 30?")
+
+
 def test_a_save_that_fails_leaves_the_files_that_were_there(tokenizer, tmp_path, monkeypatch):
     tokenizer.save(tmp_path / "t")
     before = {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()}

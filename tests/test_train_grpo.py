@@ -228,10 +228,18 @@ def test_a_toy_takes_no_real_runs_place(run, shell, world, tmp_path):
     """--data forgotten."""
     assert run("--steps", "1")[0] == 0
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    for more, said in ([], "run already, 1 steps"), (["--resume"], "run already, 1 steps"), (["--limit", "9"], "without --data"):
+    for more, said in ([], "run already, 1 steps"), (["--resume"], "the run began with"), (["--limit", "9"], "without --data"):
         status, _, err = shell(rl, "--model", world / "model", "--steps", "1", "--out", tmp_path / "run", *more)
         assert status == 2 and said in err and err.count("\n") == 1
     assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_model_of_ones_own_taught_the_toys_task_is_not_replaced(shell, world, tmp_path):
+    flags = "--task", "sums", "--steps", 1, "--prompts", 2, "--group-size", 2, "--eval-examples", 2, "--out", tmp_path / "sums"
+    assert shell(rl, "--model", world / "model", *flags)[0] == 0
+    status, _, err = shell(rl, "--model", world / "model", *flags)
+    assert status == 2 and "holds a run already, 1 steps; go on with --resume" in err
+    assert shell(rl, "--model", world / "model", *flags, "--resume")[0] == 0    # done already
 
 
 def test_a_run_goes_on_with_a_reward_whose_bug_was_mended_and_says_so(run, tmp_path):

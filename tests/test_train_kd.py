@@ -24,7 +24,7 @@ from minikd.evaluate import sequence_kl
 from minikd.examples import load_examples
 from minikd.losses import DIVERGENCES
 from minikd.teacher import Teacher
-from minikd.training import LOG, STATE, read_log
+from minikd.training import LOG, STATE, read_log, write_config
 
 ROOT = Path(__file__).parents[1]
 FAST = "--lr 0.01 --max-new-tokens 4 --eval-examples 2 --device cpu --dtype float32".split()
@@ -654,6 +654,45 @@ def test_a_run_that_is_refused_leaves_everything_as_it_was(run, shell, world, tm
     (tmp_path / "model/held-out.jsonl").write_text("mine")
     status, _, err = run(*flags, out=tmp_path / "model")
     assert status == 2 and "belongs to a model" in err and (tmp_path / "model/held-out.jsonl").read_text() == "mine"
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_left_alone(run, tmp_path, monkeypatch):
+    read_data, log = kd.read_data, tmp_path / "run/log.jsonl"
+
+    def slowly(*given):                                         # half a million records take minutes
+        read = read_data(*given)
+        write_config(log.parent, {"toy": False})
+        log.write_text('{"step": 5, "done": true}\n')
+        return read
+
+    monkeypatch.setattr(kd, "read_data", slowly)
+    status, _, err = run("--loss", "sft", "--steps", 1)
+    assert status == 2 and "holds a run already, 5 steps" in err and log.read_text() == '{"step": 5, "done": true}\n'
+
+
+def test_a_run_does_not_go_on_with_another_chat_template(run, world, tmp_path):
+    shutil.copytree(world / "student", tmp_path / "mine")
+    flags = dict(models=("--student", tmp_path / "mine"))
+    with killed_at(2):
+        assert run("--loss", "sft", "--steps", 3, "--eval-every", 1, **flags)[0] == 130
+    settings = json.loads((tmp_path / "mine/tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (tmp_path / "mine/tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    status, _, err = run("--loss", "sft", "--steps", 3, "--eval-every", 1, "--resume", **flags)
+    assert status == 2 and "take back the change of the tokenizer or its chat template" in err
+    (tmp_path / "mine/tokenizer_config.json").write_text(json.dumps(settings))
+    assert run("--loss", "sft", "--steps", 3, "--eval-every", 1, "--resume", **flags)[0] == 0
+
+
+def test_epochs_are_not_rounded_up_for_a_float_and_records_for_the_table_are_counted(run, world, tmp_path):
+    long = [{"instruction": "word " * 300, "response": "x"}, {"instruction": "Why?", "response": "x"}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in long))
+    status, out, err = run("--loss", "sft", "--epochs", 1.1, "--batch-size", 2, "--eval-data", tmp_path / "test.jsonl")
+    assert status == 0 and len(steps_of(tmp_path / "run")) == 11, err           # 1.1 x 10 is 11.000000000000002
+    assert "1 of 2 records of --eval-data, 1 dropped: prompt too long" in out
+    (tmp_path / "test.jsonl").write_text(json.dumps(long[0]) + "\n")
+    status, _, err = run("--loss", "sft", "--steps", 1, "--eval-data", tmp_path / "test.jsonl", out=tmp_path / "other")
+    assert status == 2 and "error: --eval-data: no example is left of 1" in err
 
 
 def test_a_teacher_may_be_trained_in_a_folder_of_the_comparison(run, tmp_path):

@@ -15,7 +15,7 @@ from minikd.checkpoint import save_model
 from minikd.files import InputError
 from minikd.model import Qwen2
 from minikd.training import (CONFIG, LOG, STATE, Log, begin_run, check_free, check_settings, check_student, learning_rate,
-                             load_state, make_optimizer, read_log, save_state, settings_of, write_config)
+                             load_state, lock, make_optimizer, read_log, save_state, settings_of, write_config)
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -246,7 +246,7 @@ def test_a_state_cut_short_is_named(tmp_path):
 
 # ---- the settings
 
-SETTINGS = {"kd_ratio": 0.5, "data": ["a.jsonl"], "dtype": torch.float32, "teacher": None, "lr": 1e-5}
+SETTINGS = {"kd_ratio": 0.5, "data": [["a.jsonl", "0123456789abcdef"]], "dtype": torch.float32, "teacher": None, "lr": 1e-5}
 
 
 def test_the_settings_are_written_with_the_versions_that_ran_them(tmp_path):
@@ -274,11 +274,26 @@ def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_
     check_settings(tmp_path, SETTINGS)
     with pytest.raises(InputError, match="--kd-ratio 0.7, but the run began with 0.5; give the same flags"):
         check_settings(tmp_path, SETTINGS | {"kd_ratio": 0.7})
-    with pytest.raises(InputError, match=r"--data \['b.jsonl'\], but the run began with \['a.jsonl'\]"):
-        check_settings(tmp_path, SETTINGS | {"data": ["b.jsonl"]})
+    with pytest.raises(InputError, match=r"--data \[\['a.jsonl', 'f+'\]\], but the run began with \[\['a.jsonl', '0123"):
+        check_settings(tmp_path, SETTINGS | {"data": [["a.jsonl", "f" * 16]]})
+    check_settings(tmp_path, SETTINGS | {"data": [["../b.jsonl", "0123456789abcdef"]]})     # the same file elsewhere
     check_settings(tmp_path, SETTINGS | {"newer_flag": None})
     with pytest.raises(InputError, match="--newer-flag 1, but the run began with None"):
         check_settings(tmp_path, SETTINGS | {"newer_flag": 1})
+
+
+def test_a_cache_may_move_and_a_tokenizer_may_not_change(tmp_path):
+    began = SETTINGS | {"cache_teacher": "cache", "rows": "0123"}
+    write_config(tmp_path, began)
+    check_settings(tmp_path, began | {"cache_teacher": "elsewhere/cache"})
+    with pytest.raises(InputError, match="--cache-teacher None, but the run began with cache"):
+        check_settings(tmp_path, began | {"cache_teacher": None})
+    with pytest.raises(InputError, match="other tokens than those that the run began with; take back the change of the tokenizer"):
+        check_settings(tmp_path, began | {"rows": "4567"})
+    with pytest.raises(InputError, match="--lr 1"):                             # a flag that explains it is named first
+        check_settings(tmp_path, began | {"rows": "4567", "lr": 1.0})
+    write_config(tmp_path, SETTINGS)                                            # of a version that did not record them
+    check_settings(tmp_path, SETTINGS | {"rows": "4567"})
 
 
 def test_without_git_no_commit_is_recorded(tmp_path, monkeypatch):
@@ -377,7 +392,30 @@ def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, nam
     (tmp_path / name).write_text("")
     with pytest.raises(InputError, match=f"{name}: would be replaced by the run's own"):
         check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "data.jsonl", tmp_path / name])
+    (tmp_path / "link.jsonl").symlink_to(name)
+    with pytest.raises(InputError, match=f"link.jsonl: would be replaced by the run's own {name}"):
+        check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "link.jsonl"])
+    if name != "log.jsonl":
+        with pytest.raises(InputError, match=f"{name}: is no run's, and would be replaced"):
+            check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "data.jsonl"])
+    lock(tmp_path)                                                              # then it is a run's
     check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "data.jsonl"])
+
+
+def test_a_run_lies_in_no_folder_that_is_read_whole(tmp_path):
+    (tmp_path / "data").mkdir(), (tmp_path / "data/a.jsonl").touch()
+    for out in "data", "data/run":
+        with pytest.raises(InputError, match="all of which is data; choose another --out, or name the file"):
+            check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / "data"])
+        for data in "data/a.jsonl", "data:a.jsonl":
+            check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
+
+
+def test_the_folder_that_one_works_in_is_not_to_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "kd/last").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "kd/last")
+    with pytest.raises(InputError, match="last: is the folder you work in"):
+        check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False)
 
 
 def test_two_processes_do_not_write_runs_into_one_folder(tmp_path):
