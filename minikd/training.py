@@ -191,6 +191,11 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=())
                 raise InputError(f"{folder / part}: holds a model, which would be replaced; choose another --out")
             if Path.cwd().is_relative_to((folder / part).resolve()):
                 raise InputError(f"{folder / part}: is the folder you work in, and would be replaced; choose another --out")
+    check_files(out, runs, data)
+
+
+def check_files(out: Path, runs: list[Path], data):
+    """check_free's part about files: what this run reads must not be what it writes, nor may it replace what no run wrote."""
     places = [folder.resolve() for folder in (out, *runs)]
     for file in local_files(data):
         for path in file.parent.resolve() / file.name, file.resolve():          # a link and what it points to
