@@ -424,7 +424,8 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     anew = args.toy and not args.model                          # all of it can be made again
-    check = functools.partial(check_free, out, [out], resume=args.resume, toy=anew, data=args.data or ())
+    check = functools.partial(check_free, out, [out], resume=args.resume, toy=anew, data=args.data or (),
+                              own=["completions.jsonl"])
     check()
     asked, tests = read_problems(args)
     rewards, weights = choose_rewards(args, asked + tests)
@@ -444,7 +445,7 @@ def main():
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
     settings = flags_of(train, args, but=("model", "rewards", "out", "dtype"))
     files = [[label(file), sha256(file)] for file in data_files(args.data or ())]
-    recorded = settings | {"toy": anew, "model": identify(args.model), "data": files, "task": args.task,
+    recorded = settings | {"toy": anew, "model": identify(args.model), "data": files or None, "task": args.task,
                            "rewards": args.rewards, "reward_weights": weights,
                            "reward_files": {path: sha256(path) for path in reward_files(args.rewards)},
                            "dtype": str(dtype), "limit": args.limit, "format": args.format,

@@ -41,6 +41,7 @@ from minikd.tokenizer import Tokenizer
 from minikd.training import (CONFIG, STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks,
                              learning_rate, load_state, lock, make_optimizer, read_log, save_state, write_config)
 
+OWN = "held-out.jsonl", "table.jsonl", "teacher-answers.jsonl"
 AT_ONCE = 16                                                    # prompts answered at a time, or a micro-batch if that is more
 
 
@@ -473,7 +474,7 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     runs = [out / folder for *_, folder in planned(args)] + ([out / "teacher", out / "base"] if args.toy else [])
     runs += [out / "sft"] if args.from_sft else []
-    check = functools.partial(check_free, out, runs, resume=args.resume, toy=args.toy,
+    check = functools.partial(check_free, out, runs, resume=args.resume, toy=args.toy, own=OWN,
                               data=sum(filter(None, (args.data, args.eval_data, args.lm_data)), []))
     check()
     if args.toy:

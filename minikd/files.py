@@ -1,6 +1,7 @@
 """Files: writes that complete or leave nothing, one-line errors for what the user can fix."""
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -73,7 +74,10 @@ def atomic_path(path, folder: bool = False):
     if path.exists():                                           # else what was left may be the only copy
         _sweep(path)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent))   # on the same file system
+    held = os.open(work, os.O_RDONLY)
     try:
+        with suppress(OSError):                                 # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)
         new = work / path.name
         if folder:
             new.mkdir()
@@ -92,6 +96,7 @@ def atomic_path(path, folder: bool = False):
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(held)
 
 
 def remove(path: Path):
@@ -123,13 +128,28 @@ def _sweep(path: Path):
         pid = left.name.removeprefix(f".{path.name}.").partition(".")[0]
         if left.name.startswith(f".{path.name}.") and pid.isdecimal():
             try:
-                if int(pid) == os.getpid():                     # an earlier process: in a container each is number 1
+                if int(pid) == os.getpid() and not _held(left):  # an earlier process: in a container each is number 1
                     raise ProcessLookupError
                 os.kill(int(pid), 0)                            # signal 0 is not sent: is there such a process?
             except (ProcessLookupError, OverflowError):
                 shutil.rmtree(left, ignore_errors=True)
             except PermissionError:                             # another user's
                 pass
+
+
+def _held(folder: Path) -> bool:
+    """Whether an atomic_path, of any process, is at work in its temporary folder."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:                                             # or a file system without locks
+        return True
+    finally:
+        os.close(handle)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -97,7 +97,9 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         if no_repeat_ngram_size:
             for row, (i, answer) in zip(logits, answers.items()):                           # row: [V]
                 banned = repeating(prompts[i // samples] + answer, no_repeat_ngram_size)
-                row[[token for token in banned if token < len(row)]] = -torch.inf
+                banned = {token for token in banned if token < len(row)}
+                if 0 < len(banned) < len(row):                  # if all were, there would be nothing to draw
+                    row[list(banned)] = -torch.inf
         return sample(logits, temperature, top_p, top_k, u)
 
     with ExitStack() as stack:

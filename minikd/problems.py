@@ -167,8 +167,8 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     given = [name for name in ("answer", "response", "output", "solution") if name in record]
     name = next((name for name in given if kind_of(record[name]) != "null" and str(record[name]).strip()), None)
     whole = str(record[name]) if name and isinstance(record[name], (str, int, float)) else ""
-    last = whole.strip().rpartition("\n")[2]
-    answer = boxed(whole) or (last[4:] if last.startswith("####") else whole).strip()      # NuminaMath; GSM8K
+    _, mark, tail = whole.strip().rpartition("\n")[2].rpartition("####")                   # GSM8K's, on the last line
+    answer = boxed(whole) or (tail if mark else whole).strip()                              # NuminaMath boxes it
     if name == "solution" and answer == whole.strip() and len(answer.split()) > 1:         # a proof that nobody will repeat
         answer = ""
     facts = {"answer": answer} if answer else {}

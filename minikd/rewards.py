@@ -46,9 +46,10 @@ _MARKERS = re.compile(r"\bStep \d+\b|^\d+\.(?!\d)|^[-*] +\S.*|\b(?:First|Second|
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?", re.ASCII | re.IGNORECASE)
 _PYTHON = ("", "python", "python3", "py")       # languages of a code fence; without one it is taken for Python
 # What does not change an answer, mostly as in the MATH dataset's own comparison (arXiv:2103.03874): pattern -> what replaces it.
-_LATEX = [(r"\\[dt]frac", r"\\frac"), (r"\{,\}", ","), (r"\\(?:left|right)(?![a-z])|\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|°", ""),
-          (r"(?<=\S)\s*\\(?:text|mbox|mathrm)\{[^{}]*\}$", ""),                                     # a unit
-          (r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1"), (r"\\frac\{(-?[\w.]+)\}\{(-?[\w.]+)\}", r"\1/\2")]
+_LATEX = [(r"\\[dt]frac", r"\\frac"), (r"\{,\}", ","),
+          (r"\\(?:left|right)(?![a-z])|\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|°", ""),
+          (r"^(-?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}))\s*\\(?:text|mbox|mathrm)\{[^{}]*\}$", r"\1"),             # a number's unit
+          (r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1"), (r"(?<![\w.])\\frac\{(-?[\w.]+)\}\{(-?[\w.]+)\}", r"\1/\2")]
 
 
 # ---- the parts of a completion
@@ -151,8 +152,8 @@ def answer_reward(completions: list[str], facts: list[dict]) -> Values:
     """1 if the answer equals the problem's, as text or as a number (1,000 = 1000.0, 1/2 = \\frac{1}{2} = 0.5), else 0; None
     without a gold answer.
 
-    Of an answer with a LaTeX \\boxed{...} only what the last one holds counts; in a text without tags it is the answer. Marks
-    around it, and a unit in \\text{...}, do not count.
+    Of an answer with a LaTeX \\boxed{...} only what the last one holds counts; in a text without tags it is the answer. $ and **
+    around it, percent and degree signs, LaTeX's spaces, and a number's unit in \\text{...} do not count.
     """
     values = []
     for completion, problem in zip(completions, facts, strict=True):
@@ -173,7 +174,7 @@ def _plain(answer: str) -> str:
     text = boxed(answer) or answer
     for pattern, replacement in _LATEX:
         text = re.sub(pattern, replacement, text.strip("$* \n"))
-    return text.strip()
+    return text.strip() or answer.strip()                       # all of it may be marks
 
 
 def _value(text: str) -> Fraction | None:

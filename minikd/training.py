@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -166,12 +167,13 @@ def settings_of(folder) -> dict:
     return settings
 
 
-def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=()):
+def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(), own=()):
     """Raises InputError if this run would destroy something: a model in a folder to be written, another run, the table and
     picture of runs beside it, or a file that it reads. Says if there is nothing to resume.
 
     runs  the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
     data  what the run reads, as data_files takes it
+    own   the names of files that it writes in `out`, beside its log and its config
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose a folder with --out")
@@ -191,10 +193,10 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=())
                 raise InputError(f"{folder / part}: holds a model, which would be replaced; choose another --out")
             if Path.cwd().is_relative_to((folder / part).resolve()):
                 raise InputError(f"{folder / part}: is the folder you work in, and would be replaced; choose another --out")
-    check_files(out, runs, data)
+    check_files(out, runs, data, own)
 
 
-def check_files(out: Path, runs: list[Path], data):
+def check_files(out: Path, runs: list[Path], data, own):
     """check_free's part about files: what this run reads must not be what it writes, nor may it replace what no run wrote."""
     places = [folder.resolve() for folder in (out, *runs)]
     for file in local_files(data):
@@ -203,13 +205,16 @@ def check_files(out: Path, runs: list[Path], data):
                 raise InputError(f"{file}: would be replaced by the run's own {path.name}; choose another --out")
     for name in data:
         base, choice = split_choice(name)
-        if not choice and Path(base).expanduser().is_dir() and places[0].is_relative_to(Path(base).expanduser().resolve()):
-            raise InputError(f"--out {out}: lies in {base}, all of which is data; choose another --out, or name the file, "
-                             f"{base}:FILE")
+        place = Path(base).expanduser().resolve()
+        if place.is_dir() and places[0].is_relative_to(place):
+            log = (places[0] / LOG).relative_to(place).as_posix()
+            if not choice or fnmatch(log, choice) or fnmatch(log, f"{choice}/*"):           # as data_files reads it
+                raise InputError(f"--out {out}: the run's files would be read as data, of {name}; choose another --out, or name "
+                                 f"the file, {base}:FILE")
     began = any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG))
-    for file in out.iterdir() if out.exists() and not began else ():
-        if WRITTEN.fullmatch(file.name) and file.name != LOG:                   # a log is judged above
-            raise InputError(f"{file}: is no run's, and would be replaced by this run's own; choose another --out")
+    for name in own if not began else ():
+        if (out / name).exists():
+            raise InputError(f"{out / name}: is no run's, and would be replaced by this run's own; choose another --out")
 
 
 def check_settings(folder, settings: dict):
@@ -222,13 +227,14 @@ def check_settings(folder, settings: dict):
         return [file[-1] for file in value] if key in ("data", "lm_data") and value else value
 
     before = settings_of(folder)
+    before["data"] = before.get("records", before.get("data"))  # a name of earlier versions
     settings = json.loads(json.dumps(settings, default=str))
     for key, value in sorted(settings.items(), key=lambda item: item[0] == "rows"):         # last: a flag tells more
         if key == "reward_files" and before.get(key) != value:                  # a bug in it may be mended
             print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)
         elif key == "rows" and key in before and before[key] != value:
             raise InputError(f"{folder}: --resume, but the data are other tokens than those that the run began with; take back "
-                             "the change of the tokenizer or its chat template, or choose another --out")
+                             "the change of the tokenizer, its chat template or minikd, or choose another --out")
         elif key != "rows" and essence(key, before.get(key)) != essence(key, value):
             raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
                              f"{before.get(key)}; give the same flags, or another --out")

@@ -198,6 +198,8 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_write_but_not_a_living_o
     else:
         with atomic_path(path) as new:
             assert left.exists() == (not before)                # a folder that is being replaced may be there and nowhere else
+            with atomic_path(path) as inner:                    # of the same process, but at work
+                inner.touch()
             new.touch()
     assert not left.exists() and not mine.exists()
     assert alive.exists() and other.exists() and path.exists() == (last == "write")

@@ -134,7 +134,8 @@ def test_an_empty_cell_is_no_limit():
 
 def test_a_question_with_its_answer_is_a_problem():
     gsm = to_problem({"question": "2 + 2?", "answer": "Two and two is 4.\n#### 4"}, "x")
-    assert gsm.facts == {"answer": "4"} and gsm.messages[-1]["content"] == f"2 + 2?\n\n{ANSWER}"
+    flat = {"question": "2 + 2?", "answer": "Two and two is 4. #### 4"}         # a copy without line breaks
+    assert gsm.facts == to_problem(flat, "x").facts == {"answer": "4"} and gsm.messages[-1]["content"] == f"2 + 2?\n\n{ANSWER}"
     assert to_problem({"problem": "1 + 1?", "answer": 2}, "x").facts == {"answer": "2"}
     assert to_problem({"question": " ", "problem": "1 + 1?", "answer": "2", "solution": "1 + 1 = 2"}, "x").facts == {"answer": "2"}
     numina = {"problem": "1/2 + 1/4?", "solution": r"$\boxed{x}$ is the unknown. So $x = \boxed{\frac{3}{4}}$, not {1}."}

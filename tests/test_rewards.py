@@ -262,6 +262,9 @@ def test_repetition_takes_other_lengths_and_penalties():
     (r"\frac{x}{2}", "x/2", True), (r"\frac{x+1}{2}", "x+1/2", False), ("18", r"18 \text{ cm}", True), ("cm", r"18 \text{ cm}", False),
     ("Tuesday", r"\text{Tuesday}", True), ("25", r"25\%", True), ("25%", "26", False), ("60", r"60^\circ", True), ("12345", "12{,}345", True),
     ("**42**", "42", True), ("2**3", "23", False), (r"\(42\)", "42", True), (r"\$5.00", "5", True), (r"\left(1,2\right)", "(1,2)", True),
+    (r"\text{A}, \text{C}", r"\text{A}, \text{B}", False), (r"n\text{ is even}", r"n\text{ is odd}", False),
+    (r"\mathrm{H}_2\mathrm{O}", r"\mathrm{H}_2\mathrm{S}", False), (r"\frac{1}{2}\text{ cm}", "0.5", True),
+    ("5.5", r"1\frac{1}{2}", False), (r"1\frac{1}{2}", r"1\frac{1}{2}", True), ("", "*", False), ("%", "*", False), ("*", "*", True),
     (r"\leftarrow", "arrow", False), ("9" * 5000, "9" * 5000 + ".0", True),
 ])
 def test_answers_are_equal_as_texts_or_as_numbers(said, gold, right):

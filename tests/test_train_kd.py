@@ -679,7 +679,7 @@ def test_a_run_does_not_go_on_with_another_chat_template(run, world, tmp_path):
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     (tmp_path / "mine/tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
     status, _, err = run("--loss", "sft", "--steps", 3, "--eval-every", 1, "--resume", **flags)
-    assert status == 2 and "take back the change of the tokenizer or its chat template" in err
+    assert status == 2 and "take back the change of the tokenizer, its chat template or minikd" in err
     (tmp_path / "mine/tokenizer_config.json").write_text(json.dumps(settings))
     assert run("--loss", "sft", "--steps", 3, "--eval-every", 1, "--resume", **flags)[0] == 0
 

@@ -395,18 +395,20 @@ def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, nam
     (tmp_path / "link.jsonl").symlink_to(name)
     with pytest.raises(InputError, match=f"link.jsonl: would be replaced by the run's own {name}"):
         check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "link.jsonl"])
-    if name != "log.jsonl":
-        with pytest.raises(InputError, match=f"{name}: is no run's, and would be replaced"):
-            check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "data.jsonl"])
+    given = dict(resume=False, toy=False, data=[tmp_path / "data.jsonl"])
+    check_free(tmp_path, [tmp_path / "kd"], **given, own=["completions.jsonl"])             # it writes no such file
+    with pytest.raises(InputError, match=f"{name}: is no run's, and would be replaced"):
+        check_free(tmp_path, [tmp_path / "kd"], **given, own=[name])
     lock(tmp_path)                                                              # then it is a run's
-    check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "data.jsonl"])
+    check_free(tmp_path, [tmp_path / "kd"], **given, own=[name])
 
 
 def test_a_run_lies_in_no_folder_that_is_read_whole(tmp_path):
     (tmp_path / "data").mkdir(), (tmp_path / "data/a.jsonl").touch()
     for out in "data", "data/run":
-        with pytest.raises(InputError, match="all of which is data; choose another --out, or name the file"):
-            check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / "data"])
+        for data in "data", "data:*.jsonl":
+            with pytest.raises(InputError, match="would be read as data, of .*; choose another --out, or name the file"):
+                check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
         for data in "data/a.jsonl", "data:a.jsonl":
             check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
 
