@@ -227,7 +227,7 @@ def check_settings(folder, settings: dict):
         return [file[-1] for file in value] if key in ("data", "lm_data") and value else value
 
     before = settings_of(folder)
-    before["data"] = before.get("records", before.get("data"))  # a name of earlier versions
+    before["data"] = before.get("records") or before.get("data")        # a name of earlier versions
     settings = json.loads(json.dumps(settings, default=str))
     for key, value in sorted(settings.items(), key=lambda item: item[0] == "rows"):         # last: a flag tells more
         if key == "reward_files" and before.get(key) != value:                  # a bug in it may be mended
