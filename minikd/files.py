@@ -77,7 +77,7 @@ def atomic_path(path, folder: bool = False):
     held = os.open(work, os.O_RDONLY)
     try:
         with suppress(OSError):                                 # a file system without locks
-            fcntl.flock(held, fcntl.LOCK_EX)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         new = work / path.name
         if folder:
             new.mkdir()
