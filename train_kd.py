@@ -41,7 +41,7 @@ from minikd.tokenizer import Tokenizer
 from minikd.training import (CONFIG, STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks,
                              learning_rate, load_state, lock, make_optimizer, read_log, save_state, write_config)
 
-OWN = "held-out.jsonl", "table.jsonl", "teacher-answers.jsonl"
+OWN = "held-out.jsonl", "table.jsonl", "teacher-answers.jsonl"  # what it writes in --out beside the runs' own files
 AT_ONCE = 16                                                    # prompts answered at a time, or a micro-batch if that is more
 
 

@@ -126,15 +126,21 @@ def _sweep(path: Path):
     """Removes the temporary files of processes that were killed while writing `path`: gigabytes, for a model."""
     for left in path.parent.iterdir():
         pid = left.name.removeprefix(f".{path.name}.").partition(".")[0]
-        if left.name.startswith(f".{path.name}.") and pid.isdecimal():
-            try:
-                if int(pid) == os.getpid() and not _held(left):  # an earlier process: in a container each is number 1
-                    raise ProcessLookupError
-                os.kill(int(pid), 0)                            # signal 0 is not sent: is there such a process?
-            except (ProcessLookupError, OverflowError):
-                shutil.rmtree(left, ignore_errors=True)
-            except PermissionError:                             # another user's
-                pass
+        if left.name.startswith(f".{path.name}.") and pid.isdecimal() and _abandoned(left, int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _abandoned(left: Path, pid: int) -> bool:
+    """Whether the process that made a temporary folder has ended."""
+    if pid == os.getpid():                                      # perhaps an earlier one: in a container each is number 1
+        return not _held(left)
+    try:
+        os.kill(pid, 0)                                         # signal 0 is not sent: is there such a process?
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:                                     # another user's
+        pass
+    return False
 
 
 def _held(folder: Path) -> bool:

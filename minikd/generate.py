@@ -85,18 +85,15 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     graphs = (can_record(device) if graphs is None else graphs) and not no_repeat_ngram_size
     models = [model, teacher] if mix else [model]
 
-    def draw(states, u, answers):
-        """From the models' states [B, D] and random numbers [B]: a token per row [B] and its log-probability [B].
-
-        answers  those that the rows write, as far as the host knows them: {index: tokens}
-        """
+    def draw(states, u, rows):
+        """From the models' states [B, D] and random numbers [B]: a token per row [B] and its log-probability [B]."""
         logits = head_logits(model, states[0])[:, :vocab]                                   # [B, V]
         if mix:
             logq, logp = log_probs(logits, head_logits(teacher, states[1]), temperature=1.0)
             logits = log_mix(logp, logq, mix)                   # MiniLLM eq. (4), over the rows that both heads have
         if no_repeat_ngram_size:
-            for row, (i, answer) in zip(logits, answers.items()):                           # row: [V]
-                banned = repeating(prompts[i // samples] + answer, no_repeat_ngram_size)
+            for row, i in zip(logits, rows.alive):                                          # row: [V]
+                banned = repeating(prompts[i // samples] + rows.answers[i], no_repeat_ngram_size)
                 banned = {token for token in banned if token < len(row)}
                 if 0 < len(banned) < len(row):                  # if all were, there would be nothing to draw
                     row[list(banned)] = -torch.inf
@@ -148,14 +145,14 @@ class Rows:
     host what `read` has copied."""
 
     def __init__(self, models, caches, states, draw, u: Tensor):
-        """draw  (states, random numbers [B], `writing`) -> tokens [B], log-probabilities [B].   u [max_new_tokens, B]"""
+        """draw  (states, random numbers [B], self) -> tokens [B], log-probabilities [B].   u [max_new_tokens, B]"""
         self.models, self.caches, self.draw, self.u = models, caches, draw, u
         self.answers, self.answer_logps = ([[] for _ in range(u.shape[1])] for _ in range(2))
         self.alive = list(range(u.shape[1]))                                # which answer each row writes
         self.seen = 0                                                       # tokens of each row that `read` has copied
         self.at = torch.zeros(1, dtype=torch.long, device=u.device)         # [1] index of the newest token
         self.drawn, self.logps = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)     # [max_new_tokens, B]
-        self.tokens, self.logps[0] = draw(states, u[0], self.writing())                     # [B]
+        self.tokens, self.logps[0] = draw(states, u[0], self)                               # [B]
         self.drawn[0] = self.tokens
 
     def step(self):
@@ -163,14 +160,10 @@ class Rows:
         self.at += 1
         states = [model.hidden(self.tokens[:, None], cache)[:, 0]                           # [B, D] of each model
                   for model, cache in zip(self.models, self.caches)]
-        tokens, logps = self.draw(states, self.u.index_select(0, self.at)[0], self.writing())           # [B], [B]
+        tokens, logps = self.draw(states, self.u.index_select(0, self.at)[0], self)         # [B], [B]
         self.tokens.copy_(tokens)
         self.drawn.index_copy_(0, self.at, tokens[None])
         self.logps.index_copy_(0, self.at, logps[None].double())
-
-    def writing(self) -> dict[int, list[int]]:
-        """The answers that the rows write, in their order, as far as `read` has copied them."""
-        return {answer: self.answers[answer] for answer in self.alive}
 
     def read(self, done: int, stops: frozenset) -> list[int]:
         """Appends the tokens drawn since the last call, up to `done` in all, to the answers, none after a stop token; returns

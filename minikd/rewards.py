@@ -166,7 +166,7 @@ def answer_reward(completions: list[str], facts: list[dict]) -> Values:
 
 def _same_answer(a: str, b: str) -> bool:
     a, b = map(_plain, (a, b))
-    return a == b or _value(a) is not None and _value(a) == _value(b)
+    return a == b or (value := _value(a)) is not None and value == _value(b)
 
 
 def _plain(answer: str) -> str:
