@@ -36,6 +36,8 @@ def script_errors():
     except (MemoryError, RuntimeError) as error:                # torch, on GPU and CPU, raises a RuntimeError
         if re.match("Symlink loop|Could not determine home", str(error)):       # pathlib's, of a path that the user gave
             _exit_with(f"{error}; give another path")
+        if re.search(r"No working C\+\+ compiler|Failed to find C compiler", str(error)):   # inductor's on a CPU, triton's
+            _exit_with("--compile: torch finds no C++ compiler; install one (g++), or leave the flag out")
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error)):
             raise
         _exit_with("out of memory; lower --batch-size or the lengths, or use --gradient-checkpointing if the script has it")

@@ -228,6 +228,13 @@ def test_a_device_or_a_folder_is_not_replaced_by_a_file(tmp_path):
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "folder").is_dir()
 
 
+def test_compile_without_a_compiler_is_one_line(capsys):
+    from torch._inductor.exc import InvalidCxxCompiler
+    for error in InvalidCxxCompiler(), RuntimeError("Failed to find C compiler. Please specify via CC"):     # triton's words
+        assert shown(capsys, error) == (
+            2, "error: --compile: torch finds no C++ compiler; install one (g++), or leave the flag out\n")
+
+
 def test_too_little_memory_is_one_line_and_other_errors_are_not(capsys):
     with pytest.raises(SystemExit) as stop, script_errors():
         torch.empty(10**15)
