@@ -235,16 +235,22 @@ def stages(block: Block, rope: dict) -> list:
                     (("mlp.down_proj",), lambda x: input_of(block.mlp.down_proj, feed, x))])]
 
 
+class Reached(Exception):
+    """Carries a layer's input out of a forward pass."""
+
+
 def input_of(module: nn.Module, run, x: Tensor) -> Tensor:
-    """The input [B, T, I] that `module` gets while run(x) runs."""
-    seen = []
-    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    """The input [B, T, I] that `module` gets in run(x), which ends there: the layer's own product is not needed."""
+    def stop(_, inputs):
+        raise Reached(inputs[0])
+
+    hook = module.register_forward_pre_hook(stop)
     try:
         run(x)
+    except Reached as reached:
+        return reached.args[0]
     finally:
         hook.remove()
-    assert len(seen) == 1, f"the layer ran {len(seen)} times"                   # else its Hessian would be wrong
-    return seen[0]
 
 
 def calibration_batches(rows: list[Encoded], pad_id: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
