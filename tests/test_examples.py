@@ -64,6 +64,10 @@ def test_chat_trains_on_the_last_assistant_turn_and_keeps_the_system_prompt():
     assert example.instruction == "Be brief.\n\nUser: 1?\n\nAssistant: one\n\nUser: 2?"
     single = to_example({"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "one"}]}, "")
     assert single.instruction == "1?"
+    brief = to_example({"messages": [{"role": role, "content": content} for role, content in turns[:3]]}, "")
+    assert brief.instruction == "Be brief.\n\n1?"                               # still one turn of the user's, not marked
+    with pytest.raises(Dropped, match="empty message"):
+        to_example({"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "one"}]}, "")
 
 
 def test_bugnet_answers_with_bare_code_and_says_how_it_failed():
@@ -87,7 +91,8 @@ def test_bugnet_error_0_means_not_reproduced_and_only_the_verdict_is_told(error)
 def test_pytorrent_target_has_lost_the_docstring_that_is_its_prompt():
     example = to_example(PYTORRENT, "d:1")
     assert example.response == "def f(x):\n    return x + 1\n" == example.references[0]
-    assert example.input == "Add one." and example.messages[0]["content"].endswith("\n\nAdd one.")
+    assert example.input == "Add one."
+    assert example.messages[0]["content"] == "Write Python code for this description. Answer with code only.\n\nAdd one."
 
 
 @pytest.mark.parametrize("summary", [None, "", "absent"])
@@ -105,7 +110,7 @@ def test_pytorrent_without_original_string_uses_code():
 def test_codeforces_reads_messages_or_prompt_and_generation_alike():
     by_messages = to_example(CODEFORCES, "d:1")
     by_prompt = to_example({**CODEFORCES, "messages": None}, "d:1")
-    assert by_messages == by_prompt
+    assert by_messages == by_prompt == to_example({key: CODEFORCES[key] for key in ("messages", "generation")}, "d:1")
     assert (by_messages.response, by_messages.category) == ("<think>\n</think>", "codeforces")
 
 
@@ -299,6 +304,8 @@ def test_a_file_s_own_records_decide_about_the_lines_before_them(tmp_path):
     (tmp_path / "other.jsonl").write_text("{broken\n" + json.dumps(DOLLY) + "\n")
     with pytest.raises(InputError, match="other.jsonl:1: not JSON"):
         load_examples([tmp_path / "shard.jsonl", tmp_path / "other.jsonl"])
+    with pytest.raises(InputError, match="other.jsonl:1: not JSON"):            # also where nothing after it is read
+        load_examples(tmp_path / "other.jsonl", limit=1)
     (tmp_path / "other.jsonl").write_text("{broken\n{broken\n")
     with pytest.raises(InputError, match="other.jsonl:1: not JSON"):
         load_examples([tmp_path / "shard.jsonl", tmp_path / "other.jsonl"])

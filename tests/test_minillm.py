@@ -128,6 +128,7 @@ def test_rewards_to_go_are_the_sums_of_what_follows(length_norm, current):
 def test_a_reward_is_clipped_before_it_is_summed():
     logq, logp, mask = torch.zeros(1, 3), torch.tensor([[-1.0, -90.0, 3.0]]), torch.ones(1, 3, dtype=torch.bool)
     assert rewards_to_go(logq, logp, mask, False, reward_clip=10.0).tolist() == [[-7.0, 3.0, 0.0]]
+    assert torch.equal(rewards_to_go(logq, logp, mask), rewards_to_go(logq, logp, mask, True, False, 50.0))     # as in training
 
 
 @pytest.mark.parametrize("mix", [0.2, 0.5])
