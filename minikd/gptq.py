@@ -222,35 +222,16 @@ def stages(block: Block, rope: dict) -> list:
     A half maps x [B, T, D] to x [B, T, D].  rope: T -> the tables of rope_tables
     Inputs are computed through the layers before, which are quantised by then.
     """
-    def attend(x):
-        return x + block.self_attn(block.input_layernorm(x), *rope[x.shape[1]], None)
+    def heads(x):                                               # the inputs of o_proj [B, T, H E]
+        return block.self_attn.concat_heads(block.input_layernorm(x), *rope[x.shape[1]], None)
 
-    def feed(x):
-        return x + block.mlp(block.post_attention_layernorm(x))
+    def gated(x):                                               # those of down_proj [B, T, W]
+        return block.mlp.gated(block.post_attention_layernorm(x))
 
     qkv = tuple(f"self_attn.{letter}_proj" for letter in "qkv")
-    return [(attend, [(qkv, block.input_layernorm),
-                      (("self_attn.o_proj",), lambda x: input_of(block.self_attn.o_proj, attend, x))]),
-            (feed, [(("mlp.gate_proj", "mlp.up_proj"), block.post_attention_layernorm),
-                    (("mlp.down_proj",), lambda x: input_of(block.mlp.down_proj, feed, x))])]
-
-
-class Reached(Exception):
-    """Carries a layer's input out of a forward pass."""
-
-
-def input_of(module: nn.Module, run, x: Tensor) -> Tensor:
-    """The input [B, T, I] that `module` gets in run(x), which ends there: the layer's own product is not needed."""
-    def stop(_, inputs):
-        raise Reached(inputs[0])
-
-    hook = module.register_forward_pre_hook(stop)
-    try:
-        run(x)
-    except Reached as reached:
-        return reached.args[0]
-    finally:
-        hook.remove()
+    return [(lambda x: x + block.self_attn.o_proj(heads(x)), [(qkv, block.input_layernorm), (("self_attn.o_proj",), heads)]),
+            (lambda x: x + block.mlp.down_proj(gated(x)),
+             [(("mlp.gate_proj", "mlp.up_proj"), block.post_attention_layernorm), (("mlp.down_proj",), gated)])]
 
 
 def calibration_batches(rows: list[Encoded], pad_id: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:

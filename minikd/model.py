@@ -264,13 +264,17 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * E, D, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
+        return self.o_proj(self.concat_heads(x, cos, sin, slots))               # [B, T, D]
+
+    def concat_heads(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
+        """The outputs of all heads side by side, which o_proj multiplies.  [B, T, D] -> [B, T, H E]"""
         B, T, _ = x.shape
         if self.joined is not None:
             qkv = self.joined(x)                                                # [B, T, (H + 2K) E]
         else:
             qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)   # the same shape
         if slots is not None and slots.parts is not None:                       # all that follows, by one kernel on a GPU
-            return self.o_proj(attend(qkv, cos, sin, slots.keys, slots.values, slots.at, slots.mask, slots.parts))
+            return attend(qkv, cos, sin, slots.keys, slots.values, slots.at, slots.mask, slots.parts)
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         v = heads[:, -self.K:]                                                  # [B, K, T, E]
         rotated = rotate(heads[:, :-self.K], cos, sin)                          # [B, H + K, T, E]
@@ -286,7 +290,7 @@ class Attention(nn.Module):
         else:                                                                   # right padding: the causal mask suffices
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
             y = y.transpose(1, 2)                                               # [B, T, H, E]
-        return self.o_proj(y.reshape(B, T, -1))                                 # [B, T, D]
+        return y.reshape(B, T, -1)                                              # [B, T, H E]
 
 
 class MLP(nn.Module):
@@ -301,14 +305,18 @@ class MLP(nn.Module):
         self.joined = None                                                      # x -> gate and up side by side; layout.py
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.gated(x))                                    # [B, T, D]
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up, which down_proj multiplies.  [B, T, D] -> [B, T, W]"""
         if self.joined is not None:
             gate_up = self.joined(x)                                            # [B, T, 2W]
             if can_fuse(gate_up) and gate_up.shape[-1] % 16 == 0:               # one kernel instead of two
-                return self.down_proj(silu_up(gate_up))
+                return silu_up(gate_up)
             gate, up = gate_up.chunk(2, dim=-1)                                 # [B, T, W] each
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)                       # the same shape
-        return self.down_proj(F.silu(gate) * up)                                # SwiGLU eq. (6)
+        return F.silu(gate) * up                                                # SwiGLU eq. (6)
 
 
 class Block(nn.Module):
