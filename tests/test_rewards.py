@@ -317,6 +317,7 @@ RIGHT = "print(2 * int(input()))"
     (says(block(RIGHT) + "\nNo:\n" + block("print()")), DOUBLE, 0),
     (f"<think>\n{block(RIGHT)}\n</think>\nSee above.", DOUBLE, 0),      # not what stands in the thoughts
     (f"<think>\n{block(RIGHT)}", DOUBLE, 0),
+    (f"<answer>\n{block('print()')}\n</answer>\n{block(RIGHT)}", DOUBLE, 0),       # nor what follows the answer's tags
     (says(block(RIGHT)), {}, None),
     (says(block(RIGHT)), {"tests": []}, None),
     (says(block(RIGHT)), {"tests": None}, None),

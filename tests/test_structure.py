@@ -1,6 +1,12 @@
-"""The house's one rule: imports go downward, so that any file is read without the ones after it."""
+"""The house's rules: imports go downward, so that any file is read without the ones after it; what others call stays."""
 import ast
+import functools
+import importlib
+import inspect
+import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("files hub cuda attend_cuda fused_cuda model w4_cuda quant checkpoint tokenizer records examples data toy losses loss_cuda head "
@@ -40,3 +46,44 @@ def test_no_script_imports_a_script_and_no_module_does():
 def test_minikd_runs_without_the_libraries_it_replaces():
     for path in [*ROOT.glob("*.py"), *(ROOT / "minikd").glob("*.py")]:
         assert not {name.split(".")[0] for name in imported(path)} & HEAVY, path.name
+
+
+# ---- what programs outside this repository call: a change here breaks them
+
+CALLED = {
+    "checkpoint.load_model": "name, device='cpu', dtype=torch.float32", "checkpoint.save_model": "model, folder",
+    "tokenizer.Tokenizer.load": "name", "tokenizer.Tokenizer.encode": "self, text", "tokenizer.Tokenizer.decode": "self, ids",
+    "tokenizer.Tokenizer.chat": "self, messages, add_generation_prompt=False",
+    "generate.generate": "model, prompts, max_new_tokens=64, temperature=0.0, top_p=1.0, top_k=0, eos_ids=(), seed=None",
+    "losses.forward_kl": "student_logits, teacher_logits, temperature=1.0",
+    "losses.reverse_kl": "student_logits, teacher_logits, temperature=1.0",
+    "losses.jensen_shannon": "student_logits, teacher_logits, beta=0.5",
+    "losses.skew_forward_kl": "student_logits, teacher_logits, alpha=0.1",
+    "losses.skew_reverse_kl": "student_logits, teacher_logits, alpha=0.1",
+    "grpo.group_advantages": "rewards, scale='std'",
+    "grpo.policy_loss": "logp, old_logp, ref_logp, advantages, clip=0.2, beta=0.04",
+    "gptq.quantize_matrix": "weight, hessian, bits=4, group_size=128, sym=True, act_order=True, damp=0.01",
+    "rouge.rouge_l": "prediction, reference, stemmer=False, unicode=False",
+    "sandbox.run_program": "source, stdin='', timeout=5.0, memory_mb=512"}
+FLAGS = {
+    "train_kd": "student teacher data loss kd-ratio temperature on-policy epochs steps batch-size grad-accum lr max-length "
+                "max-prompt-length cache-teacher out resume seed device dtype",
+    "train_grpo": "model data group-size rewards clip beta max-new-tokens out",
+    "quantize": "model out bits group-size method calibration", "eval_rouge": "model data predictions references"}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_called_function_keeps_its_arguments_and_their_defaults(name):
+    module, *path = name.split(".")
+    function = functools.reduce(getattr, path, importlib.import_module(f"minikd.{module}"))
+    arguments = inspect.signature(function).parameters.values()
+    told = ", ".join(one.name + ("" if one.default is one.empty else f"={one.default!r}") for one in arguments)
+    assert f"{told}, ".startswith(f"{CALLED[name]}, ")
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_a_script_keeps_its_flags(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args()
+    assert set(FLAGS[script].split()) <= set(re.findall(r"^ +--([\w-]+)", capsys.readouterr().out, re.MULTILINE))
