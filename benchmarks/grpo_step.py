@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import child, in_turns, machine, peak_resident, report, table
+from benchmarks.measure import child, in_turns, machine, peak_resident, report, step_table, trainer_clock
 from minikd import grpo
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
@@ -83,17 +83,8 @@ def tokenizer():
 
 def trl(folder: Path, mode: str, steps: int):
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM
     from trl import GRPOConfig, GRPOTrainer
-
-    class Clock(TrainerCallback):
-        seconds = []
-
-        def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            self.seconds.append(time.perf_counter() - self.start)
 
     options = {"float32": dict(bf16=False, gradient_checkpointing=False), "bf16": dict(bf16=True,
                gradient_checkpointing=False), "default": {}}[mode]
@@ -103,7 +94,7 @@ def trl(folder: Path, mode: str, steps: int):
                         optim="adamw_torch_fused", lr_scheduler_type="constant", save_strategy="no", report_to="none",
                         disable_tqdm=True, generation_kwargs={"min_new_tokens": NEW}, **options)
     text = [{"prompt": " ".join(f"w{i}" for i in prompt)} for prompt in prompts(steps)]
-    clock = Clock()
+    clock = trainer_clock()
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     trainer = GRPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(text), processing_class=tokenizer(),
                           reward_funcs=lambda completion_ids, **_: [reward(ids) for ids in completion_ids], callbacks=[clock])
@@ -131,14 +122,7 @@ def main():
         save_model(Qwen2(SHAPE).init_weights(0), Path(folder) / "model")
         figures = in_turns({run: lambda run=run: child("benchmarks.grpo_step", *run, args.steps, folder) for run in runs},
                            args.repeats)
-    rows = []
-    for method, mode in runs:
-        row, ours = figures[method, mode], figures["minikd", "float32" if mode == "float32" else "bf16"]
-        ratios = ["", ""] if method == "minikd" else [f"{row['seconds'] / ours['seconds']:.2f}x",
-                                                      f"{ours['peak'] / row['peak']:.2f}"]
-        rows.append([f"{mode} {method}", f"{row['seconds']:.2f}", f"{row['sampling']:.2f}" if method == "minikd" else "",
-                     f"{row['peak']:.2f}", f"{row['others']:.0%}", *ratios])
-    table(["", "s a step", "of it sampling", "peak GB", "others", "minikd faster", "its peak"], rows)
+    step_table(figures, runs, {"seconds": ("s a step", 2), "sampling": ("of it sampling", 2), "peak": ("peak GB", 2)})
     print(f"{args.steps} steps, {args.repeats} turns; " + machine("torch", "transformers", "trl"))
 
 

@@ -27,7 +27,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import child, in_turns, machine, peak_resident, report, reset_peak, resident, table
+from benchmarks.measure import child, in_turns, machine, peak_resident, report, reset_peak, resident, step_table, trainer_clock
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
 from minikd.losses import forward_kl
@@ -36,13 +36,13 @@ from minikd.model import Qwen2, Qwen2Config
 COMMON = dict(num_hidden_layers=4, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)
 SHAPES = {"student": Qwen2Config(hidden_size=896, intermediate_size=4864, num_attention_heads=14, **COMMON),
           "teacher": Qwen2Config(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, **COMMON)}
-ROWS, LENGTH, LR = 4, 256, 1e-5
+ROWS, LENGTH, WORDS, LR = 4, 256, 151_643, 1e-5
 
 
 def dataset(steps: int) -> list[dict]:
     """steps x 4 rows: input_ids [256], and how many of them are the prompt."""
     generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(151_643, (LENGTH,), generator=generator).tolist(),
+    return [{"input_ids": torch.randint(WORDS, (LENGTH,), generator=generator).tolist(),
              "prompt": int(torch.randint(48, 65, (), generator=generator))} for _ in range(steps * ROWS)]
 
 
@@ -102,22 +102,8 @@ def tokenizer():
 
 def trl(folder: Path, mode: str, steps: int):
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import AutoModelForCausalLM
     from trl.experimental.gkd import GKDConfig, GKDTrainer
-
-    class Clock(TrainerCallback):
-        seconds, losses, before = [], [], None
-
-        def on_step_begin(self, *_, **__):
-            self.before = self.before or resident()
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            self.seconds.append(time.perf_counter() - self.start)
-
-        def on_log(self, args, state, control, logs, **_):
-            if "loss" in logs:
-                self.losses.append(logs["loss"])
 
     def collate(rows):
         ids, mask = tensors(rows)
@@ -132,7 +118,7 @@ def trl(folder: Path, mode: str, steps: int):
                        max_length=LENGTH, max_grad_norm=1.0, optim="adamw_torch_fused", logging_steps=1,
                        train_sampling_strategy="sequential", save_strategy="no", report_to="none", disable_tqdm=True,
                        **options)
-    clock = Clock()
+    clock = trainer_clock()
     trainer = GKDTrainer(model=model("student", torch.float32), args=config, data_collator=collate,
                          teacher_model=model("teacher", torch.float32 if mode == "float32" else torch.bfloat16),
                          train_dataset=Dataset.from_list(dataset(steps)), processing_class=tokenizer(),
@@ -165,16 +151,8 @@ def main():
             save_model(Qwen2(config).to(torch.bfloat16).init_weights(len(name)), Path(folder) / name)
         figures = in_turns({run: lambda run=run: child("benchmarks.kd_step", *run, args.steps, folder) for run in runs},
                            args.repeats)
-    rows = []
-    for method, mode in runs:
-        theirs = figures[method, mode]
-        ours = figures["minikd", "float32" if mode == "float32" else "bf16"]
-        ratios = ["", ""] if method in ("minikd", "lean") else [f"{theirs['seconds'] / ours['seconds']:.2f}x",
-                                                      f"{ours['peak'] / theirs['peak']:.2f}"]
-        rows.append([f"{mode} {method}", f"{theirs['seconds']:.2f}", f"{theirs['peak']:.2f}", f"{theirs['before']:.2f}",
-                     f"{theirs['loss']:.4f}", f"{theirs['last']:.4f}", f"{theirs['others']:.0%}", *ratios])
-    table(["", "s a step", "peak GB", "before", "first loss", "last loss", "others", "minikd faster", "its peak"],
-          rows)
+    step_table(figures, runs, {"seconds": ("s a step", 2), "peak": ("peak GB", 2), "before": ("before", 2),
+                               "loss": ("first loss", 4), "last": ("last loss", 4)})
     print(f"{args.steps} steps, {args.repeats} turns; " + machine("torch", "transformers", "trl"))
 
 

@@ -114,6 +114,28 @@ def in_turns(jobs: dict, repeats: int, tries: int = 4) -> dict:
             for name, turns in results.items()}
 
 
+def trainer_clock():
+    """A callback for a trainer of transformers or trl: `seconds` of each step, the `losses` it logged, and the bytes resident
+    `before` the first step."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        seconds, losses, before = [], [], None
+
+        def on_step_begin(self, *_, **__):
+            self.before = self.before or resident()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            self.seconds.append(time.perf_counter() - self.start)
+
+        def on_log(self, args, state, control, logs, **_):
+            if "loss" in logs:
+                self.losses.append(logs["loss"])
+
+    return Clock()
+
+
 # ---- tables
 
 def table(header: list[str], rows: list[list]):
@@ -123,3 +145,18 @@ def table(header: list[str], rows: list[list]):
     for row in cells:
         print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]),
               flush=True)
+
+
+def step_table(figures: dict, runs: list[tuple[str, str]], columns: dict[str, tuple[str, int]]):
+    """Prints a row for each (method, mode) of a training step, and against its peers how much faster minikd is and which share of
+    their peak it needs, in the same mode; trl's mode `default` is compared with bf16.
+
+    figures  of each run: seconds, peak, others and those of the columns {name of a figure: (heading, decimals)}; 0 is left blank
+    """
+    rows = []
+    for method, mode in runs:
+        row, ours = figures[method, mode], figures["minikd", "float32" if mode == "float32" else "bf16"]
+        ratios = [f"{row['seconds'] / ours['seconds']:.2f}x", f"{ours['peak'] / row['peak']:.2f}"]
+        cells = [f"{row[name]:.{digits}f}" if row[name] else "" for name, (_, digits) in columns.items()]
+        rows.append([f"{mode} {method}", *cells, f"{row['others']:.0%}", *(["", ""] if method in ("minikd", "lean") else ratios)])
+    table(["", *(heading for heading, _ in columns.values()), "others", "minikd faster", "its peak"], rows)

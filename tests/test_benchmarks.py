@@ -1,11 +1,13 @@
-"""The script that a GPU is lent for runs from end to end, on a CPU, in small shapes; and minikd's side of a GRPO step."""
+"""The script that a GPU is lent for runs from end to end, on a CPU, in small shapes; and minikd's side of the steps that trl is
+compared with."""
 import importlib.util
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from benchmarks import gpu as script, grpo_step
+from benchmarks import gpu as script, grpo_step, kd_step, on_policy_step, sft_step
 from conftest import small
 from fake_gpu import gpu
 from minikd.checkpoint import save_model
@@ -41,6 +43,20 @@ def test_minikds_side_of_the_grpo_step_runs(monkeypatch, tmp_path):
     for mode in "float32", "bf16":
         seconds, sampling = grpo_step.minikd(tmp_path, mode, 2)
         assert len(seconds) == 2 and 0 < sampling < max(seconds)
+
+
+@pytest.mark.parametrize("mode", ["float32", "bf16"])
+def test_minikds_side_of_the_other_steps_runs(mode, monkeypatch, tmp_path):
+    for module, name, value in ((kd_step, "WORDS", 400), (kd_step, "LENGTH", 70), (grpo_step, "WORDS", 400),
+                                (on_policy_step, "WORDS", 400), (on_policy_step, "NEW", 4), (on_policy_step, "ROWS", 3)):
+        monkeypatch.setattr(module, name, value)
+    for seed, name in enumerate(("student", "teacher")):
+        save_model(small(seed), tmp_path / name)
+    _, losses, _ = kd_step.minikd(tmp_path, mode, 2)
+    _, naive, _ = kd_step.minikd(tmp_path, mode, 2, full_logits=True)
+    assert losses == pytest.approx(naive, rel=1e-5 if mode == "float32" else 1e-2) and min(losses) > 0.1
+    for seconds, losses, *_ in sft_step.minikd(tmp_path / "student", mode, 2), on_policy_step.minikd(tmp_path, mode, 2):
+        assert len(seconds) == len(losses) == 2 and min(seconds) > 0 and min(losses) > 0.1
 
 
 def test_a_section_that_fails_does_not_cost_the_others(monkeypatch, capsys):
