@@ -242,6 +242,11 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, tmp_path, flags, sa
     assert files() == before
 
 
+def test_a_format_that_is_named_decides_what_the_reference_is(tmp_path):
+    path = write(tmp_path / "r.jsonl", [{"instruction": "?", "response": "a", "references": ["b"]}])
+    assert read_references(path, format="dolly")[0].references == ("a",)
+
+
 def test_a_format_that_does_not_fit_the_references_is_named(tmp_path):
     with pytest.raises(InputError, match="r.jsonl:1: field 'fail' is missing"):
         read_references(write(tmp_path / "r.jsonl", RECORDS), format="bugnet")

@@ -80,6 +80,7 @@ def test_the_answer_stands_in_its_tags_or_after_the_thoughts(text, answer):
     ("1. So:\n\n   ```python\n   def f():\n       return 1\n\n   ```\n2. Done.", "def f():\n    return 1\n\n"),   # in a list
     ("- So:\n\t```python\n\ta\n```\nDone.", "a\n"),
     ("````python\n```\na\n```\n````", "```\na\n```\n"),                 # as in CommonMark
+    ("```\na\n```python\nb\n```", "a\n```python\nb\n"),                # a fence with a language opens a block, and closes none
     ("```cpp\nint x;\n```", None),
     ("```c++\nint x;\n```", None),
     ("```python\nfirst\n```\n```cpp\nint x;\n```", None),               # the last block is the answer, whatever it is
@@ -333,6 +334,7 @@ def test_an_endless_loop_fails_its_own_test_only():
     problem = {**DOUBLE, "time_limit": 0.7}
     assert one(code_reward, says(block(program)), problem) == 0
     assert one(code_reward, says(block(program)), problem, partial=True) == 0.5
+    assert [one(REWARDS[name], says(block(program)), problem) for name in ("code", "code_partial")] == [0, 0.5]
     assert one(code_reward, says(block(program)), {**DOUBLE, "time_limit": 60}, max_seconds=0.7) == 0
 
 
