@@ -625,12 +625,17 @@ def time_kd(device, tiny, limits):
             compile_losses()
         if kind == "transformers compiled":
             student.forward, teacher.forward = torch.compile(student.forward), torch.compile(teacher.forward)
+        if kind == "trl":
+            from trl.kernels.chunked_divergence import ChunkedDivergenceFunction as tiles
         head, kept = teacher.head.detach() if ours else None, None
         if "cached" in kind:
             with torch.inference_mode():
                 kept = scored_positions(teacher.hidden(ids), ids, mask)[0].cpu()
             head, teacher = head.clone(), None
             fresh(device)
+
+        def body_states(model):                                 # of transformers' model, where a token is scored: [N, D]
+            return model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][kept_by_peer]
 
         def step():
             with torch.autocast(device, torch.bfloat16):
@@ -639,6 +644,12 @@ def time_kd(device, tiny, limits):
                         soft = scored_positions(teacher.hidden(ids), ids, mask)[0] if teacher else send(kept, device)
                     hidden, targets = scored_positions(student.hidden(ids), ids, mask)
                     loss = head_loss(hidden, student.head, targets, soft, head, forward_kl, 1.0, 1 / len(targets))[0]
+                elif kind == "trl":
+                    with torch.no_grad():
+                        soft = body_states(teacher)
+                    values, _ = tiles.apply(body_states(student), student.lm_head.weight, None, soft, teacher.lm_head.weight,
+                                            None, 0.0, 1.0, 1.0, None, 1.0, None)           # 0: forward KL; no soft caps
+                    loss = values.sum() / scored
                 else:
                     with torch.no_grad():
                         soft = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -659,8 +670,10 @@ def time_kd(device, tiny, limits):
                   f"{batch * length / median(times):,.0f}", f"{flops / median(times) / 989e12:.0%}",
                   f"{flops / median(times) / limits['flops']:.0%}", f"{peak_gb(device):.2f}", f"{loss:.3f}", spread(times))
 
-    kinds = ["minikd", "minikd cached", "transformers", "minikd --compile", "minikd cached --compile", "transformers compiled"]
-    for kind in wanted(*kinds[:3 if tiny else 6]):  # compiling takes longer than all the rest
+    kinds = ["minikd", "minikd cached", "transformers"]
+    if not tiny:                                    # trl: transformers' models, the loss of trl's DistillationTrainer
+        kinds += ["trl", "minikd --compile", "minikd cached --compile", "transformers compiled"]    # compiling takes the longest
+    for kind in wanted(*kinds):
         begin(kind, device)
         with attempt(kind):
             measure(kind)
