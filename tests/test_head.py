@@ -1,5 +1,6 @@
 """The head applied chunk by chunk, against the loss of full logits, its gradients and its memory; the shift by one."""
 import functools
+import inspect
 import random
 
 import pytest
@@ -317,13 +318,14 @@ def test_full_logits_are_never_made_forward_or_backward(name, autocast):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_values_and_gradients_are_those_of_trl_which_works_in_tiles(beta):
-    pytest.importorskip("trl")
-    tiles = pytest.importorskip("trl.kernels.chunked_divergence")
+    tiles = pytest.importorskip("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+    if len(inspect.signature(tiles.forward).parameters) != 13:
+        pytest.skip("another version of trl; this is of 1.16")
     inputs, plain = head_inputs(), (1.0, None)                                  # no scale, no soft cap of the logits
     divergence = {0.0: forward_kl, 1.0: reverse_kl}.get(beta, functools.partial(jensen_shannon, beta=beta))
     loss, _, kd = head_loss(**inputs, divergence=divergence, kd_ratio=1.0, chunk_bytes=7 * V * 4)
-    theirs, _ = tiles.ChunkedDivergenceFunction.apply(
-        inputs["hidden"], inputs["head"], None, inputs["teacher_hidden"], inputs["teacher_head"], None, beta, 1.0, *plain, *plain)
+    theirs, _ = tiles.apply(inputs["hidden"], inputs["head"], None, inputs["teacher_hidden"], inputs["teacher_head"], None, beta,
+                            1.0, *plain, *plain)
     torch.testing.assert_close(kd, theirs.detach(), rtol=1e-5, atol=1e-6)
     of = inputs["hidden"], inputs["head"]
     for ours, expected in zip(gradients(loss, *of), gradients(theirs.sum(), *of)):
