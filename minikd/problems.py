@@ -4,7 +4,8 @@
     code        f(2)=7, f(5)=13: write a program that prints f(x) for the x it reads; tests decide
     codeforces  open-r1/codeforces-cots and open-r1/codeforces: statement, examples, official_tests, limits. -cots has no
                 official_tests: what it checks stands in the prompt, where a program that only prints it is rewarded too
-    question    GSM8K, NuminaMath and others: question or problem; answer or solution, or tests [{input, output}]
+    question    GSM8K, NuminaMath and others: question or problem, or a prompt, also as trl's messages; answer or solution, or
+                tests [{input, output}]
 
 The toy students first learn from answers of mixed quality, some wrong and some without thoughts; GRPO then makes the good
 ones more frequent. It strengthens what the student can do already, and teaches no new skill.
@@ -162,8 +163,8 @@ def to_problem(record: dict, where: str, format: str | None = None) -> Problem:
 
 def _question(record: dict, where: str) -> tuple[str, dict]:
     """What is asked, and its answer, or the tests that a program must pass."""
-    field = next((name for name in ("question", "problem", "instruction", "prompt")
-                  if isinstance(record.get(name), str) and record[name].strip()), None)
+    asked = {name: _asked(record.get(name)) for name in ("question", "problem", "instruction", "prompt")}
+    field = next((name for name in asked if asked[name]), None)
     given = [name for name in ("answer", "response", "output", "solution") if name in record]
     name = next((name for name in given if kind_of(record[name]) != "null" and str(record[name]).strip()), None)
     whole = str(record[name]) if name and isinstance(record[name], (str, int, float)) else ""
@@ -180,7 +181,15 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
         raise kind(f"{where}: is not a problem: give `question` and `answer` or `tests`, or Codeforces' `description` and "
                    f"`examples` (its fields: {', '.join(list(record)[:12])})")
     more = text_field(record, where, "context", "input", default="") if field == "instruction" else ""      # Dolly's, Alpaca's
-    return "\n\n".join(filter(None, (record[field], more, PYTHON if tests else ANSWER))), facts
+    return "\n\n".join(filter(None, (asked[field], more, PYTHON if tests else ANSWER))), facts
+
+
+def _asked(value) -> str:
+    """The text of a question; or of the one user turn in a list of messages, as trl's datasets have it; "" of anything else."""
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        turns = [turn for turn in value if turn.get("role") != "system"]        # SYSTEM takes the place of their own
+        value = turns[0].get("content") if [turn.get("role") for turn in turns] == ["user"] else None
+    return value if isinstance(value, str) and value.strip() else ""
 
 
 def boxed(text: str) -> str | None:

@@ -146,6 +146,16 @@ def test_a_question_with_its_answer_is_a_problem():
     assert [boxed(text) for text in ("2", r"\boxed{", r"\boxed{{2}", r"\boxed{}", r"\boxed{ 2 }{")] == [None, None, None, "", "2"]
 
 
+def test_a_prompt_may_be_a_list_of_messages_with_one_question():
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    problem = to_problem({"prompt": turns, "solution": "$4$"}, "x")
+    assert problem == to_problem({"prompt": "2 + 2?", "solution": "$4$"}, "x") and problem.facts == {"answer": "$4$"}
+    for odd in (turns[:1], [*turns, {"role": "assistant", "content": "4"}], [*turns, turns[1]], ["2 + 2?"], [], [{}],
+                [{"role": "user", "content": None}]):
+        with pytest.raises(InputError, match="is not a problem"):
+            to_problem({"prompt": odd, "solution": "4"}, "x")
+
+
 def test_a_question_may_have_tests_in_place_of_an_answer():
     tests = [{"input": "3\n", "output": "6\n"}]
     problem = to_problem({"question": "Double it.", "tests": tests, "time_limit": 2}, "x")
