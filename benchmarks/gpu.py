@@ -33,6 +33,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
+from benchmarks.head_loss import trl
 from benchmarks.measure import machine
 from minikd import cuda, loss_cuda, losses, w4_cuda
 from minikd.attend_cuda import HEADS, attend
@@ -625,8 +626,6 @@ def time_kd(device, tiny, limits):
             compile_losses()
         if kind == "transformers compiled":
             student.forward, teacher.forward = torch.compile(student.forward), torch.compile(teacher.forward)
-        if kind == "trl":
-            from trl.kernels.chunked_divergence import ChunkedDivergenceFunction as tiles
         head, kept = teacher.head.detach() if ours else None, None
         if "cached" in kind:
             with torch.inference_mode():
@@ -647,9 +646,7 @@ def time_kd(device, tiny, limits):
                 elif kind == "trl":
                     with torch.no_grad():
                         soft = body_states(teacher)
-                    values, _ = tiles.apply(body_states(student), student.lm_head.weight, None, soft, teacher.lm_head.weight,
-                                            None, 0.0, 1.0, 1.0, None, 1.0, None)           # 0: forward KL; no soft caps
-                    loss = values.sum() / scored
+                    loss = trl(body_states(student), student.lm_head.weight, None, soft, teacher.lm_head.weight)
                 else:
                     with torch.no_grad():
                         soft = teacher(input_ids=ids, use_cache=False).logits[:, :-1]

@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import child, in_turns, machine, peak_resident, report, step_table, trainer_clock
+from benchmarks.measure import compare_steps, peak_resident, report, trainer_clock
 from minikd import grpo
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
@@ -117,13 +117,9 @@ def main():
     parser.add_argument("--steps", type=int, default=4, help="of each child; the first is not timed")
     parser.add_argument("--repeats", type=int, default=1, help="children per row")
     args = parser.parse_args()
-    runs = [(method, mode) for mode in ("float32", "bf16") for method in ("trl", "minikd")] + [("trl", "default")]
     with tempfile.TemporaryDirectory() as folder:
         save_model(Qwen2(SHAPE).init_weights(0), Path(folder) / "model")
-        figures = in_turns({run: lambda run=run: child("benchmarks.grpo_step", *run, args.steps, folder) for run in runs},
-                           args.repeats)
-    step_table(figures, runs, {"seconds": ("s a step", 2), "sampling": ("of it sampling", 2), "peak": ("peak GB", 2)})
-    print(f"{args.steps} steps, {args.repeats} turns; " + machine("torch", "transformers", "trl"))
+        compare_steps("benchmarks.grpo_step", args.steps, args.repeats, folder)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,10 @@ def minikd(hidden, head, targets, soft, soft_head, kd_ratio):
     return head_loss(hidden, head, targets, soft, soft_head, forward_kl, kd_ratio, weight=1 / len(hidden))[0]
 
 
-def trl(hidden, head, targets, soft, soft_head, kd_ratio):
+def trl(hidden, head, targets, soft, soft_head, kd_ratio=1.0):
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
-    return _chunked_divergence_loss(hidden[None], soft[None], head, soft_head, torch.ones(1, len(hidden)), beta=0.0)[0]
+    mask = torch.ones(1, len(hidden), device=hidden.device)
+    return _chunked_divergence_loss(hidden[None], soft[None], head, soft_head, mask, beta=0.0)[0]      # 0: forward KL
 
 
 def measure(method: str, mode: str, kd_ratio: float):

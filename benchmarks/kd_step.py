@@ -27,7 +27,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import child, in_turns, machine, peak_resident, report, reset_peak, resident, step_table, trainer_clock
+from benchmarks.measure import compare_steps, peak_resident, report, reset_peak, resident, trainer_clock
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
 from minikd.losses import forward_kl
@@ -149,11 +149,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name, config in SHAPES.items():
             save_model(Qwen2(config).to(torch.bfloat16).init_weights(len(name)), Path(folder) / name)
-        figures = in_turns({run: lambda run=run: child("benchmarks.kd_step", *run, args.steps, folder) for run in runs},
-                           args.repeats)
-    step_table(figures, runs, {"seconds": ("s a step", 2), "peak": ("peak GB", 2), "before": ("before", 2),
-                               "loss": ("first loss", 4), "last": ("last loss", 4)})
-    print(f"{args.steps} steps, {args.repeats} turns; " + machine("torch", "transformers", "trl"))
+        compare_steps("benchmarks.kd_step", args.steps, args.repeats, folder, runs)
 
 
 if __name__ == "__main__":

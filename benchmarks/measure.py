@@ -147,16 +147,21 @@ def table(header: list[str], rows: list[list]):
               flush=True)
 
 
-def step_table(figures: dict, runs: list[tuple[str, str]], columns: dict[str, tuple[str, int]]):
-    """Prints a row for each (method, mode) of a training step, and against its peers how much faster minikd is and which share of
-    their peak it needs, in the same mode; trl's mode `default` is compared with bf16.
+FIGURES = {"seconds": ("s a step", 2), "sampling": ("of it sampling", 2), "peak": ("peak GB", 2), "before": ("before", 2),
+           "loss": ("first loss", 4), "last": ("last loss", 4)}                 # what children report -> heading, decimals
+STEPS = [("trl", "float32"), ("minikd", "float32"), ("trl", "bf16"), ("minikd", "bf16"), ("trl", "default")]
 
-    figures  of each run: seconds, peak, others and those of the columns {name of a figure: (heading, decimals)}; 0 is left blank
-    """
-    rows = []
+
+def compare_steps(module: str, steps: int, repeats: int, folder, runs: list[tuple[str, str]] = STEPS):
+    """Times a training step by each (method, mode) in children of `module`, in turns, and prints a row for each: the FIGURES that
+    were reported (0 is left blank), and for the peers how much faster minikd is and which share of their peak it needs, in the
+    same mode; trl's mode `default` is compared with bf16."""
+    figures, rows = in_turns({run: lambda run=run: child(module, *run, steps, folder) for run in runs}, repeats), []
+    columns = {name: shown for name, shown in FIGURES.items() if name in figures[runs[0]]}
     for method, mode in runs:
         row, ours = figures[method, mode], figures["minikd", "float32" if mode == "float32" else "bf16"]
         ratios = [f"{row['seconds'] / ours['seconds']:.2f}x", f"{ours['peak'] / row['peak']:.2f}"]
         cells = [f"{row[name]:.{digits}f}" if row[name] else "" for name, (_, digits) in columns.items()]
         rows.append([f"{mode} {method}", *cells, f"{row['others']:.0%}", *(["", ""] if method in ("minikd", "lean") else ratios)])
     table(["", *(heading for heading, _ in columns.values()), "others", "minikd faster", "its peak"], rows)
+    print(f"{steps} steps, {repeats} turns; " + machine("torch", "transformers", "trl"))

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.grpo_step import NEW, WORDS, prompts, tokenizer
 from benchmarks.kd_step import LR, SHAPES
-from benchmarks.measure import child, in_turns, machine, peak_resident, report, step_table, trainer_clock
+from benchmarks.measure import compare_steps, peak_resident, report, trainer_clock
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
 from minikd.generate import respond
@@ -93,15 +93,10 @@ def main():
     parser.add_argument("--steps", type=int, default=3, help="of each child; the first is not timed")
     parser.add_argument("--repeats", type=int, default=3, help="children per row")
     args = parser.parse_args()
-    runs = [("trl", "float32"), ("minikd", "float32"), ("trl", "bf16"), ("minikd", "bf16"), ("trl", "default")]
     with tempfile.TemporaryDirectory() as folder:
         for name, config in SHAPES.items():
             save_model(Qwen2(config).to(torch.bfloat16).init_weights(len(name)), Path(folder) / name)
-        figures = in_turns({run: lambda run=run: child("benchmarks.on_policy_step", *run, args.steps, folder) for run in runs},
-                           args.repeats)
-    step_table(figures, runs, {"seconds": ("s a step", 2), "peak": ("peak GB", 2), "loss": ("first loss", 4),
-                               "last": ("last loss", 4)})
-    print(f"{args.steps} steps, {args.repeats} turns; " + machine("torch", "transformers", "trl"))
+        compare_steps("benchmarks.on_policy_step", args.steps, args.repeats, folder)
 
 
 if __name__ == "__main__":
