@@ -73,7 +73,8 @@ __device__ __forceinline__ void wait_for_team(int team, int threads) {  // barri
 // A word holds a bfloat16 value in its upper half and a tag in its lower; of 64 bits, a float32 and a tag. Relaxed accesses see
 // a word whole, old or new, and need no fence: nothing else is read on the strength of it. Before a block overwrites words, all
 // blocks have read them: every block computes a part of `wide` in each layer, which it cannot send before it has read all words
-// of the stages before, and no block passes stage 5 without all of `wide`.
+// of the stages before, and no block passes stage 5 without all of `wide`. Of `wide` itself there are two, for even and for odd
+// layers: a block whose only task is in stage 4 may have sent its part and not yet read the others', when they are a layer on.
 
 __device__ __forceinline__ Words load_relaxed(const u32* p) {
     Words v;
@@ -514,13 +515,13 @@ template <class Weights> __device__ __forceinline__ void gather(Shared& shared, 
 
 // shared.in = wide. The words come a few at a time, but those first that are waited for: while they are not there, the others
 // would only fill the way to the L2.
-template <class Weights> __device__ __forceinline__ void receive_wide(Shared& shared, const Step& s, u32 tag) {
+template <class Weights> __device__ __forceinline__ void receive_wide(Shared& shared, const Step& s, const u32* wide, u32 tag) {
     Words v[AT_ONCE];
-    receive<1>(s.wide, 0, s.I, tag, v);
+    receive<1>(wide, 0, s.I, tag, v);
     __syncthreads();                                    // no warp reads shared.in any more
     Weights::put(shared, 4 * threadIdx.x, values(v[0]), s.zeros);
     for (int first = 1; first * 4 * THREADS < s.I; first += AT_ONCE) {
-        receive<AT_ONCE>(s.wide, first, s.I, tag, v);
+        receive<AT_ONCE>(wide, first, s.I, tag, v);
 #pragma unroll 1                                        // less code: a layer's must fit into the instruction caches
         for (int r = 0; r < AT_ONCE; r++) {
             int at = 4 * (threadIdx.x + (first + r) * THREADS);
@@ -560,6 +561,7 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
     wait_for_copies<0>();
     for (int l = 0; l < s.L; l++) {
         const Layer& layer = shared.layer[l % 2];
+        u32* wide = s.wide + l % 2 * s.I;
         u32 tag = ((u32)slot * s.L + l) % 65535 + 1, before = ((u32)slot * s.L + l + 65534) % 65535 + 1;
         Words mine[2] = {};
         Pair gain[2];
@@ -603,11 +605,11 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
         normalise<Weights>(shared, mine, gain, s.D, s.eps, s.zeros);
         gate_up.run([&](int n, float gate, float up) {  // SwiGLU eq. (6)
             gate = rounded(gate);
-            send(s.wide + n, rounded(gate / (1 + __expf(-gate))) * rounded(up), tag);
+            send(wide + n, rounded(gate / (1 + __expf(-gate))) * rounded(up), tag);
         });
 
         Product<Weights, 1> down(shared, layer.down, s.D, s.I, s.group, s.bits[3]);
-        receive_wide<Weights>(shared, s, tag);
+        receive_wide<Weights>(shared, s, wide, tag);
         down.run([&](int n, float a, float) {
             a = bf16(shared.x[n]) + rounded(a);
             if (l + 1 < s.L) send(s.last + n, a, tag);

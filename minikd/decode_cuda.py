@@ -84,8 +84,8 @@ class OneKernel:
         words = lambda count: torch.zeros(count, dtype=torch.int32, device=device)              # 0 is no tag
         self.held = dict(
             layers=torch.tensor(table, device=device), cos=cos, sin=sin, slot=cache.slot,               # [L, 17], [S, E], [1]
-            y=torch.empty(1, 1, D, dtype=torch.bfloat16, device=device), heads=words(outputs), middle=words(D), wide=words(I),
-            last=words(D), parts=torch.zeros(H, SPLITS, E + 2, dtype=torch.int64, device=device))
+            y=torch.empty(1, 1, D, dtype=torch.bfloat16, device=device), heads=words(outputs), middle=words(D),
+            wide=words(2 * I), last=words(D), parts=torch.zeros(H, SPLITS, E + 2, dtype=torch.int64, device=device))
         first = self.body.layers[0].self_attn.o_proj
         four = isinstance(first, W4Linear)
         self.name, block = ("decode_w4", 128) if four else ("decode_bf16", 64)                  # block: a part's inputs

@@ -375,12 +375,14 @@ class Grid:
     together            the blocks run at the same time, as in a cooperative launch
     overlap             the kernel before may still run: until griddepcontrol.wait, only asynchronous copies access global memory
     order               which warp runs next when one yields: the "first" that can, the "last", or all in "turns"
+    asleep              (warp, polls in a row) -> whether it is held up, as by another program's turn, while others can run
     """
 
     def __init__(self, kernel: Kernel, shape: tuple[int, int], threads: int, arguments: bytes, readable, writable,
-                 dynamic: int = 0, together: bool = False, order: str = "turns", overlap: bool = False):
+                 dynamic: int, together: bool, order: str, overlap: bool, asleep):
         self.kernel, self.shape, self.threads, self.arguments, self.dynamic = kernel, shape, threads, arguments, dynamic
         self.order, self.overlap, self.released, self.given, warps = order, overlap, {}, {}, threads // 32
+        self.asleep = asleep
         self.clocks = warps * (shape[0] * shape[1] if together else 1)
         places = [(x, y) for y in range(shape[1]) for x in range(shape[0])]
         for group in [places] if together else [[place] for place in places]:
@@ -396,6 +398,7 @@ class Grid:
         while running:
             ready = [i for i, (warp, _) in enumerate(running) if not waits.get(warp)]
             require(ready, "deadlock", *(warp for warp, _ in running))
+            ready = [i for i in ready if not self.asleep(running[i][0], polls)] or ready
             turn += 1
             in_order = {"first": 0, "last": -1}.get(self.order, turn % len(ready))
             pick = ready[in_order if polls < 9 else turn % len(ready)]  # after several polls, other warps get a turn
@@ -423,7 +426,8 @@ class Driver:
     """
 
     def __init__(self, kernels: dict[str, Kernel]):
-        self.kernels, self.readable, self.writable, self.launched, self.shared, self.order = kernels, [], [], [], {}, "turns"
+        self.kernels, self.readable, self.writable, self.launched, self.shared = kernels, [], [], [], {}
+        self.order, self.asleep = "turns", lambda warp, polls: False                                # as in Grid
 
     def cuFuncSetAttribute(self, name, attribute, value):
         require(attribute == 8, "an attribute other than the dynamic shared memory")
@@ -440,7 +444,7 @@ class Driver:
         for (begin, size), address in zip(kernel.params.values(), addresses):
             arguments[begin:begin + size] = ctypes.string_at(address, size)
         Grid(kernel, (across, down), threads, bytes(arguments), self.readable, self.writable, shared, together, self.order,
-             overlap)
+             overlap, self.asleep)
         self.launched.append(name)
         return 0
 

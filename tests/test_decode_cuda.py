@@ -102,6 +102,25 @@ def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, 
     assert int(caches[1].slot) == int(caches[0].slot) == prompt + 1
 
 
+def test_a_block_may_be_held_up_before_it_reads_what_all_have_sent(on_cpu):
+    """Of 7 blocks the last has a task in gate/up alone: it sends its words of `wide`, and nobody waits for it until the next
+    layer's. Meanwhile the others go on as far as they can."""
+    model = make(16, hidden_size=16, intermediate_size=56, num_attention_heads=1, num_key_value_heads=1)
+    on_cpu.blocks, prompt, woken = 7, [[3, 1, 4, 1, 5]], []
+    caches = [StaticCache(prefill(model, prompt, 8, 1)[0]) for _ in range(2)]
+    one = OneKernel(model, caches[1])
+    words, tag = one.held["wide"][48:56].numpy(), len(prompt[0]) * 2 + 1        # of the last block, in layer 0
+
+    def asleep(warp, polls) -> bool:
+        woken.extend([True] * (polls == 500))                                   # nobody else can go on
+        return not woken and warp.block.at == (6, 0) and bool((words & 0xffff == tag).all())
+
+    on_cpu.asleep = asleep
+    with torch.inference_mode():
+        plain, found = (each.hidden(torch.tensor([[7]]), cache) for each, cache in zip((model, one), caches))
+    assert woken and error_of(found, plain.double()) < 0.03
+
+
 def weights_of(model: Qwen2) -> dict:
     """Every weight by its name, the 4-bit ones dequantised."""
     weights = {name: weight for name, weight in model.state_dict().items()
