@@ -188,8 +188,8 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
             return ctypes.c_void_p(None if value is None else value.data_ptr())
         return ctypes.c_int(value) if isinstance(value, int) else value
 
-    values = [argument(value) for value in values]
-    addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    arguments = [argument(value) for value in values]           # `values` keeps a temporary tensor until it is launched
+    addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
     (driver, _), kernel, shape = load(device.index), find(device.index, name), (*grid, 1, threads, 1, 1, shared)
     with torch.cuda.device(device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

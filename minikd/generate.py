@@ -4,6 +4,7 @@ References
     nucleus sampling                    arXiv:1904.09751
     MiniLLM, teacher-mixed sampling     arXiv:2306.08543, eq. (4)
 """
+import functools
 import math
 from contextlib import ExitStack
 
@@ -198,6 +199,12 @@ def can_record(device: torch.device) -> bool:
     return device.type == "cuda" and device.index == torch.cuda.current_device()
 
 
+@functools.cache
+def recording_stream(device: int):
+    """A GPU's stream to record graphs on. torch's own belongs to the GPU that recorded first: another's graphs would be empty."""
+    return torch.cuda.Stream(device)
+
+
 class Replay:
     """Calls `step`: the first time directly, then as a CUDA graph of it, which is one launch and no Python.
 
@@ -214,7 +221,7 @@ class Replay:
             return self.step()
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):                       # records, without running
+            with torch.cuda.graph(graph, stream=recording_stream(torch.cuda.current_device())):     # records, without running
                 self.step()
             self.graph = graph                                  # not before it is whole
         self.graph.replay()

@@ -211,7 +211,7 @@ class Graph:
 
 
 @contextmanager
-def record(graph: Graph):
+def record(graph: Graph, stream=None):
     Played.recording, Played.before = [], {}
     try:
         yield
@@ -264,6 +264,7 @@ def gpu():
         get_device_properties=lambda *_: SimpleNamespace(name="played", multi_processor_count=1, total_memory=1 << 40,
                                                           major=7, minor=5, shared_memory_per_block_optin=227 << 10),
         device=lambda _: nullcontext(), synchronize=lambda *_: None, empty_cache=lambda: None, CUDAGraph=Graph, graph=record,
+        Stream=lambda device: None,
         get_rng_state=lambda *_: torch.get_rng_state(), set_rng_state=lambda state, *_: torch.set_rng_state(state),
         is_current_stream_capturing=lambda: Played.recording is not None, get_device_name=lambda *_: "a CPU",
         reset_peak_memory_stats=lambda *_: None, max_memory_allocated=lambda *_: 0,

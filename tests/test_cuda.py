@@ -1,6 +1,9 @@
 """How the CUDA sources are compiled and cached, and the line that says why they cannot be."""
 import ctypes
 import shutil
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,3 +81,20 @@ def test_for_a_source_that_does_not_compile_the_compiler_s_error_is_given(monkey
         pytest.skip("no nvcc")
     with pytest.raises(Unavailable, match="nvcc: a.cu.*7.*error"):
         cuda.nvcc(b'#line 7 "a.cu"\n__global__ void f() { nonsense; }', "sm_90")
+
+
+def test_a_temporary_tensor_lives_until_its_kernel_is_launched(monkeypatch):
+    held, alive = [], []
+
+    def temporary():
+        tensor = torch.zeros(8)
+        held.append(weakref.ref(tensor))
+        return tensor
+
+    driver = SimpleNamespace(cuLaunchKernel=lambda *_: alive.append(held[0]() is not None) or 0)
+    monkeypatch.setattr(cuda, "load", lambda device: (driver, None))
+    monkeypatch.setattr(cuda, "find", lambda device, name: name)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    cuda.launch("any", torch.device("cuda", 0), (1, 1), 32, temporary(), 3)
+    assert alive == [True] and held[0]() is None

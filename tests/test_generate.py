@@ -206,23 +206,28 @@ def test_with_graphs_rows_leave_by_halves_at_every_look(monkeypatch):
 
 
 def test_a_graph_is_recorded_at_the_second_step_and_then_replayed(monkeypatch):
-    log = []
+    log, gpus = [], [0, 1, 0]
 
     class Graph:
         def replay(self):
             log.append("replay")
 
     @contextmanager
-    def recording(graph):
-        log.append("record")
+    def recording(graph, stream):
+        log.append(stream)
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    replay = Replay(lambda: log.append("step"), on=True)
-    for _ in range(4):
-        replay()
-    assert log == ["step", "record", "step", "replay", "replay", "replay"]
+    monkeypatch.setattr(generation, "recording_stream", generation.recording_stream.__wrapped__)            # not remembered
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of GPU {device}")
+    for gpu in gpus:
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu)
+        replay = Replay(lambda: log.append("step"), on=True)
+        for _ in range(4):
+            replay()
+    assert log == [entry for gpu in gpus for entry in (
+        "step", f"a stream of GPU {gpu}", "step", "replay", "replay", "replay")]
 
 
 # ---- one token from logits ----
