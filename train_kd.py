@@ -81,8 +81,8 @@ def parse_args():
     add = flag_group(parser, "optimisation")
     add("--epochs", type=float, help="passes over the data; MiniLLM takes as many steps as these would (1; toy: --steps 400)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
-    add("--batch-size", type=int, default=8, toy=32, help="examples in a micro-batch")
-    add("--grad-accum", type=int, default=1, help="micro-batches in an optimizer step")
+    add("--batch-size", type=int, default=8, toy=16, help="examples in a micro-batch")
+    add("--grad-accum", type=int, default=1, toy=2, help="micro-batches in an optimizer step: each is padded for itself")
     add("--lr", type=float, nargs="+", default=[1e-5], toy=[3e-3],
         help="peak; several: one run for each; 1e-3 on the toy's own answers")
     add("--warmup", type=int, default=0, toy=30, help="steps of linear warm-up")
@@ -352,7 +352,7 @@ def toy_world(out: Path, seed: int, resume: bool, device):
     clean, report = load_examples(out / "data" / "teacher.jsonl")
     train_part, valid_part = split_examples(clean, 100, seed)
     rows, valid = (encode_examples(part, tokenizer)[0] for part in (train_part, valid_part))
-    common = dict(tokenizer=tokenizer, loss="sft", batch_size=32, warmup=30, eval_examples=100, max_new_tokens=48,
+    common = dict(tokenizer=tokenizer, loss="sft", batch_size=16, grad_accum=2, warmup=30, eval_examples=100, max_new_tokens=48,
                   rouge="unicode", seed=seed, valid_rows=valid, valid_examples=valid_part, resume=resume)
     stage(out / "teacher", lambda: Qwen2(toy.teacher_config(len(tokenizer))).init_weights(seed).to(device), rows=rows,
           steps=500, lr=2e-3, eval_every=250, recorded={"toy": True, "data": report.files}, **common)

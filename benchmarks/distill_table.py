@@ -50,7 +50,7 @@ def one_seed(seed: int, folder: Path, steps: int, lr: float) -> dict[str, dict]:
         out = folder / name.replace(" ", "-").replace(",", "")
         seconds = run("--student", folder / "sft/best", "--teacher", folder / "teacher/best", "--data",
                       folder / "data/train.jsonl", "--eval-data", folder / "data/test.jsonl", "--rouge", "unicode",
-                      "--dtype", "float32", "--kd-ratio", 1, "--batch-size", 32, "--steps", steps, "--lr", lr,
+                      "--dtype", "float32", "--kd-ratio", 1, "--batch-size", 16, "--grad-accum", 2, "--steps", steps, "--lr", lr,
                       "--warmup", 30, "--validation", 100, "--eval-every", steps, "--max-new-tokens", 48,
                       "--eval-examples", 100, "--seed", seed, "--out", out, *flags.split())
         start, trained, teacher = last_rows(out).values()
