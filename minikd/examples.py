@@ -8,6 +8,10 @@ ignored, except `category`, which any record may have.
     alpaca      instruction, input, output             `output` may be a list of references, as in MiniLLM/dolly (its
                                                        `prompt` repeats instruction and input, and is not read)
     chat        messages [{role, content}]             the last assistant turn is the answer
+    sharegpt    conversations [{from, value}]          the same under the names human and gpt; maybe with `system`
+    pair        prompt, question, problem or query;    trl's, OpenOrca's (with `system_prompt`), GSM8K's, MATH's, MetaMathQA's;
+                completion, response, solution         either part is a text or messages
+                or answer
     bugnet      fail, pass, error, original_status,    alexjercan/bugnet; `change` (replace, insert, delete) belongs to
                 language                               the answer and is not read
     pytorrent   summary or docstring,                  Zenodo 4546290, *.jsonl.gz shards
@@ -72,8 +76,9 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
     name = format or recognise(record)
     if name not in FORMATS:
         known = "; ".join(f"{key} ({', '.join(' or '.join(n) for n in needs)})" for key, (_, needs) in FORMATS.items())
-        raise InputError(f"{where}: {f'format {name!r}' if name else f'fields ({_names(record)})'} not known; "
-                         f"the formats are {known}")
+        what, mend = (f"format {name!r}", "the formats are") if name else (
+            f"fields ({_names(record)})", "rename them to those of a format:")
+        raise InputError(f"{where}: {what} not known; {mend} {known}")
     messages, instruction, input, answers = FORMATS[name][0](record, where)
     category = text_field(record, where, "category", default="").strip() or name
     return Example(messages, instruction, input, answers[0], answers, category, where)
@@ -129,12 +134,14 @@ def _alpaca(record, where):
     return *question, tuple(filter(None, texts))                # the first is the target, all are references
 
 
-def _chat(record, where):
-    if not isinstance(record.get("messages"), list):
-        raise InputError(f"{where}: field 'messages' is {_state(record, 'messages')}; make it [{{role, content}}, ...]")
+def _chat(record, where, field="messages"):
+    if not isinstance(record.get(field), list):
+        raise InputError(f"{where}: field {field!r} is {_state(record, field)}; make it [{{role, content}}, ...]")
     turns = []
-    for i, turn in enumerate(record["messages"]):
-        at = f"{where}: messages[{i}]"
+    for i, turn in enumerate(record[field]):
+        at = f"{where}: {field}[{i}]"
+        if isinstance(turn, dict) and (turn.get("role") in TOOLS or turn.get("tool_calls")):
+            raise Dropped(where, "use of a tool")
         if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
             raise InputError(f"{at}: not a turn of system, user or assistant; rename or remove it")
         if _state(turn, "content") in ("null", "missing"):
@@ -143,13 +150,35 @@ def _chat(record, where):
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
     asked = [turn for turn in turns[:last] if turn["role"] != "system"]
     if not any(turn["role"] == "user" for turn in asked):
-        raise InputError(f"{where}: field 'messages' has no assistant turn after a user turn; add the answer")
+        raise Dropped(where, "no assistant turn after a user turn")
     if not asked[-1]["content"] or not turns[last]["content"]:
         raise Dropped(where, "empty message")
     # One text for the "alpaca" template; in a conversation of several turns each is marked User: or Assistant:.
     instruction = "\n\n".join(turn["content"] if turn["role"] == "system" or len(asked) == 1 else
                               f"{turn['role'].title()}: {turn['content']}" for turn in turns[:last])
     return tuple(turns[:last]), instruction, "", (turns[last]["content"],)
+
+
+def _sharegpt(record, where):
+    turns = record.get("conversations")
+    if isinstance(turns, list):
+        turns = [{"role": SHAREGPT.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+                 if isinstance(turn, dict) and "from" in turn else turn for turn in turns]
+    return _chat({"conversations": _system(record, where, turns)}, where, "conversations")
+
+
+def _pair(record, where):
+    turns = []
+    for role, names in zip(("user", "assistant"), PAIR):
+        part = next((record[name] for name in names if kind_of(record.get(name)) != "null"), None)
+        turns += part if isinstance(part, list) else [{"role": role, "content": text_field(record, where, *names)}]
+    return _chat({"messages": _system(record, where, turns)}, where)
+
+
+def _system(record: dict, where: str, turns):
+    """The turns, begun by what the record's own field says as the system, if there is one."""
+    text = text_field(record, where, "system", "system_prompt", default="")
+    return [{"role": "system", "content": text}, *turns] if text and isinstance(turns, list) else turns
 
 
 def _bugnet(record, where):
@@ -193,6 +222,9 @@ def _held_out(record, where):
     return messages, instruction, input, answers
 
 
+TOOLS = {"tool", "tool_call", "tool_response", "function", "function_call", "observation"}       # roles of turns
+SHAREGPT = {"human": "user", "gpt": "assistant"}
+PAIR = [("prompt", "question", "problem", "query"), ("completion", "response", "solution", "answer")]
 # In the order they are tried: (record, where) -> (messages, instruction, input, answers), as in Example; and the fields
 # that identify the format, one of each tuple.
 FORMATS = {
@@ -201,6 +233,8 @@ FORMATS = {
     "chat": (_chat, [("messages",)]),
     "dolly": (_dolly, [("instruction",), ("response",)]),
     "alpaca": (_alpaca, [("instruction",), ("output",)]),
+    "sharegpt": (_sharegpt, [("conversations",)]),
+    "pair": (_pair, PAIR),
     "bugnet": (_bugnet, [("fail",), ("pass",)]),
     "pytorrent": (_pytorrent, [("summary", "docstring"), ("original_string", "code")]),
 }

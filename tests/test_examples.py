@@ -70,6 +70,37 @@ def test_chat_trains_on_the_last_assistant_turn_and_keeps_the_system_prompt():
         to_example({"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "one"}]}, "")
 
 
+@pytest.mark.parametrize("name, record", [
+    ("chat", {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1?"},
+                           {"role": "assistant", "content": "one"}]}),
+    ("sharegpt", {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "1?"},
+                                    {"from": "gpt", "value": "one"}], "source": "x"}),
+    ("sharegpt", {"system": "Be brief.",
+                  "conversations": [{"from": "user", "value": "1?"}, {"from": "assistant", "value": "one"}]}),
+    ("sharegpt", {"conversations": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1?"},
+                                    {"role": "assistant", "content": "one"}]}),
+    ("pair", {"system_prompt": "Be brief.", "question": "1?", "response": "one", "id": 3}),
+    ("pair", {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1?"}],
+              "completion": [{"role": "assistant", "content": "one"}]}),
+    ("pair", {"system": "Be brief.", "prompt": "1?", "completion": "one"}),
+    ("pair", {"system": "Be brief.", "prompt": None, "problem": "1?", "answer": "1", "solution": "one"}),
+    ("pair", {"system": "Be brief.", "query": "1?", "solution": None, "answer": "one"})])
+def test_the_same_conversation_under_other_names(name, record):
+    example = to_example(record, "d:1")
+    assert [(turn["role"], turn["content"]) for turn in example.messages] == [("system", "Be brief."), ("user", "1?")]
+    assert (example.response, example.references, example.category) == ("one", ("one",), name)
+    assert example.instruction == "Be brief.\n\n1?"
+
+
+@pytest.mark.parametrize("record, words", [
+    ({"conversations": None}, "'conversations' is null"), ({"conversations": ["hi"]}, "conversations[0]: not a turn"),
+    ({"conversations": [{"from": "bot", "value": "hi"}]}, "conversations[0]: not a turn"),
+    ({"prompt": None, "completion": "a"}, "'query' is missing"), ({"prompt": {}, "completion": "a"}, "'prompt' is a dict"),
+    ({"prompt": "a", "completion": [{"role": "assistant"}]}, "messages[1]: field 'content' is missing")])
+def test_a_malformed_one_is_named_too(record, words):
+    assert words in message(record) and words in message(record, recognise(record))
+
+
 def test_bugnet_answers_with_bare_code_and_says_how_it_failed():
     example = to_example(BUGNET, "d:1")
     assert example.response == "print(2)\n" and example.references == ("print(2)\n",)
@@ -195,7 +226,7 @@ def test_optional_field_of_the_wrong_kind_is_named_too(record):
 
 
 def test_unknown_fields_and_unknown_format_list_what_is_known():
-    assert "fields (text) not known" in message({"text": "x"}) and "dolly (instruction, response)" in message({})
+    assert "fields (text) not known; rename them" in message({"text": "x"}) and "dolly (instruction, response)" in message({})
     assert "format 'doly' not known" in message(DOLLY, "doly")
 
 
@@ -203,7 +234,7 @@ def test_unknown_fields_and_unknown_format_list_what_is_known():
     ("hi", "'messages' is text"), (None, "'messages' is null"),
     ([], "no assistant turn"), ([{"role": "user", "content": "hi"}], "no assistant turn"),
     ([{"role": "assistant", "content": "hi"}], "no assistant turn"),
-    (["hi"], "messages[0]: not a turn"), ([{"role": "tool", "content": "hi"}], "messages[0]: not a turn"),
+    (["hi"], "messages[0]: not a turn"), ([{"role": "tol", "content": "hi"}], "messages[0]: not a turn"),
     ([{"role": "user"}], "messages[0]: field 'content' is missing"),
     ([{"role": "user", "content": None}], "messages[0]: field 'content' is null"),
     ([{"role": "user", "content": [{"type": "text"}]}], "field 'content' is a list")])
@@ -215,7 +246,11 @@ def test_malformed_conversation_names_the_turn(messages, words):
     {**DOLLY, "response": " \n"}, {**DOLLY, "instruction": ""}, {**BUGNET, "pass": ""}, {**BUGNET, "fail": " "},
     {**PYTORRENT, "docstring": "", "summary": " "}, {**PYTORRENT, "original_string": "'''only a docstring'''"},
     {"instruction": "i", "output": ["", " "]}, {"instruction": "i", "output": []},
-    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]}])
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]},
+    {"messages": [{"role": "user", "content": "hi"}]}, {"conversations": [{"from": "human", "value": "hi"}]},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "tool", "content": "1"}, {"role": "assistant", "content": "a"}]},
+    {"question": "Why?", "answer": " "}, {"prompt": "", "completion": "a"}])
 def test_empty_prompt_or_response_is_dropped_not_an_error(record, tmp_path):
     with pytest.raises(Dropped):
         to_example(record, "d:1")
