@@ -4,8 +4,8 @@
     code        f(2)=7, f(5)=13: write a program that prints f(x) for the x it reads; tests decide
     codeforces  open-r1/codeforces-cots and open-r1/codeforces: statement, examples, official_tests, limits. -cots has no
                 official_tests: what it checks stands in the prompt, where a program that only prints it is rewarded too
-    question    GSM8K, NuminaMath and others: question or problem, or a prompt, also as trl's messages; answer or solution, or
-                tests [{input, output}]
+    question    GSM8K, NuminaMath and others: question or problem, or a prompt, also as trl's messages; answer or solution,
+                verl's reward_model {ground_truth}, or tests [{input, output}]
 
 The toy students first learn from answers of mixed quality, some wrong and some without thoughts; GRPO then makes the good
 ones more frequent. It strengthens what the student can do already, and teaches no new skill.
@@ -40,6 +40,7 @@ ANY_ORDER = re.compile(r"in (?:any|(?:an )?arbitrary) order", re.IGNORECASE)    
 
 CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward that tells right from wrong -> its fact
 FORMATS = "codeforces", "question"                                          # of records
+ANSWERS = "answer", "final_answer", "expected_answer", "response", "output", "solution"     # fields of a question's answer
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,18 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     """What is asked, and its answer, or the tests that a program must pass."""
     asked = {name: _asked(record.get(name)) for name in ("question", "problem", "instruction", "prompt")}
     field = next((name for name in asked if asked[name]), None)
-    given = [name for name in ("answer", "response", "output", "solution") if name in record]
+    for name in "choices", "options":
+        if kind_of(record.get(name)) != "null":
+            raise InputError(f"{where}: field {name!r} would not be shown; write it into the question, and drop the field")
+    if isinstance(record.get("reward_model"), dict):                                       # verl's
+        record = {"answer": record["reward_model"].get("ground_truth")} | record
+    given = [name for name in ANSWERS if name in record]
     name = next((name for name in given if kind_of(record[name]) != "null" and str(record[name]).strip()), None)
     whole = str(record[name]) if name and isinstance(record[name], (str, int, float)) else ""
     _, mark, tail = whole.strip().rpartition("\n")[2].rpartition("####")                   # GSM8K's, on the last line
     answer = boxed(whole) or (tail if mark else whole).strip()                              # NuminaMath boxes it
-    if name == "solution" and answer == whole.strip() and len(answer.split()) > 1:         # a proof that nobody will repeat
+    if (name == "solution" and answer == whole.strip() and len(answer.split()) > 1         # a proof that nobody will repeat
+            or answer.casefold() in ("proof", "notfound") or record.get("question_type") == "proof"):   # NuminaMath-1.5's
         answer = ""
     facts = {"answer": answer} if answer else {}
     tests = _tests(record, "tests", where) if isinstance(record.get("tests"), list) or not given else []
@@ -180,8 +187,9 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
         kind = Unanswered if field and given else InputError
         raise kind(f"{where}: is not a problem: give `question` and `answer` or `tests`, or Codeforces' `description` and "
                    f"`examples` (its fields: {', '.join(list(record)[:12])})")
-    more = text_field(record, where, "context", "input", default="") if field == "instruction" else ""      # Dolly's, Alpaca's
-    return "\n\n".join(filter(None, (asked[field], more, PYTHON if tests else ANSWER))), facts
+    more = text_field(record, where, "context", "input", "passage", default="")
+    parts = asked[field], "" if more in asked[field] else more, PYTHON if tests else ANSWER
+    return "\n\n".join(filter(None, parts)), facts
 
 
 def _asked(value) -> str:

@@ -181,7 +181,10 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
     assert problem.messages[-1]["content"] == f"Add the numbers.\n\n3 and 4\n\n{ANSWER}" and problem.facts == {"answer": "7"}
     alone = {"instruction": "Why?", "input": " ", "output": "7"}
     assert to_problem(alone, "x").messages[-1]["content"] == f"Why?\n\n{ANSWER}"
-    assert to_problem({"question": "Why?", "context": "unread", "answer": "7"}, "x").messages[-1]["content"] == f"Why?\n\n{ANSWER}"
+    asked = to_problem({"question": "Is it?", "passage": "It is.", "answer": "yes"}, "x").messages[-1]["content"]
+    assert asked == f"Is it?\n\nIt is.\n\n{ANSWER}"
+    again = to_problem({"prompt": "It is. Is it?", "context": "It is.", "answer": "yes"}, "x")
+    assert again.messages[-1]["content"] == f"It is. Is it?\n\n{ANSWER}"
 
 
 @pytest.mark.parametrize("record, said", [
@@ -189,6 +192,7 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
     ({"question": "Why?", "tests": []}, "is not a problem"),
     ({"question": "Why?", "tests": ["3"]}, "field 'tests' is not a list of {input, output} texts"),
     ({"question": "", "answer": "b"}, "is not a problem"),
+    ({"question": "Which?", "choices": ["a", "b"], "answer": 1}, "field 'choices' would not be shown; write it"),
     (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is not a list of {input, output} texts"),
     (RECORD | {"examples": 3}, "field 'examples' is not a list"),
     (RECORD | {"examples": ["3"]}, "field 'examples' is not a list"),
@@ -217,6 +221,21 @@ def test_records_without_an_answer_to_compare_with_are_left_out_and_counted(tmp_
                                               for i, more in enumerate([*answers, *good])))
     found, left = load_problems(tmp_path / "d.jsonl")
     assert [problem.facts for problem in found] == [{"answer": n} for n in "345"] and left == len(answers)
+
+
+@pytest.mark.parametrize("record, answer", [
+    ({"answer": "proof", "solution": "So it is."}, None), ({"answer": "notfound", "solution": "So 3."}, None),
+    ({"answer": "3", "question_type": "proof"}, None), ({"answer": "Proofs", "question_type": "math-word-problem"}, "Proofs"),
+    ({"final_answer": "3", "r1_solution_1": "So 3."}, "3"), ({"expected_answer": "3", "generated_solution": "So 3."}, "3"),
+    ({"reward_model": {"ground_truth": "3", "style": "rule"}, "ability": "MATH"}, "3"),
+    ({"reward_model": {"ground_truth": "4"}, "answer": "3"}, "3"), ({"reward_model": {"style": "rule"}}, None)])
+def test_answers_under_the_names_that_datasets_give_them(record, answer):
+    record = {"problem": "1 + 2?"} | record
+    if answer is None:
+        with pytest.raises(Unanswered):
+            to_problem(record, "x")
+    else:
+        assert to_problem(record, "x").facts == {"answer": answer}
 
 
 def test_of_records_that_ask_the_same_the_first_is_the_problem(tmp_path):
