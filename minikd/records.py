@@ -24,7 +24,7 @@ def data_files(name) -> list[Path]:
     It is "data.jsonl", or a folder or hub dataset that holds one data file. If it holds several, "name:choice" names a
     file, a folder or a glob in it, and all matching files are read: "open-r1/codeforces-cots:solutions_py", or, at a revision,
     "open-r1/codeforces-cots@main:solutions_py".
-    Raises InputError if there is no file, or several and no choice.
+    Raises InputError if there is no file, several and no choice, or a folder with more than one of train, test and the like.
     """
     if not isinstance(name, (str, Path)):
         return [file for each in name for file in data_files(each)]
@@ -75,17 +75,23 @@ def _check_complete(name: str, files: list[Path]):
             raise InputError(f"{name}: its cache holds only some of the {int(part[2])} files like {file.name}; run once online")
 
 
+SPLIT = re.compile(r"(?:.*/)?(train|test|valid|val|dev|eval)[^/]*")
+SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
+
+
 def _choose(name: str, held: list[str], choice: str) -> list[str]:
     data = sorted(file for file in held if file.endswith(ENDINGS) and not file.startswith(".")
                   and file.rpartition("/")[2] not in HUB_METADATA)
     found = [file for file in data if fnmatch(file, choice) or fnmatch(file, f"{choice}/*")] if choice else data
-    if found and (choice or len(found) == 1):
+    splits = {split[1] for file in found if (split := SPLIT.fullmatch(file))}
+    if found and (choice or len(found) == 1) and (len(splits) < 2 or set("*?[") & set(choice)):
         return found
     if not data:
         raise InputError(f"{name}: holds no data file; it needs one that ends in one of {' '.join(ENDINGS)}")
+    data = list(dict.fromkeys(SHARD.sub("-*", file) for file in found or data))                     # shards as one glob
     listing = ", ".join(data[:12]) + (f" and {len(data) - 12} more" if len(data) > 12 else "")
-    raise InputError(f"{name}: {f'nothing matches {choice!r}' if choice else 'holds several data files'}; "
-                     f"choose with {name}:FILE, FOLDER or GLOB from {listing}")
+    what = f"nothing matches {choice!r}" if not found else f"{choice} holds several splits" if choice else "holds several data files"
+    raise InputError(f"{name}: {what}; choose with {name}:FILE, FOLDER or GLOB from {listing}")
 
 
 # ---- a file -> records

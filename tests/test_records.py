@@ -136,6 +136,20 @@ def test_several_data_files_are_listed_and_a_choice_picks_file_folder_or_glob(tm
         data_files(f"{tmp_path}:fr")
 
 
+def test_a_folder_of_several_splits_is_not_read_as_one(tmp_path):
+    """Else openai/gsm8k:main would train on the test set."""
+    (tmp_path / "main").mkdir()
+    names = ["test-00000-of-00001.jsonl", *(f"train-0000{i}-of-00002-0123456789abcdef.jsonl" for i in range(2))]
+    test, *train = [write_records(tmp_path / "main" / name, DOLLY) for name in names]
+    for name, said in (":main", "main holds several splits"), ("/main", "holds several data files"):
+        with pytest.raises(InputError, match=rf"{said}; choose .* from (main/)?test-\*.jsonl, (main/)?train-\*.jsonl$"):
+            data_files(f"{tmp_path}{name}")
+    assert data_files(f"{tmp_path}:main/train-*") == train and data_files(f"{tmp_path}:main/{test.name}") == [test]
+    assert data_files(f"{tmp_path}:main/*") == [test, *train]                           # who asks for all of them gets them
+    test.unlink()
+    assert data_files(f"{tmp_path}:main") == train
+
+
 def test_missing_file_is_not_taken_for_a_hub_name(monkeypatch):
     monkeypatch.setattr(records, "local_folder", None)
     with pytest.raises(InputError, match="runs/none.jsonl: no such file"):
