@@ -1,6 +1,7 @@
 """Examples -> (prompt ids, response ids) -> right-padded batches, each with its own mask."""
 import math
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +34,11 @@ def prompt_text(example: Example, tokenizer, template: str = "chatml") -> str:
     given = f"### Input:\n{example.input}\n\n" if example.input else ""
     return (f"Below is an instruction that describes a task{more}. Write a response that appropriately completes the "
             f"request.\n\n### Instruction:\n{example.instruction}\n\n{given}### Response:\n")
+
+
+def after_prompt(response: str, prompt: str) -> str:
+    """The response without the <think> that the prompt ends in: QwQ's and DeepSeek-R1's templates begin the thoughts."""
+    return re.sub(r"^\s*<think>\n?", "", response) if prompt.rstrip().endswith("<think>") else response
 
 
 class NothingLeft(InputError):
@@ -71,12 +77,14 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
     for start in range(0, len(examples), ENCODED_AT_ONCE):
         part = examples[start:start + ENCODED_AT_ONCE]
         # Tokenized separately, then joined, because sampling also appends new ids to the prompt's.
-        prompts = list(tokenizer.encode_batch([prompt_text(example, tokenizer, template) for example in part]))
+        texts = [prompt_text(example, tokenizer, template) for example in part]
+        prompts = list(tokenizer.encode_batch(texts))
         if not all(prompts):
             raise InputError(f"{tokenizer.folder}: a prompt has no tokens; check its chat template")
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= min(max_prompt_length, max_length - 1)]
         counts["dropped: prompt too long"] += len(part) - len(fitting)
-        for i, response in zip(fitting, tokenizer.encode_batch([part[i].response for i in fitting])):
+        responses = tokenizer.encode_batch([after_prompt(part[i].response, texts[i]) for i in fitting])
+        for i, response in zip(fitting, responses):
             if not tokenizer.eos_ids.isdisjoint(response):
                 counts["dropped: stop token inside"] += 1
                 continue

@@ -1,7 +1,10 @@
 """Text <-> token ids: tokenizer.json through `tokenizers`, and the chat template."""
 import json
+import re
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
+from importlib.metadata import version
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from minikd.hub import TOKENIZER, local_folder
 
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 STOPS = ("<|im_end|>", "<|endoftext|>")             # an answer ends with either; the first ends a turn of ChatML
-GENERATION = "generation_config.json"
+CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 AT_ONCE = 1 << 19                                   # characters of the texts that are encoded at once
 
 
@@ -25,12 +28,17 @@ class Tokenizer:
     end_id   the one that training appends to an answer
     pad_id   <|endoftext|>. It only fills rows: padding is found by masks, never by comparing ids, so that
              a real <|endoftext|> is not taken for padding.
+    A tokenizer without ChatML but with a chat template, as DeepSeek-R1-Distill-Qwen's, has its eos_token as all three.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path):
-        self.backend, self.folder, self.template = backend, folder, read_template(folder)
+        config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+        self.backend, self.folder, self.template = backend, folder, read_template(folder, config)
         self.files = {name: (folder / name).read_bytes() for name in TOKENIZER if name != GENERATION and (folder / name).exists()}
         stops = [backend.token_to_id(token) for token in STOPS]
+        own = backend.token_to_id(named(config, "eos_token") or "")
+        if None in stops and self.template and own is not None:
+            stops = [own, own]                      # one token ends an answer and fills rows
         if None in stops:
             raise InputError(f"{folder}: the tokenizer has no {STOPS[stops.index(None)]}; "
                              "minikd needs a ChatML tokenizer, such as Qwen2's")
@@ -161,11 +169,17 @@ class Stream:
         return text
 
 
-def read_template(folder: Path):
+def named(config: dict, key: str) -> str | None:
+    """A token of tokenizer_config.json, there as a text or as an object with its settings."""
+    value = config.get(key)
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def read_template(folder: Path, config: dict):
     """The folder's chat template, compiled with the settings of transformers, in jinja's sandbox as it is a foreign program; or
-    None.  Raises InputError if it is damaged."""
-    path, apart = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config = read_json(path) if path.exists() else {}
+    None.  Raises InputError if it is damaged, and for a jinja whose sandbox has known holes."""
+    path, apart = folder / CONFIG, folder / "chat_template.jinja"
     source = config.get("chat_template")
     if isinstance(source, list):                                                # several, each with a name
         source = next((one.get("template") for one in source if isinstance(one, dict) and one.get("name") == "default"), None)
@@ -173,7 +187,10 @@ def read_template(folder: Path):
         source, path = apart.read_text(encoding="utf-8", errors="replace"), apart
     if not isinstance(source, str) or not source.strip():
         return None
-    from jinja2 import TemplateError                                            # comes with torch
+    held = version("jinja2")                                                    # comes with torch
+    if [int(part) for part in re.findall(r"\d+", held)[:3]] < [3, 1, 6]:
+        raise InputError(f"{path}: has a chat template, a program that jinja2 {held} could not confine; pip install -U jinja2")
+    from jinja2 import TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -188,12 +205,11 @@ def read_template(folder: Path):
     def refuse(text):
         raise TemplateError(text)
 
-    given = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()
-             if key.endswith("_token")}                                         # a template may write eos_token
-    given = {key: value for key, value in given.items() if isinstance(value, str)}
+    given = {key: text for key in config if key.endswith("_token") and (text := named(config, key))}   # it may write eos_token
     given |= {"tools": None, "documents": None, "raise_exception": refuse,
               "strftime_now": lambda format: datetime.now().strftime(format)}
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)     # jinja's own is for HTML
     try:
         return environment.from_string(source, globals=given)
     except (TemplateError, RecursionError) as error:

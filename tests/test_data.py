@@ -75,6 +75,15 @@ def test_response_that_spells_a_stop_token_is_dropped_and_counted():
     assert [row.index for row in rows] == [1] and counts["dropped: stop token inside"] == 1
 
 
+@pytest.mark.parametrize("prompt, response, learned", [
+    ("a<think>", "<think>b</think>c", "b</think>c"), ("a<think>\n", " <think>\nb</think>", "b</think>"),
+    ("a<think>\n", "b</think><think>", "b</think><think>"), ("a", "<think>b</think>c", "<think>b</think>c")])
+def test_thoughts_that_the_prompt_begins_are_not_begun_again(monkeypatch, prompt, response, learned):
+    monkeypatch.setattr(Letters, "chat", lambda self, messages, add_generation_prompt: prompt)
+    (row,), _ = encode(("ignored", response))
+    assert "".join(map(chr, row.response[:-1])) == learned
+
+
 def test_nothing_left_is_an_error():
     with pytest.raises(InputError, match="no example is left of 1 .*--max-prompt-length"):
         encode(("hello", "x"), max_prompt_length=3)

@@ -62,6 +62,7 @@ OPEN = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n'
 MARKED = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% generation %}\n"
           "{{- message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% endfor %}"
           "{% if tools is not none %}TOOLS{% endif %}{{ bos_token }}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+JSON = "{{ ['<é>', {'b': 1, 'a': messages[0]['content']}] | tojson }}{{ messages[0] | tojson(indent=2) }}"
 OTHER = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] | trim }}{{ eos_token }}{% endfor %}"
 
 USER, ASSISTANT = {"role": "user", "content": "Hi {{ there }}\n"}, {"role": "assistant", "content": " Yes?"}
@@ -145,6 +146,17 @@ def test_a_template_that_fails_or_reaches_out_is_one_line(tokenizer_folder, tmp_
     with pytest.raises(InputError, match=said) as caught:
         Tokenizer.load(folder).chat([USER])
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_jinja_that_could_not_confine_a_template_is_refused(tokenizer_folder, tmp_path, monkeypatch):
+    folder = with_template(tokenizer_folder, tmp_path, QWEN25)
+    for held, refused in ("3.1.5", True), ("3.1.6", False), ("3.2.0rc1", False), ("4.0", False), ("2.99.7", True):
+        monkeypatch.setattr("minikd.tokenizer.version", lambda _: held)
+        if refused:
+            with pytest.raises(InputError, match=f"jinja2 {held} could not confine; pip install -U jinja2"):
+                Tokenizer.load(folder)
+        else:
+            assert Tokenizer.load(folder).template
 
 
 # ---- ids
@@ -313,6 +325,28 @@ def test_a_tokenizer_that_does_not_speak_chatml_is_refused_by_the_token_it_lacks
     assert f"has no {token}" in str(caught.value)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_without_chatml_the_folders_own_template_and_end_token_serve(tokenizer_folder, tmp_path, apart):
+    """DeepSeek-R1-Distill-Qwen's tokenizer is of this kind."""
+    template = ("{{ bos_token }}{% for message in messages %}<|User|>{{ message.content }}{% endfor %}"
+                "{% if add_generation_prompt %}<|Done|>{% endif %}")
+    folder = with_template(tokenizer_folder, tmp_path, template, apart)
+    text = (folder / "tokenizer.json").read_text().replace('"<|im_end|>"', '"<|Done|>"')
+    (folder / "tokenizer.json").write_text(text.replace('"<|endoftext|>"', '"<|bos|>"'))
+    for eos in "<|Done|>", {"__type": "AddedToken", "content": "<|Done|>"}:
+        config = {"eos_token": eos, "bos_token": "<|bos|>"} | ({} if apart else {"chat_template": template})
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = Tokenizer.load(folder)
+        (end,) = tokenizer.encode("<|Done|>")
+        assert tokenizer.eos_ids == {end} and tokenizer.end_id == tokenizer.pad_id == end
+        assert tokenizer.chat([USER], add_generation_prompt=True) == "<|bos|><|User|>Hi {{ there }}\n<|Done|>"
+        tokenizer.save(tmp_path / "saved")
+        assert Tokenizer.load(tmp_path / "saved").eos_ids == {end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|nowhere|>"}))
+    with pytest.raises(InputError, match="has no <|im_end|>"):
+        Tokenizer.load(folder)
+
+
 # ---- the real tokenizer, where ../shared/data has it
 
 @pytest.fixture(scope="module")
@@ -353,8 +387,8 @@ def test_the_saved_real_tokenizer_is_transformers_own(qwen, tmp_path):
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [151_643, 151_645]
 
 
-@pytest.mark.parametrize("template", [QWEN25, VARIABLE, THINKING, OPEN, MARKED, OTHER],
-                         ids="25 variable thinking open marked other".split())
+@pytest.mark.parametrize("template", [QWEN25, VARIABLE, THINKING, OPEN, MARKED, JSON, OTHER],
+                         ids="25 variable thinking open marked json other".split())
 def test_chat_is_transformers_apply_chat_template(tokenizer_folder, tmp_path, template):
     transformers = pytest.importorskip("transformers")
     folder = with_template(tokenizer_folder, tmp_path, template)
