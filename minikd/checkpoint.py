@@ -81,6 +81,8 @@ def model_folder(name, weights: bool = True) -> Path:
     """The local folder of a model and its tokenizer, downloaded first if `name` is on the hub: the small files, and if minikd
     can compute what they describe, with `weights` those that hold its tensors."""
     folder = local_folder(name, ["config.json", INDEX, *TOKENIZER])
+    if not (folder / "config.json").exists():
+        check_kind(name, files_on_hub(name) or [path.relative_to(folder).as_posix() for path in folder.glob("*")])
     if weights and not Path(name).expanduser().is_dir():
         load_config(folder), read_quantization(folder)          # before gigabytes are fetched in vain
         names = files_on_hub(name)
@@ -88,6 +90,18 @@ def model_folder(name, weights: bool = True) -> Path:
             check_weights(name, names)
         local_folder(name, [SINGLE] if SINGLE in (names or ()) else shards_of(folder))
     return folder
+
+
+def check_kind(name, files: list[str]):
+    """Raises InputError for folders without a config.json that are something else, by the names of their files."""
+    runs = sorted((file.partition("/")[0] for file in files if re.match(r"checkpoint-\d+", file)), key=lambda run: int(run[11:]))
+    if "adapter_config.json" in files:
+        raise InputError(f"{name}: is a LoRA adapter; merge it into its base model first: peft's merge_and_unload(), then "
+                         "save_pretrained()")
+    if runs:
+        raise InputError(f"{name}: holds a training run; give one of its models, such as the folder {runs[-1]} in it")
+    if any(file.endswith(".gguf") for file in files):
+        raise InputError(f"{name}: holds GGUF files; give the folder with safetensors, often the same name without -GGUF")
 
 
 def model_files(folder) -> dict[str, str]:
@@ -130,7 +144,10 @@ def read_quantization(folder: Path) -> dict | None:
     Raises InputError for other methods, formats and numbers of bits.
     """
     path = folder / "config.json"
-    raw = read_json(path).get("quantization_config")
+    config = read_json(path)
+    raw = config.get("quantization_config")
+    if raw is None and config.get("quantization"):
+        raise InputError(f"{path}: `quantization` is MLX's; minikd reads the gptq format: use the unquantised folder")
     if raw is None:
         return None
     if not isinstance(raw, dict):
@@ -177,8 +194,10 @@ def open_tensors(path: Path):
             raise InputError(f"{path}: cannot be opened; check its permissions") from None
         raise InputError(f"{path}: is missing; fetch the model again") from None
     except SafetensorError as error:
-        raise InputError(f"{path}: is damaged or truncated, {path.stat().st_size:,} bytes ({error}); "
-                         "fetch it again") from error
+        size = path.stat().st_size
+        if size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+            raise InputError(f"{path}: is only git's pointer to the file; run `git lfs pull` in its folder") from error
+        raise InputError(f"{path}: is damaged or truncated, {size:,} bytes ({error}); fetch it again") from error
 
 
 def shards_of(folder: Path) -> list[str]:
@@ -195,8 +214,8 @@ def check_weights(name, files: list[str]):
     """Raises InputError if among the names of a folder's files there are no safetensors."""
     if SINGLE not in files and INDEX not in files:
         if any(file.endswith(".bin") for file in files):
-            raise InputError(f"{name}: only pickled weights (*.bin), which can run code when opened; convert them to "
-                             "safetensors")
+            raise InputError(f"{name}: only pickled weights (*.bin), which can run code when opened; convert them to safetensors "
+                             "where you trust them: transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
         raise InputError(f"{name}: has neither {SINGLE} nor {INDEX}; is this a model's folder?")
 
 

@@ -61,6 +61,9 @@ class Qwen2Config:
 
         if raw.get("model_type") != "qwen2":
             refuse("model_type", "minikd reads 'qwen2': Qwen1.5, Qwen2 and Qwen2.5 dense models")
+        named = raw.get("architectures")
+        if isinstance(named, list) and named and not any(str(name).endswith("ForCausalLM") for name in named):
+            refuse("architectures", "minikd reads models with a language-model head: 'Qwen2ForCausalLM'")
         if raw.get("use_sliding_window"):
             refuse("use_sliding_window", "use a checkpoint with full attention")
         kinds = raw.get("layer_types") or []

@@ -209,6 +209,25 @@ def test_a_file_that_is_no_safetensors_is_named(folder):
     assert "is damaged or truncated" in refusal(folder)
 
 
+def test_gits_pointer_to_a_file_is_not_called_damaged(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert refusal(folder) == (f"{folder / 'model.safetensors'}: is only git's pointer to the file; run `git lfs pull` in its "
+                               "folder")
+
+
+@pytest.mark.parametrize("held, said", [
+    (["adapter_config.json", "adapter_model.safetensors"], "is a LoRA adapter; merge it into its base model first"),
+    (["q4.gguf", "q8.gguf"], "holds GGUF files; give the folder with safetensors"),
+    (["checkpoint-500/config.json", "checkpoint-1000/config.json", "runs/x"],
+     "one of its models, such as the folder checkpoint-1000 in it"),
+    (["notes.txt"], "config.json: is missing; a Hugging Face model folder has one")])
+def test_a_folder_of_another_kind_is_called_what_it_is(tmp_path, held, said):
+    for name in held:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert said in refusal(tmp_path)
+
+
 def test_an_index_that_names_an_absent_file_is_refused(sharded):
     absent = sorted(sharded.glob("*.safetensors"))[1]
     absent.unlink()
@@ -228,7 +247,7 @@ def test_a_damaged_index_is_named(sharded, content, complaint):
 
 def test_pickled_weights_are_not_opened(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "only pickled weights (*.bin)" in refusal(folder) and "convert" in refusal(folder)
+    assert "only pickled weights (*.bin)" in refusal(folder) and "save_pretrained(...)" in refusal(folder)
 
 
 def test_a_folder_without_weights_is_named(folder):
@@ -454,6 +473,12 @@ def test_a_4_bit_model_answers_as_any_other(tmp_path):
     assert generate(load_model(tmp_path), prompts, 20) == generate(plain, prompts, 20)
     narrow = load_model(tmp_path, dtype=torch.bfloat16)
     assert [len(row) for row in generate(narrow, prompts, 20)] == [20, 20, 20]
+
+
+def test_mlx_s_quantisation_is_called_so(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"quantization": {"group_size": 64, "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "`quantization` is MLX's; minikd reads the gptq format" in refusal(folder)
 
 
 @pytest.mark.parametrize("changed, said", [

@@ -127,6 +127,14 @@ def test_a_repository_of_pickles_is_refused_as_one(served, model):
     assert "org/model: only pickled weights (*.bin)" in refusal(lambda: model_folder(model))
 
 
+@pytest.mark.parametrize("name, said", [("q4.gguf", "holds GGUF files"), ("adapter_config.json", "is a LoRA adapter")])
+def test_a_repository_of_another_kind_is_called_what_it_is(served, model, name, said):
+    files = served.repositories["models", model][COMMITS[1]]
+    del files["config.json"]
+    files[name] = b"{}"
+    assert f"org/model: {said}" in refusal(lambda: model_folder(model))
+
+
 def test_a_damaged_file_in_the_cache_is_named_with_its_blob(served, model, capsys):
     file = model_folder(model) / "config.json"
     blob = file.resolve()

@@ -272,6 +272,7 @@ def test_a_config_survives_its_own_writing():
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters = "),  # and 5
     ({"rope_parameters": [1e6]}, "rope_parameters = "),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ({"architectures": ["Qwen2ForSequenceClassification"]}, "architectures = ['Qwen2ForSequenceClassification']"),
     ({"hidden_size": 56.0}, "hidden_size = 56.0"), ({"vocab_size": "300"}, "vocab_size = '300'"),
     ({"vocab_size": True}, "vocab_size = True"), ({"num_hidden_layers": -1}, "num_hidden_layers = -1"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000; give a whole number from 1 to 1,000"),
