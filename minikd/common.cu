@@ -44,15 +44,16 @@ template <int COUNT> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" :: "n"(COUNT) : "memory");
 }
 // Programmatic dependent launch (cuda.launch's `overlap`): from the first call on, the stream's next kernel may start beside this
-// one, if it was launched so too; by the second, it waits for the end of all kernels before it, and sees what they wrote.
+// one, if it was launched so too; by the second, it waits for the end of all kernels before it, and sees what they wrote. What is
+// read by the pointer `written` is read after it: the compiler may move a load up past the asm, but not past its own address.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void wait_for_previous() {
+template <class T> __device__ __forceinline__ void wait_for_previous(const T*& written) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" : "+l"(written) :: "memory");
 #endif
 }
 // Brings what lies there into the L2: one line; or a range, a multiple of 16 bytes, by one instruction of a Hopper GPU.

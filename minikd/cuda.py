@@ -179,7 +179,7 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
               by value
     together  a cooperative launch: all blocks are resident at once and can wait for each other; an error if they do not fit
     overlap   the kernel may start before the one before it in the stream has ended, if that one allows it; from compute
-              capability 9.0 on. Until it calls wait_for_previous(), it reads only what no kernel writes, and writes nothing
+              capability 9.0 on. Until it calls wait_for_previous, it reads only what no kernel writes, and writes nothing
     shared    bytes of dynamic shared memory per block, in addition to what the kernel declares
     Raises RuntimeError if the driver returns an error.
     """

@@ -139,7 +139,7 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
     };
     let_next_start();
     for (int d = 0; d < DEPTH - 1; d++) fetch(ring + d * SLOT, warp + d * WARPS);
-    wait_for_previous();                                // weights do not depend on the kernel before, but x does
+    wait_for_previous(lane_x);                          // weights do not depend on the kernel before, but x does
     Words ahead[4];
     if (AHEAD)
         for (int j = 0; j < 4; j++) ahead[j] = read(min(warp, blocks - 1), j, 0);
@@ -396,7 +396,7 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     let_next_start();
 #pragma unroll 1
     for (int d = 0; d < DEPTH - 1; d++) fetch(tile + d < end, ring + d * SLOT);
-    wait_for_previous();                                // weights do not depend on the kernel before, but x does
+    wait_for_previous(x);                               // weights do not depend on the kernel before, but x does
     convert<SETS>(in, x, K, blocks);
     __syncthreads();
     Int8<SETS> sum(in);
