@@ -219,8 +219,9 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
         raise InputError(f"{where}: has no `description`; is --format codeforces right?")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
     interactive = interaction or "this is an interactive problem" in description.lower()
-    undecided = interactive or UNDECIDED.search("\n".join((description, stdout, note))) or ANY_ORDER.search(stdout) or (
-        record.get("generated_checker") is not None or record.get("input_mode") not in (None, "stdio"))
+    undecided = (interactive or UNDECIDED.search("\n".join((description, stdout, note))) or ANY_ORDER.search(stdout)
+                 or kind_of(record.get("generated_checker")) != "null"
+                 or text_field(record, where, "input_mode", default="stdio") != "stdio")
     parts = [("# ", title), ("", description), ("## Input\n", stdin), ("## Output\n", stdout), ("## Interaction\n", interaction),
              *(("## Example\n", _shown(test)) for test in examples), ("## Note\n", note),
              (f"Time limit: {record['time_limit']} seconds. " if kind_of(record.get("time_limit")) != "null" else "", PYTHON)]

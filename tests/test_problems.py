@@ -1,5 +1,6 @@
 """Problems: the toy tasks are right where they say so, and records of datasets keep what decides."""
 import json
+import math
 import random
 import re
 
@@ -18,12 +19,13 @@ def test_a_sums_answer_is_the_sum_and_its_steps_are_true():
     for record in toy_records("sums", 200, seed=1, clean=True):
         a, b = map(int, record["instruction"].split("+"))
         assert answer_part(record["response"]) == str(a + b)
-        for left, right in re.findall(r"Step \d: ([\d+]+)=(\d+)", record["response"]):
-            assert sum(map(int, left.split("+"))) == int(right)
+        steps = re.findall(r"^Step \d: ([\d+]+)=(\d+)$", record["response"], re.MULTILINE)
+        assert len(steps) == 2 and all(sum(map(int, left.split("+"))) == int(right) for left, right in steps)
         assert record["response"].count("Step") == 2 and format_reward([record["response"]], [{}]) == [1.0]
-    for problem in toy_problems("sums", 200, seed=3):
-        a, b = map(int, problem.messages[0]["content"].split("+"))
-        assert problem.facts == {"answer": str(a + b)} and 10 <= min(a, b) <= max(a, b) <= 99
+    pairs = [(tuple(map(int, problem.messages[0]["content"].split("+"))), problem.facts)
+             for problem in toy_problems("sums", 1000, seed=3)]
+    assert all(facts == {"answer": str(a + b)} for (a, b), facts in pairs)
+    assert set(range(10, 100)) == {a for (a, _), _ in pairs} == {b for (_, b), _ in pairs}
 
 
 def test_a_code_answer_is_the_line_through_both_points():
@@ -32,8 +34,8 @@ def test_a_code_answer_is_the_line_through_both_points():
         m, c = map(int, re.fullmatch(r"print\((\d+)\*int\(input\(\)\)\+(\d+)\)\n", program).groups())
         points = re.findall(r"f\((\d+)\)=(\d+)", record["instruction"])
         assert len(points) == 2 and all(m * int(x) + c == int(y) for x, y in points)
-        for left, right in re.findall(r"Step \d: ([\d()+*/-]+)=(\d+)", record["response"]):
-            assert eval(left) == int(right)                                     # our own text, of digits and signs
+        steps = re.findall(r"^Step \d: ([\d()+*/-]+)=(\d+)$", record["response"], re.MULTILINE)
+        assert len(steps) == 2 and all(eval(left) == int(right) for left, right in steps)       # our own text
     for problem in toy_problems("code", 20, seed=3):
         (x, y), *_ = re.findall(r"f\((\d+)\)=(\d+)", problem.messages[0]["content"])
         tests = {int(test["input"]): int(test["output"]) for test in problem.facts["tests"]}
@@ -90,12 +92,16 @@ def test_a_codeforces_record_becomes_its_statement_and_its_tests():
     problem = to_problem(RECORD | {"official_tests": official, "note": "n is small."}, "cots.jsonl:1")
     asked = problem.messages[-1]["content"]
     assert [message["role"] for message in problem.messages] == ["system", "user"]
+    assert asked.startswith("# Twice\n\nGiven n, print 2n.\n\n## Input\nOne integer n.\n\n## Output\nOne integer.\n\n"
+                            "## Example\nInput:\n3\n\nOutput:\n6\n\n\n## Note\nn is small.\n\n")
     for part in ("# Twice", "Given n, print 2n.", "## Input\nOne integer n.", "3\n", "## Note\nn is small.",
                  "Time limit: 1.0 seconds", "```python"):
         assert part in asked
     assert "10\n" not in asked                                                  # the official tests stay secret
     assert problem.facts == {"tests": official, "language": "python", "time_limit": 1.0, "memory_limit": 256.0}
     assert to_problem(RECORD | {"examples": None}, "x").facts["tests"] == []
+    least = {key: RECORD[key] for key in ("description", "examples")}                       # as the error about others asks for
+    assert to_problem(least, "x").facts["tests"] == RECORD["examples"]
 
 
 @pytest.mark.parametrize("changed", [{"generated_checker": "def check(): ..."}, {"input_mode": "file"},
@@ -117,7 +123,8 @@ def test_what_a_comparison_could_not_judge_has_no_tests(changed):
                                   "Is there any answer? Print YES or NO.",
                                   "Print how many solutions there are, or -1 if there are infinitely many solutions."])
 def test_what_has_one_answer_keeps_its_tests(said):
-    assert to_problem(RECORD | {"description": said}, "x").facts["tests"] == RECORD["examples"]
+    for usual in {"input_mode": "stdio", "generated_checker": None}, dict.fromkeys(("input_mode", "generated_checker"), math.nan):
+        assert to_problem(RECORD | usual | {"description": said}, "x").facts["tests"] == RECORD["examples"]
 
 
 def test_whether_all_tests_stand_in_the_prompt():
@@ -137,13 +144,14 @@ def test_a_question_with_its_answer_is_a_problem():
     flat = {"question": "2 + 2?", "answer": "Two and two is 4. #### 4"}         # a copy without line breaks
     assert gsm.facts == to_problem(flat, "x").facts == {"answer": "4"} and gsm.messages[-1]["content"] == f"2 + 2?\n\n{ANSWER}"
     assert to_problem({"problem": "1 + 1?", "answer": 2}, "x").facts == {"answer": "2"}
+    assert to_problem({"question": "Who?", "answer": "Ada Lovelace", "examples": []}, "x").facts == {"answer": "Ada Lovelace"}
     assert to_problem({"question": " ", "problem": "1 + 1?", "answer": "2", "solution": "1 + 1 = 2"}, "x").facts == {"answer": "2"}
     numina = {"problem": "1/2 + 1/4?", "solution": r"$\boxed{x}$ is the unknown. So $x = \boxed{\frac{3}{4}}$, not {1}."}
     assert to_problem(numina, "x").facts == {"answer": r"\frac{3}{4}"}
     assert to_problem({"problem": "1 + 1?", "solution": "2 "}, "x").facts == {"answer": "2"}
     with pytest.raises(Unanswered):                                             # a heading is no GSM8K answer
         to_problem({"problem": "1 + 1?", "solution": "#### Step 1\nAdd.\n#### Conclusion\nSo the sum is 2."}, "x")
-    assert [boxed(text) for text in ("2", r"\boxed{", r"\boxed{{2}", r"\boxed{}", r"\boxed{ 2 }{")] == [None, None, None, "", "2"]
+    assert [boxed(text) for text in ("2", "2}", r"\boxed{", r"\boxed{{2}", r"\boxed{}", r"\boxed{ 2 }{")] == [None] * 4 + ["", "2"]
 
 
 def test_a_prompt_may_be_a_list_of_messages_with_one_question():
