@@ -158,6 +158,11 @@ def test_shards_of_another_naming_and_order_load(sharded):
     assert same(tiny(), load_model(sharded))
 
 
+def test_two_files_have_an_index_already(tmp_path):
+    save_model(tiny(), tmp_path, shard_bytes=sum(p.nbytes for p in tiny().parameters()) - 1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2 and same(tiny(), load_model(tmp_path))
+
+
 def test_each_shard_holds_what_fits_and_at_least_one_tensor():
     tensors = {name: torch.zeros(size) for name, size in zip("abcde", (10, 10, 50, 5, 5))}       # 4 bytes each
     assert split_shards(tensors, 10**6) == {"model.safetensors": list("abcde")}
@@ -464,6 +469,15 @@ def test_a_4_bit_folder_is_the_rounded_model(tmp_path, tied, sym):
     save_model(again, tmp_path / "twice")
     assert (load_model(tmp_path / "twice").state_dict()["model.layers.1.mlp.down_proj.qweight"]
             == packed.state_dict()["model.layers.1.mlp.down_proj.qweight"]).all()
+
+
+def test_a_4_bit_layer_may_be_one_group(tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPE, "intermediate_size", 64)
+    plain, packed = rounded(group=64)
+    save_model(packed, tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path)(ids), plain(ids), rtol=1e-3, atol=1e-3)
 
 
 def test_a_4_bit_model_answers_as_any_other(tmp_path):

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minikd.command import Parser, Progress, check_positive, flag_group, pick_device, pick_dtype, spare_threads
+from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
+                            spare_threads)
 from minikd.files import InputError
 from minikd.model import Qwen2Config
 
@@ -34,6 +35,14 @@ def test_auto_and_cuda_are_a_gpu_only_if_torch_sees_one(monkeypatch, there):
     if not there:
         with pytest.raises(InputError, match="--device cuda:0: torch sees no GPU"):
             pick_device("cuda:0")
+
+
+def test_another_gpu_than_the_first_becomes_torchs_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: SimpleNamespace(is_meta=False))
+    assert [pick_device(name) for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"] and chosen == ["cuda:1"]
 
 
 def test_a_device_without_float64_is_refused(monkeypatch):
@@ -96,6 +105,27 @@ def test_flags_show_what_they_take_and_may_not_be_abbreviated():
     assert parser.parse_args(["--steps", "3", "--resume"]).steps == 3
     with pytest.raises(InputError, match="--step 3; see --help"):
         parser.parse_args(["--step", "3"])
+
+
+def test_the_help_tells_choices_and_defaults_as_one_types_them_and_a_flag_left_out_gets_its_own():
+    parser = Parser("")
+    add = flag_group(parser, "all")
+    add("--lr", type=float, nargs="+", default=[1e-5, 0.5], toy=[2e-3], help="peak")
+    add("--norm", choices=("token", "none"), default="token", help="weight")
+    add("--steps", type=int, toy=0, help="how many")
+    said = " ".join(parser.format_help().split())
+    assert "peak (1e-5 0.5; toy 0.002)" in said and "weight: token, none (token)" in said and "how many (toy 0)" in said
+    for toy, lr, steps in (False, [1e-5, 0.5], None), (True, [2e-3], 0):
+        args = parser.parse_args(["--norm", "none"])
+        fill_defaults(args, parser, toy)
+        assert vars(args) == dict(lr=lr, norm="none", steps=steps)
+
+
+def test_flags_without_effect_are_told_apart_from_the_output_a_zero_too(capsys):
+    args = argparse.Namespace(top_k=0, limit=None, int8_head=False, resume=True)
+    note_unused(args, "here", "limit", "int8_head")
+    note_unused(args, "here", "top_k", "limit", "int8_head", "resume")
+    assert capsys.readouterr() == ("", "note: without effect here: --top-k --resume\n")
 
 
 # ---- progress

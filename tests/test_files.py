@@ -1,7 +1,9 @@
 """One line for what the user can fix, and writes that are whole or absent."""
 import errno
+import hashlib
 import io
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 from minikd import files
-from minikd.files import InputError, atomic_path, check_writable, read_json, remove, script_errors
+from minikd.files import (InputError, append_to, atomic_path, check_writable, read_json, remove, save_tensors, script_errors,
+                          sha256, write_jsonl)
 
 
 def names(folder: Path) -> list[str]:
@@ -102,7 +105,7 @@ def test_a_file_is_replaced_at_the_end_of_the_block_and_not_before(tmp_path):
     path.write_text("old")
     with atomic_path(path) as new:
         new.write_text("new")
-        assert path.read_text() == "old"
+        assert path.read_text() == "old" and path.parent in new.parents         # on the same file system, else no rename
     assert path.read_text() == "new" and names(path.parent) == ["a.txt"]
 
 
@@ -166,6 +169,29 @@ def test_a_link_keeps_leading_to_the_folder_that_is_replaced(tmp_path):
     assert (tmp_path / "runs").is_symlink() and names(tmp_path / "disk") == ["a", "to nowhere"]
 
 
+# ---- other files
+
+def test_what_cannot_be_written_whole_is_the_systems_error_with_the_path(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))                # of safetensors, too, whose error is its own
+    try:
+        with pytest.raises(OSError, match="File too large: '.*tensors'") as caught:
+            save_tensors({"a": torch.zeros(1000)}, tmp_path / "tensors")
+        with pytest.raises(OSError, match="File too large: '.*log'"), append_to(tmp_path / "log") as file:
+            file.write("x" * 9999)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+
+
+def test_lines_are_read_as_they_are_and_a_hash_is_of_the_whole_file(tmp_path):
+    write_jsonl([{"said": "año"}, {}], tmp_path / "a.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == '{"said": "año"}\n{}\n'.encode()
+    for end in b"", b"x":
+        (tmp_path / "big").write_bytes(bytes(3 << 20) + end)
+        assert sha256(tmp_path / "big") == hashlib.sha256(bytes(3 << 20) + end).hexdigest()[:16]
+
+
 # ---- read_json
 
 @pytest.mark.parametrize("content, complaint", [(b"{\"a\": 1,}", "is not JSON"), (b"", "is not JSON"),
@@ -176,7 +202,8 @@ def test_what_is_not_a_json_object_is_named_in_one_line(tmp_path, content, compl
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
         read_json(path)
-    assert str(caught.value).startswith(f"{path}: {complaint}") and "\n" not in str(caught.value)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: {complaint}") and text.endswith("; fetch it again") and "\n" not in text
     with pytest.raises(InputError, match="; start anew$"):
         read_json(path, "start anew")
 
@@ -189,9 +216,10 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_write_but_not_a_living_o
         path.touch()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left, mine, alive, other = (tmp_path / name for name in (f".last.{dead.pid}.x", f".last.{os.getpid()}.x",
-                                                             f".last.{os.getppid()}.x", ".lasting.1.x"))
-    for folder in (left, mine, alive, other):
+    left, mine, alive, other, number = (tmp_path / name for name in (f".last.{dead.pid}.x", f".last.{os.getpid()}.x",
+                                                                     f".last.{os.getppid()}.x", ".lasting.1.x", f"{dead.pid}"))
+    opened = os.listdir("/dev/fd")
+    for folder in (left, mine, alive, other, number):
         folder.mkdir()                                          # mine: of a process before, as all are number 1 in a container
     if last == "removal":
         remove(path)
@@ -202,7 +230,8 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_write_but_not_a_living_o
                 inner.touch()
             new.touch()
     assert not left.exists() and not mine.exists()
-    assert alive.exists() and other.exists() and path.exists() == (last == "write")
+    assert alive.exists() and other.exists() and number.exists() and path.exists() == (last == "write")
+    assert len(os.listdir("/dev/fd")) == len(opened)            # no handle is left open
 
 
 @pytest.mark.parametrize("error, swept", [(ProcessLookupError, True), (PermissionError, False), (OverflowError, True)])
@@ -239,6 +268,8 @@ def test_too_little_memory_is_one_line_and_other_errors_are_not(capsys):
     with pytest.raises(SystemExit) as stop, script_errors():
         torch.empty(10**15)
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory; lower --batch-size")
+    code, text = shown(capsys, MemoryError())                   # Python's own, which says nothing
+    assert code == 2 and text.startswith("error: out of memory; lower")
     with pytest.raises(SystemExit), script_errors():            # cuBLAS's and cuSOLVER's words
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     with pytest.raises(RuntimeError, match="a bug"), script_errors():

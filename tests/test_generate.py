@@ -459,6 +459,14 @@ def test_log_probabilities_are_those_of_the_distribution_that_was_sampled(temper
             assert token in kept and ours == pytest.approx(math.log(p[token] / p[kept].sum()), abs=2e-5)
 
 
+def test_with_graphs_answers_and_log_probabilities_are_those_without():
+    model, given = random_model(), dict(temperature=1.0, eos_ids={3, 50, 71}, seed=3, samples=2)
+    (answers, chances), (looked, their_chances) = (generate_with_log_probs(model, PROMPTS, 40, graphs=graphs, **given)
+                                                   for graphs in (False, True))
+    assert looked == answers and len({len(answer) for answer in answers}) > 3              # some end between two looks
+    assert their_chances == [pytest.approx(row, abs=1e-4) for row in chances]
+
+
 def test_greedy_chances_are_certain_and_ids_past_vocab_are_never_drawn():
     model = random_model()
     answers, chances = generate_with_log_probs(model, PROMPTS, 5, temperature=0.0)

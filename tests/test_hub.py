@@ -47,8 +47,9 @@ def model(served, tokenizer, tmp_path):
 
 # ---- models
 
-def test_a_model_and_its_tokenizer_come_without_what_nobody_reads(served, model, tokenizer):
+def test_a_model_and_its_tokenizer_come_without_what_nobody_reads(served, model, tokenizer, capsys):
     assert same(load_model(model).state_dict(), small(1).state_dict())
+    assert "did not answer" not in capsys.readouterr().err
     assert len(Tokenizer.load(model)) == len(tokenizer)
     assert not set(served.sent) & JUNK.keys() and len(served.sent) == len(set(served.sent))
     assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} < set(served.sent)
@@ -60,7 +61,7 @@ def test_offline_everything_is_there_and_the_hub_is_not_asked(served, model, mon
     served.asked.clear()
     offline(monkeypatch)
     assert same(load_model(model).state_dict(), first) and served.asked == []
-    assert f"its cache has commit {COMMITS[1][:12]}" in capsys.readouterr().err
+    assert capsys.readouterr().err.count(f"its cache has commit {COMMITS[1][:12]}") == 1         # said once
 
 
 def test_a_run_sees_one_commit_though_main_moves(served, model):
@@ -182,12 +183,40 @@ def test_a_hub_that_never_answers_is_given_up(served, monkeypatch):
     assert "did not return it" in refusal(lambda: local_folder("org/model", ["*"]))
 
 
-def test_a_full_disk_is_the_disks_error_and_names_the_cache(served, model, monkeypatch):
+def test_a_hub_that_is_late_once_is_asked_again(served, model, monkeypatch):
+    late, find = [0.3, 0], Request.find
+    monkeypatch.setattr(Request, "find", lambda *given: (threading.Event().wait(late.pop(0)), find(*given))[1])
+    monkeypatch.setattr(hub, "TIMEOUTS", (0.1, 5))
+    assert "config.json" in hub.files_on_hub(model) and late == []
+
+
+def test_without_a_network_and_a_cache_the_mend_is_the_network(served, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")        # an OSError, not the disk's
+    assert refusal(lambda: local_folder("org/model", ["*"])).endswith("; check the network, and try again")
+
+
+@pytest.mark.parametrize("link", [None, "__cause__", "__context__"])            # as huggingface_hub's own downloader wraps it
+def test_a_full_disk_is_the_disks_error_and_names_the_cache(served, model, monkeypatch, link):
+    error = OSError(errno.ENOSPC, "No space left on device")
+    if link:
+        inner, error = error, RuntimeError("cannot write")
+        setattr(error, link, inner)
+
     def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
     with pytest.raises(OSError, match=f"No space left on device: '{huggingface_hub.constants.HF_HUB_CACHE}'"):
+        local_folder(model, ["*"])
+
+
+@pytest.mark.parametrize("number, said", [(errno.ENOSPC, "No space left on device"), (errno.EACCES, "Permission denied")])
+def test_a_file_of_the_cache_that_cannot_be_written_is_named(served, model, monkeypatch, number, said):
+    def fail(*_, **__):
+        raise OSError(number, said, "/cache/blob")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(OSError, match=f"{said}: '/cache/blob'"):
         local_folder(model, ["*"])
 
 
@@ -219,6 +248,13 @@ def test_half_of_a_dataset_in_the_cache_is_not_taken_for_all_of_it(served, data,
     with pytest.raises(InputError):
         records._check_complete(data, first)
     refusal(lambda: data_files(f"{data}:solutions_py"))
+    assert data_files(f"{data}:*/train-00000*") == first                        # a glob may mean just some
+
+
+def test_a_dataset_that_was_fetched_whole_is_read_without_the_hub(served, data, monkeypatch):
+    both, single = data_files(f"{data}:solutions_py"), data_files(f"{data}:es")
+    offline(monkeypatch)
+    assert data_files(f"{data}:solutions_py") == both and data_files(f"{data}:es") == single and len(both) == 2
 
 
 def test_a_listing_that_fails_does_not_fetch_everything(served, data):

@@ -29,6 +29,9 @@ def test_a_torch_without_onednn_has_no_packed_layout(large, monkeypatch, there):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
     with laid_out(large, rows=3, steps=16):
         assert packed_parts(large) == 9 * there
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)                # or it is switched off
+    with laid_out(large, rows=3, steps=16):
+        assert packed_parts(large) == 0
 
 
 @pytest.fixture
@@ -331,6 +334,13 @@ def test_many_rows_read_the_head_as_it_is(int8):
     assert torch.equal(head_logits(model, states), expected)
     model.to(torch.bfloat16)
     assert model.int8_head is None
+
+
+def test_a_head_that_is_read_in_int8_is_not_packed_as_well(int8, large):
+    use_int8_head(large)
+    for rows, parts in (INT8_ROWS - 1, 8), (INT8_ROWS, 9):
+        with laid_out(large, rows=rows, steps=16):
+            assert packed_parts(large) == parts
 
 
 def test_an_int8_head_is_for_cpus():

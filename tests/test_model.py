@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from minikd.checkpoint import load_model, save_model
 from minikd.files import InputError
-from minikd.model import MLP, Attention, KVCache, Qwen2, Qwen2Config, RMSNorm, StaticCache, rope_tables, rotate
+from minikd.model import MLP, Attention, KVCache, Qwen2, Qwen2Config, RMSNorm, StaticCache, mixed, rope_tables, rotate
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
@@ -403,3 +403,20 @@ def test_train_mode_gives_a_tied_table_the_same_gradient_in_place(micro_batches)
         grads.append(model.head.grad)
     assert torch.allclose(grads[0], grads[1], atol=1e-7)
     assert grads[0].abs().sum() > 0
+
+
+def test_states_alone_give_a_tied_table_the_same_gradient_in_train_mode():
+    grads = []
+    for train in (False, True):                                 # there is no head's gradient to add to
+        model = tiny(tie_word_embeddings=True).train(train)
+        model.hidden(random_ids(2, 5)).square().sum().backward()
+        grads.append(model.head.grad)
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_multiplies_in_the_dtype_and_leaves_the_weights_in_float32(dtype):
+    model = tiny()
+    with mixed(torch.device("cpu"), dtype):
+        logits = model(random_ids(2, 5))
+    assert logits.dtype == dtype and {p.dtype for p in model.parameters()} == {torch.float32}

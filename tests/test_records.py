@@ -113,12 +113,21 @@ def test_a_line_that_breaks_off_is_named_by_its_own_number(tmp_path):
         load_examples(tmp_path / "d.jsonl")
 
 
+def test_a_record_of_another_type_is_an_error_or_is_told_and_passed_over(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"a": 1}\n[2]\n{"a": 3}\n')
+    with pytest.raises(InputError, match="d.jsonl:2: a record is an object"):
+        list(read_records(tmp_path / "d.jsonl"))
+    told = []
+    assert [record["a"] for _, record in read_records(tmp_path / "d.jsonl", told.append)] == [1, 3] and len(told) == 1
+
+
 # ---- folders and the hub
 
 def test_folder_with_one_data_file_is_that_file(tmp_path):
     file = write_records(tmp_path / "train.jsonl", DOLLY)
     (tmp_path / "README.md").write_text("x")
-    (tmp_path / "dataset_infos.json").write_text("{}")
+    for name in "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json":
+        (tmp_path / name).write_text("{}")                                              # as the hub and save_to_disk leave them
     write_records(tmp_path / "._train.jsonl", DOLLY)                                    # as a Mac leaves them
     assert data_files(tmp_path) == [file]
 
@@ -128,7 +137,7 @@ def test_several_data_files_are_listed_and_a_choice_picks_file_folder_or_glob(tm
         (tmp_path / name).mkdir()
     shards = [write_records(tmp_path / "solutions_py" / f"train-{i}.jsonl", CODEFORCES) for i in (1, 0)][::-1]
     es = write_records(tmp_path / "es" / "test.jsonl", DOLLY)
-    with pytest.raises(InputError, match="holds several.*from es/test.jsonl, solutions_py/train-0.jsonl, solutions"):
+    with pytest.raises(InputError, match="holds several.*from es/test.jsonl, solutions_py/train-0.jsonl, solutions_py/train-1.jsonl$"):
         data_files(tmp_path)
     assert data_files(f"{tmp_path}:es/test.jsonl") == [es]
     assert data_files(f"{tmp_path}:solutions_py") == shards == data_files(f"{tmp_path}:*train*")
@@ -165,6 +174,14 @@ def test_a_name_may_hold_colons(tmp_path):
     write_records(file.parent / "b.jsonl", DOLLY)
     assert data_files(f"{file.parent}:b.jsonl") == [file.parent / "b.jsonl"]
     assert local_files([file, "org/name:a:b", f"{file.parent}:b.jsonl"]) == [file, file.parent / "b.jsonl"]
+
+
+def test_a_name_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    file = write_records(tmp_path / "data/d.jsonl", DOLLY)
+    for name in "~/data/d.jsonl", "~/data", "~/data:d.jsonl":
+        assert data_files(name) == local_files([name]) == [file], name
 
 
 def test_a_file_has_no_parts(tmp_path):

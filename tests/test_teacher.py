@@ -53,7 +53,8 @@ def test_cached_states_are_the_teachers_own_in_bfloat16(fill, tmp_path):
         ours = cached.states(rows, *inputs(rows))
         assert ours.dtype == torch.bfloat16 and ours.shape == expected.shape
         torch.testing.assert_close(ours.float(), expected, rtol=2**-8, atol=1e-4)           # one rounding to 8 bits
-    assert len(list((tmp_path / "cache").glob("states-*.safetensors"))) > 3
+    sizes = [sum(map(len, load_file(path).values())) for path in sorted((tmp_path / "cache").glob("states-*"))]
+    assert len(sizes) > 3 and all(10 <= size < 14 for size in sizes[:-1])       # full, with a last row of 4 at most
 
 
 def test_loss_and_gradient_with_the_cache_are_those_of_the_live_teacher(fill, tmp_path):
@@ -124,10 +125,14 @@ def test_a_folder_with_other_files_is_not_taken_for_a_cache(fill, tmp_path):
     with pytest.raises(InputError, match="is not empty and not a teacher"):
         fill()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.tex"]
+    (tmp_path / "cache" / "thesis.tex").rename(tmp_path / "cache" / ".DS_Store")
+    assert fill() > 0                                                           # an empty one is
 
 
-def test_the_order_of_the_rows_and_repeats_do_not_matter(fill):
-    fill()
+def test_the_order_of_the_rows_and_repeats_do_not_matter_and_each_is_computed_once(fill):
+    computed = []
+    fill(progress=computed.append, rows=ROWS + ROWS[:2])
+    assert sum(computed) == len(ROWS)
     assert fill(rows=ROWS[::-1] + ROWS[:5]) == 0
 
 
@@ -156,7 +161,7 @@ def test_the_head_alone_is_the_models_head(tmp_path, tied):
 @pytest.fixture
 def respond(tmp_path, tokenizer):
     return lambda rows=ROWS, made_from=dict(teacher="a"), seed=0, load=lambda: TEACHER, **options: teacher_responses(
-        tmp_path / "answers.jsonl", load, rows, made_from, tokenizer, batch_size=1, max_new_tokens=4, seed=seed, **options)
+        tmp_path / "answers.jsonl", load, rows, made_from, tokenizer, seed=seed, **dict(batch_size=1, max_new_tokens=4) | options)
 
 
 def test_the_teachers_answers_take_the_place_of_the_datas(respond, tokenizer):
@@ -182,18 +187,20 @@ def test_answers_cut_off_by_a_kill_are_completed_to_the_same(respond, tmp_path):
 def test_answers_of_another_teacher_or_to_other_prompts_are_refused(respond):
     respond()
     for changed, said in ((dict(made_from=dict(teacher="b")), "their teacher is a, here b"), (dict(rows=ROWS[1:]), "their rows"),
-                          (dict(seed=1), "their seed is 0, here 1")):
+                          (dict(seed=1), "their seed is 0, here 1"), (dict(batch_size=2), "their batch_size is 1, here 2"),
+                          (dict(max_new_tokens=5), "their max_new_tokens is 4, here 5")):
         with pytest.raises(InputError, match=said):
             respond(**changed)
 
 
-@pytest.mark.parametrize("line", ['{"ids": []}', '{"ids": [400]}', '{"ids": [-1]}', '{"ids": [5.0]}', '{"ids": null}', "[" * 9999])
+@pytest.mark.parametrize("line", ['{"ids": []}', '{"ids": [400]}', '{"ids": [-1]}', '{"ids": [5.0]}', '{"ids": null}', "ÿ",
+                                  "[" * 9999])
 def test_answers_without_ids_of_the_tokenizer_are_refused(respond, tmp_path, line):
     respond()
     path = tmp_path / "answers.jsonl"
     first, second, *more = path.read_text().splitlines()
     for lines in [first, line, *more], [first, second, *more, second]:          # the last: one answer too many
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(lines) + "\n", encoding="latin-1")            # ÿ: a byte that is not UTF-8
         with pytest.raises(InputError, match="holds a damaged line .*delete the file, it is made again"):
             respond()
 

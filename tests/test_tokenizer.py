@@ -64,6 +64,7 @@ MARKED = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\
           "{% if tools is not none %}TOOLS{% endif %}{{ bos_token }}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 JSON = "{{ ['<é>', {'b': 1, 'a': messages[0]['content']}] | tojson }}{{ messages[0] | tojson(indent=2) }}"
 OTHER = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] | trim }}{{ eos_token }}{% endfor %}"
+INDENTED = "{% for message in messages %}\n    {% if message['role'] == 'user' %}\n{{ message['content'] }}\n    {% endif %}\n{% endfor %}"
 
 USER, ASSISTANT = {"role": "user", "content": "Hi {{ there }}\n"}, {"role": "assistant", "content": " Yes?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -94,8 +95,8 @@ def rendered(template: str, messages: list[dict], add_generation_prompt: bool) -
 
 @pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS.keys())
 @pytest.mark.parametrize("asked", [True, False])
-@pytest.mark.parametrize("template", [QWEN25, QWEN25_MATH, QWEN2, QWEN15, NO_SYSTEM, VARIABLE, THINKING, OPEN, OTHER],
-                         ids=["Qwen2.5", "Qwen2.5-Math", "Qwen2", "Qwen1.5", "none", "variable", "thinking", "open", "other"])
+@pytest.mark.parametrize("template", [QWEN25, QWEN25_MATH, QWEN2, QWEN15, NO_SYSTEM, VARIABLE, THINKING, OPEN, INDENTED, OTHER],
+                         ids="Qwen2.5 Qwen2.5-Math Qwen2 Qwen1.5 none variable thinking open indented other".split())
 def test_chat_is_character_for_character_what_the_folders_template_renders(tokenizer_folder, tmp_path, template,
                                                                            messages, asked):
     tokenizer = Tokenizer.load(with_template(tokenizer_folder, tmp_path, template))
@@ -123,9 +124,11 @@ def test_chat_refuses_turns_that_it_has_no_words_for(tokenizer, turn):
 def test_the_template_is_read_from_either_file_the_one_apart_first(tokenizer_folder, tmp_path):
     folder = with_template(tokenizer_folder, tmp_path, QWEN25_MATH)
     assert Tokenizer.load(folder).chat([USER]) == rendered(QWEN25_MATH, [USER], False)
-    for text, template in (QWEN2, QWEN2), ("", QWEN25):     # an empty one is none
+    for text, template in (QWEN2, QWEN2), ("", QWEN25), (" \n", QWEN25):        # an empty one is none
         (folder / "chat_template.jinja").write_text(text)
         assert Tokenizer.load(folder).chat([USER]) == rendered(template, [USER], False)
+    (folder / "chat_template.jinja").write_bytes(b"a\xff")
+    assert Tokenizer.load(folder).chat([USER]) == "a\ufffd"
     (folder / "chat_template.jinja").unlink(), (folder / "tokenizer_config.json").unlink()
     assert Tokenizer.load(folder).chat([USER]) == rendered(QWEN25, [USER], False)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import locked_by_another, small
+from conftest import locked_by_another, same, small
 from minikd import training
 from minikd.checkpoint import save_model
 from minikd.files import InputError
@@ -201,6 +201,13 @@ def test_a_state_is_one_file_that_replaces_the_one_before(tmp_path):
     assert load_state(tmp_path, small_model(), make_optimizer(small_model(), 0.01))[0]["step"] == 2
 
 
+def test_a_state_of_no_step_yet_has_no_moments(tmp_path):
+    model, other = small_model(), small_model(seed=2)
+    save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 0})
+    assert load_state(tmp_path, other, make_optimizer(other, 0.01)) == ({"step": 0}, {})
+    assert same(model.state_dict(), other.state_dict())
+
+
 @pytest.mark.parametrize("shape, named", [(dict(num_hidden_layers=3), "layers.2"),
                                           (dict(num_hidden_layers=1), "layers.1"),
                                           (dict(intermediate_size=16), "mlp.down_proj"),
@@ -265,7 +272,7 @@ def test_a_run_records_the_commit_of_this_code_wherever_it_is_started(tmp_path, 
     write_config(tmp_path, SETTINGS)
     assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] == commit
     (command, how), = asked
-    assert command[:3] == ["git", "-C", str(Path(__file__).resolve().parents[1])] and "--dirty" in command
+    assert command == ["git", "-C", str(Path(__file__).resolve().parents[1]), "describe", "--always", "--dirty"]   # no tags
     assert how == dict(capture_output=True, text=True)                          # text: else the commit is a b'...'
 
 
@@ -280,6 +287,8 @@ def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_
     check_settings(tmp_path, SETTINGS | {"newer_flag": None})
     with pytest.raises(InputError, match="--newer-flag 1, but the run began with None"):
         check_settings(tmp_path, SETTINGS | {"newer_flag": 1})
+    write_config(tmp_path, {"records" if key == "data" else key: value for key, value in SETTINGS.items()})  # as earlier
+    check_settings(tmp_path, SETTINGS)
 
 
 def test_a_cache_may_move_and_a_tokenizer_may_not_change(tmp_path):
@@ -395,6 +404,9 @@ def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, nam
     (tmp_path / "link.jsonl").symlink_to(name)
     with pytest.raises(InputError, match=f"link.jsonl: would be replaced by the run's own {name}"):
         check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "link.jsonl"])
+    (tmp_path / "same").symlink_to(".")
+    with pytest.raises(InputError, match=f"{name}: would be replaced by the run's own"):
+        check_free(tmp_path / "same", [tmp_path / "same/kd"], resume=False, toy=False, data=[tmp_path / name])
     given = dict(resume=False, toy=False, data=[tmp_path / "data.jsonl"])
     check_free(tmp_path, [tmp_path / "kd"], **given, own=["completions.jsonl"])             # it writes no such file
     with pytest.raises(InputError, match=f"{name}: is no run's, and would be replaced"):
@@ -411,6 +423,10 @@ def test_a_run_lies_in_no_folder_that_is_read_whole(tmp_path):
                 check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
         for data in "data/a.jsonl", "data:a.jsonl":
             check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
+    check_free(tmp_path / "beside", [tmp_path / "beside"], resume=False, toy=False, data=[tmp_path / "data"])
+    (tmp_path / "data/run").mkdir(), (tmp_path / "data/run/b.jsonl").touch()
+    with pytest.raises(InputError, match="would be read as data, of .*data:run; choose"):
+        check_free(tmp_path / "data/run", [tmp_path / "data/run"], resume=False, toy=False, data=[f"{tmp_path}/data:run"])
 
 
 def test_the_folder_that_one_works_in_is_not_to_be_replaced(tmp_path, monkeypatch):
@@ -454,6 +470,8 @@ def test_a_run_that_goes_on_with_other_threads_says_so(tmp_path, capsys):
     (tmp_path / CONFIG).write_text(json.dumps(config | {"versions": {"torch": torch.__version__, "threads": 77}}))
     begin_run(tmp_path, SETTINGS, resume=True)
     assert f"began with threads 77, goes on with {torch.get_num_threads()};" in capsys.readouterr().out
+    (tmp_path / CONFIG).write_text(json.dumps({"settings": config["settings"]}))            # it did not say
+    assert begin_run(tmp_path, SETTINGS, resume=True) and capsys.readouterr().out == ""
 
 
 def test_a_run_that_is_done_or_had_other_settings_is_left_as_it_is(tmp_path, capsys):
