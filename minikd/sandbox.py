@@ -25,6 +25,7 @@ References
 """
 import _signal                  # the C part of signal: importing the enums of signal.py takes 4 ms
 import ctypes
+import fcntl
 import functools
 import inspect
 import math
@@ -46,6 +47,7 @@ MB = 1 << 20
 NOBODY = 65534
 OUTPUT = MB                 # bytes of stdout, and of stderr
 DISK, FILES = 8 * MB, 200   # of the private folder, which is flat
+PREFIX = "minikd-sandbox-"  # of the private folder's name
 TICK = 0.05                 # seconds between two checks of that folder
 SHARE = Path("/sys/fs/cgroup/cpu.max")          # cgroup v2
 # NPROC counts threads, of all the uid's programs together: recursion in a thread with a large stack is common in contests.
@@ -145,7 +147,8 @@ def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
         return Result("error", "", f"not run: {error}", 0.0), ""
     if b"\0" in source:                                         # Python 3.10 would run the lines before it
         return Result("error", "", "not run: a NUL in the source", 0.0), ""
-    folder = tempfile.mkdtemp(prefix="minikd-")
+    _sweep()
+    folder = tempfile.mkdtemp(prefix=PREFIX)
     try:
         options = _prepare(folder, source, stdin, timeout, memory_mb)
         with _supervisor(folder, options) as (process, report):
@@ -165,6 +168,15 @@ def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
         memory = code == "1" and last.partition(":")[0] == "MemoryError"
         verdict = "ok" if code == "0" else "memory" if memory else "error"
     return Result(verdict, out, err, seconds), level
+
+
+@functools.lru_cache(maxsize=None)                              # once in a process
+def _sweep():
+    """Removes what is a day old: of a program that was killed together with its supervisor and its caller."""
+    for left in Path(tempfile.gettempdir()).glob(PREFIX + "*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
@@ -187,7 +199,9 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
 @contextmanager
 def _supervisor(folder, options):
     """The supervisor's process and the pipe it reports on; on exit it and all its descendants are dead."""
-    report, write = os.pipe()
+    report, low = os.pipe()
+    write = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3)          # what the caller has closed of 0, 1 and 2, Popen opens
+    os.close(low)
     try:
         with open(f"{folder}/stdin", "rb") as stdin:
             os.unlink(stdin.name)
