@@ -73,8 +73,11 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
     logp       log-probabilities of the sampled tokens under the current policy, differentiated
     old_logp   the same under the policy that sampled them: constants, like the reference's, even if they are logp itself
     ref_logp   the same under the frozen reference; all three at the temperature of sampling
-    Padding is not masked here: the caller masks and averages (token_weights).  Raises ValueError for advantages not [B].
+    Padding is not masked here: the caller masks and averages (token_weights).
+    Raises ValueError for advantages not [B], and for a beta without a reference.
     """
+    if beta and ref_logp is None:
+        raise ValueError(f"beta = {beta} needs ref_logp, the reference's log-probabilities; give them, or beta=0")
     if advantages.shape != logp.shape[:1]:
         raise ValueError(f"advantages {list(advantages.shape)} for answers {list(logp.shape)}; give one for each answer")
     return token_loss(logp, old_logp, ref_logp, advantages[:, None], clip, beta, clip_high)

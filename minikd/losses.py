@@ -57,10 +57,12 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 def log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
     """log(share a + (1 - share) b), [..., V] each, computed in log space: probabilities underflow, their logs do not.
 
-    Raises ValueError unless 0 < share < 1.
+    Raises ValueError unless 0 <= share <= 1.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"a mixture of {share}; the share (alpha) must be between 0 and 1")
+    if not 0 <= share <= 1:
+        raise ValueError(f"a mixture of {share}; the share (alpha) must be from 0 to 1")
+    if share in (0, 1):                                                         # the logarithm of 0
+        return log_a if share else log_b
     return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
 
 
@@ -100,7 +102,7 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
                     temperature: float = 1.0) -> Tensor:
     """KL(p || alpha p + (1 - alpha) q).  DistiLLM, whose code leaves out the constant -H(p).
 
-    [..., V], [..., V] -> [...] nats, at most -log(alpha).  Raises ValueError unless 0 < alpha < 1.
+    [..., V], [..., V] -> [...] nats, at most -log(alpha).  Raises ValueError unless 0 <= alpha <= 1.
     """
     logq, logp = log_probs(student_logits, teacher_logits, temperature)
     return kl(logp, log_mix(logp, logq, alpha))                                 # DistiLLM, section 3.1
@@ -110,7 +112,7 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
                     temperature: float = 1.0) -> Tensor:
     """KL(q || (1 - alpha) p + alpha q).  DistiLLM.
 
-    [..., V], [..., V] -> [...] nats, at most -log(alpha).  Raises ValueError unless 0 < alpha < 1.
+    [..., V], [..., V] -> [...] nats, at most -log(alpha).  Raises ValueError unless 0 <= alpha <= 1.
     """
     logq, logp = log_probs(student_logits, teacher_logits, temperature)
     return kl(logq, log_mix(logq, logp, alpha))                                 # DistiLLM, section 3.1

@@ -280,6 +280,13 @@ def test_an_advantage_for_each_token_is_refused():
         policy_loss(logp, old, ref, advantages[:, None].expand(N, R))
 
 
+def test_a_reference_is_needed_for_its_kl_alone():
+    logp, old, ref, advantages, _ = numbers()
+    torch.testing.assert_close(policy_loss(logp, old, None, advantages, beta=0), policy_loss(logp, old, ref, advantages, beta=0))
+    with pytest.raises(ValueError, match="beta = 0.04 needs ref_logp"):
+        policy_loss(logp, old, None, advantages)
+
+
 def test_the_module_says_where_its_variants_come_from():
     for name in "2402.03300", "2503.20783", "2503.14476", "2507.18071":
         assert name in grpo.__doc__

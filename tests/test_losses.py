@@ -188,11 +188,14 @@ def test_a_token_that_is_ruled_out_counts_as_0_log_0(student, teacher, infinite,
     torch.testing.assert_close(entropy(logits), entropy(logits.clamp(min=-500)))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0, math.nan])
-def test_a_mixture_of_one_model_alone_is_refused(alpha):
-    for divergence in skew_forward_kl, skew_reverse_kl:
-        with pytest.raises(ValueError, match="must be between 0 and 1"):
-            divergence(torch.zeros(3), torch.zeros(3), alpha=alpha)
+def test_at_its_ends_a_skew_divergence_is_the_plain_one_and_0():
+    student, teacher = random_logits(4, 9, seed=1), random_logits(4, 9, seed=2)
+    for skewed, plain in (skew_forward_kl, forward_kl), (skew_reverse_kl, reverse_kl):
+        torch.testing.assert_close(skewed(student, teacher, alpha=0), plain(student, teacher))
+        assert (skewed(student, teacher, alpha=1) == 0).all()
+        for alpha in -0.1, 1.1, math.nan:
+            with pytest.raises(ValueError, match="must be from 0 to 1"):
+                skewed(student, teacher, alpha=alpha)
 
 
 # ---- trl, where it is installed ----
