@@ -1,6 +1,6 @@
 """The paper's Table 1 on the toy world: mean and spread (standard deviation) of ROUGE-L over seeds.
 
-    python -m benchmarks.toy_table              # about 9 minutes on 2 CPU cores
+    python -m benchmarks.toy_table              # about 8 minutes on a CPU
 
 Each seed is a whole run of `python train_kd.py --seed S`: another teacher, other training records, another base; the world's
 facts and the test prompts are the same for all.

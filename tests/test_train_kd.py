@@ -257,6 +257,9 @@ def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, world, tmp_path, monk
     assert path == tmp_path / "run/curves.png" and teacher == table[-1]["all"] and table[-1]["model"] == "Teacher"
     run("--loss", "sft", "--steps", 2, "--eval-data", world / "data.jsonl", out=tmp_path / "other")
     assert drawn[1][2] == teacher                                               # of the held-out records all the same
+    status, out, err = run("--steps", 1, "--lr", "0.001", "0.01", out=tmp_path / "unnamed")
+    assert status == 0 and "a sweep of one loss: --loss forward_kl, as none is given" in err
+    assert list(drawn[2][0]) == ["forward_kl lr 0.001", "forward_kl lr 0.01"]
 
 
 # ---- whose answers are learned from
@@ -612,7 +615,6 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
     (["--batch-size", "0"], "--batch-size 0: must be above 0"), (["--lr", "nan"], "--lr [nan]: must be above 0"),
     (["--validation", "0"], "--validation 0"), (["--eval-examples", "-1"], "--eval-examples -1"),
     (["--kd-ratio", "1.5"], "--kd-ratio must be from 0 to 1"), (["--loss", "skew_forward_kl", "--alpha", "0"], "--alpha between"),
-    (["--lr", "1e-3", "1e-2"], "--lr with several rates sweeps one loss"),
     (["--epochs", "inf"], "--epochs inf: must be above 0 and at most"), (["--epochs", "1e308"], "--epochs 1e+308: must be"),
     (["--weight-decay", "-1"], "0 or more"),
     (["--weight-decay", "nan"], "--weight-decay nan"), (["--warmup", "-1"], "--warmup -1"), (["--step", "3"], "see --help"),
