@@ -63,7 +63,7 @@ def parse_args():
     add("--limit", type=int, help="read only the first LIMIT usable records of --data")
     add("--validation", type=int, default=500, toy=100, help="examples held out of --data")
     add = flag_group(parser, "loss")
-    add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="without it: both sft and forward_kl; else one")
+    add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="without it: both sft and forward_kl, or with several --lr forward_kl; else one")
     add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy; not in MiniLLM")
     add("--temperature", type=float, default=1.0, help="divides both models' logits in the divergence, not in CE; not in MiniLLM")
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture")

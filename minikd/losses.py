@@ -61,8 +61,8 @@ def log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"a mixture of {share}; the share (alpha) must be from 0 to 1")
-    if share in (0, 1):                                                         # the logarithm of 0
-        return log_a if share else log_b
+    if share in (0, 1):                                                         # else the logarithm of 0
+        return log_a + 0 * log_b if share else log_b + 0 * log_a                # both stay in the graph
     return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
 
 

@@ -189,10 +189,11 @@ def test_a_token_that_is_ruled_out_counts_as_0_log_0(student, teacher, infinite,
 
 
 def test_at_its_ends_a_skew_divergence_is_the_plain_one_and_0():
-    student, teacher = random_logits(4, 9, seed=1), random_logits(4, 9, seed=2)
+    student, teacher = random_logits(4, 9, seed=1).requires_grad_(), random_logits(4, 9, seed=2)
     for skewed, plain in (skew_forward_kl, forward_kl), (skew_reverse_kl, reverse_kl):
         torch.testing.assert_close(skewed(student, teacher, alpha=0), plain(student, teacher))
-        assert (skewed(student, teacher, alpha=1) == 0).all()
+        none = skewed(student, teacher, alpha=1)
+        assert (none == 0).all() and (torch.autograd.grad(none.sum(), student)[0].abs() < 1e-6).all()
         for alpha in -0.1, 1.1, math.nan:
             with pytest.raises(ValueError, match="must be from 0 to 1"):
                 skewed(student, teacher, alpha=alpha)
