@@ -94,7 +94,8 @@ def model_folder(name, weights: bool = True) -> Path:
 
 def check_kind(name, files: list[str]):
     """Raises InputError for folders without a config.json that are something else, by the names of their files."""
-    runs = sorted((file.partition("/")[0] for file in files if re.match(r"checkpoint-\d+", file)), key=lambda run: int(run[11:]))
+    runs = sorted((file.partition("/")[0] for file in files if re.match(r"checkpoint-\d+(/|$)", file)),
+                  key=lambda run: int(run[11:]))
     if "adapter_config.json" in files:
         raise InputError(f"{name}: is a LoRA adapter; merge it into its base model first: peft's merge_and_unload(), then "
                          "save_pretrained()")
@@ -146,7 +147,7 @@ def read_quantization(folder: Path) -> dict | None:
     path = folder / "config.json"
     config = read_json(path)
     raw = config.get("quantization_config")
-    if raw is None and config.get("quantization"):
+    if config.get("quantization") and not (isinstance(raw, dict) and "quant_method" in raw):     # mlx-lm writes both
         raise InputError(f"{path}: `quantization` is MLX's; minikd reads the gptq format: use the unquantised folder")
     if raw is None:
         return None

@@ -162,7 +162,7 @@ def _chat(record, where, field="messages"):
 def _sharegpt(record, where):
     turns = record.get("conversations")
     if isinstance(turns, list):
-        turns = [{"role": SHAREGPT.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+        turns = [{"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
                  if isinstance(turn, dict) and "from" in turn else turn for turn in turns]
     return _chat({"conversations": _system(record, where, turns)}, where, "conversations")
 
@@ -172,7 +172,19 @@ def _pair(record, where):
     for role, names in zip(("user", "assistant"), PAIR):
         part = next((record[name] for name in names if kind_of(record.get(name)) != "null"), None)
         turns += part if isinstance(part, list) else [{"role": role, "content": text_field(record, where, *names)}]
+        if role == "user" and not isinstance(part, list):
+            turns[0]["content"] = with_passage(record, where, turns[0]["content"], record.get("prompt"))
     return _chat({"messages": _system(record, where, turns)}, where)
+
+
+def with_passage(record: dict, where: str, asked: str, prompt=None) -> str:
+    """What is asked, and the passage that it is about, unless it is asked by a `prompt`, which may repeat it.  Raises InputError
+    for choices, which would not be shown."""
+    for name in "choices", "options":
+        if kind_of(record.get(name)) != "null" and record[name] not in ("", [], {}):
+            raise InputError(f"{where}: field {name!r} would not be shown; write it into the question, and drop the field")
+    more = text_field(record, where, "context", "input", "passage", default="")
+    return asked if not more or asked == prompt and more in asked else f"{asked}\n\n{more}"
 
 
 def _system(record: dict, where: str, turns):
@@ -222,7 +234,7 @@ def _held_out(record, where):
     return messages, instruction, input, answers
 
 
-TOOLS = {"tool", "tool_call", "tool_response", "function", "function_call", "observation"}       # roles of turns
+TOOLS = "tool", "tool_call", "tool_response", "function", "function_call", "observation"       # roles of turns
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 PAIR = [("prompt", "question", "problem", "query"), ("completion", "response", "solution", "answer")]
 # In the order they are tried: (record, where) -> (messages, instruction, input, answers), as in Example; and the fields

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from minikd.data import Encoded
-from minikd.examples import same_prompt, text_field
+from minikd.examples import same_prompt, text_field, with_passage
 from minikd.files import InputError
 from minikd.records import HALF, kind_of, read_records
 from minikd.toy import held_out
@@ -166,11 +166,8 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     """What is asked, and its answer, or the tests that a program must pass."""
     asked = {name: _asked(record.get(name)) for name in ("question", "problem", "instruction", "prompt")}
     field = next((name for name in asked if asked[name]), None)
-    for name in "choices", "options":
-        if kind_of(record.get(name)) != "null":
-            raise InputError(f"{where}: field {name!r} would not be shown; write it into the question, and drop the field")
-    if isinstance(record.get("reward_model"), dict):                                       # verl's
-        record = {"answer": record["reward_model"].get("ground_truth")} | record
+    if isinstance(record.get("reward_model"), dict) and kind_of(record.get("answer")) == "null":               # verl's
+        record = record | {"answer": record["reward_model"].get("ground_truth")}
     given = [name for name in ANSWERS if name in record]
     name = next((name for name in given if kind_of(record[name]) != "null" and str(record[name]).strip()), None)
     whole = str(record[name]) if name and isinstance(record[name], (str, int, float)) else ""
@@ -187,9 +184,8 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
         kind = Unanswered if field and given else InputError
         raise kind(f"{where}: is not a problem: give `question` and `answer` or `tests`, or Codeforces' `description` and "
                    f"`examples` (its fields: {', '.join(list(record)[:12])})")
-    more = text_field(record, where, "context", "input", "passage", default="")
-    parts = asked[field], "" if more in asked[field] else more, PYTHON if tests else ANSWER
-    return "\n\n".join(filter(None, parts)), facts
+    question = with_passage(record, where, asked[field], asked["prompt"])
+    return f"{question}\n\n{PYTHON if tests else ANSWER}", facts
 
 
 def _asked(value) -> str:

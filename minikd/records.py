@@ -49,7 +49,7 @@ def data_files(name) -> list[Path]:
         folder = local_folder(base, patterns, kind="dataset")   # offline: whatever the cache holds
     held = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     files = [folder / file for file in _choose(base, held, choice)]
-    if not here and not choice.endswith(ENDINGS) and not set("*?[") & set(choice):
+    if not here and not re.search(r"-\d{3}", choice):                                  # else some shards are asked for
         _check_complete(base, files)
     return files
 
@@ -75,7 +75,7 @@ def _check_complete(name: str, files: list[Path]):
             raise InputError(f"{name}: its cache holds only some of the {int(part[2])} files like {file.name}; run once online")
 
 
-SPLIT = re.compile(r"(?:.*/)?(train|test|valid|val|dev|eval)[^/]*")
+SPLIT = re.compile(r"(?:.*/)?(train|test|valid|validation|val|dev|eval)(?![a-z]).*")
 SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
 
 
@@ -83,7 +83,7 @@ def _choose(name: str, held: list[str], choice: str) -> list[str]:
     data = sorted(file for file in held if file.endswith(ENDINGS) and not file.startswith(".")
                   and file.rpartition("/")[2] not in HUB_METADATA)
     found = [file for file in data if fnmatch(file, choice) or fnmatch(file, f"{choice}/*")] if choice else data
-    splits = {split[1] for file in found if (split := SPLIT.fullmatch(file))}
+    splits = {split[1] for file in found if (split := SPLIT.fullmatch(file.removeprefix(f"{choice}/")))}
     if found and (choice or len(found) == 1) and (len(splits) < 2 or set("*?[") & set(choice)):
         return found
     if not data:

@@ -225,6 +225,7 @@ def test_gits_pointer_to_a_file_is_not_called_damaged(folder):
     (["q4.gguf", "q8.gguf"], "holds GGUF files; give the folder with safetensors"),
     (["checkpoint-500/config.json", "checkpoint-1000/config.json", "runs/x"],
      "one of its models, such as the folder checkpoint-1000 in it"),
+    (["checkpoint-500-merged/x", "checkpoint-7.zip"], "config.json: is missing; a Hugging Face model folder has one"),
     (["notes.txt"], "config.json: is missing; a Hugging Face model folder has one")])
 def test_a_folder_of_another_kind_is_called_what_it_is(tmp_path, held, said):
     for name in held:
@@ -489,8 +490,9 @@ def test_a_4_bit_model_answers_as_any_other(tmp_path):
     assert [len(row) for row in generate(narrow, prompts, 20)] == [20, 20, 20]
 
 
-def test_mlx_s_quantisation_is_called_so(folder):
-    config = json.loads((folder / "config.json").read_text()) | {"quantization": {"group_size": 64, "bits": 4}}
+@pytest.mark.parametrize("names", [["quantization"], ["quantization", "quantization_config"]])
+def test_mlx_s_quantisation_is_called_so(folder, names):
+    config = json.loads((folder / "config.json").read_text()) | dict.fromkeys(names, {"group_size": 64, "bits": 4})
     (folder / "config.json").write_text(json.dumps(config))
     assert "`quantization` is MLX's; minikd reads the gptq format" in refusal(folder)
 

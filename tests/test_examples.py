@@ -92,7 +92,19 @@ def test_the_same_conversation_under_other_names(name, record):
     assert example.instruction == "Be brief.\n\n1?"
 
 
+@pytest.mark.parametrize("record, asked", [
+    ({"context": "Paris is in France.", "question": "Where is it?", "answer": "a"}, "Where is it?\n\nParis is in France."),
+    ({"prompt": "Translate.", "input": "hola", "completion": "a"}, "Translate.\n\nhola"),
+    ({"prompt": "hola: translate.", "input": "hola", "completion": "a"}, "hola: translate."),
+    ({"question": "Why?", "choices": [], "options": "", "answer": "a"}, "Why?")])
+def test_a_pair_is_asked_with_what_it_is_about(record, asked):
+    assert to_example(record, "d:1").messages[0]["content"] == asked
+
+
 @pytest.mark.parametrize("record, words", [
+    ({"question": "Which?", "choices": ["a", "b"], "answer": "a"}, "field 'choices' would not be shown"),
+    ({"messages": [{"role": ["user"], "content": "hi"}]}, "messages[0]: not a turn"),
+    ({"conversations": [{"from": ["human"], "value": "hi"}]}, "conversations[0]: not a turn"),
     ({"conversations": None}, "'conversations' is null"), ({"conversations": ["hi"]}, "conversations[0]: not a turn"),
     ({"conversations": [{"from": "bot", "value": "hi"}]}, "conversations[0]: not a turn"),
     ({"prompt": None, "completion": "a"}, "'query' is missing"), ({"prompt": {}, "completion": "a"}, "'prompt' is a dict"),

@@ -191,6 +191,8 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
     assert to_problem(alone, "x").messages[-1]["content"] == f"Why?\n\n{ANSWER}"
     asked = to_problem({"question": "Is it?", "passage": "It is.", "answer": "yes"}, "x").messages[-1]["content"]
     assert asked == f"Is it?\n\nIt is.\n\n{ANSWER}"
+    short = to_problem({"instruction": "Double it; 1.5 gives 3.", "input": "5", "output": "10"}, "x")     # a 5 is there already
+    assert short.messages[-1]["content"] == f"Double it; 1.5 gives 3.\n\n5\n\n{ANSWER}"
     again = to_problem({"prompt": "It is. Is it?", "context": "It is.", "answer": "yes"}, "x")
     assert again.messages[-1]["content"] == f"It is. Is it?\n\n{ANSWER}"
 
@@ -236,7 +238,8 @@ def test_records_without_an_answer_to_compare_with_are_left_out_and_counted(tmp_
     ({"answer": "3", "question_type": "proof"}, None), ({"answer": "Proofs", "question_type": "math-word-problem"}, "Proofs"),
     ({"final_answer": "3", "r1_solution_1": "So 3."}, "3"), ({"expected_answer": "3", "generated_solution": "So 3."}, "3"),
     ({"reward_model": {"ground_truth": "3", "style": "rule"}, "ability": "MATH"}, "3"),
-    ({"reward_model": {"ground_truth": "4"}, "answer": "3"}, "3"), ({"reward_model": {"style": "rule"}}, None)])
+    ({"reward_model": {"ground_truth": "4"}, "answer": "3"}, "3"), ({"reward_model": {"style": "rule"}}, None),
+    ({"reward_model": {"ground_truth": "3"}, "answer": None}, "3"), ({"answer": "3", "choices": [], "options": ""}, "3")])
 def test_answers_under_the_names_that_datasets_give_them(record, answer):
     record = {"problem": "1 + 2?"} | record
     if answer is None:

@@ -159,6 +159,19 @@ def test_a_folder_of_several_splits_is_not_read_as_one(tmp_path):
     assert data_files(f"{tmp_path}:main") == train
 
 
+@pytest.mark.parametrize("names, several", [(["devices", "values", "testimonials"], False), (["train/0", "test/0"], True),
+                                            (["validation_a", "train_b"], True)])
+def test_a_split_is_a_word_at_the_start_of_a_file_or_folder(tmp_path, names, several):
+    for name in names:
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_records(tmp_path / "d" / f"{name}.jsonl", DOLLY)
+    if several:
+        with pytest.raises(InputError, match="d holds several splits"):
+            data_files(f"{tmp_path}:d")
+    else:
+        assert len(data_files(f"{tmp_path}:d")) == len(names)
+
+
 def test_missing_file_is_not_taken_for_a_hub_name(monkeypatch):
     monkeypatch.setattr(records, "local_folder", None)
     with pytest.raises(InputError, match="runs/none.jsonl: no such file"):
