@@ -47,8 +47,8 @@ def start(folder: Path, seed: int):
 
 def one_seed(folder: Path, seed: int) -> dict[str, dict]:
     start(folder, seed)
-    common = ["--batch-size", 32, "--grad-accum", 2, "--warmup", 50, "--validation", 100, "--eval-examples", 20,
-              "--max-new-tokens", 72, "--rouge", "unicode", "--dtype", "float32", "--seed", seed]
+    common = ["--batch-size", 64, "--warmup", 50, "--validation", 100, "--eval-examples", 20, "--max-new-tokens", 72,
+              "--rouge", "unicode", "--dtype", "float32", "--seed", seed]
     run("train_kd.py", "--student", folder / "start-teacher", "--data", folder / "clean.jsonl", "--loss", "sft", "--steps",
         500, "--eval-every", 500, "--lr", 2e-3, "--out", folder / "teacher", *common)
     run("train_kd.py", "--student", folder / "start-student", "--teacher", folder / "teacher/last", "--data",
