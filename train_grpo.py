@@ -24,7 +24,7 @@ from minikd import grpo, problems, sandbox, toy
 from minikd.checkpoint import identify, load_config, load_model, model_folder, save_model
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
-from minikd.data import Encoded, collate, encode_examples, next_rows
+from minikd.data import Encoded, begins_thoughts, collate, encode_examples, next_rows
 from minikd.examples import same_prompt, split_examples, to_example
 from minikd.files import InputError, remove, script_errors, sha256
 from minikd.head import head_loss, scored_positions
@@ -272,8 +272,7 @@ def lines_of(step: int, answers: list[Encoded], texts: list[str], values: dict[s
 
 def text_of(tokenizer: Tokenizer, answer: Encoded) -> str:
     """The answer, after the <think> that its prompt ends in, where the chat template begins the thoughts."""
-    begun = tokenizer.decode(answer.prompt[-8:]).rstrip().endswith("<think>")
-    return ("<think>\n" if begun else "") + tokenizer.decode(answer.response)
+    return "<think>\n" * begins_thoughts(tokenizer.decode(answer.prompt[-8:])) + tokenizer.decode(answer.response)
 
 
 def pay(texts: list[str], facts: list[dict], rewards: dict, weights: dict) -> tuple[dict[str, list], torch.Tensor]:

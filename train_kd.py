@@ -63,7 +63,7 @@ def parse_args():
     add("--limit", type=int, help="read only the first LIMIT usable records of --data")
     add("--validation", type=int, default=500, toy=100, help="examples held out of --data")
     add = flag_group(parser, "loss")
-    add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="without it: both sft and forward_kl, or with several --lr forward_kl; else one")
+    add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="without it: both sft and forward_kl; else one")
     add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy; not in MiniLLM")
     add("--temperature", type=float, default=1.0, help="divides both models' logits in the divergence, not in CE; not in MiniLLM")
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture")
@@ -85,7 +85,7 @@ def parse_args():
     add("--batch-size", type=int, default=8, toy=16, help="examples in a micro-batch")
     add("--grad-accum", type=int, default=1, toy=2, help="micro-batches in an optimizer step: each is padded for itself")
     add("--lr", type=float, nargs="+", default=[1e-5], toy=[3e-3],
-        help="peak; several: one run for each; 1e-3 on the toy's own answers")
+        help="peak; several: a run each, KD without --loss; 1e-3 on the toy's own answers")
     add("--warmup", type=int, default=0, toy=30, help="steps of linear warm-up")
     add("--schedule", choices=("cosine", "constant"), default="cosine",
         help="after the warm-up; cosine ends at --lr / 10")

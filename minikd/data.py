@@ -36,9 +36,14 @@ def prompt_text(example: Example, tokenizer, template: str = "chatml") -> str:
             f"request.\n\n### Instruction:\n{example.instruction}\n\n{given}### Response:\n")
 
 
+def begins_thoughts(prompt: str) -> bool:
+    """Whether the prompt ends in <think>, as QwQ's and DeepSeek-R1's templates let it."""
+    return prompt.rstrip().endswith("<think>")
+
+
 def after_prompt(response: str, prompt: str) -> str:
-    """The response without the <think> that the prompt ends in: QwQ's and DeepSeek-R1's templates begin the thoughts."""
-    return re.sub(r"^\s*<think>\n?", "", response) if prompt.rstrip().endswith("<think>") else response
+    """The response without its <think>, if the prompt has begun the thoughts."""
+    return re.sub(r"^\s*<think>\n?", "", response) if begins_thoughts(prompt) else response
 
 
 class NothingLeft(InputError):

@@ -187,7 +187,7 @@ def read_template(folder: Path, config: dict):
         source, path = apart.read_text(encoding="utf-8", errors="replace"), apart
     if not isinstance(source, str) or not source.strip():
         return None
-    held = version("jinja2")                                                    # comes with torch
+    held = version("jinja2")                                                    # comes with torch, of whichever version
     if [int(part) for part in re.findall(r"\d+", held)[:3]] < [3, 1, 6]:
         raise InputError(f"{path}: has a chat template, a program that jinja2 {held} could not confine; pip install -U jinja2")
     from jinja2 import TemplateError
