@@ -64,18 +64,9 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     one_kernel  with `graphs`: where decode_cuda.fits, one kernel computes the hidden states
     """
     prompts = [[int(token) for token in prompt] for prompt in prompts]          # also tuples, or the rows of a tensor
-    if not all(prompts):
-        raise ValueError("generate: a prompt is empty; give each at least one token")
-    if (samples < 1 or not (temperature >= 0 and 0 < top_p <= 1) or min(top_k, no_repeat_ngram_size) < 0
-            or vocab is not None and vocab < 1):
-        raise ValueError("generate: samples and vocab must be at least 1, temperature, top_k and no_repeat_ngram_size at least "
-                         "0, 0 < top_p <= 1")
-    if mix and (teacher is None or temperature != 1 or not 0 < mix < 1):
-        raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
-    ids = min(len(each.head) for each in (model, teacher or model))
-    strange = [token for prompt in prompts for token in prompt if not 0 <= token < ids]
-    if strange:                                                 # on a GPU the lookup would end the process's use of it
-        raise ValueError(f"generate: {strange[0]} in a prompt is not an id of the model, which has {ids:,}")
+    models = [model, teacher] if mix else [model]
+    check_prompts(prompts, min(len(each.head) for each in (model, teacher or model)))
+    check_options(temperature, top_p, top_k, samples, teacher, mix, vocab, no_repeat_ngram_size)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in range(len(prompts) * samples)], [[] for _ in range(len(prompts) * samples)]
     stops = frozenset(map(int, () if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else eos_ids))
@@ -84,7 +75,6 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     count = len(prompts) * samples                              # of answers
     u = torch.rand(max_new_tokens, count, generator=generator, dtype=torch.float64, device=device)
     graphs = (can_record(device) if graphs is None else graphs) and not no_repeat_ngram_size
-    models = [model, teacher] if mix else [model]
 
     def draw(states, u, rows):
         """From the models' states [B, D] and random numbers [B]: a token per row [B] and its log-probability [B]."""
@@ -93,11 +83,8 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
             logq, logp = log_probs(logits, head_logits(teacher, states[1]), temperature=1.0)
             logits = log_mix(logp, logq, mix)                   # MiniLLM eq. (4), over the rows that both heads have
         if no_repeat_ngram_size:
-            for row, i in zip(logits, rows.alive):                                          # row: [V]
-                banned = repeating(prompts[i // samples] + rows.answers[i], no_repeat_ngram_size)
-                banned = {token for token in banned if token < len(row)}
-                if 0 < len(banned) < len(row):                  # if all were, there would be nothing to draw
-                    row[list(banned)] = -torch.inf
+            written = (prompts[i // samples] + rows.answers[i] for i in rows.alive)
+            ban_repeats(logits, written, no_repeat_ngram_size)
         return sample(logits, temperature, top_p, top_k, u)
 
     with ExitStack() as stack:
@@ -123,6 +110,25 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
             step()
         rows.read(max_new_tokens, stops)
     return rows.answers, rows.answer_logps
+
+
+def check_prompts(prompts: list[list[int]], ids: int):
+    """Raises ValueError for an empty prompt, and for a token that is not among the first `ids`."""
+    if not all(prompts):
+        raise ValueError("generate: a prompt is empty; give each at least one token")
+    strange = [token for prompt in prompts for token in prompt if not 0 <= token < ids]
+    if strange:                                                 # on a GPU the lookup would end the process's use of it
+        raise ValueError(f"generate: {strange[0]} in a prompt is not an id of the model, which has {ids:,}")
+
+
+def check_options(temperature, top_p, top_k, samples, teacher, mix, vocab, no_repeat_ngram_size):
+    """Raises ValueError for options out of their range, and for a mix without what it needs."""
+    if (samples < 1 or not (temperature >= 0 and 0 < top_p <= 1) or min(top_k, no_repeat_ngram_size) < 0
+            or vocab is not None and vocab < 1):
+        raise ValueError("generate: samples and vocab must be at least 1, temperature, top_k and no_repeat_ngram_size at least "
+                         "0, 0 < top_p <= 1")
+    if mix and (teacher is None or temperature != 1 or not 0 < mix < 1):
+        raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
 
 
 def prefill(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, samples: int) -> tuple[KVCache, Tensor]:
@@ -247,10 +253,15 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
     return own
 
 
-def repeating(history: list[int], n: int) -> list[int]:
-    """The tokens that, next, would end a run of n tokens which `history` holds already."""
-    last = history[len(history) - n + 1:]                                                   # the run's first n - 1
-    return [history[i + n - 1] for i in range(len(history) - n + 1) if history[i:i + n - 1] == last]
+def ban_repeats(logits: Tensor, histories, n: int):
+    """Sets to -inf, in place, the logits [B, V] of tokens that would end a run of n tokens which a row's history holds
+    already; not if that were all tokens."""
+    for row, history in zip(logits, histories):                                             # row: [V]
+        last = history[len(history) - n + 1:]                                               # the run's first n - 1
+        runs = (i for i in range(len(history) - n + 1) if history[i:i + n - 1] == last)
+        banned = {history[i + n - 1] for i in runs if history[i + n - 1] < len(row)}
+        if 0 < len(banned) < len(row):
+            row[list(banned)] = -torch.inf
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tensor) -> tuple[Tensor, Tensor]:
