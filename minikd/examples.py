@@ -329,28 +329,28 @@ def load_examples(paths, format: str | None = None, limit: int | None = None, pr
 
 def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
     report.files.append((label(file), sha256(file)))
-    name, waiting = format, []                  # the last record's format; errors that a record's format has not judged yet
+    name, waiting = format, []                  # the last record's format; errors before the first record of a known format
 
-    def judge():
+    def refuse(error):
         """Malformed records of PyTorrent are only counted; elsewhere the first is an error."""
-        while name and waiting:
-            error = waiting.pop(0)
-            if name != "pytorrent":
-                raise error
+        if name is None:
+            waiting.append(error)
+        elif name != "pytorrent":
+            raise error
+        else:
             report.dropped["malformed"] += 1
             report.first_bad = report.first_bad or str(error)
 
-    for where, record in read_records(file, waiting.append):
-        judge()                                 # what failed since the last record, by that one's format
+    for where, record in read_records(file, refuse):
         name = format or recognise(record) or name              # a field is missing: take the last one's format
-        judge()                                 # what failed before the first record of a known format, by this one's
+        while name and waiting:
+            refuse(waiting.pop(0))
         try:
             yield to_example(record, where, name)
         except Dropped as error:
             report.dropped[error.reason] += 1
         except InputError as error:
-            waiting.append(error)
-    judge()
+            refuse(error)
     if waiting:
         raise waiting[0]
 
