@@ -39,7 +39,7 @@ from pathlib import Path
 
 from minikd.files import InputError, sha256
 from minikd.hub import label
-from minikd.records import HALF, data_files, kind_of, read_records
+from minikd.records import HALF, absent, data_files, kind_of, read_records
 
 # ---- a record -> an example
 
@@ -85,11 +85,11 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
 
 
 def text_field(record: dict, where: str, *names: str, default: str | None = None) -> str:
-    """The first of the fields `names` that holds text; null and NaN (a data frame's empty cell) count as absent.
+    """The first of the fields `names` that holds text.
 
     default  returned when all are absent or blank. Without one: InputError if all are absent, Dropped if one is blank
     """
-    filled = {name: record[name] for name in names if name in record and kind_of(record[name]) != "null"}
+    filled = {name: record[name] for name in names if not absent(record.get(name))}
     for name, value in filled.items():
         if not isinstance(value, str):
             raise InputError(f"{where}: field {name!r} is {kind_of(value)}; make it text")
@@ -144,7 +144,7 @@ def _chat(record, where, field="messages"):
             raise Dropped(where, "use of a tool")
         if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
             raise InputError(f"{at}: not a turn of system, user or assistant; rename or remove it")
-        if _state(turn, "content") in ("null", "missing"):
+        if absent(turn.get("content")):
             raise InputError(f"{at}: field 'content' is {_state(turn, 'content')}; fill it or remove the record")
         turns.append({"role": turn["role"], "content": text_field(turn, at, "content", default="")})
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
@@ -170,7 +170,7 @@ def _sharegpt(record, where):
 def _pair(record, where):
     turns = []
     for role, names in zip(("user", "assistant"), PAIR):
-        part = next((record[name] for name in names if kind_of(record.get(name)) != "null"), None)
+        part = next((record[name] for name in names if not absent(record.get(name))), None)
         turns += part if isinstance(part, list) else [{"role": role, "content": text_field(record, where, *names)}]
         if role == "user" and not isinstance(part, list):
             turns[0]["content"] = with_passage(record, where, turns[0]["content"], record.get("prompt"))
@@ -181,7 +181,7 @@ def with_passage(record: dict, where: str, asked: str, prompt=None) -> str:
     """What is asked, and the passage that it is about, unless it is asked by a `prompt`, which may repeat it.  Raises InputError
     for choices, which would not be shown."""
     for name in "choices", "options":
-        if kind_of(record.get(name)) != "null" and record[name] not in ("", [], {}):
+        if not absent(record.get(name)) and record[name] not in ("", [], {}):
             raise InputError(f"{where}: field {name!r} would not be shown; write it into the question, and drop the field")
     more = text_field(record, where, "context", "input", "passage", default="")
     return asked if not more or asked == prompt and more in asked else f"{asked}\n\n{more}"

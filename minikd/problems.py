@@ -20,7 +20,7 @@ from itertools import islice
 from minikd.data import Encoded
 from minikd.examples import same_prompt, text_field, with_passage
 from minikd.files import InputError
-from minikd.records import HALF, kind_of, read_records
+from minikd.records import HALF, absent, read_records
 from minikd.toy import held_out
 
 NOISE, UNTAGGED = 0.25, 0.3             # share with a wrong step, of the answers with thoughts; share without thoughts
@@ -155,7 +155,7 @@ def _shown(test: dict) -> str:
 
 def to_problem(record: dict, where: str, format: str | None = None) -> Problem:
     """One record, of a format or recognised by its fields: a Codeforces statement, or a question with its answer or tests."""
-    stated = kind_of(record.get("description")) != "null" and ("input_format" in record or "examples" in record)
+    stated = not absent(record.get("description")) and ("input_format" in record or "examples" in record)
     text, facts = (_codeforces if format == "codeforces" or stated and not format else _question)(record, where)
     if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
         raise InputError(f"{where}: holds half a character (a lone surrogate); fix its escapes")
@@ -166,10 +166,10 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     """What is asked, and its answer, or the tests that a program must pass."""
     asked = {name: _asked(record.get(name)) for name in ("question", "problem", "instruction", "prompt")}
     field = next((name for name in asked if asked[name]), None)
-    if isinstance(record.get("reward_model"), dict) and kind_of(record.get("answer")) == "null":               # verl's
+    if isinstance(record.get("reward_model"), dict) and absent(record.get("answer")):                         # verl's
         record = record | {"answer": record["reward_model"].get("ground_truth")}
     given = [name for name in ANSWERS if name in record]
-    name = next((name for name in given if kind_of(record[name]) != "null" and str(record[name]).strip()), None)
+    name = next((name for name in given if not absent(record[name]) and str(record[name]).strip()), None)
     whole = str(record[name]) if name and isinstance(record[name], (str, int, float)) else ""
     _, mark, tail = whole.strip().rpartition("\n")[2].rpartition("####")                   # GSM8K's, on the last line
     answer = boxed(whole) or (tail if mark else whole).strip()                              # NuminaMath boxes it
@@ -211,23 +211,23 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     the statement says so in usual words; a program checks or answers; files are used."""
     title, description, stdin, stdout, interaction, note = (text_field(record, where, name, default="") for name in (
         "title", "description", "input_format", "output_format", "interaction_format", "note"))
-    if kind_of(record.get("description")) == "null":
+    if absent(record.get("description")):
         raise InputError(f"{where}: has no `description`; is --format codeforces right?")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
     interactive = interaction or "this is an interactive problem" in description.lower()
     undecided = (interactive or UNDECIDED.search("\n".join((description, stdout, note))) or ANY_ORDER.search(stdout)
-                 or kind_of(record.get("generated_checker")) != "null"
+                 or not absent(record.get("generated_checker"))
                  or text_field(record, where, "input_mode", default="stdio") != "stdio")
     parts = [("# ", title), ("", description), ("## Input\n", stdin), ("## Output\n", stdout), ("## Interaction\n", interaction),
              *(("## Example\n", _shown(test)) for test in examples), ("## Note\n", note),
-             (f"Time limit: {record['time_limit']} seconds. " if kind_of(record.get("time_limit")) != "null" else "", PYTHON)]
+             (f"Time limit: {record['time_limit']} seconds. " if not absent(record.get("time_limit")) else "", PYTHON)]
     tests = examples + [test for test in tests if test not in examples]
     facts = {"tests": [] if undecided else tests, "language": "python"} | _limits(record, where)
     return "\n\n".join(heading + text for heading, text in parts if text), facts
 
 
 def _limits(record: dict, where: str) -> dict[str, float]:
-    found = {name: record[name] for name in ("time_limit", "memory_limit") if kind_of(record.get(name)) != "null"}
+    found = {name: record[name] for name in ("time_limit", "memory_limit") if not absent(record.get(name))}
     for name, value in found.items():
         if type(value) not in (int, float) or not 0 < value < 1e12:
             raise InputError(f"{where}: field {name!r} is {value!r:.40}; give a number above 0, or leave it out")
@@ -236,7 +236,7 @@ def _limits(record: dict, where: str) -> dict[str, float]:
 
 def _tests(record: dict, name: str, where: str) -> list[dict]:
     value = record.get(name)
-    if kind_of(value) == "null":
+    if absent(value):
         return []
     if not isinstance(value, list) or not all(isinstance(test, dict) and isinstance(test.get("input"), str)
                                               and isinstance(test.get("output"), str) for test in value):

@@ -99,10 +99,14 @@ def _choose(name: str, held: list[str], choice: str) -> list[str]:
 HALF = re.compile("[\ud800-\udfff]")        # half a character, a lone surrogate: possible in JSON's escapes, not in UTF-8
 
 
+def absent(value) -> bool:
+    """Whether a field is as good as missing: null, or NaN, a data frame's empty cell."""
+    return value is None or isinstance(value, float) and value != value
+
+
 def kind_of(value) -> str:
-    """A value's type, as error messages call it; NaN counts as "null"."""
-    absent = value is None or isinstance(value, float) and value != value
-    return "null" if absent else "text" if isinstance(value, str) else f"a {type(value).__name__}"
+    """A value's type, as error messages call it."""
+    return "null" if absent(value) else "text" if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def read_records(path, refuse: Callable[[InputError], None] | None = None,
