@@ -164,28 +164,32 @@ def to_problem(record: dict, where: str, format: str | None = None) -> Problem:
 
 def _question(record: dict, where: str) -> tuple[str, dict]:
     """What is asked, and its answer, or the tests that a program must pass."""
-    asked = {name: _asked(record.get(name)) for name in ("question", "problem", "instruction", "prompt")}
-    field = next((name for name in asked if asked[name]), None)
-    if isinstance(record.get("reward_model"), dict) and absent(record.get("answer")):                         # verl's
+    asked = next(filter(None, (_asked(record.get(name)) for name in ("question", "problem", "instruction", "prompt"))), "")
+    if isinstance(record.get("reward_model"), dict) and absent(record.get("answer")):      # verl's
         record = record | {"answer": record["reward_model"].get("ground_truth")}
-    given = [name for name in ANSWERS if name in record]
-    name = next((name for name in given if not absent(record[name]) and str(record[name]).strip()), None)
-    whole = str(record[name]) if name and isinstance(record[name], (str, int, float)) else ""
-    _, mark, tail = whole.strip().rpartition("\n")[2].rpartition("####")                   # GSM8K's, on the last line
-    answer = boxed(whole) or (tail if mark else whole).strip()                              # NuminaMath boxes it
-    if (name == "solution" and answer == whole.strip() and len(answer.split()) > 1         # a proof that nobody will repeat
-            or answer.casefold() in ("proof", "notfound") or record.get("question_type") == "proof"):   # NuminaMath-1.5's
-        answer = ""
+    given = any(name in record for name in ANSWERS)
+    answer = _answer(record)
     facts = {"answer": answer} if answer else {}
     tests = _tests(record, "tests", where) if isinstance(record.get("tests"), list) or not given else []
     if tests:
         facts |= {"tests": tests, "language": "python"} | _limits(record, where)
-    if field is None or not facts:
-        kind = Unanswered if field and given else InputError
+    if not asked or not facts:
+        kind = Unanswered if asked and given else InputError
         raise kind(f"{where}: is not a problem: give `question` and `answer` or `tests`, or Codeforces' `description` and "
                    f"`examples` (its fields: {', '.join(list(record)[:12])})")
-    question = with_passage(record, where, asked[field], asked["prompt"])
+    question = with_passage(record, where, asked, _asked(record.get("prompt")))
     return f"{question}\n\n{PYTHON if tests else ANSWER}", facts
+
+
+def _answer(record: dict) -> str:
+    """The answer that others are compared with; "" where it is blank, or a proof, which nobody will repeat."""
+    name = next((name for name in ANSWERS if not absent(record.get(name)) and str(record[name]).strip()), None)
+    whole = str(record[name]).strip() if name and isinstance(record[name], (str, int, float)) else ""
+    _, mark, tail = whole.rpartition("\n")[2].rpartition("####")                           # GSM8K's, on the last line
+    answer = boxed(whole) or (tail if mark else whole).strip()                              # NuminaMath boxes it
+    proof = (name == "solution" and answer == whole and len(answer.split()) > 1
+             or answer.casefold() in ("proof", "notfound") or record.get("question_type") == "proof")      # NuminaMath-1.5's
+    return "" if proof else answer
 
 
 def _asked(value) -> str:
@@ -198,8 +202,9 @@ def _asked(value) -> str:
 
 def boxed(text: str) -> str | None:
     """What the last \\boxed{...} holds, braces balanced; None without one."""
-    inside, depth = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else "", 1
-    for at, letter in enumerate(inside):
+    _, mark, inside = text.rpartition("\\boxed{")
+    depth = 1
+    for at, letter in enumerate(inside if mark else ""):
         depth += {"{": 1, "}": -1}.get(letter, 0)
         if depth == 0:
             return inside[:at].strip()
