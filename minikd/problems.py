@@ -66,31 +66,33 @@ def sum_problem(rng: random.Random) -> tuple[str, dict, str, str, str]:
     a, b = rng.randint(10, 99), rng.randint(10, 99)
     wrong = rng.choice([-2, -1, 1, 2])
 
-    def steps(slip):
-        ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
+    def worked(slip):
+        ones = a % 10 + b % 10
+        carry = ones // 10
         tens = a // 10 + b // 10 + carry + slip
         plus = f"+{carry}" if carry else ""
-        return [f"{a % 10}+{b % 10}={ones}", f"{a // 10}+{b // 10}{plus}={tens}"], str(10 * tens + ones % 10)
+        return tagged([f"{a % 10}+{b % 10}={ones}", f"{a // 10}+{b // 10}{plus}={tens}"],
+                      f"<answer>\n{10 * tens + ones % 10}\n</answer>")
 
-    right, bad = steps(0), steps(wrong)
-    thought = [tagged(s, f"<answer>\n{n}\n</answer>") for s, n in (right, bad)]
-    return f"{a}+{b}", {"answer": str(a + b)}, *thought, right[1]
+    return f"{a}+{b}", {"answer": str(a + b)}, worked(0), worked(wrong), str(a + b)
 
 
 def program_problem(rng: random.Random) -> tuple[str, dict, str, str, str]:
     """As sum_problem, for a line f(x) = m x + c given by two points: the answer is a program."""
-    m, c, x = rng.randint(2, 9), rng.randint(0, 9), rng.sample(range(1, 10), 2)
-    x, z = sorted(x)
+    m, c = rng.randint(2, 9), rng.randint(0, 9)
+    x, z = sorted(rng.sample(range(1, 10), 2))
     wrong = rng.choice([-2, -1, 1, 2])
 
     def program(m, c):
         return f"```python\nprint({m}*int(input())+{c})\n```"
 
+    def worked(m, c):
+        return tagged([f"({m * (z - x)})/({z}-{x})={m}", f"{m * x + c}-{m}*{x}={c}"], program(m, c))
+
     tests = [{"input": f"{v}\n", "output": f"{m * v + c}\n"} for v in (0, 3, 7, 12)]
-    steps = lambda m, c: [f"({m * z + c - m * x - c})/({z}-{x})={m}", f"{m * x + c}-{m}*{x}={c}"]
     slipped = (m, c + wrong) if rng.random() < 0.5 else (max(1, m + wrong), c)
     return (f"f({x})={m * x + c}, f({z})={m * z + c}", {"tests": tests, "time_limit": 2.0, "language": "python"},
-            tagged(steps(m, c), program(m, c)), tagged(steps(*slipped), program(*slipped)), program(m, c))
+            worked(m, c), worked(*slipped), program(m, c))
 
 
 TASKS = {"sums": sum_problem, "code": program_problem}
@@ -107,8 +109,9 @@ def toy_records(task: str, count: int, seed: int, clean: bool = False) -> list[d
     rng, records = random.Random(seed + 1), []
     for question, _, right, wrong, bare in _draw(task, count, seed, test=False, once=False):
         answer = wrong if rng.random() < NOISE else right
-        answer = right if clean else bare if rng.random() < UNTAGGED else answer
-        records.append({"instruction": question, "context": "", "response": answer, "category": task})
+        if rng.random() < UNTAGGED:
+            answer = bare
+        records.append({"instruction": question, "context": "", "response": right if clean else answer, "category": task})
     return records
 
 
