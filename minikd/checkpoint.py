@@ -223,32 +223,31 @@ def check_weights(name, files: list[str]):
 def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
     """Which file holds each wanted tensor, after checking every name and shape against the model's."""
     check_weights(folder, [path.name for path in folder.iterdir()])
-    found = {}
+    files, shapes = {}, {}                                      # of the tensors that the folder holds
     for shard in shards_of(folder):
         if not (folder / shard).is_file():
             raise InputError(f"{folder / INDEX}: names {shard}, which is not in the folder; fetch that file")
         with open_tensors(folder / shard) as file:
-            found |= {key: (folder / shard, tuple(file.get_slice(key).get_shape())) for key in file.keys()}
-    head = None if "lm_head.weight" in wanted else found.pop("lm_head.weight", None)    # tied, yet some folders store it too
+            files |= dict.fromkeys(file.keys(), folder / shard)
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     for key, shape in wanted.items():
-        if key.removesuffix("weight") + "qweight" in found:
+        if key.removesuffix("weight") + "qweight" in files:
             raise InputError(f"{folder}: holds 4-bit layers, but its config.json has no quantization_config; copy what "
                              f"{QUANTIZE} says there, with \"quant_method\": \"gptq\"")
-        if key not in found:
+        if key not in files:
             raise InputError(f"{folder}: tensor {key} {list(shape)} is missing; config.json asks for it")
-        if found[key][1] != shape:
-            raise InputError(f"{found[key][0]}: tensor {key} is {list(found[key][1])}; "
-                             f"config.json asks for {list(shape)}")
-    for key in found:
-        if key not in wanted and not changes_nothing(found[key][0], key):
-            raise InputError(f"{found[key][0]}: tensor {key} {list(found[key][1])} is not part of the model that "
+        if shapes[key] != shape:
+            raise InputError(f"{files[key]}: tensor {key} is {list(shapes[key])}; config.json asks for {list(shape)}")
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    for key in files:
+        if key not in wanted and key != head and not changes_nothing(files[key], key):
+            raise InputError(f"{files[key]}: tensor {key} {list(shapes[key])} is not part of the model that "
                              "config.json describes; are both files from the same model?")
-    table = "model.embed_tokens.weight"
-    if head and head[1] == wanted[table] and not torch.equal(read_tensor(head[0], "lm_head.weight"),
-                                                             read_tensor(found[table][0], table)):
+    if (head not in wanted and shapes.get(head) == wanted[table]            # some folders store a tied head too
+            and not torch.equal(read_tensor(files[head], head), read_tensor(files[table], table))):
         raise InputError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight is another; set "
                          "tie_word_embeddings to false, or remove that tensor")
-    return {key: found[key][0] for key in wanted}
+    return {key: files[key] for key in wanted}
 
 
 def changes_nothing(path: Path, key: str) -> bool:
