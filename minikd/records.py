@@ -34,22 +34,20 @@ def data_files(name) -> list[Path]:
     base, choice = split_choice(name)
     if not base:                                                # Path("") would be the current folder
         raise InputError(f"{str(name)!r}: names no file or folder to read; give one")
-    folder = Path(base).expanduser()
-    here = folder.is_dir()
-    if not here:
-        if base.endswith(ENDINGS):                              # runs/data.jsonl is no hub name: do not ask the hub
-            raise InputError(f"{name}: {base} is a file, which has no parts; leave out the rest" if folder.is_file() else
-                             f"{base}: no such file; check the path")
-        held = files_on_hub(base, kind="dataset")
-        if held is not None:
-            chosen = _choose(base, held, choice)
-            folder = local_folder(base, chosen, kind="dataset")
-            return [folder / file for file in chosen]           # the cache may hold more, from other choices
-        patterns = [choice, f"{choice}/*"] if choice else [f"*{ending}" for ending in ENDINGS]
-        folder = local_folder(base, patterns, kind="dataset")   # offline: whatever the cache holds
+    path = Path(base).expanduser()
+    if base.endswith(ENDINGS) and not path.is_dir():            # runs/data.jsonl is no hub name: do not ask the hub
+        raise InputError(f"{name}: {base} is a file, which has no parts; leave out the rest" if path.is_file() else
+                         f"{base}: no such file; check the path")
+    held = files_on_hub(base, kind="dataset")
+    if held is not None:
+        chosen = _choose(base, held, choice)
+        folder = local_folder(base, chosen, kind="dataset")
+        return [folder / file for file in chosen]               # the cache may hold more, from other choices
+    patterns = [choice, f"{choice}/*"] if choice else [f"*{ending}" for ending in ENDINGS]
+    folder = local_folder(base, patterns, kind="dataset")       # one that is here; offline, whatever the cache holds
     held = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     files = [folder / file for file in _choose(base, held, choice)]
-    if not here and not re.search(r"-\d{3}", choice):                                  # else some shards are asked for
+    if not path.is_dir() and not re.search(r"-\d{3}", choice):                         # else some shards are asked for
         _check_complete(base, files)
     return files
 
@@ -62,8 +60,7 @@ def local_files(names) -> list[Path]:
 def split_choice(name) -> tuple[str, str]:
     """What a --data argument names, and its choice after a colon, or "". A file's or folder's own name may hold colons."""
     parts = ADDRESS.sub("", str(name)).rstrip("/").split(":")
-    ends = [end for end in range(len(parts), 0, -1) if Path(":".join(parts[:end])).expanduser().exists()]
-    end = ends[0] if ends else 1
+    end = next((end for end in range(len(parts), 1, -1) if Path(":".join(parts[:end])).expanduser().exists()), 1)
     return ":".join(parts[:end]), ":".join(parts[end:]).rstrip("/")
 
 
