@@ -113,25 +113,25 @@ def _names(record: dict) -> str:
     return ", ".join(map(str, islice(record, 12)))
 
 
-def _ask(instruction: str, input: str, question: str = "") -> tuple:
-    """(messages, instruction, input); the user turn of `messages` is `question`, or instruction and input joined."""
+def _ask(instruction: str, input: str, answers: tuple[str, ...], question: str = "") -> tuple:
+    """(messages, instruction, input, answers); the user turn of `messages` is `question`, or instruction and input joined."""
     content = question or (f"{instruction}\n\n{input}" if input else instruction)
-    return ({"role": "user", "content": content},), instruction, input
+    return ({"role": "user", "content": content},), instruction, input, answers
 
 
 def _dolly(record, where):
-    question = _ask(text_field(record, where, "instruction"), text_field(record, where, "context", "input", default=""))
-    return *question, (text_field(record, where, "response"),)
+    return _ask(text_field(record, where, "instruction"), text_field(record, where, "context", "input", default=""),
+                (text_field(record, where, "response"),))
 
 
 def _alpaca(record, where):
-    question = _ask(text_field(record, where, "instruction"), text_field(record, where, "input", default=""))
+    asked = text_field(record, where, "instruction"), text_field(record, where, "input", default="")
     if not isinstance(record.get("output"), list):
-        return *question, (text_field(record, where, "output"),)
+        return _ask(*asked, (text_field(record, where, "output"),))
     texts = [text_field({"output": text}, where, "output", default="") for text in record["output"]]
     if not any(texts):
         raise Dropped(where, "empty output")
-    return *question, tuple(filter(None, texts))                # the first is the target, all are references
+    return _ask(*asked, tuple(filter(None, texts)))             # the first is the target, all are references
 
 
 def _chat(record, where, field="messages"):
@@ -171,9 +171,12 @@ def _pair(record, where):
     turns = []
     for role, names in zip(("user", "assistant"), PAIR):
         part = next((record[name] for name in names if not absent(record.get(name))), None)
-        turns += part if isinstance(part, list) else [{"role": role, "content": text_field(record, where, *names)}]
-        if role == "user" and not isinstance(part, list):
-            turns[0]["content"] = with_passage(record, where, turns[0]["content"], record.get("prompt"))
+        if not isinstance(part, list):
+            text = text_field(record, where, *names)
+            if role == "user":
+                text = with_passage(record, where, text, record.get("prompt"))
+            part = [{"role": role, "content": text}]
+        turns += part
     return _chat({"messages": _system(record, where, turns)}, where)
 
 
@@ -202,12 +205,11 @@ def _bugnet(record, where):
     error = text_field(record, where, "error", default="0").strip()     # TLE, MLE, WA, an exception's text or a return code
     error = "" if error == "0" else error                       # "0": no failure when rerun (a quarter of the records)
     seen = "".join(f"\n{what}: {text}" for what, text in [("Verdict", status), ("Error when rerun", error)] if text)
-    question = _ask(f"Write a {program} that contains the correction of the code bug in order to fix the bug, fix the "
-                    "issue or fix the error.",                  # the wording of the paper's code, with the record's own language
-                    f"Code that has the bug issue or is incorrect:\n{fail}\n"
-                    f"Use as context the reported error in the code:\n{error or status or 'unknown'}",
-                    question=f"Fix the bug in this {program}. Answer with the whole program.\n\n{fail}\n{seen}".rstrip())
-    return *question, (answer,)
+    return _ask(f"Write a {program} that contains the correction of the code bug in order to fix the bug, fix the "
+                "issue or fix the error.",                      # the wording of the paper's code, with the record's own language
+                f"Code that has the bug issue or is incorrect:\n{fail}\n"
+                f"Use as context the reported error in the code:\n{error or status or 'unknown'}", (answer,),
+                question=f"Fix the bug in this {program}. Answer with the whole program.\n\n{fail}\n{seen}".rstrip())
 
 
 def _pytorrent(record, where):
@@ -215,9 +217,8 @@ def _pytorrent(record, where):
     code = without_docstring(text_field(record, where, "original_string", "code"))
     if not code.strip():
         raise Dropped(where, "empty code")
-    question = _ask("Write a programming script that appropriately completes the request.", task,    # the wording of its code
-                    question=f"Write Python code for this description. Answer with code only.\n\n{task}")
-    return *question, (code,)
+    return _ask("Write a programming script that appropriately completes the request.", task, (code,),    # its code's wording
+                question=f"Write Python code for this description. Answer with code only.\n\n{task}")
 
 
 def _codeforces(record, where):
@@ -225,7 +226,7 @@ def _codeforces(record, where):
         raise Dropped(where, "generation cut short")            # else the student would learn to stop there
     if isinstance(record.get("messages"), list):
         return _chat(record, where)
-    return *_ask(text_field(record, where, "prompt"), ""), (text_field(record, where, "generation"),)
+    return _ask(text_field(record, where, "prompt"), "", (text_field(record, where, "generation"),))
 
 
 def _held_out(record, where):
