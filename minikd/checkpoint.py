@@ -45,16 +45,15 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     """
     model, wanted, files = outline(model_folder(name))
     model = model.to(dtype).to_empty(device=device)
-    places = model.state_dict()                                 # the parameters themselves, by name
+    places = model.state_dict()                                 # the parameters' own memory, by name, outside autograd
     # Largest first: a tensor's file pages take memory while it is read, beside all that is loaded already.
     for key in sorted(wanted, key=lambda key: -math.prod(wanted[key])):
-        with torch.no_grad():
-            places[key].copy_(read_tensor(files[key], key, places[key].is_floating_point()))
+        places[key].copy_(read_tensor(files[key], key, places[key].is_floating_point()))
         check_finite(places[key], files[key], key)
     for layer_name, layer in model.named_modules():
         if isinstance(layer, W4Linear):
             check_words(layer, model.quantization, f"{files[layer_name + '.g_idx']}: {layer_name}")
-    return model.eval().requires_grad_(True)
+    return model.eval()
 
 
 def check_words(layer: W4Linear, quantization: dict, where: str):
@@ -264,7 +263,7 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
     tokenizer's, a log) and its subfolders are kept.
     """
     folder = Path(folder)
-    tensors = {key: value.detach().to(value.dtype if key.endswith(PACKED) else dtype or value.dtype).contiguous()
+    tensors = {key: value.to(value.dtype if key.endswith(PACKED) else dtype or value.dtype)
                for key, value in model.state_dict().items()}
     with atomic_path(folder, folder=True) as new:
         for old in folder.glob("*"):
