@@ -65,7 +65,8 @@ class Repository:
     """A repository on the hub, at the commit of its first file here: a run that loads its student again after hours must not get
     another.
 
-    files   the names of its files; None if the hub did not answer
+    files    the names of its files; None if the hub did not answer
+    failure  its error in place of them; what the cache holds then has to do
     """
 
     def __init__(self, name: str, kind: str):
@@ -76,14 +77,14 @@ class Repository:
                              f"{name}: no such file or folder; check the path, or give a hub name such as openai/gsm8k")
         from huggingface_hub import HfApi                       # comes with tokenizers
         self.kind, self.revision = kind, revision or None
-        self.files, self.silent, self.folder, self.fetched = None, None, None, set()
+        self.files, self.failure, self.folder, self.fetched = None, None, None, set()
         for timeout in TIMEOUTS:
             try:
                 info = HfApi().repo_info(self.name, repo_type=kind, revision=self.revision, timeout=timeout)
-                self.files, self.silent = [file.rfilename for file in info.siblings or ()], None
+                self.files, self.failure = [file.rfilename for file in info.siblings or ()], None
                 break
             except Exception as error:  # the hub's own, or those of whichever HTTP library its version is built on
-                self.silent = error
+                self.failure = error
                 if getattr(error, "response", None) is not None:        # an answer, though not the wanted one
                     break
 
@@ -95,11 +96,11 @@ class Repository:
             revision = self.folder.name if self.folder else self.revision       # of a branch, the hub keeps which commit it was
             try:
                 folder = Path(snapshot_download(self.name, repo_type=self.kind, revision=revision, allow_patterns=missing,
-                                                local_files_only=self.silent is not None))
+                                                local_files_only=self.failure is not None))
             except Exception as error:
-                raise self.refusal(self.silent or error) from error
-            if self.silent and not self.folder:
-                print(f"{self.name}: the hub did not answer ({why(self.silent)[0]}); its cache has commit {folder.name[:12]}",
+                raise self.refusal(self.failure or error) from error
+            if self.failure and not self.folder:
+                print(f"{self.name}: the hub did not answer ({why(self.failure)[0]}); its cache has commit {folder.name[:12]}",
                       file=sys.stderr)
             self.folder = folder
             self.fetched.update(missing)
