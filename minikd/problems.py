@@ -159,7 +159,8 @@ def _shown(test: dict) -> str:
 def to_problem(record: dict, where: str, format: str | None = None) -> Problem:
     """One record, of a format or recognised by its fields: a Codeforces statement, or a question with its answer or tests."""
     stated = not absent(record.get("description")) and ("input_format" in record or "examples" in record)
-    text, facts = (_codeforces if format == "codeforces" or stated and not format else _question)(record, where)
+    read = _codeforces if format == "codeforces" or stated and not format else _question
+    text, facts = read(record, where)
     if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
         raise InputError(f"{where}: holds half a character (a lone surrogate); fix its escapes")
     return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts)
