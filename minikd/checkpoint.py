@@ -81,7 +81,7 @@ def model_folder(name, weights: bool = True) -> Path:
     can compute what they describe, with `weights` those that hold its tensors."""
     folder = local_folder(name, ["config.json", INDEX, *TOKENIZER])
     if not (folder / "config.json").exists():
-        check_kind(name, files_on_hub(name) or [path.relative_to(folder).as_posix() for path in folder.glob("*")])
+        check_kind(name, files_on_hub(name) or [path.name for path in folder.iterdir()])
     if weights and not Path(name).expanduser().is_dir():
         load_config(folder), read_quantization(folder)          # before gigabytes are fetched in vain
         names = files_on_hub(name)
