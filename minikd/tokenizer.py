@@ -132,10 +132,9 @@ class Tokenizer:
             except Exception as error:              # the template is a program, and may raise anything
                 raise InputError(f"{self.folder}: its chat template does not take this conversation ({error}); change one "
                                  "of them") from error
-        turns = list(messages)
-        if not turns or turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": QWEN25_SYSTEM})
-        text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+        if not messages or messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": QWEN25_SYSTEM}, *messages]
+        text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages)
         return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
     def stream(self) -> "Stream":
