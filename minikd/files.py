@@ -149,15 +149,13 @@ def _held(folder: Path) -> bool:
     """Whether an atomic_path, of any process, is at work in its temporary folder."""
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(handle)
+    except OSError:                                             # or it is gone, or its file system has no locks
         return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError:                                             # or a file system without locks
-        return True
-    finally:
-        os.close(handle)
+    return False
 
 
 def _exchange(a: Path, b: Path) -> bool:
