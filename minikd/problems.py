@@ -223,8 +223,8 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     if absent(record.get("description")):
         raise InputError(f"{where}: has no `description`; is --format codeforces right?")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
-    interactive = interaction or "this is an interactive problem" in description.lower()
-    undecided = (interactive or UNDECIDED.search("\n".join((description, stdout, note))) or ANY_ORDER.search(stdout)
+    undecided = (interaction or "this is an interactive problem" in description.lower()
+                 or UNDECIDED.search("\n".join((description, stdout, note))) or ANY_ORDER.search(stdout)
                  or not absent(record.get("generated_checker"))
                  or text_field(record, where, "input_mode", default="stdio") != "stdio")
     parts = [("# ", title), ("", description), ("## Input\n", stdin), ("## Output\n", stdout), ("## Interaction\n", interaction),
