@@ -125,7 +125,7 @@ def read_problems(args) -> tuple[list[problems.Problem], list[problems.Problem]]
         raise InputError(f"{', '.join(args.data)}: problems with an answer or tests: {len(found)}; give 2 or more, one is "
                          "held out")
     if left:
-        print(f"{left:,} records ask what an earlier one asks, or have no answer to compare with, and are left out")
+        print(f"{left:,} records ask what an earlier one asks, or have no statement or no answer to compare with, and are left out")
     return split_examples(found, min(args.eval_examples, max(1, len(found) // 5)), args.seed)
 
 

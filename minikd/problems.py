@@ -50,7 +50,7 @@ class Problem:
 
 
 class Unanswered(InputError):
-    """A question whose answer is blank, or nothing that another can be compared with."""
+    """A question whose answer is blank, or nothing that another can be compared with; or a Codeforces statement that is null."""
 
 
 # ---- toy tasks
@@ -132,7 +132,7 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
 
 def load_problems(paths, limit: int | None = None, format: str | None = None) -> tuple[list[Problem], int]:
     """The problems in files, folders or hub datasets, every question once; and how many records were left out: they repeat an
-    earlier one's question, or their answer is blank or a proof, with which no answer can be compared.
+    earlier one's question, their answer is blank or a proof, with which no answer can be compared, or their statement is null.
 
     limit   read only so many records
     format  one of FORMATS; without it each record is recognised
@@ -178,7 +178,7 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     if tests:
         facts |= {"tests": tests, "language": "python"} | _limits(record, where)
     if not asked or not facts:
-        kind = Unanswered if asked and given else InputError
+        kind = Unanswered if asked and given or "description" in record else InputError         # null: a statement not at hand
         raise kind(f"{where}: is not a problem: give `question` and `answer` or `tests`, or Codeforces' `description` and "
                    f"`examples` (its fields: {', '.join(list(record)[:12])})")
     question = with_passage(record, where, asked, _asked(record.get("prompt")))
@@ -221,7 +221,8 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     title, description, stdin, stdout, interaction, note = (text_field(record, where, name, default="") for name in (
         "title", "description", "input_format", "output_format", "interaction_format", "note"))
     if absent(record.get("description")):
-        raise InputError(f"{where}: has no `description`; is --format codeforces right?")
+        kind = Unanswered if "description" in record else InputError
+        raise kind(f"{where}: has no `description`; is --format codeforces right?")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
     undecided = (interaction or "this is an interactive problem" in description.lower()
                  or UNDECIDED.search("\n".join((description, stdout, note))) or ANY_ORDER.search(stdout)

@@ -249,6 +249,13 @@ def test_answers_under_the_names_that_datasets_give_them(record, answer):
         assert to_problem(record, "x").facts == {"answer": answer}
 
 
+def test_a_statement_that_is_null_is_left_out_and_counted(tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (RECORD | {"description": None}, RECORD)))
+    for format in None, "codeforces":
+        found, left = load_problems(tmp_path / "p.jsonl", format=format)
+        assert [problem.messages for problem in found] == [to_problem(RECORD, "x").messages] and left == 1
+
+
 def test_of_records_that_ask_the_same_the_first_is_the_problem(tmp_path):
     records = [{"question": q, "answer": a} for q, a in (("1+1", "2"), ("2+2", "4"), ("1+1", "two"), ("1+1", "II"))]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
