@@ -267,7 +267,7 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
                for key, value in model.state_dict().items()}
     with atomic_path(folder, folder=True) as new:
         for old in folder.glob("*"):
-            if old.is_dir():
+            if old.is_dir() and not old.is_symlink():
                 shutil.copytree(old, new / old.name, symlinks=True, copy_function=keep_file)
             elif not old.match("*.safetensors") and old.name not in (INDEX, "config.json", QUANTIZE):
                 keep_file(old, new / old.name)
@@ -291,7 +291,7 @@ def keep_file(old, new):
     try:
         os.link(old, new)
     except OSError:                                             # a file system without hard links
-        shutil.copy2(old, new)
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def split_shards(tensors: dict, shard_bytes: int) -> dict[str, list[str]]:

@@ -290,12 +290,14 @@ def test_a_save_keeps_the_tokenizer_the_log_and_the_subfolders_and_replaces_the_
     (sharded / "state").mkdir()
     (sharded / "state" / "optimizer.pt").write_bytes(b"123")
     (sharded / "state" / "latest").symlink_to("optimizer.pt")
+    (sharded / "notes").symlink_to("state")
     log = (sharded / "log.jsonl").open("a")
     print("step 1", file=log, flush=True)
     save_model(tiny(seed=1), sharded)
     print("step 2", file=log, flush=True)                   # a log that is open goes on being the log
     assert set(contents(sharded)) == {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl",
-                                      "state/optimizer.pt", "state/latest"} and (sharded / "state" / "latest").is_symlink()
+                                      "state/optimizer.pt", "state/latest"}
+    assert (sharded / "state" / "latest").is_symlink() and (sharded / "notes").is_symlink()
     assert (sharded / "log.jsonl").read_text() == "step 1\nstep 2\n"
     assert same(tiny(seed=1), load_model(sharded))
     save_model(tiny(), sharded, shard_bytes=6_000)          # and back: no single file is left to be read instead
@@ -304,9 +306,11 @@ def test_a_save_keeps_the_tokenizer_the_log_and_the_subfolders_and_replaces_the_
 
 def test_a_save_without_hard_links_keeps_the_same_files(folder, monkeypatch):
     (folder / "tokenizer.json").write_text("{}")
+    (folder / "latest").symlink_to("tokenizer.json")
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
     save_model(tiny(seed=1), folder)
-    assert set(contents(folder)) == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert set(contents(folder)) == {"config.json", "model.safetensors", "tokenizer.json", "latest"}
+    assert (folder / "latest").is_symlink()
 
 
 def test_whoever_may_read_the_config_may_read_the_weights(folder):

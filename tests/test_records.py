@@ -141,6 +141,8 @@ def test_several_data_files_are_listed_and_a_choice_picks_file_folder_or_glob(tm
         data_files(tmp_path)
     assert data_files(f"{tmp_path}:es/test.jsonl") == [es]
     assert data_files(f"{tmp_path}:solutions_py") == shards == data_files(f"{tmp_path}:*train*")
+    brackets = write_records(tmp_path / "es" / "test[1].jsonl", DOLLY)                  # as a glob, test1.jsonl
+    assert data_files(f"{tmp_path}:es/test[1].jsonl") == [brackets]
     with pytest.raises(InputError, match="nothing matches 'fr'"):
         data_files(f"{tmp_path}:fr")
 
