@@ -55,7 +55,8 @@ SPANISH = [
     (["Presenta a {p} ante {q}.", "Dile a {q} quién es {p}."],
      "{q}, te presento a {p}, {p.oficio} de {p.city} con un {p.mascota}.", "{p} es {p.oficio} y vive en {p.city}."),
 ]
-# What a function should do to x; the usual line of code for it; and another one.
+# What a function should do to x; the usual line of code for it; and another one, as people write it: the other rounding is off
+# for negative numbers and some halves.
 STEPS = [("double it", "x = x * 2", "x *= 2"), ("halve it", "x = x / 2", "x /= 2"), ("negate it", "x = -x", "x *= -1"),
          ("square it", "x = x * x", "x = x ** 2"), ("add one", "x = x + 1", "x += 1"),
          ("print it", "print(x)", "print(str(x))"), ("subtract ten", "x = x - 10", "x -= 10"),
