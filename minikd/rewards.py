@@ -46,10 +46,13 @@ _MARKERS = re.compile(r"\bStep \d+\b|^\d+\.(?!\d)|^[-*] +\S.*|\b(?:First|Second|
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?", re.ASCII | re.IGNORECASE)
 _PYTHON = ("", "python", "python3", "py")       # languages of a code fence; without one it is taken for Python
 # What does not change an answer, mostly as in the MATH dataset's own comparison (arXiv:2103.03874): pattern -> what replaces it.
-_LATEX = [(r"\\[dt]frac", r"\\frac"), (r"\{,\}", ","),
+_LATEX = [(r"\\[dt]frac", r"\\frac"),
+          (r"\\frac(\d)", r"\\frac{\1}"), (r"\\frac(\{[^{}]*\})(\d)", r"\\frac\1{\2}"),                     # \frac12, \frac1{12}
+          (r"\{,\}", ","),                                                                                  # 1{,}000
           (r"\\(?:left|right)(?![a-z])|\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|°", ""),
-          (r"^(-?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}))\s*\\(?:text|mbox|mathrm)\{[^{}]*\}$", r"\1"),             # a number's unit
-          (r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1"), (r"(?<![\w.])\\frac\{(-?[\w.]+)\}\{(-?[\w.]+)\}", r"\1/\2")]
+          (r"^(-?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}))\s*\\(?:text|mbox|mathrm)\{[^{}]*\}$", r"\1"),            # a number's unit
+          (r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1"),
+          (r"(?<![\w.])\\frac\{(-?[\w.]+)\}\{(-?[\w.]+)\}(?![\w.])", r"\1/\2")]                             # 1/2, x/2
 
 
 # ---- the parts of a completion
@@ -179,7 +182,7 @@ def _plain(answer: str) -> str:
 
 def _value(text: str) -> Fraction | None:
     """The number that a text is: a decimal, or a fraction of two; exact at any length, unlike a float."""
-    parts = text.split("/")
+    parts = [part.strip() for part in text.split("/")]
     if len(parts) > 2 or not all(map(_NUMBER.fullmatch, parts)):
         return None
     top, bottom = (Fraction(Decimal(part.replace(",", ""))) for part in (*parts, "1")[:2])

@@ -260,6 +260,8 @@ def test_repetition_takes_other_lengths_and_penalties():
     (r"so \boxed{42}", "42", True), (r"\boxed{42} or \boxed{43}", "42", False), ("$42$", "42", True), ("$42", "$42.0$", True),
     (r"$\boxed{\frac{1}{2}}$.", r"\frac{1}{2}", True), (r"\boxed{}", "42", False), ("", "42", False), (r"42 \boxed{", "42", False),
     ("63/400", r"\frac{63}{400}", True), (r"\dfrac{63}{400}", r"\tfrac{63}{400}", True), (r"-\frac{1}{2}", "-.5", True),
+    (r"\frac12", "0.5", True), (r"\dfrac1{12}", "1/12", True), (r"\frac{3}4", "75%", False), (r"\frac{3}4", ".75", True),
+    (r"\frac12", "1/12", False), (r"\frac123", "1/23", False), ("1 / 2", "1/2", True), ("1 /2", ".5", True), ("1 2", "12", False),
     (r"\frac{x}{2}", "x/2", True), (r"\frac{x+1}{2}", "x+1/2", False), ("18", r"18 \text{ cm}", True), ("cm", r"18 \text{ cm}", False),
     ("Tuesday", r"\text{Tuesday}", True), ("25", r"25\%", True), ("25%", "26", False), ("60", r"60^\circ", True), ("12345", "12{,}345", True),
     ("**42**", "42", True), ("2**3", "23", False), (r"\(42\)", "42", True), (r"\$5.00", "5", True), (r"\left(1,2\right)", "(1,2)", True),
