@@ -1,4 +1,4 @@
-"""Makes tests/golden/: tiny random Qwen2 folders, and what transformers computes from them in float32.
+"""Makes tests/golden/: tiny random Qwen2 folders, what transformers computes from them in float32, and whole training runs.
 
     python tests/make_golden.py         needs transformers; one minute; the tests themselves only read the result
 
@@ -8,8 +8,14 @@ For each case: a model's folder as transformers wrote it, and NAME.safetensors w
     prompts, prompt_lengths, greedy [4, 64]   transformers' generate on a left-padded batch of unequal prompts
 Biases are not zero, norms are not one and weights are large, so that nothing left out would go unseen. The seed of
 each case is the first whose greedy choices all have a margin that rounding cannot turn over.
+
+For each run of RUNS, training/NAME.safetensors: six optimizer steps on full logits, with AdamW by its formula
+    ids [6, T], prompt_lengths, lengths [6]   right-padded rows, all of them in every step
+    ce, kd, norm [6]                          of each step, before its update
+    before, after [6, T, V]                   the student's logits
 """
 import json
+import math
 import platform
 import shutil
 from pathlib import Path
@@ -38,6 +44,12 @@ CASES = {
                    rope_theta=1e4, rms_norm_eps=1e-5, tie_word_embeddings=False),
         dtype=torch.float32, shards=None, transformers4=False),
 }
+
+STEPS, WARMUP, LR, DECAY, NORM = 6, 2, 4e-3, 0.1, 1.0   # after WARMUP a cosine to LR / 10; the gradient's norm is cut to NORM
+BETAS, EPS = (0.9, 0.95), 1e-8
+RUNS = {"sft": dict(student="gqa7-tied", teacher=None, kd_ratio=0.0, loss="sft"),
+        "forward": dict(student="gqa7-tied", teacher="mha-head-dim", kd_ratio=0.3, loss="forward_kl"),
+        "reverse": dict(student="gqa6-untied-sharded", teacher="mha-head-dim", kd_ratio=1.0, loss="reverse_kl")}
 
 
 def random_model(shape: dict, seed: int) -> Qwen2ForCausalLM:
@@ -121,11 +133,62 @@ def make(name: str, shape: dict, dtype: torch.dtype, shards: str | None, transfo
     return {"seed": seed, "least_margin": margin, "dtype_on_disk": str(dtype)}
 
 
+def distance(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of log-probabilities [..., V] -> [...]"""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def adamw(weight: torch.Tensor, m: torch.Tensor, v: torch.Tensor, lr: float, decay: float, t: int):
+    """Loshchilov and Hutter (arXiv:1711.05101), Algorithm 2, in place; t counts from 1."""
+    m.mul_(BETAS[0]).add_((1 - BETAS[0]) * weight.grad)
+    v.mul_(BETAS[1]).add_((1 - BETAS[1]) * weight.grad ** 2)
+    step = m / (1 - BETAS[0] ** t) / ((v / (1 - BETAS[1] ** t)).sqrt() + EPS)
+    weight.sub_(lr * step + lr * decay * weight)
+
+
+def train(name: str, student: str, teacher: str | None, kd_ratio: float, loss: str):
+    generator = torch.Generator().manual_seed(7)
+    prompt_lengths, lengths = torch.tensor([3, 1, 6, 2, 4, 5]), torch.tensor([9, 12, 7, 4, 11, 6])
+    T = int(lengths.max())
+    ids = torch.randint(1, V, (6, T), generator=generator)
+    at = torch.arange(T)
+    mask, scored = at < lengths[:, None], (at >= prompt_lengths[:, None]) & (at < lengths[:, None])     # [6, T]
+    ids, n = ids * mask, int(scored.sum())
+    load = lambda folder: Qwen2ForCausalLM.from_pretrained(GOLDEN / folder, dtype=torch.float32)
+    logits_of = lambda model: model(ids, attention_mask=mask.long()).logits                             # [6, T, V]
+    model, found = load(student), {"ce": [], "kd": [], "norm": []}
+    with torch.no_grad():
+        before, p = logits_of(model), teacher and logits_of(load(teacher)).log_softmax(-1)
+    moments = {weight: (torch.zeros_like(weight), torch.zeros_like(weight)) for weight in model.parameters()}
+    for t in range(1, STEPS + 1):
+        logq = logits_of(model).log_softmax(-1)
+        ce = -logq[:, :-1].gather(-1, ids[:, 1:, None])[..., 0][scored[:, 1:]].sum() / n                # position t - 1 scores t
+        kd = torch.zeros(())
+        if teacher:
+            kd = (distance(p, logq) if loss == "forward_kl" else distance(logq, p))[:, :-1][scored[:, 1:]].sum() / n
+        model.zero_grad()
+        ((1 - kd_ratio) * ce + kd_ratio * kd).backward()
+        with torch.no_grad():
+            norm = torch.stack([weight.grad.square().sum() for weight in moments]).sum().sqrt()
+            done = max(0, t - 1 - WARMUP) / (STEPS - WARMUP)
+            lr = LR * min(1, t / WARMUP) * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+            for weight, (m, v) in moments.items():
+                weight.grad *= min(1, NORM / norm)
+                adamw(weight, m, v, lr, DECAY if weight.dim() == 2 else 0.0, t)
+        for key, value in ("ce", ce), ("kd", kd), ("norm", norm):
+            found[key].append(value.detach())
+    with torch.no_grad():
+        save_file({"ids": ids, "prompt_lengths": prompt_lengths, "lengths": lengths, "before": before, "after": logits_of(model),
+                   **{key: torch.stack(values) for key, values in found.items()}}, GOLDEN / "training" / f"{name}.safetensors")
+
+
 def main():
     torch.set_num_threads(1)
     shutil.rmtree(GOLDEN, ignore_errors=True)
-    GOLDEN.mkdir()
+    (GOLDEN / "training").mkdir(parents=True)
     cases = {name: make(name, **case) for name, case in CASES.items()}
+    for name, run in RUNS.items():
+        train(name, **run)
     made_with = {"torch": torch.__version__, "transformers": transformers.__version__,
                  "python": platform.python_version(), "cases": cases}
     (GOLDEN / "made_with.json").write_text(json.dumps(made_with, indent=2) + "\n")

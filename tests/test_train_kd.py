@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import eval_rouge
 import train_kd as kd
@@ -19,7 +21,7 @@ from conftest import killed_at, locked_by_another, same, steps_of, tiny, weights
 from fake_gpu import gpu
 from minikd import evaluate, head, minillm, toy
 from minikd.checkpoint import identify, load_model, save_model
-from minikd.data import encode_examples
+from minikd.data import Encoded, encode_examples
 from minikd.evaluate import sequence_kl
 from minikd.examples import load_examples
 from minikd.losses import DIVERGENCES
@@ -27,6 +29,7 @@ from minikd.teacher import Teacher
 from minikd.training import LOG, STATE, read_log, write_config
 
 ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 FAST = "--lr 0.01 --max-new-tokens 4 --eval-examples 2 --device cpu --dtype float32".split()
 
 
@@ -132,6 +135,29 @@ def test_every_epoch_reads_each_row_once_in_an_order_of_its_own_from_any_step_on
         later = list(kd.optimizer_steps(rows, start, 9, batch_size=4, grad_accum=2, seed=3))
         assert [step for step, _ in later] == list(range(start, 9))
         assert [[[row.index for row in batch] for batch in batches] for _, batches in later] == steps[start:]
+
+
+@pytest.mark.parametrize("name, student, teacher, options", [
+    ("sft", "gqa7-tied", None, dict(loss="sft")),
+    ("forward", "gqa7-tied", "mha-head-dim", dict(loss="forward_kl", kd_ratio=0.3)),
+    ("reverse", "gqa6-untied-sharded", "mha-head-dim", dict(loss="reverse_kl", kd_ratio=1.0))])
+def test_six_steps_are_those_of_transformers_on_full_logits(settings, tmp_path, name, student, teacher, options):
+    """Gradients, clipping, AdamW, decay, schedule and all: tests/make_golden.py computes them without minikd."""
+    golden = load_file(GOLDEN / "training" / f"{name}.safetensors")
+    rows = [Encoded(ids[:start].tolist(), ids[start:end].tolist(), False, 0)
+            for ids, start, end in zip(golden["ids"], golden["prompt_lengths"], golden["lengths"])]
+    none = SimpleNamespace(pad_id=0, eos_ids={0}, decode=str, save=lambda folder: None)             # 211 ids and no text
+    given = settings(student=load_model(GOLDEN / student), tokenizer=none, rows=rows, valid_rows=rows[:2], steps=6, lr=4e-3,
+                     batch_size=2, grad_accum=3, warmup=2, weight_decay=0.1, max_grad_norm=1.0,
+                     teacher=Teacher(load_model(GOLDEN / teacher).requires_grad_(False)) if teacher else None, **options)
+    before = given["student"](golden["ids"]).detach()
+    after = kd.train(**given)(golden["ids"]).detach()
+    for row, length in enumerate(golden["lengths"]):
+        for logits, key in (before, "before"), (after, "after"):
+            torch.testing.assert_close(logits[row, :length], golden[key][row, :length], atol=2e-2, rtol=0)
+    assert (golden["after"] - golden["before"]).std() > 0.3 and golden["norm"].max() > 1.0
+    for line, ce, kl, norm in zip(steps_of(tmp_path / "run"), golden["ce"], golden["kd"], golden["norm"], strict=True):
+        assert (line["ce"], line.get("kd", 0), line["grad_norm"]) == pytest.approx((float(ce), float(kl), float(norm)), rel=1e-3)
 
 
 @pytest.mark.parametrize("batch_size, grad_accum", [(1, 8), (2, 4), (4, 2)])
