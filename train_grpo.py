@@ -125,7 +125,7 @@ def read_problems(args) -> tuple[list[problems.Problem], list[problems.Problem]]
         raise InputError(f"{', '.join(args.data)}: problems with an answer or tests: {len(found)}; give 2 or more, one is "
                          "held out")
     if left:
-        print(f"{left:,} records ask what an earlier one asks, or have no statement or no answer to compare with, and are left out")
+        print(f"{left:,} records ask what an earlier one asks, or have no statement or no answer to compare with: left out")
     return split_examples(found, min(args.eval_examples, max(1, len(found) // 5)), args.seed)
 
 
@@ -189,8 +189,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     log, completions = Log(out, upto=state["step"]), Log(out, upto=state["step"], name="completions.jsonl")
     scoring = dict(pad_id=tokenizer.pad_id, temperature=temperature, vocab=len(tokenizer), dtype=dtype)
     log_probs = functools.partial(grpo.token_log_probs, batch_size=batch_size, **scoring)   # (model, answers) -> [n] of each
-    gradients = functools.partial(add_gradients, model=model, clip=clip, clip_high=clip_high, beta=beta,
-                                  checkpointing=gradient_checkpointing, **scoring)
+    backward = functools.partial(forward_backward, model=model, clip=clip, clip_high=clip_high, beta=beta,
+                                 checkpointing=gradient_checkpointing, **scoring)           # of one micro-batch; fills .grad
     with Progress("grpo", steps, start=state["step"]) as progress:
         if state["step"] == 0:
             sampler = cast_copy(model, dtype, sampler)
@@ -229,8 +229,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                 sums = torch.zeros(4)
                 for batch in longest_first(answers, counted, batch_size):
                     pick = lambda column: [column[i] for i in batch]
-                    sums += gradients(pick(answers), pick(old), pick(ref), advantages.view(-1)[batch], pick(weight),
-                                      log_s and pick(log_s))
+                    sums += backward(pick(answers), pick(old), pick(ref), advantages.view(-1)[batch], pick(weight),
+                                     log_s and pick(log_s))     # [4] for the log
                 grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
                 if not math.isfinite(grad_norm):
                     raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g})")
@@ -287,10 +287,11 @@ def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) 
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
 
-def add_gradients(batch: list[Encoded], old, ref, advantages, weights, log_s=None, *, model: Qwen2, pad_id: int,
+def forward_backward(batch: list[Encoded], old, ref, advantages, weights, log_s=None, *, model: Qwen2, pad_id: int,
                   dtype: torch.dtype, temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
                   checkpointing: bool) -> torch.Tensor:
-    """Forward and backward of one micro-batch of answers; returns sums over its tokens [4]: KL, entropy, the clipped ones, all.
+    """Forward and backward of one micro-batch of answers: adds to every .grad, and returns sums over its tokens [4]: KL, entropy,
+    the clipped ones, all.
 
     old, ref             per answer the log-probabilities [n] of its tokens when it was sampled, and the reference's
     advantages, weights  per answer its advantage, and the weight of each of its tokens
@@ -303,7 +304,8 @@ def add_gradients(batch: list[Encoded], old, ref, advantages, weights, log_s=Non
     A, weight, ref = per_token(advantages), per_token(weights), torch.cat(ref).to(device)       # [N]
     if log_s is not None:
         log_s = per_token(log_s)                                                # [N]
-        old_logp = lambda logp, at: logp.detach() - log_s[at]                   # [n], so that every ratio is s: GSPO-token
+        # GSPO: with log π - log s (π held fixed) for log π_old every ratio is s, and its gradient s ∇ log π: see grpo.py.
+        old_logp = lambda logp, at: logp.detach() - log_s[at]                   # [n]
     else:
         old = torch.cat(old).to(device)                                         # [N]
         old_logp = lambda logp, at: old[at]                                     # [n]

@@ -193,7 +193,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     if loss == "sft":
         teacher, kd_ratio, on_policy = None, 0.0, 0.0
     elif loss == "minillm":
-        divergence = reverse_kl
+        divergence, kd_ratio = reverse_kl, 1.0                  # its exact step, in full beside the policy's loss
     else:
         divergence = pick_divergence(loss, temperature=temperature, beta=beta, alpha=alpha)
     if compile:
@@ -210,8 +210,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     else:
         source = optimizer_steps(rows, state["step"], steps, *batching)         # of (step, its micro-batches)
     texts = optimizer_steps(lm_rows, state["step"], steps, *batching)           # the same of --lm-data; not begun without it
-    gradients = functools.partial(add_gradients, student=student, pad_id=tokenizer.pad_id, dtype=dtype,
-                                  checkpointing=gradient_checkpointing)
+    backward = functools.partial(forward_backward, student=student, pad_id=tokenizer.pad_id, dtype=dtype,
+                                 checkpointing=gradient_checkpointing)          # of one micro-batch; fills .grad
     sampler, log = None, Log(out, upto=state["step"])           # sampler: a copy of the student in `dtype`
     judge = functools.partial(
         evaluate_and_save, student, tokenizer=tokenizer, rows=valid_rows, examples=valid_examples, teacher=teacher,
@@ -221,7 +221,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         started = time.perf_counter()
         for step, batches in source:                                            # MiniLLM's rollouts are sampled in here
             lm_batches = next(texts)[1] if lm_rows else []
-            share = kd_ratio                                                    # of the divergence; the rest is CE
+            kd_share = kd_ratio                                                 # the divergence's share of this step's loss
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
 
@@ -230,13 +230,13 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                 sampler = cast_copy(student, dtype, sampler)
                 own = respond(sampler, sum(batches, []), seed=seed + 7919 * step, vocab=len(tokenizer), **sampling)
                 batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
-                share = 1.0                                                     # no CE: its own answers are no targets
+                kd_share = 1.0                                                  # no CE: its own answers are no targets
 
             scored = response_tokens(batches)                                   # of the whole optimizer step
-            sums = sum(gradients(batch, weight=1 / scored, teacher=teacher, divergence=divergence, kd_ratio=share,
-                                 ratio_clip=ratio_clip) for batch in batches)   # [2] CE and divergence
+            sums = sum(backward(batch, weight=1 / scored, teacher=teacher, divergence=divergence, kd_ratio=kd_share,
+                                ratio_clip=ratio_clip) for batch in batches)    # [2] for the log: CE and divergence
             lm_scored = response_tokens(lm_batches)
-            lm_sums = sum(gradients(batch, weight=lm_coef / lm_scored) for batch in lm_batches)
+            lm_sums = sum(backward(batch, weight=lm_coef / lm_scored) for batch in lm_batches)
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -245,13 +245,12 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
             if not math.isfinite(norm):                                         # what was saved before stays
                 raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g}), "
                                  "or use --dtype float32")
-            measured = bool(share) or loss == "minillm"                         # the divergence
-            line = dict(ce=ce, kd=kd if measured else None, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
+            line = dict(ce=ce, kd=kd if kd_share else None, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
                         own_answers=own_answers if on_policy else None,
                         lm_ce=float(lm_sums[0]) / lm_scored if lm_batches else None,
                         seconds=round(time.perf_counter() - started, 4))
             log.write(step=step + 1, **{key: value for key, value in line.items() if value is not None})
-            progress.update(note=f"ce {ce:.3f}" + (f" kd {kd:.3f}" if measured else ""))
+            progress.update(note=f"ce {ce:.3f}" + (f" kd {kd:.3f}" if kd_share else ""))
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 state = judge(state=state | {"step": step + 1}, sampler=sampler, progress=progress)
                 if step + 1 < steps:
@@ -267,11 +266,12 @@ def response_tokens(batches: list[list[Encoded]]) -> int:
     return sum(len(row.response) for batch in batches for row in batch)
 
 
-def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id: int, dtype: torch.dtype,
+def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id: int, dtype: torch.dtype,
                   checkpointing: bool, teacher=None, divergence=None, kd_ratio=0.0, ratio_clip=0.2) -> torch.Tensor:
-    """Forward and backward of one micro-batch, its tokens weighted by `weight`; returns the sums of CE and divergence [2].
+    """Forward and backward of one micro-batch, its tokens weighted by `weight`: adds to every .grad, and returns the sums of CE
+    and divergence [2].
 
-    For rollouts the loss is MiniLLM's, the clipped surrogate plus KL(q_t || p_t), and kd_ratio is not used.
+    For rollouts the loss is MiniLLM's: the clipped surrogate takes the place of CE, and kd_ratio must be 1.
     """
     device, policy_loss, teacher_states = student.head.device, None, None
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
@@ -280,7 +280,6 @@ def add_gradients(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id
             old, advantage, teacher_states = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']
             policy_loss = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
-            kd_ratio = 1.0
         elif kd_ratio:                                                          # paper eq. (3)
             teacher_states = teacher.states(batch, ids, mask)                   # [N, D']; first: a GPU works at it for long,
         states, targets = scored_positions(                                     # while the host launches the student's kernels

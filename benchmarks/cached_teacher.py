@@ -4,7 +4,7 @@ and from the second epoch on is 2 x as fast, for a teacher 6 x as large as the s
     python -m benchmarks.cached_teacher         # 15 minutes on two cores, 17 GB of memory, 8 GB of disk
 
 The shapes of Qwen2.5-3B and 0.5B with random weights; a step has 4 x 256 tokens, about 800 of them scored; forward KL, AdamW,
-the gradients by train_kd.py's own add_gradients. Child processes take turns. `exact`: one child computes the gradient of the
+the gradients by train_kd.py's own forward_backward. Child processes take turns. `exact`: one child computes the gradient of the
 same step both ways, from the same student.
     float32     everything in float32, in smaller shapes (the 3B's would need 22 GB): only `exact`
 """
@@ -24,7 +24,7 @@ from minikd.losses import forward_kl
 from minikd.model import Qwen2, Qwen2Config
 from minikd.teacher import CachedTeacher, Teacher, fill_cache
 from minikd.training import make_optimizer
-from train_kd import add_gradients
+from train_kd import forward_backward
 
 COMMON = dict(num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)
 SHAPES = {"student": Qwen2Config(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_hidden_layers=24,
@@ -76,8 +76,8 @@ def train(method: str, folder: Path, dtype: torch.dtype, steps: int):
 
 def step(student, teacher, batch, dtype) -> float:
     scored = sum(len(row.response) for row in batch)
-    _, kd = add_gradients(batch, student=student, weight=1 / scored, pad_id=0, dtype=dtype, checkpointing=False,
-                          teacher=teacher, divergence=forward_kl, kd_ratio=1.0)
+    _, kd = forward_backward(batch, student=student, weight=1 / scored, pad_id=0, dtype=dtype, checkpointing=False,
+                             teacher=teacher, divergence=forward_kl, kd_ratio=1.0)
     return float(kd) / scored
 
 

@@ -25,7 +25,7 @@ from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
 from minikd.model import Qwen2, Qwen2Config, cast_copy
 from minikd.training import make_optimizer
-from train_grpo import add_gradients
+from train_grpo import forward_backward
 
 SHAPE = Qwen2Config(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_hidden_layers=4,
                     num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)
@@ -60,8 +60,8 @@ def minikd(folder: Path, mode: str, steps: int):
         clock.append(time.perf_counter())
         advantages = grpo.group_advantages(torch.tensor([[reward(answer.response) for answer in answers]]))[0]
         share = grpo.token_weights([len(answer.response) for answer in answers])
-        add_gradients(answers, old, old, advantages, share, model=model, pad_id=0, dtype=dtype, temperature=1.0,
-                      vocab=None, clip=0.2, clip_high=None, beta=0.0, checkpointing=False)
+        forward_backward(answers, old, old, advantages, share, model=model, pad_id=0, dtype=dtype, temperature=1.0,
+                         vocab=None, clip=0.2, clip_high=None, beta=0.0, checkpointing=False)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

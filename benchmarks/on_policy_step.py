@@ -30,7 +30,7 @@ from minikd.losses import reverse_kl
 from minikd.model import Qwen2, cast_copy
 from minikd.teacher import Teacher
 from minikd.training import make_optimizer
-from train_kd import add_gradients, response_tokens
+from train_kd import forward_backward, response_tokens
 
 ROWS = 8
 
@@ -47,8 +47,8 @@ def minikd(folder: Path, mode: str, steps: int):
         rows = [Encoded(prompt, [], False, i) for i, prompt in enumerate(asked[ROWS * step:ROWS * (step + 1)])]
         own = respond(sampler, rows, ROWS, NEW, (), seed=step, vocab=WORDS)
         scored = response_tokens([own])
-        sums = add_gradients(own, student=student, weight=1 / scored, pad_id=0, dtype=dtype, checkpointing=False,
-                             teacher=teacher, divergence=reverse_kl, kd_ratio=1.0)
+        sums = forward_backward(own, student=student, weight=1 / scored, pad_id=0, dtype=dtype, checkpointing=False,
+                                teacher=teacher, divergence=reverse_kl, kd_ratio=1.0)
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -7,7 +7,7 @@ The objective is L = KL(q || p) over whole answers y = y_1 .. y_T, q the student
 Where it comes from: ∇KL = -E Σ_t (r_t + R_{t+1}) ∇ log q(y_t), and given y_1 .. y_{t-1} the mean of -r_t ∇ log q(y_t) over
 y_t is ∇ KL(q_t || p_t), as that of ∇ log q(y_t) is 0. So the first term, the divergence of step t, is exact over the whole
 vocabulary, not sampled; the second is the effect of y_t on the steps after it. collect() samples answers and keeps the
-constants of that gradient; the loss of an update is reverse KL plus clipped_surrogate, both by head_loss: see add_gradients
+constants of that gradient; the loss of an update is reverse KL plus clipped_surrogate, both by head_loss: see forward_backward
 in train_kd.py.
 
 References

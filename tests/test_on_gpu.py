@@ -88,8 +88,8 @@ def test_a_distillation_step_is_launched_without_waiting_for_the_gpu(monkeypatch
     rows = [Encoded([5, 6, 7], [8, 9], False, 0), Encoded([5], [8, 9, 10, 11], True, 1)]
     with gpu():
         student, teacher = small(0).to("cuda").train(), Teacher(small(1).to("cuda"))
-        sums = train_kd.add_gradients(rows, student=student, weight=1 / 6, pad_id=0, dtype=torch.bfloat16, checkpointing=False,
-                                      teacher=teacher, divergence=forward_kl, kd_ratio=0.5)
+        sums = train_kd.forward_backward(rows, student=student, weight=1 / 6, pad_id=0, dtype=torch.bfloat16,
+                                         checkpointing=False, teacher=teacher, divergence=forward_kl, kd_ratio=0.5)
         assert not fake_gpu.WAITS & set(waited)
         assert float(sums[0]) > 0 and fake_gpu.WAITS & set(waited)              # reading a number does wait
 

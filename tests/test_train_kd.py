@@ -327,17 +327,17 @@ def test_every_mode_goes_on_from_its_last_state_to_the_same_bits(run, mode, tmp_
 def test_on_policy_answers_hold_only_ids_that_the_tokenizer_has(settings, tokenizer, tmp_path, monkeypatch):
     tall = load_model(tiny(3, tokenizer, tmp_path / "tall", vocab_size=432, tie_word_embeddings=False))
     tall.lm_head.weight.data[400:] *= 50                        # rows past the tokenizer's, here the likeliest or the least likely
-    seen, add = set(), kd.add_gradients
-    monkeypatch.setattr(kd, "add_gradients", lambda batch, **terms: (seen.update(id for row in batch for id in row.response),
-                                                                     add(batch, **terms))[1])
+    seen, add = set(), kd.forward_backward
+    monkeypatch.setattr(kd, "forward_backward", lambda batch, **terms: (seen.update(id for row in batch for id in row.response),
+                                                                        add(batch, **terms))[1])
     kd.train(**settings(student=tall, loss="reverse_kl", on_policy=1.0, steps=2, max_new_tokens=5))
     assert len(seen) > 10 and max(seen) < len(tokenizer)
 
 
 def test_on_policy_steps_learn_from_the_students_own_answers_without_cross_entropy(settings, tmp_path, monkeypatch):
-    seen, add = [], kd.add_gradients
-    monkeypatch.setattr(kd, "add_gradients", lambda batch, **terms: (seen.append((batch, terms["kd_ratio"])),
-                                                                     add(batch, **terms))[1])
+    seen, add = [], kd.forward_backward
+    monkeypatch.setattr(kd, "forward_backward", lambda batch, **terms: (seen.append((batch, terms["kd_ratio"])),
+                                                                        add(batch, **terms))[1])
     given = settings(loss="jsd", on_policy=0.5, steps=12, max_new_tokens=5)
     kd.train(**given)
     data = {(tuple(row.prompt), tuple(row.response)) for row in given["rows"]}
@@ -357,7 +357,7 @@ def test_minillm_draws_the_student_to_its_teacher_in_the_reverse_kl_of_its_own_a
 
 
 def test_a_minillm_step_is_the_formula_on_full_logits(world, settings, tokenizer):
-    """add_gradients, and collect's numbers in it, against autograd on every logit: KL_t and the clipped surrogate, each
+    """forward_backward, and collect's numbers in it, against autograd on every logit: KL_t and the clipped surrogate, each
     once a token."""
     given = settings()
     teacher = given["teacher"].model
@@ -369,8 +369,8 @@ def test_a_minillm_step_is_the_formula_on_full_logits(world, settings, tokenizer
             weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
     tokens = sum(len(row.response) for row in rollouts)
     for at in range(0, len(rollouts), 7):
-        kd.add_gradients(rollouts[at:at + 7], student=student, weight=1 / tokens, pad_id=0, dtype=torch.float32,
-                         checkpointing=False, teacher=given["teacher"], divergence=kd.reverse_kl, ratio_clip=0.2)
+        kd.forward_backward(rollouts[at:at + 7], student=student, weight=1 / tokens, pad_id=0, dtype=torch.float32,
+                            checkpointing=False, teacher=given["teacher"], divergence=kd.reverse_kl, kd_ratio=1.0, ratio_clip=0.2)
     ours = [weight.grad.clone() for weight in student.parameters()]
     student.zero_grad(set_to_none=True)
     loss, clipped = 0.0, 0
