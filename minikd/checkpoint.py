@@ -61,7 +61,7 @@ def check_words(layer: W4Linear, quantization: dict, where: str):
     groups = len(layer.scales)
     if not 0 <= int(layer.g_idx.min()) <= int(layer.g_idx.max()) < groups:
         raise InputError(f"{where}.g_idx: names a group outside 0 to {groups - 1}; fetch it again")
-    zeros = read_zeros(layer.qzeros, layer.version)                                        # [I/g, O]
+    zeros = read_zeros(layer.qzeros, layer.version)             # [I/g, O]; 8 if symmetric: read by the other version's rule 7 or 9
     if quantization.get("sym", True) and ((zeros == 7).all() or (zeros == 9).all()):
         raise InputError(f"{where}.qzeros: symmetric zero points are 8, these are {int(zeros[0, 0])}; is checkpoint_format in "
                          "config.json the right one of gptq and gptq_v2?")
@@ -77,13 +77,14 @@ def load_head(name, device="cpu", dtype: torch.dtype = torch.float32) -> torch.T
 
 
 def model_folder(name, weights: bool = True) -> Path:
-    """The local folder of a model and its tokenizer, downloaded first if `name` is on the hub: the small files, and if minikd
-    can compute what they describe, with `weights` those that hold its tensors."""
+    """The local folder of a model and its tokenizer. If `name` is on the hub, the small files are downloaded first and checked,
+    then, with `weights`, those that hold the tensors."""
     folder = local_folder(name, ["config.json", INDEX, *TOKENIZER])
     if not (folder / "config.json").exists():
         check_kind(name, files_on_hub(name) or [path.name for path in folder.iterdir()])
     if weights and not Path(name).expanduser().is_dir():
-        load_config(folder), read_quantization(folder)          # before gigabytes are fetched in vain
+        load_config(folder)                                     # both raise for what minikd cannot compute, before
+        read_quantization(folder)                               # gigabytes are fetched in vain
         names = files_on_hub(name)
         if names is not None:
             check_weights(name, names)

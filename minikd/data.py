@@ -56,7 +56,7 @@ class Encoded:
     prompt: list[int]
     response: list[int]                 # ends in a stop token, unless cut; empty where there is only a prompt
     cut: bool                           # the response stopped at a limit of length, or goes on in the next row (encode_text)
-    index: int                          # of what it was made from (Example, Problem, text) in the list of those
+    index: int                          # place of its Example, Problem or text in the list it was made from
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -111,8 +111,10 @@ def encode_text(texts: list[str], tokenizer, max_length: int = 512) -> list[Enco
     """Rows for a language-model loss: <|endoftext|> document <|endoftext|>, every token but the first scored.
 
     A document longer than max_length becomes several rows; each after the first begins with the last token of the row
-    before, which it does not score: so every token is scored once.
+    before, which it does not score: so every token is scored once.  Raises ValueError for a max_length below 2.
     """
+    if max_length < 2:
+        raise ValueError(f"max_length = {max_length}: a row needs a token to score and one before it; give 2 or more")
     rows = []
     for index, text in enumerate(tokenizer.encode_batch(texts)):
         ids = [tokenizer.pad_id, *text, tokenizer.pad_id]
@@ -173,7 +175,7 @@ def optimizer_steps(rows: list[Encoded], start: int, steps: int, batch_size: int
     for step in range(start, steps):
         epoch, at = divmod(step, per_epoch)
         if at == 0 or step == start:
-            order = batch_order(rows, batch_size * grad_accum, seed, epoch)     # 1 x 8 gets the rows of 8 x 1
+            order = batch_order(rows, batch_size * grad_accum, seed, epoch)     # the same rows for 1 x 8 and 8 x 1
         whole = [rows[i] for i in order[at]]
         yield step, [whole[i:i + batch_size] for i in range(0, len(whole), batch_size)]
 

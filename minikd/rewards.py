@@ -16,7 +16,7 @@ Departures from the published code, most of which close loopholes
     steps       only inside the thoughts, and each marker once, however often it is repeated. Numbered lines count on every
                 line, as in the paper (open-r1: on the text's first line), and "Step 1" without a colon; "3.14", "-5" and
                 "---" do not.
-    length      in characters; open-r1 counts tokens.
+    length      open-r1's soft_overlong_punishment, in characters, not tokens; open-r1's own `length` is another reward.
     answer      compared as text or as a number, without math-verify. Without any tag only a \\boxed{} is an answer.
     code        1 for passing all tests, else 0; the fraction, open-r1's reward, is `code_partial`. stdout is compared completely
                 (its zip accepts only the first line), a timeout fails only its own test, and the last code block counts
