@@ -4,14 +4,19 @@ A layer's weight W [O, I] is rounded to Q so that the layer's outputs change lit
 
     min_Q  tr((W - Q) H (W - Q)^T),   H = 2/n sum_x x x^T
 
-A column of W belongs to one input, a row to one output; H, the second derivative of the squared error, is the same for all
-rows. Eq. (2) divides the error of column j by [H_F^-1]_jj and spreads it over the columns F that are not rounded yet, along
-row j of H_F^-1, the inverse of their part of H. F, and with it H_F, shrinks with every column, but no new inverse is needed:
-with H^-1 = U^T U, U upper triangular, the lower right part of U is that factor for H_F, so that
+The trace is twice the mean squared change of the outputs; the 2, with which H is the second derivative of the squared error,
+changes no code. A column of W belongs to one input, a row to one output, and H is the same for all rows.
+
+Columns are rounded one after the other. Let F be those not rounded yet, j the first of them, and H_F their part of H.
+Eq. (2): of all ways to make up for the error of column j the cheapest moves F by -(w_j - q_j) / [H_F^-1]_jj times row j of
+H_F^-1. F shrinks with every column, but no new inverse is needed: with H^-1 = U^T U, U upper triangular, the lower right part
+of U is that factor for H_F, so that
 
     U_jj^2 = [H_F^-1]_jj,   U_j,F / U_jj = [H_F^-1]_j,F / [H_F^-1]_jj
 
     error = (w_j - q_j) / U_jj,   w_k -= error U_jk  for the columns k after j
+
+Eq. (4) is eq. (2) for several columns at once: the errors of a whole block of columns reach all later ones in one product.
 
 References
     GPTQ                                            arXiv:2210.17323, eq. (1), (2), (4), Algorithm 1
@@ -65,8 +70,10 @@ class Hessian:
         H is symmetric: only blocks on and above the diagonal are computed, as this takes most of a calibration's time.
         """
         x = inputs[mask].float()                                                # [n, I]
+        if not len(x):
+            return
         before, self.tokens = self.tokens, self.tokens + len(x)
-        for at in range(0, len(self.sum) if len(x) else 0, PANEL):
+        for at in range(0, len(self.sum), PANEL):
             rows = self.sum[at:at + PANEL, at:]                                 # [b, I - at]
             rows.addmm_(x[:, at:at + PANEL].T, x[:, at:], beta=before / self.tokens, alpha=2 / self.tokens)
 
@@ -105,11 +112,12 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "la
     if H.is_cuda:
         H = H.flip(0, 1)                                                        # rows and columns back in order
     else:
-        for i in range((len(H) + 1) // 2):                                      # the same in place
-            H[[i, -1 - i]] = H[[-1 - i, i]].flip(1)
+        for i in range((len(H) + 1) // 2):                                      # the same in place: rows i and -1 - i change
+            H[[i, -1 - i]] = H[[-1 - i, i]].flip(1)                             # places, each read backwards
     U = H.T                                                                     # R, inverted in place below
-    for start in range(0, len(U), PANEL):                                       # [A B; 0 C]^-1 = [A^-1 -A^-1 B D; 0 D],
-        at = slice(start, start + PANEL)                                        # D = C^-1; A^-1 is there already
+    # Panel by panel: [A B; 0 C]^-1 = [A^-1  -A^-1 B D; 0  D] with D = C^-1, where A^-1 is there already.
+    for start in range(0, len(U), PANEL):
+        at = slice(start, start + PANEL)
         D = torch.linalg.solve_triangular(U[at, at], torch.eye(len(U[at]), device=U.device), upper=True)
         U[:start, at] = U[:start, :start] @ (U[:start, at] @ -D)
         U[at, at] = D
@@ -141,39 +149,40 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
     if not hessian.sum(dtype=torch.float32).isfinite():     # isfinite() of all would take two more Hessians' memory
         raise InputError(f"{where}: its Hessian has values that are not finite; calibrate in bfloat16 or float32")
     W = weight.float().masked_fill(hessian.diagonal() == 0, 0.0)                # [O, I], a copy
+    # No block may cross a multiple of `span`: a group, as its grid must be found first, or with act_order, all grids known, I.
     if act_order:
         order, span = hessian.diagonal().argsort(descending=True, stable=True), I
         scales, zeros = (part.view(O, -1) for part in find_grid(W.view(-1, size), bits, sym, clip_search))  # [O, I/g]
     else:
-        order, span = torch.arange(I, device=W.device), size                    # blocks must end where groups do
+        order, span = torch.arange(I, device=W.device), size
         scales, zeros = W.new_empty(O, I // size), W.new_empty(O, I // size)
     U = inverse_factor(hessian, order, damp, where)
-    W = W.T.index_select(0, order)                                              # [I, O]: a column is contiguous
-    codes, start = torch.empty_like(W, dtype=torch.uint8), 0
+    columns = W.T.index_select(0, order)                                        # [I, O]: a column of W is contiguous
+    codes, start = torch.empty_like(columns, dtype=torch.uint8), 0
     while start < I:
         end = min(start + block, start // span * span + span)
         if not act_order and start % size == 0:
             at = start // size
-            scales[:, at], zeros[:, at] = find_grid(W[start:start + size].T, bits, sym, clip_search)
+            scales[:, at], zeros[:, at] = find_grid(columns[start:start + size].T, bits, sym, clip_search)
         grid = (part[:, order[start:end] // size].T for part in (scales, zeros))    # [n, O] each
         solve = (replayed_columns(end - start, O, bits, W.device) if can_record(W.device) else
                  functools.partial(quantize_columns, bits=bits))
-        codes[start:end], errors = solve(W[start:end], U[start:end, start:end], *grid)
-        W[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)                  # [I - end, n] [n, O], the lazy update: eq. (4)
+        codes[start:end], errors = solve(columns[start:end], U[start:end, start:end], *grid)
+        columns[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)            # [I - end, n] [n, O], the lazy update: eq. (4)
         start = end
     return codes[order.argsort()].T.contiguous(), scales, zeros
 
 
-def quantize_columns(W: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Algorithm 1's inner loop over n columns of the weight, here the rows of W.
+def quantize_columns(columns: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Algorithm 1's inner loop over n columns of the weight.
 
-    W [n, O] (overwritten), U [n, n], scale, zero [n, O] -> codes uint8, errors [n, O]
+    columns [n, O] (overwritten), U [n, n], scale, zero [n, O] -> codes uint8, errors [n, O]
     """
-    codes, errors = torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
-    for j in range(len(W)):
-        codes[j] = encode(W[j], scale[j], zero[j], bits)
-        errors[j] = (W[j] - decode(codes[j], scale[j], zero[j])) / U[j, j]      # GPTQ eq. (2), its fraction
-        W[j + 1:].addr_(U[j, j + 1:], errors[j], alpha=-1)                      # and the rest of it, within the block
+    codes, errors = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
+    for j, w in enumerate(columns):                                             # [O]
+        codes[j] = encode(w, scale[j], zero[j], bits)
+        errors[j] = (w - decode(codes[j], scale[j], zero[j])) / U[j, j]         # GPTQ eq. (2), its fraction
+        columns[j + 1:].addr_(U[j, j + 1:], errors[j], alpha=-1)                # and the rest of it, within the block
     return codes, errors
 
 
@@ -316,8 +325,8 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         order = calibrate(model, calibration_batches(rows, pad_id, batch_size), torch.device(device or home))
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in order:
-        for other, layer in layers.items() if store else ():
-            if block_of(other) < block_of(name):                                # a finished block's: free the memory
+        for other, layer in layers.items():
+            if store and block_of(other) < block_of(name):                      # a finished block's: free the memory
                 layer.weight.data = layer.weight.new_empty(0)
         found, report = quantize_layer(layers[name], hessian, name, grid, act_order, damp)
         if store:                                                               # packed before it is moved: fewer bytes
