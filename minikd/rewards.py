@@ -97,7 +97,8 @@ def extract_code(text: str) -> str | None:
 # ---- form
 
 def well_formed(completion: str) -> bool:
-    """Whether a completion is thoughts and then an answer, neither of them blank, without text before, between or after."""
+    """Whether a completion is thoughts and then an answer, neither of them blank, without text between or after, and
+    without anything before, as open-r1 wants it."""
     before, *rest = re.split("(</?(?:think|answer)>)", completion)
     tags, texts = rest[::2], [text.strip() for text in rest[1::2]]              # a text, maybe blank, follows each tag
     if before or tags[:2] != ["<think>", "</think>"]:
