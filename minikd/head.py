@@ -66,69 +66,65 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
     divergence = divergence or no_divergence
-    shared = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))      # V from here on, CE too
+    V = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))   # shared rows, from here on; CE too
+    N, device = len(hidden), hidden.device.type
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, device=hidden.device)                   # as_tensor would synchronise with the GPU
-    weight = weight.to(hidden.device, torch.float32).expand(len(hidden))
-    chunk_bytes = chunk_bytes or CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
-    return _HeadLoss.apply(hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy_loss,
-                           shared, chunk_bytes, torch.is_grad_enabled())
+    weight = weight.to(hidden.device, torch.float32).expand(N)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    need_hidden, need_head = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, head))
+    if dtype == torch.float16 and (need_hidden or need_head):           # no later loss scale can save what underflows here
+        raise ValueError("head_loss: gradients underflow in float16; train in bfloat16 or float32")
+    chunk_bytes = chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"])
+    chunk = tokens_at_once(N, chunk_bytes // (V * dtype.itemsize), TILES.get((device, dtype), 1))
+    least = PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V)
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
+        grad_head = torch.zeros_like(head) if need_head else None               # [len(head), D]
+        ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))
+        states, used = hidden.to(dtype), head[:V]
+        if hidden.is_cuda:
+            used = used.to(dtype)                                               # cast once; on a CPU block by block
+        logits, teacher_logits = aligned(states, chunk, V), None                # student's, later overwritten by gradient
+        if teacher_hidden is not None:
+            teacher_logits = aligned(teacher_head, chunk, V)                    # [chunk, V]
+        kernel = pick_kernel(divergence, kd_ratio, logits, teacher_logits)
+        # The logits of a chunk are in memory at once; a piece of it, which fits the cache, takes one float32 softmax.
+        piece = chunk if kernel else max(1, chunk // 16, least)
+        for start in range(0, N, chunk):
+            at = slice(start, min(start + chunk, N))
+            apply_head(states[at], used, out=logits)                            # [n, D] -> [n, V]
+            if teacher_logits is not None:
+                apply_head(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
+            n = at.stop - at.start
+            for first in range(0, n, piece):
+                rows = slice(first, min(first + piece, n))                      # the piece within the chunk
+                tokens = slice(start + rows.start, start + rows.stop)           # the same among all N
+                ce[tokens], kd[tokens], total[tokens] = _token_losses(          # from here on dL/dlogits, in place
+                    logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], divergence,
+                    kd_ratio, weight[tokens], policy_loss and functools.partial(policy_loss, at=tokens),
+                    need_hidden or need_head, kernel)
+            if need_hidden or need_head:
+                _backward_head(logits[:n], states[at], used, grad_hidden[at] if need_hidden else None,
+                               grad_head[:V] if need_head else None)
+    return _Sum.apply(hidden, head, total, grad_hidden, grad_head), ce, kd
 
 
-class _HeadLoss(torch.autograd.Function):
-    """forward computes the loss and its gradients too; backward only multiplies them by grad_loss."""
+class _Sum(torch.autograd.Function):
+    """The sum of head_loss's totals, whose gradients with respect to hidden and head are known: backward scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, divergence, kd_ratio, weight, policy_loss, V,
-                chunk_bytes, grad_enabled):
-        N, device = len(hidden), hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        need_hidden, need_head = (grad_enabled and need for need in ctx.needs_input_grad[:2])
-        if dtype == torch.float16 and (need_hidden or need_head):       # no later loss scale can save what underflows here
-            raise ValueError("head_loss: gradients underflow in float16; train in bfloat16 or float32")
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
-        grad_head = torch.zeros_like(head) if need_head else None               # [V, D]
-        ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))
-        chunk = tokens_at_once(N, chunk_bytes // (V * dtype.itemsize), TILES.get((device, dtype), 1))
-        least = PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V)
-        with torch.autocast(device, enabled=False):
-            states, head = hidden.to(dtype), head[:V]
-            if hidden.is_cuda:
-                head = head.to(dtype)                                           # cast once; on a CPU block by block
-            logits, teacher_logits = aligned(states, chunk, V), None            # student's, later overwritten by gradient
-            if teacher_hidden is not None:
-                teacher_logits = aligned(teacher_head, chunk, V)                # [chunk, V]
-            kernel = pick_kernel(divergence, kd_ratio, logits, teacher_logits)
-            # The logits of a chunk are in memory at once; a piece of it, which fits the cache, takes one float32 softmax.
-            piece = chunk if kernel else max(1, chunk // 16, least)
-            for start in range(0, N, chunk):
-                at = slice(start, min(start + chunk, N))
-                apply_head(states[at], head, out=logits)                        # [n, D] -> [n, V]
-                if teacher_logits is not None:
-                    apply_head(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
-                n = at.stop - at.start
-                for first in range(0, n, piece):
-                    rows = slice(first, min(first + piece, n))                  # the piece within the chunk
-                    tokens = slice(start + rows.start, start + rows.stop)       # the same among all N
-                    ce[tokens], kd[tokens], total[tokens] = _token_losses(      # from here on dL/dlogits, in place
-                        logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], divergence,
-                        kd_ratio, weight[tokens], policy_loss and functools.partial(policy_loss, at=tokens),
-                        need_hidden or need_head, kernel)
-                if need_hidden or need_head:
-                    _backward_head(logits[:n], states[at], head,
-                                   grad_hidden[at] if need_hidden else None,
-                                   grad_head[:V] if need_head else None)
-        ctx.grads = grad_hidden, grad_head
-        ctx.mark_non_differentiable(ce, kd)
-        return total.sum(), ce, kd
+    def forward(ctx, hidden, head, total, *grads):
+        ctx.grads = grads
+        return total.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx, grad_loss):
         if ctx.grads is None:
             raise RuntimeError("head_loss can be differentiated once; call it again for a second backward")
         grads, ctx.grads = ctx.grads, None                                      # scaled in place, so good for one use
-        return *(g if g is None else g.mul_(grad_loss) for g in grads), *[None] * 10    # None: the other 10 inputs
+        return *(g if g is None else g.mul_(grad_loss) for g in grads), None, None, None
 
 
 def tokens_at_once(N: int, most: int, tile: int) -> int:
