@@ -55,9 +55,8 @@ class Qwen2Config:
         Raises InputError, naming the field, for what this decoder does not compute: another model_type,
         sliding-window attention, RoPE scaling, another activation, or sizes that do not fit together.
         """
-        def refuse(field, advice, value=None):
-            value = raw.get(field) if value is None else value
-            raise InputError(f"{where}: {field} = {value!r} is not implemented; {advice}")
+        def refuse(field, advice):
+            raise InputError(f"{where}: {field} = {raw.get(field)!r} is not implemented; {advice}")
 
         if raw.get("model_type") != "qwen2":
             refuse("model_type", "minikd reads 'qwen2': Qwen1.5, Qwen2 and Qwen2.5 dense models")
@@ -76,7 +75,7 @@ class Qwen2Config:
             rope = raw.get(field) or {}
             if (not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default"
                     or any(isinstance(value, dict) for value in rope.values())):
-                refuse(field, "use a checkpoint without RoPE scaling, the same in all layers", rope)
+                refuse(field, "use a checkpoint without RoPE scaling, the same in all layers")
             if rope.get("rope_theta") is not None:
                 values["rope_theta"] = rope["rope_theta"]
         for name, value in values.items():
