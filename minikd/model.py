@@ -444,13 +444,12 @@ class Qwen2(nn.Module):
         """Undoes layout.laid_out: every layer multiplies by its own weight again."""
         self.packed_head = None
         for module in self.modules():
-            held = getattr(module, "joined", None) or getattr(module, "packed", None)
-            if hasattr(held, "unpack"):                                         # the weights are there and nowhere else
-                held.unpack()
-            if isinstance(module, (Attention, MLP)):
-                module.joined = None
-            elif isinstance(module, Linear):
-                module.packed = None
+            for name in "joined", "packed":                                     # of Attention and MLP; of Linear
+                held = getattr(module, name, None)
+                if hasattr(held, "unpack"):                                     # the weights are there and nowhere else
+                    held.unpack()
+                if held is not None:
+                    setattr(module, name, None)
 
     def _apply(self, fn, recurse=True):
         self.lay_back()                                                         # another dtype or device
