@@ -22,7 +22,7 @@ from torch import Tensor
 from minikd.data import Encoded, by_length, collate
 from minikd.generate import generate_with_log_probs
 from minikd.head import head_loss, scored_positions
-from minikd.losses import at_least_float32, clipped_surrogate, ratio_of
+from minikd.losses import at_least_float32, clipped_surrogate, ratios
 from minikd.model import Qwen2, mixed
 
 NORMS = ("sequence", "token", "constant")
@@ -63,7 +63,7 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     then it is that of KL(π || π_ref).)
     """
     d = at_least_float32(ref_logp) - at_least_float32(logp)
-    return torch.expm1(d.clamp(max=60)) - d                                     # expm1: exact for small d; bounded like ratio_of
+    return torch.expm1(d.clamp(max=60)) - d                                     # expm1: exact for small d; bounded like the ratio
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, clip: float = 0.2,
@@ -96,9 +96,8 @@ def was_clipped(logp: Tensor, old_logp: Tensor, A: Tensor, clip: float = 0.2, cl
 
     [N] three times -> [N] bool
     """
-    ratio = ratio_of(logp, old_logp)
-    upper = 1 + (clip if clip_high is None else clip_high)
-    return (A > 0) & (ratio > upper) | (A < 0) & (ratio < 1 - clip)
+    ratio, bounded = ratios(logp, old_logp, clip, clip_high)
+    return A * (ratio - bounded) > 0                                            # the loss is then of the bound, a constant
 
 
 def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: int | None = None,

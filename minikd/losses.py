@@ -139,9 +139,10 @@ def pick_divergence(name: str, **options):
     return functools.partial(DIVERGENCES[name], **{key: value for key, value in options.items() if key in takes})
 
 
-def ratio_of(logq: Tensor, old_logq: Tensor) -> Tensor:
-    """ρ = q / q_old, at most e^60: float32 overflows beyond e^88, and infinity times an advantage of 0 is NaN."""
-    return (logq - old_logq).clamp(max=60).exp()
+def ratios(logq: Tensor, old_logq: Tensor, clip: float, clip_high: float | None) -> tuple[Tensor, Tensor]:
+    """ρ = q / q_old, at most e^60: float32 overflows beyond e^88, and infinity times an advantage of 0 is NaN; and ρ clipped."""
+    ratio = (logq - old_logq).clamp(max=60).exp()                               # ρ
+    return ratio, ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
 
 
 def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: float = 0.2,
@@ -153,6 +154,5 @@ def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: f
 
     clip_high  the clip above 1, if it differs from the one below (DAPO's clip-higher: 0.28)
     """
-    ratio = ratio_of(logq, old_logq)                                            # ρ
-    bounded = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    ratio, bounded = ratios(logq, old_logq, clip, clip_high)
     return -torch.minimum(ratio * advantage, bounded * advantage)               # PPO eq. (7), negated
