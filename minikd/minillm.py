@@ -107,12 +107,10 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
             logq = -head_loss(states, student.head, targets, vocab=shared)[1]               # [N] = -CE
             logp = -head_loss(teacher_states, teacher.head, targets, vocab=shared)[1]
         valid = send(mask[:, 1:], device)                           # [B, T-1], N of them True: scored_positions' shift
-        logq, logp = (torch.zeros(valid.shape, device=device).masked_scatter(valid, x) for x in (logq, logp))   # [B, T-1]
-        to_go = rewards_to_go(logq, logp, valid, **options)
-        weight = importance_weights(logq, logp, valid, mix)
-        lengths = valid.sum(1).tolist()
-        columns = logq[valid], to_go[valid], weight[valid], teacher_states                  # [N] three times, [N, D']
-        for i, *of_row in zip(at, *(x.split(lengths) for x in columns)):
+        q, p = (torch.zeros(valid.shape, device=device).masked_scatter(valid, x) for x in (logq, logp))     # [B, T-1] each
+        to_go, weight = rewards_to_go(q, p, valid, **options)[valid], importance_weights(q, p, valid, mix)[valid]   # [N] each
+        lengths = [len(own[i].response) for i in at]
+        for i, *of_row in zip(at, *(x.split(lengths) for x in (logq, to_go, weight, teacher_states))):
             found[i] = of_row
     white = whiten(torch.cat([to_go for _, to_go, _, _ in found])).split([len(row.response) for row in own])
     return [Rollout(**vars(row), old_logq=q, advantage=A * w, teacher=states)               # w > 0: the same as w min(ρ A, ...)
