@@ -24,6 +24,7 @@ What their code does without the paper saying so, and this file too: advantages 
 exact first term has no weight w_t: its mean over y_t is 1, so that it would only add noise. Plain text (--lm-data) costs only
 its cross-entropy here; there half of it is the cross-entropy with the teacher.
 """
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -129,16 +130,13 @@ def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps
     collecting  the arguments of collect, except rows and seed
     """
     phase_steps = inner_epochs * steps_per_epoch(rollouts, batch_size, grad_accum)      # steps between two samplings
-    step = start
-    while step < steps:
-        phase, at = divmod(step, phase_steps)
-        if at == 0:
-            sampled[:] = collect(rows=next_rows(rows, phase, rollouts, seed),
-                                 seed=seed + 7919 * phase, **collecting)
-        for inner, batches in optimizer_steps(sampled, at, min(phase_steps, steps - phase * phase_steps), batch_size,
-                                              grad_accum, seed + 7919 * phase):
-            yield phase * phase_steps + inner, batches
-        step = (phase + 1) * phase_steps
+    for phase in range(start // phase_steps, math.ceil(steps / phase_steps)):
+        first, phase_seed = phase * phase_steps, seed + 7919 * phase            # first: its first step
+        if first >= start:
+            sampled[:] = collect(rows=next_rows(rows, phase, rollouts, seed), seed=phase_seed, **collecting)
+        for inner, batches in optimizer_steps(sampled, max(0, start - first), min(phase_steps, steps - first), batch_size,
+                                              grad_accum, phase_seed):
+            yield first + inner, batches
 
 
 FROZEN = ["old_logq", "advantage", "teacher"]        # fields of a Rollout that are tensors
