@@ -104,14 +104,12 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     @torch.inference_mode(False)                        # the parts may be trained later
-    @torch.no_grad()
     def free_parts(self):
         """Empties the layers' own weights. Not by __init__: an interrupt before the object has a place would lose them."""
         for part in self.parts:
             part.weight.data = part.weight.new_empty(0)
 
     @torch.inference_mode(False)
-    @torch.no_grad()
     def unpack(self):
         """Gives the layers their weights back, bit for bit."""
         for part, weight in zip(self.parts, self.weight.to_dense().split(self.sizes)):
@@ -119,7 +117,6 @@ class Packed:
 
 
 @torch.inference_mode(False)                            # the parts may be trained later
-@torch.no_grad()
 def join(parts: list[nn.Module]):
     """x -> the outputs of several layers side by side, by one product for all of them.
 
