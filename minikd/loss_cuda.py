@@ -32,7 +32,6 @@ def gradient_(name: str, temperature: float, logits: Tensor, targets: Tensor, te
 
 
 def _launch(kernel: str, temperature: float, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, *values):
-    n, V = logits.shape
-    if n:
-        launch(kernel, logits.device, (n, 1), THREADS, logits, teacher_logits, targets.contiguous(), *values, V, logits.stride(0),
-               ctypes.c_float(temperature))
+    n, V = logits.shape                                         # n > 0: of no tokens head_loss has no chunk
+    launch(kernel, logits.device, (n, 1), THREADS, logits, teacher_logits, targets.contiguous(), *values, V, logits.stride(0),
+           ctypes.c_float(temperature))
