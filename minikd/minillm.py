@@ -40,10 +40,13 @@ from minikd.model import Qwen2, cast_copy, mixed
 
 @dataclass(frozen=True)
 class Rollout(Encoded):
-    """A sampled answer of n tokens, with the constants of its gradient (FROZEN)."""
+    """A sampled answer of n tokens, with the constants of its gradient."""
     old_logq: Tensor                    # [n] log q of its tokens when they were sampled
     advantage: Tensor                   # [n] whitened, length-normalised R_{t+1}, times the importance weight w_t
     teacher: Tensor                     # [n, D'] the teacher's states that score its tokens
+
+
+FROZEN = ["old_logq", "advantage", "teacher"]        # those constants, which are tensors
 
 
 def rewards_to_go(logq: Tensor, logp: Tensor, mask: Tensor, length_norm: bool = True, current: bool = False,
@@ -137,9 +140,6 @@ def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps
         for inner, batches in optimizer_steps(sampled, max(0, start - first), min(phase_steps, steps - first), batch_size,
                                               grad_accum, phase_seed):
             yield first + inner, batches
-
-
-FROZEN = ["old_logq", "advantage", "teacher"]        # fields of a Rollout that are tensors
 
 
 def pack_rollouts(rollouts: list[Rollout]) -> dict[str, Tensor]:

@@ -109,24 +109,6 @@ class Qwen2Config:
                 "use_sliding_window": False, "use_cache": True, "dtype": name, "torch_dtype": name}
 
 
-class Slots(NamedTuple):
-    """One layer's part of a cache."""
-    keys: Tensor                                                                # [B, K, S, E]
-    values: Tensor                                                              # [B, K, S, E]
-    at: int | Tensor                                                            # slots filled so far; StaticCache: a tensor [1]
-    mask: Tensor | None                 # what one more token sees, [B, 1, 1, s] bool; StaticCache: [B, 1, 1, S], 0 or -inf to add
-    parts: Tensor | None = None         # a StaticCache's, if attend_cuda can attend to it
-
-    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k, v [B, K, T, E]; returns all that attention reads: the s slots that are filled now, [B, K, s, E]."""
-        if isinstance(self.at, Tensor):                                         # StaticCache: attention reads all S slots
-            return self.keys.index_copy_(2, self.at, k), self.values.index_copy_(2, self.at, v)
-        end = self.at + k.shape[2]
-        self.keys[:, :, self.at:end] = k
-        self.values[:, :, self.at:end] = v
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
 class KVCache:
     """Keys and values of the tokens already read, per layer [B, K, S, E], allocated for the whole answer at the start.
 
@@ -151,7 +133,7 @@ class KVCache:
         self.valid[:, prompt:] = True                                           # new tokens follow the longest prompt
         self.gapless = bool((lengths == prompt).all())                          # then decoding needs no mask at all
 
-    def layer(self, i: int) -> Slots:
+    def layer(self, i: int) -> "Slots":
         """Layer i's slots, for the tokens about to be read; call `advance` after the last layer."""
         mask = None if self.gapless else self.valid[:, None, None, :self.used + 1]
         return Slots(self.keys[i], self.values[i], self.used, mask)
@@ -167,6 +149,24 @@ class KVCache:
         """Keeps the rows with indices rows [b], in that order; an index may repeat."""
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
         self.lengths, self.valid = self.lengths[rows], self.valid[rows]
+
+
+class Slots(NamedTuple):
+    """One layer's part of a cache."""
+    keys: Tensor                                                                # [B, K, S, E]
+    values: Tensor                                                              # [B, K, S, E]
+    at: int | Tensor                                                            # slots filled so far; StaticCache: a tensor [1]
+    mask: Tensor | None                 # what one more token sees, [B, 1, 1, s] bool; StaticCache: [B, 1, 1, S], 0 or -inf to add
+    parts: Tensor | None = None         # a StaticCache's, if attend_cuda can attend to it
+
+    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends k, v [B, K, T, E]; returns all that attention reads: the s slots that are filled now, [B, K, s, E]."""
+        if isinstance(self.at, Tensor):                                         # StaticCache: attention reads all S slots
+            return self.keys.index_copy_(2, self.at, k), self.values.index_copy_(2, self.at, v)
+        end = self.at + k.shape[2]
+        self.keys[:, :, self.at:end] = k
+        self.values[:, :, self.at:end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class StaticCache(KVCache):
