@@ -211,12 +211,13 @@ def compare_heads(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden:
                   divergence=None) -> dict[str, Tensor]:
     """Metrics of each token [N], the inputs as in head_loss: ce, forward_kl, reverse_kl in nats; agreement, 1 where both
     models' likeliest token is the same; and kd, the given divergence, if there is one."""
+    values = [torch.zeros(3, 0, device=hidden.device)]  # of no token; `metrics` appends each piece's [3, n]
+
     def metrics(logits, teacher_logits):                # takes a divergence's place to see all logits, piece by piece
         logq, logp = log_probs(logits, teacher_logits, temperature=1.0)
-        values.append(torch.stack([kl(logp, logq), kl(logq, logp), (logq.argmax(-1) == logp.argmax(-1)).float()]))  # [3, n]
+        values.append(torch.stack([kl(logp, logq), kl(logq, logp), (logq.argmax(-1) == logp.argmax(-1)).float()]))
         return (divergence or no_divergence)(logits, teacher_logits)
 
-    values = [torch.zeros(3, 0, device=hidden.device)]          # all there is without tokens
     _, ce, kd = head_loss(hidden, head, targets, teacher_hidden, teacher_head, metrics)
     found = dict(zip(("forward_kl", "reverse_kl", "agreement"), torch.cat(values, dim=1), strict=True))
     return {"ce": ce, **found} | ({"kd": kd} if divergence else {})
@@ -229,9 +230,7 @@ def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tenso
     rows on two cores. A head in another dtype is cast block by block, so that no second copy of it is held.
     """
     n = len(states)
-    if out is None:
-        out = states.new_empty(n, len(head))
-    out = out[:n]
+    out = states.new_empty(n, len(head)) if out is None else out[:n]
     if states.is_cuda:
         return torch.mm(states, head.to(states.dtype).T, out=out)
     if n == 1 and states.dtype == torch.float32:                # MKL takes up to twice as long for one column as for two
