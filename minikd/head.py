@@ -89,6 +89,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
         if teacher_hidden is not None:
             teacher_logits = aligned(teacher_head, chunk, V)                    # [chunk, V]
         kernel = pick_kernel(divergence, kd_ratio, logits, teacher_logits)
+        losses = functools.partial(_kernel_losses, kernel) if kernel else functools.partial(_torch_losses, divergence)
         # The logits of a chunk are in memory at once; a piece of it, which fits the cache, takes one float32 softmax.
         piece = chunk if kernel else max(1, chunk // 16, least)
         for start in range(0, N, chunk):
@@ -100,10 +101,9 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
             for first in range(0, n, piece):
                 rows = slice(first, min(first + piece, n))                      # the piece within the chunk
                 tokens = slice(start + rows.start, start + rows.stop)           # the same among all N
-                ce[tokens], kd[tokens], total[tokens] = _token_losses(          # from here on dL/dlogits, in place
-                    logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], divergence,
-                    kd_ratio, weight[tokens], policy_loss and functools.partial(policy_loss, at=tokens),
-                    need_hidden or need_head, kernel)
+                ce[tokens], kd[tokens], total[tokens] = losses(                 # from here on dL/dlogits, in place
+                    logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], kd_ratio,
+                    weight[tokens], policy_loss and functools.partial(policy_loss, at=tokens), need_hidden or need_head)
             if need_hidden or need_head:
                 _backward_head(logits[:n], states[at], used, grad_hidden[at] if need_hidden else None,
                                grad_head[:V] if need_head else None)
@@ -163,11 +163,8 @@ def compile_losses():
     _compiled_costs = torch.compile(_costs, dynamic=True)
 
 
-def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy_loss, need_grad, kernel):
-    """_costs; with need_grad, the gradient of the weighted sum overwrites the logits [n, V].  `kernel` as pick_kernel gives it:
-    the same by loss.cu, without the dozens of float32 tensors [n, V] that _costs and its gradient read and write."""
-    if kernel:
-        return _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, policy_loss, need_grad)
+def _torch_losses(divergence, logits, targets, teacher_logits, kd_ratio, weight, policy_loss, need_grad):
+    """_costs; with need_grad, the gradient of the weighted sum overwrites the logits [n, V]."""
     fused = _compiled_costs is not None and need_grad and kd_ratio and policy_loss is None      # that is new for each piece
     costs = _compiled_costs if fused else _costs
     with torch.set_grad_enabled(need_grad):
@@ -175,7 +172,7 @@ def _token_losses(logits, targets, teacher_logits, divergence, kd_ratio, weight,
         ce, kd, total = costs(leaf, targets, teacher_logits, divergence, kd_ratio, weight, policy_loss)
         if need_grad:
             logits.copy_(torch.autograd.grad(total.sum(), leaf)[0])
-    return ce.detach(), kd.detach(), total.detach()
+    return ce, kd, total
 
 
 def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Tensor | None) -> tuple[str, float] | None:
@@ -193,9 +190,10 @@ def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Ten
     return name, temperature
 
 
-def _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, policy_loss, need_grad):
-    """_token_losses by loss.cu: one kernel for CE and KD, one for the logits' gradient dL/dCE dCE/dlogits + dL/dKD dKD/dlogits.
-    What dL/dCE and dL/dKD are, a number per token each, autograd finds from the formula itself, `weigh`."""
+def _kernel_losses(kernel, logits, targets, teacher_logits, kd_ratio, weight, policy_loss, need_grad):
+    """_torch_losses by loss.cu, without the dozens of float32 tensors [n, V] that _costs and its gradient read and write: one
+    kernel for CE and KD, one for the logits' gradient dL/dCE dCE/dlogits + dL/dKD dKD/dlogits. What dL/dCE and dL/dKD are, a
+    number per token each, autograd finds from the formula itself, `weigh`."""
     ce, kd, rows = loss_cuda.costs(*kernel, logits, targets, teacher_logits)
     with torch.set_grad_enabled(need_grad):
         total = weigh(ce.requires_grad_(need_grad), kd.requires_grad_(need_grad), kd_ratio, weight, policy_loss)
@@ -203,7 +201,7 @@ def _kernel_losses(logits, targets, teacher_logits, kernel, kd_ratio, weight, po
             slopes = torch.autograd.grad(total.sum(), (ce, kd), materialize_grads=True)     # dL/dCE, dL/dKD: [n] each
             name, temperature = kernel if kd_ratio else ("ce", 1.0)                         # a divergence that is only measured
             loss_cuda.gradient_(name, temperature, logits, targets, teacher_logits, rows, *slopes)
-    return ce.detach(), kd.detach(), total.detach()
+    return ce, kd, total
 
 
 @torch.inference_mode()
