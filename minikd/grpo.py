@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minikd.data import Encoded, by_length, collate
 from minikd.generate import generate_with_log_probs
-from minikd.head import head_loss, scored_positions
+from minikd.head import scored_positions, target_log_probs
 from minikd.losses import at_least_float32, clipped_surrogate, ratios
 from minikd.model import Qwen2, mixed
 
@@ -37,11 +37,13 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     that differ by much more than 1e-4.
     A reward of NaN could not be judged: mean and deviation leave it out, and its advantage is 0. So are the advantages of
     a group with fewer than two judged rewards, or with equal ones: exactly 0, although their mean is rounded.
-    Raises ValueError for another scale.
+    Raises ValueError for another scale, and for rewards that are not [P, G].
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale = {scale!r}; it must be 'std' or 'none'")
     rewards = at_least_float32(torch.as_tensor(rewards))                        # half would overflow in the sums
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards {list(rewards.shape)}; give a row for each prompt, [P, G]")
     judged = ~rewards.isnan()
     count = judged.sum(1, keepdim=True)                                         # [P, 1]
     mean = rewards.nanmean(1, keepdim=True)                                     # [P, 1]; NaN where none is judged, not used
@@ -73,7 +75,8 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
     logp       log-probabilities of the sampled tokens under the current policy, differentiated
     old_logp   the same under the policy that sampled them: constants, like the reference's, even if they are logp itself
     ref_logp   the same under the frozen reference; all three at the temperature of sampling
-    Padding is not masked here: the caller masks and averages (token_weights).
+    Padding is not masked here: the caller masks and averages (token_weights). train_grpo.py calls token_loss, the same for
+    the tokens of all answers in one row, as head_loss has them.
     Raises ValueError for advantages not [B], and for a beta without a reference.
     """
     if beta and ref_logp is None:
@@ -108,10 +111,12 @@ def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: in
              "token"     1 / all tokens: long answers count more (DAPO)
              "constant"  1 / (answers x max_new_tokens): no bias for or against length (Dr. GRPO)
     counted  False leaves an answer out, of the divisor too: a truncated one, or one of a group with equal rewards
-    Raises ValueError for another norm.
+    Raises ValueError for another norm, and for "constant" without max_new_tokens.
     """
     if norm not in NORMS:
         raise ValueError(f"norm = {norm!r}; it must be one of {', '.join(NORMS)}")
+    if norm == "constant" and not max_new_tokens:
+        raise ValueError("norm = 'constant' divides by max_new_tokens; give it")
     counted = counted or [True] * len(lengths)
     answers, tokens = sum(counted), sum(length for length, keep in zip(lengths, counted) if keep)
     divisors = {"sequence": lambda length: answers * length,                    # paper eq. (6)
@@ -138,8 +143,8 @@ def token_log_probs(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: 
         ids, mask = collate([rows[i] for i in at], pad_id, device)              # [B, T]
         with mixed(device, dtype):
             states, targets = scored_positions(model.hidden(ids), ids, mask)    # [N, D], [N]
-            ce = head_loss(states / temperature, model.head, targets, vocab=vocab)[1]       # [N]; scales the logits: linear
-        found |= dict(zip(at, (-ce).split([len(rows[i].response) for i in at])))
+            logps = target_log_probs(states / temperature, model.head, targets, vocab)      # [N]; scales the logits: linear
+        found |= dict(zip(at, logps.split([len(rows[i].response) for i in at])))
     return [found[i] for i in range(len(rows))]
 
 

@@ -193,6 +193,8 @@ def test_plain_text_is_scored_whole_and_once_in_windows():
     assert [(row.prompt, row.response) for row in rows] == [
         ([0], [97, 98, 99]), ([99], [100, 101, 102]), ([102], [103, 104, 0]), ([0], [120, 121, 0]), ([0], [0])]
     assert [row.index for row in rows] == [0, 0, 0, 1, 2] and [row.cut for row in rows] == [True, True, False, False, False]
+    with pytest.raises(ValueError, match="max_length = 1: a row needs"):
+        encode_text(["ab"], Letters(), max_length=1)
 
 
 # ---- real data

@@ -116,6 +116,8 @@ def test_advantages_are_the_definition_and_what_was_not_judged_is_left_out(scale
     assert torch.equal(group_advantages(rewards.tolist(), scale), ours)
     with pytest.raises(ValueError, match="'std' or 'none'"):
         group_advantages(rewards, "batch")
+    with pytest.raises(ValueError, match=r"rewards \[3\]; give a row for each prompt"):
+        group_advantages([1.0, 0.0, 1.0], scale)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -133,6 +135,8 @@ def test_weights_are_one_over_what_the_variant_divides_by(norm):
     assert all(map(math.isfinite, token_weights([0, 0], norm, 12)))             # empty answers have no token to weigh
     with pytest.raises(ValueError, match="norm"):
         token_weights(lengths, "batch")
+    with pytest.raises(ValueError, match="'constant' divides by max_new_tokens"):
+        token_weights(lengths, "constant")
 
 
 def test_one_ratio_a_sequence_has_gspos_value_and_gradient():
