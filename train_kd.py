@@ -439,8 +439,8 @@ def hold_out(examples: list, count: int, seed: int) -> tuple[list, list]:
     repeats = Counter(same_prompt(example.messages) for example in examples)
     if len(examples) >= 5 and len(repeats) > 1:
         return split_examples(examples, max(min(count, len(examples) // 5), min(repeats.values())), seed)
-    print(f"note: of {len(examples)} records with {len(repeats)} prompts none can be held out: validation, and without --eval-data "
-          "the table and held-out.jsonl, use records that are trained on")
+    print(f"note: of {len(examples)} records with {len(repeats)} prompts none can be held out: validation, and without "
+          "--eval-data the table and held-out.jsonl, use records that are trained on")
     return examples, examples[:count]
 
 
@@ -500,8 +500,8 @@ def main():
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
                 "cache_teacher": args.cache_teacher, "dtype": str(dtype), "limit": args.limit,
                 "validation": args.validation, "rows": fingerprint(map(digest_of, rows + held_out[0])), **lengths}
-    for _, loss, lr, folder in planned(args) if args.resume and not args.toy else ():       # before anything is written
-        if read_log(out / folder):
+    for _, loss, lr, folder in planned(args):                                               # before anything is written
+        if args.resume and not args.toy and read_log(out / folder):
             check_settings(out / folder, recorded | recordable(settings | dict(loss=loss, lr=lr)))
     lock(out)
     check()                                                     # another process may have run here while the data were read

@@ -7,9 +7,9 @@ Shape letters, in docstrings and beside the lines that change a shape; a docstri
     S  slots of a cache            P  prompts                  G     answers in a group, for one prompt
     R  response tokens             q  the student              p     the teacher
 A state scores a token if its logits give that token's probability: the state at t-1 scores token t. The scored tokens are
-those of the responses. A prime marks the teacher's size: D', V'. Lower case is a part: n tokens of a chunk, b rows of a block. Of a product
-in w4_matmul.cu, decode.cu and their Python files, M counts the rows of x, N the outputs and K the inputs. The README has the
-order to read the files in.
+those of the responses. A prime marks the teacher's size: D', V'. Lower case is a part: n tokens of a chunk, b rows of a
+block. Of a product in w4_matmul.cu, decode.cu and their Python files, M counts the rows of x, N the outputs and K the inputs.
+The README has the order to read the files in.
 """
 import sys
 

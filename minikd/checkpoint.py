@@ -61,7 +61,7 @@ def check_words(layer: W4Linear, quantization: dict, where: str):
     groups = len(layer.scales)
     if not 0 <= int(layer.g_idx.min()) <= int(layer.g_idx.max()) < groups:
         raise InputError(f"{where}.g_idx: names a group outside 0 to {groups - 1}; fetch it again")
-    zeros = read_zeros(layer.qzeros, layer.version)             # [I/g, O]; 8 if symmetric: read by the other version's rule 7 or 9
+    zeros = read_zeros(layer.qzeros, layer.version)             # [I/g, O]; symmetric: 8; by the other version's rule 7 or 9
     if quantization.get("sym", True) and ((zeros == 7).all() or (zeros == 9).all()):
         raise InputError(f"{where}.qzeros: symmetric zero points are 8, these are {int(zeros[0, 0])}; is checkpoint_format in "
                          "config.json the right one of gptq and gptq_v2?")

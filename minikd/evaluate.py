@@ -116,8 +116,9 @@ def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encode
         if teacher and name != "Teacher":
             metrics[name] |= compare(model, rows, tokenizer.pad_id, batch_size, teacher)
             metrics[name]["sequence KL"] = sequence_kl(model, tokenizer, rows, teacher, batch_size, max_new_tokens)
-    for name in columns if teacher and columns["Teacher"]["all"] else ():
-        metrics[name]["retention"] = columns[name]["all"] / columns["Teacher"]["all"]
+    if teacher and columns["Teacher"]["all"]:
+        for name in columns:
+            metrics[name]["retention"] = columns[name]["all"] / columns["Teacher"]["all"]
     write_jsonl([{"model": name} | column | {"model": name, "metrics": metrics[name]}   # whatever a category is called
                  for name, column in columns.items()], Path(out) / "table.jsonl")
     print(f"\nROUGE-L ({rouge}) of {len(rows)} held-out prompts")

@@ -54,7 +54,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     truncation included; 0 if greedy.
 
     samples  answers per prompt, next to each other in the result; they share the prompt's prefill
-    teacher  with `mix`: each token is drawn from the probabilities (1 - mix) model + mix teacher, at temperature 1
+    teacher  with `mix`, MiniLLM's α: each token is drawn from (1 - mix) model + mix teacher, in probabilities, at temperature 1
     vocab    draw only ids below it: heads have rows past the tokenizer's ids, a teacher's sometimes more than a student's
     no_repeat_ngram_size  draw no token that ends a run of so many for the second time in prompt and answer; 0 allows all. The
              host must know every token before the next, so there are no graphs
@@ -73,6 +73,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     device = model.head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
     count = len(prompts) * samples                              # of answers
+    # All random numbers now, one per token: so an answer does not depend on which others were dropped, and graphs draw none.
     u = torch.rand(max_new_tokens, count, generator=generator, dtype=torch.float64, device=device)
     graphs = (can_record(device) if graphs is None else graphs) and not no_repeat_ngram_size
 
@@ -99,11 +100,11 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         rows = Rows(models, caches, states, draw, u)
         step, look = Replay(rows.step, graphs and device.type == "cuda"), LOOK if graphs else 1
         for done in range(1, max_new_tokens):                   # tokens that every row has
-            if done == 1 or done % look == 0:
+            if done == 1 or done % look == 0:                   # at 1: all may have stopped at once
                 going = rows.read(done, stops)                  # the rows that are not finished
                 if not going:
                     break
-                # Finished rows cost time, and dropping them a new graph, as one is for a number of rows: half must have finished.
+                # A graph is for a fixed number of rows: dropping finished ones costs a new one, so half must have finished.
                 if len(going) < len(rows.alive) and (2 * len(going) <= len(rows.alive) or not graphs):
                     rows.keep(going)
                     step = Replay(rows.step, step.on)

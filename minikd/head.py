@@ -32,7 +32,7 @@ def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor,
     With the mask on the CPU, where `collate` leaves it, the host never waits for a GPU: it launches a step's kernels while
     those before them still run. On an H200 waiting here for the teacher took a third of a distillation step.
     """
-    row, before = mask[:, 1:].nonzero(as_tuple=True)                            # [N] each
+    row, before = mask[:, 1:].nonzero(as_tuple=True)                            # [N] each; column t-1 of the slice is token t
     at = send(row * mask.shape[1] + before, hidden.device)                      # [N] among the B T positions
     return hidden.flatten(0, 1).index_select(0, at), ids.flatten().index_select(0, at + 1)
 
@@ -47,8 +47,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     head            [V, D]   the student's LM head
     targets         [N]      the tokens they score
     teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated; None for kd_ratio 0
-    divergence      (student logits [n, V], teacher logits [n, V']) -> [n], as losses.py has them. With kd_ratio 0
-                    it is only measured, and the teacher may be absent (entropy)
+    divergence      any function (student logits [n, V], teacher logits [n, V'], or None without a teacher) -> [n], as in
+                    losses.py. With kd_ratio 0 its values are only returned: so GRPO logs entropy, and compare_heads its metrics
     weight          of each token, often 1 / scored tokens of the optimizer step: a number, or one per token [N]
     policy_loss     (log q of the targets [n], at=slice of the N tokens) -> [n], a loss that takes the place of CE, in full:
                     Σ_n weight_n (policy_n + kd_ratio KD_n). The objective of a policy gradient (clipped_surrogate)
@@ -75,9 +75,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     need_hidden, need_head = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, head))
     if dtype == torch.float16 and (need_hidden or need_head):           # no later loss scale can save what underflows here
         raise ValueError("head_loss: gradients underflow in float16; train in bfloat16 or float32")
-    chunk_bytes = chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"])
-    chunk = tokens_at_once(N, chunk_bytes // (V * dtype.itemsize), TILES.get((device, dtype), 1))
-    least = PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V)
+    chunk = tokens_at_once(N, (chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"])) // (V * dtype.itemsize),
+                           TILES.get((device, dtype), 1))
     with torch.no_grad(), torch.autocast(device, enabled=False):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
         grad_head = torch.zeros_like(head) if need_head else None               # [len(head), D]
@@ -90,22 +89,20 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
             teacher_logits = aligned(teacher_head, chunk, V)                    # [chunk, V]
         kernel = pick_kernel(divergence, kd_ratio, logits, teacher_logits)
         losses = functools.partial(_kernel_losses, kernel) if kernel else functools.partial(_torch_losses, divergence)
-        # The logits of a chunk are in memory at once; a piece of it, which fits the cache, takes one float32 softmax.
-        piece = chunk if kernel else max(1, chunk // 16, least)
-        for start in range(0, N, chunk):
-            at = slice(start, min(start + chunk, N))
+        # The logits of a chunk are in memory at once; a piece of it, a 16th, or PIECE_BYTES, takes one float32 softmax: on a CPU
+        # its tensors stay in the cache.
+        piece = chunk if kernel else max(1, chunk // 16, PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V))
+        for at in slices(0, N, chunk):
             apply_head(states[at], used, out=logits)                            # [n, D] -> [n, V]
             if teacher_logits is not None:
                 apply_head(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
-            n = at.stop - at.start
-            for first in range(0, n, piece):
-                rows = slice(first, min(first + piece, n))                      # the piece within the chunk
-                tokens = slice(start + rows.start, start + rows.stop)           # the same among all N
+            for tokens in slices(at.start, at.stop, piece):
+                rows = slice(tokens.start - at.start, tokens.stop - at.start)   # the same tokens, counted within the chunk
                 ce[tokens], kd[tokens], total[tokens] = losses(                 # from here on dL/dlogits, in place
                     logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], kd_ratio,
                     weight[tokens], policy_loss and functools.partial(policy_loss, at=tokens), need_hidden or need_head)
             if need_hidden or need_head:
-                _backward_head(logits[:n], states[at], used, grad_hidden[at] if need_hidden else None,
+                _backward_head(logits[:at.stop - at.start], states[at], used, grad_hidden[at] if need_hidden else None,
                                grad_head[:V] if need_head else None)
     return _Sum.apply(hidden, head, total, grad_hidden, grad_head), ce, kd
 
@@ -127,6 +124,11 @@ class _Sum(torch.autograd.Function):
         return *(g if g is None else g.mul_(grad_loss) for g in grads), None, None, None
 
 
+def slices(start: int, stop: int, size: int) -> list[slice]:
+    """start .. stop in slices of `size`; the last may be smaller."""
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
+
+
 def tokens_at_once(N: int, most: int, tile: int) -> int:
     """Tokens in a chunk: at most `most`, whole tiles if one fits, and as many in every chunk as that allows."""
     if most >= tile and N:
@@ -142,8 +144,11 @@ def aligned(like: Tensor, n: int, V: int) -> Tensor:
 
 def weigh(ce: Tensor, kd: Tensor, kd_ratio: float, weight: Tensor, policy_loss) -> Tensor:
     """Each token's part of the loss [n], of its CE and divergence [n]."""
-    cost = policy_loss(-ce) if policy_loss else (1 - kd_ratio) * ce             # -CE is log q of the target
-    return weight * (cost + kd_ratio * kd if kd_ratio else cost)                # paper eq. (3); MiniLLM's objective, eq. (7)
+    if policy_loss:
+        cost = policy_loss(-ce)                                                 # in full: GRPO; MiniLLM eq. (7). -CE is log q
+    else:
+        cost = (1 - kd_ratio) * ce                                              # paper eq. (3)
+    return weight * (cost + kd_ratio * kd if kd_ratio else cost)
 
 
 def _costs(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy_loss) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,6 +207,12 @@ def _kernel_losses(kernel, logits, targets, teacher_logits, kd_ratio, weight, po
             name, temperature = kernel if kd_ratio else ("ce", 1.0)                         # a divergence that is only measured
             loss_cuda.gradient_(name, temperature, logits, targets, teacher_logits, rows, *slopes)
     return ce, kd, total
+
+
+def target_log_probs(hidden: Tensor, head: Tensor, targets: Tensor, vocab: int | None = None) -> Tensor:
+    """log q of each target [N], not differentiated: minus its CE.  The inputs as in head_loss."""
+    with torch.no_grad():
+        return -head_loss(hidden, head, targets, vocab=vocab)[1]
 
 
 @torch.inference_mode()

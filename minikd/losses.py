@@ -51,7 +51,7 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     Infinite where a gives a probability above 1e-20 to a token that b excludes (a logit of -inf).
     """
     total = (log_a.exp() * (log_a - log_b)).sum(-1)
-    return total + torch.where(total > 1e10, torch.inf, 0.0)                    # so large by LEAST only; + keeps the gradient
+    return total + torch.where(total > 1e10, torch.inf, 0.0)    # only where b excludes a token; a sum keeps the gradient
 
 
 def log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:

@@ -1,14 +1,20 @@
 """MiniLLM: the student learns from its own answers, by policy gradient on the reverse KL to its teacher.
 
-The objective is L = KL(q || p) over whole answers y = y_1 .. y_T, q the student and p the teacher; eq. (2), (3):
+The objective is L = KL(q || p) over whole answers y_1 .. y_n, q the student and p the teacher. With the reward of a token,
+r_t = log p(y_t) - log q(y_t), it is L = -E Σ_t r_t over answers of q, and as a token has no effect on the rewards before it,
 
-    ∇L = E_q Σ_t [ ∇ KL(q_t || p_t)  -  R_{t+1} ∇ log q(y_t) ],  R_{t+1} = Σ_{i>t} r_i,  r_i = log p(y_i) - log q(y_i)
+    ∇L = -E Σ_t (r_t + R_{t+1}) ∇ log q(y_t),   R_{t+1} = Σ_{i>t} r_i
 
-Where it comes from: ∇KL = -E Σ_t (r_t + R_{t+1}) ∇ log q(y_t), and given y_1 .. y_{t-1} the mean of -r_t ∇ log q(y_t) over
-y_t is ∇ KL(q_t || p_t), as that of ∇ log q(y_t) is 0. So the first term, the divergence of step t, is exact over the whole
-vocabulary, not sampled; the second is the effect of y_t on the steps after it. collect() samples answers and keeps the
-constants of that gradient; the loss of an update is reverse KL plus clipped_surrogate, both by head_loss: see forward_backward
-in train_kd.py.
+The part with r_t needs no sample of y_t. For given y_1 .. y_{t-1} its mean over y_t is, as Σ_v q_t(v) ∇ log q_t(v) = 0,
+
+    -Σ_v q_t(v) r_t(v) ∇ log q_t(v) = ∇ KL(q_t || p_t)
+
+which is exact over the whole vocabulary. What is sampled is only the effect of y_t on the steps after it; eq. (2), (3):
+
+    ∇L = E Σ_t [ ∇ KL(q_t || p_t) - R_{t+1} ∇ log q(y_t) ]
+
+collect() samples answers and keeps the constants of that gradient; the loss of an update is reverse KL plus clipped_surrogate,
+both by head_loss: see forward_backward in train_kd.py.
 
 References
     MiniLLM                             arXiv:2306.08543, eq. (1) to (7)
@@ -33,7 +39,7 @@ from torch import Tensor
 
 from minikd.data import Encoded, by_length, collate, next_rows, optimizer_steps, send, steps_per_epoch
 from minikd.generate import respond
-from minikd.head import head_loss, scored_positions
+from minikd.head import scored_positions, target_log_probs
 from minikd.losses import log_mix
 from minikd.model import Qwen2, cast_copy, mixed
 
@@ -108,16 +114,18 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
         with mixed(device, dtype):
             states, targets = scored_positions(student.hidden(ids), ids, mask)              # [N, D], [N]
             teacher_states, _ = scored_positions(teacher.hidden(ids), ids, mask)            # [N, D']
-            logq = -head_loss(states, student.head, targets, vocab=shared)[1]               # [N] = -CE
-            logp = -head_loss(teacher_states, teacher.head, targets, vocab=shared)[1]
+            logq = target_log_probs(states, student.head, targets, shared)                  # [N]
+            logp = target_log_probs(teacher_states, teacher.head, targets, shared)          # [N]
         valid = send(mask[:, 1:], device)                           # [B, T-1], N of them True: scored_positions' shift
         q, p = (torch.zeros(valid.shape, device=device).masked_scatter(valid, x) for x in (logq, logp))     # [B, T-1] each
         to_go, weight = rewards_to_go(q, p, valid, **options)[valid], importance_weights(q, p, valid, mix)[valid]   # [N] each
         lengths = [len(own[i].response) for i in at]
         for i, *of_row in zip(at, *(x.split(lengths) for x in (logq, to_go, weight, teacher_states))):
             found[i] = of_row
+    # The mean that whitening takes off is a baseline: so a last token, whose R_{t+1} is 0, has an advantage too. And w times the
+    # clipped objective min(ρ A, clip(ρ) A) is that of w A, as w > 0.
     white = whiten(torch.cat([to_go for _, to_go, _, _ in found])).split([len(row.response) for row in own])
-    return [Rollout(**vars(row), old_logq=q, advantage=A * w, teacher=states)               # w > 0: the same as w min(ρ A, ...)
+    return [Rollout(**vars(row), old_logq=q, advantage=A * w, teacher=states)
             for row, A, (q, _, w, states) in zip(own, white, found)]
 
 

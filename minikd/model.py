@@ -1,7 +1,7 @@
 """The Qwen2 decoder, for training and for decoding alike.
 
 Qwen1.5, Qwen2 and Qwen2.5 dense checkpoints are this model. Parameter names are Hugging Face's, so that
-loading a checkpoint is load_state_dict(strict=True). The body (ids -> hidden states) and the LM head
+a checkpoint's tensors are the parameters of the same names. The body (ids -> hidden states) and the LM head
 (hidden states -> 151,936 logits) are separate: losses and sampling apply the head only where it is needed.
 
 References
@@ -156,8 +156,9 @@ class Slots(NamedTuple):
     keys: Tensor                                                                # [B, K, S, E]
     values: Tensor                                                              # [B, K, S, E]
     at: int | Tensor                                                            # slots filled so far; StaticCache: a tensor [1]
-    mask: Tensor | None                 # what one more token sees, [B, 1, 1, s] bool; StaticCache: [B, 1, 1, S], 0 or -inf to add
-    parts: Tensor | None = None         # a StaticCache's, if attend_cuda can attend to it
+    mask: Tensor | None                 # which of s slots one more token sees, [B, 1, 1, s] bool; None: all.  StaticCache:
+                                        # [B, 1, 1, S], 0 or -inf, to be added to the scores
+    parts: Tensor | None = None         # scratch memory of the GPU's attention kernel (attend_cuda.py), where it can run
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k, v [B, K, T, E]; returns all that attention reads: the s slots that are filled now, [B, K, s, E]."""
@@ -226,17 +227,17 @@ class RMSNorm(nn.Module):
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)                                    # RMSNorm eq. (4)
 
-    def after_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x + y, and that normalised."""
+    def add_then_norm(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, a residual sum, and that normalised."""
         if can_fuse(x) and x.shape[-1] % 8 == 0 and x.shape[-1] <= 8192:        # one kernel instead of two
             return add_norm(x, y, self.weight.to(x.dtype), self.eps)
         x = x + y
         return x, self(x)
 
 
-def rope_tables(positions: Tensor, theta: float, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency.  positions [B or 1, T] -> two tables [B or 1, 1, T, E]"""
-    frequency = theta ** (-torch.arange(0, E, 2, device=positions.device).float() / E)   # [E/2], RoPE eq. (15)
+def rope_tables(positions: Tensor, base: float, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x θ_i, θ_i = base^(-2i/E) for i = 0 .. E/2 - 1.  positions [B or 1, T] -> two [B or 1, 1, T, E]"""
+    frequency = base ** (-torch.arange(0, E, 2, device=positions.device).float() / E)   # [E/2], RoPE eq. (15)
     angle = positions[:, None, :, None].float() * frequency                     # [B, 1, T, E/2]
     angle = torch.cat((angle, angle), dim=-1)                                   # [B, 1, T, E]; HF pairs x_i with x_{i+E/2}
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -280,8 +281,8 @@ class Attention(nn.Module):
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         v = heads[:, -self.K:]                                                  # [B, K, T, E]
         rotated = rotate(heads[:, :-self.K], cos, sin)                          # [B, H + K, T, E]
-        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # torch's compiler keeps slices of one tensor by
-            rotated = rotated.contiguous()                                      # the strides of the first length; autocast copies
+        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # else compiled q and k keep the strides of the
+            rotated = rotated.contiguous()                                      # first T; under autocast a cast has copied them
         q, k = rotated[:, :-self.K], rotated[:, -self.K:]                       # [B, H, T, E], [B, K, T, E]
         if slots is not None:
             k, v = slots.write(k, v)                                            # [B, K, s, E]
@@ -330,16 +331,17 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn, recurse=True):                                         # what .to(), .cuda() and .half() call
         self.self_attn.joined = self.mlp.joined = None                          # it would stay in the old dtype or device
         return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, *attention) -> Tensor:
-        x, normed = self.post_attention_layernorm.after_sum(x, self.self_attn(self.input_layernorm(x), *attention))
+        y = self.self_attn(self.input_layernorm(x), *attention)                 # [B, T, D]
+        x, normed = self.post_attention_layernorm.add_then_norm(x, y)           # x + y, and its norm
         return x + self.mlp(normed)
 
 
-GROUP = 4               # blocks in one compiled graph; a call costs the host time: a KD step took 83 ms on an H200, 96 with 1
+GROUP = 4               # blocks in one compiled graph. A call costs the host time: a KD step took 83 ms on an H200, with 1 96 ms
 
 
 def run_blocks(blocks: tuple[Block, ...], x: Tensor, cos: Tensor, sin: Tensor, slots: tuple) -> Tensor:
@@ -350,10 +352,11 @@ def run_blocks(blocks: tuple[Block, ...], x: Tensor, cos: Tensor, sin: Tensor, s
 
 
 class TiedLookup(torch.autograd.Function):
-    """The embedding lookup in a tied table, in train mode: backward adds its gradient to table.grad in place.
+    """The embedding lookup in a tied table, in train mode: F.embedding, but backward adds its gradient to table.grad in place.
 
-    The head's gradient, as large as the table, is there already; a second table (544 MB for the 0.5B) for the few
-    hundred rows looked up would set the step's peak memory. torch.autograd.grad misses this part: use eval mode for it.
+    Autograd would build a second gradient as large as the table (544 MB for the 0.5B) for the few hundred rows looked up, beside
+    the head's, which is there already, and that would set the step's peak memory. torch.autograd.grad misses this part: use
+    eval mode for it.
     """
 
     @staticmethod

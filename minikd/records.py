@@ -87,7 +87,8 @@ def _choose(name: str, held: list[str], choice: str) -> list[str]:
         raise InputError(f"{name}: holds no data file; it needs one that ends in one of {' '.join(ENDINGS)}")
     data = list(dict.fromkeys(SHARD.sub("-*", file) for file in found or data))                     # shards as one glob
     listing = ", ".join(data[:12]) + (f" and {len(data) - 12} more" if len(data) > 12 else "")
-    what = f"nothing matches {choice!r}" if not found else f"{choice} holds several splits" if choice else "holds several data files"
+    what = (f"nothing matches {choice!r}" if not found else f"{choice} holds several splits" if choice else
+            "holds several data files")
     raise InputError(f"{name}: {what}; choose with {name}:FILE, FOLDER or GLOB from {listing}")
 
 

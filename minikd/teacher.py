@@ -18,7 +18,8 @@ FACTS, SHARD_TOKENS = "cache.json", 50_000          # a shard of a 3B teacher's 
 
 
 class Teacher:
-    """The model in memory: `states` runs its body on every batch."""
+    """The model in memory: `states` runs its body on every batch. (The loop gives ids and mask, which the model needs, and the
+    rows, by which CachedTeacher finds theirs.)"""
 
     def __init__(self, model: Qwen2):
         self.model, self.head = model, model.head                               # head [V', D']
@@ -149,7 +150,7 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
         other = [key for key in before | made_from if before.get(key) != made_from.get(key)]
         good = len(responses) <= len(rows) and all(
             set(map(type, ids)) == {int} and 0 <= min(ids) <= max(ids) < len(tokenizer) for ids in responses)
-        if not (good or other):
+        if not (good or other):                                 # other settings, below, explain strange ids better
             raise ValueError("too many answers, or one without ids of the tokenizer")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: holds a damaged line ({error}); delete the file, it is made again") from error
@@ -157,7 +158,7 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
         raise InputError(f"{path}: holds other answers: their {other[0]} is {before.get(other[0])}, here "
                          f"{made_from.get(other[0])}; choose another --out")
     if len(responses) < len(rows):
-        del responses[len(responses) // step * step:]           # complete writes only: a seed belongs to each
+        del responses[len(responses) // step * step:]           # of a write that was cut: one seed draws `step` answers
     with atomic_path(path) as new:
         new.write_text("\n".join(lines[:1 + len(responses)]) + "\n", encoding="utf-8")
     teacher = load() if len(responses) < len(rows) else None

@@ -212,8 +212,8 @@ def check_files(out: Path, runs: list[Path], data, own):
                 raise InputError(f"--out {out}: the run's files would be read as data, of {name}; choose another --out, or name "
                                  f"the file, {base}:FILE")
     began = any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG))
-    for name in own if not began else ():
-        if (out / name).exists():
+    for name in own:
+        if not began and (out / name).exists():
             raise InputError(f"{out / name}: is no run's, and would be replaced by this run's own; choose another --out")
 
 
