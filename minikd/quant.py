@@ -244,7 +244,8 @@ class W4Linear(nn.Module):
 
 
 def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Linear]:
-    """Replaces every linear layer of the blocks by an empty W4Linear of the same shape and device; returns them by name.
+    """Replaces every linear layer of the blocks by a W4Linear of the same shape and device, with its bias but without codes
+    yet; returns them by name.
 
     Embeddings, norms and the head stay as they are.  Raises InputError for a group size that does not divide a layer.
     """
@@ -255,7 +256,7 @@ def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Lin
         with torch.device(layer.weight.device):
             new = W4Linear(layer.in_features, layer.out_features, group_size, layer.bias is not None, version)
         if layer.bias is not None:
-            new.bias = torch.zeros_like(layer.bias).detach()    # in the model's dtype
+            new.bias = layer.bias.detach()
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
         found[name] = new
@@ -274,9 +275,8 @@ def to_w4(model: Qwen2, layers: dict[str, tuple], group_size: int, sym: bool, **
         "desc_act": False,                                      # whether groups are shuffled: act_order keeps them static
         "lm_head": False, "checkpoint_format": format, "format": format, "pack_dtype": "int32",
         "meta": {"quantizer": ["minikd:0.1"], **meta}}
-    biases = {name: model.get_submodule(name).bias for name in layers}
     for name, layer in swap_linears(model, group_size, version).items():
-        layer.load_state_dict(layers[name] | ({} if biases[name] is None else {"bias": biases[name].detach()}))
+        layer.load_state_dict(layer.state_dict() | layers[name])                # its bias is there already
     return model
 
 
