@@ -70,11 +70,11 @@ def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool
         return scale, zero
     best = torch.full_like(scale, torch.inf)
     for share in torch.linspace(1, 0.5, 41).tolist():
-        tried = _grid_of(share * low, share * high, top, sym)
-        codes = encode(weight, *(part[:, None] for part in tried), bits=bits)
-        error = (decode(codes, *(part[:, None] for part in tried)) - weight).abs().pow(2.4).sum(1)
-        better = error < best
-        best, scale, zero = (torch.where(better, new, old) for new, old in zip((error, *tried), (best, scale, zero)))
+        tried = _grid_of(share * low, share * high, top, sym)                                      # [O] each
+        columns = [part[:, None] for part in tried]
+        error = (decode(encode(weight, *columns, bits), *columns) - weight).abs().pow(2.4).sum(1)   # [O]
+        scale, zero = (torch.where(error < best, new, old) for new, old in zip(tried, (scale, zero)))
+        best = torch.minimum(best, error)
     return scale, zero
 
 
