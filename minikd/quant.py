@@ -122,8 +122,8 @@ def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: 
 
 def pack(codes: Tensor, dim: int) -> Tensor:
     """Eight 4-bit codes per word along `dim`, the first in the lowest bits.  uint8 [..., n, ...] -> int32 [..., n/8, ...]"""
-    parts = codes.movedim(dim, 0).unflatten(0, (-1, 8)).long()                                  # [n/8, 8, ...]
-    words = sum(parts[:, i] << 4 * i for i in range(8)).int()                                   # past 2^31 the same bits, signed
+    parts = codes.movedim(dim, 0).unflatten(0, (-1, 8)).int()                                   # [n/8, 8, ...]
+    words = sum(parts[:, i] << 4 * i for i in range(8))         # the eighth code has the sign bit
     return words.movedim(0, dim).contiguous()
 
 

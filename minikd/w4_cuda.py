@@ -21,20 +21,15 @@ def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor
     """
     O, I = codes.shape
     rows, columns = -(-O // 16) * 16, -(-I // 128) * 128
-    padded = codes.new_full((rows, columns), 8)
-    padded[:O, :I] = codes
+    codes = F.pad(codes, (0, columns - I, 0, rows - O), value=8)
     # [tile of outputs, half, g, tile of inputs, j, t, 8 inputs], the 8 inputs in the order of a word's nibbles
-    parts = padded.view(rows // 16, 2, 8, columns // 128, 4, 4, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]].int()
-    words = functools.reduce(torch.bitwise_or, (parts[..., i] << 4 * i for i in range(8)))  # the 8th nibble has the sign bit
+    parts = codes.view(rows // 16, 2, 8, columns // 128, 4, 4, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]].int()
+    words = sum(parts[..., i] << 4 * i for i in range(8))       # as quant.pack
     words = words.permute(0, 3, 1, 2, 5, 4).reshape(rows // 16, columns // 128, 2, 32, 4).contiguous()
-    padded_scales = scales.new_zeros(rows, scales.shape[1])
-    padded_scales[:O] = scales
-    scales = padded_scales.T.half().contiguous()
-    padded_zeros = zeros.new_full(padded_scales.shape, 8)
-    padded_zeros[:O] = zeros
-    padded_zeros = padded_zeros.T.to(torch.uint8).contiguous()
+    scales = F.pad(scales, (0, 0, 0, rows - O)).T.half().contiguous()
+    zeros = F.pad(zeros, (0, 0, 0, rows - O), value=8).T.to(torch.uint8).contiguous()
     # Reading this on the host waits for all of the above: a kernel may read weights before the kernel ahead of it has ended.
-    return words, scales, None if (zeros == 8).all() else padded_zeros
+    return words, scales, None if (zeros == 8).all() else zeros
 
 
 def supports_groups(group_size: int) -> bool:
