@@ -158,18 +158,18 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
         scales, zeros = W.new_empty(O, I // size), W.new_empty(O, I // size)
     U = inverse_factor(hessian, order, damp, where)
     columns = W.T.index_select(0, order)                                        # [I, O]: a column of W is contiguous
-    codes, start = torch.empty_like(columns, dtype=torch.uint8), 0
-    while start < I:
-        end = min(start + block, start // span * span + span)
-        if not act_order and start % size == 0:
-            at = start // size
-            scales[:, at], zeros[:, at] = find_grid(columns[start:start + size].T, bits, sym, clip_search)
-        grid = (part[:, order[start:end] // size].T for part in (scales, zeros))    # [n, O] each
-        solve = (replayed_columns(end - start, O, bits, W.device) if can_record(W.device) else
-                 functools.partial(quantize_columns, bits=bits))
-        codes[start:end], errors = solve(columns[start:end], U[start:end, start:end], *grid)
-        columns[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)            # [I - end, n] [n, O], the lazy update: eq. (4)
-        start = end
+    codes = torch.empty_like(columns, dtype=torch.uint8)
+    for first in range(0, I, span):
+        if not act_order:
+            at = first // size
+            scales[:, at], zeros[:, at] = find_grid(columns[first:first + size].T, bits, sym, clip_search)
+        for start in range(first, first + span, block):
+            end = min(start + block, first + span)
+            grid = (part[:, order[start:end] // size].T for part in (scales, zeros))            # [n, O] each
+            solve = (replayed_columns(end - start, O, bits, W.device) if can_record(W.device) else
+                     functools.partial(quantize_columns, bits=bits))
+            codes[start:end], errors = solve(columns[start:end], U[start:end, start:end], *grid)
+            columns[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)        # [I - end, n] [n, O], the lazy update: eq. (4)
     return codes[order.argsort()].T.contiguous(), scales, zeros
 
 
