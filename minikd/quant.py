@@ -233,7 +233,7 @@ class W4Linear(nn.Module):
         scales = self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device) if not scales.is_meta else self.scales.half()
+            self.scales = scales.to(self.scales.device)
         self.prepared = None
         return self
 
