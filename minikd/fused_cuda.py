@@ -1,5 +1,6 @@
 """fused.cu from Python: what surrounds a decoding step's products, as torch.ops.minikd.silu_up, add_norm and draw."""
 import ctypes
+import functools
 import math
 
 import torch
@@ -47,6 +48,7 @@ def can_draw(logits: Tensor) -> bool:
             and logits.stride(0) % 8 == 0 and logits.data_ptr() % 16 == 0)
 
 
-silu_up, add_norm, draw_on_gpu = (torch.library.custom_op(f"minikd::{name}", function, mutates_args=(), device_types="cuda")
-                           for name, function in (("silu_up", multiply_by_silu), ("add_norm", add_and_normalise),
-                                                  ("draw", draw_tokens)))
+operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types="cuda")
+silu_up = operator("minikd::silu_up", multiply_by_silu)
+add_norm = operator("minikd::add_norm", add_and_normalise)
+draw_on_gpu = operator("minikd::draw", draw_tokens)
