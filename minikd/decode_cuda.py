@@ -75,12 +75,13 @@ class OneKernel:
 
     def __init__(self, model: Qwen2, cache: StaticCache):
         config, self.body, device = model.config, model.model, model.head.device
-        L, H, E, S = config.num_hidden_layers, config.num_attention_heads, config.head_dim, cache.keys[0].shape[2]
-        layers = [tensors_of(*parts) for parts in zip(self.body.layers, cache.keys, cache.values)]
-        table = [[0 if tensor is None else tensor.data_ptr() for tensor in tensors] for tensors in layers]
+        L, D, I = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+        H, K, E, S = config.num_attention_heads, config.num_key_value_heads, config.head_dim, cache.keys[0].shape[2]
+        outputs = (H + 2 * K) * E                                                               # of q/k/v
+        # The kernel has only addresses: `weights` and `held` keep alive what lies there.
+        self.weights = [tensors_of(*parts) for parts in zip(self.body.layers, cache.keys, cache.values)]
+        table = [[0 if tensor is None else tensor.data_ptr() for tensor in tensors] for tensors in self.weights]
         cos, sin = rope_tables(torch.arange(S, device=device)[None], config.rope_theta, E, torch.bfloat16)
-        self.weights = layers                                   # keeps them alive: the kernel has only their addresses
-        D, I, outputs = config.hidden_size, config.intermediate_size, (H + 2 * config.num_key_value_heads) * E
         words = lambda count: torch.zeros(count, dtype=torch.int32, device=device)              # 0 is no tag
         self.held = dict(
             layers=torch.tensor(table, device=device), cos=cos, sin=sin, slot=cache.slot,               # [L, 17], [S, E], [1]
@@ -92,14 +93,14 @@ class OneKernel:
         count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
         self.blocks = min(count, I // 8)                        # each must compute a part of `wide`: see decode.cu
         shapes = (outputs // 2, D, 1), (D, H * E, 2), (I, D, 1), (D, I, 2)                      # tasks x 8, inputs, parts
-        bits = [team_bits(N // 8, -(-K // (parts * block)), self.blocks) for N, K, parts in shapes]
+        bits = (team_bits(N // 8, -(-inputs // (parts * block)), self.blocks) for N, inputs, parts in shapes)
         zeros = four and any(layer.ready("kernel")[2] is not None for each in self.body.layers for layer in products(each))
         # Measured on an H200: 5% faster at 0.5B (30 MB a layer); at 1.5B, 3B and for codes the requests only delay the words.
         small = not four and 6 * I * D + 2 * D * (outputs + H * E) < 48 << 20
         ahead = (AHEAD // (32 * D), AHEAD // (16 * I)) if small else (0, 0)                     # bytes of a task's weights
-        self.step = Step(L=L, D=D, I=I, H=H, K=config.num_key_value_heads, E=E, S=S, group=getattr(first, "group_size", 0),
-                         zeros=zeros, bits=(4 * ctypes.c_int)(*bits), ahead=(2 * ctypes.c_int)(*ahead),
-                         eps=config.rms_norm_eps, **{name: tensor.data_ptr() for name, tensor in self.held.items()})
+        self.step = Step(L=L, D=D, I=I, H=H, K=K, E=E, S=S, group=first.group_size if four else 0, zeros=zeros,
+                         bits=tuple(bits), ahead=ahead, eps=config.rms_norm_eps,
+                         **{name: tensor.data_ptr() for name, tensor in self.held.items()})
 
     def hidden(self, ids: Tensor, cache: StaticCache) -> Tensor:
         """ids [1, 1] -> hidden states after the last norm [1, 1, D]"""
