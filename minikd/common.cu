@@ -69,6 +69,7 @@ __device__ __forceinline__ u32 in_register(u32 value) {
     return value;
 }
 __device__ __forceinline__ int round_up(int n, int to) { return (n + to - 1) / to * to; }
+__device__ __forceinline__ int ceil_div(int n, int by) { return round_up(n, by) / by; }
 
 const float LOG2_E = 1.4426950408889634f;               // e^x is 2^(x log2(e))
 __device__ __forceinline__ float power_of_2(float x) {  // one instruction, 2^-22 off, relative; 0 for results below 2^-126

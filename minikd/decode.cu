@@ -217,7 +217,7 @@ struct Int4 {
     }
 
     __device__ Int4(Matrix matrix, int N, int K, int group) : words((const Words*)matrix.weight), scales(matrix.scales),
-        zeros(matrix.zeros), blocks(round_up(K, 128) / 128), stride(round_up(N, 16)), inverse(0xffffffffu / (group / 128) + 1),
+        zeros(matrix.zeros), blocks(ceil_div(K, 128)), stride(round_up(N, 16)), inverse(0xffffffffu / (group / 128) + 1),
         mask(in_register(0xf0f0f0f0u)), top(in_register(0x80808080u)) {}
 
     __device__ __forceinline__ void fetch(char* slot, int p, int n, int block) const {
@@ -278,7 +278,7 @@ template <class Weights, int PAIR> struct Product {
     __device__ __forceinline__ Product(Shared& shared, Matrix matrix, int N, int K, int group, int bits, int gap = 0,
                                        int pairs = 0)
         : shared(shared), weights(matrix, N, K, group), gap(gap), pairs(pairs), split(1 << bits) {
-        warp = threadIdx.x / 32, tasks = N / (PAIR * RUN), units = round_up(K, INPUTS) / INPUTS;
+        warp = threadIdx.x / 32, tasks = N / (PAIR * RUN), units = ceil_div(K, INPUTS);
         team = warp >> bits, rank = warp & split - 1, teams = (WARPS >> bits) * gridDim.x;
         first = ahead = {team * (int)gridDim.x + (int)blockIdx.x, rank};
         if (first.unit >= units) first.task = ahead.task = tasks;      // more warps than units: this one has none
@@ -552,7 +552,7 @@ template <class Weights>
 __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
     int slot = *(volatile long long*)s.slot, half = s.E / 2, log2 = 31 - __clz(s.E), heads = s.H + 2 * s.K, tid = threadIdx.x;
     int span = WARPS * KEYS * 256 / s.E;                // keys that a block reads at once
-    int splits = min(round_up(slot + 1, span) / span, min(SPLITS, max(1, gridDim.x / s.H)));
+    int splits = min(ceil_div(slot + 1, span), min(SPLITS, max(1, gridDim.x / s.H)));
     read_layer(shared, s, 0);
     if (tid < s.E) shared.cos[tid] = s.cos[slot * s.E + tid], shared.sin[tid] = s.sin[slot * s.E + tid];
     wait_for_copies<0>();
@@ -589,7 +589,7 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
 
         Product<Weights, 1> o(shared, layer.o, s.D, s.H * s.E, s.group, s.bits[1]);
         for (int i = blockIdx.x; i < s.H * splits; i += gridDim.x) {
-            int head = i / splits, part = i % splits, each = round_up(slot + 1, splits) / splits;
+            int head = i / splits, part = i % splits, each = ceil_div(slot + 1, splits);
             attend(shared, s, layer, slot, head, part * each, min(slot + 1, (part + 1) * each),
                    s.parts + (head * SPLITS + part) * (s.E + 2), tag);
         }

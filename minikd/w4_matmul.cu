@@ -57,7 +57,7 @@ __device__ __forceinline__ Quant quant_of(const u16* scales, const u8* zeros, in
 // ---- naive: grid (N / 128, M), one output per thread
 
 extern "C" __global__ void w4_naive(PARAMETERS) {
-    int n = blockIdx.x * blockDim.x + threadIdx.x, m = blockIdx.y, blocks = round_up(K, 128) / 128;
+    int n = blockIdx.x * blockDim.x + threadIdx.x, m = blockIdx.y, blocks = ceil_div(K, 128);
     if (n >= N) return;
     float sum = 0;
     for (int k = 0; k < K; k++) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
     const bool AHEAD = EIGHTS == 1;                     // there are registers for x of each warp's next tile
     static_assert(16 * STRIDE * 4 <= DEPTH * SLOT, "the sums fit where the tiles were");
     Copies<GROUPS> copies(scales, zeros, N, K, group);
-    int lane = copies.lane, warp = threadIdx.x / 32, g = in_register(lane / 4), t = lane % 4, blocks = round_up(K, 128) / 128;
+    int lane = copies.lane, warp = threadIdx.x / 32, g = in_register(lane / 4), t = lane % 4, blocks = ceil_div(K, 128);
     u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u);
     char* ring = shared_at(in_register(warp * DEPTH * SLOT));
     const u16* lane_x = x + 8 * t;
@@ -371,10 +371,10 @@ template <int SETS>
 __device__ __forceinline__ void int8_product(PARAMETERS) {
     const int SLOT = 1024 + 48 * SETS, WARPS = 16, DEPTH = 5, LAST = (DEPTH - 1) * SLOT;
     Copies<SETS> copies(scales, zeros, N, K, group);
-    int warp = threadIdx.x / 32, blocks = round_up(K, 128) / 128;
+    int warp = threadIdx.x / 32, blocks = ceil_div(K, 128);
     u32 strips = copies.stride / 16, least = strips / gridDim.x, more = strips - least * gridDim.x; // `more` blocks have 1 more
     int begin = blockIdx.x * least + min(blockIdx.x, more), mine = least + (blockIdx.x < more);
-    int run = round_up(mine * blocks, WARPS) / WARPS;
+    int run = ceil_div(mine * blocks, WARPS);
     int tile = min(warp * run, mine * blocks), end = min(tile + run, mine * blocks);        // counted from the block's first one
     char* ring = shared_at(in_register(warp * DEPTH * SLOT));
     X in;
@@ -435,7 +435,7 @@ extern "C" __global__ void __launch_bounds__(512, 2) w4_int8_2(PARAMETERS) {
 // ---- dequantise: grid (N / 16, K / 1024), one tile per warp; y [N, K] is W without the padding
 
 extern "C" __global__ void __launch_bounds__(256) w4_dequantise(PARAMETERS) {
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, blocks = round_up(K, 128) / 128;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, blocks = ceil_div(K, 128);
     int b = blockIdx.y * 8 + threadIdx.x / 32;
     if (b >= blocks) return;
     for (int h = 0; h < 2; h++) {
