@@ -112,7 +112,7 @@ template <int E> __device__ __forceinline__ void fetch(typename Shared<E>::Chunk
         int slot = first + 8 * lane;                            // the first two lanes copy the bias of 8 slots each
         if (lane < 2 && slot < end) copy_async<16>(true, &to.bias[8 * lane], bias + slot);
     }
-    commit_group();                                             // also an empty one: wait_for_copies counts groups
+    commit_group();
 }
 
 // Joins the sums of a block's warps, then, by the last block of a row and head to get here, those of the blocks.

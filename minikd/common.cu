@@ -38,8 +38,10 @@ template <int BYTES> __device__ __forceinline__ void copy_async(bool there, void
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(at), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
 }
+// The copies since the last call become a group, an empty one if there are none: the last turns of a loop, which start no copies,
+// can then wait for all but the latest COUNT groups as the others do.
 __device__ __forceinline__ void commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most the latest COUNT of this thread's groups of copies are in flight.
+// Waits until at most the latest COUNT of this thread's groups are in flight.
 template <int COUNT> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" :: "n"(COUNT) : "memory");
 }

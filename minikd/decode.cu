@@ -298,7 +298,7 @@ template <class Weights, int PAIR> struct Product {
                 if (PAIR == 2) weights.fetch(slot, p, n + p * gap, ahead.unit);
                 else weights.fetch(slot, p, n, 2 * ahead.unit + p);
         }
-        commit_group();                                 // also an empty one: wait_for_copies counts groups
+        commit_group();
         next(ahead);
     }
     // done(n, a, b)  is given output n and, of a pair, n + gap.  shared.in holds K inputs, then zeros up to a multiple of 512

@@ -135,7 +135,7 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
     const Words* codes = words + ((long long)blockIdx.x * blocks + warp) * 64 + lane;
     auto fetch = [&](char* slot, int b) {
         if (b < blocks) copies.start(slot, codes, b, blockIdx.x * 16), codes += WARPS * 64;
-        commit_group();                                 // also an empty one: wait_for_copies counts groups
+        commit_group();
     };
     let_next_start();
     for (int d = 0; d < DEPTH - 1; d++) fetch(ring + d * SLOT, warp + d * WARPS);
@@ -391,7 +391,7 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
             codes += 64;
             if (++next == blocks) next = 0, column += 16;
         }
-        commit_group();                                 // also an empty one: wait_for_copies counts groups
+        commit_group();
     };
     let_next_start();
 #pragma unroll 1
