@@ -63,11 +63,6 @@ struct alignas(16) Shared {
 };
 static_assert(sizeof(Shared) == 221264, "decode_cuda.py asks for so many bytes");
 
-struct Two { u64 v[2]; };
-__device__ __forceinline__ void wait_for_team(int team, int threads) {  // barrier 0 is that of __syncthreads
-    asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "r"(threads) : "memory");
-}
-
 // ---- words: what a block sends to all others
 //
 // A word holds a bfloat16 value in its upper half and a tag in its lower; of 64 bits, a float32 and a tag. Relaxed accesses see
@@ -76,6 +71,7 @@ __device__ __forceinline__ void wait_for_team(int team, int threads) {  // barri
 // of the stages before, and no block passes stage 5 without all of `wide`. Of `wide` itself there are two, for even and for odd
 // layers: a block whose only task is in stage 4 may have sent its part and not yet read the others', when they are a layer on.
 
+struct Two { u64 v[2]; };
 __device__ __forceinline__ Words load_relaxed(const u32* p) {
     Words v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -87,16 +83,12 @@ __device__ __forceinline__ Two load_relaxed(const u64* p) {
     asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(v.v[0]), "=l"(v.v[1]) : "l"(p) : "memory");
     return v;
 }
-__device__ __forceinline__ void store_relaxed(u32* p, u32 v) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+__device__ __forceinline__ void send(u32* to, float v, u32 tag) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"((u32)to_bf16(v) << 16 | tag) : "memory");
 }
-__device__ __forceinline__ void store_relaxed(u64* p, u64 v) {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(p), "l"(v) : "memory");
+__device__ __forceinline__ void send(u64* to, float v, u32 tag) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(to), "l"(__float_as_uint(v) | (u64)tag << 32) : "memory");
 }
-__device__ __forceinline__ void give_up() { asm volatile("trap;"); }
-
-__device__ __forceinline__ void send(u32* to, float v, u32 tag) { store_relaxed(to, (u32)to_bf16(v) << 16 | tag); }
-__device__ __forceinline__ void send(u64* to, float v, u32 tag) { store_relaxed(to, __float_as_uint(v) | (u64)tag << 32); }
 __device__ __forceinline__ bool carries(const Words& v, u32 tag) {
     return !(((v.w[0] ^ tag) | (v.w[1] ^ tag) | (v.w[2] ^ tag) | (v.w[3] ^ tag)) & 0xffff);
 }
@@ -109,7 +101,7 @@ __device__ __forceinline__ Pair values(const Words& v) {
 // Asks `ready` until it is true; after some seconds an error is better than a GPU that hangs.
 template <class Ready> __device__ __forceinline__ void wait_until(Ready ready) {
     for (u32 polls = 0; !ready(); polls++)
-        if (polls == 1u << 22) give_up();
+        if (polls == 1u << 22) asm volatile("trap;");
 }
 
 // Words that this thread needs of `count`: v[r] are the four from 4 (threadIdx.x + (first + r) THREADS) on, as they were sent.
@@ -265,6 +257,9 @@ struct Int4 {
 
 // A task is 8 outputs, or 8 pairs of outputs; a team of 2^bits warps computes one at a time, its warps taking turns along the
 // inputs, a unit each. decode_cuda.py chooses `bits`.
+__device__ __forceinline__ void wait_for_team(int team, int threads) {  // barrier 0 is that of __syncthreads
+    asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "r"(threads) : "memory");
+}
 template <class Weights, int PAIR> struct Product {
     static const int RUN = 8, INPUTS = Weights::BLOCK * (3 - PAIR), DEPTH = Weights::DEPTH;     // INPUTS: of a unit
     struct At { int task, unit; };
