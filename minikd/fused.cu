@@ -3,13 +3,6 @@
 
 namespace fused {
 
-__device__ __forceinline__ float log_2(float x) {
-    float y;
-    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-const float LN_2 = 0.6931471805599453f;
-
 // ---- y [B, W] = silu(gate) up, gate_up [B, 2W].  SwiGLU eq. (6).  grid (B, W / 2048 rounded up), 256 threads
 
 extern "C" __global__ void __launch_bounds__(256) silu_up(const u16* gate_up, u16* y, int W) {
@@ -59,13 +52,6 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const u16* x, const 
     *(Words*)(normed + row) = out;
 }
 
-// Sets the values from `left` on to -inf.
-__device__ __forceinline__ void cut(Words& v, int left) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        v.w[i] = 2 * i >= left ? 0xff80ff80u : 2 * i + 1 >= left ? 0xff800000u | v.w[i] & 0xffffu : v.w[i];
-}
-
 // ---- a token per row from softmax(logits / temperature), as generate.sample draws it.  grid (B), 512 threads
 //
 // The logits are read once: every warp sums exp(logit - its own greatest) over its part of the row. The token is then where the
@@ -74,6 +60,19 @@ __device__ __forceinline__ void cut(Words& v, int left) {
 const int PARTS = 16, CHUNK = 256, CHUNKS = 64;                 // tokens that a warp reads at once; most of them in a part
 struct Place { int at; double rest; };                          // which of several masses, and how far into it
 struct alignas(16) Draw { float most[PARTS], mass[PARTS], chunk[CHUNKS], word[32]; Place part; double total; };
+
+const float LN_2 = 0.6931471805599453f;
+__device__ __forceinline__ float log_2(float x) {
+    float y;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// Sets the values from `left` on to -inf.
+__device__ __forceinline__ void cut(Words& v, int left) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        v.w[i] = 2 * i >= left ? 0xff80ff80u : 2 * i + 1 >= left ? 0xff800000u | v.w[i] & 0xffffu : v.w[i];
+}
 
 // The first of n masses at which their running sum passes `rest`. Masses of the same tokens that are summed again round another
 // way: so the last one that is above 0 is taken if none passes, and the rest is kept below the mass.
