@@ -22,6 +22,7 @@ const int HEADS = 8, CHUNK = 16, FEWEST = 512;
 template <int E> struct alignas(16) Shared {
     static const int WARPS = 1024 / E, THREADS = 32 * WARPS;    // with E = 128 a warp has twice the bytes in flight
     struct Chunk { Words keys[2][E / 32][32], values[E / 64][4][32]; u16 bias[CHUNK]; };
+    static const int PART = HEADS * (E + 2) + 1;                // floats of what a block has summed: see `parts` of `attend`
     struct Sums { float sum[HEADS][E + 4], most[HEADS], mass[HEADS]; };         // + 4 spreads the heads over more banks
     union { Chunk chunks[2]; Sums sums; } warp[WARPS];          // each warp's own
     u16 q[HEADS][E];
@@ -118,7 +119,7 @@ template <int E> __device__ __forceinline__ void fetch(typename Shared<E>::Chunk
 // Joins the sums of a block's warps, then, by the last block of a row and head to get here, those of the blocks.
 // parts [gridDim.y, PART], out [each E]: of this row and head.
 template <int E> __device__ __forceinline__ void write(Shared<E>& shared, const Work& work, float* parts, u16* out) {
-    const int WARPS = Shared<E>::WARPS, THREADS = Shared<E>::THREADS, PART = HEADS * (E + 2) + 1;
+    const int WARPS = Shared<E>::WARPS, THREADS = Shared<E>::THREADS, PART = Shared<E>::PART;
     int used = work.newest / work.length + 1;                   // blocks of this row and head that have slots
     for (int i = threadIdx.x; i < work.each * E; i += THREADS) {
         int head = i / E, e = i % E;
@@ -151,7 +152,7 @@ template <int E> __device__ __forceinline__ void write(Shared<E>& shared, const 
                           u16 *values, float *parts, u16 *y, int H, int K, int S
 
 template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEND_PARAMETERS) {
-    const int WARPS = Shared<E>::WARPS, PART = HEADS * (E + 2) + 1;
+    const int WARPS = Shared<E>::WARPS, PART = Shared<E>::PART;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     Work work(H, K, (int)*slot);
     int begin = work.begin, end = work.end;
@@ -167,7 +168,7 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
     Words q[E / 32];
 #pragma unroll
     for (int j = 0; j < E / 32; j++) q[j] = *(const Words*)&shared.q[g][32 * j + 8 * t];
-    float most = LEAST, mass = 0, sum[E / 64][4][4] = {}, scale = LOG2_E * rsqrtf(E);    // exp(x) is 2^(x log2(e))
+    float most = LEAST, mass = 0, sum[E / 64][4][4] = {}, scale = LOG2_E * rsqrtf(E);
     auto& mine = shared.warp[warp];
     int d = 0;                                                  // which of the two chunks is multiplied
     fetch<E>(mine.chunks[d], keys, values, bias, begin + warp * CHUNK, end);
