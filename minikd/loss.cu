@@ -92,8 +92,9 @@ template <int KIND> __device__ __forceinline__ void add(Row& x, Words s, Words t
 }
 
 template <int KIND>
-__device__ __forceinline__ void costs(Row* parts, const u16* s, const u16* t, const long long* targets, Row* rows, float* ce,
-                                      float* kd, int V, int stride, float T) {
+__device__ __forceinline__ void costs(const u16* s, const u16* t, const long long* targets, Row* rows, float* ce, float* kd,
+                                      int V, int stride, float T) {
+    __shared__ alignas(16) Row parts[THREADS / 32];     // of each warp
     const int n = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, step = blockDim.x;
     s += (long long)n * stride, t += KIND >= FORWARD ? (long long)n * stride : 0;
     const Words *s8 = (const Words*)s + threadIdx.x, *t8 = (const Words*)t + threadIdx.x;
@@ -167,28 +168,26 @@ __device__ __forceinline__ void gradient(u16* s, const u16* t, const long long* 
     }
 }
 
-}  // namespace loss
-
 // ---- grid (n), one row of V logits each; rows are `stride` apart, a multiple of 8, so that loads of 16 bytes are aligned
 
 #define COSTS(NAME, KIND) \
-    extern "C" __global__ void __launch_bounds__(loss::THREADS, 2) NAME( \
-            const u16* s, const u16* t, const long long* targets, loss::Row* rows, float* ce, float* kd, int V, int stride, \
-            float T) { \
-        __shared__ alignas(16) loss::Row parts[loss::THREADS / 32]; \
-        loss::costs<KIND>(parts, s, t, targets, rows, ce, kd, V, stride, T); \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME( \
+            const u16* s, const u16* t, const long long* targets, Row* rows, float* ce, float* kd, int V, int stride, float T) { \
+        costs<KIND>(s, t, targets, rows, ce, kd, V, stride, T); \
     }
 #define GRADIENT(NAME, KIND) \
-    extern "C" __global__ void __launch_bounds__(loss::THREADS, 2) NAME( \
-            u16* s, const u16* t, const long long* targets, const loss::Row* rows, const float* slope_ce, const float* slope_kd, \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME( \
+            u16* s, const u16* t, const long long* targets, const Row* rows, const float* slope_ce, const float* slope_kd, \
             int V, int stride, float T) { \
-        loss::gradient<KIND>(s, t, targets, rows, slope_ce, slope_kd, V, stride, T); \
+        gradient<KIND>(s, t, targets, rows, slope_ce, slope_kd, V, stride, T); \
     }
 
-COSTS(loss_ce, loss::NONE)
-COSTS(loss_entropy, loss::ENTROPY)
-COSTS(loss_forward, loss::FORWARD)
-COSTS(loss_reverse, loss::REVERSE)
-GRADIENT(loss_grad_ce, loss::NONE)
-GRADIENT(loss_grad_forward, loss::FORWARD)
-GRADIENT(loss_grad_reverse, loss::REVERSE)
+COSTS(loss_ce, NONE)
+COSTS(loss_entropy, ENTROPY)
+COSTS(loss_forward, FORWARD)
+COSTS(loss_reverse, REVERSE)
+GRADIENT(loss_grad_ce, NONE)
+GRADIENT(loss_grad_forward, FORWARD)
+GRADIENT(loss_grad_reverse, REVERSE)
+
+}
