@@ -1,5 +1,4 @@
-// W4A16 on CUDA: y = x W^T + b with W in 4-bit codes, x and y in bfloat16, sums in float32. From
-// naive to fast:
+// W4A16 on CUDA: y = x W^T + b with W in 4-bit codes, x and y in bfloat16, sums in float32. From naive to fast:
 //
 //   w4_naive        one thread per output, one code at a time: the reference for the others
 //   w4_mma_*        up to 64 rows: codes become operands of tensor-core products in bfloat16, without a shuffle; asynchronous
@@ -32,22 +31,10 @@ __device__ __forceinline__ u32 merge(u32 a, u32 mask, u32 top) {        // (a & 
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(top));
     return d;
 }
-__device__ __forceinline__ u32 flip(u32 a, u32 mask, u32 bits) {         // (a & mask) ^ bits, likewise
-    u32 d;
-    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
-    return d;
-}
 // code - zero of inputs (2i, 2i + 1), exactly.  0x4300 is 128 in bfloat16, and the last of its 7 mantissa bits is worth 1: so
 // 0x4300 | code is 128 + code, and one logical instruction converts two codes.  `zero` holds 128 + zero twice.
 __device__ __forceinline__ u32 decode_pair(u32 word, int i, u32 zero) {
     return minus_pair(((word >> 4 * i) & 0x000f000fu) | 0x43004300u, zero);
-}
-
-struct Quant { float scale; u32 zero; };                // of one output and group; zero as decode_pair takes it
-
-__device__ __forceinline__ Quant quant_of(const u16* scales, const u8* zeros, int at) {
-    u32 zero = zeros ? zeros[at] : 8;
-    return Quant{half_to_float(scales[at]), 0x43004300u | zero | zero << 16};
 }
 
 #define PARAMETERS const Words* words, const u16* scales, const u8* zeros, const u16* x, const u16* bias, u16* y, \
@@ -265,6 +252,11 @@ __device__ __forceinline__ void mma(int* c, const u32* a, const u32* b) {
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+__device__ __forceinline__ u32 flip(u32 a, u32 mask, u32 bits) {        // (a & mask) ^ bits in one instruction, as in `merge`
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+    return d;
+}
 // A left operand: 16 (code - 8) for word j of outputs g (w[0]) and g + 8 (w[1]).  mask = 0xf0f0f0f0, top = 0x80808080
 __device__ __forceinline__ void operand(u32* a, const Words* w, int j, u32 mask, u32 top) {
 #pragma unroll
@@ -444,11 +436,13 @@ extern "C" __global__ void __launch_bounds__(256) w4_dequantise(PARAMETERS) {
         for (int j = 0; j < 4; j++) {
             int k = b * 128 + j * 32 + 8 * t;
             if (n >= N || k >= K) continue;
-            Quant quant = quant_of(scales, zeros, k / group * round_up(N, 16) + n);
+            int at = k / group * round_up(N, 16) + n;
+            u32 zero = zeros ? zeros[at] : 8;
+            float scale = half_to_float(scales[at]);
             Words out;
             for (int i = 0; i < 4; i++) {
-                u32 pair = decode_pair(codes.w[j], i, quant.zero);
-                out.w[i] = to_bf16(quant.scale * low(pair)) | (u32)to_bf16(quant.scale * high(pair)) << 16;
+                u32 pair = decode_pair(codes.w[j], i, 0x43004300u | zero | zero << 16);
+                out.w[i] = to_bf16(scale * low(pair)) | (u32)to_bf16(scale * high(pair)) << 16;
             }
             *(Words*)(y + (long long)n * K + k) = out;
         }
