@@ -262,11 +262,10 @@ __device__ __forceinline__ void wait_for_team(int team, int threads) {  // barri
 }
 template <class Weights, int PAIR> struct Product {
     static const int RUN = 8, INPUTS = Weights::BLOCK * (3 - PAIR), DEPTH = Weights::DEPTH;     // INPUTS: of a unit
-    struct At { int task, unit; };
     Shared& shared;
     Weights weights;
     int gap, pairs, warp, tasks, units, split, team, rank, teams;
-    At first, ahead;
+    struct { int task, unit; } ahead;                   // of the next copies
 
     // For y [N] = W [N, K] in; starts the copies of the first weights.  gap, pairs  pair n is the outputs n + (n & pairs) and
     // that plus `gap`; pairs = -gap (gap a power of two) steps over the second half of every 2 gap outputs, 0 over none
@@ -275,13 +274,9 @@ template <class Weights, int PAIR> struct Product {
         : shared(shared), weights(matrix, N, K, group), gap(gap), pairs(pairs), split(1 << bits) {
         warp = threadIdx.x / 32, tasks = N / (PAIR * RUN), units = ceil_div(K, INPUTS);
         team = warp >> bits, rank = warp & split - 1, teams = (WARPS >> bits) * gridDim.x;
-        first = ahead = {team * (int)gridDim.x + (int)blockIdx.x, rank};
-        if (first.unit >= units) first.task = ahead.task = tasks;      // more warps than units: this one has none
+        ahead = {team * (int)gridDim.x + (int)blockIdx.x, rank};
+        if (rank >= units) ahead.task = tasks;          // more warps than units: this one has none
         for (int d = 0; d < DEPTH - 1; d++) fetch(d);
-    }
-    __device__ __forceinline__ void next(At& at) const {
-        at.unit += split;
-        if (at.unit >= units) at = {at.task + teams, rank};
     }
     __device__ __forceinline__ int output(int task) const { return task * RUN + (task * RUN & pairs); }
 
@@ -294,7 +289,8 @@ template <class Weights, int PAIR> struct Product {
                 else weights.fetch(slot, p, n, 2 * ahead.unit + p);
         }
         commit_group();
-        next(ahead);
+        ahead.unit += split;
+        if (ahead.unit >= units) ahead = {ahead.task + teams, rank};
     }
     // done(n, a, b)  is given output n and, of a pair, n + gap.  shared.in holds K inputs, then zeros up to a multiple of 512
     template <class Done> __device__ __forceinline__ void run(Done done) {
