@@ -206,11 +206,11 @@ class W4Linear(nn.Module):
         rows = x.reshape(-1, self.inputs).contiguous()                                          # [M, I]
         if way == "kernel":
             y = torch.ops.minikd.w4_matmul(rows, *self.ready(way), bias, self.outputs, self.group_size)
-            return y.view(*x.shape[:-1], self.outputs)
-        packed, scales_zeros = self.ready(way)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.group_size, scales_zeros)
-        y = y.view(*x.shape[:-1], self.outputs)
-        return y if bias is None else y + bias
+        else:
+            packed, scales_zeros = self.ready(way)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.group_size, scales_zeros)
+            y = y if bias is None else y + bias
+        return y.view(*x.shape[:-1], self.outputs)                                              # [..., O]
 
     def ready(self, way: str) -> tuple:
         """What `prepare` gives, kept."""
