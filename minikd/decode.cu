@@ -38,7 +38,7 @@ struct Step {
     const Layer* layers;
     const u16* x;                                       // [D] the token's embedding
     u16* y;                                             // [D] the residual stream after the last layer
-    u32 *heads, *middle, *wide;                         // words: [(H + 2K) E] stage 1 to 2, [D] 3 to 4, [I] 4 to 5
+    u32 *heads, *middle, *wide;                         // words: [(H + 2K) E] stage 1 to 2, [D] 3 to 4, [2, I] 4 to 5
     u32* last;                                          // words: [D] 5 to 1 of the next layer
     u64* parts;                                         // words of 64 bits: [H, SPLITS, E + 2] 2 to 3, see `attend`
     const u16 *cos, *sin;                               // [S, E]
@@ -183,7 +183,7 @@ struct Int4 {
     const u16* scales;
     const u8* zeros;
     int blocks, stride;
-    u32 inverse, mask, top;                             // inverse: of the blocks per group, as in `tensor`
+    u32 inverse, mask, top;                             // inverse: of the blocks per group, as in `Copies`
 
     // The digits of inputs at..at+3, by a whole warp, whose inputs are one block of 128. As w4_matmul.cu's `convert`, where a
     // lane has 8 inputs: here two lanes share them, and each makes one of the two words that a digit of theirs takes.
