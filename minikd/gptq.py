@@ -38,7 +38,8 @@ from minikd.data import Encoded, by_length, collate
 from minikd.files import InputError
 from minikd.generate import Replay, can_record
 from minikd.model import Block, Qwen2, rope_tables
-from minikd.quant import check_weight, decode, decode_groups, encode, find_grid, give_memory_back, round_to_nearest
+from minikd.quant import (check_weight, decode, decode_groups, encode, find_grid, give_memory_back, linear_layers,
+                          round_to_nearest)
 
 PANEL = 512                                         # columns of a Hessian or of its factor in one product
 MAX_DAMP = 10.0                                     # more damping than any sum of x x^T needs
@@ -317,7 +318,7 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     """
     if method not in ("gptq", "rtn"):
         raise InputError(f"method {method!r} is not known; choose gptq or rtn")
-    layers = {f"model.{name}": layer for name, layer in model.model.named_modules() if isinstance(layer, nn.Linear)}
+    layers = linear_layers(model)
     for name, layer in layers.items():                                          # all, before the first is changed
         check_weight(layer.weight, group_size, name)
     order, home, results = ((name, None) for name in layers), model.head.device, {}

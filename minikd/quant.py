@@ -243,27 +243,29 @@ class W4Linear(nn.Module):
         self.__dict__.pop("in_order", None)
 
 
-def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Linear]:
-    """Replaces every linear layer of the blocks by a W4Linear of the same shape and device, with its bias but without codes
-    yet; returns them by name.
+def linear_layers(model: Qwen2) -> dict[str, Linear]:
+    """What is quantised: the blocks' linear layers, by name. Embeddings, norms and the head stay as they are."""
+    return {f"model.{name}": layer for name, layer in model.model.named_modules() if isinstance(layer, Linear)}
 
-    Embeddings, norms and the head stay as they are.  Raises InputError for a group size that does not divide a layer.
+
+def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Linear]:
+    """Replaces each by a W4Linear of the same shape and device, with its bias but without codes yet; returns them by name.
+
+    Raises InputError for a group size that does not divide a layer.
     """
     found = {}
-    for name, layer in [(name, layer) for name, layer in model.named_modules()
-                        if isinstance(layer, Linear) and name.startswith("model.layers.")]:
+    for name, layer in linear_layers(model).items():
         check_groups(layer.in_features, group_size, name)
         with torch.device(layer.weight.device):
             new = W4Linear(layer.in_features, layer.out_features, group_size, layer.bias is not None, version)
         if layer.bias is not None:
             new.bias = layer.bias.detach()
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, new)
+        model.set_submodule(name, new)
         found[name] = new
     return found
 
 
-def to_w4(model: Qwen2, layers: dict[str, tuple], group_size: int, sym: bool, **meta) -> Qwen2:
+def to_w4(model: Qwen2, layers: dict[str, dict], group_size: int, sym: bool, **meta) -> Qwen2:
     """The model, changed in place: the linear layers of its blocks are replaced by packed ones.
 
     layers  name -> to_words of that layer, in version 1 where it is symmetric, else 2
