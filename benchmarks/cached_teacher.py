@@ -114,7 +114,7 @@ def main():
                   f"{errors['loss_error']:.1e}, gradient's {errors['gradient_error']:.1e}", flush=True)
             if title == "smaller":
                 continue
-            figures = in_turns({what: lambda what=what: run(what) for what in ("live", "cached")}, args.repeats)
+            figures = in_turns(("live", "cached"), run, args.repeats)
     rows = [[what, f"{row['seconds']:.1f}", f"{row['peak']:.1f}", f"{figures['live']['seconds'] / row['seconds']:.2f}x",
              f"{row['peak'] / figures['live']['peak']:.2f}", f"{row['others']:.0%}"] for what, row in figures.items()]
     table(["teacher", "s a step", "peak GB", "faster", "its peak", "others"], rows)

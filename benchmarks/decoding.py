@@ -81,9 +81,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         make_half(Path(folder))
         for name, batch, group in ("batch 1", 1, 1), ("batch 8", 8, 1), ("1 prompt, 8 samples", 1, 8):
-            figures = in_turns({method: lambda method=method: child("benchmarks.decoding", method, batch, group, folder,
-                                                                               args.dtype)
-                                for method in ("transformers", "minikd")}, args.repeats)
+            figures = in_turns(("transformers", "minikd"), lambda method: child(
+                "benchmarks.decoding", method, batch, group, folder, args.dtype), args.repeats)
             theirs, ours = figures["transformers"], figures["minikd"]
             rows.append([name, f"{theirs['speed']:.1f}", f"{ours['speed']:.1f}",
                          f"{ours['speed'] / theirs['speed']:.2f}x", f"{theirs['peak']:,.0f}", f"{ours['peak']:,.0f}",

@@ -90,8 +90,7 @@ def main():
     rows = []
     for mode, kd_ratio in ("float32", 1.0), ("float32", 0.5), ("bf16", 1.0), ("autocast", 1.0):
         methods = ("naive", "trl", "minikd") if kd_ratio == 1 else ("naive", "minikd")
-        figures = in_turns({method: lambda method=method: child("benchmarks.head_loss", method, mode, kd_ratio)
-                            for method in methods}, args.repeats)
+        figures = in_turns(methods, lambda method: child("benchmarks.head_loss", method, mode, kd_ratio), args.repeats)
         ours = figures["minikd"]
         for method, found in figures.items():
             ratios = [f"{ours['extra'] / found['extra']:.3f}", f"{found['seconds'] / ours['seconds']:.2f}x"]

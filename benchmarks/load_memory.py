@@ -51,9 +51,8 @@ def main():
         for stored in "bfloat16", "float32":
             make_half(Path(folder) / stored, getattr(torch, stored))
         for stored, asked in CASES:
-            figures = in_turns({method: lambda method=method: child("benchmarks.load_memory", method,
-                                                                    Path(folder) / stored, asked)
-                                for method in ("transformers", "minikd")}, args.repeats)
+            figures = in_turns(("transformers", "minikd"), lambda method: child(
+                "benchmarks.load_memory", method, Path(folder) / stored, asked), args.repeats)
             theirs, ours = figures["transformers"], figures["minikd"]
             rows.append([f"{stored} folder -> {asked}", f"{theirs['grown']:,.0f}", f"{ours['grown']:,.0f}",
                          f"{theirs['ratio']:.2f}", f"{ours['ratio']:.2f}", f"{theirs['seconds']:.1f}",

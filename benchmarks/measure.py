@@ -98,17 +98,17 @@ def report(**figures):
     print("\n" + json.dumps(figures), flush=True)
 
 
-def in_turns(jobs: dict, repeats: int, tries: int = 4) -> dict:
-    """jobs {name: function that returns figures} -> {name: the median of each figure over `repeats` turns}
+def in_turns(names, job, repeats: int, tries: int = 4) -> dict:
+    """Calls job(name), which returns figures, for each name in turn -> {name: the median of each figure over `repeats` turns}
 
     If others took more than a twentieth of the cores, a turn is tried again, up to `tries` times, and the quietest try counts.
     """
-    results = {name: [] for name in jobs}
+    results = {name: [] for name in names}
     for _ in range(repeats):
-        for name, job in jobs.items():
-            runs = [job()]
+        for name in results:
+            runs = [job(name)]
             while runs[-1]["others"] > 0.05 and len(runs) < tries:
-                runs.append(job())
+                runs.append(job(name))
             results[name].append(min(runs, key=lambda figures: figures["others"]))
     return {name: {key: statistics.median(figures[key] for figures in turns) for key in turns[0]}
             for name, turns in results.items()}
@@ -156,7 +156,7 @@ def compare_steps(module: str, steps: int, repeats: int, folder, runs: list[tupl
     """Times a training step by each (method, mode) in children of `module`, in turns, and prints a row for each: the FIGURES that
     were reported (0 is left blank), and for the peers how much faster minikd is and which share of their peak it needs, in the
     same mode; trl's mode `default` is compared with bf16."""
-    figures, rows = in_turns({run: lambda run=run: child(module, *run, steps, folder) for run in runs}, repeats), []
+    figures, rows = in_turns(runs, lambda run: child(module, *run, steps, folder), repeats), []
     columns = {name: shown for name, shown in FIGURES.items() if name in figures[runs[0]]}
     for method, mode in runs:
         row, ours = figures[method, mode], figures["minikd", "float32" if mode == "float32" else "bf16"]

@@ -39,9 +39,8 @@ def main():
         size = {name: sum(file.stat().st_size for file in (folder / name).glob("*.safetensors")) / 1e6
                 for name in ("bf16", "w4")}
         for batch in 1, 8:
-            runs = {("transformers", "bf16"), ("minikd", "bf16"), ("minikd", "w4"), ("minikd int8 head", "w4")}
-            figures = in_turns({run: lambda run=run: child("benchmarks.w4_decoding", run[0], folder / run[1], batch)
-                                for run in sorted(runs)}, args.repeats)
+            runs = [("minikd", "bf16"), ("minikd", "w4"), ("minikd int8 head", "w4"), ("transformers", "bf16")]
+            figures = in_turns(runs, lambda run: child("benchmarks.w4_decoding", run[0], folder / run[1], batch), args.repeats)
             ours = figures["minikd", "w4"]
             table([f"batch {batch}", "folder MB", "tokens/s", "w4 faster", "peak MB", "w4's peak", "others"],
                   [[f"{method} {name}", f"{size[name]:,.0f}", f"{row['speed']:.1f}", f"{ours['speed'] / row['speed']:.2f}x",
