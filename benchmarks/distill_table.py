@@ -10,31 +10,17 @@ and `forward KL` are in nats per token, on the reference answers.
 """
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
-from statistics import mean, stdev
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, run_script, seeds_table
 
-ROOT = Path(__file__).parents[1]
 METHODS = {"SFT": "--loss sft", "forward KL": "--loss forward_kl", "reverse KL": "--loss reverse_kl",
            "JSD": "--loss jsd", "skew forward KL": "--loss skew_forward_kl", "skew reverse KL": "--loss skew_reverse_kl",
            "JSD, on-policy": "--loss jsd --on-policy 1", "reverse KL, on-policy": "--loss reverse_kl --on-policy 1",
            "MiniLLM": "--loss minillm"}
-COLUMNS = {"ROUGE-L": 1, "retention": 2, "sequence KL": 2, "reverse_kl": 3, "forward_kl": 3, "agreement": 3,
-           "mean length": 1, "distinct-4": 3, "seconds": 0}
-
-
-def run(*flags) -> float:
-    """Runs train_kd.py on one thread -> its seconds."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / "train_kd.py"), *map(str, flags)], check=True, cwd=ROOT,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - start
+COLUMNS = {"ROUGE-L": ".1f", "retention": ".2f", "sequence KL": ".2f", "reverse_kl": ".3f", "forward_kl": ".3f",
+           "agreement": ".3f", "mean length": ".1f", "distinct-4": ".3f", "seconds": ".0f"}
 
 
 def last_rows(folder: Path) -> dict[str, dict]:
@@ -44,15 +30,16 @@ def last_rows(folder: Path) -> dict[str, dict]:
 
 
 def one_seed(seed: int, folder: Path, steps: int, lr: float) -> dict[str, dict]:
-    run("--seed", seed, "--out", folder)
+    run_script("train_kd.py", "--seed", seed, "--out", folder)
     rows = {}
     for name, flags in METHODS.items():
         out = folder / name.replace(" ", "-").replace(",", "")
-        seconds = run("--student", folder / "sft/best", "--teacher", folder / "teacher/best", "--data",
-                      folder / "data/train.jsonl", "--eval-data", folder / "data/test.jsonl", "--rouge", "unicode",
-                      "--dtype", "float32", "--kd-ratio", 1, "--batch-size", 16, "--grad-accum", 2, "--steps", steps, "--lr", lr,
-                      "--warmup", 30, "--validation", 100, "--eval-every", steps, "--max-new-tokens", 48,
-                      "--eval-examples", 100, "--seed", seed, "--out", out, *flags.split())
+        seconds = run_script(
+            "train_kd.py", "--student", folder / "sft/best", "--teacher", folder / "teacher/best", "--data",
+            folder / "data/train.jsonl", "--eval-data", folder / "data/test.jsonl", "--rouge", "unicode", "--dtype", "float32",
+            "--kd-ratio", 1, "--batch-size", 16, "--grad-accum", 2, "--steps", steps, "--lr", lr, "--warmup", 30,
+            "--validation", 100, "--eval-every", steps, "--max-new-tokens", 48, "--eval-examples", 100, "--seed", seed,
+            "--out", out, *flags.split())
         start, trained, teacher = last_rows(out).values()
         rows[name] = trained | {"seconds": seconds}
     return {"start (SFT)": start, **rows, "teacher": teacher}
@@ -67,14 +54,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         seeds = [one_seed(seed, Path(folder) / str(seed), args.steps, args.lr) for seed in args.seeds]
     print(f"{len(seeds)} seeds, {args.steps} updates each, lr {args.lr:g}; {machine('torch')}")
-    print("| | " + " | ".join(key.replace("_", " ") for key in COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS))
-    for name in seeds[0]:
-        cells = []
-        for key, digits in COLUMNS.items():
-            values = [seed[name][key] for seed in seeds if key in seed[name]]
-            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and key != "seconds" else ""
-            cells.append(f"{mean(values):.{digits}f}{spread}" if values else "")
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    seeds_table(seeds, COLUMNS)
     for better, worse in (("MiniLLM", "forward KL"), ("MiniLLM", "SFT"), ("reverse KL, on-policy", "reverse KL")):
         for key in "sequence KL", "reverse_kl":
             pairs = [(seed[better][key], seed[worse][key]) for seed in seeds]

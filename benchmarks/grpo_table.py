@@ -8,30 +8,19 @@ student by SFT and one by KD on answers of mixed quality (30% without their thou
 train_grpo.py continues from both with its toy defaults. 200 held-out sums; sampled is at temperature 1.
 """
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
-from statistics import mean, stdev
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, run_script, seeds_table
 from minikd import problems, toy
 from minikd.checkpoint import save_model
 from minikd.files import write_jsonl
 from minikd.model import Qwen2
+from minikd.training import read_log
 
-ROOT = Path(__file__).parents[1]
-COLUMNS = {"sampled": "sampled", "greedy": "greedy", "reward/format": "format", "reward/steps": "steps", "length": "tokens"}
-
-
-def run(script: str, *flags):
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{script} failed:\n{done.stderr[-2000:]}")
+LOGGED = {"sampled": "valid_sampled", "greedy": "valid_greedy", "format": "valid_reward/format", "steps": "valid_reward/steps",
+          "tokens": "valid_length"}             # the table's columns -> their names in log.jsonl
+COLUMNS = dict.fromkeys(LOGGED, ".3f") | {"tokens": ".1f", "seconds": ".0f"}
 
 
 def start(folder: Path, seed: int):
@@ -49,19 +38,17 @@ def one_seed(folder: Path, seed: int) -> dict[str, dict]:
     start(folder, seed)
     common = ["--batch-size", 64, "--warmup", 50, "--validation", 100, "--eval-examples", 20, "--max-new-tokens", 72,
               "--rouge", "unicode", "--dtype", "float32", "--seed", seed]
-    run("train_kd.py", "--student", folder / "start-teacher", "--data", folder / "clean.jsonl", "--loss", "sft", "--steps",
-        500, "--eval-every", 500, "--lr", 2e-3, "--out", folder / "teacher", *common)
-    run("train_kd.py", "--student", folder / "start-student", "--teacher", folder / "teacher/last", "--data",
-        folder / "mixed.jsonl", "--steps", 400, "--eval-every", 400, "--lr", 4e-3, "--out", folder, *common)
+    run_script("train_kd.py", "--student", folder / "start-teacher", "--data", folder / "clean.jsonl", "--loss", "sft", "--steps",
+               500, "--eval-every", 500, "--lr", 2e-3, "--out", folder / "teacher", *common)
+    run_script("train_kd.py", "--student", folder / "start-student", "--teacher", folder / "teacher/last", "--data",
+               folder / "mixed.jsonl", "--steps", 400, "--eval-every", 400, "--lr", 4e-3, "--out", folder, *common)
     rows = {}
     for name in "sft", "kd":
-        begun = time.perf_counter()
-        run("train_grpo.py", "--model", folder / name / "last", "--seed", seed, "--out", folder / f"grpo-{name}")
-        lines = [json.loads(line) for line in (folder / f"grpo-{name}/log.jsonl").read_text().splitlines()]
-        seconds = time.perf_counter() - begun
-        judged = [line for line in lines if "valid_sampled" in line]
-        rows[name.upper()] = {key: judged[0][f"valid_{key}"] for key in COLUMNS}
-        rows[f"{name.upper()}, then GRPO"] = {key: judged[-1][f"valid_{key}"] for key in COLUMNS} | {"seconds": seconds}
+        out = folder / f"grpo-{name}"
+        seconds = run_script("train_grpo.py", "--model", folder / name / "last", "--seed", seed, "--out", out)
+        judged = [line for line in read_log(out) if "valid_sampled" in line]
+        before, after = ({column: line[key] for column, key in LOGGED.items()} for line in (judged[0], judged[-1]))
+        rows |= {name.upper(): before, f"{name.upper()}, then GRPO": after | {"seconds": seconds}}
     return rows
 
 
@@ -72,15 +59,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         seeds = [one_seed(Path(folder) / str(seed), seed) for seed in args.seeds]
     print(f"{len(seeds)} seeds; {machine('torch')}")
-    print("| | " + " | ".join(COLUMNS.values()) + " | seconds |\n|---|" + "---|" * (len(COLUMNS) + 1))
-    for name in seeds[0]:
-        cells = []
-        for key in (*COLUMNS, "seconds"):
-            values = [seed[name][key] for seed in seeds if key in seed[name]]
-            digits = 1 if key == "length" else 0 if key == "seconds" else 3
-            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and key != "seconds" else ""
-            cells.append(f"{mean(values):.{digits}f}{spread}" if values else "")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    seeds_table(seeds, COLUMNS)
     for name in "SFT", "KD":
         gains = [100 * (seed[f"{name}, then GRPO"]["sampled"] - seed[name]["sampled"]) for seed in seeds]
         greedy = [seed[f"{name}, then GRPO"]["greedy"] - seed[name]["greedy"] for seed in seeds]

@@ -10,12 +10,12 @@ import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
 from datetime import date
 from pathlib import Path
+from statistics import mean, median, stdev
 
 ROOT = Path(__file__).parents[1]
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1",
@@ -76,17 +76,30 @@ def settle(patience: float = 60):
             return
 
 
+def run(command: list[str], variables: dict[str, str]) -> str:
+    """Runs a command in the repository's folder -> its standard output; if it fails, this process ends with its errors."""
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def run_script(script: str, *flags) -> float:
+    """Runs one of the repository's scripts on one thread -> its seconds."""
+    start = time.perf_counter()
+    run([sys.executable, script, *map(str, flags)], {"OMP_NUM_THREADS": "1"})
+    return time.perf_counter() - start
+
+
 def child(module: str, *arguments, python: str = sys.executable) -> dict:
     """Runs `python -m module --child arguments...` -> what its report() printed, and 'others': the share of the cores that other
     processes took meanwhile.  python  the interpreter, for a peer that needs another one"""
     command = [python, "-m", module, "--child", *map(str, arguments)]
     settle()
     before, start = busy_seconds() - own_seconds(), time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | QUIET, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    said = run(command, QUIET)
     others = (busy_seconds() - own_seconds() - before) / (time.monotonic() - start) / os.cpu_count()
-    return json.loads(done.stdout.splitlines()[-1]) | {"others": max(0.0, others)}
+    return json.loads(said.splitlines()[-1]) | {"others": max(0.0, others)}
 
 
 def own_seconds() -> float:
@@ -110,7 +123,7 @@ def in_turns(names, job, repeats: int, tries: int = 4) -> dict:
             while runs[-1]["others"] > 0.05 and len(runs) < tries:
                 runs.append(job(name))
             results[name].append(min(runs, key=lambda figures: figures["others"]))
-    return {name: {key: statistics.median(figures[key] for figures in turns) for key in turns[0]}
+    return {name: {key: median(figures[key] for figures in turns) for key in turns[0]}
             for name, turns in results.items()}
 
 
@@ -145,6 +158,19 @@ def table(header: list[str], rows: list[list]):
     for row in cells:
         print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]),
               flush=True)
+
+
+def seeds_table(seeds: list[dict], columns: dict[str, str]):
+    """Prints seeds [{row: {column: value}}] as a Markdown table: mean ± standard deviation over the seeds that have a value, and
+    in a column without decimals the mean alone.  columns  name -> format"""
+    print("| | " + " | ".join(name.replace("_", " ") for name in columns) + " |\n|---|" + "---|" * len(columns))
+    for row in seeds[0]:
+        cells = []
+        for name, digits in columns.items():
+            values = [seed[row][name] for seed in seeds if name in seed[row]]
+            spread = f" ± {stdev(values):{digits}}" if len(values) > 1 and not digits.startswith(".0") else ""
+            cells.append(f"{mean(values):{digits}}{spread}" if values else "")
+        print(f"| {row} | " + " | ".join(cells) + " |")
 
 
 FIGURES = {"seconds": ("s a step", 2), "sampling": ("of it sampling", 2), "peak": ("peak GB", 2), "before": ("before", 2),

@@ -7,25 +7,22 @@ facts and the test prompts are the same for all.
 """
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from benchmarks.measure import machine
-
-ROOT = Path(__file__).parents[1]
+from benchmarks.measure import machine, run_script, seeds_table
 
 
-def run(seed: int, folder: Path) -> tuple[dict, float]:
-    """One seed -> {model: {category: ROUGE-L}}, and the seconds it took."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / "train_kd.py"), "--seed", str(seed), "--out", str(folder)], check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
-    return {row.pop("model"): row for row in rows}, time.perf_counter() - start
+def one_seed(seed: int, folder: Path) -> tuple[dict, float]:
+    """-> {category: {model: ROUGE-L}}, and the seconds it took."""
+    seconds = run_script("train_kd.py", "--seed", seed, "--out", folder)
+    models = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
+    found = {category: {row["model"]: row[category] for row in models}
+             for category in models[0] if category not in ("model", "metrics")}
+    for row in found.values():
+        row["KD / Teacher"] = row["KD"] / row["Teacher"]
+    return found, seconds
 
 
 def main():
@@ -33,18 +30,10 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tables, seconds = zip(*(run(seed, Path(folder) / str(seed)) for seed in args.seeds))
-    models, categories = list(tables[0]), [key for key in tables[0]["Base"] if key != "metrics"]
+        seeds, seconds = zip(*(one_seed(seed, Path(folder) / str(seed)) for seed in args.seeds))
     print(machine())
     print(f"{len(args.seeds)} seeds, {mean(seconds):.0f} s each")
-    print("| | " + " | ".join(models) + " | KD / Teacher |\n|---" * 1 + "|" + "---|" * (len(models) + 1))
-    for category in categories:
-        cells = []
-        for model in models:
-            values = [table[model][category] for table in tables]
-            cells.append(f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}")
-        ratio = mean(table["KD"][category] / table["Teacher"][category] for table in tables)
-        print(f"| {category} | " + " | ".join(cells) + f" | {100 * ratio:.0f}% |")
+    seeds_table(seeds, dict.fromkeys(seeds[0]["all"], ".1f") | {"KD / Teacher": ".0%"})
 
 
 if __name__ == "__main__":
