@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import compare_steps, peak_resident, report, trainer_clock
+from benchmarks.measure import compare_steps, peak_resident, report, trainer_clock, trl_options, word_tokenizer
 from minikd import grpo
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
@@ -72,31 +72,18 @@ def minikd(folder: Path, mode: str, steps: int):
     return seconds, median(parts[1:])
 
 
-def tokenizer():
-    """One word per id, for trl, which needs text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-
-
 def trl(folder: Path, mode: str, steps: int):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import GRPOConfig, GRPOTrainer
 
-    options = {"float32": dict(bf16=False, gradient_checkpointing=False), "bf16": dict(bf16=True,
-               gradient_checkpointing=False), "default": {}}[mode]
-    config = GRPOConfig(output_dir=str(folder / "trl"), use_cpu=True, max_steps=steps, learning_rate=1e-6, beta=0.0,
-                        per_device_train_batch_size=GROUP, gradient_accumulation_steps=1, num_generations=GROUP,
-                        max_completion_length=NEW, max_grad_norm=1.0, logging_steps=1, shuffle_dataset=False,
-                        optim="adamw_torch_fused", lr_scheduler_type="constant", save_strategy="no", report_to="none",
-                        disable_tqdm=True, generation_kwargs={"min_new_tokens": NEW}, **options)
+    config = GRPOConfig(output_dir=str(folder / "trl"), learning_rate=1e-6, beta=0.0, gradient_accumulation_steps=1,
+                        num_generations=GROUP, max_completion_length=NEW, generation_kwargs={"min_new_tokens": NEW},
+                        shuffle_dataset=False, **trl_options(mode, steps, GROUP))
     text = [{"prompt": " ".join(f"w{i}" for i in prompt)} for prompt in prompts(steps)]
     clock = trainer_clock()
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    trainer = GRPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(text), processing_class=tokenizer(),
+    trainer = GRPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(text), processing_class=word_tokenizer(WORDS),
                           reward_funcs=lambda completion_ids, **_: [reward(ids) for ids in completion_ids], callbacks=[clock])
     # trl samples while it prepares a step's inputs, after on_step_begin: so the clock includes sampling.
     trainer.train()

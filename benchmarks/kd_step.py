@@ -27,7 +27,8 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import compare_steps, peak_resident, report, reset_peak, resident, trainer_clock
+from benchmarks.measure import (compare_steps, peak_resident, report, reset_peak, resident, trainer_clock, trl_options,
+                                word_tokenizer)
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
 from minikd.losses import forward_kl
@@ -92,14 +93,6 @@ def states_of(teacher: Qwen2, rows: list[dict]) -> torch.Tensor:
     return scored_positions(teacher.hidden(ids), ids, mask)[0]                  # [N, D']
 
 
-def tokenizer():
-    """trl needs a tokenizer, but no text is encoded."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-
-
 def trl(folder: Path, mode: str, steps: int):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -112,33 +105,31 @@ def trl(folder: Path, mode: str, steps: int):
     def model(name, dtype):
         return AutoModelForCausalLM.from_pretrained(folder / name, dtype=dtype)
 
-    options = {} if mode == "default" else dict(bf16=mode == "bf16", gradient_checkpointing=False)
-    config = GKDConfig(output_dir=str(folder / "out"), use_cpu=True, lmbda=0.0, beta=0.0, learning_rate=LR,
-                       lr_scheduler_type="constant", per_device_train_batch_size=ROWS, max_steps=steps,
-                       max_length=LENGTH, max_grad_norm=1.0, optim="adamw_torch_fused", logging_steps=1,
-                       train_sampling_strategy="sequential", save_strategy="no", report_to="none", disable_tqdm=True,
-                       **options)
+    config = GKDConfig(output_dir=str(folder / "out"), lmbda=0.0, beta=0.0, learning_rate=LR, max_length=LENGTH,
+                       train_sampling_strategy="sequential", **trl_options(mode, steps, ROWS))
     clock = trainer_clock()
     trainer = GKDTrainer(model=model("student", torch.float32), args=config, data_collator=collate,
                          teacher_model=model("teacher", torch.float32 if mode == "float32" else torch.bfloat16),
-                         train_dataset=Dataset.from_list(dataset(steps)), processing_class=tokenizer(),
+                         train_dataset=Dataset.from_list(dataset(steps)), processing_class=word_tokenizer(2),
                          callbacks=[clock])
     trainer.train()
     return clock.seconds, clock.losses, clock.before
 
 
-def measure(method: str, mode: str, steps: int, folder: str):
+METHODS = {"minikd": minikd, "trl": trl, "naive": partial(minikd, full_logits=True), "lean": partial(minikd, lean=True)}
+
+
+def measure(method, mode: str, steps: int, folder: str):
+    """In the child: `steps` steps by a function such as those in METHODS."""
     torch.set_num_threads(2)
-    seconds, losses, before = {"minikd": minikd, "trl": trl, "naive": partial(minikd, full_logits=True),
-                                "lean": partial(minikd, lean=True)}[method](Path(folder), mode, steps)
+    seconds, losses, before = method(Path(folder), mode, steps)
     assert len(seconds) == len(losses) == steps
-    report(seconds=median(seconds[1:]), peak=peak_resident() / 1e9, before=before / 1e9, loss=losses[0],
-           last=losses[-1])
+    report(seconds=median(seconds[1:]), peak=peak_resident() / 1e9, before=before / 1e9, loss=losses[0], last=losses[-1])
 
 
 def main():
     if sys.argv[1:2] == ["--child"]:
-        return measure(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+        return measure(METHODS[sys.argv[2]], sys.argv[3], int(sys.argv[4]), sys.argv[5])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=4, help="of each child; the first is not timed")
     parser.add_argument("--repeats", type=int, default=1, help="children per row")

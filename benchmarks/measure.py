@@ -127,8 +127,29 @@ def in_turns(names, job, repeats: int, tries: int = 4) -> dict:
             for name, turns in results.items()}
 
 
+# ---- the trainers of trl
+
+def trl_options(mode: str, steps: int, rows: int) -> dict:
+    """What each of them is given: `rows` rows a step, AdamW at a constant rate, gradients clipped at 1, nothing saved, and the
+    precision of `mode`: float32, bf16 (autocast), or default, trl's own, which recomputes activations too."""
+    precision = {} if mode == "default" else dict(bf16=mode == "bf16", gradient_checkpointing=False)
+    return dict(use_cpu=True, max_steps=steps, per_device_train_batch_size=rows, optim="adamw_torch_fused",
+                lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to="none",
+                disable_tqdm=True, **precision)
+
+
+def word_tokenizer(words: int):
+    """One word per id, which each of them needs: <pad>, <eos>, w2, w3, ...; 2 words where no text is encoded."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    model = models.WordLevel({"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, words)}, unk_token="<pad>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
 def trainer_clock():
-    """A callback for a trainer of transformers or trl: `seconds` of each step, the `losses` it logged, and the bytes resident
+    """A callback: `seconds` of each step, the `losses` it logged, and the bytes resident
     `before` the first step."""
     from transformers import TrainerCallback
 

@@ -20,9 +20,9 @@ from statistics import median
 
 import torch
 
-from benchmarks.grpo_step import NEW, WORDS, prompts, tokenizer
+from benchmarks.grpo_step import NEW, WORDS, prompts
 from benchmarks.kd_step import LR, SHAPES
-from benchmarks.measure import compare_steps, peak_resident, report, trainer_clock
+from benchmarks.measure import compare_steps, peak_resident, report, trainer_clock, trl_options, word_tokenizer
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
 from minikd.generate import respond
@@ -62,19 +62,16 @@ def trl(folder: Path, mode: str, steps: int):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import DistillationConfig, DistillationTrainer
-    options = {} if mode == "default" else dict(bf16=mode == "bf16", gradient_checkpointing=False)
-    config = DistillationConfig(
-        output_dir=str(folder / "out"), use_cpu=True, beta=1.0, learning_rate=LR, lr_scheduler_type="constant",
-        per_device_train_batch_size=ROWS, max_steps=steps, max_completion_length=NEW, max_grad_norm=1.0,
-        optim="adamw_torch_fused", logging_steps=1, shuffle_dataset=False, save_strategy="no", report_to="none",
-        disable_tqdm=True, generation_kwargs={"min_new_tokens": NEW}, **options)
+    config = DistillationConfig(output_dir=str(folder / "out"), beta=1.0, learning_rate=LR, max_completion_length=NEW,
+                                generation_kwargs={"min_new_tokens": NEW}, shuffle_dataset=False,
+                                **trl_options(mode, steps, ROWS))
     model = lambda name, dtype: AutoModelForCausalLM.from_pretrained(folder / name, dtype=dtype)
     clock = trainer_clock()
     text = [{"prompt": " ".join(f"w{i}" for i in prompt)} for prompt in prompts(ROWS * steps)]
     trainer = DistillationTrainer(
         model=model("student", torch.float32), args=config, train_dataset=Dataset.from_list(text),
         teacher_model=model("teacher", torch.float32 if mode == "float32" else torch.bfloat16),
-        processing_class=tokenizer(), callbacks=[clock])
+        processing_class=word_tokenizer(WORDS), callbacks=[clock])
     trainer.train()                                             # it samples after on_step_begin: the clock includes that
     return clock.seconds, clock.losses
 

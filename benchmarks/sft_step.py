@@ -16,12 +16,11 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
 
 import torch
 
-from benchmarks.kd_step import LENGTH, LR, ROWS, SHAPES, dataset, tensors, tokenizer
-from benchmarks.measure import compare_steps, peak_resident, report, resident, trainer_clock
+from benchmarks.kd_step import LENGTH, LR, ROWS, SHAPES, dataset, measure, tensors
+from benchmarks.measure import compare_steps, resident, trainer_clock, trl_options, word_tokenizer
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
 from minikd.model import Qwen2
@@ -53,28 +52,18 @@ def trl(folder: Path, mode: str, steps: int):
 
     rows = [{"input_ids": row["input_ids"], "completion_mask": [int(at >= row["prompt"]) for at in range(LENGTH)]}
             for row in dataset(steps)]
-    options = {} if mode == "default" else dict(bf16=mode == "bf16", gradient_checkpointing=False)
-    config = SFTConfig(output_dir=str(folder / "out"), use_cpu=True, learning_rate=LR, lr_scheduler_type="constant",
-                       per_device_train_batch_size=ROWS, max_steps=steps, max_length=LENGTH, max_grad_norm=1.0,
-                       optim="adamw_torch_fused", logging_steps=1, train_sampling_strategy="sequential", save_strategy="no",
-                       report_to="none", disable_tqdm=True, completion_only_loss=True, **options)
+    config = SFTConfig(output_dir=str(folder / "out"), learning_rate=LR, max_length=LENGTH, completion_only_loss=True,
+                       train_sampling_strategy="sequential", **trl_options(mode, steps, ROWS))
     clock = trainer_clock()
     trainer = SFTTrainer(model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args=config,
-                         train_dataset=Dataset.from_list(rows), processing_class=tokenizer(), callbacks=[clock])
+                         train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer(2), callbacks=[clock])
     trainer.train()
     return clock.seconds, clock.losses, clock.before
 
 
-def measure(method: str, mode: str, steps: int, folder: str):
-    torch.set_num_threads(2)
-    seconds, losses, before = {"minikd": minikd, "trl": trl}[method](Path(folder), mode, steps)
-    assert len(seconds) == len(losses) == steps
-    report(seconds=median(seconds[1:]), peak=peak_resident() / 1e9, before=before / 1e9, loss=losses[0], last=losses[-1])
-
-
 def main():
     if sys.argv[1:2] == ["--child"]:
-        return measure(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+        return measure({"minikd": minikd, "trl": trl}[sys.argv[2]], sys.argv[3], int(sys.argv[4]), sys.argv[5])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=5, help="of each child; the first is not timed")
     parser.add_argument("--repeats", type=int, default=3, help="children per row")
