@@ -18,6 +18,7 @@ from statistics import median
 import torch
 
 from benchmarks.measure import child, in_turns, machine, peak_resident, report, table
+from benchmarks.shapes import COMMON, SHAPES
 from minikd.checkpoint import load_head, load_model, save_model
 from minikd.data import Encoded
 from minikd.losses import forward_kl
@@ -26,15 +27,9 @@ from minikd.teacher import CachedTeacher, Teacher, fill_cache
 from minikd.training import make_optimizer
 from train_kd import forward_backward
 
-COMMON = dict(num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)
-SHAPES = {"student": Qwen2Config(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_hidden_layers=24,
-                                 **COMMON),
-          "teacher": Qwen2Config(hidden_size=2048, intermediate_size=11008, num_attention_heads=16,
-                                 num_hidden_layers=36, **COMMON)}
-SMALL = {"student": Qwen2Config(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_hidden_layers=4,
-                                **COMMON),
-         "teacher": Qwen2Config(hidden_size=1024, intermediate_size=2752, num_attention_heads=16, num_hidden_layers=8,
-                                **COMMON)}
+LARGE = {"student": SHAPES["0.5B"], "teacher": SHAPES["3B"]}
+SMALL = {"student": Qwen2Config(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_hidden_layers=4, **COMMON),
+         "teacher": Qwen2Config(hidden_size=1024, intermediate_size=2752, num_attention_heads=16, num_hidden_layers=8, **COMMON)}
 ROWS, LENGTH = 4, 256
 
 
@@ -103,7 +98,7 @@ def main():
     parser.add_argument("--steps", type=int, default=4, help="of each child; the first is not timed")
     parser.add_argument("--repeats", type=int, default=1, help="children per row")
     args = parser.parse_args()
-    for shapes, dtype, title in (SMALL, "float32", "smaller"), (SHAPES, "bfloat16", "3B -> 0.5B"):
+    for shapes, dtype, title in (SMALL, "float32", "smaller"), (LARGE, "bfloat16", "3B -> 0.5B"):
         with tempfile.TemporaryDirectory() as folder:
             for name, config in shapes.items():
                 save_model(Qwen2(config).to(getattr(torch, dtype)).init_weights(len(name)), Path(folder) / name)

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import child, in_turns, machine, peak_resident, report, table
+from benchmarks.shapes import SHAPES
 from minikd.checkpoint import load_model, save_model
 from minikd.generate import generate
 from minikd.layout import use_int8_head
-from minikd.model import Qwen2, Qwen2Config
+from minikd.model import Qwen2
 
 PROMPT, NEW = 28, 64
-HALF = Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-                   num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)
+HALF = SHAPES["0.5B"]
 
 
 def make_half(folder, dtype=torch.bfloat16):

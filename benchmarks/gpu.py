@@ -35,6 +35,7 @@ import torch.nn.functional as F
 
 from benchmarks.head_loss import trl
 from benchmarks.measure import machine
+from benchmarks.shapes import SHAPES
 from minikd import cuda, loss_cuda, losses, w4_cuda
 from minikd.attend_cuda import HEADS, attend
 from minikd.data import Encoded, send
@@ -48,10 +49,6 @@ from minikd.model import Qwen2, Qwen2Config, StaticCache, mixed, rope_tables, ro
 from minikd.quant import W4Linear, decode_groups, round_to_nearest, to_w4, to_words
 from minikd.training import compile_blocks, make_optimizer
 
-COMMON = dict(num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)
-SHAPES = {"0.5B": Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, **COMMON),
-          "1.5B": Qwen2Config(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, **COMMON),
-          "3B": Qwen2Config(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, **COMMON)}
 LAYERS = [(1152, 896), (896, 896), (9728, 896), (896, 4864), (128, 896), (17920, 1536), (1536, 8960), (2560, 2048),
           (22016, 2048), (2048, 11008), (37888, 3584), (3584, 18944)]         # outputs x inputs; the last of the 7B
 BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 64, 257]

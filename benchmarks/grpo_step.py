@@ -14,21 +14,22 @@ import argparse
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from benchmarks.measure import compare_steps, peak_resident, report, trainer_clock, trl_options, word_tokenizer
+from benchmarks.shapes import SHAPES
 from minikd import grpo
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
-from minikd.model import Qwen2, Qwen2Config, cast_copy
+from minikd.model import Qwen2, cast_copy
 from minikd.training import make_optimizer
 from train_grpo import forward_backward
 
-SHAPE = Qwen2Config(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_hidden_layers=4,
-                    num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)
+SHAPE = replace(SHAPES["0.5B"], num_hidden_layers=4)
 GROUP, PROMPT, NEW, WORDS = 8, 28, 64, 151_643
 
 

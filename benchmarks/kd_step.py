@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,14 +30,13 @@ import torch
 
 from benchmarks.measure import (compare_steps, peak_resident, report, reset_peak, resident, trainer_clock, trl_options,
                                 word_tokenizer)
+from benchmarks.shapes import SHAPES
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
 from minikd.losses import forward_kl
-from minikd.model import Qwen2, Qwen2Config
+from minikd.model import Qwen2
 
-COMMON = dict(num_hidden_layers=4, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True)
-SHAPES = {"student": Qwen2Config(hidden_size=896, intermediate_size=4864, num_attention_heads=14, **COMMON),
-          "teacher": Qwen2Config(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, **COMMON)}
+SHALLOW = {"student": replace(SHAPES["0.5B"], num_hidden_layers=4), "teacher": replace(SHAPES["1.5B"], num_hidden_layers=4)}
 ROWS, LENGTH, WORDS, LR = 4, 256, 151_643, 1e-5
 
 
@@ -138,7 +138,7 @@ def main():
     runs = [(method, mode) for mode in ("float32", "bf16") for method in (*args.peers, "lean", "minikd")]
     runs += [("trl", "default")] if "trl" in args.peers else []
     with tempfile.TemporaryDirectory() as folder:
-        for name, config in SHAPES.items():
+        for name, config in SHALLOW.items():
             save_model(Qwen2(config).to(torch.bfloat16).init_weights(len(name)), Path(folder) / name)
         compare_steps("benchmarks.kd_step", args.steps, args.repeats, folder, runs)
 

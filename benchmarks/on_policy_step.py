@@ -21,7 +21,7 @@ from statistics import median
 import torch
 
 from benchmarks.grpo_step import NEW, WORDS, prompts
-from benchmarks.kd_step import LR, SHAPES
+from benchmarks.kd_step import LR, SHALLOW
 from benchmarks.measure import compare_steps, peak_resident, report, trainer_clock, trl_options, word_tokenizer
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
@@ -91,7 +91,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="children per row")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for name, config in SHAPES.items():
+        for name, config in SHALLOW.items():
             save_model(Qwen2(config).to(torch.bfloat16).init_weights(len(name)), Path(folder) / name)
         compare_steps("benchmarks.on_policy_step", args.steps, args.repeats, folder)
 

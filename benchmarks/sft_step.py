@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kd_step import LENGTH, LR, ROWS, SHAPES, dataset, measure, tensors
+from benchmarks.kd_step import LENGTH, LR, ROWS, SHALLOW, dataset, measure, tensors
 from benchmarks.measure import compare_steps, resident, trainer_clock, trl_options, word_tokenizer
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
@@ -69,7 +69,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="children per row")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Qwen2(SHAPES["student"]).to(torch.bfloat16).init_weights(7), folder)
+        save_model(Qwen2(SHALLOW["student"]).to(torch.bfloat16).init_weights(7), folder)
         compare_steps("benchmarks.sft_step", args.steps, args.repeats, folder)
 
 
