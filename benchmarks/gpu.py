@@ -22,12 +22,12 @@ says so, and the next one runs.
 """
 import argparse
 import gc
-import statistics
 import subprocess
 import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import fmean, median
 from unittest import mock
 
 import torch
@@ -80,10 +80,6 @@ def attempt(what: str):
     except Exception:
         print(f"{what}: FAILED", flush=True)
         traceback.print_exc(limit=-3)
-
-
-def median(values) -> float:
-    return statistics.median(values)
 
 
 def spread(values) -> str:
@@ -576,8 +572,7 @@ def transformers_answer(model, prompts: list, new: int, sample: bool = False):
 
 def bytes_of_a_step(model: Qwen2) -> int:
     """Bytes of the weights that one step reads: codes and scales, or plain weights; the head, but not the embedding's row."""
-    held = {key: value.nbytes for key, value in model.state_dict().items() if not key.endswith(("g_idx", "qzeros"))}
-    return sum(held.values())
+    return sum(value.nbytes for key, value in model.state_dict().items() if not key.endswith(("g_idx", "qzeros")))
 
 
 def time_sampling(device, tiny, limits):
@@ -692,7 +687,7 @@ def time_gptq(device, tiny, limits):
         quantize_model(model, [Encoded(row[:1], row[1:], True, i) for i, row in enumerate(ids)], 0, store=to_words,
                        batch_size=2, device=device, on_layer=lambda _, error, rtn: errors.append(error / rtn))
         table.row(f"{name}, {count} x {length:,}", f"{time.perf_counter() - start:.0f}", f"{peak_gb(device):.2f}",
-                  f"{peak_gb(device) / size:.2f}", f"{statistics.fmean(errors):.2f}")
+                  f"{peak_gb(device) / size:.2f}", f"{fmean(errors):.2f}")
 
     for name in wanted("0.5B") if tiny else wanted("0.5B", "3B"):
         with attempt(name):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -29,15 +30,11 @@ def cpu_model() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def version(package: str) -> str:
-    from importlib.metadata import version
-    return f"{package} {version(package)}"
-
-
 def machine(*packages: str) -> str:
     """The line under every table, such as 'AMD EPYC, 2 cores, load 0.3, Python 3.11.2, torch 2.13.0, 2025-11-24'."""
     return ", ".join([cpu_model(), f"{os.cpu_count()} cores", f"load {os.getloadavg()[0]:.1f}",
-                      f"Python {platform.python_version()}", *map(version, packages), str(date.today())])
+                      f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages),
+                      str(date.today())])
 
 
 # ---- this process's memory in bytes, as Linux counts it

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rouge_score.rouge_scorer import RougeScorer
 
+from benchmarks.measure import cpu_model
 from minikd import rouge
 
 INSTRUCTIONS = Path(__file__).parents[1] / ".." / "shared" / "data" / "instructions-1100.jsonl"
@@ -78,12 +79,6 @@ def compare(pairs, stemmer: bool, repeats: int):
         seconds.append((cold, warm, peer))
         equal &= first == second == expected
     return [statistics.median(column) for column in zip(*seconds)], equal
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main():

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median_high
 
 from benchmarks.measure import machine, table
 from minikd.sandbox import isolation, run_programs, same_output
@@ -55,7 +56,7 @@ def left(folder: str) -> int:
 def main():
     argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False).parse_args()
     print(isolation())
-    entries, rows, rates = programs(), [], []
+    entries, rows = programs(), []
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
         os.chmod(folder, 0o755)                                     # programs may run as another user, who must enter it
         tempfile.tempdir, before = folder, left(folder)
@@ -67,10 +68,9 @@ def main():
             wrong = Counter(kind for (kind, status, right, expected, _), result in zip(chosen, results)
                             if result.status != status
                             or status == "ok" and same_output(result.stdout, expected) != right)
-            median = sorted(result.seconds for result in results)[len(results) // 2]
-            rates.append(f"{len(chosen) / seconds:.0f}")
-            rows.append(["all" if loops else "without the endless loops", len(chosen), f"{seconds:.1f}", rates[-1],
-                         f"{1000 * median:.0f}", sum(wrong.values()), left(folder) - before])
+            each = median_high(result.seconds for result in results)
+            rows.append(["all" if loops else "without the endless loops", len(chosen), f"{seconds:.1f}",
+                         f"{len(chosen) / seconds:.0f}", f"{1000 * each:.0f}", sum(wrong.values()), left(folder) - before])
             if wrong:
                 print("misjudged:", dict(wrong))
         tempfile.tempdir = None
