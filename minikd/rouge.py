@@ -50,21 +50,21 @@ def exact_match(prediction: str, references, unicode=False) -> bool:
     return plain(prediction) in map(plain, _as_list(references))
 
 
-def mean_by_category(examples) -> dict:
+def mean_by_category(examples: list[dict]) -> dict:
     """Mean scores x 100: {category: {"examples", "rouge_l", "exact_match"}}, sorted by name, "all" (every example) last.
 
     examples  dicts with "f1" and "exact_match", and "category" if they have one; one called "all" becomes "all (category)"
     """
-    groups = {}
-    for example in examples:
-        for category in {example.get("category") or None, None}:    # None collects all examples
-            groups.setdefault(category, []).append(example)
     def mean(group, score):
         return 100 * fsum(example[score] for example in group) / len(group)
-    names = {None: "all", "all": "all (category)"}
-    return {names.get(category, category): {"examples": len(group), "rouge_l": mean(group, "f1"),
-                                            "exact_match": mean(group, "exact_match")}
-            for category, group in sorted(groups.items(), key=lambda item: (item[0] is None, str(item[0] or "")))}
+
+    groups = {}
+    for example in examples:
+        if category := example.get("category"):
+            groups.setdefault("all (category)" if category == "all" else category, []).append(example)
+    groups = dict(sorted(groups.items())) | ({"all": examples} if examples else {})
+    return {category: {"examples": len(group), "rouge_l": mean(group, "f1"), "exact_match": mean(group, "exact_match")}
+            for category, group in groups.items()}
 
 
 def _as_list(references) -> list:
