@@ -184,17 +184,19 @@ def _entries(path):
 
 
 def _texts(value, where: str, names: tuple[str, ...], single: bool = False) -> tuple[str, ...]:
-    there = [name for name in names if name in value] if isinstance(value, dict) else []
-    name = next((name for name in there if value[name] is not None), there[0] if there else None)      # null: if all are
-    if isinstance(value, dict) and name is None:
-        raise InputError(f"{where}: has none of the fields {', '.join(names)}, but {', '.join(list(value)[:12])}; "
-                         "rename the one that holds the text")
-    found = value if name is None else value[name]
-    texts = tuple(found) if isinstance(found, list) and not single else (found,)
+    what = "the record"
+    if isinstance(value, dict):
+        there = [name for name in names if name in value]
+        if not there:
+            raise InputError(f"{where}: has none of the fields {', '.join(names)}, but {', '.join(list(value)[:12])}; "
+                             "rename the one that holds the text")
+        what = next((name for name in there if value[name] is not None), there[0])     # null only if all are
+        value = value[what]
+    texts = tuple(value) if isinstance(value, list) and not single else (value,)
     for text in texts:
         if not isinstance(text, str) or HALF.search(text):
             kind = "half a character" if isinstance(text, str) else kind_of(text)
-            raise InputError(f"{where}: {name or 'the record'} is {kind}; make it text")
+            raise InputError(f"{where}: {what} is {kind}; make it text")
     if not texts:
-        raise InputError(f"{where}: {name or 'the record'} is an empty list; give a reference")
+        raise InputError(f"{where}: {what} is an empty list; give a reference")
     return texts
