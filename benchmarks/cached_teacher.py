@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -92,8 +93,8 @@ def main():
     if sys.argv[1:2] == ["--child"]:
         torch.set_num_threads(2)
         what, folder, dtype, steps = sys.argv[2], Path(sys.argv[3]), getattr(torch, sys.argv[4]), int(sys.argv[5])
-        return {"fill": lambda: fill(folder, dtype, steps), "exact": lambda: exact(folder, dtype, steps)}.get(
-            what, lambda: train(what, folder, dtype, steps))()
+        job = {"fill": fill, "exact": exact, "live": partial(train, "live"), "cached": partial(train, "cached")}[what]
+        return job(folder, dtype, steps)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=4, help="of each child; the first is not timed")
     parser.add_argument("--repeats", type=int, default=1, help="children per row")
@@ -107,9 +108,8 @@ def main():
             print(f"{title}, {dtype}: {made['tokens']:,.0f} tokens cached in {made['seconds']:.0f} s, "
                   f"{made['bytes_a_token']:,.0f} bytes a token; loss {errors['loss']:.4f}, relative error "
                   f"{errors['loss_error']:.1e}, gradient's {errors['gradient_error']:.1e}", flush=True)
-            if title == "smaller":
-                continue
-            figures = in_turns(("live", "cached"), run, args.repeats)
+            if shapes is LARGE:
+                figures = in_turns(("live", "cached"), run, args.repeats)
     rows = [[what, f"{row['seconds']:.1f}", f"{row['peak']:.1f}", f"{figures['live']['seconds'] / row['seconds']:.2f}x",
              f"{row['peak'] / figures['live']['peak']:.2f}", f"{row['others']:.0%}"] for what, row in figures.items()]
     table(["teacher", "s a step", "peak GB", "faster", "its peak", "others"], rows)

@@ -61,7 +61,8 @@ def measure(method: str, folder: Path):
         import gptqmodel as _                                   # before `before`: the memory of imports is not counted
     size = (folder / "model.safetensors").stat().st_size
     before, times = resident(), [time.perf_counter()]
-    figures = globals()[method](folder, ids, lambda: times.append(time.perf_counter()))
+    run = {"minikd": minikd, "gptqmodel": gptqmodel}[method]
+    figures = run(folder, ids, lambda: times.append(time.perf_counter()))
     report(**figures, quantise=times[2] - times[1], whole=time.perf_counter() - times[0],
            peak=(peak_resident() - before) / size, gigabytes=(peak_resident() - before) / 1e9)
 
@@ -83,9 +84,10 @@ def main():
             os.environ["GPTQMODEL_CPU_WORKERS"] = "4"
             found["gptqmodel"] = child("benchmarks.gptq_time", "gptqmodel", folder, python=args.peer)
     for name, row in found.items():
-        rows.append([name, f"{row['layers']:.0f}", f"{row['peak']:.2f}", f"{row['others']:.0%}"])
-        for key, digits in ("gigabytes", 2), ("whole", 0), ("quantise", 0):
-            rows[-1][2:2] = [f"{row[key]:.{digits}f}", f"{row[key] / ours[key]:.2f}x"]
+        cells = []
+        for key, digits in ("quantise", 0), ("whole", 0), ("gigabytes", 2):
+            cells += [f"{row[key]:.{digits}f}", f"{row[key] / ours[key]:.2f}x"]
+        rows.append([name, f"{row['layers']:.0f}", *cells, f"{row['peak']:.2f}", f"{row['others']:.0%}"])
     table(["", "layers", "quantise s", "", "load to end s", "", "peak GB", "", "of bfloat16", "others"], rows)
     print(f"minikd's output error {ours['error']:.2f} of round-to-nearest's in the mean, not below it in "
           f"{ours['worse']:.0f}; {machine('torch')}")
