@@ -1,4 +1,4 @@
-"""What the benchmarks share: child processes that measure themselves, repeats in turns, memory, a line about the machine.
+"""What the benchmarks share: child processes that measure themselves, repeats in turns, memory, trl's trainers, tables.
 
 What is measured runs in a child process (`python -m benchmarks.NAME --child ARGUMENT...`), so that each peer has its own
 memory and threads. A child prints one JSON line, its last, by report(). Peers take turns (in_turns), so that a slow phase of
@@ -146,8 +146,7 @@ def word_tokenizer(words: int):
 
 
 def trainer_clock():
-    """A callback: `seconds` of each step, the `losses` it logged, and the bytes resident
-    `before` the first step."""
+    """A callback: `seconds` of each step, the `losses` that were logged, and the bytes resident `before` the first step."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):

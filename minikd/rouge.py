@@ -14,7 +14,7 @@ import re
 import string
 import sys
 import unicodedata
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import fsum
 
 from minikd.files import InputError
@@ -93,7 +93,7 @@ def tokens(text: str, stemmer=False, unicode=False) -> list[str]:
     return list(map(porter_stem, words)) if stemmer else words
 
 
-@lru_cache(maxsize=None)
+@cache
 def _unicode_word() -> re.Pattern:
     """A word: letters and digits, then any mix of combining marks with more of them; or one symbol with its marks.
 

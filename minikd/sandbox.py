@@ -117,7 +117,7 @@ def cores() -> int:
     return count
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def isolation() -> str:
     """Which limits are active on this machine, as text to print beside results; found once, by an empty program."""
     return _run("", "", 30.0, 512)[1]
@@ -170,7 +170,7 @@ def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
     return Result(verdict, out, err, seconds), level
 
 
-@functools.lru_cache(maxsize=None)                              # once in a process
+@functools.cache                                                # once in a process
 def _sweep():
     """Removes what is a day old: of a program that was killed together with its supervisor and its caller."""
     for left in Path(tempfile.gettempdir()).glob(PREFIX + "*"):
@@ -474,7 +474,7 @@ def _boot():
     exec(code, main)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _trampoline() -> str:
     """Source of the supervisor's functions, for `python -c`."""
     parts = (_supervise, _kill_below, _become, _uncover, _landlock, _seccomp)
