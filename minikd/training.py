@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -88,7 +88,9 @@ def read_log(folder, name: str = LOG) -> list[dict]:
 
 def _log_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
     """Line by line, as GRPO's completions take hundreds of megabytes: (the line, its value)."""
-    with open(path, "rb") if path.exists() else nullcontext([]) as lines:
+    if not path.exists():
+        return
+    with open(path, "rb") as lines:
         for line in lines:
             if not line.endswith(b"\n"):                        # cut short by a kill
                 return
@@ -229,15 +231,16 @@ def check_settings(folder, settings: dict):
     before = settings_of(folder)
     before["data"] = before.get("records") or before.get("data")        # a name of earlier versions
     settings = json.loads(json.dumps(settings, default=str))
-    for key, value in sorted(settings.items(), key=lambda item: item[0] == "rows"):         # last: a flag tells more
-        if key == "reward_files" and before.get(key) != value:                  # a bug in it may be mended
-            print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)
-        elif key == "rows" and key in before and before[key] != value:
-            raise InputError(f"{folder}: --resume, but the data are other tokens than those that the run began with; take back "
-                             "the change of the tokenizer, its chat template or minikd, or choose another --out")
-        elif key != "rows" and essence(key, before.get(key)) != essence(key, value):
+    rows, files = settings.pop("rows", None), settings.pop("reward_files", None)
+    for key, value in settings.items():
+        if essence(key, before.get(key)) != essence(key, value):
             raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
                              f"{before.get(key)}; give the same flags, or another --out")
+    if rows and rows != before.get("rows", rows):               # after the flags, one of which may be the reason
+        raise InputError(f"{folder}: --resume, but the data are other tokens than those that the run began with; take back "
+                         "the change of the tokenizer, its chat template or minikd, or choose another --out")
+    if files is not None and files != before.get("reward_files"):               # a bug in one may be mended
+        print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)
 
 
 def begin_run(folder, settings: dict, resume: bool) -> bool:
