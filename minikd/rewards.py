@@ -190,6 +190,20 @@ def _value(text: str) -> Fraction | None:
     return top / bottom if bottom else None
 
 
+def _tests_of(completion: str, problem: dict, max_seconds: float, max_memory: int) -> list[tuple] | None:
+    """Per test (run_program's arguments, the expected output); none without a program, None if the problem cannot be judged."""
+    tests = [test for test in problem.get("tests") or () if len(test["output"].encode()) < sandbox.OUTPUT]
+    if not tests or not (problem.get("language") or "python").lower().startswith("py"):
+        return None
+    answer = answer_part(completion)
+    if answer is None and "<think>" not in completion:
+        answer = completion
+    source = extract_code(answer or "")
+    limits = (min(problem.get("time_limit") or 5.0, max_seconds),                          # 5 s: open-r1's
+              int(max(64, min(problem.get("memory_limit") or 512, max_memory))))           # the interpreter takes 30
+    return [((source, test["input"], *limits), test["output"]) for test in tests] if source else []
+
+
 def code_reward(completions: list[str], facts: list[dict], partial: bool = False, max_seconds: float = 10.0,
                 max_memory: int = 512) -> Values:
     """1 if the answer's program passes all tests, else 0; with `partial` the fraction it passes.  open-r1 line 511
@@ -200,20 +214,8 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
     The programs of all completions run in parallel, once per input; outcomes are remembered. Without `partial` a program
     that fails a test gets no later one: an endless loop costs one time limit, not one per test.
     """
-    asked = []                                  # per completion and test: (run_program's arguments, the expected output)
-    for completion, problem in zip(completions, facts, strict=True):
-        python = (problem.get("language") or "python").lower().startswith("py")
-        answer = answer_part(completion)
-        if answer is None and "<think>" not in completion:
-            answer = completion
-        source = extract_code(answer or "")
-        limits = (min(problem.get("time_limit") or 5.0, max_seconds),                      # 5 s: open-r1's
-                  int(max(64, min(problem.get("memory_limit") or 512, max_memory))))       # the interpreter takes 30
-        tests = [test for test in problem.get("tests") or () if len(test["output"].encode()) < sandbox.OUTPUT]
-        if python and tests:
-            asked.append([((source, test["input"], *limits), test["output"]) for test in tests if source])
-        else:
-            asked.append(None)                  # cannot be judged
+    asked = [_tests_of(completion, problem, max_seconds, max_memory)
+             for completion, problem in zip(completions, facts, strict=True)]
     passed = [[] for _ in asked]                # per completion: whether it passed each test so far
     most = max((len(tests) for tests in asked if tests), default=0)
     start, end = 0, most if partial else 1
