@@ -236,9 +236,9 @@ _DONE = {}                                      # run_program's arguments -> its
 def _run_all(runs: set[tuple]) -> dict[tuple, sandbox.Result]:
     """Results of the runs. Short ones of programs that ended by themselves are remembered, as a policy repeats its programs;
     not for want of threads, which programs that ran beside them may have used up (sandbox.LIMITS)."""
-    fresh = sorted(run for run in runs if run not in _DONE)
     if len(_DONE) > 50_000:
         _DONE.clear()
+    fresh = sorted(run for run in runs if run not in _DONE)
     found = {run: _DONE[run] for run in runs if run in _DONE} | dict(zip(fresh, sandbox.run_programs(fresh)))
     _DONE.update((run, found[run]) for run in fresh if found[run].status in ("ok", "error")
                  and len(found[run].stdout) + len(found[run].stderr) <= 10_000 and "start new thread" not in found[run].stderr)
