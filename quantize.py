@@ -65,7 +65,7 @@ def parse_args():
     args = parser.parse_args()
     toy = args.model is None
     if args.method == "rtn":
-        note_unused(args, "with --method rtn", "samples", "length", "no_act_order", "damp")
+        note_unused(args, "with --method rtn", "calibration", "samples", "length", "no_act_order", "damp")
     if not (args.eval_data or toy):
         note_unused(args, "without --eval-data", "eval_examples", "max_new_tokens", "rouge")
     fill_defaults(args, parser, toy)
@@ -92,9 +92,11 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
     encoded in random order until there are enough."""
     first = next(read_records(data_files(paths[0])[0]))[1]
     if format is None and recognise(first) is None and "text" in first:
-        source, encode = load_texts(paths)[0], lambda part: encode_text(part, tokenizer, length)
+        source = load_texts(paths)[0]
+        encode = lambda part: encode_text(part, tokenizer, length)
     else:
-        source, encode = load_examples(paths, format)[0], lambda part: encode_examples(part, tokenizer, template, length, length)[0]
+        source = load_examples(paths, format)[0]
+        encode = lambda part: encode_examples(part, tokenizer, template, length, length)[0]
     rng, rows = random.Random(seed), []
     rng.shuffle(source)
     for start in range(0, len(source), samples):
@@ -109,7 +111,7 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
 
 def describe_calibration(rows: list, samples: int, config) -> str:
     """One line on how much there is to calibrate on, and whether it is little."""
-    tokens, widest = sum(len(row.prompt) + len(row.response) for row in rows), config.intermediate_size
+    tokens, widest = sum(map(len, rows)), config.intermediate_size
     few = f"fewer than --samples {samples}" if len(rows) < samples else ""
     if tokens < widest:                                         # then a Hessian of that size has no full rank
         few = f"fewer tokens than the {widest:,} inputs of a layer, so that GPTQ can be worse than rounding; give more"
@@ -183,9 +185,9 @@ def main():
     spare_threads(config)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(args.model, config, tokenizer)
-    rows = calibration_rows(args.calibration, tokenizer, args.samples, args.length, args.template,
-                            args.seed, args.format) if args.calibration else []
+    rows = []
     if "gptq" in args.methods:
+        rows = calibration_rows(args.calibration, tokenizer, args.samples, args.length, args.template, args.seed, args.format)
         print(describe_calibration(rows, args.samples, config))
     examples, eval_rows = [], []
     if args.eval_data:

@@ -74,6 +74,11 @@ def test_little_calibration_is_noted(run, world, flags, said):
     assert status == 0 and re.search(said, out, re.MULTILINE)
 
 
+def test_rounding_reads_no_calibration_and_says_so(run):
+    status, _, err = run("--method", "rtn", data=("--calibration", "never.jsonl"))
+    assert status == 0 and "without effect with --method rtn: --calibration" in err, err
+
+
 def test_a_format_says_what_the_records_are(run, world, tmp_path):
     both = {"instruction": "Say a.", "output": "a.", "text": "One book. " * 9}
     (tmp_path / "both.jsonl").write_text(json.dumps(both) + "\n")
@@ -197,7 +202,7 @@ def test_an_out_that_holds_something_else_is_refused_before_the_work(run, world,
     for out, said in ((training, "holds a training run"), (comparison, "holds a training run"), (adapter, "holds .safetensors files without a config.json"),
                       (plain, "holds an unquantised model"), (file, "is a file"),
                       (world / "model", "the model's own folder"), (file / "below", "cannot be written")):
-        status, _, err = run("--method", "rtn", out=("--out", out))
+        status, _, err = run("--method", "rtn", out=("--out", out), data=())
         assert status == 2 and said in err and err.count("\n") == 1 and "Traceback" not in err, (out, err)
     assert file.read_text() == "mine" and load_model(plain) and (adapter / "adapter_model.safetensors").exists()
 
