@@ -377,6 +377,13 @@ def test_completions_run_side_by_side_the_same_run_once_and_none_after_it_failed
     assert not any(calls[2:])                                                   # all of it is remembered
 
 
+def test_when_too_much_is_remembered_all_is_forgotten_and_run_again(calls):
+    job = [says(block("a"))], [{"tests": [{"input": "x", "output": "a\nx"}]}]
+    assert code_reward(*job) == [1] and len(calls) == 1
+    rewards._DONE.update({(i,): None for i in range(50_000)})
+    assert code_reward(*job) == [1] and len(calls) == 2 and len(rewards._DONE) == 1
+
+
 def test_rounds_grow_and_reach_every_test(calls):
     problem = {"tests": [{"input": str(i), "output": f"a\n{i}"} for i in range(11)]}
     assert one(code_reward, says(block("a")), problem) == 1
