@@ -260,6 +260,7 @@ def test_repetition_takes_other_lengths_and_penalties():
     (r"so \boxed{42}", "42", True), (r"\boxed{42} or \boxed{43}", "42", False), ("$42$", "42", True), ("$42", "$42.0$", True),
     (r"$\boxed{\frac{1}{2}}$.", r"\frac{1}{2}", True), (r"\boxed{}", "42", False), ("", "42", False), (r"42 \boxed{", "42", False),
     ("63/400", r"\frac{63}{400}", True), (r"\dfrac{63}{400}", r"\tfrac{63}{400}", True), (r"-\frac{1}{2}", "-.5", True),
+    (r"\frac{3}{4}.", "0.75", True), ("0.75", r"\(\frac{3}{4}\).", True), (r"\frac{1}{2}.5", "1/2.5", False),
     (r"\frac12", "0.5", True), (r"\dfrac1{12}", "1/12", True), (r"\frac{3}4", "75%", False), (r"\frac{3}4", ".75", True),
     (r"\frac12", "1/12", False), (r"\frac123", "1/23", False), ("1 / 2", "1/2", True), ("1 /2", ".5", True), ("1 2", "12", False),
     (r"\frac{x}{2}", "x/2", True), (r"\frac{x+1}{2}", "x+1/2", False), ("18", r"18 \text{ cm}", True), ("cm", r"18 \text{ cm}", False),
