@@ -178,7 +178,8 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     if tests:
         facts |= {"tests": tests, "language": "python"} | _limits(record, where)
     if not asked or not facts:
-        kind = Unanswered if asked and given or "description" in record else InputError         # null: a statement not at hand
+        lost = "description" in record and absent(record["description"]) and ("input_format" in record or "examples" in record)
+        kind = Unanswered if asked and given or lost else InputError            # lost: a Codeforces statement that is null
         raise kind(f"{where}: is not a problem: give `question` and `answer` or `tests`, or Codeforces' `description` and "
                    f"`examples` (its fields: {', '.join(list(record)[:12])})")
     question = with_passage(record, where, asked, _asked(record.get("prompt")))

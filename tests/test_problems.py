@@ -256,6 +256,14 @@ def test_a_statement_that_is_null_is_left_out_and_counted(tmp_path):
         assert [problem.messages for problem in found] == [to_problem(RECORD, "x").messages] and left == 1
 
 
+@pytest.mark.parametrize("record", [{"description": "Add 1 and 2.", "solution_text": "3"}, {"description": None, "anser": "3"},
+                                    {"description": "x", "question": "2+2", "anser": "4"}])
+def test_a_description_alone_does_not_make_a_misnamed_record_vanish(record, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(InputError, match="p.jsonl:1: is not a problem"):
+        load_problems(tmp_path / "p.jsonl")
+
+
 def test_of_records_that_ask_the_same_the_first_is_the_problem(tmp_path):
     records = [{"question": q, "answer": a} for q, a in (("1+1", "2"), ("2+2", "4"), ("1+1", "two"), ("1+1", "II"))]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
