@@ -288,8 +288,8 @@ def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) 
 
 
 def forward_backward(batch: list[Encoded], old, ref, advantages, weights, log_s=None, *, model: Qwen2, pad_id: int,
-                  dtype: torch.dtype, temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
-                  checkpointing: bool) -> torch.Tensor:
+                     dtype: torch.dtype, temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
+                     checkpointing: bool) -> torch.Tensor:
     """Forward and backward of one micro-batch of answers: adds to every .grad, and returns sums over its tokens [4]: KL, entropy,
     the clipped ones, all.
 

@@ -267,7 +267,7 @@ def response_tokens(batches: list[list[Encoded]]) -> int:
 
 
 def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id: int, dtype: torch.dtype,
-                  checkpointing: bool, teacher=None, divergence=None, kd_ratio=0.0, ratio_clip=0.2) -> torch.Tensor:
+                     checkpointing: bool, teacher=None, divergence=None, kd_ratio=0.0, ratio_clip=0.2) -> torch.Tensor:
     """Forward and backward of one micro-batch, its tokens weighted by `weight`: adds to every .grad, and returns the sums of CE
     and divergence [2].
 

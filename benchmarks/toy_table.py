@@ -3,7 +3,7 @@
     python -m benchmarks.toy_table              # about 8 minutes on a CPU
 
 Each seed is a whole run of `python train_kd.py --seed S`: another teacher, other training records, another base; the world's
-facts and the test prompts are the same for all.
+facts and the test prompts are the same for all. One thread, which the toy world takes by itself too.
 """
 import argparse
 import json

@@ -81,7 +81,7 @@ def model_folder(name, weights: bool = True) -> Path:
     then, with `weights`, those that hold the tensors."""
     folder = local_folder(name, ["config.json", INDEX, *TOKENIZER])
     if not (folder / "config.json").exists():
-        check_kind(name, files_on_hub(name) or [path.name for path in folder.iterdir()])
+        check_kind(name, files_on_hub(name) or [path.name for path in folder.glob("*")])
     if weights and not Path(name).expanduser().is_dir():
         load_config(folder)                                     # both raise for what minikd cannot compute, before
         read_quantization(folder)                               # gigabytes are fetched in vain

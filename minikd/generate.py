@@ -246,7 +246,7 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
     with laid_out(model, rows=min(batch_size, len(rows)), steps=max_new_tokens):            # once for all batches
         for turn, at in enumerate(by_length([row.prompt for row in rows], batch_size)):
             responses = generate(model, [rows[i].prompt for i in at], max_new_tokens, temperature, eos_ids=eos_ids,
-                                 seed=seed * 1_000_003 + turn * batch_size, **options)      # a million rows before the next seed's
+                                 seed=seed * 1_000_003 + turn * batch_size, **options)      # room for a million rows
             for i, response in zip(at, responses, strict=True):             # one each: no `samples`
                 own[i] = rows[i].answered(response, eos_ids)
             if progress:

@@ -47,7 +47,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     head            [V, D]   the student's LM head
     targets         [N]      the tokens they score
     teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated; None for kd_ratio 0
-    divergence      any function (student logits [n, V], teacher logits [n, V'], or None without a teacher) -> [n], as in
+    divergence      any function (student logits [n, V], teacher logits [n, V], or None without a teacher) -> [n], as in
                     losses.py. With kd_ratio 0 its values are only returned: so GRPO logs entropy, and compare_heads its metrics
     weight          of each token, often 1 / scored tokens of the optimizer step: a number, or one per token [N]
     policy_loss     (log q of the targets [n], at=slice of the N tokens) -> [n], a loss that takes the place of CE, in full:

@@ -280,7 +280,7 @@ def to_w4(model: Qwen2, layers: dict[str, dict], group_size: int, sym: bool, **m
         "lm_head": False, "checkpoint_format": format, "format": format, "pack_dtype": "int32",
         "meta": {"quantizer": ["minikd:0.1"], **meta}}
     for name, layer in swap_linears(model, group_size, version).items():
-        layer.load_state_dict(layer.state_dict() | layers[name])                # its bias is there already
+        layer.load_state_dict(layers[name] | ({} if layer.bias is None else {"bias": layer.bias}))     # its own, as it is
     return model
 
 
