@@ -158,12 +158,17 @@ def _shown(test: dict) -> str:
 
 def to_problem(record: dict, where: str, format: str | None = None) -> Problem:
     """One record, of a format or recognised by its fields: a Codeforces statement, or a question with its answer or tests."""
-    stated = not absent(record.get("description")) and ("input_format" in record or "examples" in record)
+    stated = _of_codeforces(record) and not absent(record["description"])
     read = _codeforces if format == "codeforces" or stated and not format else _question
     text, facts = read(record, where)
     if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
         raise InputError(f"{where}: holds half a character (a lone surrogate); fix its escapes")
     return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts)
+
+
+def _of_codeforces(record: dict) -> bool:
+    """Whether it has the fields of a Codeforces statement, which may be null."""
+    return "description" in record and ("input_format" in record or "examples" in record)
 
 
 def _question(record: dict, where: str) -> tuple[str, dict]:
@@ -178,7 +183,7 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     if tests:
         facts |= {"tests": tests, "language": "python"} | _limits(record, where)
     if not asked or not facts:
-        lost = "description" in record and absent(record["description"]) and ("input_format" in record or "examples" in record)
+        lost = _of_codeforces(record) and absent(record["description"])
         kind = Unanswered if asked and given or lost else InputError            # lost: a Codeforces statement that is null
         raise kind(f"{where}: is not a problem: give `question` and `answer` or `tests`, or Codeforces' `description` and "
                    f"`examples` (its fields: {', '.join(list(record)[:12])})")

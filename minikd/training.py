@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from minikd.checkpoint import check_vocabulary, model_folder, outline
 from minikd.files import InputError, append_to, atomic_path, parse_json, read_json, remove, save_tensors
 from minikd.model import Qwen2, run_blocks
-from minikd.records import local_files, split_choice
+from minikd.records import is_chosen, local_files, split_choice
 
 STATE, LOG, CONFIG, LOCK = "state.safetensors", "log.jsonl", "config.json", ".lock"
 ANOTHER = "choose another --out"                                # what to do about a damaged CONFIG
@@ -210,7 +209,7 @@ def check_files(out: Path, runs: list[Path], data, own):
         place = Path(base).expanduser().resolve()
         if place.is_dir() and places[0].is_relative_to(place):
             log = (places[0] / LOG).relative_to(place).as_posix()
-            if not choice or fnmatch(log, choice) or fnmatch(log, f"{choice}/*"):           # as data_files reads it
+            if is_chosen(log, choice):                                                      # as data_files reads it
                 raise InputError(f"--out {out}: the run's files would be read as data, of {name}; choose another --out, or name "
                                  f"the file, {base}:FILE")
     began = any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG))
