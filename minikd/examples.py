@@ -1,15 +1,15 @@
 """Records of the paper's datasets -> examples: what is asked, what is learned, and what ROUGE compares with. Which are held out.
 
 A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are
-ignored, except `category`, which any record may have.
+ignored, except `category` and `system` (or `system_prompt`), which any record may have.
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
                                                        argilla/databricks-dolly-15k-curated-multilingual
     alpaca      instruction, input, output             `output` may be a list of references, as in MiniLLM/dolly (its
                                                        `prompt` repeats instruction and input, and is not read)
     chat        messages [{role, content}]             the last assistant turn is the answer
-    sharegpt    conversations [{from, value}]          the same under the names human and gpt; maybe with `system`
-    pair        prompt, question, problem or query;    trl's, OpenOrca's (with `system_prompt`), GSM8K's, MATH's, MetaMathQA's;
+    sharegpt    conversations [{from, value}]          the same under the names human and gpt
+    pair        prompt, question, problem or query;    trl's, OpenOrca's, GSM8K's, MATH's, MetaMathQA's;
                 completion, response, solution         either part is a text or messages
                 or answer
     bugnet      fail, pass, error, original_status,    alexjercan/bugnet; `change` (replace, insert, delete) belongs to
@@ -80,6 +80,9 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
             f"fields ({_names(record)})", "rename them to those of a format:")
         raise InputError(f"{where}: {what} not known; {mend} {known}")
     messages, instruction, input, answers = FORMATS[name][0](record, where)
+    system = text_field(record, where, "system", "system_prompt", default="")
+    if system and messages[0]["role"] != "system":
+        messages, instruction = ({"role": "system", "content": system}, *messages), f"{system}\n\n{instruction}"
     category = text_field(record, where, "category", default="").strip() or name
     return Example(messages, instruction, input, answers[0], answers, category, where)
 
@@ -164,7 +167,7 @@ def _sharegpt(record, where):
     if isinstance(turns, list):
         turns = [{"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
                  if isinstance(turn, dict) and "from" in turn else turn for turn in turns]
-    return _chat({"conversations": _system(record, where, turns)}, where, "conversations")
+    return _chat({"conversations": turns}, where, "conversations")
 
 
 def _pair(record, where):
@@ -177,7 +180,7 @@ def _pair(record, where):
                 text = with_passage(record, where, text, record.get("prompt"))
             part = [{"role": role, "content": text}]
         turns += part
-    return _chat({"messages": _system(record, where, turns)}, where)
+    return _chat({"messages": turns}, where)
 
 
 def with_passage(record: dict, where: str, asked: str, prompt=None) -> str:
@@ -188,12 +191,6 @@ def with_passage(record: dict, where: str, asked: str, prompt=None) -> str:
             raise InputError(f"{where}: field {name!r} would not be shown; write it into the question, and drop the field")
     more = text_field(record, where, "context", "input", "passage", default="")
     return asked if not more or asked == prompt and more in asked else f"{asked}\n\n{more}"
-
-
-def _system(record: dict, where: str, turns):
-    """The turns, begun by what the record's own field says as the system, if there is one."""
-    text = text_field(record, where, "system", "system_prompt", default="")
-    return [{"role": "system", "content": text}, *turns] if text and isinstance(turns, list) else turns
 
 
 def _bugnet(record, where):
