@@ -29,7 +29,6 @@ from minikd.quant import check_groups, to_w4, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
-from minikd.training import LOG
 
 
 def parse_args():
@@ -137,20 +136,14 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
     print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s")
 
 
-def check_out(out: Path, folder: Path):
-    """Raises InputError if `out` cannot be written, or holds anything but an earlier 4-bit model."""
+def check_out(out: Path):
+    """Raises InputError if `out` cannot be written, is or holds the current folder, or holds a model other than a 4-bit one."""
     if Path.cwd().is_relative_to(out.resolve()):
         raise InputError(f"--out {out}: is the folder you work in; choose another, or one inside it")
-    if out.resolve() == folder.resolve():
-        raise InputError(f"--out {out}: is the model's own folder; choose another")
-    if (out / LOG).exists() or (out / "best").exists() or any(out.glob(f"*/{LOG}")):        # a comparison's are in sft/ and kd/
-        raise InputError(f"--out {out}: holds a training run; choose a folder of its own")
-    if (out / "config.json").exists() and not read_json(out / "config.json").get("quantization_config"):
-        raise InputError(f"--out {out}: holds an unquantised model, which would be replaced; choose another")
-    if not (out / "config.json").exists() and list(out.glob("*.safetensors")):
-        raise InputError(f"--out {out}: holds .safetensors files without a config.json, which would be removed; choose another")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file; choose a folder")
+    config = out / "config.json"
+    held = out.is_file() or config.exists() or any(out.glob("**/*.safetensors"))            # perhaps in sft/best/ of a run
+    if held and not (config.exists() and read_json(config).get("quantization_config")):
+        raise InputError(f"--out {out}: holds something other than a 4-bit model, which would be replaced; choose another")
     check_writable(out.parent)
 
 
@@ -199,7 +192,7 @@ def main():
     outs = {method: Path(args.out if len(args.methods) == 1 else f"{args.out}-{method}").expanduser()
             for method in args.methods}
     for out in outs.values():                                   # all, before the first run of maybe hours
-        check_out(out, folder)
+        check_out(out)
     for method, out in outs.items():
         quantize(args, folder, tokenizer, rows, method, out, device, dtype)
     if eval_rows:

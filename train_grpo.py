@@ -28,7 +28,6 @@ from minikd.data import Encoded, begins_thoughts, collate, encode_examples, next
 from minikd.examples import same_prompt, split_examples, to_example
 from minikd.files import InputError, remove, script_errors, sha256
 from minikd.head import head_loss, scored_positions
-from minikd.hub import label
 from minikd.losses import entropy
 from minikd.model import Qwen2, cast_copy, mixed
 from minikd.plots import plot_rewards
@@ -445,7 +444,7 @@ def main():
     dropped = len(asked) + len(tests) - len(rows) - len(valid_rows)
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
     settings = flags_of(train, args, but=("model", "rewards", "out", "dtype"))
-    files = [[label(file), sha256(file)] for file in data_files(args.data or ())]
+    files = [[str(file), sha256(file)] for file in data_files(args.data or ())]
     recorded = settings | {"toy": anew, "model": identify(args.model), "data": files or None, "task": args.task,
                            "rewards": args.rewards, "reward_weights": weights,
                            "reward_files": {path: sha256(path) for path in reward_files(args.rewards)},

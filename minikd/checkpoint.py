@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minikd.files import InputError, atomic_path, read_json, save_tensors, sha256
-from minikd.hub import TOKENIZER, files_on_hub, label, local_folder
+from minikd.hub import TOKENIZER, files_on_hub, local_folder
 from minikd.model import Qwen2, Qwen2Config
 from minikd.quant import W4Linear, is_finite, read_zeros, swap_linears
 
@@ -115,7 +115,7 @@ def identify(name) -> str:
     """A model's name and one hash of its files, to recognise it in a resumed run: 'runs/teacher (sha256 0123456789ab)'."""
     folder = model_folder(name)
     hashes = "".join(model_files(folder).values())
-    return f"{label(folder)} (sha256 {hashlib.sha256(hashes.encode()).hexdigest()[:12]})"
+    return f"{folder} (sha256 {hashlib.sha256(hashes.encode()).hexdigest()[:12]})"
 
 
 def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:

@@ -1,7 +1,8 @@
 """Records of the paper's datasets -> examples: what is asked, what is learned, and what ROUGE compares with. Which are held out.
 
 A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are
-ignored, except `category` and `system` (or `system_prompt`), which any record may have.
+ignored, except `category` and `system` (or `system_prompt`), which any record may have. A pair also shows its `context`, `input` or
+`passage`, and is refused with `choices` or `options`; codeforces drops what its `finish_reason` says was cut.
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
                                                        argilla/databricks-dolly-15k-curated-multilingual
@@ -38,7 +39,6 @@ from itertools import chain, islice
 from pathlib import Path
 
 from minikd.files import InputError, sha256
-from minikd.hub import label
 from minikd.records import HALF, absent, data_files, kind_of, read_records
 
 # ---- a record -> an example
@@ -290,7 +290,7 @@ class Report:
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)           # reason -> number of records
     first_bad: str = ""                                         # error message of the first malformed record
-    # (hub.label, first 16 hex digits of its sha256) in the order they were read; the hub revises files under one name
+    # (its path, first 16 hex digits of its sha256) in the order they were read; the hub revises files under one name
     files: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -326,7 +326,7 @@ def load_examples(paths, format: str | None = None, limit: int | None = None, pr
 
 
 def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
-    report.files.append((label(file), sha256(file)))
+    report.files.append((str(file), sha256(file)))
     name, waiting = format, []                  # the last record's format; errors before the first record of a known format
 
     def refuse(error):
@@ -364,7 +364,7 @@ def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:
             texts.append(text_field(record, where, "text"))
     if not texts:
         raise InputError(f"{', '.join(map(str, files))}: holds no text; give records with a field 'text'")
-    return texts, [(label(file), sha256(file)) for file in files]
+    return texts, [(str(file), sha256(file)) for file in files]
 
 
 def same_prompt(messages) -> str:

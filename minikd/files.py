@@ -13,6 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+MARK = "minikd-"         # in the names of temporary folders
+
+
 class InputError(ValueError):
     """The user's input is wrong. The message says in one line where, what, and how to fix it."""
 
@@ -65,7 +68,8 @@ def atomic_path(path, folder: bool = False):
     """Yields a temporary path beside `path`; renames it to `path` if the block ends without an error, else removes it.
 
     A reader, or a restart after kill -9, finds the old content or the new, never a part of either.
-    With `folder`, the yielded path is an empty folder. Raises InputError if `path` is of the other kind, or the current folder.
+    With `folder`, the yielded path is an empty folder. Raises InputError if `path` is of the other kind, or
+    a folder that is, or holds, the current one.
     """
     path = Path(path).resolve()                                 # gives "." a name; a link is kept, its target replaced
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
@@ -75,7 +79,7 @@ def atomic_path(path, folder: bool = False):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():                                           # else what was left may be the only copy
         _sweep(path)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.{os.getpid()}.", dir=path.parent))   # on the same file system
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.{MARK}", dir=path.parent))           # on the same file system
     held = os.open(work, os.O_RDONLY)
     try:
         with suppress(OSError):                                 # a file system without locks
@@ -125,37 +129,16 @@ def append_to(path):
 
 
 def _sweep(path: Path):
-    """Removes the temporary files of processes that were killed while writing `path`: gigabytes, for a model."""
+    """Removes what killed processes left of `path`: gigabytes, for a model. What a living one writes is locked."""
     for left in path.parent.iterdir():
-        pid = left.name.removeprefix(f".{path.name}.").partition(".")[0]
-        if left.name.startswith(f".{path.name}.") and pid.isdecimal() and _abandoned(left, int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _abandoned(left: Path, pid: int) -> bool:
-    """Whether the process that made a temporary folder has ended."""
-    if pid == os.getpid():                                      # perhaps an earlier one: in a container each is number 1
-        return not _held(left)
-    try:
-        os.kill(pid, 0)                                         # signal 0 is not sent: is there such a process?
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:                                     # another user's
-        pass
-    return False
-
-
-def _held(folder: Path) -> bool:
-    """Whether an atomic_path, of any process, is at work in its temporary folder."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        finally:
-            os.close(handle)
-    except OSError:                                             # or it is gone, or its file system has no locks
-        return True
-    return False
+        if left.name.startswith(f".{path.name}.{MARK}"):
+            with suppress(OSError):                             # locked, or gone, or a file system without locks
+                handle = os.open(left, os.O_RDONLY)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left, ignore_errors=True)
+                finally:
+                    os.close(handle)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -184,14 +167,6 @@ def check_writable(folder: Path):
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
 
 
-def parse_json(text: str | bytes):
-    """json.loads. All that it cannot parse is a ValueError: bytes, syntax, a number of 5,000 digits, lists 1,000 deep."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError(str(error)) from error
-
-
 def read_json(path: Path, mend: str | None = None) -> dict:
     """One JSON object from a file.  Raises InputError, with file and position, if it is missing or not one.
 
@@ -199,7 +174,7 @@ def read_json(path: Path, mend: str | None = None) -> dict:
     """
     again = mend or "fetch it again"
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: is missing; {mend or 'a Hugging Face model folder has one'}") from None
     except ValueError as error:

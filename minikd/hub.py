@@ -8,9 +8,8 @@ from minikd.files import InputError
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
              "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
-TIMEOUTS = 10, 30                                   # seconds in which the hub must answer; else its cache has to do
+TIMEOUT = 30                                        # seconds in which the hub must answer; else its cache has to do
 ADDRESS = re.compile(r"^(https://huggingface\.co/|hf://)(datasets/)?")
-CACHED = re.compile(r".*/(?:models|datasets)--(.+?)--(.+)/snapshots/([0-9a-f]{40})(?:/(.+))?")
 KNOWN = {}                                          # (name, kind) -> Repository
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -44,16 +43,6 @@ def files_on_hub(name, kind: str = "model") -> list[str] | None:
     return None if Path(name).expanduser().exists() else repository(str(name), kind).files
 
 
-def label(path) -> str:
-    """What to call a file or a model's folder in records of a run. In the hub's cache it is "org/name/file" or
-    "org/name@commit", as a cache may move, and a file may be the same in the next commit."""
-    cached = CACHED.fullmatch(str(path))
-    if not cached:
-        return str(path)
-    owner, name, commit, file = cached.groups()
-    return f"{owner}/{name}/{file}" if file else f"{owner}/{name}@{commit}"
-
-
 def repository(name: str, kind: str) -> "Repository":
     """Asks the hub once per process; again only after a failure."""
     if (name, kind) not in KNOWN:
@@ -78,15 +67,11 @@ class Repository:
         from huggingface_hub import HfApi                       # comes with tokenizers
         self.kind, self.revision = kind, revision or None
         self.files, self.failure, self.folder, self.fetched = None, None, None, set()
-        for timeout in TIMEOUTS:
-            try:
-                info = HfApi().repo_info(self.name, repo_type=kind, revision=self.revision, timeout=timeout)
-                self.files, self.failure = [file.rfilename for file in info.siblings or ()], None
-                break
-            except Exception as error:  # the hub's own, or those of whichever HTTP library its version is built on
-                self.failure = error
-                if getattr(error, "response", None) is not None:        # an answer, though not the wanted one
-                    break
+        try:
+            info = HfApi().repo_info(self.name, repo_type=kind, revision=self.revision, timeout=TIMEOUT)
+            self.files = [file.rfilename for file in info.siblings or ()]
+        except Exception as error:      # the hub's own, or those of whichever HTTP library its version is built on
+            self.failure = error
 
     def fetch(self, patterns) -> Path:
         """The folder of its files in the hub's cache, those that match the patterns downloaded where they are missing."""

@@ -47,7 +47,6 @@ MB = 1 << 20
 NOBODY = 65534
 OUTPUT = MB                 # bytes of stdout, and of stderr
 DISK, FILES = 8 * MB, 200   # of the private folder, which is flat
-PREFIX = "minikd-sandbox-"  # of the private folder's name
 TICK = 0.05                 # seconds between two checks of that folder
 SHARE = Path("/sys/fs/cgroup/cpu.max")          # cgroup v2
 # NPROC counts threads, of all the uid's programs together: recursion in a thread with a large stack is common in contests.
@@ -147,8 +146,7 @@ def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
         return Result("error", "", f"not run: {error}", 0.0), ""
     if b"\0" in source:                                         # Python 3.10 would run the lines before it
         return Result("error", "", "not run: a NUL in the source", 0.0), ""
-    _sweep()
-    folder = tempfile.mkdtemp(prefix=PREFIX)
+    folder = tempfile.mkdtemp(prefix="minikd-sandbox-")
     try:
         options = _prepare(folder, source, stdin, timeout, memory_mb)
         with _supervisor(folder, options) as (process, report):
@@ -168,15 +166,6 @@ def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
         memory = code == "1" and last.partition(":")[0] == "MemoryError"
         verdict = "ok" if code == "0" else "memory" if memory else "error"
     return Result(verdict, out, err, seconds), level
-
-
-@functools.cache                                                # once in a process
-def _sweep():
-    """Removes what is a day old: of a program that was killed together with its supervisor and its caller."""
-    for left in Path(tempfile.gettempdir()).glob(PREFIX + "*"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:

@@ -196,7 +196,7 @@ def test_lines_are_read_as_they_are_and_a_hash_is_of_the_whole_file(tmp_path):
 
 @pytest.mark.parametrize("content, complaint", [(b"{\"a\": 1,}", "is not JSON"), (b"", "is not JSON"),
                                                 (b"\xff\xfe{}", "is not JSON"), (b"[1]", "holds a list"),
-                                                (b"[" * 9999, "is not JSON"), (b"9" * 9999, "is not JSON")])
+                                                (b"9" * 9999, "is not JSON")])
 def test_what_is_not_a_json_object_is_named_in_one_line(tmp_path, content, complaint):
     path = tmp_path / "config.json"
     path.write_bytes(content)
@@ -214,38 +214,20 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_write_but_not_a_living_o
     path = tmp_path / "last"
     if before:
         path.touch()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    left, mine, alive, other, number = (tmp_path / name for name in (f".last.{dead.pid}.x", f".last.{os.getpid()}.x",
-                                                                     f".last.{os.getppid()}.x", ".lasting.1.x", f"{dead.pid}"))
+    left, other, user = (tmp_path / name for name in (".last.minikd-x", ".lasting.minikd-x", ".last.x"))
     opened = os.listdir("/dev/fd")
-    for folder in (left, mine, alive, other, number):
-        folder.mkdir()                                          # mine: of a process before, as all are number 1 in a container
+    for folder in (left, other, user):
+        folder.mkdir()
     if last == "removal":
         remove(path)
     else:
         with atomic_path(path) as new:
             assert left.exists() == (not before)                # a folder that is being replaced may be there and nowhere else
-            with atomic_path(path) as inner:                    # of the same process, but at work
+            with atomic_path(path) as inner:
                 inner.touch()
-            new.touch()
-    assert not left.exists() and not mine.exists()
-    assert alive.exists() and other.exists() and number.exists() and path.exists() == (last == "write")
+            new.touch()                                         # the second has not swept the first, which is at work
+    assert not left.exists() and other.exists() and user.exists() and path.exists() == (last == "write")
     assert len(os.listdir("/dev/fd")) == len(opened)            # no handle is left open
-
-
-@pytest.mark.parametrize("error, swept", [(ProcessLookupError, True), (PermissionError, False), (OverflowError, True)])
-def test_another_users_process_may_still_be_writing(tmp_path, monkeypatch, error, swept):
-    def kill(pid, signal):
-        raise error
-
-    with atomic_path(tmp_path / "x") as new:
-        new.write_text("")
-    (tmp_path / ".x.123.a").mkdir(), (tmp_path / ".x.\u00b2.a").mkdir()          # a digit for isdigit(), not for int()
-    monkeypatch.setattr(os, "kill", kill)
-    with atomic_path(tmp_path / "x") as new:
-        new.write_text("")
-    assert (tmp_path / ".x.123.a").exists() == (not swept) and (tmp_path / ".x.\u00b2.a").exists()
 
 
 def test_a_device_or_a_folder_is_not_replaced_by_a_file(tmp_path):

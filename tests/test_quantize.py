@@ -133,7 +133,7 @@ def test_plain_text_calibrates_too_and_the_evaluation_is_printed(run, world):
     (dict(flags=["--group-size", "48"]), "cannot be cut into groups of 48"), (dict(flags=["--bits", "3"]), "--bits 3"),
     (dict(flags=["--damp", "-1"]), "--damp -1"), (dict(model=("--model", "no/such")), "no/such: no such folder"),
     (dict(data=("--calibration", "no/such.jsonl")), "no/such.jsonl: no such file"),
-    (dict(out=("--out", "{world}/model")), "is the model's own folder")])
+    (dict(out=("--out", "{world}/model")), "holds something other than a 4-bit model")])
 def test_bad_input_is_one_line(run, world, flags, said):
     more = flags.pop("flags", [])
     flags = {name: [str(value).format(world=world) for value in values] for name, values in flags.items()}
@@ -190,18 +190,15 @@ def test_a_kill_in_the_middle_leaves_nothing_that_loads(run, tmp_path):
 
 def test_an_out_that_holds_something_else_is_refused_before_the_work(run, world, tmp_path, monkeypatch):
     monkeypatch.setattr(qz, "quantize", None)                                   # would fail
-    training, plain, file, comparison = (tmp_path / name for name in ("run", "plain", "file", "comparison"))
-    for folder in training, comparison / "sft":
-        folder.mkdir(parents=True)
-        (folder / "log.jsonl").write_text("")
-    shutil.copytree(world / "model", plain)
+    plain, file, comparison = (tmp_path / name for name in ("plain", "file", "comparison"))
+    for folder in plain, comparison / "sft" / "best":
+        shutil.copytree(world / "model", folder)
     file.write_text("mine")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     shutil.copy(plain / "model.safetensors", adapter / "adapter_model.safetensors")
-    for out, said in ((training, "holds a training run"), (comparison, "holds a training run"), (adapter, "holds .safetensors files without a config.json"),
-                      (plain, "holds an unquantised model"), (file, "is a file"),
-                      (world / "model", "the model's own folder"), (file / "below", "cannot be written")):
+    for out, said in (*((out, "holds something other than a 4-bit model") for out in (comparison, adapter, plain, file)),
+                      (file / "below", "cannot be written")):
         status, _, err = run("--method", "rtn", out=("--out", out), data=())
         assert status == 2 and said in err and err.count("\n") == 1 and "Traceback" not in err, (out, err)
     assert file.read_text() == "mine" and load_model(plain) and (adapter / "adapter_model.safetensors").exists()

@@ -429,17 +429,6 @@ def test_a_caller_without_stdin_and_stdout_gets_the_verdict_all_the_same():
     assert done.returncode == 0, done.stderr
 
 
-def test_folders_of_programs_whose_caller_was_killed_with_them_are_removed_a_day_later(nothing_left):
-    sandbox._sweep.cache_clear()
-    for name, age in ("minikd-sandbox-old", 90_000), ("minikd-sandbox-new", 80_000), ("minikd-runs", 90_000):
-        (nothing_left / name).mkdir(), (nothing_left / name / "program.py").touch()
-        os.utime(nothing_left / name, (time.time() - age,) * 2)
-    assert run_program("print(1)").status == "ok"
-    assert sorted(os.listdir(nothing_left)) == ["minikd-runs", "minikd-sandbox-new"]
-    for left in nothing_left.iterdir():
-        shutil.rmtree(left)
-
-
 def test_a_caller_that_is_killed_leaves_nothing(nothing_left):
     code = f"import tempfile\ntempfile.tempdir = {str(nothing_left)!r}\nfrom minikd.sandbox import run_program\n" \
            "run_program('while True: pass', timeout=60)"
