@@ -17,7 +17,7 @@ from minikd.quant import W4Linear, give_memory_back
 
 # Fewest steps for which packing is worth it: there and back it takes as long as ten, for a row or two in float32 as 15 to 20.
 WORTH = 16
-# Fewer rows than this use the int8 head: 2.2 x as fast at 1 row, 1.2 to 1.6 x at 4, 1.0 to 1.1 x at 8 (benchmarks/w4_linear.py).
+# Fewer rows than this use the int8 head: 2.2 x as fast at 1 row, 1.1 to 1.6 x at 4, 1.0 to 1.1 x at 8 (benchmarks/w4_linear.py).
 INT8_ROWS = 8
 
 

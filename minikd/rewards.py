@@ -19,9 +19,9 @@ Departures from the published code, most of which close loopholes
     length      open-r1's soft_overlong_punishment, in characters, not tokens; open-r1's own `length` is another reward.
     answer      compared as text or as a number, without math-verify. Without any tag only a \\boxed{} is an answer.
     code        1 for passing all tests, else 0; the fraction, open-r1's reward, is `code_partial`. stdout is compared completely
-                (its zip accepts only the first line), a timeout fails only its own test, and the last code block counts
-                whatever its language (open-r1: the last ```python). No code, and code that does not compile, give 0
-                (cf_code: -1 and -0.1).
+                (its zip accepts only the first line), a timeout fails only its own test, and the last code block is the
+                program; marked as another language than Python it gives 0 (open-r1: the last ```python). So do no code, and
+                code that does not compile (cf_code: -1 and -0.1).
 """
 import importlib.util
 import math
@@ -212,7 +212,7 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
     has no tests or wants another language; a test whose output is longer than a program may print (sandbox.OUTPUT) is left out.
     max_seconds and max_memory (MB) cap the problem's own limits.
     The programs of all completions run in parallel, once per input; outcomes are remembered. Without `partial` a program
-    that fails a test gets no later one: an endless loop costs one time limit, not one per test.
+    that fails a test gets no later round (1, 1, 2, 4, ... tests): an endless loop costs one time limit, not one per test.
     """
     asked = [_tests_of(completion, problem, max_seconds, max_memory)
              for completion, problem in zip(completions, facts, strict=True)]
