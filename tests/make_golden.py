@@ -13,6 +13,12 @@ For each run of RUNS, training/NAME.safetensors: six optimizer steps on full log
     ids [6, T], prompt_lengths, lengths [6]   right-padded rows, all of them in every step
     ce, kd, norm [6]                          of each step, before its update
     before, after [6, T, V]                   the student's logits
+
+For each run of GRPO, training/NAME.safetensors: three steps of GRPO on given answers, two groups of three to a step
+    ids [3, 6, T], prompt_lengths, lengths, cut, rewards [3, 6]     NaN: not judged; the first ROWS ids may be drawn
+    old [3, 6, T - 1]                         log-probabilities of ids[:, :, 1:] when the step begins
+    norm, kl, clipped [3]                     of each step's last update: gradient, mean k3, share of tokens past the clip
+    after [6, T, V]                           the policy's logits of the first step's answers
 """
 import json
 import math
@@ -50,6 +56,12 @@ BETAS, EPS = (0.9, 0.95), 1e-8
 RUNS = {"sft": dict(student="gqa7-tied", teacher=None, kd_ratio=0.0, loss="sft"),
         "forward": dict(student="gqa7-tied", teacher="mha-head-dim", kd_ratio=0.3, loss="forward_kl"),
         "reverse": dict(student="gqa6-untied-sharded", teacher="mha-head-dim", kd_ratio=1.0, loss="reverse_kl")}
+
+ROWS, NEW, RATE = 200, 8, 1e-4                      # of the V rows those with a token; tokens of an answer at most; no schedule
+GRPO = {"grpo": dict(clip=0.2, beta=0.1, epochs=2),                                     # paper eq. (5) to (7)
+        "dapo": dict(clip=0.2, clip_high=0.28, norm="token", mask_truncated=True, drop_flat=True, epochs=2),
+        "dr-grpo": dict(clip=0.2, scale="none", norm="constant", beta=0.04, temperature=0.7),
+        "gspo": dict(ratio="sequence", clip=0.1, beta=0.02, epochs=2)}
 
 
 def random_model(shape: dict, seed: int) -> Qwen2ForCausalLM:
@@ -146,6 +158,19 @@ def adamw(weight: torch.Tensor, m: torch.Tensor, v: torch.Tensor, lr: float, dec
     weight.sub_(lr * step + lr * decay * weight)
 
 
+def zero_moments(model) -> dict:
+    return {weight: (torch.zeros_like(weight), torch.zeros_like(weight)) for weight in model.parameters()}
+
+
+def update(moments: dict, lr: float, t: int) -> torch.Tensor:
+    """Cuts the gradient's norm, and makes AdamW's step t. Returns the norm before."""
+    norm = torch.stack([weight.grad.square().sum() for weight in moments]).sum().sqrt()
+    for weight, (m, v) in moments.items():
+        weight.grad *= min(1, NORM / norm)
+        adamw(weight, m, v, lr, DECAY if weight.dim() == 2 else 0.0, t)
+    return norm
+
+
 def train(name: str, student: str, teacher: str | None, kd_ratio: float, loss: str):
     generator = torch.Generator().manual_seed(7)
     prompt_lengths, lengths = torch.tensor([3, 1, 6, 2, 4, 5]), torch.tensor([9, 12, 7, 4, 11, 6])
@@ -159,7 +184,7 @@ def train(name: str, student: str, teacher: str | None, kd_ratio: float, loss: s
     model, found = load(student), {"ce": [], "kd": [], "norm": []}
     with torch.no_grad():
         before, p = logits_of(model), teacher and logits_of(load(teacher)).log_softmax(-1)
-    moments = {weight: (torch.zeros_like(weight), torch.zeros_like(weight)) for weight in model.parameters()}
+    moments = zero_moments(model)
     for t in range(1, STEPS + 1):
         logq = logits_of(model).log_softmax(-1)
         ce = -logq[:, :-1].gather(-1, ids[:, 1:, None])[..., 0][scored[:, 1:]].sum() / n                # position t - 1 scores t
@@ -169,17 +194,78 @@ def train(name: str, student: str, teacher: str | None, kd_ratio: float, loss: s
         model.zero_grad()
         ((1 - kd_ratio) * ce + kd_ratio * kd).backward()
         with torch.no_grad():
-            norm = torch.stack([weight.grad.square().sum() for weight in moments]).sum().sqrt()
             done = max(0, t - 1 - WARMUP) / (STEPS - WARMUP)
-            lr = LR * min(1, t / WARMUP) * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
-            for weight, (m, v) in moments.items():
-                weight.grad *= min(1, NORM / norm)
-                adamw(weight, m, v, lr, DECAY if weight.dim() == 2 else 0.0, t)
+            norm = update(moments, LR * min(1, t / WARMUP) * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2), t)
         for key, value in ("ce", ce), ("kd", kd), ("norm", norm):
             found[key].append(value.detach())
     with torch.no_grad():
         save_file({"ids": ids, "prompt_lengths": prompt_lengths, "lengths": lengths, "before": before, "after": logits_of(model),
                    **{key: torch.stack(values) for key, values in found.items()}}, GOLDEN / "training" / f"{name}.safetensors")
+
+
+def advantages(rewards: torch.Tensor, scale: str) -> torch.Tensor:
+    """Paper eq. (5) for one group: 0 for what was not judged, and for all if fewer than two differ.  [3] -> [3]"""
+    judged = rewards[~rewards.isnan()]
+    if len(set(judged.tolist())) < 2:
+        return torch.zeros(3)
+    return ((rewards - judged.mean()) / (judged.std() + 1e-4 if scale == "std" else 1)).nan_to_num(0.0)
+
+
+def groups(generator) -> dict[str, torch.Tensor]:
+    """A step's answers: two prompts, three answers to each."""
+    draw = lambda low, high, *size: torch.randint(low, high, size, generator=generator)
+    starts = draw(1, 6, 2).repeat_interleave(3)                                                         # [6]
+    lengths, at = starts + draw(1, NEW + 1, 6), torch.arange(5 + NEW)
+    ids = torch.where(at < starts[:, None], draw(1, ROWS, 2, 5 + NEW).repeat_interleave(3, 0), draw(1, ROWS, 6, 5 + NEW))
+    return {"ids": ids * (at < lengths[:, None]), "prompt_lengths": starts, "lengths": lengths, "cut": draw(0, 3, 6) == 0,
+            "rewards": draw(0, 4, 6).float()}
+
+
+def reinforce(name: str, clip: float, clip_high: float | None = None, beta: float = 0.0, scale: str = "std",
+              norm: str = "sequence", ratio: str = "token", epochs: int = 1, temperature: float = 1.0,
+              mask_truncated: bool = False, drop_flat: bool = False):
+    generator, found, t = torch.Generator().manual_seed(1), [], 0
+    load = lambda: Qwen2ForCausalLM.from_pretrained(GOLDEN / "gqa7-tied", dtype=torch.float32)
+    policy, reference = load(), load()
+    moments = zero_moments(policy)
+    for step in range(3):
+        given = groups(generator)
+        if step == 1:
+            given["rewards"] = torch.tensor([1.0, 1.0, 1.0, 0.0, 2.0, math.nan])
+        ids, at = given["ids"], torch.arange(5 + NEW)
+        mask = (at < given["lengths"][:, None]).long()
+        scored = ((at >= given["prompt_lengths"][:, None]) & mask.bool())[:, 1:]                        # [6, T - 1]
+
+        def log_probs(model):
+            logits = model(ids, attention_mask=mask).logits[:, :-1, :ROWS] / temperature
+            return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]                          # [6, T - 1]
+
+        with torch.no_grad():
+            old, ref = log_probs(policy), log_probs(reference)
+        A = torch.cat([advantages(rewards, scale) for rewards in given["rewards"].view(2, 3)])          # [6]
+        counted = [i for i in range(6) if not (mask_truncated and given["cut"][i])
+                   and not (drop_flat and (A.view(2, 3)[i // 3] == 0).all())]
+        tokens = int(scored[counted].sum())
+        for _ in range(epochs):
+            logp, loss, kl, clipped, t = log_probs(policy), 0.0, 0.0, 0, t + 1
+            for i in counted:
+                now, then, there = (x[i][scored[i]] for x in (logp, old, ref))                          # [n]
+                r = (now - then).exp() if ratio == "token" else (now - then).mean().exp().expand(len(now))
+                bounded = r.clamp(1 - clip, 1 + (clip_high or clip))
+                k3 = (there - now).exp() - (there - now) - 1
+                share = {"sequence": len(counted) * len(now), "token": tokens, "constant": len(counted) * NEW}[norm]
+                loss = loss - (torch.minimum(r * A[i], bounded * A[i]) - beta * k3).sum() / share
+                kl, clipped = kl + k3.detach().sum(), clipped + int((A[i] * (r - bounded) > 0).sum())
+            policy.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                size = update(moments, RATE, t)
+        found.append({**given, "old": old, "norm": size, "kl": kl / tokens, "clipped": torch.tensor(clipped / tokens)})
+    first = found[0]
+    with torch.no_grad():
+        logits = policy(first["ids"], attention_mask=(at < first["lengths"][:, None]).long()).logits
+    save_file({key: torch.stack([line[key] for line in found]) for key in first} | {"after": logits},
+              GOLDEN / "training" / f"{name}.safetensors")
 
 
 def main():
@@ -189,6 +275,8 @@ def main():
     cases = {name: make(name, **case) for name, case in CASES.items()}
     for name, run in RUNS.items():
         train(name, **run)
+    for name, run in GRPO.items():
+        reinforce(name, **run)
     made_with = {"torch": torch.__version__, "transformers": transformers.__version__,
                  "python": platform.python_version(), "cases": cases}
     (GOLDEN / "made_with.json").write_text(json.dumps(made_with, indent=2) + "\n")

@@ -1,11 +1,13 @@
 """train_grpo.py as it is used: a tiny model, sums, the real sandbox, and every way to call it."""
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_grpo as rl
 from conftest import killed_at, same, steps_of, tiny, weights
@@ -17,6 +19,7 @@ from minikd.files import InputError
 from minikd.training import STATE, read_log
 from test_problems import RECORD
 
+GOLDEN = Path(__file__).parent / "golden"
 FAST = ("--steps 4 --prompts 2 --group-size 4 --max-new-tokens 6 --batch-size 3 --eval-every 2 --eval-examples 3 "
         "--lr 0.01 --device cpu --dtype float32").split()
 
@@ -108,6 +111,49 @@ def test_micro_batches_change_nothing(run, tmp_path):
     one, eight = steps_of(tmp_path / "1"), steps_of(tmp_path / "8")
     for a, b in zip(one[:2], eight[:2], strict=True):                           # later samples may differ by a rounding
         assert a["reward"] == pytest.approx(b["reward"]) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+class NoText:
+    """A tokenizer of 200 ids, for a model with more rows, and of no text."""
+    pad_id, eos_ids, decode = 0, {0}, str
+
+    def __len__(self):
+        return 200
+
+    def save(self, folder):
+        pass
+
+
+@pytest.mark.parametrize("name, options", [
+    ("grpo", dict(beta=0.1, inner_epochs=2)),
+    ("dapo", dict(clip_high=0.28, beta=0.0, norm="token", mask_truncated=True, drop_flat=True, inner_epochs=2)),
+    ("dr-grpo", dict(beta=0.04, scale="none", norm="constant", temperature=0.7)),
+    ("gspo", dict(ratio="sequence", clip=0.1, beta=0.02, inner_epochs=2))])
+def test_three_steps_are_those_of_transformers_on_full_logits(tmp_path, monkeypatch, name, options):
+    """Advantages, weights, clips, KL, gradients, AdamW: tests/make_golden.py computes them without minikd, answer by answer."""
+    golden, folder = load_file(GOLDEN / "training" / f"{name}.safetensors"), GOLDEN / "gqa7-tied"
+    sampled = zip(*(golden[key] for key in ("ids", "prompt_lengths", "lengths", "cut", "old")))
+    paid = iter(golden["rewards"].tolist())
+
+    def sample_groups(*_, **__):
+        answers = [(Encoded(ids[:start].tolist(), ids[start:end].tolist(), bool(cut), 0), old[start - 1:end - 1])
+                   for ids, start, end, cut, old in zip(*next(sampled))]
+        return tuple(map(list, zip(*answers)))
+
+    monkeypatch.setattr(rl.grpo, "sample_groups", sample_groups)
+    policy = load_model(folder)
+    before = policy(golden["ids"][0]).detach()
+    after = rl.train(model=policy, reference=load_model(folder) if options["beta"] else None, tokenizer=NoText(),
+                     rows=[Encoded([1], [], False, 0)] * 2, facts=[{}], judge=lambda _: {"sampled": 0.0, "sample": ""},
+                     rewards={"paid": lambda *_: [None if math.isnan(value) else value for value in next(paid)]},
+                     weights={"paid": 1.0}, out=tmp_path, prompts=2, group_size=3, max_new_tokens=8, steps=3, batch_size=2,
+                     lr=1e-4, weight_decay=0.1, eval_every=3, **options)(golden["ids"][0]).detach()
+    for row, length in enumerate(golden["lengths"][0]):
+        torch.testing.assert_close(after[row, :length], golden["after"][row, :length], atol=2e-3, rtol=0)
+    assert (after - before).std() > 0.05
+    for line, *right in zip(steps_of(tmp_path), *(golden[key].tolist() for key in ("norm", "kl", "clipped")), strict=True):
+        found = [line["grad_norm"], line["kl"] if options["beta"] else right[1], line["clipped"]]
+        assert found == pytest.approx(right, rel=1e-2, abs=1e-5)
 
 
 def test_when_nothing_is_ever_paid_it_stops_and_says_so(run, tmp_path):
