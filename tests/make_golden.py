@@ -19,6 +19,11 @@ For each run of GRPO, training/NAME.safetensors: three steps of GRPO on given an
     old [3, 6, T - 1]                         log-probabilities of ids[:, :, 1:] when the step begins
     norm, kl, clipped [3]                     of each step's last update: gradient, mean k3, share of tokens past the clip
     after [6, T, V]                           the policy's logits of the first step's answers
+
+training/minillm.safetensors: four steps of MiniLLM, two on each of two sets of given answers, with plain text
+    ids [2, 6, T], prompt_lengths, lengths [2, 6], text [6, T]
+    ce, kd, norm [4]                          of each step, before its update; ce is -log q of the answers
+    after [6, T, V]                           the student's logits of the first answers
 """
 import json
 import math
@@ -211,14 +216,21 @@ def advantages(rewards: torch.Tensor, scale: str) -> torch.Tensor:
     return ((rewards - judged.mean()) / (judged.std() + 1e-4 if scale == "std" else 1)).nan_to_num(0.0)
 
 
-def groups(generator) -> dict[str, torch.Tensor]:
-    """A step's answers: two prompts, three answers to each."""
+def answers(generator) -> dict[str, torch.Tensor]:
+    """Two prompts, three answers to each."""
     draw = lambda low, high, *size: torch.randint(low, high, size, generator=generator)
     starts = draw(1, 6, 2).repeat_interleave(3)                                                         # [6]
     lengths, at = starts + draw(1, NEW + 1, 6), torch.arange(5 + NEW)
     ids = torch.where(at < starts[:, None], draw(1, ROWS, 2, 5 + NEW).repeat_interleave(3, 0), draw(1, ROWS, 6, 5 + NEW))
     return {"ids": ids * (at < lengths[:, None]), "prompt_lengths": starts, "lengths": lengths, "cut": draw(0, 3, 6) == 0,
             "rewards": draw(0, 4, 6).float()}
+
+
+def masked(given: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids [6, T], its mask, and where the log-probabilities of ids[:, 1:] are an answer's [6, T - 1]"""
+    at = torch.arange(given["ids"].shape[1])
+    mask = at < given["lengths"][:, None]
+    return given["ids"], mask.long(), (mask & (at >= given["prompt_lengths"][:, None]))[:, 1:]
 
 
 def reinforce(name: str, clip: float, clip_high: float | None = None, beta: float = 0.0, scale: str = "std",
@@ -229,12 +241,10 @@ def reinforce(name: str, clip: float, clip_high: float | None = None, beta: floa
     policy, reference = load(), load()
     moments = zero_moments(policy)
     for step in range(3):
-        given = groups(generator)
+        given = answers(generator)
         if step == 1:
             given["rewards"] = torch.tensor([1.0, 1.0, 1.0, 0.0, 2.0, math.nan])
-        ids, at = given["ids"], torch.arange(5 + NEW)
-        mask = (at < given["lengths"][:, None]).long()
-        scored = ((at >= given["prompt_lengths"][:, None]) & mask.bool())[:, 1:]                        # [6, T - 1]
+        ids, mask, scored = masked(given)
 
         def log_probs(model):
             logits = model(ids, attention_mask=mask).logits[:, :-1, :ROWS] / temperature
@@ -261,11 +271,51 @@ def reinforce(name: str, clip: float, clip_high: float | None = None, beta: floa
             with torch.no_grad():
                 size = update(moments, RATE, t)
         found.append({**given, "old": old, "norm": size, "kl": kl / tokens, "clipped": torch.tensor(clipped / tokens)})
-    first = found[0]
+    ids, mask, _ = masked(found[0])
     with torch.no_grad():
-        logits = policy(first["ids"], attention_mask=(at < first["lengths"][:, None]).long()).logits
-    save_file({key: torch.stack([line[key] for line in found]) for key in first} | {"after": logits},
+        logits = policy(ids, attention_mask=mask).logits
+    save_file({key: torch.stack([line[key] for line in found]) for key in found[0]} | {"after": logits},
               GOLDEN / "training" / f"{name}.safetensors")
+
+
+def minillm(mix: float = 0.2, clip: float = 0.2, lm_coef: float = 0.5):
+    """MiniLLM (arXiv:2306.08543), eq. (3), (6), (7): each token's exact step, and its R_{t+1} by a clipped ratio."""
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (Qwen2ForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
+                        for name in ("gqa7-tied", "mha-head-dim"))
+    moments, found, sets, t = zero_moments(student), {"ce": [], "kd": [], "norm": []}, [answers(generator) for _ in range(2)], 0
+    text = torch.randint(1, V, (6, 9), generator=generator)
+    for given in sets:
+        ids, mask, scored = masked(given)
+        n, picked = int(scored.sum()), lambda logs: logs.gather(-1, ids[:, 1:, None])[..., 0]           # [6, T - 1]
+        logs = lambda model: model(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)             # [6, T - 1, V]
+        with torch.no_grad():
+            p = logs(teacher)
+            old, there = picked(logs(student)), picked(p)
+        to_go = []                                                                                      # eq. (6), all answers'
+        for i in range(6):
+            r = (there - old)[i][scored[i]].clamp(-50, 50).tolist()
+            to_go += [sum(r[j + 1:]) / max(1, len(r) - j - 1) for j in range(len(r))]
+        A = torch.tensor(to_go)
+        A = (A - A.mean()) / (A.var(correction=0) + 1e-8).sqrt()
+        A = A * (old.exp() / ((1 - mix) * old.exp() + mix * there.exp()))[scored]                       # w_t of eq. (7)
+        for _ in range(2):
+            logq, t = logs(student), t + 1
+            r = (picked(logq) - old).exp()[scored]
+            policy = -torch.minimum(r * A, r.clamp(1 - clip, 1 + clip) * A).sum() / n
+            kd = distance(logq, p)[scored].sum() / n
+            lm = -student(text).logits[:, :-1].log_softmax(-1).gather(-1, text[:, 1:, None]).mean()
+            student.zero_grad()
+            (policy + kd + lm_coef * lm).backward()
+            with torch.no_grad():
+                norm = update(moments, RATE, t)
+            for key, value in ("ce", -picked(logq)[scored].mean()), ("kd", kd), ("norm", norm):
+                found[key].append(value.detach())
+    ids, mask, _ = masked(sets[0])
+    with torch.no_grad():
+        save_file({key: torch.stack([given[key] for given in sets]) for key in ("ids", "prompt_lengths", "lengths")}
+                  | {key: torch.stack(values) for key, values in found.items()}
+                  | {"text": text, "after": student(ids, attention_mask=mask).logits}, GOLDEN / "training" / "minillm.safetensors")
 
 
 def main():
@@ -277,6 +327,7 @@ def main():
         train(name, **run)
     for name, run in GRPO.items():
         reinforce(name, **run)
+    minillm()
     made_with = {"torch": torch.__version__, "transformers": transformers.__version__,
                  "python": platform.python_version(), "cases": cases}
     (GOLDEN / "made_with.json").write_text(json.dumps(made_with, indent=2) + "\n")

@@ -30,6 +30,7 @@ from minikd.training import LOG, STATE, read_log, write_config
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
+NO_TEXT = SimpleNamespace(pad_id=0, eos_ids={0}, decode=str, save=lambda folder: None)          # golden models have ids alone
 FAST = "--lr 0.01 --max-new-tokens 4 --eval-examples 2 --device cpu --dtype float32".split()
 
 
@@ -146,8 +147,7 @@ def test_six_steps_are_those_of_transformers_on_full_logits(settings, tmp_path, 
     golden = load_file(GOLDEN / "training" / f"{name}.safetensors")
     rows = [Encoded(ids[:start].tolist(), ids[start:end].tolist(), False, 0)
             for ids, start, end in zip(golden["ids"], golden["prompt_lengths"], golden["lengths"])]
-    none = SimpleNamespace(pad_id=0, eos_ids={0}, decode=str, save=lambda folder: None)             # 211 ids and no text
-    given = settings(student=load_model(GOLDEN / student), tokenizer=none, rows=rows, valid_rows=rows[:2], steps=6, lr=4e-3,
+    given = settings(student=load_model(GOLDEN / student), tokenizer=NO_TEXT, rows=rows, valid_rows=rows[:2], steps=6, lr=4e-3,
                      batch_size=2, grad_accum=3, warmup=2, weight_decay=0.1, max_grad_norm=1.0,
                      teacher=Teacher(load_model(GOLDEN / teacher).requires_grad_(False)) if teacher else None, **options)
     before = given["student"](golden["ids"]).detach()
@@ -158,6 +158,26 @@ def test_six_steps_are_those_of_transformers_on_full_logits(settings, tmp_path, 
     assert (golden["after"] - golden["before"]).std() > 0.3 and golden["norm"].max() > 1.0
     for line, ce, kl, norm in zip(steps_of(tmp_path / "run"), golden["ce"], golden["kd"], golden["norm"], strict=True):
         assert (line["ce"], line.get("kd", 0), line["grad_norm"]) == pytest.approx((float(ce), float(kl), float(norm)), rel=1e-3)
+
+
+def test_four_steps_of_minillm_are_those_of_transformers_on_full_logits(settings, tmp_path, monkeypatch):
+    """Rewards, whitening, importance weights, clip, exact step, plain text: see tests/make_golden.py."""
+    golden = load_file(GOLDEN / "training" / "minillm.safetensors")
+    sets = iter([[Encoded(ids[:start].tolist(), ids[start:end].tolist(), True, 0) for ids, start, end in zip(*answers)]
+                 for answers in zip(golden["ids"], golden["prompt_lengths"], golden["lengths"])])
+    monkeypatch.setattr(kd.minillm, "respond", lambda *_, **__: next(sets))
+    text = [Encoded(ids[:1].tolist(), ids[1:].tolist(), True, 0) for ids in golden["text"]]
+    student = load_model(GOLDEN / "gqa7-tied")
+    before = student(golden["ids"][0]).detach()
+    after = kd.train(**settings(
+        student=student, teacher=Teacher(load_model(GOLDEN / "mha-head-dim").requires_grad_(False)), tokenizer=NO_TEXT, rows=text,
+        valid_rows=text[:2], loss="minillm", steps=4, rollouts=6, inner_epochs=2, lm_rows=text, lm_coef=0.5, lr=1e-4, warmup=0,
+        schedule="constant", batch_size=2, grad_accum=3, weight_decay=0.1, max_grad_norm=1.0))(golden["ids"][0]).detach()
+    for row, length in enumerate(golden["lengths"][0]):
+        torch.testing.assert_close(after[row, :length], golden["after"][row, :length], atol=2e-3, rtol=0)
+    assert (after - before).std() > 0.05
+    for line, *right in zip(steps_of(tmp_path / "run"), *(golden[key].tolist() for key in ("ce", "kd", "norm")), strict=True):
+        assert [line[key] for key in ("ce", "kd", "grad_norm")] == pytest.approx(right, rel=1e-3)
 
 
 @pytest.mark.parametrize("batch_size, grad_accum", [(1, 8), (2, 4), (4, 2)])
