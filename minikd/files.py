@@ -79,11 +79,8 @@ def atomic_path(path, folder: bool = False):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():                                           # else what was left may be the only copy
         _sweep(path)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.{MARK}", dir=path.parent))           # on the same file system
-    held = os.open(work, os.O_RDONLY)
+    work, held = _temporary_folder(path)
     try:
-        with suppress(OSError):                                 # a file system without locks
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         new = work / path.name
         if folder:
             new.mkdir()
@@ -126,6 +123,19 @@ def append_to(path):
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def _temporary_folder(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path`, on the same file system, and the open handle that keeps it locked."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.{MARK}", dir=path.parent))
+        with suppress(FileNotFoundError):
+            held = os.open(work, os.O_RDONLY)
+            with suppress(OSError):                             # a file system without locks
+                fcntl.flock(held, fcntl.LOCK_EX)
+            if work.exists():
+                return work, held
+            os.close(held)                                      # another process's _sweep was here before the lock: once more
 
 
 def _sweep(path: Path):

@@ -230,6 +230,28 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_write_but_not_a_living_o
     assert len(os.listdir("/dev/fd")) == len(opened)            # no handle is left open
 
 
+def test_a_folder_that_is_swept_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    made, make = [], tempfile.mkdtemp
+
+    def mkdtemp(**where):
+        made.append(make(**where))
+        if len(made) == 1:
+            os.rmdir(made[0])                                   # by another process, between two instructions of this one
+        return made[-1]
+
+    def flock(handle, how):
+        if len(made) == 2:
+            os.rmdir(made[1])                                   # while this one waits for the lock
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    opened = os.listdir("/dev/fd")
+    with atomic_path(tmp_path / "x") as new:
+        new.write_text("all")
+    assert (tmp_path / "x").read_text() == "all" and names(tmp_path) == ["x"] and len(made) == 3
+    assert len(os.listdir("/dev/fd")) == len(opened)
+
+
 def test_a_device_or_a_folder_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
