@@ -29,6 +29,7 @@ from minikd.quant import check_groups, to_w4, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
+from minikd.training import LOG
 
 
 def parse_args():
@@ -141,9 +142,11 @@ def check_out(out: Path):
     if Path.cwd().is_relative_to(out.resolve()):
         raise InputError(f"--out {out}: is the folder you work in; choose another, or one inside it")
     config = out / "config.json"
-    held = out.is_file() or config.exists() or any(out.glob("**/*.safetensors"))            # perhaps in sft/best/ of a run
+    held = config.exists() or out.exists() and not out.is_dir() or any(
+        next(out.glob(f"**/{name}"), None) for name in ("*.safetensors", LOG))              # perhaps in sft/best/ of a run
     if held and not (config.exists() and read_json(config).get("quantization_config")):
-        raise InputError(f"--out {out}: holds something other than a 4-bit model, which would be replaced; choose another")
+        raise InputError(f"--out {out}: holds something other than a 4-bit model, which would be replaced; choose a folder "
+                         "of its own")
     check_writable(out.parent)
 
 

@@ -1,8 +1,8 @@
 """The command line of the scripts: flags, device and dtype, progress."""
 import argparse
 import inspect
+import os
 import re
-import shutil
 import sys
 import time
 
@@ -129,6 +129,15 @@ def spare_threads(config: Qwen2Config):
         torch.set_num_threads(1)
 
 
+def window() -> dict:
+    """What tqdm must be told where the terminal has no size, as in `script`; by itself it would then show nothing."""
+    try:
+        known = all(os.get_terminal_size(sys.stderr.fileno()))
+    except (OSError, ValueError):
+        known = True
+    return {} if known else {"ncols": 80, "nrows": 24}
+
+
 class Progress:
     """A bar on a terminal; in a log, one plain line every few seconds.  Use as `with`, and call update().
 
@@ -139,8 +148,7 @@ class Progress:
         self.title, self.total, self.done, self.every, self.shown = title, total, start, every, time.monotonic()
         self.bar = None
         if sys.stderr and sys.stderr.isatty():
-            size = shutil.get_terminal_size()                   # 80 x 24 where it is unknown: tqdm would show nothing
-            self.bar = tqdm(total=total, initial=start, desc=title, leave=False, ncols=size.columns, nrows=size.lines)
+            self.bar = tqdm(total=total, initial=start, desc=title, leave=False, **window())
 
     def __enter__(self):
         return self

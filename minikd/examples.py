@@ -1,8 +1,9 @@
 """Records of the paper's datasets -> examples: what is asked, what is learned, and what ROUGE compares with. Which are held out.
 
 A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are
-ignored, except `category` and `system` (or `system_prompt`), which any record may have. A pair also shows its `context`, `input` or
-`passage`, and is refused with `choices` or `options`; codeforces drops what its `finish_reason` says was cut.
+ignored, except `category` and, where no turn is the system's, `system` (or `system_prompt`), which any record may have. A pair
+also shows its `context`, `input` or `passage`, and is refused with `choices` or `options`; codeforces drops what its
+`finish_reason` says was cut.
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
                                                        argilla/databricks-dolly-15k-curated-multilingual
@@ -80,8 +81,7 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
             f"fields ({_names(record)})", "rename them to those of a format:")
         raise InputError(f"{where}: {what} not known; {mend} {known}")
     messages, instruction, input, answers = FORMATS[name][0](record, where)
-    system = text_field(record, where, "system", "system_prompt", default="")
-    if system and messages[0]["role"] != "system":
+    if messages[0]["role"] != "system" and (system := text_field(record, where, "system", "system_prompt", default="")):
         messages, instruction = ({"role": "system", "content": system}, *messages), f"{system}\n\n{instruction}"
     category = text_field(record, where, "category", default="").strip() or name
     return Example(messages, instruction, input, answers[0], answers, category, where)

@@ -37,7 +37,7 @@ def script_errors():
             text += f": delete {cached[1]} and {os.path.realpath(cached[1])} first"
         _exit_with(text)
     except (MemoryError, RuntimeError) as error:                # torch, on GPU and CPU, raises a RuntimeError
-        if str(error).startswith("Could not determine home"):   # pathlib's, of ~nobody
+        if re.match("Symlink loop|Could not determine home", str(error)):       # pathlib's, of a path that the user gave
             _exit_with(f"{error}; give another path")
         if re.search(r"No working C\+\+ compiler|Failed to find C compiler", str(error)):   # inductor's on a CPU, triton's
             _exit_with("--compile: torch finds no C++ compiler; install one (g++), or leave the flag out")

@@ -137,6 +137,10 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
     path = Path(folder) / STATE
     try:
         with safe_open(path, framework="pt") as file:
+            surplus = {key for key in file.keys() if key.startswith("model.")} - {f"model.{key}" for key in model.state_dict()}
+            if surplus:
+                raise InputError(f"{path}: belongs to another model, with {min(surplus)[6:]}; start again without --resume, in "
+                                 "another --out")
             for key, value in model.state_dict().items():
                 held = file.get_tensor(f"model.{key}")
                 if held.shape != value.shape:                   # copy_ might broadcast it

@@ -292,7 +292,7 @@ def minillm(mix: float = 0.2, clip: float = 0.2, lm_coef: float = 0.5):
         with torch.no_grad():
             p = logs(teacher)
             old, there = picked(logs(student)), picked(p)
-        to_go = []                                                                                      # eq. (6), all answers'
+        to_go = []                                                                                      # eq. (6), by T - t
         for i in range(6):
             r = (there - old)[i][scored[i]].clamp(-50, 50).tolist()
             to_go += [sum(r[j + 1:]) / max(1, len(r) - j - 1) for j in range(len(r))]

@@ -190,14 +190,16 @@ def test_a_kill_in_the_middle_leaves_nothing_that_loads(run, tmp_path):
 
 def test_an_out_that_holds_something_else_is_refused_before_the_work(run, world, tmp_path, monkeypatch):
     monkeypatch.setattr(qz, "quantize", None)                                   # would fail
-    plain, file, comparison = (tmp_path / name for name in ("plain", "file", "comparison"))
+    plain, file, comparison, begun = (tmp_path / name for name in ("plain", "file", "comparison", "begun"))
+    (begun / "sft").mkdir(parents=True)
+    (begun / "sft" / "log.jsonl").touch()
     for folder in plain, comparison / "sft" / "best":
         shutil.copytree(world / "model", folder)
     file.write_text("mine")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     shutil.copy(plain / "model.safetensors", adapter / "adapter_model.safetensors")
-    for out, said in (*((out, "holds something other than a 4-bit model") for out in (comparison, adapter, plain, file)),
+    for out, said in (*((out, "holds something other than a 4-bit model") for out in (comparison, begun, adapter, plain, file)),
                       (file / "below", "cannot be written")):
         status, _, err = run("--method", "rtn", out=("--out", out), data=())
         assert status == 2 and said in err and err.count("\n") == 1 and "Traceback" not in err, (out, err)

@@ -210,6 +210,7 @@ def test_a_state_of_no_step_yet_has_no_moments(tmp_path):
 
 @pytest.mark.parametrize("shape, said", [(dict(num_hidden_layers=3), "is damaged .*layers.2"),
                                          (dict(intermediate_size=16), r"belongs to another model \(.*gate_proj"),
+                                         (dict(num_hidden_layers=1), "belongs to another model, with .*layers.1"),
                                          (dict(tie_word_embeddings=False), "is damaged .*lm_head")])
 def test_a_state_of_another_model_is_refused_in_one_line(tmp_path, shape, said):
     model = small_model()
