@@ -177,6 +177,14 @@ def check_writable(folder: Path):
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
 
 
+def parse_json(text: str | bytes):
+    """json.loads. All that it cannot parse is a ValueError: bytes, syntax, a number of 5,000 digits, lists 1,000 deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
 def read_json(path: Path, mend: str | None = None) -> dict:
     """One JSON object from a file.  Raises InputError, with file and position, if it is missing or not one.
 
@@ -184,7 +192,7 @@ def read_json(path: Path, mend: str | None = None) -> dict:
     """
     again = mend or "fetch it again"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: is missing; {mend or 'a Hugging Face model folder has one'}") from None
     except ValueError as error:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from minikd.files import InputError
+from minikd.files import InputError, parse_json
 from minikd.hub import ADDRESS, files_on_hub, local_folder
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
@@ -153,7 +153,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse(data: bytes, file: Path, line: int = 1):
     try:
-        return json.loads(data)                                 # given bytes, it checks UTF-8 and accepts a BOM
+        return parse_json(data)                                 # given bytes, it checks UTF-8 and accepts a BOM
     except json.JSONDecodeError as error:
         line, reason = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
     except UnicodeDecodeError as error:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minikd.data import Encoded, collate, send
-from minikd.files import InputError, append_to, atomic_path, read_json, save_tensors
+from minikd.files import InputError, append_to, atomic_path, parse_json, read_json, save_tensors
 from minikd.generate import respond
 from minikd.head import scored_positions
 from minikd.model import Qwen2, mixed
@@ -145,7 +145,7 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     lines = text.split("\n")[:-1] or [json.dumps(made_from)]    # the last is empty, or cut by a kill
     try:
-        before, *answers = map(json.loads, lines)
+        before, *answers = map(parse_json, lines)
         responses = [answer["ids"] for answer in answers]
         other = [key for key in before | made_from if before.get(key) != made_from.get(key)]
         good = len(responses) <= len(rows) and all(

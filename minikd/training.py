@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minikd.checkpoint import check_vocabulary, model_folder, outline
-from minikd.files import InputError, append_to, atomic_path, read_json, remove, save_tensors
+from minikd.files import InputError, append_to, atomic_path, parse_json, read_json, remove, save_tensors
 from minikd.model import Qwen2, run_blocks
 from minikd.records import is_chosen, local_files, split_choice
 
@@ -94,7 +94,7 @@ def _log_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
             if not line.endswith(b"\n"):                        # cut short by a kill
                 return
             try:
-                value = json.loads(line[:-1])
+                value = parse_json(line[:-1])
                 abs(value["step"])                              # a number
             except (ValueError, TypeError, KeyError) as error:
                 raise InputError(f"{path}: holds a line that is not a step of a run ({error}); choose another --out") from error
@@ -137,18 +137,21 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
     path = Path(folder) / STATE
     try:
         with safe_open(path, framework="pt") as file:
-            surplus = {key for key in file.keys() if key.startswith("model.")} - {f"model.{key}" for key in model.state_dict()}
-            if surplus:
-                raise InputError(f"{path}: belongs to another model, with {min(surplus)[6:]}; start again without --resume, in "
-                                 "another --out")
+            wanted = {f"model.{key}": list(value.shape) for key, value in model.state_dict().items()}
+            held = {key: file.get_slice(key).get_shape() for key in file.keys() if key.startswith(("model.", "optimizer."))}
+            if any(key.startswith("optimizer.") for key in held):                   # there are none before the first step
+                for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                    shape = list(parameter.shape)
+                    wanted |= {f"optimizer.{i}.{name}": size for name, size in
+                               (("step", []), ("exp_avg", shape), ("exp_avg_sq", shape))}
+            for key in sorted(wanted.keys() | held.keys()):     # all are checked before the first is changed
+                if wanted.get(key) != held.get(key):
+                    raise InputError(f"{path}: belongs to another model ({key.removeprefix('model.')} is {held.get(key)}, "
+                                     f"here {wanted.get(key)}); start again without --resume, in another --out")
             for key, value in model.state_dict().items():
-                held = file.get_tensor(f"model.{key}")
-                if held.shape != value.shape:                   # copy_ might broadcast it
-                    raise InputError(f"{path}: belongs to another model ({key} is {list(held.shape)}, here {list(value.shape)}); "
-                                     "start again without --resume, in another --out")
-                value.copy_(held)
+                value.copy_(file.get_tensor(f"model.{key}"))
             state = optimizer.state_dict()
-            for _, i, name in (key.split(".") for key in file.keys() if key.startswith("optimizer.")):
+            for _, i, name in (key.split(".") for key in wanted if key.startswith("optimizer.")):
                 state["state"].setdefault(int(i), {})[name] = file.get_tensor(f"optimizer.{i}.{name}")
             optimizer.load_state_dict(state)
             more = {key.removeprefix("more."): file.get_tensor(key) for key in file.keys() if key.startswith("more.")}

@@ -196,7 +196,7 @@ def test_lines_are_read_as_they_are_and_a_hash_is_of_the_whole_file(tmp_path):
 
 @pytest.mark.parametrize("content, complaint", [(b"{\"a\": 1,}", "is not JSON"), (b"", "is not JSON"),
                                                 (b"\xff\xfe{}", "is not JSON"), (b"[1]", "holds a list"),
-                                                (b"9" * 9999, "is not JSON")])
+                                                (b"[" * 9999, "is not JSON"), (b"9" * 9999, "is not JSON")])
 def test_what_is_not_a_json_object_is_named_in_one_line(tmp_path, content, complaint):
     path = tmp_path / "config.json"
     path.write_bytes(content)

@@ -193,7 +193,8 @@ def test_answers_of_another_teacher_or_to_other_prompts_are_refused(respond):
             respond(**changed)
 
 
-@pytest.mark.parametrize("line", ['{"ids": []}', '{"ids": [400]}', '{"ids": [-1]}', '{"ids": [5.0]}', '{"ids": null}', "ÿ"])
+@pytest.mark.parametrize("line", ['{"ids": []}', '{"ids": [400]}', '{"ids": [-1]}', '{"ids": [5.0]}', '{"ids": null}', "ÿ",
+                                  "[" * 9999])
 def test_answers_without_ids_of_the_tokenizer_are_refused(respond, tmp_path, line):
     respond()
     path = tmp_path / "answers.jsonl"
