@@ -27,6 +27,7 @@ from minikd.toy import QWEN2_WORDS
 from minikd.training import Log, lock, read_log
 from ptx import Driver, Kernel, kernels_of
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                          # these tests are the CPU's, also where there is a GPU
 torch.set_num_threads(1)
 if sys.platform != "linux":
     sandbox._run = lambda *_: pytest.skip("programs are confined on Linux alone")
