@@ -10,7 +10,7 @@
 //   4  RMSNorm, gate/up, silu
 //   5  down, residual
 //
-// The blocks have no barrier. A value is sent together with a tag, the number of the step and layer, in one word, and who needs
+// The blocks have no barrier. A value is sent together with a tag, which counts the layers, in one word, and who needs
 // it reads the word until the tag is right: one way through the L2 and back, where a barrier takes three (the values, the count
 // of arrivals, the values again). Measured on an H200: see benchmarks/results/gpu.txt.
 //
@@ -20,11 +20,9 @@
 namespace one_kernel {
 
 const int WARPS = 16, THREADS = 32 * WARPS;
-const int WIDEST = 20480, SPLITS = 16, BIASES = 5120;   // most inputs of a product, parts of a head's keys, outputs of q/k/v
+const int WIDEST = 20480, SPLITS = 8, BIASES = 5120;    // most inputs of a product, parts of a head's keys, outputs of q/k/v
 const int RING = 8576;                                  // bytes of a warp's weights in flight
 const int KEYS = 2, AT_ONCE = 4;                        // loads in flight per lane, of keys and of words
-
-typedef unsigned long long u64;
 
 struct Matrix { const void* weight; const u16* scales; const u8* zeros; };     // bfloat16 [N, K], or as repack lays it out
 struct Layer {                                          // only addresses: decode_cuda.py writes them as int64
@@ -36,11 +34,12 @@ struct Layer {                                          // only addresses: decod
 };
 struct Step {
     const Layer* layers;
-    const u16* x;                                       // [D] the token's embedding
+    const u16* table;                                   // [V, D] the embedding
+    const long long* token;                             // [1] the newest token, a row of it
     u16* y;                                             // [D] the residual stream after the last layer
     u32 *heads, *middle, *wide;                         // words: [(H + 2K) E] stage 1 to 2, [D] 3 to 4, [2, I] 4 to 5
     u32* last;                                          // words: [D] 5 to 1 of the next layer
-    u64* parts;                                         // words of 64 bits: [H, SPLITS, E + 2] 2 to 3, see `attend`
+    u32* parts;                                         // words: [H, SPLITS, E + 4] 2 to 3, see `attend`
     const u16 *cos, *sin;                               // [S, E]
     long long* slot;                                    // [1] the token's slot in the cache; the kernel adds 1 at its end
     int L, D, I, H, K, E, S, group, zeros;              // zeros: whether codes have zero points other than 8
@@ -65,35 +64,27 @@ static_assert(sizeof(Shared) == 221264, "decode_cuda.py asks for so many bytes")
 
 // ---- words: what a block sends to all others
 //
-// A word holds a bfloat16 value in its upper half and a tag in its lower; of 64 bits, a float32 and a tag. Relaxed accesses see
-// a word whole, old or new, and need no fence: nothing else is read on the strength of it. Before a block overwrites words, all
-// blocks have read them: every block computes a part of `wide` in each layer, which it cannot send before it has read all words
-// of the stages before, and no block passes stage 5 without all of `wide`. Of `wide` itself there are two, for even and for odd
-// layers: a block whose only task is in stage 4 may have sent its part and not yet read the others', when they are a layer on.
+// A word holds a value in its upper bits, a bfloat16 or in attention's parts a float32 without its last 8, and in its lower ones
+// the tag, from 1 to 255: until it is sent anew it is 0 or has the tag of one or two layers before. Relaxed accesses see a word
+// whole, old or new, and need no fence: nothing else is read on the strength of it. Before a block overwrites words, all blocks
+// have read them: every block computes a part of `wide` in each layer, which it cannot send before it has read all words of the
+// stages before, and no block passes stage 5 without all of `wide`. Of `wide` itself there are two, for even and for odd layers:
+// a block whose only task is in stage 4 may have sent its part and not yet read the others', when they are a layer on.
 
-struct Two { u64 v[2]; };
 __device__ __forceinline__ Words load_relaxed(const u32* p) {
     Words v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p) : "memory");
     return v;
 }
-__device__ __forceinline__ Two load_relaxed(const u64* p) {
-    Two v;
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(v.v[0]), "=l"(v.v[1]) : "l"(p) : "memory");
-    return v;
+__device__ __forceinline__ void store_relaxed(u32* to, u32 word) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"(word) : "memory");
 }
-__device__ __forceinline__ void send(u32* to, float v, u32 tag) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"((u32)to_bf16(v) << 16 | tag) : "memory");
-}
-__device__ __forceinline__ void send(u64* to, float v, u32 tag) {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" :: "l"(to), "l"(__float_as_uint(v) | (u64)tag << 32) : "memory");
-}
+__device__ __forceinline__ void send(u32* to, float v, u32 tag) { store_relaxed(to, (u32)to_bf16(v) << 16 | tag); }
+__device__ __forceinline__ void send_float(u32* to, float v, u32 tag) { store_relaxed(to, __float_as_uint(v) & ~255u | tag); }
+__device__ __forceinline__ float cut(u32 word) { return __uint_as_float(word & ~255u); }        // the float32 that was sent
 __device__ __forceinline__ bool carries(const Words& v, u32 tag) {
-    return !(((v.w[0] ^ tag) | (v.w[1] ^ tag) | (v.w[2] ^ tag) | (v.w[3] ^ tag)) & 0xffff);
-}
-__device__ __forceinline__ bool carries(const Two& v, u32 tag) {
-    return !((u32)(v.v[0] >> 32 ^ tag) | (u32)(v.v[1] >> 32 ^ tag));
+    return !(((v.w[0] ^ tag) | (v.w[1] ^ tag) | (v.w[2] ^ tag) | (v.w[3] ^ tag)) & 255);
 }
 __device__ __forceinline__ Pair values(const Words& v) {
     return Pair{{v.w[0] >> 16 | (v.w[1] & 0xffff0000u), v.w[2] >> 16 | (v.w[3] & 0xffff0000u)}};
@@ -372,20 +363,11 @@ __device__ __forceinline__ void normalise(Shared& shared, const Words* mine, con
     __syncthreads();
 }
 
-// Online softmax: joins two sums over different keys, each relative to its own greatest score (`most`); mass is the sum of
-// exp(score - most).  Returns the factor for the first one's weighted values, and other_share for the second one's.
-__device__ __forceinline__ float join(float& most, float& mass, float other_most, float other_mass, float& other_share) {
-    float top = fmaxf(most, other_most), share = __expf(most - top);
-    other_share = __expf(other_most - top);
-    mass = mass * share + other_mass * other_share, most = top;
-    return share;
-}
-
 // One head's attention over a part of its keys, by one block: a key takes `lanes` lanes, 8 values each, and a warp reads `keys`
 // keys at once, with KEYS such loads in flight; the first ones before the query is there. This step's own key and value come as
-// words.  -> out [E + 2]: the weighted values, most and mass
+// words.  -> out [E + 4], words: the sum of exp(score - most) value; most; the sum of exp(score - most); these two once more
 __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Layer& layer, int slot, int head, int begin, int end,
-                                       u64* out, u32 tag) {
+                                       u32* out, u32 tag) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, lanes = s.E / 8, keys = 32 / lanes, column = lane % lanes * 8;
     int group = head / (s.H / s.K);
     long long base = (long long)group * s.S * s.E + column;
@@ -456,45 +438,46 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
     const float* theirs = shared.sums + lane % WARPS * (s.E + 2) + s.E;
     most = top = theirs[0];
     for (int mask = WARPS / 2; mask; mask /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
+    top = cut(__float_as_uint(top));                    // as it will arrive: what is relative to it must be so exactly
     share = __expf(most - top), mass = share * theirs[1];
     for (int mask = WARPS / 2; mask; mask /= 2) mass += __shfl_xor_sync(~0u, mass, mask);
     float joined = 0;                                   // and a thread adds one of the E values
 #pragma unroll
     for (int w = 0; w < WARPS; w++) joined += __shfl_sync(~0u, share, w) * shared.sums[w * (s.E + 2) + threadIdx.x];
-    send(out + threadIdx.x, joined, tag);
-    if (threadIdx.x == 0) send(out + s.E, top, tag), send(out + s.E + 1, mass, tag);
+    send_float(out + threadIdx.x, joined, tag);
+    if (threadIdx.x < 4) send_float(out + s.E + threadIdx.x, threadIdx.x % 2 ? mass : top, tag);
 }
 
-// Joins the parts of each head: attention's output [H E], into shared.in. A lane takes 4 neighbours.
+// Joins the parts of each head: attention's output [H E], into shared.in. A thread takes 4 neighbours, of all parts at once.
 template <class Weights> __device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits, u32 tag) {
     __syncthreads();                                    // no warp reads shared.in any more
     for (int at = 4 * threadIdx.x; at < round_up(s.H * s.E, 512); at += 4 * THREADS) {
         int head = at >> 31 - __clz(s.E), e = at & s.E - 1;
-        float most = LEAST, mass = 0, v[4] = {}, other;
-        const u64* parts = s.parts + (long long)head * SPLITS * (s.E + 2);
-        for (int begin = 0; begin < splits && head < s.H; begin += AT_ONCE) {
-            Two got[AT_ONCE][3];                        // of each part: two values, two values, most and mass
-            wait_until([&] {
-                bool ready = true;
+        const u32* parts = s.parts + head * SPLITS * (s.E + 4);
+        u32 least = __float_as_uint(LEAST) & ~255u | tag;
+        Words sums[SPLITS], scales[SPLITS];             // scales: most, mass
+        wait_until([&] {
+            bool ready = true;
 #pragma unroll
-                for (int i = 0; i < 3 * AT_ONCE; i++)
-                    got[i / 3][i % 3] = begin + i / 3 < splits
-                        ? load_relaxed(parts + (begin + i / 3) * (s.E + 2) + (i % 3 == 2 ? s.E : e + i % 3 * 2))
-                        : Two{{(u64)tag << 32, (u64)tag << 32}};
-#pragma unroll
-                for (int i = 0; i < 3 * AT_ONCE; i++) ready &= carries(got[i / 3][i % 3], tag);
-                return ready;
-            });
-#pragma unroll
-            for (int p = 0; p < AT_ONCE; p++) {
-                if (begin + p >= splits) continue;
-                float f[6];
-                for (int i = 0; i < 6; i++) f[i] = __uint_as_float((u32)got[p][i / 2].v[i % 2]);
-                float share = join(most, mass, f[4], f[5], other);
-                for (int i = 0; i < 4; i++) v[i] = v[i] * share + other * f[i];
+            for (int p = 0; p < SPLITS; p++) {          // a part that is not there has mass 0
+                bool there = p < splits && head < s.H;
+                sums[p] = there ? load_relaxed(parts + p * (s.E + 4) + e) : Words{{tag, tag, tag, tag}};
+                scales[p] = there ? load_relaxed(parts + p * (s.E + 4) + s.E) : Words{{least, tag, least, tag}};
             }
-        }
+#pragma unroll
+            for (int p = 0; p < SPLITS; p++) ready &= carries(sums[p], tag) & carries(scales[p], tag);
+            return ready;
+        });
         __syncwarp();
+        float top = LEAST, mass = 0, v[4] = {};
+#pragma unroll
+        for (int p = 0; p < SPLITS; p++) top = fmaxf(top, cut(scales[p].w[0]));
+#pragma unroll
+        for (int p = 0; p < SPLITS; p++) {
+            float share = __expf(cut(scales[p].w[0]) - top);
+            mass += share * cut(scales[p].w[1]);
+            for (int i = 0; i < 4; i++) v[i] += share * cut(sums[p].w[i]);
+        }
         Pair out = {};
         float one = __fdividef(1, mass);
         if (head < s.H)
@@ -544,6 +527,7 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
     int slot = *(volatile long long*)s.slot, half = s.E / 2, log2 = 31 - __clz(s.E), heads = s.H + 2 * s.K, tid = threadIdx.x;
     int span = WARPS * KEYS * 256 / s.E;                // keys that a block reads at once
     int splits = min(ceil_div(slot + 1, span), min(SPLITS, max(1, gridDim.x / s.H)));
+    const u16* x = s.table + *s.token * s.D;
     read_layer(shared, s, 0);
     if (tid < s.E) shared.cos[tid] = s.cos[slot * s.E + tid], shared.sin[tid] = s.sin[slot * s.E + tid];
     wait_for_copies<0>();
@@ -553,7 +537,7 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
     for (int l = 0; l < s.L; l++) {
         const Layer& layer = shared.layer[l % 2];
         u32* wide = s.wide + l % 2 * s.I;
-        u32 tag = ((u32)slot * s.L + l) % 65535 + 1, before = ((u32)slot * s.L + l + 65534) % 65535 + 1;
+        u32 tag = ((u32)slot * s.L + l) % 255 + 1, before = ((u32)slot * s.L + l + 254) % 255 + 1;
         Words mine[2] = {};
         Pair gain[2];
         read_layer(shared, s, l + 1);
@@ -563,7 +547,7 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
         if (l) receive<2>(s.last, 0, s.D, before, mine);
         else
             for (int i = 0; i < 8; i++)
-                if (int at = 4 * (tid + i / 4 * THREADS) + i % 4; at < s.D) mine[i / 4].w[i % 4] = (u32)s.x[at] << 16;
+                if (int at = 4 * (tid + i / 4 * THREADS) + i % 4; at < s.D) mine[i / 4].w[i % 4] = (u32)x[at] << 16;
         normalise<Weights>(shared, mine, gain, s.D, s.eps, s.zeros);
         qkv.run([&](int n, float a, float b) {          // the two that RoPE rotates together
             int head = n >> log2, i = n & s.E - 1;
@@ -582,7 +566,7 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
         for (int i = blockIdx.x; i < s.H * splits; i += gridDim.x) {
             int head = i / splits, part = i % splits, each = ceil_div(slot + 1, splits);
             attend(shared, s, layer, slot, head, part * each, min(slot + 1, (part + 1) * each),
-                   s.parts + (head * SPLITS + part) * (s.E + 2), tag);
+                   s.parts + (head * SPLITS + part) * (s.E + 4), tag);
         }
 
         gather<Weights>(shared, s, splits, tag);

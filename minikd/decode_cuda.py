@@ -8,13 +8,13 @@ from minikd.cuda import available, launch
 from minikd.model import Block, Linear, Qwen2, StaticCache, rope_tables
 from minikd.quant import W4Linear
 
-THREADS, WIDEST, SPLITS, BIASES, SHARED = 512, 20_480, 16, 5120, 221_264        # decode.cu's; SHARED is sizeof(Shared)
+THREADS, WIDEST, SPLITS, BIASES, SHARED = 512, 20_480, 8, 5120, 221_264         # decode.cu's; SHARED is sizeof(Shared)
 AHEAD = 96 << 10                        # bytes of gate/up, and of down, that a block brings into the L2 in advance
 
 
 class Step(ctypes.Structure):
     """decode.cu's Step, field by field."""
-    _fields_ = [(name, ctypes.c_void_p) for name in "layers x y heads middle wide last parts cos sin slot".split()]
+    _fields_ = [(name, ctypes.c_void_p) for name in "layers table token y heads middle wide last parts cos sin slot".split()]
     _fields_ += [(name, ctypes.c_int) for name in "L D I H K E S group zeros".split()]
     _fields_ += [("bits", 4 * ctypes.c_int), ("ahead", 2 * ctypes.c_int), ("eps", ctypes.c_float)]
 
@@ -86,7 +86,7 @@ class OneKernel:
         self.held = dict(
             layers=torch.tensor(table, device=device), cos=cos, sin=sin, slot=cache.slot,               # [L, 17], [S, E], [1]
             y=torch.empty(1, 1, D, dtype=torch.bfloat16, device=device), heads=words(outputs), middle=words(D),
-            wide=words(2 * I), last=words(D), parts=torch.zeros(H, SPLITS, E + 2, dtype=torch.int64, device=device))
+            wide=words(2 * I), last=words(D), parts=words(H * SPLITS * (E + 4)))
         first = self.body.layers[0].self_attn.o_proj
         four = isinstance(first, W4Linear)
         self.name, block = ("decode_w4", 128) if four else ("decode_bf16", 64)                  # block: a part's inputs
@@ -99,12 +99,11 @@ class OneKernel:
         small = not four and 6 * I * D + 2 * D * (outputs + H * E) < 48 << 20
         ahead = (AHEAD // (32 * D), AHEAD // (16 * I)) if small else (0, 0)                     # bytes of a task's weights
         self.step = Step(L=L, D=D, I=I, H=H, K=K, E=E, S=S, group=first.group_size if four else 0, zeros=zeros,
-                         bits=tuple(bits), ahead=ahead, eps=config.rms_norm_eps,
+                         bits=tuple(bits), ahead=ahead, eps=config.rms_norm_eps, table=self.body.embed_tokens.weight.data_ptr(),
                          **{name: tensor.data_ptr() for name, tensor in self.held.items()})
 
     def hidden(self, ids: Tensor, cache: StaticCache) -> Tensor:
         """ids [1, 1] -> hidden states after the last norm [1, 1, D]"""
-        x = self.body.embed_tokens(ids)                                         # [1, 1, D]
-        self.step.x = x.data_ptr()
-        launch(self.name, x.device, (self.blocks, 1), THREADS, self.step, together=True, shared=SHARED)
+        self.step.token = ids.data_ptr()
+        launch(self.name, ids.device, (self.blocks, 1), THREADS, self.step, together=True, shared=SHARED)
         return self.body.norm(self.held["y"])
