@@ -47,6 +47,7 @@ from minikd.layout import laid_out
 from minikd.losses import clipped_surrogate, forward_kl, pick_divergence, reverse_kl
 from minikd.model import Qwen2, Qwen2Config, StaticCache, mixed, rope_tables, rotate
 from minikd.quant import W4Linear, decode_groups, round_to_nearest, to_w4, to_words
+from minikd.teacher import Teacher
 from minikd.training import compile_blocks, make_optimizer
 
 LAYERS = [(1152, 896), (896, 896), (9728, 896), (896, 4864), (128, 896), (17920, 1536), (1536, 8960), (2560, 2048),
@@ -610,18 +611,17 @@ def time_kd(device, tiny, limits):
     def measure(kind):
         ours = kind.startswith("minikd")
         student = make(student_shape, device, torch.float32) if ours else theirs(student_shape, device, torch.float32)
-        teacher = make(teacher_shape, device, seed=1) if ours else theirs(teacher_shape, device)
+        teacher = Teacher(make(teacher_shape, device, seed=1)) if ours else theirs(teacher_shape, device)
         optimizer = make_optimizer(student, 1e-5) if ours else torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
         student.train()
         if kind.endswith("--compile"):
-            compile_blocks(student, teacher)
+            compile_blocks(student, teacher.model)
             compile_losses()
         if kind == "transformers compiled":
             student.forward, teacher.forward = torch.compile(student.forward), torch.compile(teacher.forward)
         head, kept = teacher.head.detach() if ours else None, None
         if "cached" in kind:
-            with torch.inference_mode():
-                kept = scored_positions(teacher.hidden(ids), ids, mask)[0].cpu()
+            kept = teacher.states(None, ids, mask).cpu()
             head, teacher = head.clone(), None
             fresh(device)
 
@@ -631,8 +631,7 @@ def time_kd(device, tiny, limits):
         def step():
             with torch.autocast(device, torch.bfloat16):
                 if ours:
-                    with torch.inference_mode():
-                        soft = scored_positions(teacher.hidden(ids), ids, mask)[0] if teacher else send(kept, device)
+                    soft = teacher.states(None, ids, mask) if teacher else send(kept, device)
                     hidden, targets = scored_positions(student.hidden(ids), ids, mask)
                     loss = head_loss(hidden, student.head, targets, soft, head, forward_kl, 1.0, 1 / len(targets))[0]
                 elif kind == "trl":

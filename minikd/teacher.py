@@ -12,6 +12,7 @@ from minikd.data import Encoded, collate, send
 from minikd.files import InputError, append_to, atomic_path, parse_json, read_json, save_tensors
 from minikd.generate import respond
 from minikd.head import scored_positions
+from minikd.layout import lay_out
 from minikd.model import Qwen2, mixed
 
 FACTS, SHARD_TOKENS = "cache.json", 50_000          # a shard of a 3B teacher's states is 205 MB
@@ -23,6 +24,8 @@ class Teacher:
 
     def __init__(self, model: Qwen2):
         self.model, self.head = model, model.head                               # head [V', D']
+        if self.head.is_cuda:                       # for good: q/k/v one product, gate/up another, as nothing here is trained
+            lay_out(model, rows=0, pack=False)
 
     @torch.inference_mode()
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
