@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from minikd.checkpoint import load_model, save_model
 from minikd.files import InputError
-from minikd.model import MLP, Attention, KVCache, Qwen2, Qwen2Config, RMSNorm, StaticCache, mixed, rope_tables, rotate
+from minikd.model import (MLP, Attention, KVCache, Qwen2, Qwen2Config, RMSNorm, StaticCache, mixed, rope_tables, rotate,
+                          run_blocks)
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
@@ -208,6 +210,26 @@ def test_gradient_checkpointing_recomputes_each_block_and_gives_the_same_gradien
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5)
         assert gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_joined_as_in_training_on_a_gpu_give_the_same_gradients(monkeypatch, compiled):
+    products, linear = [], F.linear
+    if not compiled:
+        monkeypatch.setattr(F, "linear", lambda *given, **named: (products.append(1), linear(*given, **named))[1])
+
+    def gradients(joined):
+        monkeypatch.setattr("minikd.model.trains_on_gpu", lambda x: joined)
+        model = tiny(num_hidden_layers=3).train()
+        if compiled:
+            model.model.compiled = torch.compile(run_blocks, backend="eager", fullgraph=True)
+        weight = torch.randn(2, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        (weight * model.hidden(torch.arange(18).view(2, 9))).sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.model.parameters()])
+
+    found, right = gradients(True), gradients(False)
+    assert (found - right).norm() < 1e-5 * right.norm() and right.norm() > 1
+    assert compiled or len(products) == 3 * 4 + 3 * 7
 
 
 def test_random_weights_are_qwens_and_the_seed_decides_them():
