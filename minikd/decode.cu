@@ -65,7 +65,7 @@ static_assert(sizeof(Shared) == 221264, "decode_cuda.py asks for so many bytes")
 // ---- words: what a block sends to all others
 //
 // A word holds a value in its upper bits, a bfloat16 or in attention's parts a float32 without its last 8, and in its lower ones
-// the tag, from 1 to 255: until it is sent anew it is 0 or has the tag of one or two layers before. Relaxed accesses see a word
+// the tag, from 1 to 255: until it is sent anew it is 0 or has the tag of one to three layers before. Relaxed accesses see a word
 // whole, old or new, and need no fence: nothing else is read on the strength of it. Before a block overwrites words, all blocks
 // have read them: every block computes a part of `wide` in each layer, which it cannot send before it has read all words of the
 // stages before, and no block passes stage 5 without all of `wide`. Of `wide` itself there are two, for even and for odd layers:
@@ -564,8 +564,8 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
         });
 
         Product<Weights, 1> o(shared, layer.o, s.D, s.H * s.E, s.group, s.bits[1]);
-        // The last blocks first: of a small model they had nothing to do in q/k/v, and wait here already.
-        for (int i = gridDim.x - 1 - blockIdx.x; i < s.H * splits; i += gridDim.x) {
+        // The last blocks first, if they have no task in q/k/v: they wait here already.
+        for (int i = heads * s.E / 16 < gridDim.x ? gridDim.x - 1 - blockIdx.x : blockIdx.x; i < s.H * splits; i += gridDim.x) {
             int head = i / splits, part = i % splits, each = ceil_div(slot + 1, splits);
             attend(shared, s, layer, slot, head, part * each, min(slot + 1, (part + 1) * each),
                    s.parts + (head * SPLITS + part) * (s.E + 4), tag);
