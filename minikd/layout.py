@@ -1,4 +1,4 @@
-"""The memory layout of weights for decoding: layers that share an input joined, packed for a CPU, the head in int8.
+"""The memory layout of weights that are not trained: layers that share an input joined, packed for a CPU, the head in int8.
 
 A decoding step reads every weight once and computes little, so its time depends on the bytes it reads, on their layout,
 and on the number of calls.

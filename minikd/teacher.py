@@ -24,7 +24,7 @@ class Teacher:
 
     def __init__(self, model: Qwen2):
         self.model, self.head = model, model.head                               # head [V', D']
-        if self.head.is_cuda:                       # for good: q/k/v one product, gate/up another, as nothing here is trained
+        if self.head.is_cuda and not self.head.requires_grad:       # q/k/v one product, gate/up another, for good: it is frozen
             lay_out(model, rows=0, pack=False)
 
     @torch.inference_mode()

@@ -17,7 +17,8 @@ from minikd.command import pick_device
 from minikd.data import Encoded
 from minikd.generate import Replay, Rows, generate_with_log_probs
 from minikd.losses import forward_kl
-from minikd.model import mixed
+from minikd.model import join_in_training, mixed
+from minikd.quant import W4Linear
 from minikd.teacher import Teacher
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23]]
@@ -87,12 +88,28 @@ def test_a_distillation_step_is_launched_without_waiting_for_the_gpu(monkeypatch
     monkeypatch.setattr(fake_gpu, "wait", waited.append)
     rows = [Encoded([5, 6, 7], [8, 9], False, 0), Encoded([5], [8, 9, 10, 11], True, 1)]
     with gpu():
-        student, teacher = small(0).to("cuda").train(), Teacher(small(1).to("cuda"))
+        student, teacher = small(0).to("cuda").train(), Teacher(small(1).to("cuda").requires_grad_(False))
         sums = train_kd.forward_backward(rows, student=student, weight=1 / 6, pad_id=0, dtype=torch.bfloat16,
                                          checkpointing=False, teacher=teacher, divergence=forward_kl, kd_ratio=0.5)
         assert not fake_gpu.WAITS & set(waited)
         assert all(block.self_attn.joined and block.mlp.joined for block in teacher.model.model.layers)     # fewer launches
         assert float(sums[0]) > 0 and fake_gpu.WAITS & set(waited)              # reading a number does wait
+
+
+def test_a_students_products_are_joined_in_training_alone_and_a_teachers_for_good():
+    with gpu():
+        student, x = small(0).to("cuda"), torch.ones(1, 2, 16, device="cuda")
+        mlp = student.model.layers[0].mlp
+        joined = lambda *layers: join_in_training(x, *layers or (mlp.gate_proj, mlp.up_proj)) is not None
+        with mixed(x.device, torch.bfloat16):
+            assert joined() and not joined(W4Linear(32, 8, 32, False, 1))
+            with torch.no_grad():
+                assert not joined()
+        assert not joined()                                                     # in float32: copies would be kept for backward
+        for frozen in True, False:                                              # one that is trained too keeps its own layers
+            Teacher(student.requires_grad_(not frozen))
+            assert (mlp.joined is not None) == frozen
+            student.lay_back()
 
 
 # ---- sampling by graphs
