@@ -218,9 +218,11 @@ def trains_on_gpu(x: Tensor) -> bool:
 
 
 def join_in_training(x: Tensor, *layers: nn.Module):
-    """x -> the layers' outputs side by side, by one product; None, which leaves one for each, unless trains_on_gpu. Autocast casts
-    the weights in every step anyway. Joined before it, they take fewer kernels: to launch those of a small model takes the host
-    longer than they run. A KD step with a 0.5B student took 109 ms on an H200, not 122; from the cached teacher 59, not 91."""
+    """x -> the layers' outputs side by side, by one product; None, which leaves one for each, unless trains_on_gpu.
+
+    Autocast casts the weights in every step anyway. Joined before that they take fewer kernels: to launch those of a small model
+    takes the host longer than they run. A KD step with a 0.5B student took 109 ms on an H200, not 122; from a cache 59, not 91.
+    """
     if not (trains_on_gpu(x) and isinstance(layers[0], Linear)):
         return None
     weight = torch.cat([layer.weight for layer in layers])

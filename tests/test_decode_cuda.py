@@ -68,7 +68,8 @@ def error_of(found, exact) -> float:
 
 
 ONE = dict(num_hidden_layers=1)
-SHAPES = {"one head": ONE | dict(head_dim=128, num_attention_heads=1, num_key_value_heads=1), "wide heads": dict(head_dim=128, num_attention_heads=2, num_key_value_heads=1),
+SHAPES = {"one head": ONE | dict(head_dim=128, num_attention_heads=1, num_key_value_heads=1),
+          "wide heads": dict(head_dim=128, num_attention_heads=2, num_key_value_heads=1),
           "odd sizes": ONE | dict(hidden_size=72, intermediate_size=616, num_attention_heads=3, num_key_value_heads=1)}
 SHAPES_W4 = {"small": ONE | dict(hidden_size=128, intermediate_size=256),
              "teams": ONE | dict(hidden_size=128, intermediate_size=1152, num_attention_heads=8, num_key_value_heads=1,
