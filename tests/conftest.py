@@ -145,6 +145,11 @@ def pytest_collection_finish(session):
         session.compilation = folder, ThreadPoolExecutor(1).submit(subprocess.run, nvcc)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)                                        # what a test draws is the same in every run
+
+
 @pytest.fixture
 def shell(monkeypatch, capsys):
     """shell(script's module, *flags) -> (exit status, stdout, stderr), as from a shell; without matplotlib, because a picture

@@ -16,11 +16,6 @@ from minikd.quant import W4Linear, to_w4, to_words
 from test_generate import PROMPTS, V, random_model
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 # ---- packed weights, on a CPU ----
 
 @pytest.mark.parametrize("there", [True, False])

@@ -12,11 +12,6 @@ from minikd.w4_cuda import GPU, KERNELS, plan, repack, supports_groups
 from ptx import Fault, kernels_of, places
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def layer(N: int, K: int, group: int, sym: bool, seed=0):
     """Random codes over the full range, scales and zeros; and the weight they stand for, in float64."""
     generator = torch.Generator().manual_seed(seed)
