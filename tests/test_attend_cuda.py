@@ -103,7 +103,6 @@ def test_several_blocks_split_the_slots(on_cpu, slot, splits, E, order):
 
 @pytest.mark.parametrize("shape, length, splits", [("0.5B", 120, 1), ("3B", 9, 1)])
 def test_a_step_is_as_exact_as_the_plain_path(on_cpu, shape, length, splits):
-    torch.manual_seed(0)
     ours, plain, same = attention_errors(SHAPES[shape], length, splits, "cpu")
     assert same and ours < 1.5 * plain + 1e-3 and plain < 5e-3, (ours, plain)
 
