@@ -109,6 +109,11 @@ __device__ __forceinline__ float half_to_float(u16 h) {
     return f;
 }
 
+__device__ __forceinline__ u32 max_pair(u32 a, u32 b) { // of two bfloat16 in one instruction; NaN if one is NaN
+    u32 d;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 const float LEAST = -1e30f;                             // in the place of -inf, as -inf - -inf would be NaN
 __device__ __forceinline__ float warp_sum(float v) {    // every lane gets it

@@ -52,7 +52,71 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const u16* x, const 
     *(Words*)(normed + row) = out;
 }
 
-// ---- a token per row from softmax(logits / temperature), as generate.sample draws it.  grid (B), 512 threads
+// ---- the next token of each of B rows, as generate.sample draws it, and what generate.Rows does with it: it is number at + 1 of
+// its answer.  at, tokens [B], the newest; drawn, logps [max_new_tokens, B]
+
+#define ANSWERS long long* at, long long* tokens, long long* drawn, double* logps
+__device__ __forceinline__ long long next_place(const long long* at) { return (at[blockIdx.x] + 1) * gridDim.x + blockIdx.x; }
+__device__ __forceinline__ void append(ANSWERS, int token, float logp) {        // by one thread of a row's block
+    long long place = next_place(at);
+    at[blockIdx.x]++, tokens[blockIdx.x] = drawn[place] = token, logps[place] = logp;
+}
+
+// -inf in the place of the values from `left` on
+__device__ __forceinline__ void cut(Words& v, int left) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        v.w[i] = 2 * i >= left ? 0xff80ff80u : 2 * i + 1 >= left ? 0xff800000u | v.w[i] & 0xffffu : v.w[i];
+}
+
+// ---- greedy: the first of the largest logits; 0 is the log-probability, NaN if that logit is infinite or one is NaN.
+// grid (B), 1024 threads.  logits [B, stride], of which the first V of each row count
+
+struct Largest { float logit; int at; };                        // at: of its 8 tokens the first
+__device__ __forceinline__ Largest larger_of(Largest a, Largest b) {    // NaN is larger than any
+    bool second = a.logit == a.logit && (!(b.logit <= a.logit) || b.logit == a.logit && b.at < a.at);
+    return second ? b : a;
+}
+__device__ __forceinline__ Largest largest_of(Largest mine) {   // of a warp's lanes; every lane gets it
+    for (int mask = 16; mask; mask /= 2)
+        mine = larger_of(mine, Largest{__shfl_xor_sync(~0u, mine.logit, mask), __shfl_xor_sync(~0u, mine.at, mask)});
+    return mine;
+}
+
+extern "C" __global__ void __launch_bounds__(1024) draw_largest(const u16* logits, ANSWERS, int V, int stride) {
+    __shared__ alignas(16) Largest shared[32];
+    const int STEP = 8 * 1024;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Largest mine = {-infinity(), (int)threadIdx.x * 8};
+    logits += (long long)blockIdx.x * stride;
+#pragma unroll 1
+    for (int first = threadIdx.x * 8; first < V; first += 4 * STEP) {
+        Words word[4];                                          // four loads in flight per lane
+#pragma unroll
+        for (int c = 0; c < 4; c++) word[c] = load_if(first + c * STEP < V, (const Words*)(logits + first + c * STEP));
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            int token = first + c * STEP;
+            if (token + 8 > V) cut(word[c], V - token);
+            u32 pair = max_pair(max_pair(word[c].w[0], word[c].w[1]), max_pair(word[c].w[2], word[c].w[3]));
+            mine = larger_of(mine, Largest{low(max_pair(pair, pair >> 16)), token});
+        }
+    }
+    mine = largest_of(mine);
+    if (lane == 0) shared[warp] = mine;
+    __syncthreads();
+    if (warp) return;
+    mine = largest_of(shared[lane]);
+    if (lane) return;
+    Words word = load((const Words*)(logits + mine.at));
+    int token = mine.at;
+#pragma unroll
+    for (int i = 7; i >= 0; i--)
+        if (value(word, i) == mine.logit) token = mine.at + i;
+    append(at, tokens, drawn, logps, token, mine.logit - mine.logit);
+}
+
+// ---- from softmax(logits / temperature).  grid (B), 512 threads.  u [max_new_tokens, B]; scale = log2(e) / temperature
 //
 // The logits are read once: every warp sums exp(logit - its own greatest) over its part of the row. The token is then where the
 // running sum passes u x total: first which warp's part, then which 256 tokens of it, which 8, and which one.
@@ -66,12 +130,6 @@ __device__ __forceinline__ float log_2(float x) {
     float y;
     asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-// Sets the values from `left` on to -inf.
-__device__ __forceinline__ void cut(Words& v, int left) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        v.w[i] = 2 * i >= left ? 0xff80ff80u : 2 * i + 1 >= left ? 0xff800000u | v.w[i] & 0xffffu : v.w[i];
 }
 
 // The first of n masses at which their running sum passes `rest`. Masses of the same tokens that are summed again round another
@@ -97,9 +155,8 @@ __device__ __forceinline__ float exps(float* p, const u16* logits, int token, in
     return sum;
 }
 
-// logits [B, stride], of which the first V of each row count; u [B]; scale = log2(e) / temperature; tokens, logps [B]
-extern "C" __global__ void __launch_bounds__(32 * PARTS) draw(const u16* logits, const double* u, long long* tokens, float* logps,
-                                                             int V, int stride, float scale) {
+extern "C" __global__ void __launch_bounds__(32 * PARTS) draw(const u16* logits, const double* u, ANSWERS, int V, int stride,
+                                                             float scale) {
     __shared__ Draw shared;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int chunks = ((V + CHUNK - 1) / CHUNK + PARTS - 1) / PARTS, begin = warp * chunks * CHUNK + lane * 8;
@@ -138,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(32 * PARTS) draw(const u16* logits,
         __syncwarp();
         double total = 0;
         for (int w = 0; w < PARTS; w++) total += shared.mass[w];
-        Place part = find(shared.mass, PARTS, u[blockIdx.x] * total);
+        Place part = find(shared.mass, PARTS, u[next_place(at)] * total);
         if (lane == 0) shared.part = part, shared.total = total;
     }
     __syncthreads();
@@ -157,8 +214,7 @@ extern "C" __global__ void __launch_bounds__(32 * PARTS) draw(const u16* logits,
     Place word = find(shared.word, 32, chunk.rest);
     if (lane != word.at) return;
     token = min(token + find(p, 8, word.rest).at, V - 1);       // NaNs, of a model that diverged, must not run past the end
-    tokens[blockIdx.x] = token;
-    logps[blockIdx.x] = (bf16(logits[token]) * scale - most - log_2(shared.total)) * LN_2;
+    append(at, tokens, drawn, logps, token, (bf16(logits[token]) * scale - most - log_2(shared.total)) * LN_2);
 }
 
 }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from minikd.cuda import available, launch
 
+GREEDY = 1e-6                           # temperatures below are 0: a division by them would overflow
 MOST_TOKENS = 1 << 18                   # of a vocabulary: fused.cu's PARTS x CHUNKS x CHUNK
 
 
@@ -33,13 +34,18 @@ def add_and_normalise(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple
     return total, normed
 
 
-def draw_tokens(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """generate.sample without top-k and top-p.  logits [B, V], u [B] float64 -> tokens [B], log-probabilities [B]"""
-    B, V = logits.shape
-    tokens, logps = u.new_empty(B, dtype=torch.long), u.new_empty(B, dtype=torch.float32)
-    launch("draw", logits.device, (B, 1), 512, logits, u.contiguous(), tokens, logps, V, logits.stride(0),
-           ctypes.c_float(math.log2(math.e) / temperature))
-    return tokens, logps
+def draw_tokens(logits: Tensor, u: Tensor, at: Tensor, tokens: Tensor, drawn: Tensor, logps: Tensor, temperature: float) -> None:
+    """The next token of every row as generate.sample draws it without top-k and top-p, written where generate.Rows needs it.
+
+    logits [B, V], u [max_new_tokens, B] float64; in place: at [B], of the newest token its number, tokens [B] the newest,
+    drawn [max_new_tokens, B], logps [max_new_tokens, B] float64
+    """
+    (B, V), answers = logits.shape, (at, tokens, drawn, logps)
+    if temperature < GREEDY:
+        launch("draw_largest", logits.device, (B, 1), 1024, logits, *answers, V, logits.stride(0))
+    else:
+        launch("draw", logits.device, (B, 1), 512, logits, u, *answers, V, logits.stride(0),
+               ctypes.c_float(math.log2(math.e) / temperature))
 
 
 def can_draw(logits: Tensor) -> bool:
@@ -48,7 +54,7 @@ def can_draw(logits: Tensor) -> bool:
             and logits.stride(0) % 8 == 0 and logits.data_ptr() % 16 == 0)
 
 
-operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types="cuda")
-silu_up = operator("minikd::silu_up", multiply_by_silu)
-add_norm = operator("minikd::add_norm", add_and_normalise)
-draw_on_gpu = operator("minikd::draw", draw_tokens)
+operator = functools.partial(torch.library.custom_op, device_types="cuda")
+silu_up = operator("minikd::silu_up", multiply_by_silu, mutates_args=())
+add_norm = operator("minikd::add_norm", add_and_normalise, mutates_args=())
+draw_on_gpu = operator("minikd::draw", draw_tokens, mutates_args=("at", "tokens", "drawn", "logps"))

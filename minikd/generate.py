@@ -15,7 +15,7 @@ from torch import Tensor
 from minikd.data import Encoded, by_length
 from minikd.decode_cuda import OneKernel, fits
 from minikd.files import InputError
-from minikd.fused_cuda import can_draw, draw_on_gpu
+from minikd.fused_cuda import GREEDY, can_draw, draw_on_gpu
 from minikd.layout import head_logits, laid_out
 from minikd.losses import log_mix, log_probs
 from minikd.model import KVCache, Qwen2, StaticCache
@@ -77,8 +77,8 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     u = torch.rand(max_new_tokens, count, generator=generator, dtype=torch.float64, device=device)
     graphs = (can_record(device) if graphs is None else graphs) and not no_repeat_ngram_size
 
-    def draw(states, u, rows):
-        """From the models' states [B, D] and random numbers [B]: a token per row [B] and its log-probability [B]."""
+    def logits_of(states, rows):
+        """The models' states [B, D] -> [B, V], what the next tokens are drawn from."""
         logits = head_logits(model, states[0])[:, :vocab]                                   # [B, V]
         if mix:
             logq, logp = log_probs(logits, head_logits(teacher, states[1]), temperature=1.0)
@@ -86,7 +86,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         if no_repeat_ngram_size:
             written = (prompts[i // samples] + rows.answers[i] for i in rows.alive)
             ban_repeats(logits, written, no_repeat_ngram_size)
-        return sample(logits, temperature, top_p, top_k, u)
+        return logits
 
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))     # packed weights know their own dtype only
@@ -97,7 +97,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
             caches = [StaticCache(cache) for cache in caches]
         if graphs and one_kernel:
             models = [OneKernel(each, cache) if fits(each, count) else each for each, cache in zip(models, caches)]
-        rows = Rows(models, caches, states, draw, u)
+        rows = Rows(models, caches, states, logits_of, (temperature, top_p, top_k), u)
         step, look = Replay(rows.step, graphs and device.type == "cuda"), LOOK if graphs else 1
         for done in range(1, max_new_tokens):                   # tokens that every row has
             if done == 1 or done % look == 0:                   # at 1: all may have stopped at once
@@ -152,26 +152,33 @@ class Rows:
     """The answers being written: on the device every row's newest token, the caches, and all that was drawn so far; on the
     host what `read` has copied."""
 
-    def __init__(self, models, caches, states, draw, u: Tensor):
-        """draw  (states, random numbers [B], self) -> tokens [B], log-probabilities [B].   u [max_new_tokens, B]"""
-        self.models, self.caches, self.draw, self.u = models, caches, draw, u
+    def __init__(self, models, caches, states, logits_of, sampling: tuple[float, float, int], u: Tensor):
+        """logits_of  (states, self) -> logits [B, V].   sampling  temperature, top_p, top_k.   u [max_new_tokens, B]"""
+        self.models, self.caches, self.logits_of, self.sampling, self.u = models, caches, logits_of, sampling, u
         self.answers, self.answer_logps = ([[] for _ in range(u.shape[1])] for _ in range(2))
         self.alive = list(range(u.shape[1]))                                # which answer each row writes
         self.seen = 0                                                       # tokens of each row that `read` has copied
-        self.at = torch.zeros(1, dtype=torch.long, device=u.device)         # [1] index of the newest token
+        self.at = torch.full_like(u[0], -1, dtype=torch.long)               # [B] the newest token's place in its answer
+        self.tokens = torch.zeros_like(self.at)                                             # [B]
         self.drawn, self.logps = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)     # [max_new_tokens, B]
-        self.tokens, self.logps[0] = draw(states, u[0], self)                               # [B]
-        self.drawn[0] = self.tokens
+        self.draw(states)
 
     def step(self):
         """The next token of every row. It reads and writes only tensors at fixed addresses, so that a graph can replay it."""
+        self.draw([model.hidden(self.tokens[:, None], cache)[:, 0]                          # [B, D] of each model
+                   for model, cache in zip(self.models, self.caches)])
+
+    def draw(self, states):
+        """A token per row from the models' states [B, D]: into `tokens`, and with its log-probability into the answers."""
+        logits, (temperature, top_p, top_k) = self.logits_of(states, self), self.sampling   # [B, V]
+        if top_k == 0 and top_p == 1 and can_draw(logits):          # all that follows, by one kernel on a GPU
+            return draw_on_gpu(logits, self.u, self.at, self.tokens, self.drawn, self.logps, temperature)
         self.at += 1
-        states = [model.hidden(self.tokens[:, None], cache)[:, 0]                           # [B, D] of each model
-                  for model, cache in zip(self.models, self.caches)]
-        tokens, logps = self.draw(states, self.u.index_select(0, self.at)[0], self)         # [B], [B]
+        now = self.at[:1]                                           # the same for all rows
+        tokens, logps = sample(logits, temperature, top_p, top_k, self.u.index_select(0, now)[0])       # [B], [B]
         self.tokens.copy_(tokens)
-        self.drawn.index_copy_(0, self.at, tokens[None])
-        self.logps.index_copy_(0, self.at, logps[None].double())
+        self.drawn.index_copy_(0, now, tokens[None])
+        self.logps.index_copy_(0, now, logps[None].double())
 
     def read(self, done: int, stops: frozenset) -> list[int]:
         """Appends the tokens drawn since the last call, up to `done` in all, to the answers, none after a stop token; returns
@@ -197,8 +204,8 @@ class Rows:
         rows = torch.tensor(rows, device=self.u.device)                                     # [b]
         for cache in self.caches:
             cache.keep(rows)
-        self.tokens = self.tokens[rows]
-        self.u, self.drawn, self.logps = self.u[:, rows], self.drawn[:, rows], self.logps[:, rows]
+        self.at, self.tokens = self.at[rows], self.tokens[rows]
+        self.u, self.drawn, self.logps = (x.index_select(1, rows) for x in (self.u, self.drawn, self.logps))    # contiguous
 
 
 def can_record(device: torch.device) -> bool:
@@ -270,11 +277,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tens
 
     u  [B] float64, uniform in [0, 1): one random number per row; torch.multinomial would draw one per vocabulary entry
     """
-    if temperature < 1e-6:                                      # greedy: the division would overflow
+    if temperature < GREEDY:
         top = logits.max(-1)                                    # argmax takes 4 x as long in bfloat16
         return top.indices, top.values - top.values             # 0; NaN where the largest logit is NaN or infinite
-    if top_k == 0 and top_p == 1 and can_draw(logits):          # all that follows, by one kernel on a GPU
-        return draw_on_gpu(logits, u, temperature)
     if temperature != 1:                                        # at 1, save a copy of [B, V]
         logits = logits.float() / temperature
     if top_k > 0:

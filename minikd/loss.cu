@@ -30,11 +30,6 @@ struct Row {
     float gap;                                          // forward: Σ e^((t - t_most) / T) ((t - t_most) - (s - s_most))
 };                                                      // reverse: s and t change places
 
-__device__ __forceinline__ u32 max_pair(u32 a, u32 b) { // of two bfloat16 in one instruction; NaN if one is NaN
-    u32 d;
-    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
 // -inf, an excluded token, becomes CUT_LEAST: then 0 log 0 is 0, where inf - inf would be NaN.
 __device__ __forceinline__ Words clamp(Words v) {
     for (int i = 0; i < 4; i++) v.w[i] = max_pair(v.w[i], TWO_LEAST);

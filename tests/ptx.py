@@ -607,6 +607,8 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
     b, = more
     if base == "setp":
         require(len(operands) == 3, "setp of two predicates")
+        if mods[0] == "nan":
+            return ["b1"], f"({a} != {a}) | ({b} != {b})"
         return ["b1"], f"~({a} {OPPOSITE[mods[0]]} {b})" if mods[0] in OPPOSITE else f"{a} {COMPARE[mods[0]]} {b}"
     if base == "selp":
         return [type], f"where({read(operands[3], 'b1')}, {a}, {b})"

@@ -15,7 +15,7 @@ from minikd.w4_cuda import KERNELS
 
 def test_the_sources_become_machine_code(compiled):
     assert compiled.cubin[:4] == b"\x7fELF"
-    others = "decode_bf16", "decode_w4", "attend_64", "attend_128", "silu_up", "add_norm", "draw", "loss_forward"
+    others = "decode_bf16", "decode_w4", "attend_64", "attend_128", "silu_up", "add_norm", "draw", "draw_largest", "loss_forward"
     assert all(name.encode() in compiled.cubin for name in (*KERNELS, *others))
 
 

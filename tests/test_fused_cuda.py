@@ -11,7 +11,8 @@ from minikd.fused_cuda import add_and_normalise, can_draw, can_fuse, draw_tokens
 from minikd.generate import generate_with_log_probs, sample
 from ptx import places
 
-WRITES = {"silu_up": [1], "add_norm": [3, 4], "draw": [2, 3], "attend_64": [5, 6, 7, 8]}           # which tensors a kernel writes
+WRITES = {"silu_up": [1], "add_norm": [3, 4], "draw": [2, 3, 4, 5], "draw_largest": [1, 2, 3, 4],
+          "attend_64": [5, 6, 7, 8]}           # which tensors a kernel writes
 
 
 @pytest.fixture
@@ -55,6 +56,16 @@ def test_sum_and_norm(on_cpu, shape):
     assert normed.shape == x.shape and (normed - exact).norm() < 3e-3 * exact.norm()
 
 
+def draw(logits, u, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws the second of three tokens per row -> tokens [B], log-probabilities [B]; nothing else may be written."""
+    B = len(logits)
+    at, tokens, drawn = torch.zeros(B).long(), torch.full((B,), -7), torch.full((3, B), -7)
+    logps = torch.full((3, B), 7.0, dtype=torch.float64)
+    draw_tokens(logits, torch.stack([1 - u, u, 1 - u]), at, tokens, drawn, logps, temperature)
+    assert (at == 1).all() and torch.equal(drawn[1], tokens) and (drawn[::2] == -7).all() and (logps[::2] == 7).all()
+    return tokens, logps[1]
+
+
 @pytest.mark.parametrize("V, wide, temperature", [(151_936, 151_936, 1.0), (4099, 4104, 0.7), (9, 16, 1.3), (4096, 4096, 1.0)])
 def test_a_token_is_drawn_as_by_sample(on_cpu, V, wide, temperature):
     rows = 2 if V > 5000 else 12
@@ -62,7 +73,7 @@ def test_a_token_is_drawn_as_by_sample(on_cpu, V, wide, temperature):
     if rows > 2:
         logits[3], logits[4, : V // 2], logits[5, 1:] = -torch.inf, -torch.inf, -torch.inf
         logits[3, V - 1] = 2.0
-    tokens, logps = draw_tokens(logits, u, temperature)
+    tokens, logps = draw(logits, u, temperature)
     right, its = sample(logits, temperature, 1.0, 0, u)
     assert torch.equal(tokens, right) and (logps - its).abs().max() < 1e-4, (tokens, right)
     if rows > 2:
@@ -73,14 +84,32 @@ def test_every_token_is_drawn_as_often_as_it_should(on_cpu):
     """Along u, from 0 to 1: the boundaries between tokens are the running sum of their probabilities."""
     logits = random(1, 24, seed=3).expand(64, -1).contiguous()
     u = (torch.arange(64) + 0.5).double() / 64
-    tokens, _ = draw_tokens(logits, u, 1.0)
+    tokens, _ = draw(logits, u, 1.0)
     upto = logits[0].double().softmax(-1).cumsum(0)
     assert torch.equal(tokens, torch.searchsorted(upto, u, right=True))
 
 
 def test_nan_gives_some_token(on_cpu):
-    tokens, logps = draw_tokens(torch.full((2, 400), torch.nan).bfloat16(), torch.tensor([0.0, 0.9]).double(), 1.0)
-    assert (tokens >= 0).all() and (tokens < 400).all() and logps.isnan().all()
+    for temperature in 0.0, 1.0:
+        tokens, logps = draw(torch.full((2, 400), torch.nan).bfloat16(), torch.tensor([0.0, 0.9]).double(), temperature)
+        assert (tokens >= 0).all() and (tokens < 400).all() and logps.isnan().all()
+
+
+@pytest.mark.parametrize("V, wide", [(151_936, 151_936), (40_003, 40_008), (9, 16), (1, 8)])
+def test_greedy_takes_the_first_of_the_largest(on_cpu, V, wide):
+    """As torch's max: bfloat16 has many equal logits."""
+    logits, zero = random(7, wide, seed=V) * 3, torch.zeros(7).double()
+    logits[:, V:] = 100                                                         # another row's, or nothing
+    logits = logits[:, :V]
+    logits[2] = logits[2].max() - logits[2].clamp(min=0)                        # half of all are the largest
+    logits[3], logits[3, -1], logits[4] = -torch.inf, -3.0, -torch.inf
+    logits[5, V // 2] = torch.nan
+    logits[6, V // 3:] = torch.inf
+    tokens, logps = draw(logits, zero, 0.0)
+    right, its = sample(logits, 0.0, 1.0, 0, zero)
+    finite = torch.tensor([0, 1, 2, 3, 4, 6])
+    assert torch.equal(tokens[finite], right[finite]) and torch.equal(logps.isnan(), its.isnan()) and 0 <= tokens[5] < V
+    assert (logps[:4] == 0).all() and logps[4:].isnan().all()
 
 
 def test_a_model_on_a_gpu_uses_them(on_cpu, monkeypatch):
