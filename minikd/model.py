@@ -298,11 +298,11 @@ class Attention(nn.Module):
         if slots is not None and slots.parts is not None:                       # all that follows, by one kernel on a GPU
             return attend(qkv, cos, sin, slots.keys, slots.values, slots.at, slots.mask, slots.parts)
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
-        v = heads[:, -self.K:]                                                  # [B, K, T, E]
-        rotated = rotate(heads[:, :-self.K], cos, sin)                          # [B, H + K, T, E]
+        qk, v = heads.split((heads.shape[1] - self.K, self.K), dim=1)           # [B, H + K, T, E], [B, K, T, E]
+        rotated = rotate(qk, cos, sin)                                          # [B, H + K, T, E]
         if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # else compiled q and k keep the strides of the
             rotated = rotated.contiguous()                                      # first T; under autocast a cast has copied them
-        q, k = rotated[:, :-self.K], rotated[:, -self.K:]                       # [B, H, T, E], [B, K, T, E]
+        q, k = rotated.split((qk.shape[1] - self.K, self.K), dim=1)             # [B, H, T, E], [B, K, T, E]
         if slots is not None:
             k, v = slots.write(k, v)                                            # [B, K, s, E]
         if T == 1 and slots is not None:
