@@ -76,10 +76,14 @@ def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> str:
     On an H200 (benchmarks/results/gpu.txt) one row took, in us:       w4_int8_2     w4_mma_8     w4_mma_8_few
         22016 x 2048                                                         8.3         10.1             13.5
         37888 x 3584                                                        21.8         24.2             30.0
-         2560 x 2048                                                         2.5          3.3              2.3
+         2560 x 2048                                                         2.4          3.3              2.4
+         2048 x 11008                                                        6.4          9.8              7.1
+          896 x 4864                                                         3.3            -              2.8
     """
-    few = -(-N // 16) < 2 * gpu.processors                      # strips of 16 outputs: < 2 a multiprocessor, 264 (H200)
-    if M <= 2 and not few and launch_shape("w4_int8_2", M, N, K, group_size, zeros, gpu)[2] <= gpu.shared:
+    strips = -(-N // 16)                                        # of 16 outputs
+    few = strips < 2 * gpu.processors                           # 264 on an H200
+    long = M == 1 and K >= 8192 and 2 * strips > gpu.processors # a strip or two a multiprocessor, with much to read
+    if M <= 2 and (long or not few) and launch_shape("w4_int8_2", M, N, K, group_size, zeros, gpu)[2] <= gpu.shared:
         return "w4_int8_2"                                      # a row takes 4 of a product's 8 columns
     rows = next(rows for rows in (8, 16, 32, 64) if M <= rows)
     return f"w4_mma_{rows}" + "_few" * (few and rows <= 16)
