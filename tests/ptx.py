@@ -567,6 +567,10 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         target = operands[0].split("|")[0]                      # after | stands a predicate, which is not used
         type = register(target)
         return [target], [type], f"w.together({clamp}, {members}) and {value}[{source}].view({type})"
+    if base == "redux":
+        require(mods == ["sync", "max", "u32"], opcode)
+        value, members = (read(operand, "u4") for operand in operands[1:])
+        return operands[:1], ["u4"], f"w.together(members={members}) and {value}.max().repeat(32)"
     if base == "mov" and len(parts[0]) == 2:                    # a register's halves
         value = read(operands[1], "u4")
         return parts[0], ["u2", "u2"], f"({value} & 0xffff).astype(u2), ({value} >> 16).astype(u2)"
