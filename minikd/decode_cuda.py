@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from minikd.cuda import available, launch
-from minikd.model import Block, Linear, Qwen2, StaticCache, rope_tables
+from minikd.model import Block, Linear, Qwen2, Qwen2Config, StaticCache, rope_tables
 from minikd.quant import W4Linear
 
 THREADS, WIDEST, SPLITS, BIASES, SHARED = 512, 20_480, 8, 5120, 221_264         # decode.cu's; SHARED is sizeof(Shared)
@@ -58,13 +58,24 @@ def tensors_of(block: Block, keys: Tensor, values: Tensor) -> list[Tensor | None
             *matrix(gate_up), *matrix(down), keys, values]
 
 
-def team_bits(tasks: int, units: int, blocks: int, wait: float) -> int:
-    """How many warps work at a task together, as a power of two: few turns of few units each. After each turn the team's
-    warps wait for each other, for as long as `wait` units take."""
-    def cost(bits: int) -> float:
-        return -(-tasks // ((THREADS // 32 >> bits) * blocks)) * (-(-units // 2**bits) + wait)
+def team_bits(config: Qwen2Config, four: bool, blocks: int) -> tuple[int, ...]:
+    """For q/k/v, o, gate/up and down: how many warps work at a task together, as a power of two.  four: whether at 4 bits
 
-    return min(range(5), key=lambda bits: (cost(bits), bits))
+    Few turns of few units each are best. After each turn the team's warps wait for each other, in short tasks about as long as
+    for a unit; in long ones of bfloat16 the copies in flight hide it. Which are the best was searched on an H200 for the 0.5B,
+    1.5B and 3B (benchmarks/results/gpu.txt); for other sizes nothing was measured.
+    """
+    D, I, E, H = config.hidden_size, config.intermediate_size, config.head_dim, config.num_attention_heads
+    block = 128 if four else 64                                                                 # inputs of a part
+
+    def best(outputs: int, inputs: int, parts: int) -> int:
+        tasks, units = outputs // 8, -(-inputs // (parts * block))
+        wait = 0.2 if units >= 24 and not four else 1
+        turns = lambda bits: -(-tasks // ((THREADS // 32 >> bits) * blocks))
+        return min(range(5), key=lambda bits: (turns(bits) * (-(-units // 2**bits) + wait), bits))
+
+    pairs = (H + 2 * config.num_key_value_heads) * E // 2                                       # of q/k/v's outputs
+    return best(pairs, D, 1), best(D, H * E, 2), best(I, D, 1), best(D, I, 2)
 
 
 class OneKernel:
@@ -89,21 +100,15 @@ class OneKernel:
             wide=words(2 * I), last=words(D), parts=words(H * SPLITS * (E + 4)))
         first = self.body.layers[0].self_attn.o_proj
         four = isinstance(first, W4Linear)
-        self.name, block = ("decode_w4", 128) if four else ("decode_bf16", 64)                  # block: a part's inputs
+        self.name = "decode_w4" if four else "decode_bf16"
         count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
         self.blocks = min(count, I // 8)                        # each must compute a part of `wide`: see decode.cu
-        shapes = (outputs // 2, D, 1), (D, H * E, 2), (I, D, 1), (D, I, 2)                      # tasks x 8, inputs, parts
-        units = [-(-inputs // (parts * block)) for _, inputs, parts in shapes]                  # of a task
-        # On an H200 the 3B's gate/up, of 32 units, took the whole step 1,741 us by 16 warps and 1,792 by 4; the 0.5B's, of 14,
-        # 464 by 16 and 431 by 2: copies in flight hide the wait in long tasks of bfloat16.
-        bits = (team_bits(N // 8, each, self.blocks, wait=0.2 if each >= 24 and not four else 1)
-                for (N, _, _), each in zip(shapes, units))
         zeros = four and any(layer.ready("kernel")[2] is not None for each in self.body.layers for layer in products(each))
         # Measured on an H200: 5% faster at 0.5B (30 MB a layer); at 1.5B, 3B and for codes the requests only delay the words.
         small = not four and 6 * I * D + 2 * D * (outputs + H * E) < 48 << 20
         ahead = (AHEAD // (32 * D), AHEAD // (16 * I)) if small else (0, 0)                     # bytes of a task's weights
         self.step = Step(L=L, D=D, I=I, H=H, K=K, E=E, S=S, group=first.group_size if four else 0, zeros=zeros,
-                         bits=tuple(bits), ahead=ahead, eps=config.rms_norm_eps, table=self.body.embed_tokens.weight.data_ptr(),
+                         bits=team_bits(config, four, self.blocks), ahead=ahead, eps=config.rms_norm_eps, table=self.body.embed_tokens.weight.data_ptr(),
                          **{name: tensor.data_ptr() for name, tensor in self.held.items()})
 
     def hidden(self, ids: Tensor, cache: StaticCache) -> Tensor:

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from benchmarks import shapes
 from minikd import decode_cuda, generate as generating, layout
 from minikd.cuda import SOURCES, launch
 from minikd.decode_cuda import OneKernel, fits, products
@@ -178,3 +179,10 @@ def test_the_sizes_are_those_of_decode_cu():
     assert f"WIDEST = {decode_cuda.WIDEST}, SPLITS = {decode_cuda.SPLITS}, BIASES = {decode_cuda.BIASES};" in source
     assert f"WARPS = {decode_cuda.THREADS // 32}, THREADS = 32 * WARPS" in source
     assert f"sizeof(Shared) == {decode_cuda.SHARED}," in source
+
+
+@pytest.mark.parametrize("name, bits, expected", [
+    ("0.5B", 16, (4, 3, 1, 4)), ("1.5B", 16, (4, 3, 3, 3)), ("3B", 16, (3, 3, 4, 3)),
+    ("0.5B", 4, (3, 2, 1, 4)), ("1.5B", 4, (4, 3, 2, 3)), ("3B", 4, (3, 3, 2, 3))])
+def test_the_teams_are_those_that_were_fastest(name, bits, expected):
+    assert decode_cuda.team_bits(shapes.SHAPES[name], bits == 4, 132) == expected
