@@ -40,7 +40,8 @@ from minikd import cuda, loss_cuda, losses, w4_cuda
 from minikd.attend_cuda import HEADS, attend
 from minikd.data import Encoded, send
 from minikd.decode_cuda import OneKernel
-from minikd.generate import generate, generate_with_log_probs, prefill
+from minikd.fused_cuda import draw_on_gpu
+from minikd.generate import generate, generate_with_log_probs, prefill, sample
 from minikd.gptq import quantize_columns, quantize_model, replayed_columns
 from minikd.head import compile_losses, head_loss, scored_positions
 from minikd.layout import laid_out
@@ -439,9 +440,27 @@ def check_results(device, tiny, limits):
             table.row(f"loss.cu, {kind}", f"{max(ce, kd):.1e}, {states_off:.1e}, {head_off:.1e}",
                       used or ("" if max(ce, kd) < 1e-4 and max(states_off, head_off) < 1e-2 else "TOO LARGE"))
 
+    def drawing():
+        """Tokens by the kernels against generate.sample's: rows of equal logits, with -inf, with NaN."""
+        u, at, tokens = torch.rand(2, 7, dtype=torch.float64, device=device), *(torch.zeros(7, device=device).long() for _ in range(2))
+        logits = (torch.randn(7, 40_008, device=device) * 3).bfloat16()[:, :40_003]
+        logits[2] = logits[2].max() - logits[2].clamp(min=0)
+        logits[3], logits[3, -1], logits[6, 5] = -torch.inf, -3.0, torch.nan
+        for temperature in 0.0, 1.0:
+            drawn, logps = torch.zeros_like(u).long(), torch.zeros_like(u)
+            draw_on_gpu(logits, u, at.zero_(), tokens, drawn, logps, temperature)
+            right, its = sample(logits, temperature, 1.0, 0, u[1])
+            same = torch.equal(tokens[:6], right[:6]) and torch.equal(drawn[1], tokens) and bool(at.eq(1).all())
+            off = float((logps[1] - its)[:6].abs().max())
+            good = same and off < 1e-4 and bool(logps[1, 6].isnan() & drawn[0].eq(0).all())
+            table.row(f"draws at temperature {temperature:.0f}", f"{off:.1e} nats off", "" if good else "WRONG")
+
     with attempt("sampling"):
         sampling("samples, float32", make(config, device, torch.float32), prompts, 1e-3, samples=2)
         sampling("samples, bfloat16 (attend.cu)", make(config, device), prompts, 1.0, samples=2)
+    if device == "cuda" and cuda.available(torch.cuda.current_device()):
+        with attempt("draws"), torch.inference_mode():
+            drawing()
     for shape, length, splits in (("0.5B", 1, 1), ("0.5B", 576, 1), ("1.5B", 77, 1), ("3B", 300, 1), ("3B", 2000, 3)):
         if device == "cuda" and cuda.available(torch.cuda.current_device()):
             with attempt(f"attention, {shape}"):

@@ -77,7 +77,7 @@ __device__ __forceinline__ Largest larger_of(Largest a, Largest b) {    // NaN i
     bool second = a.logit == a.logit && (!(b.logit <= a.logit) || b.logit == a.logit && b.at < a.at);
     return second ? b : a;
 }
-__device__ __forceinline__ Largest largest_of(Largest mine) {   // of a warp's lanes; every lane gets it
+__device__ __forceinline__ Largest largest_of(Largest mine) {   // of a warp's lanes, in lane 0
     for (int mask = 16; mask; mask /= 2)
         mine = larger_of(mine, Largest{__shfl_xor_sync(~0u, mine.logit, mask), __shfl_xor_sync(~0u, mine.at, mask)});
     return mine;
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(1024) draw_largest(const u16* logit
     __shared__ alignas(16) Largest shared[32];
     const int STEP = 8 * 1024;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    Largest mine = {-infinity(), (int)threadIdx.x * 8};
+    Largest mine = {-infinity(), 0};
     logits += (long long)blockIdx.x * stride;
 #pragma unroll 1
     for (int first = threadIdx.x * 8; first < V; first += 4 * STEP) {

@@ -37,8 +37,8 @@ def add_and_normalise(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple
 def draw_tokens(logits: Tensor, u: Tensor, at: Tensor, tokens: Tensor, drawn: Tensor, logps: Tensor, temperature: float) -> None:
     """The next token of every row as generate.sample draws it without top-k and top-p, written where generate.Rows needs it.
 
-    logits [B, V], u [max_new_tokens, B] float64; in place: at [B], of the newest token its number, tokens [B] the newest,
-    drawn [max_new_tokens, B], logps [max_new_tokens, B] float64
+    logits [B, V], u [max_new_tokens, B] float64; in place: at [B], the newest token's number, tokens [B], the newest,
+    drawn [max_new_tokens, B], logps [max_new_tokens, B] float64. All but logits are contiguous.
     """
     (B, V), answers = logits.shape, (at, tokens, drawn, logps)
     if temperature < GREEDY:

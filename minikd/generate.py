@@ -171,7 +171,7 @@ class Rows:
     def draw(self, states):
         """A token per row from the models' states [B, D]: into `tokens`, and with its log-probability into the answers."""
         logits, (temperature, top_p, top_k) = self.logits_of(states, self), self.sampling   # [B, V]
-        if top_k == 0 and top_p == 1 and can_draw(logits):          # all that follows, by one kernel on a GPU
+        if (temperature < GREEDY or top_k == 0 and top_p == 1) and can_draw(logits):        # the rest by one kernel on a GPU
             return draw_on_gpu(logits, self.u, self.at, self.tokens, self.drawn, self.logps, temperature)
         self.at += 1
         now = self.at[:1]                                           # the same for all rows

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from conftest import small
 from fake_gpu import gpu as played
-from minikd import attend_cuda, fused_cuda, layout
+from minikd import attend_cuda, fused_cuda, generate as generating, layout
 from minikd.cuda import launch
 from minikd.fused_cuda import add_and_normalise, can_draw, can_fuse, draw_tokens, multiply_by_silu
 from minikd.generate import generate_with_log_probs, sample
@@ -128,6 +128,35 @@ def test_a_model_on_a_gpu_uses_them(on_cpu, monkeypatch):
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1].float()
         assert (logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0] - torch.tensor(drawn)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_leave_do_not_disturb_those_that_stay(on_cpu, monkeypatch, temperature):
+    monkeypatch.setattr(fused_cuda, "available", lambda index: True)
+    with played():
+        model = small(3).bfloat16().eval().to("cuda")
+        answer = lambda **more: generate_with_log_probs(model, [[5, 6], [8], [9, 3], [1]], 12, temperature, seed=2, graphs=False, **more)
+        whole, _ = answer()
+        stops = {whole[0][2], whole[1][4], whole[2][8]}                         # three rows end, one after the other
+        answers, logps = answer(eos_ids=stops)
+        drawn = set(on_cpu)
+        monkeypatch.setattr(generating, "can_draw", lambda logits: False)
+        on_cpu.clear()
+        right, its = answer(eos_ids=stops)
+    assert {"draw" if temperature else "draw_largest"} == drawn - set(on_cpu) and len(set(map(len, answers))) > 2
+    assert answers == right and all(row == full[:len(row)] for row, full in zip(answers, whole))
+    assert sum(logps, []) == pytest.approx(sum(its, []), abs=1e-4)
+
+
+@pytest.mark.parametrize("options, drawing", [
+    (dict(temperature=1.0, top_k=2), set()), (dict(temperature=1.0, top_p=0.5), set()),
+    (dict(temperature=0.0, top_k=2, top_p=0.5), {"draw_largest"}), (dict(temperature=1e-7), {"draw_largest"}),
+    (dict(temperature=1e-5), {"draw"})])
+def test_top_k_and_top_p_are_torchs(on_cpu, monkeypatch, options, drawing):
+    monkeypatch.setattr(fused_cuda, "available", lambda index: True)
+    with played():
+        generate_with_log_probs(small(3).bfloat16().eval().to("cuda"), [[5, 6]], 3, **options, seed=2, graphs=False)
+    assert set(on_cpu) & {"draw", "draw_largest"} == drawing
 
 
 def test_where_they_can_run(on_cpu, monkeypatch):
