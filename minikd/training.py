@@ -48,8 +48,8 @@ def compile_blocks(*models: Qwen2):
     that a CUDA graph replays. One compiled graph serves all groups of blocks; the two models of a KD step took 20 s to compile.
     """
     torch._dynamo.config.recompile_limit = 64                   # run_blocks', for all models, modes, numbers of rows; not 8
-    # silu(gate) up is computed again in the backward pass, not kept: a KD step on an H200 holds 17.0 GB, not 18.5, and takes 1%
-    # longer.
+    # Not kept for the backward pass but computed again there: silu(gate) up, for one. A KD step on an H200 held 17.0 GB, not
+    # 18.5, and took 1% longer. It applies to all that this process compiles.
     torch._functorch.config.ban_recompute_materialized_backward = False
     for model in models:
         model.model.compiled = torch.compile(run_blocks)

@@ -82,7 +82,7 @@ def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> str:
     """
     strips = -(-N // 16)                                        # of 16 outputs
     few = strips < 2 * gpu.processors                           # 264 on an H200
-    long = M == 1 and K >= 8192 and 2 * strips > gpu.processors # a strip or two a multiprocessor, with much to read
+    long = M == 1 and K >= 8192 and 2 * strips > gpu.processors # half a strip to two a multiprocessor: much to read
     if M <= 2 and (long or not few) and launch_shape("w4_int8_2", M, N, K, group_size, zeros, gpu)[2] <= gpu.shared:
         return "w4_int8_2"                                      # a row takes 4 of a product's 8 columns
     rows = next(rows for rows in (8, 16, 32, 64) if M <= rows)

@@ -3,8 +3,8 @@
 //   w4_naive        one thread per output, one code at a time: the reference for the others
 //   w4_mma_*        up to 64 rows: codes become operands of tensor-core products in bfloat16, without a shuffle; asynchronous
 //                   copies bring them into shared memory, several tiles ahead
-//   w4_int8_2       up to 2 rows, many outputs: fewer instructions by tensor cores in int8, x split into three digits, as exact;
-//                   one block per multiprocessor, whose copies never pause
+//   w4_int8_2       up to 2 rows and many outputs, or one row of many inputs: fewer instructions by tensor cores in int8, x split
+//                   into three digits, as exact; one block per multiprocessor, whose copies never pause
 //   w4_dequantise   more rows: writes W in bfloat16, and cuBLAS multiplies
 //
 // The layout, made at load by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with codes of 8

@@ -312,6 +312,7 @@ def test_a_plan_fits_the_gpu_and_covers_all_outputs_and_rows():
         (1, "mma_8_few"), (8, "mma_8_few"), (16, "mma_16_few"), (17, "mma_32"))),
     *((M, N, K, GPU(), name) for N, K in ((1536, 8960), (2048, 11_008), (3584, 18_944)) for M, name in (
         (1, "int8_2"), (2, "mma_8_few"), (16, "mma_16_few"), (17, "mma_32"))), (1, 66 * 16, 8192, GPU(), "mma_8_few"),
+    (1, 67 * 16, 8192, GPU(), "int8_2"), (1, 67 * 16, 8192, GPU(140), "mma_8_few"), (1, 2048, 8064, GPU(), "mma_8_few"),
     (1, 263 * 16, 2048, GPU(), "mma_8_few"), (1, 264 * 16, 2048, GPU(), "int8_2"), (1, 264 * 16, 2048, GPU(133), "mma_8_few"),
     (1, 22_016, 8192, SMALL, "mma_8"), (1, 22_016, 32_768, GPU(), "int8_2"), (2, 22_016, 32_768, GPU(), "mma_8")])
 def test_the_plan_is_the_kernel_that_was_fastest_and_fits(M, N, K, gpu, name):
