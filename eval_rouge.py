@@ -8,6 +8,11 @@
 Prints the means by category, x 100, and writes every answer with its scores to a jsonl file. At a temperature above 0 it
 samples once for each seed, MiniLLM's 10 to 50 by default, and prints mean and standard deviation over the seeds.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C while torch is imported: see script_errors
+
 import math
 import os
 import statistics

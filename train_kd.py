@@ -12,6 +12,11 @@
 Without --loss, SFT and KD start from the same student and see the same examples for the same steps; a table
 compares Base, SFT, KD and Teacher. Paper: Knowledge Distillation for Large Language Models, eq. (3) and (4).
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C while torch is imported: see script_errors
+
 import functools
 import math
 import random

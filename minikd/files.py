@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
@@ -24,8 +25,11 @@ class InputError(ValueError):
 def script_errors():
     """Around a script's main(): prints `error: ...` with the message on stderr and exits with status 2, no traceback.
 
-    A bug in minikd is neither an InputError nor an OSError, and keeps its traceback.
+    A bug in minikd is neither an InputError nor an OSError, and keeps its traceback. Before this, Ctrl-C just ended the process,
+    as the scripts set it: in an import it would be a traceback, or be lost in a callback that may not raise.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # an answer may hold what the terminal's encoding lacks
     try:

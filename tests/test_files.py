@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,6 +68,27 @@ def test_an_answer_that_the_terminal_cannot_show_is_escaped(monkeypatch):
 def test_an_interrupt_ends_as_shells_expect(capsys):
     code, text = shown(capsys, KeyboardInterrupt())
     assert code == 130 and "interrupted" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("script", ["train_kd", "train_grpo", "eval_rouge", "quantize"])
+def test_an_interrupt_while_torch_is_imported_ends_the_script_at_once(tmp_path, script):
+    """In an import it would be a traceback; some of torch's callbacks even swallow it."""
+    (tmp_path / "torch.py").write_text("import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n"
+                                       "    pass\nprint('goes on')\n")
+    done = subprocess.run([sys.executable, Path(__file__).parents[1] / f"{script}.py"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_afterwards_an_interrupt_is_one_line(capsys):
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended, script_errors():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130 and "interrupted" in capsys.readouterr().err
 
 
 def test_a_bug_of_ours_keeps_its_traceback():
