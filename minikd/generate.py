@@ -69,7 +69,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     check_options(temperature, top_p, top_k, samples, teacher, mix, vocab, no_repeat_ngram_size)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in range(len(prompts) * samples)], [[] for _ in range(len(prompts) * samples)]
-    stops = frozenset(map(int, () if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else eos_ids))
+    stops = as_set(eos_ids)
     device = model.head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
     count = len(prompts) * samples                              # of answers
@@ -111,6 +111,11 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
             step()
         rows.read(max_new_tokens, stops)
     return rows.answers, rows.answer_logps
+
+
+def as_set(eos_ids) -> frozenset[int]:
+    """One id, several, or None."""
+    return frozenset(map(int, () if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else eos_ids))
 
 
 def check_prompts(prompts: list[list[int]], ids: int):
@@ -249,7 +254,7 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
     options   those of generate_with_log_probs
     A response that reached max_new_tokens without a stop token is `cut`; none is added.
     """
-    own = list(rows)
+    own, eos_ids = list(rows), as_set(eos_ids)
     with laid_out(model, rows=min(batch_size, len(rows)), steps=max_new_tokens):            # once for all batches
         for turn, at in enumerate(by_length([row.prompt for row in rows], batch_size)):
             responses = generate(model, [rows[i].prompt for i in at], max_new_tokens, temperature, eos_ids=eos_ids,

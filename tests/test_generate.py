@@ -411,6 +411,14 @@ def test_no_more_rows_are_laid_out_for_than_there_are(monkeypatch):
     assert max(asked) == 3
 
 
+@pytest.mark.parametrize("form", [int, lambda stop: [stop, stop], lambda stop: None])
+def test_respond_takes_one_stop_token_several_or_none(form):
+    model, rows = random_model(), [Encoded([1, 2], [], False, 0)]
+    whole = generation.respond(model, rows, 1, 6, None, temperature=0.0)[0].response
+    row, = generation.respond(model, rows, 1, 6, form(whole[2]), temperature=0.0)
+    assert (row.response, row.cut) == ((whole, True) if form(0) is None else (whole[:whole.index(whole[2]) + 1], False))
+
+
 def test_what_may_not_be_repeated_is_left_out_of_the_distribution_that_is_drawn_from():
     model, prompt = random_model(seed=5), [4, 9, 4]                             # after 4, no second 9
     rows = 4000
