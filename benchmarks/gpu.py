@@ -442,7 +442,8 @@ def check_results(device, tiny, limits):
 
     def drawing():
         """Tokens by the kernels against generate.sample's: rows of equal logits, with -inf, with NaN."""
-        u, at, tokens = torch.rand(2, 7, dtype=torch.float64, device=device), *(torch.zeros(7, device=device).long() for _ in range(2))
+        u = torch.rand(2, 7, dtype=torch.float64, device=device)
+        at, tokens = (torch.zeros_like(u[0]).long() for _ in range(2))
         logits = (torch.randn(7, 40_008, device=device) * 3).bfloat16()[:, :40_003]
         logits[2] = logits[2].max() - logits[2].clamp(min=0)
         logits[3], logits[3, -1], logits[6, 5] = -torch.inf, -3.0, torch.nan

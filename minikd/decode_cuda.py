@@ -107,8 +107,9 @@ class OneKernel:
         # Measured on an H200: 5% faster at 0.5B (30 MB a layer); at 1.5B, 3B and for codes the requests only delay the words.
         small = not four and 6 * I * D + 2 * D * (outputs + H * E) < 48 << 20
         ahead = (AHEAD // (32 * D), AHEAD // (16 * I)) if small else (0, 0)                     # bytes of a task's weights
-        self.step = Step(L=L, D=D, I=I, H=H, K=K, E=E, S=S, group=first.group_size if four else 0, zeros=zeros,
-                         bits=team_bits(config, four, self.blocks), ahead=ahead, eps=config.rms_norm_eps, table=self.body.embed_tokens.weight.data_ptr(),
+        self.step = Step(L=L, D=D, I=I, H=H, K=K, E=E, S=S, group=first.group_size if four else 0, zeros=zeros, ahead=ahead,
+                         bits=team_bits(config, four, self.blocks), eps=config.rms_norm_eps,
+                         table=self.body.embed_tokens.weight.data_ptr(),
                          **{name: tensor.data_ptr() for name, tensor in self.held.items()})
 
     def hidden(self, ids: Tensor, cache: StaticCache) -> Tensor:

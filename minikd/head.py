@@ -18,8 +18,8 @@ from minikd.losses import entropy, forward_kl, kl, log_probs, no_divergence, rev
 
 BLOCK = 2048                                        # head rows in one matrix product on a CPU: they fit its cache
 PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # float32 logits in one softmax, at least: fewer are mostly overhead
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 240 << 20}  # logits of the student that are in memory at once, at most; on an H200 160
-                                                    # and 480 MB were slower (results/gpu.txt)
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 240 << 20}  # logits of the student that are in memory at once, at most; on an H200 128
+                                                    # and 160 MB were slower, and from a cache 480 (results/gpu.txt)
 # A chunk is a multiple of so many tokens, as matrices are multiplied in tiles: 48 is MKL's with AVX-512 (a token in chunks of
 # 48 takes 0.8 of its time in chunks of 55, benchmarks/results/head_loss.txt; in bfloat16 there is no such step), 128 cuBLAS's.
 TILES = {("cpu", torch.float32): 48, ("cuda", torch.float32): 128, ("cuda", torch.bfloat16): 128}

@@ -135,7 +135,8 @@ def test_rows_that_leave_do_not_disturb_those_that_stay(on_cpu, monkeypatch, tem
     monkeypatch.setattr(fused_cuda, "available", lambda index: True)
     with played():
         model = small(3).bfloat16().eval().to("cuda")
-        answer = lambda **more: generate_with_log_probs(model, [[5, 6], [8], [9, 3], [1]], 12, temperature, seed=2, graphs=False, **more)
+        prompts = [[5, 6], [8], [9, 3], [1]]
+        answer = lambda **more: generate_with_log_probs(model, prompts, 12, temperature, seed=2, graphs=False, **more)
         whole, _ = answer()
         stops = {whole[0][2], whole[1][4], whole[2][8]}                         # three rows end, one after the other
         answers, logps = answer(eos_ids=stops)
