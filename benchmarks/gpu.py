@@ -456,14 +456,15 @@ def check_results(device, tiny, limits):
             good = same and off < 1e-4 and bool(logps[1, 6].isnan() & drawn[0].eq(0).all())
             table.row(f"draws at temperature {temperature:.0f}", f"{off:.1e} nats off", "" if good else "WRONG")
 
+    kernels = device == "cuda" and cuda.available(torch.cuda.current_device())
     with attempt("sampling"):
         sampling("samples, float32", make(config, device, torch.float32), prompts, 1e-3, samples=2)
         sampling("samples, bfloat16 (attend.cu)", make(config, device), prompts, 1.0, samples=2)
-    if device == "cuda" and cuda.available(torch.cuda.current_device()):
+    if kernels:
         with attempt("draws"), torch.inference_mode():
             drawing()
     for shape, length, splits in (("0.5B", 1, 1), ("0.5B", 576, 1), ("1.5B", 77, 1), ("3B", 300, 1), ("3B", 2000, 3)):
-        if device == "cuda" and cuda.available(torch.cuda.current_device()):
+        if kernels:
             with attempt(f"attention, {shape}"):
                 ours, plain, same = attention_errors(SHAPES[shape], length, splits, device)
                 table.row(f"attend.cu, {shape}, {length:,} slots, {splits} blocks", f"{ours:.1e}, {plain:.1e}",
