@@ -8,10 +8,10 @@
 Prints the means by category, x 100, and writes every answer with its scores to a jsonl file. At a temperature above 0 it
 samples once for each seed, MiniLLM's 10 to 50 by default, and prints mean and standard deviation over the seeds.
 """
-import signal
+from minikd.files import end_at_interrupts
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C while torch is imported: see script_errors
+if __name__ == "__main__":
+    end_at_interrupts()                                         # while torch is imported
 
 import math
 import os

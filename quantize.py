@@ -8,10 +8,10 @@
 Only the blocks' linear layers are packed; embeddings, norms and the head stay as they are. Paper eq. (8), (9);
 GPTQ arXiv:2210.17323. See minikd/gptq.py and, for the layout, minikd/quant.py.
 """
-import signal
+from minikd.files import end_at_interrupts
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C while torch is imported: see script_errors
+if __name__ == "__main__":
+    end_at_interrupts()                                         # while torch is imported
 
 import functools
 import math

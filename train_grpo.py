@@ -13,10 +13,10 @@ are better than their group. (In the first update after sampling the ratio is 1,
 clips and kinds of ratio matter from the second inner epoch on.) Paper: Knowledge Distillation for Large Language Models,
 eq. (5) to (7); see minikd/grpo.py.
 """
-import signal
+from minikd.files import end_at_interrupts
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C while torch is imported: see script_errors
+if __name__ == "__main__":
+    end_at_interrupts()                                         # while torch is imported
 
 import functools
 import math

@@ -12,10 +12,10 @@
 Without --loss, SFT and KD start from the same student and see the same examples for the same steps; a table
 compares Base, SFT, KD and Teacher. Paper: Knowledge Distillation for Large Language Models, eq. (3) and (4).
 """
-import signal
+from minikd.files import end_at_interrupts
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                # Ctrl-C while torch is imported: see script_errors
+if __name__ == "__main__":
+    end_at_interrupts()                                         # while torch is imported
 
 import functools
 import math

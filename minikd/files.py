@@ -21,14 +21,20 @@ class InputError(ValueError):
     """The user's input is wrong. The message says in one line where, what, and how to fix it."""
 
 
+def end_at_interrupts():
+    """Ctrl-C just ends the process, until script_errors: in an import it would be a traceback, or be lost in a callback that may
+    not raise. Where it is ignored, as in a shell's background job, it stays so."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def script_errors():
     """Around a script's main(): prints `error: ...` with the message on stderr and exits with status 2, no traceback.
 
-    A bug in minikd is neither an InputError nor an OSError, and keeps its traceback. Before this, Ctrl-C just ended the process,
-    as the scripts set it: in an import it would be a traceback, or be lost in a callback that may not raise.
+    A bug in minikd is neither an InputError nor an OSError, and keeps its traceback.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:       # end_at_interrupts'
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # an answer may hold what the terminal's encoding lacks

@@ -163,7 +163,8 @@ class Rows:
         self.answers, self.answer_logps = ([[] for _ in range(u.shape[1])] for _ in range(2))
         self.alive = list(range(u.shape[1]))                                # which answer each row writes
         self.seen = 0                                                       # tokens of each row that `read` has copied
-        self.at = torch.full_like(u[0], -1, dtype=torch.long)               # [B] the newest token's place in its answer
+        self.at = torch.full_like(u[0], -1, dtype=torch.long)               # [B] the newest token's place in its answer, the
+                                                                            # same for all; a GPU's block counts its row's
         self.tokens = torch.zeros_like(self.at)                                             # [B]
         self.drawn, self.logps = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)     # [max_new_tokens, B]
         self.draw(states)
