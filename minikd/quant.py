@@ -99,9 +99,8 @@ def decode_groups(codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | 
     """[O, I], [O, groups] twice -> the weight [O, I] in float32.  g_idx [I]: each input's group, if groups are shuffled"""
     if g_idx is not None:
         return decode(codes, scales[:, g_idx], zeros[:, g_idx])
-    O, I = codes.shape
-    grouped = decode(codes.view(O, scales.shape[1], -1), scales[..., None], zeros[..., None])   # [O, groups, g]
-    return grouped.view(O, I)
+    groups = codes.unflatten(1, (scales.shape[1], -1))                                          # [O, groups, g]
+    return decode(groups, scales[..., None], zeros[..., None]).flatten(1)
 
 
 def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: bool = True,
@@ -122,18 +121,14 @@ def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: 
 
 def pack(codes: Tensor, dim: int) -> Tensor:
     """Eight 4-bit codes per word along `dim`, the first in the lowest bits.  uint8 [..., n, ...] -> int32 [..., n/8, ...]"""
-    parts = codes.movedim(dim, 0).unflatten(0, (-1, 8)).int()                                   # [n/8, 8, ...]
-    words = sum(parts[:, i] << 4 * i for i in range(8))         # the eighth code has the sign bit
-    return words.movedim(0, dim).contiguous()
+    parts = codes.unflatten(dim, (-1, 8)).int().unbind(dim + 1)                                 # 8 x [..., n/8, ...]
+    return sum(part << 4 * i for i, part in enumerate(parts)).contiguous()      # the eighth code has the sign bit
 
 
 def unpack(words: Tensor, dim: int) -> Tensor:
     """pack's inverse.  int32 [..., m, ...] -> uint8 [..., 8m, ...]"""
-    words = words.movedim(dim, 0)                                                               # [m, ...]
-    parts = torch.empty(len(words), 8, *words.shape[1:], dtype=torch.uint8, device=words.device)    # [m, 8, ...]
-    for i in range(8):
-        parts[:, i] = (words >> 4 * i) & 15
-    return parts.flatten(0, 1).movedim(0, dim).contiguous()
+    parts = [(words >> 4 * i & 15).to(torch.uint8) for i in range(8)]                           # 8 x [..., m, ...]
+    return torch.stack(parts, dim + 1).flatten(dim, dim + 1)
 
 
 def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> dict[str, Tensor]:
