@@ -13,15 +13,15 @@ cache), so that a slow phase of the machine affects all three. Medians of the re
 """
 import argparse
 import json
-import platform
 import random
-import statistics
 import time
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 from rouge_score.rouge_scorer import RougeScorer
 
-from benchmarks.measure import cpu_model
+from benchmarks.measure import machine, table
 from minikd import rouge
 
 INSTRUCTIONS = Path(__file__).parents[1] / ".." / "shared" / "data" / "instructions-1100.jsonl"
@@ -64,10 +64,7 @@ def timed(score, pairs):
 
 def compare(pairs, stemmer: bool, repeats: int):
     """-> median seconds (cold, warm, rouge_score) and whether every precision, recall and F1 was equal."""
-    scorer = RougeScorer(["rougeL"], use_stemmer=stemmer)
-
-    def ours(prediction, reference):
-        return rouge.rouge_l(prediction, reference, stemmer)
+    scorer, ours = RougeScorer(["rougeL"], use_stemmer=stemmer), partial(rouge.rouge_l, stemmer=stemmer)
 
     def theirs(prediction, reference):
         return tuple(scorer.score(reference, prediction)["rougeL"])
@@ -78,7 +75,7 @@ def compare(pairs, stemmer: bool, repeats: int):
         (cold, first), (warm, second), (peer, expected) = [timed(f, pairs) for f in (ours, ours, theirs)]
         seconds.append((cold, warm, peer))
         equal &= first == second == expected
-    return [statistics.median(column) for column in zip(*seconds)], equal
+    return [median(column) for column in zip(*seconds)], equal
 
 
 def main():
@@ -86,18 +83,16 @@ def main():
     parser.add_argument("--pairs", type=int, default=5000, help="pairs in each set")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-
-    source = INSTRUCTIONS.name if INSTRUCTIONS.exists() else "made words"
-    print(f"{cpu_model()}, Python {platform.python_version()}; {args.pairs:,} pairs a set from {source}, "
-          f"median of {args.repeats}")
-    print(f"{'pairs':14}{'stemmer':9}{'equal':7}{'rouge_score':>12}{'minikd cold':>13}{'warm':>9}"
-          f"{'ratio cold':>13}{'warm':>7}     (microseconds a pair)")
+    rows = []
     for name, pairs in make_pairs(args.pairs, random.Random(0)).items():
         for stemmer in False, True:
             (cold, warm, peer), equal = compare(pairs, stemmer, args.repeats)
-            cold_us, warm_us, peer_us = (1e6 * seconds / len(pairs) for seconds in (cold, warm, peer))
-            print(f"{name:14}{'on' if stemmer else 'off':9}{'yes' if equal else 'NO':7}{peer_us:12.1f}{cold_us:13.1f}"
-                  f"{warm_us:9.1f}{peer / cold:12.1f}x{peer / warm:6.1f}x", flush=True)
+            rows.append([name, "on" if stemmer else "off", "yes" if equal else "NO",
+                         *(f"{1e6 * seconds / len(pairs):.1f}" for seconds in (peer, cold, warm)),
+                         f"{peer / cold:.1f}x", f"{peer / warm:.1f}x"])
+    table(["microseconds a pair", "stemmer", "equal", "rouge_score", "minikd cold", "warm", "ratio cold", "warm"], rows)
+    source = INSTRUCTIONS.name if INSTRUCTIONS.exists() else "made words"
+    print(f"{args.pairs:,} pairs a set from {source}, median of {args.repeats}; {machine('rouge_score')}")
 
 
 if __name__ == "__main__":
