@@ -107,7 +107,7 @@ def seconds_of(run, repeats: int, device: str, warm: int = 2) -> list[float]:
     return found[warm:]
 
 
-def rotating(calls: list, device: str, repeats: int = 30) -> list[float]:
+def rotating(calls: list, device: str) -> list[float]:
     """Seconds per call. The calls take turns, so that none finds its weights in the L2; on a GPU one graph replays them all."""
     for call in calls:
         call()
@@ -117,7 +117,7 @@ def rotating(calls: list, device: str, repeats: int = 30) -> list[float]:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return [value / len(calls) for value in seconds_of(graph.replay, repeats, device)]
+    return [value / len(calls) for value in seconds_of(graph.replay, 30, device)]
 
 
 def wanted(*kinds: str) -> list[str]:
@@ -257,6 +257,10 @@ def check_loss(device, tiny, limits):
     table = Table(f"{n} tokens, {V:,} logits each", "error", "torch's", "gradient's", "us, costs", "of the copy's",
                   "us, gradient", "of the copy's")
 
+    def timed(run, passes):                         # over bfloat16 logits [n, V]
+        seconds = median(seconds_of(run, 20, device))
+        return f"{seconds * 1e6:.0f}", f"{2 * passes * n * V / seconds / limits['bandwidth']:.0%}"
+
     def measure(name, divergence, T, passes):
         options = dict(temperature=T) if name in ("forward", "reverse") else {}
         run = lambda: loss_cuda.costs(name, T, kept, targets, soft)
@@ -266,20 +270,16 @@ def check_loss(device, tiny, limits):
         plain = divergence(kept[:few], soft[:few], **options)
         error, torchs = (float((x[:few].double() - right.detach()).abs().max()) for x in (kd, plain))
         right_ce = F.cross_entropy(exact, targets[:few], reduction="none")
-        cells = [f"{error:.1e}", f"{torchs:.1e}", "", "", ""]
         good = error < 2 * torchs + 1e-6 and (ce[:few] - right_ce).abs().max() < 1e-5
-        share = lambda count, times: f"{2 * count * n * V / median(times) / limits['bandwidth']:.0%}"
-        times = seconds_of(run, 20, device)
-        cells[3:] = [f"{median(times) * 1e6:.0f}", share(passes, times)]
+        cells = ["", *timed(run, passes)]
         if name != "entropy":
             work = kept.clone()
-            loss_cuda.gradient_(name, T, work, targets, soft, rows, *slopes)
+            backward = lambda: loss_cuda.gradient_(name, T, work, targets, soft, rows, *slopes)
+            backward()
             slope = torch.autograd.grad(0.5 * (right_ce + right).sum(), exact)[0]
             off = float((work[:few] - slope).norm() / slope.norm())
-            times = seconds_of(lambda: loss_cuda.gradient_(name, T, work, targets, soft, rows, *slopes), 20, device)
-            cells[2], good = f"{off:.1e}", good and off < 4e-3
-            cells += [f"{median(times) * 1e6:.0f}", share(passes + 1, times)]
-        table.row(f"{name}, temperature {T:g}", *cells, *[] if good else ["TOO LARGE"])
+            cells, good = [f"{off:.1e}", *cells[1:], *timed(backward, passes + 1)], good and off < 4e-3
+        table.row(f"{name}, temperature {T:g}", f"{error:.1e}", f"{torchs:.1e}", *cells, *[] if good else ["TOO LARGE"])
 
     for name, divergence, T, passes in (
             ("forward", forward_kl, 1.0, 2), ("reverse", reverse_kl, 1.0, 2), ("forward", forward_kl, 2.0, 2),
@@ -492,7 +492,6 @@ def check_results(device, tiny, limits):
             table.row("a product added in float32", "one kernel", "" if total.eq(65).all() else "WRONG")
         except RuntimeError as reason:
             table.row("a product added in float32", "NOT AVAILABLE", str(reason).split("\n")[0][:90])
-    fresh(device)
 
 
 def time_matmul(device, tiny, limits):
@@ -550,14 +549,7 @@ def time_decoding(device, tiny, limits):
 
     def measure(name, kind):
         peer = kind == "transformers"
-        model = theirs(SHAPES[name], device) if peer else make(SHAPES[name], device)
-        if kind.startswith("w4"):
-            model = four_bits(model)
-        if kind.endswith("compiled"):
-            compile_blocks(model)
-        fresh(device)                               # made in float32: not the peak that is asked for
-        run = (lambda n: transformers_answer(model, [prompt], n)) if peer else (
-            lambda n: generate(model, [prompt], n, one_kernel=kind.endswith("one kernel")))
+        model, run = writer(kind, SHAPES[name], device, prompt)
         long = new // 2 if peer else new if tiny or "one" not in kind else 2 * new              # fast steps need more of them
         run(long), run(long // 2)
         # Prefill, capturing the graph and the first steps take the same time in both: the difference is the steps' time.
@@ -587,11 +579,21 @@ def time_once(run, count: int, device: str) -> float:
     return time.perf_counter() - start
 
 
-def transformers_answer(model, prompts: list, new: int, sample: bool = False):
-    ids = torch.tensor(prompts, device=model.device)
-    with torch.inference_mode():
-        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=sample, top_k=0,
-                              max_new_tokens=new, min_new_tokens=new)
+def writer(kind: str, config: Qwen2Config, device: str, prompt: list[int], rows: int = 1):
+    """-> a model of the kind, and a function that continues the prompt by n tokens: greedily, or in several samples."""
+    if kind == "transformers":
+        model, ids = theirs(config, device), torch.tensor([prompt] * rows, device=device)
+        run = torch.inference_mode()(lambda n: model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=rows > 1, top_k=0, max_new_tokens=n, min_new_tokens=n))
+    else:
+        model = make(config, device)
+        if kind.startswith("w4"):
+            model = four_bits(model)
+        if kind.endswith("compiled"):
+            compile_blocks(model)
+        run = lambda n: generate(model, [prompt], n, float(rows > 1), samples=rows, seed=0, one_kernel=kind.endswith("one kernel"))
+    fresh(device)                                   # made in float32: not the peak that is asked for
+    return model, run
 
 
 def bytes_of_a_step(model: Qwen2) -> int:
@@ -604,12 +606,7 @@ def time_sampling(device, tiny, limits):
     prompt, table = list(range(100, 164)), Table(f"{rows} rows x {new}", "tokens/s", "spread", "peak GB")
 
     def measure(kind):
-        model = theirs(config, device) if kind == "transformers" else make(config, device)
-        if kind == "minikd compiled":
-            compile_blocks(model)
-        fresh(device)
-        run = (lambda n: transformers_answer(model, [prompt] * rows, n, sample=True)) if kind == "transformers" else (
-            lambda n: generate(model, [prompt], n, temperature=1.0, samples=rows, seed=0))
+        _, run = writer(kind, config, device, prompt, rows)
         run(20)
         times = [time_once(run, new, device) for _ in range(1 if tiny or kind == "transformers" else 3)]
         table.row(kind, f"{rows * new / median(times):,.0f}", spread(times), f"{peak_gb(device):.2f}")
