@@ -323,6 +323,121 @@ def check_step(device, tiny, limits):
     print(f"narrow layers have almost no weights: what remains are {5 * narrow.num_hidden_layers} waits for other blocks' words")
 
 
+# ---- parts of the section `check`, each for a row of its table or several
+
+def check_sampling(table, kind, model, asked, new, most, **options):
+    """Compares the log-probabilities that tokens were drawn with to those that the whole texts, read at once, give them."""
+    stops = {row[new // 3] for row in generate(model, asked, new, temperature=1.0, seed=3, **options)}      # some end early
+    answers, logps = generate_with_log_probs(model, asked, new, 1.0, eos_ids=stops, seed=3, graphs=True,
+                                             one_kernel="one kernel" in kind, **options)
+    worst = 0.0
+    for i, (answer, drawn) in enumerate(zip(answers, logps)):
+        prompt = asked[i * len(asked) // len(answers)]
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + answer], device=model.head.device))[0, len(prompt) - 1:-1]
+        read = logits.float().log_softmax(-1).gather(1, torch.tensor(answer, device=model.head.device)[:, None])[:, 0]
+        worst = max(worst, float((read - torch.tensor(drawn, device=model.head.device)).abs().max()))
+    table.row(kind, f"{worst:.1e} nats off", "" if worst < most else "TOO LARGE")
+
+
+def check_columns(table, n, device):
+    """GPTQ's inner loop over n columns, from a graph and without."""
+    W = torch.randn(n, 896, device=device)
+    scale, zero = torch.full_like(W, 0.2), torch.full_like(W, 8.0)
+    U = torch.randn(n, n, device=device).triu() * 0.1 + torch.eye(n, device=device)
+    solve = replayed_columns(*W.shape, 4, torch.device(device))
+    pairs = [(solve(W * k, U, scale, zero), quantize_columns(W * k, U, scale, zero, 4)) for k in (1.0, 0.5, 2.0)]
+    same = all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair))
+    table.row("GPTQ's columns, recorded and replayed", "equal" if same else "NOT EQUAL", "")
+
+
+def check_gradients(table, config, generator, device):
+    """A step's on the device, against the CPU's."""
+    ids, mask = torch.randint(1000, (2, 24), generator=generator), torch.arange(24).expand(2, -1) >= 8
+
+    def step(place):
+        student, teacher = (make(config, "cpu", torch.float32, seed).to(place) for seed in (0, 1))
+        batch = ids.to(place), mask
+        hidden, targets = scored_positions(student.train().hidden(batch[0]), *batch)
+        soft = scored_positions(teacher.hidden(batch[0]), *batch)[0].detach()
+        loss = head_loss(hidden, student.head, targets, soft, teacher.head.detach(), forward_kl, 0.5, 0.1)[0]
+        loss.backward()
+        return float(loss.detach()), [parameter.grad.cpu().double() for parameter in student.parameters()]
+
+    (loss, grads), (right, exact) = step(device), step("cpu")
+    off, whole = (sum(float(x.square().sum()) for x in part) ** 0.5
+                  for part in ([a - b for a, b in zip(grads, exact)], exact))
+    table.row("a KD step's loss and gradients", f"{abs(loss / right - 1):.1e}, {off / whole:.1e}",
+              "" if off < 1e-3 * whole else "TOO LARGE")
+
+
+def check_compiled(table, config, device, dtype, most):
+    """Gradients of three batches of other lengths, through torch.compile against without it."""
+    def gradients(compiling):
+        model = make(config, device, torch.float32).train()
+        if compiling:
+            compile_blocks(model)
+        for B, T in (3, 40), (2, 64), (2, 72):
+            weight = torch.randn(B, T, config.hidden_size, generator=torch.Generator().manual_seed(T)).to(device)
+            with mixed(model.head.device, dtype):           # weighted: the mean square after the last norm is always 1
+                (weight * model.hidden(torch.arange(B * T, device=device).view(B, T))).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()            # which that leaves: breaks of other rows' graphs are not this one's
+    ours, right = gradients(True), gradients(False)
+    off, breaks = float((ours - right).norm() / right.norm()), dict(torch._dynamo.utils.counters["graph_break"])
+    table.row(f"compiled blocks, three lengths, {dtype}", f"{off:.1e}",
+              "TOO LARGE" if not off < most else f"NOT COMPILED WHOLE: {breaks}" if breaks else "")
+
+
+def check_loss_kernels(table, generator, device):
+    """A step's loss and gradients in bfloat16 by loss.cu against those by torch's operators, on the same device."""
+    N, student, teacher = 300, SHAPES["0.5B"], SHAPES[TEACHER]
+    normal = lambda *shape: torch.randn(*shape, generator=generator).to(device)
+    states, soft, old, advantage = normal(N, student.hidden_size), normal(N, teacher.hidden_size), normal(N) - 15, normal(N)
+    heads = [normal(shape.vocab_size, shape.hidden_size) * 2 / shape.hidden_size ** 0.5 for shape in (student, teacher)]
+    targets = torch.randint(student.vocab_size, (N,), generator=generator).to(device)
+    surrogate = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], clip=10.0)
+
+    def step(divergence, ratio, policy):
+        leaves = [x.clone().requires_grad_() for x in (states, heads[0])]
+        with torch.autocast(device, torch.bfloat16):
+            loss, ce, kd = head_loss(*leaves, targets, soft, heads[1].bfloat16(), divergence, ratio, 1 / N, policy,
+                                     chunk_bytes=2 * 128 * student.vocab_size)      # two chunks of 128 and a part
+        loss.backward()
+        return [x.detach().double() for x in (ce, kd, leaves[0].grad, leaves[1].grad)]
+
+    for kind, *options in (("forward KL, CE", forward_kl, 0.5, None), ("reverse KL, policy", reverse_kl, 1.0, surrogate),
+                           ("temperature 2", pick_divergence("reverse_kl", temperature=2.0), 1.0, None),
+                           ("SFT", None, 0.0, None), ("entropy, policy", losses.entropy, 0.0, surrogate)):
+        with mock.patch.object(loss_cuda, "launch", wraps=loss_cuda.launch) as launched:
+            ours = step(*options)
+        with mock.patch.object(loss_cuda, "can_run", return_value=False):
+            plain = step(*options)
+        ce, kd, states_off, head_off = (float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(ours, plain))
+        used = "" if launched.called or device != "cuda" else "loss.cu NOT USED"
+        table.row(f"loss.cu, {kind}", f"{max(ce, kd):.1e}, {states_off:.1e}, {head_off:.1e}",
+                  used or ("" if max(ce, kd) < 1e-4 and max(states_off, head_off) < 1e-2 else "TOO LARGE"))
+
+
+def check_drawing(table, device):
+    """Tokens by the kernels against generate.sample's: rows of equal logits, with -inf, with NaN."""
+    u = torch.rand(2, 7, dtype=torch.float64, device=device)
+    at, tokens = (torch.zeros_like(u[0]).long() for _ in range(2))
+    logits = (torch.randn(7, 40_008, device=device) * 3).bfloat16()[:, :40_003]
+    logits[2] = logits[2].max() - logits[2].clamp(min=0)
+    logits[3], logits[3, -1], logits[6, 5] = -torch.inf, -3.0, torch.nan
+    for temperature in 0.0, 1.0:
+        drawn, logps = torch.zeros_like(u).long(), torch.zeros_like(u)
+        draw_on_gpu(logits, u, at.zero_(), tokens, drawn, logps, temperature)
+        right, its = sample(logits, temperature, 1.0, 0, u[1])
+        same = torch.equal(tokens[:6], right[:6]) and torch.equal(drawn[1], tokens) and bool(at.eq(1).all())
+        off = float((logps[1] - its)[:6].abs().max())
+        good = same and off < 1e-4 and bool(logps[1, 6].isnan() & drawn[0].eq(0).all())
+        table.row(f"draws at temperature {temperature:.0f}", f"{off:.1e} nats off", "" if good else "WRONG")
+
+
 def attention_errors(config: Qwen2Config, length: int, splits: int, device: str) -> tuple[float, float, bool]:
     """attend.cu's relative error and the plain path's, against float64, and whether the cache's new slot is right bit for bit."""
     B, H, K, E, S = 3, config.num_attention_heads, config.num_key_value_heads, config.head_dim, length + 15 & ~7
@@ -351,120 +466,13 @@ def check_results(device, tiny, limits):
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1000, (length,), generator=generator).tolist() for length in ((5, 9) if tiny else (5, 28, 17, 1))]
     table = Table("check", "result", "")
-
-    def sampling(kind, model, asked, most, **options):
-        """Compares the log-probabilities that tokens were drawn with to those that the whole texts, read at once, give them."""
-        stops = {row[new // 3] for row in generate(model, asked, new, temperature=1.0, seed=3, **options)}      # some end early
-        answers, logps = generate_with_log_probs(model, asked, new, 1.0, eos_ids=stops, seed=3, graphs=True,
-                                                 one_kernel="one kernel" in kind, **options)
-        worst = 0.0
-        for i, (answer, drawn) in enumerate(zip(answers, logps)):
-            prompt = asked[i * len(asked) // len(answers)]
-            with torch.inference_mode():
-                logits = model(torch.tensor([prompt + answer], device=device))[0, len(prompt) - 1:-1]
-            read = logits.float().log_softmax(-1).gather(1, torch.tensor(answer, device=device)[:, None])[:, 0]
-            worst = max(worst, float((read - torch.tensor(drawn, device=device)).abs().max()))
-        table.row(kind, f"{worst:.1e} nats off", "" if worst < most else "TOO LARGE")
-
-    def columns():
-        n, O = 32 if tiny else 128, 896
-        W = torch.randn(n, O, device=device)
-        scale, zero = torch.full_like(W, 0.2), torch.full_like(W, 8.0)
-        U = torch.randn(n, n, device=device).triu() * 0.1 + torch.eye(n, device=device)
-        solve = replayed_columns(n, O, 4, torch.device(device))
-        pairs = [(solve(W * k, U, scale, zero), quantize_columns(W * k, U, scale, zero, 4)) for k in (1.0, 0.5, 2.0)]
-        same = all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair))
-        table.row("GPTQ's columns, recorded and replayed", "equal" if same else "NOT EQUAL", "")
-
-    def gradients():
-        ids, mask = torch.randint(1000, (2, 24), generator=generator), torch.arange(24).expand(2, -1) >= 8
-
-        def step(place):
-            student, teacher = (make(config, "cpu", torch.float32, seed).to(place) for seed in (0, 1))
-            batch = ids.to(place), mask
-            hidden, targets = scored_positions(student.train().hidden(batch[0]), *batch)
-            soft = scored_positions(teacher.hidden(batch[0]), *batch)[0].detach()
-            loss = head_loss(hidden, student.head, targets, soft, teacher.head.detach(), forward_kl, 0.5, 0.1)[0]
-            loss.backward()
-            return float(loss.detach()), [parameter.grad.cpu().double() for parameter in student.parameters()]
-
-        (loss, grads), (right, exact) = step(device), step("cpu")
-        off, whole = (sum(float(x.square().sum()) for x in part) ** 0.5
-                      for part in ([a - b for a, b in zip(grads, exact)], exact))
-        table.row("a KD step's loss and gradients", f"{abs(loss / right - 1):.1e}, {off / whole:.1e}",
-                  "" if off < 1e-3 * whole else "TOO LARGE")
-
-    def compiled(dtype, most):
-        """Gradients of three batches of other lengths, through torch.compile against without it."""
-        def gradients(compiling):
-            model = make(config, device, torch.float32).train()
-            if compiling:
-                compile_blocks(model)
-            for B, T in (3, 40), (2, 64), (2, 72):
-                weight = torch.randn(B, T, config.hidden_size, generator=torch.Generator().manual_seed(T)).to(device)
-                with mixed(model.head.device, dtype):           # weighted: the mean square after the last norm is always 1
-                    (weight * model.hidden(torch.arange(B * T, device=device).view(B, T))).sum().backward()
-            return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-        ours, right = gradients(True), gradients(False)
-        off, breaks = float((ours - right).norm() / right.norm()), dict(torch._dynamo.utils.counters["graph_break"])
-        table.row(f"compiled blocks, three lengths, {dtype}", f"{off:.1e}",
-                  "TOO LARGE" if not off < most else f"NOT COMPILED WHOLE: {breaks}" if breaks else "")
-
-    def by_kernels():
-        """A step's loss and gradients in bfloat16 by loss.cu against those by torch's operators, on the same device."""
-        N, student, teacher = 300, SHAPES["0.5B"], SHAPES[TEACHER]
-        normal = lambda *shape: torch.randn(*shape, generator=generator).to(device)
-        states, soft, old, advantage = normal(N, student.hidden_size), normal(N, teacher.hidden_size), normal(N) - 15, normal(N)
-        heads = [normal(shape.vocab_size, shape.hidden_size) * 2 / shape.hidden_size ** 0.5 for shape in (student, teacher)]
-        targets = torch.randint(student.vocab_size, (N,), generator=generator).to(device)
-        surrogate = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], clip=10.0)
-
-        def step(divergence, ratio, policy):
-            leaves = [x.clone().requires_grad_() for x in (states, heads[0])]
-            with torch.autocast(device, torch.bfloat16):
-                loss, ce, kd = head_loss(*leaves, targets, soft, heads[1].bfloat16(), divergence, ratio, 1 / N, policy,
-                                         chunk_bytes=2 * 128 * student.vocab_size)      # two chunks of 128 and a part
-            loss.backward()
-            return [x.detach().double() for x in (ce, kd, leaves[0].grad, leaves[1].grad)]
-
-        for kind, *options in (("forward KL, CE", forward_kl, 0.5, None), ("reverse KL, policy", reverse_kl, 1.0, surrogate),
-                               ("temperature 2", pick_divergence("reverse_kl", temperature=2.0), 1.0, None),
-                               ("SFT", None, 0.0, None), ("entropy, policy", losses.entropy, 0.0, surrogate)):
-            with mock.patch.object(loss_cuda, "launch", wraps=loss_cuda.launch) as launched:
-                ours = step(*options)
-            with mock.patch.object(loss_cuda, "can_run", return_value=False):
-                plain = step(*options)
-            ce, kd, states_off, head_off = (float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(ours, plain))
-            used = "" if launched.called or device != "cuda" else "loss.cu NOT USED"
-            table.row(f"loss.cu, {kind}", f"{max(ce, kd):.1e}, {states_off:.1e}, {head_off:.1e}",
-                      used or ("" if max(ce, kd) < 1e-4 and max(states_off, head_off) < 1e-2 else "TOO LARGE"))
-
-    def drawing():
-        """Tokens by the kernels against generate.sample's: rows of equal logits, with -inf, with NaN."""
-        u = torch.rand(2, 7, dtype=torch.float64, device=device)
-        at, tokens = (torch.zeros_like(u[0]).long() for _ in range(2))
-        logits = (torch.randn(7, 40_008, device=device) * 3).bfloat16()[:, :40_003]
-        logits[2] = logits[2].max() - logits[2].clamp(min=0)
-        logits[3], logits[3, -1], logits[6, 5] = -torch.inf, -3.0, torch.nan
-        for temperature in 0.0, 1.0:
-            drawn, logps = torch.zeros_like(u).long(), torch.zeros_like(u)
-            draw_on_gpu(logits, u, at.zero_(), tokens, drawn, logps, temperature)
-            right, its = sample(logits, temperature, 1.0, 0, u[1])
-            same = torch.equal(tokens[:6], right[:6]) and torch.equal(drawn[1], tokens) and bool(at.eq(1).all())
-            off = float((logps[1] - its)[:6].abs().max())
-            good = same and off < 1e-4 and bool(logps[1, 6].isnan() & drawn[0].eq(0).all())
-            table.row(f"draws at temperature {temperature:.0f}", f"{off:.1e} nats off", "" if good else "WRONG")
-
-    kernels = device == "cuda" and cuda.available(torch.cuda.current_device())
     with attempt("sampling"):
-        sampling("samples, float32", make(config, device, torch.float32), prompts, 1e-3, samples=2)
-        sampling("samples, bfloat16 (attend.cu)", make(config, device), prompts, 1.0, samples=2)
-    if kernels:
+        check_sampling(table, "samples, float32", make(config, device, torch.float32), prompts, new, 1e-3, samples=2)
+        check_sampling(table, "samples, bfloat16 (attend.cu)", make(config, device), prompts, new, 1.0, samples=2)
+    if device == "cuda" and cuda.available(torch.cuda.current_device()):
         with attempt("draws"), torch.inference_mode():
-            drawing()
-    for shape, length, splits in (("0.5B", 1, 1), ("0.5B", 576, 1), ("1.5B", 77, 1), ("3B", 300, 1), ("3B", 2000, 3)):
-        if kernels:
+            check_drawing(table, device)
+        for shape, length, splits in (("0.5B", 1, 1), ("0.5B", 576, 1), ("1.5B", 77, 1), ("3B", 300, 1), ("3B", 2000, 3)):
             with attempt(f"attention, {shape}"):
                 ours, plain, same = attention_errors(SHAPES[shape], length, splits, device)
                 table.row(f"attend.cu, {shape}, {length:,} slots, {splits} blocks", f"{ours:.1e}, {plain:.1e}",
@@ -472,19 +480,18 @@ def check_results(device, tiny, limits):
     for bits in 16, 4:
         with attempt(f"one kernel, {bits} bits"):
             model = make(config, device)
-            sampling(f"a sample by one kernel, {bits} bits", model if bits == 16 else four_bits(model), prompts[1:2], 1.0)
+            model = model if bits == 16 else four_bits(model)
+            check_sampling(table, f"a sample by one kernel, {bits} bits", model, prompts[1:2], new, 1.0)
     if device == "cuda":
         with attempt("columns"):
-            columns()
+            check_columns(table, 32 if tiny else 128, device)
     with attempt("gradients"):
-        gradients()
+        check_gradients(table, config, generator, device)
     for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)) if wanted("compiled") and not tiny else ():
         with attempt(f"compiled, {dtype}"):
-            torch.compiler.reset()
-            torch._dynamo.utils.counters.clear()    # which that leaves: breaks of other rows' graphs are not this one's
-            compiled(dtype, most)
+            check_compiled(table, config, device, dtype, most)
     with attempt("loss.cu"):
-        by_kernels()
+        check_loss_kernels(table, generator, device)
     if device == "cuda":
         try:                                        # as head._add_product does, which multiplies and then adds if this fails
             total, ones = torch.ones(64, 64, device=device), torch.ones(64, 64, device=device, dtype=torch.bfloat16)
@@ -591,7 +598,8 @@ def writer(kind: str, config: Qwen2Config, device: str, prompt: list[int], rows:
             model = four_bits(model)
         if kind.endswith("compiled"):
             compile_blocks(model)
-        run = lambda n: generate(model, [prompt], n, float(rows > 1), samples=rows, seed=0, one_kernel=kind.endswith("one kernel"))
+        run = lambda n: generate(model, [prompt], n, float(rows > 1), seed=0, samples=rows,
+                                 one_kernel=kind.endswith("one kernel"))
     fresh(device)                                   # made in float32: not the peak that is asked for
     return model, run
 
