@@ -93,14 +93,12 @@ def measure(source: Path, folder: Path, options: dict) -> dict:
             found[name] = loader()(input_ids=ids).logits.float(), torch.bfloat16
         except RuntimeError:
             found[name] = torch.tensor(torch.nan), torch.bfloat16
-    figures = {}
-    for name, (theirs, dtype) in found.items():
-        figures[name + "_max"] = float((ours[dtype] - theirs).abs().max())
-        figures[name + "_relative"] = float((ours[dtype] - theirs).norm() / theirs.norm())
-    figures["rounding"] = float((ours[torch.bfloat16] - ours[torch.float32]).norm() / ours[torch.float32].norm())
+    relative = lambda a, b: float((a - b).norm() / b.norm())
     layers = [layer for layer in load_model(folder).modules() if hasattr(layer, "g_idx")]
     moved = sum(int((layer.g_idx != torch.arange(layer.inputs) // layer.group_size).sum()) for layer in layers)
-    return figures | {"moved": moved / sum(layer.inputs for layer in layers)}
+    return {name: relative(ours[dtype], theirs) for name, (theirs, dtype) in found.items()} | {
+        "max": float((ours[torch.float32] - found["dense"][0]).abs().max()),
+        "rounding": relative(ours[torch.bfloat16], ours[torch.float32]), "moved": moved / sum(layer.inputs for layer in layers)}
 
 
 def main():
@@ -110,9 +108,8 @@ def main():
         make_folder(Path(folder) / "dense")
         for i, (name, options) in enumerate(CASES.items()):
             row = measure(Path(folder) / "dense", Path(folder) / str(i), options)
-            rows.append([name, f"{row['moved']:.0%}", f"{row['dense_max']:.1e}", f"{row['dense_relative']:.1e}",
-                         f"{row['gptqmodel_relative']:.1%}", f"{row['transformers_relative']:.1%}",
-                         f"{row['rounding']:.1%}"])
+            rows.append([name, f"{row['moved']:.0%}", f"{row['max']:.1e}", f"{row['dense']:.1e}", f"{row['gptqmodel']:.1%}",
+                         f"{row['transformers']:.1%}", f"{row['rounding']:.1%}"])
     table(["", "moved", "numpy, max", "numpy", "GPTQModel", "transformers", "ours bfloat16/float32"], rows)
     print(machine("torch", "transformers", "gptqmodel", "optimum"))
 
