@@ -20,7 +20,6 @@ import gc
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,14 +33,14 @@ from benchmarks.shapes import SHAPES
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
 from minikd.losses import forward_kl
-from minikd.model import Qwen2
+from minikd.model import Qwen2, mixed
 
 SHALLOW = {"student": replace(SHAPES["0.5B"], num_hidden_layers=4), "teacher": replace(SHAPES["1.5B"], num_hidden_layers=4)}
 ROWS, LENGTH, WORDS, LR = 4, 256, 151_643, 1e-5
 
 
 def dataset(steps: int) -> list[dict]:
-    """steps x 4 rows: input_ids [256], and how many of them are the prompt."""
+    """steps x ROWS rows: input_ids [256], and how many of them are the prompt."""
     generator = torch.Generator().manual_seed(0)
     return [{"input_ids": torch.randint(WORDS, (LENGTH,), generator=generator).tolist(),
              "prompt": int(torch.randint(48, 65, (), generator=generator))} for _ in range(steps * ROWS)]
@@ -53,29 +52,33 @@ def tensors(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([row["input_ids"] for row in rows]), torch.arange(LENGTH) >= prompts[:, None]
 
 
+def batches(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    rows = dataset(steps)
+    return [tensors(rows[at:at + ROWS]) for at in range(0, len(rows), ROWS)]
+
+
 def minikd(folder: Path, mode: str, steps: int, full_logits: bool = False, lean: bool = False):
-    teacher_dtype = torch.float32 if mode == "float32" else torch.bfloat16
+    dtype = torch.float32 if mode == "float32" else torch.bfloat16
     student = load_model(folder / "student").train()
-    teacher = load_model(folder / "teacher", dtype=teacher_dtype).requires_grad_(False)
+    teacher = load_model(folder / "teacher", dtype=dtype).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    rows, seconds, losses, kept, head = dataset(steps), [], [], [], teacher.head.detach()
+    seconds, losses, head = [], [], teacher.head.detach()
     if lean:
-        head, kept = head.clone(), [states_of(teacher, rows[at:at + ROWS]) for at in range(0, len(rows), ROWS)]
+        head, kept = head.clone(), [states_of(teacher, *batch) for batch in batches(steps)]
         del teacher
         gc.collect()
         reset_peak()
     before = resident()
-    for step in range(steps):
+    for step, (ids, mask) in enumerate(batches(steps)):
         start = time.perf_counter()
-        ids, mask = tensors(rows[ROWS * step:ROWS * (step + 1)])
-        with nullcontext() if mode == "float32" else torch.autocast("cpu", torch.bfloat16):
+        with mixed(ids.device, dtype):
             if full_logits:
                 with torch.no_grad():
                     soft = scored_positions(teacher(ids), ids, mask)[0]         # [N, V]
                 loss = forward_kl(scored_positions(student(ids), ids, mask)[0], soft).mean()
             else:
                 hidden, targets = scored_positions(student.hidden(ids, checkpointing=lean), ids, mask)
-                soft = kept[step] if lean else states_of(teacher, rows[ROWS * step:ROWS * (step + 1)])
+                soft = kept[step] if lean else states_of(teacher, ids, mask)
                 loss, _, _ = head_loss(hidden, student.head, targets, soft, head, forward_kl, kd_ratio=1.0,
                                        weight=1 / len(targets))
         loss.backward()
@@ -88,8 +91,7 @@ def minikd(folder: Path, mode: str, steps: int, full_logits: bool = False, lean:
 
 
 @torch.inference_mode()
-def states_of(teacher: Qwen2, rows: list[dict]) -> torch.Tensor:
-    ids, mask = tensors(rows)
+def states_of(teacher: Qwen2, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return scored_positions(teacher.hidden(ids), ids, mask)[0]                  # [N, D']
 
 

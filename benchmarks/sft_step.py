@@ -14,26 +14,24 @@ import argparse
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from benchmarks.kd_step import LENGTH, LR, ROWS, SHALLOW, dataset, measure, tensors
+from benchmarks.kd_step import LENGTH, LR, ROWS, SHALLOW, batches, dataset, measure
 from benchmarks.measure import compare_steps, resident, trainer_clock, trl_options, word_tokenizer
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
-from minikd.model import Qwen2
+from minikd.model import Qwen2, mixed
 
 
 def minikd(folder: Path, mode: str, steps: int):
     student = load_model(folder).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    rows, seconds, losses, before = dataset(steps), [], [], resident()
-    for step in range(steps):
+    seconds, losses, before = [], [], resident()
+    for ids, mask in batches(steps):
         start = time.perf_counter()
-        ids, mask = tensors(rows[ROWS * step:ROWS * (step + 1)])
-        with nullcontext() if mode == "float32" else torch.autocast("cpu", torch.bfloat16):
+        with mixed(ids.device, torch.float32 if mode == "float32" else torch.bfloat16):
             hidden, targets = scored_positions(student.hidden(ids), ids, mask)
             loss, _, _ = head_loss(hidden, student.head, targets, weight=1 / len(targets))
         loss.backward()
