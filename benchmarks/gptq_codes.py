@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.measure import machine, table
 from minikd.gptq import Hessian, quantize_matrix
-from minikd.quant import decode_groups, find_grid
+from minikd.quant import dequantize_groups, find_grid
 
 SHAPES = [(128, 896), (896, 128), (896, 896), (256, 1024), (384, 512), (1024, 256)]             # outputs x inputs
 SETTINGS = [("asym, row", dict(sym=False, group_size=-1, act_order=False)),
@@ -65,7 +65,7 @@ def reference(weight, x, sym: bool, group_size: int, act_order: bool, own_scales
     scales, zeros = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
     spread = weight.shape[1] // scales.shape[1]
     codes = (layer.weight.data / scales.repeat_interleave(spread, 1)).round() + zeros.repeat_interleave(spread, 1)
-    assert ((codes >= 0) & (codes < 16)).all() and torch.equal(decode_groups(codes, scales, zeros), layer.weight.data)
+    assert ((codes >= 0) & (codes < 16)).all() and torch.equal(dequantize_groups(codes, scales, zeros), layer.weight.data)
     return codes.to(torch.uint8), scales, zeros, H
 
 
@@ -94,8 +94,8 @@ def main():
                 shares.append([float((codes == other).float().mean()) for other in (theirs[0], own[0])])
                 counts.append(codes.numel())
                 apart.append((int((codes != theirs[0]).any(1).sum()), outputs))
-                ratios.append(objective(weight, decode_groups(codes, scales, zeros), H)
-                              / objective(weight, decode_groups(*theirs), H))
+                ratios.append(objective(weight, dequantize_groups(codes, scales, zeros), H)
+                              / objective(weight, dequantize_groups(*theirs), H))
                 rows.append([f"{setting}: {outputs} x {inputs}, seed {seed}", f"{shares[-1][0]:.3%}",
                              "{} of {}".format(*apart[-1]), f"{ratios[-1]:.6f}", f"{shares[-1][1]:.2%}"])
         total = [sum(share[i] * n for share, n in zip(shares, counts)) / sum(counts) for i in (0, 1)]

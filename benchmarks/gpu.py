@@ -47,7 +47,7 @@ from minikd.head import compile_losses, head_loss, scored_positions
 from minikd.layout import laid_out
 from minikd.losses import clipped_surrogate, forward_kl, pick_divergence, reverse_kl
 from minikd.model import Qwen2, Qwen2Config, StaticCache, mixed, rope_tables, rotate
-from minikd.quant import W4Linear, decode_groups, round_to_nearest, to_w4, to_words
+from minikd.quant import W4Linear, dequantize_groups, round_to_nearest, to_w4, to_words
 from minikd.teacher import Teacher
 from minikd.training import compile_blocks, make_optimizer
 
@@ -196,7 +196,7 @@ def packed_layer(N: int, K: int, device: str, sym=True, group=128, seed=0):
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.randn(N, K, device=device, generator=generator) * 0.02
     parts = round_to_nearest(weight, group_size=group, sym=sym)
-    return w4_cuda.repack(*parts), decode_groups(*parts)
+    return w4_cuda.repack(*parts), dequantize_groups(*parts)
 
 
 def launch(name: str, x, packed, bias, y, group=128) -> bool:

@@ -2,15 +2,15 @@
 
 A layer's weight W [O, I] is rounded to Q so that the layer's outputs change little, on the inputs x it really gets:
 
-    min_Q  tr((W - Q) H (W - Q)^T),   H = 2/n sum_x x x^T
+    min_Q  tr((W - Q) H (W - Q)^T),   H = 2/n sum_x x x^T                                          eq. (1)
 
 The trace is twice the mean squared change of the outputs; the 2, with which H is the second derivative of the squared error,
 changes no code. A column of W belongs to one input, a row to one output, and H is the same for all rows.
 
 Columns are rounded one after the other. Let F be those not rounded yet, j the first of them, and H_F their part of H.
 Eq. (2): of all ways to make up for the error of column j the cheapest moves F by -(w_j - q_j) / [H_F^-1]_jj times row j of
-H_F^-1. F shrinks with every column, but no new inverse is needed: with H^-1 = U^T U, U upper triangular, the lower right part
-of U is that factor for H_F, so that
+H_F^-1. F shrinks with every column. Eq. (3) would update the inverse; it is not needed: with H^-1 = U^T U, U upper triangular,
+the lower right part of U is that factor for H_F, so that
 
     U_jj^2 = [H_F^-1]_jj,   U_j,F / U_jj = [H_F^-1]_j,F / [H_F^-1]_jj
 
@@ -38,7 +38,7 @@ from minikd.data import Encoded, by_length, collate
 from minikd.files import InputError
 from minikd.generate import Replay, can_record
 from minikd.model import Block, Qwen2, rope_tables
-from minikd.quant import (check_weight, decode, decode_groups, encode, find_grid, give_memory_back, linear_layers,
+from minikd.quant import (check_weight, dequantize, dequantize_groups, find_grid, give_memory_back, linear_layers, quantize,
                           round_to_nearest)
 
 PANEL = 512                                         # columns of a Hessian or of its factor in one product
@@ -62,7 +62,7 @@ class Hessian:
     """H = 2/n sum x x^T [I, I] in float32, over the n real tokens that reach a layer; padding is left out."""
 
     def __init__(self, inputs: int, device="cpu"):
-        self.sum, self.tokens = torch.zeros(inputs, inputs, device=device), 0
+        self.H, self.tokens = torch.zeros(inputs, inputs, device=device), 0
 
     @full_precision()
     def add(self, inputs: Tensor, mask: Tensor):
@@ -74,17 +74,17 @@ class Hessian:
         if not len(x):
             return
         before, self.tokens = self.tokens, self.tokens + len(x)
-        for at in range(0, len(self.sum), PANEL):
-            rows = self.sum[at:at + PANEL, at:]                                 # [b, I - at]
+        for at in range(0, len(self.H), PANEL):             # the running mean: H <- (before H + 2 sum x x^T) / tokens
+            rows = self.H[at:at + PANEL, at:]                                 # [b, I - at]
             rows.addmm_(x[:, at:at + PANEL].T, x[:, at:], beta=before / self.tokens, alpha=2 / self.tokens)
 
     def finish(self, where: str = "layer") -> Tensor:
         """H [I, I].  Raises InputError if no token arrived: without inputs nothing can be compensated."""
         if not self.tokens:
             raise InputError(f"{where}: no calibration token reached it; give more or longer calibration rows")
-        for at in range(0, len(self.sum), PANEL):
-            self.sum[at + PANEL:, at:at + PANEL] = self.sum[at:at + PANEL, at + PANEL:].T
-        return self.sum
+        for at in range(0, len(self.H), PANEL):
+            self.H[at + PANEL:, at:at + PANEL] = self.H[at:at + PANEL, at + PANEL:].T
+        return self.H
 
 
 def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "layer") -> Tensor:
@@ -181,8 +181,8 @@ def quantize_columns(columns: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bi
     """
     codes, errors = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
     for j, w in enumerate(columns):                                             # [O]
-        codes[j] = encode(w, scale[j], zero[j], bits)
-        errors[j] = (w - decode(codes[j], scale[j], zero[j])) / U[j, j]         # GPTQ eq. (2), its fraction
+        codes[j] = quantize(w, scale[j], zero[j], bits)
+        errors[j] = (w - dequantize(codes[j], scale[j], zero[j])) / U[j, j]         # GPTQ eq. (2), its fraction
         columns[j + 1:].addr_(U[j, j + 1:], errors[j], alpha=-1)                # and the rest of it, within the block
     return codes, errors
 
@@ -229,6 +229,8 @@ def stages(block: Block, rope: dict) -> list:
     """The two halves of a block, and the order in which their layers are quantised.
 
     -> [(half of the block, [(names of layers that share their inputs, x -> those inputs [B, T, I])])]
+        attention   q, k, v <- input_layernorm(x);           o <- heads(x)
+        MLP         gate, up <- post_attention_layernorm(x); down <- gated(x)
     A half maps x [B, T, D] to x [B, T, D].  rope: T -> the tables of rope_tables
     Inputs are computed through the layers before, which are quantised by then.
     """
@@ -283,11 +285,11 @@ def quantize_layer(layer: nn.Linear, hessian: Tensor | None, name: str, grid: di
     found = rounded
     if hessian is not None:
         found = quantize_matrix(weight, hessian, act_order=act_order, damp=damp, where=name, **grid)
-        error, rtn = report = output_errors(weight, [decode_groups(*parts) for parts in (found, rounded)], hessian)
+        error, rtn = report = output_errors(weight, [dequantize_groups(*parts) for parts in (found, rounded)], hessian)
         if not (error < rtn or error == 0):
             warnings.warn(f"{name}: GPTQ's output error {error:.3g} is not below round-to-nearest's {rtn:.3g}; is the "
                           "calibration data what the model will read?")
-    weight.copy_(decode_groups(*found))
+    weight.copy_(dequantize_groups(*found))
     return found, report
 
 

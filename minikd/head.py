@@ -42,7 +42,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
               teacher_head: Tensor | None = None, divergence=None, kd_ratio: float = 0.0,
               weight: Tensor | float = 1.0, policy_loss=None, vocab: int | None = None,
               chunk_bytes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Paper eq. (3) summed over tokens:  Σ_n weight_n ((1 - kd_ratio) CE_n + kd_ratio KD_n), KD_n = divergence(p_n, q_n).
+    """Paper eq. (3) summed over tokens:  Σ_n weight_n ((1 - kd_ratio) CE_n + kd_ratio KD_n), KD_n = divergence(q_n, p_n).
 
     hidden          [N, D]   the student's states that score a token (scored_positions)
     head            [V, D]   the student's LM head
@@ -67,7 +67,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
     divergence = divergence or no_divergence
-    V = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))   # shared rows, from here on; CE too
+    V = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))   # rows both heads have; CE's too
     N, device = len(hidden), hidden.device.type
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, device=hidden.device)                   # as_tensor would synchronise with the GPU
@@ -90,8 +90,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
             teacher_logits = aligned(teacher_head, chunk, V)                    # [chunk, V]
         kernel = pick_kernel(divergence, kd_ratio, logits, teacher_logits)
         losses = functools.partial(_kernel_losses, kernel) if kernel else functools.partial(_torch_losses, divergence)
-        # The logits of a chunk are in memory at once; a piece of it, a 16th, or PIECE_BYTES, takes one float32 softmax: on a CPU
-        # its tensors stay in the cache.
+        # The logits of a chunk are in memory at once; a piece of it, a 16th or PIECE_BYTES if that is more, takes one float32
+        # softmax: on a CPU its tensors stay in the cache.
         piece = chunk if kernel else max(1, chunk // 16, PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V))
         for at in slices(0, N, chunk):
             apply_head(states[at], used, out=logits)                            # [n, D] -> [n, V]
@@ -171,7 +171,7 @@ def compile_losses():
 
 def _torch_losses(divergence, logits, targets, teacher_logits, kd_ratio, weight, policy_loss, need_grad):
     """_costs; with need_grad, the gradient of the weighted sum overwrites the logits [n, V]."""
-    fused = _compiled_costs is not None and need_grad and kd_ratio and policy_loss is None      # that is new for each piece
+    fused = _compiled_costs is not None and need_grad and kd_ratio and policy_loss is None      # a new one for each piece
     costs = _compiled_costs if fused else _costs
     with torch.set_grad_enabled(need_grad):
         leaf = logits.detach().requires_grad_(need_grad)

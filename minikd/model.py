@@ -7,7 +7,7 @@ a checkpoint's tensors are the parameters of the same names. The body (ids -> hi
 References
     Qwen2 Technical Report                          arXiv:2407.10671
     RMSNorm                                         arXiv:1910.07467, eq. (4)
-    RoPE (rotary position embedding)                arXiv:2104.09864, eq. (34)
+    RoPE (rotary position embedding)                arXiv:2104.09864, eq. (15), (34)
     GQA (grouped-query attention)                   arXiv:2305.13245
     SwiGLU                                          arXiv:2002.05202, eq. (6)
 """
@@ -139,7 +139,7 @@ class KVCache:
         return Slots(self.keys[i], self.values[i], self.used, mask)
 
     def advance(self, T: int):
-        """After all layers have read the prompts, T slots, or later one more token per row."""
+        """To be called when all layers have read T slots of prompts or, later, one more token per row."""
         if self.used:                                                           # `lengths` counts the prompts already
             assert T == 1, f"{T} tokens at once after the prompts"
             self.lengths = self.lengths + 1
@@ -155,18 +155,18 @@ class Slots(NamedTuple):
     """One layer's part of a cache."""
     keys: Tensor                                                                # [B, K, S, E]
     values: Tensor                                                              # [B, K, S, E]
-    at: int | Tensor                                                            # slots filled so far; StaticCache: a tensor [1]
+    used: int | Tensor                                                          # slots filled so far; StaticCache: a tensor [1]
     mask: Tensor | None                 # which of s slots one more token sees, [B, 1, 1, s] bool; None: all.  StaticCache:
                                         # [B, 1, 1, S], 0 or -inf, to be added to the scores
     parts: Tensor | None = None         # scratch memory of the GPU's attention kernel (attend_cuda.py), where it can run
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends k, v [B, K, T, E]; returns all that attention reads: the s slots that are filled now, [B, K, s, E]."""
-        if isinstance(self.at, Tensor):                                         # StaticCache: attention reads all S slots
-            return self.keys.index_copy_(2, self.at, k), self.values.index_copy_(2, self.at, v)
-        end = self.at + k.shape[2]
-        self.keys[:, :, self.at:end] = k
-        self.values[:, :, self.at:end] = v
+        if isinstance(self.used, Tensor):                                       # StaticCache: attention reads all S slots
+            return self.keys.index_copy_(2, self.used, k), self.values.index_copy_(2, self.used, v)
+        end = self.used + k.shape[2]
+        self.keys[:, :, self.used:end] = k
+        self.values[:, :, self.used:end] = v
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
@@ -218,10 +218,12 @@ def trains_on_gpu(x: Tensor) -> bool:
 
 
 def join_in_training(x: Tensor, *layers: nn.Module):
-    """x -> the layers' outputs side by side, by one product; None, which leaves one for each, unless trains_on_gpu.
+    """A function x -> the layers' outputs side by side, by one product; None, which leaves one for each, unless trains_on_gpu
+    (and for 4-bit layers, which have no weights to join).
 
-    Autocast casts the weights in every step anyway. Joined before that they take fewer kernels: to launch those of a small model
-    takes the host longer than they run. A KD step with a 0.5B student took 109 ms on an H200, not 122; from a cache 59, not 91.
+    Autocast casts the weights in every step anyway. Joined first they take fewer kernels, and those of a small model take the
+    host longer to launch than the GPU to run. A KD step with a 0.5B student took 109 ms on an H200, not 122; from a cache 59,
+    not 91.
     """
     if not (trains_on_gpu(x) and isinstance(layers[0], Linear)):
         return None
@@ -296,12 +298,12 @@ class Attention(nn.Module):
         else:
             qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)   # the same shape
         if slots is not None and slots.parts is not None:                       # all that follows, by one kernel on a GPU
-            return attend(qkv, cos, sin, slots.keys, slots.values, slots.at, slots.mask, slots.parts)
+            return attend(qkv, cos, sin, slots.keys, slots.values, slots.used, slots.mask, slots.parts)
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         qk, v = heads.split((heads.shape[1] - self.K, self.K), dim=1)           # [B, H + K, T, E], [B, K, T, E]
         rotated = rotate(qk, cos, sin)                                          # [B, H + K, T, E]
-        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # else compiled q and k keep the strides of the
-            rotated = rotated.contiguous()                                      # first T; under autocast a cast has copied them
+        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # compiled q and k would keep the strides of
+            rotated = rotated.contiguous()                                      # the first T; under autocast a cast copied them
         q, k = rotated.split((qk.shape[1] - self.K, self.K), dim=1)             # [B, H, T, E], [B, K, T, E]
         if slots is not None:
             k, v = slots.write(k, v)                                            # [B, K, s, E]
@@ -355,17 +357,17 @@ class Block(nn.Module):
         self.self_attn.joined = self.mlp.joined = None                          # it would stay in the old dtype or device
         return super()._apply(fn, recurse)
 
-    def forward(self, x: Tensor, *attention) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), *attention)                 # [B, T, D]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), cos, sin, slots)            # [B, T, D]
         x, normed = self.post_attention_layernorm.add_then_norm(x, y)           # x + y, and its norm
         return x + self.mlp(normed)
 
 
-GROUP = 4               # blocks in one compiled graph. A call costs the host time: a KD step took 83 ms on an H200, 96 if 1
+BLOCKS_PER_GRAPH = 4    # of a compiled body. A call costs the host time: a KD step took 83 ms on an H200, with 1 block 96
 
 
 def run_blocks(blocks: tuple[Block, ...], x: Tensor, cos: Tensor, sin: Tensor, slots: tuple) -> Tensor:
-    """Blocks one after the other.  Body.compiled is this function through torch.compile: one graph for every GROUP of blocks."""
+    """Blocks one after the other.  Body.compiled is this function through torch.compile: a graph for BLOCKS_PER_GRAPH of them."""
     for block, place in zip(blocks, slots):
         x = block(x, cos, sin, place)
     return x
@@ -422,8 +424,8 @@ class Body(nn.Module):
         rope = rope_tables(positions, self.config.rope_theta, self.config.head_dim, x.dtype)
         blocks = tuple(self.layers)
         slots = tuple(None if cache is None else cache.layer(i) for i in range(len(blocks)))
-        fixed = cache is None or isinstance(cache, StaticCache)                 # a plain cache grows: compiled anew each step
-        run, count = (self.compiled, GROUP) if self.compiled and fixed else (run_blocks, 1)
+        fixed = cache is None or isinstance(cache, StaticCache)                 # a plain cache grows: it would compile each step
+        run, count = (self.compiled, BLOCKS_PER_GRAPH) if self.compiled and fixed else (run_blocks, 1)
         if checkpointing and torch.is_grad_enabled():                           # block by block
             run, count = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False), 1
         for i in range(0, len(blocks), count):

@@ -1,7 +1,7 @@
 """Few-bit weights: the grid, int4 packing, and a linear layer that multiplies by packed codes.
 
-A weight is  scale x (code - zero),  one scale and one zero for each group of g consecutive inputs of an output row.
-Paper eq. (8), (9):  code = clamp(round(w / scale) + zero, 0, 2^bits - 1).
+A weight is  scale x (code - zero),  paper eq. (9), with one scale and one zero for each group of g consecutive inputs of an
+output row. Eq. (8):  code = clamp(round(w / scale) + zero, 0, 2^bits - 1).
 
 int4 as the `gptq` format stores it (qweight, int32 [I/8, O]; qzeros, int32 [I/g, O/8]):
 
@@ -72,7 +72,7 @@ def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool
     for share in torch.linspace(1, 0.5, 41).tolist():
         tried = _grid_of(share * low, share * high, top, sym)                                      # [O] each
         columns = [part[:, None] for part in tried]
-        error = (decode(encode(weight, *columns, bits), *columns) - weight).abs().pow(2.4).sum(1)   # [O]
+        error = (dequantize(quantize(weight, *columns, bits), *columns) - weight).abs().pow(2.4).sum(1)   # [O]
         scale, zero = (torch.where(error < best, new, old) for new, old in zip(tried, (scale, zero)))
         best = torch.minimum(best, error)
     return scale, zero
@@ -85,22 +85,22 @@ def _grid_of(low: Tensor, high: Tensor, top: int, sym: bool) -> tuple[Tensor, Te
     return scale, zero
 
 
-def encode(weight: Tensor, scale: Tensor, zero: Tensor, bits: int = 4) -> Tensor:
+def quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int = 4) -> Tensor:
     """Paper eq. (8).  [O, n] by scale and zero that broadcast -> uint8 [O, n]"""
     return ((weight / scale).round() + zero).clamp(0, 2**bits - 1).to(torch.uint8)
 
 
-def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Paper eq. (9): scale (code - zero).  [O, n] by scale and zero that broadcast -> float32 [O, n]"""
     return scale * (codes.float() - zero)
 
 
-def decode_groups(codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None = None) -> Tensor:
+def dequantize_groups(codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None = None) -> Tensor:
     """[O, I], [O, groups] twice -> the weight [O, I] in float32.  g_idx [I]: each input's group, if groups are shuffled"""
     if g_idx is not None:
-        return decode(codes, scales[:, g_idx], zeros[:, g_idx])
+        return dequantize(codes, scales[:, g_idx], zeros[:, g_idx])
     groups = codes.unflatten(1, (scales.shape[1], -1))                                          # [O, groups, g]
-    return decode(groups, scales[..., None], zeros[..., None]).flatten(1)
+    return dequantize(groups, scales[..., None], zeros[..., None]).flatten(1)
 
 
 def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: bool = True,
@@ -113,7 +113,7 @@ def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: 
     (O, I), size = weight.shape, check_weight(weight, group_size)
     groups = weight.float().reshape(-1, size)                                                   # [O I/g, g]
     scale, zero = find_grid(groups, bits, sym, clip_search)
-    codes = encode(groups, scale[:, None], zero[:, None], bits)
+    codes = quantize(groups, scale[:, None], zero[:, None], bits)
     return codes.view(O, I), scale.view(O, -1), zero.view(O, -1)
 
 
@@ -168,7 +168,7 @@ def read_zeros(qzeros: Tensor, version: int) -> Tensor:
 class W4Linear(nn.Module):
     """y = x W^T + b, W held as 4-bit codes. `choose` decides how it multiplies.
 
-    The buffers are those of a `gptq` folder; `prepare` converts them once to the layout that this way needs.
+    The buffers are those of a `gptq` folder; `prepare` converts them once to the layout that the chosen way needs.
     """
 
     def __init__(self, inputs: int, outputs: int, group_size: int, bias: bool, version: int = 1):
@@ -185,7 +185,7 @@ class W4Linear(nn.Module):
     def weight(self) -> Tensor:
         """Dequantised, float32 [O, I]: what every other way is tested against."""
         codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
-        return decode_groups(codes, scales, zeros, None if self.in_order else self.g_idx.long())
+        return dequantize_groups(codes, scales, zeros, None if self.in_order else self.g_idx.long())
 
     @functools.cached_property
     def in_order(self) -> bool:

@@ -20,7 +20,7 @@ from minikd.checkpoint import load_config, load_head, load_model, save_model, sp
 from minikd.files import InputError
 from minikd.generate import generate
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import W4Linear, decode_groups, round_to_nearest, to_w4, to_words
+from minikd.quant import W4Linear, dequantize_groups, round_to_nearest, to_w4, to_words
 
 ROOT = Path(__file__).parents[1]
 INDEX = "model.safetensors.index.json"
@@ -441,7 +441,7 @@ def rounded(tied=True, sym=True, group=32, seed=3):
             found = round_to_nearest(layer.weight.detach(), group_size=group, sym=sym)
             layers[name] = to_words(*found, version=1 if sym else 2)
             with torch.no_grad():
-                layer.weight.copy_(decode_groups(*found))
+                layer.weight.copy_(dequantize_groups(*found))
     return plain, to_w4(copy.deepcopy(plain), layers, group, sym, damp_percent=0.01)
 
 

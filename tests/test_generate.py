@@ -13,7 +13,7 @@ from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.generate import Replay, generate, generate_with_log_probs, invert, sample
 from minikd.layout import join
-from minikd.model import GROUP, Qwen2, Qwen2Config
+from minikd.model import BLOCKS_PER_GRAPH, Qwen2, Qwen2Config
 from minikd.training import compile_blocks
 
 
@@ -175,7 +175,7 @@ def test_a_compiled_step_gives_the_same_tokens_from_one_graph_for_all_groups_of_
 
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend=backend, fullgraph=True))
-    model = random_model(seed=3, num_hidden_layers=2 * GROUP)
+    model = random_model(seed=3, num_hidden_layers=2 * BLOCKS_PER_GRAPH)
     plain = generate(model, PROMPTS, max_new_tokens=40, eos_ids=[60])
     compile_blocks(model)
     for _ in range(3):

@@ -9,7 +9,7 @@ from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.gptq import (Hessian, full_precision, inverse_factor, output_errors, quantize_matrix, quantize_model)
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import decode_groups, round_to_nearest, to_w4, to_words
+from minikd.quant import dequantize_groups, round_to_nearest, to_w4, to_words
 
 
 def random_layer(O, I, seed, tokens=4096):
@@ -74,7 +74,7 @@ def test_codes_are_those_of_the_published_algorithm_in_slow_loops(options):
         groups = 1 if options["group_size"] == -1 else I // 32
         assert ours[0].dtype == torch.uint8 and ours[1].shape == ours[2].shape == (O, groups)
         right = objective(weight, slow, hessian)
-        assert objective(weight, decode_groups(*ours), hessian) == pytest.approx(right, rel=1e-3)
+        assert objective(weight, dequantize_groups(*ours), hessian) == pytest.approx(right, rel=1e-3)
         same, total = same + int((ours[0] == codes).sum()), total + codes.numel()
     assert same >= 0.999 * total
 
@@ -82,7 +82,7 @@ def test_codes_are_those_of_the_published_algorithm_in_slow_loops(options):
 def test_outputs_are_off_by_half_of_what_rounding_costs_or_less():
     for seed in range(2):
         weight, hessian = random_layer(128, 512, seed)
-        found, rounded = (decode_groups(*quantized) for quantized in (quantize_matrix(weight, hessian),
+        found, rounded = (dequantize_groups(*quantized) for quantized in (quantize_matrix(weight, hessian),
                                                                       round_to_nearest(weight)))
         ours, rtn = output_errors(weight, [found, rounded], hessian)
         right = objective(weight, found, hessian) / objective(weight, 0 * weight, hessian)
@@ -120,7 +120,7 @@ def test_every_bit_width_stays_on_its_grid_and_beats_rounding(bits):
             assert int(codes.max()) < 2**bits and torch.equal(scales.half().float(), scales)
             grid = round_to_nearest(weight, **options)
             assert torch.equal(scales, grid[1]) and torch.equal(zeros, grid[2])                 # static groups
-            ours, rtn = output_errors(weight, [decode_groups(codes, scales, zeros), decode_groups(*grid)], hessian)
+            ours, rtn = output_errors(weight, [dequantize_groups(codes, scales, zeros), dequantize_groups(*grid)], hessian)
             assert ours < rtn
 
 
@@ -133,10 +133,10 @@ def test_dead_inputs_get_weight_zero_and_change_nothing_else(act_order):
     hessian[:, dead] = 0
     options = dict(group_size=-1, act_order=act_order)
     found = quantize_matrix(weight, hessian, **options)
-    assert (decode_groups(*found)[:, dead] == 0).all()
+    assert (dequantize_groups(*found)[:, dead] == 0).all()
     without = quantize_matrix(weight[:, alive], hessian[alive][:, alive], **options)
     assert torch.equal(found[0][:, alive], without[0]) and torch.equal(found[1], without[1])
-    assert (decode_groups(*quantize_matrix(weight, 0 * hessian, group_size=16)) == 0).all()      # all of them dead
+    assert (dequantize_groups(*quantize_matrix(weight, 0 * hessian, group_size=16)) == 0).all()      # all of them dead
 
 
 def test_the_factor_is_that_of_the_damped_inverse():
@@ -255,7 +255,7 @@ def slowly_quantized(model, rows):
             for name, layer in layers.items():
                 x = torch.cat(seen[name]).double()                              # [N, I]
                 found[name] = quantize_matrix(layer.weight, (2 / len(x) * x.T @ x).float(), **OPTIONS)
-                layer.weight.data.copy_(decode_groups(*found[name]))
+                layer.weight.data.copy_(dequantize_groups(*found[name]))
     return found
 
 
@@ -272,7 +272,7 @@ def test_a_model_is_quantised_as_by_full_forward_passes_through_what_is_quantise
         assert 0 < error < rtn, name
     for name, value in model.state_dict().items():
         layer = name.removesuffix(".weight")
-        assert torch.equal(value, decode_groups(*found[layer]) if layer in found else original[name]), name
+        assert torch.equal(value, dequantize_groups(*found[layer]) if layer in found else original[name]), name
 
 
 def test_errors_are_reported_on_the_inputs_of_the_quantised_model():
@@ -287,7 +287,7 @@ def test_errors_are_reported_on_the_inputs_of_the_quantised_model():
         weight = block.get_submodule(f"self_attn.{letter}_proj").weight.detach()
         y = x @ weight.T                                                        # [N, O]
         for Q, error in zip((found[name], round_to_nearest(weight, group_size=16)), reports[name]):
-            right = (x @ decode_groups(*Q).T - y).square().sum() / y.square().sum()
+            right = (x @ dequantize_groups(*Q).T - y).square().sum() / y.square().sum()
             assert error == pytest.approx(float(right), rel=1e-3)
 
 
@@ -297,7 +297,7 @@ def test_q_k_and_v_share_their_hessian_and_so_do_gate_and_up(monkeypatch):
     monkeypatch.setattr("minikd.gptq.quantize_matrix", lambda weight, hessian, **options: (
         seen.append(hessian.data_ptr()), quantize_matrix(weight, hessian, **options))[1])
     quantize_model(tiny(), calibration(), 0, **OPTIONS)
-    assert len(made) == 8 and [len(list(filter(made[i].sum.data_ptr().__eq__, seen))) for i in range(4)] == [3, 1, 2, 1]
+    assert len(made) == 8 and [len(list(filter(made[i].H.data_ptr().__eq__, seen))) for i in range(4)] == [3, 1, 2, 1]
     assert all(hessian.tokens == sum(8 + i for i in range(12)) for hessian in made)
 
 
@@ -316,7 +316,7 @@ def test_rounding_needs_no_rows():
     assert len(found) == len(seen) == 14 and seen[0][1:] == (None, None)
     for name, parts in found.items():
         assert all(map(torch.equal, parts, round_to_nearest(original[name + ".weight"], **grid)))
-        assert torch.equal(model.state_dict()[name + ".weight"], decode_groups(*parts).bfloat16())
+        assert torch.equal(model.state_dict()[name + ".weight"], dequantize_groups(*parts).bfloat16())
 
 
 @pytest.mark.parametrize("options", [dict(bits=9), dict(bits=1), dict(bits=0), dict(damp=math.nan), dict(damp=-1.0),
@@ -343,7 +343,7 @@ def test_a_bfloat16_model_is_calibrated_in_its_dtype_and_results_can_be_packed_a
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     model = tiny(torch.bfloat16)
     for name, parts in quantize_model(model, calibration(), 0, **OPTIONS).items():
-        assert torch.equal(model.state_dict()[name + ".weight"], decode_groups(*parts).bfloat16())
+        assert torch.equal(model.state_dict()[name + ".weight"], dequantize_groups(*parts).bfloat16())
         assert torch.equal(words[name]["qweight"], to_words(*parts)["qweight"])
 
 

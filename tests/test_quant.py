@@ -7,7 +7,7 @@ import torch
 
 from minikd.files import InputError
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import (W4Linear, check_groups, choose, decode_groups, find_grid, from_words, pack, round_to_nearest,
+from minikd.quant import (W4Linear, check_groups, choose, dequantize_groups, find_grid, from_words, pack, round_to_nearest,
                           show_ways, swap_linears, to_words, unpack)
 
 
@@ -43,7 +43,7 @@ def test_round_to_nearest_is_the_papers_grid_weight_by_weight(bits, sym, group):
                 code = min(max(round(float(np.float32(w) / np.float32(scale))) + zero, 0), 2**bits - 1)
                 off += code != int(codes[o, g * size + i])
     assert off == 0
-    error = (decode_groups(codes, scales, zeros) - weight).abs()
+    error = (dequantize_groups(codes, scales, zeros) - weight).abs()
     if not sym:                                                                 # at most half a step off (and the ends)
         assert (error <= 0.5 * scales.repeat_interleave(size, 1) * 1.01 + 1e-6).float().mean() > 0.99
     assert error[4].eq(0).all()
@@ -51,9 +51,9 @@ def test_round_to_nearest_is_the_papers_grid_weight_by_weight(bits, sym, group):
 
 def test_more_bits_are_nearer_and_a_searched_clip_is_no_worse():
     weight = matrix() ** 3                                                      # heavy tails
-    errors = [float((decode_groups(*round_to_nearest(weight, bits, 64)) - weight).square().sum()) for bits in (2, 3, 4, 6, 8)]
+    errors = [float((dequantize_groups(*round_to_nearest(weight, bits, 64)) - weight).square().sum()) for bits in (2, 3, 4, 6, 8)]
     assert errors == sorted(errors, reverse=True)
-    loss = lambda clip: (decode_groups(*round_to_nearest(weight, 3, 64, clip_search=clip)) - weight).abs().pow(2.4).sum()
+    loss = lambda clip: (dequantize_groups(*round_to_nearest(weight, 3, 64, clip_search=clip)) - weight).abs().pow(2.4).sum()
     assert loss(True) < 0.95 * loss(False)
 
 
@@ -106,7 +106,7 @@ def test_a_layers_words_read_as_the_format_says_and_come_back(version, symmetric
         code = (int(q[i // 8, o]) >> 4 * (i % 8)) & 15
         zero = ((int(z[g[i], o // 8]) >> 4 * (o % 8)) & 15) + (version == 1)
         value = float(s[g[i], o]) * (code - zero)
-        assert value == pytest.approx(float(decode_groups(codes, scales, zeros)[o, i]), rel=1e-6)
+        assert value == pytest.approx(float(dequantize_groups(codes, scales, zeros)[o, i]), rel=1e-6)
     for ours, theirs in zip(from_words(words["qweight"], words["qzeros"], words["scales"], version), (codes, scales, zeros)):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
@@ -156,7 +156,7 @@ def layer(O=32, I=128, group=64, sym=True, bias=True, version=1):
     made = W4Linear(I, O, group, bias, version)
     words = to_words(codes, scales, zeros.clamp(min=1), version)
     made.load_state_dict(words | ({"bias": torch.linspace(-1, 1, O)} if bias else {}))
-    return made, decode_groups(codes, scales, zeros.clamp(min=1))
+    return made, dequantize_groups(codes, scales, zeros.clamp(min=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

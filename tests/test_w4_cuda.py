@@ -7,7 +7,7 @@ import torch
 
 from minikd import quant, w4_cuda
 from minikd.cuda import launch
-from minikd.quant import W4Linear, choose, decode_groups, round_to_nearest
+from minikd.quant import W4Linear, choose, dequantize_groups, round_to_nearest
 from minikd.w4_cuda import GPU, KERNELS, plan, repack, supports_groups
 from ptx import Fault, kernels_of, places
 
@@ -19,7 +19,7 @@ def layer(N: int, K: int, group: int, sym: bool, seed=0):
     scales = (torch.rand(N, K // group, generator=generator) + 0.5).half().float() * 0.02
     scales = scales.half().float()                                              # exact in float16, as they are stored
     zeros = torch.full_like(scales, 8) if sym else torch.randint(0, 16, scales.shape, generator=generator).float()
-    return codes, scales, zeros, decode_groups(codes, scales, zeros).double()
+    return codes, scales, zeros, dequantize_groups(codes, scales, zeros).double()
 
 
 def test_the_layout_is_the_one_that_is_drawn():
