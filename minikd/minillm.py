@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minikd.data import Encoded, by_length, collate, next_rows, optimizer_steps, send, steps_per_epoch
+from minikd.data import Encoded, by_length, collate, next_rows, optimizer_steps, steps_per_epoch
 from minikd.generate import respond
 from minikd.head import scored_positions, target_log_probs
 from minikd.losses import log_mix
@@ -55,28 +55,26 @@ class Rollout(Encoded):
 FROZEN = ["old_logq", "advantage", "teacher"]        # those constants, which are tensors
 
 
-def rewards_to_go(logq: Tensor, logp: Tensor, mask: Tensor, length_norm: bool = True, current: bool = False,
+def rewards_to_go(logq: Tensor, logp: Tensor, length_norm: bool = True, current: bool = False,
                   reward_clip: float = 50.0) -> Tensor:
-    """R_{t+1}: the sum of the rewards after each token.  [B, T-1] three times -> [B, T-1], 0 outside the mask.
+    """R_{t+1} of one answer: the sum of the rewards after each token.  [n], [n] -> [n]
 
-    logq, logp   log-probabilities of the sampled tokens; finite where the mask is True
+    logq, logp   log-probabilities of its tokens
     length_norm  the mean over the tokens after t instead of their sum, eq. (6): long answers gain nothing by length. (The
                  paper divides by T-t-1, one less than the tokens after t, and 0 at t = T-1.)
     current      R_t instead, as the published code has it
     reward_clip  largest |log p - log q|, in nats: the published code's 100 / 2
     """
-    reward = torch.where(mask, logp - logq, 0.0).clamp(-reward_clip, reward_clip)          # r_t
-    valid = mask.to(reward.dtype)
-    to_go, count = (x.flip(1).cumsum(1).flip(1) for x in (reward, valid))       # Σ_{i>=t}: a cumsum from the right
+    reward = (logp - logq).clamp(-reward_clip, reward_clip)                     # r_t
+    to_go = reward.flip(0).cumsum(0).flip(0)                                    # Σ_{i>=t}: a cumsum from the right
+    count = torch.arange(len(reward), 0, -1, device=reward.device)              # of the terms of each sum
     if not current:
-        to_go, count = to_go - reward, count - valid                            # Σ_{i>t}
-    if length_norm:
-        to_go = to_go / count.clamp(min=1)                                      # eq. (6), by T-t
-    return torch.where(mask, to_go, 0.0)
+        to_go, count = to_go - reward, count - 1                                # Σ_{i>t}
+    return to_go / count.clamp(min=1) if length_norm else to_go                 # eq. (6), by T-t
 
 
-def importance_weights(logq: Tensor, logp: Tensor, mask: Tensor, mix: float, product: bool = False) -> Tensor:
-    """w_t = q(y_t) / ((1 - mix) q(y_t) + mix p(y_t)) of tokens that were sampled from the mixture.  [B, T-1] -> the same
+def importance_weights(logq: Tensor, logp: Tensor, mix: float, product: bool = False) -> Tensor:
+    """w_t = q(y_t) / ((1 - mix) q(y_t) + mix p(y_t)) of one answer, sampled from the mixture.  [n], [n] -> [n]
 
     One weight per token, as in eq. (7): at most 1 / (1 - mix), and biased, as the tokens before t came from the mixture
     too. `product` gives every token the product of the whole answer's weights: exact, but of high variance. (Eq. (5)'s
@@ -84,10 +82,8 @@ def importance_weights(logq: Tensor, logp: Tensor, mask: Tensor, mix: float, pro
     """
     if not mix:
         return torch.ones_like(logq)
-    logw = torch.where(mask, logq - log_mix(logp, logq, mix), 0.0)             # w_t of eq. (7)
-    if product:
-        logw = logw.sum(1, keepdim=True).expand_as(logw)                        # eq. (5), to the answer's end
-    return logw.exp()
+    logw = logq - log_mix(logp, logq, mix)                                      # w_t of eq. (7)
+    return (logw.sum().expand_as(logw) if product else logw).exp()              # eq. (5), to the answer's end
 
 
 def whiten(values: Tensor) -> Tensor:
@@ -116,12 +112,9 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
             teacher_states, _ = scored_positions(teacher.hidden(ids), ids, mask)            # [N, D']
             logq = target_log_probs(states, student.head, targets, shared)                  # [N]
             logp = target_log_probs(teacher_states, teacher.head, targets, shared)          # [N]
-        valid = send(mask[:, 1:], device)                           # [B, T-1], N of them True: scored_positions' shift
-        q, p = (torch.zeros(valid.shape, device=device).masked_scatter(valid, x) for x in (logq, logp))     # [B, T-1] each
-        to_go, weight = rewards_to_go(q, p, valid, **options)[valid], importance_weights(q, p, valid, mix)[valid]   # [N] each
         lengths = [len(own[i].response) for i in at]
-        for i, *of_row in zip(at, *(x.split(lengths) for x in (logq, to_go, weight, teacher_states))):
-            found[i] = of_row
+        for i, q, p, held in zip(at, *(x.split(lengths) for x in (logq, logp, teacher_states))):        # [n], [n], [n, D']
+            found[i] = q, rewards_to_go(q, p, **options), importance_weights(q, p, mix), held
     # The mean that whitening takes off is a baseline: so a last token, whose R_{t+1} is 0, has an advantage too. And w times the
     # clipped objective min(ρ A, clip(ρ) A) is that of w A, as w > 0.
     white = whiten(torch.cat([to_go for _, to_go, _, _ in found])).split([len(row.response) for row in own])

@@ -47,25 +47,19 @@ def exact_gradient(student, teacher):
 
 def estimated_gradient(student, teacher, mix=0.0, product=False, **options):
     """The expectation of MiniLLM's estimator, as training computes it, over every answer that may be sampled: [7, V]"""
-    ys, total = sequences(), torch.zeros(7, V, dtype=torch.float64)
-    ids = torch.tensor([[*y, *[END] * (T - len(y))] for y in ys])                           # [15, 3]
-    mask = torch.arange(T) < torch.tensor([len(y) for y in ys])[:, None]
-    states = torch.tensor([[PREFIXES.index(y[:t]) if t < len(y) else 0 for t in range(T)] for y in ys])
-    logq, logp = (logits.log_softmax(-1)[states].gather(2, ids[..., None])[..., 0] for logits in (student, teacher))
-    advantage = rewards_to_go(logq, logp, mask, **options)
-    weight = importance_weights(logq, logp, mask, mix, product)
-    step = weight if product else torch.ones_like(weight)                                   # of the exact step
-    for i, y in enumerate(ys):
-        q, p = (logits.double().softmax(-1) for logits in (student, teacher))
-        probability = math.prod(float((1 - mix) * q[state, token] + mix * p[state, token])
-                                for state, token in zip(states[i], y))
-        n = len(y)
-        hidden = torch.eye(7)[states[i, :n]]                                    # the state is the prefix, one-hot
+    total = torch.zeros(7, V, dtype=torch.float64)
+    for y in sequences():
+        states, ids = [PREFIXES.index(y[:t]) for t in range(len(y))], torch.tensor(y)
+        logq, logp = (logits.log_softmax(-1)[states, ids] for logits in (student, teacher))
+        advantage, weight = rewards_to_go(logq, logp, **options), importance_weights(logq, logp, mix, product)
+        step = weight if product else torch.ones_like(weight)                   # of the exact step
+        q, p = (logits.double().softmax(-1)[states, ids] for logits in (student, teacher))
+        hidden = torch.eye(7)[states]                                           # the state is the prefix, one-hot
         head = student.T.clone().requires_grad_()                               # [V, 7]: the logits are hidden @ headᵀ
-        value, *_ = head_loss(hidden, head, ids[i, :n], hidden, teacher.T, reverse_kl, kd_ratio=1.0,
-                              weight=step[i, :n], policy_loss=lambda now, at: clipped_surrogate(
-                                  now, logq[i, :n][at], (advantage * weight / step)[i, :n][at], clip=1e9))
-        total += probability * torch.autograd.grad(value, head)[0].T.double()
+        value, *_ = head_loss(hidden, head, ids, hidden, teacher.T, reverse_kl, kd_ratio=1.0, weight=step,
+                              policy_loss=lambda now, at: clipped_surrogate(now, logq[at], (advantage * weight / step)[at],
+                                                                            clip=1e9))
+        total += ((1 - mix) * q + mix * p).prod() * torch.autograd.grad(value, head)[0].T.double()
     return total
 
 
@@ -103,45 +97,38 @@ def test_what_the_paper_changes_is_no_longer_that_gradient():
 
 # ---- the parts, as slow loops
 
-def ragged(seed=1, rows=5, width=7):
-    generator = torch.Generator().manual_seed(seed)
-    logq, logp = -4 * torch.rand(rows, width, generator=generator), -4 * torch.rand(rows, width, generator=generator)
-    lengths, gap = [7, 1, 4, 2, 6], [0, 2, 1, 3, 1]                             # prompts before the answer, padding after
-    mask = torch.tensor([[g <= t < min(width, g + n) for t in range(width)] for n, g in zip(lengths, gap)])
-    return logq.masked_fill(~mask, float("nan")), logp.masked_fill(~mask, -torch.inf), mask  # padding must not be read
+def answer(n: int, seed=1) -> torch.Tensor:
+    """log q and log p of an answer of n tokens: [2, n]"""
+    return -4 * torch.rand(2, n, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("length_norm", [False, True])
 @pytest.mark.parametrize("current", [False, True])
-def test_rewards_to_go_are_the_sums_of_what_follows(length_norm, current):
-    logq, logp, mask = ragged()
-    ours = rewards_to_go(logq, logp, mask, length_norm, current)
-    for row in range(5):
-        at = [t for t in range(7) if mask[row, t]]
-        for t in range(7):
-            after = [float(logp[row, i] - logq[row, i]) for i in at if i > t or current and i == t]
-            expected = sum(after) / (max(1, len(after)) if length_norm else 1) if t in at else 0.0
-            assert float(ours[row, t]) == pytest.approx(expected, abs=1e-5)
-    assert rewards_to_go(logq, logp, mask)[0, -1] == 0                          # nothing follows the last token
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_rewards_to_go_are_the_sums_of_what_follows(length_norm, current, n):
+    logq, logp = answer(n)
+    ours = rewards_to_go(logq, logp, length_norm, current)
+    for t in range(n):
+        after = [float(logp[i] - logq[i]) for i in range(n) if i > t or current and i == t]
+        assert float(ours[t]) == pytest.approx(sum(after) / (max(1, len(after)) if length_norm else 1), abs=1e-5)
+    assert rewards_to_go(logq, logp)[-1] == 0                                   # nothing follows the last token
 
 
 def test_a_reward_is_clipped_before_it_is_summed():
-    logq, logp, mask = torch.zeros(1, 3), torch.tensor([[-1.0, -90.0, 3.0]]), torch.ones(1, 3, dtype=torch.bool)
-    assert rewards_to_go(logq, logp, mask, False, reward_clip=10.0).tolist() == [[-7.0, 3.0, 0.0]]
-    assert torch.equal(rewards_to_go(logq, logp, mask), rewards_to_go(logq, logp, mask, True, False, 50.0))     # as in training
+    logq, logp = torch.zeros(3), torch.tensor([-1.0, -90.0, 3.0])
+    assert rewards_to_go(logq, logp, False, reward_clip=10.0).tolist() == [-7.0, 3.0, 0.0]
+    assert torch.equal(rewards_to_go(logq, logp), rewards_to_go(logq, logp, True, False, 50.0))         # as in training
 
 
 @pytest.mark.parametrize("mix", [0.2, 0.5])
 def test_importance_weights_are_the_ratio_of_two_probabilities(mix):
-    logq, logp, mask = ragged()
-    ours, product = (importance_weights(logq, logp, mask, mix, whole) for whole in (False, True))
-    for row in range(5):
-        weights = {t: math.exp(logq[row, t]) / ((1 - mix) * math.exp(logq[row, t]) + mix * math.exp(logp[row, t]))
-                   for t in range(7) if mask[row, t]}
-        for t, weight in weights.items():
-            assert float(ours[row, t]) == pytest.approx(weight, rel=1e-5) and weight <= 1 / (1 - mix)
-            assert float(product[row, t]) == pytest.approx(math.prod(weights.values()), rel=1e-5)
-    assert importance_weights(logq, logp, mask, 0.0)[mask].eq(1).all()
+    logq, logp = answer(6)
+    ours, product = (importance_weights(logq, logp, mix, whole) for whole in (False, True))
+    weights = [math.exp(a) / ((1 - mix) * math.exp(a) + mix * math.exp(b)) for a, b in zip(logq, logp)]
+    for t, weight in enumerate(weights):
+        assert float(ours[t]) == pytest.approx(weight, rel=1e-5) and weight <= 1 / (1 - mix)
+        assert float(product[t]) == pytest.approx(math.prod(weights), rel=1e-5)
+    assert importance_weights(logq, logp, 0.0).eq(1).all()
 
 
 def test_whitening_gives_mean_0_and_deviation_1():
