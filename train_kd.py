@@ -312,16 +312,10 @@ def evaluate_and_save(student, *, sampler, tokenizer, rows, examples, teacher, d
                  + (f", KD {metrics['kd']:.3f}" if teacher else "")
                  + f", ROUGE-L {rouge_l:.1f}; asked {examples[rows[i].index].messages[-1]['content'][:80]!r}, "
                  + f"said {scores[i]['prediction'][:80]!r}")
-    save_checkpoint(student, tokenizer, out / "last", dtype)
-    if rouge_l > state["best"]:
-        save_checkpoint(student, tokenizer, out / "best", dtype)
+    for name in ("last", "best") if rouge_l > state["best"] else ("last",):
+        tokenizer.save(out / name)
+        save_model(student, out / name, dtype=dtype)            # a run is resumed from STATE's weights, in float32
     return state | {"best": max(rouge_l, state["best"])}
-
-
-def save_checkpoint(model: Qwen2, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype):
-    """Tokenizer and model as a Hugging Face folder, its weights in `dtype`; a run is resumed from STATE's, in float32."""
-    tokenizer.save(folder)
-    save_model(model, folder, dtype=dtype)
 
 
 # ---- several runs: the comparison, the sweep, the toy world

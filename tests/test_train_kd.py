@@ -262,7 +262,7 @@ def test_best_is_the_checkpoint_of_the_highest_rouge_and_last_the_last(settings,
     scores = iter([30.0, 50.0, 40.0])
     monkeypatch.setattr(kd, "mean_by_category", lambda rows: {"all": {"rouge_l": next(scores)}})
     saved = {}
-    monkeypatch.setattr(kd, "save_checkpoint", lambda model, _, folder, dtype: saved.setdefault(folder.name, []).append(
+    monkeypatch.setattr(kd, "save_model", lambda model, folder, dtype: saved.setdefault(folder.name, []).append(
         model.head.detach().clone()))
     kd.train(**settings(steps=3, eval_every=1))
     assert len(saved["last"]) == 3 and len(saved["best"]) == 2
