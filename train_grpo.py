@@ -305,14 +305,10 @@ def forward_backward(batch: list[Encoded], old, ref, advantages, weights, log_s=
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     lengths = torch.tensor([len(row.response) for row in batch])
     per_token = lambda x: torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)
-    A, weight, ref = per_token(advantages), per_token(weights), torch.cat(ref).to(device)       # [N]
-    if log_s is not None:
-        log_s = per_token(log_s)                                                # [N]
-        # GSPO: with log π - log s (π held fixed) for log π_old every ratio is s, and its gradient s ∇ log π: see grpo.py.
-        old_logp = lambda logp, at: logp.detach() - log_s[at]                   # [n]
-    else:
-        old = torch.cat(old).to(device)                                         # [N]
-        old_logp = lambda logp, at: old[at]                                     # [n]
+    A, weight, s = per_token(advantages), per_token(weights), None if log_s is None else per_token(log_s)       # [N]
+    old, ref = torch.cat(old).to(device), torch.cat(ref).to(device)             # [N]
+    # GSPO: with log π - log s (π held fixed) for log π_old every ratio is s, and its gradient s ∇ log π: see grpo.py.
+    old_logp = lambda logp, at: old[at] if s is None else logp.detach() - s[at]             # [n]
     terms = dict(clip=clip, clip_high=clip_high)
     with mixed(device, dtype):
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)  # [N, D], [N]
