@@ -452,17 +452,16 @@ def write_held_out(examples: list, path: Path):
 
 def conclude(args, out: Path, tokenizer, base: Qwen2, teacher, held_out: tuple, asked: tuple, device, dtype) -> Path | None:
     """Prints the table of Base, the runs and Teacher, and draws the curves; returns the picture's path."""
-    whole_teacher = teacher.model if isinstance(teacher, Teacher) else None
     if isinstance(teacher, CachedTeacher):                      # the table needs answers, and so the whole model
-        whole_teacher = load_model(args.teacher, device, dtype).requires_grad_(False)
+        teacher = Teacher(load_model(args.teacher, device, dtype).requires_grad_(False))
     models = {"SFT" if args.from_sft else "Base": base.to(dtype)}            # what the runs began from
     models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
-    models |= {"Teacher": whole_teacher} if whole_teacher else {}
+    models |= {"Teacher": teacher.model} if teacher else {}
     answers = dict(max_new_tokens=args.max_new_tokens, batch_size=max(AT_ONCE, args.batch_size), rouge=args.rouge)
     dashed = show_table(models, tokenizer, *asked, out, **answers).get("Teacher", {}).get("all")
-    if whole_teacher and args.eval_data:                        # the curves, unlike the table, use the held-out records
+    if teacher and args.eval_data:                              # the curves, unlike the table, use the held-out records
         rows, examples = held_out
-        scores = answer_and_score(whole_teacher, tokenizer, rows[:args.eval_examples], examples, **answers)
+        scores = answer_and_score(teacher.model, tokenizer, rows[:args.eval_examples], examples, **answers)
         dashed = mean_by_category(scores)["all"]["rouge_l"]
     return plot_curves({label: out / folder for label, _, _, folder in planned(args)}, out / "curves.png", dashed)
 
