@@ -91,11 +91,9 @@ def parse_args():
 
 def check_given(args):
     """Raises InputError for flags that do not go together, and says which have no effect. Before fill_defaults."""
-    for pair in ("model", "data"), ("predictions", "references"):
-        given = [name for name in pair if getattr(args, name) is not None]
-        missing = [name for name in pair if getattr(args, name) is None]
-        if given and missing:
-            raise InputError(f"--{given[0]} without --{missing[0]}; give both")
+    for a, b in ("model", "data"), ("data", "model"), ("predictions", "references"), ("references", "predictions"):
+        if getattr(args, a) is not None and getattr(args, b) is None:
+            raise InputError(f"--{a} without --{b}; give both")
     if args.model and args.predictions:
         raise InputError("--model and --predictions; give one of them: a model that answers, or answers")
     if args.predictions:
