@@ -1,7 +1,6 @@
 """A Hugging Face folder <-> a model: one file or shards, tied or untied head, any float dtype on disk, or 4 bits."""
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -43,11 +42,11 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     model is ever held. Raises InputError for a tensor that is missing, unexpected, of the wrong shape or not
     finite, a truncated file, or an index that names a missing file.
     """
-    model, wanted, files = outline(model_folder(name))
+    model, files = outline(model_folder(name))
     model = model.to(dtype).to_empty(device=device)
     places = model.state_dict()                                 # the parameters' own memory, by name, outside autograd
     # Largest first: a tensor's file pages take memory while it is read, beside all that is loaded already.
-    for key in sorted(wanted, key=lambda key: -math.prod(wanted[key])):
+    for key in sorted(files, key=lambda key: -places[key].numel()):
         places[key].copy_(read_tensor(files[key], key, places[key].is_floating_point()))
         check_finite(places[key], files[key], key)
     for layer_name, layer in model.named_modules():
@@ -69,7 +68,7 @@ def check_words(layer: W4Linear, quantization: dict, where: str):
 
 def load_head(name, device="cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Only the LM head [V, D] of a model that load_model would load; raises the same errors."""
-    model, _, files = outline(model_folder(name))
+    model, files = outline(model_folder(name))
     key = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     head = read_tensor(files[key], key).to(device, dtype)
     check_finite(head, files[key], key)
@@ -118,8 +117,8 @@ def identify(name) -> str:
     return f"{folder} (sha256 {hashlib.sha256(hashes.encode()).hexdigest()[:12]})"
 
 
-def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:
-    """A model on the meta device (no memory for weights), each tensor's shape, and the file that holds it; all checked."""
+def outline(folder: Path) -> tuple[Qwen2, dict[str, Path]]:
+    """A model on the meta device (no memory for weights), and the file that holds each of its tensors; all checked."""
     config = load_config(folder)
     with torch.device("meta"):
         try:
@@ -135,8 +134,7 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, tuple], dict[str, Path]]:
             except InputError as error:
                 raise InputError(f"{folder / 'config.json'}: quantization_config has group_size = {size}, which does not "
                                  "divide its layers; minikd reads only sizes that do: use the unquantised folder") from error
-    wanted = {key: tuple(p.shape) for key, p in model.state_dict().items()}
-    return model, wanted, tensor_files(folder, wanted)
+    return model, tensor_files(folder, {key: tuple(p.shape) for key, p in model.state_dict().items()})
 
 
 def read_quantization(folder: Path) -> dict | None:

@@ -29,7 +29,7 @@ LOCKS = {}                                                      # folder -> an o
 def check_student(name, tokenizer):
     """Raises InputError for a model to train that lacks a tensor or is damaged, for a 4-bit one, whose weights cannot be
     trained, and for one with too few rows for the tokenizer."""
-    model, _, _ = outline(model_folder(name))
+    model, _ = outline(model_folder(name))
     if model.quantization:
         raise InputError(f"{name}: holds 4-bit weights, which cannot be trained; give the folder it was made from")
     check_vocabulary(name, model.config, tokenizer)

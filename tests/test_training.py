@@ -98,7 +98,7 @@ def test_a_student_is_whole_has_no_4_bit_weights_and_a_row_for_every_token(tmp_p
     with pytest.raises(InputError, match="is damaged or truncated"):
         check_student(tmp_path / "s", range(32))
     model.quantization = {"bits": 4}
-    monkeypatch.setattr("minikd.training.outline", lambda folder: (model, {}, {}))
+    monkeypatch.setattr("minikd.training.outline", lambda folder: (model, {}))
     with pytest.raises(InputError, match="holds 4-bit weights"):
         check_student(tmp_path / "s", range(32))
 
