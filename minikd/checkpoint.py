@@ -185,13 +185,11 @@ def check_finite(tensor: torch.Tensor, path: Path, key: str):
 
 
 def open_tensors(path: Path):
-    """safe_open, with a missing or damaged file reported as an InputError."""
+    """safe_open, with a file that cannot be read, or is damaged, reported as an InputError."""
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        if path.exists():
-            raise InputError(f"{path}: cannot be opened; check its permissions") from None
-        raise InputError(f"{path}: is missing; fetch the model again") from None
+    except FileNotFoundError:                                   # it is there (tensor_files); any error of opening it is this one
+        raise InputError(f"{path}: cannot be opened; check its permissions") from None
     except SafetensorError as error:
         size = path.stat().st_size
         if size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
