@@ -130,21 +130,17 @@ def parse_args():
 
 def note_flags(args):
     """Says which flags do nothing with this loss."""
-    this = f"with --loss {args.loss or 'sft or forward_kl'}"
-    if args.loss in ("sft", "minillm"):
-        note_unused(args, this, "kd_ratio", "temperature")
-    if args.on_policy == 1:
-        note_unused(args, "with --on-policy 1, which has no cross-entropy", "kd_ratio")
-    if args.loss != "jsd":
-        note_unused(args, this, "beta")
-    if "skew" not in (args.loss or ""):
-        note_unused(args, this, "alpha")
-    if args.loss != "minillm":
-        note_unused(args, this, "mix", "rollouts", "inner_epochs", "ratio_clip")
-    if not args.lm_data:
-        note_unused(args, "without --lm-data", "lm_coef")
-    if args.steps:
-        note_unused(args, "with --steps", "epochs")
+    loss = args.loss or "sft or forward_kl"
+    for unused, reason, *names in (
+            (loss in ("sft", "minillm"), f"with --loss {loss}", "kd_ratio", "temperature"),
+            (args.on_policy == 1, "with --on-policy 1, which has no cross-entropy", "kd_ratio"),
+            (loss != "jsd", f"with --loss {loss}", "beta"),
+            ("skew" not in loss, f"with --loss {loss}", "alpha"),
+            (loss != "minillm", f"with --loss {loss}", "mix", "rollouts", "inner_epochs", "ratio_clip"),
+            (not args.lm_data, "without --lm-data", "lm_coef"),
+            (args.steps, "with --steps", "epochs")):
+        if unused:
+            note_unused(args, reason, *names)
 
 
 def check_flags(args):
