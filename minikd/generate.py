@@ -16,7 +16,7 @@ from minikd.data import Encoded, by_length
 from minikd.decode_cuda import OneKernel, fits
 from minikd.files import InputError
 from minikd.fused_cuda import GREEDY, can_draw, draw_on_gpu
-from minikd.layout import head_logits, laid_out
+from minikd.layout import head_logits, laid_out, torch_products
 from minikd.losses import log_mix, log_probs
 from minikd.model import KVCache, Qwen2, StaticCache
 
@@ -93,6 +93,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         for each in models:
             stack.enter_context(laid_out(each, rows=count, steps=max_new_tokens))
         caches, states = zip(*(prefill(each, prompts, max_new_tokens, samples) for each in models))
+        stack.enter_context(torch_products(model.head, count))
         if graphs:
             caches = [StaticCache(cache) for cache in caches]
         if graphs and one_kernel:

@@ -28,15 +28,16 @@ def laid_out(model: Qwen2, rows: int, steps: int):
     for one or two rows in float32, where packing it gains nothing.
 
     rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
-    The plain layout reaches 60% of a CPU's memory bandwidth in bfloat16. In float32 it gains nothing from several threads,
-    and from two rows on it takes two to five times as long. On a GPU nothing is packed. A 4-bit model keeps the layout
-    afterwards, as its codes never change, and its packed head while the head is the same.
+    From the plain layout oneDNN reaches 60% of a CPU's memory bandwidth in bfloat16; one row is multiplied without it
+    (torch_products), and nothing is packed. In float32 the plain layout gains nothing from several threads, and from two rows
+    on it takes two to five times as long. On a GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its codes
+    never change, and its packed head while the head is the same.
     """
     weight = model.head
     if model.packed_head is not None and model.packed_from != state_of(weight):
         model.packed_head = None                        # kept by a 4-bit model whose head was then trained or cast
     pack = weight.device.type == "cpu" and can_pack() and (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        weight.dtype == torch.bfloat16 and rows > 1 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         or weight.dtype == torch.float32 and weight.numel() > 1 << 20                       # a toy's fits in cache
         and (rows > 1 or torch.get_num_threads() > 1))
     inside = not model.quantization and model.model.layers[0].mlp.joined is not None
@@ -55,6 +56,19 @@ def laid_out(model: Qwen2, rows: int, steps: int):
                 raise
             if pack:
                 give_memory_back()
+
+
+@contextmanager
+def torch_products(weight: Tensor, rows: int):
+    """Inside the `with` block, for one row and a bfloat16 weight on a CPU, torch multiplies by its own kernels: the one for a
+    row reads a plain weight at the memory's full speed, as oneDNN does a packed one. For two rows it takes twice as long."""
+    onednn = torch.backends.mkldnn.enabled
+    if rows == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+        torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = onednn
 
 
 def can_pack() -> bool:

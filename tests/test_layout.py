@@ -1,5 +1,6 @@
 """Weights laid out for decoding give what plain ones give, and leave no trace."""
 import copy
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -66,10 +67,31 @@ def test_generation_with_packed_weights_takes_the_plain_models_likeliest_token(n
         assert (taken >= logits.max(-1).values - 0.03 * logits.abs().max()).all()   # but for bfloat16's near ties
 
 
-@pytest.mark.parametrize("steps,dtype", [(15, torch.bfloat16), (64, torch.float32)])
-def test_short_answers_and_other_dtypes_are_not_laid_out(narrow, steps, dtype):
-    with laid_out(narrow.to(dtype), rows=1, steps=steps):
+@pytest.mark.parametrize("rows,steps,dtype", [(3, 15, torch.bfloat16), (1, 64, torch.bfloat16), (3, 64, torch.float32)])
+def test_short_answers_one_row_and_a_small_float32_model_are_not_laid_out(narrow, rows, steps, dtype):
+    with laid_out(narrow.to(dtype), rows=rows, steps=steps):
         assert packed_parts(narrow) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_row_in_bfloat16_is_decoded_without_onednn(monkeypatch, dtype):
+    """Its prompt is not, and oneDNN is on again after an error too."""
+    model, hidden, used = random_model(dtype=dtype), Qwen2.hidden, []
+
+    def watched(self, ids, cache=None, **options):
+        used.append((ids.shape[1], torch.backends.mkldnn.enabled))
+        if len(used) == fails:
+            raise KeyboardInterrupt
+        return hidden(self, ids, cache, **options)
+
+    monkeypatch.setattr(Qwen2, "hidden", watched)
+    narrow = dtype == torch.bfloat16
+    for prompts, fails in ([[1, 2, 3]], 9), ([[1, 2, 3]], 3), ([[1, 2, 3]] * 2, 9):
+        used.clear()
+        with suppress(KeyboardInterrupt):
+            generate(model, prompts, 4)
+        assert used == [(3, True), (1, not narrow or len(prompts) > 1), *used[1:2] * 2][:min(fails, 4)]
+        assert torch.backends.mkldnn.enabled
 
 
 def test_in_float32_a_large_model_is_packed_where_it_is_faster(large, monkeypatch):
@@ -206,7 +228,7 @@ def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
     model, ids = four_bits(), torch.tensor(PROMPTS[2:3])
     with torch.inference_mode():
         expected = model(ids).float()
-        with laid_out(model, rows=1, steps=16):
+        with laid_out(model, rows=2, steps=16):
             packed = model.packed_head
         attention = model.model.layers[0].self_attn
         assert attention.joined is not None
@@ -217,8 +239,9 @@ def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
             part.qweight, part.prepared = part.qweight.clone(), None            # what follows does not read the parts
         kept, first = attention.joined, model(ids).float()
         assert (first - expected).norm() <= 2e-2 * expected.norm()
-        with laid_out(model, rows=1, steps=16):
-            assert attention.joined is kept and model.packed_head is packed
+        for rows in 1, 2:
+            with laid_out(model, rows=rows, steps=16):
+                assert attention.joined is kept and model.packed_head is packed
     model.float()
     assert packed_parts(model) == 0
     with torch.inference_mode():
