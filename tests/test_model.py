@@ -71,6 +71,16 @@ def test_rope_turns_complex_numbers(theta):
                     assert complex(y[b, h, t, i], y[b, h, t, i + E // 2]) == pytest.approx(z, abs=2e-5)
 
 
+@pytest.mark.parametrize("theta, E", [(1e4, 8), (1e6, 64), (1e6, 128)])
+def test_rope_is_rounded_as_transformers_rounds_it(theta, E):
+    """The weights were trained with one rounding of the frequencies; at position 4,095 another is an angle of 2e-4."""
+    qwen = pytest.importorskip("transformers.models.qwen2.modeling_qwen2")
+    config = qwen.Qwen2Config(hidden_size=2 * E, num_attention_heads=2, rope_parameters={"rope_theta": theta, "rope_type": "default"})
+    positions = torch.arange(4096)[None]
+    for ours, theirs in zip(rope_tables(positions, theta, E, torch.float32), qwen.Qwen2RotaryEmbedding(config)(torch.zeros(1), positions)):
+        assert torch.equal(ours[:, 0], theirs)
+
+
 def test_rope_makes_a_score_depend_on_the_distance_alone():
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
