@@ -41,7 +41,8 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale = {scale!r}; it must be 'std' or 'none'")
-    rewards = at_least_float32(torch.as_tensor(rewards))                        # half would overflow in the sums
+    rewards = torch.as_tensor(rewards)
+    rewards, dtype = rewards.double(), at_least_float32(rewards).dtype          # what differs may be far below what is summed
     if rewards.dim() != 2:
         raise ValueError(f"rewards {list(rewards.shape)}; give a row for each prompt, [P, G]")
     judged = ~rewards.isnan()
@@ -53,7 +54,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     if scale == "std":
         std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()     # [P, 1]
         centred = centred / (std + 1e-4)                                        # paper eq. (5)
-    return centred
+    return centred.to(dtype)
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ def importance_weights(logq: Tensor, logp: Tensor, mix: float, product: bool = F
 
 def whiten(values: Tensor) -> Tensor:
     """The values of the valid tokens, shifted and scaled to mean 0 and standard deviation 1.  [N] -> [N]"""
-    return (values - values.mean()) * torch.rsqrt(values.var(correction=0) + 1e-8)
+    wide = values.double()                              # or equal values would differ from their rounded mean
+    return ((wide - wide.mean()) * torch.rsqrt(wide.var(correction=0) + 1e-8)).to(values.dtype)
 
 
 @torch.no_grad()                                    # not inference_mode: the loss saves these for its backward pass

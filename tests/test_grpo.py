@@ -104,7 +104,7 @@ def test_in_half_precision_the_loss_is_that_of_the_same_numbers_in_float32(dtype
 @pytest.mark.parametrize("scale", ["std", "none"])
 def test_advantages_are_the_definition_and_what_was_not_judged_is_left_out(scale):
     rewards = torch.tensor([[1.0, 0.0, 0.5, 2.0], [3.0, 3.0, 3.0, 3.0], [1.0, math.nan, 0.0, math.nan],
-                            [math.nan, 4.0, math.nan, math.nan], [math.nan] * 4])
+                            [math.nan, 4.0, math.nan, math.nan], [math.nan] * 4, [1000.0, 1000.001, 1000.002, 1000.0]])
     ours = group_advantages(rewards, scale)
     for row, found in zip(rewards.tolist(), ours.tolist()):
         judged = [r for r in row if not math.isnan(r)]

@@ -134,7 +134,7 @@ def test_importance_weights_are_the_ratio_of_two_probabilities(mix):
 def test_whitening_gives_mean_0_and_deviation_1():
     values = whiten(torch.tensor([3.0, -1.0, 4.0, 1.0, -5.0]))
     assert float(values.mean()) == pytest.approx(0, abs=1e-6) and float(values.var(correction=0)) == pytest.approx(1)
-    assert whiten(torch.full((4,), 2.5)).eq(0).all()
+    assert whiten(torch.full((4,), 2.5)).eq(0).all() and whiten(torch.full((7,), -12.7)).abs().max() < 1e-6
 
 
 # ---- rollouts of a real model
