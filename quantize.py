@@ -30,10 +30,11 @@ from minikd.evaluate import answer_and_score, compare
 from minikd.examples import FORMATS, load_examples, load_texts, recognise
 from minikd.files import InputError, check_writable, read_json, script_errors
 from minikd.gptq import quantize_model
+from minikd.hub import TOKENIZER
 from minikd.quant import check_groups, to_w4, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
-from minikd.tokenizer import Tokenizer
+from minikd.tokenizer import GENERATION, Tokenizer
 from minikd.training import LOG
 
 
@@ -142,13 +143,16 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
     print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s")
 
 
-def check_out(out: Path):
-    """Raises InputError if `out` cannot be written, is or holds the current folder, or holds a model other than a 4-bit one."""
+def check_out(out: Path, tokenizer: Tokenizer):
+    """Raises InputError if `out` cannot be written, is or holds the current folder, or holds another tokenizer, or a model other
+    than a 4-bit one."""
     if Path.cwd().is_relative_to(out.resolve()):
         raise InputError(f"--out {out}: is the folder you work in; choose another, or one inside it")
     config = out / "config.json"
     held = config.exists() or out.exists() and not out.is_dir() or any(
         next(out.glob(f"**/{name}"), None) for name in ("*.safetensors", LOG))              # perhaps in sft/best/ of a run
+    held = held or any((out / name).is_file() and (out / name).read_bytes() != tokenizer.files.get(name)
+                       for name in set(TOKENIZER) - {GENERATION})                           # the same: of a run that was killed
     if held and not (config.exists() and read_json(config).get("quantization_config")):
         raise InputError(f"--out {out}: holds something other than a 4-bit model, which would be replaced; choose a folder "
                          "of its own")
@@ -200,7 +204,7 @@ def main():
     outs = {method: Path(args.out if len(args.methods) == 1 else f"{args.out}-{method}").expanduser()
             for method in args.methods}
     for out in outs.values():                                   # all, before the first run of maybe hours
-        check_out(out)
+        check_out(out, tokenizer)
     for method, out in outs.items():
         quantize(args, folder, tokenizer, rows, method, out, device, dtype)
     if eval_rows:

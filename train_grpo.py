@@ -65,7 +65,7 @@ def parse_args():
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities in the loss")
     add("--rewards", help="names or FILE.py:FUNCTION, separated by commas (answer, code or both, as problems have answers or "
                           "tests, then format,steps)")
-    add("--reward-weights", help="a number for each, separated by commas (1 each; by default 0.05 for format and steps)")
+    add("--reward-weights", help="a number for each, with commas (1 each; by default 0.05 for format and steps); =-1,1 if below 0")
     add = flag_group(parser, "loss")
     add("--clip", type=float, default=0.2, help="how far the ratio of new to old policy may leave 1")
     add("--clip-high", type=float, help="the same above 1, where it differs; DAPO 0.28")
@@ -198,7 +198,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     with Progress("grpo", steps, start=state["step"]) as progress:
         if state["step"] == 0:
             sampler = cast_copy(model, dtype, sampler)
-            report(judge(sampler), 0, log, progress)
+            progress.say(report(judge(sampler), 0, log))
         for step in range(state["step"], steps):
             clock = [time.perf_counter()]
             for group in optimizer.param_groups:
@@ -254,14 +254,16 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                                  "start from a model that sometimes succeeds, or add an easier reward (--rewards)")
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 sampler = cast_copy(model, dtype, sampler)
-                report(judge(sampler), step + 1, log, progress)
-                if line["truncated"] > 0.9:
-                    progress.say(f"{line['truncated']:.0%} of the answers were cut; raise --max-new-tokens")
+                news = report(judge(sampler), step + 1, log)
                 tokenizer.save(out / "last")
                 save_model(model, out / "last", dtype=dtype)
                 if step + 1 < steps:
                     save_state(out, model, optimizer, {"step": step + 1, "unpaid": unpaid})
-    log.write(step=steps, done=True)
+                else:
+                    log.write(step=steps, done=True)
+                progress.say(news)                                              # last: if its reader is gone, this ends the run
+                if line["truncated"] > 0.9:
+                    progress.say(f"{line['truncated']:.0%} of the answers were cut; raise --max-new-tokens")
     remove(out / STATE)                                         # last/ has the weights; the moments are of no more use
     return model
 
@@ -282,7 +284,7 @@ def text_of(tokenizer: Tokenizer, answer: Encoded) -> str:
 def pay(texts: list[str], facts: list[dict], rewards: dict, weights: dict) -> tuple[dict[str, list], torch.Tensor]:
     """The value of each reward for each completion (None: not judged), and the weighted sums, NaN where nothing judged."""
     values = {name: reward(texts, facts) for name, reward in rewards.items()}
-    return values, torch.tensor([math.nan if total is None else total for total in combine(values, weights)])
+    return values, torch.tensor([math.nan if total is None else total for total in combine(values, weights)], dtype=torch.float64)
 
 
 def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) -> list[list[int]]:
@@ -362,16 +364,17 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
 ENOUGH = 0.25                   # share of right answers, sampled before the first step
 
 
-def report(found: dict, step: int, log: Log, progress: Progress):
-    """Logs and prints what accuracy() found."""
+def report(found: dict, step: int, log: Log) -> str:
+    """Logs what accuracy() found; returns it as a line to print, at step 0 with a note if there is little to learn from."""
     log.write(step=step, **{f"valid_{key}": value for key, value in found.items()})
     numbers = ", ".join(f"{key.removeprefix('reward/')} {value:.2f}" for key, value in found.items()
                         if isinstance(value, float))
-    progress.say(f"step {step}: held-out {numbers}; says {found['sample'][:120]!r}")
+    news = f"step {step}: held-out {numbers}; says {found['sample'][:120]!r}"
     checked = any(f"reward/{name}" in found for name in problems.CHECKS) and found["sampled"] is not None
     if step == 0 and checked and found["sampled"] < ENOUGH:
-        progress.say(f"note: fewer than {ENOUGH:.0%} of the sampled answers are right, so that GRPO may teach only the form; "
-                     "better fine-tune or distil the student first, or take easier problems")
+        news += (f"\nnote: fewer than {ENOUGH:.0%} of the sampled answers are right, so that GRPO may teach only the form; "
+                 "better fine-tune or distil the student first, or take easier problems")
+    return news
 
 
 def show_change(lines: list[dict]):

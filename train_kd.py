@@ -47,7 +47,8 @@ from minikd.tokenizer import Tokenizer
 from minikd.training import (CONFIG, STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks,
                              learning_rate, load_state, lock, make_optimizer, read_log, save_state, write_config)
 
-OWN = "held-out.jsonl", "table.jsonl", "teacher-answers.jsonl"  # what it writes in --out beside the runs' own files
+# What it writes in --out beside the runs' own files.
+OWN = "held-out.jsonl", "table.jsonl", "teacher-answers.jsonl", "answers-*.jsonl", "curves.png"
 AT_ONCE = 16                                                    # prompts answered at a time, or a micro-batch if that is more
 
 
@@ -244,8 +245,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
 
             ce, kd, norm = [*(sums / scored).tolist(), float(norm)]             # nats per token; here the host waits for a GPU
             if not math.isfinite(norm):                                         # what was saved before stays
-                raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g}), "
-                                 "or use --dtype float32")
+                raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g})"
+                                 + (", or use --dtype float32" if dtype != torch.float32 else ""))
             line = dict(ce=ce, kd=kd if kd_share else None, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
                         own_answers=own_answers if on_policy else None,
                         lm_ce=float(lm_sums[0]) / lm_scored if lm_batches else None,
@@ -253,11 +254,13 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
             log.write(step=step + 1, **{key: value for key, value in line.items() if value is not None})
             progress.update(note=f"ce {ce:.3f}" + (f" kd {kd:.3f}" if kd_share else ""))
             if (step + 1) % eval_every == 0 or step + 1 == steps:
-                state = judge(state=state | {"step": step + 1}, sampler=sampler, progress=progress)
+                state, news = judge(state=state | {"step": step + 1}, sampler=sampler)
                 if step + 1 < steps:
                     save_state(out, student, optimizer, state, minillm.pack_rollouts(rollouts_now))
+                else:
+                    log.write(step=steps, done=True)
+                progress.say(f"{title} step {step + 1}: {news}")                # last: if its reader is gone, this ends the run
             started = time.perf_counter()
-    log.write(step=steps, done=True)
     remove(out / STATE)                                         # last/ has the weights; the moments are of no more use
     return student
 
@@ -292,9 +295,9 @@ def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad
 
 
 def evaluate_and_save(student, *, sampler, tokenizer, rows, examples, teacher, divergence, dtype, batch_size, eval_examples,
-                      max_new_tokens, rouge, state, out, log, progress) -> dict:
-    """Logs the held-out loss and ROUGE-L of the student's own answers, and prints one of them; saves last/, and best/ if
-    its ROUGE-L is the best so far.  Returns `state` with the best ROUGE-L."""
+                      max_new_tokens, rouge, state, out, log) -> tuple[dict, str]:
+    """Logs the held-out loss and ROUGE-L of the student's own answers; saves last/, and best/ if its ROUGE-L is the best so far.
+    Returns `state` with the best ROUGE-L, and a line to print, with one of the answers."""
     sampler = cast_copy(student, dtype, sampler)
     metrics = compare(sampler, rows, tokenizer.pad_id, batch_size, teacher, divergence, dtype)
     if not math.isfinite(metrics["ce"]):                        # before it replaces what was saved earlier
@@ -304,14 +307,13 @@ def evaluate_and_save(student, *, sampler, tokenizer, rows, examples, teacher, d
     rouge_l = mean_by_category(scores)["all"]["rouge_l"]
     log.write(step=state["step"], rouge_l=rouge_l, **{f"valid_{key}": value for key, value in metrics.items()})
     i = random.Random(state["step"]).randrange(len(scores))     # another sample each time
-    progress.say(f"{progress.title} step {state['step']}: held-out CE {metrics['ce']:.3f}"
-                 + (f", KD {metrics['kd']:.3f}" if teacher else "")
-                 + f", ROUGE-L {rouge_l:.1f}; asked {examples[rows[i].index].messages[-1]['content'][:80]!r}, "
-                 + f"said {scores[i]['prediction'][:80]!r}")
+    news = (f"held-out CE {metrics['ce']:.3f}" + (f", KD {metrics['kd']:.3f}" if teacher else "")
+            + f", ROUGE-L {rouge_l:.1f}; asked {examples[rows[i].index].messages[-1]['content'][:80]!r}, "
+            + f"said {scores[i]['prediction'][:80]!r}")
     for name in ("last", "best") if rouge_l > state["best"] else ("last",):
         tokenizer.save(out / name)
         save_model(student, out / name, dtype=dtype)            # a run is resumed from STATE's weights, in float32
-    return state | {"best": max(rouge_l, state["best"])}
+    return state | {"best": max(rouge_l, state["best"])}, news
 
 
 # ---- several runs: the comparison, the sweep, the toy world
@@ -469,7 +471,7 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     runs = [out / folder for *_, folder in planned(args)] + ([out / "teacher", out / "base"] if args.toy else [])
     runs += [out / "sft"] if args.from_sft else []
-    check = functools.partial(check_free, out, runs, resume=args.resume, toy=args.toy, own=OWN,
+    check = functools.partial(check_free, out, runs, resume=args.resume, toy=args.toy, own=OWN, cache=args.cache_teacher,
                               data=sum(filter(None, (args.data, args.eval_data, args.lm_data)), []))
     check()
     if args.toy:

@@ -59,7 +59,8 @@ def script_errors():
         sys.exit(130)                                           # 128 + SIGINT, as shells report it
     except OSError as error:
         advice = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
-                  errno.EFBIG: "raise the limit on a file's size", errno.EACCES: "check the permissions"}
+                  errno.EFBIG: "raise the limit on a file's size", errno.EACCES: "check the permissions",
+                  errno.EPIPE: "what read it has ended; send the output to a file"}
         advice = advice.get(error.errno, "check the path and the disk")
         where = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else "standard output or a file")
         _exit_with(f"{where}: {error.strerror or error}; {advice}")
@@ -229,7 +230,10 @@ def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
 
 
 def sha256(path) -> str:
-    """The first 16 hex digits of a file's sha256: enough to notice that it changed."""
+    """The first 16 hex digits of a file's sha256: enough to notice that it changed.  Raises InputError for a pipe: what is hashed
+    is also read."""
+    if Path(path).is_fifo():
+        raise InputError(f"{path}: is a pipe, and would be read twice; write it to a file")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):                      # 1 MB at a time

@@ -45,7 +45,7 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> torch
 
 def compile_blocks(*models: Qwen2):
     """Lets torch.compile fuse the operations between a block's matrix products, for whole sequences and for decoding steps
-    that a CUDA graph replays. One compiled graph serves all groups of blocks; the two models of a KD step took 20 s to compile.
+    that a CUDA graph replays. One compiled graph serves all groups of blocks; the two models of a KD step took 27 s to compile.
     """
     torch._dynamo.config.recompile_limit = 64                   # run_blocks', for all models, modes, numbers of rows; not 8
     # Not kept for the backward pass but computed again there: silu(gate) up, for one. A KD step on an H200 held 17.0 GB, not
@@ -171,13 +171,14 @@ def settings_of(folder) -> dict:
     return settings
 
 
-def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(), own=()):
+def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(), own=(), cache=None):
     """Raises InputError if this run would destroy something: a model in a folder to be written, another run, the table and
     picture of runs beside it, or a file that it reads. Says if there is nothing to resume.
 
     runs  the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
     data  what the run reads, as data_files takes it
-    own   the names of files that it writes in `out`, beside its log and its config
+    own   globs of files that it writes in `out`, beside its log and its config
+    cache the folder of --cache-teacher, which may have any other place
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose a folder with --out")
@@ -193,10 +194,14 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(),
                              f"{'' if resume else 'go on with --resume, or '}choose another --out")
     for folder in runs:
         for part in "best", "last":
-            if (folder / part / CONFIG).exists() and not (folder / CONFIG).exists():
-                raise InputError(f"{folder / part}: holds a model, which would be replaced; choose another --out")
-            if Path.cwd().is_relative_to((folder / part).resolve()):
-                raise InputError(f"{folder / part}: is the folder you work in, and would be replaced; choose another --out")
+            place = folder / part
+            if place.is_dir() and any(place.iterdir()) and not (folder / CONFIG).exists():
+                what = "a model" if (place / CONFIG).exists() else "files"
+                raise InputError(f"{place}: holds {what}, which would be replaced; choose another --out")
+            if Path.cwd().is_relative_to(place.resolve()):
+                raise InputError(f"{place}: is the folder you work in, and would be replaced; choose another --out")
+            if cache and Path(cache).expanduser().resolve().is_relative_to(place.resolve()):
+                raise InputError(f"--cache-teacher {cache}: lies in {place}, which this run replaces; choose another folder")
     check_files(out, runs, data, own)
 
 
@@ -216,9 +221,9 @@ def check_files(out: Path, runs: list[Path], data, own):
                 raise InputError(f"--out {out}: the run's files would be read as data, of {name}; choose another --out, or name "
                                  f"the file, {base}:FILE")
     began = any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG))
-    for name in own:
-        if not began and (out / name).exists():
-            raise InputError(f"{out / name}: is no run's, and would be replaced by this run's own; choose another --out")
+    for file in sorted(file for name in own for file in out.glob(name)):
+        if not began:
+            raise InputError(f"{file}: is no run's, and would be replaced by this run's own; choose another --out")
 
 
 def check_settings(folder, settings: dict):

@@ -307,3 +307,9 @@ def test_a_long_value_does_not_hide_the_mend(capsys):
         raise InputError(f"file: {'x' * 100_000} is wrong; mend it")
     line = capsys.readouterr().err
     assert len(line) < 2000 and line.startswith("error: file: xxx") and line.endswith("is wrong; mend it\n")
+
+
+def test_a_pipe_is_not_waited_for_twice(tmp_path):
+    os.mkfifo(tmp_path / "data.jsonl")
+    with pytest.raises(InputError, match="data.jsonl: is a pipe, and would be read twice; write it to a file"):
+        files.sha256(tmp_path / "data.jsonl")

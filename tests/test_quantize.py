@@ -1,4 +1,5 @@
 """quantize.py as it is used: a tiny model, two dozen records, and every way to call it."""
+import itertools
 import json
 import os
 import re
@@ -72,6 +73,25 @@ def test_the_folder_loads_and_is_near_the_model(run, world, tmp_path, flags, ver
 def test_little_calibration_is_noted(run, world, flags, said):
     status, out, _ = run(*flags, data=("--calibration", world / ("text.jsonl" if "--length" in flags else "data.jsonl")))
     assert status == 0 and re.search(said, out, re.MULTILINE)
+
+
+def test_each_flag_of_the_solve_changes_it(run, tmp_path):
+    flags = [], ["--no-act-order"], ["--damp", "0.5"], ["--clip-search"], ["--seed", "1", "--samples", "4"], ["--samples", "4"]
+    found = []
+    for i, more in enumerate(flags):
+        assert run(*more, out=("--out", tmp_path / str(i)))[0] == 0
+        found.append(logits(tmp_path / str(i)))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
+
+
+def test_another_tokenizer_is_not_replaced(run, world, tmp_path):
+    (tmp_path / "w4").mkdir()
+    (tmp_path / "w4/tokenizer.json").write_bytes(theirs := b'{"version": "1.0"}')
+    status, _, err = run("--method", "rtn")
+    assert status == 2 and "w4: holds something other than a 4-bit model" in err
+    assert (tmp_path / "w4/tokenizer.json").read_bytes() == theirs
+    shutil.copy(world / "model/tokenizer.json", tmp_path / "w4")                # as if a run had been killed after that
+    assert run("--method", "rtn")[0] == 0
 
 
 def test_rounding_reads_no_calibration_and_says_so(run):

@@ -1,4 +1,5 @@
 """train_grpo.py as it is used: a tiny model, sums, the real sandbox, and every way to call it."""
+import errno
 import json
 import math
 import shutil
@@ -72,10 +73,47 @@ def test_a_run_leaves_a_model_a_log_and_every_completion(run, world, tmp_path):
 
 def test_an_answers_ratio_is_1_until_the_first_update_in_any_dtype(run, tmp_path):
     """A bfloat16 sampler's log-probabilities differ from the trainer's by more than GSPO's clip."""
-    for epochs, clipped in ("1", False), ("3", True):
-        assert run("--ratio", "sequence", "--clip", "1e-7", "--dtype", "bfloat16", "--inner-epochs", epochs, "--lr", "1e-3",
-                   out=tmp_path / epochs)[0] == 0
-        assert any(line["clipped"] > 0 for line in steps_of(tmp_path / epochs)) == clipped
+    for epochs, lr, clipped in ("1", "1e-3", False), ("3", "1e-3", True), ("3", "1e-30", False):     # the last: updates by nothing
+        out = tmp_path / f"{epochs} {lr}"
+        assert run("--ratio", "sequence", "--clip", "1e-7", "--dtype", "bfloat16", "--inner-epochs", epochs, "--lr", lr, out=out)[0] == 0
+        assert any(line["clipped"] > 0 for line in steps_of(out)) == clipped
+
+
+def test_every_step_draws_other_answers(run, monkeypatch):
+    seeds, sample_groups = [], rl.grpo.sample_groups
+    monkeypatch.setattr(rl.grpo, "sample_groups", lambda *given, seed, **named: (
+        seeds.append(seed), sample_groups(*given, seed=seed, **named))[1])
+    monkeypatch.setattr(rl, "accuracy", lambda *_, **__: {"sampled": 0.0, "sample": ""})
+    assert run()[0] == 0
+    assert len(set(seeds)) == len(seeds) == 4
+
+
+def test_the_longest_answers_are_learned_from_first():
+    answers = [Encoded([1], [2] * length, False, 0) for length in (3, 9, 5, 7)]
+    assert rl.longest_first(answers, [True, True, False, True], 2) == [[1, 3], [0]]
+
+
+def test_a_step_is_saved_before_a_line_about_it_is_printed(run, tmp_path, monkeypatch):
+    """Its reader may have gone."""
+    say = rl.Progress.say
+    for steps, left in (4, "state.safetensors"), (2, "last"):
+        def gone(self, text):
+            if text.startswith("step 2"):
+                raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+            say(self, text)
+
+        monkeypatch.setattr(rl.Progress, "say", gone)
+        status, _, err = run("--steps", steps, "--eval-every", "2", out=tmp_path / left)
+        assert status == 2 and "Broken pipe; what read it has ended" in err and err.count("\n") == 1
+        assert (tmp_path / left / left).exists() and (tmp_path / left / "last").exists()
+        monkeypatch.setattr(rl.Progress, "say", say)
+        assert run("--steps", steps, "--eval-every", "2", "--resume", out=tmp_path / left)[0] == 0
+        assert [line["step"] for line in steps_of(tmp_path / left)] == list(range(1, steps + 1))
+
+
+def test_answers_that_are_cut_are_noted(run):
+    """The model's rarely end by themselves."""
+    assert "of the answers were cut; raise --max-new-tokens" in run("--max-new-tokens", "1")[1]
 
 
 def test_what_is_paid_for_comes_more_often(run, tmp_path):

@@ -1,4 +1,5 @@
 """train_kd.py as it is used: a tiny student, a tiny teacher, two dozen records, and every way to call it."""
+import errno
 import functools
 import json
 import os
@@ -267,6 +268,30 @@ def test_best_is_the_checkpoint_of_the_highest_rouge_and_last_the_last(settings,
     kd.train(**settings(steps=3, eval_every=1))
     assert len(saved["last"]) == 3 and len(saved["best"]) == 2
     assert torch.equal(saved["best"][1], saved["last"][1]) and not torch.equal(saved["best"][1], saved["last"][2])
+    scores, saved["best"] = iter([50.0, 50.0]), []
+    kd.train(**settings(steps=2, eval_every=1, out=tmp_path / "tie"))
+    assert len(saved["best"]) == 1                              # of equal ones the first
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_step_is_saved_before_a_line_about_it_is_printed(settings, tmp_path, monkeypatch, every):
+    """Its reader may have gone."""
+    def gone(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(kd.Progress, "say", gone)
+    with pytest.raises(BrokenPipeError):
+        kd.train(**settings(steps=2, eval_every=every))
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"last", "best"} <= left and (STATE in left) == (every == 1)
+    assert any(line.get("done") for line in kd.read_log(tmp_path / "run")) == (every == 2)
+
+
+def test_every_step_on_own_answers_draws_others(settings, monkeypatch):
+    seeds, respond = [], kd.respond
+    monkeypatch.setattr(kd, "respond", lambda *given, seed, **named: (seeds.append(seed), respond(*given, seed=seed, **named))[1])
+    kd.train(**settings(steps=3, on_policy=1.0, loss="reverse_kl"))
+    assert len(set(seeds)) == len(seeds) == 3
 
 
 # ---- several runs
@@ -792,6 +817,12 @@ def test_epochs_count_in_the_toy_world_too(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train_kd.py", *flags])
         args = kd.parse_args()
         assert (args.steps, args.epochs) == (steps, epochs)
+
+
+def test_the_toys_runs_on_own_answers_learn_more_slowly(monkeypatch):
+    for flags, lr in ([], 3e-3), (["--loss", "minillm"], 1e-3), (["--loss", "jsd", "--on-policy", "1"], 1e-3):
+        monkeypatch.setattr(sys, "argv", ["train_kd.py", *flags])
+        assert kd.parse_args().lr == [lr]
 
 
 def test_a_damaged_log_is_one_line(run, tmp_path):

@@ -390,8 +390,15 @@ def test_a_model_that_no_run_wrote_is_not_replaced_by_its_checkpoints(tmp_path, 
     with pytest.raises(InputError, match=f"{part}: holds a model, which would be replaced"):
         check_free(tmp_path, [tmp_path], resume=False, toy=False)
     check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False)            # a comparison writes below kd/
+    (tmp_path / part / CONFIG).rename(tmp_path / part / "notes.txt")
+    with pytest.raises(InputError, match=f"{part}: holds files, which would be replaced"):
+        check_free(tmp_path, [tmp_path], resume=False, toy=False)
     write_config(tmp_path, SETTINGS)                                            # a run that ended before its first log line
     check_free(tmp_path, [tmp_path], resume=False, toy=False)
+    for cache in part, f"{part}/cache":
+        with pytest.raises(InputError, match=f"--cache-teacher .*: lies in .*{part}, which this run replaces; choose another"):
+            check_free(tmp_path, [tmp_path], resume=False, toy=False, cache=tmp_path / cache)
+    check_free(tmp_path, [tmp_path], resume=False, toy=False, cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["held-out.jsonl", "table.jsonl", "answers-base.jsonl", "log.jsonl"])
@@ -409,8 +416,9 @@ def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, nam
         check_free(tmp_path / "same", [tmp_path / "same/kd"], resume=False, toy=False, data=[tmp_path / name])
     given = dict(resume=False, toy=False, data=[tmp_path / "data.jsonl"])
     check_free(tmp_path, [tmp_path / "kd"], **given, own=["completions.jsonl"])             # it writes no such file
-    with pytest.raises(InputError, match=f"{name}: is no run's, and would be replaced"):
-        check_free(tmp_path, [tmp_path / "kd"], **given, own=[name])
+    for own in name, f"{name[:3]}*.jsonl":
+        with pytest.raises(InputError, match=f"{name}: is no run's, and would be replaced"):
+            check_free(tmp_path, [tmp_path / "kd"], **given, own=["completions.jsonl", own])
     lock(tmp_path)                                                              # then it is a run's
     check_free(tmp_path, [tmp_path / "kd"], **given, own=[name])
 
