@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one run: compiles the kernels, checks and times them, and times what uses them.
 
-    python -m benchmarks.gpu --without compiled         # on an H200 7 minutes, of which GPTQ of the 3B shape takes the most
+    python -m benchmarks.gpu --without compiled         # on an H200 7 to 9 minutes, most of them decoding and GPTQ of 3B
     python -m benchmarks.gpu --only check kernel matmul # some sections: these take a minute
     python -m benchmarks.gpu --device cpu --tiny        # small shapes: only shows that the script runs
 

@@ -15,7 +15,7 @@ from minikd.records import HALF
 
 
 class Parser(argparse.ArgumentParser):
-    """Its --help is the script's docstring, then one line per flag; no flag may be abbreviated. A wrong flag is an InputError,
+    """Its --help is the script's docstring, then every flag; no flag may be abbreviated. A wrong flag is an InputError,
     like every other error that the user can fix."""
 
     def __init__(self, doc: str):

@@ -1,4 +1,5 @@
 """How good a model is: its loss on held-out text, and its own answers against the references."""
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -132,9 +133,11 @@ def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encode
 def print_table(columns: dict[str, dict[str, float]], metrics: dict[str, dict[str, float]]):
     """One column per model: ROUGE-L by category, then those of METRICS that any model has."""
     width, first = max(8, *map(len, columns)) + 1, max(14, *(len(category) + 1 for category in next(iter(columns.values()))))
-    print(f"{'':<{first}}" + "".join(f"{name:>{width}}" for name in columns))
+    both = {"KD", "Teacher"} <= columns.keys()
+    print(f"{'':<{first}}" + "".join(f"{name:>{width}}" for name in columns) + "  KD / Teacher" * both)
     for category in next(iter(columns.values())):
-        print(f"{category:<{first}}" + "".join(f"{column[category]:{width}.1f}" for column in columns.values()))
+        print(f"{category:<{first}}" + "".join(f"{column[category]:{width}.1f}" for column in columns.values())
+              + (f"{columns['KD'][category] / (columns['Teacher'][category] or math.nan):>14.0%}" if both else ""))
     for key, (what, digits) in METRICS.items():
         cells = [f"{found[key]:.{digits}f}" if key in found else "-" for found in metrics.values()]
         if set(cells) != {"-"}:

@@ -286,7 +286,7 @@ def give_memory_back():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-MANY_ROWS = 768         # from here on dequantise: a guess, at 512 rows it was faster in one run of two (benchmarks/w4_linear.py)
+MANY_ROWS = 768         # from here on dequantise: a guess, at 512 rows it was faster in one run of three (w4_linear.txt)
 
 
 def choose(layer: W4Linear, x: Tensor) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from conftest import small
 from minikd.data import Encoded
-from minikd.evaluate import answer, compare, distinct, score_answers, sequence_kl, show_table
+from minikd.evaluate import answer, answer_and_score, compare, distinct, score_answers, sequence_kl, show_table
 from minikd.examples import Example
 from minikd.losses import reverse_kl
 from minikd.model import Qwen2, cast_copy
@@ -88,6 +88,14 @@ def test_answers_are_scored_in_the_words_that_were_asked_for(rouge, expected):
     assert row["exact_match"] == (rouge != "unicode")           # in code the symbols count
 
 
+def test_an_answer_is_scored_against_its_own_records_reference():
+    """Records whose prompts were too long have no rows."""
+    examples = [Example((), "", "", str(i), (str(i),), "", "") for i in range(11)]
+    for rows in ROWS, ROWS[3:9:2]:
+        scores = answer_and_score(STUDENT, Ids, rows, examples, max_new_tokens=2, batch_size=4, rouge="plain")
+        assert [score["references"] for score in scores] == [[str(row.index)] for row in rows]
+
+
 @pytest.mark.parametrize("category", ["model", "information_extraction"])
 def test_a_category_may_be_called_as_a_column_of_the_table_and_be_long(tmp_path, capsys, category):
     examples = [Example(({"role": "user", "content": "?"},), "", "", "1", ("1",), category, "")] * len(ROWS)
@@ -97,7 +105,7 @@ def test_a_category_may_be_called_as_a_column_of_the_table_and_be_long(tmp_path,
     assert len({len(line) for line in (head, *rows)}) == 1 and rows[0].startswith(f"{category} ")
 
 
-def test_the_table_holds_means_over_the_answers_and_distances_to_the_teacher(tmp_path):
+def test_the_table_holds_means_over_the_answers_and_distances_to_the_teacher(tmp_path, capsys):
     asked = ({"role": "user", "content": "?"},)
     examples = [Example(asked, "", "", "1 2 1", ("1 2 1",), "ab"[i % 2], "") for i in range(11)]
     columns = show_table({"KD": STUDENT, "Teacher": TEACHER}, Ids, ROWS, examples, tmp_path, max_new_tokens=4, batch_size=5)
@@ -117,6 +125,11 @@ def test_the_table_holds_means_over_the_answers_and_distances_to_the_teacher(tmp
         assert metrics[name] == pytest.approx(value, rel=1e-5)
     assert metrics["sequence KL"] == sequence_kl(STUDENT, Ids, ROWS, teacher, 5, 4)
     assert lines[1]["metrics"].keys() == {"mean length", "distinct-4", "retention"}
+    head, *rows = capsys.readouterr().out.splitlines()[2:6]                     # and the paper's last column
+    assert head.split() == ["KD", "Teacher", "KD", "/", "Teacher"]
+    for row, category in zip(rows, columns["KD"], strict=True):
+        name, student, teacher, share = row.split()
+        assert name == category and share == f"{columns['KD'][category] / columns['Teacher'][category]:.0%}"
 
 
 def test_a_copy_in_another_dtype_follows_the_model_and_shares_nothing():
@@ -127,3 +140,5 @@ def test_a_copy_in_another_dtype_follows_the_model_and_shares_nothing():
     assert not torch.equal(copy.head, source.head.bfloat16())
     assert cast_copy(source, torch.bfloat16, copy) is copy and torch.equal(copy.head, source.head.bfloat16())
     assert cast_copy(source, torch.float32) is source
+    source.model.compiled = len                                 # --compile, after the copy was made
+    assert cast_copy(source, torch.bfloat16, copy).model.compiled is len

@@ -257,6 +257,10 @@ def slow_probabilities(logits, temperature, top_p, top_k) -> list[float]:
     return [powers[v] / total if v in nucleus else 0.0 for v in range(len(logits))]
 
 
+def test_tokens_whose_mass_is_exactly_top_p_are_enough():
+    assert sorted(draws([0.0, 0.0, -math.inf], top_p=0.5)) == [0, 0, DRAWS]
+
+
 @pytest.mark.parametrize("temperature,top_p,top_k", [
     (1.0, 1.0, 0), (0.5, 1.0, 0), (2.0, 1.0, 0), (1.0, 1.0, 5), (1.0, 0.8, 0), (1.0, 0.5, 0), (1.0, 1e-9, 0),
     (0.7, 0.9, 0), (1.0, 1.0, 1), (1.0, 1.0, 1000), (1.5, 0.7, 8), (1.0, 0.6, 3)])
@@ -409,6 +413,12 @@ def test_no_more_rows_are_laid_out_for_than_there_are(monkeypatch):
     monkeypatch.setattr(generation, "laid_out", lambda model, rows, steps: asked.append(rows) or laid_out(model, rows, steps))
     generation.respond(random_model(), [Encoded([1, 2], [], False, i) for i in range(3)], 10**8, 2, {3})
     assert max(asked) == 3
+
+
+def test_every_batch_draws_other_answers():
+    for batch_size in 1, 2:
+        own = generation.respond(random_model(), [Encoded([1, 2], [], False, i) for i in range(4)], batch_size, 12, None)
+        assert len({tuple(row.response) for row in own}) == 4
 
 
 @pytest.mark.parametrize("form", [int, lambda stop: [stop, stop], lambda stop: None])

@@ -9,7 +9,7 @@ import pytest
 from minikd.data import encode_examples
 from minikd.examples import to_example
 from minikd.files import InputError
-from minikd.problems import (ANSWER, NOISE, TASKS, UNTAGGED, Unanswered, boxed, encode_problems, load_problems,
+from minikd.problems import (ANSWER, TASKS, Unanswered, boxed, encode_problems, load_problems,
                              shows_its_tests, to_problem, toy_problems, toy_records)
 from minikd.rewards import answer_part, extract_code, format_reward, steps_reward
 from minikd.toy import held_out
@@ -49,8 +49,8 @@ def test_the_answers_to_learn_from_are_of_mixed_quality(task):
     assert [record["instruction"] for record in mixed] == [record["instruction"] for record in clean]
     bare = [a["response"] for a in mixed if "<think>" not in a["response"]]
     tagged = [(a["response"], b["response"]) for a, b in zip(mixed, clean) if "<think>" in a["response"]]
-    assert abs(len(bare) / 2000 - UNTAGGED) < 0.05
-    assert abs(sum(a != b for a, b in tagged) / len(tagged) - NOISE) < 0.05
+    assert abs(len(bare) / 2000 - 0.3) < 0.03                       # as the README says
+    assert abs(sum(a != b for a, b in tagged) / len(tagged) - 0.25) < 0.03
     if task == "sums":                                              # a wrong step moves the answer by one or two tens
         slips = {int(answer_part(a)) - int(answer_part(b)) for a, b in tagged}
         assert slips == {-20, -10, 0, 10, 20}

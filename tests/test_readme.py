@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from test_structure import ORDER
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MEASURED = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
@@ -31,8 +33,10 @@ def test_every_flag_of_a_command_exists(script, flags):
 
 
 def test_the_file_list_is_the_package():
-    listed = re.findall(r"^  (\w+\.py) ", README, flags=re.MULTILINE)
-    assert sorted(listed) == sorted(path.name for path in (ROOT / "minikd").glob("*.py") if path.name != "__init__.py")
+    """In the order of imports; where the .cu files stand is free."""
+    listed = re.findall(r"^  (\w+\.(?:py|cu)) ", README, flags=re.MULTILINE)
+    assert [name for name in listed if name.endswith(".py")] == [f"{name}.py" for name in ORDER]
+    assert sorted(set(listed) | {"__init__.py"}) == sorted(path.name for path in (ROOT / "minikd").glob("*.[pc][yu]"))
 
 
 def test_every_file_the_readme_links_to_is_there():

@@ -171,6 +171,11 @@ def test_the_teachers_answers_take_the_place_of_the_datas(respond, tokenizer):
     assert all(row.cut == (row.response[-1] not in tokenizer.eos_ids) for row in own)
 
 
+def test_every_part_draws_other_answers(respond):
+    own = respond(rows=[ROWS[0]] * 24, load=lambda: TEACHER, max_new_tokens=12)  # written by eights
+    assert len({tuple(row.response) for row in own}) > 20
+
+
 def test_answers_cut_off_by_a_kill_are_completed_to_the_same(respond, tmp_path):
     path = tmp_path / "answers.jsonl"
     whole = respond()
