@@ -61,7 +61,7 @@ def parse_args():
     add("--predictions", help=".txt, one answer per line; or .jsonl .json .csv with prediction, text, response or output")
     add("--references", help="the same kinds of file; any records that train_kd.py reads; or a list `references`")
     add = flag_group(parser, "both")
-    add("--format", choices=FORMATS, help="schema of the records, if it shall not be recognised")
+    add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
     add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="words of ROUGE-L")
     add("--out", help="jsonl of every example's scores (answers.jsonl in the model's folder, else in runs/eval)")
     args = parser.parse_args()

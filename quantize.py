@@ -44,7 +44,7 @@ def parse_args():
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
     add("--calibration", nargs="+", metavar="FILE", toy=["runs/toy/data/train.jsonl"],
         help="records as train_kd.py reads them, or plain text (field `text`)")
-    add("--format", choices=FORMATS, help="schema of the records, if it shall not be recognised")
+    add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
     add("--samples", type=int, default=128, help="calibration rows, drawn at random")
     add("--length", type=int, default=2048, help="longest of them, in tokens")
     add("--eval-data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],

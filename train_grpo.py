@@ -34,7 +34,7 @@ from minikd.examples import same_prompt, split_examples, to_example
 from minikd.files import InputError, remove, script_errors, sha256
 from minikd.head import head_loss, scored_positions
 from minikd.losses import entropy
-from minikd.model import Qwen2, cast_copy, mixed
+from minikd.model import Qwen2, cast_copy, mixed_precision
 from minikd.plots import plot_rewards
 from minikd.records import data_files
 from minikd.rewards import LARGEST, combine, load_rewards, reward_files, summary
@@ -54,7 +54,7 @@ def parse_args():
                           "--data the toy's defaults hold: then give --lr")
     add("--data", nargs="+", metavar="FILE",
         help="records with a question and an answer, or with tests; else a toy task")
-    add("--format", choices=problems.FORMATS, help="schema of the records, if it shall not be recognised")
+    add("--format", choices=problems.FORMATS, help="schema of the records; else recognised from their fields")
     add("--task", choices=list(problems.TASKS), default="sums", help="toy task")
     add("--limit", type=int, help="read only the first LIMIT records")
     add("--max-prompt-length", type=int, default=1024, help="tokens; longer prompts are dropped and counted")
@@ -65,7 +65,7 @@ def parse_args():
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities in the loss")
     add("--rewards", help="names or FILE.py:FUNCTION, separated by commas (answer, code or both, as problems have answers or "
                           "tests, then format,steps)")
-    add("--reward-weights", help="a number for each, with commas (1 each; by default 0.05 for format and steps); =-1,1 if below 0")
+    add("--reward-weights", help="a number for each, with commas (1; by default 0.05 for format and steps); =-1,1 if below 0")
     add = flag_group(parser, "loss")
     add("--clip", type=float, default=0.2, help="how far the ratio of new to old policy may leave 1")
     add("--clip-high", type=float, help="the same above 1, where it differs; DAPO 0.28")
@@ -211,9 +211,9 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                                               seed=seed * 1_000_003 + step)
             clock.append(time.perf_counter())
 
-            # Judge: each reward's values, their weighted sum [P G], and the advantages [P, G], paper eq. (5).
+            # Reward: each reward's values, their weighted sum [P G], and the advantages [P, G], paper eq. (5).
             texts = [text_of(tokenizer, answer) for answer in answers]
-            values, total = pay(texts, [facts[answer.index] for answer in answers], rewards, weights)
+            values, total = compute_rewards(texts, [facts[answer.index] for answer in answers], rewards, weights)
             advantages = grpo.group_advantages(total.view(-1, group_size), scale)
             clock.append(time.perf_counter())
 
@@ -226,8 +226,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             if ratio == "sequence" and inner_epochs > 1:
                 old = log_probs(model, answers)                 # a bfloat16 sampler's differ by more than GSPO's small clip
             for epoch in range(inner_epochs):
-                log_s = None                                                    # a ratio for each token
-                if ratio == "sequence":                                         # GSPO: s for each answer, 1 before an update
+                log_s = None                                                    # None: a ratio for each token
+                if ratio == "sequence":                                         # GSPO: log s of each answer, 0 before an update
                     now = log_probs(model, answers) if epoch else old
                     log_s = [grpo.sequence_log_ratio(*pair) for pair in zip(now, old)]
                 sums = torch.zeros(4)
@@ -281,7 +281,7 @@ def text_of(tokenizer: Tokenizer, answer: Encoded) -> str:
     return "<think>\n" * begins_thoughts(tokenizer.decode(answer.prompt[-8:])) + tokenizer.decode(answer.response)
 
 
-def pay(texts: list[str], facts: list[dict], rewards: dict, weights: dict) -> tuple[dict[str, list], torch.Tensor]:
+def compute_rewards(texts: list[str], facts: list[dict], rewards: dict, weights: dict) -> tuple[dict[str, list], torch.Tensor]:
     """The value of each reward for each completion (None: not judged), and the weighted sums, NaN where nothing judged."""
     values = {name: reward(texts, facts) for name, reward in rewards.items()}
     return values, torch.tensor([math.nan if total is None else total for total in combine(values, weights)], dtype=torch.float64)
@@ -312,7 +312,7 @@ def forward_backward(batch: list[Encoded], old, ref, advantages, weights, log_s=
     # GSPO: with log π - log s (π held fixed) for log π_old every ratio is s, and its gradient s ∇ log π: see grpo.py.
     old_logp = lambda logp, at: old[at] if s is None else logp.detach() - s[at]             # [n]
     terms = dict(clip=clip, clip_high=clip_high)
-    with mixed(device, dtype):
+    with mixed_precision(device, dtype):
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)  # [N, D], [N]
         value, ce, entropies = head_loss(                                       # eq. (6); scaling the states scales the logits
             states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,
@@ -352,7 +352,7 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
             answers += grpo.sample_groups(model, rows[start:start + at_once], 1, max_new_tokens, tokenizer, temperature,
                                           seed=seed + start)[0]
         texts = [text_of(tokenizer, answer) for answer in answers]
-        values, total = pay(texts, [facts[row.index] for row in rows], rewards, dict.fromkeys(rewards, 1.0))
+        values, total = compute_rewards(texts, [facts[row.index] for row in rows], rewards, dict.fromkeys(rewards, 1.0))
         checks = [values[key] for key in problems.CHECKS if key in values]      # an answer is judged by the first that can
         solved = ([next((value for value in row if value is not None), None) for row in zip(*checks)] if checks else
                   [number(value) for value in total])

@@ -39,7 +39,7 @@ from minikd.files import InputError, remove, script_errors, write_jsonl
 from minikd.generate import respond
 from minikd.head import compile_losses, head_loss, scored_positions
 from minikd.losses import DIVERGENCES, clipped_surrogate, pick_divergence, reverse_kl
-from minikd.model import Qwen2, cast_copy, mixed
+from minikd.model import Qwen2, cast_copy, mixed_precision
 from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, digest_of, fill_cache, fingerprint, teacher_responses
@@ -62,7 +62,7 @@ def parse_args():
     add("--eval-data", nargs="+", metavar="FILE", help="records for the table; else held-out ones, by which best/ is chosen")
     add("--lm-data", nargs="+", metavar="FILE",
         help="plain text (records with `text`): its cross-entropy is added to every step")
-    add("--format", choices=FORMATS, help="schema of the records, if it shall not be recognised")
+    add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt")
     add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses of the data are cut")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped")
@@ -89,9 +89,9 @@ def parse_args():
     add("--epochs", type=float, help="passes over the data; MiniLLM takes as many steps as these would (1; toy: --steps 400)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=int, default=8, toy=16, help="examples in a micro-batch")
-    add("--grad-accum", type=int, default=1, toy=2, help="micro-batches in an optimizer step: each is padded for itself")
+    add("--grad-accum", type=int, default=1, toy=2, help="micro-batches in an optimizer step: each is padded by itself")
     add("--lr", type=float, nargs="+", default=[1e-5], toy=[3e-3],
-        help="peak; several: a run each, KD without --loss; 1e-3 on the toy's own answers")
+        help="peak; several: a run each, forward_kl without --loss; 1e-3 on the toy's own answers")
     add("--warmup", type=int, default=0, toy=30, help="steps of linear warm-up")
     add("--schedule", choices=("cosine", "constant"), default="cosine",
         help="after the warm-up; cosine ends at --lr / 10")
@@ -182,10 +182,12 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
           dtype=torch.float32, title) -> Qwen2:
     """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens.
 
-    rows            to learn from; of valid_rows, row.index points into valid_examples
-    teacher         its states and its head; None for sft
-    lm_rows, title  the rows of --lm-data; what the progress is called
-    loss, dtype     one name of --loss; that of matrix products and of sampling
+    rows     to learn from; of valid_rows, row.index points into valid_examples
+    teacher  its states and its head; None for sft
+    lm_rows  the rows of --lm-data
+    title    what the progress is called
+    loss     one name of --loss
+    dtype    that of matrix products and of sampling
     The other arguments are the flags of the same names. A saved state in `out` is continued. In the log, `ce` is that of the
     tokens learned from: in MiniLLM and in on-policy steps -log q of the student's own samples. Raises InputError for a gradient
     that is not finite, after the step it spoiled (the student holds it, but it is not saved), and for such a held-out loss.
@@ -230,7 +232,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
             own_answers = random.Random(f"{seed}:{step}").random() < on_policy  # GKD: this step on the student's answers
             if own_answers:
                 sampler = cast_copy(student, dtype, sampler)
-                own = respond(sampler, sum(batches, []), seed=seed + 7919 * step, vocab=len(tokenizer), **sampling)
+                own = respond(sampler, sum(batches, []), seed=seed + 7919 * step,          # a prime: small seeds do not meet
+                              vocab=len(tokenizer), **sampling)
                 batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
                 kd_share = 1.0                                                  # no CE: its own answers are no targets
 
@@ -279,7 +282,7 @@ def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad
     """
     device, policy_loss, teacher_states = student.head.device, None, None
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
-    with mixed(device, dtype):
+    with mixed_precision(device, dtype):
         if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7)
             old, advantage, teacher_states = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']

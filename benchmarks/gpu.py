@@ -46,7 +46,7 @@ from minikd.gptq import quantize_columns, quantize_model, replayed_columns
 from minikd.head import compile_losses, head_loss, scored_positions
 from minikd.layout import laid_out
 from minikd.losses import clipped_surrogate, forward_kl, pick_divergence, reverse_kl
-from minikd.model import Qwen2, Qwen2Config, StaticCache, mixed, rope_tables, rotate
+from minikd.model import Qwen2, Qwen2Config, StaticCache, mixed_precision, rope_tables, rotate
 from minikd.quant import W4Linear, dequantize_groups, round_to_nearest, to_w4, to_words
 from minikd.teacher import Teacher
 from minikd.training import compile_blocks, make_optimizer
@@ -379,7 +379,7 @@ def check_compiled(table, config, device, dtype, most):
             compile_blocks(model)
         for B, T in (3, 40), (2, 64), (2, 72):
             weight = torch.randn(B, T, config.hidden_size, generator=torch.Generator().manual_seed(T)).to(device)
-            with mixed(model.head.device, dtype):           # weighted: the mean square after the last norm is always 1
+            with mixed_precision(model.head.device, dtype): # weighted: the mean square after the last norm is always 1
                 (weight * model.hidden(torch.arange(B * T, device=device).view(B, T))).sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 

@@ -33,7 +33,7 @@ from benchmarks.shapes import SHAPES
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
 from minikd.losses import forward_kl
-from minikd.model import Qwen2, mixed
+from minikd.model import Qwen2, mixed_precision
 
 SHALLOW = {"student": replace(SHAPES["0.5B"], num_hidden_layers=4), "teacher": replace(SHAPES["1.5B"], num_hidden_layers=4)}
 ROWS, LENGTH, WORDS, LR = 4, 256, 151_643, 1e-5
@@ -71,7 +71,7 @@ def minikd(folder: Path, mode: str, steps: int, full_logits: bool = False, lean:
     before = resident()
     for step, (ids, mask) in enumerate(batches(steps)):
         start = time.perf_counter()
-        with mixed(ids.device, dtype):
+        with mixed_precision(ids.device, dtype):
             if full_logits:
                 with torch.no_grad():
                     soft = scored_positions(teacher(ids), ids, mask)[0]         # [N, V]

@@ -22,7 +22,7 @@ from benchmarks.kd_step import LENGTH, LR, ROWS, SHALLOW, batches, dataset, meas
 from benchmarks.measure import compare_steps, resident, trainer_clock, trl_options, word_tokenizer
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
-from minikd.model import Qwen2, mixed
+from minikd.model import Qwen2, mixed_precision
 
 
 def minikd(folder: Path, mode: str, steps: int):
@@ -31,7 +31,7 @@ def minikd(folder: Path, mode: str, steps: int):
     seconds, losses, before = [], [], resident()
     for ids, mask in batches(steps):
         start = time.perf_counter()
-        with mixed(ids.device, torch.float32 if mode == "float32" else torch.bfloat16):
+        with mixed_precision(ids.device, torch.float32 if mode == "float32" else torch.bfloat16):
             hidden, targets = scored_positions(student.hidden(ids), ids, mask)
             loss, _, _ = head_loss(hidden, student.head, targets, weight=1 / len(targets))
         loss.backward()

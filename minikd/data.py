@@ -37,7 +37,7 @@ def prompt_text(example: Example, tokenizer, template: str = "chatml") -> str:
 
 
 def begins_thoughts(prompt: str) -> bool:
-    """Whether the prompt ends in <think>, as QwQ's and DeepSeek-R1's templates let it."""
+    """Whether the prompt ends in <think>, as QwQ's and DeepSeek-R1's templates make it."""
     return prompt.rstrip().endswith("<think>")
 
 
@@ -137,7 +137,7 @@ def collate(encoded: list[Encoded], pad_id: int, device="cpu") -> tuple[Tensor, 
     """Rows of prompt + response, as wide as the longest -> ids [B, T] int64 on `device`, and mask [B, T] bool on the CPU.
 
     Padded on the right, so that causal attention needs no padding mask. The mask is True on the response's tokens, its
-    end token included; padding is never found by comparing ids with pad_id. It stays on the CPU so that scored_positions
+    end token included; padding is never found by comparing ids with pad_id. The mask stays on the CPU so that scored_positions
     knows how many tokens are scored without waiting for a GPU.
     """
     T = max(map(len, encoded))
@@ -175,7 +175,7 @@ def optimizer_steps(rows: list[Encoded], start: int, steps: int, batch_size: int
     for step in range(start, steps):
         epoch, at = divmod(step, per_epoch)
         if at == 0 or step == start:
-            order = batch_order(rows, batch_size * grad_accum, seed, epoch)     # the same rows for 1 x 8 and 8 x 1
+            order = batch_order(rows, batch_size * grad_accum, seed, epoch)     # the same for batches of 1 x 8 and of 8 x 1
         whole = [rows[i] for i in order[at]]
         yield step, [whole[i:i + batch_size] for i in range(0, len(whole), batch_size)]
 

@@ -10,7 +10,7 @@ from minikd.examples import Example, recognise, text_field, to_example
 from minikd.files import InputError, write_jsonl
 from minikd.generate import respond
 from minikd.head import compare_heads, head_loss, scored_positions
-from minikd.model import Qwen2, mixed
+from minikd.model import Qwen2, mixed_precision
 from minikd.records import HALF, kind_of, read_records
 from minikd.rouge import exact_match, mean_by_category, rouge_l_best, tokens
 from minikd.teacher import Teacher
@@ -34,7 +34,7 @@ def compare(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, tea
     for at in by_length(rows, batch_size):
         part = [rows[i] for i in at]
         ids, mask = collate(part, pad_id, device)
-        with mixed(device, dtype):
+        with mixed_precision(device, dtype):
             hidden, targets = scored_positions(model.hidden(ids), ids, mask)                # [N, D], [N]
             if teacher:
                 values = compare_heads(hidden, model.head, targets, teacher.states(part, ids, mask), teacher.head,
@@ -52,7 +52,7 @@ def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher
 
     The model samples an answer y to each prompt; the estimate is the exact KL(q_t || p_t) summed over y's tokens, averaged
     over the answers. By the chain rule KL(q || p) = E_y Σ_t KL(q_t || p_t); log q(y) - log p(y) has the same mean, but also the
-    noise of each y_t. Of an answer cut at max_new_tokens only the beginning counts: too little for a model that rambles.
+    noise of each y_t. Of an answer cut at max_new_tokens only the beginning counts: too low a value for a model that rambles.
     """
     own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids,
                   vocab=min(len(model.head), len(teacher.head)))        # the rows that the KL is over

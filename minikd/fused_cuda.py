@@ -35,7 +35,7 @@ def add_and_normalise(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple
 
 
 def draw_tokens(logits: Tensor, u: Tensor, at: Tensor, tokens: Tensor, drawn: Tensor, logps: Tensor, temperature: float) -> None:
-    """The next token of every row as generate.sample draws it without top-k and top-p, written where generate.Rows needs it.
+    """The next token of every row as generate.sample draws it without top-k and top-p, written where generate.Decoding needs it.
 
     logits [B, V], u [max_new_tokens, B] float64; in place: at [B], the newest token's number, tokens [B], the newest,
     drawn [max_new_tokens, B], logps [max_new_tokens, B] float64. All but logits are contiguous.

@@ -77,14 +77,14 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     u = torch.rand(max_new_tokens, count, generator=generator, dtype=torch.float64, device=device)
     graphs = (can_record(device) if graphs is None else graphs) and not no_repeat_ngram_size
 
-    def logits_of(states, rows):
+    def logits_of(states, decoding):
         """The models' states [B, D] -> [B, V], what the next tokens are drawn from."""
         logits = head_logits(model, states[0])[:, :vocab]                                   # [B, V]
         if mix:
             logq, logp = log_probs(logits, head_logits(teacher, states[1]), temperature=1.0)
             logits = log_mix(logp, logq, mix)                   # MiniLLM eq. (4), over the rows that both heads have
         if no_repeat_ngram_size:
-            written = (prompts[i // samples] + rows.answers[i] for i in rows.alive)
+            written = (prompts[i // samples] + decoding.answers[i] for i in decoding.alive)
             ban_repeats(logits, written, no_repeat_ngram_size)
         return logits
 
@@ -98,20 +98,20 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
             caches = [StaticCache(cache) for cache in caches]
         if graphs and one_kernel:
             models = [OneKernel(each, cache) if fits(each, count) else each for each, cache in zip(models, caches)]
-        rows = Rows(models, caches, states, logits_of, (temperature, top_p, top_k), u)
-        step, look = Replay(rows.step, graphs and device.type == "cuda"), LOOK if graphs else 1
+        decoding = Decoding(models, caches, states, logits_of, (temperature, top_p, top_k), u)
+        step, look = Replay(decoding.step, graphs and device.type == "cuda"), LOOK if graphs else 1
         for done in range(1, max_new_tokens):                   # tokens that every row has
             if done == 1 or done % look == 0:                   # at 1: all may have stopped at once
-                going = rows.read(done, stops)                  # the rows that are not finished
+                going = decoding.read(done, stops)              # the rows that are not finished
                 if not going:
                     break
                 # A graph is for a fixed number of rows: dropping finished ones costs a new one, so half must have finished.
-                if len(going) < len(rows.alive) and (2 * len(going) <= len(rows.alive) or not graphs):
-                    rows.keep(going)
-                    step = Replay(rows.step, step.on)
+                if len(going) < len(decoding.alive) and (2 * len(going) <= len(decoding.alive) or not graphs):
+                    decoding.keep(going)
+                    step = Replay(decoding.step, step.on)
             step()
-        rows.read(max_new_tokens, stops)
-    return rows.answers, rows.answer_logps
+        decoding.read(max_new_tokens, stops)
+    return decoding.answers, decoding.answer_logps
 
 
 def as_set(eos_ids) -> frozenset[int]:
@@ -154,7 +154,7 @@ def prefill(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, samples
     return cache, states[rows]
 
 
-class Rows:
+class Decoding:
     """The answers being written: on the device every row's newest token, the caches, and all that was drawn so far; on the
     host what `read` has copied."""
 
@@ -302,8 +302,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tens
 
 
 def invert(probs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The token [B, 1] at which the running sum of probs [B, V] passes u [B, 1] x their total; and that total [B, 1], which
-    is below 1 after top-p.
+    """Inverse transform sampling: the token [B, 1] at which the running sum of probs [B, V] passes u [B, 1] x their total; and
+    that total [B, 1], which is below 1 after top-p.
 
     Two searches, for the block of 128 tokens and then within it: one running sum in float64 over 151,936 probabilities
     (float32 would lose the tail) takes two to ten times as long as their softmax, and on a GPU one block of threads walks each

@@ -1,7 +1,7 @@
 """GRPO: several answers to each prompt, a group; an answer's advantage is how much better it is than its group.
 
-The objective, to be maximised; o_i the answers of a group, A_i their advantages, the same for all tokens of an answer, and
-ρ = π / π_old the ratio of the policies:
+The objective, to be maximised, paper eq. (6); o_i the answers of a group, A_i their advantages, the same for all tokens of an
+answer, and ρ = π / π_old the ratio of the policies:
 
     1/G Σ_i 1/|o_i| Σ_t [ min(ρ_it A_i, clip(ρ_it, 1 - ε, 1 + ε) A_i) - β k3_it ]
 
@@ -23,7 +23,7 @@ from minikd.data import Encoded, by_length, collate
 from minikd.generate import generate_with_log_probs
 from minikd.head import scored_positions, target_log_probs
 from minikd.losses import at_least_float32, clipped_surrogate, ratios
-from minikd.model import Qwen2, mixed
+from minikd.model import Qwen2, mixed_precision
 
 NORMS = ("sequence", "token", "constant")
 
@@ -142,7 +142,7 @@ def token_log_probs(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: 
     found, device = {}, model.head.device
     for at in by_length(rows, batch_size):
         ids, mask = collate([rows[i] for i in at], pad_id, device)              # [B, T]
-        with mixed(device, dtype):
+        with mixed_precision(device, dtype):
             states, targets = scored_positions(model.hidden(ids), ids, mask)    # [N, D], [N]
             logps = target_log_probs(states / temperature, model.head, targets, vocab)      # [N]; scales the logits: linear
         found |= dict(zip(at, logps.split([len(rows[i].response) for i in at])))

@@ -119,7 +119,7 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
 
 
 def no_divergence(logits: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
-    """0 of each token: [n, V] -> [n]"""
+    """0 for each token: [n, V] -> [n]"""
     return torch.zeros(len(logits), device=logits.device)
 
 

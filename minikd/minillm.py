@@ -1,15 +1,15 @@
 """MiniLLM: the student learns from its own answers, by policy gradient on the reverse KL to its teacher.
 
-The objective is L = KL(q || p) over whole answers y_1 .. y_n, q the student and p the teacher. With the reward of a token,
-r_t = log p(y_t) - log q(y_t), it is L = -E Σ_t r_t over answers of q, and as a token has no effect on the rewards before it,
+The objective, eq. (1), is L = KL(q || p) over whole answers y_1 .. y_n, q the student and p the teacher. With the reward of a
+token, r_t = log p(y_t) - log q(y_t), it is L = -E Σ_t r_t over answers of q, and as a token has no effect on the rewards before it,
 
-    ∇L = -E Σ_t (r_t + R_{t+1}) ∇ log q(y_t),   R_{t+1} = Σ_{i>t} r_i
+    ∇L = -E Σ_t (r_t + R_{t+1}) ∇ log q(y_t),   R_{t+1} = Σ_{i>t} r_i                              eq. (2)
 
 The part with r_t needs no sample of y_t. For given y_1 .. y_{t-1} its mean over y_t is, as Σ_v q_t(v) ∇ log q_t(v) = 0,
 
     -Σ_v q_t(v) r_t(v) ∇ log q_t(v) = ∇ KL(q_t || p_t)
 
-which is exact over the whole vocabulary. What is sampled is only the effect of y_t on the steps after it; eq. (2), (3):
+which is exact over the whole vocabulary. What is sampled is only the effect of y_t on the steps after it, eq. (3):
 
     ∇L = E Σ_t [ ∇ KL(q_t || p_t) - R_{t+1} ∇ log q(y_t) ]
 
@@ -27,7 +27,7 @@ Where the authors' code (LMOps/minillm, losses.py, sampler.py) departs from thei
     w_t is clipped together with the ratio                          w_t multiplies the clipped objective
     mixes probabilities, then takes the logarithm                   mixes in log space
 What their code does without the paper saying so, and this file too: advantages are whitened, rewards clipped, and the
-exact first term has no weight w_t: its mean over y_t is 1, so that it would only add noise. Plain text (--lm-data) costs only
+exact first term has no weight w_t, whose mean over y_t is 1: it would only add noise. Plain text (--lm-data) costs only
 its cross-entropy here; there half of it is the cross-entropy with the teacher.
 """
 import math
@@ -41,7 +41,7 @@ from minikd.data import Encoded, by_length, collate, next_rows, optimizer_steps,
 from minikd.generate import respond
 from minikd.head import scored_positions, target_log_probs
 from minikd.losses import log_mix
-from minikd.model import Qwen2, cast_copy, mixed
+from minikd.model import Qwen2, cast_copy, mixed_precision
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
     found, device = [None] * len(own), student.head.device      # per row: log q, R_{t+1}, w_t [n] and teacher [n, D']
     for at in by_length(own, batch_size):
         ids, mask = collate([own[i] for i in at], pad_id, device)
-        with mixed(device, dtype):
+        with mixed_precision(device, dtype):
             states, targets = scored_positions(student.hidden(ids), ids, mask)              # [N, D], [N]
             teacher_states, _ = scored_positions(teacher.hidden(ids), ids, mask)            # [N, D']
             logq = target_log_probs(states, student.head, targets, shared)                  # [N]

@@ -78,6 +78,18 @@ class Qwen2Config:
                 refuse(field, "use a checkpoint without RoPE scaling, the same in all layers")
             if rope.get("rope_theta") is not None:
                 values["rope_theta"] = rope["rope_theta"]
+        cls._check_values(values, where)
+        if "num_attention_heads" in values:                                     # old configs: as many key/value heads
+            values.setdefault("num_key_value_heads", values["num_attention_heads"])
+        config = cls(**values)
+        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2 or not config.head_dim:
+            raise InputError(f"{where}: {config.num_attention_heads} query heads must be a multiple of "
+                             f"{config.num_key_value_heads} key/value heads, and the head size, {config.head_dim}, even; "
+                             "check num_attention_heads, num_key_value_heads and hidden_size")
+        return config
+
+    @classmethod
+    def _check_values(cls, values: dict, where: str):
         for name, value in values.items():
             kind = cls.__dataclass_fields__[name].type
             if kind is bool:
@@ -92,14 +104,6 @@ class Qwen2Config:
                 good, wanted = type(value) is int and 0 < value, "a whole number above 0"
             if not good:
                 raise InputError(f"{where}: {name} = {value!r}; give {wanted}")
-        if "num_attention_heads" in values:                                     # old configs: as many key/value heads
-            values.setdefault("num_key_value_heads", values["num_attention_heads"])
-        config = cls(**values)
-        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2 or not config.head_dim:
-            raise InputError(f"{where}: {config.num_attention_heads} query heads must be a multiple of "
-                             f"{config.num_key_value_heads} key/value heads, and the head size, {config.head_dim}, even; "
-                             "check num_attention_heads, num_key_value_heads and hidden_size")
-        return config
 
     def to_dict(self, dtype: torch.dtype = torch.float32) -> dict:
         """What transformers 4 and 5 both read: each one's name for the RoPE base and for the dtype."""
@@ -503,7 +507,7 @@ class Qwen2(nn.Module):
         return self
 
 
-def mixed(device: torch.device, dtype: torch.dtype):
+def mixed_precision(device: torch.device, dtype: torch.dtype):
     """Inside a `with` block: matrix products in `dtype`, the weights as they are. torch.autocast; float32 needs none."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 

@@ -13,7 +13,7 @@ from minikd.files import InputError, append_to, atomic_path, parse_json, read_js
 from minikd.generate import respond
 from minikd.head import scored_positions
 from minikd.layout import lay_out
-from minikd.model import Qwen2, mixed
+from minikd.model import Qwen2, mixed_precision
 
 FACTS, SHARD_TOKENS = "cache.json", 50_000          # a shard of a 3B teacher's states is 205 MB
 
@@ -86,7 +86,7 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
         states, items, device = {}, list(held.items()), teacher.head.device
         for start in range(0, len(items), batch_size):
             digests, part = zip(*items[start:start + batch_size])
-            with mixed(device, dtype):
+            with mixed_precision(device, dtype):
                 found = teacher.states(part, *collate(part, pad_id, device)).bfloat16().cpu()       # [N, D']
             states |= zip(digests, found.split([len(row.response) for row in part]))
             if progress:

@@ -36,18 +36,18 @@ def check_student(name, tokenizer):
 
 
 def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
-    """AdamW; biases and norm weights have no weight decay. fused=True updates them in one pass and allocates nothing."""
+    """AdamW (arXiv:1711.05101, Algorithm 2); biases and norm weights have no weight decay. fused=True updates in one pass."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)      # as MiniLLM's trainer
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)      # betas: as MiniLLM's trainer
 
 
 def compile_blocks(*models: Qwen2):
     """Lets torch.compile fuse the operations between a block's matrix products, for whole sequences and for decoding steps
     that a CUDA graph replays. One compiled graph serves all groups of blocks; the two models of a KD step took 27 s to compile.
     """
-    torch._dynamo.config.recompile_limit = 64                   # run_blocks', for all models, modes, numbers of rows; not 8
+    torch._dynamo.config.recompile_limit = 64                   # run_blocks', for all models, modes, numbers of rows; not its 8
     # Not kept for the backward pass but computed again there: silu(gate) up, for one. A KD step on an H200 held 17.0 GB, not
     # 18.5, and took 1% longer. It applies to all that this process compiles.
     torch._functorch.config.ban_recompute_materialized_backward = False

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from minikd.checkpoint import load_model, save_model
 from minikd.files import InputError
-from minikd.model import (MLP, Attention, KVCache, Qwen2, Qwen2Config, RMSNorm, StaticCache, mixed, rope_tables, rotate,
+from minikd.model import (MLP, Attention, KVCache, Qwen2, Qwen2Config, RMSNorm, StaticCache, mixed_precision, rope_tables, rotate,
                           run_blocks)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -449,6 +449,6 @@ def test_states_alone_give_a_tied_table_the_same_gradient_in_train_mode():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixed_multiplies_in_the_dtype_and_leaves_the_weights_in_float32(dtype):
     model = tiny()
-    with mixed(torch.device("cpu"), dtype):
+    with mixed_precision(torch.device("cpu"), dtype):
         logits = model(random_ids(2, 5))
     assert logits.dtype == dtype and {p.dtype for p in model.parameters()} == {torch.float32}

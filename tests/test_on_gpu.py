@@ -15,9 +15,9 @@ from conftest import killed_at, small, steps_of, tiny
 from fake_gpu import Graph, Played, Wrong, gpu, record
 from minikd.command import pick_device
 from minikd.data import Encoded
-from minikd.generate import Replay, Rows, generate_with_log_probs
+from minikd.generate import Decoding, Replay, generate_with_log_probs
 from minikd.losses import forward_kl
-from minikd.model import join_in_training, mixed
+from minikd.model import join_in_training, mixed_precision
 from minikd.quant import W4Linear
 from minikd.teacher import Teacher
 
@@ -75,7 +75,7 @@ def test_what_a_gpu_takes_from_the_cpu():
 def test_autocast_casts_as_cudas_does():
     with gpu():
         x = torch.ones(3, 3, device="cuda")
-        with mixed(x.device, torch.bfloat16):
+        with mixed_precision(x.device, torch.bfloat16):
             product = x @ x
             assert product.dtype == torch.bfloat16 and (x + 1).dtype == torch.float32
             assert product.sum().dtype == product.softmax(-1).dtype == (product ** 2).dtype == torch.float32
@@ -101,7 +101,7 @@ def test_a_students_products_are_joined_in_training_alone_and_a_teachers_for_goo
         student, x = small(0).to("cuda"), torch.ones(1, 2, 16, device="cuda")
         mlp = student.model.layers[0].mlp
         joined = lambda *layers: join_in_training(x, *layers or (mlp.gate_proj, mlp.up_proj)) is not None
-        with mixed(x.device, torch.bfloat16):
+        with mixed_precision(x.device, torch.bfloat16):
             assert joined() and not joined(W4Linear(32, 8, 32, False, 1))
             with torch.no_grad():
                 assert not joined()
@@ -135,14 +135,14 @@ def test_replayed_graphs_draw_the_plain_paths_tokens(monkeypatch, options, promp
 
 def test_a_step_that_replaces_a_tensor_would_draw_other_tokens(monkeypatch):
     """What a graph reads must be written in place: the test above notices if it is not."""
-    def step(rows, real=Rows.step):
+    def step(rows, real=Decoding.step):
         place, before = rows.tokens, rows.tokens.clone()
         real(rows)
         rows.tokens = place.clone()                                             # as if it had not been written in place
         place.copy_(before)
 
     free = generate_with_log_probs(small(3), PROMPTS, 40, 0.0)[0]
-    monkeypatch.setattr(Rows, "step", step)
+    monkeypatch.setattr(Decoding, "step", step)
     assert generate_with_log_probs(small(3), PROMPTS, 40, 0.0)[0] == free
     with gpu():
         assert generate_with_log_probs(small(3).to("cuda"), PROMPTS, 40, 0.0)[0] != free
