@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 
 import torch
 from tqdm import tqdm
@@ -28,6 +29,8 @@ class Parser(argparse.ArgumentParser):
             if not word or re.fullmatch(r"--[\w-]+=", word):    # an unset variable; as a path it would be the current folder
                 raise InputError(f"{word!r}: is empty; give a value, or leave its flag out")
             if HALF.search(word):                               # bytes of a file's name; nothing could write it down
+                with suppress(UnicodeDecodeError):
+                    raise InputError(f"{os.fsencode(word).decode()}: this locale is not UTF-8; set PYTHONUTF8=1")
                 raise InputError(f"{word!r}: is not UTF-8; rename the file or folder")
         return super().parse_args(given)
 

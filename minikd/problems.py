@@ -119,7 +119,7 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
     rng, found, seen, tries = random.Random(seed), [], set(), 0
     while len(found) < count:
         tries += 1
-        if tries > 20 * count + 1000:
+        if tries > 20 * len(found) + 1000:
             raise InputError(f"{task}: there are fewer than {count} different questions; ask for at most {len(found)}")
         drawn = TASKS[task](rng)
         if held_out(drawn[0]) == test and not (once and drawn[0] in seen):

@@ -217,6 +217,7 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
     (["--predictions", "p.txt", "--references", "r.jsonl", "--out", "./p.txt"], "is one of the files to read"),
     (["--model", "m", "--data", "r.jsonl", "--out", "two.txt"], "two.txt: exists, and only a .jsonl file is replaced"),
     (["--model", "m", "--data", "n\udcff"], "is not UTF-8; rename"),
+    (["--model", "m", "--data", "n\udcc3\udcbc"], "nü: this locale is not UTF-8; set PYTHONUTF8=1"),
     (["--model", "~nobody-here/m", "--data", "~nobody-here/r.jsonl"], "give another path"),
     (["--predictions", "p.txt", "--references", "odd.jsonl"], "odd.jsonl:1: field 'category' holds half a character"),
     (["--model", "m", "--data", "d", "--out", "d/r.jsonl"], "is one of the files to read"),

@@ -202,6 +202,15 @@ def test_an_attack_is_contained(name):
     assert time.monotonic() - start < (1.5 if status == "timeout" else 8)
 
 
+@pytest.mark.parametrize("layers", [("Landlock",), ("seccomp",)])
+def test_folders_are_refused_by_more_than_one_layer(monkeypatch, layers):
+    needs("Landlock", "seccomp")
+    without(monkeypatch, *layers)
+    for make in "os.mkdir('a')", "os.mkdir('a', dir_fd=os.open('.', os.O_RDONLY))":
+        result = run_program(f"import os\n{make}")
+        assert result.status == "error" and "PermissionError" in result.stderr, result
+
+
 def test_nothing_outside_is_read_or_written(nothing_left):
     needs("Landlock")
     with tempfile.TemporaryDirectory(dir=nothing_left.parent) as folder:
