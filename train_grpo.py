@@ -261,10 +261,10 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                     save_state(out, model, optimizer, {"step": step + 1, "unpaid": unpaid})
                 else:
                     log.write(step=steps, done=True)
+                    remove(out / STATE)                         # last/ has the weights; the moments are of no more use
                 progress.say(news)                                              # last: if its reader is gone, this ends the run
                 if line["truncated"] > 0.9:
                     progress.say(f"{line['truncated']:.0%} of the answers were cut; raise --max-new-tokens")
-    remove(out / STATE)                                         # last/ has the weights; the moments are of no more use
     return model
 
 
@@ -429,7 +429,7 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     anew = args.toy and not args.model                          # all of it can be made again
     check = functools.partial(check_free, out, [out], resume=args.resume, toy=anew, data=args.data or (),
-                              own=["completions.jsonl"])
+                              own=["completions.jsonl", "curves.png"])
     check()
     asked, tests = read_problems(args)
     rewards, weights = choose_rewards(args, asked + tests)

@@ -262,9 +262,9 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                     save_state(out, student, optimizer, state, minillm.pack_rollouts(rollouts_now))
                 else:
                     log.write(step=steps, done=True)
+                    remove(out / STATE)                         # last/ has the weights; the moments are of no more use
                 progress.say(f"{title} step {step + 1}: {news}")                # last: if its reader is gone, this ends the run
             started = time.perf_counter()
-    remove(out / STATE)                                         # last/ has the weights; the moments are of no more use
     return student
 
 

@@ -175,10 +175,10 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(),
     """Raises InputError if this run would destroy something: a model in a folder to be written, another run, the table and
     picture of runs beside it, or a file that it reads. Says if there is nothing to resume.
 
-    runs  the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
-    data  what the run reads, as data_files takes it
-    own   globs of files that it writes in `out`, beside its log and its config
-    cache the folder of --cache-teacher, which may have any other place
+    runs   the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
+    data   what the run reads, as data_files takes it
+    own    globs of files that it writes in `out`, beside its log and its config
+    cache  the folder of --cache-teacher, which may be anywhere else
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose a folder with --out")
