@@ -431,6 +431,7 @@ def main():
     check = functools.partial(check_free, out, [out], resume=args.resume, toy=anew, data=args.data or (),
                               own=["completions.jsonl", "curves.png"])
     check()
+    files = [[str(file), sha256(file)] for file in data_files(args.data or ())]      # first: it refuses a pipe
     asked, tests = read_problems(args)
     rewards, weights = choose_rewards(args, asked + tests)
     if rewards.keys() & {"code", "code_partial"}:               # it may not run here: said before a student is taught
@@ -448,7 +449,6 @@ def main():
     dropped = len(asked) + len(tests) - len(rows) - len(valid_rows)
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
     settings = flags_of(train, args, but=("model", "rewards", "out", "dtype"))
-    files = [[str(file), sha256(file)] for file in data_files(args.data or ())]
     recorded = settings | {"toy": anew, "model": identify(args.model), "data": files or None, "task": args.task,
                            "rewards": args.rewards, "reward_weights": weights,
                            "reward_files": {path: sha256(path) for path in reward_files(args.rewards)},

@@ -188,8 +188,10 @@ def open_tensors(path: Path):
     """safe_open, with a file that cannot be read, or is damaged, reported as an InputError."""
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:                                   # it is there (tensor_files); any error of opening it is this one
-        raise InputError(f"{path}: cannot be opened; check its permissions") from None
+    except FileNotFoundError:                                   # its word for every error of opening a file
+        if path.exists():
+            raise InputError(f"{path}: cannot be opened; check its permissions") from None
+        raise InputError(f"{path}: is missing; fetch the model again") from None
     except SafetensorError as error:
         size = path.stat().st_size
         if size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):

@@ -359,12 +359,13 @@ def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:
     Raises InputError for the first malformed record, and when there is no text.
     """
     files, texts = data_files(paths), []
+    hashes = [(str(file), sha256(file)) for file in files]      # before they are read: it refuses a pipe
     for where, record in read_records(files):
         with suppress(Dropped):
             texts.append(text_field(record, where, "text"))
     if not texts:
         raise InputError(f"{', '.join(map(str, files))}: holds no text; give records with a field 'text'")
-    return texts, [(str(file), sha256(file)) for file in files]
+    return texts, hashes
 
 
 def same_prompt(messages) -> str:

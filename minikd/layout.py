@@ -3,6 +3,7 @@
 A decoding step reads every weight once and computes little, so its time depends on the bytes it reads, on their layout,
 and on the number of calls.
 """
+import threading
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from minikd.quant import W4Linear, give_memory_back
 WORTH = 16
 # Fewer rows than this use the int8 head: 2.2 x as fast at 1 row, 1.1 to 1.6 x at 4, 1.0 to 1.1 x at 8 (benchmarks/w4_linear.py).
 INT8_ROWS = 8
+SWITCH, STOOD = threading.Lock(), []                    # torch_products': how oneDNN's switch stood as each thread came
 
 
 @contextmanager
@@ -29,8 +31,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 
     rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
     From the plain layout oneDNN reaches 60% of a CPU's memory bandwidth in bfloat16; one row is multiplied without it
-    (torch_products), and nothing is packed. In float32 the plain layout gains nothing from several threads, and from two rows
-    on it takes two to five times as long. On a GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its codes
+    (torch_products), and nothing is packed or joined. In float32 the plain layout gains nothing from several threads, and from
+    two rows on it takes two to five times as long. On a GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its codes
     never change, and its packed head while the head is the same.
     """
     weight = model.head
@@ -61,19 +63,28 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 @contextmanager
 def torch_products(weight: Tensor, rows: int):
     """Inside the `with` block, for one row and a bfloat16 weight on a CPU, torch multiplies by its own kernels: the one for a
-    row reads a plain weight at the memory's full speed, as oneDNN does a packed one. For two rows it takes twice as long."""
-    onednn = torch.backends.mkldnn.enabled
-    if rows == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+    row reads a plain weight at the memory's full speed, as oneDNN does a packed one. For two rows it takes twice as long.
+
+    The switch is the process's: of several threads the first saves how it stood, and the last sets it so again.
+    """
+    if not (rows == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"):
+        yield
+        return
+    with SWITCH:
+        STOOD.append(torch.backends.mkldnn.enabled)
         torch.backends.mkldnn.enabled = False
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = onednn
+        with SWITCH:
+            stood = STOOD.pop()                         # the first thread's is the last to be taken
+            if not STOOD:
+                torch.backends.mkldnn.enabled = stood
 
 
 def can_pack() -> bool:
     """Whether this torch has oneDNN: a Mac's has not, though `enabled` is true there."""
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return torch.backends.mkldnn.is_available() and (*STOOD, torch.backends.mkldnn.enabled)[0]
 
 
 def lay_out(model: Qwen2, rows: int, pack: bool):

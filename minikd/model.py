@@ -261,7 +261,7 @@ class RMSNorm(nn.Module):
 
 def rope_tables(positions: Tensor, base: float, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position x θ_i, θ_i = base^(-2i/E) for i = 0 .. E/2 - 1.  positions [B or 1, T] -> two [B or 1, 1, T, E]"""
-    # [E/2], RoPE eq. (15); in this order of operations it is rounded as transformers rounds it
+    # [E/2], RoPE eq. (15); in this order of operations it is rounded as transformers rounds it (on a CPU)
     frequency = 1.0 / base ** (torch.arange(0, E, 2, device=positions.device).float() / E)
     angle = positions[:, None, :, None].float() * frequency                     # [B, 1, T, E/2]
     angle = torch.cat((angle, angle), dim=-1)                                   # [B, 1, T, E]; HF pairs x_i with x_{i+E/2}

@@ -11,7 +11,7 @@ from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.gptq import quantize_model
 from minikd.generate import generate, respond
-from minikd.layout import INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, use_int8_head
+from minikd.layout import INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, torch_products, use_int8_head
 from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear, to_w4, to_words
 from test_generate import PROMPTS, V, random_model
@@ -91,6 +91,20 @@ def test_one_row_in_bfloat16_is_decoded_without_onednn(monkeypatch, dtype):
         with suppress(KeyboardInterrupt):
             generate(model, prompts, 4)
         assert used == [(3, True), (1, not narrow or len(prompts) > 1), *used[1:2] * 2][:min(fails, 4)]
+        assert torch.backends.mkldnn.enabled
+
+
+def test_two_threads_that_decode_one_row_leave_onednn_on():
+    """Whichever ends first; and what other threads pack meanwhile is packed."""
+    weight, before = torch.zeros(1, dtype=torch.bfloat16), can_pack()
+    for order in (0, 1), (1, 0):
+        users = [torch_products(weight, 1) for _ in range(2)]
+        for user in users:
+            user.__enter__()
+        assert not torch.backends.mkldnn.enabled and can_pack() == before
+        users[order[0]].__exit__(None, None, None)
+        assert not torch.backends.mkldnn.enabled
+        users[order[1]].__exit__(None, None, None)
         assert torch.backends.mkldnn.enabled
 
 
