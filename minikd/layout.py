@@ -31,9 +31,9 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 
     rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
     From the plain layout oneDNN reaches 60% of a CPU's memory bandwidth in bfloat16; one row is multiplied without it
-    (torch_products), and nothing is packed or joined. In float32 the plain layout gains nothing from several threads, and from
-    two rows on it takes two to five times as long. On a GPU nothing is packed. A 4-bit model keeps the layout afterwards, as its codes
-    never change, and its packed head while the head is the same.
+    (torch_products), and all stays as it is but for a 4-bit model's joined layers. In float32 the plain layout gains nothing
+    from several threads, and from two rows on it takes two to five times as long. On a GPU nothing is packed. A 4-bit model
+    keeps the layout afterwards, as its codes never change, and its packed head while the head is the same.
     """
     weight = model.head
     if model.packed_head is not None and model.packed_from != state_of(weight):
