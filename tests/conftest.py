@@ -1,5 +1,6 @@
 """What several test files share: one thread (two are slower on a busy machine), the CUDA kernels on a CPU, the real data if it
 is there, and a small tokenizer."""
+import fcntl
 import gc
 import json
 import os
@@ -7,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -135,14 +135,28 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish(session):
     gc.collect(), gc.freeze()                                       # what was imported, which no later collection searches
     gc.set_threshold(100_000, 50, 100)                              # models come and go by thousands: a tenth of all time
-    if shutil.which("nvcc") and any("compiled" in getattr(item, "fixturenames", ()) for item in session.items):
-        folder = tempfile.TemporaryDirectory()
-        source = Path(folder.name, "kernels.cu")
-        source.write_bytes(cuda.program())
-        nvcc = ["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "--keep", "--keep-dir", folder.name, source, "-o",
-                folder.name + "/kernels.cubin"]
-        # While the first tests run. By a thread, so that no ended child process is left for a test that looks for children.
-        session.compilation = folder, ThreadPoolExecutor(1).submit(subprocess.run, nvcc)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation(request, tmp_path_factory):
+    """-> the folder in which nvcc compiles minikd/*.cu while the first tests run, and the future of its end; None if no test
+    wants it. One of pytest-xdist's workers compiles, and the others wait for its lock."""
+    if not shutil.which("nvcc") or not any("compiled" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        return None
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if hasattr(request.config, "workerinput") else folder) / "nvcc"
+    folder.mkdir(exist_ok=True)
+
+    def compile():
+        with open(folder / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not (folder / "kernels.cubin").exists():
+                (folder / "kernels.cu").write_bytes(cuda.program())
+                subprocess.run(["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "--keep", "--keep-dir", folder,
+                                folder / "kernels.cu", "-o", folder / "kernels.cubin"], check=True)
+
+    # By a thread, so that no ended child process is left for a test that looks for children.
+    return folder, ThreadPoolExecutor(1).submit(compile)
 
 
 @pytest.fixture(autouse=True)
@@ -176,13 +190,13 @@ def int8():
 
 
 @pytest.fixture(scope="session")
-def compiled(request) -> SimpleNamespace:
+def compiled(compilation) -> SimpleNamespace:
     """What nvcc makes of minikd/*.cu for a Hopper GPU: the PTX (text) and the machine code (bytes)."""
-    if shutil.which("nvcc") is None:
+    if compilation is None:
         pytest.skip("no nvcc")
-    folder, nvcc = request.session.compilation
-    assert nvcc.result().returncode == 0
-    return SimpleNamespace(ptx=Path(folder.name, "kernels.ptx").read_text(), cubin=Path(folder.name, "kernels.cubin").read_bytes())
+    folder, nvcc = compilation
+    nvcc.result()
+    return SimpleNamespace(ptx=(folder / "kernels.ptx").read_text(), cubin=(folder / "kernels.cubin").read_bytes())
 
 
 @pytest.fixture(scope="session")

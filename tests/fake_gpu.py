@@ -244,6 +244,18 @@ class Autocast:
         Played.autocast = self.outer
 
 
+class Stream:
+    """A class, not a function: transformers annotates with torch.cuda.Stream | None."""
+    def __init__(self, device):
+        pass
+
+
+class Event:
+    def __init__(self, **_):
+        self.record = self.synchronize = lambda: None
+        self.elapsed_time = lambda end: 1.0
+
+
 RealGenerator = torch.Generator
 
 
@@ -264,11 +276,10 @@ def gpu():
         get_device_properties=lambda *_: SimpleNamespace(name="played", multi_processor_count=1, total_memory=1 << 40,
                                                           major=7, minor=5, shared_memory_per_block_optin=227 << 10),
         device=lambda _: nullcontext(), synchronize=lambda *_: None, empty_cache=lambda: None, CUDAGraph=Graph, graph=record,
-        Stream=lambda device: None,
+        Stream=Stream, Event=Event,
         get_rng_state=lambda *_: torch.get_rng_state(), set_rng_state=lambda state, *_: torch.set_rng_state(state),
         is_current_stream_capturing=lambda: Played.recording is not None, get_device_name=lambda *_: "a CPU",
-        reset_peak_memory_stats=lambda *_: None, max_memory_allocated=lambda *_: 0,
-        Event=lambda **_: SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0))
+        reset_peak_memory_stats=lambda *_: None, max_memory_allocated=lambda *_: 0)
     enabled, its_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
     rest = dict(
         Generator=Generator, autocast=Autocast,

@@ -13,6 +13,9 @@ from bisect import bisect_right
 import numpy as np
 
 LANES, BYTES = np.arange(32), np.arange(16)
+STEP, SEVERAL = 64, 32                                  # of a warp's clock, as Memory explains
+IN_FLIGHT, RELAXED = 1, 2
+UNITS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"} # numpy's types by size, to copy by; c16 is copied bit by bit, too
 SHARED, SHARED_BYTES = 1 << 56, 227 << 10               # shared memory's first generic address, far above any pointer; its size
 
 
@@ -113,42 +116,48 @@ def kernels_of(ptx: str) -> dict[str, Kernel]:
 # ---- memory
 
 class Memory:
-    """The bytes from `start` on. If a kernel writes them (warps > 0), also for each cell of two bytes which lane wrote it last,
-    which lane of each warp read it last, and when, by that warp's own clock.  unwritten: a read before any write is a Fault"""
+    """`size` bytes from the address `start` on. If a kernel writes them (warps > 0), also for each cell of two bytes which warp
+    wrote it last, when, and when each warp read it last.  unwritten: a read before any write is a Fault
 
-    def __init__(self, start: int, view: np.ndarray, warps: int, unwritten: bool = False):
-        self.start, self.view, self.warps, self.unwritten = start, view, warps, unwritten
+    A time is that warp's own clock, which goes up in steps of 64, less the lane, or less 32 for several lanes; 0: never.
+    """
+
+    def __init__(self, start: int, size: int, warps: int, view: np.ndarray | None = None, unwritten: bool = False):
+        self.base, self.start, self.size, self.warps, self.unwritten = start & -16, start, size, warps, unwritten
+        length = start + size - self.base + 15 & -16            # whole units of 16 bytes, of which only the given are accessed
+        if view is None:
+            view = np.frombuffer((ctypes.c_uint8 * length).from_address(self.base), np.uint8)
+        self.units = {size: view[:length].view(unit) for size, unit in UNITS.items()}
         if warps:
-            cells = len(view) // 2 + 1
-            self.in_flight = np.zeros(cells, bool)                              # the target of an asynchronous copy
-            self.relaxed = np.zeros(cells, bool)                                # accessed relaxed
-            self.writer, self.lane = np.full(cells, -1, np.int32), np.zeros(cells, np.int8)         # -1: no writer yet
-            self.written = np.zeros(cells, np.int32)
-            self.read = np.full((cells, warps), -1, np.int32)
-            self.reader = np.zeros((cells, warps), np.int8)                     # -1: several lanes
+            cells = length // 2
+            self.barred = np.zeros(cells, np.uint8)             # IN_FLIGHT or RELAXED: no ordinary access
+            self.writer, self.written = np.zeros(cells, int), np.zeros(cells, np.int32)
+            self.read = np.zeros((cells, warps), np.int32)
 
     def check(self, warp, lanes: np.ndarray, at: np.ndarray, size: int, write: bool) -> np.ndarray:
         """n lanes of a warp access `size` bytes each, at offsets `at` [n] -> the cells [n, size / 2]; Faults for a race"""
-        cells, clock, id, lanes = self.cells(at, size), warp.clock, warp.id, lanes[:, None]
-        writer, written, now = self.writer[cells], self.written[cells], clock[id]
-        require(not (self.in_flight[cells] | self.relaxed[cells]).any(),
+        cells, clock, id, time = self.cells(at, size), warp.clock, warp.id, warp.times(lanes)
+        written, now = self.written[cells], clock[id]
+        require(not np.count_nonzero(self.barred[cells]),
                 "accessed while an asynchronous copy is in flight, or ordinarily where others access relaxed", warp)
         # By another warp: later than what this one knows of that warp's clock. By this warp: another lane, and no sync since.
-        unordered = clock[writer] < written
-        if (written >= now).any():
-            unordered |= (writer == id) & (written == now) & (self.lane[cells] != lanes)
-        require(not unordered.any(), "race: accesses what another thread wrote", warp)
+        unordered = clock[self.writer[cells]] < written
+        if np.count_nonzero(recent := written > now - STEP):
+            unordered |= recent & (self.writer[cells] == id) & (written != time)
+        require(not np.count_nonzero(unordered), "race: accesses what another thread wrote", warp)
         if write:
-            seen = self.read[cells]                                             # [n, size / 2, warps]
+            seen = self.read.take(cells, 0)                                     # [n, size / 2, warps]
             unordered = seen > clock
-            unordered[..., id] = (seen[..., id] == now) & (self.reader[cells, id] != lanes)
-            require(not unordered.any(), "race: writes what another thread reads", warp)
+            unordered[..., id] = (seen[..., id] > now - STEP) & (seen[..., id] != time)
+            require(not np.count_nonzero(unordered), "race: writes what another thread reads", warp)
         else:
-            require(not self.unwritten or writer.min() >= 0, "reads what no thread wrote", warp)
-            several = (self.read[cells, id] == now) & (self.reader[cells, id] != lanes)
-            self.reader[cells, id], self.read[cells, id] = lanes, now
-            several |= self.reader[cells, id] != lanes                          # lanes that now read the same cell: one is kept
-            self.reader[cells[several], id] = -1
+            require(not self.unwritten or written.all(), "reads what no thread wrote", warp)
+            read = self.read[:, id]
+            before = read[cells]
+            read[cells] = time
+            several = (before > now - STEP) & (before != time) | (read[cells] != time)      # the latter: lanes of this access
+            if np.count_nonzero(several):
+                read[cells[several]] = now - SEVERAL
         return cells
 
     @staticmethod
@@ -158,20 +167,22 @@ class Memory:
     def touch_relaxed(self, warp, at: np.ndarray, size: int):
         require(self.warps, "a relaxed access to what is only read", warp)
         cells = self.cells(at, size)
-        require(self.writer[cells].max() < 0 and self.read[cells].max() < 0, "relaxed, and by ordinary accesses before", warp)
-        self.relaxed[cells] = True
+        require(not (self.written[cells].any() or self.read[cells].any() or (self.barred[cells] == IN_FLIGHT).any()),
+                "relaxed, and by ordinary accesses before", warp)
+        self.barred[cells] = RELAXED
 
     def mark(self, warp, lanes, cells):
         """The lanes have written their cells."""
-        self.writer[cells], self.written[cells], self.lane[cells] = warp.id, warp.clock[warp.id], lanes[:, None]
-        require((self.lane[cells] == lanes[:, None]).all(), "two lanes write to one place", warp)
+        time = warp.times(lanes)
+        self.writer[cells], self.written[cells] = warp.id, time
+        require((self.written[cells] == time).all(), "two lanes write to one place", warp)
 
 
 class Warp:
     def __init__(self, block, number: int):
         self.block, self.number, self.id = block, number, number + block.first
-        self.clock = np.zeros(block.grid.clocks, int)           # a vector clock: the latest time it knows of each warp
-        self.clock[self.id] = 1
+        self.clock = np.zeros(block.grid.clocks, np.int32)      # a vector clock: the latest time it knows of each warp
+        self.clock[self.id] = STEP
         self.groups, self.here = [[]], 0                        # of asynchronous copies, the last one still open; instruction
         self.waited = not block.grid.overlap
         full = lambda value: np.full(32, value, np.uint32)
@@ -186,9 +197,13 @@ class Warp:
     def lanes(self) -> np.ndarray:
         return LANES if self.full else LANES[self.mask]
 
+    def times(self, lanes: np.ndarray) -> np.ndarray:
+        """[n] -> [n, 1]"""
+        return (self.clock[self.id] - lanes.astype(np.int32))[:, None]
+
     def find(self, space: str, addresses: np.ndarray, size: int) -> list[tuple]:
-        """-> (memory, which of the addresses are in it, their offsets) for each memory that is accessed"""
-        require(not (addresses & size - 1).any(), "misaligned", self)
+        """-> (memory, which of the addresses are in it, their offsets from its base) for each memory that is accessed"""
+        require(not np.count_nonzero(addresses & size - 1), "misaligned", self)
         if space == "shared" or space == "generic" and addresses[0] >= SHARED:
             at = addresses & SHARED - 1
             require(at.max() + size <= self.block.used, "past the end of shared memory", self)
@@ -196,11 +211,13 @@ class Warp:
         found, left, memories = [], addresses, self.block.memories
         while len(left):
             memory = memories[max(0, bisect_right(memories, left[0], key=lambda memory: memory.start) - 1)]
-            at = addresses - memory.start
-            inside = (at >= 0) & (at + size <= len(memory.view))
-            require(inside[addresses == left[0]].all(), "an address is in no tensor", left[0], self)
-            found.append((memory, inside, at[inside]))
-            left = left[(left < memory.start) | (left + size > memory.start + len(memory.view))]
+            end = memory.start + memory.size - size             # the last address at which an access may begin
+            inside = (addresses >= memory.start) & (addresses <= end)
+            require(memory.start <= left[0] <= end, "an address is in no tensor", left[0], self)
+            if np.count_nonzero(inside) == len(addresses):
+                return [(memory, slice(None), addresses - memory.base)]
+            found.append((memory, inside, addresses[inside] - memory.base))
+            left = left[(left < memory.start) | (left > end)]
         return found
 
     def keep(self, name: str, value: np.ndarray) -> np.ndarray:
@@ -225,21 +242,25 @@ class Warp:
              relaxed: bool = False) -> list[np.ndarray]:
         """-> `count` registers.  constant: as by ld.global.nc, only from memory that the kernel does not write; early: even if
         the kernel before has not ended"""
-        lanes, size = self.lanes, count * type().itemsize
-        out, addresses = np.zeros((32, size), np.uint8), addresses[lanes]
-        for memory, inside, at in self.find(space, addresses, size):
+        out = self.fetch(space, addresses, count * type().itemsize, constant, early, relaxed).view(type)
+        return [out] if count == 1 else list(out.reshape(32, count).T.copy())
+
+    def fetch(self, space: str, addresses, size: int, constant: bool, early: bool, relaxed: bool) -> np.ndarray:
+        """-> [32] units of `size` bytes"""
+        lanes, out = self.lanes, np.zeros(32, UNITS[size])
+        for memory, inside, at in self.find(space, addresses[lanes], size):
             require(early or self.waited or memory is self.block.shared, "reads before the kernel ahead has ended", self)
             require(not (constant and memory.warps), "reads by the non-coherent path what the kernel writes", self)
             if relaxed:
                 memory.touch_relaxed(self, at, size)
             elif memory.warps:
                 memory.check(self, lanes[inside], at, size, False)
-            out[lanes[inside]] = memory.view[at[:, None] + BYTES[:size]]
-        return list(out.view(type).T.copy())
+            out[lanes[inside]] = memory.units[size][at // size]
+        return out
 
     def store(self, space: str, addresses, *values, relaxed: bool = False):
-        lanes, data = self.lanes, np.stack(values, 1).view(np.uint8)
-        size = data.shape[1]
+        lanes, size = self.lanes, len(values) * values[0].itemsize
+        data = (values[0] if len(values) == 1 else np.array(values).T.copy()).view(UNITS[size]).reshape(32)
         for memory, inside, at in self.find(space, addresses[lanes], size):
             require(self.waited or memory is self.block.shared, "writes before the kernel ahead has ended", self)
             require(memory.warps, "writes what it may only read", self)
@@ -247,7 +268,7 @@ class Warp:
                 memory.touch_relaxed(self, at, size)
             else:
                 memory.mark(self, lanes[inside], memory.check(self, lanes[inside], at, size, True))
-            memory.view[at[:, None] + BYTES[:size]] = data[lanes[inside]]
+            memory.units[size][at // size] = data[lanes[inside]]
 
     def load_relaxed(self, space: str, addresses, type, count: int, constant: bool) -> list[np.ndarray]:
         return self.load(space, addresses, type, count, constant, relaxed=True)
@@ -259,13 +280,13 @@ class Warp:
         """atom.inc with acquire and release -> the values before"""
         place, = addresses[self.lanes]                          # only one lane is active
         (memory, _, at), = self.find("global", np.array([place]), 4)
-        count, released = memory.view[at[0]:][:4].view(np.uint32), self.block.grid.released
-        before = count.copy()
-        count[:] = 0 if before >= last[self.lanes] else before + 1
+        counts, released = memory.units[4], self.block.grid.released
+        before = counts[at // 4]
+        counts[at // 4] = 0 if before >= last[self.lanes] else before + 1
         released[place] = self.clock = np.maximum(self.clock, released.get(place, 0))
         self.clock = self.clock.copy()
-        self.clock[self.id] += 1
-        return np.full(32, before)
+        self.clock[self.id] += STEP
+        return before.repeat(32)
 
     def copy(self, to, source, size: int, there):
         """cp.async: `size` bytes, the first `there` of them read and the others 0; here `there` is 0 or `size`. Until the wait,
@@ -273,22 +294,21 @@ class Warp:
         lanes, full, mask = self.lanes, self.full, self.mask
         (memory, _, at), = self.find("shared", to[lanes], size)
         require(((there[lanes] == 0) | (there[lanes] == size)).all(), "an asynchronous copy of part of its bytes", self)
-        data = np.zeros((32, size), np.uint8)
+        data = np.zeros(32, UNITS[size])
         self.mask = mask & (there > 0)
         if self.mask.any():
-            self.full = False
-            data = np.stack(self.load("global", source, np.uint32, size // 4, False, True), 1).view(np.uint8)
+            self.full = bool(self.mask.all())
+            data = self.fetch("global", source, size, False, True, False)
         self.mask, self.full = mask, full
-        cells, where = memory.check(self, lanes, at, size, True), at[:, None] + BYTES[:size]
-        memory.in_flight[cells] = True
-        memory.view[where] = 0xff
-        self.groups[-1].append((memory, lanes, cells, where, data[lanes]))
+        cells, target = memory.check(self, lanes, at, size, True), memory.units[size]
+        memory.barred[cells], target[at // size] = IN_FLIGHT, np.full(size, 0xff, np.uint8).view(UNITS[size])
+        self.groups[-1].append((memory, lanes, cells, target, at // size, data[lanes]))
 
     def wait_for_copies(self, count: int):
         require(self.full, "not all lanes wait for their copies", self)
         while len(self.groups) > count + 1:
-            for memory, lanes, cells, where, data in self.groups.pop(0):
-                memory.in_flight[cells], memory.view[where] = False, data
+            for memory, lanes, cells, target, at, data in self.groups.pop(0):
+                memory.barred[cells], target[at] = 0, data
                 memory.mark(self, lanes, cells)
 
     def commit_group(self):
@@ -300,7 +320,7 @@ class Warp:
 
     def sync(self):
         require(self.full, "not all lanes reach __syncwarp", self)
-        self.clock[self.id] += 1
+        self.clock[self.id] += STEP
 
     # -- control
 
@@ -311,34 +331,36 @@ class Warp:
         stack = [[0, np.ones(32, bool), end]]                   # instruction, lanes, where these reconverge with the others
         while stack:
             pc, self.mask, meet = stack[-1]
-            self.full = bool(self.mask.all())
+            active = np.count_nonzero(self.mask)                # which is faster than all() and any()
+            self.full = active == 32
             while pc != meet and (run := kernel.run_at(pc)):
                 function, pc = run
                 function(self)
-            if pc == meet or not self.mask.any():
+            if pc == meet or not active:
                 stack.pop()
                 continue
             (guard, opcode, operands), self.here = code[pc], pc
             taken, stack[-1][0] = self.mask, pc + 1
             if guard:
                 taken = self.mask & (~self.r[guard[1:]] if guard[0] == "!" else self.r[guard])
+            count = np.count_nonzero(taken)
             if opcode.startswith("bra"):
                 target = kernel.labels[operands[0]]
-                if (taken == self.mask).all():
+                if count == active:
                     stack[-1][0] = target
-                elif taken.any():
+                elif count:
                     stack[-1][0] = kernel.meet[pc]
                     stack += [[pc + 1, self.mask & ~taken, kernel.meet[pc]], [target, taken, kernel.meet[pc]]]
             elif opcode == "ret":
                 for entry in stack:
                     entry[1] = entry[1] & ~taken
             elif opcode == "bar.sync":
-                require(taken.all(), "not the whole warp reaches a barrier", self)
+                require(count == 32, "not the whole warp reaches a barrier", self)
                 number, *threads = (int(self.r[operand][0]) if operand in self.r else int(operand) for operand in operands)
                 yield from self.block.barrier(number, threads[0] // 32 if threads else len(self.block.warps), self)
-            elif taken.any():
+            elif count:
                 require(opcode != "trap", "trap", self)
-                self.mask, self.full = taken, bool(taken.all())
+                self.mask, self.full = taken, count == 32
                 kernel.rare(pc)(self)
                 if opcode.startswith(RELAXED_LOADS):
                     yield
@@ -349,7 +371,7 @@ class Block:
         self.grid, self.at, self.first, self.memories, self.arrived = grid, at, first, memories, {}
         self.used = grid.kernel.static + grid.dynamic
         require(self.used <= SHARED_BYTES, "too much shared memory")
-        self.shared = Memory(0, np.full(self.used, 0xff, np.uint8), grid.clocks, unwritten=True)
+        self.shared = Memory(0, self.used, grid.clocks, np.full(self.used + 16, 0xff, np.uint8), unwritten=True)
         self.warps = [Warp(self, number) for number in range(grid.threads // 32)]
 
     def barrier(self, number: int, warps: int, warp: Warp):
@@ -362,7 +384,7 @@ class Block:
             joint = np.max([each.clock for each in arrived], axis=0)
             for each in arrived:
                 each.clock = joint.copy()
-                each.clock[each.id] += 1
+                each.clock[each.id] += STEP
             self.arrived[number] = []                           # for the next time; the waiting warps hold the old list
             arrived.clear()
 
@@ -387,8 +409,7 @@ class Grid:
         places = [(x, y) for y in range(shape[1]) for x in range(shape[0])]
         for group in [places] if together else [[place] for place in places]:
             runs = sorted([(*run, 0) for run in readable] + [(*run, self.clocks) for run in writable])
-            memories = [Memory(start, np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8), clocks)
-                        for start, size, clocks in runs]
+            memories = [Memory(start, size, clocks) for start, size, clocks in runs]
             with np.errstate(all="ignore"):
                 self.run([Block(self, at, i * warps, memories) for i, at in enumerate(group)])
 
@@ -524,7 +545,7 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
 
     def address(operand: str, space: str) -> str:
         name, plus = re.fullmatch(r"\[([%\w$.]+)(?:\+(-?\d+))?\]", operand).groups()
-        return f"{read(name, 'u4' if space == 'shared' else 'u8')}.astype(i8) + {plus or 0}"
+        return f"{read(name, 'u4' if space == 'shared' else 'u8')}.astype(i8)" + (f" + {read(plus, 'i8')}" if plus else "")
 
     if base == "ld" and mods[0] == "param":
         name, plus = re.fullmatch(r"\[(%?\w+)(?:\+(-?\d+))?\]", operands[1]).groups()
@@ -573,9 +594,9 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         return operands[:1], ["u4"], f"w.together(members={members}) and {value}.max().repeat(32)"
     if base == "mov" and len(parts[0]) == 2:                    # a register's halves
         value = read(operands[1], "u4")
-        return parts[0], ["u2", "u2"], f"({value} & 0xffff).astype(u2), ({value} >> 16).astype(u2)"
+        return parts[0], ["u2", "u2"], f"{value}.view(u2)[::2], {value}.view(u2)[1::2]"
     if base == "mov" and len(parts[1]) == 2:
-        return parts[0], ["u4"], f"{read(parts[1][0], 'u2')} | {read(parts[1][1], 'u2')}.astype(u4) << 16"
+        return parts[0], ["u4"], f"{read(parts[1][0], 'u2')} | {read(parts[1][1], 'u2')}.astype(u4) << {read('16', 'u4')}"
     return operands[:1], *lane_by_lane(base, mods, operands, read)
 
 
@@ -587,7 +608,7 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
         return ["u4"], f"{base}_pairs({', '.join(read(operand, 'u4') for operand in operands[1:])})"
     if base == "cvt" and mods[-2] == "bf16x2":
         high, low = (read(operand, "f4") for operand in operands[1:])
-        return ["u4"], f"to_bf16({low}) | to_bf16({high}).astype(u4) << 16"
+        return ["u4"], f"to_bf16({low}) | to_bf16({high}).astype(u4) << {read('16', 'u4')}"
     if base == "cvt":
         value, to = read(operands[1], type_of(kind)), mods[-2]
         return (["u2"], f"to_bf16({value})") if to == "bf16" else ([type_of(to)], f"{value}.astype({type_of(to)})")
@@ -622,13 +643,15 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
     if base in ("fma", "mad"):
         require(base == "fma" or mods[0] == "lo", base, mods)
         c = read(operands[3], type)
-        return [type], f"({a}.astype(f8) * {b} + {c}).astype(f4)" if type == "f4" else f"{a} * {b} + {c}"
+        return [type], f"({a}.astype(f8) * {b}.astype(f8) + {c}.astype(f8)).astype(f4)" if type == "f4" else f"{a} * {b} + {c}"
     if base == "mul" and mods[0] in ("wide", "hi"):
         wide = f"{type[0]}{2 * int(type[1])}"
         product = f"{a}.astype({wide}) * {b}"
         return ([wide], product) if mods[0] == "wide" else ([type], f"({product} >> {8 * int(type[1])}).astype({type})")
     if base in ("shl", "shr"):
         count, bits = read(operands[2], "u4"), 8 * int(type[1])
+        if operands[2].isdigit() and int(operands[2]) < bits:
+            return [type], f"{a} {'<<' if base == 'shl' else '>>'} {read(operands[2], type)}"
         shifted = f"{a} {'<<' if base == 'shl' else '>>'} minimum({count}, {bits - 1}).astype({type})"
         return [type], shifted if type[0] == "i" else f"where({count} < {bits}, {shifted}, {type}(0))"
     if base in INFIX:

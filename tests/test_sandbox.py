@@ -42,10 +42,10 @@ def descriptors() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(monkeypatch, request):
+def nothing_left(monkeypatch, compilation):
     """Around every test: no other processes, descriptors and children afterwards, and an empty temporary folder."""
-    if hasattr(request.session, "compilation"):                 # conftest's nvcc, which is a child of this process
-        request.session.compilation[1].result()
+    if compilation:                                             # conftest's nvcc, which is a child of this process
+        compilation[1].result()
     folder = tempfile.mkdtemp(prefix="test-sandbox-")
     os.chmod(folder, 0o755)
     monkeypatch.setattr(tempfile, "tempdir", folder)
