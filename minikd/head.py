@@ -6,6 +6,7 @@ Reference
     Knowledge Distillation for Large Language Models, eq. (3) the mixed loss
 """
 import functools
+import math
 from contextlib import suppress
 
 import torch
@@ -237,17 +238,26 @@ def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tenso
     """states [n, D], head [V, D] -> logits [n, V] in states' dtype, written to the first rows of `out` if given.
 
     On a CPU it is (head_block @ states.T).T, block after block: in float32 up to 1.9 x as fast as one product for 8 to 220
-    rows on two cores. A head in another dtype is cast block by block, so that no second copy of it is held.
+    rows on two cores; one row is gemv's. A head in another dtype is cast block by block, so that no second copy of it is held.
     """
     n = len(states)
     out = states.new_empty(n, len(head)) if out is None else out[:n]
     if states.is_cuda:
         return torch.mm(states, head.to(states.dtype).T, out=out)
-    if n == 1 and states.dtype == torch.float32:                # MKL takes up to twice as long for one column as for two
-        states = states.repeat(2, 1)
+    if n == 1 and states.dtype == head.dtype == torch.float32:
+        return out.copy_(gemv(states, head))
     for i in range(0, len(head), BLOCK):
-        out[:, i:i + BLOCK] = (head[i:i + BLOCK].to(states.dtype) @ states.T)[:, :n].T      # ([b, D] [D, n])ᵀ
+        out[:, i:i + BLOCK] = (head[i:i + BLOCK].to(states.dtype) @ states.T).T             # ([b, D] [D, n])ᵀ
     return out
+
+
+def gemv(x: Tensor, weight: Tensor) -> Tensor:
+    """x [1, I], weight [O, I] -> [1, O], float32 on a CPU, as a batch of 16 products, which all threads share.
+
+    Of one product for one row MKL makes one thread's work: with two threads this is 1.5 to 1.8 x as fast.
+    """
+    parts = math.gcd(len(weight), 16)
+    return torch.bmm(x.expand(parts, 1, -1), weight.unflatten(0, (parts, -1)).mT).view(1, -1)   # [16, 1, I] [16, I, O/16]
 
 
 def _backward_head(grads: Tensor, states: Tensor, head: Tensor, grad_hidden: Tensor | None, grad_head: Tensor | None):

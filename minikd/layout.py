@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minikd.files import InputError
-from minikd.head import apply_head
+from minikd.head import apply_head, gemv
 from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear, give_memory_back
 
-# Fewest steps for which packing is worth it: there and back it takes as long as ten, for a row or two in float32 as 15 to 20.
+# Fewest steps for which packing is worth it: there and back it takes as long as ten, for two rows in float32 as 15 to 20.
 WORTH = 16
 # Fewer rows than this use the int8 head: 2.2 x as fast at 1 row, 1.1 to 1.6 x at 4, 1.0 to 1.1 x at 8 (benchmarks/w4_linear.py).
 INT8_ROWS = 8
@@ -27,27 +28,32 @@ SWITCH, STOOD = threading.Lock(), []                    # torch_products': how o
 def laid_out(model: Qwen2, rows: int, steps: int):
     """Inside the `with` block q/k/v are one product and gate/up another. On a CPU the blocks' weights are held only in the
     layout from which oneDNN multiplies few rows fastest. The head is held twice, packed, and plain for the embedding; only plain
-    for one or two rows in float32, where packing it gains nothing.
+    for two rows in float32, where packing it gains nothing.
 
     rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
-    From the plain layout oneDNN reaches 60% of a CPU's memory bandwidth in bfloat16; one row is multiplied without it
-    (torch_products), and all stays as it is but for a 4-bit model's joined layers. In float32 the plain layout gains nothing
-    from several threads, and from two rows on it takes two to five times as long. On a GPU nothing is packed. A 4-bit model
-    keeps the layout afterwards, as its codes never change, and its packed head while the head is the same.
+    For one row nothing is moved but a 4-bit model's joined layers: it is read from the plain layout, in bfloat16 as
+    torch_products says, in float32 by head.gemv. For several, oneDNN reaches 60% of a CPU's memory bandwidth from the plain
+    layout in bfloat16, and takes two to five times as long in float32. On a GPU nothing is packed. A 4-bit model keeps the
+    layout afterwards, as its codes never change, and its packed head while the head is the same.
     """
     weight = model.head
     if model.packed_head is not None and model.packed_from != state_of(weight):
         model.packed_head = None                        # kept by a 4-bit model whose head was then trained or cast
-    pack = weight.device.type == "cpu" and can_pack() and (
-        weight.dtype == torch.bfloat16 and rows > 1 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        or weight.dtype == torch.float32 and weight.numel() > 1 << 20                       # a toy's fits in cache
-        and (rows > 1 or torch.get_num_threads() > 1))
-    inside = not model.quantization and model.model.layers[0].mlp.joined is not None
-    if steps < WORTH or inside or not (pack or weight.is_cuda or model.quantization):
+    cpu = weight.device.type == "cpu"
+    wide = weight.dtype == torch.float32 and weight.numel() > 1 << 20                       # a toy's fits in cache
+    pack = cpu and rows > 1 and can_pack() and (
+        wide or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    row = cpu and rows == 1 and wide and not model.quantization
+    mlp = model.model.layers[0].mlp
+    inside = not model.quantization and (mlp.joined is not None or mlp.down_proj.packed is not None)
+    if inside or not row and (steps < WORTH or not (pack or weight.is_cuda or model.quantization)):
         yield
         return
     try:
-        lay_out(model, rows, pack)
+        if row:
+            use_gemv(model)
+        else:
+            lay_out(model, rows, pack)
         yield
     finally:
         if not model.quantization:
@@ -104,7 +110,7 @@ def lay_out(model: Qwen2, rows: int, pack: bool):
                 layer.packed.free_parts()
     if pack:
         give_memory_back()
-        few = rows <= 2 and model.head.dtype == torch.float32               # for those apply_head is as fast
+        few = rows == 2 and model.head.dtype == torch.float32               # for those apply_head is as fast
         if model.packed_head is None and not few and not (model.int8_head and rows < INT8_ROWS):
             model.packed_from = state_of(model.head)
             model.packed_head = torch.ops.mkldnn._reorder_linear_weight(model.head, rows)
@@ -113,6 +119,21 @@ def lay_out(model: Qwen2, rows: int, pack: bool):
 def state_of(weight: Tensor) -> tuple:
     """Equal for two looks at a weight if nothing was written to it between them. (An inference tensor counts no versions.)"""
     return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
+
+
+def use_gemv(model: Qwen2):
+    """Makes all layers multiply one row by gemv; model.lay_back undoes it."""
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.packed = partial(multiply_row, layer)
+
+
+def multiply_row(layer: Linear, x: Tensor) -> Tensor:
+    """The layer's output for x [..., I], of one row by gemv."""
+    if x.numel() > x.shape[-1]:                         # a prompt
+        return F.linear(x, layer.weight, layer.bias)
+    y = gemv(x.view(1, -1), layer.weight).view(*x.shape[:-1], -1)
+    return y if layer.bias is None else y + layer.bias
 
 
 class Packed:

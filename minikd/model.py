@@ -207,7 +207,7 @@ class StaticCache(KVCache):
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose weight can also be in the CPU's own layout (layout.Packed)."""
+    """nn.Linear that while decoding on a CPU multiplies in another way (layout.Packed, layout.multiply_row)."""
     packed = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import random_logits
-from minikd.head import _backward_head, apply_head, compare_heads, head_loss, scored_positions
+from minikd.head import _backward_head, apply_head, compare_heads, gemv, head_loss, scored_positions
 from minikd.losses import DIVERGENCES, clipped_surrogate, forward_kl, jensen_shannon, reverse_kl
 from minikd.model import Qwen2, Qwen2Config
 
@@ -142,6 +142,13 @@ def test_float32_chunks_are_whole_tiles(monkeypatch, dtype, chunks):
         hidden.grad = None
     assert seen == [130, *chunks]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("O", [1, 7, 24, 4096])
+def test_one_row_times_parts_of_the_weight_is_the_product(O):
+    x, weight = random_logits(1, 40), random_logits(40, O, seed=1).T            # not contiguous
+    for given in weight, weight.contiguous(), weight.repeat(2, 1)[O // 2:O // 2 + O]:
+        torch.testing.assert_close(gemv(x, given), (x.double() @ given.double().T).float(), rtol=1e-5, atol=1e-5)
 
 
 def test_each_token_counts_by_its_own_weight():

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from conftest import same
+from minikd import layout
 from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.gptq import quantize_model
 from minikd.generate import generate, respond
+from minikd.head import gemv
 from minikd.layout import INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, torch_products, use_int8_head
 from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear, to_w4, to_words
@@ -108,13 +110,32 @@ def test_two_threads_that_decode_one_row_leave_onednn_on():
         assert torch.backends.mkldnn.enabled
 
 
-def test_in_float32_a_large_model_is_packed_where_it_is_faster(large, monkeypatch):
-    """For one row on one thread it is not; for two rows at most the head is as fast without."""
+@torch.inference_mode()
+def test_one_row_in_float32_is_read_from_the_plain_weights(large, narrow_float32, monkeypatch):
+    read, ids, prompt = [], torch.tensor([[7]]), torch.tensor([[7, 8]])
+    monkeypatch.setattr(layout, "gemv", lambda x, weight: (read.append(weight), gemv(x, weight))[1])
+    plain, whole = large.hidden(ids), large.hidden(prompt)
+    with laid_out(large, rows=1, steps=1):
+        with laid_out(large, rows=1, steps=1):
+            assert torch.equal(large.hidden(prompt), whole) and read == []
+        torch.testing.assert_close(large.hidden(ids), plain, rtol=1e-5, atol=1e-5)
+        assert [id(weight) for weight in read] == [id(m.weight) for m in large.modules() if isinstance(m, Linear)]
+    assert torch.equal(large.hidden(ids), plain) and len(read) == 7 * 2
+    with laid_out(narrow_float32, rows=1, steps=16):
+        assert packed_parts(narrow_float32) == 0
+
+
+@pytest.fixture
+def narrow_float32() -> Qwen2:
+    return random_model(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+
+
+def test_in_float32_a_large_model_is_packed_for_several_rows(large):
+    """For two rows the head is as fast without."""
     with torch.inference_mode():
         ids, states = torch.tensor(PROMPTS[2:3]), torch.randn(6, 56)
         plain = large.hidden(ids), head_logits(large, states), head_logits(large, states[:1])
-        for threads, rows, steps, parts in (1, 3, 16, 9), (1, 2, 16, 8), (1, 1, 16, 0), (2, 1, 16, 8), (1, 6, 15, 0):
-            monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        for rows, steps, parts in (3, 16, 9), (2, 16, 8), (6, 15, 0):
             with laid_out(large, rows=rows, steps=steps):
                 assert packed_parts(large) == parts
                 for ours, right in zip((large.hidden(ids), head_logits(large, states), head_logits(large, states[:1])), plain):
