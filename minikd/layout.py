@@ -30,7 +30,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
     layout from which oneDNN multiplies few rows fastest. The head is held twice, packed, and plain for the embedding; only plain
     for two rows in float32, where packing it gains nothing.
 
-    rows, steps  of the decoding to come; for few steps nothing is changed, nor inside another such block
+    rows, steps  of the decoding to come; for few steps nothing is packed, and nothing is changed inside another such block
     For one row nothing is moved but a 4-bit model's joined layers: it is read from the plain layout, in bfloat16 as
     torch_products says, in float32 by head.gemv. For several, oneDNN reaches 60% of a CPU's memory bandwidth from the plain
     layout in bfloat16, and takes two to five times as long in float32. On a GPU nothing is packed. A 4-bit model keeps the
@@ -124,7 +124,7 @@ def state_of(weight: Tensor) -> tuple:
 def use_gemv(model: Qwen2):
     """Makes all layers multiply one row by gemv; model.lay_back undoes it."""
     for layer in model.modules():
-        if isinstance(layer, Linear):
+        if isinstance(layer, Linear) and layer.packed is None:         # one that is packed holds its weight nowhere else
             layer.packed = partial(multiply_row, layer)
 
 

@@ -211,8 +211,9 @@ class Linear(nn.Linear):
     packed = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return self.packed(x)
+        packed = self.packed                            # once: another thread may take it away
+        if packed is not None:
+            return packed(x)
         return F.linear(x, self.weight, self.bias)
 
 

@@ -45,7 +45,7 @@ def descriptors() -> list[str]:
 def nothing_left(monkeypatch, compilation):
     """Around every test: no other processes, descriptors and children afterwards, and an empty temporary folder."""
     if compilation:                                             # conftest's nvcc, which is a child of this process
-        compilation[1].result()
+        compilation[1].exception()                              # which waits; a failure is the `compiled` fixture's
     folder = tempfile.mkdtemp(prefix="test-sandbox-")
     os.chmod(folder, 0o755)
     monkeypatch.setattr(tempfile, "tempdir", folder)
