@@ -26,9 +26,9 @@ SWITCH, STOOD = threading.Lock(), []                    # torch_products': how o
 
 @contextmanager
 def laid_out(model: Qwen2, rows: int, steps: int):
-    """Inside the `with` block q/k/v are one product and gate/up another. On a CPU the blocks' weights are held only in the
-    layout from which oneDNN multiplies few rows fastest. The head is held twice, packed, and plain for the embedding; only plain
-    for two rows in float32, where packing it gains nothing.
+    """Inside the `with` block q/k/v are one product and gate/up another. On a CPU, for several rows, the blocks' weights are held
+    only in the layout from which oneDNN multiplies few rows fastest. The head is held twice, packed, and plain for the
+    embedding; only plain for two rows in float32, where packing it gains nothing.
 
     rows, steps  of the decoding to come; for few steps nothing is packed, and nothing is changed inside another such block
     For one row nothing is moved but a 4-bit model's joined layers: it is read from the plain layout, in bfloat16 as

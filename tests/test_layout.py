@@ -125,6 +125,16 @@ def test_one_row_in_float32_is_read_from_the_plain_weights(large, narrow_float32
         assert packed_parts(narrow_float32) == 0
 
 
+def test_one_row_leaves_layers_as_they_are_that_an_interrupt_left_packed(large):
+    """They hold their weights nowhere else."""
+    before, last = bits_of(large), large.model.layers[-1].mlp.down_proj
+    last.packed = Packed([last], 3)
+    last.packed.free_parts()
+    with laid_out(large, rows=1, steps=16):
+        assert isinstance(last.packed, Packed)
+    assert packed_parts(large) == 0 and same(large.state_dict(), before)
+
+
 @pytest.fixture
 def narrow_float32() -> Qwen2:
     return random_model(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
