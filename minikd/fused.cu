@@ -52,8 +52,8 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const u16* x, const 
     *(Words*)(normed + row) = out;
 }
 
-// ---- the next token of each of B rows, as generate.sample draws it, and what generate.Decoding does with it: it is number at + 1 of
-// its answer.  at, tokens [B], the newest; drawn, logps [max_new_tokens, B]
+// ---- the next token of each of B rows, as generate.sample draws it, and what generate.Decoding does with it: it is number
+// at + 1 of its answer.  at, tokens [B], the newest; drawn, logps [max_new_tokens, B]
 
 #define ANSWERS long long* at, long long* tokens, long long* drawn, double* logps
 __device__ __forceinline__ long long next_place(const long long* at) { return (at[blockIdx.x] + 1) * gridDim.x + blockIdx.x; }

@@ -35,7 +35,7 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     seed         for this call only: the same call gives the same tokens, whatever ran before (on a CPU a 4-bit model's sums may
                  round another way after other calls, as it keeps the layout that they made)
     options      those of generate_with_log_probs
-    On a CPU the weights are moved while it runs (layout.laid_out): do not use an alias such as p.data that was taken before.
+    On a CPU the weights are moved while several rows are decoded (layout.laid_out): use no older alias, such as p.data.
     Raises ValueError for an empty prompt (there is no state to sample the first token from), for an id that the model has no
     row for, and for invalid options: a negative temperature or top_k, top_p of 0 or above 1, samples or vocab below 1, mix
     without a teacher; InputError (a ValueError) for a model whose logits are not finite.

@@ -26,34 +26,23 @@ SWITCH, STOOD = threading.Lock(), []                    # torch_products': how o
 
 @contextmanager
 def laid_out(model: Qwen2, rows: int, steps: int):
-    """Inside the `with` block q/k/v are one product and gate/up another. On a CPU, for several rows, the blocks' weights are held
-    only in the layout from which oneDNN multiplies few rows fastest. The head is held twice, packed, and plain for the
-    embedding; only plain for two rows in float32, where packing it gains nothing.
+    """Inside the `with` block the model's layers multiply as is fastest for a decoding of so many rows and steps: pick_layout.
 
-    rows, steps  of the decoding to come; for few steps nothing is packed, and nothing is changed inside another such block
-    For one row nothing is moved but a 4-bit model's joined layers: it is read from the plain layout, in bfloat16 as
-    torch_products says, in float32 by head.gemv. For several, oneDNN reaches 60% of a CPU's memory bandwidth from the plain
-    layout in bfloat16, and takes two to five times as long in float32. On a GPU nothing is packed. A 4-bit model keeps the
-    layout afterwards, as its codes never change, and its packed head while the head is the same.
+    While packed, the blocks' weights are held in that layout only, and the head twice, as the embedding reads it plain; only
+    plain for two rows in float32, where packing it gains nothing. A 4-bit model keeps the layout afterwards, as its codes
+    never change, and its packed head while the head is the same.
     """
-    weight = model.head
-    if model.packed_head is not None and model.packed_from != state_of(weight):
+    if model.packed_head is not None and model.packed_from != state_of(model.head):
         model.packed_head = None                        # kept by a 4-bit model whose head was then trained or cast
-    cpu = weight.device.type == "cpu"
-    wide = weight.dtype == torch.float32 and weight.numel() > 1 << 20                       # a toy's fits in cache
-    pack = cpu and rows > 1 and can_pack() and (
-        wide or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    row = cpu and rows == 1 and wide and not model.quantization
-    mlp = model.model.layers[0].mlp
-    inside = not model.quantization and (mlp.joined is not None or mlp.down_proj.packed is not None)
-    if inside or not row and (steps < WORTH or not (pack or weight.is_cuda or model.quantization)):
+    layout = pick_layout(model, rows, steps)
+    if layout is None:
         yield
         return
     try:
-        if row:
+        if layout == "row":
             use_gemv(model)
         else:
-            lay_out(model, rows, pack)
+            lay_out(model, rows, pack=layout == "packed")
         yield
     finally:
         if not model.quantization:
@@ -62,8 +51,33 @@ def laid_out(model: Qwen2, rows: int, steps: int):
             except BaseException:                       # an interrupt, no memory: first the weights, then the error
                 model.lay_back()
                 raise
-            if pack:
+            if layout == "packed":
                 give_memory_back()
+
+
+def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
+    """How the layers are best read:
+
+    "row"     one row in float32 on a CPU: from the plain weights by head.gemv, which gives every thread its part
+    "packed"  several rows on a CPU: from oneDNN's layout, q/k/v as one product and gate/up as another. From the plain one it
+              reaches 60% of the memory's bandwidth in bfloat16, and takes two to five times as long in float32. Of a 4-bit
+              model only the head; its layers are joined
+    "joined"  on a GPU, and a 4-bit model elsewhere too: q/k/v as one product and gate/up as another
+    None      as they are: for few steps, inside another laid_out, a toy; one row in bfloat16 (torch_products)
+    """
+    weight, mlp = model.head, model.model.layers[0].mlp
+    cpu, four_bits = weight.device.type == "cpu", model.quantization is not None
+    large = weight.dtype == torch.float32 and weight.numel() > 1 << 20                      # a toy's fits in cache
+    if not four_bits and (mlp.joined is not None or mlp.down_proj.packed is not None):
+        return None
+    if rows == 1 and cpu and large and not four_bits and torch.get_num_threads() > 1:
+        return "row"
+    if steps < WORTH:
+        return None
+    if rows > 1 and cpu and can_pack() and (
+            large or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return "packed"
+    return "joined" if weight.is_cuda or four_bits else None
 
 
 @contextmanager

@@ -57,10 +57,15 @@ def each(kind, act, value):
 
 
 @lru_cache(None)
-def arguments(func) -> tuple[list[str], set[str]]:
-    """An operator's parameters, and which of them it writes to."""
+def facts_of(func) -> SimpleNamespace:
+    """What `compute` asks about an operator."""
     places = func._schema.arguments
-    return [place.name for place in places], {place.name for place in places if place.alias_info and place.alias_info.is_write}
+    return SimpleNamespace(
+        names=[place.name for place in places],
+        writes=[place.name for place in places if place.alias_info and place.alias_info.is_write],
+        takes_numbers=torch.Tag.pointwise in func.tags or func in BOTH | FILLS,         # of the CPU: not cat, stack, ...
+        for_cpus=func.namespace in ("mkldnn", "quantized") or "for_cpu" in func.__name__ and "attention" not in func.__name__,
+        is_product=func in PRODUCTS, waits=func in WAITS)
 
 
 def wait(what):
@@ -107,22 +112,22 @@ class OnGPU(Tensor):
     @classmethod
     def compute(cls, func, args, kwargs):
         tensors = []
-        each(Tensor, tensors.append, [args, kwargs])
-        number = torch.Tag.pointwise in func.tags or func in BOTH | FILLS       # may come from the CPU: not for cat, stack, ...
-        others = [x for x in tensors if not isinstance(x, OnGPU) and (x.dim() or not number)]
-        names, write = arguments(func)
-        given = dict(zip(names, args)) | kwargs if write else {}
-        written = [x for name in write for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
+        each(Tensor, tensors.append, args)
+        each(Tensor, tensors.append, kwargs)
+        facts = facts_of(func)
+        others = [x for x in tensors if type(x) is not OnGPU and (x.dim() or not facts.takes_numbers)]
+        given = dict(zip(facts.names, args)) | kwargs if facts.writes else {}
+        written = [x for name in facts.writes for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
         here = [args[0], *(x for x in args[2:3] if x.dim())] if func in INDEXED else [] if func in BOTH else others + written
         if any(not isinstance(x, OnGPU) for x in here):
             raise Wrong(f"{func}: on cuda {[tuple(x.shape) for x in tensors if isinstance(x, OnGPU)]}, on the CPU "
                         f"{[tuple(x.shape) for x in tensors if not isinstance(x, OnGPU)]}")
-        if func.namespace in ("mkldnn", "quantized") or "for_cpu" in func.__name__ and "attention" not in func.__name__:
+        if facts.for_cpus:
             raise Wrong(f"{func}: is for CPUs")
-        if func in PRODUCTS and not all(x.is_floating_point() for x in tensors):
+        if facts.is_product and not all(x.is_floating_point() for x in tensors):
             raise Wrong(f"{func}: of integers, which CUDA does not multiply")
         by_mask = func is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
-        if others or by_mask or func in WAITS:
+        if others or by_mask or facts.waits:
             wait(func)
         for x in written if Played.recording is not None else ():
             Played.before.setdefault((x.data_ptr(), x.shape, x.stride()), (raw(x), raw(x).clone()))

@@ -113,6 +113,9 @@ def test_two_threads_that_decode_one_row_leave_onednn_on():
 @torch.inference_mode()
 def test_one_row_in_float32_is_read_from_the_plain_weights(large, narrow_float32, monkeypatch):
     read, ids, prompt = [], torch.tensor([[7]]), torch.tensor([[7, 8]])
+    with laid_out(large, rows=1, steps=16):
+        assert packed_parts(large) == 0                                         # there is nothing to share for one thread
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(layout, "gemv", lambda x, weight: (read.append(weight), gemv(x, weight))[1])
     plain, whole = large.hidden(ids), large.hidden(prompt)
     with laid_out(large, rows=1, steps=1):
@@ -125,8 +128,9 @@ def test_one_row_in_float32_is_read_from_the_plain_weights(large, narrow_float32
         assert packed_parts(narrow_float32) == 0
 
 
-def test_one_row_leaves_layers_as_they_are_that_an_interrupt_left_packed(large):
+def test_one_row_leaves_layers_as_they_are_that_an_interrupt_left_packed(large, monkeypatch):
     """They hold their weights nowhere else."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     before, last = bits_of(large), large.model.layers[-1].mlp.down_proj
     last.packed = Packed([last], 3)
     last.packed.free_parts()
