@@ -13,10 +13,21 @@ from fake_gpu import gpu
 from minikd.checkpoint import save_model
 
 
-def test_every_section_of_the_gpu_script_runs(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny"])
+@pytest.fixture
+def run_script(monkeypatch):
+    """-> a function that runs the GPU script with some flags in small shapes, which leave no memory to free."""
     monkeypatch.setattr(script, "SHAPES", dict(script.SHAPES))
-    script.main()
+    monkeypatch.setattr(script.gc, "collect", lambda: 0)                        # 0.2 s, dozens of times
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+        script.main()
+
+    return run
+
+
+def test_every_section_of_the_gpu_script_runs(run_script, capsys):
+    run_script("--device", "cpu", "--tiny")
     told = capsys.readouterr()
     assert all(f"== {name}" in told.out for name in script.SECTIONS) and told.out.count("minikd") >= 3
     failed = [line for line in told.out.splitlines() if line.endswith("FAILED")]
@@ -25,11 +36,9 @@ def test_every_section_of_the_gpu_script_runs(monkeypatch, capsys):
     assert all(line.removesuffix(": FAILED").endswith("transformers") for line in failed)
 
 
-def test_what_needs_no_kernel_of_ours_runs_on_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--only", "check", "sampling", "kd"])
-    monkeypatch.setattr(script, "SHAPES", dict(script.SHAPES))
+def test_what_needs_no_kernel_of_ours_runs_on_a_gpu(run_script, capsys):
     with gpu():
-        script.main()
+        run_script("--tiny", "--only", "check", "sampling", "kd")
     told = capsys.readouterr().out
     failed = [line for line in told.splitlines() if line.endswith("FAILED")]
     assert all(line.endswith("transformers: FAILED") for line in failed) and told.count("minikd") >= 3
@@ -59,13 +68,12 @@ def test_minikds_side_of_the_other_steps_runs(mode, monkeypatch, tmp_path):
         assert len(seconds) == len(losses) == 2 and min(seconds) > 0 and min(losses) > 0.1
 
 
-def test_a_section_that_fails_does_not_cost_the_others(monkeypatch, capsys):
+def test_a_section_that_fails_does_not_cost_the_others(run_script, monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(script, "SECTIONS", {"machine": broken, "kernel": script.check_kernel})
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])
-    script.main()
+    run_script("--device", "cpu")
     told = capsys.readouterr()
     assert "out of memory" in told.err and "machine: FAILED" in told.out and "tests/test_w4_cuda.py" in told.out
 
