@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minikd.files import InputError
-from minikd.head import apply_head, gemv
-from minikd.model import Linear, Qwen2
+from minikd.head import MANY, apply_head
+from minikd.model import Linear, Qwen2, lacks_bfloat16
 from minikd.quant import W4Linear, give_memory_back
 
 # Fewest steps for which packing is worth it: there and back it takes as long as ten, for two rows in float32 as 15 to 20.
@@ -39,8 +39,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
         yield
         return
     try:
-        if layout == "row":
-            use_gemv(model)
+        if layout == "plain":
+            use_apply_head(model)
         else:
             lay_out(model, rows, pack=layout == "packed")
         yield
@@ -58,7 +58,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
     """How the layers are best read:
 
-    "row"     one row in float32 on a CPU: from the plain weights by head.gemv, which gives every thread its part
+    "plain"   one row in float32 on a CPU, by head.gemv, which gives every thread its part; bfloat16 on a CPU that has no
+              instructions for it, many rows by head.padded_columns
     "packed"  several rows on a CPU: from oneDNN's layout, q/k/v as one product and gate/up as another. From the plain one it
               reaches 60% of the memory's bandwidth in bfloat16, and takes two to five times as long in float32. Of a 4-bit
               model only the head; its layers are joined
@@ -67,15 +68,17 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
     """
     weight, mlp = model.head, model.model.layers[0].mlp
     cpu, four_bits = weight.device.type == "cpu", model.quantization is not None
-    large = weight.dtype == torch.float32 and weight.numel() > 1 << 20                      # a toy's fits in cache
+    large = weight.numel() > 1 << 20                                                        # a toy's weights fit in cache
+    float32, bfloat16 = (weight.dtype == dtype for dtype in (torch.float32, torch.bfloat16))
     if not four_bits and (mlp.joined is not None or mlp.down_proj.packed is not None):
         return None
-    if rows == 1 and cpu and large and not four_bits and torch.get_num_threads() > 1:
-        return "row"
+    if cpu and large and not four_bits and (
+            bfloat16 and lacks_bfloat16() or float32 and rows == 1 and torch.get_num_threads() > 1):
+        return "plain"
     if steps < WORTH:
         return None
-    if rows > 1 and cpu and can_pack() and (
-            large or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if cpu and rows > 1 and can_pack() and (
+            float32 and large or bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return "packed"
     return "joined" if weight.is_cuda or four_bits else None
 
@@ -135,18 +138,19 @@ def state_of(weight: Tensor) -> tuple:
     return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
 
 
-def use_gemv(model: Qwen2):
-    """Makes all layers multiply one row by gemv; model.lay_back undoes it."""
+def use_apply_head(model: Qwen2):
+    """Makes all layers multiply by apply_head where it is faster; model.lay_back undoes it."""
     for layer in model.modules():
         if isinstance(layer, Linear) and layer.packed is None:         # one that is packed holds its weight nowhere else
-            layer.packed = partial(multiply_row, layer)
+            layer.packed = partial(multiply_blocks, layer)
 
 
-def multiply_row(layer: Linear, x: Tensor) -> Tensor:
-    """The layer's output for x [..., I], of one row by gemv."""
-    if x.numel() > x.shape[-1]:                         # a prompt
+def multiply_blocks(layer: Linear, x: Tensor) -> Tensor:
+    """The layer's output for x [..., I], by apply_head for one row in float32, or many in bfloat16."""
+    rows = x.flatten(0, -2)                                                                 # [n, I]
+    if len(rows) > 1 if x.dtype == torch.float32 else len(rows) < MANY:
         return F.linear(x, layer.weight, layer.bias)
-    y = gemv(x.view(1, -1), layer.weight).view(*x.shape[:-1], -1)
+    y = apply_head(rows, layer.weight).unflatten(0, x.shape[:-1])                           # [..., O]
     return y if layer.bias is None else y + layer.bias
 
 

@@ -151,6 +151,25 @@ def test_one_row_times_parts_of_the_weight_is_the_product(O):
         torch.testing.assert_close(gemv(x, given), (x.double() @ given.double().T).float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_cpu_without_bfloat16_multiplies_many_rows_in_float32_in_columns_of_16(monkeypatch, dtype, capability):
+    """It is a float32 product, rounded once, whatever torch's own in bfloat16 is."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    made, pad = [], F.pad
+    monkeypatch.setattr(F, "pad", lambda *given: (made.append(pad(*given)), made[-1])[1])
+    head = random_logits(2100, 40).to(dtype)
+    for n in 1, 5, 6, 16, 31:
+        states, out = random_logits(n, 40, seed=n).to(dtype), torch.full((40, 2100), torch.nan, dtype=dtype)
+        y = apply_head(states, head, out=out)
+        exact = states.double() @ head.double().T
+        assert y.dtype == dtype and y.data_ptr() == out.data_ptr() and out[n:].isnan().all()
+        assert (y - exact).abs().max() <= {torch.bfloat16: 2 ** -8, torch.float32: 1e-6}.get(dtype, 1e-14) * exact.abs().max()
+    wide = capability == "AVX2" and dtype != torch.float64
+    assert [tuple(x.shape) for x in made] == [(16, 40), (16, 40), (32, 40)] * wide
+    assert all(x.dtype == torch.float32 and x[n:].eq(0).all() for x, n in zip(made, (6, 16, 31)))
+
+
 def test_each_token_counts_by_its_own_weight():
     inputs, weight = head_inputs(), torch.rand(N, generator=torch.Generator().manual_seed(18))
     weight[3] = 0.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import same
-from minikd import layout
+from minikd import head
 from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.gptq import quantize_model
@@ -116,7 +116,7 @@ def test_one_row_in_float32_is_read_from_the_plain_weights(large, narrow_float32
     with laid_out(large, rows=1, steps=16):
         assert packed_parts(large) == 0                                         # there is nothing to share for one thread
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(layout, "gemv", lambda x, weight: (read.append(weight), gemv(x, weight))[1])
+    monkeypatch.setattr(head, "gemv", lambda x, weight: (read.append(weight), gemv(x, weight))[1])
     plain, whole = large.hidden(ids), large.hidden(prompt)
     with laid_out(large, rows=1, steps=1):
         with laid_out(large, rows=1, steps=1):
@@ -126,6 +126,26 @@ def test_one_row_in_float32_is_read_from_the_plain_weights(large, narrow_float32
     assert torch.equal(large.hidden(ids), plain) and len(read) == 7 * 2
     with laid_out(narrow_float32, rows=1, steps=16):
         assert packed_parts(narrow_float32) == 0
+
+
+@torch.inference_mode()
+def test_a_cpu_without_bfloat16_multiplies_many_rows_in_float32(large, monkeypatch):
+    """Few rows, such as a decoding's of one prompt, are torch's; for a toy nothing is changed."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    few, many = (torch.randint(20_000, shape, generator=torch.Generator().manual_seed(0)) for shape in ((1, 5), (3, 2)))
+    exact = large.hidden(many)
+    large.bfloat16()
+    plain = large.hidden(few), large.hidden(many)
+    for rows, steps in (3, 16), (1, 1):
+        with laid_out(large, rows=rows, steps=steps):
+            with laid_out(large, rows=rows, steps=steps):
+                assert torch.equal(large.hidden(few), plain[0])
+            quick = large.hidden(many)
+        assert (quick - exact).norm() < 1.2 * (plain[1] - exact).norm() < 0.1 * exact.norm()
+        assert not torch.equal(quick, plain[1]) and torch.equal(large.hidden(many), plain[1]) and packed_parts(large) == 0
+    toy = random_model(dtype=torch.bfloat16)
+    with laid_out(toy, rows=1, steps=1):
+        assert packed_parts(toy) == 0
 
 
 def test_one_row_leaves_layers_as_they_are_that_an_interrupt_left_packed(large, monkeypatch):
