@@ -18,7 +18,7 @@ import os
 import statistics
 from pathlib import Path
 
-from minikd.checkpoint import check_vocabulary, load_model
+from minikd.checkpoint import check_vocabulary, load_model, model_folder, read_quantization
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
                             spare_threads)
 from minikd.data import encode_examples
@@ -114,7 +114,8 @@ def model_scores(args) -> list[list[dict]]:
     rows, counts = encode_examples(examples, tokenizer, args.template, args.max_length, args.max_prompt_length)
     lost = ", ".join(f"{count:,} {what}" for what, count in counts.items() if what.startswith("dropped") and count)
     print(f"{report}{f'; {lost}' if lost else ''}")
-    model = load_model(args.model, device, pick_dtype(args.dtype, device))
+    four_bits = read_quantization(model_folder(args.model, weights=False)) is not None
+    model = load_model(args.model, device, pick_dtype(args.dtype, device, four_bits))
     check_vocabulary(args.model, model.config, tokenizer)
     spare_threads(model.config)
     if args.show_ways:

@@ -168,6 +168,7 @@ def measure(folder: Path, tokenizer: Tokenizer, examples: list, rows: list, args
     """Size, perplexity (e to the mean CE of the references' tokens, end tokens included), and ROUGE-L of its own answers."""
     model = load_model(folder, device, dtype)
     ce = compare(model, rows, tokenizer.pad_id, args.batch_size)["ce"]
+    model.to(pick_dtype(args.dtype, device, model.quantization is not None))    # a 4-bit model answers 20 x as fast in bfloat16
     scores = answer_and_score(model, tokenizer, rows, examples, args.max_new_tokens, 16, args.rouge)
     return {"MB": weight_bytes(folder) / 1e6, "perplexity": math.exp(ce) if ce < 700 else math.inf,
             "ROUGE-L": mean_by_category(scores)["all"]["rouge_l"]}

@@ -36,7 +36,7 @@ def check_vocabulary(name, config: Qwen2Config, tokenizer):
 
 
 def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
-    """A model in eval mode from a local folder or a hub name.
+    """A model in eval mode from a local folder or a hub name. (One of 4 bits is only fast in bfloat16: quant.choose.)
 
     Every tensor goes from the file straight into its place in `dtype` on `device`; no second copy of the
     model is ever held. Raises InputError for a tensor that is missing, unexpected, of the wrong shape or not

@@ -97,15 +97,16 @@ def flags_of(function, args, but: tuple[str, ...]) -> dict:
     return {name: value for name, value in vars(args).items() if name in names and name not in but}
 
 
-def pick_dtype(name: str, device: str) -> torch.dtype:
-    """--dtype auto: bfloat16 on GPUs and on CPUs with instructions for it (AVX512-BF16, AMX), else float32.
+def pick_dtype(name: str, device: str, four_bits: bool = False) -> torch.dtype:
+    """--dtype auto: bfloat16 on GPUs, on CPUs with instructions for it (AVX512-BF16, AMX), and for a 4-bit model, whose fast
+    products take nothing else (quant.choose); else float32.
 
     It is the dtype of the matrix products and of the teacher; the student's weights stay in float32.
     """
     if name != "auto":
         return getattr(torch, name)
     fast = device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if fast or four_bits else torch.float32
 
 
 def pick_device(name: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minikd.cuda import available
 from minikd.files import InputError
-from minikd.model import Linear, Qwen2
+from minikd.model import Linear, Qwen2, lacks_bfloat16
 from minikd.w4_cuda import MMA_ROWS, gpu_of, plan, repack, supports_groups
 
 
@@ -286,7 +286,8 @@ def give_memory_back():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-MANY_ROWS = 768         # from here on dequantise: a guess, at 512 rows it was faster in one run of three (w4_linear.txt)
+MANY_ROWS = 768         # from here on dequantise: a guess, at 512 rows it was faster in one run of three (w4_linear.txt). On a CPU
+                        # that lacks_bfloat16 int4 takes a third of the time for any number
 
 
 def choose(layer: W4Linear, x: Tensor) -> str:
@@ -298,7 +299,8 @@ def choose(layer: W4Linear, x: Tensor) -> str:
     if x.is_cuda and supports_groups(layer.group_size) and (ready or available(x.device.index)):
         return "kernel"
     rows = x.numel() // layer.inputs
-    if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.group_size in (32, 64, 128, 256) and rows < MANY_ROWS:
+    if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.group_size in (32, 64, 128, 256) and (
+            rows < MANY_ROWS or lacks_bfloat16()):
         return "int4"
     return "dequantise"
 

@@ -26,6 +26,8 @@ def test_a_cpu_takes_bfloat16_where_it_has_instructions_for_it(monkeypatch, avx5
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert pick_dtype("auto", "cpu") == (torch.bfloat16 if avx512 or amx else torch.float32)
+    assert pick_dtype("auto", "cpu", four_bits=True) == torch.bfloat16
+    assert pick_dtype("float32", "cpu", four_bits=True) == torch.float32
 
 
 @pytest.mark.parametrize("there", [True, False])

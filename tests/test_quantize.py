@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import eval_rouge
 import quantize as qz
 import train_grpo
 import train_kd
@@ -18,6 +19,7 @@ from conftest import tiny
 from minikd import checkpoint
 from minikd.checkpoint import load_model, save_model
 from minikd.files import InputError
+from minikd.model import Qwen2
 from minikd.quant import W4Linear
 
 
@@ -146,6 +148,28 @@ def test_plain_text_calibrates_too_and_the_evaluation_is_printed(run, world):
     rows = [line.split() for line in out.splitlines() if line.startswith(("unquantised", "gptq"))]
     assert len(rows) == 2 and "5 examples" in out
     assert float(rows[1][-2]) == pytest.approx(float(rows[0][-2]), rel=0.5)     # perplexities
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_without_a_dtype_four_bits_answer_in_bfloat16_on_any_cpu(run, shell, world, tmp_path, monkeypatch, dtype):
+    """torch's int4 operator takes nothing else; their perplexity is computed in the dtype of the unquantised model's."""
+    monkeypatch.setattr("minikd.command.torch.cpu._is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("minikd.command.torch.cpu._is_amx_tile_supported", lambda: False)
+    computed, hidden = [], Qwen2.hidden
+    monkeypatch.setattr(Qwen2, "hidden", lambda model, ids, cache=None, **options: (
+        computed.append((model.quantization is not None, cache is not None, model.head.dtype)),
+        hidden(model, ids, cache, **options))[1])
+    flags = ["--dtype", dtype, "--eval-data", world / "data.jsonl", "--eval-examples", "2", "--max-new-tokens", "2"]
+    assert run("--method", "rtn", *flags)[0] == 0
+    answers = torch.bfloat16 if dtype == "auto" else torch.float32
+    assert set(computed) == {(False, False, torch.float32), (False, True, torch.float32),
+                             (True, False, torch.float32), (True, True, answers)}
+    computed.clear()
+    for folder in world / "model", tmp_path / "w4":
+        status, *_ = shell(eval_rouge, "--model", folder, "--data", world / "data.jsonl", "--dtype", dtype, "--limit", "2",
+                           "--max-new-tokens", "2", "--out", tmp_path / "answers.jsonl")
+        assert status == 0
+    assert set(computed) == {(False, True, torch.float32), (True, True, answers)}
 
 
 @pytest.mark.parametrize("flags, said", [
