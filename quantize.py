@@ -67,7 +67,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the calibration rows")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of calibration and of what is not packed")
+        help="of calibration, perplexity and what is not packed; with auto 4-bit models answer in bfloat16")
     args = parser.parse_args()
     toy = args.model is None
     if args.method == "rtn":
@@ -165,7 +165,8 @@ def weight_bytes(folder: Path) -> int:
 
 
 def measure(folder: Path, tokenizer: Tokenizer, examples: list, rows: list, args, device: str, dtype) -> dict:
-    """Size, perplexity (e to the mean CE of the references' tokens, end tokens included), and ROUGE-L of its own answers."""
+    """Size, perplexity (e to the mean CE of the references' tokens, end tokens included), and ROUGE-L of its own answers;
+    without --dtype those of a 4-bit model are in bfloat16 on any CPU."""
     model = load_model(folder, device, dtype)
     ce = compare(model, rows, tokenizer.pad_id, args.batch_size)["ce"]
     model.to(pick_dtype(args.dtype, device, model.quantization is not None))    # a 4-bit model answers 20 x as fast in bfloat16

@@ -32,10 +32,10 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     top_k        keep the k likeliest tokens, and any as likely as the last of them; 0 keeps all
     top_p        then keep the fewest likeliest tokens whose probabilities sum to p or more (nucleus)
     eos_ids      one id or several: a row ends after any of these, or at max_new_tokens without one
-    seed         for this call only: the same call gives the same tokens, whatever ran before (on a CPU a 4-bit model's sums may
-                 round another way after other calls, as it keeps the layout that they made)
+    seed         for this call only: the same call gives the same tokens, whatever ran before (on a CPU sums may round another
+                 way while another thread decodes with the model, and a 4-bit model's after other calls, whose layout it keeps)
     options      those of generate_with_log_probs
-    On a CPU the weights are moved while several rows are decoded (layout.laid_out): use no older alias, such as p.data.
+    Weights may move (layout.laid_out: on a CPU those of several rows, and 4-bit ones): use no older alias, such as p.data.
     Raises ValueError for an empty prompt (there is no state to sample the first token from), for an id that the model has no
     row for, and for invalid options: a negative temperature or top_k, top_p of 0 or above 1, samples or vocab below 1, mix
     without a teacher; InputError (a ValueError) for a model whose logits are not finite.

@@ -241,7 +241,7 @@ def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tenso
 
     On a CPU it is (head_block @ states.T).T, block after block: in float32 up to 1.9 x as fast as one product for 8 to 220
     rows on two cores; one row in float32 is gemv's. A head in another dtype is cast block by block, so that no second copy of it
-    is held; on a CPU with AVX2 a bfloat16 one to float32: see padded_columns.
+    is held; on a CPU with AVX2 only, one of 16 bits to float32: see padded_columns.
     """
     n = len(states)
     out = states.new_empty(n, len(head)) if out is None else out[:n]
@@ -251,7 +251,8 @@ def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tenso
         return out.copy_(gemv(states, head))
     columns = padded_columns(states) if n >= MANY and lacks_bfloat16() and states.dtype != torch.float64 else states.T
     for i in range(0, len(head), BLOCK):
-        out[:, i:i + BLOCK] = (head[i:i + BLOCK].to(columns.dtype) @ columns)[:, :n].T      # ([b, D] [D, n])ᵀ
+        block = head[i:i + BLOCK].to(states.dtype).to(columns.dtype)                        # rounded as on any other CPU
+        out[:, i:i + BLOCK] = (block @ columns)[:, :n].T                                    # ([b, D] [D, n])ᵀ
     return out
 
 

@@ -58,13 +58,13 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
     """How the layers are best read:
 
-    "plain"   one row in float32 on a CPU, by head.gemv, which gives every thread its part; bfloat16 on a CPU that has no
-              instructions for it, many rows by head.padded_columns
+    "plain"   for any number of steps: one row in float32 on a CPU, by head.gemv, which gives every thread its part; bfloat16
+              on a CPU with AVX2 only, many rows by head.padded_columns
     "packed"  several rows on a CPU: from oneDNN's layout, q/k/v as one product and gate/up as another. From the plain one it
               reaches 60% of the memory's bandwidth in bfloat16, and takes two to five times as long in float32. Of a 4-bit
               model only the head; its layers are joined
     "joined"  on a GPU, and a 4-bit model elsewhere too: q/k/v as one product and gate/up as another
-    None      as they are: for few steps, inside another laid_out, a toy; one row in bfloat16 (torch_products)
+    None      as they are: else for few steps; inside another laid_out; a toy; one row in bfloat16 (torch_products)
     """
     weight, mlp = model.head, model.model.layers[0].mlp
     cpu, four_bits = weight.device.type == "cpu", model.quantization is not None

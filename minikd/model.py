@@ -513,6 +513,7 @@ def mixed_precision(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+@torch.compiler.assume_constant_result
 def lacks_bfloat16() -> bool:
     """Whether this is a CPU with AVX2 only: torch multiplies bfloat16 there row by row, in as long for each of them."""
     return torch.backends.cpu.get_cpu_capability() == "AVX2"

@@ -199,7 +199,8 @@ class W4Linear(nn.Module):
         """x [..., I] -> [..., O], by one of the ways that `choose` names."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if way == "dequantise":                                 # any dtype, anywhere; gradients with respect to x
-            return F.linear(x, self.weight().to(x.dtype), bias)
+            dtype = torch.float32 if x.device.type == "cpu" and lacks_bfloat16() else x.dtype
+            return F.linear(x.to(dtype), self.weight().to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
         rows = x.reshape(-1, self.inputs).contiguous()                                          # [M, I]
         if way == "kernel":
             y = torch.ops.minikd.w4_matmul(rows, *self.ready(way), bias, self.outputs, self.group_size)
@@ -286,8 +287,7 @@ def give_memory_back():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-MANY_ROWS = 768         # from here on dequantise: a guess, at 512 rows it was faster in one run of three (w4_linear.txt). On a CPU
-                        # that lacks_bfloat16 int4 takes a third of the time for any number
+MANY_ROWS = 768         # from here on dequantise: a guess, at 512 rows it was faster in one run of three (w4_linear.txt)
 
 
 def choose(layer: W4Linear, x: Tensor) -> str:
@@ -299,8 +299,7 @@ def choose(layer: W4Linear, x: Tensor) -> str:
     if x.is_cuda and supports_groups(layer.group_size) and (ready or available(x.device.index)):
         return "kernel"
     rows = x.numel() // layer.inputs
-    if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.group_size in (32, 64, 128, 256) and (
-            rows < MANY_ROWS or lacks_bfloat16()):
+    if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.group_size in (32, 64, 128, 256) and rows < MANY_ROWS:
         return "int4"
     return "dequantise"
 

@@ -152,7 +152,7 @@ def test_one_row_times_parts_of_the_weight_is_the_product(O):
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_a_cpu_without_bfloat16_multiplies_many_rows_in_float32_in_columns_of_16(monkeypatch, dtype, capability):
     """It is a float32 product, rounded once, whatever torch's own in bfloat16 is."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -164,10 +164,26 @@ def test_a_cpu_without_bfloat16_multiplies_many_rows_in_float32_in_columns_of_16
         y = apply_head(states, head, out=out)
         exact = states.double() @ head.double().T
         assert y.dtype == dtype and y.data_ptr() == out.data_ptr() and out[n:].isnan().all()
-        assert (y - exact).abs().max() <= {torch.bfloat16: 2 ** -8, torch.float32: 1e-6}.get(dtype, 1e-14) * exact.abs().max()
+        most = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+        assert (y - exact).abs().max() <= most * exact.abs().max()
     wide = capability == "AVX2" and dtype != torch.float64
     assert [tuple(x.shape) for x in made] == [(16, 40), (16, 40), (32, 40)] * wide
     assert all(x.dtype == torch.float32 and x[n:].eq(0).all() for x, n in zip(made, (6, 16, 31)))
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("dtype, other", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_head_in_another_dtype_is_rounded_to_that_of_the_states(monkeypatch, dtype, other, capability):
+    """So one token's loss does not depend on how many are scored with it."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    head = random_logits(2100, 40).to(other)
+    for n in 1, 16:
+        states = random_logits(n, 40, seed=n).to(dtype)
+        exact = states.double() @ head.to(dtype).double().T
+        assert (apply_head(states, head) - exact).abs().max() <= (2 ** -8 if dtype == torch.bfloat16 else 1e-6) * exact.abs().max()
+        unrounded = states.double() @ head.double().T
+        if dtype == torch.bfloat16:
+            assert (apply_head(states, head) - exact).norm() < 0.9 * (apply_head(states, head) - unrounded).norm()
 
 
 def test_each_token_counts_by_its_own_weight():

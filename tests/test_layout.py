@@ -2,6 +2,7 @@
 import copy
 from contextlib import suppress
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from minikd.files import InputError
 from minikd.gptq import quantize_model
 from minikd.generate import generate, respond
 from minikd.head import gemv
-from minikd.layout import INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, torch_products, use_int8_head
+from minikd.layout import INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, pick_layout, torch_products, use_int8_head
 from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear, to_w4, to_words
 from test_generate import PROMPTS, V, random_model
@@ -126,6 +127,38 @@ def test_one_row_in_float32_is_read_from_the_plain_weights(large, narrow_float32
     assert torch.equal(large.hidden(ids), plain) and len(read) == 7 * 2
     with laid_out(narrow_float32, rows=1, steps=16):
         assert packed_parts(narrow_float32) == 0
+
+
+@pytest.mark.parametrize("device, dtype, rows, there, layout", [
+    ("cpu", torch.float32, 1, {}, "plain"), ("cpu", torch.float32, 1, dict(threads=1), None),
+    ("cpu", torch.float32, 3, {}, "packed"), ("cpu", torch.float32, 1, dict(four_bits=True), "joined"),
+    ("cpu", torch.float32, 1, dict(toy=True), None), ("cpu", torch.float32, 3, dict(toy=True), None),
+    ("cpu", torch.float32, 3, dict(onednn=False), None), ("cpu", torch.float64, 3, {}, None),
+    ("cpu", torch.bfloat16, 1, {}, None), ("cpu", torch.bfloat16, 3, {}, "packed"),
+    ("cpu", torch.bfloat16, 3, dict(toy=True), "packed"), ("cpu", torch.bfloat16, 3, dict(four_bits=True), "packed"),
+    ("cpu", torch.bfloat16, 3, dict(capability="AVX2"), "plain"), ("cpu", torch.bfloat16, 1, dict(capability="AVX2"), "plain"),
+    ("cpu", torch.bfloat16, 3, dict(capability="AVX2", toy=True), None),
+    ("cpu", torch.bfloat16, 3, dict(capability="AVX2", four_bits=True), "joined"),
+    ("cuda", torch.float32, 1, {}, "joined"), ("cuda", torch.bfloat16, 3, {}, "joined"),
+    ("cuda", torch.bfloat16, 1, dict(capability="AVX2"), "joined"), ("cuda", torch.bfloat16, 3, dict(four_bits=True), "joined")])
+def test_a_layout_is_picked_by_device_dtype_and_rows(monkeypatch, device, dtype, rows, there, layout):
+    """For a decoding of many steps; for few only what costs nothing."""
+    there = dict(threads=2, capability="AVX512", onednn=True, toy=False, four_bits=False) | there
+    monkeypatch.setattr(torch, "get_num_threads", lambda: there["threads"])
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: there["capability"])
+    monkeypatch.setattr("minikd.layout.can_pack", lambda: there["onednn"])
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there["capability"] == "AVX512", raising=False)
+    mlp = SimpleNamespace(joined=None, down_proj=SimpleNamespace(packed=None))
+    head = SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda", dtype=dtype,
+                           numel=lambda: 1 << (10 if there["toy"] else 27))
+    model = SimpleNamespace(head=head, quantization={} if there["four_bits"] else None,
+                            model=SimpleNamespace(layers=[SimpleNamespace(mlp=mlp)]))
+    assert pick_layout(model, rows, steps=16) == layout
+    assert pick_layout(model, rows, steps=15) == ("plain" if layout == "plain" else None)
+    for holder, name in (mlp, "joined"), (mlp.down_proj, "packed"):             # inside another laid_out; 4 bits keep theirs
+        monkeypatch.setattr(holder, name, "held")
+        assert pick_layout(model, rows, steps=16) == (layout if there["four_bits"] else None)
+        monkeypatch.setattr(holder, name, None)
 
 
 @torch.inference_mode()
