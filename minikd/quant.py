@@ -199,7 +199,7 @@ class W4Linear(nn.Module):
         """x [..., I] -> [..., O], by one of the ways that `choose` names."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if way == "dequantise":                                 # any dtype, anywhere; gradients with respect to x
-            dtype = torch.float32 if x.device.type == "cpu" and lacks_bfloat16() else x.dtype
+            dtype = torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and lacks_bfloat16() else x.dtype
             return F.linear(x.to(dtype), self.weight().to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
         rows = x.reshape(-1, self.inputs).contiguous()                                          # [M, I]
         if way == "kernel":

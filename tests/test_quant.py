@@ -168,6 +168,8 @@ def test_on_a_cpu_without_bfloat16_dequantised_weights_are_not_rounded_to_it(mon
         expected = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), made.bias.to(torch.bfloat16).to(dtype))
         assert torch.equal(made.multiply(x, "dequantise"), expected.bfloat16())
         assert made.multiply(x.clone().requires_grad_(), "dequantise").requires_grad
+        torch.testing.assert_close(made.multiply(x.double(), "dequantise"), x.double() @ weight.double().T + made.bias.double(),
+                                   rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
