@@ -6,20 +6,16 @@ Reference
     Knowledge Distillation for Large Language Models, eq. (3) the mixed loss
 """
 import functools
-import math
 from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minikd import loss_cuda
+from minikd import loss_cuda, products
 from minikd.data import send
 from minikd.losses import entropy, forward_kl, kl, log_probs, no_divergence, reverse_kl
-from minikd.model import lacks_bfloat16
 
-BLOCK = 2048                                        # head rows in one matrix product on a CPU: they fit its cache
-MANY = 6                                            # rows from which padded_columns is faster on a CPU with AVX2
 PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # float32 logits in one softmax, at least: fewer are mostly overhead
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 240 << 20}  # logits of the student that are in memory at once, at most; on an H200 128
                                                     # and 160 MB were slower, and from a cache 480 (results/gpu.txt)
@@ -97,9 +93,9 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
         # softmax: on a CPU its tensors stay in the cache.
         piece = chunk if kernel else max(1, chunk // 16, PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V))
         for at in slices(0, N, chunk):
-            apply_head(states[at], used, out=logits)                            # [n, D] -> [n, V]
+            products.multiply(states[at], used, out=logits)                            # [n, D] -> [n, V]
             if teacher_logits is not None:
-                apply_head(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
+                products.multiply(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
             for tokens in slices(at.start, at.stop, piece):
                 rows = slice(tokens.start - at.start, tokens.stop - at.start)   # the same tokens, counted within the chunk
                 ce[tokens], kd[tokens], total[tokens] = losses(                 # from here on dL/dlogits, in place
@@ -236,44 +232,6 @@ def compare_heads(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden:
     return {"ce": ce, **found} | ({"kd": kd} if divergence else {})
 
 
-def apply_head(states: Tensor, head: Tensor, out: Tensor | None = None) -> Tensor:
-    """states [n, D], head [V, D] -> logits [n, V] in states' dtype, written to the first rows of `out` if given.
-
-    On a CPU it is (head_block @ states.T).T, block after block: in float32 up to 1.9 x as fast as one product for 8 to 220
-    rows on two cores; one row in float32 is gemv's. A head in another dtype is cast block by block, so that no second copy of it
-    is held; on a CPU with AVX2 only, one of 16 bits to float32: see padded_columns.
-    """
-    n = len(states)
-    out = states.new_empty(n, len(head)) if out is None else out[:n]
-    if states.is_cuda:
-        return torch.mm(states, head.to(states.dtype).T, out=out)
-    if n == 1 and states.dtype == head.dtype == torch.float32:
-        return out.copy_(gemv(states, head))
-    columns = padded_columns(states) if n >= MANY and lacks_bfloat16() and states.dtype != torch.float64 else states.T
-    for i in range(0, len(head), BLOCK):
-        block = head[i:i + BLOCK].to(states.dtype).to(columns.dtype)                        # rounded as on any other CPU
-        out[:, i:i + BLOCK] = (block @ columns)[:, :n].T                                    # ([b, D] [D, n])ᵀ
-    return out
-
-
-def padded_columns(states: Tensor) -> Tensor:
-    """states [n, D] -> [D, m] float32, m = n rounded up to 16, as MKL's kernels for AVX2 take 16 columns at a time.
-
-    In bfloat16 the product with a weight that is cast block by block takes 0.4 of torch's time for 16 rows, and a sixth for
-    224; in float32 padding saves up to half (31 rows).
-    """
-    return F.pad(states.float(), (0, 0, 0, -len(states) % 16)).T
-
-
-def gemv(x: Tensor, weight: Tensor) -> Tensor:
-    """x [1, I], weight [O, I] -> [1, O], float32 on a CPU, as a batch of 16 products, which all threads share.
-
-    Of one product for one row MKL makes one thread's work: with two threads this is 1.5 to 1.8 x as fast.
-    """
-    parts = math.gcd(len(weight), 16)
-    return torch.bmm(x.expand(parts, 1, -1), weight.unflatten(0, (parts, -1)).mT).view(1, -1)   # [16, 1, I] [16, I, O/16]
-
-
 def _backward_head(grads: Tensor, states: Tensor, head: Tensor, grad_hidden: Tensor | None, grad_head: Tensor | None):
     """From grads [n, V] of the logits: writes grad_hidden [n, D], and adds to grad_head [V, D] in place."""
     if grads.is_cuda:                               # in one product each, by rows of V and D elements: rows of n are not aligned
@@ -283,12 +241,12 @@ def _backward_head(grads: Tensor, states: Tensor, head: Tensor, grad_hidden: Ten
             _add_product(grad_head, grads.T, states)                            # += [V, n] [n, D]
         return
     total = states.new_zeros(states.T.shape, dtype=torch.float32)               # [D, n]
-    for i in range(0, len(head), BLOCK):
-        grad = grads[:, i:i + BLOCK].T                                          # [b, n]
+    for i in range(0, len(head), products.BLOCK):
+        grad = grads[:, i:i + products.BLOCK].T                                          # [b, n]
         if grad_hidden is not None:
-            _add_product(total, head[i:i + BLOCK].to(grad.dtype).T, grad)       # += [D, b] [b, n]
+            _add_product(total, head[i:i + products.BLOCK].to(grad.dtype).T, grad)       # += [D, b] [b, n]
         if grad_head is not None:
-            _add_product(grad_head[i:i + BLOCK], grad, states)                  # += [b, n] [n, D]
+            _add_product(grad_head[i:i + products.BLOCK], grad, states)                  # += [b, n] [n, D]
     if grad_hidden is not None:
         grad_hidden.copy_(total.T)
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minikd import products
 from minikd.files import InputError
-from minikd.head import MANY, apply_head
-from minikd.model import Linear, Qwen2, lacks_bfloat16
+from minikd.model import Linear, Qwen2
 from minikd.quant import W4Linear, give_memory_back
 
 # Fewest steps for which packing is worth it: there and back it takes as long as ten, for two rows in float32 as 15 to 20.
@@ -40,7 +40,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
         return
     try:
         if layout == "plain":
-            use_apply_head(model)
+            use_multiply(model)
         else:
             lay_out(model, rows, pack=layout == "packed")
         yield
@@ -58,8 +58,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
     """How the layers are best read:
 
-    "plain"   for any number of steps: one row in float32 on a CPU, by head.gemv, which gives every thread its part; bfloat16
-              on a CPU with AVX2 only, many rows by head.padded_columns
+    "plain"   for any number of steps: one row in float32 on a CPU, by products.gemv, which gives every thread its part;
+              bfloat16 on a CPU with AVX2 only, many rows by products.padded_columns
     "packed"  several rows on a CPU: from oneDNN's layout, q/k/v as one product and gate/up as another. From the plain one it
               reaches 60% of the memory's bandwidth in bfloat16, and takes two to five times as long in float32. Of a 4-bit
               model only the head; its layers are joined
@@ -73,7 +73,7 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
     if not four_bits and (mlp.joined is not None or mlp.down_proj.packed is not None):
         return None
     if cpu and large and not four_bits and (
-            bfloat16 and lacks_bfloat16() or float32 and rows == 1 and torch.get_num_threads() > 1):
+            bfloat16 and products.AVX2_ONLY or float32 and rows == 1 and torch.get_num_threads() > 1):
         return "plain"
     if steps < WORTH:
         return None
@@ -127,7 +127,7 @@ def lay_out(model: Qwen2, rows: int, pack: bool):
                 layer.packed.free_parts()
     if pack:
         give_memory_back()
-        few = rows == 2 and model.head.dtype == torch.float32               # for those apply_head is as fast
+        few = rows == 2 and model.head.dtype == torch.float32               # for those multiply is as fast
         if model.packed_head is None and not few and not (model.int8_head and rows < INT8_ROWS):
             model.packed_from = state_of(model.head)
             model.packed_head = torch.ops.mkldnn._reorder_linear_weight(model.head, rows)
@@ -138,20 +138,19 @@ def state_of(weight: Tensor) -> tuple:
     return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
 
 
-def use_apply_head(model: Qwen2):
-    """Makes all layers multiply by apply_head where it is faster; model.lay_back undoes it."""
+def use_multiply(model: Qwen2):
+    """Makes all layers multiply by multiply_plain; model.lay_back undoes it."""
     for layer in model.modules():
         if isinstance(layer, Linear) and layer.packed is None:         # one that is packed holds its weight nowhere else
-            layer.packed = partial(multiply_blocks, layer)
+            layer.packed = partial(multiply_plain, layer)
 
 
-def multiply_blocks(layer: Linear, x: Tensor) -> Tensor:
-    """The layer's output for x [..., I], by apply_head for one row in float32, or many in bfloat16."""
+def multiply_plain(layer: Linear, x: Tensor) -> Tensor:
+    """The layer's output for x [..., I]: by products.multiply for one row in float32, or many in bfloat16, else by torch."""
     rows = x.flatten(0, -2)                                                                 # [n, I]
-    if len(rows) > 1 if x.dtype == torch.float32 else len(rows) < MANY:
+    if len(rows) > 1 if x.dtype == torch.float32 else len(rows) < products.MANY:
         return F.linear(x, layer.weight, layer.bias)
-    y = apply_head(rows, layer.weight).unflatten(0, x.shape[:-1])                           # [..., O]
-    return y if layer.bias is None else y + layer.bias
+    return products.multiply(rows, layer.weight, layer.bias).unflatten(0, x.shape[:-1])              # [..., O]
 
 
 class Packed:
@@ -218,7 +217,7 @@ def head_logits(model: Qwen2, states: Tensor) -> Tensor:
         return model.int8_head(states)
     if model.packed_head is not None:
         return torch.ops.mkldnn._linear_pointwise(states, model.packed_head, None, "none", [], "")
-    return apply_head(states, model.head)
+    return products.multiply(states, model.head)
 
 
 def use_int8_head(model: Qwen2):

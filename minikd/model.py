@@ -207,7 +207,7 @@ class StaticCache(KVCache):
 
 
 class Linear(nn.Linear):
-    """nn.Linear that while decoding on a CPU multiplies in another way (layout.Packed, layout.multiply_blocks)."""
+    """nn.Linear that while decoding on a CPU multiplies in another way (layout.Packed, layout.multiply_plain)."""
     packed = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -511,12 +511,6 @@ class Qwen2(nn.Module):
 def mixed_precision(device: torch.device, dtype: torch.dtype):
     """Inside a `with` block: matrix products in `dtype`, the weights as they are. torch.autocast; float32 needs none."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-@torch.compiler.assume_constant_result
-def lacks_bfloat16() -> bool:
-    """Whether this is a CPU with AVX2 only: torch multiplies bfloat16 there row by row, in as long for each of them."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 @torch.no_grad()

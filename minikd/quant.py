@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minikd import products
 from minikd.cuda import available
 from minikd.files import InputError
-from minikd.model import Linear, Qwen2, lacks_bfloat16
+from minikd.model import Linear, Qwen2
 from minikd.w4_cuda import MMA_ROWS, gpu_of, plan, repack, supports_groups
 
 
@@ -199,7 +200,7 @@ class W4Linear(nn.Module):
         """x [..., I] -> [..., O], by one of the ways that `choose` names."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if way == "dequantise":                                 # any dtype, anywhere; gradients with respect to x
-            dtype = torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and lacks_bfloat16() else x.dtype
+            dtype = torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and products.AVX2_ONLY else x.dtype
             return F.linear(x.to(dtype), self.weight().to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
         rows = x.reshape(-1, self.inputs).contiguous()                                          # [M, I]
         if way == "kernel":

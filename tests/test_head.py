@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import random_logits
-from minikd.head import _backward_head, apply_head, compare_heads, gemv, head_loss, scored_positions
+from minikd import products
+from minikd.head import _backward_head, compare_heads, head_loss, scored_positions
 from minikd.losses import DIVERGENCES, clipped_surrogate, forward_kl, jensen_shannon, reverse_kl
 from minikd.model import Qwen2, Qwen2Config
 
@@ -112,13 +113,13 @@ def test_a_tall_head_is_multiplied_block_by_block_and_the_blocks_are_summed_in_f
     inputs = head_inputs()
     of, options = (inputs["hidden"], inputs["head"]), dict(divergence=forward_kl, kd_ratio=0.5, chunk_bytes=5 * V * 4)
     expected = naive(**inputs, divergence=forward_kl, kd_ratio=0.5)[0]
-    monkeypatch.setattr("minikd.head.BLOCK", 16)                              # two blocks and a part
+    monkeypatch.setattr("minikd.products.BLOCK", 16)                              # two blocks and a part
     loss, *_ = head_loss(**inputs, **options)
     torch.testing.assert_close(loss, expected)
     exact = gradients(expected, *of)
     for ours, theirs in zip(gradients(loss, *of), exact):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr("minikd.head.BLOCK", 1)
+    monkeypatch.setattr("minikd.products.BLOCK", 1)
     ones, grad = torch.ones(300, 1).bfloat16(), torch.empty(1, 1).bfloat16()
     _backward_head(ones.T, ones[:1], ones, grad, None)
     assert grad.item() == 300                                                   # bfloat16 itself counts to 256
@@ -128,13 +129,13 @@ def test_a_tall_head_is_multiplied_block_by_block_and_the_blocks_are_summed_in_f
 def test_float32_chunks_are_whole_tiles(monkeypatch, dtype, chunks):
     hidden, head = random_logits(130, 8).to(dtype).requires_grad_(), random_logits(40, 8, seed=1).to(dtype)
     targets = torch.arange(130) % 40
-    seen = []
+    seen, multiply = [], products.multiply
 
     def counted(states, *rest, **out):
         seen.append(len(states))
-        return apply_head(states, *rest, **out)
+        return multiply(states, *rest, **out)
 
-    monkeypatch.setattr("minikd.head.apply_head", counted)
+    monkeypatch.setattr("minikd.products.multiply", counted)
     grads = []
     for size in 1 << 20, 55 * 40 * dtype.itemsize:                              # all at once, and room for 55 tokens
         head_loss(hidden, head, targets, chunk_bytes=size)[0].backward()
@@ -142,48 +143,6 @@ def test_float32_chunks_are_whole_tiles(monkeypatch, dtype, chunks):
         hidden.grad = None
     assert seen == [130, *chunks]
     torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize("O", [1, 7, 24, 4096])
-def test_one_row_times_parts_of_the_weight_is_the_product(O):
-    x, weight = random_logits(1, 40), random_logits(40, O, seed=1).T            # not contiguous
-    for given in weight, weight.contiguous(), weight.repeat(2, 1)[O // 2:O // 2 + O]:
-        torch.testing.assert_close(gemv(x, given), (x.double() @ given.double().T).float(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_a_cpu_without_bfloat16_multiplies_many_rows_in_float32_in_columns_of_16(monkeypatch, dtype, capability):
-    """It is a float32 product, rounded once, whatever torch's own in bfloat16 is."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    made, pad = [], F.pad
-    monkeypatch.setattr(F, "pad", lambda *given: (made.append(pad(*given)), made[-1])[1])
-    head = random_logits(2100, 40).to(dtype)
-    for n in 1, 5, 6, 16, 31:
-        states, out = random_logits(n, 40, seed=n).to(dtype), torch.full((40, 2100), torch.nan, dtype=dtype)
-        y = apply_head(states, head, out=out)
-        exact = states.double() @ head.double().T
-        assert y.dtype == dtype and y.data_ptr() == out.data_ptr() and out[n:].isnan().all()
-        most = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
-        assert (y - exact).abs().max() <= most * exact.abs().max()
-    wide = capability == "AVX2" and dtype != torch.float64
-    assert [tuple(x.shape) for x in made] == [(16, 40), (16, 40), (32, 40)] * wide
-    assert all(x.dtype == torch.float32 and x[n:].eq(0).all() for x, n in zip(made, (6, 16, 31)))
-
-
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-@pytest.mark.parametrize("dtype, other", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_a_head_in_another_dtype_is_rounded_to_that_of_the_states(monkeypatch, dtype, other, capability):
-    """So one token's loss does not depend on how many are scored with it."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    head = random_logits(2100, 40).to(other)
-    for n in 1, 16:
-        states = random_logits(n, 40, seed=n).to(dtype)
-        exact = states.double() @ head.to(dtype).double().T
-        assert (apply_head(states, head) - exact).abs().max() <= (2 ** -8 if dtype == torch.bfloat16 else 1e-6) * exact.abs().max()
-        unrounded = states.double() @ head.double().T
-        if dtype == torch.bfloat16:
-            assert (apply_head(states, head) - exact).norm() < 0.9 * (apply_head(states, head) - unrounded).norm()
 
 
 def test_each_token_counts_by_its_own_weight():

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from conftest import same
-from minikd import head
+from minikd import products
 from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.gptq import quantize_model
 from minikd.generate import generate, respond
-from minikd.head import gemv
 from minikd.layout import INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, pick_layout, torch_products, use_int8_head
 from minikd.model import Linear, Qwen2
+from minikd.products import gemv
 from minikd.quant import W4Linear, to_w4, to_words
 from test_generate import PROMPTS, V, random_model
 
@@ -117,7 +117,7 @@ def test_one_row_in_float32_is_read_from_the_plain_weights(large, narrow_float32
     with laid_out(large, rows=1, steps=16):
         assert packed_parts(large) == 0                                         # there is nothing to share for one thread
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(head, "gemv", lambda x, weight: (read.append(weight), gemv(x, weight))[1])
+    monkeypatch.setattr(products, "gemv", lambda x, weight: (read.append(weight), gemv(x, weight))[1])
     plain, whole = large.hidden(ids), large.hidden(prompt)
     with laid_out(large, rows=1, steps=1):
         with laid_out(large, rows=1, steps=1):
@@ -145,7 +145,7 @@ def test_a_layout_is_picked_by_device_dtype_and_rows(monkeypatch, device, dtype,
     """For a decoding of many steps; for few only what costs nothing."""
     there = dict(threads=2, capability="AVX512", onednn=True, toy=False, four_bits=False) | there
     monkeypatch.setattr(torch, "get_num_threads", lambda: there["threads"])
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: there["capability"])
+    monkeypatch.setattr(products, "AVX2_ONLY", there["capability"] == "AVX2")
     monkeypatch.setattr("minikd.layout.can_pack", lambda: there["onednn"])
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there["capability"] == "AVX512", raising=False)
     mlp = SimpleNamespace(joined=None, down_proj=SimpleNamespace(packed=None))
@@ -164,7 +164,9 @@ def test_a_layout_is_picked_by_device_dtype_and_rows(monkeypatch, device, dtype,
 @torch.inference_mode()
 def test_a_cpu_without_bfloat16_multiplies_many_rows_in_float32(large, monkeypatch):
     """Few rows, such as a decoding's of one prompt, are torch's; for a toy nothing is changed."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(products, "AVX2_ONLY", True)
+    wide, pad = [], products.padded_columns
+    monkeypatch.setattr(products, "padded_columns", lambda x: (wide.append(len(x)), pad(x))[1])
     few, many = (torch.randint(20_000, shape, generator=torch.Generator().manual_seed(0)) for shape in ((1, 5), (3, 2)))
     exact = large.hidden(many)
     large.bfloat16()
@@ -173,9 +175,12 @@ def test_a_cpu_without_bfloat16_multiplies_many_rows_in_float32(large, monkeypat
         with laid_out(large, rows=rows, steps=steps):
             with laid_out(large, rows=rows, steps=steps):
                 assert torch.equal(large.hidden(few), plain[0])
+            assert wide == []
             quick = large.hidden(many)
-        assert (quick - exact).norm() < 1.2 * (plain[1] - exact).norm() < 0.1 * exact.norm()
-        assert not torch.equal(quick, plain[1]) and torch.equal(large.hidden(many), plain[1]) and packed_parts(large) == 0
+        assert wide == [6] * 7 * 2                                              # every layer of two blocks
+        wide.clear()
+        assert (quick - exact).norm() < 1.02 * (plain[1] - exact).norm() < 0.1 * exact.norm()
+        assert torch.equal(large.hidden(many), plain[1]) and wide == [] and packed_parts(large) == 0
     toy = random_model(dtype=torch.bfloat16)
     with laid_out(toy, rows=1, steps=1):
         assert packed_parts(toy) == 0

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from minikd import products
 from minikd.files import InputError
 from minikd.model import Qwen2, Qwen2Config
 from minikd.quant import (W4Linear, check_groups, choose, dequantize_groups, find_grid, from_words, pack, round_to_nearest,
@@ -162,9 +163,9 @@ def layer(O=32, I=128, group=64, sym=True, bias=True, version=1):
 def test_on_a_cpu_without_bfloat16_dequantised_weights_are_not_rounded_to_it(monkeypatch):
     made, weight = layer()
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for capability in "AVX2", "AVX512":
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-        dtype = torch.float32 if capability == "AVX2" else torch.bfloat16
+    for avx2 in True, False:
+        monkeypatch.setattr(products, "AVX2_ONLY", avx2)
+        dtype = torch.float32 if avx2 else torch.bfloat16
         expected = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), made.bias.to(torch.bfloat16).to(dtype))
         assert torch.equal(made.multiply(x, "dequantise"), expected.bfloat16())
         assert made.multiply(x.clone().requires_grad_(), "dequantise").requires_grad

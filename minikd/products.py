@@ -1,0 +1,58 @@
+"""Matrix products x Wᵀ + b with a plain weight, cut as is fastest on a CPU: into blocks of the weight's rows.
+
+Nothing here is differentiated. The LM head is multiplied so everywhere, a block's layers while decoding where it pays
+(layout.py).
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 2048            # rows of the weight in one product: they fit a CPU's cache
+MANY = 6                # rows of x from which padded_columns is faster on a CPU with AVX2 only
+# Whether this is a CPU with AVX2 only: torch multiplies bfloat16 there row by row, in as long for each of them.
+AVX2_ONLY = torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x [n, I], weight [O, I], bias [O] -> x Wᵀ + b [n, O] in x's dtype, written to the first rows of `out` if given.
+
+    On a CPU it is (weight_block @ xᵀ)ᵀ, block after block: in float32 up to 1.9 x as fast as one product for 8 to 220 rows on
+    two cores; one row in float32 is gemv's. A weight in another dtype is cast block by block, so that no second copy of it is
+    held; on a CPU with AVX2 only, one of 16 bits to float32: see padded_columns.
+    """
+    n = len(x)
+    out = x.new_empty(n, len(weight)) if out is None else out[:n]
+    if x.is_cuda:
+        torch.mm(x, weight.to(x.dtype).T, out=out)
+        return out if bias is None else out.add_(bias)
+    if n == 1 and x.dtype == weight.dtype == torch.float32:
+        y = gemv(x, weight)
+        return out.copy_(y) if bias is None else torch.add(y, bias, out=out)
+    columns = padded_columns(x) if n >= MANY and AVX2_ONLY and x.dtype != torch.float64 else x.T
+    for i in range(0, len(weight), BLOCK):
+        block = weight[i:i + BLOCK].to(x.dtype).to(columns.dtype)               # rounded as on any other CPU
+        product = (block @ columns)[:, :n]                                      # [b, I] [I, m] -> [b, n]
+        if bias is not None:
+            product += bias[i:i + BLOCK, None]
+        out[:, i:i + BLOCK] = product.T
+    return out
+
+
+def padded_columns(x: Tensor) -> Tensor:
+    """x [n, I] -> [I, m] float32, m = n rounded up to 16, as MKL's kernels for AVX2 take 16 columns at a time.
+
+    In bfloat16 the product with a weight that is cast block by block takes 0.4 of torch's time for 16 rows, and a sixth for
+    224; in float32 padding saves up to half (31 rows).
+    """
+    return F.pad(x.float(), (0, 0, 0, -len(x) % 16)).T
+
+
+def gemv(x: Tensor, weight: Tensor) -> Tensor:
+    """x [1, I], weight [O, I] -> [1, O], float32 on a CPU, as a batch of 16 products, which all threads share.
+
+    Of one product for one row MKL makes one thread's work: with two threads this is 1.5 to 1.8 x as fast.
+    """
+    parts = math.gcd(len(weight), 16)
+    return torch.bmm(x.expand(parts, 1, -1), weight.unflatten(0, (parts, -1)).mT).view(1, -1)   # [16, 1, I] [16, I, O/16]

@@ -1,0 +1,65 @@
+"""Products cut for a CPU's cache, against float64."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import random_logits
+from minikd import products
+from minikd.products import gemv, multiply
+
+MOST = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11, torch.float32: 1e-6, torch.float64: 1e-14}    # relative error
+
+
+@pytest.mark.parametrize("O", [1, 7, 24, 4096])
+def test_one_row_times_parts_of_the_weight_is_the_product(O):
+    x, weight = random_logits(1, 40), random_logits(40, O, seed=1).T            # not contiguous
+    for given in weight, weight.contiguous(), weight.repeat(2, 1)[O // 2:O // 2 + O]:
+        torch.testing.assert_close(gemv(x, given), (x.double() @ given.double().T).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("avx2", [True, False])
+@pytest.mark.parametrize("dtype", MOST)
+def test_a_cpu_without_bfloat16_multiplies_many_rows_in_float32_in_columns_of_16(monkeypatch, dtype, avx2):
+    """It is a float32 product, rounded once, whatever torch's own in bfloat16 is."""
+    monkeypatch.setattr(products, "AVX2_ONLY", avx2)
+    made, pad = [], F.pad
+    monkeypatch.setattr(F, "pad", lambda *given: (made.append(pad(*given)), made[-1])[1])
+    weight = random_logits(2100, 40).to(dtype)
+    for n in 1, 5, 6, 16, 31:
+        x, out = random_logits(n, 40, seed=n).to(dtype), torch.full((40, 2100), torch.nan, dtype=dtype)
+        y = multiply(x, weight, out=out)
+        exact = x.double() @ weight.double().T
+        assert y.dtype == dtype and y.data_ptr() == out.data_ptr() and out[n:].isnan().all()
+        assert (y - exact).abs().max() <= MOST[dtype] * exact.abs().max()
+    wide = avx2 and dtype != torch.float64
+    assert [tuple(x.shape) for x in made] == [(16, 40), (16, 40), (32, 40)] * wide
+    assert all(x.dtype == torch.float32 and x[n:].eq(0).all() for x, n in zip(made, (6, 16, 31)))
+
+
+@pytest.mark.parametrize("dtype", MOST)
+def test_a_bias_is_added_before_the_product_is_rounded(monkeypatch, dtype):
+    """Where the product is float32's: after a product of 256 rounded to bfloat16's steps of 2, a bias of 0.75 would be lost."""
+    monkeypatch.setattr(products, "AVX2_ONLY", True)
+    weight, bias = random_logits(2100, 40).to(dtype), random_logits(2100, seed=1).to(dtype)
+    for n in 1, 6:
+        x, out = random_logits(n, 40, seed=n).to(dtype), torch.empty(9, 2100, dtype=dtype)
+        y, exact = multiply(x, weight, bias, out), x.double() @ weight.double().T + bias.double()
+        assert torch.equal(y, out[:n]) and (y - exact).abs().max() <= 2 * MOST[dtype] * exact.abs().max()
+    y = multiply(torch.full((6, 1), 16.0, dtype=dtype), torch.full((1, 1), 16.03125, dtype=dtype), torch.full((1,), 0.75, dtype=dtype))
+    exact = torch.tensor(16 * torch.tensor(16.03125, dtype=dtype).item() + 0.75)
+    assert y.eq(exact.to(dtype)).all()
+
+
+@pytest.mark.parametrize("avx2", [True, False])
+@pytest.mark.parametrize("dtype, other", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_weight_in_another_dtype_is_rounded_to_that_of_the_rows(monkeypatch, dtype, other, avx2):
+    """So one token's loss does not depend on how many are scored with it."""
+    monkeypatch.setattr(products, "AVX2_ONLY", avx2)
+    weight = random_logits(2100, 40).to(other)
+    for n in 1, 16:
+        x = random_logits(n, 40, seed=n).to(dtype)
+        y, exact = multiply(x, weight), x.double() @ weight.to(dtype).double().T
+        assert (y - exact).abs().max() <= (2 ** -8 if dtype == torch.bfloat16 else 1e-6) * exact.abs().max()
+        unrounded = x.double() @ weight.double().T
+        if dtype == torch.bfloat16:
+            assert (y - exact).norm() < 0.9 * (y - unrounded).norm()
