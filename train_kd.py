@@ -29,7 +29,7 @@ import torch
 
 from minikd import minillm, toy
 from minikd.checkpoint import (check_vocabulary, identify, load_config, load_head, load_model, model_files, model_folder,
-                               save_model)
+                               read_quantization, save_model)
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
 from minikd.data import Encoded, collate, encode_examples, encode_text, optimizer_steps, steps_per_epoch
@@ -371,11 +371,13 @@ def planned(args) -> list[tuple[str, str, float, str]]:
     return [(f"{args.loss} lr {lr:g}", args.loss, lr, f"lr-{lr:g}") for lr in args.lr]
 
 
-def check_teacher(name, tokenizer):
-    """Raises InputError if the teacher's tokenizer differs, or the tokenizer has more ids than the teacher has rows."""
+def check_teacher(name, tokenizer) -> bool:
+    """Whether the teacher's weights have 4 bits.  Raises InputError if its tokenizer differs, or the tokenizer has more ids than
+    the teacher has rows."""
     folder = model_folder(name, weights=False)
     tokenizer.check_same(folder)
     check_vocabulary(name, load_config(folder), tokenizer)
+    return read_quantization(folder) is not None
 
 
 def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
@@ -454,7 +456,7 @@ def write_held_out(examples: list, path: Path):
 def conclude(args, out: Path, tokenizer, base: Qwen2, teacher, held_out: tuple, asked: tuple, device, dtype) -> Path | None:
     """Prints the table of Base, the runs and Teacher, and draws the curves; returns the picture's path."""
     if isinstance(teacher, CachedTeacher):                      # the table needs answers, and so the whole model
-        teacher = Teacher(load_model(args.teacher, device, dtype).requires_grad_(False))
+        teacher = Teacher(load_model(args.teacher, device, teacher.head.dtype).requires_grad_(False))
     models = {"SFT" if args.from_sft else "Base": base.to(dtype)}            # what the runs began from
     models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
     models |= {"Teacher": teacher.model} if teacher else {}
@@ -485,8 +487,8 @@ def main():
 
     tokenizer = Tokenizer.load(args.student)
     lengths = dict(template=args.template, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
-    if args.teacher:
-        check_teacher(args.teacher, tokenizer)                  # before a hub's student is fetched
+    if args.teacher:                                            # before a hub's student is fetched
+        teacher_dtype = pick_dtype(args.dtype, device, check_teacher(args.teacher, tokenizer))
     report, rows, held_out, asked = read_data(args, tokenizer, lengths)
     texts, text_files = load_texts(args.lm_data) if args.lm_data else ([], None)
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
@@ -509,8 +511,8 @@ def main():
     teacher = None
     if args.teacher:                                            # for --loss sft it is only in the table
         if args.seq_kd:
-            rows = ask_teacher(args, tokenizer, rows, device, dtype, out)
-        teacher = open_teacher(args, tokenizer, rows + held_out[0], device, dtype, lengths, report.files)
+            rows = ask_teacher(args, tokenizer, rows, device, teacher_dtype, out)
+        teacher = open_teacher(args, tokenizer, rows + held_out[0], device, teacher_dtype, lengths, report.files)
     settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
     student = lambda: load_model(args.student, device)
     if args.from_sft:

@@ -28,9 +28,10 @@ def numbers(seed=0):
 
 
 @pytest.mark.parametrize("reward", [8 / 3, 1.0833, 0.1, 0.99, 0.0, -7.3])
-def test_a_group_that_is_paid_the_same_has_no_signal_whatever_its_mean_rounds_to(reward):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_group_that_is_paid_the_same_has_no_signal_whatever_its_mean_rounds_to(reward, dtype):
     for G in range(2, 20):
-        rewards = torch.full((3, G), reward)
+        rewards = torch.full((3, G), reward, dtype=dtype)
         rewards[1, 0] = torch.nan                                               # not judged: the others are equal still
         rewards[2, -1] += 1
         for scale in "std", "none":
