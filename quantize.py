@@ -48,7 +48,7 @@ def parse_args():
     add("--samples", type=int, default=128, help="calibration rows, drawn at random")
     add("--length", type=int, default=2048, help="longest of them, in tokens")
     add("--eval-data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
-        help="records: perplexity and ROUGE-L before and after")
+        help="records: perplexity and ROUGE-L before and after, of prompts of up to 256 tokens")
     add("--eval-examples", type=int, default=200, help="how many of those")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt")
     add = flag_group(parser, "quantisation")
@@ -200,9 +200,11 @@ def main():
     if args.eval_data:
         examples, _ = load_examples(args.eval_data, args.format, args.eval_examples)
         try:
-            eval_rows, _ = encode_examples(examples, tokenizer, args.template)
+            eval_rows, counts = encode_examples(examples, tokenizer, args.template)
         except InputError as error:                             # its message names flags of train_kd.py
             raise InputError(f"{args.eval_data[0]}: no prompt is short enough to evaluate; give other records") from error
+        if lost := ", ".join(f"{count:,} {what}" for what, count in counts.items() if what.startswith("dropped") and count):
+            print(f"{len(eval_rows):,} of {len(examples):,} records of --eval-data; {lost}")
     outs = {method: Path(args.out if len(args.methods) == 1 else f"{args.out}-{method}").expanduser()
             for method in args.methods}
     for out in outs.values():                                   # all, before the first run of maybe hours

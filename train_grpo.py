@@ -101,7 +101,7 @@ def parse_args():
     args = parser.parse_args()
     if args.data and not args.model:
         raise InputError("--data without --model; add --model FOLDER")
-    args.toy = not args.data
+    args.toy = not args.data                                    # toy problems, perhaps with a real model
     if args.limit and not args.data:
         raise InputError("--limit without --data; add --data FILE, or leave it out in the toy world")
     if args.data:
@@ -427,7 +427,7 @@ def main():
     out, started = Path(args.out).expanduser(), time.time()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    anew = args.toy and not args.model                          # all of it can be made again
+    anew = args.toy and not args.model                          # the student is the toy's too: all of it can be made again
     check = functools.partial(check_free, out, [out], resume=args.resume, toy=anew, data=args.data or (),
                               own=["completions.jsonl", "curves.png"])
     check()

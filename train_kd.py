@@ -59,7 +59,7 @@ def parse_args():
     add("--teacher", help="folder or hub name; for all but --loss sft")
     add("--data", nargs="+", metavar="FILE",
         help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
-    add("--eval-data", nargs="+", metavar="FILE", help="records for the table; else held-out ones, by which best/ is chosen")
+    add("--eval-data", nargs="+", metavar="FILE", help="records for the table, not held-out ones; these choose best/")
     add("--lm-data", nargs="+", metavar="FILE",
         help="plain text (records with `text`): its cross-entropy is added to every step")
     add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
@@ -94,7 +94,7 @@ def parse_args():
         help="peak; several: a run each, forward_kl without --loss; 1e-3 on the toy's own answers")
     add("--warmup", type=int, default=0, toy=30, help="steps of linear warm-up")
     add("--schedule", choices=("cosine", "constant"), default="cosine",
-        help="after the warm-up; cosine ends at --lr / 10")
+        help="after the warm-up; cosine falls to --lr / 10")
     add("--weight-decay", type=float, default=0.01, help="of weight matrices")
     add("--max-grad-norm", type=float, default=1.0, help="a larger gradient is scaled down to it")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
@@ -110,9 +110,9 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the split, the order, the sampling and the toy world")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of matrix products and of the teacher")
+        help="of matrix products and of the teacher; without it a 4-bit teacher is in bfloat16")
     args = parser.parse_args()
-    if args.loss is None and len(args.lr or ()) > 1:            # figure 2's
+    if args.loss is None and len(args.lr or ()) > 1:            # as in the paper's figure 2
         args.loss = "forward_kl"
         print("note: several rates are a sweep of one loss: --loss forward_kl, as none is given", file=sys.stderr)
     note_flags(args)
@@ -213,7 +213,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         source = minillm.rollout_steps(rollouts_now, rows, state["step"], steps, *batching, rollouts, inner_epochs, collecting)
     else:
         source = optimizer_steps(rows, state["step"], steps, *batching)         # of (step, its micro-batches)
-    texts = optimizer_steps(lm_rows, state["step"], steps, *batching)           # the same of --lm-data; not begun without it
+    lm_source = optimizer_steps(lm_rows, state["step"], steps, *batching)       # the same of --lm-data; not begun without it
     backward = functools.partial(forward_backward, student=student, pad_id=tokenizer.pad_id, dtype=dtype,
                                  checkpointing=gradient_checkpointing)          # of one micro-batch; fills .grad
     sampler, log = None, Log(out, upto=state["step"])           # sampler: a copy of the student in `dtype`
@@ -224,7 +224,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     with Progress(title, steps, start=state["step"]) as progress:
         started = time.perf_counter()
         for step, batches in source:                                            # MiniLLM's rollouts are sampled in here
-            lm_batches = next(texts)[1] if lm_rows else []
+            lm_batches = next(lm_source)[1] if lm_rows else []
             kd_share = kd_ratio                                                 # the divergence's share of this step's loss
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr, warmup, schedule)

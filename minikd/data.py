@@ -63,7 +63,7 @@ class Encoded:
 
     def answered(self, ids: list[int], eos_ids) -> "Encoded":
         """The same prompt with a sampled response; cut unless it ends in a stop token."""
-        return Encoded(self.prompt, ids, ids[-1] not in eos_ids, self.index)
+        return Encoded(self.prompt, ids, not ids or ids[-1] not in eos_ids, self.index)
 
 
 def encode_examples(examples: list[Example], tokenizer, template: str = "chatml", max_length: int = 512,

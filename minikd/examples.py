@@ -1,4 +1,4 @@
-"""Records of the paper's datasets -> examples: what is asked, what is learned, and what ROUGE compares with. Which are held out.
+"""Records of the paper's datasets -> examples: what is asked, what is learned, what ROUGE compares with; and which are held out.
 
 A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are
 ignored, except `category` and, where no turn is the system's, `system` (or `system_prompt`), which any record may have. A pair

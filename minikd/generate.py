@@ -64,9 +64,9 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     one_kernel  with `graphs`: where decode_cuda.fits, one kernel computes the hidden states
     """
     prompts = [[int(token) for token in prompt] for prompt in prompts]          # also tuples, or the rows of a tensor
-    models = [model, teacher] if mix else [model]
-    check_prompts(prompts, min(len(each.head) for each in (model, teacher or model)))
     check_options(temperature, top_p, top_k, samples, teacher, mix, vocab, no_repeat_ngram_size)
+    models = [model, teacher] if mix else [model]
+    check_prompts(prompts, min(len(each.head) for each in models))
     if not prompts or max_new_tokens < 1:
         return [[] for _ in range(len(prompts) * samples)], [[] for _ in range(len(prompts) * samples)]
     stops = as_set(eos_ids)
@@ -115,7 +115,8 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
 
 
 def as_set(eos_ids) -> frozenset[int]:
-    """One id, several, or None."""
+    """One id, several, or None; also of numpy or torch."""
+    eos_ids = eos_ids.tolist() if hasattr(eos_ids, "tolist") else eos_ids
     return frozenset(map(int, () if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else eos_ids))
 
 
@@ -165,7 +166,7 @@ class Decoding:
         self.alive = list(range(u.shape[1]))                                # which answer each row writes
         self.seen = 0                                                       # tokens of each row that `read` has copied
         self.at = torch.full_like(u[0], -1, dtype=torch.long)               # [B] the newest token's place in its answer, the
-                                                                            # same for all; a GPU's block counts its row's
+                                                                            # same for all; on a GPU each row counts its own
         self.tokens = torch.zeros_like(self.at)                                             # [B]
         self.drawn, self.logps = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)     # [max_new_tokens, B]
         self.draw(states)
@@ -253,7 +254,7 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
     """The rows with their responses replaced by the model's own, in the same order; prompts of similar length are batched.
 
     progress  called after each batch with its number of rows
-    options   those of generate_with_log_probs
+    options   those of generate_with_log_probs but samples
     A response that reached max_new_tokens without a stop token is `cut`; none is added.
     """
     own, eos_ids = list(rows), as_set(eos_ids)

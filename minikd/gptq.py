@@ -269,8 +269,10 @@ def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device) -> Ite
                 hessian = Hessian(block.get_submodule(names[0]).in_features, device)
                 for x, (_, mask) in zip(states, batches, strict=True):
                     hessian.add(inputs(x), mask.to(device))
-                for name in (f"model.layers.{i}.{name}" for name in names):
-                    yield name, hessian.finish(name)
+                names = [f"model.layers.{i}.{name}" for name in names]
+                H = hessian.finish(names[0])                                    # of all that share these inputs
+                for name in names:
+                    yield name, H
             for x in states:
                 x.copy_(half(x))                                                # by now through quantised layers
         block.to(home)
@@ -328,9 +330,8 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         order = calibrate(model, calibration_batches(rows, pad_id, batch_size), torch.device(device or home))
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in order:
-        for other, layer in layers.items():
-            if store and block_of(other) < block_of(name):                      # a finished block's: free the memory
-                layer.weight.data = layer.weight.new_empty(0)
+        for other in filter(lambda other: block_of(other) < block_of(name), layers if store else ()):
+            layers[other].weight.data = layers[other].weight.new_empty(0)       # of a finished block: frees the memory
         found, report = quantize_layer(layers[name], hessian, name, grid, act_order, damp)
         if store:                                                               # packed before it is moved: fewer bytes
             results[name] = {key: part.to(home) for key, part in store(*found).items()}

@@ -46,7 +46,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     hidden          [N, D]   the student's states that score a token (scored_positions)
     head            [V, D]   the student's LM head
     targets         [N]      the tokens they score
-    teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated; None for kd_ratio 0
+    teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated. With kd_ratio 0 only the divergence sees them, if given
     divergence      any function (student logits [n, V], teacher logits [n, V], or None without a teacher) -> [n], as in
                     losses.py. With kd_ratio 0 its values are only returned: so GRPO logs entropy, and compare_heads its metrics
     weight          of each token, often 1 / scored tokens of the optimizer step: a number, or one per token [N]
@@ -59,7 +59,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     respect to them (for CE: softmax - one-hot), and from it at once, while it is in the cache, those of the inputs:
     dL/dhidden = G head, dL/dhead += G^T hidden. That is why `weight` must be known here; recomputing the logits in the
     backward pass would cost a second head product.
-    Under autocast the student's head multiplies in autocast's dtype; the teacher's always in its own.
+    Under autocast the student's head multiplies in autocast's dtype; the teacher's always in its own. Losses and the sums of
+    gradients are float32, of float64 inputs too.
 
     Raises ValueError for a kd_ratio without divergence or teacher, and for gradients in float16.
     """
@@ -170,7 +171,7 @@ def compile_losses():
 
 def _torch_losses(divergence, logits, targets, teacher_logits, kd_ratio, weight, policy_loss, need_grad):
     """_costs; with need_grad, the gradient of the weighted sum overwrites the logits [n, V]."""
-    fused = _compiled_costs is not None and need_grad and kd_ratio and policy_loss is None      # a new one for each piece
+    fused = _compiled_costs is not None and need_grad and kd_ratio and policy_loss is None      # that is a new one for each piece
     costs = _compiled_costs if fused else _costs
     with torch.set_grad_enabled(need_grad):
         leaf = logits.detach().requires_grad_(need_grad)

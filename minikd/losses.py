@@ -48,10 +48,10 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats
 
-    Infinite where a gives a probability above 1e-20 to a token that b excludes (a logit of -inf).
+    Infinite where a gives a probability above 1e-20 to a token that b excludes (a logit of -inf); the gradient stays finite.
     """
     total = (log_a.exp() * (log_a - log_b)).sum(-1)
-    return total + torch.where(total > 1e10, torch.inf, 0.0)    # only where b excludes a token; a sum keeps the gradient
+    return total + torch.where(total > 1e10, torch.inf, 0.0)    # such a token's term is about 1e30; a sum keeps the gradient
 
 
 def log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:

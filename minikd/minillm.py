@@ -1,10 +1,11 @@
 """MiniLLM: the student learns from its own answers, by policy gradient on the reverse KL to its teacher.
 
 The objective, eq. (1), is L = KL(q || p) over whole answers y_1 .. y_n, q the student and p the teacher. With the reward of a
-token, r_t = log p(y_t) - log q(y_t), it is L = -E Σ_t r_t over answers of q, and as a token has no effect on the rewards before it,
+token, r_t = log p(y_t) - log q(y_t), it is L = -E Σ_t r_t over answers of q. As a token has no effect on rewards before it,
 
     ∇L = -E Σ_t (r_t + R_{t+1}) ∇ log q(y_t),   R_{t+1} = Σ_{i>t} r_i                              eq. (2)
 
+(The paper writes R_t - 1 for the bracket, R_t = r_t + R_{t+1}; as E ∇ log q(y_t) = 0, the 1 changes nothing.)
 The part with r_t needs no sample of y_t. For given y_1 .. y_{t-1} its mean over y_t is, as Σ_v q_t(v) ∇ log q_t(v) = 0,
 
     -Σ_v q_t(v) r_t(v) ∇ log q_t(v) = ∇ KL(q_t || p_t)

@@ -252,9 +252,10 @@ def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Lin
 
     Raises InputError for a group size that does not divide a layer.
     """
-    found = {}
-    for name, layer in linear_layers(model).items():
+    found, layers = {}, linear_layers(model)
+    for name, layer in layers.items():                          # all, before the first is replaced
         check_groups(layer.in_features, group_size, name)
+    for name, layer in layers.items():
         with torch.device(layer.weight.device):
             new = W4Linear(layer.in_features, layer.out_features, group_size, layer.bias is not None, version)
         if layer.bias is not None:
@@ -288,7 +289,7 @@ def give_memory_back():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-MANY_ROWS = 768         # from here on dequantise: a guess, at 512 rows it was faster in one run of three (w4_linear.txt)
+MANY_ROWS = 768         # from here on dequantise: a guess; at 512 rows that was faster in one run of three (w4_linear.txt)
 
 
 def choose(layer: W4Linear, x: Tensor) -> str:

@@ -70,9 +70,8 @@ class Tokenizer:
         generation_config.json then names every id that ends an answer. (A base model's own lacks <|im_end|>, at which a student
         fine-tuned from it stops.)"""
         folder = Path(folder)
-        for name in TOKENIZER:
-            if self.folder.resolve() == folder.resolve():
-                break                               # they are there
+        there = self.folder.resolve() == folder.resolve()
+        for name in () if there else TOKENIZER:
             if name in self.files:
                 with atomic_path(folder / name) as new:
                     new.write_bytes(self.files[name])

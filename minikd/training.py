@@ -56,13 +56,13 @@ def compile_blocks(*models: Qwen2):
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine") -> float:
-    """The learning rate at step 0 .. steps-1: linear warm-up to peak, then constant, or a cosine down to peak / 10."""
+    """The learning rate at step 0 .. steps-1: linear warm-up to peak, then constant, or a cosine towards peak / 10."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
-    done = (step - warmup) / (steps - warmup)                   # 0 .. 1
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))  # from 1.0 to 0.1
+    done = (step - warmup) / (steps - warmup)                   # from 0; 1 would be the step after the last
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))  # from 1.0 towards 0.1
 
 
 # ---- what a run leaves behind
@@ -107,8 +107,10 @@ def _log_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
 @functools.cache                                                # this process runs the code it began with
 def commit() -> str | None:
     """The commit of minikd's own checkout, if there is one."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():                            # installed: a repository around it is another project's
+        return None
     with suppress(OSError):                                     # git may not be installed
-        here = Path(__file__).resolve().parents[1]
         return subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True,
                               text=True).stdout.strip() or None
 

@@ -39,6 +39,12 @@ def test_response_ends_in_the_end_token_and_follows_the_chat_prompt():
     assert not row.cut and row.index == 0 and counts["encoded"] == 1
 
 
+def test_a_sampled_response_is_cut_unless_it_ends_in_a_stop_token():
+    row = Encoded([5, 6], [7, 1], False, 3)
+    for ids, cut in ([8, 1], False), ([1, 8], True), ([8, 2], False), ([8], True), ([], True):
+        assert row.answered(ids, {1, 2}) == Encoded([5, 6], ids, cut, 3)
+
+
 def test_long_response_is_cut_without_an_invented_end_and_counted():
     (exact, cut, only_the_end), counts = encode(("h", "123"), ("h", "12345"), ("h", "1234"), max_length=10)
     assert exact.response[-1] == 1 and not exact.cut and len(exact.prompt + exact.response) == 10

@@ -3,6 +3,7 @@ import math
 import random
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,7 +146,7 @@ def test_prompts_may_be_tuples_or_tensors_and_one_stop_a_number():
         assert generate(model, given, 8) == answers
     stop = answers[0][3]
     stopped = generate(model, prompts, 8, eos_ids=[stop])
-    for given in stop, {stop}, torch.tensor([stop]), torch.tensor([stop, stop]), (0 * stop + stop,):
+    for given in stop, {stop}, torch.tensor(stop), torch.tensor([stop, stop]), np.int64(stop), np.array([stop]):
         assert generate(model, prompts, 8, eos_ids=given) == stopped != answers
     assert generate(model, prompts, 8, eos_ids=None) == answers
 
@@ -156,6 +157,7 @@ def test_an_id_without_a_row_is_refused(token):
         generate(random_model(vocab_size=50), [[1, 2], [3, token, 4]], 2)
     with pytest.raises(ValueError, match="not an id of the model, which has 50"):           # the teacher reads it too
         generate(random_model(vocab_size=60), [[1, 55]], 2, 1.0, teacher=random_model(2, vocab_size=50), mix=0.2)
+    generate(random_model(vocab_size=60), [[1, 55]], 2, teacher=random_model(2, vocab_size=50))     # without mix it does not
 
 
 def test_an_empty_prompt_is_refused():

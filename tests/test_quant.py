@@ -256,6 +256,14 @@ def test_inputs_may_be_strided():
         assert torch.equal(made(wide[:, ::2]), made(wide[:, ::2].contiguous()))
 
 
+def test_layers_are_all_checked_before_the_first_is_swapped():
+    model = Qwen2(Qwen2Config(vocab_size=50, hidden_size=64, intermediate_size=72, num_hidden_layers=1, num_attention_heads=4,
+                              num_key_value_heads=2))
+    with pytest.raises(InputError, match="mlp.down_proj.* 72 "):
+        swap_linears(model, 16, 1)
+    assert not any(isinstance(layer, W4Linear) for layer in model.modules())
+
+
 def test_the_ways_are_shown_by_shape_and_rows(capsys, monkeypatch):
     config = Qwen2Config(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, tie_word_embeddings=True)

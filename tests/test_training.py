@@ -268,13 +268,18 @@ def test_the_settings_are_written_with_the_versions_that_ran_them(tmp_path):
 
 @pytest.mark.parametrize("said, commit", [("abc1234-dirty\n", "abc1234-dirty"), ("", None)])
 def test_a_run_records_the_commit_of_this_code_wherever_it_is_started(tmp_path, monkeypatch, said, commit):
-    asked = []
+    asked, checkout = [], tmp_path / "checkout"
+    (checkout / "minikd").mkdir(parents=True)
+    monkeypatch.setattr(training, "__file__", str(checkout / "minikd" / "training.py"))
     monkeypatch.setattr(training, "commit", training.commit.__wrapped__)        # not cached
     monkeypatch.setattr(subprocess, "run", lambda *given, **how: asked.append((*given, how)) or SimpleNamespace(stdout=said))
+    write_config(tmp_path, SETTINGS)                                            # installed: a repository around is another's
+    assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] is None and asked == []
+    (checkout / ".git").mkdir()
     write_config(tmp_path, SETTINGS)
     assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] == commit
     (command, how), = asked
-    assert command == ["git", "-C", str(Path(__file__).resolve().parents[1]), "describe", "--always", "--dirty"]   # no tags
+    assert command == ["git", "-C", str(checkout.resolve()), "describe", "--always", "--dirty"]         # no tags
     assert how == dict(capture_output=True, text=True)                          # text: else the commit is a b'...'
 
 
