@@ -158,7 +158,7 @@ def parse_weights(text: str | None, names: list[str]) -> dict[str, float]:
     except ValueError:
         raise InputError(f"--reward-weights {text}: is not a list of numbers; give {len(names)}, with commas") from None
     if not all(abs(weight) <= LARGEST for weight in weights):
-        raise InputError(f"--reward-weights {text}: a weight is not at most 10^9; give a smaller one")
+        raise InputError(f"--reward-weights {text}: a weight is no number of at most 10^9; give another")
     if len(weights) != len(names):
         raise InputError(f"--reward-weights {text}: {len(weights)} weights for {len(names)} rewards; "
                          f"give one for each: {', '.join(names)}")

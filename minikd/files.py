@@ -40,6 +40,9 @@ def script_errors():
         sys.stdout.reconfigure(errors="backslashreplace")       # an answer may hold what the terminal's encoding lacks
     try:
         yield
+        print(end="", flush=True)                               # now: at its end Python would complain in words of its own
+    except SystemExit as end:                                   # --help
+        _end(end.code)
     except InputError as error:
         text = str(error)
         cached = re.match(r"(.+/snapshots/[0-9a-f]{40}/[^:]+):.*fetch (it|the model) again$", text)
@@ -55,8 +58,9 @@ def script_errors():
             raise
         _exit_with("out of memory; lower --batch-size or the lengths, or use --gradient-checkpointing if the script has it")
     except KeyboardInterrupt:
-        print("\ninterrupted; what was saved is complete", file=sys.stderr)
-        sys.exit(130)                                           # 128 + SIGINT, as shells report it
+        with suppress(OSError):
+            print("\ninterrupted; what was saved is complete", file=sys.stderr)
+        _end(130)                                               # 128 + SIGINT, as shells report it
     except OSError as error:
         advice = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
                   errno.EFBIG: "raise the limit on a file's size", errno.EACCES: "check the permissions",
@@ -70,8 +74,29 @@ def _exit_with(text: str):
     line = " ".join(text.split())
     if len(line) > 2000:                                        # a value of the user's in it; the mend is at the end
         line = f"{line[:1000]} ... {line[-400:]}"
-    print("error: " + line, file=sys.stderr)
-    sys.exit(2)
+    with suppress(OSError):
+        print("error: " + line, file=sys.stderr)
+    _end(2)
+
+
+def _end(status):
+    """Exits. What cannot be written any more is given up: Python would try it again, complain, and exit with 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):      # None: closed by the shell
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
+
+
+@contextmanager
+def naming(path):
+    """An OSError inside names the file, as that of a disk that is full or fails would not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextmanager
@@ -92,22 +117,20 @@ def atomic_path(path, folder: bool = False):
         _sweep(path)
     work, held = _temporary_folder(path)
     try:
-        new = work / path.name
-        if folder:
-            new.mkdir()
-        yield new
-        for file in [new, *new.rglob("*")] if folder else [new]:
-            if file.is_file() or file.is_dir():                 # not a broken link
-                _fsync(file)                                    # the data, before the new name makes it visible
-        if not (folder and path.exists() and _exchange(new, path)):
-            if folder and path.exists():
-                os.rename(path, work / "old")                   # os.replace cannot replace a full folder
-            os.replace(new, path)
-        _fsync(path.parent)
-        _sweep(path)                                            # what was left of it before there was any
-    except OSError as error:
-        error.filename = error.filename or str(path)            # a full disk's error does not name the file
-        raise
+        with naming(path):
+            new = work / path.name
+            if folder:
+                new.mkdir()
+            yield new
+            for file in [new, *new.rglob("*")] if folder else [new]:
+                if file.is_file() or file.is_dir():             # not a broken link
+                    _fsync(file)                                # the data, before the new name makes it visible
+            if not (folder and path.exists() and _exchange(new, path)):
+                if folder and path.exists():
+                    os.rename(path, work / "old")               # os.replace cannot replace a full folder
+                os.replace(new, path)
+            _fsync(path.parent)
+            _sweep(path)                                        # what was left of it before there was any
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(held)
@@ -127,13 +150,9 @@ def write_jsonl(rows: list[dict], path):
 
 @contextmanager
 def append_to(path):
-    """Yields `path`, open to append text to; an error names it, as a full disk's alone would not."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    """Yields `path`, open to append text to."""
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        yield file
 
 
 def _temporary_folder(path: Path) -> tuple[Path, int]:
@@ -230,12 +249,12 @@ def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
 
 
 def sha256(path) -> str:
-    """The first 16 hex digits of a file's sha256: enough to notice that it changed.  Raises InputError for a pipe: what is hashed
-    is also read."""
-    if Path(path).is_fifo():
-        raise InputError(f"{path}: is a pipe, and would be read twice; write it to a file")
+    """The first 16 hex digits of a file's sha256: enough to notice that it changed.  Raises InputError for a pipe or a device:
+    what is hashed is also read."""
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise InputError(f"{path}: is a pipe or a device, and would be read twice; write it to a file")
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         while block := file.read(1 << 20):                      # 1 MB at a time
             digest.update(block)
     return digest.hexdigest()[:16]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from minikd.files import InputError, parse_json
+from minikd.files import InputError, naming, parse_json
 from minikd.hub import ADDRESS, files_on_hub, local_folder
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
@@ -143,12 +143,13 @@ def read_records(path, refuse: Callable[[InputError], None] | None = None,
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
-    try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
-            for number, line in enumerate(handle, 1):
-                yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{file}: not a whole gzip file ({error}, after line {number}); download it again") from error
+    with naming(file):
+        try:
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
+                for number, line in enumerate(handle, 1):
+                    yield number, line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(f"{file}: not a whole gzip file ({error}, after line {number}); download it again") from error
 
 
 def _parse(data: bytes, file: Path, line: int = 1):

@@ -153,6 +153,11 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
                 if wanted.get(key) != held.get(key):
                     raise InputError(f"{path}: belongs to another model ({key.removeprefix('model.')} is {held.get(key)}, "
                                      f"here {wanted.get(key)}); start again without --resume, in another --out")
+            try:
+                facts = parse_json(file.metadata()["facts"])
+                abs(facts["step"])                              # a number
+            except (ValueError, TypeError, KeyError) as error:
+                raise SafetensorError("it does not say which step it is of") from error
             for key, value in model.state_dict().items():
                 value.copy_(file.get_tensor(f"model.{key}"))
             state = optimizer.state_dict()
@@ -160,7 +165,7 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
                 state["state"].setdefault(int(i), {})[name] = file.get_tensor(f"optimizer.{i}.{name}")
             optimizer.load_state_dict(state)
             more = {key.removeprefix("more."): file.get_tensor(key) for key in file.keys() if key.startswith("more.")}
-            return json.loads(file.metadata()["facts"]), more
+            return facts, more
     except SafetensorError as error:
         raise InputError(f"{path}: is damaged ({error}); start again without --resume, in another --out") from error
 
@@ -265,7 +270,8 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
             print(f"{folder}: done already")
             remove(state)                                       # if it was killed before it could
             return False
-        began = read_json(folder / CONFIG, ANOTHER).get("versions") or {}
+        began = read_json(folder / CONFIG, ANOTHER).get("versions")
+        began = began if isinstance(began, dict) else {}
         for what, now in ("torch", torch.__version__), ("threads", torch.get_num_threads()):
             if began.get(what, now) != now:
                 print(f"{folder}: began with {what} {began[what]}, goes on with {now}; the weights may differ in the last digits")

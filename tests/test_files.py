@@ -16,6 +16,7 @@ import torch
 from minikd import files
 from minikd.files import (InputError, append_to, atomic_path, check_writable, read_json, remove, save_tensors, script_errors,
                           sha256, write_jsonl)
+from minikd.records import read_records
 
 
 def names(folder: Path) -> list[str]:
@@ -102,6 +103,45 @@ def test_a_script_prints_the_line_and_nothing_else():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: nope.json: is missing; a Hugging Face model folder has one\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("act, stdout, stderr, status, said", [
+    ("print('x')", "/dev/full", None, 2, "error: standard output or a file: No space left on device; free some space"),
+    ("print('x')", "pipe", None, 2, "error: standard output: Broken pipe; what read it has ended"),
+    ("print('x'); raise InputError('a: is wrong; mend it')", "/dev/full", None, 2, "error: a: is wrong; mend it"),
+    ("print('x'); raise KeyboardInterrupt", "/dev/full", None, 130, "\ninterrupted; what was saved is complete"),
+    ("print('x'); sys.exit(0)", "pipe", None, 0, ""),
+    ("raise InputError('a: is wrong; mend it')", None, "/dev/full", 2, ""),
+    ("sys.stdout = None; print('x')", None, None, 0, "")])
+def test_what_cannot_be_written_at_the_end_is_one_line_too(act, stdout, stderr, status, said):
+    """Python writes what it has buffered when it ends, and then has its own words and status 120."""
+    read, write = os.pipe()
+    os.close(read)                                                              # a pipe that nobody reads
+    with open(stdout if stdout and stdout != "pipe" else os.devnull, "w") as out, open(stderr or os.devnull, "w") as err:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys\nfrom minikd.files import *\nwith script_errors():\n    {act}"],
+            stdout=write if stdout == "pipe" else out, stderr=err if stderr else subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[1], env={key: x for key, x in os.environ.items() if key != "PYTHONUNBUFFERED"})
+    os.close(write)
+    assert done.returncode == status
+    assert stderr or done.stderr.startswith(said) and done.stderr.strip().count("\n") == 0 and bool(done.stderr) == bool(said)
+
+
+def test_a_file_that_cannot_be_read_on_is_named(monkeypatch, tmp_path):
+    """As on a failing disk."""
+    (tmp_path / "data.jsonl").write_text("{}\n")
+
+    class Failing(io.BytesIO):
+        def read(self, *_):
+            raise OSError(5, "Input/output error")
+        readline = __next__ = read
+
+    monkeypatch.setattr("builtins.open", lambda *_, **__: Failing())
+    for read in sha256, lambda path: list(read_records(path)):
+        with pytest.raises(OSError) as failed:
+            read(tmp_path / "data.jsonl")
+        assert failed.value.filename == str(tmp_path / "data.jsonl")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
@@ -311,5 +351,6 @@ def test_a_long_value_does_not_hide_the_mend(capsys):
 
 def test_a_pipe_is_not_waited_for_twice(tmp_path):
     os.mkfifo(tmp_path / "data.jsonl")
-    with pytest.raises(InputError, match="data.jsonl: is a pipe, and would be read twice; write it to a file"):
-        files.sha256(tmp_path / "data.jsonl")
+    for path in tmp_path / "data.jsonl", "/dev/zero":                           # nor a file without an end read
+        with pytest.raises(InputError, match=f"{path}: is a pipe or a device, and would be read twice; write it to a file"):
+            sha256(path)

@@ -284,7 +284,7 @@ def test_evaluation_samples_no_more_at_once_than_a_step(run, monkeypatch):
 @pytest.mark.parametrize("flags, said", [
     (["--group-size", "1"], "--group-size 1: an answer is judged against its group"), (["--beta", "-1"], "--beta -1"),
     (["--rewards", "nice"], "no reward 'nice'"), (["--reward-weights", "1,2"], "2 weights for 1 rewards"),
-    (["--reward-weights", "much"], "is not a list of numbers"), (["--reward-weights", "nan"], "not at most 10^9"),
+    (["--reward-weights", "much"], "is not a list of numbers"), (["--reward-weights", "nan"], "no number of at most 10^9"),
     (["--weight-decay", "inf"], "--weight-decay inf"), (["--beta", "nan"], "--beta nan"), (["--limit", "1"], "tests: 1; give 2"),
     (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--rewards", "format,code"], "`code` can judge none of the 20 problems, which have no tests"),

@@ -253,6 +253,17 @@ def test_a_state_cut_short_is_named(tmp_path):
         load_state(tmp_path, model, make_optimizer(model, 0.01))
 
 
+@pytest.mark.parametrize("facts", [None, {}, {"facts": "{"}, {"facts": "{}"}, {"facts": "[]"}, {"facts": '{"step": "a"}'}])
+def test_a_state_that_does_not_say_its_step_changes_nothing(tmp_path, facts):
+    model, other = small_model(), small_model().init_weights(7)
+    save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 1})
+    save_file(load_file(tmp_path / STATE), tmp_path / STATE, facts)
+    before = [parameter.clone() for parameter in other.parameters()]
+    with pytest.raises(InputError, match=f"{STATE}: is damaged .it does not say which step it is of.; start again"):
+        load_state(tmp_path, other, make_optimizer(other, 0.01))
+    assert all(map(torch.equal, before, other.parameters()))
+
+
 # ---- the settings
 
 SETTINGS = {"kd_ratio": 0.5, "data": [["a.jsonl", "0123456789abcdef"]], "dtype": torch.float32, "teacher": None, "lr": 1e-5}
@@ -483,8 +494,9 @@ def test_a_run_that_goes_on_with_other_threads_says_so(tmp_path, capsys):
     (tmp_path / CONFIG).write_text(json.dumps(config | {"versions": {"torch": torch.__version__, "threads": 77}}))
     begin_run(tmp_path, SETTINGS, resume=True)
     assert f"began with threads 77, goes on with {torch.get_num_threads()};" in capsys.readouterr().out
-    (tmp_path / CONFIG).write_text(json.dumps({"settings": config["settings"]}))            # it did not say
-    assert begin_run(tmp_path, SETTINGS, resume=True) and capsys.readouterr().out == ""
+    for unsaid in {}, {"versions": None}, {"versions": "x"}:
+        (tmp_path / CONFIG).write_text(json.dumps({"settings": config["settings"]} | unsaid))
+        assert begin_run(tmp_path, SETTINGS, resume=True) and capsys.readouterr().out == ""
 
 
 def test_a_run_that_is_done_or_had_other_settings_is_left_as_it_is(tmp_path, capsys):
