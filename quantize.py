@@ -169,7 +169,9 @@ def measure(folder: Path, tokenizer: Tokenizer, examples: list, rows: list, args
     without --dtype those of a 4-bit model are in bfloat16 on any CPU."""
     model = load_model(folder, device, dtype)
     ce = compare(model, rows, tokenizer.pad_id, args.batch_size)["ce"]
-    model.to(pick_dtype(args.dtype, device, model.quantization is not None))    # a 4-bit model answers 20 x as fast in bfloat16
+    answering = pick_dtype(args.dtype, device, model.quantization is not None)  # a 4-bit model answers 20 x as fast in bfloat16
+    if answering != dtype:                                                      # else its codes would be repacked for nothing
+        model.to(answering)
     scores = answer_and_score(model, tokenizer, rows, examples, args.max_new_tokens, 16, args.rouge)
     return {"MB": weight_bytes(folder) / 1e6, "perplexity": math.exp(ce) if ce < 700 else math.inf,
             "ROUGE-L": mean_by_category(scores)["all"]["rouge_l"]}

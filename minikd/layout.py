@@ -45,7 +45,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
             lay_out(model, rows, pack=layout == "packed")
         yield
     finally:
-        if not model.quantization:
+        if model.quantization is None:
             try:
                 model.lay_back()
             except BaseException:                       # an interrupt, no memory: first the weights, then the error
