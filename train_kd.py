@@ -59,7 +59,7 @@ def parse_args():
     add("--teacher", help="folder or hub name; for all but --loss sft")
     add("--data", nargs="+", metavar="FILE",
         help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
-    add("--eval-data", nargs="+", metavar="FILE", help="records for the table, not held-out ones; these choose best/")
+    add("--eval-data", nargs="+", metavar="FILE", help="records for the table; the held-out ones still choose best/")
     add("--lm-data", nargs="+", metavar="FILE",
         help="plain text (records with `text`): its cross-entropy is added to every step")
     add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
@@ -487,6 +487,7 @@ def main():
 
     tokenizer = Tokenizer.load(args.student)
     lengths = dict(template=args.template, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
+    teacher_dtype = dtype
     if args.teacher:                                            # before a hub's student is fetched
         teacher_dtype = pick_dtype(args.dtype, device, check_teacher(args.teacher, tokenizer))
     report, rows, held_out, asked = read_data(args, tokenizer, lengths)
@@ -499,7 +500,8 @@ def main():
         eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
     recorded = {"toy": args.toy, "student": identify(args.student), "teacher": args.teacher and identify(args.teacher),
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
-                "cache_teacher": args.cache_teacher, "dtype": str(dtype), "limit": args.limit,
+                "cache_teacher": args.cache_teacher, "limit": args.limit,
+                "dtype": str(dtype) if teacher_dtype == dtype else f"{dtype}, of the teacher {teacher_dtype}",
                 "validation": args.validation, "rows": fingerprint(map(digest_of, rows + held_out[0])), **lengths}
     for _, loss, lr, folder in planned(args):                                               # before anything is written
         if args.resume and not args.toy and read_log(out / folder):

@@ -40,7 +40,8 @@ def script_errors():
         sys.stdout.reconfigure(errors="backslashreplace")       # an answer may hold what the terminal's encoding lacks
     try:
         yield
-        print(end="", flush=True)                               # now: at its end Python would complain in words of its own
+        if not getattr(sys.stdout, "closed", True):             # now: at its end Python would complain in words of its own
+            sys.stdout.flush()
     except SystemExit as end:                                   # --help
         _end(end.code)
     except InputError as error:
@@ -81,17 +82,19 @@ def _exit_with(text: str):
 
 def _end(status):
     """Exits. What cannot be written any more is given up: Python would try it again, complain, and exit with 120."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):      # None: closed by the shell
+    for stream in sys.stdout, sys.stderr:
         try:
-            stream.flush()
+            if not getattr(stream, "closed", True):             # None, if the shell closed it
+                stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            with suppress(OSError):                             # a stream without a file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 
 @contextmanager
 def naming(path):
-    """An OSError inside names the file, as that of a disk that is full or fails would not."""
+    """An OSError inside gets the file's name, which that of a full or failing disk lacks."""
     try:
         yield
     except OSError as error:
@@ -251,7 +254,7 @@ def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
 def sha256(path) -> str:
     """The first 16 hex digits of a file's sha256: enough to notice that it changed.  Raises InputError for a pipe or a device:
     what is hashed is also read."""
-    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+    if Path(path).is_fifo() or Path(path).is_char_device() or Path(path).is_block_device():
         raise InputError(f"{path}: is a pipe or a device, and would be read twice; write it to a file")
     digest = hashlib.sha256()
     with naming(path), open(path, "rb") as file:

@@ -330,8 +330,9 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         order = calibrate(model, calibration_batches(rows, pad_id, batch_size), torch.device(device or home))
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in order:
-        for other in filter(lambda other: block_of(other) < block_of(name), layers if store else ()):
-            layers[other].weight.data = layers[other].weight.new_empty(0)       # of a finished block: frees the memory
+        for other, layer in layers.items() if store else ():
+            if block_of(other) < block_of(name):                                # a finished block's: free the memory
+                layer.weight.data = layer.weight.new_empty(0)
         found, report = quantize_layer(layers[name], hessian, name, grid, act_order, damp)
         if store:                                                               # packed before it is moved: fewer bytes
             results[name] = {key: part.to(home) for key, part in store(*found).items()}

@@ -94,7 +94,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
         # softmax: on a CPU its tensors stay in the cache.
         piece = chunk if kernel else max(1, chunk // 16, PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V))
         for at in slices(0, N, chunk):
-            products.multiply(states[at], used, out=logits)                            # [n, D] -> [n, V]
+            products.multiply(states[at], used, out=logits)                     # [n, D] -> [n, V]
             if teacher_logits is not None:
                 products.multiply(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
             for tokens in slices(at.start, at.stop, piece):
@@ -171,7 +171,7 @@ def compile_losses():
 
 def _torch_losses(divergence, logits, targets, teacher_logits, kd_ratio, weight, policy_loss, need_grad):
     """_costs; with need_grad, the gradient of the weighted sum overwrites the logits [n, V]."""
-    fused = _compiled_costs is not None and need_grad and kd_ratio and policy_loss is None      # that is a new one for each piece
+    fused = _compiled_costs is not None and need_grad and kd_ratio and policy_loss is None      # else new for each piece
     costs = _compiled_costs if fused else _costs
     with torch.set_grad_enabled(need_grad):
         leaf = logits.detach().requires_grad_(need_grad)
@@ -243,11 +243,11 @@ def _backward_head(grads: Tensor, states: Tensor, head: Tensor, grad_hidden: Ten
         return
     total = states.new_zeros(states.T.shape, dtype=torch.float32)               # [D, n]
     for i in range(0, len(head), products.BLOCK):
-        grad = grads[:, i:i + products.BLOCK].T                                          # [b, n]
+        grad = grads[:, i:i + products.BLOCK].T                                 # [b, n]
         if grad_hidden is not None:
-            _add_product(total, head[i:i + products.BLOCK].to(grad.dtype).T, grad)       # += [D, b] [b, n]
+            _add_product(total, head[i:i + products.BLOCK].to(grad.dtype).T, grad)  # += [D, b] [b, n]
         if grad_head is not None:
-            _add_product(grad_head[i:i + products.BLOCK], grad, states)                  # += [b, n] [n, D]
+            _add_product(grad_head[i:i + products.BLOCK], grad, states)         # += [b, n] [n, D]
     if grad_hidden is not None:
         grad_hidden.copy_(total.T)
 

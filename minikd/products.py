@@ -1,7 +1,7 @@
 """Matrix products x Wᵀ + b with a plain weight, cut as is fastest on a CPU: into blocks of the weight's rows.
 
-Nothing here is differentiated. The LM head is multiplied so everywhere, a block's layers while decoding where it pays
-(layout.py).
+Nothing here is differentiated. So the LM head is multiplied in head_loss, and in decoding where it is not packed; a block's
+layers in decoding where it pays (layout.py).
 """
 import math
 
@@ -25,18 +25,16 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor 
     n = len(x)
     out = x.new_empty(n, len(weight)) if out is None else out[:n]
     if x.is_cuda:
-        torch.mm(x, weight.to(x.dtype).T, out=out)
-        return out if bias is None else out.add_(bias)
+        columns = weight.to(x.dtype).T                                          # [I, O]
+        return torch.mm(x, columns, out=out) if bias is None else torch.addmm(bias, x, columns, out=out)
     if n == 1 and x.dtype == weight.dtype == torch.float32:
         y = gemv(x, weight)
-        return out.copy_(y) if bias is None else torch.add(y, bias, out=out)
+        return out.copy_(y if bias is None else y + bias)
     columns = padded_columns(x) if n >= MANY and AVX2_ONLY and x.dtype != torch.float64 else x.T
     for i in range(0, len(weight), BLOCK):
         block = weight[i:i + BLOCK].to(x.dtype).to(columns.dtype)               # rounded as on any other CPU
-        product = (block @ columns)[:, :n]                                      # [b, I] [I, m] -> [b, n]
-        if bias is not None:
-            product += bias[i:i + BLOCK, None]
-        out[:, i:i + BLOCK] = product.T
+        y = block @ columns if bias is None else torch.addmm(bias[i:i + BLOCK, None].to(columns.dtype), block, columns)
+        out[:, i:i + BLOCK] = y[:, :n].T                                        # ([b, I] [I, m])ᵀ, rounded with its bias
     return out
 
 

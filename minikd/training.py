@@ -155,7 +155,8 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
                                      f"here {wanted.get(key)}); start again without --resume, in another --out")
             try:
                 facts = parse_json(file.metadata()["facts"])
-                abs(facts["step"])                              # a number
+                if type(facts["step"]) is not int:
+                    raise TypeError
             except (ValueError, TypeError, KeyError) as error:
                 raise SafetensorError("it does not say which step it is of") from error
             for key, value in model.state_dict().items():

@@ -113,7 +113,9 @@ def test_a_script_prints_the_line_and_nothing_else():
     ("print('x'); raise KeyboardInterrupt", "/dev/full", None, 130, "\ninterrupted; what was saved is complete"),
     ("print('x'); sys.exit(0)", "pipe", None, 0, ""),
     ("raise InputError('a: is wrong; mend it')", None, "/dev/full", 2, ""),
-    ("sys.stdout = None; print('x')", None, None, 0, "")])
+    ("raise KeyboardInterrupt", None, "/dev/full", 130, ""), ("sys.exit(3)", "pipe", None, 3, ""),
+    ("sys.stdout = None; print('x')", None, None, 0, ""), ("sys.stdout.close()", None, None, 0, ""),
+    ("sys.stdout = None; raise InputError('a: is wrong; mend it')", None, None, 2, "error: a: is wrong; mend it")])
 def test_what_cannot_be_written_at_the_end_is_one_line_too(act, stdout, stderr, status, said):
     """Python writes what it has buffered when it ends, and then has its own words and status 120."""
     read, write = os.pipe()
@@ -351,6 +353,8 @@ def test_a_long_value_does_not_hide_the_mend(capsys):
 
 def test_a_pipe_is_not_waited_for_twice(tmp_path):
     os.mkfifo(tmp_path / "data.jsonl")
+    with pytest.raises(IsADirectoryError):
+        sha256(tmp_path)
     for path in tmp_path / "data.jsonl", "/dev/zero":                           # nor a file without an end read
         with pytest.raises(InputError, match=f"{path}: is a pipe or a device, and would be read twice; write it to a file"):
             sha256(path)

@@ -1,9 +1,15 @@
 """Products cut for a CPU's cache, against float64."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from conftest import random_logits
+from fake_gpu import gpu
 from minikd import products
 from minikd.products import gemv, multiply
 
@@ -36,18 +42,39 @@ def test_a_cpu_without_bfloat16_multiplies_many_rows_in_float32_in_columns_of_16
     assert all(x.dtype == torch.float32 and x[n:].eq(0).all() for x, n in zip(made, (6, 16, 31)))
 
 
+@pytest.mark.parametrize("avx2", [True, False])
 @pytest.mark.parametrize("dtype", MOST)
-def test_a_bias_is_added_before_the_product_is_rounded(monkeypatch, dtype):
-    """Where the product is float32's: after a product of 256 rounded to bfloat16's steps of 2, a bias of 0.75 would be lost."""
-    monkeypatch.setattr(products, "AVX2_ONLY", True)
+def test_a_bias_is_added_before_the_product_is_rounded(monkeypatch, dtype, avx2):
+    """1 + 3/8 of a step rounds to 1, and with another quarter of a step still: together they are nearer to the next number."""
+    monkeypatch.setattr(products, "AVX2_ONLY", avx2)
     weight, bias = random_logits(2100, 40).to(dtype), random_logits(2100, seed=1).to(dtype)
     for n in 1, 6:
         x, out = random_logits(n, 40, seed=n).to(dtype), torch.empty(9, 2100, dtype=dtype)
         y, exact = multiply(x, weight, bias, out), x.double() @ weight.double().T + bias.double()
         assert torch.equal(y, out[:n]) and (y - exact).abs().max() <= 2 * MOST[dtype] * exact.abs().max()
-    y = multiply(torch.full((6, 1), 16.0, dtype=dtype), torch.full((1, 1), 16.03125, dtype=dtype), torch.full((1,), 0.75, dtype=dtype))
-    exact = torch.tensor(16 * torch.tensor(16.03125, dtype=dtype).item() + 0.75)
-    assert y.eq(exact.to(dtype)).all()
+    if dtype in (torch.bfloat16, torch.float16):
+        eps = torch.finfo(dtype).eps
+        x, quarter = torch.tensor([[1, 3 / 8 * eps]], dtype=dtype).expand(6, 2), torch.tensor([eps / 4], dtype=dtype)
+        assert multiply(x, torch.ones(1, 2, dtype=dtype), quarter).eq(1 + eps).all()
+
+
+def test_on_a_gpu_it_is_one_product():
+    x, weight, bias = random_logits(3, 40), random_logits(50, 40, seed=1), random_logits(50, seed=2)
+    with gpu():
+        y = multiply(x.to("cuda"), weight.to("cuda"), out=torch.empty(5, 50, device="cuda"))
+        biased = multiply(x.to("cuda"), weight.to("cuda"), bias.to("cuda"))
+        assert y.is_cuda and biased.is_cuda
+        y, biased = y.cpu(), biased.cpu()
+    torch.testing.assert_close(y, x @ weight.T)
+    torch.testing.assert_close(biased, x @ weight.T + bias)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="of x86")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_a_cpu_with_avx2_only_is_known(capability):
+    done = subprocess.run([sys.executable, "-c", "from minikd.products import AVX2_ONLY; print(AVX2_ONLY)"], text=True,
+                          capture_output=True, cwd=Path(__file__).parents[1], env=os.environ | {"ATEN_CPU_CAPABILITY": capability})
+    assert done.stdout == f"{capability == 'avx2'}\n"
 
 
 @pytest.mark.parametrize("avx2", [True, False])

@@ -1,4 +1,5 @@
 """quantize.py as it is used: a tiny model, two dozen records, and every way to call it."""
+import functools
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ import eval_rouge
 import quantize as qz
 import train_grpo
 import train_kd
-from conftest import tiny
+from conftest import DOLLY, tiny, write_records
 from minikd import checkpoint
 from minikd.checkpoint import load_model, save_model
 from minikd.files import InputError
@@ -213,14 +214,29 @@ def test_four_bits_teach(run, shell, world, tmp_path, monkeypatch, flags, avx512
         hidden(model, ids, cache, **options))[1])
     assert run("--method", "rtn")[0] == 0
     out = tmp_path / "run"
-    status, printed, err = shell(train_kd, "--student", world / "model", "--teacher", tmp_path / "w4", "--device", "cpu",
-                                 "--data", world / "data.jsonl", "--out", out, "--steps", "2", "--lr", "1e-3",
-                                 "--batch-size", "4", "--max-new-tokens", "3", *flags.format(out=out).split())
+    teach = functools.partial(shell, train_kd, *"--device cpu --steps 2 --lr 1e-3 --batch-size 4 --max-new-tokens 3".split(),
+                              "--student", world / "model", "--teacher", tmp_path / "w4", "--data", world / "data.jsonl",
+                              "--out", out, *flags.format(out=out).split())
+    status, printed, err = teach()
     assert status == 0, err
     assert "Teacher" in printed and sum("kd" in line for line in read_log(out)) == 2
     own = torch.bfloat16 if avx512 else torch.float32
     assert {(True, False, torch.bfloat16), (True, True, torch.bfloat16), (False, True, own)} <= computed
     assert {dtype for four_bits, _, dtype in computed if four_bits} == {torch.bfloat16}
+    for dtype in "float32", "bfloat16":                                         # float32 would be the teacher's too
+        status, _, err = teach("--resume", "--dtype", dtype)
+        assert (status, "--resume with --dtype" in err) == ((0, False) if avx512 and dtype == "bfloat16" else (2, True))
+
+
+def test_prompts_too_long_to_evaluate_are_counted_and_nothing_is_cast_in_vain(run, world, tmp_path, monkeypatch):
+    cast, to = [], Qwen2.to
+    monkeypatch.setattr(Qwen2, "to", lambda model, *given: (cast.append(given), to(model, *given))[1])
+    write_records(tmp_path / "some.jsonl", dict(DOLLY, instruction="long " * 300), DOLLY, DOLLY)
+    status, printed, _ = run("--method", "rtn", "--eval-data", tmp_path / "some.jsonl", "--max-new-tokens", "2")
+    assert status == 0 and "2 of 3 records of --eval-data; 1 dropped: prompt too long\n" in printed
+    assert cast.count((torch.float32,)) == 3                                    # by load_model: to quantise, and to measure both
+    assert "records of --eval-data" not in run("--method", "rtn", "--eval-data", world / "data.jsonl", "--max-new-tokens", "2",
+                                               out=("--out", tmp_path / "again"))[1]
 
 
 def test_a_model_with_broken_weights_is_refused_by_the_layers_name(run, world, tmp_path, tokenizer):

@@ -253,7 +253,8 @@ def test_a_state_cut_short_is_named(tmp_path):
         load_state(tmp_path, model, make_optimizer(model, 0.01))
 
 
-@pytest.mark.parametrize("facts", [None, {}, {"facts": "{"}, {"facts": "{}"}, {"facts": "[]"}, {"facts": '{"step": "a"}'}])
+@pytest.mark.parametrize("facts", [None, {}, {"facts": "{"}, {"facts": "{}"}, {"facts": "[]"}, {"facts": '{"step": "a"}'},
+                                   {"facts": '{"step": 1.5}'}, {"facts": '{"step": true}'}])
 def test_a_state_that_does_not_say_its_step_changes_nothing(tmp_path, facts):
     model, other = small_model(), small_model().init_weights(7)
     save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 1})
@@ -277,8 +278,8 @@ def test_the_settings_are_written_with_the_versions_that_ran_them(tmp_path):
     assert set(written["versions"]) >= {"python", "commit", "threads"}
 
 
-@pytest.mark.parametrize("said, commit", [("abc1234-dirty\n", "abc1234-dirty"), ("", None)])
-def test_a_run_records_the_commit_of_this_code_wherever_it_is_started(tmp_path, monkeypatch, said, commit):
+@pytest.mark.parametrize("said, commit, worktree", [("abc1234-dirty\n", "abc1234-dirty", False), ("", None, True)])
+def test_a_run_records_the_commit_of_this_code_wherever_it_is_started(tmp_path, monkeypatch, said, commit, worktree):
     asked, checkout = [], tmp_path / "checkout"
     (checkout / "minikd").mkdir(parents=True)
     monkeypatch.setattr(training, "__file__", str(checkout / "minikd" / "training.py"))
@@ -286,7 +287,7 @@ def test_a_run_records_the_commit_of_this_code_wherever_it_is_started(tmp_path, 
     monkeypatch.setattr(subprocess, "run", lambda *given, **how: asked.append((*given, how)) or SimpleNamespace(stdout=said))
     write_config(tmp_path, SETTINGS)                                            # installed: a repository around is another's
     assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] is None and asked == []
-    (checkout / ".git").mkdir()
+    (checkout / ".git").touch() if worktree else (checkout / ".git").mkdir()
     write_config(tmp_path, SETTINGS)
     assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] == commit
     (command, how), = asked
