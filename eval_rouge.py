@@ -18,10 +18,10 @@ import os
 import statistics
 from pathlib import Path
 
-from minikd.checkpoint import check_vocabulary, load_model, model_folder, read_quantization
+from minikd.checkpoint import check_vocabulary, has_four_bits, load_model
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
                             spare_threads)
-from minikd.data import encode_examples
+from minikd.data import describe_dropped, encode_examples
 from minikd.evaluate import answer, read_predictions, read_references, score_answers
 from minikd.examples import FORMATS, load_examples
 from minikd.files import InputError, check_writable, script_errors, write_jsonl
@@ -112,10 +112,9 @@ def model_scores(args) -> list[list[dict]]:
     examples, report = load_examples(args.data, args.format, args.limit)
     tokenizer = Tokenizer.load(args.model)
     rows, counts = encode_examples(examples, tokenizer, args.template, args.max_length, args.max_prompt_length)
-    lost = ", ".join(f"{count:,} {what}" for what, count in counts.items() if what.startswith("dropped") and count)
+    lost = describe_dropped(counts)
     print(f"{report}{f'; {lost}' if lost else ''}")
-    four_bits = read_quantization(model_folder(args.model, weights=False)) is not None
-    model = load_model(args.model, device, pick_dtype(args.dtype, device, four_bits))
+    model = load_model(args.model, device, pick_dtype(args.dtype, device, has_four_bits(args.model)))
     check_vocabulary(args.model, model.config, tokenizer)
     spare_threads(model.config)
     if args.show_ways:

@@ -25,7 +25,7 @@ import torch
 from minikd.checkpoint import check_vocabulary, load_config, load_model, model_folder, read_quantization, save_model
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
                             spare_threads)
-from minikd.data import NothingLeft, encode_examples, encode_text
+from minikd.data import NothingLeft, describe_dropped, encode_examples, encode_text
 from minikd.evaluate import answer_and_score, compare
 from minikd.examples import FORMATS, load_examples, load_texts, recognise
 from minikd.files import InputError, check_writable, read_json, script_errors
@@ -205,7 +205,7 @@ def main():
             eval_rows, counts = encode_examples(examples, tokenizer, args.template)
         except InputError as error:                             # its message names flags of train_kd.py
             raise InputError(f"{args.eval_data[0]}: no prompt is short enough to evaluate; give other records") from error
-        if lost := ", ".join(f"{count:,} {what}" for what, count in counts.items() if what.startswith("dropped") and count):
+        if lost := describe_dropped(counts):
             print(f"{len(eval_rows):,} of {len(examples):,} records of --eval-data; {lost}")
     outs = {method: Path(args.out if len(args.methods) == 1 else f"{args.out}-{method}").expanduser()
             for method in args.methods}

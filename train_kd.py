@@ -28,11 +28,11 @@ from pathlib import Path
 import torch
 
 from minikd import minillm, toy
-from minikd.checkpoint import (check_vocabulary, identify, load_config, load_head, load_model, model_files, model_folder,
-                               read_quantization, save_model)
+from minikd.checkpoint import (check_vocabulary, has_four_bits, identify, load_config, load_head, load_model, model_files,
+                               model_folder, save_model)
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
-from minikd.data import Encoded, collate, encode_examples, encode_text, optimizer_steps, steps_per_epoch
+from minikd.data import Encoded, collate, describe_dropped, encode_examples, encode_text, optimizer_steps, steps_per_epoch
 from minikd.evaluate import answer_and_score, compare, show_table
 from minikd.examples import FORMATS, load_examples, load_texts, same_prompt, split_examples
 from minikd.files import InputError, remove, script_errors, write_jsonl
@@ -371,13 +371,11 @@ def planned(args) -> list[tuple[str, str, float, str]]:
     return [(f"{args.loss} lr {lr:g}", args.loss, lr, f"lr-{lr:g}") for lr in args.lr]
 
 
-def check_teacher(name, tokenizer) -> bool:
-    """Whether the teacher's weights have 4 bits.  Raises InputError if its tokenizer differs, or the tokenizer has more ids than
-    the teacher has rows."""
+def check_teacher(name, tokenizer):
+    """Raises InputError if the teacher's tokenizer differs, or the tokenizer has more ids than the teacher has rows."""
     folder = model_folder(name, weights=False)
     tokenizer.check_same(folder)
     check_vocabulary(name, load_config(folder), tokenizer)
-    return read_quantization(folder) is not None
 
 
 def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
@@ -429,8 +427,8 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
             asked_rows, counts = encode_examples(test, tokenizer, **lengths)
         except InputError as error:
             raise InputError(f"--eval-data: {error}") from error
-        print(f"{len(asked_rows):,} of {len(test):,} records of --eval-data" + "".join(
-            f", {count:,} {what}" for what, count in counts.items() if count and what.startswith("dropped")))
+        lost = describe_dropped(counts)
+        print(f"{len(asked_rows):,} of {len(test):,} records of --eval-data{f', {lost}' if lost else ''}")
         asked = asked_rows, test
     return report, rows, (valid_rows, valid_part), asked
 
@@ -488,8 +486,9 @@ def main():
     tokenizer = Tokenizer.load(args.student)
     lengths = dict(template=args.template, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
     teacher_dtype = dtype
-    if args.teacher:                                            # before a hub's student is fetched
-        teacher_dtype = pick_dtype(args.dtype, device, check_teacher(args.teacher, tokenizer))
+    if args.teacher:
+        check_teacher(args.teacher, tokenizer)                  # before a hub's student is fetched
+        teacher_dtype = pick_dtype(args.dtype, device, has_four_bits(args.teacher))
     report, rows, held_out, asked = read_data(args, tokenizer, lengths)
     texts, text_files = load_texts(args.lm_data) if args.lm_data else ([], None)
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)

@@ -137,6 +137,11 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, Path]]:
     return model, tensor_files(folder, {key: tuple(p.shape) for key, p in model.state_dict().items()})
 
 
+def has_four_bits(name) -> bool:
+    """Whether a folder or hub name holds 4-bit weights, by its config alone.  Raises InputError as read_quantization."""
+    return read_quantization(model_folder(name, weights=False)) is not None
+
+
 def read_quantization(folder: Path) -> dict | None:
     """config.json's quantization_config, checked; None where there is none.
 

@@ -107,6 +107,11 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
     return encoded, counts
 
 
+def describe_dropped(counts: dict[str, int]) -> str:
+    """Of encode_examples' counts those of dropped examples, as a text; "" if none was."""
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if what.startswith("dropped") and count)
+
+
 def encode_text(texts: list[str], tokenizer, max_length: int = 512) -> list[Encoded]:
     """Rows for a language-model loss: <|endoftext|> document <|endoftext|>, every token but the first scored.
 

@@ -40,8 +40,7 @@ def script_errors():
         sys.stdout.reconfigure(errors="backslashreplace")       # an answer may hold what the terminal's encoding lacks
     try:
         yield
-        if not getattr(sys.stdout, "closed", True):             # now: at its end Python would complain in words of its own
-            sys.stdout.flush()
+        _flush(sys.stdout)                                      # now: at its end Python would complain in words of its own
     except SystemExit as end:                                   # --help
         _end(end.code)
     except InputError as error:
@@ -80,12 +79,16 @@ def _exit_with(text: str):
     _end(2)
 
 
+def _flush(stream):
+    if not getattr(stream, "closed", True):                     # closed, or None if the shell closed it
+        stream.flush()
+
+
 def _end(status):
     """Exits. What cannot be written any more is given up: Python would try it again, complain, and exit with 120."""
     for stream in sys.stdout, sys.stderr:
         try:
-            if not getattr(stream, "closed", True):             # None, if the shell closed it
-                stream.flush()
+            _flush(stream)
         except OSError:
             with suppress(OSError):                             # a stream without a file
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -25,8 +25,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor 
     n = len(x)
     out = x.new_empty(n, len(weight)) if out is None else out[:n]
     if x.is_cuda:
-        columns = weight.to(x.dtype).T                                          # [I, O]
-        return torch.mm(x, columns, out=out) if bias is None else torch.addmm(bias, x, columns, out=out)
+        transposed = weight.to(x.dtype).T                                       # [I, O]
+        return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
     if n == 1 and x.dtype == weight.dtype == torch.float32:
         y = gemv(x, weight)
         return out.copy_(y if bias is None else y + bias)

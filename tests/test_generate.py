@@ -146,7 +146,8 @@ def test_prompts_may_be_tuples_or_tensors_and_one_stop_a_number():
         assert generate(model, given, 8) == answers
     stop = answers[0][3]
     stopped = generate(model, prompts, 8, eos_ids=[stop])
-    for given in stop, {stop}, torch.tensor(stop), torch.tensor([stop, stop]), np.int64(stop), np.array([stop]):
+    for given in (stop, {stop}, torch.tensor([stop]), torch.tensor([stop, stop]), (0 * stop + stop,),
+                  torch.tensor(stop), np.int64(stop), np.array([stop])):
         assert generate(model, prompts, 8, eos_ids=given) == stopped != answers
     assert generate(model, prompts, 8, eos_ids=None) == answers
 

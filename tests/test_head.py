@@ -113,7 +113,7 @@ def test_a_tall_head_is_multiplied_block_by_block_and_the_blocks_are_summed_in_f
     inputs = head_inputs()
     of, options = (inputs["hidden"], inputs["head"]), dict(divergence=forward_kl, kd_ratio=0.5, chunk_bytes=5 * V * 4)
     expected = naive(**inputs, divergence=forward_kl, kd_ratio=0.5)[0]
-    monkeypatch.setattr("minikd.products.BLOCK", 16)                              # two blocks and a part
+    monkeypatch.setattr("minikd.products.BLOCK", 16)                            # two blocks and a part
     loss, *_ = head_loss(**inputs, **options)
     torch.testing.assert_close(loss, expected)
     exact = gradients(expected, *of)
