@@ -55,26 +55,26 @@ class Kernel:
         self.starts = set(self.labels.values())                 # a run ends before a label, as a branch may lead there
         self.runs = {}                                          # the functions that run_at and rare compiled
 
-    def run_at(self, at: int):
+    def run_at(self, at: int, full: bool):
         """-> (function of a warp, where it ends): the instructions from `at` to the next rare one or label, as one Python
-        function; None if the instruction at `at` is rare."""
-        if at not in self.runs:
+        function; None if the instruction at `at` is rare.  full: of a warp whose lanes are all active"""
+        if (at, full) not in self.runs:
             end = at
             while end < len(self.code) and not self.is_rare(end) and (end == at or end not in self.starts):
                 end += 1
-            self.runs[at] = (translate(self, at, end), end) if end > at else None
-        return self.runs[at]
+            self.runs[at, full] = (translate(self, at, end, full), end) if end > at else None
+        return self.runs[at, full]
 
     def is_rare(self, at: int) -> bool:
         """Whether Warp.run handles this instruction by itself: control flow, a guard, a relaxed load."""
         guard, opcode, _ = self.code[at]
         return guard is not None or opcode in CONTROL or opcode.startswith(RELAXED_LOADS)
 
-    def rare(self, at: int):
+    def rare(self, at: int, full: bool):
         """The one instruction at `at`, without its guard, as a function of a warp."""
-        if (at, "alone") not in self.runs:
-            self.runs[at, "alone"] = translate(self, at, at + 1)
-        return self.runs[at, "alone"]
+        if (at, full, "alone") not in self.runs:
+            self.runs[at, full, "alone"] = translate(self, at, at + 1, full)
+        return self.runs[at, full, "alone"]
 
     def post_dominators(self) -> dict[int, int]:
         """For each instruction its immediate post-dominator, the first one that every path from it passes; len(code) is the
@@ -220,10 +220,6 @@ class Warp:
             left = left[(left < memory.start) | (left > end)]
         return found
 
-    def keep(self, name: str, value: np.ndarray) -> np.ndarray:
-        """The register's new values: only the active lanes' change."""
-        return np.where(self.mask, value, self.r.get(name, value.dtype.type()))
-
     def together(self, clamp=(31,), members=(0xffffffff,)) -> bool:
         """True; a Fault unless all 32 lanes take part in a shuffle or tensor-core product."""
         require(self.full and clamp[0] == 31 and members[0] == 0xffffffff, "not the whole warp multiplies or shuffles", self)
@@ -333,7 +329,7 @@ class Warp:
             pc, self.mask, meet = stack[-1]
             active = np.count_nonzero(self.mask)                # which is faster than all() and any()
             self.full = active == 32
-            while pc != meet and (run := kernel.run_at(pc)):
+            while pc != meet and (run := kernel.run_at(pc, self.full)):
                 function, pc = run
                 function(self)
             if pc == meet or not active:
@@ -361,7 +357,7 @@ class Warp:
             elif count:
                 require(opcode != "trap", "trap", self)
                 self.mask, self.full = taken, count == 32
-                kernel.rare(pc)(self)
+                kernel.rare(pc, self.full)(self)
                 if opcode.startswith(RELAXED_LOADS):
                     yield
 
@@ -501,18 +497,29 @@ def register(name: str) -> str:
     return REGISTERS.get(re.match(r"%?[a-z]*", name)[0], "u4" if name[0] == "%" else "b1")      # %tid.x; inline assembly's own
 
 
-def translate(kernel: Kernel, start: int, end: int):
-    """Instructions start .. end - 1 as a function of a warp, whose active lanes all run them."""
-    names, lines = dict(OPERATIONS), []
+def translate(kernel: Kernel, start: int, end: int, full: bool):
+    """Instructions start .. end - 1 as a function of a warp, whose active lanes all run them; full: all 32 are active, else only
+    their values change. A register is a variable of the function, and so is each of its views."""
+    names, lines, known, written = dict(OPERATIONS), [], set(), {}
+
+    def variable(operand: str) -> str:
+        name = re.sub(r"\W", "_", f"_{operand}")
+        if name not in known:
+            known.add(name)
+            lines.append(f'{name} = r["{operand}"]')
+        return name
 
     def read(operand: str, type: str) -> str:
         """Python for the operand's 32 values, their bits taken as `type`."""
         if operand[0] == "%" or operand[0].isalpha() and operand not in kernel.symbols and operand not in kernel.params:
-            text, has = f'r["{operand}"]', register(operand)
-            if int(has[1]) > int(type[1]):
-                text, has = f"{text}.astype(u{type[1]})", "u" + type[1]
-            require(has[1] == type[1], "a register is too narrow", operand)
-            return text if has == type else f"{text}.view({type})"
+            text, has = variable(operand), register(operand)
+            require(int(has[1]) >= int(type[1]), "a register is too narrow", operand)
+            if has == type:
+                return text
+            if (view := f"{text}_{type}") not in known:
+                known.add(view)
+                lines.append(f"{view} = {text}" + f".astype(u{type[1]})" * (has[1] != type[1]) + f".view({type})")
+            return view
         bits = int(operand[2:], 16) if operand.startswith(("0f", "0d")) else kernel.symbols.get(operand)
         bits = kernel.params[operand][0] if operand in kernel.params else bits
         bits = int(operand, 0) if bits is None else bits
@@ -522,16 +529,21 @@ def translate(kernel: Kernel, start: int, end: int):
 
     for at in range(start, end):
         targets, types, value = expression(*kernel.code[at][1:], read, kernel)
-        lines.append(f"w.here = {at}")
-        if len(targets) == 1:
-            value = f"({value},)"
-        lines.append(f"{''.join(f'v{i}, ' for i in range(len(targets)))}{'= ' if targets else ''}{value}")
+        if "w." in value:                                       # what may be a Fault
+            lines.append(f"w.here = {at}")
+        lines.append(f"{', '.join(f'v{i}' for i in range(len(targets)))}{' = ' if targets else ''}{value}")
         for i, (target, type) in enumerate(zip(targets, types)):
-            has, new = register(target), f"v{i}"
+            has, new, name = register(target), f"v{i}", re.sub(r"\W", "_", f"_{target}")
             if has != type:                                     # a wider register: extended by its type's sign, as in a load
                 new += f".view({has})" if has[1] == type[1] else f".astype({type[0]}{has[1]}).view({has})"
-            lines.append(f'r["{target}"] = {new} if w.full else w.keep("{target}", {new})')
-    exec("def function(w):\n r = w.r\n " + "\n ".join(lines), names)
+            if not full:
+                old = name if name in known else f'r.get("{target}", {has}())'
+                new = f"where(mask, {new}, {old})"
+            lines.append(f"{name} = {new}")
+            known = known - {f"{name}_{type}" for type in TYPES} | {name}
+            written[target] = name
+    lines += [f'r["{target}"] = {name}' for target, name in written.items()]
+    exec("def function(w):\n r, mask = w.r, w.mask\n " + "\n ".join(lines), names)
     return names["function"]
 
 
@@ -621,6 +633,8 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
     if base == "prmt":
         return ["u4"], f"permute({', '.join(read(operand, 'u4') for operand in operands[1:4])})"
     type = register(operands[0]) if base == "mov" else type_of(kind)
+    if base in ("add", "sub") or mods[0] == "lo":               # the same bits with a sign and without
+        type = type.replace("i", "u")
     if base == "mov":
         return [type], read(operands[1], type)
     a, *more = (read(operand, type) for operand in operands[1:3])
@@ -643,7 +657,7 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
     if base in ("fma", "mad"):
         require(base == "fma" or mods[0] == "lo", base, mods)
         c = read(operands[3], type)
-        return [type], f"({a}.astype(f8) * {b}.astype(f8) + {c}.astype(f8)).astype(f4)" if type == "f4" else f"{a} * {b} + {c}"
+        return [type], f"(multiply({a}, {b}, dtype=f8) + {c}).astype(f4)" if type == "f4" else f"{a} * {b} + {c}"
     if base == "mul" and mods[0] in ("wide", "hi"):
         wide = f"{type[0]}{2 * int(type[1])}"
         product = f"{a}.astype({wide}) * {b}"
@@ -726,8 +740,9 @@ def mma_int8(a: list, b: list, c: list) -> np.ndarray:
     return (np.einsum("mke,nke->mn", left.astype(np.int32), right.transpose(1, 0, 2).astype(np.int32)) + total)[C]
 
 
-OPERATIONS = {name: np.dtype(name).type for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "b1")}
+TYPES = "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "b1"
+OPERATIONS = {name: np.dtype(name).type for name in TYPES}
 OPERATIONS |= {function.__name__: function for function in (
     to_bf16, fma_pairs, leading_zeros, max_pairs, divide, lop3, permute, mma, mma_int8, np.where, np.exp2, np.log2, np.sqrt,
-    np.minimum, np.fmin, np.fmax, np.fmod)}
+    np.minimum, np.multiply, np.fmin, np.fmax, np.fmod)}
 OPERATIONS["lanes"] = LANES
