@@ -78,7 +78,8 @@ class OnGPU(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor):
-        with torch.inference_mode(held.is_inference()):         # a view of a plain tensor is plain in inference mode too
+        inference = held.is_inference()                         # a view of a plain tensor is plain in inference mode too
+        with nullcontext() if inference == torch.is_inference_mode_enabled() else torch.inference_mode(inference):
             self = Tensor._make_wrapper_subclass(cls, held.size(), held.stride(), held.storage_offset(), dtype=held.dtype)
         self.held = held.detach()
         return self
@@ -111,10 +112,8 @@ class OnGPU(Tensor):
 
     @classmethod
     def compute(cls, func, args, kwargs):
-        tensors = []
-        each(Tensor, tensors.append, args)
-        each(Tensor, tensors.append, kwargs)
-        facts = facts_of(func)
+        tensors, facts = [], facts_of(func)
+        held = each(Tensor, lambda x: (tensors.append(x), raw(x))[1], (args, kwargs))           # the CPU's arguments
         others = [x for x in tensors if type(x) is not OnGPU and (x.dim() or not facts.takes_numbers)]
         given = dict(zip(facts.names, args)) | kwargs if facts.writes else {}
         written = [x for name in facts.writes for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
@@ -131,7 +130,7 @@ class OnGPU(Tensor):
             wait(func)
         for x in written if Played.recording is not None else ():
             Played.before.setdefault((x.data_ptr(), x.shape, x.stride()), (raw(x), raw(x).clone()))
-        args, kwargs = each(Tensor, raw, (args, kwargs))
+        args, kwargs = held
         if "device" in kwargs:
             kwargs["device"] = "cpu"
         out = func(*args, **kwargs)
@@ -161,8 +160,10 @@ class Places(TorchFunctionMode):
     """Makes tensors where `device` says, moves them, and casts under autocast."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        if name == "__get__":                                   # x.shape
+            return func(*args)
+        kwargs = dict(kwargs or {})
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self.to(*args, **kwargs, **({} if func is Tensor.to else {"device": func.__name__}))
         if func is Tensor.pin_memory:
