@@ -188,7 +188,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     if compile:
         compile_blocks(model, *([reference] if reference else []))
     if (out / STATE).exists():
-        state, _ = load_state(out, model, optimizer)
+        state, _ = load_state(out, model, optimizer, state)
     unpaid = state["unpaid"]                                    # steps up to now in which every reward was 0
     log, completions = Log(out, upto=state["step"]), Log(out, upto=state["step"], name="completions.jsonl")
     scoring = dict(pad_id=tokenizer.pad_id, temperature=temperature, vocab=len(tokenizer), dtype=dtype)

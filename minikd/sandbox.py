@@ -12,10 +12,10 @@ are set in more than one way, as a kernel or container may lack some of these; i
 
     rlimits        memory, CPU time, file size, open files, threads (root is exempt: hence the uid)
     uid            root becomes 65534, without access to root's files, processes and environment
-    namespaces     no network, TCP or UDP; no IPC. For an ordinary user also no access to the memory and environment of
-                   its other processes
+    namespaces     no network, TCP or UDP; no IPC; no access to the memory and environment of the uid's other processes
     Landlock       reads Python and the system's libraries, writes the private folder; from ABI 4 no TCP, 6 no signals
-    seccomp        no processes, sockets, folders, tracing; signals only to itself. A kernel without it also allows no threads
+    seccomp        no processes, sockets, folders, tracing; signals, limits and priorities only for itself. A kernel without
+                   it also allows no threads
 
 It does not protect against bugs of the kernel. Without Landlock, a program can read whatever its uid can read.
 
@@ -49,7 +49,8 @@ OUTPUT = MB                 # bytes of stdout, and of stderr
 DISK, FILES = 8 * MB, 200   # of the private folder, which is flat
 TICK = 0.05                 # seconds between two checks of that folder
 SHARE = Path("/sys/fs/cgroup/cpu.max")          # cgroup v2
-# NPROC counts threads, of all the uid's programs together: recursion in a thread with a large stack is common in contests.
+# NPROC counts threads: recursion in a thread with a large stack is common in contests. Without a user namespace it counts those
+# of all the uid's programs together.
 LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPROC": 256}
 READABLE = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime",
             "/dev/zero", "/dev/random", "/dev/urandom"]
@@ -59,11 +60,17 @@ DENIED = {
     "fork": (57, -1), "vfork": (58, -1), "socket": (41, 198),
     "socketpair": (53, 199), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
     "pidfd_send_signal": (424, 424), "ptrace": (101, 117), "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271), "io_uring_setup": (425, 425), "bpf": (321, 280), "userfaultfd": (323, 282),
+    "process_vm_writev": (311, 271), "process_madvise": (440, 440), "migrate_pages": (256, 238), "move_pages": (279, 239),
+    "setpriority": (141, 140), "ioprio_set": (251, 30), "io_uring_setup": (425, 425), "bpf": (321, 280),
+    "userfaultfd": (323, 282),
     "perf_event_open": (298, 241), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40),
     "mkdir": (83, -1), "mkdirat": (258, 34), "memfd_create": (319, 279), "add_key": (248, 217),
     "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186),
     "mq_open": (240, 180)}
+# System calls that may only name the process itself, by its pid or 0 as first argument: the uid's other programs, and for an
+# ordinary user the caller, would obey too.
+ITSELF = {"kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "sched_setaffinity": (203, 122),
+          "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274)}
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,7 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
         os.chown(f"{folder}/program.py", uid, uid)
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)         # not a venv's link
     seconds = math.ceil(timeout) + 1                            # of CPU time, if the wall clock should fail
-    return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED,
+    return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED, "itself": ITSELF,
             "boot": inspect.getsource(_boot) + "_boot()", "uid": uid,
             "readable": READABLE + [python, f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)],
             "limits": LIMITS | {"RLIMIT_CPU": seconds, "RLIMIT_AS": int(memory_mb * MB)}}
@@ -322,7 +329,11 @@ def _kill_below():
                 pass
         except ChildProcessError:
             return
-        for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            pids = [name for name in os.listdir("/proc") if name.isdigit()]
+        except OSError:                                         # the machine has no more files to open: until it has
+            pids = []
+        for pid in pids:
             try:
                 with open(f"/proc/{pid}/stat", "rb") as file:
                     parent = int(file.read().rpartition(b")")[2].split()[1])
@@ -358,13 +369,14 @@ def _become(libc, report, options):
         except OSError as error:
             raise OSError(f"root cannot become uid {uid} ({error}); run as an ordinary user, or set "
                           "MINIKD_SANDBOX_AS_ROOT=1") from error
+        libc.unshare(0x10000000)                                # CLONE_NEWUSER: NPROC counts within it
     for name, value in options["limits"].items():               # after the uid, whose change NPROC could forbid
         which = getattr(resource, name)
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(which, (value, value))
     libc.prctl(1, _signal.SIGKILL, 0, 0, 0)                     # PR_SET_PDEATHSIG: dies with the supervisor
-    filtered = _seccomp(libc, options["denied"])
+    filtered = _seccomp(libc, options["denied"], options["itself"])
     if not filtered:                                            # then only this keeps it from starting processes
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     level.append("seccomp" if filtered else "no seccomp")
@@ -423,8 +435,9 @@ def _landlock(libc, readable) -> int:
     return abi
 
 
-def _seccomp(libc, denied) -> bool:
-    """Makes the system calls in `denied`, new processes, and signals to others fail with EPERM; False if not supported."""
+def _seccomp(libc, denied, itself) -> bool:
+    """Makes the system calls in `denied`, those in `itself` that name another process, and new processes fail with EPERM; False
+    if not supported."""
     machine = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
     if machine is None:
         return False
@@ -435,8 +448,11 @@ def _seccomp(libc, denied) -> bool:
     for numbers in denied.values():
         if numbers[machine] >= 0:
             code += [(equal, 0, 1, numbers[machine]), deny]
-    for number in ((62, 234), (129, 131))[machine]:             # kill, tgkill: the first argument must be one's own pid
-        code += [(equal, 0, 4, number), (load, 0, 0, 16), (equal, 1, 0, os.getpid()), deny, allow]
+    for numbers in itself.values():                             # at 16 is a call's first argument, at 24 its second
+        code += [(equal, 0, 5, numbers[machine]), (load, 0, 0, 16), (equal, 2, 0, os.getpid()), (equal, 1, 0, 0), deny, allow]
+    code += [(equal, 0, 4, (157, 167)[machine]), (load, 0, 0, 16), (equal, 0, 1, 1), deny, allow]   # prctl: PR_SET_PDEATHSIG
+    code += [(equal, 0, 6, (72, 25)[machine]), (load, 0, 0, 24),        # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX, by which a
+             (equal, 3, 0, 8), (equal, 2, 0, 10), (equal, 1, 0, 15), allow, deny]       # pipe would signal another process
     code += [(equal, 0, 4, (56, 220)[machine]), (load, 0, 0, 16), (shares, 1, 0, 0x10000), deny, allow]     # clone: CLONE_THREAD
     code += [(equal, 0, 1, 435), (end, 0, 0, 0x50026), allow]   # clone3's flags are out of sight: ENOSYS, and libc calls clone
     word = sys.byteorder

@@ -137,8 +137,9 @@ def save_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, facts: di
         save_tensors(tensors, new, {"facts": json.dumps(facts)})
 
 
-def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """Puts a saved state back, bit for bit; returns its facts, and the tensors saved as `more`."""
+def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, begun: dict) -> tuple[dict, dict]:
+    """Puts a saved state back, bit for bit; returns its facts, and the tensors saved as `more`.  begun: the facts before the
+    first step; those saved must be of the same kinds"""
     path = Path(folder) / STATE
     try:
         with safe_open(path, framework="pt") as file:
@@ -155,10 +156,11 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer) -> tuple[
                                      f"here {wanted.get(key)}); start again without --resume, in another --out")
             try:
                 facts = parse_json(file.metadata()["facts"])
-                if type(facts["step"]) is not int:
-                    raise TypeError
-            except (ValueError, TypeError, KeyError) as error:
-                raise SafetensorError("it does not say which step it is of") from error
+                good = all(type(facts[name]) is type(value) for name, value in begun.items())
+            except (ValueError, TypeError, KeyError):
+                good = False
+            if not good:
+                raise SafetensorError(f"it does not hold {' and '.join(begun)}")
             for key, value in model.state_dict().items():
                 value.copy_(file.get_tensor(f"model.{key}"))
             state = optimizer.state_dict()

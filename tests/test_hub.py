@@ -6,13 +6,17 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 
-from conftest import same, small, tiny
+import eval_rouge
+from conftest import DOLLY, same, small, tiny, write_records
 from fake_hub import Request, again, files_in, served, server
 from minikd import hub, records
 from minikd.checkpoint import identify, load_model, model_folder, save_model
 from minikd.files import InputError, script_errors
+from minikd.gptq import quantize_model
 from minikd.hub import local_folder
+from minikd.quant import to_w4, to_words
 from minikd.records import data_files
 from minikd.tokenizer import Tokenizer
 from minikd.training import check_settings
@@ -54,6 +58,23 @@ def test_a_model_and_its_tokenizer_come_without_what_nobody_reads(served, model,
     assert not set(served.sent) & JUNK.keys() and len(served.sent) == len(set(served.sent))
     assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} < set(served.sent)
     assert served.sent.index("config.json") < min(map(served.sent.index, [file for file in served.sent if "-of-" in file]))
+
+
+def test_a_4_bit_model_of_the_hub_answers_in_bfloat16(served, tokenizer, shell, monkeypatch, tmp_path):
+    plain = small(1, hidden_size=32, intermediate_size=64)
+    words = quantize_model(plain, [], 0, method="rtn", group_size=16, sym=True, store=lambda *parts: to_words(*parts, 1))
+    tokenizer.save(tmp_path / "w4")
+    save_model(to_w4(plain, words, 16, True), tmp_path / "w4")
+    served.repositories["models", "org/w4"] = {COMMITS[0]: files_in(tmp_path / "w4") | JUNK}
+    write_records(tmp_path / "data.jsonl", DOLLY)
+    flags = "--data", tmp_path / "data.jsonl", "--max-new-tokens", 2, "--device", "cpu"
+    told, load = [], eval_rouge.load_model
+    monkeypatch.setattr(eval_rouge, "load_model", lambda *given: (told.append(given[2]), load(*given))[1])
+    for name in "org/w4", tmp_path / "w4":
+        status, out, err = shell(eval_rouge, "--model", name, *flags, "--out", tmp_path / "answers.jsonl")
+        assert status == 0, err
+        told.append(out)
+    assert told[:2] == told[2:] and told[0] == torch.bfloat16 and not set(served.sent) & JUNK.keys()
 
 
 def test_offline_everything_is_there_and_the_hub_is_not_asked(served, model, monkeypatch, capsys):

@@ -183,6 +183,9 @@ ATTACKS = {
     "reads processes": ("import os\nos.listdir('/proc')", "error"),
     "becomes root": ("import os\nos.setuid(0)\nos.setgid(0)\nopen('/root/hoped', 'w')", "error"),
     "raises its limits": ("import resource\nresource.setrlimit(resource.RLIMIT_NPROC, (999, 999))", "error"),
+    "slows its user's programs": ("import os\nos.setpriority(os.PRIO_USER, os.getuid(), 19)", "error"),
+    "lets a pipe signal its parent": ("import fcntl, os\nfcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())", "error"),
+    "will not die with its parent": ("import ctypes\nassert ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) == 0", "error"),
     "own namespace": ("import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0", "error"),
     "System V memory": ("import ctypes\nassert ctypes.CDLL(None).shmget(77, 4096, 0o1666) >= 0", "error"),
     "a Unix socket": ("import socket\nsocket.socketpair()", "error"),
@@ -200,6 +203,49 @@ def test_an_attack_is_contained(name):
     assert result.status == status, result
     assert "hoped" not in result.stdout and len(result.stdout) <= sandbox.OUTPUT
     assert time.monotonic() - start < (1.5 if status == "timeout" else 8)
+
+
+@pytest.mark.parametrize("act", ["resource.prlimit(pid, resource.RLIMIT_NOFILE, (0, 0))", "os.sched_setaffinity(pid, {0})",
+                                 "os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))", "os.kill(pid, 9)",
+                                 "os.sched_setparam(pid, os.sched_param(0))", "signal.pidfd_send_signal(os.pidfd_open(pid), 9)"])
+def test_other_processes_of_its_user_are_out_of_reach(act):
+    """By seccomp alone: an ordinary user's other processes are the caller and the supervisor, too."""
+    needs("seccomp")
+    other = dict(user=sandbox.NOBODY, group=sandbox.NOBODY) if os.geteuid() == 0 else {}
+    with subprocess.Popen(["sleep", "60"], **other) as victim:
+        result = run_program(f"import os, resource, signal\npid = {victim.pid}\n{act}")
+        alive = victim.poll() is None
+        victim.kill()
+    assert result.status == "error" and "PermissionError: [Errno 1]" in result.stderr and alive, result
+
+
+def test_what_a_process_may_do_to_itself_stays_allowed():
+    source = ("import fcntl, os, resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))\n"
+              "os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))\n"
+              "fcntl.fcntl(1, fcntl.F_SETFL, fcntl.fcntl(1, fcntl.F_GETFL))\n"
+              "print(resource.prlimit(os.getpid(), resource.RLIMIT_NOFILE))")
+    assert run_program(source).stdout == "(16, 16)\n"
+
+
+def test_a_thread_bomb_leaves_its_neighbours_their_threads():
+    needs("own network")                                            # namespaces
+    bomb = ("import threading, time\nthreading.stack_size(32768)\n"
+            "try:\n    while True: threading.Thread(target=time.sleep, args=(9,)).start()\n"
+            "except RuntimeError: print('full', flush=True)")
+    neighbour = "import threading\nthread = threading.Thread(target=print, args=(7,))\nthread.start()\nthread.join()"
+    with ThreadPoolExecutor(1) as pool:
+        bombed = pool.submit(run_program, bomb, timeout=2)
+        time.sleep(0.7)                                             # it is full long before; nothing outside shows it
+        assert [run_program(neighbour).stdout for _ in range(3)] == ["7\n"] * 3 and not bombed.done()
+    assert (bombed.result().status, bombed.result().stdout) == ("timeout", "full\n")
+
+
+def test_descendants_are_killed_also_if_proc_cannot_be_listed_at_once():
+    source = (f"{sandbox._trampoline()}\nlist_of, child, failed = os.listdir, os.fork(), []\nif not child: time.sleep(60)\n"
+              "def listdir(path):\n    if len(failed) < 3: failed.append(path); raise OSError(24, 'Too many open files')\n"
+              "    return list_of(path)\nos.listdir = listdir\n_kill_below()\nprint(failed)\nos.kill(child, 0)")
+    run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=20)
+    assert run.stdout == "['/proc', '/proc', '/proc']\n" and "ProcessLookupError" in run.stderr
 
 
 @pytest.mark.parametrize("layers", [("Landlock",), ("seccomp",)])

@@ -20,6 +20,7 @@ from minikd.training import (CONFIG, LOG, STATE, Log, begin_run, check_free, che
                              learning_rate, load_state, lock, make_optimizer, read_log, save_state, settings_of, write_config)
 
 IDS = torch.arange(24).view(2, 12)
+BEGUN = {"step": 0}                                            # the facts of a run before its first step
 
 
 def small_model(seed=1, **shape) -> Qwen2:
@@ -175,7 +176,7 @@ def test_a_state_comes_back_bit_for_bit_moments_and_all(tmp_path, tied):
     save_state(tmp_path, model, optimizer, {"step": 3, "best": 41.5}, {"ids": torch.arange(5)})
     other = small_model(seed=2, tie_word_embeddings=tied)
     fresh = make_optimizer(other, 0.01)
-    facts, more = load_state(tmp_path, other, fresh)
+    facts, more = load_state(tmp_path, other, fresh, BEGUN)
     assert facts == {"step": 3, "best": 41.5} and more.keys() == {"ids"} and more["ids"].tolist() == list(range(5))
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -189,7 +190,7 @@ def test_a_state_comes_back_bit_for_bit_moments_and_all(tmp_path, tied):
         save_state(tmp_path, other, fresh, {"step": 3 + 3 * number})
         other = small_model(seed=2 + number, tie_word_embeddings=tied)
         fresh = make_optimizer(other, 0.01)
-        load_state(tmp_path, other, fresh)
+        load_state(tmp_path, other, fresh, BEGUN)
 
 
 def test_a_state_is_one_file_that_replaces_the_one_before(tmp_path):
@@ -200,13 +201,13 @@ def test_a_state_is_one_file_that_replaces_the_one_before(tmp_path):
         save_state(tmp_path, model, optimizer, {"step": step})
     assert [path.name for path in tmp_path.iterdir()] == [STATE]
     assert float(load_file(tmp_path / STATE)["optimizer.0.step"]) == 2
-    assert load_state(tmp_path, small_model(), make_optimizer(small_model(), 0.01))[0]["step"] == 2
+    assert load_state(tmp_path, small_model(), make_optimizer(small_model(), 0.01), BEGUN)[0]["step"] == 2
 
 
 def test_a_state_of_no_step_yet_has_no_moments(tmp_path):
     model, other = small_model(), small_model(seed=2)
     save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 0})
-    assert load_state(tmp_path, other, make_optimizer(other, 0.01)) == ({"step": 0}, {})
+    assert load_state(tmp_path, other, make_optimizer(other, 0.01), BEGUN) == ({"step": 0}, {})
     assert same(model.state_dict(), other.state_dict())
 
 
@@ -221,7 +222,7 @@ def test_a_state_of_another_model_is_refused_in_one_line_and_nothing_is_touched(
     other = small_model(seed=2, **shape)
     before = [p.detach().clone() for p in other.parameters()]
     with pytest.raises(InputError, match=f"{STATE}: belongs to another model .*{named}.*; start again") as error:
-        load_state(tmp_path, other, make_optimizer(other, 0.01))
+        load_state(tmp_path, other, make_optimizer(other, 0.01), BEGUN)
     assert "\n" not in str(error.value)
     assert all(torch.equal(was, now) for was, now in zip(before, other.parameters()))
 
@@ -237,12 +238,12 @@ def test_a_state_with_the_moments_of_other_parameters_is_refused(tmp_path):
         patch.setattr(optimizer, "state_dict", lambda: state | {"state": dict(zip(order, state["state"].values()))})
         save_state(tmp_path, model, optimizer, {"step": 1})
     with pytest.raises(InputError, match=f"{STATE}: belongs to another model .optimizer"):
-        load_state(tmp_path, model, make_optimizer(model, 0.01))
+        load_state(tmp_path, model, make_optimizer(model, 0.01), BEGUN)
     save_state(tmp_path, model, optimizer, {"step": 1})
     left = {key: value for key, value in load_file(tmp_path / STATE).items() if "optimizer.3." not in key}
     save_file(left, tmp_path / STATE, {"facts": "{}"})
     with pytest.raises(InputError, match=f"{STATE}: belongs to another model .optimizer.3.exp_avg is None"):
-        load_state(tmp_path, model, make_optimizer(model, 0.01))
+        load_state(tmp_path, model, make_optimizer(model, 0.01), BEGUN)
 
 
 def test_a_state_cut_short_is_named(tmp_path):
@@ -250,18 +251,19 @@ def test_a_state_cut_short_is_named(tmp_path):
     save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 1})
     (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:-50])
     with pytest.raises(InputError, match=f"{STATE}: is damaged .*; start again"):
-        load_state(tmp_path, model, make_optimizer(model, 0.01))
+        load_state(tmp_path, model, make_optimizer(model, 0.01), BEGUN)
 
 
 @pytest.mark.parametrize("facts", [None, {}, {"facts": "{"}, {"facts": "{}"}, {"facts": "[]"}, {"facts": '{"step": "a"}'},
-                                   {"facts": '{"step": 1.5}'}, {"facts": '{"step": true}'}])
+                                   {"facts": '{"step": 1.5}'}, {"facts": '{"step": true}'}, {"facts": '{"step": 1}'},
+                                   {"facts": '{"step": 1, "best": 2}'}])
 def test_a_state_that_does_not_say_its_step_changes_nothing(tmp_path, facts):
     model, other = small_model(), small_model().init_weights(7)
     save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 1})
     save_file(load_file(tmp_path / STATE), tmp_path / STATE, facts)
     before = [parameter.clone() for parameter in other.parameters()]
-    with pytest.raises(InputError, match=f"{STATE}: is damaged .it does not say which step it is of.; start again"):
-        load_state(tmp_path, other, make_optimizer(other, 0.01))
+    with pytest.raises(InputError, match=f"{STATE}: is damaged .it does not hold step and best.; start again"):
+        load_state(tmp_path, other, make_optimizer(other, 0.01), BEGUN | {"best": -1.0})
     assert all(map(torch.equal, before, other.parameters()))
 
 
