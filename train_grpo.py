@@ -130,6 +130,13 @@ def read_problems(args) -> tuple[list[problems.Problem], list[problems.Problem]]
                          "held out")
     if left:
         print(f"{left:,} records ask what an earlier one asks, or have no statement or no answer to compare with: left out")
+    names = (args.rewards or ",".join(problems.CHECKS)).split(",")
+    facts = [problems.CHECKS[name] for name in names if name in problems.CHECKS]
+    judged = [problem for problem in found if any(problem.facts.get(fact) for fact in facts)]
+    if 1 < len(judged) < len(found) and not reward_files(args.rewards or ""):   # one of the user's own may judge the others
+        print(f"{len(found) - len(judged):,} problems have nothing that tells a right answer from a wrong one: left out, as only "
+              "form would be rewarded")
+        found = judged
     return split_examples(found, min(args.eval_examples, max(1, len(found) // 5)), args.seed)
 
 
@@ -249,7 +256,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             progress.update(note=f"reward {line['reward'] or 0:.3f} kl {line['kl'] or 0:.3f} length {line['length']:.0f}")
             unpaid = 0 if total.nan_to_num().any() else unpaid + 1
             if unpaid == patience:
-                what = "no answer could be judged" if total.isnan().all() else "every reward was 0"
+                what = "no answer could be judged" if total.isnan().all() else "every answer's reward was 0"
                 raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; "
                                  "start from a model that sometimes succeeds, or add an easier reward (--rewards)")
             if (step + 1) % eval_every == 0 or step + 1 == steps:

@@ -49,7 +49,7 @@ _PYTHON = ("", "python", "python3", "py")       # languages of a code fence; wit
 # What does not change an answer, mostly as in the MATH dataset's own comparison (arXiv:2103.03874): pattern -> what replaces it.
 _LATEX = [(r"\\[dt]frac", r"\\frac"),
           (r"\\frac(\d)", r"\\frac{\1}"), (r"\\frac(\{[^{}]*\})(\d)", r"\\frac\1{\2}"),                     # \frac12, \frac1{12}
-          (r"\{,\}", ","),                                                                                  # 1{,}000
+          (r"\{,\}", ","), ("\u2212", "-"), (r"^[A-Za-z]\s*=(?!=)", ""), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),    # 1{,}000, x = 3
           (r"\\(?:left|right)(?![a-z])|\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|°", ""),
           (r"^(-?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}))\s*\\(?:text|mbox|mathrm)\{[^{}]*\}$", r"\1"),            # a number's unit
           (r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1"),
@@ -158,7 +158,8 @@ def answer_reward(completions: list[str], facts: list[dict]) -> Values:
     without a gold answer.
 
     Of an answer with a LaTeX \\boxed{...} only what the last one holds counts; in a text without tags it is the answer. $ and **
-    around it, percent and degree signs, LaTeX's spaces, and a number's unit in \\text{...} do not count.
+    around it, percent and degree signs, a letter and = before it, spaces beside signs, and a number's unit in \\text{...} do not
+    count.
     """
     values = []
     for completion, problem in zip(completions, facts, strict=True):
@@ -171,7 +172,8 @@ def answer_reward(completions: list[str], facts: list[dict]) -> Values:
 
 def _same_answer(a: str, b: str) -> bool:
     a, b = map(_plain, (a, b))
-    return a == b or (value := _value(a)) is not None and value == _value(b)
+    tight = lambda text: re.sub(r"\s*([^\w\s])\s*", r"\1", text)              # (1, 2) is (1,2), 1 2 is not 12
+    return tight(a) == tight(b) or (value := _value(a)) is not None and value == _value(b)
 
 
 def _plain(answer: str) -> str:

@@ -112,7 +112,10 @@ def test_a_codeforces_record_becomes_its_statement_and_its_tests():
                                      {"description": "Print any two numbers whose sum is n."},
                                      {"output_format": "Print\nany of them."}, {"output_format": "Print them in any order."},
                                      {"note": "Any valid path will be accepted."},
-                                     {"output_format": "The absolute or relative error must not exceed 1e-6."}])
+                                     {"output_format": "The absolute or relative error must not exceed 1e-6."},
+                                     {"output_format": "Print it with an error of at most 1e-6."},
+                                     {"note": "An answer is right if its error does not exceed 1e-6."},
+                                     {"description": "Find any permutation of n numbers that is its own inverse."}])
 def test_what_a_comparison_could_not_judge_has_no_tests(changed):
     problem = to_problem(RECORD | changed, "x")
     assert problem.facts["tests"] == []
@@ -120,7 +123,7 @@ def test_what_a_comparison_could_not_judge_has_no_tests(changed):
 
 
 @pytest.mark.parametrize("said", ["You can choose any two of them, in any order, and swap them. Don't print any extra spaces.", "There are several ways; print their number.",
-                                  "Is there any answer? Print YES or NO.",
+                                  "Is there any answer? Print YES or NO.", "He does not find any coins.", "Print ERROR if not.",
                                   "Print how many solutions there are, or -1 if there are infinitely many solutions."])
 def test_what_has_one_answer_keeps_its_tests(said):
     for usual in {"input_mode": "stdio", "generated_checker": None}, dict.fromkeys(("input_mode", "generated_checker"), math.nan):

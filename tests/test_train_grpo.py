@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_grpo as rl
-from conftest import killed_at, same, steps_of, tiny, weights
+from conftest import killed_at, same, steps_of, tiny, weights, write_records
 from fake_gpu import gpu
 from minikd import problems
 from minikd.checkpoint import load_model, save_model
@@ -197,9 +197,9 @@ def test_three_steps_are_those_of_transformers_on_full_logits(tmp_path, monkeypa
 def test_when_nothing_is_ever_paid_it_stops_and_says_so(run, tmp_path):
     flags = "--patience", "3", "--eval-every", "2"
     status, _, err = run(*flags, rewards="{world}/ours.py:nothing")
-    assert status == 2 and "every reward was 0 for 3 steps" in err and err.count("\n") == 1
+    assert status == 2 and "every answer's reward was 0 for 3 steps" in err and err.count("\n") == 1
     status, _, err = run(*flags, "--resume", rewards="{world}/ours.py:nothing")     # which goes on counting at 2
-    assert status == 2 and "every reward was 0 for 3 steps" in err and len(steps_of(tmp_path / "run")) == 3
+    assert status == 2 and "every answer's reward was 0 for 3 steps" in err and len(steps_of(tmp_path / "run")) == 3
 
 
 def test_what_nobody_can_judge_moves_nothing(run, world, tmp_path):
@@ -228,6 +228,19 @@ def test_a_codeforces_record_goes_through_prompt_rollout_sandbox_and_update(run,
     paid = [row["rewards"]["code"] for row in read_log(tmp_path / "run", "completions.jsonl")]
     assert set(paid) == {0.0, 1.0} and abs(sum(paid) / len(paid) - 1 / 3) < 0.15
     assert not same(weights(tmp_path / "run/last"), weights(world / "model"))
+
+
+def test_what_no_chosen_reward_can_judge_is_left_out_unless_one_of_ones_own_might(run, world, tmp_path):
+    """Of 8 problems 3 accept any of several outputs; their answers would be paid for form alone."""
+    said = ["Print any of them." if i % 3 == 0 else "" for i in range(8)]
+    data = write_records(tmp_path / "cots.jsonl", *(RECORD | {"description": f"Twice, {i}. {text}"} for i, text in enumerate(said)))
+    flags = "--max-prompt-length", "600", "--steps", "1"
+    status, out, err = run(*flags, rewards="format,code", data=("--data", data))
+    assert status == 0 and "3 problems have nothing that tells a right answer" in out and "4 problems, 1 held out" in out, err
+    assert not any("any of them" in row["prompt"] for row in read_log(tmp_path / "run", "completions.jsonl"))
+    for name, rewards in ("form", "format,length"), ("own", "{world}/ours.py:early,code"):
+        status, out, err = run(*flags, rewards=rewards, data=("--data", data), out=tmp_path / name)
+        assert status == 0 and "left out, as" not in out and "7 problems, 1 held out" in out, err
 
 
 def test_a_question_asked_twice_is_one_problem_and_what_is_held_out_is_not_trained_on(run, world, tmp_path):
