@@ -1,4 +1,5 @@
 """The grid as slow loops, the words bit by bit in plain integers, and a layer that multiplies as its weight does."""
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,6 +74,16 @@ def test_a_searched_clip_is_the_best_of_41_ranges_tried_one_by_one(sym):
         assert ours == (pytest.approx(best[0], rel=1e-6), best[1])
         shrunk += step > 0
     assert shrunk > 2
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_have_the_grid_and_codes_of_their_float32_values(dtype, sym):
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for clip_search in False, True:
+        for make in partial(find_grid, sym=sym), partial(round_to_nearest, group_size=32, sym=sym):
+            found, right = (make(values, clip_search=clip_search) for values in (weight, weight.float()))
+            assert all(map(torch.equal, found, right))
 
 
 def test_a_scale_is_one_that_float16_stores():
