@@ -16,13 +16,15 @@ if __name__ == "__main__":
 import functools
 import math
 import random
+import statistics
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from minikd.checkpoint import check_vocabulary, load_config, load_model, model_folder, read_quantization, save_model
+from minikd.checkpoint import (check_vocabulary, load_config, load_model, model_folder, read_quantization, save_model,
+                               stored_dtype)
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
                             spare_threads)
 from minikd.data import NothingLeft, describe_dropped, encode_examples, encode_text
@@ -67,7 +69,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the calibration rows")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of calibration, perplexity and what is not packed; with auto 4-bit models answer in bfloat16")
+        help="of calibration, perplexity, what is not packed; auto on a CPU: the last keeps its own, 4 bits answer in bfloat16")
     args = parser.parse_args()
     toy = args.model is None
     if args.method == "rtn":
@@ -121,15 +123,20 @@ def describe_calibration(rows: list, samples: int, config) -> str:
     few = f"fewer than --samples {samples}" if len(rows) < samples else ""
     if tokens < widest:                                         # then a Hessian of that size has no full rank
         few = f"fewer tokens than the {widest:,} inputs of a layer, so that GPTQ can be worse than rounding; give more"
+    elif max(map(len, rows)) > config.max_position_embeddings:
+        few = f"rows longer than the {config.max_position_embeddings:,} positions that the model has learned; lower --length"
     return f"calibration: {len(rows):,} rows, {tokens:,} tokens" + (f" (note: {few})" if few else "")
 
 
 def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype):
     """Quantises the model in `folder` by `method` and writes the 4-bit folder `out`."""
     model, started = load_model(folder, "cpu", dtype), time.perf_counter()      # only one block at a time is on `device`
+    shares = {}                                                                 # of round-to-nearest's error that is left
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
         def on_layer(name, error, rtn):
             progress.update(note="" if error is None else f"{name}: error {error:.2e}, rounding {rtn:.2e}")
+            if rtn:
+                shares[name] = error / rtn
 
         words = quantize_model(
             model, rows, tokenizer.pad_id, bits=args.bits, group_size=args.group_size, sym=not args.asym,
@@ -139,8 +146,11 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
     how = {"damp_percent": args.damp, "static_groups": not args.no_act_order, "true_sequential": True} if method == "gptq" else {}
     to_w4(model, words, args.group_size, not args.asym, method=method, clip_search=args.clip_search, **how)
     tokenizer.save(out)
-    save_model(model, out, dtype=torch.bfloat16 if dtype == torch.bfloat16 else None)
-    print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s")
+    save_model(model, out, dtype=dtype if dtype == torch.bfloat16 or args.dtype != "auto" else stored_dtype(folder))
+    worst = max(shares, key=shares.get, default=None)
+    print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s"
+          + (f"; output error {statistics.fmean(shares.values()):.2f} x rounding's in the mean of the layers, at most "
+             f"{shares[worst]:.2f} x ({worst})" if worst else ""))
 
 
 def check_out(out: Path, tokenizer: Tokenizer):
@@ -151,11 +161,13 @@ def check_out(out: Path, tokenizer: Tokenizer):
     config = out / "config.json"
     held = config.exists() or out.exists() and not out.is_dir() or any(
         next(out.glob(f"**/{name}"), None) for name in ("*.safetensors", LOG))              # perhaps in sft/best/ of a run
-    held = held or any((out / name).is_file() and (out / name).read_bytes() != tokenizer.files.get(name)
-                       for name in set(TOKENIZER) - {GENERATION})                           # the same: of a run that was killed
-    if held and not (config.exists() and read_json(config).get("quantization_config")):
+    other = any((out / name).is_file() and (out / name).read_bytes() != tokenizer.files.get(name)
+                for name in set(TOKENIZER) - {GENERATION})
+    if (held or other) and not (config.exists() and read_json(config).get("quantization_config")):
         raise InputError(f"--out {out}: holds something other than a 4-bit model, which would be replaced; choose a folder "
                          "of its own")
+    if other:                                                   # a run that is killed would leave it beside the old weights
+        raise InputError(f"--out {out}: holds a 4-bit model with another tokenizer; choose a folder of its own")
     check_writable(out.parent)
 
 

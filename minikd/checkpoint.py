@@ -137,6 +137,14 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, Path]]:
     return model, tensor_files(folder, {key: tuple(p.shape) for key, p in model.state_dict().items()})
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype in which a folder holds its embedding; float32 if that is none to compute in (float8)."""
+    name = "model.embed_tokens.weight"
+    with open_tensors(outline(folder)[1][name]) as file:
+        dtype = file.get_slice(name)[:1].dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
 def has_four_bits(name) -> bool:
     """Whether a folder or hub name holds 4-bit weights, by its config alone.  Raises InputError as read_quantization."""
     return read_quantization(model_folder(name, weights=False)) is not None

@@ -48,12 +48,23 @@ MAX_DAMP = 10.0                                     # more damping than any sum 
 @contextmanager
 def full_precision():
     """Float32 products in full float32, whatever the process allows: TF32 and bfloat16 would keep 3 digits of 7."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    try:
+        allowed = torch.get_float32_matmul_precision()
+    except RuntimeError:                                        # the process set it by torch's newer names, which do not mix
+        backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    else:
+        backends = ()
+        torch.set_float32_matmul_precision("highest")
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
+        if not backends:
+            torch.set_float32_matmul_precision(allowed)
 
 
 # ---- one layer
@@ -317,11 +328,13 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     returns   {"model.layers.0.self_attn.q_proj": (codes uint8 [O, I], scales [O, I/g], zeros [O, I/g]), ...}
 
     Afterwards the model has the decoded weights, in its own dtype; with `store`, only the last block still has them.
-    Raises InputError, naming the layer, as quantize_matrix and Hessian.finish do; if that happens after the first layer,
+    Raises InputError for a 4-bit model, and, naming the layer, as quantize_matrix and Hessian.finish do; if that happens after the first layer,
     the model is partly quantised and no longer usable.
     """
     if method not in ("gptq", "rtn"):
         raise InputError(f"method {method!r} is not known; choose gptq or rtn")
+    if model.quantization:
+        raise InputError("the model holds 4-bit weights already; give the one that it was made from")
     layers = linear_layers(model)
     for name, layer in layers.items():                                          # all, before the first is changed
         check_weight(layer.weight, group_size, name)

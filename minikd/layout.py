@@ -230,12 +230,14 @@ def use_int8_head(model: Qwen2):
     if not hasattr(torch, "_make_per_channel_quantized_tensor") or torch.backends.quantized.engine not in ("x86", "fbgemm"):
         raise InputError(f"an int8 head: torch {torch.__version__} has no int8 product for this CPU; leave out --int8-head")
     model.int8_head = partial(multiply_int8, pack_int8(model.head.detach()))
+    give_memory_back()
 
 
 def pack_int8(weight: Tensor):
     """[V, D] -> scale_v x int8 codes, scale_v = max_d |w_vd| / 127, packed for torch's int8 product."""
     codes = torch.empty(weight.shape, dtype=torch.int8)
-    scales = weight.abs().amax(1).double().clamp(min=1e-12) / 127                           # [V]
+    low, high = weight.aminmax(dim=1)                           # abs() would copy the head
+    scales = torch.maximum(-low, high).double().clamp(min=1e-12) / 127                      # [V]
     for at in range(0, len(weight), 8192):                      # in parts: a whole head in float32 is large
         codes[at:at + 8192] = (weight[at:at + 8192].float() / scales[at:at + 8192, None].float()).round()
     with warnings.catch_warnings():

@@ -219,6 +219,20 @@ def test_products_are_exact_whatever_the_process_allows():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_products_are_exact_where_torchs_newer_names_allow_less():
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [place.fp32_precision for place in places]
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        with full_precision():
+            assert [place.fp32_precision for place in places] == ["ieee", "ieee"]
+        assert [place.fp32_precision for place in places] == [before[0], "bf16"]
+    finally:
+        for place, value in zip(places, before):
+            place.fp32_precision = value
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 # ---- a model
 
 STAGES = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
@@ -373,3 +387,12 @@ def test_a_bad_layer_is_named_before_any_is_changed():
     with pytest.raises(InputError, match="model.layers.1.mlp.up_proj: has weights that are not finite"):
         quantize_model(model, calibration(), 0, group_size=16)
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, original["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_a_4_bit_model_is_refused_and_left_as_it_is():
+    model = tiny()
+    words = quantize_model(model, [], 0, method="rtn", group_size=16, store=to_words)
+    four = to_w4(model, words, 16, True)
+    for method in "rtn", "gptq":
+        with pytest.raises(InputError, match="holds 4-bit weights already"):
+            quantize_model(four, [], 0, method=method, group_size=16)

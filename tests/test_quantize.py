@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import eval_rouge
 import quantize as qz
@@ -68,6 +69,8 @@ def test_the_folder_loads_and_is_near_the_model(run, world, tmp_path, flags, ver
         path.name for path in (tmp_path / "w4").iterdir()}
     assert f"{tmp_path / 'w4'}: " in out and " MB" in out
     assert ("calibration: 24 rows" in out) == ("rtn" not in flags)
+    assert bool(re.search(r"; output error 0\.\d\d x rounding's in the mean of the layers, at most 0\.\d\d x \(model", out)) == (
+        "rtn" not in flags)
     assert ("damp_percent" in model.quantization["meta"]) == ("rtn" not in flags)
 
 
@@ -88,6 +91,26 @@ def test_each_flag_of_the_solve_changes_it(run, tmp_path):
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
 
 
+def test_rows_longer_than_the_model_has_learned_are_noted():
+    for positions, noted in (99, True), (100, False):
+        config = SimpleNamespace(intermediate_size=64, max_position_embeddings=positions)
+        said = qz.describe_calibration([[0] * 100] * 4, 4, config)
+        assert (f"rows longer than the {positions} positions that the model has learned; lower --length" in said) == noted
+
+
+@pytest.mark.parametrize("flags, stored", [([], torch.bfloat16), (["--dtype", "float32"], torch.float32)])
+def test_what_is_not_packed_keeps_its_dtype_on_a_cpu_without_bfloat16(shell, world, tmp_path, monkeypatch, flags, stored):
+    for name in "_is_avx512_bf16_supported", "_is_amx_tile_supported":
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    shutil.copytree(world / "model", tmp_path / "narrow")
+    save_model(load_model(tmp_path / "narrow"), tmp_path / "narrow", dtype=torch.bfloat16)
+    status, _, err = shell(qz, "--model", tmp_path / "narrow", "--method", "rtn", "--group-size", 16, "--out", tmp_path / "w4",
+                           "--device", "cpu", *flags)
+    assert status == 0, err
+    assert load_file(tmp_path / "w4/model.safetensors")["model.embed_tokens.weight"].dtype == stored
+    assert torch.equal(load_model(tmp_path / "w4").head, load_model(tmp_path / "narrow").head)
+
+
 def test_another_tokenizer_is_not_replaced(run, world, tmp_path):
     (tmp_path / "w4").mkdir()
     (tmp_path / "w4/tokenizer.json").write_bytes(theirs := b'{"version": "1.0"}')
@@ -96,6 +119,10 @@ def test_another_tokenizer_is_not_replaced(run, world, tmp_path):
     assert (tmp_path / "w4/tokenizer.json").read_bytes() == theirs
     shutil.copy(world / "model/tokenizer.json", tmp_path / "w4")                # as if a run had been killed after that
     assert run("--method", "rtn")[0] == 0
+    (tmp_path / "w4/tokenizer.json").write_bytes(theirs)                        # beside 4-bit weights of another model
+    status, _, err = run("--method", "rtn")
+    assert status == 2 and "w4: holds a 4-bit model with another tokenizer; choose" in err
+    assert (tmp_path / "w4/tokenizer.json").read_bytes() == theirs
 
 
 def test_rounding_reads_no_calibration_and_says_so(run):
