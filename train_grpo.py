@@ -40,8 +40,8 @@ from minikd.records import data_files
 from minikd.rewards import LARGEST, combine, load_rewards, reward_files, summary
 from minikd.teacher import digest_of, fingerprint
 from minikd.tokenizer import Tokenizer
-from minikd.training import (STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks, learning_rate,
-                             load_state, lock, make_optimizer, read_log, save_state)
+from minikd.training import (SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks,
+                             learning_rate, load_state, lock, make_optimizer, read_log, save_state)
 
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
 FORM = {"format": 0.05, "steps": 0.05}                          # rewards for form; with larger weights accuracy collapses
@@ -206,6 +206,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
         if state["step"] == 0:
             sampler = cast_copy(model, dtype, sampler)
             progress.say(report(judge(sampler), 0, log))
+        kept = time.perf_counter()                              # when the state was last saved
         for step in range(state["step"], steps):
             clock = [time.perf_counter()]
             for group in optimizer.param_groups:
@@ -259,16 +260,19 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                 what = "no answer could be judged" if total.isnan().all() else "every answer's reward was 0"
                 raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; "
                                  "start from a model that sometimes succeeds, or add an easier reward (--rewards)")
+            news = None
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 sampler = cast_copy(model, dtype, sampler)
                 news = report(judge(sampler), step + 1, log)
                 tokenizer.save(out / "last")
                 save_model(model, out / "last", dtype=dtype)
-                if step + 1 < steps:
-                    save_state(out, model, optimizer, {"step": step + 1, "unpaid": unpaid})
-                else:
-                    log.write(step=steps, done=True)
-                    remove(out / STATE)                         # last/ has the weights; the moments are of no more use
+            if step + 1 == steps:
+                log.write(step=steps, done=True)
+                remove(out / STATE)                             # last/ has the weights; the moments are of no more use
+            elif news or time.perf_counter() - kept > SAVE_EVERY:
+                save_state(out, model, optimizer, {"step": step + 1, "unpaid": unpaid})
+                kept = time.perf_counter()
+            if news:
                 progress.say(news)                                              # last: if its reader is gone, this ends the run
                 if line["truncated"] > 0.9:
                     progress.say(f"{line['truncated']:.0%} of the answers were cut; raise --max-new-tokens")

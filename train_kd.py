@@ -44,7 +44,7 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, digest_of, fill_cache, fingerprint, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (CONFIG, STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks,
+from minikd.training import (CONFIG, SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks,
                              learning_rate, load_state, lock, make_optimizer, read_log, save_state, write_config)
 
 # What it writes in --out beside the runs' own files.
@@ -56,7 +56,7 @@ def parse_args():
     parser = Parser(__doc__)
     add = flag_group(parser, "models and data (none of them: the toy world)")
     add("--student", help="folder or hub name to start from")
-    add("--teacher", help="folder or hub name; for all but --loss sft")
+    add("--teacher", help="folder or hub name; with --loss sft only for the table and --seq-kd")
     add("--data", nargs="+", metavar="FILE",
         help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
     add("--eval-data", nargs="+", metavar="FILE", help="records for the table; the held-out ones still choose best/")
@@ -222,7 +222,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         divergence=divergence, dtype=dtype, batch_size=batch_size, eval_examples=eval_examples, max_new_tokens=max_new_tokens,
         rouge=rouge, out=out, log=log)
     with Progress(title, steps, start=state["step"]) as progress:
-        started = time.perf_counter()
+        started = kept = time.perf_counter()                                    # kept: when the state was last saved
         for step, batches in source:                                            # MiniLLM's rollouts are sampled in here
             lm_batches = next(lm_source)[1] if lm_rows else []
             kd_share = kd_ratio                                                 # the divergence's share of this step's loss
@@ -256,13 +256,16 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                         seconds=round(time.perf_counter() - started, 4))
             log.write(step=step + 1, **{key: value for key, value in line.items() if value is not None})
             progress.update(note=f"ce {ce:.3f}" + (f" kd {kd:.3f}" if kd_share else ""))
+            state, news = state | {"step": step + 1}, None
             if (step + 1) % eval_every == 0 or step + 1 == steps:
-                state, news = judge(state=state | {"step": step + 1}, sampler=sampler)
-                if step + 1 < steps:
-                    save_state(out, student, optimizer, state, minillm.pack_rollouts(rollouts_now))
-                else:
-                    log.write(step=steps, done=True)
-                    remove(out / STATE)                         # last/ has the weights; the moments are of no more use
+                state, news = judge(state=state, sampler=sampler)
+            if step + 1 == steps:
+                log.write(step=steps, done=True)
+                remove(out / STATE)                             # last/ has the weights; the moments are of no more use
+            elif news or time.perf_counter() - kept > SAVE_EVERY:
+                save_state(out, student, optimizer, state, minillm.pack_rollouts(rollouts_now))
+                kept = time.perf_counter()
+            if news:
                 progress.say(f"{title} step {step + 1}: {news}")                # last: if its reader is gone, this ends the run
             started = time.perf_counter()
     return student
@@ -413,10 +416,11 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
     with Progress("encoding", len(train_part)) as progress:
         rows, counts = encode_examples(train_part, tokenizer, **lengths, progress=progress.update)
     try:
-        valid_rows, _ = encode_examples(valid_part, tokenizer, **lengths)
+        valid_rows, valid_counts = encode_examples(valid_part, tokenizer, **lengths)
     except InputError as error:
         raise InputError(f"of the records held out, {error}") from error
-    print(", ".join(f"{count:,} {what}" for what, count in counts.items()) + f"; {len(valid_rows):,} for validation")
+    told = lambda counts: ", ".join(f"{count:,} {what}" for what, count in counts.items())
+    print(f"{told(counts)}; for validation {told(valid_counts)}")
     asked = valid_rows[:args.eval_examples], valid_part         # what the table's models are asked
     if args.eval_data:
         test, _ = load_examples(args.eval_data, args.format)

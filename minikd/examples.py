@@ -250,12 +250,18 @@ FORMATS = {
 }
 
 
+_GAP = r"(?:[ \t]*(?:#[^\n]*)?\n)+"                             # the rest of a line, and blank lines and comments below it
+_DOCSTRINGS = (rf'''(:{_GAP})[ \t]*[rRuUbB]{{0,2}}("""|\'\'\').*?\2[ \t]*(?:\n|\Z)''',
+               rf'''(\b(?:def|class)\s+\w+[^:]*:{_GAP})[ \t]*[rRuUbB]{{0,2}}(["\'])(?:[^\\\n]|\\.)*?\2[ \t]*(?:\n|\Z)''')
+
+
 def without_docstring(code: str) -> str:
     """Python source without the docstrings of the module and of its outermost defs and classes.
 
     The docstring is the prompt: in the target it could be copied, and would inflate ROUGE. A body that is only a
     docstring becomes `pass`. In source that does not parse (Python 2, a fragment) the first triple-quoted text under a
-    line that ends in a colon is removed. A method's lines lose their indentation, those of its multi-line strings too.
+    line that ends in a colon is removed, or without one a def's or class's quoted line. A method's lines lose their
+    indentation, those of its multi-line strings too.
     """
     code = textwrap.dedent(re.sub("\r\n?", "\n", code))           # a method is still indented as in its class
     try:
@@ -263,8 +269,11 @@ def without_docstring(code: str) -> str:
             warnings.simplefilter("ignore")                     # about escapes like "\d" in the source
             tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return re.sub(r'''(:[ \t]*(?:#[^\n]*)?\n)[ \t]*[rRuUbB]{0,2}("""|\'\'\').*?\2[ \t]*(?:\n|\Z)''', r"\1", code,
-                      count=1, flags=re.DOTALL)
+        for pattern in _DOCSTRINGS:
+            code, found = re.subn(pattern, r"\1", code, count=1, flags=re.DOTALL)
+            if found:
+                break
+        return code
     defs = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
     lines, shared = code.split("\n"), False
     for scope in reversed([tree, *defs]):                       # from the end: earlier line numbers stay valid

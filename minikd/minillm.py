@@ -29,7 +29,8 @@ Where the authors' code (LMOps/minillm, losses.py, sampler.py) departs from thei
     mixes probabilities, then takes the logarithm                   mixes in log space
 What their code does without the paper saying so, and this file too: advantages are whitened, rewards clipped, and the
 exact first term has no weight w_t, whose mean over y_t is 1: it would only add noise. Plain text (--lm-data) costs only
-its cross-entropy here; there half of it is the cross-entropy with the teacher.
+its cross-entropy here; there half of it is the cross-entropy with the teacher. Every distribution is over the rows that both
+heads share, those past the tokenizer's ids (271 of Qwen2.5's 151,936) included, so one of these can be sampled too.
 """
 import math
 from collections.abc import Iterator

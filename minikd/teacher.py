@@ -118,7 +118,7 @@ def check_made_from(folder: Path, made_from: dict):
         raise InputError(f"{folder / FACTS}: does not say what the cache was made from; choose another --cache-teacher")
     for key, value in made_from.items():
         if before.get(key) != value:
-            what = ("its rows are others (the tokenizer, or answers of --seq-kd)" if key == "rows" else
+            what = ("its rows are others (--limit, the tokenizer, or answers of --seq-kd)" if key == "rows" else
                     f"its {key} is {before.get(key)}, here {value}")
             raise InputError(f"{folder}: was made from something else: {what}; choose another --cache-teacher")
 

@@ -20,6 +20,7 @@ from minikd.model import Qwen2, run_blocks
 from minikd.records import is_chosen, local_files, split_choice
 
 STATE, LOG, CONFIG, LOCK = "state.safetensors", "log.jsonl", "config.json", ".lock"
+SAVE_EVERY = 600.0                                              # seconds between two saved states, at most: 6 GB of a 0.5B student
 ANOTHER = "choose another --out"                                # what to do about a damaged CONFIG
 # Names of the files that a run writes, and data may have.
 WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")
@@ -278,6 +279,10 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
         for what, now in ("torch", torch.__version__), ("threads", torch.get_num_threads()):
             if began.get(what, now) != now:
                 print(f"{folder}: began with {what} {began[what]}, goes on with {now}; the weights may differ in the last digits")
+        if not state.exists():
+            print(f"{folder}: no state was saved; begins again with step 1")
+    elif resume:
+        print(f"{folder}: no run to resume; begins one")
     lock(folder)
     if not resume:
         for name in STATE, LOG:                                 # of another run: it must not be continued

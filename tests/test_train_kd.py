@@ -370,6 +370,23 @@ def test_every_mode_goes_on_from_its_last_state_to_the_same_bits(run, mode, tmp_
     assert same(weights(tmp_path / "killed/last"), weights(tmp_path / "whole/last"))
 
 
+def test_a_state_is_saved_by_the_clock_too_where_no_evaluation_saves_one(run, mode, tmp_path, monkeypatch):
+    """As by default, where a run is evaluated once, at its end."""
+    flags = [*mode("minillm"), "--steps", "7", "--eval-every", "7", "--batch-size", "4"]
+    assert run(*flags, out=tmp_path / "whole")[0] == 0
+    for every, step, told in (600, 4, "no run to resume; begins one"), (0, 5, "no state was saved; begins again with step 1"):
+        monkeypatch.setattr(kd, "SAVE_EVERY", every)
+        with killed_at(step):
+            status, out, _ = run(*flags, "--resume", out=tmp_path / "killed")
+        assert status == 130 and told in out and (tmp_path / "killed" / STATE).exists() == (every == 0)
+    begun = []                                                                  # each step, by both groups of parameters
+    monkeypatch.setattr(kd, "learning_rate", lambda step, *rest, of=kd.learning_rate: (begun.append(step), of(step, *rest))[1])
+    status, out, err = run(*flags, "--resume", out=tmp_path / "killed")
+    assert status == 0 and begun == [4, 4, 5, 5, 6, 6] and "begins" not in out, err
+    assert steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole")
+    assert same(weights(tmp_path / "killed/last"), weights(tmp_path / "whole/last"))
+
+
 def test_on_policy_answers_hold_only_ids_that_the_tokenizer_has(settings, tokenizer, tmp_path, monkeypatch):
     tall = load_model(tiny(3, tokenizer, tmp_path / "tall", vocab_size=432, tie_word_embeddings=False))
     tall.lm_head.weight.data[400:] *= 50                        # rows past the tokenizer's, here the likeliest or the least likely

@@ -491,6 +491,7 @@ def test_a_state_is_left_only_to_the_run_that_goes_on_from_it(tmp_path, resume, 
 def test_a_run_that_goes_on_with_other_threads_says_so(tmp_path, capsys):
     write_config(tmp_path, SETTINGS)
     Log(tmp_path).write(step=1)
+    (tmp_path / STATE).touch()
     begin_run(tmp_path, SETTINGS, resume=True)
     assert capsys.readouterr().out == ""
     config = json.loads((tmp_path / CONFIG).read_text())
