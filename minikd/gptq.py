@@ -328,8 +328,8 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     returns   {"model.layers.0.self_attn.q_proj": (codes uint8 [O, I], scales [O, I/g], zeros [O, I/g]), ...}
 
     Afterwards the model has the decoded weights, in its own dtype; with `store`, only the last block still has them.
-    Raises InputError for a 4-bit model, and, naming the layer, as quantize_matrix and Hessian.finish do; if that happens after the first layer,
-    the model is partly quantised and no longer usable.
+    Raises InputError for a 4-bit model, and, naming the layer, as quantize_matrix and Hessian.finish do; if that happens after
+    the first layer, the model is partly quantised and no longer usable.
     """
     if method not in ("gptq", "rtn"):
         raise InputError(f"method {method!r} is not known; choose gptq or rtn")

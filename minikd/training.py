@@ -20,7 +20,7 @@ from minikd.model import Qwen2, run_blocks
 from minikd.records import is_chosen, local_files, split_choice
 
 STATE, LOG, CONFIG, LOCK = "state.safetensors", "log.jsonl", "config.json", ".lock"
-SAVE_EVERY = 600.0                                              # seconds between two saved states, at most: 6 GB of a 0.5B student
+SAVE_EVERY = 600.0                                              # seconds between two saved states: 6 GB of a 0.5B student
 ANOTHER = "choose another --out"                                # what to do about a damaged CONFIG
 # Names of the files that a run writes, and data may have.
 WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")
