@@ -69,7 +69,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the calibration rows")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of calibration, perplexity, what is not packed; auto on a CPU: the last keeps its own, 4 bits answer in bfloat16")
+        help="of calibration and what is not packed; auto: a CPU slow in bfloat16 keeps the latter; 4 bits answer in bfloat16")
     args = parser.parse_args()
     toy = args.model is None
     if args.method == "rtn":

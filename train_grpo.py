@@ -130,8 +130,8 @@ def read_problems(args) -> tuple[list[problems.Problem], list[problems.Problem]]
                          "held out")
     if left:
         print(f"{left:,} records ask what an earlier one asks, or have no statement or no answer to compare with: left out")
-    names = (args.rewards or ",".join(problems.CHECKS)).split(",")
-    facts = [problems.CHECKS[name] for name in names if name in problems.CHECKS]
+    names = {name.strip() for name in (args.rewards or ",".join(problems.CHECKS)).split(",")}
+    facts = [fact for name, fact in problems.CHECKS.items() if name in names]
     judged = [problem for problem in found if any(problem.facts.get(fact) for fact in facts)]
     if 1 < len(judged) < len(found) and not reward_files(args.rewards or ""):   # one of the user's own may judge the others
         print(f"{len(found) - len(judged):,} problems have nothing that tells a right answer from a wrong one: left out, as only "

@@ -252,7 +252,8 @@ FORMATS = {
 
 _GAP = r"(?:[ \t]*(?:#[^\n]*)?\n)+"                             # the rest of a line, and blank lines and comments below it
 _DOCSTRINGS = (rf'''(:{_GAP})[ \t]*[rRuUbB]{{0,2}}("""|\'\'\').*?\2[ \t]*(?:\n|\Z)''',
-               rf'''(\b(?:def|class)\s+\w+[^:]*:{_GAP})[ \t]*[rRuUbB]{{0,2}}(["\'])(?:[^\\\n]|\\.)*?\2[ \t]*(?:\n|\Z)''')
+               rf'''(^[ \t]*(?:def|class)\s+\w{{1,99}}\b[^:]{{0,500}}:{_GAP})[ \t]*[rRuUbB]{{0,2}}'''
+               r'''(["\'])(?:(?!\2)[^\\\n]|\\.)*\2[ \t]*(?:\n|\Z)''')
 
 
 def without_docstring(code: str) -> str:
@@ -270,7 +271,7 @@ def without_docstring(code: str) -> str:
             tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         for pattern in _DOCSTRINGS:
-            code, found = re.subn(pattern, r"\1", code, count=1, flags=re.DOTALL)
+            code, found = re.subn(pattern, r"\1", code, count=1, flags=re.DOTALL | re.MULTILINE)
             if found:
                 break
         return code

@@ -36,7 +36,8 @@ UNDECIDED = re.compile(r"(?:print|output|report|return)\W+any\b(?! (?:extra|othe
                        r"|(?<!how )(?<!infinitely )(?:multiple|several|many|more than one)"
                        r"(?: (?:possible|correct|valid|optimal|such))* (?:answers?|solutions?|outputs?)\b"
                        r"|(?:absolute|relative)(?: or (?:absolute|relative))? error"
-                       r"|\berror (?:(?:of |is )?(?:at most|less than)|(?:\w+ )?not exceed)|(?-i:Find any)\b", re.IGNORECASE)
+                       r"|\berror (?:(?:of |is |must be )?(?:at most|less than|no more than)|(?:\w+ )?not (?:exceed|greater))"
+                       r"|(?-i:Find any)\b", re.IGNORECASE)
 ANY_ORDER = re.compile(r"in (?:any|(?:an )?arbitrary) order", re.IGNORECASE)        # of the output; elsewhere it may be of a move
 
 CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward that tells right from wrong -> its fact

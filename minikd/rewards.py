@@ -49,8 +49,8 @@ _PYTHON = ("", "python", "python3", "py")       # languages of a code fence; wit
 # What does not change an answer, mostly as in the MATH dataset's own comparison (arXiv:2103.03874): pattern -> what replaces it.
 _LATEX = [(r"\\[dt]frac", r"\\frac"),
           (r"\\frac(\d)", r"\\frac{\1}"), (r"\\frac(\{[^{}]*\})(\d)", r"\\frac\1{\2}"),                     # \frac12, \frac1{12}
-          (r"\{,\}", ","), ("\u2212", "-"), (r"^[A-Za-z]\s*=(?!=)", ""), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),    # 1{,}000, x = 3
-          (r"\\(?:left|right)(?![a-z])|\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|°", ""),
+          (r"\{,\}", ","), ("\u2212", "-"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),                                # 1{,}000; \sqrt2
+          (r"\\(?:left|right)(?![a-z])|\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|°", ""), (r"^[A-Za-z]\s*=(?!=)", ""),
           (r"^(-?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}))\s*\\(?:text|mbox|mathrm)\{[^{}]*\}$", r"\1"),            # a number's unit
           (r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1"),
           (r"(?<![\w.])\\frac\{(-?[\w.]+)\}\{(-?[\w.]+)\}(?!\.?\w)", r"\1/\2")]                             # 1/2, x/2
@@ -172,7 +172,7 @@ def answer_reward(completions: list[str], facts: list[dict]) -> Values:
 
 def _same_answer(a: str, b: str) -> bool:
     a, b = map(_plain, (a, b))
-    tight = lambda text: re.sub(r"\s*([^\w\s])\s*", r"\1", text)              # (1, 2) is (1,2), 1 2 is not 12
+    tight = lambda text: re.sub(r" ?([^\w .-]) ?| (-) ", r"\1\2", " ".join(text.split()))   # (1, 2) is (1,2), but 1 2 not 12
     return tight(a) == tight(b) or (value := _value(a)) is not None and value == _value(b)
 
 

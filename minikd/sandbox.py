@@ -14,7 +14,7 @@ are set in more than one way, as a kernel or container may lack some of these; i
     uid            root becomes 65534, without access to root's files, processes and environment
     namespaces     no network, TCP or UDP; no IPC; no access to the memory and environment of the uid's other processes
     Landlock       reads Python and the system's libraries, writes the private folder; from ABI 4 no TCP, 6 no signals
-    seccomp        no processes, sockets, folders, tracing; signals, limits and priorities only for itself. A kernel without
+    seccomp        no processes, sockets, folders, tracing, priorities; signals and limits only for itself. A kernel without
                    it also allows no threads
 
 It does not protect against bugs of the kernel. Without Landlock, a program can read whatever its uid can read.
@@ -369,7 +369,8 @@ def _become(libc, report, options):
         except OSError as error:
             raise OSError(f"root cannot become uid {uid} ({error}); run as an ordinary user, or set "
                           "MINIKD_SANDBOX_AS_ROOT=1") from error
-        libc.unshare(0x10000000)                                # CLONE_NEWUSER: NPROC counts within it
+        if libc.unshare(0x10000000):                            # CLONE_NEWUSER: NPROC counts within it
+            level.append("no user namespace")
     for name, value in options["limits"].items():               # after the uid, whose change NPROC could forbid
         which = getattr(resource, name)
         hard = resource.getrlimit(which)[1]

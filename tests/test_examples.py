@@ -216,6 +216,7 @@ def test_format_can_be_forced_and_the_records_own_category_wins():
     ("def f(a):\n    u'it\\'s doc'\n    print a\n", "def f(a):\n    print a\n"),
     ("class A:\n\n    \"doc\"\n    print 1\n", "class A:\n\n    print 1\n"),
     ("def f(a):\n    print {'a':\n      'kept'\n    }, 2\n", None), ("def f(a):\n    'kept', a\n    print a\n", None),
+    ("# a class B that says:\n'kept'\nprint 1\n", None), ("def f(a):\n    'kept' in a or a['x'] == 'y'\n    print a\n", None),
     ("x = {1:\n 'kept'\n}\nprint x\n", None), ("def f(a):\n    if a:\n        'kept'\n    print a\n", None),
     ("def f():\n    'doc'; return 1  # why\n", "def f():\n    return 1"),
     ("def é(): 'doc'\n", "def é():\n    pass"),

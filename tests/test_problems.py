@@ -114,6 +114,7 @@ def test_a_codeforces_record_becomes_its_statement_and_its_tests():
                                      {"note": "Any valid path will be accepted."},
                                      {"output_format": "The absolute or relative error must not exceed 1e-6."},
                                      {"output_format": "Print it with an error of at most 1e-6."},
+                                     {"output_format": "Its error must be at most 1e-6."}, {"note": "The error is not greater than 1e-6."},
                                      {"note": "An answer is right if its error does not exceed 1e-6."},
                                      {"description": "Find any permutation of n numbers that is its own inverse."}])
 def test_what_a_comparison_could_not_judge_has_no_tests(changed):
