@@ -183,17 +183,22 @@ class Packed:
 def join(parts: list[nn.Module]):
     """x -> the outputs of several layers side by side, by one product for all of them.
 
-    The parts' tensors become views of the joined ones, so that no weight is held twice. Returns None if 4-bit parts group
-    their inputs differently, as act-order in other tools may.
+    The parts' tensors become views of the joined ones, and 4-bit parts ask the joined layer for their codes, so that no weight
+    is held twice. Returns None if 4-bit parts group their inputs differently, as act-order in other tools may.
     """
     first = parts[0]
     if isinstance(first, W4Linear):
         if not all(torch.equal(part.g_idx, first.g_idx) for part in parts):
             return None
-        with torch.device(first.qweight.device):
+        with torch.device(first.scales.device):
             joined = W4Linear(first.inputs, 8, first.group_size, first.bias is not None, first.version)   # 8: replaced below
         joined.outputs, joined.g_idx = sum(part.outputs for part in parts), first.g_idx
-        dims = {"qweight": 1, "qzeros": 1, "scales": 1, "bias": 0}
+        joined.qweight = torch.cat([part.words() for part in parts], 1)
+        at = 0
+        for part in parts:
+            part.whole, part.qweight = (joined, slice(at, at + part.outputs)), joined.qweight.new_empty(0)
+            part.prepared, at = None, at + part.outputs
+        dims = {"qzeros": 1, "scales": 1, "bias": 0}
     else:
         joined = Linear(1, 1, bias=first.bias is not None, device=first.weight.device).requires_grad_(False)
         dims = {"weight": 0, "bias": 0}
@@ -204,8 +209,6 @@ def join(parts: list[nn.Module]):
             for tensor, view in zip(tensors, whole.split([tensor.shape[dim] for tensor in tensors], dim)):
                 tensor.data = view
             getattr(joined, name).data = whole
-    for part in parts:
-        part.prepared = None                            # a 4-bit part's prepared copy: no longer needed
     return joined.forward                               # as a module it would appear in the model's state_dict
 
 

@@ -23,7 +23,7 @@ from minikd import products
 from minikd.cuda import available
 from minikd.files import InputError
 from minikd.model import Linear, Qwen2
-from minikd.w4_cuda import MMA_ROWS, gpu_of, plan, repack, supports_groups
+from minikd.w4_cuda import MMA_ROWS, codes_of, gpu_of, plan, repack, supports_groups
 
 
 # ---- the grid
@@ -154,8 +154,12 @@ def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> 
 
 def from_words(qweight: Tensor, qzeros: Tensor, scales: Tensor, version: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """to_words' inverse, for folders of any tool: codes uint8 [O, I], scales, zeros float32 [O, I/g] by g_idx's groups."""
-    zeros = read_zeros(qzeros, version).T.float().contiguous()
-    return unpack(qweight, 0).T.contiguous(), scales.T.float().contiguous(), zeros
+    return unpack(qweight, 0).T.contiguous(), *read_grid(qzeros, scales, version)
+
+
+def read_grid(qzeros: Tensor, scales: Tensor, version: int) -> tuple[Tensor, Tensor]:
+    """As stored -> scales, zeros, float32 [O, I/g]"""
+    return scales.T.float().contiguous(), read_zeros(qzeros, version).T.float().contiguous()
 
 
 def read_zeros(qzeros: Tensor, version: int) -> Tensor:
@@ -164,12 +168,42 @@ def read_zeros(qzeros: Tensor, version: int) -> Tensor:
     return unpack(qzeros + 0x11111111 if version == 1 else qzeros, 1)
 
 
+# ---- the layout of torch's int4 operator
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """uint8 [O, I] -> uint8 [O, I/2], for _weight_int4pack_mm_for_cpu on this CPU"""
+    parts = codes.split(1024)                                   # whole blocks of the layout; int32 takes eight times the memory
+    return torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts])
+
+
+def codes_of_int4(packed: Tensor, outputs: int, inputs: int) -> Tensor | None:
+    """pack_int4's inverse, uint8 [O, I]; None if O is no multiple of 64, where a block of the layout always ends."""
+    if outputs % 64:
+        return None
+    return nibbles(packed).view(outputs // 64, -1)[:, int4_places(inputs)].view(outputs, inputs)
+
+
+@functools.cache
+def int4_places(inputs: int) -> Tensor:
+    """Where the codes of 64 outputs are in their block, [64 I]. CPUs differ, and torch does not say: so the codes' indices are
+    packed, a hexadecimal digit at a time, and looked for."""
+    index = torch.arange(64 * inputs).view(64, inputs)
+    digits = [nibbles(pack_int4(index >> 4 * i & 15)).flatten().long() for i in range(6)]
+    return sum(digit << 4 * i for i, digit in enumerate(digits)).argsort()
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """uint8 [...] -> [..., 2], the lower four bits first"""
+    return torch.stack([packed & 15, packed >> 4], -1)
+
+
 # ---- the layer
 
 class W4Linear(nn.Module):
     """y = x W^T + b, W held as 4-bit codes. `choose` decides how it multiplies.
 
-    The buffers are those of a `gptq` folder; `prepare` converts them once to the layout that the chosen way needs.
+    The buffers are those of a `gptq` folder; `prepare` converts them once to the layout that the chosen way needs. From then on
+    only that holds the codes: qweight is empty, and `codes` reads them back, for a state_dict or another way.
     """
 
     def __init__(self, inputs: int, outputs: int, group_size: int, bias: bool, version: int = 1):
@@ -179,14 +213,39 @@ class W4Linear(nn.Module):
         self.register_buffer("qweight", torch.zeros(inputs // 8, outputs, dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros(inputs // size, outputs // 8, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(inputs // size, outputs, dtype=torch.float16))
-        self.register_buffer("g_idx", torch.arange(inputs, dtype=torch.int32) // size)
+        self.register_buffer("g_idx", torch.tensor([i // size for i in range(inputs)], dtype=torch.int32))  # no arange: see load_model
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
         self.prepared = None                                    # (way, prepare(way)); not saved
+        self.whole = None                                       # (the layer that layout.join made, which rows of it are these)
 
     def weight(self) -> Tensor:
         """Dequantised, float32 [O, I]: what every other way is tested against."""
-        codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
-        return dequantize_groups(codes, scales, zeros, None if self.in_order else self.g_idx.long())
+        grid = read_grid(self.qzeros, self.scales, self.version)
+        return dequantize_groups(self.codes(), *grid, None if self.in_order else self.g_idx.long())
+
+    def codes(self) -> Tensor:
+        """uint8 [O, I], from where they are."""
+        words = self.qweight                                    # once: another thread may let it go
+        if words.numel():
+            return unpack(words, 0).T.contiguous()
+        if self.whole is not None:
+            layer, rows = self.whole
+            return layer.codes()[rows]
+        return self.read_back()
+
+    def read_back(self) -> Tensor | None:
+        """The codes in what was prepared, uint8 [O, I]; None if they cannot be read there."""
+        way, (prepared, *_) = self.prepared
+        return (codes_of if way == "kernel" else codes_of_int4)(prepared, self.outputs, self.inputs)
+
+    def words(self) -> Tensor:
+        """The codes as qweight holds them, int32 [I/8, O]."""
+        words = self.qweight
+        return words if words.numel() else pack(self.codes().T, 0)
+
+    def take_back(self):
+        """Puts the codes into qweight again; nothing is prepared or joined any more."""
+        self.qweight, self.whole, self.prepared = self.words(), None, None
 
     @functools.cached_property
     def in_order(self) -> bool:
@@ -214,31 +273,37 @@ class W4Linear(nn.Module):
     def ready(self, way: str) -> tuple:
         """What `prepare` gives, kept."""
         if self.prepared is None or self.prepared[0] != way:
-            self.prepared = way, self.prepare(way)
+            words, codes = self.words(), self.codes()
+            self.prepared = way, self.prepare(way, codes)
+            again = self.read_back()
+            self.qweight = words.new_empty(0) if again is not None and torch.equal(again, codes) else words
             give_memory_back()
         return self.prepared[1]
 
-    def prepare(self, way: str) -> tuple:
+    def prepare(self, way: str, codes: Tensor) -> tuple:
         """Codes and grid in the layout of a way, for bfloat16 inputs. int4's layout depends on the CPU: it is never saved."""
-        codes, scales, zeros = from_words(self.qweight, self.qzeros, self.scales, self.version)
+        scales, zeros = read_grid(self.qzeros, self.scales, self.version)
         if way == "kernel":
             return repack(codes, scales, zeros)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         pair = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1)              # [I/g, O, 2]
-        return packed, pair.bfloat16().contiguous()             # w = (code - 8) scale + (8 - zero) scale
+        return pack_int4(codes), pair.bfloat16().contiguous()   # w = (code - 8) scale + (8 - zero) scale
 
     def _apply(self, fn, recurse=True):
         """model.to(bfloat16) must not round the scales: they stay in float16, as stored."""
+        self.take_back()
         scales = self.scales
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
-        self.prepared = None
         return self
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "qweight"] = self.words()
+
     def _load_from_state_dict(self, *given):
+        self.take_back()                                        # the memory that is copied into
         super()._load_from_state_dict(*given)
-        self.prepared = None                                    # made from the codes before
         self.__dict__.pop("in_order", None)
 
 

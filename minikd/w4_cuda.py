@@ -32,6 +32,14 @@ def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor
     return words, scales, None if (zeros == 8).all() else zeros
 
 
+def codes_of(words: Tensor, outputs: int, inputs: int) -> Tensor:
+    """repack's codes again, from its words.  -> uint8 [O, I]"""
+    tiles, blocks = words.shape[:2]
+    words = words.view(tiles, blocks, 2, 8, 4, 4).permute(0, 2, 3, 1, 5, 4)     # [tile of outputs, half, g, tile of inputs, j, t]
+    parts = [(words >> 4 * i & 15).to(torch.uint8) for i in (0, 4, 1, 5, 2, 6, 3, 7)]       # the 8 inputs, in their order
+    return torch.stack(parts, -1).view(16 * tiles, 128 * blocks)[:outputs, :inputs]
+
+
 def supports_groups(group_size: int) -> bool:
     """Whether the kernels support groups of this size; a layer's shape can be any that can be packed."""
     return group_size in (32, 64) or group_size % 128 == 0

@@ -333,6 +333,7 @@ def four_bits(dtype=torch.bfloat16, sym=True) -> Qwen2:
 
 def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
     model, ids = four_bits(), torch.tensor(PROMPTS[2:3])
+    stored = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.inference_mode():
         expected = model(ids).float()
         with laid_out(model, rows=2, steps=16):
@@ -341,16 +342,23 @@ def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
         assert attention.joined is not None
         assert (packed is not None) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-        assert len({part.qweight.untyped_storage().data_ptr() for part in parts}) == 1
+        joined = attention.joined.__self__
+        assert joined.qweight.numel() == 64 * 128 // 8 and not any(part.qweight.numel() for part in parts)
         for part in parts:
-            part.qweight, part.prepared = part.qweight.clone(), None            # what follows does not read the parts
+            part.multiply = None                                                # what follows does not call the parts
         kept, first = attention.joined, model(ids).float()
+        assert joined.qweight.numel() == 0                                      # the prepared copy holds the codes now
         assert (first - expected).norm() <= 2e-2 * expected.norm()
         for rows in 1, 2:
             with laid_out(model, rows=rows, steps=16):
                 assert attention.joined is kept and model.packed_head is packed
+    for part in parts:
+        del part.multiply
+    assert same(model.state_dict(), stored)
     model.float()
-    assert packed_parts(model) == 0
+    assert packed_parts(model) == 0 and all(part.qweight.numel() for part in parts)
+    assert same(model.bfloat16().state_dict(), stored)
+    model.float()
     with torch.inference_mode():
         assert (model(ids) - expected).norm() <= 6e-2 * expected.norm()        # bfloat16 against float32
 

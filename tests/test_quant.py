@@ -1,4 +1,6 @@
 """The grid as slow loops, the words bit by bit in plain integers, and a layer that multiplies as its weight does."""
+import copy
+import pickle
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,8 +11,8 @@ import torch
 from minikd import products
 from minikd.files import InputError
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import (W4Linear, check_groups, choose, dequantize_groups, find_grid, from_words, pack, round_to_nearest,
-                          show_ways, swap_linears, to_words, unpack)
+from minikd.quant import (W4Linear, check_groups, choose, codes_of_int4, dequantize_groups, find_grid, from_words, pack,
+                          pack_int4, round_to_nearest, show_ways, swap_linears, to_words, unpack)
 
 
 def matrix(O=16, I=64, seed=0):
@@ -234,6 +236,33 @@ def test_a_cast_leaves_the_scales_as_they_were_stored():
     for dtype in torch.bfloat16, torch.float32:
         made.to(dtype)
         assert made.bias.dtype == dtype and made.scales.dtype == torch.float16 and torch.equal(made.weight(), weight)
+
+
+@pytest.mark.parametrize("O, I", [(64, 32), (192, 96), (1088, 64), (2112, 256)])
+def test_what_torchs_int4_operator_reads_can_be_read_back(O, I):
+    codes = torch.randint(0, 16, (O, I), generator=torch.Generator().manual_seed(O)).to(torch.uint8)
+    packed = pack_int4(codes)
+    assert torch.equal(packed, torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1))    # all at once
+    assert torch.equal(codes_of_int4(packed, O, I), codes)
+    assert codes_of_int4(pack_int4(codes[:O - 16]), O - 16, I) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("O", [192, 80])
+def test_a_layer_holds_its_codes_once(O):
+    made, weight = layer(O)
+    stored = {name: value.clone() for name, value in made.state_dict().items()}
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = made(x)
+    assert made.prepared[0] == "int4" and made.qweight.numel() == (0 if O == 192 else O * 128 // 8)
+    for each in made, copy.deepcopy(made), pickle.loads(pickle.dumps(made)):
+        assert torch.equal(each.weight(), weight) and torch.equal(each(x), y)
+        again = each.state_dict()
+        assert again.keys() == stored.keys() and all(torch.equal(again[name], stored[name]) for name in stored)
+    other = layer(O, sym=False)[0]
+    made.load_state_dict(other.state_dict())
+    assert torch.equal(made(x), other(x)) and not torch.equal(made(x), y)
+    assert torch.equal(made.float().qweight, other.state_dict()["qweight"])
 
 
 def test_the_gradient_goes_through_to_the_input():

@@ -8,7 +8,7 @@ import torch
 from minikd import quant, w4_cuda
 from minikd.cuda import launch
 from minikd.quant import W4Linear, choose, dequantize_groups, round_to_nearest
-from minikd.w4_cuda import GPU, KERNELS, plan, repack, supports_groups
+from minikd.w4_cuda import GPU, KERNELS, codes_of, plan, repack, supports_groups
 from ptx import Fault, kernels_of, places
 
 
@@ -38,6 +38,7 @@ def test_the_layout_is_the_one_that_is_drawn():
                             k = block * 128 + 32 * j + 8 * (lane % 4) + 2 * pair + shift // 16
                             code = word >> shift & 15
                             assert code == (int(codes[n, k]) if n < 40 and k < 192 else 8)
+    assert torch.equal(codes_of(words, 40, 192), codes)
     assert torch.equal(packed_scales[:, :40].float(), scales.T) and (packed_scales[:, 40:] == 0).all()
     assert torch.equal(packed_zeros[:, :40].float(), zeros.T) and packed_zeros.shape == (3, 48)
     eights = torch.full_like(zeros, 8)
@@ -254,9 +255,11 @@ def test_a_4_bit_layer_multiplies_by_the_kernel(on_cpu, monkeypatch):
     w4_cuda.w4_matmul.register_kernel("cpu")(w4_cuda.multiply)
     codes, scales, zeros = round_to_nearest(torch.randn(40, 128), group_size=64, sym=False)
     made = W4Linear(128, 40, 64, True, version=2)
-    made.load_state_dict(quant.to_words(codes, scales, zeros, 2) | {"bias": torch.randn(40)})
+    words = quant.to_words(codes, scales, zeros, 2)
+    made.load_state_dict(words | {"bias": torch.randn(40)})
     x = torch.randn(2, 3, 128).bfloat16()
     y = made.multiply(x, "kernel")
+    assert made.qweight.numel() == 0 and torch.equal(made.state_dict()["qweight"], words["qweight"])
     assert on_cpu == ["w4_mma_8_few"] and y.shape == (2, 3, 40)
     expected = x.double() @ made.weight().double().T + made.bias.double()
     assert (y - expected).norm() < 1e-2 * expected.norm()
