@@ -130,7 +130,8 @@ def describe_calibration(rows: list, samples: int, config) -> str:
 
 def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype):
     """Quantises the model in `folder` by `method` and writes the 4-bit folder `out`."""
-    model, started = load_model(folder, "cpu", dtype), time.perf_counter()      # only one block at a time is on `device`
+    held = dtype if dtype == torch.bfloat16 or args.dtype != "auto" else stored_dtype(folder)
+    model, started = load_model(folder, "cpu", held), time.perf_counter()       # one block at a time is on `device` in `dtype`
     shares = {}                                                                 # of round-to-nearest's error that is left
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
         def on_layer(name, error, rtn):
@@ -141,12 +142,12 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
         words = quantize_model(
             model, rows, tokenizer.pad_id, bits=args.bits, group_size=args.group_size, sym=not args.asym,
             act_order=not args.no_act_order, damp=args.damp, clip_search=args.clip_search, method=method,
-            batch_size=args.batch_size, device=device, on_layer=on_layer,
+            batch_size=args.batch_size, device=device, dtype=dtype, on_layer=on_layer,
             store=functools.partial(to_words, version=2 if args.asym else 1))
     how = {"damp_percent": args.damp, "static_groups": not args.no_act_order, "true_sequential": True} if method == "gptq" else {}
     to_w4(model, words, args.group_size, not args.asym, method=method, clip_search=args.clip_search, **how)
     tokenizer.save(out)
-    save_model(model, out, dtype=dtype if dtype == torch.bfloat16 or args.dtype != "auto" else stored_dtype(folder))
+    save_model(model, out)
     worst = max(shares, key=shares.get, default=None)
     print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s"
           + (f"; output error {statistics.fmean(shares.values()):.2f} x rounding's in the mean of the layers, at most "

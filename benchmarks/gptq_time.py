@@ -4,7 +4,8 @@ of the model in bfloat16.
     python -m benchmarks.gptq_time              # 5 minutes on two cores, 2 GB of memory and of disk
     python -m benchmarks.gptq_time --peer PYTHON        # also GPTQModel, by an interpreter PYTHON that has it
 
-Qwen2.5-0.5B's shape, random weights, random tokens; symmetric, group 128, act-order with static groups, as in quantize.py.
+Qwen2.5-0.5B's shape, random weights, random tokens; symmetric, group 128, act-order with static groups, and inputs in float32
+on a CPU that is slow in bfloat16, as in quantize.py.
 GPTQModel gets the same folder, ids, group size, damping and batches of 4 rows; its other settings are its defaults: act-order
 inside groups and of groups, finished layers offloaded to disk. Without GPTQMODEL_CPU_WORKERS=4 it fails on two cores.
 "load to end" is the time from loading until the folder is written. Peak is the child's highest resident memory in that time,
@@ -23,6 +24,7 @@ import torch
 from benchmarks.decoding import HALF
 from benchmarks.measure import child, machine, peak_resident, report, resident, table
 from minikd.checkpoint import load_model, save_model
+from minikd.command import pick_dtype
 from minikd.data import Encoded
 from minikd.gptq import quantize_model
 from minikd.model import Qwen2
@@ -37,7 +39,7 @@ def minikd(folder: Path, ids: list, clock) -> dict:
     model = load_model(folder, dtype=torch.bfloat16)
     clock()
     words = quantize_model(model, [Encoded(row[:1], row[1:], True, i) for i, row in enumerate(ids)], 0,
-                           store=to_words, on_layer=lambda name, error, rtn: errors.append(error / rtn))
+                           dtype=pick_dtype("auto", "cpu"), store=to_words, on_layer=lambda name, error, rtn: errors.append(error / rtn))
     clock()
     save_model(to_w4(model, words, 128, True), folder / "w4")
     return dict(error=sum(errors) / len(errors), worse=sum(error >= 1 for error in errors), layers=len(errors))

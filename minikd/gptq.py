@@ -263,18 +263,19 @@ def calibration_batches(rows: list[Encoded], pad_id: int, batch_size: int) -> li
     return [collate([rows[i] for i in at], pad_id) for at in by_length(rows, batch_size)]
 
 
-def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device) -> Iterator[tuple[str, Tensor]]:
+def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device, dtype) -> Iterator[tuple[str, Tensor]]:
     """Yields each layer's name and Hessian, in the order to quantise them.
 
     The caller must put the layer's quantised weight in place before asking for the next one: later inputs are computed
-    through it. `device` holds the batches' hidden states, one block and one Hessian; the model may be elsewhere.
+    through it. `device` holds the batches' hidden states, one block, both in `dtype`, and one Hessian; the model may be elsewhere
+    and in another dtype.
     """
-    home, config = model.head.device, model.config
-    states = [model.model.embed_tokens(ids.to(home)).to(device) for ids, _ in batches]      # [B, T, D] each
+    home, config = model.head, model.config
+    states = [model.model.embed_tokens(ids.to(home.device)).to(device, dtype) for ids, _ in batches]      # [B, T, D] each
     rope = {T: rope_tables(torch.arange(T, device=device)[None], config.rope_theta, config.head_dim, states[0].dtype)
             for T in {x.shape[1] for x in states}}
     for i, block in enumerate(model.model.layers):
-        block.to(device)
+        block.to(device, dtype)
         for half, steps in stages(block, rope):
             for names, inputs in steps:
                 hessian = Hessian(block.get_submodule(names[0]).in_features, device)
@@ -286,7 +287,7 @@ def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device) -> Ite
                     yield name, H
             for x in states:
                 x.copy_(half(x))                                                # by now through quantised layers
-        block.to(home)
+        block.to(home)                                                          # device and dtype
 
 
 def quantize_layer(layer: nn.Linear, hessian: Tensor | None, name: str, grid: dict, act_order: bool, damp: float):
@@ -314,13 +315,14 @@ def block_of(name: str) -> int:
 @torch.no_grad()
 def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int = 4, group_size: int = 128,
                    sym: bool = True, act_order: bool = True, damp: float = 0.01, clip_search: bool = False,
-                   method: str = "gptq", batch_size: int = 4, device=None, on_layer=None,
+                   method: str = "gptq", batch_size: int = 4, device=None, dtype: torch.dtype | None = None, on_layer=None,
                    store=None) -> dict:
     """Quantises every linear layer of the blocks; embeddings, norms, biases and head stay.
 
     rows      calibration data: all their tokens count, prompt and response
     method    "gptq", or "rtn": round_to_nearest, which needs no rows
     device    where one block at a time is quantised; the model's own by default
+    dtype     in which inputs are computed there, block by block; the model's own by default
     on_layer  called after each layer with (name, its relative output error, that of RTN), the errors None for "rtn"; a
               warning names layers where the first is not below the second
     store     (codes, scales, zeros) -> dict of tensors to return for a layer instead, such as quant.to_words, for to_w4.
@@ -340,7 +342,8 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         check_weight(layer.weight, group_size, name)
     order, home, results = ((name, None) for name in layers), model.head.device, {}
     if method == "gptq":
-        order = calibrate(model, calibration_batches(rows, pad_id, batch_size), torch.device(device or home))
+        order = calibrate(model, calibration_batches(rows, pad_id, batch_size), torch.device(device or home),
+                          dtype or model.head.dtype)
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in order:
         for other, layer in layers.items() if store else ():

@@ -233,23 +233,24 @@ def use_int8_head(model: Qwen2):
     if not hasattr(torch, "_make_per_channel_quantized_tensor") or torch.backends.quantized.engine not in ("x86", "fbgemm"):
         raise InputError(f"an int8 head: torch {torch.__version__} has no int8 product for this CPU; leave out --int8-head")
     model.int8_head = partial(multiply_int8, pack_int8(model.head.detach()))
-    give_memory_back()
 
 
-def pack_int8(weight: Tensor):
-    """[V, D] -> scale_v x int8 codes, scale_v = max_d |w_vd| / 127, packed for torch's int8 product."""
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    low, high = weight.aminmax(dim=1)                           # abs() would copy the head
-    scales = torch.maximum(-low, high).double().clamp(min=1e-12) / 127                      # [V]
-    for at in range(0, len(weight), 8192):                      # in parts: a whole head in float32 is large
-        codes[at:at + 8192] = (weight[at:at + 8192].float() / scales[at:at + 8192, None].float()).round()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                         # it will leave torch: see use_int8_head
-        grid = torch._make_per_channel_quantized_tensor(codes, scales, torch.zeros(len(weight), dtype=torch.long), 0)
-    return torch.ops.quantized.linear_prepack(grid, None)
+def pack_int8(weight: Tensor) -> list:
+    """[V, D] -> scale_v x int8 codes, scale_v = max_d |w_vd| / 127, packed for torch's int8 product: in parts of 8,192 rows, as
+    packing one makes two more copies of it."""
+    packed = []
+    for part in weight.split(8192):
+        scales = part.abs().amax(1).double().clamp(min=1e-12) / 127                         # [v]
+        codes = torch.div(part, scales[:, None].float()).round_().to(torch.int8)            # [v, D]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # it will leave torch: see use_int8_head
+            grid = torch._make_per_channel_quantized_tensor(codes, scales, torch.zeros(len(codes), dtype=torch.long), 0)
+        packed.append(torch.ops.quantized.linear_prepack(grid, None))
+        give_memory_back()
+    return packed
 
 
-def multiply_int8(packed, x: Tensor) -> Tensor:
+def multiply_int8(packed: list, x: Tensor) -> Tensor:
     """[B, D] -> [B, V].  torch's operator rounds inputs to 8 bits, too coarse if some are 50 times larger than others. So
     their rounding errors are multiplied too, as B more rows, and added back; the weights are read once. Only 7 of the 8 bits
     are used, 14 in all: a CPU without VNNI adds products in pairs at 16 bits, and 2 x 255 x 127 would not fit.
@@ -260,5 +261,6 @@ def multiply_int8(packed, x: Tensor) -> Tensor:
     high = wide.round()                                                                     # [B, D] in -63..63
     rows = torch.cat([high, (wide - high) * 126])               # errors are at most half a step: x 126 fills the range
     # Scale 1 and zero point 64 for the inputs: -63..63 is stored as 1..127.
-    y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(rows, 1.0, 64, packed)
+    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    y = torch.cat([multiply(rows, 1.0, 64, part) for part in packed], 1)                    # [2B, V]
     return (torch.add(y[:len(x)], y[len(x):], alpha=1 / 126) * (most / 63)).to(x.dtype)     # [B, V]

@@ -305,6 +305,16 @@ def test_errors_are_reported_on_the_inputs_of_the_quantised_model():
             assert error == pytest.approx(float(right), rel=1e-3)
 
 
+def test_a_bfloat16_model_is_calibrated_in_float32_without_a_second_copy_of_it():
+    model, rows, dtypes = tiny().bfloat16(), calibration(), set()
+    right = quantize_model(copy.deepcopy(model).float(), rows, 0, **OPTIONS)
+    found = quantize_model(model, rows, 0, dtype=torch.float32, **OPTIONS, on_layer=lambda name, *_: dtypes.add(
+        tuple(block.mlp.down_proj.weight.dtype for block in model.model.layers)))
+    assert dtypes == {(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)}     # one block at a time
+    assert all(torch.equal(*parts) for name in right for parts in zip(found[name], right[name]))
+    assert {weight.dtype for weight in model.state_dict().values()} == {torch.bfloat16}
+
+
 def test_q_k_and_v_share_their_hessian_and_so_do_gate_and_up(monkeypatch):
     made, seen = [], []
     monkeypatch.setattr("minikd.gptq.Hessian", lambda *a: made.append(Hessian(*a)) or made[-1])
