@@ -124,11 +124,21 @@ def killed_at(step: int):
         yield
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also run the slow tests: more shapes of kernels and of runs on a GPU, both "
+                     "played by the CPU; torch.compile; every section of benchmarks/gpu.py")
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long for what it adds to the others; runs with --all")
     config.pluginmanager.set_blocked("logging-plugin")              # it gives 63 loggers of transformers handlers, thrice a test
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    slow = [item for item in items if item.get_closest_marker("slow") and not config.getoption("--all")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     items.sort(key=lambda item: "compiled" in getattr(item, "fixturenames", ()))    # last: nvcc is ready by then
 
 

@@ -91,8 +91,8 @@ def test_every_length_is_attended_to(on_cpu, slot, order):
     check(on_cpu, case(1, 7, 1, 64, 304, slot, seed=slot, gaps=slot != 255))
 
 
-@pytest.mark.parametrize("slot, splits, E, order", [(511, 2, 64, "turns"), (1039, 3, 64, "last"),
-                                                    (530, 2, 128, "first")])
+@pytest.mark.parametrize("slot, splits, E, order", [
+    (511, 2, 64, "turns"), pytest.param(1039, 3, 64, "last", marks=pytest.mark.slow), (530, 2, 128, "first")])
 def test_several_blocks_split_the_slots(on_cpu, slot, splits, E, order):
     on_cpu.order = order
     given = case(1, 2, 1, E, 1040, slot, splits, seed=slot)
@@ -101,7 +101,7 @@ def test_several_blocks_split_the_slots(on_cpu, slot, splits, E, order):
     check(on_cpu, given)
 
 
-@pytest.mark.parametrize("shape, length, splits", [("0.5B", 120, 1), ("3B", 9, 1)])
+@pytest.mark.parametrize("shape, length, splits", [pytest.param("0.5B", 120, 1, marks=pytest.mark.slow), ("3B", 9, 1)])
 def test_a_step_is_as_exact_as_the_plain_path(on_cpu, shape, length, splits):
     ours, plain, same = attention_errors(SHAPES[shape], length, splits, "cpu")
     assert same and ours < 1.5 * plain + 1e-3 and plain < 5e-3, (ours, plain)
@@ -134,6 +134,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16]]
 SHAPE = dict(num_attention_heads=3, num_key_value_heads=1, head_dim=64, hidden_size=32, num_hidden_layers=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(samples=2), dict(mix=0.4)])
 def test_generate_by_the_kernel_draws_from_the_plain_path_s_distribution(on_played_gpu, monkeypatch, options):
     """Rows of different lengths, finished rows dropped, graphs, two models."""

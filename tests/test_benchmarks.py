@@ -26,6 +26,7 @@ def run_script(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_every_section_of_the_gpu_script_runs(run_script, capsys):
     run_script("--device", "cpu", "--tiny")
     told = capsys.readouterr()
@@ -36,6 +37,7 @@ def test_every_section_of_the_gpu_script_runs(run_script, capsys):
     assert all(line.removesuffix(": FAILED").endswith("transformers") for line in failed)
 
 
+@pytest.mark.slow
 def test_what_needs_no_kernel_of_ours_runs_on_a_gpu(run_script, capsys):
     with gpu():
         run_script("--tiny", "--only", "check", "sampling", "kd")

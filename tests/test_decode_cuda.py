@@ -80,9 +80,10 @@ SHAPES_W4 = {"small": ONE | dict(hidden_size=128, intermediate_size=256),
 
 
 @pytest.mark.parametrize("bits, shape, prompt, order, blocks", [
-    (16, "one head", 460, "turns", 8), (16, "wide heads", 127, "last", 2),
-    (16, "odd sizes", 1, "last", 2), (16, "odd sizes", 100, "first", 3),
-    (4, "teams", 40, "turns", 2), (4, "zeros, groups of 256", 7, "last", 2)])
+    pytest.param(16, "one head", 460, "turns", 8, marks=pytest.mark.slow),
+    pytest.param(16, "wide heads", 127, "last", 2, marks=pytest.mark.slow),
+    (16, "odd sizes", 1, "last", 2), pytest.param(16, "odd sizes", 100, "first", 3, marks=pytest.mark.slow),
+    pytest.param(4, "teams", 40, "turns", 2, marks=pytest.mark.slow), (4, "zeros, groups of 256", 7, "last", 2)])
 def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, prompt, order, blocks):
     """8 blocks: the head's keys in 8 parts; 2: each head's in one, more than are read at once. At 127 the tags begin again."""
     model, on_cpu.order, on_cpu.blocks = make(bits, **(SHAPES if bits == 16 else SHAPES_W4)[shape]), order, blocks
@@ -105,6 +106,7 @@ def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, 
     assert int(caches[1].slot) == int(caches[0].slot) == prompt + 1
 
 
+@pytest.mark.slow
 def test_a_block_may_be_held_up_before_it_reads_what_all_have_sent(on_cpu):
     """Of 8 blocks the last but one has a task in gate/up alone (the last has attention): it sends its words of `wide`, and nobody
     waits for it until the next layer's. Meanwhile the others go on as far as they can."""
@@ -131,7 +133,7 @@ def weights_of(model: Qwen2) -> dict:
     return weights | {f"{name}.weight": layer.weight() for name, layer in model.named_modules() if isinstance(layer, W4Linear)}
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [pytest.param(16, marks=pytest.mark.slow), 4])
 def test_generate_by_one_kernel_gives_the_plain_path_s_tokens(on_cpu, monkeypatch, bits):
     model = make(bits, seed=16, initializer_range=0.4, **SHAPES_W4["small"])
 

@@ -168,6 +168,7 @@ def test_an_empty_prompt_is_refused():
 
 # ---- a step at fixed places, as a CUDA graph replays it ----
 
+@pytest.mark.slow
 def test_a_compiled_step_gives_the_same_tokens_from_one_graph_for_all_groups_of_blocks(monkeypatch):
     """torch.compile's tracing, without its code generator."""
     graphs = []

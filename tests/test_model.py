@@ -222,7 +222,7 @@ def test_gradient_checkpointing_recomputes_each_block_and_gives_the_same_gradien
         assert gradient.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_products_joined_as_in_training_on_a_gpu_give_the_same_gradients(monkeypatch, compiled):
     products, linear = [], F.linear
     if not compiled:

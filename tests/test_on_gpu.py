@@ -215,10 +215,10 @@ GRPO = ("--model {w}/student --data {w}/sums.jsonl --steps 3 --prompts 2 --group
 
 @pytest.mark.parametrize("script, flags", [
     (train_kd, KD + "--loss forward_kl --grad-accum 2 --cache-teacher {out}/states"),
-    (train_kd, KD + "--loss jsd --on-policy 0.5 --gradient-checkpointing"),
-    (train_kd, KD + "--loss minillm --rollouts 8 --lm-data {w}/text.jsonl"),
-    (train_kd, KD + "--loss skew_reverse_kl --seq-kd"),
-    (train_grpo, GRPO), (train_grpo, GRPO + "--inner-epochs 2 --ratio sequence --gradient-checkpointing")])
+    pytest.param(train_kd, KD + "--loss jsd --on-policy 0.5 --gradient-checkpointing", marks=pytest.mark.slow),
+    pytest.param(train_kd, KD + "--loss minillm --rollouts 8 --lm-data {w}/text.jsonl", marks=pytest.mark.slow),
+    pytest.param(train_kd, KD + "--loss skew_reverse_kl --seq-kd", marks=pytest.mark.slow), (train_grpo, GRPO),
+    pytest.param(train_grpo, GRPO + "--inner-epochs 2 --ratio sequence --gradient-checkpointing", marks=pytest.mark.slow)])
 def test_a_run_on_a_gpu_learns_what_it_learns_on_a_cpu(run, script, flags):
     ours, theirs = (steps_of(run(script, flags, device)[1]) for device in ("cuda", "cpu"))
     assert len(ours) == len(theirs) > 2
@@ -226,6 +226,7 @@ def test_a_run_on_a_gpu_learns_what_it_learns_on_a_cpu(run, script, flags):
         assert line == pytest.approx(right, rel=2e-3, abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, flags", [
     (train_kd, KD + "--loss minillm --rollouts 16 --inner-epochs 2"),
     (train_grpo, GRPO + "--eval-every 2 --eval-examples 1 --prompts 1 --max-new-tokens 6")])
@@ -260,6 +261,7 @@ def test_a_run_goes_on_on_another_device(shell, world, tmp_path, first, then):
         assert line == pytest.approx(right, rel=2e-3, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_grpo_in_bfloat16_learns_as_in_float32(run):
     """It draws other answers, so only means are alike."""
     flags = GRPO + "--group-size 12 --batch-size 8 --inner-epochs 2 --drop-flat --norm token --dtype "
@@ -269,9 +271,10 @@ def test_grpo_in_bfloat16_learns_as_in_float32(run):
     assert ours[0]["reward"] == pytest.approx(theirs[0]["reward"], rel=0.2)
 
 
-@pytest.mark.parametrize("flags, near", [("--loss forward_kl --cache-teacher {out}/states", 0.02), ("--loss sft", 0.02),
-                                         ("--loss reverse_kl --gradient-checkpointing", 0.02),
-                                         ("--loss minillm --rollouts 8", 0.3)])     # draws other answers than in float32
+@pytest.mark.parametrize("flags, near", [
+    ("--loss forward_kl --cache-teacher {out}/states", 0.02), pytest.param("--loss sft", 0.02, marks=pytest.mark.slow),
+    pytest.param("--loss reverse_kl --gradient-checkpointing", 0.02, marks=pytest.mark.slow),
+    pytest.param("--loss minillm --rollouts 8", 0.3, marks=pytest.mark.slow)])      # draws other answers than in float32
 def test_in_bfloat16_a_gpus_autocast_suits_every_operator(run, flags, near):
     ours, theirs = (steps_of(run(train_kd, KD + flags + " --steps 1" + dtype, "cuda")[1]) for dtype in (" --dtype bfloat16", ""))
     assert ours[0]["ce"] != theirs[0]["ce"] and ours[0]["ce"] == pytest.approx(theirs[0]["ce"], rel=near)

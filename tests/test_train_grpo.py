@@ -384,6 +384,7 @@ def test_with_no_flags_a_toy_student_is_taught_and_goes_through_a_step(monkeypat
     assert "weights" in json.dumps(json.loads((tmp_path / f"runs/grpo-{task}/config.json").read_text()))
 
 
+@pytest.mark.slow
 def test_on_a_gpu_the_toy_student_is_taught_there(shell, monkeypatch, tmp_path):
     devices, optimizer = [], rl.make_optimizer
     monkeypatch.setattr(rl, "make_optimizer", lambda model, *rest: (devices.append(model.head.device), optimizer(model, *rest))[1])

@@ -219,6 +219,7 @@ def test_the_loss_options_reach_the_loss(settings, tmp_path):
     assert first(temperature=1.0) == first(temperature=1.0, beta=0.9, alpha=0.5)    # that forward_kl does not take
 
 
+@pytest.mark.slow
 def test_compile_changes_time_and_nothing_else(settings, monkeypatch):
     """torch.compile's tracing, one graph for all blocks of a model, without its code generator (half a minute)."""
     graphs, compiler = {}, torch.compile                        # name of a compiled function -> its graphs
@@ -899,6 +900,7 @@ def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge
     assert float(last.split()[2]) == pytest.approx(table["KD"], abs=0.051)
 
 
+@pytest.mark.slow
 def test_on_a_gpu_the_toy_world_trains_there(shrunk, shell):
     with gpu():
         status, _, err = shell(kd, "--device", "cuda", "--validation", "20", "--max-new-tokens", "4")
@@ -906,7 +908,8 @@ def test_on_a_gpu_the_toy_world_trains_there(shrunk, shell):
     assert list(shrunk) == ["teacher", "base", "sft", "kd"] and all(head.is_cuda for head in shrunk.values())
 
 
-@pytest.mark.parametrize("flags", [["--loss", "minillm"], ["--loss", "reverse_kl", "--on-policy", "1"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [
+    pytest.param(["--loss", "minillm"], marks=pytest.mark.slow), ["--loss", "reverse_kl", "--on-policy", "1"]], ids=" ".join)
 def test_in_the_toy_world_own_answers_begin_from_a_student_that_was_fine_tuned(shrunk, monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["train_kd.py", "--validation", "20", "--max-new-tokens", "4", *flags])
     kd.main()

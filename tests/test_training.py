@@ -515,6 +515,7 @@ def test_a_run_that_is_done_or_had_other_settings_is_left_as_it_is(tmp_path, cap
     assert files == {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")                       # torch's own, in what it imports to compile
 def test_compiled_blocks_keep_less_for_the_backward_pass(monkeypatch):
     """silu(gate) up, [tokens, W], is computed again there: the 0.5B would keep 1 GB of it for 8 x 512 tokens."""
