@@ -46,10 +46,17 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     # to_empty() would do the same but import sympy, as most of torch's functions do on the meta device: 0.5 s and 35 MB.
     model = model.to(dtype)._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
     places = model.state_dict()                                 # the parameters' own memory, by name, outside autograd
-    # Largest first: a tensor's file pages take memory while it is read, beside all that is loaded already.
+    # A file's pages that were read take memory until it is closed, beside all that is loaded already: so the largest first.
+    opened, read = {}, 0
     for key in sorted(files, key=lambda key: -places[key].numel()):
-        places[key].copy_(read_tensor(files[key], key, places[key].is_floating_point()))
-        check_finite(places[key], files[key], key)
+        path = files[key]
+        if path not in opened:
+            opened[path] = open_tensors(path)                   # a millisecond, too long for each of many small tensors
+        places[key].copy_(tensor_of(opened[path], path, key, places[key].is_floating_point()))
+        check_finite(places[key], path, key)
+        read += places[key].nbytes
+        if read > 1 << 23:                                      # 8 MB
+            opened, read = {}, 0
     for layer_name, layer in model.named_modules():
         if isinstance(layer, W4Linear):
             check_words(layer, model.quantization, f"{files[layer_name + '.g_idx']}: {layer_name}")
@@ -184,8 +191,13 @@ def read_quantization(folder: Path) -> dict | None:
 
 def read_tensor(path: Path, key: str, floating: bool = True) -> torch.Tensor:
     """One tensor of a safetensors file.  Raises InputError where it holds integers for floats, or the reverse."""
-    with open_tensors(path) as file:                            # opened per tensor: closing frees its pages
-        tensor = file.get_tensor(key)
+    with open_tensors(path) as file:
+        return tensor_of(file, path, key, floating)
+
+
+def tensor_of(file, path: Path, key: str, floating: bool) -> torch.Tensor:
+    """The same of one that is open."""
+    tensor = file.get_tensor(key)
     if tensor.is_floating_point() != floating:
         kind = "a float" if floating else "an integer"
         raise InputError(f"{path}: {key} is {tensor.dtype}, not {kind} tensor; fetch the model again")

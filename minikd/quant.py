@@ -187,7 +187,7 @@ def codes_of_int4(packed: Tensor, outputs: int, inputs: int) -> Tensor | None:
 def int4_places(inputs: int) -> Tensor:
     """Where the codes of 64 outputs are in their block, [64 I]. CPUs differ, and torch does not say: so the codes' indices are
     packed, a hexadecimal digit at a time, and looked for."""
-    index = torch.arange(64 * inputs).view(64, inputs)
+    index = torch.arange(64 * inputs, device="cpu").view(64, inputs)
     digits = [nibbles(pack_int4(index >> 4 * i & 15)).flatten().long() for i in range(6)]
     return sum(digit << 4 * i for i, digit in enumerate(digits)).argsort()
 
@@ -213,7 +213,7 @@ class W4Linear(nn.Module):
         self.register_buffer("qweight", torch.zeros(inputs // 8, outputs, dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros(inputs // size, outputs // 8, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(inputs // size, outputs, dtype=torch.float16))
-        self.register_buffer("g_idx", torch.tensor([i // size for i in range(inputs)], dtype=torch.int32))  # no arange: see load_model
+        self.register_buffer("g_idx", torch.tensor([i // size for i in range(inputs)], dtype=torch.int32))    # arange: load_model
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
         self.prepared = None                                    # (way, prepare(way)); not saved
         self.whole = None                                       # (the layer that layout.join made, which rows of it are these)
@@ -296,6 +296,11 @@ class W4Linear(nn.Module):
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
         return self
+
+    def __getstate__(self) -> dict:
+        """For copy and pickle: as stored, as another CPU has another layout."""
+        held = {} if self.whole is not None else {"_buffers": self._buffers | {"qweight": self.words()}}
+        return self.__dict__ | held | {"prepared": None}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -425,6 +425,14 @@ def test_loading_never_holds_a_second_copy_of_the_model(tmp_path, folder):
     assert 0.5 < same_dtype < 1.25 and 0.5 < wider < 1.25   # the bound on a real shape, 1.15, is benchmarks/'
 
 
+def test_a_file_is_not_opened_for_each_small_tensor(tmp_path, monkeypatch):
+    opened, real = [], checkpoint.open_tensors
+    monkeypatch.setattr(checkpoint, "open_tensors", lambda path: (opened.append(path.name), real(path))[1])
+    save_model(tiny(), tmp_path, shard_bytes=10_000)
+    load_model(tmp_path)
+    assert len(set(opened)) > 2 and len(opened) == 2 * len(set(opened))         # once for its names, once for its tensors
+
+
 # ---- 4-bit folders
 
 SHAPE = dict(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

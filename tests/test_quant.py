@@ -256,6 +256,7 @@ def test_a_layer_holds_its_codes_once(O):
     y = made(x)
     assert made.prepared[0] == "int4" and made.qweight.numel() == (0 if O == 192 else O * 128 // 8)
     for each in made, copy.deepcopy(made), pickle.loads(pickle.dumps(made)):
+        assert each is made or each.prepared is None and torch.equal(each.qweight, stored["qweight"])
         assert torch.equal(each.weight(), weight) and torch.equal(each(x), y)
         again = each.state_dict()
         assert again.keys() == stored.keys() and all(torch.equal(again[name], stored[name]) for name in stored)
