@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from minikd.checkpoint import (check_vocabulary, load_config, load_model, model_folder, read_quantization, save_model,
-                               stored_dtype)
+                               stored_dtypes)
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
                             spare_threads)
 from minikd.data import NothingLeft, describe_dropped, encode_examples, encode_text
@@ -128,9 +128,17 @@ def describe_calibration(rows: list, samples: int, config) -> str:
     return f"calibration: {len(rows):,} rows, {tokens:,} tokens" + (f" (note: {few})" if few else "")
 
 
+def as_stored(folder: Path, dtype) -> tuple:
+    """The dtype to hold a folder's model in, its own or `dtype` if it has several; and to write what is not packed in."""
+    stored = stored_dtypes(folder)
+    saved = stored["model.embed_tokens.weight"]
+    saved = saved if saved in (torch.bfloat16, torch.float16) else torch.float32    # float8 is none to compute in
+    return saved if set(stored.values()) == {saved} else dtype, saved
+
+
 def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype):
     """Quantises the model in `folder` by `method` and writes the 4-bit folder `out`."""
-    held = dtype if dtype == torch.bfloat16 or args.dtype != "auto" else stored_dtype(folder)
+    held, saved = (dtype, dtype) if dtype == torch.bfloat16 or args.dtype != "auto" else as_stored(folder, dtype)
     model, started = load_model(folder, "cpu", held), time.perf_counter()       # one block at a time is on `device` in `dtype`
     shares = {}                                                                 # of round-to-nearest's error that is left
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
@@ -147,7 +155,7 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
     how = {"damp_percent": args.damp, "static_groups": not args.no_act_order, "true_sequential": True} if method == "gptq" else {}
     to_w4(model, words, args.group_size, not args.asym, method=method, clip_search=args.clip_search, **how)
     tokenizer.save(out)
-    save_model(model, out)
+    save_model(model, out, dtype=saved)
     worst = max(shares, key=shares.get, default=None)
     print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s"
           + (f"; output error {statistics.fmean(shares.values()):.2f} x rounding's in the mean of the layers, at most "

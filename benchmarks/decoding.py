@@ -29,9 +29,11 @@ PROMPT, NEW = 28, 64
 HALF = SHAPES["0.5B"]
 
 
-def make_half(folder, dtype=torch.bfloat16):
-    """Writes a model folder: Qwen2.5-0.5B's shape with random weights."""
-    save_model(Qwen2(HALF).to(dtype).init_weights(0), folder)
+def make_model(folder, dtype=torch.bfloat16, shape="0.5B"):
+    """Writes a model folder: one of Qwen2.5's shapes with random weights."""
+    with torch.device("meta"):
+        model = Qwen2(SHAPES[shape]).to(dtype)
+    save_model(model.to_empty(device="cpu").init_weights(0), folder)
 
 
 def minikd(folder, group: int, dtype: torch.dtype, int8_head: bool = False):
@@ -79,7 +81,7 @@ def main():
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        make_half(Path(folder))
+        make_model(Path(folder))
         for name, batch, group in ("batch 1", 1, 1), ("batch 8", 8, 1), ("1 prompt, 8 samples", 1, 8):
             figures = in_turns(("transformers", "minikd"), lambda method: child(
                 "benchmarks.decoding", method, batch, group, folder, args.dtype), args.repeats)

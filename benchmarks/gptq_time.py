@@ -39,7 +39,8 @@ def minikd(folder: Path, ids: list, clock) -> dict:
     model = load_model(folder, dtype=torch.bfloat16)
     clock()
     words = quantize_model(model, [Encoded(row[:1], row[1:], True, i) for i, row in enumerate(ids)], 0,
-                           dtype=pick_dtype("auto", "cpu"), store=to_words, on_layer=lambda name, error, rtn: errors.append(error / rtn))
+                           dtype=pick_dtype("auto", "cpu"), store=to_words,
+                           on_layer=lambda name, error, rtn: errors.append(error / rtn))
     clock()
     save_model(to_w4(model, words, 128, True), folder / "w4")
     return dict(error=sum(errors) / len(errors), worse=sum(error >= 1 for error in errors), layers=len(errors))

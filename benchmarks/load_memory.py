@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.decoding import HALF, make_half
+from benchmarks.decoding import HALF, make_model
 from benchmarks.measure import child, in_turns, machine, peak_resident, report, reset_peak, resident, table
 from minikd.checkpoint import load_model
 from minikd.model import Qwen2
@@ -49,7 +49,7 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for stored in "bfloat16", "float32":
-            make_half(Path(folder) / stored, getattr(torch, stored))
+            make_model(Path(folder) / stored, getattr(torch, stored))
         for stored, asked in CASES:
             figures = in_turns(("transformers", "minikd"), lambda method: child(
                 "benchmarks.load_memory", method, Path(folder) / stored, asked), args.repeats)

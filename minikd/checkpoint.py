@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from minikd.files import InputError, atomic_path, read_json, save_tensors, sha256
 from minikd.hub import TOKENIZER, files_on_hub, local_folder
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import W4Linear, give_memory_back, is_finite, read_zeros, swap_linears
+from minikd.quant import W4Linear, is_finite, read_zeros, swap_linears
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZE = "quantize_config.json"
@@ -56,11 +56,10 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
         check_finite(places[key], path, key)
         read += places[key].nbytes
         if read > 1 << 23:                                      # 8 MB
-            opened, read = {}, 0
+            opened, read = {}, 0                                # dropped, they are closed
     for layer_name, layer in model.named_modules():
         if isinstance(layer, W4Linear):
             check_words(layer, model.quantization, f"{files[layer_name + '.g_idx']}: {layer_name}")
-    give_memory_back()
     return model.eval()
 
 
@@ -146,12 +145,13 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, Path]]:
     return model, tensor_files(folder, {key: tuple(p.shape) for key, p in model.state_dict().items()})
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype in which a folder holds its embedding; float32 if that is none to compute in (float8)."""
-    name = "model.embed_tokens.weight"
-    with open_tensors(outline(folder)[1][name]) as file:
-        dtype = file.get_slice(name)[:1].dtype
-    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """The dtype in which a folder holds each tensor of its model, by name."""
+    found, files = {}, outline(folder)[1]
+    for path in set(files.values()):
+        with open_tensors(path) as file:
+            found |= {key: file.get_slice(key)[:1].dtype for key in files if files[key] == path}
+    return found
 
 
 def has_four_bits(name) -> bool:
@@ -196,7 +196,7 @@ def read_tensor(path: Path, key: str, floating: bool = True) -> torch.Tensor:
 
 
 def tensor_of(file, path: Path, key: str, floating: bool) -> torch.Tensor:
-    """The same of one that is open."""
+    """One tensor of a file that open_tensors gave.  Raises InputError as read_tensor does."""
     tensor = file.get_tensor(key)
     if tensor.is_floating_point() != floating:
         kind = "a float" if floating else "an integer"

@@ -267,7 +267,7 @@ def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device, dtype)
     """Yields each layer's name and Hessian, in the order to quantise them.
 
     The caller must put the layer's quantised weight in place before asking for the next one: later inputs are computed
-    through it. `device` holds the batches' hidden states, one block, both in `dtype`, and one Hessian; the model may be elsewhere
+    through it. `device` holds one Hessian and, in `dtype`, the batches' hidden states and one block; the model may be elsewhere
     and in another dtype.
     """
     home, config = model.head, model.config

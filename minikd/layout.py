@@ -184,7 +184,8 @@ def join(parts: list[nn.Module]):
     """x -> the outputs of several layers side by side, by one product for all of them.
 
     The parts' tensors become views of the joined ones, and 4-bit parts ask the joined layer for their codes, so that no weight
-    is held twice. Returns None if 4-bit parts group their inputs differently, as act-order in other tools may.
+    is held twice. (To load one 4-bit part alone is not supported: the joined layer keeps its codes.)  Returns None if 4-bit parts
+    group their inputs differently, as act-order in other tools may.
     """
     first = parts[0]
     if isinstance(first, W4Linear):
@@ -196,8 +197,10 @@ def join(parts: list[nn.Module]):
         joined.qweight = torch.cat([part.words() for part in parts], 1)
         at = 0
         for part in parts:
-            part.whole, part.qweight = (joined, slice(at, at + part.outputs)), joined.qweight.new_empty(0)
-            part.prepared, at = None, at + part.outputs
+            part.whole = joined, slice(at, at + part.outputs)
+            part.qweight = joined.qweight.new_empty(0)
+            part.prepared = None
+            at += part.outputs
         dims = {"qzeros": 1, "scales": 1, "bias": 0}
     else:
         joined = Linear(1, 1, bias=first.bias is not None, device=first.weight.device).requires_grad_(False)

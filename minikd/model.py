@@ -279,14 +279,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
-class Attention(nn.Module):
+class Half(nn.Module):
+    """What Attention and MLP share: layers with the same inputs, which layout.py may join."""
+    joined = None                                                               # x -> their outputs side by side
+
+    def _apply(self, fn, recurse=True):                                         # what .to(), .cuda() and .half() call
+        self.joined = None                                                      # it would stay in the old dtype or device
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *given):
+        self.joined = None                                                      # it may hold the old weights
+        super()._load_from_state_dict(*given)
+
+
+class Attention(Half):
     """Causal attention in which H / K query heads share a key/value head (GQA).  [B, T, D] -> [B, T, D]"""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         self.E, self.K = E, config.num_key_value_heads
-        self.joined = None                                                      # x -> q, k, v side by side; set by layout.py
         self.q_proj = Linear(D, config.num_attention_heads * E, bias=True)      # Qwen2 has a bias here, and only here
         self.k_proj = Linear(D, config.num_key_value_heads * E, bias=True)
         self.v_proj = Linear(D, config.num_key_value_heads * E, bias=True)
@@ -323,7 +335,7 @@ class Attention(nn.Module):
         return y.reshape(B, T, -1)                                              # [B, T, H E]
 
 
-class MLP(nn.Module):
+class MLP(Half):
     """SwiGLU.  [B, T, D] -> [B, T, D], by way of the intermediate size W"""
 
     def __init__(self, config: Qwen2Config):
@@ -332,7 +344,6 @@ class MLP(nn.Module):
         self.gate_proj = Linear(D, W, bias=False)
         self.up_proj = Linear(D, W, bias=False)
         self.down_proj = Linear(W, D, bias=False)
-        self.joined = None                                                      # x -> gate and up side by side; layout.py
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.gated(x))                                    # [B, T, D]
@@ -358,10 +369,6 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(config), MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def _apply(self, fn, recurse=True):                                         # what .to(), .cuda() and .half() call
-        self.self_attn.joined = self.mlp.joined = None                          # it would stay in the old dtype or device
-        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
         y = self.self_attn(self.input_layernorm(x), cos, sin, slots)            # [B, T, D]

@@ -176,11 +176,17 @@ def pack_int4(codes: Tensor) -> Tensor:
     return torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts])
 
 
-def codes_of_int4(packed: Tensor, outputs: int, inputs: int) -> Tensor | None:
-    """pack_int4's inverse, uint8 [O, I]; None if O is no multiple of 64, where a block of the layout always ends."""
-    if outputs % 64:
-        return None
+def codes_of_int4(packed: Tensor, outputs: int, inputs: int) -> Tensor:
+    """pack_int4's inverse, uint8 [O, I]. O must be a multiple of 64, where a block of the layout always ends."""
     return nibbles(packed).view(outputs // 64, -1)[:, int4_places(inputs)].view(outputs, inputs)
+
+
+@functools.cache
+def can_read_int4(outputs: int, inputs: int) -> bool:
+    """Whether codes_of_int4 reads the codes of such a layer on this CPU; tried once."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (outputs, inputs), generator=generator, dtype=torch.uint8, device="cpu")
+    return outputs % 64 == 0 and torch.equal(codes_of_int4(pack_int4(codes), outputs, inputs), codes)
 
 
 @functools.cache
@@ -203,7 +209,8 @@ class W4Linear(nn.Module):
     """y = x W^T + b, W held as 4-bit codes. `choose` decides how it multiplies.
 
     The buffers are those of a `gptq` folder; `prepare` converts them once to the layout that the chosen way needs. From then on
-    only that holds the codes: qweight is empty, and `codes` reads them back, for a state_dict or another way.
+    only that holds the codes, if they can be read back from it (int4: if O is a multiple of 64). qweight is then empty, in a part
+    of a joined layer too, and a state_dict's is a copy.
     """
 
     def __init__(self, inputs: int, outputs: int, group_size: int, bias: bool, version: int = 1):
@@ -213,7 +220,8 @@ class W4Linear(nn.Module):
         self.register_buffer("qweight", torch.zeros(inputs // 8, outputs, dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros(inputs // size, outputs // 8, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(inputs // size, outputs, dtype=torch.float16))
-        self.register_buffer("g_idx", torch.tensor([i // size for i in range(inputs)], dtype=torch.int32))    # arange: load_model
+        # Not by arange, which on the meta device imports sympy: see load_model.
+        self.register_buffer("g_idx", torch.tensor([i // size for i in range(inputs)], dtype=torch.int32))
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
         self.prepared = None                                    # (way, prepare(way)); not saved
         self.whole = None                                       # (the layer that layout.join made, which rows of it are these)
@@ -223,26 +231,24 @@ class W4Linear(nn.Module):
         grid = read_grid(self.qzeros, self.scales, self.version)
         return dequantize_groups(self.codes(), *grid, None if self.in_order else self.g_idx.long())
 
-    def codes(self) -> Tensor:
-        """uint8 [O, I], from where they are."""
+    def codes(self, rows: slice = slice(None)) -> Tensor:
+        """uint8 [O, I], or some of the rows, from where they are."""
         words = self.qweight                                    # once: another thread may let it go
         if words.numel():
-            return unpack(words, 0).T.contiguous()
-        if self.whole is not None:
+            return unpack(words[:, rows], 0).T.contiguous()
+        if self.whole is not None:                              # of a part all rows are asked for
             layer, rows = self.whole
-            return layer.codes()[rows]
-        return self.read_back()
-
-    def read_back(self) -> Tensor | None:
-        """The codes in what was prepared, uint8 [O, I]; None if they cannot be read there."""
+            return layer.codes(rows)
         way, (prepared, *_) = self.prepared
-        return (codes_of if way == "kernel" else codes_of_int4)(prepared, self.outputs, self.inputs)
+        read = codes_of if way == "kernel" else codes_of_int4
+        return read(prepared, self.outputs, self.inputs)[rows]
 
     def words(self) -> Tensor:
         """The codes as qweight holds them, int32 [I/8, O]."""
         words = self.qweight
         return words if words.numel() else pack(self.codes().T, 0)
 
+    @torch.inference_mode(False)                                # it may be written to later
     def take_back(self):
         """Puts the codes into qweight again; nothing is prepared or joined any more."""
         self.qweight, self.whole, self.prepared = self.words(), None, None
@@ -273,10 +279,10 @@ class W4Linear(nn.Module):
     def ready(self, way: str) -> tuple:
         """What `prepare` gives, kept."""
         if self.prepared is None or self.prepared[0] != way:
-            words, codes = self.words(), self.codes()
-            self.prepared = way, self.prepare(way, codes)
-            again = self.read_back()
-            self.qweight = words.new_empty(0) if again is not None and torch.equal(again, codes) else words
+            readable = way == "kernel" or can_read_int4(self.outputs, self.inputs)
+            words = self.qweight.new_empty(0) if readable else self.words()
+            self.prepared = way, self.prepare(way, self.codes())
+            self.qweight, self.whole = words, None              # in this order: another thread may look for the codes
             give_memory_back()
         return self.prepared[1]
 
@@ -353,8 +359,8 @@ def to_w4(model: Qwen2, layers: dict[str, dict], group_size: int, sym: bool, **m
 
 
 def give_memory_back():
-    """Returns freed memory to the system: glibc would keep that of int32 codes, eight times a layer, 1.1 GB for the 0.5B; and
-    of weights that move between layouts, 0.25 GB."""
+    """Returns freed memory to the system: of the 0.5B glibc would keep 0.07 GB where 4-bit layers are prepared, and 0.25 GB of
+    weights that move between layouts."""
     with suppress(OSError, AttributeError):                     # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 

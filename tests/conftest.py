@@ -125,8 +125,8 @@ def killed_at(step: int):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="also run the slow tests: more shapes of kernels and of runs on a GPU, both "
-                     "played by the CPU; torch.compile; every section of benchmarks/gpu.py")
+    parser.addoption("--all", action="store_true", help="also run the slow tests: more shapes of the kernels and more "
+                     "runs, most on a GPU played by the CPU; torch.compile; every section of benchmarks/gpu.py")
 
 
 def pytest_configure(config):
@@ -135,10 +135,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    slow = [item for item in items if item.get_closest_marker("slow") and not config.getoption("--all")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason="slow: pytest --all"))
     items.sort(key=lambda item: "compiled" in getattr(item, "fixturenames", ()))    # last: nvcc is ready by then
 
 

@@ -66,7 +66,8 @@ def draw(logits, u, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, logps[1]
 
 
-@pytest.mark.parametrize("V, wide, temperature", [pytest.param(151_936, 151_936, 1.0, marks=pytest.mark.slow), (4099, 4104, 0.7), (9, 16, 1.3), (4096, 4096, 1.0)])
+@pytest.mark.parametrize("V, wide, temperature", [
+    pytest.param(151_936, 151_936, 1.0, marks=pytest.mark.slow), (4099, 4104, 0.7), (9, 16, 1.3), (4096, 4096, 1.0)])
 def test_a_token_is_drawn_as_by_sample(on_cpu, V, wide, temperature):
     rows = 2 if V > 5000 else 12
     logits, u = (random(rows, wide) * 3)[:, :V], torch.linspace(0, 1 - 1e-9, rows).double()

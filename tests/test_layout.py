@@ -363,6 +363,44 @@ def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
         assert (model(ids) - expected).norm() <= 6e-2 * expected.norm()        # bfloat16 against float32
 
 
+def test_a_used_4_bit_model_takes_other_weights_whole_or_in_part():
+    other = {key: value.clone() for key, value in four_bits().state_dict().items()}
+    for key, value in other.items():
+        if key.endswith("qweight"):
+            value ^= 0x11111111
+    for part in "", "model", "model.layers.0", "model.layers.0.mlp":
+        model, ids = four_bits(), torch.tensor(PROMPTS[2:3])
+        generate(model, PROMPTS, 20)                                            # joins, and lets all qweights go
+        with torch.inference_mode():
+            model.to(torch.bfloat16)
+        generate(model, PROMPTS, 20)
+        right = model.state_dict() | {key: value for key, value in other.items() if key.startswith(part)}
+        model.get_submodule(part).load_state_dict({key.removeprefix(f"{part}." if part else ""): value
+                                                   for key, value in other.items() if key.startswith(part)})
+        for steps in 4, 20:                                                     # not joined again, and joined
+            assert same(model.state_dict(), right)
+            generate(model, PROMPTS, steps)
+        expected = four_bits()
+        expected.load_state_dict(right)
+        assert torch.equal(model(ids), expected(ids)), part
+
+
+def test_a_4_bit_models_codes_are_held_once():
+    def held(model) -> int:
+        layers = [layer for layer in model.modules() if isinstance(layer, W4Linear)]
+        layers += {id(layer): layer for layer, _ in (part.whole for part in layers if part.whole)}.values()
+        return sum(layer.qweight.nbytes + (layer.prepared[1][0].nbytes if layer.prepared else 0) for layer in layers)
+
+    model, ids = four_bits(), torch.tensor(PROMPTS[2:3])
+    once = held(model)
+    generate(model, PROMPTS, 20)
+    assert held(model) == held(copy.deepcopy(model)) == once
+    model.lay_back()
+    with torch.inference_mode():
+        model(ids)                                                              # each part for itself again
+    assert not any(layer.whole for layer in model.modules() if isinstance(layer, W4Linear))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("sym", [True, False])
 def test_joined_4_bit_layers_give_the_outputs_of_all(sym):
@@ -433,6 +471,7 @@ def test_all_of_a_large_head_is_in_int8(int8):
     states = torch.randn(2, 56)
     expected = head_logits(model, states)
     use_int8_head(model)
+    assert len(model.int8_head.args[0]) == 2                                    # packing one part at a time takes less memory
     off = (head_logits(model, states) - expected).abs().amax(0)                 # [V]
     assert off.max() < 2e-2 * expected.abs().max()
 

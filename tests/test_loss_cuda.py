@@ -89,7 +89,7 @@ def slow(name, s: list[float], t: list[float], target: int, T: float, a: float, 
 @pytest.mark.parametrize("name, T, a, b", [("ce", 1.0, 1.0, 0.0), ("entropy", 1.0, 1.0, 0.0), ("forward", 1.0, 0.5, 0.5),
                                            ("reverse", 1.0, 0.5, 0.5), ("forward", 0.5, 0.3, 2.0), ("reverse", 3.0, 0.0, -1.0),
                                            ("forward", 2.0, 0.0, 1.0), ("reverse", 0.5, -1.0, 0.1)])
-@pytest.mark.parametrize("V, scale", [(7, 60.0), (577, 20.0), pytest.param(520, 0.5, marks=pytest.mark.slow)])    # 512 are read at once
+@pytest.mark.parametrize("V, scale", [(7, 60.0), (577, 20.0), pytest.param(520, 0.5, marks=pytest.mark.slow)])    # read by 512
 def test_the_kernels_compute_the_formulas(on_cpu, name, T, a, b, V, scale):
     s, t = some_logits(3, V, 1, scale), some_logits(3, V, 2, scale)
     s[1, V // 3:V // 2] = t[1, V // 3:V // 2] = -math.inf                       # excluded by both

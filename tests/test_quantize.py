@@ -98,17 +98,24 @@ def test_rows_longer_than_the_model_has_learned_are_noted():
         assert (f"rows longer than the {positions} positions that the model has learned; lower --length" in said) == noted
 
 
-@pytest.mark.parametrize("flags, stored", [([], torch.bfloat16), (["--dtype", "float32"], torch.float32)])
-def test_what_is_not_packed_keeps_its_dtype_on_a_cpu_without_bfloat16(shell, world, tmp_path, monkeypatch, flags, stored):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_on_a_cpu_without_bfloat16_inputs_are_in_float32_and_what_is_not_packed_keeps_its_dtype(shell, world, tmp_path,
+                                                                                               monkeypatch, mixed):
     for name in "_is_avx512_bf16_supported", "_is_amx_tile_supported":
         monkeypatch.setattr(torch.cpu, name, lambda: False)
     shutil.copytree(world / "model", tmp_path / "narrow")
-    save_model(load_model(tmp_path / "narrow"), tmp_path / "narrow", dtype=torch.bfloat16)
-    status, _, err = shell(qz, "--model", tmp_path / "narrow", "--method", "rtn", "--group-size", 16, "--out", tmp_path / "w4",
-                           "--device", "cpu", *flags)
-    assert status == 0, err
-    assert load_file(tmp_path / "w4/model.safetensors")["model.embed_tokens.weight"].dtype == stored
-    assert torch.equal(load_model(tmp_path / "w4").head, load_model(tmp_path / "narrow").head)
+    model, saved = load_model(tmp_path / "narrow"), {}
+    model.model.embed_tokens.bfloat16() if mixed else model.bfloat16()          # a folder of two dtypes, or of one
+    save_model(model, tmp_path / "narrow")
+    for dtype in "auto", "float32", "bfloat16":
+        status, _, err = shell(qz, "--model", tmp_path / "narrow", "--calibration", world / "data.jsonl", "--group-size", 16,
+                               "--out", tmp_path / dtype, "--device", "cpu", "--dtype", dtype)
+        assert status == 0, err
+        saved[dtype] = load_file(tmp_path / dtype / "model.safetensors")
+        assert saved[dtype]["model.embed_tokens.weight"].dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
+    differ = lambda dtype: [key for key in saved["auto"] if key.endswith(("qweight", "scales"))
+                            and not torch.equal(saved["auto"][key], saved[dtype][key])]
+    assert not differ("float32") and differ("bfloat16")
 
 
 def test_another_tokenizer_is_not_replaced(run, world, tmp_path):
