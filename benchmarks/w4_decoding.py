@@ -3,7 +3,7 @@ does the bfloat16 one, with the head in int8 3.8 x; the folder is 0.47 x as larg
 memory of the bfloat16 one.
 
     python -m benchmarks.w4_decoding            # 10 minutes on two cores, 3 GB of memory, 2 GB of disk
-    python -m benchmarks.w4_decoding --shape 3B --repeats 1     # 25 minutes, 7 GB of memory and 9 of disk; 0.40 x the memory
+    python -m benchmarks.w4_decoding --shape 3B --repeats 1     # 20 minutes, 7 GB of memory, 9 GB of disk; 0.38 x the memory
 
 Qwen2.5's shapes with random weights, rounded to nearest (--method rtn: the speed does not depend on the codes), group
 size 128; greedy, a prompt of 28 tokens, always all 64 new tokens. Children take turns; tokens/s is new tokens per second of
