@@ -23,7 +23,7 @@ from benchmarks.shapes import SHAPES
 from minikd.checkpoint import load_model, save_model
 from minikd.generate import generate
 from minikd.layout import use_int8_head
-from minikd.model import Qwen2
+from minikd.model import Qwen2, allocate
 
 PROMPT, NEW = 28, 64
 HALF = SHAPES["0.5B"]
@@ -33,7 +33,7 @@ def make_model(folder, dtype=torch.bfloat16, shape="0.5B"):
     """Writes a model folder: one of Qwen2.5's shapes with random weights."""
     with torch.device("meta"):
         model = Qwen2(SHAPES[shape]).to(dtype)
-    save_model(model.to_empty(device="cpu").init_weights(0), folder)
+    save_model(allocate(model, "cpu").init_weights(0), folder)
 
 
 def minikd(folder, group: int, dtype: torch.dtype, int8_head: bool = False):

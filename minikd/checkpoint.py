@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from minikd.files import InputError, atomic_path, read_json, save_tensors, sha256
 from minikd.hub import TOKENIZER, files_on_hub, local_folder
-from minikd.model import Qwen2, Qwen2Config
+from minikd.model import Qwen2, Qwen2Config, allocate
 from minikd.quant import W4Linear, is_finite, read_zeros, swap_linears
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,8 +43,7 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     finite, a truncated file, or an index that names a missing file.
     """
     model, files = outline(model_folder(name))
-    # to_empty() would do the same but import sympy, as most of torch's functions do on the meta device: 0.5 s and 35 MB.
-    model = model.to(dtype)._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+    model = allocate(model.to(dtype), device)
     places = model.state_dict()                                 # the parameters' own memory, by name, outside autograd
     # A file's pages that were read take memory until it is closed, beside all that is loaded already: so the largest first.
     opened, read = {}, 0

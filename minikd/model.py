@@ -520,6 +520,12 @@ def mixed_precision(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def allocate(model: Qwen2, device) -> Qwen2:
+    """A model of the meta device, with memory for its weights on `device`, not yet filled. As by to_empty(), which would import
+    sympy, as most of torch's functions do on the meta device: 0.5 s and 35 MB."""
+    return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+
+
 @torch.no_grad()
 def cast_copy(model: Qwen2, dtype: torch.dtype, into: Qwen2 | None = None) -> Qwen2:
     """A copy of the model in `dtype`, to sample with while the model trains; the model itself if it has that dtype.
@@ -531,7 +537,7 @@ def cast_copy(model: Qwen2, dtype: torch.dtype, into: Qwen2 | None = None) -> Qw
     if into is None:
         with torch.device("meta"):
             into = Qwen2(model.config).to(dtype)
-        into = into.to_empty(device=model.head.device).eval().requires_grad_(False)
+        into = allocate(into, model.head.device).eval().requires_grad_(False)
     into.model.compiled = model.model.compiled
     for new, old in zip(into.parameters(), model.parameters(), strict=True):
         new.copy_(old)

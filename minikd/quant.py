@@ -220,7 +220,7 @@ class W4Linear(nn.Module):
         self.register_buffer("qweight", torch.zeros(inputs // 8, outputs, dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros(inputs // size, outputs // 8, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(inputs // size, outputs, dtype=torch.float16))
-        # Not by arange, which on the meta device imports sympy: see load_model.
+        # Not by arange, which on the meta device imports sympy: see model.allocate.
         self.register_buffer("g_idx", torch.tensor([i // size for i in range(inputs)], dtype=torch.int32))
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
         self.prepared = None                                    # (way, prepare(way)); not saved

@@ -344,6 +344,7 @@ def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         joined = attention.joined.__self__
         assert joined.qweight.numel() == 64 * 128 // 8 and not any(part.qweight.numel() for part in parts)
+        assert len({part.scales.untyped_storage().data_ptr() for part in parts}) == 1
         for part in parts:
             part.multiply = None                                                # what follows does not call the parts
         kept, first = attention.joined, model(ids).float()

@@ -113,6 +113,7 @@ def test_on_a_cpu_without_bfloat16_inputs_are_in_float32_and_what_is_not_packed_
         assert status == 0, err
         saved[dtype] = load_file(tmp_path / dtype / "model.safetensors")
         assert saved[dtype]["model.embed_tokens.weight"].dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
+        assert dtype == "bfloat16" or torch.equal(load_model(tmp_path / dtype).head, load_model(tmp_path / "narrow").head)
     differ = lambda dtype: [key for key in saved["auto"] if key.endswith(("qweight", "scales"))
                             and not torch.equal(saved["auto"][key], saved[dtype][key])]
     assert not differ("float32") and differ("bfloat16")
