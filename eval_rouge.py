@@ -26,10 +26,10 @@ from minikd.evaluate import answer, read_predictions, read_references, score_ans
 from minikd.examples import FORMATS, load_examples
 from minikd.files import InputError, check_writable, script_errors, write_jsonl
 from minikd.layout import INT8_ROWS, use_int8_head
-from minikd.quant import show_ways
 from minikd.records import local_files
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import Tokenizer
+from minikd.w4 import show_ways
 
 SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
 

@@ -33,11 +33,12 @@ from minikd.examples import FORMATS, load_examples, load_texts, recognise
 from minikd.files import InputError, check_writable, read_json, script_errors
 from minikd.gptq import quantize_model
 from minikd.hub import TOKENIZER
-from minikd.quant import check_groups, to_w4, to_words
+from minikd.quant import check_groups, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.tokenizer import GENERATION, Tokenizer
 from minikd.training import LOG
+from minikd.w4 import to_w4
 
 
 def parse_args():

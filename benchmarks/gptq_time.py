@@ -28,8 +28,9 @@ from minikd.command import pick_dtype
 from minikd.data import Encoded
 from minikd.gptq import quantize_model
 from minikd.model import Qwen2
-from minikd.quant import to_w4, to_words
+from minikd.quant import to_words
 from minikd.toy import make_tokenizer
+from minikd.w4 import to_w4
 
 ROWS, LENGTH = 16, 512
 

@@ -47,9 +47,10 @@ from minikd.head import compile_losses, head_loss, scored_positions
 from minikd.layout import laid_out
 from minikd.losses import clipped_surrogate, forward_kl, pick_divergence, reverse_kl
 from minikd.model import Qwen2, Qwen2Config, StaticCache, mixed_precision, rope_tables, rotate
-from minikd.quant import W4Linear, dequantize_groups, round_to_nearest, to_w4, to_words
+from minikd.quant import dequantize_groups, round_to_nearest, to_words
 from minikd.teacher import Teacher
 from minikd.training import compile_blocks, make_optimizer
+from minikd.w4 import W4Linear, to_w4
 
 LAYERS = [(1152, 896), (896, 896), (9728, 896), (896, 4864), (128, 896), (17920, 1536), (1536, 8960), (2560, 2048),
           (22016, 2048), (2048, 11008), (37888, 3584), (3584, 18944)]         # outputs x inputs; the last of the 7B

@@ -20,7 +20,8 @@ from benchmarks import decoding
 from benchmarks.measure import child, in_turns, machine, table
 from minikd.checkpoint import load_model, save_model
 from minikd.gptq import quantize_model
-from minikd.quant import to_w4, to_words
+from minikd.quant import to_words
+from minikd.w4 import to_w4
 
 
 def make(folder: Path, shape: str):

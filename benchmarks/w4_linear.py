@@ -1,4 +1,4 @@
-"""Which way of multiplying by 4-bit weights is fastest for how many rows, and when the int8 head is: quant.choose and
+"""Which way of multiplying by 4-bit weights is fastest for how many rows, and when the int8 head is: w4.choose and
 layout.INT8_ROWS are set by this.
 
     python -m benchmarks.w4_linear              # a minute on two cores
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from benchmarks.measure import machine, table
 from minikd.layout import multiply_int8, pack_int8
-from minikd.quant import W4Linear, round_to_nearest, to_words
+from minikd.quant import round_to_nearest, to_words
+from minikd.w4 import W4Linear
 
 ROWS, LAYERS, HEAD_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512), 40, (1, 2, 3, 4, 8)
 

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from minikd.files import InputError, atomic_path, read_json, save_tensors, sha256
 from minikd.hub import TOKENIZER, files_on_hub, local_folder
 from minikd.model import Qwen2, Qwen2Config, allocate
-from minikd.quant import W4Linear, is_finite, read_zeros, swap_linears
+from minikd.quant import is_finite, read_zeros
+from minikd.w4 import W4Linear, swap_linears
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZE = "quantize_config.json"
@@ -36,7 +37,7 @@ def check_vocabulary(name, config: Qwen2Config, tokenizer):
 
 
 def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
-    """A model in eval mode from a local folder or a hub name. (One of 4 bits is only fast in bfloat16: quant.choose.)
+    """A model in eval mode from a local folder or a hub name. (One of 4 bits is only fast in bfloat16: w4.choose.)
 
     Every tensor goes from the file straight into its place in `dtype` on `device`; no second copy of the
     model is ever held. Raises InputError for a tensor that is missing, unexpected, of the wrong shape or not

@@ -99,7 +99,7 @@ def flags_of(function, args, but: tuple[str, ...]) -> dict:
 
 def pick_dtype(name: str, device: str, four_bits: bool = False) -> torch.dtype:
     """--dtype auto: bfloat16 on GPUs, on CPUs with instructions for it (AVX512-BF16, AMX), and for a 4-bit model, whose fast
-    products take nothing else (quant.choose); else float32.
+    products take nothing else (w4.choose); else float32.
 
     It is the dtype of the matrix products and of the teacher; the student's weights stay in float32.
     """

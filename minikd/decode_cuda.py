@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from minikd.cuda import available, launch
 from minikd.model import Block, Linear, Qwen2, Qwen2Config, StaticCache, rope_tables
-from minikd.quant import W4Linear
+from minikd.w4 import W4Linear
 
 THREADS, WIDEST, SPLITS, BIASES, SHARED = 512, 20_480, 8, 5120, 221_264         # decode.cu's; SHARED is sizeof(Shared)
 AHEAD = 96 << 10                        # bytes of gate/up, and of down, that a block brings into the L2 in advance

@@ -38,8 +38,8 @@ from minikd.data import Encoded, by_length, collate
 from minikd.files import InputError
 from minikd.generate import Replay, can_record
 from minikd.model import Block, Qwen2, rope_tables
-from minikd.quant import (check_weight, dequantize, dequantize_groups, find_grid, give_memory_back, linear_layers, quantize,
-                          round_to_nearest)
+from minikd.quant import check_weight, dequantize, dequantize_groups, find_grid, quantize, round_to_nearest
+from minikd.w4 import give_memory_back, linear_layers
 
 PANEL = 512                                         # columns of a Hessian or of its factor in one product
 MAX_DAMP = 10.0                                     # more damping than any sum of x x^T needs

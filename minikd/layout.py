@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minikd import products
 from minikd.files import InputError
 from minikd.model import Linear, Qwen2
-from minikd.quant import W4Linear, give_memory_back
+from minikd.w4 import W4Linear, give_memory_back
 
 # Fewest steps for which packing is worth it: there and back it takes as long as ten, for two rows in float32 as 15 to 20.
 WORTH = 16

@@ -20,7 +20,8 @@ from minikd.checkpoint import load_config, load_head, load_model, save_model, sp
 from minikd.files import InputError
 from minikd.generate import generate
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import W4Linear, dequantize_groups, round_to_nearest, to_w4, to_words
+from minikd.quant import dequantize_groups, round_to_nearest, to_words
+from minikd.w4 import W4Linear, to_w4
 
 ROOT = Path(__file__).parents[1]
 INDEX = "model.safetensors.index.json"

@@ -11,7 +11,8 @@ from minikd.decode_cuda import OneKernel, fits, products
 from minikd.generate import generate, prefill
 from minikd.gptq import quantize_model
 from minikd.model import Qwen2, Qwen2Config, StaticCache
-from minikd.quant import W4Linear, to_w4, to_words
+from minikd.quant import to_words
+from minikd.w4 import W4Linear, to_w4
 from ptx import Driver, places
 
 

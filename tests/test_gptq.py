@@ -9,7 +9,8 @@ from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.gptq import (Hessian, full_precision, inverse_factor, output_errors, quantize_matrix, quantize_model)
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import dequantize_groups, round_to_nearest, to_w4, to_words
+from minikd.quant import dequantize_groups, round_to_nearest, to_words
+from minikd.w4 import to_w4
 
 
 def random_layer(O, I, seed, tokens=4096):

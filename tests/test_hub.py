@@ -16,10 +16,11 @@ from minikd.checkpoint import identify, load_model, model_folder, save_model
 from minikd.files import InputError, script_errors
 from minikd.gptq import quantize_model
 from minikd.hub import local_folder
-from minikd.quant import to_w4, to_words
+from minikd.quant import to_words
 from minikd.records import data_files
 from minikd.tokenizer import Tokenizer
 from minikd.training import check_settings
+from minikd.w4 import to_w4
 
 
 def offline(monkeypatch):

@@ -16,7 +16,8 @@ from minikd.generate import generate, respond
 from minikd.layout import INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, pick_layout, torch_products, use_int8_head
 from minikd.model import Linear, Qwen2
 from minikd.products import gemv
-from minikd.quant import W4Linear, to_w4, to_words
+from minikd.quant import to_words
+from minikd.w4 import W4Linear, to_w4
 from test_generate import PROMPTS, V, random_model
 
 

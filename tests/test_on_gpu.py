@@ -18,8 +18,8 @@ from minikd.data import Encoded
 from minikd.generate import Decoding, Replay, generate_with_log_probs
 from minikd.losses import forward_kl
 from minikd.model import join_in_training, mixed_precision
-from minikd.quant import W4Linear
 from minikd.teacher import Teacher
+from minikd.w4 import W4Linear
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23]]
 

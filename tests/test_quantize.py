@@ -22,8 +22,8 @@ from minikd import checkpoint
 from minikd.checkpoint import load_model, save_model
 from minikd.files import InputError
 from minikd.model import Qwen2
-from minikd.quant import W4Linear
 from minikd.training import read_log
+from minikd.w4 import W4Linear
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 
-from minikd import quant, w4_cuda
+from minikd import w4, w4_cuda
 from minikd.cuda import launch
-from minikd.quant import W4Linear, choose, dequantize_groups, round_to_nearest
+from minikd.quant import dequantize_groups, round_to_nearest, to_words
+from minikd.w4 import W4Linear, choose
 from minikd.w4_cuda import GPU, KERNELS, codes_of, plan, repack, supports_groups
 from ptx import Fault, kernels_of, places
 
@@ -255,7 +256,7 @@ def test_a_4_bit_layer_multiplies_by_the_kernel(on_cpu, monkeypatch):
     w4_cuda.w4_matmul.register_kernel("cpu")(w4_cuda.multiply)
     codes, scales, zeros = round_to_nearest(torch.randn(40, 128), group_size=64, sym=False)
     made = W4Linear(128, 40, 64, True, version=2)
-    words = quant.to_words(codes, scales, zeros, 2)
+    words = to_words(codes, scales, zeros, 2)
     made.load_state_dict(words | {"bias": torch.randn(40)})
     x = torch.randn(2, 3, 128).bfloat16()
     y = made.multiply(x, "kernel")
@@ -278,14 +279,14 @@ def test_on_a_gpu_the_kernel_is_chosen_where_it_can_be(monkeypatch):
         def numel(self):
             return 256
 
-    monkeypatch.setattr(quant, "available", lambda index: True)
+    monkeypatch.setattr(w4, "available", lambda index: True)
     made = W4Linear(128, 40, 64, True)
     assert choose(made, OnGPU()) == "kernel"
     assert choose(made, OnGPU(torch.float32)) == choose(made, OnGPU(requires_grad=True)) == "dequantise"
     assert choose(W4Linear(128, 40, 16, True), OnGPU()) == "dequantise"
     made.g_idx, _ = made.g_idx.flip(0), made.__dict__.pop("in_order", None)
     assert choose(made, OnGPU()) == "dequantise"
-    monkeypatch.setattr(quant, "available", lambda index: False)
+    monkeypatch.setattr(w4, "available", lambda index: False)
     assert choose(W4Linear(128, 40, 64, True), OnGPU()) == "dequantise"
 
 

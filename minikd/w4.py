@@ -1,0 +1,245 @@
+"""The linear layer whose weight is 4-bit codes, and which of its ways to multiply it takes."""
+import ctypes
+import functools
+from contextlib import suppress
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minikd import products
+from minikd.cuda import available
+from minikd.model import Linear, Qwen2
+from minikd.quant import check_groups, dequantize_groups, pack, read_grid, unpack
+from minikd.w4_cuda import MMA_ROWS, codes_of, gpu_of, plan, repack, supports_groups
+
+
+class W4Linear(nn.Module):
+    """y = x W^T + b, W held as 4-bit codes. `choose` decides how it multiplies.
+
+    The buffers are those of a `gptq` folder; `prepare` converts them once to the layout that the chosen way needs. From then on
+    only that holds the codes, if they can be read back from it (int4: if O is a multiple of 64). qweight is then empty, in a part
+    of a joined layer too, and a state_dict's is a copy.
+    """
+
+    def __init__(self, inputs: int, outputs: int, group_size: int, bias: bool, version: int = 1):
+        super().__init__()
+        size = check_groups(inputs, group_size)
+        self.inputs, self.outputs, self.group_size, self.version = inputs, outputs, size, version
+        self.register_buffer("qweight", torch.zeros(inputs // 8, outputs, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(inputs // size, outputs // 8, dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(inputs // size, outputs, dtype=torch.float16))
+        # Not by arange, which on the meta device imports sympy: see model.allocate.
+        self.register_buffer("g_idx", torch.tensor([i // size for i in range(inputs)], dtype=torch.int32))
+        self.register_buffer("bias", torch.zeros(outputs) if bias else None)
+        self.prepared = None                                    # (way, prepare(way)); not saved
+        self.whole = None                                       # (the layer that layout.join made, which rows of it are these)
+
+    def weight(self) -> Tensor:
+        """Dequantised, float32 [O, I]: what every other way is tested against."""
+        grid = read_grid(self.qzeros, self.scales, self.version)
+        return dequantize_groups(self.codes(), *grid, None if self.in_order else self.g_idx.long())
+
+    def codes(self, rows: slice = slice(None)) -> Tensor:
+        """uint8 [O, I], or some of the rows, from where they are."""
+        words = self.qweight                                    # once: another thread may let it go
+        if words.numel():
+            return unpack(words[:, rows], 0).T.contiguous()
+        if self.whole is not None:                              # of a part all rows are asked for
+            layer, rows = self.whole
+            return layer.codes(rows)
+        way, (prepared, *_) = self.prepared
+        read = codes_of if way == "kernel" else codes_of_int4
+        return read(prepared, self.outputs, self.inputs)[rows]
+
+    def words(self) -> Tensor:
+        """The codes as qweight holds them, int32 [I/8, O]."""
+        words = self.qweight
+        return words if words.numel() else pack(self.codes().T, 0)
+
+    @torch.inference_mode(False)                                # it may be written to later
+    def take_back(self):
+        """Puts the codes into qweight again; nothing is prepared or joined any more."""
+        self.qweight, self.whole, self.prepared = self.words(), None, None
+
+    @functools.cached_property
+    def in_order(self) -> bool:
+        """Whether each group is consecutive inputs; act-order in other tools shuffles them."""
+        return bool((self.g_idx == torch.arange(self.inputs, device=self.g_idx.device) // self.group_size).all())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, choose(self, x))
+
+    def multiply(self, x: Tensor, way: str) -> Tensor:
+        """x [..., I] -> [..., O], by one of the ways that `choose` names."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if way == "dequantise":                                 # any dtype, anywhere; gradients with respect to x
+            dtype = torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and products.AVX2_ONLY else x.dtype
+            return F.linear(x.to(dtype), self.weight().to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+        rows = x.reshape(-1, self.inputs).contiguous()                                          # [M, I]
+        if way == "kernel":
+            y = torch.ops.minikd.w4_matmul(rows, *self.ready(way), bias, self.outputs, self.group_size)
+        else:
+            packed, scales_zeros = self.ready(way)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.group_size, scales_zeros)
+            y = y if bias is None else y + bias
+        return y.view(*x.shape[:-1], self.outputs)                                              # [..., O]
+
+    def ready(self, way: str) -> tuple:
+        """What `prepare` gives, kept."""
+        if self.prepared is None or self.prepared[0] != way:
+            readable = way == "kernel" or can_read_int4(self.outputs, self.inputs)
+            words = self.qweight.new_empty(0) if readable else self.words()
+            self.prepared = way, self.prepare(way, self.codes())
+            self.qweight, self.whole = words, None              # in this order: another thread may look for the codes
+            give_memory_back()
+        return self.prepared[1]
+
+    def prepare(self, way: str, codes: Tensor) -> tuple:
+        """Codes and grid in the layout of a way, for bfloat16 inputs. int4's layout depends on the CPU: it is never saved."""
+        scales, zeros = read_grid(self.qzeros, self.scales, self.version)
+        if way == "kernel":
+            return repack(codes, scales, zeros)
+        pair = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1)              # [I/g, O, 2]
+        return pack_int4(codes), pair.bfloat16().contiguous()   # w = (code - 8) scale + (8 - zero) scale
+
+    def _apply(self, fn, recurse=True):
+        """model.to(bfloat16) must not round the scales: they stay in float16, as stored."""
+        self.take_back()
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+    def __getstate__(self) -> dict:
+        """For copy and pickle: as stored, as another CPU has another layout."""
+        held = {} if self.whole is not None else {"_buffers": self._buffers | {"qweight": self.words()}}
+        return self.__dict__ | held | {"prepared": None}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "qweight"] = self.words()
+
+    def _load_from_state_dict(self, *given):
+        self.take_back()                                        # the memory that is copied into
+        super()._load_from_state_dict(*given)
+        self.__dict__.pop("in_order", None)
+
+
+MANY_ROWS = 768         # from here on dequantise: a guess; at 512 rows that was faster in one run of three (w4_linear.txt)
+
+
+def choose(layer: W4Linear, x: Tensor) -> str:
+    """How `layer` multiplies x [..., I]: "kernel", minikd's own on a GPU (w4_cuda.plan picks one by the number of rows);
+    "int4", torch's operator on a CPU; or "dequantise", then multiply: works anywhere, also where a gradient is needed."""
+    if x.dtype != torch.bfloat16 or not layer.in_order or torch.is_grad_enabled() and x.requires_grad:
+        return "dequantise"
+    ready = layer.prepared is not None and layer.prepared[0] == "kernel"       # torch.compile cannot trace `available`
+    if x.is_cuda and supports_groups(layer.group_size) and (ready or available(x.device.index)):
+        return "kernel"
+    rows = x.numel() // layer.inputs
+    if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.group_size in (32, 64, 128, 256) and rows < MANY_ROWS:
+        return "int4"
+    return "dequantise"
+
+
+# ---- the layout of torch's int4 operator
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """uint8 [O, I] -> uint8 [O, I/2], for _weight_int4pack_mm_for_cpu on this CPU"""
+    parts = codes.split(1024)                                   # whole blocks of the layout; int32 takes eight times the memory
+    return torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts])
+
+
+def codes_of_int4(packed: Tensor, outputs: int, inputs: int) -> Tensor:
+    """pack_int4's inverse, uint8 [O, I]. O must be a multiple of 64, where a block of the layout always ends."""
+    return nibbles(packed).view(outputs // 64, -1)[:, int4_places(inputs)].view(outputs, inputs)
+
+
+@functools.cache
+def can_read_int4(outputs: int, inputs: int) -> bool:
+    """Whether codes_of_int4 reads the codes of such a layer on this CPU; tried once."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (outputs, inputs), generator=generator, dtype=torch.uint8, device="cpu")
+    return outputs % 64 == 0 and torch.equal(codes_of_int4(pack_int4(codes), outputs, inputs), codes)
+
+
+@functools.cache
+def int4_places(inputs: int) -> Tensor:
+    """Where the codes of 64 outputs are in their block, [64 I]. CPUs differ, and torch does not say: so the codes' indices are
+    packed, a hexadecimal digit at a time, and looked for."""
+    index = torch.arange(64 * inputs, device="cpu").view(64, inputs)
+    digits = [nibbles(pack_int4(index >> 4 * i & 15)).flatten().long() for i in range(6)]
+    return sum(digit << 4 * i for i, digit in enumerate(digits)).argsort()
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """uint8 [...] -> [..., 2], the lower four bits first"""
+    return torch.stack([packed & 15, packed >> 4], -1)
+
+
+# ---- a model of such layers
+
+def linear_layers(model: Qwen2) -> dict[str, Linear]:
+    """What is quantised: the blocks' linear layers, by name. Embeddings, norms and the head stay as they are."""
+    return {f"model.{name}": layer for name, layer in model.model.named_modules() if isinstance(layer, Linear)}
+
+
+def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Linear]:
+    """Replaces each by a W4Linear of the same shape and device, with its bias but without codes yet; returns them by name.
+
+    Raises InputError for a group size that does not divide a layer.
+    """
+    found, layers = {}, linear_layers(model)
+    for name, layer in layers.items():                          # all, before the first is replaced
+        check_groups(layer.in_features, group_size, name)
+    for name, layer in layers.items():
+        with torch.device(layer.weight.device):
+            new = W4Linear(layer.in_features, layer.out_features, group_size, layer.bias is not None, version)
+        if layer.bias is not None:
+            new.bias = layer.bias.detach()
+        model.set_submodule(name, new)
+        found[name] = new
+    return found
+
+
+def to_w4(model: Qwen2, layers: dict[str, dict], group_size: int, sym: bool, **meta) -> Qwen2:
+    """The model, changed in place: the linear layers of its blocks are replaced by packed ones.
+
+    layers  name -> to_words of that layer, in version 1 where it is symmetric, else 2
+    meta    how they were found, for the folder's config: damp_percent, static_groups, ...
+    """
+    version, format = (1, "gptq") if sym else (2, "gptq_v2")
+    model.quantization = {                                      # as transformers, GPTQModel and vLLM expect it
+        "quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": sym,
+        "desc_act": False,                                      # whether groups are shuffled: act_order keeps them static
+        "lm_head": False, "checkpoint_format": format, "format": format, "pack_dtype": "int32",
+        "meta": {"quantizer": ["minikd:0.1"], **meta}}
+    for name, layer in swap_linears(model, group_size, version).items():
+        layer.load_state_dict(layers[name] | ({} if layer.bias is None else {"bias": layer.bias}))     # its own, as it is
+    return model
+
+
+@torch.no_grad()
+def show_ways(model: Qwen2, rows=(1, 16, 64, 1024)):
+    """Prints which way (`choose`) each shape of 4-bit layer takes for these numbers of rows, on the model's device."""
+    layers = [layer for layer in model.modules() if isinstance(layer, W4Linear)]
+    print(f"{f'{len(layers)} 4-bit layers, rows:':<28}" + "".join(f"{count:>16,}" for count in rows))
+    for inputs, outputs in dict.fromkeys((layer.inputs, layer.outputs) for layer in layers):
+        alike = [layer for layer in layers if (layer.inputs, layer.outputs) == (inputs, outputs)]
+        cells = []
+        for count in rows:
+            x = torch.empty(count, inputs, dtype=model.head.dtype, device=model.head.device)
+            way = "/".join(dict.fromkeys(choose(layer, x) for layer in alike))
+            if way == "kernel" and count <= MMA_ROWS:
+                way = plan(count, outputs, inputs, alike[0].group_size, True, gpu_of(x.device))
+            cells.append(way)
+        print(f"{f'{len(alike)} of {inputs:,} -> {outputs:,}':<28}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def give_memory_back():
+    """Returns freed memory to the system: of the 0.5B glibc would keep 0.07 GB where 4-bit layers are prepared, and 0.25 GB of
+    weights that move between layouts."""
+    with suppress(OSError, AttributeError):                     # only glibc has malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
