@@ -178,7 +178,8 @@ def check_out(out: Path, tokenizer: Tokenizer):
                          "of its own")
     if other:                                                   # a run that is killed would leave it beside the old weights
         raise InputError(f"--out {out}: holds a 4-bit model with another tokenizer; choose a folder of its own")
-    check_writable(out.parent)
+    for folder in [out.parent, *filter(Path.exists, [out])]:    # the tokenizer's files go into one that is there
+        check_writable(folder)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -496,7 +496,7 @@ def main():
     report, rows, held_out, asked = read_data(args, tokenizer, lengths)
     texts, text_files = load_texts(args.lm_data) if args.lm_data else ([], None)
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
-    steps = args.steps or math.ceil(round(args.epochs * per_epoch, 6))          # 0.07 x 100 is 7.000000000000001
+    steps = args.steps or max(1, math.ceil(round(args.epochs * per_epoch, 6)))  # 0.07 x 100 is 7.000000000000001
     check_student(args.student, tokenizer)
     settings = flags_of(train, args, but=("student", "teacher", "loss", "lr", "out")) | dict(
         tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,

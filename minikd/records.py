@@ -195,9 +195,9 @@ def _csv_rows(file: Path):
     rows = csv.reader(text, strict=True)                        # strict: an unclosed quote must not swallow the rest
     start = 1                                                   # a record may span lines: name its first
     try:
-        header = [name.strip() for name in next(rows, [])]
+        header = [name.strip() for name in next(filter(None, rows), [])]    # after blank lines, if any
         if twice := [name for name, count in Counter(header).items() if count > 1]:
-            raise InputError(f"{file}:1: the column {twice[0]!r} is there twice; rename or remove one")
+            raise InputError(f"{file}:{rows.line_num}: the column {twice[0]!r} is there twice; rename or remove one")
         start = rows.line_num + 1
         for row in rows:
             where, start = f"{file}:{start}", rows.line_num + 1

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minikd.checkpoint import check_vocabulary, model_folder, outline
-from minikd.files import InputError, append_to, atomic_path, parse_json, read_json, remove, save_tensors
+from minikd.files import InputError, append_to, atomic_path, check_writable, parse_json, read_json, remove, save_tensors
 from minikd.model import Qwen2, run_blocks
 from minikd.records import is_chosen, local_files, split_choice
 
@@ -213,6 +213,8 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(),
                 raise InputError(f"{place}: is the folder you work in, and would be replaced; choose another --out")
             if cache and Path(cache).expanduser().resolve().is_relative_to(place.resolve()):
                 raise InputError(f"--cache-teacher {cache}: lies in {place}, which this run replaces; choose another folder")
+            if place.is_dir():
+                check_writable(place)
     check_files(out, runs, data, own)
 
 

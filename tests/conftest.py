@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -144,6 +145,20 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish(session):
     gc.collect(), gc.freeze()                                       # what was imported, which no later collection searches
     gc.set_threshold(100_000, 50, 100)                              # models come and go by thousands: a tenth of all time
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """read_only(folder): no file can be made in it from now on, as for a user who is not root."""
+    make, folders = tempfile.TemporaryFile, set()
+
+    def refuse(dir):
+        if dir in folders:
+            raise PermissionError(13, "Permission denied", str(dir))
+        return make(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    return folders.add
 
 
 @pytest.fixture(scope="session", autouse=True)

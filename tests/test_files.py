@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -146,17 +145,13 @@ def test_a_file_that_cannot_be_read_on_is_named(monkeypatch, tmp_path):
         assert failed.value.filename == str(tmp_path / "data.jsonl")
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, read_only):
     check_writable(tmp_path / "deep/new")
     assert list((tmp_path / "deep/new").iterdir()) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file: cannot be written .*choose another --out"):
         check_writable(tmp_path / "file")
-
-    def refused(dir):
-        raise PermissionError(13, "Permission denied", str(dir))
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refused)                     # as a user who is not root would be
+    read_only(tmp_path / "deep")
     with pytest.raises(InputError, match=r"deep: cannot be written \(Permission denied\)"):
         check_writable(tmp_path / "deep")
 

@@ -325,6 +325,16 @@ def test_an_out_that_holds_something_else_is_refused_before_the_work(run, world,
     assert file.read_text() == "mine" and load_model(plain) and (adapter / "adapter_model.safetensors").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(run, tmp_path, monkeypatch, read_only):
+    out = tmp_path / "w4"
+    assert run("--method", "rtn")[0] == 0
+    monkeypatch.setattr(qz, "quantize", None)                                   # would fail
+    for folder in out, tmp_path:
+        read_only(folder)
+        status, _, err = run("--method", "rtn", data=())
+        assert status == 2 and err == f"error: {folder}: cannot be written (Permission denied); choose another --out\n"
+
+
 def test_lengths_that_no_row_fits_are_one_line(run, world):
     status, _, err = run("--length", "1")
     assert status == 2 and "--length 1: a row needs at least two tokens" in err

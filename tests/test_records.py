@@ -43,8 +43,8 @@ def test_gz_json_and_csv_give_the_same_records_as_jsonl(tmp_path):
 
 
 def test_where_counts_lines_in_csv_and_records_in_json(tmp_path):
-    (tmp_path / "d.csv").write_text('instruction,response\n"a\nb",c\n\nd,e\n')
-    assert [where[-6:] for where, _ in read_records(tmp_path / "d.csv")] == [".csv:2", ".csv:5"]
+    (tmp_path / "d.csv").write_text('\ninstruction,response\n"a\nb",c\n\nd,e\n')
+    assert [where[-6:] for where, _ in read_records(tmp_path / "d.csv")] == [".csv:3", ".csv:6"]
     (tmp_path / "d.json").write_text("[{}, {}]")
     assert [where[-9:] for where, _ in read_records(tmp_path / "d.json")] == [":record 1", ":record 2"]
 
@@ -93,6 +93,7 @@ GOOD = json.dumps(DOLLY).encode()
     ("d.csv", b"", "d.csv: holds no records"),
     ("d.csv", b"instruction,response\n", "d.csv: holds no records"),
     ("d.csv", b"response,response\na,b\n", "d.csv:1: the column 'response' is there twice"),
+    ("d.csv", b"\nresponse,response\na,b\n", "d.csv:2: the column 'response' is there twice"),
     ("d.csv", b"instruction,response\na,b\ninstruction,response\n", "d.csv:3: the header again"),
     ("d.csv", b"instruction,response\na,b,c\n", "d.csv:2: 3 cells under 2 columns"),
     ("d.csv", b"instruction,response\na\n", "d.csv:2: 1 cells under 2 columns"),

@@ -787,6 +787,11 @@ def test_epochs_are_not_rounded_up_for_a_float_and_records_for_the_table_are_cou
     assert status == 2 and "error: --eval-data: no example is left of 1" in err
 
 
+def test_a_tiny_part_of_an_epoch_is_one_step(run, tmp_path):
+    status, _, err = run("--loss", "sft", "--epochs", 1e-9)
+    assert status == 0 and len(steps_of(tmp_path / "run")) == 1, err
+
+
 def test_a_teacher_may_be_trained_in_a_folder_of_the_comparison(run, tmp_path):
     flags = "--loss", "sft", "--steps", "1"
     assert run(*flags, out=tmp_path / "run/teacher")[0] == 0

@@ -403,6 +403,15 @@ def test_a_model_is_not_replaced_by_a_run(tmp_path, folder):
 
 
 @pytest.mark.parametrize("part", ["best", "last"])
+def test_a_folder_that_the_run_cannot_write_is_refused_before_it(tmp_path, part, read_only):
+    (tmp_path / part).mkdir()
+    check_free(tmp_path, [tmp_path], resume=False, toy=False)
+    read_only(tmp_path / part)
+    with pytest.raises(InputError, match=f"{part}: cannot be written"):
+        check_free(tmp_path, [tmp_path], resume=False, toy=False)
+
+
+@pytest.mark.parametrize("part", ["best", "last"])
 def test_a_model_that_no_run_wrote_is_not_replaced_by_its_checkpoints(tmp_path, part):
     (tmp_path / part).mkdir()
     (tmp_path / part / CONFIG).write_text('{"model_type": "qwen2"}')
