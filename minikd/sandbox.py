@@ -14,10 +14,10 @@ are set in more than one way, as a kernel or container may lack some of these; i
     uid            root becomes 65534, without access to root's files, processes and environment
     namespaces     no network, TCP or UDP; no IPC; no access to the memory and environment of the uid's other processes
     Landlock       reads Python and the system's libraries, writes the private folder; from ABI 4 no TCP, 6 no signals
-    seccomp        no processes, sockets, folders, tracing, priorities; signals and limits only for itself. A kernel without
-                   it also allows no threads
+    seccomp        no processes, sockets, folders, tracing, priorities, modes of files; signals and limits only for itself.
+                   A kernel without it also allows no threads
 
-It does not protect against bugs of the kernel. Without Landlock, a program can read whatever its uid can read.
+It does not protect against bugs of the kernel. Without Landlock, a program can read and write whatever its uid can.
 
 References
     Landlock    docs.kernel.org/userspace-api/landlock.html
@@ -55,7 +55,8 @@ LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPR
 READABLE = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime",
             "/dev/zero", "/dev/random", "/dev/urandom"]
 # System calls that no answer needs, by their numbers on (x86_64, aarch64): new processes, sockets, access to other processes,
-# ways around the filter, folders, and objects that outlive the process. -1: that machine lacks it.
+# ways around the filter, folders, objects that outlive the process, and what of files Landlock does not watch: modes, owners,
+# times, attributes, and before ABI 3 their length. -1: that machine lacks it.
 DENIED = {
     "fork": (57, -1), "vfork": (58, -1), "socket": (41, 198),
     "socketpair": (53, 199), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
@@ -66,7 +67,12 @@ DENIED = {
     "perf_event_open": (298, 241), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40),
     "mkdir": (83, -1), "mkdirat": (258, 34), "memfd_create": (319, 279), "add_key": (248, 217),
     "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186),
-    "mq_open": (240, 180)}
+    "mq_open": (240, 180),
+    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1), "fchown": (93, 55),
+    "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1), "futimesat": (261, -1),
+    "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
+    "file_setattr": (469, 469), "truncate": (76, 45)}
 # System calls that may only name the process itself, by its pid or 0 as first argument: the uid's other programs, and for an
 # ordinary user the caller, would obey too.
 ITSELF = {"kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "sched_setaffinity": (203, 122),
@@ -280,7 +286,7 @@ def _too_much(folder) -> bool:
                     count, size = count + 1, size + 512 * entry.stat(follow_symlinks=False).st_blocks
                 if count > FILES or size > DISK:
                     return True
-    except PermissionError:                                     # an ordinary user's program locked its own folder
+    except PermissionError:                                     # locked by the program: only where there is no seccomp
         return True
     return False
 
@@ -357,7 +363,7 @@ def _become(libc, report, options):
     if libc.prctl(38, 1, 0, 0, 0):                              # PR_SET_NO_NEW_PRIVS
         raise OSError("this kernel lacks no_new_privs")
     abi = _landlock(libc, options["readable"])
-    level.append(f"Landlock ABI {abi}" if abi else "no Landlock: files can be read")
+    level.append(f"Landlock ABI {abi}" if abi else "no Landlock: that user's files can be read and written")
     if root and uid is None:                                    # by MINIKD_SANDBOX_AS_ROOT
         for capability in range(64):
             libc.prctl(24, capability, 0, 0, 0)                 # PR_CAPBSET_DROP: none is left after execve
