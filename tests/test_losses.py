@@ -153,6 +153,14 @@ def test_of_qwens_whole_vocabulary_float32_is_enough(name, noise, error):
     assert exact.min() > 3e-7 and (found - exact).abs().max() < error
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_of_qwens_whole_vocabulary_the_normalisers_leave_no_trace_in_the_jsd(beta):
+    q, p = (random_logits(4, 151_936, seed=seed, scale=3) for seed in (0, 1))
+    for other, error in (p, 5e-7), (q, 2e-7):
+        found, exact = (jensen_shannon(*logits, beta) for logits in ((q, other), (q.double(), other.double())))
+        assert (found - exact).abs().max() < error
+
+
 def test_bfloat16_logits_are_widened_before_the_softmax():
     student = random_logits(151_936, seed=11, scale=3.0)
     teacher = (student + random_logits(151_936, seed=12, scale=0.3)).bfloat16()
