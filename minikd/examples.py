@@ -337,12 +337,14 @@ def load_examples(paths, format: str | None = None, limit: int | None = None, pr
 
 def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
     report.files.append((str(file), sha256(file)))
-    name, waiting = format, []                  # the last record's format; errors before the first record of a known format
+    name, waiting = format, []                                  # the last record's format
 
     def refuse(error):
-        """Malformed records of PyTorrent are only counted; elsewhere the first is an error."""
+        """Until a record tells the file's format, errors wait. Then PyTorrent's are counted, and any other's is raised."""
         if name is None:
             waiting.append(error)
+            if len(waiting) == 100:                             # a file of another kind: the rest need not be read
+                raise waiting[0]
         elif name != "pytorrent":
             raise error
         else:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import minikd.examples
 from conftest import BUGNET, CODEFORCES, DOLLY, PYTORRENT, write_records
 from minikd.data import prompt_text
 from minikd.evaluate import read_references
@@ -303,6 +304,15 @@ def test_what_is_malformed_before_the_first_whole_record_is_judged_by_that(tmp_p
         (tmp_path / "none.jsonl").write_text(first)
         with pytest.raises(InputError, match=f"{name}:1: "):
             load_examples(tmp_path / name)
+
+
+def test_a_file_of_another_kind_is_not_read_to_its_end(tmp_path, monkeypatch):
+    (tmp_path / "other.jsonl").write_text('{"title": "t"}\n' * 300)
+    read, seen = minikd.examples.read_records, []
+    monkeypatch.setattr(minikd.examples, "read_records", lambda *given: (seen.append(1) or pair for pair in read(*given)))
+    with pytest.raises(InputError, match="other.jsonl:1: "):
+        load_examples(tmp_path / "other.jsonl")
+    assert len(seen) == 100
 
 
 def test_a_bad_line_between_two_formats_is_judged_by_the_one_before(tmp_path):
