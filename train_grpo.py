@@ -320,7 +320,8 @@ def forward_backward(batch: list[Encoded], old, ref, advantages, weights, log_s=
     per_token = lambda x: torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)
     A, weight, s = per_token(advantages), per_token(weights), None if log_s is None else per_token(log_s)       # [N]
     old, ref = torch.cat(old).to(device), torch.cat(ref).to(device)             # [N]
-    # GSPO: with log π - log s (π held fixed) for log π_old every ratio is s, and its gradient s ∇ log π: see grpo.py.
+    # token_loss takes e^(logp - old) for its ratio. For GSPO old is logp - log s, logp held fixed: the ratio is then s, and its
+    # gradient s ∇ logp, for every token (see grpo.py).
     old_logp = lambda logp, at: old[at] if s is None else logp.detach() - s[at]             # [n]
     terms = dict(clip=clip, clip_high=clip_high)
     with mixed_precision(device, dtype):

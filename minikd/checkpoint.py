@@ -189,14 +189,14 @@ def read_quantization(folder: Path) -> dict | None:
     return raw
 
 
-def read_tensor(path: Path, key: str, floating: bool = True) -> torch.Tensor:
-    """One tensor of a safetensors file.  Raises InputError where it holds integers for floats, or the reverse."""
+def read_tensor(path: Path, key: str) -> torch.Tensor:
+    """One float tensor of a safetensors file.  Raises InputError where it holds integers."""
     with open_tensors(path) as file:
-        return tensor_of(file, path, key, floating)
+        return tensor_of(file, path, key, floating=True)
 
 
 def tensor_of(file, path: Path, key: str, floating: bool) -> torch.Tensor:
-    """One tensor of a file that open_tensors gave.  Raises InputError as read_tensor does."""
+    """One tensor of a file that open_tensors gave.  Raises InputError where it holds integers for floats, or the reverse."""
     tensor = file.get_tensor(key)
     if tensor.is_floating_point() != floating:
         kind = "a float" if floating else "an integer"

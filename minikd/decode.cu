@@ -66,10 +66,12 @@ static_assert(sizeof(Shared) == 221264, "decode_cuda.py asks for so many bytes")
 //
 // A word holds a value in its upper bits, a bfloat16 or in attention's parts a float32 without its last 8, and in its lower ones
 // the tag, from 1 to 255: until it is sent anew it is 0 or has the tag of one to three layers before. Relaxed accesses see a word
-// whole, old or new, and need no fence: nothing else is read on the strength of it. Before a block overwrites words, all blocks
-// have read them: every block computes a part of `wide` in each layer, which it cannot send before it has read all words of the
-// stages before, and no block passes stage 5 without all of `wide`. Of `wide` itself there are two, for even and for odd layers:
-// a block whose only task is in stage 4 may have sent its part and not yet read the others', when they are a layer on.
+// whole, old or new, and need no fence: nothing else is read on the strength of it.
+//
+// When may words be overwritten? Every block computes a part of `wide` in each layer, and sends it after it has read all words
+// of the stages before. So who has all of layer l's `wide` knows that every block has read heads, parts and middle of layer l and
+// last of layer l - 1. Layer l's `wide` itself may still be read by a slow block while others send that of l + 1: so there are
+// two. The one of l + 2 is sent only by who has all of l + 1's, which each block sends after it has read l's.
 
 __device__ __forceinline__ Words load_relaxed(const u32* p) {
     Words v;

@@ -100,7 +100,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
             models = [OneKernel(each, cache) if fits(each, count) else each for each, cache in zip(models, caches)]
         decoding = Decoding(models, caches, states, logits_of, (temperature, top_p, top_k), u)
         step, look = Replay(decoding.step, graphs and device.type == "cuda"), LOOK if graphs else 1
-        for done in range(1, max_new_tokens):                   # tokens that every row has
+        for done in range(1, max_new_tokens):                   # tokens drawn so far, the first by Decoding()
             if done == 1 or done % look == 0:                   # at 1: all may have stopped at once
                 going = decoding.read(done, stops)              # the rows that are not finished
                 if not going:

@@ -99,7 +99,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
                 products.multiply(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
             for tokens in slices(at.start, at.stop, piece):
                 rows = slice(tokens.start - at.start, tokens.stop - at.start)   # the same tokens, counted within the chunk
-                ce[tokens], kd[tokens], total[tokens] = losses(                 # from here on dL/dlogits, in place
+                ce[tokens], kd[tokens], total[tokens] = losses(                 # and leaves dL/dlogits in logits
                     logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], kd_ratio,
                     weight[tokens], policy_loss and functools.partial(policy_loss, at=tokens), need_hidden or need_head)
             if need_hidden or need_head:
@@ -189,9 +189,8 @@ def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Ten
     name = {no_divergence: "ce", entropy: "entropy", forward_kl: "forward", reverse_kl: "reverse"}.get(divergence)
     read = [logits, teacher_logits] if name in ("forward", "reverse") else [logits]
     temperature = options.get("temperature", 1.0)
-    if name is None or options.keys() - {"temperature"} or not temperature > 0 or not loss_cuda.can_run(*read):
-        return None
-    if name == "entropy" and kd_ratio:                                          # the kernel only measures it: no gradient
+    if (name is None or options.keys() - {"temperature"} or not temperature > 0 or not loss_cuda.can_run(*read)
+            or name == "entropy" and kd_ratio):                                 # which the kernel only measures: no gradient
         return None
     return name, temperature
 

@@ -41,7 +41,8 @@ __device__ __forceinline__ float largest(Words v) {
 }
 __device__ __forceinline__ float clamped(u16 bits) { return low(max_pair(bits, TWO_LEAST)); }
 
-// Makes x's sums relative to larger logits: each term of `gap` changes by the same, so its sum by that times the mass.
+// Makes x's sums relative to larger logits. In `gap` each (t - t_most) - (s - s_most) grows by dt - ds, so the sum by that times
+// the mass of its weights; then all is scaled down.
 template <int KIND> __device__ __forceinline__ void raise(Row& x, float s_most, float t_most, float T) {
     float ds = x.s_most - s_most, dt = x.t_most - t_most;       // 0 or below
     float s_part = power_of_2(ds * (LOG2_E / T)), t_part = power_of_2(dt * (LOG2_E / T));

@@ -212,9 +212,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.packed                            # once: another thread may take it away
-        if packed is not None:
-            return packed(x)
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias) if packed is None else packed(x)
 
 
 def trains_on_gpu(x: Tensor) -> bool:

@@ -158,8 +158,8 @@ def answer_reward(completions: list[str], facts: list[dict]) -> Values:
     without a gold answer.
 
     Of an answer with a LaTeX \\boxed{...} only what the last one holds counts; in a text without tags it is the answer. $ and **
-    around it, percent and degree signs, a letter and = before it, LaTeX's spaces and those beside signs, and a number's unit in
-    \\text{...} do not count.
+    around it, percent and degree signs, a letter and = before it, LaTeX's spaces, one beside a sign (of a minus: both or none),
+    and a number's unit in \\text{...} do not count.
     """
     values = []
     for completion, problem in zip(completions, facts, strict=True):

@@ -6,8 +6,8 @@ import os
 import resource
 import signal
 import subprocess
-import tempfile
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
