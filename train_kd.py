@@ -29,7 +29,7 @@ import torch
 
 from minikd import minillm, toy
 from minikd.checkpoint import (check_vocabulary, has_four_bits, identify, load_config, load_head, load_model, model_files,
-                               model_folder, save_model)
+                               model_folder, outline, save_model)
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
 from minikd.data import Encoded, collate, describe_dropped, encode_examples, encode_text, optimizer_steps, steps_per_epoch
@@ -329,7 +329,7 @@ def stage(folder: Path, make_student, *, resume: bool, recorded: dict, **setting
 
     recorded  what config.json holds beside the settings; a resumed run must have the same
     """
-    if begin_run(folder, recorded | recordable(settings), resume):
+    if begin_run(folder, recordable(settings) | recorded, resume):
         train(student=make_student(), out=folder, title=folder.name, **settings)
 
 
@@ -455,10 +455,11 @@ def write_held_out(examples: list, path: Path):
                   "category": example.category} for example in examples], path)
 
 
-def conclude(args, out: Path, tokenizer, base: Qwen2, teacher, held_out: tuple, asked: tuple, device, dtype) -> Path | None:
+def conclude(args, out: Path, tokenizer, base: Qwen2, teacher, held_out: tuple, asked: tuple, device, dtype,
+             teacher_dtype) -> Path | None:
     """Prints the table of Base, the runs and Teacher, and draws the curves; returns the picture's path."""
-    if isinstance(teacher, CachedTeacher):                      # the table needs answers, and so the whole model
-        teacher = Teacher(load_model(args.teacher, device, teacher.head.dtype).requires_grad_(False))
+    if args.teacher and not isinstance(teacher, Teacher):       # the table needs answers, and so the whole model
+        teacher = Teacher(load_model(args.teacher, device, teacher_dtype).requires_grad_(False))
     models = {"SFT" if args.from_sft else "Base": base.to(dtype)}            # what the runs began from
     models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
     models |= {"Teacher": teacher.model} if teacher else {}
@@ -508,15 +509,17 @@ def main():
                 "validation": args.validation, "rows": fingerprint(map(digest_of, rows + held_out[0])), **lengths}
     for _, loss, lr, folder in planned(args):                                               # before anything is written
         if args.resume and not args.toy and read_log(out / folder):
-            check_settings(out / folder, recorded | recordable(settings | dict(loss=loss, lr=lr)))
+            check_settings(out / folder, recordable(settings | dict(loss=loss, lr=lr)) | recorded)
     lock(out)
     check()                                                     # another process may have run here while the data were read
     if not args.eval_data:
         write_held_out(held_out[1], out / "held-out.jsonl")
     teacher = None
-    if args.teacher:                                            # for --loss sft it is only in the table
-        if args.seq_kd:
-            rows = ask_teacher(args, tokenizer, rows, device, teacher_dtype, out)
+    if args.seq_kd:
+        rows = ask_teacher(args, tokenizer, rows, device, teacher_dtype, out)
+    if args.teacher and args.loss == "sft":                     # it is only in the table: its files must do, not yet its memory
+        outline(model_folder(args.teacher))
+    elif args.teacher:
         teacher = open_teacher(args, tokenizer, rows + held_out[0], device, teacher_dtype, lengths, report.files)
     settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
     student = lambda: load_model(args.student, device)
@@ -526,7 +529,7 @@ def main():
         recorded["student"] = identify(args.student)
     for _, loss, lr, folder in planned(args):
         stage(out / folder, student, loss=loss, lr=lr, recorded=recorded, **settings)
-    picture = conclude(args, out, tokenizer, student(), teacher, held_out, asked, device, dtype)
+    picture = conclude(args, out, tokenizer, student(), teacher, held_out, asked, device, dtype, teacher_dtype)
     print(f"\n{f'curves in {picture}; ' if picture else ''}checkpoints under {out}; {time.time() - started:.0f} s")
 
 

@@ -97,6 +97,25 @@ def test_sft_needs_no_teacher_and_logs_no_divergence(run, tmp_path, world):
     assert not any("kd" in line or "own_answers" in line for line in steps_of(tmp_path / "run"))
 
 
+def test_while_sft_trains_its_teacher_is_not_in_memory(run, tmp_path, world, monkeypatch):
+    """It is loaded for the table, so its files are looked at before the training."""
+    events, load, train = [], kd.load_model, kd.train
+    monkeypatch.setattr(kd, "load_model", lambda name, *more: (events.append(Path(name).name), load(name, *more))[1])
+    monkeypatch.setattr(kd, "train", functools.wraps(train)(lambda **given: (events.append("train"), train(**given))[1]))
+    flags = "--loss", "sft", "--steps", 1
+    status, out, err = run(*flags)
+    assert status == 0 and events[:2] == ["student", "train"] and "teacher" in events[2:] and "Teacher" in out, err
+    assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["teacher"] == identify(world / "teacher")
+    assert run(*flags, "--resume")[0] == 0
+    (tmp_path / "damaged").mkdir()
+    for file in (world / "teacher").iterdir():
+        content = file.read_bytes()
+        (tmp_path / "damaged" / file.name).write_bytes(content[:-1] if file.suffix == ".safetensors" else content)
+    events.clear()
+    status, _, err = run(*flags, models=("--student", world / "student", "--teacher", tmp_path / "damaged"), out=tmp_path / "new")
+    assert status == 2 and "damaged or truncated" in err and not events
+
+
 @torch.no_grad()
 def slow_losses(student, teacher, rows) -> tuple[float, float, int]:
     """Paper eq. (3) and (4) as a loop over rows and tokens: cross-entropy and KL a token, and how many tokens."""
