@@ -18,6 +18,7 @@ from minikd.w4 import W4Linear, swap_linears
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZE = "quantize_config.json"
 PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
+PART = 16 << 20                                     # bytes that are read before a file is closed
 SHARD_BYTES = 5 * 10**9                             # transformers 4's own limit; 5's is ten times that
 # Old checkpoints store these; minikd computes both (rope_tables, causal attention), so they are ignored.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.masked_bias$")
@@ -46,17 +47,19 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     model, files = outline(model_folder(name))
     model = allocate(model.to(dtype), device)
     places = model.state_dict()                                 # the parameters' own memory, by name, outside autograd
-    # A file's pages that were read take memory until it is closed, beside all that is loaded already: so the largest first.
+    # A file's pages that were read take memory until it is closed, beside all that is loaded already: so the largest first, and
+    # that in parts. To open a file takes a millisecond, too long for each of many small tensors.
     opened, read = {}, 0
     for key in sorted(files, key=lambda key: -places[key].numel()):
-        path = files[key]
-        if path not in opened:
-            opened[path] = open_tensors(path)                   # a millisecond, too long for each of many small tensors
-        places[key].copy_(tensor_of(opened[path], path, key, places[key].is_floating_point()))
+        path, at = files[key], 0
+        for part in places[key].split(max(1, PART // places[key][0].nbytes)):
+            if path not in opened:
+                opened[path] = open_tensors(path)
+            part.copy_(tensor_of(opened[path], path, key, part.is_floating_point(), slice(at, at + len(part))))
+            at, read = at + len(part), read + part.nbytes
+            if read >= PART:
+                opened, read = {}, 0                            # dropped, they are closed
         check_finite(places[key], path, key)
-        read += places[key].nbytes
-        if read > 1 << 23:                                      # 8 MB
-            opened, read = {}, 0                                # dropped, they are closed
     for layer_name, layer in model.named_modules():
         if isinstance(layer, W4Linear):
             check_words(layer, model.quantization, f"{files[layer_name + '.g_idx']}: {layer_name}")
@@ -195,9 +198,9 @@ def read_tensor(path: Path, key: str) -> torch.Tensor:
         return tensor_of(file, path, key, floating=True)
 
 
-def tensor_of(file, path: Path, key: str, floating: bool) -> torch.Tensor:
-    """One tensor of a file that open_tensors gave.  Raises InputError where it holds integers for floats, or the reverse."""
-    tensor = file.get_tensor(key)
+def tensor_of(file, path: Path, key: str, floating: bool, rows: slice = slice(None)) -> torch.Tensor:
+    """One tensor, or some of its rows, of a file that open_tensors gave.  Raises InputError where it holds integers for floats, or the reverse."""
+    tensor = file.get_slice(key)[rows]
     if tensor.is_floating_point() != floating:
         kind = "a float" if floating else "an integer"
         raise InputError(f"{path}: {key} is {tensor.dtype}, not {kind} tensor; fetch the model again")

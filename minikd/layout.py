@@ -201,6 +201,7 @@ def join(parts: list[nn.Module]):
             part.qweight = joined.qweight.new_empty(0)
             part.prepared = None
             at += part.outputs
+        give_memory_back()
         dims = {"qzeros": 1, "scales": 1, "bias": 0}
     else:
         joined = Linear(1, 1, bias=first.bias is not None, device=first.weight.device).requires_grad_(False)

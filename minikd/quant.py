@@ -145,7 +145,7 @@ def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> 
 
 def from_words(qweight: Tensor, qzeros: Tensor, scales: Tensor, version: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """to_words' inverse, for folders of any tool: codes uint8 [O, I], scales, zeros float32 [O, I/g] by g_idx's groups."""
-    return unpack(qweight, 0).T.contiguous(), *read_grid(qzeros, scales, version)
+    return unpack(qweight.T, 1), *read_grid(qzeros, scales, version)
 
 
 def read_grid(qzeros: Tensor, scales: Tensor, version: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,9 @@ from minikd.quant import check_groups, dequantize_groups, pack, read_grid, unpac
 from minikd.w4_cuda import MMA_ROWS, codes_of, gpu_of, plan, repack, supports_groups
 
 
+PART = 256              # outputs whose codes are unpacked at a time for torch's int4 operator: whole blocks of its layout
+
+
 class W4Linear(nn.Module):
     """y = x W^T + b, W held as 4-bit codes. `choose` decides how it multiplies.
 
@@ -42,12 +45,12 @@ class W4Linear(nn.Module):
 
     def codes(self, rows: slice = slice(None)) -> Tensor:
         """uint8 [O, I], or some of the rows, from where they are."""
-        words = self.qweight                                    # once: another thread may let it go
+        words, whole = self.qweight, self.whole                 # once: another thread may let them go
         if words.numel():
-            return unpack(words[:, rows], 0).T.contiguous()
-        if self.whole is not None:                              # of a part all rows are asked for
-            layer, rows = self.whole
-            return layer.codes(rows)
+            return unpack(words[:, rows].T, 1)
+        if whole is not None:
+            layer, these = whole
+            return layer.codes(these)[rows]
         way, (prepared, *_) = self.prepared
         read = codes_of if way == "kernel" else codes_of_int4
         return read(prepared, self.outputs, self.inputs)[rows]
@@ -90,18 +93,19 @@ class W4Linear(nn.Module):
         if self.prepared is None or self.prepared[0] != way:
             readable = way == "kernel" or can_read_int4(self.outputs, self.inputs)
             words = self.qweight.new_empty(0) if readable else self.words()
-            self.prepared = way, self.prepare(way, self.codes())
+            self.prepared = way, self.prepare(way)
             self.qweight, self.whole = words, None              # in this order: another thread may look for the codes
             give_memory_back()
         return self.prepared[1]
 
-    def prepare(self, way: str, codes: Tensor) -> tuple:
+    def prepare(self, way: str) -> tuple:
         """Codes and grid in the layout of a way, for bfloat16 inputs. int4's layout depends on the CPU: it is never saved."""
         scales, zeros = read_grid(self.qzeros, self.scales, self.version)
         if way == "kernel":
-            return repack(codes, scales, zeros)
+            return repack(self.codes(), scales, zeros)
         pair = torch.stack([scales, (8 - zeros) * scales], dim=-1).transpose(0, 1)              # [I/g, O, 2]
-        return pack_int4(codes), pair.bfloat16().contiguous()   # w = (code - 8) scale + (8 - zero) scale
+        packed = [pack_int4(self.codes(slice(i, i + PART))) for i in range(0, self.outputs, PART)]
+        return torch.cat(packed), pair.bfloat16().contiguous()  # w = (code - 8) scale + (8 - zero) scale
 
     def _apply(self, fn, recurse=True):
         """model.to(bfloat16) must not round the scales: they stay in float16, as stored."""
@@ -148,8 +152,7 @@ def choose(layer: W4Linear, x: Tensor) -> str:
 
 def pack_int4(codes: Tensor) -> Tensor:
     """uint8 [O, I] -> uint8 [O, I/2], for _weight_int4pack_mm_for_cpu on this CPU"""
-    parts = codes.split(1024)                                   # whole blocks of the layout; int32 takes eight times the memory
-    return torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts])
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
 
 
 def codes_of_int4(packed: Tensor, outputs: int, inputs: int) -> Tensor:
@@ -160,6 +163,8 @@ def codes_of_int4(packed: Tensor, outputs: int, inputs: int) -> Tensor:
 @functools.cache
 def can_read_int4(outputs: int, inputs: int) -> bool:
     """Whether codes_of_int4 reads the codes of such a layer on this CPU; tried once."""
+    if outputs > PART:
+        return can_read_int4(PART, inputs) and can_read_int4(outputs % PART or PART, inputs)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(16, (outputs, inputs), generator=generator, dtype=torch.uint8, device="cpu")
     return outputs % 64 == 0 and torch.equal(codes_of_int4(pack_int4(codes), outputs, inputs), codes)
@@ -169,8 +174,8 @@ def can_read_int4(outputs: int, inputs: int) -> bool:
 def int4_places(inputs: int) -> Tensor:
     """Where the codes of 64 outputs are in their block, [64 I]. CPUs differ, and torch does not say: so the codes' indices are
     packed, a hexadecimal digit at a time, and looked for."""
-    index = torch.arange(64 * inputs, device="cpu").view(64, inputs)
-    digits = [nibbles(pack_int4(index >> 4 * i & 15)).flatten().long() for i in range(6)]
+    index = torch.arange(64 * inputs, dtype=torch.int32, device="cpu").view(64, inputs)
+    digits = (nibbles(pack_int4(index >> 4 * i & 15)).flatten().int() for i in range(6))
     return sum(digit << 4 * i for i, digit in enumerate(digits)).argsort()
 
 
