@@ -10,12 +10,13 @@ processes. None is started with preexec_fn, which would be unsafe in a caller wi
 The functions from _supervise to _boot run in the last two processes, passed to `python -c` as source. Important limits
 are set in more than one way, as a kernel or container may lack some of these; isolation() says which are active:
 
-    rlimits        memory, CPU time, file size, open files, threads (root is exempt: hence the uid)
+    rlimits        memory, CPU time, file size, open files, threads, timers (root is exempt: hence the uid)
     uid            root becomes 65534, without access to root's files, processes and environment
     namespaces     no network, TCP or UDP; no IPC; no access to the memory and environment of the uid's other processes
-    Landlock       reads Python and the system's libraries, writes the private folder; from ABI 4 no TCP, 6 no signals
-    seccomp        no processes, sockets, folders, tracing, priorities, modes of files; signals and limits only for itself.
-                   A kernel without it also allows no threads
+    Landlock       reads Python and the system's libraries, writes the private folder, but removes and renames nothing there, so
+                   that all it wrote is seen; from ABI 4 no TCP, 6 no signals
+    seccomp        no processes, sockets, folders, tracing, priorities, modes of files, shared memory; signals and limits only
+                   for itself. A kernel without it also allows no threads
 
 It does not protect against bugs of the kernel. Without Landlock, a program can read and write whatever its uid can.
 
@@ -50,33 +51,46 @@ DISK, FILES = 8 * MB, 200   # of the private folder, which is flat
 TICK = 0.05                 # seconds between two checks of that folder
 SHARE = Path("/sys/fs/cgroup/cpu.max")          # cgroup v2
 # NPROC counts threads: recursion in a thread with a large stack is common in contests. Without a user namespace it counts those
-# of all the uid's programs together.
-LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPROC": 256}
+# of all the uid's programs together. A CORE of 1 keeps programs away that the kernel pipes core dumps to; 0 does not.
+LIMITS = {"RLIMIT_CORE": 1, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPROC": 64, "RLIMIT_SIGPENDING": 256}
 READABLE = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime",
             "/dev/zero", "/dev/random", "/dev/urandom"]
-# System calls that no answer needs, by their numbers on (x86_64, aarch64): new processes, sockets, access to other processes,
-# ways around the filter, folders, objects that outlive the process, and what of files Landlock does not watch: modes, owners,
-# times, attributes, and before ABI 3 their length. -1: that machine lacks it.
+# System calls that no answer needs, by their numbers on (x86_64, aarch64). -1: that machine lacks it.
 DENIED = {
-    "fork": (57, -1), "vfork": (58, -1), "socket": (41, 198),
-    "socketpair": (53, 199), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424), "ptrace": (101, 117), "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271), "process_madvise": (440, 440), "migrate_pages": (256, 238), "move_pages": (279, 239),
-    "setpriority": (141, 140), "ioprio_set": (251, 30), "io_uring_setup": (425, 425), "bpf": (321, 280),
-    "userfaultfd": (323, 282),
-    "perf_event_open": (298, 241), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40),
-    "mkdir": (83, -1), "mkdirat": (258, 34), "memfd_create": (319, 279), "add_key": (248, 217),
-    "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186),
-    "mq_open": (240, 180),
+    # new processes, sockets, access to other processes, ways around the filter, folders
+    "fork": (57, -1), "vfork": (58, -1), "socket": (41, 198), "socketpair": (53, 199), "tkill": (200, 130),
+    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
+    "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440), "migrate_pages": (256, 238), "move_pages": (279, 239), "setpriority": (141, 140),
+    "ioprio_set": (251, 30), "io_uring_setup": (425, 425), "bpf": (321, 280), "userfaultfd": (323, 282),
+    "perf_event_open": (298, 241), "seccomp": (317, 277), "landlock_create_ruleset": (444, 444), "unshare": (272, 97),
+    "setns": (308, 268), "mount": (165, 40), "mkdir": (83, -1), "mkdirat": (258, 34),
+    # what outlives the process, or takes memory, disk or the machine's own resources that no limit counts
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "vmsplice": (278, 75), "fallocate": (285, 47), "io_setup": (206, 0),
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "semget": (64, 190),
+    "msgget": (68, 186), "mq_open": (240, 180), "close_range": (436, 436), "openat2": (437, 437), "inotify_init": (253, -1),
+    "inotify_init1": (294, 26), "fanotify_init": (300, 262),
+    # what of any file Landlock does not watch: modes, owners, times, attributes, and before ABI 3 its length
     "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1), "fchown": (93, 55),
     "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1), "futimesat": (261, -1),
     "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
     "file_setattr": (469, 469), "truncate": (76, 45)}
-# System calls that may only name the process itself, by its pid or 0 as first argument: the uid's other programs, and for an
-# ordinary user the caller, would obey too.
-ITSELF = {"kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "sched_setaffinity": (203, 122),
-          "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274)}
+# System calls that are judged by an argument: its place, which of its bits count, values, and whether the call may have only
+# these or none of them. SELF is the program's pid: an ordinary user's other processes, such as the caller, would obey, too.
+ONLY, NEVER, SELF, ALL = True, False, -1, 0xFFFFFFFF
+JUDGED = {
+    **{name: (numbers, 0, ALL, (0, SELF), ONLY) for name, numbers in {
+        "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "sched_setaffinity": (203, 122),
+        "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274)}.items()},
+    "clone": ((56, 220), 0, 0x10400, (0x10400,), ONLY),     # CLONE_THREAD and CLONE_FILES: a thread
+    "prctl": ((157, 167), 0, ALL, (1, 22), NEVER),          # PR_SET_PDEATHSIG, PR_SET_SECCOMP
+    "fcntl": ((72, 25), 1, ALL, (8, 10, 15, 1024), NEVER),  # F_SETOWN, F_SETSIG, F_SETOWN_EX, which signal others; F_SETLEASE
+    # TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX; others change a file's flags, or make folders
+    "ioctl": ((16, 29), 1, ALL, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), ONLY),
+    "mmap": ((9, 222), 3, 0x21, (0x21,), NEVER),            # MAP_SHARED with MAP_ANONYMOUS: AS stops counting it too early
+    "open": ((2, -1), 1, 0x400000, (0x400000,), NEVER),     # O_TMPFILE: a file without a name
+    "openat": ((257, 56), 2, 0x400000, (0x400000,), NEVER)}
 
 
 @dataclass(frozen=True)
@@ -192,7 +206,7 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
         os.chown(f"{folder}/program.py", uid, uid)
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)         # not a venv's link
     seconds = math.ceil(timeout) + 1                            # of CPU time, if the wall clock should fail
-    return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED, "itself": ITSELF,
+    return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED, "judged": JUDGED,
             "boot": inspect.getsource(_boot) + "_boot()", "uid": uid,
             "readable": READABLE + [python, f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)],
             "limits": LIMITS | {"RLIMIT_CPU": seconds, "RLIMIT_AS": int(memory_mb * MB)}}
@@ -239,15 +253,17 @@ def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray
     poll, verdict, look = select.poll(), "", 0.0
     for stream in texts:
         poll.register(stream, select.POLLIN)
+        os.set_blocking(stream, False)                          # a program may take back what it wrote, between poll and read
 
     def read(seconds) -> bool:
         ready = poll.poll(1000 * max(0.0, seconds))
         for stream, _ in ready:
-            data = os.read(stream, 1 << 16)
-            texts[stream].extend(data)
-            if not data:
-                poll.unregister(stream)
-                texts.pop(stream)
+            with suppress(BlockingIOError):
+                data = os.read(stream, 1 << 16)
+                texts[stream].extend(data)
+                if not data:
+                    poll.unregister(stream)
+                    texts.pop(stream)
         return bool(ready)
 
     def too_long() -> bool:
@@ -383,13 +399,15 @@ def _become(libc, report, options):
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(which, (value, value))
     libc.prctl(1, _signal.SIGKILL, 0, 0, 0)                     # PR_SET_PDEATHSIG: dies with the supervisor
-    filtered = _seccomp(libc, options["denied"], options["itself"])
+    filtered = _seccomp(libc, options["denied"], options["judged"])
     if not filtered:                                            # then only this keeps it from starting processes
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     level.append("seccomp" if filtered else "no seccomp")
     os.write(report, ", ".join(level).encode())
-    python = options["python"]                                  # no random hash seed: the same source, the same output
-    os.execve(python, [python, "-s", "-S", "-B", "-X", "utf8", "-c", options["boot"]], {"PYTHONHASHSEED": "0"})
+    python = options["python"]
+    environment = {"PYTHONHASHSEED": "0",                       # the same source, the same output
+                   "MALLOC_ARENA_MAX": "1"}                     # or AS counts 64 MB for each thread
+    os.execve(python, [python, "-s", "-S", "-B", "-X", "utf8", "-c", options["boot"]], environment)
 
 
 def _uncover(libc, prefix):
@@ -425,9 +443,9 @@ def _landlock(libc, readable) -> int:
     every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1        # all access rights to files that this ABI knows
     handled = (ctypes.c_uint64 * 3)(every, 3, 3)                # struct landlock_ruleset_attr: files, network, scope
     ruleset = libc.syscall(444, handled, ctypes.c_size_t(8 if abi < 4 else 16 if abi < 6 else 24), 0)
-    execute, write, read, read_dir, remove, make, truncate = 1, 2, 4, 8, 32, 256, 1 << 14
+    execute, write, read, read_dir, make, truncate = 1, 2, 4, 8, 256, 1 << 14
     rules = [(path, execute | read | read_dir) for path in readable]
-    rules += [("/dev/null", read | write), (".", read | write | read_dir | remove | make | truncate)]
+    rules += [("/dev/null", read | write), (".", read | write | read_dir | make | truncate)]      # what is removed is not counted
     for path, allowed in rules:
         if os.path.exists(path):
             handle = os.open(path, os.O_PATH)
@@ -442,32 +460,34 @@ def _landlock(libc, readable) -> int:
     return abi
 
 
-def _seccomp(libc, denied, itself) -> bool:
-    """Makes the system calls in `denied`, those in `itself` that name another process, and new processes fail with EPERM; False
-    if not supported."""
+def _seccomp(libc, denied, judged) -> bool:
+    """Makes the system calls in `denied`, those in `judged` with other arguments, and new processes fail with EPERM; False if not
+    supported."""
     machine = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
     if machine is None:
         return False
-    load, equal, above, shares, end = 0x20, 0x15, 0x35, 0x45, 0x06      # BPF: load a word, jump if ==, >=, a common bit; return
+    load, mask, equal, above, end = 0x20, 0x54, 0x15, 0x35, 0x06        # BPF: load a word, and, jump if ==, if >=, return
     deny, allow = (end, 0, 0, 0x50001), (end, 0, 0, 0x7FFF0000)     # SECCOMP_RET_ERRNO with EPERM, SECCOMP_RET_ALLOW
     code = [(load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[machine]), deny,    # another ABI's numbers
             (load, 0, 0, 0), (above, 0, 1, 0x40000000), deny]                           # x32
     for numbers in denied.values():
         if numbers[machine] >= 0:
             code += [(equal, 0, 1, numbers[machine]), deny]
-    for numbers in itself.values():                             # at 16 is a call's first argument, at 24 its second
-        code += [(equal, 0, 5, numbers[machine]), (load, 0, 0, 16), (equal, 2, 0, os.getpid()), (equal, 1, 0, 0), deny, allow]
-    code += [(equal, 0, 4, (157, 167)[machine]), (load, 0, 0, 16), (equal, 0, 1, 1), deny, allow]   # prctl: PR_SET_PDEATHSIG
-    code += [(equal, 0, 6, (72, 25)[machine]), (load, 0, 0, 24),        # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX, by which a
-             (equal, 3, 0, 8), (equal, 2, 0, 10), (equal, 1, 0, 15), allow, deny]       # pipe would signal another process
-    code += [(equal, 0, 4, (56, 220)[machine]), (load, 0, 0, 16), (shares, 1, 0, 0x10000), deny, allow]     # clone: CLONE_THREAD
+    for numbers, place, bits, values, only in judged.values():  # the first argument is at 16, the next at 24
+        last = [deny, allow] if only else [allow, deny]         # if it is none of the values, if it is one
+        tests = [(equal, len(values) - i, 0, os.getpid() if value < 0 else value) for i, value in enumerate(values)]
+        if numbers[machine] >= 0:
+            code += [(equal, 0, len(tests) + 4, numbers[machine]), (load, 0, 0, 16 + 8 * place), (mask, 0, 0, bits), *tests, *last]
     code += [(equal, 0, 1, 435), (end, 0, 0, 0x50026), allow]   # clone3's flags are out of sight: ENOSYS, and libc calls clone
     word = sys.byteorder
     raw = b"".join(c.to_bytes(2, word) + bytes([yes, no]) + k.to_bytes(4, word) for c, yes, no, k in code)
     program = ctypes.create_string_buffer(raw, len(raw))
     length = int.from_bytes(len(code).to_bytes(2, word) + bytes(6), word)               # struct sock_fprog
     header = (ctypes.c_uint64 * 2)(length, ctypes.addressof(program))
-    return libc.prctl(22, 2, ctypes.addressof(header), 0, 0) == 0       # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    failed = libc.prctl(22, 2, ctypes.addressof(header), 0, 0)          # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    if failed and ctypes.get_errno() not in (22, 38):                   # EINVAL, ENOSYS: a kernel without it
+        raise OSError(f"seccomp failed: {os.strerror(ctypes.get_errno())}")
+    return not failed
 
 
 def _boot():
