@@ -199,7 +199,8 @@ def read_tensor(path: Path, key: str) -> torch.Tensor:
 
 
 def tensor_of(file, path: Path, key: str, floating: bool, rows: slice = slice(None)) -> torch.Tensor:
-    """One tensor, or some of its rows, of a file that open_tensors gave.  Raises InputError where it holds integers for floats, or the reverse."""
+    """One tensor, or some of its rows, of a file that open_tensors gave.  Raises InputError where it holds integers for floats,
+    or the reverse."""
     tensor = file.get_slice(key)[rows]
     if tensor.is_floating_point() != floating:
         kind = "a float" if floating else "an integer"

@@ -473,11 +473,12 @@ def _seccomp(libc, denied, judged) -> bool:
     for numbers in denied.values():
         if numbers[machine] >= 0:
             code += [(equal, 0, 1, numbers[machine]), deny]
-    for numbers, place, bits, values, only in judged.values():  # the first argument is at 16, the next at 24
-        last = [deny, allow] if only else [allow, deny]         # if it is none of the values, if it is one
-        tests = [(equal, len(values) - i, 0, os.getpid() if value < 0 else value) for i, value in enumerate(values)]
+    for numbers, place, bits, values, only in judged.values():
         if numbers[machine] >= 0:
-            code += [(equal, 0, len(tests) + 4, numbers[machine]), (load, 0, 0, 16 + 8 * place), (mask, 0, 0, bits), *tests, *last]
+            rule = [(load, 0, 0, 16 + 8 * place), (mask, 0, 0, bits)]       # the first argument is at 16, the next at 24
+            rule += [(equal, len(values) - i, 0, os.getpid() if value < 0 else value) for i, value in enumerate(values)]
+            rule += [deny, allow] if only else [allow, deny]    # if it is none of the values, if it is one
+            code += [(equal, 0, len(rule), numbers[machine]), *rule]
     code += [(equal, 0, 1, 435), (end, 0, 0, 0x50026), allow]   # clone3's flags are out of sight: ENOSYS, and libc calls clone
     word = sys.byteorder
     raw = b"".join(c.to_bytes(2, word) + bytes([yes, no]) + k.to_bytes(4, word) for c, yes, no, k in code)

@@ -241,7 +241,8 @@ def test_each_call_that_is_denied_is_refused():
 
 
 @pytest.mark.parametrize("act", ["fcntl.ioctl(1, 0x40086602, bytes(8))", "fcntl.fcntl(0, fcntl.F_SETLEASE, fcntl.F_RDLCK)",
-                                 "fcntl.fcntl(os.pipe()[0], 1024, 1)", "mmap.mmap(-1, 4096)", "os.open('.', os.O_TMPFILE | os.O_RDWR)",
+                                 "fcntl.fcntl(os.pipe()[0], 1024, 1)", "mmap.mmap(-1, 4096)",
+                                 "os.open('.', os.O_TMPFILE | os.O_RDWR)",
                                  "os.posix_fallocate(os.open('a', os.O_RDWR | os.O_CREAT), 0, 4096)"])
 def test_what_no_limit_counts_is_refused(act):
     """A file's flags, leases, memory that many mappings share, files without a name, space past their end."""
