@@ -178,8 +178,9 @@ def check_out(out: Path, tokenizer: Tokenizer):
                          "of its own")
     if other:                                                   # a run that is killed would leave it beside the old weights
         raise InputError(f"--out {out}: holds a 4-bit model with another tokenizer; choose a folder of its own")
-    for folder in [out.parent, *filter(Path.exists, [out])]:    # the tokenizer's files go into one that is there
-        check_writable(folder)
+    check_writable(out.parent)
+    if out.exists():                                            # then the files are renamed into it one by one
+        check_writable(out)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -13,7 +13,6 @@ from minikd.model import Linear, Qwen2
 from minikd.quant import check_groups, dequantize_groups, pack, read_grid, unpack
 from minikd.w4_cuda import MMA_ROWS, codes_of, gpu_of, plan, repack, supports_groups
 
-
 PART = 256              # outputs whose codes are unpacked at a time for torch's int4 operator: whole blocks of its layout
 
 
