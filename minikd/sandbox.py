@@ -49,6 +49,7 @@ NOBODY = 65534
 OUTPUT = MB                 # bytes of stdout, and of stderr
 DISK, FILES = 8 * MB, 200   # of the private folder, which is flat
 TICK = 0.05                 # seconds between two checks of that folder
+PATIENCE = 60.0             # seconds to wait for a process, while other programs' threads hold all that a container may have
 SHARE = Path("/sys/fs/cgroup/cpu.max")          # cgroup v2
 # NPROC counts threads: recursion in a thread with a large stack is common in contests. Without a user namespace it counts those
 # of all the uid's programs together. A CORE of 1 keeps programs away that the kernel pipes core dumps to; 0 does not.
@@ -166,6 +167,19 @@ def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
     """run_program, and the active limits as isolation() returns them."""
     if sys.platform != "linux":
         raise InputError(f"sandbox: programs cannot be confined on {sys.platform}; run them on Linux")
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return _try(source, stdin, timeout, memory_mb)
+        except BlockingIOError as error:                        # before the program began: it could not be given a process
+            if time.monotonic() > end:
+                raise InputError("sandbox: no process can be started, as this machine or container has all that it may; allow "
+                                 "more, or end others") from error
+            time.sleep(TICK)
+
+
+def _try(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
+    """_run, once.  Raises BlockingIOError if no process can be started now."""
     start = time.monotonic()
     try:
         source, stdin = source.encode(), stdin.encode()
@@ -185,6 +199,8 @@ def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
                 os.chmod(folder, 0o700)
         shutil.rmtree(folder, ignore_errors=True)
     level, code, *_ = said.decode().split("\n") + [""]
+    if level == "busy":
+        raise BlockingIOError("the supervisor could not start the program")
     if level.startswith("refused") or not (level or verdict):
         raise InputError(f"sandbox: {level or 'did not start: ' + err.decode(errors='replace')[-300:]}")
     out, err = (bytes(text[:OUTPUT]).decode(errors="replace") for text in (out, err))
@@ -310,7 +326,8 @@ def _too_much(folder) -> bool:
 # ---- one run, seen from inside: these functions go to a bare interpreter as source
 
 def _supervise(report, options):
-    """Forks the program, waits, kills its descendants; writes "LIMITS\\nEXIT CODE\\n" to `report`, or "refused: why"."""
+    """Forks the program, waits, kills its descendants; writes "LIMITS\\nEXIT CODE\\n" to `report`, or "refused: why", or "busy"
+    if it cannot fork."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl.argtypes = [ctypes.c_int] + 4 * [ctypes.c_ulong]
     libc.prctl(36, 1, 0, 0, 0)                                  # PR_SET_CHILD_SUBREAPER: orphans become our children
@@ -329,7 +346,11 @@ def _supervise(report, options):
     os.set_inheritable(report, False)
     if os.getppid() != options["parent"]:
         end()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except BlockingIOError:
+        os.write(report, b"busy\n\n")
+        end()
     if not child:
         try:
             _become(libc, report, options)

@@ -315,6 +315,27 @@ def test_a_thread_bomb_leaves_its_neighbours_their_threads():
     assert (bombed.result().status, bombed.result().stdout) == ("timeout", "full\n")
 
 
+def test_a_program_waits_for_a_process_to_run_in(monkeypatch):
+    """As in a container whose processes are used up by other programs' threads."""
+    begin, trampoline, tries = subprocess.Popen, sandbox._trampoline(), []
+
+    def busy(*command, **options):
+        tries.append(command)
+        if len(tries) == 1:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return begin(*command, **options)
+
+    no_fork = "\ndef fork(): raise BlockingIOError(11, 'Resource temporarily unavailable')\nos.fork = fork"
+    monkeypatch.setattr(subprocess, "Popen", busy)
+    monkeypatch.setattr(sandbox, "_trampoline", lambda: trampoline + no_fork * (len(tries) == 1))        # for the second try
+    result = run_program("print(7)")
+    assert (result.status, result.stdout, len(tries)) == ("ok", "7\n", 3)
+    tries.clear()
+    monkeypatch.setattr(sandbox, "PATIENCE", 0.0)
+    with pytest.raises(InputError, match="no process can be started"):
+        run_program("print(7)")
+
+
 def test_descendants_are_killed_also_if_proc_cannot_be_listed_at_once():
     source = (f"{sandbox._trampoline()}\nlist_of, child, failed = os.listdir, os.fork(), []\nif not child: time.sleep(60)\n"
               "def listdir(path):\n    if len(failed) < 3: failed.append(path); raise OSError(24, 'Too many open files')\n"
