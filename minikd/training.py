@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -118,8 +119,9 @@ def commit() -> str | None:
 
 def write_config(folder, settings: dict):
     """Writes a run's config.json: its settings, and the versions and the commit that it runs with."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit(),
-                "threads": torch.get_num_threads()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                **{name: version(name) for name in ("tokenizers", "safetensors", "numpy")},
+                "commit": commit(), "threads": torch.get_num_threads()}
     with atomic_path(Path(folder) / CONFIG) as new:
         new.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2, default=str) + "\n")
 

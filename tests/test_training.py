@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 import torch._functorch.config
 from safetensors.torch import load_file, save_file
@@ -276,7 +277,7 @@ def test_the_settings_are_written_with_the_versions_that_ran_them(tmp_path):
     write_config(tmp_path, SETTINGS)
     written = json.loads((tmp_path / CONFIG).read_text())
     assert written["settings"] == SETTINGS | {"dtype": "torch.float32"}
-    assert written["versions"]["torch"] == torch.__version__
+    assert written["versions"]["torch"] == torch.__version__ and written["versions"]["tokenizers"] == tokenizers.__version__
     assert set(written["versions"]) >= {"python", "commit", "threads"}
 
 
