@@ -1,6 +1,7 @@
 """pip install -e .            what the scripts and the tests need
    pip install -e ".[plots]"   and pictures of the curves
-   pip install -e ".[reference]"   and the peers that tests and benchmarks compare with; pytest on all cores
+   pip install -e ".[tests]"   and pytest on all cores
+   pip install -e ".[reference]"   and the peers that tests and benchmarks compare with
 """
 from setuptools import setup
 
@@ -20,6 +21,7 @@ setup(
     ],
     extras_require={
         "plots": ["matplotlib"],
-        "reference": ["transformers>=5", "trl", "rouge_score", "pytest-xdist"],
+        "tests": ["pytest-xdist"],
+        "reference": ["transformers>=5", "trl", "rouge_score"],
     },
 )

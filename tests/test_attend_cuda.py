@@ -92,7 +92,8 @@ def test_every_length_is_attended_to(on_cpu, slot, order):
 
 
 @pytest.mark.parametrize("slot, splits, E, order", [
-    (511, 2, 64, "turns"), pytest.param(1039, 3, 64, "last", marks=pytest.mark.slow), (530, 2, 128, "first")])
+    pytest.param(511, 2, 64, "turns", marks=pytest.mark.slow), pytest.param(1039, 3, 64, "last", marks=pytest.mark.slow),
+    (530, 2, 128, "first")])
 def test_several_blocks_split_the_slots(on_cpu, slot, splits, E, order):
     on_cpu.order = order
     given = case(1, 2, 1, E, 1040, slot, splits, seed=slot)
@@ -190,6 +191,7 @@ def test_make_parts_refuses_what_the_kernel_does_not_support(on_played_gpu, monk
         assert made() is None
 
 
+@pytest.mark.slow
 def test_the_operator_writes_what_it_declares_and_can_be_traced(on_cpu):
     given = case(1, 4, 2, 64, 40, 17)
     torch.library.opcheck(torch.ops.minikd.attend.default, tuple(x.nan_to_num(0.0) for x in given),

@@ -408,6 +408,7 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_loading_never_holds_a_second_copy_of_the_model(tmp_path, folder):
     config = Qwen2Config(vocab_size=20_000, hidden_size=512, intermediate_size=2048, num_hidden_layers=7,

@@ -84,7 +84,8 @@ SHAPES_W4 = {"small": ONE | dict(hidden_size=128, intermediate_size=256),
     pytest.param(16, "one head", 460, "turns", 8, marks=pytest.mark.slow),
     pytest.param(16, "wide heads", 127, "last", 2, marks=pytest.mark.slow),
     (16, "odd sizes", 1, "last", 2), pytest.param(16, "odd sizes", 100, "first", 3, marks=pytest.mark.slow),
-    pytest.param(4, "teams", 40, "turns", 2, marks=pytest.mark.slow), (4, "zeros, groups of 256", 7, "last", 2)])
+    pytest.param(4, "teams", 40, "turns", 2, marks=pytest.mark.slow),
+    pytest.param(4, "zeros, groups of 256", 7, "last", 2, marks=pytest.mark.slow)])
 def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, prompt, order, blocks):
     """8 blocks: the head's keys in 8 parts; 2: each head's in one, more than are read at once. At 127 the tags begin again."""
     model, on_cpu.order, on_cpu.blocks = make(bits, **(SHAPES if bits == 16 else SHAPES_W4)[shape]), order, blocks

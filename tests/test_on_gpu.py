@@ -116,7 +116,7 @@ def test_a_students_products_are_joined_in_training_alone_and_a_teachers_for_goo
 
 @pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=0.7, top_p=0.9, top_k=20, seed=5),
                                      dict(temperature=1.0, samples=2, seed=2, vocab=390), dict(temperature=1.0, mix=0.4, seed=1)])
-@pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6], [7, 8]]], ids=["gaps", "none"])
+@pytest.mark.parametrize("prompts", [PROMPTS, pytest.param([[5, 6], [7, 8]], marks=pytest.mark.slow)], ids=["gaps", "none"])
 def test_replayed_graphs_draw_the_plain_paths_tokens(monkeypatch, options, prompts):
     used, replay = [], Graph.replay
     monkeypatch.setattr(Graph, "replay", lambda graph: (used.append(graph), replay(graph)))
@@ -245,7 +245,7 @@ def test_a_run_stopped_twice_on_a_gpu_goes_on_there_to_the_same_steps(shell, wor
     assert len(steps_of(tmp_path / "whole")) == 6 and steps_of(tmp_path / "stopped") == steps_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("first, then", [("cuda", "cpu"), ("cpu", "cuda")])
+@pytest.mark.parametrize("first, then", [("cuda", "cpu"), pytest.param("cpu", "cuda", marks=pytest.mark.slow)])
 def test_a_run_goes_on_on_another_device(shell, world, tmp_path, first, then):
     def call(out, device, *more):
         with gpu() if device == "cuda" else nullcontext():

@@ -70,7 +70,7 @@ def test_on_a_gpu_it_is_one_product():
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="of x86")
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx2", pytest.param("default", marks=pytest.mark.slow)])
 def test_a_cpu_with_avx2_only_is_known(capability):
     done = subprocess.run([sys.executable, "-c", "from minikd.products import AVX2_ONLY; print(AVX2_ONLY)"], text=True,
                           capture_output=True, cwd=Path(__file__).parents[1], env=os.environ | {"ATEN_CPU_CAPABILITY": capability})

@@ -338,8 +338,6 @@ def test_code_is_right_when_it_passes_every_test(completion, problem, value):
 def test_an_endless_loop_fails_its_own_test_only():
     program = "n = int(input())\nwhile n == 3: pass\nprint(2 * n)"
     problem = {**DOUBLE, "time_limit": 0.7}
-    assert one(code_reward, says(block(program)), problem) == 0
-    assert one(code_reward, says(block(program)), problem, partial=True) == 0.5
     assert [one(REWARDS[name], says(block(program)), problem) for name in ("code", "code_partial")] == [0, 0.5]
     assert one(code_reward, says(block(program)), {**DOUBLE, "time_limit": 60}, max_seconds=0.7) == 0
 

@@ -372,7 +372,7 @@ def mode(tmp_path):
     return lambda name: [flag.format(cache=tmp_path / "cache", text=tmp_path / "text.jsonl") for flag in MODES[name]]
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("bfloat16" in name)) for name in MODES])
 def test_every_mode_goes_on_from_its_last_state_to_the_same_bits(run, mode, tmp_path, monkeypatch, name):
     kept = [minillm.collect]
     monkeypatch.setattr(minillm, "collect", lambda **options: (kept.append(options["seed"]), kept[0](**options))[1])

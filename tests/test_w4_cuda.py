@@ -85,7 +85,8 @@ def test_every_batch_size_gives_the_product(gpu, M):
             check(gpu, name, M, 24, 256, 128)
 
 
-SHAPES = [(8, 64, 64), (8, 1152, 32), (40, 192, 64), (32, 896, 128), (16, 512, 512), (16, 5120, 256)]
+SHAPES = [(8, 64, 64), (8, 1152, 32), (40, 192, 64), (32, 896, 128),
+          pytest.param(16, 512, 512, marks=pytest.mark.slow), pytest.param(16, 5120, 256, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("N, K, group", SHAPES)
@@ -170,7 +171,7 @@ def test_what_is_not_finite_stays_in_its_row(gpu, sym):
     assert (y[1].double() - right).norm() <= 3e-3 * right.norm()
 
 
-@pytest.mark.parametrize("name, M", [("w4_mma_8_few", 8), ("w4_mma_16_few", 11)])
+@pytest.mark.parametrize("name, M", [("w4_mma_8_few", 8), pytest.param("w4_mma_16_few", 11, marks=pytest.mark.slow)])
 def test_more_warps_along_the_inputs_give_the_product(gpu, name, M):
     for K, group in (128, 64), (4864, 128), (2560, 512):                        # fewer tiles than warps; more than rings hold
         check(gpu, name, M, 24, K, group, sym=group == 128)
