@@ -40,8 +40,8 @@ from minikd.records import data_files
 from minikd.rewards import LARGEST, combine, load_rewards, reward_files, summary
 from minikd.teacher import digest_of, fingerprint
 from minikd.tokenizer import Tokenizer
-from minikd.training import (SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks,
-                             learning_rate, load_state, lock, make_optimizer, read_log, save_state)
+from minikd.training import (SAVE_EVERY, STATE, Log, begin_run, check_free, check_gradient, check_settings, check_student,
+                             compile_blocks, learning_rate, load_state, lock, make_optimizer, read_log, save_state)
 
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
 FORM = {"format": 0.05, "steps": 0.05}                          # rewards for form; with larger weights accuracy collapses
@@ -244,8 +244,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                     sums += backward(pick(answers), pick(old), pick(ref), advantages.view(-1)[batch], pick(weight),
                                      log_s and pick(log_s))     # [4] for the log
                 grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
-                if not math.isfinite(grad_norm):
-                    raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g})")
+                check_gradient(grad_norm, f"{out}, step {step + 1}", lr, dtype, first=step == epoch == 0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             clock.append(time.perf_counter())

@@ -44,8 +44,8 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.teacher import CachedTeacher, Teacher, digest_of, fill_cache, fingerprint, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (CONFIG, SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks,
-                             learning_rate, load_state, lock, make_optimizer, read_log, save_state, write_config)
+from minikd.training import (CONFIG, SAVE_EVERY, STATE, Log, begin_run, check_free, check_gradient, check_settings, check_student,
+                             compile_blocks, learning_rate, load_state, lock, make_optimizer, read_log, save_state, write_config)
 
 # What it writes in --out beside the runs' own files.
 OWN = "held-out.jsonl", "table.jsonl", "teacher-answers.jsonl", "answers-*.jsonl", "curves.png"
@@ -247,9 +247,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
             optimizer.zero_grad(set_to_none=True)
 
             ce, kd, norm = [*(sums / scored).tolist(), float(norm)]             # nats per token; here the host waits for a GPU
-            if not math.isfinite(norm):                                         # what was saved before stays
-                raise InputError(f"{out}: the gradient at step {step + 1} is not finite; lower --lr (now {lr:g})"
-                                 + (", or use --dtype float32" if dtype != torch.float32 else ""))
+            check_gradient(norm, f"{out}, step {step + 1}", lr, dtype, first=step == 0)     # what was saved before stays
             line = dict(ce=ce, kd=kd if kd_share else None, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
                         own_answers=own_answers if on_policy else None,
                         lm_ce=float(lm_sums[0]) / lm_scored if lm_batches else None,

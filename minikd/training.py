@@ -67,6 +67,14 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))  # from 1.0 towards 0.1
 
 
+def check_gradient(norm: float, where: str, lr: float, dtype: torch.dtype, first: bool):
+    """Raises InputError for a norm that is not finite.  first: no weight has changed yet, so that no rate is to blame"""
+    if not math.isfinite(norm):
+        mend = "raise --temperature, or take another model" if first else f"lower --lr (now {lr:g})"
+        raise InputError(f"{where}: the gradient is not finite; {mend}"
+                         + (", or use --dtype float32" if dtype != torch.float32 else ""))
+
+
 # ---- what a run leaves behind
 
 class Log:

@@ -310,6 +310,16 @@ def test_bad_input_is_one_line(run, flags, said):
     assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("norms, said", [
+    ([math.nan], "step 1: the gradient is not finite; raise --temperature, or take another model\n"),
+    ([1.0, math.inf], "step 1: the gradient is not finite; lower --lr (now 0.5)\n"),
+    ([1.0, 1.0, math.nan], "step 2: the gradient is not finite; lower --lr (now 0.5)\n")])
+def test_the_rate_is_to_blame_from_the_first_update_on(run, monkeypatch, norms, said):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: norms.pop(0))
+    status, _, err = run("--inner-epochs", "2", "--lr", "0.5", "--max-new-tokens", "3")
+    assert status == 2 and err.endswith(said) and not norms
+
+
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run, world):
     assert run("--steps", "2")[0] == 0
     status, _, err = run("--steps", "2")

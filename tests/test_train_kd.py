@@ -737,7 +737,8 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
     (["--loss", "minillm", "--rollouts", "0"], "--rollouts 0: must be above 0"),
     (["--epochs", "0"], "--epochs 0.0: must be above 0"),
     (["--lm-data", "no/such.jsonl"], "no/such.jsonl: no such file"),
-    (["--loss", "sft", "--lr", "1e12", "--steps", "9"], "is not finite; lower --lr"), (["--lm-data", ""], "'': is empty"),
+    (["--loss", "sft", "--lr", "1e12", "--steps", "9"], "is not finite; lower --lr (now 1e+12)"), (["--lm-data", ""], "'': is empty"),
+    (["--temperature", "1e-30"], "run/kd, step 1: the gradient is not finite; raise --temperature"),
     (["--out="], "'--out=': is empty"), (["--loss", "sft", "--data", "/"], "'/': names no file or folder"),
     (["--loss", "sft", "--steps", "1", "--lr", "1e12"], "the held-out loss after step 1 is not finite; lower --lr")])
 def test_a_flag_out_of_range_is_one_line_that_names_it(run, flags, said):
