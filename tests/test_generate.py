@@ -12,7 +12,7 @@ from minikd import generate as generation
 from minikd.checkpoint import save_model
 from minikd.data import Encoded
 from minikd.files import InputError
-from minikd.generate import Replay, generate, generate_with_log_probs, invert, sample
+from minikd.generate import Decoding, Replay, generate, generate_with_log_probs, invert, respond, sample
 from minikd.layout import join
 from minikd.model import BLOCKS_PER_GRAPH, Qwen2, Qwen2Config
 from minikd.training import compile_blocks
@@ -504,3 +504,26 @@ def test_logits_that_are_not_finite_are_refused(graphs, temperature):
     model.model.norm.weight.data[2] = math.nan
     with pytest.raises(InputError, match="logits are not finite"):
         generate(model, [[5, 6], [7]], 5, temperature, graphs=graphs)
+
+
+def test_what_follows_a_stop_token_may_be_nan():
+    made = object.__new__(Decoding)
+    made.alive, made.seen, made.answers, made.answer_logps = [0], 0, [[]], [[]]
+    made.drawn, made.logps = torch.tensor([[5], [2], [7]]), torch.tensor([[-1.0], [-1.0], [math.nan]])
+    assert made.read(3, frozenset({2})) == [] and made.answers == [[5, 2]]
+
+
+def test_a_top_p_of_1_keeps_the_tail():
+    u = torch.tensor([1 - 1e-10], dtype=torch.double)
+    assert sample(torch.tensor([[0.0, -18.0]]), 1.0, 1.0, 0, u)[0].tolist() == [1]
+
+
+def test_prompts_of_similar_length_are_answered_together_and_seeds_share_no_batch(monkeypatch):
+    model, rows = small(1).eval(), [Encoded([5, 6], [7], False, i) for i in range(3)]
+    zero, one = (respond(model, rows, 1, 12, (), seed=seed) for seed in (0, 1))
+    assert not {tuple(row.response) for row in zero} & {tuple(row.response) for row in one}
+    lengths = []
+    monkeypatch.setattr(generation, "generate", lambda model, prompts, *_, **__: (
+        lengths.append([*map(len, prompts)]), [[1]] * len(prompts))[1])
+    respond(model, [Encoded([5] * n, [7] * (9 - 2 * n), False, n) for n in (3, 1, 4, 2)], 2, 4, ())
+    assert lengths == [[1, 2], [3, 4]]

@@ -1,15 +1,18 @@
 """GPTQ against the published algorithm in slow float64 loops, and a model against Hessians taken from scratch."""
 import copy
+import inspect
 import math
+import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.gptq import (Hessian, full_precision, inverse_factor, output_errors, quantize_matrix, quantize_model)
 from minikd.model import Qwen2, Qwen2Config
-from minikd.quant import dequantize_groups, round_to_nearest, to_words
+from minikd.quant import dequantize_groups, find_grid, round_to_nearest, to_words
 from minikd.w4 import to_w4
 
 
@@ -407,3 +410,44 @@ def test_a_4_bit_model_is_refused_and_left_as_it_is():
     for method in "rtn", "gptq":
         with pytest.raises(InputError, match="holds 4-bit weights already"):
             quantize_model(four, [], 0, method=method, group_size=16)
+
+
+def test_damping_grows_to_ten_and_no_further():
+    weight = torch.randn(8, 16)
+    hessian = -0.4 * torch.ones(16, 16) + 1.4 * torch.eye(16)                   # the least eigenvalue is 1.4 - 6.4 = -5
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        quantize_matrix(weight, hessian, group_size=16, damp=0.01)
+    assert str(told[-1].message).endswith("trying 10")
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="even with a damping of 1.1;"):
+        quantize_matrix(weight, hessian, group_size=16, damp=0.011)
+
+
+def test_every_product_is_in_full_precision():
+    """Also where a program has allowed TF32."""
+    seen, x, weight, hessian = [], torch.randn(1, 64, 32), torch.randn(8, 32), Hessian(32)
+
+    class Precision(TorchDispatchMode):
+        def __torch_dispatch__(self, op, kinds, args=(), kwargs=None):
+            if "mm" in str(op):
+                seen.append(torch.get_float32_matmul_precision())
+            return op(*args, **kwargs or {})
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for call in (lambda: hessian.add(x, torch.ones(1, 64, dtype=torch.bool)),
+                     lambda: quantize_matrix(weight, hessian.finish(), group_size=16, block=8),
+                     lambda: output_errors(weight, [weight.round()], hessian.finish())):
+            seen.clear()
+            with Precision():
+                call()
+            assert set(seen) == {"highest"}
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_model_is_quantised_by_default_as_a_matrix_is():
+    given = lambda function: {name: each.default for name, each in inspect.signature(function).parameters.items()}
+    matrix, model = given(quantize_matrix), given(quantize_model)
+    assert all(model[name] == matrix[name] for name in ("bits", "group_size", "sym", "act_order", "damp", "clip_search"))
+    assert given(find_grid)["clip_search"] is False

@@ -295,3 +295,16 @@ def test_a_reference_is_needed_for_its_kl_alone():
 def test_the_module_says_where_its_variants_come_from():
     for name in "2402.03300", "2503.20783", "2503.14476", "2507.18071":
         assert name in grpo.__doc__
+
+
+def test_the_reference_is_a_constant_and_k3_is_bounded():
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    ref = (2 * logp.detach()).requires_grad_()
+    token_loss(logp, logp, ref, torch.ones(2), beta=0.5).sum().backward()
+    assert logp.grad is not None and ref.grad is None
+    assert float(k3(torch.tensor(-200.0), torch.tensor(0.0))) == pytest.approx(math.exp(60), rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_answer_of_one_token_alone_has_all_the_weight(norm):
+    assert token_weights([1], norm, 1) == [1.0] and token_weights([1, 9], norm, 1, [True, False]) == [1.0, 0.0]

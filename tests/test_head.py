@@ -372,3 +372,29 @@ def test_the_metrics_are_those_of_full_logits():
     empty = {name: value if "head" in name else value[:0] for name, value in inputs.items()}
     none = compare_heads(**empty, divergence=jensen_shannon)
     assert none.keys() == ours.keys() and all(value.shape == (0,) for value in none.values())
+
+
+def some_heads() -> dict:
+    """Inputs of head_loss; the teacher has four rows fewer."""
+    shapes = dict(hidden=(6, 8), head=(40, 8), teacher_hidden=(6, 8), teacher_head=(36, 8))
+    return {name: random_logits(*shape, seed=i, scale=1.0) for i, (name, shape) in enumerate(shapes.items())} | {
+        "targets": torch.arange(6)}
+
+
+def test_a_weight_is_not_rounded_to_the_dtype_of_the_states():
+    inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in some_heads().items()}
+    loss, ce, _ = head_loss(**inputs, weight=1 / 3)
+    assert float(loss) == pytest.approx(float(ce.sum()) / 3, rel=1e-6)
+
+
+def test_a_vocab_does_not_reach_past_the_teachers_rows():
+    options = dict(divergence=forward_kl, kd_ratio=0.5)
+    for ours, right in zip(head_loss(**some_heads(), **options, vocab=38), head_loss(**some_heads(), **options)):
+        assert torch.equal(ours, right)
+
+
+def test_under_autocast_the_teacher_s_logits_are_in_its_own_dtype():
+    inputs, seen = some_heads(), []
+    with torch.autocast("cpu", torch.bfloat16):
+        head_loss(**inputs, divergence=lambda s, t: (seen.append(t.clone()), t[:, 0])[1])
+    torch.testing.assert_close(torch.cat(seen), inputs["teacher_hidden"] @ inputs["teacher_head"].T, rtol=1e-5, atol=1e-5)

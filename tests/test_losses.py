@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import random_logits
-from minikd.losses import (DIVERGENCES, clipped_surrogate, entropy, forward_kl, jensen_shannon, pick_divergence,
+from minikd.losses import (DIVERGENCES, clipped_surrogate, entropy, forward_kl, jensen_shannon, pick_divergence, ratios,
                            reverse_kl, skew_forward_kl, skew_reverse_kl)
 
 NAMES = sorted(DIVERGENCES)
@@ -261,3 +261,10 @@ def test_the_clipped_surrogate_is_ppos_eq_7_and_stops_where_the_ratio_went_too_f
     assert grad[0] == pytest.approx(-1.5)                                       # -A where q is still q_old
     assert grad[1] == 0 and grad[3] == 0                                        # far enough, the way that A wants
     assert grad[2] == pytest.approx(2 * 5 / 3) and grad[4] == pytest.approx(1.8)    # too far the other way: pulled back
+
+
+def test_a_ratio_is_bounded_and_clipped_at_ppos_0_2_unless_told_otherwise():
+    one, zero = torch.tensor([1.0, -1.0]), torch.zeros(2)
+    assert clipped_surrogate(one, zero, torch.tensor([1.0, -1.0])).tolist() == pytest.approx([-1.2, 0.8])
+    assert ratios(one, zero, 0.2, 0.0)[1].tolist() == pytest.approx([1.0, 0.8])         # an upper clip of 0 is one
+    assert float(ratios(torch.tensor(200.0), torch.tensor(0.0), 0.2, None)[0]) == pytest.approx(math.exp(60), rel=1e-5)

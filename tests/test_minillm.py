@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from conftest import small
-from minikd.data import Encoded, next_rows
+from minikd import minillm
+from minikd.data import Encoded, collate, next_rows
 from minikd.generate import generate, respond
-from minikd.head import head_loss
+from minikd.head import head_loss, scored_positions, target_log_probs
 from minikd.losses import clipped_surrogate, reverse_kl
 from minikd.minillm import (FROZEN, Rollout, collect, importance_weights, pack_rollouts, rewards_to_go,
                             rollout_steps, unpack_rollouts, whiten)
@@ -275,3 +276,23 @@ def test_prompts_are_all_read_before_one_comes_again():
 
 def test_a_rollout_is_an_encoded_row():
     assert issubclass(Rollout, Encoded) and FROZEN == ["old_logq", "advantage", "teacher"]
+
+
+def test_every_phase_takes_its_rollouts_in_another_order(monkeypatch):
+    rows = [Encoded([1], [2], False, i) for i in range(8)]
+    monkeypatch.setattr(minillm, "collect", lambda rows, seed: sorted(rows, key=lambda row: row.index))
+    steps = rollout_steps([], rows, 0, 2, 8, 1, 0, 8, 1, {})
+    taken = [row.index for _, batches in steps for batch in batches for row in batch]
+    assert sorted(taken[:8]) == sorted(taken[8:]) and taken[:8] != taken[8:]
+
+
+def test_rollouts_are_sampled_and_scored_in_the_dtype_of_training(monkeypatch):
+    student, teacher, dtypes = small(1).eval(), small(2).eval().bfloat16(), []
+    monkeypatch.setattr(minillm, "respond", lambda model, *given, **named: (
+        dtypes.append(model.head.dtype), respond(model, *given, **named))[1])
+    row, = collect(student, teacher, [Encoded([5, 6], [7], False, 0)], 0, [3], 1, 6, mix=0.0, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ids, mask = collate([row], 0)
+        states, targets = scored_positions(student.hidden(ids), ids, mask)
+        assert torch.equal(row.old_logq, target_log_probs(states, student.head, targets))
+    assert dtypes == [torch.bfloat16]

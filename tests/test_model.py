@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from minikd.checkpoint import load_model, save_model
 from minikd.files import InputError
-from minikd.model import (MLP, Attention, KVCache, Qwen2, Qwen2Config, RMSNorm, StaticCache, mixed_precision, rope_tables, rotate,
-                          run_blocks)
+from minikd.model import (MLP, Attention, KVCache, Qwen2, Qwen2Config, RMSNorm, StaticCache, cast_copy, mixed_precision,
+                          rope_tables, rotate, run_blocks)
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
@@ -452,3 +452,35 @@ def test_mixed_multiplies_in_the_dtype_and_leaves_the_weights_in_float32(dtype):
     with mixed_precision(torch.device("cpu"), dtype):
         logits = model(random_ids(2, 5))
     assert logits.dtype == dtype and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_in_bfloat16_angles_are_computed_in_float32_and_norms_equal_transformers():
+    at = torch.arange(3000)[None]
+    for narrow, wide in zip(rope_tables(at, 1e6, 16, torch.bfloat16), rope_tables(at, 1e6, 16, torch.float32)):
+        assert torch.equal(narrow, wide.bfloat16())
+    qwen = pytest.importorskip("transformers.models.qwen2.modeling_qwen2")
+    ours, theirs = RMSNorm(64, 1e-6).bfloat16(), qwen.Qwen2RMSNorm(64, 1e-6).bfloat16()
+    ours.weight.data = theirs.weight.data = torch.randn(64).bfloat16()
+    x = torch.randn(50, 64).bfloat16()
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_a_configs_defaults_are_transformers():
+    transformers = pytest.importorskip("transformers")
+    assert Qwen2Config.from_dict(transformers.Qwen2Config().to_dict()) == Qwen2Config()
+
+
+def test_what_memory_held_before_does_not_reach_a_static_cache():
+    model = tiny().eval()
+    with torch.inference_mode():
+        cache = KVCache(model.config, torch.tensor([2, 1]), 8, torch.float32)
+        for slots in cache.keys + cache.values:
+            slots.fill_(math.nan)
+        model.hidden(torch.tensor([[5, 6], [7, 0]]), cache)
+        assert model.hidden(torch.tensor([[1], [2]]), StaticCache(cache)).isfinite().all()
+
+
+def test_a_copy_in_a_wider_dtype_rounds_nothing():
+    model = tiny()
+    for new, old in zip(cast_copy(model, torch.float64).parameters(), model.parameters(), strict=True):
+        assert torch.equal(new, old.double())

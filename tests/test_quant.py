@@ -1,4 +1,5 @@
 """The grid as slow loops, and the words bit by bit in plain integers."""
+import math
 from functools import partial
 
 import numpy as np
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 from minikd.files import InputError
-from minikd.quant import check_groups, dequantize_groups, find_grid, from_words, pack, round_to_nearest, to_words, unpack
+from minikd.quant import (check_groups, dequantize_groups, find_grid, from_words, is_finite, pack, quantize, round_to_nearest,
+                          to_words, unpack)
 
 
 def matrix(O=16, I=64, seed=0):
@@ -155,3 +157,28 @@ def test_what_cannot_be_packed_or_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         round_to_nearest(weight, group_size=64)
     round_to_nearest(torch.ones(300, 256).half(), group_size=256)               # though their sum is past half's range
+
+
+def test_the_asymmetric_grid_holds_0_and_its_zero_is_a_code():
+    scale, zero = find_grid(torch.tensor([[-15.0, -14.0]]), 4, sym=False)
+    assert (scale.item(), zero.item()) == (1.0, 15.0)
+    assert 0 <= float(find_grid(torch.tensor([[-1e7, 0.0]]), 4, sym=False)[1]) <= 15       # a scale that float16 cannot hold
+
+
+def test_a_weight_is_rounded_before_its_zero_is_added():
+    """Paper eq. (8): halves go to the even number of steps."""
+    assert quantize(torch.tensor([[0.5, 1.5, 2.5]]), torch.ones(1, 1), torch.ones(1, 1)).tolist() == [[1, 3, 3]]
+
+
+def test_16_is_the_first_code_that_is_refused():
+    codes, grid = torch.zeros(8, 8, dtype=torch.uint8), (torch.ones(8, 1), torch.full((8, 1), 8.0))
+    codes[0, 0] = 15
+    to_words(codes, *grid)
+    codes[0, 0] = 16
+    with pytest.raises(ValueError, match="above 15"):
+        to_words(codes, *grid)
+
+
+def test_float8_is_looked_at_too():
+    assert is_finite(torch.ones(3).to(torch.float8_e4m3fn))
+    assert not is_finite(torch.tensor([1.0, math.nan]).to(torch.float8_e4m3fn))

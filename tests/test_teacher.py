@@ -1,4 +1,5 @@
 """The teacher's states on disk: the same numbers, refused where they are another's, completed where they are cut."""
+import json
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from minikd.files import InputError
 from minikd.head import head_loss, scored_positions
 from minikd.losses import forward_kl
 from minikd.model import Qwen2
-from minikd.teacher import CachedTeacher, Teacher, digest_of, fill_cache, teacher_responses
+from minikd.teacher import CachedTeacher, Teacher, digest_of, fill_cache, plan_shards, teacher_responses
 
 
 def model(seed=2, **shape) -> Qwen2:
@@ -214,3 +215,30 @@ def test_answers_that_were_made_with_a_setting_more_are_refused(respond):
     respond(made_from=dict(teacher="a", more=1))
     with pytest.raises(InputError, match="their more is 1, here None"):
         respond()
+
+
+def test_a_cache_is_filled_in_the_dtype_that_is_asked_for(tmp_path):
+    teacher, rows = small(2).eval().requires_grad_(False), [Encoded([5, 6], [7, 8, 9], False, 0)]
+    fill_cache(tmp_path / "cache", rows, dict(teacher="a"), lambda: teacher, 16, 0, 1, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        right = Teacher(teacher).states(rows, *collate(rows, 0)).bfloat16()
+    assert torch.equal(CachedTeacher(tmp_path / "cache", teacher.head).states(rows, *collate(rows, 0)), right)
+
+
+def test_a_shard_holds_rows_of_similar_length():
+    rows = [Encoded([1], [2] * (1 + i * 7 % 11), False, i) for i in range(11)]
+    planned = plan_shards({digest_of(row): row for row in rows})
+    assert [len(row) for held in planned.values() for row in held.values()] == list(range(2, 13))
+
+
+def test_the_first_id_past_the_tokenizer_s_is_refused(tokenizer, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    load = lambda: small(2, vocab_size=len(tokenizer))
+    ask = lambda: teacher_responses(path, load, [Encoded([1], [2], False, 0)], dict(teacher="a"), tokenizer, 1, 4, 0)
+    ask()
+    first = path.read_text().splitlines()[0]
+    path.write_text(first + "\n" + json.dumps({"ids": [len(tokenizer) - 1]}) + "\n")
+    assert ask()[0].response == [len(tokenizer) - 1]
+    path.write_text(first + "\n" + json.dumps({"ids": [len(tokenizer)]}) + "\n")
+    with pytest.raises(InputError, match="damaged line"):
+        ask()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import small
 from minikd import products
 from minikd.files import InputError
 from minikd.model import Qwen2, Qwen2Config
@@ -169,3 +170,16 @@ def test_the_ways_are_shown_by_shape_and_rows(capsys, monkeypatch):
     monkeypatch.setattr("minikd.w4.choose", lambda *_: "kernel")
     show_ways(model, rows=(1, 20, 100))
     assert capsys.readouterr().out.splitlines()[1].split()[-3:] == ["w4_mma_8_few", "w4_mma_32", "kernel"]
+
+
+def test_trying_a_layout_draws_none_of_the_process_s_random_numbers():
+    before = torch.get_rng_state()
+    can_read_int4.__wrapped__(64, 32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_4_bit_layers_bias_is_no_parameter():
+    model = small(0, hidden_size=32, intermediate_size=32)
+    biases = [layer.bias for layer in swap_linears(model, 16, 1).values() if layer.bias is not None]
+    assert len(biases) == 3 and not any(bias.requires_grad for bias in biases)
+    assert not any("proj" in name for name, _ in model.named_parameters())
