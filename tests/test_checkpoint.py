@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import small
 from minikd import checkpoint
-from minikd.checkpoint import load_config, load_head, load_model, save_model, split_shards
+from minikd.checkpoint import load_config, load_head, load_model, open_tensors, save_model, shards_of, split_shards
 from minikd.files import InputError
 from minikd.generate import generate
 from minikd.model import Qwen2, Qwen2Config
@@ -601,3 +601,24 @@ def test_settings_that_are_null_are_the_defaults(tmp_path):
     (tmp_path / "mixed/config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="symmetric zero points are 8, these are 9"):
         load_model(tmp_path / "mixed")
+
+
+def test_shards_are_in_the_order_of_their_names(tmp_path):
+    """A run's identity is their hashes in this order."""
+    names = [f"model-{i:05d}-of-00009.safetensors" for i in range(1, 10)]
+    where = {f"t{i}": name for i, name in enumerate(reversed(names))}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": where}))
+    assert shards_of(tmp_path) == names
+
+
+def test_a_file_that_is_missing_or_may_not_be_opened_is_named(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no.safetensors: is missing; fetch the model again"):
+        open_tensors(tmp_path / "no.safetensors")
+    (tmp_path / "x.safetensors").touch()
+
+    def refuse(*_, **__):
+        raise FileNotFoundError                                                 # what safetensors says then
+
+    monkeypatch.setattr(checkpoint, "safe_open", refuse)
+    with pytest.raises(InputError, match="x.safetensors: cannot be opened; check its permissions"):
+        open_tensors(tmp_path / "x.safetensors")

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from conftest import BUGNET, DOLLY, PYTORRENT
-from minikd.data import (Encoded, batch_order, by_length, collate, encode_examples, encode_text, next_rows, optimizer_steps,
-                         prompt_text, steps_per_epoch)
+from minikd.data import (Encoded, batch_order, by_length, collate, describe_dropped, encode_examples, encode_text, next_rows,
+                         optimizer_steps, prompt_text, steps_per_epoch)
 from minikd.examples import load_examples, split_examples, to_example
 from minikd.files import InputError
 from minikd.tokenizer import Tokenizer
@@ -215,3 +215,14 @@ def test_real_records_through_the_real_tokenizer_come_back_as_text(shared):
         said = qwen.decode(line[own].tolist())
         assert examples[row.index].response.startswith(said) if row.cut else said == examples[row.index].response
         assert qwen.decode(line[~own].tolist()) == prompt_text(examples[row.index], qwen, "alpaca")
+
+
+def test_a_prompt_that_fills_max_length_leaves_no_room_and_is_dropped():
+    rows, counts = encode(("hhh", "x"), ("h", "x"), max_length=8)               # the first prompt has eight tokens
+    assert [row.index for row in rows] == [1] and counts["dropped: prompt too long"] == 1
+
+
+def test_what_was_dropped_is_told_and_nothing_else():
+    none = {"encoded": 3, "responses cut": 2, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
+    assert describe_dropped(none) == ""
+    assert describe_dropped(none | {"dropped: prompt too long": 1200}) == "1,200 dropped: prompt too long"

@@ -266,3 +266,43 @@ def test_flags_that_do_nothing_are_named(run, tmp_path):
     write(tmp_path / "p.txt", PREDICTIONS)
     status, _, err = run("--predictions", "p.txt", "--references", "p.txt", "--limit", 1, "--top-k", 0)
     assert status == 0 and err == "note: without effect with answers in a file: --limit --top-k\n"
+
+
+def test_top_k_and_top_p_reach_the_sampling(run, world):
+    flags = "--model", world / "student", "--data", world / "data.jsonl", "--max-new-tokens", 6, "--rouge", "plain"
+    sampled, answers = ("--temperature", 1, "--seeds", 3), {}
+    for name, more in ("greedy", ()), ("free", sampled), ("k", (*sampled, "--top-k", 1)), ("p", (*sampled, "--top-p", 1e-6)):
+        status, _, err = run(*flags, *more, "--out", f"{name}.jsonl")
+        assert status == 0, err
+        answers[name] = read_predictions(Path(f"{name}.jsonl"))
+    assert answers["k"] == answers["p"] == answers["greedy"] != answers["free"]
+
+
+def test_a_field_that_is_null_gives_way_to_the_next_and_text_is_the_last(tmp_path):
+    path = write(tmp_path / "r.jsonl", [{"text": "a b"}, {"response": None, "output": "c", "text": "d"}])
+    assert [example.references for example in read_references(path)] == [("a b",), ("c",)]
+    path = write(tmp_path / "p.jsonl", [{"prediction": None, "output": "x"}, {"prediction": "y", "text": None}])
+    assert read_predictions(path) == ["x", "y"]
+
+
+def test_the_lines_of_a_text_are_counted_from_1(tmp_path):
+    path = write(tmp_path / "r.txt", ["a", "b"])
+    assert [example.where for example in read_references(path)] == [f"{path}:1", f"{path}:2"]
+
+
+def test_out_that_is_a_folder_is_refused_before_the_answers(run, tmp_path):
+    write(tmp_path / "a.txt", ["a"])
+    (tmp_path / "out.jsonl").mkdir()
+    status, _, err = run("--predictions", "a.txt", "--references", "a.txt", "--out", "out.jsonl")
+    assert status == 2 and err == "error: --out out.jsonl: is a folder; give a file\n"
+
+
+def test_ways_and_the_int8_heads_limit_are_said(run, world, monkeypatch, int8):
+    seen, rows = [], eval_rouge.INT8_ROWS
+    monkeypatch.setattr(eval_rouge, "show_ways", seen.append)
+    flags = ("--model", world / "student", "--data", world / "data.jsonl", "--max-new-tokens", 1, "--out", "a.jsonl",
+             "--dtype", "float32", "--int8-head", "--batch-size")
+    status, out, err = run(*flags, rows, "--show-ways")
+    assert status == 0 and len(seen) == 1 and "--int8-head: is used for fewer than" in out, err
+    status, out, err = run(*flags, rows - 1)
+    assert status == 0 and len(seen) == 1 and "--int8-head" not in out, err

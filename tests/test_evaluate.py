@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conftest import small
+from minikd import evaluate
 from minikd.data import Encoded
 from minikd.evaluate import answer, answer_and_score, compare, distinct, score_answers, sequence_kl, show_table
 from minikd.examples import Example
@@ -142,3 +143,24 @@ def test_a_copy_in_another_dtype_follows_the_model_and_shares_nothing():
     assert cast_copy(source, torch.float32) is source
     source.model.compiled = len                                 # --compile, after the copy was made
     assert cast_copy(source, torch.bfloat16, copy).model.compiled is len
+
+
+def test_sequence_kl_is_that_of_answers_that_end_early(monkeypatch):
+    own = [Encoded([1, 2], list(y), False, 0) for y in ([0], [1, 2, 0], [2, 0], [1, 1, 1])]
+    monkeypatch.setattr(evaluate, "respond", lambda *_, **__: own)
+    exact = sum(float((q.exp() * (q - p)).sum()) for row in own for q, p, _ in steps(row)) / len(own)
+    assert sequence_kl(STUDENT, Ids, own, Teacher(TEACHER), 3, 3) == pytest.approx(exact, rel=1e-5)
+
+
+def test_distinct_minds_endings_and_puts_case_and_punctuation_aside():
+    assert distinct(["a dog", "a dogs"], n=2) == 1 and distinct(["One, two.", "one , TWO ."], n=2) == 1 / 2
+
+
+def test_every_metric_has_its_line_below_the_table(tmp_path, capsys):
+    examples = [Example(({"role": "user", "content": "?"},), "", "", "1 2 1", ("1 2 1",), "a", "")] * 11
+    show_table({"KD": STUDENT, "Teacher": TEACHER}, Ids, ROWS, examples, tmp_path, max_new_tokens=4, batch_size=5)
+    metrics = json.loads((tmp_path / "table.jsonl").read_text().splitlines()[0])["metrics"]
+    out = capsys.readouterr().out
+    for name, value in metrics.items():
+        [line] = [line for line in out.splitlines() if line.startswith(name.replace("_", " ") + " ")]
+        assert any(f" {value:.{digits}f} " in line for digits in (1, 2, 3)), line

@@ -442,3 +442,7 @@ def test_real_dolly_and_alpaca_records_load_and_split(shared):
     assert {"open_qa", "alpaca"} <= {example.category for example in examples}
     train, validation = split_examples(examples, 100)
     assert {e.messages[0]["content"] for e in train}.isdisjoint(e.messages[0]["content"] for e in validation)
+
+
+def test_blanks_around_a_category_make_no_other_one():
+    assert to_example({"instruction": "a", "response": "b", "category": " pets\n"}, "x").category == "pets"

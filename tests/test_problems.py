@@ -289,3 +289,18 @@ def test_the_random_draw_is_the_seeds_alone():
     first = toy_records("code", 5, seed=9)
     random.seed(2)
     assert toy_records("code", 5, seed=9) == first != toy_records("code", 5, seed=10)
+
+
+def test_a_statement_may_have_no_examples_and_one_of_another_format_is_an_error():
+    tests = [{"input": "1\n", "output": "2\n"}]
+    problem = to_problem({"description": "Twice.", "input_format": "x", "official_tests": tests}, "w")
+    assert problem.facts["tests"] == tests and "## Input\nx" in problem.messages[-1]["content"]
+    with pytest.raises(InputError, match="w: has no `description`") as caught:
+        to_problem({"question": "1+1", "answer": "2"}, "w", "codeforces")
+    assert not isinstance(caught.value, Unanswered)
+
+
+def test_a_proof_is_one_in_capitals_too_and_a_blank_question_gives_way_to_the_prompt():
+    with pytest.raises(Unanswered):
+        to_problem({"question": "Show it.", "answer": "Proof"}, "w")
+    assert to_problem({"question": " ", "prompt": "1+1?", "answer": "2"}, "w").messages[-1]["content"].startswith("1+1?")

@@ -20,6 +20,9 @@ import train_kd
 from conftest import DOLLY, tiny, write_records
 from minikd import checkpoint
 from minikd.checkpoint import load_model, save_model
+from minikd.data import encode_examples
+from minikd.evaluate import compare
+from minikd.examples import load_examples
 from minikd.files import InputError
 from minikd.model import Qwen2
 from minikd.training import read_log
@@ -346,3 +349,43 @@ def test_with_no_flags_and_no_toy_student_it_says_what_to_run_first(shell, monke
     monkeypatch.chdir(tmp_path)
     status, _, err = shell(qz)
     assert status == 2 and "run train_kd.py first" in err and err.count("\n") == 1
+
+
+def test_perplexity_is_e_to_the_mean_cross_entropy(run, world, tokenizer):
+    rows, _ = encode_examples(load_examples(world / "data.jsonl", limit=5)[0], tokenizer)
+    status, out, err = run("--method", "rtn", "--eval-data", world / "data.jsonl", "--eval-examples", 5, "--max-new-tokens", 2,
+                           data=())
+    assert status == 0, err
+    [line] = [line for line in out.splitlines() if line.startswith("unquantised")]
+    ce = compare(load_model(world / "model"), rows, tokenizer.pad_id, 4)["ce"]
+    assert float(line.split()[2]) == pytest.approx(torch.tensor(ce).exp().item(), rel=1e-4)
+
+
+def test_calibration_is_drawn_from_all_documents_and_prompts_are_limited_by_length_alone(world, tokenizer, tmp_path):
+    rows = qz.calibration_rows([world / "text.jsonl"], tokenizer, 9, 8, "chatml", 0)
+    assert len(rows) == 9 and len({row.index for row in rows}) > 2
+    data = write_records(tmp_path / "long.jsonl", {"instruction": "q " * 300, "response": "a"})
+    [row] = qz.calibration_rows([data], tokenizer, 1, 2048, "chatml", 0)
+    assert len(row.prompt) > 300
+
+
+def test_the_folder_one_works_in_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    (tmp_path / "w4").mkdir()
+    monkeypatch.chdir(tmp_path / "w4")
+    monkeypatch.setattr(qz, "quantize", None)
+    status, _, err = run("--method", "rtn", data=())
+    assert status == 2 and "is the folder you work in; choose another, or one inside it" in err and err.count("\n") == 1
+
+
+def test_layers_that_are_no_multiple_of_8_are_refused_before_the_calibration(shell, tokenizer, tmp_path):
+    tiny(1, tokenizer, tmp_path / "odd", hidden_size=20, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1)
+    status, _, err = shell(qz, "--model", tmp_path / "odd", "--method", "rtn", "--group-size", -1, "--device", "cpu",
+                           "--out", tmp_path / "w4")
+    assert status == 2 and "has layers with 20 inputs or outputs; the format packs multiples of 8" in err and err.count("\n") == 1
+
+
+def test_eval_data_without_a_short_prompt_is_one_line_before_any_work(run, tmp_path):
+    data = write_records(tmp_path / "long.jsonl", {"instruction": "word " * 300, "response": "x"})
+    status, _, err = run("--method", "rtn", "--eval-data", data)
+    assert status == 2 and "long.jsonl: no prompt is short enough to evaluate; give other records" in err
+    assert not (tmp_path / "w4").exists()

@@ -209,3 +209,27 @@ def test_a_file_has_no_parts(tmp_path):
 def test_folder_without_data_says_what_it_takes(tmp_path):
     with pytest.raises(InputError, match="holds no data file"):
         data_files(tmp_path)
+
+
+def test_where_nothing_matches_all_files_are_listed_and_of_a_choice_only_its_own(tmp_path):
+    for name in "a/train.jsonl", "a/test.jsonl", "b.jsonl":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    with pytest.raises(InputError, match="nothing matches 'c'; choose .* from a/test.jsonl, a/train.jsonl, b.jsonl$"):
+        data_files(f"{tmp_path}:c")
+    with pytest.raises(InputError, match="a holds several splits; choose .* from a/test.jsonl, a/train.jsonl$"):
+        data_files(f"{tmp_path}:a")
+
+
+def test_a_broken_header_is_in_line_1(tmp_path):
+    (tmp_path / "r.csv").write_text('"a,b\nc,d\n')
+    with pytest.raises(InputError, match="r.csv:1: not CSV in UTF-8"):
+        list(read_records(tmp_path / "r.csv"))
+
+
+def test_a_name_without_a_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.jsonl").write_text("{}\n")
+    for name in "", ":r.jsonl":
+        with pytest.raises(InputError, match="names no file or folder to read"):
+            data_files(name)

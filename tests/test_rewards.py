@@ -558,3 +558,12 @@ def test_a_blank_gold_answer_pays_nothing_and_a_test_that_no_program_can_pass_is
     large = {"input": "", "output": "9 " * sandbox.OUTPUT}
     program = "```python\nprint(7)\n```"
     assert code_reward([program, program], [{"tests": [large]}, {"tests": [large, {"input": "", "output": "7"}]}]) == [None, 1.0]
+
+
+def test_a_program_that_ran_into_a_limit_is_run_again(monkeypatch):
+    """On a busy machine it may have been the machine's fault."""
+    for status in "timeout", "memory", "output", "disk":
+        late = [SimpleNamespace(status=status, stdout="", stderr="")]
+        monkeypatch.setattr(sandbox, "run_programs", lambda jobs: late[:len(jobs)])
+        assert one(code_reward, says(block(status)), {"tests": [{"input": "x", "output": "c"}]}) == 0
+    assert not rewards._DONE

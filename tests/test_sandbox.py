@@ -622,3 +622,21 @@ def test_other_systems_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(InputError, match="cannot be confined on darwin; run them on Linux"):
         run_programs([("print(1)",)])
+
+
+def test_an_empty_line_before_the_output_is_not_put_aside():
+    assert not same_output("\n1\n", "1") and same_output("1\n\n", "1") and same_output(" 1", "1")
+
+
+def test_cpu_time_is_limited_to_a_second_more_than_the_wall_clock():
+    result = run_program("import resource\nprint(resource.getrlimit(resource.RLIMIT_CPU))", timeout=5.5)
+    assert result.stdout == "(7, 7)\n"
+
+
+def test_a_program_runs_whatever_the_callers_umask_is_and_finds_only_itself_in_its_folder():
+    before = os.umask(0o077)
+    try:
+        result = run_program("import os\nprint(os.listdir())", "some input")
+    finally:
+        os.umask(before)
+    assert (result.status, result.stdout) == ("ok", "['program.py']\n")

@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_a_run_leaves_a_model_a_log_and_every_completion(run, world, tmp_path):
 
 def test_an_answers_ratio_is_1_until_the_first_update_in_any_dtype(run, tmp_path):
     """A bfloat16 sampler's log-probabilities differ from the trainer's by more than GSPO's clip."""
-    for epochs, lr, clipped in ("1", "1e-3", False), ("3", "1e-3", True), ("3", "1e-30", False):     # the last: updates by nothing
+    for epochs, lr, clipped in ("1", "1e-3", False), ("3", "1e-3", True), ("2", "1e-30", False):     # the last: updates by nothing
         out = tmp_path / f"{epochs} {lr}"
         assert run("--ratio", "sequence", "--clip", "1e-7", "--dtype", "bfloat16", "--inner-epochs", epochs, "--lr", lr, out=out)[0] == 0
         assert any(line["clipped"] > 0 for line in steps_of(out)) == clipped
@@ -433,3 +434,58 @@ def test_a_step_in_which_no_answer_counts_logs_no_entropy(run, world, tmp_path):
     status, _, err = run("--drop-flat", "--steps", 2, rewards=f"{world}/ours.py:nothing")
     assert status == 0, err
     assert all(line["entropy"] is None and line["kl"] is None and line["flat"] == 1 for line in steps_of(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("task", ["sums", "code"])
+def test_no_toy_problem_is_both_trained_on_and_held_out(task):
+    args = SimpleNamespace(toy=True, task=task, eval_examples=50, seed=0)
+    asked, held = ({problem.messages[-1]["content"] for problem in part} for part in rl.read_problems(args))
+    assert len(held) == 50 and not asked & held
+
+
+def test_what_is_judged_in_bfloat16_is_the_model_that_is_saved(run, tmp_path, monkeypatch):
+    heads = []
+    monkeypatch.setattr(rl, "accuracy", lambda model, **_: (
+        heads.append(model.head.float().clone()), {"sampled": 0.0, "sample": ""})[1])
+    assert run("--dtype", "bfloat16", "--steps", 2)[0] == 0
+    assert torch.equal(heads[-1], load_model(tmp_path / "run/last").head) and not torch.equal(heads[0], heads[-1])
+
+
+def test_without_a_check_the_mean_sum_of_the_rewards_stands_in_for_accuracy(tokenizer, monkeypatch):
+    monkeypatch.setattr(rl.grpo, "sample_groups", lambda model, part, *_, **__: (part, None))
+    rows, rewards = [Encoded([5], [6], False, i) for i in range(3)], {"a": lambda *_: [1.0, 0.0, None],
+                                                                      "b": lambda *_: [0.5, None, None]}
+    found = rl.accuracy(None, tokenizer, rows, [{}] * 3, rewards, 4, 3, 0)
+    assert found["greedy"] == found["sampled"] == 0.75 and found["reward/a"] == found["reward/b"] == 0.5
+
+
+def test_every_batch_of_an_evaluation_is_sampled_with_another_seed(tokenizer, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(rl.grpo, "sample_groups", lambda model, part, *_, seed: (seeds.append(seed), (part, None))[1])
+    rows = [Encoded([5], [6], False, 0)] * 3
+    rl.accuracy(None, tokenizer, rows, [{}], {"a": lambda texts, _: [1.0] * len(texts)}, 4, 1, seed=7)
+    assert len(set(seeds[:3])) == 3
+
+
+def test_the_schedule_and_the_warm_up_reach_the_rate(run, monkeypatch):
+    asked, rate = [], rl.learning_rate
+    monkeypatch.setattr(rl, "learning_rate", lambda *given: (asked.append(given), rate(*given))[1])
+    assert run("--steps", 2, "--schedule", "cosine", "--warmup", 1)[0] == 0
+    assert asked == [(0, 2, 0.01, 1, "cosine")] * 2 + [(1, 2, 0.01, 1, "cosine")] * 2        # for both groups of parameters
+
+
+def test_data_without_a_model_is_one_line(shell, world, tmp_path):
+    status, _, err = shell(rl, "--data", world / "sums.jsonl", "--out", tmp_path / "run")
+    assert status == 2 and err == "error: --data without --model; add --model FOLDER\n"
+
+
+def test_a_toy_that_is_resumed_keeps_its_student_and_its_seed(shell, monkeypatch, tmp_path):
+    monkeypatch.setattr(rl, "TOY_LESSONS", {"sums": 3})
+    flags = "--steps 1 --prompts 2 --group-size 2 --max-new-tokens 2 --eval-examples 2 --out".split() + [tmp_path / "toy"]
+    assert shell(rl, *flags)[0] == 0
+    monkeypatch.setattr(rl, "TOY_LESSONS", {})                                  # no second lesson
+    status, out, err = shell(rl, *flags, "--resume")
+    assert status == 0 and "done already" in out, err
+    status, _, err = shell(rl, *flags, "--resume", "--seed", 1)
+    assert status == 2 and "--resume with --seed 1, but the run began with 0" in err and err.count("\n") == 1
+    assert not (tmp_path / "toy/start-sums-1").exists()

@@ -796,11 +796,11 @@ def test_a_run_does_not_go_on_with_another_chat_template(run, world, tmp_path):
     assert run("--loss", "sft", "--steps", 3, "--eval-every", 1, "--resume", **flags)[0] == 0
 
 
-def test_epochs_are_not_rounded_up_for_a_float_and_records_for_the_table_are_counted(run, world, tmp_path):
+def test_a_tenth_of_an_epoch_is_its_steps_and_records_for_the_table_are_counted(run, tmp_path):
     long = [{"instruction": "word " * 300, "response": "x"}, {"instruction": "Why?", "response": "x"}]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in long))
     status, out, err = run("--loss", "sft", "--epochs", 1.1, "--batch-size", 2, "--eval-data", tmp_path / "test.jsonl")
-    assert status == 0 and len(steps_of(tmp_path / "run")) == 11, err           # 1.1 x 10 is 11.000000000000002
+    assert status == 0 and len(steps_of(tmp_path / "run")) == 11, err
     assert "1 of 2 records of --eval-data, 1 dropped: prompt too long" in out
     (tmp_path / "test.jsonl").write_text(json.dumps(long[0]) + "\n")
     status, _, err = run("--loss", "sft", "--steps", 1, "--eval-data", tmp_path / "test.jsonl", out=tmp_path / "other")
@@ -961,3 +961,61 @@ def test_a_toy_that_is_resumed_with_another_seed_is_refused_with_its_data_as_the
 def test_a_flag_that_does_nothing_is_named(run, flags, said):
     status, _, err = run("--steps", 1, "--batch-size", 4, *flags.split())
     assert status == 0 and err.partition("note: ")[2].endswith(said) and err.count("note: ") == bool(said)
+
+
+# ---- what flags reach
+
+def test_best_stays_the_best_after_a_fall(settings, monkeypatch):
+    values, kept = iter([5.0, 3.0, 4.0]), []
+    monkeypatch.setattr(kd, "mean_by_category", lambda _: {"all": {"rouge_l": next(values)}})
+    monkeypatch.setattr(kd, "save_model", lambda model, folder, **_: kept.append(folder.name))
+    kd.train(**settings(steps=3, eval_every=1, loss="sft", teacher=None))
+    assert kept == ["last", "best", "last", "last"]
+
+
+def test_no_more_are_answered_than_eval_examples_says(settings, run, monkeypatch):
+    asked, score = [], kd.answer_and_score
+    monkeypatch.setattr(kd, "answer_and_score", lambda model, tokenizer, rows, *rest: (
+        asked.append(len(rows)), score(model, tokenizer, rows, *rest))[1])
+    kd.train(**settings(steps=1, eval_examples=2, loss="sft", teacher=None))
+    assert asked == [2]
+    status, out, err = run("--loss", "sft", "--steps", 1, "--validation", 4, out=settings()["out"].parent / "table")
+    assert status == 0 and "of 2 held-out prompts" in out, err
+
+
+def test_of_eval_data_only_what_is_trained_on_is_counted(run, tmp_path):
+    assert run("--loss", "sft", "--steps", 1)[0] == 0
+    held = tmp_path / "run/held-out.jsonl"
+    status, out, err = run("--loss", "sft", "--steps", 1, "--eval-data", held, out=tmp_path / "other")
+    assert status == 0 and "4 of 4 records of --eval-data" in out and "also trained on" not in out, err
+
+
+def test_one_prompt_in_several_spellings_is_one_prompt():
+    examples = [SimpleNamespace(messages=[{"role": "user", "content": text}])
+                for text in ("Go  on", "go on", "GO ON", "go\non", "Go on")]
+    assert kd.hold_out(examples, 2, 0) == (examples, examples[:2])
+
+
+def test_steps_are_not_rounded_up_for_a_float(run, tmp_path):
+    """0.28 x 25 is 7.000000000000001."""
+    records = [{"instruction": f"Say {i}.", "response": str(i)} for i in range(60)]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = "--loss", "sft", "--epochs", 0.28, "--batch-size", 2, "--validation", 10
+    status, _, err = run(*flags, data=("--data", tmp_path / "more.jsonl"))
+    assert status == 0 and len(steps_of(tmp_path / "run")) == 7, err
+
+
+def test_plain_text_is_cut_into_rows_of_max_length(run, tmp_path, monkeypatch):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "A long line of a book. " * 90}) + "\n")
+    longest = []
+    monkeypatch.setattr(kd, "train", lambda *, lm_rows, **_: longest.append(max(map(len, lm_rows))) or sys.exit(3))
+    assert run("--loss", "sft", "--steps", 1, "--max-length", 200, "--lm-data", tmp_path / "text.jsonl")[0] == 3
+    assert longest == [200]
+
+
+def test_that_no_held_out_prompt_is_short_enough_is_said_of_those(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(kd, "hold_out", lambda examples, *_: (examples[:-1], examples[-1:]))
+    records = [{"instruction": f"Say {i}.", "response": "x"} for i in range(5)] + [{"instruction": "word " * 300, "response": "x"}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    status, _, err = run("--loss", "sft", data=("--data", tmp_path / "r.jsonl"))
+    assert status == 2 and err.startswith("error: of the records held out, no example is left of 1") and err.count("\n") == 1
