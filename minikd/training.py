@@ -221,7 +221,7 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(),
                 raise InputError(f"{place}: holds {what}, which would be replaced; choose another --out")
             if Path.cwd().is_relative_to(place.resolve()):
                 raise InputError(f"{place}: is the folder you work in, and would be replaced; choose another --out")
-            if cache and Path(cache).expanduser().resolve().is_relative_to(place.resolve()):
+            if cache and Path(cache).resolve().is_relative_to(place.resolve()):
                 raise InputError(f"--cache-teacher {cache}: lies in {place}, which this run replaces; choose another folder")
             if place.is_dir():
                 check_writable(place)

@@ -326,8 +326,8 @@ def test_parts_of_a_joined_layer_are_trained_and_saved_as_before(tmp_path):
         assert torch.equal(value, model.state_dict()[key])
 
 
-def four_bits(dtype=torch.bfloat16, sym=True) -> Qwen2:
-    model = random_model(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, dtype=dtype)
+def four_bits(dtype=torch.bfloat16, sym=True, **shape) -> Qwen2:
+    model = random_model(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, dtype=dtype, **shape)
     words = quantize_model(model, [], 0, method="rtn", group_size=32, sym=sym, store=partial(to_words, version=1 if sym else 2))
     return to_w4(model, words, 32, sym)
 
@@ -437,6 +437,16 @@ def test_a_4_bit_models_head_may_be_trained():
         optimizer.zero_grad()
     after = generate(model, PROMPTS, 20)
     assert after == generate(copy.deepcopy(model), PROMPTS, 20) != before
+
+
+def test_a_4_bit_models_packed_head_is_that_of_its_weight_as_it_is():
+    model = four_bits(torch.float32, vocab_size=17_000)                         # a head large enough to be packed
+    before = generate(model, PROMPTS, 20)
+    if model.packed_head is None:
+        pytest.skip("torch packs nothing on this CPU")
+    with torch.no_grad():
+        model.head.mul_(-1)
+    assert generate(model, PROMPTS, 20) == generate(copy.deepcopy(model), PROMPTS, 20) != before
 
 
 def test_generate_decodes_outside_of_autocast():

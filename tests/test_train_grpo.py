@@ -80,13 +80,13 @@ def test_an_answers_ratio_is_1_until_the_first_update_in_any_dtype(run, tmp_path
         assert any(line["clipped"] > 0 for line in steps_of(out)) == clipped
 
 
-def test_every_step_draws_other_answers(run, monkeypatch):
+def test_every_step_of_every_seed_draws_other_answers(run, tmp_path, monkeypatch):
     seeds, sample_groups = [], rl.grpo.sample_groups
     monkeypatch.setattr(rl.grpo, "sample_groups", lambda *given, seed, **named: (
         seeds.append(seed), sample_groups(*given, seed=seed, **named))[1])
     monkeypatch.setattr(rl, "accuracy", lambda *_, **__: {"sampled": 0.0, "sample": ""})
-    assert run()[0] == 0
-    assert len(set(seeds)) == len(seeds) == 4
+    assert run()[0] == 0 and run("--seed", 1, out=tmp_path / "other")[0] == 0
+    assert len(set(seeds)) == len(seeds) == 8
 
 
 def test_the_longest_answers_are_learned_from_first():
