@@ -138,7 +138,7 @@ def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> 
         raise ValueError("to_words: codes above 15 do not fit into 4 bits; quantise with bits=4")
     if version == 1 and (zeros < 1).any():
         raise InputError("a zero point of 0 cannot be stored in format gptq; use gptq_v2")
-    stored = zeros - (1 if version == 1 else 0)
+    stored = zeros.to(torch.uint8) - (1 if version == 1 else 0)
     return {"qweight": pack(codes.T, 0), "qzeros": pack(stored.T, 1), "scales": scales.T.half().contiguous(),
             "g_idx": torch.arange(I, dtype=torch.int32, device=codes.device) // size}
 

@@ -74,7 +74,8 @@ def test_a_run_leaves_a_model_a_log_and_every_completion(run, world, tmp_path):
 
 def test_an_answers_ratio_is_1_until_the_first_update_in_any_dtype(run, tmp_path):
     """A bfloat16 sampler's log-probabilities differ from the trainer's by more than GSPO's clip."""
-    for epochs, lr, clipped in ("1", "1e-3", False), ("3", "1e-3", True), ("2", "1e-30", False):     # the last: updates by nothing
+    for epochs, lr, clipped in (("1", "1e-3", False), ("3", "1e-3", True),
+                                ("2", "1e-30", False), ("3", "1e-30", False)):                  # the last two: updates by nothing
         out = tmp_path / f"{epochs} {lr}"
         assert run("--ratio", "sequence", "--clip", "1e-7", "--dtype", "bfloat16", "--inner-epochs", epochs, "--lr", lr, out=out)[0] == 0
         assert any(line["clipped"] > 0 for line in steps_of(out)) == clipped
