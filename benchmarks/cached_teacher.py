@@ -21,9 +21,10 @@ import torch
 from benchmarks.measure import child, in_turns, machine, peak_resident, report, table
 from benchmarks.shapes import COMMON, SHAPES
 from minikd.checkpoint import load_head, load_model, save_model
+from minikd.config import Qwen2Config
 from minikd.data import Encoded
 from minikd.losses import forward_kl
-from minikd.model import Qwen2, Qwen2Config
+from minikd.model import Qwen2
 from minikd.teacher import CachedTeacher, Teacher, fill_cache
 from minikd.training import make_optimizer
 from train_kd import forward_backward

@@ -19,7 +19,8 @@ import torch
 
 from benchmarks.measure import machine, table
 from minikd.checkpoint import load_model, save_model
-from minikd.model import Qwen2, Qwen2Config
+from minikd.config import Qwen2Config
+from minikd.model import Qwen2
 from minikd.toy import make_tokenizer
 
 CASES = {"sym, desc_act, g32": dict(desc_act=True, act_group_aware=False, group_size=32),

@@ -38,6 +38,8 @@ from benchmarks.measure import machine
 from benchmarks.shapes import SHAPES
 from minikd import cuda, loss_cuda, losses, w4_cuda
 from minikd.attend_cuda import HEADS, attend
+from minikd.cache import StaticCache
+from minikd.config import Qwen2Config
 from minikd.data import Encoded, send
 from minikd.decode_cuda import OneKernel
 from minikd.fused_cuda import draw_on_gpu
@@ -46,7 +48,7 @@ from minikd.gptq import quantize_columns, quantize_model, replayed_columns
 from minikd.head import compile_losses, head_loss, scored_positions
 from minikd.layout import laid_out
 from minikd.losses import clipped_surrogate, forward_kl, pick_divergence, reverse_kl
-from minikd.model import Qwen2, Qwen2Config, StaticCache, mixed_precision, rope_tables, rotate
+from minikd.model import Qwen2, mixed_precision, rope_tables, rotate
 from minikd.quant import dequantize_groups, round_to_nearest, to_words
 from minikd.teacher import Teacher
 from minikd.training import compile_blocks, make_optimizer

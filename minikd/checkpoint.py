@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from minikd.config import Qwen2Config
 from minikd.files import InputError, atomic_path, read_json, save_tensors, sha256
 from minikd.hub import TOKENIZER, files_on_hub, local_folder
-from minikd.model import Qwen2, Qwen2Config, allocate
+from minikd.model import Qwen2, allocate
 from minikd.quant import is_finite, read_zeros
 from minikd.w4 import W4Linear, swap_linears
 

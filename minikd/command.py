@@ -10,8 +10,8 @@ from contextlib import suppress
 import torch
 from tqdm import tqdm
 
+from minikd.config import Qwen2Config
 from minikd.files import InputError
-from minikd.model import Qwen2Config
 from minikd.records import HALF
 
 

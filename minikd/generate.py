@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minikd.cache import KVCache, StaticCache
 from minikd.data import Encoded, by_length
 from minikd.decode_cuda import OneKernel, fits
 from minikd.files import InputError
 from minikd.fused_cuda import GREEDY, can_draw, draw_on_gpu
 from minikd.layout import head_logits, laid_out, torch_products
 from minikd.losses import log_mix, log_probs
-from minikd.model import KVCache, Qwen2, StaticCache
+from minikd.model import Qwen2
 
 LOOK = 16                                                       # on a GPU, steps between two looks of the host at tokens
 BLOCK = 128                                                     # tokens of the vocabulary in one block of `invert`

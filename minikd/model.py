@@ -11,228 +11,20 @@ References
     GQA (grouped-query attention)                   arXiv:2305.13245
     SwiGLU                                          arXiv:2002.05202, eq. (6)
 """
-from dataclasses import asdict, dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minikd.attend_cuda import attend, make_parts
-from minikd.files import InputError
+from minikd.attend_cuda import attend
+from minikd.cache import KVCache, Slots, StaticCache
+from minikd.config import Qwen2Config
 from minikd.fused_cuda import add_norm, can_fuse, silu_up
 
 # cuDNN's attention, torch's first choice on a Hopper GPU, makes a new plan for every length; batches here have many.
 torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-@dataclass(frozen=True)
-class Qwen2Config:
-    """The fields of config.json that shape the model; the defaults are transformers' Qwen2Config."""
-    vocab_size: int = 151_936
-    hidden_size: int = 4096
-    intermediate_size: int = 22_016
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    max_position_embeddings: int = 32_768
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    head_dim: int | None = None                     # None: hidden_size / num_attention_heads
-
-    def __post_init__(self):
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-
-    @classmethod
-    def from_dict(cls, raw: dict, where: str = "config.json") -> "Qwen2Config":
-        """config.json as transformers 4 writes it (rope_theta) and as 5 does (rope_parameters).
-
-        Raises InputError, naming the field, for what this decoder does not compute: another model_type,
-        sliding-window attention, RoPE scaling, another activation, or sizes that do not fit together.
-        """
-        def refuse(field, advice):
-            raise InputError(f"{where}: {field} = {raw.get(field)!r} is not implemented; {advice}")
-
-        if raw.get("model_type") != "qwen2":
-            refuse("model_type", "minikd reads 'qwen2': Qwen1.5, Qwen2 and Qwen2.5 dense models")
-        named = raw.get("architectures")
-        if isinstance(named, list) and named and not any(str(name).endswith("ForCausalLM") for name in named):
-            refuse("architectures", "minikd reads models with a language-model head: 'Qwen2ForCausalLM'")
-        if raw.get("use_sliding_window"):
-            refuse("use_sliding_window", "use a checkpoint with full attention")
-        kinds = raw.get("layer_types") or []
-        if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}:
-            refuse("layer_types", "use a checkpoint with full attention")
-        if raw.get("hidden_act", "silu") != "silu":
-            refuse("hidden_act", "Qwen2 uses 'silu'")
-        values = {field: value for field, value in raw.items() if field in cls.__dataclass_fields__ and value is not None}
-        for field in ("rope_scaling", "rope_parameters"):                       # transformers 4's name, and 5's
-            rope = raw.get(field) or {}
-            if (not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default"
-                    or any(isinstance(value, dict) for value in rope.values())):
-                refuse(field, "use a checkpoint without RoPE scaling, the same in all layers")
-            if rope.get("rope_theta") is not None:
-                values["rope_theta"] = rope["rope_theta"]
-        cls._check_values(values, where)
-        if "num_attention_heads" in values:                                     # old configs: as many key/value heads
-            values.setdefault("num_key_value_heads", values["num_attention_heads"])
-        config = cls(**values)
-        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2 or not config.head_dim:
-            raise InputError(f"{where}: {config.num_attention_heads} query heads must be a multiple of "
-                             f"{config.num_key_value_heads} key/value heads, and the head size, {config.head_dim}, even; "
-                             "check num_attention_heads, num_key_value_heads and hidden_size")
-        return config
-
-    @classmethod
-    def _check_values(cls, values: dict, where: str):
-        for name, value in values.items():
-            kind = cls.__dataclass_fields__[name].type
-            if kind is bool:
-                good, wanted = isinstance(value, bool), "true or false"
-            elif name == "rope_theta":
-                good, wanted = type(value) in (int, float) and 0 < value < 1e30, "a number above 0"
-            elif kind is float:
-                good, wanted = type(value) in (int, float) and 0 <= value < 1e30, "a number of at least 0"
-            elif name == "num_hidden_layers":
-                good, wanted = type(value) is int and 0 < value <= 1000, "a whole number from 1 to 1,000"
-            else:
-                good, wanted = type(value) is int and 0 < value, "a whole number above 0"
-            if not good:
-                raise InputError(f"{where}: {name} = {value!r}; give {wanted}")
-
-    def to_dict(self, dtype: torch.dtype = torch.float32) -> dict:
-        """What transformers 4 and 5 both read: each one's name for the RoPE base and for the dtype."""
-        name = str(dtype).removeprefix("torch.")
-        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **asdict(self),
-                "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"}, "attention_dropout": 0.0,
-                "use_sliding_window": False, "use_cache": True, "dtype": name, "torch_dtype": name}
-
-
-class KVCache:
-    """Keys and values of the tokens already read, per layer [B, K, S, E], allocated for the whole answer at the start.
-
-    A slot is a column of the cache, the same for all rows; `valid` [B, S] says which slots hold a token of
-    the row. Prompts are right-padded, so a short one leaves a gap before the first new token: of the prompts a b and c d e f,
-    with the new tokens x and y,
-
-        slot      0 1 2 3 4
-        row 0     a b . . x         x is in slot 4, but at position 2
-        row 1     c d e f y         `used` counts slots, `lengths` positions; `valid` hides the dots
-    """
-
-    def __init__(self, config: Qwen2Config, lengths: Tensor, capacity: int, dtype: torch.dtype):
-        B, prompt, device = len(lengths), int(lengths.max()), lengths.device
-        self.config = config
-        shape = (B, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.used = 0                                                           # slots filled so far
-        self.lengths = lengths                                                  # [B] the next token's position
-        self.valid = torch.arange(capacity, device=device) < lengths[:, None]   # [B, S]
-        self.valid[:, prompt:] = True                                           # new tokens follow the longest prompt
-        self.gapless = bool((lengths == prompt).all())                          # then decoding needs no mask at all
-
-    def layer(self, i: int) -> "Slots":
-        """Layer i's slots, for the tokens about to be read; call `advance` after the last layer."""
-        mask = None if self.gapless else self.valid[:, None, None, :self.used + 1]
-        return Slots(self.keys[i], self.values[i], self.used, mask)
-
-    def advance(self, T: int):
-        """To be called when all layers have read T slots of prompts or, later, one more token per row."""
-        if self.used:                                                           # `lengths` counts the prompts already
-            assert T == 1, f"{T} tokens at once after the prompts"
-            self.lengths = self.lengths + 1
-        self.used += T
-
-    def keep(self, rows: Tensor):
-        """Keeps the rows with indices rows [b], in that order; an index may repeat."""
-        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
-        self.lengths, self.valid = self.lengths[rows], self.valid[rows]
-
-
-class Slots(NamedTuple):
-    """One layer's part of a cache."""
-    keys: Tensor                                                                # [B, K, S, E]
-    values: Tensor                                                              # [B, K, S, E]
-    used: int | Tensor                                                          # slots filled so far; StaticCache: a tensor [1]
-    mask: Tensor | None                 # which of s slots one more token sees, [B, 1, 1, s] bool; None: all.  StaticCache:
-                                        # [B, 1, 1, S], 0 or -inf, to be added to the scores
-    parts: Tensor | None = None         # scratch memory of the GPU's attention kernel (attend_cuda.py), where it can run
-
-    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k, v [B, K, T, E]; returns all that attention reads: the s slots that are filled now, [B, K, s, E]."""
-        if isinstance(self.used, Tensor):                                       # StaticCache: attention reads all S slots
-            return self.keys.index_copy_(2, self.used, k), self.values.index_copy_(2, self.used, v)
-        end = self.used + k.shape[2]
-        self.keys[:, :, self.used:end] = k
-        self.values[:, :, self.used:end] = v
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
-class StaticCache(KVCache):
-    """The cache of a step that a CUDA graph replays: all that changes between steps is a device tensor at a fixed address.
-
-    `bias`, added to the scores, excludes the slots not yet written, which torch's attention reads too.
-    """
-
-    def __init__(self, cache: KVCache):
-        """Takes over the tensors of a cache that has read its prompts."""
-        self.config, self.keys, self.values, self.used = cache.config, cache.keys, cache.values, cache.used
-        for slots in self.keys + self.values:
-            slots[:, :, cache.used:] = 0                                        # a masked slot counts 0 x its value: not NaN
-        self.valid, self.lengths = cache.valid, cache.lengths.clone()           # changed in place from here on
-        self.slot = torch.full((1,), cache.used, device=cache.valid.device)     # [1] where the next token goes
-        written = torch.arange(self.valid.shape[1], device=self.valid.device) <= self.slot      # and the next one
-        # [B, S] added to the scores: -inf where a row may not look. Built once, not from a bool mask in every layer.
-        self.bias = torch.zeros_like(self.valid, dtype=self.keys[0].dtype)
-        self.bias.masked_fill_(~(self.valid & written), -torch.inf)
-        self.parts = make_parts(self.keys[0], self.config.num_attention_heads)
-
-    def layer(self, i: int) -> Slots:
-        return Slots(self.keys[i], self.values[i], self.slot, self.bias[:, None, None], self.parts)
-
-    def advance(self, T: int):
-        self.lengths += 1
-        self.slot += 1
-        self.bias.index_fill_(1, self.slot.clamp(max=self.bias.shape[1] - 1), 0)    # no slot after the last
-
-    def keep(self, rows: Tensor):
-        super().keep(rows)
-        self.bias, self.parts = self.bias[rows], make_parts(self.keys[0], self.config.num_attention_heads)
-
-
-class Linear(nn.Linear):
-    """nn.Linear that while decoding on a CPU multiplies in another way (layout.Packed, layout.multiply_plain)."""
-    packed = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.packed                            # once: another thread may take it away
-        return F.linear(x, self.weight, self.bias) if packed is None else packed(x)
-
-
-def trains_on_gpu(x: Tensor) -> bool:
-    """Whether x is part of a training step in bfloat16 on a GPU."""
-    return x.is_cuda and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
-
-
-def join_in_training(x: Tensor, *layers: nn.Module):
-    """A function x -> the layers' outputs side by side, by one product; None, which leaves one for each, unless trains_on_gpu
-    (and for 4-bit layers, which have no weights to join).
-
-    Autocast casts the weights in every step anyway. Joined first they take fewer kernels, and those of a small model take the
-    host longer to launch than the GPU to run. A KD step with a 0.5B student took 109 ms on an H200, not 122; from a cache 59,
-    not 91.
-    """
-    if not (trains_on_gpu(x) and isinstance(layers[0], Linear)):
-        return None
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return partial(F.linear, weight=weight, bias=bias)
 
 
 class RMSNorm(nn.Module):
@@ -275,6 +67,35 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     low, high = x.chunk(2, dim=-1)                                              # [B, H, T, E/2] each
     return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+class Linear(nn.Linear):
+    """nn.Linear that while decoding on a CPU multiplies in another way (layout.Packed, layout.multiply_plain)."""
+    packed = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.packed                            # once: another thread may take it away
+        return F.linear(x, self.weight, self.bias) if packed is None else packed(x)
+
+
+def trains_on_gpu(x: Tensor) -> bool:
+    """Whether x is part of a training step in bfloat16 on a GPU."""
+    return x.is_cuda and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
+
+
+def join_in_training(x: Tensor, *layers: nn.Module):
+    """A function x -> the layers' outputs side by side, by one product; None, which leaves one for each, unless trains_on_gpu
+    (and for 4-bit layers, which have no weights to join).
+
+    Autocast casts the weights in every step anyway. Joined first they take fewer kernels, and those of a small model take the
+    host longer to launch than the GPU to run. A KD step with a 0.5B student took 109 ms on an H200, not 122; from a cache 59,
+    not 91.
+    """
+    if not (trains_on_gpu(x) and isinstance(layers[0], Linear)):
+        return None
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return partial(F.linear, weight=weight, bias=bias)
 
 
 class Half(nn.Module):

@@ -14,9 +14,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from minikd.config import Qwen2Config
 from minikd.examples import to_example
 from minikd.files import atomic_path
-from minikd.model import Qwen2Config
 from minikd.tokenizer import STOPS, Tokenizer
 
 SHARES = {"english": 6, "spanish": 3, "code": 2}    # how often each domain is drawn

@@ -22,7 +22,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from minikd import cuda, sandbox
 from minikd.checkpoint import load_model, save_model
-from minikd.model import Qwen2, Qwen2Config
+from minikd.config import Qwen2Config
+from minikd.model import Qwen2
 from minikd.tokenizer import Tokenizer
 from minikd.toy import QWEN2_WORDS
 from minikd.training import Log, lock, read_log
@@ -84,6 +85,23 @@ def small(seed: int, **shape) -> Qwen2:
     sizes = dict(vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
                  num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.3)
     return Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed)
+
+
+def random_model(seed: int = 0, **shape) -> Qwen2:
+    """A random model of 2 layers with no bias at 0 and no norm at 1, in eval mode."""
+    sizes = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
+                 num_key_value_heads=2, tie_word_embeddings=False)
+    model = small(seed, **sizes | shape).eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def random_ids(*shape, seed: int = 0, V: int = 61) -> torch.Tensor:
+    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_logits(*shape: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:

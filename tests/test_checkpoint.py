@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from conftest import small
 from minikd import checkpoint
 from minikd.checkpoint import load_config, load_head, load_model, open_tensors, save_model, shards_of, split_shards
+from minikd.config import Qwen2Config
 from minikd.files import InputError
 from minikd.generate import generate
-from minikd.model import Qwen2, Qwen2Config
+from minikd.model import Qwen2
 from minikd.quant import dequantize_groups, round_to_nearest, to_words
 from minikd.w4 import W4Linear, to_w4
 

@@ -6,11 +6,13 @@ import torch
 
 from benchmarks import shapes
 from minikd import decode_cuda, generate as generating, layout
+from minikd.cache import StaticCache
+from minikd.config import Qwen2Config
 from minikd.cuda import SOURCES, launch
 from minikd.decode_cuda import OneKernel, fits, products
 from minikd.generate import generate, prefill
 from minikd.gptq import quantize_model
-from minikd.model import Qwen2, Qwen2Config, StaticCache
+from minikd.model import Qwen2
 from minikd.quant import to_words
 from minikd.w4 import W4Linear, to_w4
 from ptx import Driver, places

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minikd.config import Qwen2Config
 from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.gptq import (Hessian, full_precision, inverse_factor, output_errors, quantize_matrix, quantize_model)
-from minikd.model import Qwen2, Qwen2Config
+from minikd.model import Qwen2
 from minikd.quant import dequantize_groups, find_grid, round_to_nearest, to_words
 from minikd.w4 import to_w4
 

@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from conftest import random_logits
 from minikd import products
+from minikd.config import Qwen2Config
 from minikd.head import _backward_head, compare_heads, head_loss, scored_positions
 from minikd.losses import DIVERGENCES, clipped_surrogate, forward_kl, jensen_shannon, reverse_kl
-from minikd.model import Qwen2, Qwen2Config
+from minikd.model import Qwen2
 
 NAMES = sorted(DIVERGENCES)
 

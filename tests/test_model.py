@@ -9,34 +9,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from conftest import random_ids, random_model
 from minikd.checkpoint import load_model, save_model
-from minikd.files import InputError
-from minikd.model import (MLP, Attention, KVCache, Qwen2, Qwen2Config, RMSNorm, StaticCache, cast_copy, mixed_precision,
-                          rope_tables, rotate, run_blocks)
+from minikd.config import Qwen2Config
+from minikd.model import MLP, Attention, Qwen2, RMSNorm, cast_copy, mixed_precision, rope_tables, rotate, run_blocks
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
-
-
-def tiny(seed: int = 0, **changes) -> Qwen2:
-    """A random model of 2 layers with no bias at 0 and no norm at 1, in eval mode."""
-    shape = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
-                 num_key_value_heads=2, initializer_range=0.3)
-    model = Qwen2(Qwen2Config(**{**shape, **changes})).init_weights(seed).eval()
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def random_ids(*shape, seed: int = 0, V: int = 61) -> torch.Tensor:
-    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def padded(rows: list[list[int]]) -> torch.Tensor:
-    return torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
 
 
 # ---- each formula, as a loop
@@ -135,7 +114,7 @@ def test_swiglu_is_the_formula():
 # ---- the whole
 
 def test_no_token_sees_a_later_one_so_right_padding_needs_no_mask():
-    model, ids = tiny(), random_ids(2, 9)
+    model, ids = random_model(), random_ids(2, 9)
     other = ids.clone()
     other[:, 6:] = random_ids(2, 3, seed=1)
     with torch.no_grad():
@@ -146,49 +125,15 @@ def test_no_token_sees_a_later_one_so_right_padding_needs_no_mask():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_body_and_the_head_are_the_two_halves_of_the_model(tied):
-    model, ids = tiny(tie_word_embeddings=tied), random_ids(2, 5)
+    model, ids = random_model(tie_word_embeddings=tied), random_ids(2, 5)
     with torch.no_grad():
         torch.testing.assert_close(model.hidden(ids) @ model.head.T, model(ids), atol=1e-5, rtol=0)
     assert (model.head is model.model.embed_tokens.weight) == tied
     assert ("lm_head.weight" in model.state_dict()) == (not tied)
 
 
-@pytest.mark.parametrize("lengths", [[6, 6, 6], [3, 7, 1], [1, 1, 1]], ids=str)
-def test_cached_decoding_equals_the_full_forward(lengths):
-    model, new = tiny(), 5
-    rows = [random_ids(n + new, seed=n).tolist() for n in lengths]
-    cache = KVCache(model.config, torch.tensor(lengths), max(lengths) + new, torch.float32)
-    with torch.no_grad():
-        states = model.hidden(padded([row[:n] for row, n in zip(rows, lengths)]), cache)
-        steps = [torch.stack([states[b, n - 1] for b, n in enumerate(lengths)])]
-        for i in range(new - 1):
-            tokens = torch.tensor([[row[n + i]] for row, n in zip(rows, lengths)])
-            steps.append(model.hidden(tokens, cache)[:, 0])
-        for b, n in enumerate(lengths):
-            full = model.hidden(torch.tensor([rows[b]]))[0, n - 1:n - 1 + new]
-            torch.testing.assert_close(torch.stack(steps)[:, b], full, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("static", [False, True])
-def test_rows_that_leave_the_cache_change_nothing_for_those_that_stay(static):
-    model, lengths = tiny(), torch.tensor([4, 2, 5])
-    ids, next_ids = random_ids(3, 5), random_ids(3, 3, seed=1)
-    stay = torch.tensor([2, 1])
-    with torch.no_grad():
-        all_rows, fewer = (KVCache(model.config, lengths, 8, torch.float32) for _ in range(2))
-        for cache in (all_rows, fewer):
-            model.hidden(ids, cache)
-        fewer = StaticCache(fewer) if static else fewer
-        for cache in (all_rows, fewer):
-            model.hidden(next_ids[:, :1], cache)
-        fewer.keep(stay)
-        for i in 1, 2:                                      # the last slot too
-            want = model.hidden(next_ids[:, i:i + 1], all_rows)[stay]
-            torch.testing.assert_close(model.hidden(next_ids[stay, i:i + 1], fewer), want, atol=1e-5, rtol=0)
-
-
 def test_the_tied_head_gathers_the_gradients_of_both_its_uses():
-    tied, free, ids = tiny(tie_word_embeddings=True), tiny(tie_word_embeddings=False), random_ids(2, 7)
+    tied, free, ids = random_model(tie_word_embeddings=True), random_model(tie_word_embeddings=False), random_ids(2, 7)
     free.load_state_dict({**tied.state_dict(), "lm_head.weight": tied.head.detach()})
     for model in (tied, free):
         for _ in range(2):                                  # as over two micro-batches
@@ -200,7 +145,7 @@ def test_the_tied_head_gathers_the_gradients_of_both_its_uses():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_frozen_embedding_gets_no_gradient(tied):
-    model = tiny(tie_word_embeddings=tied).train()
+    model = random_model(tie_word_embeddings=tied).train()
     model.model.embed_tokens.weight.requires_grad_(False)
     model(random_ids(2, 5)).sum().backward()
     assert model.model.embed_tokens.weight.grad is None and model.model.norm.weight.grad is not None
@@ -209,7 +154,7 @@ def test_a_frozen_embedding_gets_no_gradient(tied):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradient_checkpointing_recomputes_each_block_and_gives_the_same_gradients(tied):
-    model, ids, runs = tiny(tie_word_embeddings=tied), random_ids(2, 7), []
+    model, ids, runs = random_model(tie_word_embeddings=tied), random_ids(2, 7), []
     model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: runs.append(1))
     gradients = []
     for checkpointing in (False, True):
@@ -230,7 +175,7 @@ def test_products_joined_as_in_training_on_a_gpu_give_the_same_gradients(monkeyp
 
     def gradients(joined):
         monkeypatch.setattr("minikd.model.trains_on_gpu", lambda x: joined)
-        model = tiny(num_hidden_layers=3).train()
+        model = random_model(num_hidden_layers=3).train()
         if compiled:
             model.model.compiled = torch.compile(run_blocks, backend="eager", fullgraph=True)
         weight = torch.randn(2, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -252,88 +197,6 @@ def test_random_weights_are_qwens_and_the_seed_decides_them():
             assert float(weight.std()) == pytest.approx(0.05, rel=0.1) and not torch.equal(weight, c[name]), name
         else:
             assert weight.unique().tolist() == [0.0 if name.endswith("bias") else 1.0], name
-
-
-# ---- config.json
-
-FIVE = {"model_type": "qwen2", "vocab_size": 300, "hidden_size": 56, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 7, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "dtype": "bfloat16", "hidden_act": "silu",
-        "layer_types": ["full_attention"] * 2, "sliding_window": None, "use_sliding_window": False}
-FOUR = {**{key: FIVE[key] for key in FIVE if key not in ("rope_parameters", "dtype", "layer_types")},
-        "rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "bfloat16", "sliding_window": 32768,
-        "max_window_layers": 24, "bos_token_id": 151643, "transformers_version": "4.43.1"}
-
-
-def test_config_json_of_transformers_4_and_of_5_mean_the_same():
-    four, five = Qwen2Config.from_dict(FOUR), Qwen2Config.from_dict(FIVE)
-    assert four == five
-    assert (five.rope_theta, five.head_dim, five.vocab_size, five.tie_word_embeddings) == (1e6, 8, 300, True)
-
-
-def test_the_rope_base_may_stand_in_rope_scaling():
-    """transformers 5 reads it there too."""
-    rest = {key: value for key, value in FOUR.items() if key != "rope_theta"}
-    assert Qwen2Config.from_dict(rest | {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}}).rope_theta == 5e5
-
-
-def test_what_config_json_leaves_out_is_transformers_default():
-    config = Qwen2Config.from_dict({"model_type": "qwen2", "num_attention_heads": 16})
-    assert (config.rope_theta, config.rms_norm_eps, config.tie_word_embeddings) == (1e4, 1e-6, False)
-    assert (config.num_key_value_heads, config.head_dim) == (16, 256)       # as many as there are query heads
-    assert Qwen2Config.from_dict({**FIVE, "head_dim": 12}).head_dim == 12
-
-
-def test_a_config_survives_its_own_writing():
-    config = Qwen2Config.from_dict({**FIVE, "head_dim": 12, "rope_parameters": {"rope_theta": 5e5}})
-    raw = json.loads(json.dumps(config.to_dict(torch.bfloat16)))
-    assert Qwen2Config.from_dict(raw) == config
-    assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == 5e5     # transformers 4's place, and 5's
-    assert raw["torch_dtype"] == raw["dtype"] == "bfloat16"
-
-
-@pytest.mark.parametrize("base", [FOUR, FIVE], ids=["4", "5"])
-@pytest.mark.parametrize("changes, names", [
-    ({"model_type": "qwen3"}, "model_type = 'qwen3'"),
-    ({"model_type": None}, "model_type = None"),
-    ({"use_sliding_window": True}, "use_sliding_window = True"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling = "),                 # transformers 4's spelling
-    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling = "),
-    ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}}, "rope_parameters = "),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters = "),  # and 5
-    ({"rope_parameters": [1e6]}, "rope_parameters = "),
-    ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-    ({"architectures": ["Qwen2ForSequenceClassification"]}, "architectures = ['Qwen2ForSequenceClassification']"),
-    ({"hidden_size": 56.0}, "hidden_size = 56.0"), ({"vocab_size": "300"}, "vocab_size = '300'"),
-    ({"vocab_size": True}, "vocab_size = True"), ({"num_hidden_layers": -1}, "num_hidden_layers = -1"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000; give a whole number from 1 to 1,000"),
-    ({"num_attention_heads": 0}, "num_attention_heads = 0"), ({"num_key_value_heads": 0}, "num_key_value_heads = 0"),
-    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
-    ({"rms_norm_eps": "tiny"}, "rms_norm_eps = 'tiny'"), ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan"),
-    ({"rms_norm_eps": float("inf")}, "rms_norm_eps = inf"), ({"initializer_range": -1.0}, "initializer_range = -1.0"),
-    ({"num_key_value_heads": 2}, "7 query heads must be a multiple of 2 key/value heads"),
-    ({"head_dim": 7}, "the head size, 7, even"), ({"hidden_size": 6}, "the head size, 0, even"),
-])
-def test_what_the_decoder_does_not_compute_is_refused_by_name(base, changes, names):
-    with pytest.raises(InputError) as caught:
-        Qwen2Config.from_dict({**base, **changes}, where="m/config.json")
-    text = str(caught.value)
-    assert text.startswith("m/config.json: ") and names in text and "\n" not in text
-
-
-@pytest.mark.parametrize("where, theta", [("rope_theta", "x"), ("rope_parameters", {"rope_theta": [1]}),
-                                          ("rope_theta", 0), ("rope_parameters", {"rope_theta": 0.0})])
-def test_a_rope_base_that_is_no_number_is_refused(where, theta):
-    raw = {key: FOUR[key] for key in FOUR if key != "rope_theta"}
-    with pytest.raises(InputError, match="rope_theta = .*; give a number"):
-        Qwen2Config.from_dict({**raw, where: theta})
-
-
-def test_a_null_means_the_default_as_it_does_to_transformers():
-    raw = {**FOUR, "rope_theta": None, "head_dim": None, "num_key_value_heads": None, "layer_types": None}
-    config = Qwen2Config.from_dict(raw)
-    assert (config.rope_theta, config.head_dim, config.num_key_value_heads) == (1e4, 8, 7)
 
 
 # ---- golden files, made by transformers
@@ -410,7 +273,7 @@ def test_logits_and_greedy_tokens_equal_a_fresh_transformers_model(tmp_path, see
                                                       (True, torch.bfloat16, 8_000), (False, torch.bfloat16, 10**9)])
 def test_transformers_opens_what_we_saved_unchanged(tmp_path, tied, dtype, shard_bytes):
     transformers = pytest.importorskip("transformers")
-    model = tiny(tie_word_embeddings=tied, head_dim=6, rope_theta=3e5).to(dtype)
+    model = random_model(tie_word_embeddings=tied, head_dim=6, rope_theta=3e5).to(dtype)
     save_model(model, tmp_path / "m", shard_bytes=shard_bytes)
     assert (len(list((tmp_path / "m").glob("*.safetensors"))) > 1) == (shard_bytes < 10**9)
     theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
@@ -440,7 +303,7 @@ def test_train_mode_gives_a_tied_table_the_same_gradient_in_place(micro_batches)
 def test_states_alone_give_a_tied_table_the_same_gradient_in_train_mode():
     grads = []
     for train in (False, True):                                 # there is no head's gradient to add to
-        model = tiny(tie_word_embeddings=True).train(train)
+        model = random_model(tie_word_embeddings=True).train(train)
         model.hidden(random_ids(2, 5)).square().sum().backward()
         grads.append(model.head.grad)
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
@@ -448,7 +311,7 @@ def test_states_alone_give_a_tied_table_the_same_gradient_in_train_mode():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixed_multiplies_in_the_dtype_and_leaves_the_weights_in_float32(dtype):
-    model = tiny()
+    model = random_model()
     with mixed_precision(torch.device("cpu"), dtype):
         logits = model(random_ids(2, 5))
     assert logits.dtype == dtype and {p.dtype for p in model.parameters()} == {torch.float32}
@@ -465,22 +328,7 @@ def test_in_bfloat16_angles_are_computed_in_float32_and_norms_equal_transformers
     assert torch.equal(ours(x), theirs(x))
 
 
-def test_a_configs_defaults_are_transformers():
-    transformers = pytest.importorskip("transformers")
-    assert Qwen2Config.from_dict(transformers.Qwen2Config().to_dict()) == Qwen2Config()
-
-
-def test_what_memory_held_before_does_not_reach_a_static_cache():
-    model = tiny().eval()
-    with torch.inference_mode():
-        cache = KVCache(model.config, torch.tensor([2, 1]), 8, torch.float32)
-        for slots in cache.keys + cache.values:
-            slots.fill_(math.nan)
-        model.hidden(torch.tensor([[5, 6], [7, 0]]), cache)
-        assert model.hidden(torch.tensor([[1], [2]]), StaticCache(cache)).isfinite().all()
-
-
 def test_a_copy_in_a_wider_dtype_rounds_nothing():
-    model = tiny()
+    model = random_model()
     for new, old in zip(cast_copy(model, torch.float64).parameters(), model.parameters(), strict=True):
         assert torch.equal(new, old.double())
