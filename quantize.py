@@ -36,8 +36,8 @@ from minikd.hub import TOKENIZER
 from minikd.quant import check_groups, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
+from minikd.run import LOG
 from minikd.tokenizer import GENERATION, Tokenizer
-from minikd.training import LOG
 from minikd.w4 import to_w4
 
 

@@ -38,10 +38,10 @@ from minikd.model import Qwen2, cast_copy, mixed_precision
 from minikd.plots import plot_rewards
 from minikd.records import data_files
 from minikd.rewards import LARGEST, combine, load_rewards, reward_files, summary
+from minikd.run import SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, load_state, lock, read_log, save_state
 from minikd.teacher import digest_of, fingerprint
 from minikd.tokenizer import Tokenizer
-from minikd.training import (SAVE_EVERY, STATE, Log, begin_run, check_free, check_gradient, check_settings, check_student,
-                             compile_blocks, learning_rate, load_state, lock, make_optimizer, read_log, save_state)
+from minikd.training import check_gradient, check_student, compile_blocks, learning_rate, make_optimizer
 
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
 FORM = {"format": 0.05, "steps": 0.05}                          # rewards for form; with larger weights accuracy collapses

@@ -42,10 +42,11 @@ from minikd.losses import DIVERGENCES, clipped_surrogate, pick_divergence, rever
 from minikd.model import Qwen2, cast_copy, mixed_precision
 from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
+from minikd.run import (CONFIG, SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, load_state, lock, read_log,
+                        save_state, write_config)
 from minikd.teacher import CachedTeacher, Teacher, digest_of, fill_cache, fingerprint, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (CONFIG, SAVE_EVERY, STATE, Log, begin_run, check_free, check_gradient, check_settings, check_student,
-                             compile_blocks, learning_rate, load_state, lock, make_optimizer, read_log, save_state, write_config)
+from minikd.training import check_gradient, check_student, compile_blocks, learning_rate, make_optimizer
 
 # What it writes in --out beside the runs' own files.
 OWN = "held-out.jsonl", "table.jsonl", "teacher-answers.jsonl", "answers-*.jsonl", "curves.png"

@@ -16,7 +16,7 @@ from minikd import problems, toy
 from minikd.checkpoint import save_model
 from minikd.files import write_jsonl
 from minikd.model import Qwen2
-from minikd.training import read_log
+from minikd.run import read_log
 
 LOGGED = {"sampled": "valid_sampled", "greedy": "valid_greedy", "format": "valid_reward/format", "steps": "valid_reward/steps",
           "tokens": "valid_length"}             # the table's columns -> their names in log.jsonl

@@ -3,7 +3,7 @@ import math
 from pathlib import Path
 
 from minikd.files import atomic_path
-from minikd.training import read_log
+from minikd.run import read_log
 
 
 def plot_curves(runs: dict[str, Path], path, teacher: float | None = None) -> Path | None:

@@ -24,9 +24,9 @@ from minikd import cuda, sandbox
 from minikd.checkpoint import load_model, save_model
 from minikd.config import Qwen2Config
 from minikd.model import Qwen2
+from minikd.run import Log, lock, read_log
 from minikd.tokenizer import Tokenizer
 from minikd.toy import QWEN2_WORDS
-from minikd.training import Log, lock, read_log
 from ptx import Driver, Kernel, kernels_of
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                          # these tests are the CPU's, also where there is a GPU

@@ -18,8 +18,8 @@ from minikd.gptq import quantize_model
 from minikd.hub import local_folder
 from minikd.quant import to_words
 from minikd.records import data_files
+from minikd.run import check_settings
 from minikd.tokenizer import Tokenizer
-from minikd.training import check_settings
 from minikd.w4 import to_w4
 
 

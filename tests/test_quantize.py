@@ -25,7 +25,7 @@ from minikd.evaluate import compare
 from minikd.examples import load_examples
 from minikd.files import InputError
 from minikd.model import Qwen2
-from minikd.training import read_log
+from minikd.run import read_log
 from minikd.w4 import W4Linear
 
 

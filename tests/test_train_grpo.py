@@ -18,7 +18,7 @@ from minikd import problems
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
 from minikd.files import InputError
-from minikd.training import STATE, read_log
+from minikd.run import STATE, read_log
 from test_problems import RECORD
 
 GOLDEN = Path(__file__).parent / "golden"

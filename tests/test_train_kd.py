@@ -26,8 +26,8 @@ from minikd.data import Encoded, encode_examples
 from minikd.evaluate import sequence_kl
 from minikd.examples import load_examples
 from minikd.losses import DIVERGENCES
+from minikd.run import LOG, STATE, read_log, write_config
 from minikd.teacher import Teacher
-from minikd.training import LOG, STATE, read_log, write_config
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

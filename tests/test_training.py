@@ -1,39 +1,16 @@
-"""What two training loops share: the schedule as a slow formula, and a state that comes back bit for bit."""
-import json
+"""What two training loops share: the schedule as a slow formula, weight decay, compilation."""
 import math
-import subprocess
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import tokenizers
 import torch
 import torch._functorch.config
-from safetensors.torch import load_file, save_file
 
-from conftest import locked_by_another, same, small
-from minikd import training
+from conftest import small
 from minikd.checkpoint import save_model
 from minikd.files import InputError
-from minikd.model import Qwen2, run_blocks
-from minikd.training import (CONFIG, LOG, STATE, Log, begin_run, check_free, check_settings, check_student, compile_blocks,
-                             learning_rate, load_state, lock, make_optimizer, read_log, save_state, settings_of, write_config)
-
-IDS = torch.arange(24).view(2, 12)
-BEGUN = {"step": 0}                                            # the facts of a run before its first step
-
-
-def small_model(seed=1, **shape) -> Qwen2:
-    sizes = dict(vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=2, initializer_range=0.2)
-    return small(seed, **sizes | shape)
-
-
-def take_steps(model, optimizer, count: int):
-    for _ in range(count):
-        torch.nn.functional.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+from minikd.model import run_blocks
+from minikd.training import check_student, compile_blocks, learning_rate, make_optimizer
 
 
 # ---- the schedule and the optimizer
@@ -64,7 +41,7 @@ def test_a_constant_rate_stays_after_its_warm_up():
 
 
 def test_matrices_are_decayed_and_biases_and_norms_are_not():
-    model = small_model()
+    model = small(1, vocab_size=32)
     groups = make_optimizer(model, 0.5, weight_decay=0.3).param_groups
     sets = {group["weight_decay"]: {id(p) for p in group["params"]} for group in groups}
     for name, parameter in model.named_parameters():
@@ -76,7 +53,7 @@ def test_matrices_are_decayed_and_biases_and_norms_are_not():
 
 
 def test_decay_alone_moves_a_matrix_and_leaves_a_norm():
-    model = small_model()
+    model = small(1, vocab_size=32)
     optimizer = make_optimizer(model, lr=0.1, weight_decay=0.5)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
@@ -90,7 +67,7 @@ def test_decay_alone_moves_a_matrix_and_leaves_a_norm():
 # ---- the student
 
 def test_a_student_is_whole_has_no_4_bit_weights_and_a_row_for_every_token(tmp_path, monkeypatch):
-    model = small_model()
+    model = small(1, vocab_size=32)
     save_model(model, tmp_path / "s")
     check_student(tmp_path / "s", range(32))
     with pytest.raises(InputError, match="s: .*33"):
@@ -105,425 +82,7 @@ def test_a_student_is_whole_has_no_4_bit_weights_and_a_row_for_every_token(tmp_p
         check_student(tmp_path / "s", range(32))
 
 
-# ---- the log
-
-def test_a_log_is_one_object_a_line_from_the_moment_it_is_written(tmp_path):
-    log = Log(tmp_path)
-    log.write(step=1, ce=2.5)
-    assert read_log(tmp_path) == [{"step": 1, "ce": 2.5}]
-    log.write(step=2, said="¿Qué?")
-    log.write({"step": 3}, {"step": 3, "more": 1})
-    lines = '{"step": 1, "ce": 2.5}\n{"step": 2, "said": "¿Qué?"}\n{"step": 3}\n{"step": 3, "more": 1}\n'
-    assert (tmp_path / LOG).read_text(encoding="utf-8") == lines
-    Log(tmp_path, upto=3)
-    assert (tmp_path / LOG).read_text(encoding="utf-8") == lines                # kept as they were written
-
-
-def test_a_log_of_another_name_leaves_the_first_alone(tmp_path):
-    Log(tmp_path).write(step=1)
-    other = Log(tmp_path, name="answers.jsonl")
-    other.write(step=7)
-    Log(tmp_path, upto=7, name="answers.jsonl")
-    assert read_log(tmp_path) == [{"step": 1}] and read_log(tmp_path, "answers.jsonl") == [{"step": 7}]
-
-
-@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"ce": 1}', '{"step": null}', '{"step": "2"}', "[" * 9999])
-def test_a_line_that_is_no_step_is_named_and_only_a_resumed_log_reads_it(tmp_path, line):
-    (tmp_path / LOG).write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
-    with pytest.raises(InputError, match=f"{LOG}: holds a line that is not a step of a run"):
-        Log(tmp_path, upto=2)
-    Log(tmp_path)
-    assert read_log(tmp_path) == []
-
-
-def test_a_resumed_log_forgets_what_came_after_its_state(tmp_path):
-    log = Log(tmp_path)
-    for step in range(1, 6):
-        log.write(step=step)
-        if step == 3:
-            log.write(step=step, rouge_l=50.0)
-    log = Log(tmp_path, upto=3)
-    assert read_log(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 3, "rouge_l": 50.0}]
-    log.write(step=4, again=True)
-    assert read_log(tmp_path)[-1] == {"step": 4, "again": True}
-
-
-def test_a_run_that_begins_anew_has_a_log_of_its_own(tmp_path):
-    Log(tmp_path).write(step=1)
-    Log(tmp_path)
-    assert read_log(tmp_path) == []
-
-
-def test_a_last_line_that_a_kill_cut_is_left_out_even_within_a_letter(tmp_path):
-    line = '{"step": 2, "said": "¿Qué?"}\n'.encode()
-    for cut in range(1, len(line)):
-        (tmp_path / LOG).write_bytes(b'{"step": 1}\n' + line[:cut])
-        assert read_log(tmp_path) == [{"step": 1}]
-    Log(tmp_path, upto=1).write(step=2)
-    assert read_log(tmp_path) == [{"step": 1}, {"step": 2}]                     # and the next line starts on its own
-
-
-def test_no_run_has_no_log(tmp_path):
-    assert read_log(tmp_path / "nowhere") == []
-
-
-# ---- the state
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_state_comes_back_bit_for_bit_moments_and_all(tmp_path, tied):
-    model = small_model(tie_word_embeddings=tied)
-    optimizer = make_optimizer(model, 0.01)
-    take_steps(model, optimizer, 3)
-    save_state(tmp_path, model, optimizer, {"step": 3, "best": 41.5}, {"ids": torch.arange(5)})
-    other = small_model(seed=2, tie_word_embeddings=tied)
-    fresh = make_optimizer(other, 0.01)
-    facts, more = load_state(tmp_path, other, fresh, BEGUN)
-    assert facts == {"step": 3, "best": 41.5} and more.keys() == {"ids"} and more["ids"].tolist() == list(range(5))
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-        moments, again = optimizer.state[mine], fresh.state[theirs]
-        assert set(moments) == set(again) == {"step", "exp_avg", "exp_avg_sq"} and moments["exp_avg_sq"].any()
-        assert all(torch.equal(moments[key], again[key]) and moments[key].dtype == again[key].dtype for key in moments)
-    for number in range(1, 4):                                                  # and so after every further stop
-        take_steps(model, optimizer, 3)
-        take_steps(other, fresh, 3)
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), other.parameters()))
-        save_state(tmp_path, other, fresh, {"step": 3 + 3 * number})
-        other = small_model(seed=2 + number, tie_word_embeddings=tied)
-        fresh = make_optimizer(other, 0.01)
-        load_state(tmp_path, other, fresh, BEGUN)
-
-
-def test_a_state_is_one_file_that_replaces_the_one_before(tmp_path):
-    model = small_model()
-    optimizer = make_optimizer(model, 0.01)
-    for step in 1, 2:
-        take_steps(model, optimizer, 1)
-        save_state(tmp_path, model, optimizer, {"step": step})
-    assert [path.name for path in tmp_path.iterdir()] == [STATE]
-    assert float(load_file(tmp_path / STATE)["optimizer.0.step"]) == 2
-    assert load_state(tmp_path, small_model(), make_optimizer(small_model(), 0.01), BEGUN)[0]["step"] == 2
-
-
-def test_a_state_of_no_step_yet_has_no_moments(tmp_path):
-    model, other = small_model(), small_model(seed=2)
-    save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 0})
-    assert load_state(tmp_path, other, make_optimizer(other, 0.01), BEGUN) == ({"step": 0}, {})
-    assert same(model.state_dict(), other.state_dict())
-
-
-@pytest.mark.parametrize("shape, named", [(dict(num_hidden_layers=3), "layers.2"),
-                                          (dict(num_hidden_layers=1), "layers.1"),
-                                          (dict(intermediate_size=16), "mlp.down_proj"),
-                                          (dict(intermediate_size=1), "mlp.down_proj"),     # would broadcast
-                                          (dict(tie_word_embeddings=False), "lm_head")])
-def test_a_state_of_another_model_is_refused_in_one_line_and_nothing_is_touched(tmp_path, shape, named):
-    model = small_model()
-    save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 1})
-    other = small_model(seed=2, **shape)
-    before = [p.detach().clone() for p in other.parameters()]
-    with pytest.raises(InputError, match=f"{STATE}: belongs to another model .*{named}.*; start again") as error:
-        load_state(tmp_path, other, make_optimizer(other, 0.01), BEGUN)
-    assert "\n" not in str(error.value)
-    assert all(torch.equal(was, now) for was, now in zip(before, other.parameters()))
-
-
-def test_a_state_with_the_moments_of_other_parameters_is_refused(tmp_path):
-    """The fused AdamW would read past their ends."""
-    model = small_model()
-    optimizer = make_optimizer(model, 0.01)
-    take_steps(model, optimizer, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        state = optimizer.state_dict()
-        order = sorted(state["state"], key=str)
-        patch.setattr(optimizer, "state_dict", lambda: state | {"state": dict(zip(order, state["state"].values()))})
-        save_state(tmp_path, model, optimizer, {"step": 1})
-    with pytest.raises(InputError, match=f"{STATE}: belongs to another model .optimizer"):
-        load_state(tmp_path, model, make_optimizer(model, 0.01), BEGUN)
-    save_state(tmp_path, model, optimizer, {"step": 1})
-    left = {key: value for key, value in load_file(tmp_path / STATE).items() if "optimizer.3." not in key}
-    save_file(left, tmp_path / STATE, {"facts": "{}"})
-    with pytest.raises(InputError, match=f"{STATE}: belongs to another model .optimizer.3.exp_avg is None"):
-        load_state(tmp_path, model, make_optimizer(model, 0.01), BEGUN)
-
-
-def test_a_state_cut_short_is_named(tmp_path):
-    model = small_model()
-    save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 1})
-    (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:-50])
-    with pytest.raises(InputError, match=f"{STATE}: is damaged .*; start again"):
-        load_state(tmp_path, model, make_optimizer(model, 0.01), BEGUN)
-
-
-@pytest.mark.parametrize("facts", [None, {}, {"facts": "{"}, {"facts": "{}"}, {"facts": "[]"}, {"facts": '{"step": "a"}'},
-                                   {"facts": '{"step": 1.5}'}, {"facts": '{"step": true}'}, {"facts": '{"step": 1}'},
-                                   {"facts": '{"step": 1, "best": 2}'}])
-def test_a_state_that_does_not_say_its_step_changes_nothing(tmp_path, facts):
-    model, other = small_model(), small_model().init_weights(7)
-    save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 1})
-    save_file(load_file(tmp_path / STATE), tmp_path / STATE, facts)
-    before = [parameter.clone() for parameter in other.parameters()]
-    with pytest.raises(InputError, match=f"{STATE}: is damaged .it does not hold step and best.; start again"):
-        load_state(tmp_path, other, make_optimizer(other, 0.01), BEGUN | {"best": -1.0})
-    assert all(map(torch.equal, before, other.parameters()))
-
-
-# ---- the settings
-
-SETTINGS = {"kd_ratio": 0.5, "data": [["a.jsonl", "0123456789abcdef"]], "dtype": torch.float32, "teacher": None, "lr": 1e-5}
-
-
-def test_the_settings_are_written_with_the_versions_that_ran_them(tmp_path):
-    write_config(tmp_path, SETTINGS)
-    written = json.loads((tmp_path / CONFIG).read_text())
-    assert written["settings"] == SETTINGS | {"dtype": "torch.float32"}
-    assert written["versions"]["torch"] == torch.__version__ and written["versions"]["tokenizers"] == tokenizers.__version__
-    assert set(written["versions"]) >= {"python", "commit", "threads"}
-
-
-@pytest.mark.parametrize("said, commit, worktree", [("abc1234-dirty\n", "abc1234-dirty", False), ("", None, True)])
-def test_a_run_records_the_commit_of_this_code_wherever_it_is_started(tmp_path, monkeypatch, said, commit, worktree):
-    asked, checkout = [], tmp_path / "checkout"
-    (checkout / "minikd").mkdir(parents=True)
-    monkeypatch.setattr(training, "__file__", str(checkout / "minikd" / "training.py"))
-    monkeypatch.setattr(training, "commit", training.commit.__wrapped__)        # not cached
-    monkeypatch.setattr(subprocess, "run", lambda *given, **how: asked.append((*given, how)) or SimpleNamespace(stdout=said))
-    write_config(tmp_path, SETTINGS)                                            # installed: a repository around is another's
-    assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] is None and asked == []
-    (checkout / ".git").touch() if worktree else (checkout / ".git").mkdir()
-    write_config(tmp_path, SETTINGS)
-    assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] == commit
-    (command, how), = asked
-    assert command == ["git", "-C", str(checkout.resolve()), "describe", "--always", "--dirty"]         # no tags
-    assert how == dict(capture_output=True, text=True)                          # text: else the commit is a b'...'
-
-
-def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_values(tmp_path):
-    write_config(tmp_path, SETTINGS)
-    check_settings(tmp_path, SETTINGS)
-    with pytest.raises(InputError, match="--kd-ratio 0.7, but the run began with 0.5; give the same flags"):
-        check_settings(tmp_path, SETTINGS | {"kd_ratio": 0.7})
-    with pytest.raises(InputError, match=r"--data \[\['a.jsonl', 'f+'\]\], but the run began with \[\['a.jsonl', '0123"):
-        check_settings(tmp_path, SETTINGS | {"data": [["a.jsonl", "f" * 16]]})
-    check_settings(tmp_path, SETTINGS | {"data": [["../b.jsonl", "0123456789abcdef"]]})     # the same file elsewhere
-    check_settings(tmp_path, SETTINGS | {"newer_flag": None})
-    with pytest.raises(InputError, match="--newer-flag 1, but the run began with None"):
-        check_settings(tmp_path, SETTINGS | {"newer_flag": 1})
-
-
-def test_a_cache_may_move_and_a_tokenizer_may_not_change(tmp_path):
-    began = SETTINGS | {"cache_teacher": "cache", "rows": "0123"}
-    write_config(tmp_path, began)
-    check_settings(tmp_path, began | {"cache_teacher": "elsewhere/cache"})
-    with pytest.raises(InputError, match="--cache-teacher None, but the run began with cache"):
-        check_settings(tmp_path, began | {"cache_teacher": None})
-    with pytest.raises(InputError, match="other tokens than those that the run began with; take back the change of the tokenizer"):
-        check_settings(tmp_path, began | {"rows": "4567"})
-    with pytest.raises(InputError, match="--lr 1"):                             # a flag that explains it is named first
-        check_settings(tmp_path, began | {"rows": "4567", "lr": 1.0})
-    write_config(tmp_path, SETTINGS)                                            # of a version that did not record them
-    check_settings(tmp_path, SETTINGS | {"rows": "4567"})
-
-
-def test_without_git_no_commit_is_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "commit", training.commit.__wrapped__)        # not cached
-    monkeypatch.setenv("PATH", str(tmp_path))
-    write_config(tmp_path, SETTINGS)
-    assert json.loads((tmp_path / CONFIG).read_text())["versions"]["commit"] is None
-
-
-def test_a_disk_that_fills_leaves_the_files_before(tmp_path, monkeypatch):
-    model = small_model()
-    optimizer = make_optimizer(model, 0.01)
-    write_config(tmp_path, SETTINGS)
-    Log(tmp_path).write(step=1)
-    save_state(tmp_path, model, optimizer, {"step": 1})
-    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full(path, *_, **__):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr("minikd.training.open", lambda path, mode: full(path) if "w" in mode else open(path, mode),
-                        raising=False)
-    monkeypatch.setattr("minikd.training.save_tensors", lambda tensors, path, facts: full(path))
-    for write in (lambda: write_config(tmp_path, SETTINGS), lambda: Log(tmp_path, upto=1),
-                  lambda: save_state(tmp_path, model, optimizer, {"step": 2})):
-        with pytest.raises(OSError, match="No space left"):
-            write()
-        assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
-
-
-def test_a_config_without_settings_is_named(tmp_path):
-    write_config(tmp_path, SETTINGS)
-    assert settings_of(tmp_path) == SETTINGS | {"dtype": "torch.float32"}
-    (tmp_path / CONFIG).write_text('{"settings": [1]}')
-    with pytest.raises(InputError, match=f"{CONFIG}: has no settings of a run"):
-        settings_of(tmp_path)
-
-
-# ---- where a run may begin, and where it goes on
-
-@pytest.mark.parametrize("was_toy", [True, False, None])
-@pytest.mark.parametrize("resume", [True, False])
-@pytest.mark.parametrize("toy", [True, False])
-def test_a_run_is_only_resumed_and_a_toys_replaced_only_by_the_toy(tmp_path, was_toy, resume, toy):
-    empty, held = tmp_path / "empty", tmp_path / "held"
-    held.mkdir()
-    write_config(held, SETTINGS if was_toy is None else SETTINGS | {"toy": was_toy})
-    check_free(empty, [held], resume=resume, toy=toy)                           # a config alone is no run
-    for step in 1, 2:
-        Log(held, upto=step).write(step=step)
-    if bool(was_toy) == toy and (resume or toy):
-        check_free(empty, [held], resume=resume, toy=toy)
-    else:
-        said = "another run already, 2 steps; choose" if resume else "a run already, 2 steps; go on with --resume, or choose"
-        with pytest.raises(InputError, match=f"held: holds {said} another --out"):
-            check_free(empty, [held], resume=resume, toy=toy)
-
-
-@pytest.mark.parametrize("was", ["", "sft", "kd", "lr-0.001"])
-def test_a_run_is_refused_beside_others_whose_table_it_would_replace(tmp_path, was):
-    Log(tmp_path / was).write(step=1)
-    write_config(tmp_path / was, SETTINGS)
-    for other in set(["", "kd", "lr-0.001", "lr-0.1"]) - {was}:
-        for resume in True, False:
-            with pytest.raises(InputError, match="run already, 1 steps"):
-                check_free(tmp_path, [tmp_path / other], resume=resume, toy=False)
-    check_free(tmp_path, [tmp_path / was, tmp_path / "lr-0.1"], resume=True, toy=False)    # the same ones, and one more
-    check_free(tmp_path / "other", [tmp_path / "other"], resume=False, toy=False)
-
-
-@pytest.mark.parametrize("folder", ["", "kd"])
-def test_a_model_is_not_replaced_by_a_run(tmp_path, folder):
-    (tmp_path / folder).mkdir(exist_ok=True)
-    (tmp_path / folder / CONFIG).write_text('{"model_type": "qwen2"}')
-    with pytest.raises(InputError, match="belongs to a model, not to a run.*choose another --out"):
-        check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False)
-
-
-@pytest.mark.parametrize("part", ["best", "last"])
-def test_a_folder_that_the_run_cannot_write_is_refused_before_it(tmp_path, part, read_only):
-    (tmp_path / part).mkdir()
-    check_free(tmp_path, [tmp_path], resume=False, toy=False)
-    read_only(tmp_path / part)
-    with pytest.raises(InputError, match=f"{part}: cannot be written"):
-        check_free(tmp_path, [tmp_path], resume=False, toy=False)
-
-
-@pytest.mark.parametrize("part", ["best", "last"])
-def test_a_model_that_no_run_wrote_is_not_replaced_by_its_checkpoints(tmp_path, part):
-    (tmp_path / part).mkdir()
-    (tmp_path / part / CONFIG).write_text('{"model_type": "qwen2"}')
-    with pytest.raises(InputError, match=f"{part}: holds a model, which would be replaced"):
-        check_free(tmp_path, [tmp_path], resume=False, toy=False)
-    check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False)            # a comparison writes below kd/
-    (tmp_path / part / CONFIG).rename(tmp_path / part / "notes.txt")
-    with pytest.raises(InputError, match=f"{part}: holds files, which would be replaced"):
-        check_free(tmp_path, [tmp_path], resume=False, toy=False)
-    write_config(tmp_path, SETTINGS)                                            # a run that ended before its first log line
-    check_free(tmp_path, [tmp_path], resume=False, toy=False)
-    for cache in part, f"{part}/cache":
-        with pytest.raises(InputError, match=f"--cache-teacher .*: lies in .*{part}, which this run replaces; choose another"):
-            check_free(tmp_path, [tmp_path], resume=False, toy=False, cache=tmp_path / cache)
-    check_free(tmp_path, [tmp_path], resume=False, toy=False, cache=tmp_path / "cache")
-
-
-@pytest.mark.parametrize("name", ["held-out.jsonl", "table.jsonl", "answers-base.jsonl", "log.jsonl"])
-def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, name):
-    (tmp_path / name).touch(), (tmp_path / "data.jsonl").touch()
-    check_free(tmp_path / "out", [tmp_path / "out"], resume=False, toy=False, data=[tmp_path / name])
-    (tmp_path / name).write_text("")
-    with pytest.raises(InputError, match=f"{name}: would be replaced by the run's own"):
-        check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "data.jsonl", tmp_path / name])
-    (tmp_path / "link.jsonl").symlink_to(name)
-    with pytest.raises(InputError, match=f"link.jsonl: would be replaced by the run's own {name}"):
-        check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "link.jsonl"])
-    (tmp_path / "same").symlink_to(".")
-    with pytest.raises(InputError, match=f"{name}: would be replaced by the run's own"):
-        check_free(tmp_path / "same", [tmp_path / "same/kd"], resume=False, toy=False, data=[tmp_path / name])
-    given = dict(resume=False, toy=False, data=[tmp_path / "data.jsonl"])
-    check_free(tmp_path, [tmp_path / "kd"], **given, own=["completions.jsonl"])             # it writes no such file
-    for own in name, f"{name[:3]}*.jsonl":
-        with pytest.raises(InputError, match=f"{name}: is no run's, and would be replaced"):
-            check_free(tmp_path, [tmp_path / "kd"], **given, own=["completions.jsonl", own])
-    lock(tmp_path)                                                              # then it is a run's
-    check_free(tmp_path, [tmp_path / "kd"], **given, own=[name])
-
-
-def test_a_run_lies_in_no_folder_that_is_read_whole(tmp_path):
-    (tmp_path / "data").mkdir(), (tmp_path / "data/a.jsonl").touch()
-    for out in "data", "data/run":
-        for data in "data", "data:*.jsonl":
-            with pytest.raises(InputError, match="would be read as data, of .*; choose another --out, or name the file"):
-                check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
-        for data in "data/a.jsonl", "data:a.jsonl":
-            check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
-    check_free(tmp_path / "beside", [tmp_path / "beside"], resume=False, toy=False, data=[tmp_path / "data"])
-    (tmp_path / "data/run").mkdir(), (tmp_path / "data/run/b.jsonl").touch()
-    with pytest.raises(InputError, match="would be read as data, of .*data:run; choose"):
-        check_free(tmp_path / "data/run", [tmp_path / "data/run"], resume=False, toy=False, data=[f"{tmp_path}/data:run"])
-
-
-def test_the_folder_that_one_works_in_is_not_to_be_replaced(tmp_path, monkeypatch):
-    (tmp_path / "kd/last").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "kd/last")
-    with pytest.raises(InputError, match="last: is the folder you work in"):
-        check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False)
-
-
-def test_two_processes_do_not_write_runs_into_one_folder(tmp_path):
-    with locked_by_another(tmp_path):
-        with pytest.raises(InputError, match="another process is writing a run there"):
-            begin_run(tmp_path, SETTINGS, resume=False)
-        assert not (tmp_path / CONFIG).exists()
-    assert begin_run(tmp_path, SETTINGS, resume=False) and begin_run(tmp_path, SETTINGS, resume=False)
-
-
-@pytest.mark.parametrize("resume, logged, goes_on", [
-    (True, [dict(step=1)], True), (True, [], True), (False, [dict(step=1)], False),
-    (False, [dict(step=1, done=True)], False), (True, [dict(step=1, done=True), dict(step=2)], True)])
-def test_a_state_is_left_only_to_the_run_that_goes_on_from_it(tmp_path, resume, logged, goes_on):
-    write_config(tmp_path, SETTINGS)
-    log = Log(tmp_path)
-    for line in logged:
-        log.write(line)
-    (tmp_path / STATE).touch()
-    assert begin_run(tmp_path, SETTINGS if goes_on else SETTINGS | {"lr": 1.0}, resume) is True
-    assert (tmp_path / STATE).exists() == goes_on and settings_of(tmp_path)["lr"] == (1e-5 if goes_on else 1.0)
-    if not goes_on:
-        assert not (tmp_path / LOG).exists()                                    # or a kill now, and that run would be "done"
-    for _ in range(2):                                                          # the second time there is none
-        assert begin_run(tmp_path, SETTINGS, resume=False) and not (tmp_path / STATE).exists()
-
-
-def test_a_run_that_goes_on_with_other_threads_says_so(tmp_path, capsys):
-    write_config(tmp_path, SETTINGS)
-    Log(tmp_path).write(step=1)
-    (tmp_path / STATE).touch()
-    begin_run(tmp_path, SETTINGS, resume=True)
-    assert capsys.readouterr().out == ""
-    config = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(config | {"versions": {"torch": torch.__version__, "threads": 77}}))
-    begin_run(tmp_path, SETTINGS, resume=True)
-    assert f"began with threads 77, goes on with {torch.get_num_threads()};" in capsys.readouterr().out
-    for unsaid in {}, {"versions": None}, {"versions": "x"}:
-        (tmp_path / CONFIG).write_text(json.dumps({"settings": config["settings"]} | unsaid))
-        assert begin_run(tmp_path, SETTINGS, resume=True) and capsys.readouterr().out == ""
-
-
-def test_a_run_that_is_done_or_had_other_settings_is_left_as_it_is(tmp_path, capsys):
-    write_config(tmp_path, SETTINGS)
-    Log(tmp_path).write(dict(step=1), dict(step=2, done=True))
-    files = {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()}
-    (tmp_path / STATE).touch()                                                  # killed before it could remove it
-    assert begin_run(tmp_path, SETTINGS, resume=True) is False
-    assert capsys.readouterr().out == f"{tmp_path}: done already\n"
-    with pytest.raises(InputError, match="--lr 1.0, but the run began with 1e-05"):
-        begin_run(tmp_path, SETTINGS | {"lr": 1.0}, resume=True)
-    assert files == {path: (path.read_bytes(), path.stat().st_ino) for path in tmp_path.iterdir()}
-
+# ---- compilation
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")                       # torch's own, in what it imports to compile
@@ -531,7 +90,7 @@ def test_compiled_blocks_keep_less_for_the_backward_pass(monkeypatch):
     """silu(gate) up, [tokens, W], is computed again there: the 0.5B would keep 1 GB of it for 8 x 512 tokens."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))     # no C++ compiler
     monkeypatch.setattr(torch._functorch.config, "ban_recompute_materialized_backward", True)
-    model, kept = small_model(num_hidden_layers=1, intermediate_size=40).train(), []
+    model, kept = small(1, intermediate_size=40).train(), []
 
     def keep(tensor):
         kept.append(tuple(tensor.shape))
@@ -548,16 +107,3 @@ def test_compiled_blocks_keep_less_for_the_backward_pass(monkeypatch):
     before = count()
     compile_blocks(model)
     assert count() == before - 1
-
-
-def test_out_that_is_a_file_is_refused_and_a_resume_of_nothing_is_said(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file: is a file; choose a folder with --out"):
-        check_free(tmp_path / "file", [tmp_path / "file"], resume=False, toy=False)
-    out = tmp_path / "new"
-    check_free(out, [out], resume=False, toy=False)
-    assert capsys.readouterr().out == ""
-    check_free(out, [out], resume=True, toy=False)
-    assert capsys.readouterr().out == f"{out}: nothing to resume there; the run begins\n"
-    begin_run(out, {"seed": 0}, resume=True)
-    assert "no run to resume; begins one" in capsys.readouterr().out

@@ -1,0 +1,275 @@
+"""A run's folder: its log, its settings and its saved state; where a run may begin, and how it goes on exactly."""
+import fcntl
+import functools
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from minikd.files import InputError, append_to, atomic_path, check_writable, parse_json, read_json, remove, save_tensors
+from minikd.model import Qwen2
+from minikd.records import is_chosen, local_files, split_choice
+
+STATE, LOG, CONFIG, LOCK = "state.safetensors", "log.jsonl", "config.json", ".lock"
+SAVE_EVERY = 600.0                                              # seconds between two saved states: 6 GB of a 0.5B student
+ANOTHER = "choose another --out"                                # what to do about a damaged CONFIG
+# Names of the files that a run writes, and data may have.
+WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")
+LOCKS = {}                                                      # folder -> an open file: closing it would unlock the folder
+
+
+# ---- the log
+
+class Log:
+    """log.jsonl, or another name: one JSON object per line, written immediately."""
+
+    def __init__(self, folder, upto: int = 0, name: str = LOG):
+        """Keeps the lines of the first `upto` steps: later ones, of a killed run, will be logged again."""
+        self.path = Path(folder) / name
+        kept = (line for line, value in _log_lines(self.path) if value["step"] <= upto) if upto else ()
+        with atomic_path(self.path) as new, open(new, "wb") as file:
+            file.writelines(kept)
+
+    def write(self, *lines: dict, **values):
+        """Appends one line with the keyword values, or all of `lines`."""
+        with append_to(self.path) as file:
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [values]))
+
+
+def read_log(folder, name: str = LOG) -> list[dict]:
+    """The complete lines of log.jsonl; a last one that a kill cut short is left out.  InputError for a damaged one."""
+    return [value for _, value in _log_lines(Path(folder) / name)]
+
+
+def _log_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """Line by line, as GRPO's completions take hundreds of megabytes: (the line, its value)."""
+    if not path.exists():
+        return
+    with open(path, "rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):                        # cut short by a kill
+                return
+            try:
+                value = parse_json(line[:-1])
+                abs(value["step"])                              # a number
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(f"{path}: holds a line that is not a step of a run ({error}); choose another --out") from error
+            yield line, value
+
+
+# ---- the settings
+
+@functools.cache                                                # this process runs the code it began with
+def commit() -> str | None:
+    """The commit of minikd's own checkout, if there is one."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():                            # installed: a repository around it is another project's
+        return None
+    with suppress(OSError):                                     # git may not be installed
+        return subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True,
+                              text=True).stdout.strip() or None
+
+
+def write_config(folder, settings: dict):
+    """Writes a run's config.json: its settings, and the versions and the commit that it runs with."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                **{name: version(name) for name in ("tokenizers", "safetensors", "numpy")},
+                "commit": commit(), "threads": torch.get_num_threads()}
+    with atomic_path(Path(folder) / CONFIG) as new:
+        new.write_text(json.dumps({"settings": settings, "versions": versions}, indent=2, default=str) + "\n")
+
+
+def settings_of(folder) -> dict:
+    """The settings that the run in `folder` was started with.  Raises InputError if its config.json has none."""
+    settings = read_json(Path(folder) / CONFIG, ANOTHER).get("settings")
+    if not isinstance(settings, dict):
+        raise InputError(f"{Path(folder) / CONFIG}: has no settings of a run; choose another --out")
+    return settings
+
+
+def check_settings(folder, settings: dict):
+    """Raises InputError, naming the first setting that differs from those the run in `folder` was started with. Of a model or a
+    file of data only its hash counts, of a cache only whether there is one: they may have another name by now. A changed file of
+    --rewards is only said."""
+    def essence(key, value):
+        if isinstance(value, str):
+            return key == "cache_teacher" or re.sub(r"^.* (?=\(sha256 \w+\)$)", "", value)
+        return [file[-1] for file in value] if key in ("data", "lm_data") and value else value
+
+    before = settings_of(folder)
+    settings = json.loads(json.dumps(settings, default=str))
+    rows, files = settings.pop("rows", None), settings.pop("reward_files", None)
+    for key, value in settings.items():
+        if essence(key, before.get(key)) != essence(key, value):
+            raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
+                             f"{before.get(key)}; give the same flags, or another --out")
+    if rows and rows != before.get("rows", rows):               # after the flags, one of which may be the reason
+        raise InputError(f"{folder}: --resume, but the data are other tokens than those that the run began with; take back "
+                         "the change of the tokenizer, its chat template or minikd, or choose another --out")
+    if files is not None and files != before.get("reward_files"):               # a bug in one may be mended
+        print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)
+
+
+# ---- the saved state
+
+def save_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, facts: dict, more: dict | None = None):
+    """Writes all that the next step depends on to one file, completely or not at all: kill -9 loses only later steps.
+
+    facts  small JSON values that load_state returns: the step, the best score so far
+    more   tensors that load_state returns, by name (rollouts)
+    """
+    tensors = {f"more.{key}": value for key, value in (more or {}).items()}
+    tensors |= {f"model.{key}": value for key, value in model.state_dict().items()}
+    for i, moments in optimizer.state_dict()["state"].items():                  # i: the parameter's place in its groups
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
+    with atomic_path(Path(folder) / STATE) as new:
+        save_tensors(tensors, new, {"facts": json.dumps(facts)})
+
+
+def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, begun: dict) -> tuple[dict, dict]:
+    """Puts a saved state back, bit for bit; returns its facts, and the tensors saved as `more`.  begun: the facts before the
+    first step; those saved must be of the same kinds"""
+    path = Path(folder) / STATE
+    try:
+        with safe_open(path, framework="pt") as file:
+            wanted = {f"model.{key}": list(value.shape) for key, value in model.state_dict().items()}
+            held = {key: file.get_slice(key).get_shape() for key in file.keys() if key.startswith(("model.", "optimizer."))}
+            if any(key.startswith("optimizer.") for key in held):                   # there are none before the first step
+                for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                    shape = list(parameter.shape)
+                    wanted |= {f"optimizer.{i}.{name}": size for name, size in
+                               (("step", []), ("exp_avg", shape), ("exp_avg_sq", shape))}
+            for key in sorted(wanted.keys() | held.keys()):     # all are checked before the first is changed
+                if wanted.get(key) != held.get(key):
+                    raise InputError(f"{path}: belongs to another model ({key.removeprefix('model.')} is {held.get(key)}, "
+                                     f"here {wanted.get(key)}); start again without --resume, in another --out")
+            try:
+                facts = parse_json(file.metadata()["facts"])
+                good = all(type(facts[name]) is type(value) for name, value in begun.items())
+            except (ValueError, TypeError, KeyError):
+                good = False
+            if not good:
+                raise SafetensorError(f"it does not hold {' and '.join(begun)}")
+            for key, value in model.state_dict().items():
+                value.copy_(file.get_tensor(f"model.{key}"))
+            state = optimizer.state_dict()
+            for _, i, name in (key.split(".") for key in wanted if key.startswith("optimizer.")):
+                state["state"].setdefault(int(i), {})[name] = file.get_tensor(f"optimizer.{i}.{name}")
+            optimizer.load_state_dict(state)
+            more = {key.removeprefix("more."): file.get_tensor(key) for key in file.keys() if key.startswith("more.")}
+            return facts, more
+    except SafetensorError as error:
+        raise InputError(f"{path}: is damaged ({error}); start again without --resume, in another --out") from error
+
+
+# ---- where a run may begin, and where it goes on
+
+def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(), own=(), cache=None):
+    """Raises InputError if this run would destroy something: a model in a folder to be written, another run, the table and
+    picture of runs beside it, or a file that it reads. Says if there is nothing to resume.
+
+    runs   the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
+    data   what the run reads, as data_files takes it
+    own    globs of files that it writes in `out`, beside its log and its config
+    cache  the folder of --cache-teacher, which may be anywhere else
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; choose a folder with --out")
+    if resume and not out.exists():
+        print(f"{out}: nothing to resume there; the run begins")
+    for folder in dict.fromkeys([out, *runs, out / "sft", out / "kd", *sorted(out.glob("lr-*"))]):
+        if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG, ANOTHER):
+            raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run; choose another --out")
+        lines = read_log(folder)
+        may_go_on = toy or resume and folder in runs
+        if lines and not (may_go_on and bool(settings_of(folder).get("toy")) == toy):       # a toy never touches a real run
+            raise InputError(f"{folder}: holds {'another' if resume else 'a'} run already, {lines[-1]['step']} steps; "
+                             f"{'' if resume else 'go on with --resume, or '}choose another --out")
+    for folder in runs:
+        for part in "best", "last":
+            place = folder / part
+            if place.is_dir() and any(place.iterdir()) and not (folder / CONFIG).exists():
+                what = "a model" if (place / CONFIG).exists() else "files"
+                raise InputError(f"{place}: holds {what}, which would be replaced; choose another --out")
+            if Path.cwd().is_relative_to(place.resolve()):
+                raise InputError(f"{place}: is the folder you work in, and would be replaced; choose another --out")
+            if cache and Path(cache).resolve().is_relative_to(place.resolve()):
+                raise InputError(f"--cache-teacher {cache}: lies in {place}, which this run replaces; choose another folder")
+            if place.is_dir():
+                check_writable(place)
+    check_files(out, runs, data, own)
+
+
+def check_files(out: Path, runs: list[Path], data, own):
+    """check_free's part about files: what this run reads must not be what it writes, nor may it replace what no run wrote."""
+    places = [folder.resolve() for folder in (out, *runs)]
+    for file in local_files(data):
+        for path in file.parent.resolve() / file.name, file.resolve():          # a link and what it points to
+            if path.parent in places and WRITTEN.fullmatch(path.name):
+                raise InputError(f"{file}: would be replaced by the run's own {path.name}; choose another --out")
+    for name in data:
+        base, choice = split_choice(name)
+        place = Path(base).expanduser().resolve()
+        if place.is_dir() and places[0].is_relative_to(place):
+            log = (places[0] / LOG).relative_to(place).as_posix()
+            if is_chosen(log, choice):                                                      # as data_files reads it
+                raise InputError(f"--out {out}: the run's files would be read as data, of {name}; choose another --out, or name "
+                                 f"the file, {base}:FILE")
+    began = any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG))
+    for file in sorted(file for name in own for file in out.glob(name)):
+        if not began:
+            raise InputError(f"{file}: is no run's, and would be replaced by this run's own; choose another --out")
+
+
+def begin_run(folder, settings: dict, resume: bool) -> bool:
+    """Prepares `folder` for a run with these settings, after check_free; False if that run is finished already.
+
+    If STATE exists afterwards, it is this run's own, to continue from.
+    Raises InputError if a resumed run had other settings.
+    """
+    folder = Path(folder)
+    lines, state = read_log(folder) if resume else [], folder / STATE
+    if lines or resume and state.exists():                      # a log can be lost when the power fails
+        check_settings(folder, settings)
+        if lines and lines[-1].get("done"):
+            print(f"{folder}: done already")
+            remove(state)                                       # if it was killed before it could
+            return False
+        began = read_json(folder / CONFIG, ANOTHER).get("versions")
+        began = began if isinstance(began, dict) else {}
+        for what, now in ("torch", torch.__version__), ("threads", torch.get_num_threads()):
+            if began.get(what, now) != now:
+                print(f"{folder}: began with {what} {began[what]}, goes on with {now}; the weights may differ in the last digits")
+        if not state.exists():
+            print(f"{folder}: no state was saved; begins again with step 1")
+    elif resume:
+        print(f"{folder}: no run to resume; begins one")
+    lock(folder)
+    if not resume:
+        for name in STATE, LOG:                                 # of another run: it must not be continued
+            remove(folder / name)
+    write_config(folder, settings)
+    return True
+
+
+def lock(folder: Path):
+    """Keeps other processes' runs out of `folder` until this process ends, however it ends.  Raises InputError if one is in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() in LOCKS:
+        return
+    file = LOCKS[folder.resolve()] = open(folder / LOCK, "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        del LOCKS[folder.resolve()]
+        raise InputError(f"{folder}: another process is writing a run there; wait for it, or choose another --out") from None
+    except OSError:                                             # a file system without locks
+        pass
