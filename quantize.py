@@ -33,10 +33,12 @@ from minikd.examples import FORMATS, load_examples, load_texts, recognise
 from minikd.files import InputError, check_writable, read_json, script_errors
 from minikd.gptq import quantize_model
 from minikd.hub import TOKENIZER
+from minikd.model import Qwen2
 from minikd.quant import check_groups, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.run import LOG
+from minikd.teacher import Teacher
 from minikd.tokenizer import GENERATION, Tokenizer
 from minikd.w4 import to_w4
 
@@ -51,7 +53,7 @@ def parse_args():
     add("--samples", type=int, default=128, help="calibration rows, drawn at random")
     add("--length", type=int, default=2048, help="longest of them, in tokens")
     add("--eval-data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
-        help="records: perplexity and ROUGE-L before and after, of prompts of up to 256 tokens")
+        help="records: perplexity, KL and ROUGE-L before and after, of prompts of up to 256 tokens")
     add("--eval-examples", type=int, default=200, help="how many of those")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt")
     add = flag_group(parser, "quantisation")
@@ -188,16 +190,19 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def measure(folder: Path, tokenizer: Tokenizer, examples: list, rows: list, args, device: str, dtype) -> dict:
-    """Size, perplexity (e to the mean CE of the references' tokens, end tokens included), and ROUGE-L of its own answers;
-    without --dtype those of a 4-bit model are in bfloat16 on any CPU."""
-    model = load_model(folder, device, dtype)
-    ce = compare(model, rows, tokenizer.pad_id, args.batch_size)["ce"]
+def measure(model: Qwen2, whole: Teacher, tokenizer: Tokenizer, examples: list, rows: list, args, device: str, dtype) -> dict:
+    """Perplexity (e to the mean CE) and KL(whole || model) in nats, both over the references' tokens, end tokens included; and
+    ROUGE-L of its own answers. Without --dtype those of a 4-bit model are in bfloat16 on any CPU.
+
+    whole  the unquantised model. An error makes some of the references likelier, so that the perplexity of a few hundred may
+           rise or fall by chance; the KL counts every error, and is 0 only without any
+    """
+    found = compare(model, rows, tokenizer.pad_id, args.batch_size, whole)
     answering = pick_dtype(args.dtype, device, model.quantization is not None)  # a 4-bit model answers 20 x as fast in bfloat16
     if answering != dtype:                                                      # else its codes would be repacked for nothing
         model.to(answering)
     scores = answer_and_score(model, tokenizer, rows, examples, args.max_new_tokens, 16, args.rouge)
-    return {"MB": weight_bytes(folder) / 1e6, "perplexity": math.exp(ce) if ce < 700 else math.inf,
+    return {"perplexity": math.exp(found["ce"]) if found["ce"] < 700 else math.inf, "KL": found["forward_kl"],
             "ROUGE-L": mean_by_category(scores)["all"]["rouge_l"]}
 
 
@@ -238,10 +243,14 @@ def main():
     for method, out in outs.items():
         quantize(args, folder, tokenizer, rows, method, out, device, dtype)
     if eval_rows:
-        print(f"\n{len(eval_rows)} examples {'MB':>15}{'perplexity':>12}{'ROUGE-L':>9}")
+        print(f"\n{len(eval_rows)} examples {'MB':>15}{'perplexity':>12}{'KL':>9}{'ROUGE-L':>9}   KL from the unquantised, "
+              "nats per token")
+        whole = Teacher(load_model(folder, device, dtype).requires_grad_(False))
         for name, path in {"unquantised": folder, **outs}.items():
-            found = measure(path, tokenizer, examples, eval_rows, args, device, dtype)
-            print(f"{name:<20}{found['MB']:>10.2f}{found['perplexity']:>12.4f}{found['ROUGE-L']:>9.1f}")
+            model = whole.model if path == folder else load_model(path, device, dtype)
+            found = measure(model, whole, tokenizer, examples, eval_rows, args, device, dtype)
+            print(f"{name:<20}{weight_bytes(path) / 1e6:>10.2f}{found['perplexity']:>12.4f}{found['KL']:>9.4f}"
+                  f"{found['ROUGE-L']:>9.1f}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from conftest import DOLLY, tiny, write_records
 from minikd import checkpoint
 from minikd.checkpoint import load_model, save_model
 from minikd.data import encode_examples
-from minikd.evaluate import compare
 from minikd.examples import load_examples
 from minikd.files import InputError
 from minikd.model import Qwen2
@@ -187,7 +186,7 @@ def test_plain_text_calibrates_too_and_the_evaluation_is_printed(run, world):
     assert status == 0, err
     rows = [line.split() for line in out.splitlines() if line.startswith(("unquantised", "gptq"))]
     assert len(rows) == 2 and "5 examples" in out
-    assert float(rows[1][-2]) == pytest.approx(float(rows[0][-2]), rel=0.5)     # perplexities
+    assert float(rows[1][2]) == pytest.approx(float(rows[0][2]), rel=0.5)       # perplexities
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
@@ -351,14 +350,22 @@ def test_with_no_flags_and_no_toy_student_it_says_what_to_run_first(shell, monke
     assert status == 2 and "run train_kd.py first" in err and err.count("\n") == 1
 
 
-def test_perplexity_is_e_to_the_mean_cross_entropy(run, world, tokenizer):
+@torch.no_grad()
+def test_perplexity_and_kl_are_those_of_the_full_distributions(run, world, tokenizer, tmp_path):
     rows, _ = encode_examples(load_examples(world / "data.jsonl", limit=5)[0], tokenizer)
     status, out, err = run("--method", "rtn", "--eval-data", world / "data.jsonl", "--eval-examples", 5, "--max-new-tokens", 2,
                            data=())
     assert status == 0, err
-    [line] = [line for line in out.splitlines() if line.startswith("unquantised")]
-    ce = compare(load_model(world / "model"), rows, tokenizer.pad_id, 4)["ce"]
-    assert float(line.split()[2]) == pytest.approx(torch.tensor(ce).exp().item(), rel=1e-4)
+    models = {"unquantised": load_model(world / "model"), "rtn": load_model(tmp_path / "w4")}
+    logs = {name: [model(torch.tensor([row.prompt + row.response]))[0, len(row.prompt) - 1:-1].double().log_softmax(-1)
+                   for row in rows] for name, model in models.items()}          # [n, V] of each row
+    for name, found in logs.items():
+        cells = next(line for line in out.splitlines() if line.startswith(name)).split()
+        chosen = torch.cat([logq[range(len(logq)), row.response] for logq, row in zip(found, rows)])
+        kl = torch.cat([(logp.exp() * (logp - logq)).sum(-1) for logp, logq in zip(logs["unquantised"], found)])
+        assert float(cells[2]) == pytest.approx((-chosen.mean()).exp().item(), rel=1e-4)
+        assert float(cells[3]) == pytest.approx(kl.mean().item(), abs=6e-5)
+    assert kl.mean() > 1e-3                                     # of the rounded model: there is something to see
 
 
 def test_calibration_is_drawn_from_all_documents_and_prompts_are_limited_by_length_alone(world, tokenizer, tmp_path):
