@@ -291,11 +291,15 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
     One model.safetensors, or shards with an index above `shard_bytes`. A tied head is left out, as in the
     folders Qwen published. A 4-bit model's codes and scales are written as they are, its quantization_config
     goes into config.json and, for tools that look there, quantize_config.json. Other files of `folder` (the
-    tokenizer's, a log) and its subfolders are kept.
+    tokenizer's, a log) and its subfolders are kept. Raises InputError, before anything is written, for weights that
+    another dtype cannot hold: float16's largest is 65,504.
     """
     folder = Path(folder)
     tensors = {key: value.to(value.dtype if key.endswith(PACKED) else dtype or value.dtype)
                for key, value in model.state_dict().items()}
+    for key, value in tensors.items():
+        if dtype not in (None, model.head.dtype) and value.dtype == dtype and not is_finite(value):
+            raise InputError(f"{folder}: not saved, as {key} has values that are not finite in {dtype}; save in another dtype")
     with atomic_path(folder, folder=True) as new:
         for old in folder.glob("*"):
             if old.is_dir() and not old.is_symlink():

@@ -6,6 +6,7 @@ References
 """
 import functools
 import math
+import operator
 from contextlib import ExitStack
 
 import torch
@@ -37,9 +38,9 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
                  way while another thread decodes with the model, and a 4-bit model's after other calls, whose layout it keeps)
     options      those of generate_with_log_probs
     Weights may move (layout.laid_out: on a CPU those of several rows, and 4-bit ones): use no older alias, such as p.data.
-    Raises ValueError for an empty prompt (there is no state to sample the first token from), for an id that the model has no
-    row for, and for invalid options: a negative temperature or top_k, top_p of 0 or above 1, samples or vocab below 1, mix
-    without a teacher; InputError (a ValueError) for a model whose logits are not finite.
+    Raises ValueError for prompts that are not lists of ids, an empty one (there is no state to sample the first token from), an
+    id that the model has no row for, and for invalid options: a negative temperature or top_k, top_p of 0 or above 1, samples
+    or vocab below 1, mix without a teacher; InputError (a ValueError) for a model whose logits are not finite.
     """
     return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed,
                                    **options)[0]
@@ -64,10 +65,9 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
              steps without a graph (for tests).
     one_kernel  with `graphs`: where decode_cuda.fits, one kernel computes the hidden states
     """
-    prompts = [[int(token) for token in prompt] for prompt in prompts]          # also tuples, or the rows of a tensor
     check_options(temperature, top_p, top_k, samples, teacher, mix, vocab, no_repeat_ngram_size)
     models = [model, teacher] if mix else [model]
-    check_prompts(prompts, min(len(each.head) for each in models))
+    prompts = read_prompts(prompts, min(len(each.head) for each in models))
     if not prompts or max_new_tokens < 1:
         return [[] for _ in range(len(prompts) * samples)], [[] for _ in range(len(prompts) * samples)]
     stops = as_set(eos_ids)
@@ -121,13 +121,19 @@ def as_set(eos_ids) -> frozenset[int]:
     return frozenset(map(int, () if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else eos_ids))
 
 
-def check_prompts(prompts: list[list[int]], ids: int):
-    """Raises ValueError for an empty prompt, and for a token that is not among the first `ids`."""
+def read_prompts(prompts, ids: int) -> list[list[int]]:
+    """Lists, tuples or rows of a tensor as lists of ids.  Raises ValueError for anything else, such as one prompt alone, for an
+    empty prompt, and for a token that is not among the first `ids`."""
+    try:
+        prompts = [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError as error:
+        raise ValueError(f"generate: prompts are lists of ids, one list for each prompt ({error})") from error
     if not all(prompts):
         raise ValueError("generate: a prompt is empty; give each at least one token")
     strange = [token for prompt in prompts for token in prompt if not 0 <= token < ids]
     if strange:                                                 # on a GPU the lookup would end the process's use of it
         raise ValueError(f"generate: {strange[0]} in a prompt is not an id of the model, which has {ids:,}")
+    return prompts
 
 
 def check_options(temperature, top_p, top_k, samples, teacher, mix, vocab, no_repeat_ngram_size):

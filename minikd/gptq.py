@@ -153,11 +153,13 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
     where       the layer's name, for messages
     An input that was 0 in every token gets weight 0. All is float32: in float64 the objective is the same to 0.1%.
     Raises InputError for values that are not finite, a group size that does not divide I, and an H that no damping makes
-    positive definite; ValueError for bits outside 2 to 8 and a damp below 0.
+    positive definite; ValueError for bits outside 2 to 8, a damp below 0 and an H of another size.
     """
     if not 0 <= damp < torch.inf:
         raise ValueError(f"{where}: damp = {damp}; give a finite number of 0 or more")
     (O, I), size = weight.shape, check_weight(weight, group_size, where)
+    if hessian.shape != (I, I):
+        raise ValueError(f"{where}: a Hessian {list(hessian.shape)} for {I} inputs; give one [{I}, {I}]")
     if not hessian.sum(dtype=torch.float32).isfinite():     # isfinite() of all would take two more Hessians' memory
         raise InputError(f"{where}: its Hessian has values that are not finite; calibrate in bfloat16 or float32")
     W = weight.float().masked_fill(hessian.diagonal() == 0, 0.0)                # [O, I], a copy

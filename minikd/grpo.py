@@ -65,8 +65,8 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     matter: (1 - π_ref / π) ∇ log π has the mean ∇KL(π_ref || π), in the other direction. (trl multiplies k3 by the ratio, and
     then it is that of KL(π || π_ref).)
     """
-    d = at_least_float32(ref_logp) - at_least_float32(logp)
-    return torch.expm1(d.clamp(max=60)) - d                                     # expm1: exact for small d; bounded like the ratio
+    d = (at_least_float32(ref_logp) - at_least_float32(logp)).clamp(max=60)     # bounded like the ratio
+    return torch.expm1(d) - d                                                   # expm1: exact for small d
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, clip: float = 0.2,
@@ -78,10 +78,13 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
     ref_logp   the same under the frozen reference; all three at the temperature of sampling
     Padding is not masked here: the caller masks and averages (token_weights). train_grpo.py calls token_loss, the same for
     the tokens of all answers in one row, as head_loss has them.
-    Raises ValueError for advantages not [B], and for a beta without a reference.
+    Raises ValueError for log-probabilities that are not [B, R], advantages not [B], and for a beta without a reference.
     """
     if beta and ref_logp is None:
         raise ValueError(f"beta = {beta} needs ref_logp, the reference's log-probabilities; give them, or beta=0")
+    shapes = [list(x.shape) for x in (logp, old_logp, ref_logp) if x is not None]
+    if logp.dim() != 2 or any(shape != shapes[0] for shape in shapes):          # others would be broadcast
+        raise ValueError(f"log-probabilities {', '.join(map(str, shapes))}; give each as [B, R], a row for each answer")
     if advantages.shape != logp.shape[:1]:
         raise ValueError(f"advantages {list(advantages.shape)} for answers {list(logp.shape)}; give one for each answer")
     return token_loss(logp, old_logp, ref_logp, advantages[:, None], clip, beta, clip_high)

@@ -62,10 +62,14 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     Under autocast the student's head multiplies in autocast's dtype; the teacher's always in its own. Losses and the sums of
     gradients are float32, of float64 inputs too.
 
-    Raises ValueError for a kd_ratio without divergence or teacher, and for gradients in float16.
+    Raises ValueError for a kd_ratio without divergence or teacher, other numbers of targets or of the teacher's states than of
+    the student's, and for gradients in float16.
     """
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
+    if any(len(x) != len(hidden) for x in (targets, teacher_hidden) if x is not None):
+        raise ValueError(f"head_loss: {len(hidden)} states for {len(targets)} targets"
+                         + ("" if teacher_hidden is None else f" and {len(teacher_hidden)} states of the teacher"))
     divergence = divergence or no_divergence
     V = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))   # rows both heads have; CE's too
     N, device = len(hidden), hidden.device.type

@@ -129,13 +129,13 @@ def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> 
     codes uint8 [O, I], scales and zeros [O, I/g] -> qweight int32 [I/8, O], qzeros int32 [I/g, O/8],
     scales float16 [I/g, O], g_idx int32 [I]
     Raises InputError if O or I is no multiple of 8, and for a zero of 0 in v1: stored as -1, it would borrow from its
-    neighbour's bits in most programs that read it; ValueError for codes of more than 4 bits.
+    neighbour's bits in most programs that read it; ValueError for codes or zeros of more than 4 bits.
     """
     (O, I), size = codes.shape, codes.shape[1] // scales.shape[1]
     if O % 8 or I % 8:
         raise InputError(f"a layer of {I} inputs and {O} outputs cannot be packed: both must be multiples of 8")
-    if codes.max() > 15:
-        raise ValueError("to_words: codes above 15 do not fit into 4 bits; quantise with bits=4")
+    if max(codes.max(), zeros.max()) > 15:                      # of 5 bits a symmetric zero is 16, whatever the codes
+        raise ValueError("to_words: codes or zeros above 15 do not fit into 4 bits; quantise with bits=4")
     if version == 1 and (zeros < 1).any():
         raise InputError("a zero point of 0 cannot be stored in format gptq; use gptq_v2")
     stored = zeros.to(torch.uint8) - (1 if version == 1 else 0)

@@ -99,7 +99,8 @@ class Result:
     """How a program ended. status "ok" only means exit code 0: stdout decides whether the answer was right.
 
     status   "ok", "error" (another exit code, an exception, a signal), "timeout", "memory" (ended by MemoryError),
-             "output" (more than OUTPUT bytes), "disk" (more than DISK bytes or FILES files)
+             "output" (more than OUTPUT bytes), "disk" (more than DISK bytes or FILES files; a write beyond the 1 MB of a
+             single file fails in the program, and is an "error" if that ends it)
     stdout   decoded as UTF-8, invalid bytes replaced by U+FFFD; cut at OUTPUT bytes
     stderr   likewise
     seconds  wall-clock time, including the start of both interpreters

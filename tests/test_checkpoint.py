@@ -326,6 +326,15 @@ def test_a_save_into_the_folder_it_was_loaded_from_is_safe(folder):
     assert same(model, load_model(folder)) and same(model, tiny())
 
 
+def test_weights_that_load_model_would_refuse_are_not_saved(folder):
+    before, model = contents(folder), load_model(folder)
+    model.model.norm.weight.data[0] = 7e4
+    with pytest.raises(InputError, match="not saved, as model.norm.weight has values that are not finite in torch.float16"):
+        save_model(model, folder, torch.float16)
+    assert contents(folder) == before
+    save_model(model, folder, torch.bfloat16)                   # which can hold it
+
+
 @pytest.mark.parametrize("shards_written", [0, 2])
 def test_a_save_that_fails_in_the_middle_leaves_the_old_folder_whole(sharded, monkeypatch, shards_written):
     before, written = contents(sharded), []

@@ -162,6 +162,12 @@ def test_an_id_without_a_row_is_refused(token):
     generate(random_model(vocab_size=60), [[1, 55]], 2, teacher=random_model(2, vocab_size=50))     # without mix it does not
 
 
+@pytest.mark.parametrize("prompts", [[1, 2, 3], ["12"], [[1.5]], torch.tensor([1, 2])], ids=str)
+def test_what_is_no_list_of_ids_is_refused(prompts):
+    with pytest.raises(ValueError, match="prompts are lists of ids, one list for each prompt"):
+        generate(random_model(), prompts)
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="a prompt is empty"):
         generate(random_model(), [[1, 2], []])

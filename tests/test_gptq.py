@@ -188,6 +188,8 @@ def test_what_cannot_be_quantised_is_one_line():
         broken[3, 5] = value
         with pytest.raises(InputError, match="Hessian has values that are not finite"):
             quantize_matrix(weight, broken, group_size=16)
+    with pytest.raises(ValueError, match="a Hessian .* for .* inputs"):
+        quantize_matrix(weight, hessian[:16, :16], group_size=16)
 
 
 def test_the_hessian_is_a_sum_over_real_tokens_alone():

@@ -219,6 +219,13 @@ def test_a_kd_ratio_without_a_teacher_or_a_divergence_is_refused(lacks):
         head_loss(**inputs | {lacks: None}, kd_ratio=0.5)
 
 
+@pytest.mark.parametrize("longer", ["targets", "teacher_hidden"])
+def test_other_numbers_of_tokens_are_refused(longer):
+    inputs = head_inputs() | {"divergence": forward_kl}
+    with pytest.raises(ValueError, match=f"{len(inputs['hidden'])} states for "):
+        head_loss(**inputs | {longer: inputs[longer].repeat_interleave(2, 0)}, kd_ratio=0.5)
+
+
 def test_gradients_in_float16_are_refused_as_they_would_underflow():
     inputs = {key: value.detach().half() if value.is_floating_point() else value for key, value in head_inputs().items()}
     assert head_loss(**inputs)[0].isfinite()
