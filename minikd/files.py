@@ -34,13 +34,12 @@ def script_errors():
 
     A bug in minikd is neither an InputError nor an OSError, and keeps its traceback.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:       # end_at_interrupts'
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # an answer may hold what the terminal's encoding lacks
     try:
-        yield
-        _flush(sys.stdout)                                      # now: at its end Python would complain in words of its own
+        with _interrupts():
+            yield
+            _flush(sys.stdout)                                  # now: at its end Python would complain in words of its own
     except SystemExit as end:                                   # --help
         _end(end.code)
     except InputError as error:
@@ -68,6 +67,29 @@ def script_errors():
         advice = advice.get(error.errno, "check the path and the disk")
         where = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else "standard output or a file")
         _exit_with(f"{where}: {error.strerror or error}; {advice}")
+
+
+@contextmanager
+def _interrupts():
+    """Ctrl-C raises KeyboardInterrupt, and stays one where a library makes another error of it, as torch does while safetensors
+    reads. Where it is ignored, it stays so."""
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+
+    def interrupt(*_):
+        pressed.append(True)
+        raise KeyboardInterrupt
+
+    if before in (signal.SIG_DFL, signal.default_int_handler):  # the first is end_at_interrupts'
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if pressed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, before)
 
 
 def _exit_with(text: str):
@@ -120,8 +142,8 @@ def atomic_path(path, folder: bool = False):
         raise InputError(f"{path}: is the folder you work in, and would be replaced; give another, or one inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():                                           # else what was left may be the only copy
-        _sweep(path)
-    work, held = _temporary_folder(path)
+        sweep(path.parent, path.name)
+    work, held = temporary_folder(path)
     try:
         with naming(path):
             new = work / path.name
@@ -136,7 +158,7 @@ def atomic_path(path, folder: bool = False):
                     os.rename(path, work / "old")               # os.replace cannot replace a full folder
                 os.replace(new, path)
             _fsync(path.parent)
-            _sweep(path)                                        # what was left of it before there was any
+            sweep(path.parent, path.name)                       # what was left of it before there was any
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(held)
@@ -145,7 +167,7 @@ def atomic_path(path, folder: bool = False):
 def remove(path: Path):
     """Deletes a file, if there is one, and what killed processes left of it."""
     path.unlink(missing_ok=True)
-    _sweep(path)
+    sweep(path.parent, path.name)
 
 
 def write_jsonl(rows: list[dict], path):
@@ -161,7 +183,7 @@ def append_to(path):
         yield file
 
 
-def _temporary_folder(path: Path) -> tuple[Path, int]:
+def temporary_folder(path: Path) -> tuple[Path, int]:
     """A new folder beside `path`, on the same file system, and the open handle that keeps it locked."""
     while True:
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.{MARK}", dir=path.parent))
@@ -171,13 +193,15 @@ def _temporary_folder(path: Path) -> tuple[Path, int]:
                 fcntl.flock(held, fcntl.LOCK_EX)
             if work.exists():
                 return work, held
-            os.close(held)                                      # another process's _sweep was here before the lock: once more
+            os.close(held)                                      # another process's sweep was here before the lock: once more
 
 
-def _sweep(path: Path):
-    """Removes what killed processes left of `path`: gigabytes, for a model. What a living one writes is locked."""
-    for left in path.parent.iterdir():
-        if left.name.startswith(f".{path.name}.{MARK}"):
+def sweep(folder: Path, name: str | None = None):
+    """Removes the temporary folders that killed processes left in `folder`, those made beside the file or folder `name`, or all:
+    gigabytes, for a model. A living one's are locked."""
+    for left in folder.iterdir():
+        beside, mark, _ = left.name.rpartition(f".{MARK}")
+        if mark and beside.startswith(".") and name in (None, beside[1:]):
             with suppress(OSError):                             # locked, or gone, or a file system without locks
                 handle = os.open(left, os.O_RDONLY)
                 try:

@@ -42,12 +42,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from minikd.files import InputError
+from minikd.files import InputError, sweep, temporary_folder
 
 MB = 1 << 20
 NOBODY = 65534
 OUTPUT = MB                 # bytes of stdout, and of stderr
-DISK, FILES = 8 * MB, 200   # of the private folder, which is flat
+FOLDER = "sandbox"          # in the names of the private folders
+DISK, FILES = 8 * MB, 200   # of such a folder, which is flat
 TICK = 0.05                 # seconds between two checks of that folder
 PATIENCE = 60.0             # seconds to wait for a process, while other programs' threads hold all that a container may have
 SHARE = Path("/sys/fs/cgroup/cpu.max")          # cgroup v2
@@ -147,7 +148,9 @@ def cores() -> int:
 
 @functools.cache
 def isolation() -> str:
-    """Which limits are active on this machine, as text to print beside results; found once, by an empty program."""
+    """Which limits are active on this machine, as text to print beside results; found once, by an empty program. Removes private
+    folders that killed processes left."""
+    sweep(Path(tempfile.gettempdir()), FOLDER)
     return _run("", "", 30.0, 512)[1]
 
 
@@ -188,7 +191,7 @@ def _try(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
         return Result("error", "", f"not run: {error}", 0.0), ""
     if b"\0" in source:                                         # Python 3.10 would run the lines before it
         return Result("error", "", "not run: a NUL in the source", 0.0), ""
-    folder = tempfile.mkdtemp(prefix="minikd-sandbox-")
+    folder, held = temporary_folder(Path(tempfile.gettempdir(), FOLDER))
     try:
         options = _prepare(folder, source, stdin, timeout, memory_mb)
         with _supervisor(folder, options) as (process, report):
@@ -199,6 +202,7 @@ def _try(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
             with suppress(OSError):
                 os.chmod(folder, 0o700)
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
     level, code, *_ = said.decode().split("\n") + [""]
     if level == "busy":
         raise BlockingIOError("the supervisor could not start the program")
@@ -333,17 +337,18 @@ def _supervise(report, options):
     libc.prctl.argtypes = [ctypes.c_int] + 4 * [ctypes.c_ulong]
     libc.prctl(36, 1, 0, 0, 0)                                  # PR_SET_CHILD_SUBREAPER: orphans become our children
 
-    def end(*_):                                                # also called by SIGTERM, at any moment
+    def end(number=0, _=None):                                  # also called by SIGTERM and SIGHUP, at any moment
         _kill_below()
-        if os.getppid() != options["parent"]:                   # the caller is dead: remove its folder
+        if number == _signal.SIGHUP or os.getppid() != options["parent"]:       # the caller is dead: remove its folder
             for name in os.listdir("."):
                 os.unlink(name)
             os.rmdir(os.getcwd())
         os._exit(0)                                             # 1 ms faster than a normal exit
 
-    _signal.signal(_signal.SIGTERM, end)
+    _signal.signal(_signal.SIGTERM, end)                        # from _stop
+    _signal.signal(_signal.SIGHUP, end)                         # as the caller dies: it is our parent until all its threads have
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)            # if the caller ignores it, exit codes are lost
-    libc.prctl(1, _signal.SIGTERM, 0, 0, 0)                     # PR_SET_PDEATHSIG: end() if the caller is killed
+    libc.prctl(1, _signal.SIGHUP, 0, 0, 0)                      # PR_SET_PDEATHSIG
     os.set_inheritable(report, False)
     if os.getppid() != options["parent"]:
         end()

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minikd.data import Encoded, collate, send
-from minikd.files import InputError, append_to, atomic_path, parse_json, read_json, save_tensors
+from minikd.files import InputError, append_to, atomic_path, parse_json, read_json, save_tensors, sweep
 from minikd.generate import respond
 from minikd.head import scored_positions
 from minikd.layout import lay_out
@@ -77,6 +77,8 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
     folder, unique = Path(folder), {digest_of(row): row for row in rows}
     made_from = made_from | {"rows": fingerprint(sorted(unique))}
     check_made_from(folder, made_from)
+    if folder.exists():
+        sweep(folder)
     if not (folder / FACTS).exists():
         with atomic_path(folder / FACTS) as new:
             new.write_text(json.dumps({"made_from": made_from}) + "\n")

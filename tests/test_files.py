@@ -92,6 +92,22 @@ def test_afterwards_an_interrupt_is_one_line(capsys):
     assert ended.value.code == 130 and "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [ValueError("could not determine the shape of object type"), InputError("a: is damaged")])
+def test_an_interrupt_that_a_library_turns_into_another_error_stays_one(capsys, error):
+    """torch does, when safetensors calls it; and a reader may take its error for a damaged file."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended, script_errors():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise error from None
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130 and capsys.readouterr().err == "\ninterrupted; what was saved is complete\n"
+
+
 def test_a_bug_of_ours_keeps_its_traceback():
     for bug in (ValueError("shape"), AssertionError(), KeyError("k")):
         with pytest.raises(type(bug)), script_errors():

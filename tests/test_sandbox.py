@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from minikd import sandbox
-from minikd.files import InputError
+from minikd.files import InputError, temporary_folder
 from minikd.sandbox import isolation, run_program, run_programs, same_output
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux alone")
@@ -593,6 +593,32 @@ def test_a_caller_that_is_killed_leaves_nothing(nothing_left):
     while (processes(caller.pid) or os.listdir(nothing_left)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert processes(caller.pid) == os.listdir(nothing_left) == []
+
+
+def test_the_folder_goes_when_the_starting_thread_dies_before_its_process(nothing_left, monkeypatch):
+    """The kernel then sends SIGHUP, as asked for, while the supervisor still has its parent."""
+    monkeypatch.setattr(sandbox.shutil, "rmtree", lambda *_, **__: None)        # the caller's own
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_program, LOOP, timeout=60)
+        deadline = time.monotonic() + 10
+        while len(found := processes()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        [supervisor] = [line for line in found if "def _supervise(" in Path(f"/proc/{line.split()[0]}/cmdline").read_text()]
+        os.kill(int(supervisor.split()[0]), signal.SIGHUP)
+        with pytest.raises(FileNotFoundError):                      # by the caller, which lives on in this test
+            running.result()
+    monkeypatch.undo()
+    assert os.listdir(nothing_left) == []
+
+
+def test_folders_that_killed_processes_left_are_removed(nothing_left):
+    left, held = temporary_folder(nothing_left / sandbox.FOLDER)
+    (left / "program.py").touch()
+    isolation.__wrapped__()
+    assert left.exists()                                            # a living process's is locked
+    os.close(held)
+    isolation.__wrapped__()
+    assert not left.exists()
 
 
 def test_an_interrupt_ends_the_run(nothing_left):

@@ -1,5 +1,6 @@
 """The teacher's states on disk: the same numbers, refused where they are another's, completed where they are cut."""
 import json
+import os
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import small
 from minikd import teacher as module
 from minikd.checkpoint import load_head, load_model, model_files, save_model
 from minikd.data import Encoded, collate
-from minikd.files import InputError
+from minikd.files import InputError, temporary_folder
 from minikd.head import head_loss, scored_positions
 from minikd.losses import forward_kl
 from minikd.model import Qwen2
@@ -82,6 +83,16 @@ def test_whoever_may_read_what_was_cached_for_may_read_the_states(fill, tmp_path
 def test_a_cache_that_is_whole_needs_no_teacher(fill):
     fill()
     assert fill() == 0 and fill.loads == 1
+
+
+def test_what_a_kill_left_beside_a_shard_that_is_whole_is_removed(fill, tmp_path):
+    """Between its new name and the end of its temporary folder; or another process has finished the same shard meanwhile."""
+    fill()
+    shard = min((tmp_path / "cache").glob("states-*"))
+    left, held = temporary_folder(shard)
+    shutil.copy(shard, left)
+    os.close(held)
+    assert fill() == 0 and not left.exists()
 
 
 def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(fill, tmp_path):
