@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minikd.config import Qwen2Config
-from minikd.files import InputError, atomic_path, read_json, save_tensors, sha256
+from minikd.files import InputError, atomic_path, check_pointer, read_json, save_tensors, sha256
 from minikd.hub import TOKENIZER, files_on_hub, local_folder
 from minikd.model import Qwen2, allocate
 from minikd.quant import is_finite, read_zeros
@@ -225,10 +225,8 @@ def open_tensors(path: Path):
             raise InputError(f"{path}: cannot be opened; check its permissions") from None
         raise InputError(f"{path}: is missing; fetch the model again") from None
     except SafetensorError as error:
-        size = path.stat().st_size
-        if size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
-            raise InputError(f"{path}: is only git's pointer to the file; run `git lfs pull` in its folder") from error
-        raise InputError(f"{path}: is damaged or truncated, {size:,} bytes ({error}); fetch it again") from error
+        check_pointer(path)
+        raise InputError(f"{path}: is damaged or truncated, {path.stat().st_size:,} bytes ({error}); fetch it again") from error
 
 
 def shards_of(folder: Path) -> list[str]:

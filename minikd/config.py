@@ -41,6 +41,8 @@ class Qwen2Config:
         named = raw.get("architectures")
         if isinstance(named, list) and named and not any(str(name).endswith("ForCausalLM") for name in named):
             refuse("architectures", "minikd reads models with a language-model head: 'Qwen2ForCausalLM'")
+        if raw.get("is_causal") is False:                                       # gte-Qwen2 and other models of embeddings
+            refuse("is_causal", "minikd reads models in which no token sees a later one")
         if raw.get("use_sliding_window"):
             refuse("use_sliding_window", "use a checkpoint with full attention")
         kinds = raw.get("layer_types") or []

@@ -42,8 +42,16 @@ def begins_thoughts(prompt: str) -> bool:
 
 
 def after_prompt(response: str, prompt: str) -> str:
-    """The response without its <think>, if the prompt has begun the thoughts."""
-    return re.sub(r"^\s*<think>\n?", "", response) if begins_thoughts(prompt) else response
+    """What follows the prompt where that has begun the thoughts: the response without its <think>; one without thoughts ends them
+    first, or a model that reasons would learn to answer inside them and never to leave."""
+    if not begins_thoughts(prompt):
+        return response
+    return re.sub(r"^\s*<think>\n?", "", response) if "think>" in response else f"\n</think>\n\n{response}"
+
+
+def without_empty_thoughts(text: str) -> str:
+    """An answer as after_prompt's response was: without a </think> at its very beginning."""
+    return re.sub(r"^\s*</think>\s*", "", text)
 
 
 class NothingLeft(InputError):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from minikd.data import Encoded, by_length, collate
+from minikd.data import Encoded, by_length, collate, without_empty_thoughts
 from minikd.examples import Example, recognise, text_field, to_example
 from minikd.files import InputError, write_jsonl
 from minikd.generate import respond
@@ -72,7 +72,7 @@ def answer(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], max_new_toke
            temperature: float = 0.0, **options) -> list[str]:
     """The model's text for each row's prompt, in their order.  options: those of generate.respond"""
     own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids, temperature, **options)
-    return [tokenizer.decode(row.response).strip() for row in own]
+    return [without_empty_thoughts(tokenizer.decode(row.response)).strip() for row in own]
 
 
 def score_answers(answers: list[str], examples: list[Example], rouge: str = "stemmer") -> list[dict]:

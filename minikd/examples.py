@@ -214,8 +214,9 @@ def _pytorrent(record, where):
     code = without_docstring(text_field(record, where, "original_string", "code"))
     if not code.strip():
         raise Dropped(where, "empty code")
+    language = text_field(record, where, "language", default="python").capitalize()     # CodeXGLUE's other files: java, go
     return _ask("Write a programming script that appropriately completes the request.", task, (code,),    # its code's wording
-                question=f"Write Python code for this description. Answer with code only.\n\n{task}")
+                question=f"Write {language} code for this description. Answer with code only.\n\n{task}")
 
 
 def _codeforces(record, where):

@@ -262,6 +262,12 @@ def read_json(path: Path, mend: str | None = None) -> dict:
     return value
 
 
+def check_pointer(path: Path):
+    """Raises InputError for what a clone without git-lfs has in a large file's place."""
+    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: is only git's pointer to the file; run `git lfs pull` in its folder")
+
+
 def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
     """safetensors' save_file, with the mode of any new file (it makes files that only their owner can read), and with its error
     for a full disk turned back into the OSError it was."""

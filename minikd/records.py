@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from minikd.files import InputError, naming, parse_json
+from minikd.files import InputError, check_pointer, naming, parse_json
 from minikd.hub import ADDRESS, files_on_hub, local_folder
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
@@ -127,6 +127,7 @@ def read_records(path, refuse: Callable[[InputError], None] | None = None,
         if reader is None:
             raise InputError(f"{file}: the name does not say what it holds; unpack it, or rename it to end in "
                              f"{' '.join(ENDINGS)}")
+        check_pointer(file)
         read = 0
         for read, (where, record) in enumerate(reader(file), 1):
             if isinstance(record, kinds):

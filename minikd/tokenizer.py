@@ -22,8 +22,8 @@ class Tokenizer:
     """encode, decode and chat for one Qwen2 tokenizer folder.
 
     eos_ids  every id that ends an answer: a set, since Instruct models stop at <|im_end|>, base models at
-             <|endoftext|>, a base model after a little fine-tuning at either, and others at what their
-             generation_config.json names too
+             <|endoftext|>, a base model after a little fine-tuning at either, and others at their eos_token, and at what
+             generation_config.json, or without it config.json, names too
     end_id   the one that training appends to an answer
     pad_id   <|endoftext|>: fills rows, and stands between documents (data.encode_text). So padding is found by masks, never by
              comparing ids.
@@ -43,14 +43,17 @@ class Tokenizer:
                              "minikd needs a ChatML tokenizer, such as Qwen2's")
         self.generation = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
         more = self.generation.get("eos_token_id")              # an id, several, or none
-        self.eos_ids = {*stops, *(stop for stop in (more if isinstance(more, list) else [more]) if type(stop) is int)}
+        if more is None and (folder / "config.json").exists():
+            more = read_json(folder / "config.json").get("eos_token_id")
+        named_ids = [own, *(more if isinstance(more, list) else [more])]
+        self.eos_ids = {*stops, *(stop for stop in named_ids if type(stop) is int)}
         self.end_id, self.pad_id = stops
         self.numbers = {}                           # id -> the int that stands for it in every encoded text
 
     @classmethod
     def load(cls, name) -> "Tokenizer":
         """From a local folder or a hub name.  Raises InputError when tokenizer.json is missing or damaged."""
-        folder = local_folder(name, TOKENIZER)
+        folder = local_folder(name, ["config.json", *TOKENIZER])
         path = folder / "tokenizer.json"
         if not path.exists():
             mend = "copy the tokenizer's files beside the model's"
@@ -81,18 +84,25 @@ class Tokenizer:
         with atomic_path(folder / GENERATION) as new:
             new.write_text(json.dumps(config, indent=2) + "\n")
 
-    def check_same(self, name):
-        """Raises InputError where the tokenizer in folder or hub name `name` has another vocabulary than this one.
+    def check_same(self, name) -> list[str]:
+        """The added tokens that only one has of this tokenizer and that in folder or hub name `name`: Qwen2.5 has 19 more than
+        Qwen2. Raises InputError for any other difference of their vocabularies.
 
         A student learns its teacher's probabilities id by id. A folder without a tokenizer is not checked.
         """
         if not (local_folder(name, TOKENIZER) / "tokenizer.json").exists():
-            return
-        mine, other = (t.backend.get_vocab(with_added_tokens=True) for t in (self, Tokenizer.load(name)))
-        if mine != other:
-            token = min(set(mine.items()) ^ set(other.items()), key=lambda item: item[1])[0]
+            return []
+        both = [self.backend, Tokenizer.load(name).backend]
+        mine, other = (backend.get_vocab(with_added_tokens=True) for backend in both)
+        plain = [backend.get_vocab(with_added_tokens=False).items() for backend in both]
+        differing = set(mine.items()) ^ set(other.items())      # (token, id)
+        added = differing - set().union(*plain)
+        once = all(len({pair[i] for pair in added}) == len(added) for i in (0, 1))          # else two ids, or two tokens
+        if not once or added != differing:
+            token = min(differing, key=lambda pair: pair[1])[0]
             raise InputError(f"{name}: its tokenizer differs from {self.folder}'s, first in {token!r}; token-level "
                              "distillation needs a teacher with the student's tokenizer")
+        return [token for token, _ in sorted(added, key=lambda pair: pair[1])]
 
     def __len__(self) -> int:
         """Ids in use, added tokens included: 151,665 for Qwen2.5, fewer than the head's rows."""
@@ -148,7 +158,8 @@ class Tokenizer:
 
 
 class Stream:
-    """push(id) returns the text that this id completes, never part of a character.
+    """push(id) returns the text that this id completes, never part of a character. For byte-level tokenizers, as Qwen's are: of
+    others, whose spaces belong to the place in a text, it loses some.
 
     A non-ASCII character may be spread over several byte-level tokens; until the last one arrives, decoding
     ends in one U+FFFD (the replacement character). Only the ids since the last whole one are decoded again.

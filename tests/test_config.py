@@ -47,7 +47,7 @@ def test_a_config_survives_its_own_writing():
 @pytest.mark.parametrize("changes, names", [
     ({"model_type": "qwen3"}, "model_type = 'qwen3'"),
     ({"model_type": None}, "model_type = None"),
-    ({"use_sliding_window": True}, "use_sliding_window = True"),
+    ({"use_sliding_window": True}, "use_sliding_window = True"), ({"is_causal": False}, "is_causal = False"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling = "),                 # transformers 4's spelling
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling = "),

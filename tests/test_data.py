@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from conftest import BUGNET, DOLLY, PYTORRENT
-from minikd.data import (Encoded, batch_order, by_length, collate, describe_dropped, encode_examples, encode_text, next_rows,
-                         optimizer_steps, prompt_text, steps_per_epoch)
+from minikd.data import (Encoded, after_prompt, batch_order, by_length, collate, describe_dropped, encode_examples, encode_text,
+                         next_rows, optimizer_steps, prompt_text, steps_per_epoch, without_empty_thoughts)
 from minikd.examples import load_examples, split_examples, to_example
 from minikd.files import InputError
 from minikd.tokenizer import Tokenizer
@@ -83,11 +83,18 @@ def test_response_that_spells_a_stop_token_is_dropped_and_counted():
 
 @pytest.mark.parametrize("prompt, response, learned", [
     ("a<think>", "<think>b</think>c", "b</think>c"), ("a<think>\n", " <think>\nb</think>", "b</think>"),
-    ("a<think>\n", "b</think><think>", "b</think><think>"), ("a", "<think>b</think>c", "<think>b</think>c")])
+    ("a<think>\n", "b</think><think>", "b</think><think>"), ("a", "<think>b</think>c", "<think>b</think>c"),
+    ("a<think>\n", "<think>b", "b"), ("a<think>\n", "b", "\n</think>\n\nb"), ("a", "b", "b")])
 def test_thoughts_that_the_prompt_begins_are_not_begun_again(monkeypatch, prompt, response, learned):
     monkeypatch.setattr(Letters, "chat", lambda self, messages, add_generation_prompt: prompt)
     (row,), _ = encode(("ignored", response))
     assert "".join(map(chr, row.response[:-1])) == learned
+
+
+def test_an_answer_that_was_taught_without_thoughts_is_scored_without_their_end():
+    for text in "b", "b</think>c":
+        assert without_empty_thoughts(after_prompt("b", "a<think>\n")) == "b"
+        assert without_empty_thoughts(text) == text
 
 
 def test_nothing_left_is_an_error():

@@ -154,6 +154,13 @@ def test_pytorrent_without_original_string_uses_code():
     assert to_example({"summary": "Add.", "code": "x = 1"}, "d:1").response == "x = 1"
 
 
+@pytest.mark.parametrize("language, asked", [("java", "Java"), ("python", "Python"), (None, "Python")])
+def test_pytorrents_fields_with_another_language_ask_for_that(language, asked):
+    """CodeXGLUE's code-to-text has them, for six languages."""
+    example = to_example({"docstring": "Returns x.", "code": "return x;", "language": language}, "d:1")
+    assert example.messages[0]["content"].startswith(f"Write {asked} code for this description.")
+
+
 def test_codeforces_reads_messages_or_prompt_and_generation_alike():
     by_messages = to_example(CODEFORCES, "d:1")
     by_prompt = to_example({**CODEFORCES, "messages": None}, "d:1")

@@ -80,7 +80,7 @@ GOOD = json.dumps(DOLLY).encode()
     ("d.jsonl", GOOD + b"\n[1]\n", "d.jsonl:2: a record is an object with named fields, not a list"),
     ("d.jsonl", GOOD + b'\n{"response": "\xff"}\n', "d.jsonl:2: not JSON ('utf-8' codec can't decode byte 0xff"),
     ("d.jsonl", b"[" * 200_000, "d.jsonl:1: not JSON ("),
-    ("d.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "d.jsonl:1: not JSON"),
+    ("d.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "d.jsonl: is only git's pointer to the file"),
     ("d.jsonl", b"", "d.jsonl: holds no records"),
     ("d.jsonl", b"\xef\xbb\xbf\n \n", "d.jsonl: holds no records"),
     ("d.jsonl.gz", b"plain", "d.jsonl.gz: not a whole gzip file (Not a gzipped file"),

@@ -286,6 +286,19 @@ def test_a_save_that_fails_leaves_the_files_that_were_there(tokenizer, tmp_path,
     assert {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()} == before
 
 
+def test_an_answer_ends_at_the_eos_token_and_at_what_either_config_names(tokenizer_folder, tmp_path):
+    before = Tokenizer.load(tokenizer_folder).eos_ids
+    shutil.copytree(tokenizer_folder, tmp_path / "t")
+    (tmp_path / "t" / "generation_config.json").unlink(missing_ok=True)
+    (tmp_path / "t" / "config.json").write_text('{"eos_token_id": 23}')
+    assert Tokenizer.load(tmp_path / "t").eos_ids == before | {23}              # as transformers' generate
+    (tmp_path / "t" / "generation_config.json").write_text('{"eos_token_id": 24}')
+    assert Tokenizer.load(tmp_path / "t").eos_ids == before | {24}
+    token = Tokenizer.load(tokenizer_folder).backend.id_to_token(25)
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    assert Tokenizer.load(tmp_path / "t").eos_ids == before | {24, 25}
+
+
 def test_half_a_character_is_no_token(tokenizer_folder, tmp_path):
     shutil.copytree(tokenizer_folder, tmp_path / "t")
     (tmp_path / "t" / "tokenizer_config.json").write_text('{"eos_token": "a\\ud800"}')
@@ -416,3 +429,26 @@ def test_a_teacher_with_another_tokenizer_is_refused_and_one_without_is_taken_on
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(InputError, match=r"differs from .*, first in '[ab]'"):
         mine.check_same(tmp_path)
+
+
+def test_a_teacher_may_have_more_added_tokens_or_fewer_but_none_of_another_meaning(tokenizer_folder, tmp_path):
+    """Qwen2 and Qwen2.5, QwQ and Qwen2.5: the vocabularies differ in tokens that ordinary text does not hold."""
+    mine = Tokenizer.load(tokenizer_folder)
+    raw = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+
+    def with_added(*names, **words) -> Path:
+        folder = tmp_path / "-".join([*names, *words])
+        folder.mkdir()
+        added = [raw["added_tokens"][0] | {"content": name, "id": len(mine) + i} for i, name in enumerate(names)]
+        (folder / "tokenizer.json").write_text(json.dumps(raw | {
+            "added_tokens": raw["added_tokens"] + added, "model": raw["model"] | {"vocab": raw["model"]["vocab"] | words}}))
+        return folder
+
+    more = with_added("<tool>")
+    assert mine.check_same(more) == Tokenizer.load(more).check_same(tokenizer_folder) == ["<tool>"]
+    for other, first in ((with_added("<think>"), "<t(ool|hink)>"),              # the same id means another token
+                         (with_added("<x>", "<tool>"), "<(x|tool)>")):          # the same token has another id
+        with pytest.raises(InputError, match=f"first in '{first}'"):
+            Tokenizer.load(more).check_same(other)
+    with pytest.raises(InputError, match="differs from"):                       # one of ordinary text
+        mine.check_same(with_added(newword=len(mine)))
