@@ -251,6 +251,7 @@ def main():
             found = measure(model, whole, tokenizer, examples, eval_rows, args, device, dtype)
             print(f"{name:<20}{weight_bytes(path) / 1e6:>10.2f}{found['perplexity']:>12.4f}{found['KL']:>9.4f}"
                   f"{found['ROUGE-L']:>9.1f}")
+            del model                                           # before the next one is loaded
 
 
 if __name__ == "__main__":

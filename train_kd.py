@@ -374,12 +374,11 @@ def planned(args) -> list[tuple[str, str, float, str]]:
 
 
 def check_teacher(name, tokenizer):
-    """Raises InputError if the teacher's tokenizer differs in more than added tokens, of which it tells, or the tokenizer has
-    more ids than the teacher has rows."""
+    """Raises InputError if the teacher's tokenizer differs in more than added tokens that it lacks, of which it tells, or the
+    tokenizer has more ids than the teacher has rows."""
     folder = model_folder(name, weights=False)
-    if added := tokenizer.check_same(folder):
-        print(f"note: {len(added)} added tokens, such as {added[0]!r}, are in one of the two tokenizers alone; the teacher cannot "
-              "teach them")
+    if lacks := tokenizer.check_same(folder):
+        print(f"note: {name} cannot teach {', '.join(lacks)}: its tokenizer lacks these")
     check_vocabulary(name, load_config(folder), tokenizer)
 
 

@@ -293,10 +293,10 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
     another dtype cannot hold: float16's largest is 65,504.
     """
     folder = Path(folder)
-    tensors = {key: value.to(value.dtype if key.endswith(PACKED) else dtype or value.dtype)
-               for key, value in model.state_dict().items()}
+    held = model.state_dict()
+    tensors = {key: value.to(value.dtype if key.endswith(PACKED) else dtype or value.dtype) for key, value in held.items()}
     for key, value in tensors.items():
-        if dtype not in (None, model.head.dtype) and value.dtype == dtype and not is_finite(value):
+        if value.dtype != held[key].dtype and not is_finite(value) and is_finite(held[key]):
             raise InputError(f"{folder}: not saved, as {key} has values that are not finite in {dtype}; save in another dtype")
     with atomic_path(folder, folder=True) as new:
         for old in folder.glob("*"):

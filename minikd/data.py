@@ -46,12 +46,14 @@ def after_prompt(response: str, prompt: str) -> str:
     first, or a model that reasons would learn to answer inside them and never to leave."""
     if not begins_thoughts(prompt):
         return response
-    return re.sub(r"^\s*<think>\n?", "", response) if "think>" in response else f"\n</think>\n\n{response}"
+    if re.match(r"\s*<think>", response) or "</think>" in response:
+        return re.sub(r"^\s*<think>\n?", "", response)
+    return f"\n</think>\n\n{response}"
 
 
 def without_empty_thoughts(text: str) -> str:
-    """An answer as after_prompt's response was: without a </think> at its very beginning."""
-    return re.sub(r"^\s*</think>\s*", "", text)
+    """The answer alone, where nothing but thoughts that hold nothing, or their end, as after_prompt adds it, is before it."""
+    return re.sub(r"^\s*(<think>\s*)?</think>\s*", "", text)
 
 
 class NothingLeft(InputError):

@@ -72,11 +72,12 @@ def answer(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], max_new_toke
            temperature: float = 0.0, **options) -> list[str]:
     """The model's text for each row's prompt, in their order.  options: those of generate.respond"""
     own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids, temperature, **options)
-    return [without_empty_thoughts(tokenizer.decode(row.response)).strip() for row in own]
+    return [tokenizer.decode(row.response).strip() for row in own]
 
 
 def score_answers(answers: list[str], examples: list[Example], rouge: str = "stemmer") -> list[dict]:
-    """One dict per example, for mean_by_category and for a jsonl; scores are 0 to 1, the best over its references.
+    """One dict per example, for mean_by_category and for a jsonl; scores are 0 to 1, the best over its references. Empty
+    thoughts do not count.
 
     rouge  "plain"    rouge_score's ASCII words
            "stemmer"  the same, through its Porter stemmer, as in MiniLLM's tables
@@ -84,10 +85,11 @@ def score_answers(answers: list[str], examples: list[Example], rouge: str = "ste
     """
     rows = []
     for text, example in zip(answers, examples, strict=True):
-        p, r, f1 = rouge_l_best(text, example.references, stemmer=rouge == "stemmer", unicode=rouge == "unicode")
+        text, *references = map(without_empty_thoughts, (text, *example.references))
+        p, r, f1 = rouge_l_best(text, references, stemmer=rouge == "stemmer", unicode=rouge == "unicode")
         rows.append({"where": example.where, "category": example.category, "precision": p, "recall": r, "f1": f1,
-                     "exact_match": exact_match(text, example.references, unicode=rouge == "unicode"),
-                     "prediction": text, "references": list(example.references)})
+                     "exact_match": exact_match(text, references, unicode=rouge == "unicode"),
+                     "prediction": text, "references": references})
     return rows
 
 

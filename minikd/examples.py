@@ -209,12 +209,15 @@ def _bugnet(record, where):
                 question=f"Fix the bug in this {program}. Answer with the whole program.\n\n{fail}\n{seen}".rstrip())
 
 
+LANGUAGES = {"go": "Go", "java": "Java", "javascript": "JavaScript", "php": "PHP", "ruby": "Ruby"}       # CodeXGLUE's others
+
+
 def _pytorrent(record, where):
     task = text_field(record, where, "summary", "docstring")
     code = without_docstring(text_field(record, where, "original_string", "code"))
     if not code.strip():
         raise Dropped(where, "empty code")
-    language = text_field(record, where, "language", default="python").capitalize()     # CodeXGLUE's other files: java, go
+    language = LANGUAGES.get(record.get("language") if isinstance(record.get("language"), str) else "", "Python")
     return _ask("Write a programming script that appropriately completes the request.", task, (code,),    # its code's wording
                 question=f"Write {language} code for this description. Answer with code only.\n\n{task}")
 

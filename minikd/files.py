@@ -4,12 +4,15 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -73,18 +76,20 @@ def script_errors():
 def _interrupts():
     """Ctrl-C raises KeyboardInterrupt, and stays one where a library makes another error of it, as torch does while safetensors
     reads. Where it is ignored, it stays so."""
-    pressed, before = [], signal.getsignal(signal.SIGINT)
+    pressed, before = -math.inf, signal.getsignal(signal.SIGINT)
 
     def interrupt(*_):
-        pressed.append(True)
+        nonlocal pressed
+        pressed = time.monotonic()
         raise KeyboardInterrupt
 
-    if before in (signal.SIG_DFL, signal.default_int_handler):  # the first is end_at_interrupts'
+    usual = before in (signal.SIG_DFL, signal.default_int_handler)              # the first is end_at_interrupts'
+    if usual and threading.current_thread() is threading.main_thread():         # others may set no handler
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except Exception as error:
-        if pressed:
+        if time.monotonic() - pressed < 5:                      # not one that was lost, followed by an error of its own
             raise KeyboardInterrupt from error
         raise
     finally:
@@ -203,7 +208,7 @@ def sweep(folder: Path, name: str | None = None):
         beside, mark, _ = left.name.rpartition(f".{MARK}")
         if mark and beside.startswith(".") and name in (None, beside[1:]):
             with suppress(OSError):                             # locked, or gone, or a file system without locks
-                handle = os.open(left, os.O_RDONLY)
+                handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)        # not another user's pipe or link
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(left, ignore_errors=True)

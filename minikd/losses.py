@@ -49,8 +49,8 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats
 
-    Infinite where a gives a probability above 1e-20 to a token that b excludes (a logit of -inf); the gradient is then about
-    1e29, finite in float32 and bfloat16.
+    Infinite where a gives a probability above 1e-20 to a token that b excludes (a logit of -inf); the gradient to a is then
+    about 1e29, finite in float32 and bfloat16.
     """
     a = log_a.exp()
     total = (a * (log_a - log_b)).sum(-1)

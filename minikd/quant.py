@@ -134,8 +134,8 @@ def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> 
     (O, I), size = codes.shape, codes.shape[1] // scales.shape[1]
     if O % 8 or I % 8:
         raise InputError(f"a layer of {I} inputs and {O} outputs cannot be packed: both must be multiples of 8")
-    if max(codes.max(), zeros.max()) > 15:                      # of 5 bits a symmetric zero is 16, whatever the codes
-        raise ValueError("to_words: codes or zeros above 15 do not fit into 4 bits; quantise with bits=4")
+    if not (codes.max() <= 15 and 0 <= zeros.min() and zeros.max() <= 15):      # of 5 bits a symmetric zero is 16
+        raise ValueError("to_words: codes and zeros must be from 0 to 15 to fit into 4 bits; quantise with bits=4")
     if version == 1 and (zeros < 1).any():
         raise InputError("a zero point of 0 cannot be stored in format gptq; use gptq_v2")
     stored = zeros.to(torch.uint8) - (1 if version == 1 else 0)

@@ -150,7 +150,8 @@ def cores() -> int:
 def isolation() -> str:
     """Which limits are active on this machine, as text to print beside results; found once, by an empty program. Removes private
     folders that killed processes left."""
-    sweep(Path(tempfile.gettempdir()), FOLDER)
+    with suppress(PermissionError):                             # a temporary folder that one may not list
+        sweep(Path(tempfile.gettempdir()), FOLDER)
     return _run("", "", 30.0, 512)[1]
 
 
@@ -325,6 +326,8 @@ def _too_much(folder) -> bool:
                     return True
     except PermissionError:                                     # locked by the program: only where there is no seccomp
         return True
+    except FileNotFoundError:                                   # removed by the supervisor, by a SIGHUP of somebody else's
+        return False
     return False
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
-from minikd.files import InputError, atomic_path, read_json
+from minikd.files import InputError, atomic_path, check_pointer, read_json
 from minikd.hub import TOKENIZER, local_folder
 
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -60,6 +60,7 @@ class Tokenizer:
             if (folder / "vocab.json").exists():
                 mend = "transformers makes it of vocab.json: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             raise InputError(f"{path}: is missing; {mend}")
+        check_pointer(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()                 # the saved settings may include either
@@ -85,24 +86,21 @@ class Tokenizer:
             new.write_text(json.dumps(config, indent=2) + "\n")
 
     def check_same(self, name) -> list[str]:
-        """The added tokens that only one has of this tokenizer and that in folder or hub name `name`: Qwen2.5 has 19 more than
-        Qwen2. Raises InputError for any other difference of their vocabularies.
+        """The added tokens that the tokenizer in folder or hub name `name` lacks: Qwen2's lacks 19 of Qwen2.5's. Raises
+        InputError for any other difference from this one.
 
-        A student learns its teacher's probabilities id by id. A folder without a tokenizer is not checked.
+        A student learns its teacher's probabilities id by id, those of ids that its own tokenizer lacks too. A folder without a
+        tokenizer is not checked.
         """
         if not (local_folder(name, TOKENIZER) / "tokenizer.json").exists():
             return []
-        both = [self.backend, Tokenizer.load(name).backend]
-        mine, other = (backend.get_vocab(with_added_tokens=True) for backend in both)
-        plain = [backend.get_vocab(with_added_tokens=False).items() for backend in both]
-        differing = set(mine.items()) ^ set(other.items())      # (token, id)
-        added = differing - set().union(*plain)
-        once = all(len({pair[i] for pair in added}) == len(added) for i in (0, 1))          # else two ids, or two tokens
-        if not once or added != differing:
+        mine, other = (t.backend.get_vocab(with_added_tokens=True).items() for t in (self, Tokenizer.load(name)))
+        lacks = mine - other - self.backend.get_vocab(with_added_tokens=False).items()      # {(token, id)}
+        if differing := mine ^ other ^ lacks:
             token = min(differing, key=lambda pair: pair[1])[0]
             raise InputError(f"{name}: its tokenizer differs from {self.folder}'s, first in {token!r}; token-level "
                              "distillation needs a teacher with the student's tokenizer")
-        return [token for token, _ in sorted(added, key=lambda pair: pair[1])]
+        return [token for token, _ in sorted(lacks, key=lambda pair: pair[1])]
 
     def __len__(self) -> int:
         """Ids in use, added tokens included: 151,665 for Qwen2.5, fewer than the head's rows."""

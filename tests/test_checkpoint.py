@@ -332,6 +332,9 @@ def test_weights_that_load_model_would_refuse_are_not_saved(folder):
     with pytest.raises(InputError, match="not saved, as model.norm.weight has values that are not finite in torch.float16"):
         save_model(model, folder, torch.float16)
     assert contents(folder) == before
+    model.half().model.norm.float().weight.data[0] = 7e4        # the head has that dtype already
+    with pytest.raises(InputError, match="not saved, as model.norm.weight"):
+        save_model(model, folder, torch.float16)
     save_model(model, folder, torch.bfloat16)                   # which can hold it
 
 

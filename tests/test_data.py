@@ -84,7 +84,8 @@ def test_response_that_spells_a_stop_token_is_dropped_and_counted():
 @pytest.mark.parametrize("prompt, response, learned", [
     ("a<think>", "<think>b</think>c", "b</think>c"), ("a<think>\n", " <think>\nb</think>", "b</think>"),
     ("a<think>\n", "b</think><think>", "b</think><think>"), ("a", "<think>b</think>c", "<think>b</think>c"),
-    ("a<think>\n", "<think>b", "b"), ("a<think>\n", "b", "\n</think>\n\nb"), ("a", "b", "b")])
+    ("a<think>\n", "<think>b", "b"), ("a<think>\n", "x->think>0", "\n</think>\n\nx->think>0"),
+    ("a<think>\n", "b", "\n</think>\n\nb"), ("a", "b", "b")])
 def test_thoughts_that_the_prompt_begins_are_not_begun_again(monkeypatch, prompt, response, learned):
     monkeypatch.setattr(Letters, "chat", lambda self, messages, add_generation_prompt: prompt)
     (row,), _ = encode(("ignored", response))
@@ -92,8 +93,8 @@ def test_thoughts_that_the_prompt_begins_are_not_begun_again(monkeypatch, prompt
 
 
 def test_an_answer_that_was_taught_without_thoughts_is_scored_without_their_end():
-    for text in "b", "b</think>c":
-        assert without_empty_thoughts(after_prompt("b", "a<think>\n")) == "b"
+    assert without_empty_thoughts(after_prompt("b", "a<think>\n")) == without_empty_thoughts("<think>\n\n</think>\n\nb") == "b"
+    for text in "b", "b</think>c", "<think>b</think>c":
         assert without_empty_thoughts(text) == text
 
 

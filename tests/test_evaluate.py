@@ -89,6 +89,14 @@ def test_answers_are_scored_in_the_words_that_were_asked_for(rouge, expected):
     assert row["exact_match"] == (rouge != "unicode")           # in code the symbols count
 
 
+def test_empty_thoughts_are_not_scored_on_either_side():
+    response = "<think>\n\n</think>\n\nParis"
+    example = Example((), "?", "", response, (response,), "", "d:1")
+    for text in "Paris", "\n</think>\n\nParis", "<think>\n</think>Paris":
+        [row] = score_answers([text], [example])
+        assert (row["f1"], row["exact_match"], row["prediction"], row["references"]) == (1, 1, "Paris", ["Paris"])
+
+
 def test_an_answer_is_scored_against_its_own_records_reference():
     """Records whose prompts were too long have no rows."""
     examples = [Example((), "", "", str(i), (str(i),), "", "") for i in range(11)]

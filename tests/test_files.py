@@ -1,4 +1,5 @@
 """One line for what the user can fix, and writes that are whole or absent."""
+import contextlib
 import errno
 import hashlib
 import io
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,9 +28,14 @@ def names(folder: Path) -> list[str]:
 
 # ---- errors, as a script shows them
 
-def shown(capsys, error: BaseException) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as exit, script_errors():
+def shown_by(error: BaseException):
+    with script_errors():
         raise error
+
+
+def shown(capsys, error: BaseException) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as exit:
+        shown_by(error)
     return exit.value.code, capsys.readouterr().err
 
 
@@ -106,6 +114,26 @@ def test_an_interrupt_that_a_library_turns_into_another_error_stays_one(capsys, 
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130 and capsys.readouterr().err == "\ninterrupted; what was saved is complete\n"
+
+
+def test_an_interrupt_that_got_lost_hides_no_later_error(capsys, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended, script_errors():
+            with contextlib.suppress(KeyboardInterrupt):            # in a callback that may not raise
+                signal.raise_signal(signal.SIGINT)
+            later = time.monotonic() + 60
+            monkeypatch.setattr("minikd.files.time.monotonic", lambda: later)
+            raise InputError("a: is damaged")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: a: is damaged\n"
+
+
+def test_a_script_may_run_in_another_thread():
+    with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit) as ended:
+        pool.submit(shown_by, InputError("x")).result()
+    assert ended.value.code == 2
 
 
 def test_a_bug_of_ours_keeps_its_traceback():

@@ -148,7 +148,7 @@ def test_a_group_size_that_does_not_divide_is_one_line(size, inputs):
 
 
 def test_what_cannot_be_packed_or_is_not_finite_is_refused():
-    with pytest.raises(ValueError, match="codes or zeros above 15 do not fit into 4 bits"):
+    with pytest.raises(ValueError, match="must be from 0 to 15"):
         to_words(*round_to_nearest(matrix(), bits=8, group_size=64))
     with pytest.raises(InputError, match="multiples of 8"):
         to_words(*round_to_nearest(matrix(12, 64), group_size=64))
@@ -175,10 +175,13 @@ def test_16_is_the_first_code_that_is_refused():
     codes[0, 0] = 15
     to_words(codes, *grid)
     codes[0, 0] = 16
-    with pytest.raises(ValueError, match="above 15"):
+    with pytest.raises(ValueError, match="must be from 0 to 15"):
         to_words(codes, *grid)
-    with pytest.raises(ValueError, match="zeros above 15"):                     # of 5 bits, where all codes may fit into 4
+    with pytest.raises(ValueError, match="must be from 0 to 15"):                     # of 5 bits, where all codes may fit into 4
         to_words(*round_to_nearest(-torch.ones(8, 16), bits=5, group_size=16, sym=False), version=2)
+    for zero in 16.0, -1.0, torch.nan:
+        with pytest.raises(ValueError, match="must be from 0 to 15"):
+            to_words(torch.zeros_like(codes), torch.ones(8, 1), torch.full((8, 1), zero), version=2)
 
 
 def test_float8_is_looked_at_too():
