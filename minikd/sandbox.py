@@ -326,7 +326,7 @@ def _too_much(folder) -> bool:
                     return True
     except PermissionError:                                     # locked by the program: only where there is no seccomp
         return True
-    except FileNotFoundError:                                   # removed by the supervisor, by a SIGHUP of somebody else's
+    except FileNotFoundError:                                   # removed by the supervisor, at somebody else's SIGHUP
         return False
     return False
 

@@ -89,8 +89,8 @@ class Tokenizer:
         """The added tokens that the tokenizer in folder or hub name `name` lacks: Qwen2's lacks 19 of Qwen2.5's. Raises
         InputError for any other difference from this one.
 
-        A student learns its teacher's probabilities id by id, those of ids that its own tokenizer lacks too. A folder without a
-        tokenizer is not checked.
+        A student learns its teacher's probabilities id by id: from a teacher with more, ids that it has no text for. A folder
+        without a tokenizer is not checked.
         """
         if not (local_folder(name, TOKENIZER) / "tokenizer.json").exists():
             return []
