@@ -217,7 +217,7 @@ def _pytorrent(record, where):
     code = without_docstring(text_field(record, where, "original_string", "code"))
     if not code.strip():
         raise Dropped(where, "empty code")
-    language = LANGUAGES.get(record.get("language") if isinstance(record.get("language"), str) else "", "Python")
+    language = LANGUAGES.get(str(record.get("language")), "Python")
     return _ask("Write a programming script that appropriately completes the request.", task, (code,),    # its code's wording
                 question=f"Write {language} code for this description. Answer with code only.\n\n{task}")
 

@@ -77,11 +77,10 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
     folder, unique = Path(folder), {digest_of(row): row for row in rows}
     made_from = made_from | {"rows": fingerprint(sorted(unique))}
     check_made_from(folder, made_from)
-    if folder.exists():
-        sweep(folder)
     if not (folder / FACTS).exists():
         with atomic_path(folder / FACTS) as new:
             new.write_text(json.dumps({"made_from": made_from}) + "\n")
+    sweep(folder)                                               # also what was left beside files that are not written again
     missing = {name: held for name, held in plan_shards(unique).items() if not whole(folder / name, held, width)}
     teacher = Teacher(load()) if missing else None
     for name, held in missing.items():

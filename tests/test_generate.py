@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+import conftest
 from conftest import small
 from minikd import generate as generation
 from minikd.checkpoint import save_model
-from minikd.config import Qwen2Config
 from minikd.data import Encoded
 from minikd.files import InputError
 from minikd.generate import Decoding, Replay, generate, generate_with_log_probs, invert, respond, sample
@@ -31,13 +31,7 @@ def random_model(seed=1, dtype=torch.float32, **shape) -> Qwen2:
     """No part at its initial value, and logits far enough apart that rounding does not choose the token."""
     defaults = dict(vocab_size=V, hidden_size=56, intermediate_size=40, num_hidden_layers=2, num_attention_heads=7,
                     num_key_value_heads=1, rope_theta=1e4, tie_word_embeddings=True, initializer_range=0.3)
-    model = Qwen2(Qwen2Config(**defaults | shape)).init_weights(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() == 1:
-                weight += 0.3 * torch.randn(weight.shape, generator=generator)
-    return model.to(dtype).eval()
+    return conftest.random_model(seed, **defaults | shape).to(dtype)
 
 
 @torch.no_grad()
