@@ -17,8 +17,9 @@ from minikd.data import send
 from minikd.losses import entropy, forward_kl, kl, log_probs, no_divergence, reverse_kl
 
 PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # float32 logits in one softmax, at least: fewer are mostly overhead
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 240 << 20}  # logits of the student that are in memory at once, at most; on an H200 128
-                                                    # and 160 MB were slower, and from a cache 480 (results/gpu.txt)
+# Logits of the student that are in memory at once, at most. On an H200 128 and 160 MB were slower, and from a cache 480
+# (benchmarks/results/gpu.txt); on a CPU every chunk reads both heads, and casts the student's under autocast (head_loss.txt).
+CHUNK_BYTES = {"cpu": 60 << 20, "cuda": 240 << 20}
 # A chunk is a multiple of so many tokens, as matrices are multiplied in tiles: 48 is MKL's with AVX-512 (a token in chunks of
 # 48 takes 0.8 of its time in chunks of 55, benchmarks/results/head_loss.txt; in bfloat16 there is no such step), 128 cuBLAS's.
 TILES = {("cpu", torch.float32): 48, ("cuda", torch.float32): 128, ("cuda", torch.bfloat16): 128}
@@ -94,9 +95,9 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
             teacher_logits = aligned(teacher_head, chunk, V)                    # [chunk, V]
         kernel = pick_kernel(divergence, kd_ratio, logits, teacher_logits)
         losses = functools.partial(_kernel_losses, kernel) if kernel else functools.partial(_torch_losses, divergence)
-        # The logits of a chunk are in memory at once; a piece of it, a 16th or PIECE_BYTES if that is more, takes one float32
+        # The logits of a chunk are in memory at once; a piece of it, a 32nd or PIECE_BYTES if that is more, takes one float32
         # softmax: on a CPU its tensors stay in the cache.
-        piece = chunk if kernel else max(1, chunk // 16, PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V))
+        piece = chunk if kernel else max(1, chunk // 32, PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V))
         for at in slices(0, N, chunk):
             products.multiply(states[at], used, out=logits)                     # [n, D] -> [n, V]
             if teacher_logits is not None:
