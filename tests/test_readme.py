@@ -4,7 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from minikd import toy
+from minikd.checkpoint import load_model, save_model
+from minikd.data import collate, encode_examples
+from minikd.examples import load_examples
+from minikd.files import write_jsonl
+from minikd.model import Qwen2
 from test_structure import ORDER
 
 ROOT = Path(__file__).parents[1]
@@ -50,3 +57,28 @@ def test_every_benchmark_it_names_is_there():
     assert rows
     for name in names:
         assert (ROOT / "benchmarks" / f"{name}.py").exists(), name
+
+
+def test_its_python_distils(tmp_path, monkeypatch, capsys):
+    """From random weights; the first line it prints is what whole logits give."""
+    program, = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    world = tmp_path / "runs" / "toy"
+    tokenizer = toy.make_tokenizer(world / "base" / "best")
+    for name, config in ("base", toy.student_config), ("teacher", toy.teacher_config):
+        save_model(Qwen2(config(len(tokenizer))).init_weights(0), world / name / "best")
+    write_jsonl(toy.records(100, seed=1), world / "data" / "train.jsonl")
+
+    rows = encode_examples(load_examples(world / "data" / "train.jsonl")[0], tokenizer)[0][:32]
+    ids, mask = collate(rows, tokenizer.pad_id)                                 # [B, T]
+    logq, logp = (load_model(world / name / "best")(ids).detach().log_softmax(-1)[:, :-1] for name in ("base", "teacher"))
+    scored = mask[:, 1:]
+    ce = -logq.gather(-1, ids[:, 1:, None])[..., 0][scored].mean()
+    kl = (logp.exp() * (logp - logq)).sum(-1)[scored].mean()
+
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    found = [float(number) for line in capsys.readouterr().out.splitlines() for number in re.findall(r"\d+\.\d+", line)]
+    assert len(found) == 8                                      # 100 rows, 32 a step
+    assert found[:2] == pytest.approx([float(ce), float(kl)], abs=6e-4)
+    assert found[-2] < 0.8 * found[0]
+    assert torch.isfinite(load_model("runs/student")(ids)).all()
