@@ -6,7 +6,7 @@
     python eval_rouge.py --predictions answers.txt --references test.jsonl
 
 Prints the means by category, x 100, and writes every answer with its scores to a jsonl file. At a temperature above 0 it
-samples once for each seed, MiniLLM's 10 to 50 by default, and prints mean and standard deviation over the seeds.
+samples once for each seed (by default MiniLLM's 10, 20, 30, 40, 50), and prints mean and standard deviation over the seeds.
 """
 from minikd.files import end_at_interrupts
 
@@ -41,28 +41,28 @@ def parse_args():
     add("--data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
         help="records to ask: .jsonl .json .csv .parquet, a folder or a hub dataset")
     add("--limit", type=int, help="ask only the first LIMIT records")
-    add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt")
-    add("--max-length", type=int, default=512, help="tokens; a prompt that leaves no room in them is dropped")
+    add("--template", choices=("chatml", "alpaca"), default="chatml", help="format of the prompt")
+    add("--max-length", type=int, default=512, help="tokens; a prompt that leaves no room for a response is dropped")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped and counted")
     add("--max-new-tokens", type=int, default=256, toy=48, help="longest answer")
     add("--batch-size", type=int, default=16, help="prompts answered at once")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
-    add("--top-k", type=int, default=0, help="sample from this many tokens; 0 is all")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens with this total probability")
+    add("--top-k", type=int, default=0, help="sample from this many of the likeliest tokens; 0 is all")
     add("--no-repeat-ngram-size", type=int, default=0,
-        help="let no run of so many tokens come twice, prompt included; MiniLLM's tables 6")
+        help="let no run of this many tokens occur twice, prompt included; 6 in MiniLLM's tables")
     add("--seeds", "--seed", type=int, nargs="+", help="one round of answers each (10 20 30 40 50; greedy needs none)")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32", help="of the model")
     add("--int8-head", action="store_true",
-        help=f"multiply by the head at 8 bits, on a CPU and for fewer than {INT8_ROWS} prompts at once")
+        help=f"multiply by the head rounded to 8 bits; on a CPU, for fewer than {INT8_ROWS} prompts at once")
     add("--show-ways", action="store_true", help="print how each 4-bit layer multiplies, by number of rows")
     add = flag_group(parser, "answers in a file, one per line or record")
     add("--predictions", help=".txt, one answer per line; or .jsonl .json .csv with prediction, text, response or output")
-    add("--references", help="the same kinds of file; any records that train_kd.py reads; or a list `references`")
+    add("--references", help="the same kinds of file; also records that train_kd.py reads, or that have a list `references`")
     add = flag_group(parser, "both")
-    add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
-    add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="words of ROUGE-L")
+    add("--format", choices=FORMATS, help="schema of the records, recognised from their fields if not given")
+    add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="how ROUGE-L forms its words")
     add("--out", help="jsonl of every example's scores (answers.jsonl in the model's folder, else in runs/eval)")
     args = parser.parse_args()
     check_given(args)
@@ -90,7 +90,7 @@ def parse_args():
 
 
 def check_given(args):
-    """Raises InputError for flags that do not go together, and says which have no effect. Before fill_defaults."""
+    """Raises InputError for flags that do not go together, and says which have no effect. To be called before fill_defaults."""
     for a, b in ("model", "data"), ("data", "model"), ("predictions", "references"), ("references", "predictions"):
         if getattr(args, a) is not None and getattr(args, b) is None:
             raise InputError(f"--{a} without --{b}; give both")

@@ -1,4 +1,4 @@
-"""4-bit weights by GPTQ, in the `gptq` format: minikd and transformers with GPTQModel open it; vLLM should, untested.
+"""4-bit weights by GPTQ, in the `gptq` format. minikd opens it, and so does transformers with GPTQModel; vLLM should (untested).
 
     python quantize.py                          the toy student of train_kd.py: GPTQ and round-to-nearest, measured
     python quantize.py --model runs/kd/kd/best --calibration databricks/databricks-dolly-15k --out runs/kd/w4
@@ -49,30 +49,32 @@ def parse_args():
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
     add("--calibration", nargs="+", metavar="FILE", toy=["runs/toy/data/train.jsonl"],
         help="records as train_kd.py reads them, or plain text (field `text`)")
-    add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
+    add("--format", choices=FORMATS, help="schema of the records, recognised from their fields if not given")
     add("--samples", type=int, default=128, help="calibration rows, drawn at random")
-    add("--length", type=int, default=2048, help="longest of them, in tokens")
+    add("--length", type=int, default=2048, help="longest calibration row, in tokens")
     add("--eval-data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
-        help="records: perplexity, KL and ROUGE-L before and after, of prompts of up to 256 tokens")
-    add("--eval-examples", type=int, default=200, help="how many of those")
-    add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt")
+        help="records to measure perplexity, KL and ROUGE-L on, before and after; only prompts of up to 256 tokens")
+    add("--eval-examples", type=int, default=200, help="number of records to read from --eval-data")
+    add("--template", choices=("chatml", "alpaca"), default="chatml", help="format of the prompt")
     add = flag_group(parser, "quantisation")
-    add("--method", choices=("gptq", "rtn"), help="without it gptq, in the toy world both; else one")
-    add("--bits", type=int, default=4, help="of a weight; folders hold 4")
+    add("--method", choices=("gptq", "rtn"), help="by default gptq, in the toy world both; or one of")
+    add("--bits", type=int, default=4, help="bits per weight; a folder can only hold 4")
     add("--group-size", type=int, default=128, toy=32, help="inputs that share a scale, -1 for a whole row")
-    add("--asym", action="store_true", help="a zero point per group, else the range is symmetric")
-    add("--no-act-order", action="store_true", help="quantise columns in stored order, not those of large inputs first")
-    add("--damp", type=float, default=0.01, help="share of the Hessian's mean diagonal that is added to it")
+    add("--asym", action="store_true", help="a zero point per group; without it the range is symmetric")
+    add("--no-act-order", action="store_true",
+        help="quantise columns in stored order; by default those of large inputs come first")
+    add("--damp", type=float, default=0.01, help="share of the mean of the Hessian's diagonal that is added to the diagonal")
     add("--clip-search", action="store_true", help="shrink each group's range where that lowers its error")
     add = flag_group(parser, "run")
-    add("--out", toy="runs/toy/w4", help="folder to write; in the toy world without --method -rtn and -gptq are added")
+    add("--out", toy="runs/toy/w4", help="folder to write; the toy world without --method writes two, OUT-rtn and OUT-gptq")
     add("--batch-size", type=int, default=4, help="calibration rows at a time")
     add("--max-new-tokens", type=int, default=256, toy=48, help="longest answer")
-    add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="words of ROUGE-L")
+    add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="how ROUGE-L forms its words")
     add("--seed", type=int, default=0, help="of the calibration rows")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of calibration and what is not packed; auto: a CPU slow in bfloat16 keeps the latter; 4 bits answer in bfloat16")
+        help="of calibration and of the weights that are not packed; with auto, a CPU slow in bfloat16 leaves those weights as "
+             "they were, and 4-bit models answer in bfloat16")
     args = parser.parse_args()
     toy = args.model is None
     if args.method == "rtn":
@@ -116,7 +118,8 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
         if len(rows) >= samples:
             break
     if not rows:
-        raise InputError(f"{paths[0]}: no record fits --length {length}; raise it")
+        raise InputError(f"{paths[0]}: no record fits --length {length}; raise it, or take other records if their "
+                         "responses contain stop tokens")
     return rng.sample(rows, min(samples, len(rows)))
 
 
@@ -132,10 +135,10 @@ def describe_calibration(rows: list, samples: int, config) -> str:
 
 
 def as_stored(folder: Path, dtype) -> tuple:
-    """The dtype to hold a folder's model in, its own or `dtype` if it has several; and to write what is not packed in."""
+    """Two dtypes: one to hold a folder's model in, its own, or `dtype` if it has several; one to write what is not packed in."""
     stored = stored_dtypes(folder)
     saved = stored["model.embed_tokens.weight"]
-    saved = saved if saved in (torch.bfloat16, torch.float16) else torch.float32    # float8 is none to compute in
+    saved = saved if saved in (torch.bfloat16, torch.float16) else torch.float32    # float8 cannot be computed in
     return saved if set(stored.values()) == {saved} else dtype, saved
 
 
@@ -143,7 +146,7 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
     """Quantises the model in `folder` by `method` and writes the 4-bit folder `out`."""
     held, saved = (dtype, dtype) if dtype == torch.bfloat16 or args.dtype != "auto" else as_stored(folder, dtype)
     model, started = load_model(folder, "cpu", held), time.perf_counter()       # one block at a time is on `device` in `dtype`
-    shares = {}                                                                 # of round-to-nearest's error that is left
+    shares = {}                                                                 # layer -> its error / round-to-nearest's
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
         def on_layer(name, error, rtn):
             progress.update(note="" if error is None else f"{name}: error {error:.2e}, rounding {rtn:.2e}")
@@ -178,7 +181,7 @@ def check_out(out: Path, tokenizer: Tokenizer):
     if (held or other) and not (config.exists() and read_json(config).get("quantization_config")):
         raise InputError(f"--out {out}: holds something other than a 4-bit model, which would be replaced; choose a folder "
                          "of its own")
-    if other:                                                   # a run that is killed would leave it beside the old weights
+    if other:                                                   # a killed run would leave the new tokenizer beside old weights
         raise InputError(f"--out {out}: holds a 4-bit model with another tokenizer; choose a folder of its own")
     check_writable(out.parent)
     if out.exists():                                            # then the files are renamed into it one by one
@@ -192,10 +195,10 @@ def weight_bytes(folder: Path) -> int:
 
 def measure(model: Qwen2, whole: Teacher, tokenizer: Tokenizer, examples: list, rows: list, args, device: str, dtype) -> dict:
     """Perplexity (e to the mean CE) and KL(whole || model) in nats, both over the references' tokens, end tokens included; and
-    ROUGE-L of its own answers. Without --dtype those of a 4-bit model are in bfloat16 on any CPU.
+    ROUGE-L of its own answers. Without --dtype a 4-bit model answers in bfloat16 on any CPU.
 
-    whole  the unquantised model. An error makes some of the references likelier, so that the perplexity of a few hundred may
-           rise or fall by chance; the KL counts every error, and is 0 only without any
+    whole  the unquantised model. Errors make some of the references likelier, so the perplexity over a few hundred may
+           rise or fall by chance. The KL counts every error, and is 0 only if there is none
     """
     found = compare(model, rows, tokenizer.pad_id, args.batch_size, whole)
     answering = pick_dtype(args.dtype, device, model.quantization is not None)  # a 4-bit model answers 20 x as fast in bfloat16

@@ -8,10 +8,10 @@
     python train_grpo.py ... --norm token --clip-high 0.28 --drop-flat --beta 0 --inner-epochs 4    DAPO
     python train_grpo.py ... --ratio sequence --clip 3e-4 --clip-high 4e-4 --inner-epochs 4         GSPO
 
-Each step samples a group of answers to each of a few prompts, computes their rewards, and makes those more probable that
-are better than their group. (In the first update after sampling the ratio is 1, but for a bfloat16 sampler's rounding:
-clips and kinds of ratio matter from the second inner epoch on.) Paper: Knowledge Distillation for Large Language Models,
-eq. (5) to (7); see minikd/grpo.py.
+Each step samples a group of answers to each of a few prompts, computes their rewards, and makes the answers that are better
+than their group more probable. (In the first update after sampling the ratio is 1, up to a bfloat16 sampler's rounding, so
+clips and kinds of ratio matter only from the second inner epoch on.) Paper: Knowledge Distillation for Large Language
+Models, eq. (5) to (7); see minikd/grpo.py.
 """
 from minikd.files import end_at_interrupts
 
@@ -50,11 +50,11 @@ FORM = {"format": 0.05, "steps": 0.05}                          # rewards for fo
 def parse_args():
     parser = Parser(__doc__)
     add = flag_group(parser, "model and problems (none of them: a toy task)")
-    add("--model", help="folder or hub name, best a distilled student; without it a toy student is fine-tuned first. Without "
-                          "--data the toy's defaults hold: then give --lr")
+    add("--model", help="folder or hub name, preferably a distilled student; without it a toy student is fine-tuned first. With "
+                          "--model but without --data the toy's defaults apply, so give --lr")
     add("--data", nargs="+", metavar="FILE",
-        help="records with a question and an answer, or with tests; else a toy task")
-    add("--format", choices=problems.FORMATS, help="schema of the records; else recognised from their fields")
+        help="records with a question and an answer, or with tests; without it a toy task")
+    add("--format", choices=problems.FORMATS, help="schema of the records, recognised from their fields if not given")
     add("--task", choices=list(problems.TASKS), default="sums", help="toy task")
     add("--limit", type=int, help="read only the first LIMIT records")
     add("--max-prompt-length", type=int, default=1024, help="tokens; longer prompts are dropped and counted")
@@ -63,16 +63,17 @@ def parse_args():
     add("--group-size", type=int, default=8, toy=16, help="answers to each")
     add("--max-new-tokens", type=int, default=512, toy=72, help="longest answer")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities in the loss")
-    add("--rewards", help="names or FILE.py:FUNCTION, separated by commas (answer, code or both, as problems have answers or "
-                          "tests, then format,steps)")
-    add("--reward-weights", help="a number for each, with commas (1; by default 0.05 for format and steps); =-1,1 if below 0")
+    add("--rewards", help="names or FILE.py:FUNCTION, separated by commas (by default answer, code or both, depending on whether "
+                          "problems have answers or tests, then format,steps)")
+    add("--reward-weights", help="one number per reward, separated by commas (1; for the default format and steps 0.05); "
+                                 "write --reward-weights=-1,1 if the first is negative")
     add = flag_group(parser, "loss")
-    add("--clip", type=float, default=0.2, help="how far the ratio of new to old policy may leave 1")
-    add("--clip-high", type=float, help="the same above 1, where it differs; DAPO 0.28")
+    add("--clip", type=float, default=0.2, help="how far the ratio of new to old policy may differ from 1")
+    add("--clip-high", type=float, help="the same for ratios above 1, if different; DAPO: 0.28")
     add("--beta", type=float, default=0.04, help="weight of the KL to the starting model; 0 needs no copy of it")
-    add("--scale", choices=("std", "none"), default="std", help="divide advantages by their group's deviation")
+    add("--scale", choices=("std", "none"), default="std", help="divide advantages by their group's standard deviation, or not")
     add("--norm", choices=grpo.NORMS, default="sequence",
-        help="a token's weight: 1 / its answer's length, 1 / all tokens, 1 / --max-new-tokens")
+        help="a token's weight: 1 / its answer's length, 1 / all tokens or 1 / --max-new-tokens, in this order")
     add("--ratio", choices=("token", "sequence"), default="token", help="one ratio per token, or per sequence (GSPO)")
     add("--inner-epochs", type=int, default=1, help="updates on the answers of one step")
     add("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens do not count")
@@ -83,15 +84,15 @@ def parse_args():
     add("--lr", type=float, default=1e-6, toy=3e-4, help="peak learning rate")
     add("--warmup", type=int, default=0, help="steps of linear warm-up")
     add("--schedule", choices=("cosine", "constant"), default="constant",
-        help="after the warm-up; cosine ends at --lr / 10")
+        help="learning rate after the warm-up (cosine falls to --lr / 10)")
     add("--weight-decay", type=float, default=0.0, help="of weight matrices")
     add("--max-grad-norm", type=float, default=1.0, help="largest gradient norm")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     add("--compile", action="store_true", help="torch.compile the blocks for training: for long runs on a GPU")
-    add("--patience", type=int, default=50, help="stop after so many steps in which every reward was 0")
+    add("--patience", type=int, default=50, help="stop after this many steps in a row in which every reward was 0")
     add = flag_group(parser, "run")
     add("--eval-every", type=int, default=50, help="steps between evaluations on held-out problems")
-    add("--eval-examples", type=int, default=64, toy=200, help="how many of those")
+    add("--eval-examples", type=int, default=64, toy=200, help="number of held-out problems")
     add("--out", help="folder for checkpoints, log, completions and picture (runs/grpo; toy runs/grpo-TASK)")
     add("--resume", action="store_true", help="continue a stopped run; give it the same flags")
     add("--seed", type=int, default=0, help="of sampling, order and the toy")
@@ -272,7 +273,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                 save_state(out, model, optimizer, {"step": step + 1, "unpaid": unpaid})
                 kept = time.perf_counter()
             if news:
-                progress.say(news)                                              # last: if its reader is gone, this ends the run
+                progress.say(news)                                              # last: if stdout is closed, this ends the run
                 if line["truncated"] > 0.9:
                     progress.say(f"{line['truncated']:.0%} of the answers were cut; raise --max-new-tokens")
     return model
@@ -287,18 +288,18 @@ def lines_of(step: int, answers: list[Encoded], texts: list[str], values: dict[s
 
 
 def text_of(tokenizer: Tokenizer, answer: Encoded) -> str:
-    """The answer, after the <think> that its prompt ends in, where the chat template begins the thoughts."""
+    """The answer's text, with <think> before it if the chat template has put that at the end of the prompt."""
     return "<think>\n" * begins_thoughts(tokenizer.decode(answer.prompt[-8:])) + tokenizer.decode(answer.response)
 
 
 def compute_rewards(texts: list[str], facts: list[dict], rewards: dict, weights: dict) -> tuple[dict[str, list], torch.Tensor]:
-    """The value of each reward for each completion (None: not judged), and the weighted sums, NaN where nothing judged."""
+    """The value of each reward for each completion (None: not judged), and the weighted sums, NaN where none judged it."""
     values = {name: reward(texts, facts) for name, reward in rewards.items()}
     return values, torch.tensor([math.nan if total is None else total for total in combine(values, weights)], dtype=torch.float64)
 
 
 def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) -> list[list[int]]:
-    """Micro-batches of the answers that count, the longest first: if memory does not suffice, it fails at the first."""
+    """Micro-batches of the answers that count, the longest first: if memory does not suffice, the first fails."""
     order = sorted((i for i, keep in enumerate(counted) if keep), key=lambda i: -len(answers[i]))
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 
@@ -307,11 +308,11 @@ def forward_backward(batch: list[Encoded], old, ref, advantages, weights, log_s=
                      dtype: torch.dtype, temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
                      checkpointing: bool) -> torch.Tensor:
     """Forward and backward of one micro-batch of answers: adds to every .grad, and returns sums over its tokens [4]: KL, entropy,
-    the clipped ones, all.
+    the number clipped, and the number of tokens.
 
     old, ref             per answer the log-probabilities [n] of its tokens when it was sampled, and the reference's
     advantages, weights  per answer its advantage, and the weight of each of its tokens
-    log_s                per answer its sequence_log_ratio (GSPO), which then is every token's; or None
+    log_s                per answer its sequence_log_ratio, which all its tokens share (GSPO); or None
     """
     device = model.head.device
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
@@ -319,8 +320,8 @@ def forward_backward(batch: list[Encoded], old, ref, advantages, weights, log_s=
     per_token = lambda x: torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)
     A, weight, s = per_token(advantages), per_token(weights), None if log_s is None else per_token(log_s)       # [N]
     old, ref = torch.cat(old).to(device), torch.cat(ref).to(device)             # [N]
-    # token_loss takes e^(logp - old) for its ratio. For GSPO old is logp - log s, logp held fixed: the ratio is then s, and its
-    # gradient s ∇ logp, for every token (see grpo.py).
+    # token_loss uses the ratio e^(logp - old). For GSPO, old is logp - log s with logp detached: then every token has the ratio
+    # s, and its gradient is s ∇ logp (see grpo.py).
     old_logp = lambda logp, at: old[at] if s is None else logp.detach() - s[at]             # [n]
     terms = dict(clip=clip, clip_high=clip_high)
     with mixed_precision(device, dtype):
@@ -353,7 +354,8 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
              max_new_tokens: int, at_once: int, seed: int) -> dict:
     """Accuracy on held-out problems, `greedy` and `sampled` at temperature 1, and each reward's mean over the sampled.
 
-    A problem is solved if the reward `answer` or `code` says so; without those, the mean sum of all rewards stands in.
+    The first of `answer`, `code` and `code_partial` that judged a problem says whether it is solved (the last: in part);
+    without those, the mean sum of all rewards is used instead.
     at_once  answers in a batch: as many as a step samples, so that evaluation needs no more memory
     """
     found = {}
@@ -445,7 +447,7 @@ def main():
     files = [[str(file), sha256(file)] for file in data_files(args.data or ())]      # first: it refuses a pipe
     asked, tests = read_problems(args)
     rewards, weights = choose_rewards(args, asked + tests)
-    if rewards.keys() & {"code", "code_partial"}:               # it may not run here: said before a student is taught
+    if rewards.keys() & {"code", "code_partial"}:               # it may not work here: check before a student is taught
         print(f"sandbox: {sandbox.isolation()}")
         if all(problems.shows_its_tests(problem) for problem in asked + tests if problem.facts.get("tests")):
             print("note: all tests stand in the prompts, so that a program which only prints them is rewarded too; "

@@ -63,16 +63,17 @@ def parse_args():
     add("--eval-data", nargs="+", metavar="FILE", help="records for the table; the held-out ones still choose best/")
     add("--lm-data", nargs="+", metavar="FILE",
         help="plain text (records with `text`): its cross-entropy is added to every step")
-    add("--format", choices=FORMATS, help="schema of the records; else recognised from their fields")
-    add("--template", choices=("chatml", "alpaca"), default="chatml", help="of the prompt")
-    add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses of the data are cut")
+    add("--format", choices=FORMATS, help="schema of the records, recognised from their fields if not given")
+    add("--template", choices=("chatml", "alpaca"), default="chatml", help="format of the prompt")
+    add("--max-length", type=int, default=512, help="tokens of prompt and response together; longer responses are cut")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped")
     add("--limit", type=int, help="read only the first LIMIT usable records of --data")
     add("--validation", type=int, default=500, toy=100, help="examples held out of --data")
     add = flag_group(parser, "loss")
-    add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="without it: both sft and forward_kl; else one")
-    add("--kd-ratio", type=float, default=0.5, help="share of the divergence; the rest is cross-entropy; not in MiniLLM")
-    add("--temperature", type=float, default=1.0, help="divides both models' logits in the divergence, not in CE; not in MiniLLM")
+    add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="by default two runs, sft and forward_kl; or one of")
+    add("--kd-ratio", type=float, default=0.5, help="share of the divergence, the rest being cross-entropy; not for MiniLLM")
+    add("--temperature", type=float, default=1.0,
+        help="divides both models' logits in the divergence, but not in CE; not for MiniLLM")
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture")
     add("--alpha", type=float, default=0.1,
         help="skew losses: share of the teacher in skew_forward_kl's mixture, of the student in skew_reverse_kl's")
@@ -85,17 +86,17 @@ def parse_args():
     add("--mix", type=float, default=0.2, help="share of the teacher in the distribution sampled from")
     add("--rollouts", type=int, default=256, help="answers sampled at a time")
     add("--inner-epochs", type=int, default=4, help="passes over the sampled answers")
-    add("--ratio-clip", type=float, default=0.2, help="how far the ratio q / q_old may leave 1")
+    add("--ratio-clip", type=float, default=0.2, help="how far the ratio q / q_old may differ from 1")
     add = flag_group(parser, "optimisation")
     add("--epochs", type=float, help="passes over the data; MiniLLM takes as many steps as these would (1; toy: --steps 400)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=int, default=8, toy=16, help="examples in a micro-batch")
     add("--grad-accum", type=int, default=1, toy=2, help="micro-batches in an optimizer step: each is padded by itself")
     add("--lr", type=float, nargs="+", default=[1e-5], toy=[3e-3],
-        help="peak; several: a run each, forward_kl without --loss; 1e-3 on the toy's own answers")
+        help="peak learning rate; several: one run each, of forward_kl without --loss; toy with --on-policy or minillm: 1e-3")
     add("--warmup", type=int, default=0, toy=30, help="steps of linear warm-up")
     add("--schedule", choices=("cosine", "constant"), default="cosine",
-        help="after the warm-up; cosine falls to --lr / 10")
+        help="learning rate after the warm-up (cosine falls to --lr / 10)")
     add("--weight-decay", type=float, default=0.01, help="of weight matrices")
     add("--max-grad-norm", type=float, default=1.0, help="a larger gradient is scaled down to it")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
@@ -104,14 +105,14 @@ def parse_args():
     add("--eval-every", type=int, toy=50, help="steps between evaluations; without it: one for each epoch")
     add("--eval-examples", type=int, default=200, toy=100, help="validation examples answered for ROUGE-L each time")
     add("--max-new-tokens", type=int, default=256, toy=48, help="longest answer")
-    add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="words of ROUGE-L")
+    add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="how ROUGE-L forms its words")
     add = flag_group(parser, "run")
     add("--out", default="runs/kd", toy="runs/toy", help="folder for checkpoints, log, table and picture")
     add("--resume", action="store_true", help="continue a stopped run; give it the same flags")
     add("--seed", type=int, default=0, help="of the split, the order, the sampling and the toy world")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of matrix products and of the teacher; without it a 4-bit teacher is in bfloat16")
+        help="of matrix products and of the teacher; with auto a 4-bit teacher is in bfloat16")
     args = parser.parse_args()
     if args.loss is None and len(args.lr or ()) > 1:            # as in the paper's figure 2
         args.loss = "forward_kl"
@@ -183,22 +184,22 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
           dtype=torch.float32, title) -> Qwen2:
     """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens.
 
-    rows     to learn from; of valid_rows, row.index points into valid_examples
+    rows     to learn from; in valid_rows, row.index points into valid_examples
     teacher  its states and its head; None for sft
     lm_rows  the rows of --lm-data
-    title    what the progress is called
+    title    the name that the progress shows
     loss     one name of --loss
     dtype    that of matrix products and of sampling
     The other arguments are the flags of the same names. A saved state in `out` is continued. In the log, `ce` is that of the
     tokens learned from: in MiniLLM and in on-policy steps -log q of the student's own samples. Raises InputError for a gradient
-    that is not finite, after the step it spoiled (the student holds it, but it is not saved), and for such a held-out loss.
+    that is not finite, after its step has changed the student (this is not saved), and for a held-out loss that is not finite.
     """
     optimizer = make_optimizer(student.train(), lr, weight_decay)
     divergence = None                                           # of one token's distributions; None for SFT
     if loss == "sft":
         teacher, kd_ratio, on_policy = None, 0.0, 0.0
     elif loss == "minillm":
-        divergence, kd_ratio = reverse_kl, 1.0                  # its exact step, in full beside the policy's loss
+        divergence, kd_ratio = reverse_kl, 1.0                  # its exact first term, added in full to the policy's loss
     else:
         divergence = pick_divergence(loss, temperature=temperature, beta=beta, alpha=alpha)
     if compile:
@@ -233,7 +234,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
             own_answers = random.Random(f"{seed}:{step}").random() < on_policy  # GKD: this step on the student's answers
             if own_answers:
                 sampler = cast_copy(student, dtype, sampler)
-                own = respond(sampler, sum(batches, []), seed=seed + 7919 * step,          # a prime: small seeds do not meet
+                own = respond(sampler, sum(batches, []), seed=seed + 7919 * step,          # a prime: small seeds do not collide
                               vocab=len(tokenizer), **sampling)
                 batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
                 kd_share = 1.0                                                  # no CE: its own answers are no targets
@@ -265,7 +266,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                 save_state(out, student, optimizer, state, minillm.pack_rollouts(rollouts_now))
                 kept = time.perf_counter()
             if news:
-                progress.say(f"{title} step {step + 1}: {news}")                # last: if its reader is gone, this ends the run
+                progress.say(f"{title} step {step + 1}: {news}")                # last: if stdout is closed, this ends the run
             started = time.perf_counter()
     return student
 
@@ -290,7 +291,7 @@ def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']
             policy_loss = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
         elif kd_ratio:                                                          # paper eq. (3)
-            teacher_states = teacher.states(batch, ids, mask)                   # [N, D']; first: a GPU works at it for long,
+            teacher_states = teacher.states(batch, ids, mask)                   # [N, D']; first: it keeps a GPU busy
         states, targets = scored_positions(                                     # while the host launches the student's kernels
             student.hidden(ids, checkpointing=checkpointing), ids, mask)        # [N, D], [N]
         value, ce, kd = head_loss(states, student.head, targets, teacher_states, teacher.head if teacher else None,
@@ -374,8 +375,8 @@ def planned(args) -> list[tuple[str, str, float, str]]:
 
 
 def check_teacher(name, tokenizer):
-    """Raises InputError if the teacher's tokenizer differs in more than added tokens that it lacks, of which it tells, or the
-    tokenizer has more ids than the teacher has rows."""
+    """Raises InputError if the teacher's tokenizer differs from the student's other than by lacking added tokens (it prints
+    these), or if the student's tokenizer has more ids than the teacher has rows."""
     folder = model_folder(name, weights=False)
     if lacks := tokenizer.check_same(folder):
         print(f"note: {name} cannot teach {', '.join(lacks)}: its tokenizer lacks these")
@@ -439,8 +440,8 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
 
 
 def hold_out(examples: list, count: int, seed: int) -> tuple[list, list]:
-    """(train, validation): split_examples, with at most a fifth in the second, but one prompt at least. Fewer than five records,
-    or only one prompt, are all trained on, and some of them validate."""
+    """(train, validation) by split_examples: at most a fifth for validation, but at least one prompt. If there are fewer than
+    five records or only one prompt, all are trained on, and some of them also serve as validation."""
     repeats = Counter(same_prompt(example.messages) for example in examples)
     if len(examples) >= 5 and len(repeats) > 1:
         return split_examples(examples, max(min(count, len(examples) // 5), min(repeats.values())), seed)
@@ -450,7 +451,7 @@ def hold_out(examples: list, count: int, seed: int) -> tuple[list, list]:
 
 
 def write_held_out(examples: list, path: Path):
-    """The examples that no student was trained on, as records that are read as the same examples."""
+    """Writes the examples that no student was trained on, as records that load as the same examples."""
     write_jsonl([{"messages": [*example.messages, {"role": "assistant", "content": example.response}],
                   "instruction": example.instruction, "input": example.input, "references": example.references,
                   "category": example.category} for example in examples], path)
@@ -518,7 +519,7 @@ def main():
     teacher = None
     if args.seq_kd:
         rows = ask_teacher(args, tokenizer, rows, device, teacher_dtype, out)
-    if args.teacher and args.loss == "sft":                     # it is only in the table: its files must do, not yet its memory
+    if args.teacher and args.loss == "sft":                     # it is only in the table: check its files now, load it then
         outline(model_folder(args.teacher))
     elif args.teacher:
         teacher = open_teacher(args, tokenizer, rows + held_out[0], device, teacher_dtype, lengths, report.files)

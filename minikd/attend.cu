@@ -8,11 +8,11 @@
 //   p      = exp(scores - most)                  online softmax: when the greatest score grows, what was summed is scaled down
 //   sum^T [E, 8] += values^T [E, 16] p^T [16, 8]
 //
-// A lane multiplies the same 16 bytes that it copied, without a shuffle, because the order is free in which an mma's inputs are
-// summed and its outputs are numbered: the first product sums over e = 32 j + 8 t + 0..7 in lane (g, t), the second one's rows
-// g and g + 8 are e = 8 g + 2 w and 8 g + 2 w + 1. And its right operand, p^T, is in exactly those lanes that hold the scores.
-// Asynchronous copies bring slots into shared memory, the next CHUNK while this one is multiplied: of loads into registers the
-// compiler moves those of the values behind the first product, so that half as many bytes are on their way.
+// A lane multiplies the same 16 bytes that it copied, without a shuffle, because an mma may sum its inputs and number its outputs
+// in any order: the first product sums over e = 32 j + 8 t + 0..7 in lane (g, t), and rows g and g + 8 of the second one are
+// e = 8 g + 2 w and 8 g + 2 w + 1. The second one's right operand, p^T, is in exactly those lanes that hold the scores.
+// Asynchronous copies bring slots into shared memory, the next CHUNK while this one is multiplied. With loads into registers, the
+// compiler would move those of the values behind the first product, so that only half as many bytes would be in flight.
 
 namespace attention {
 
@@ -35,8 +35,8 @@ __device__ __forceinline__ float load_l2(const float* p) {      // what another 
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
     return v;
 }
-// Adds 1, or sets 0 at `last`, so that the counter is ready for the next launch; returns the value before. Who gets `last` sees
-// all that the others wrote before.
+// Adds 1, or resets to 0 at `last`, so that the counter is ready for the next launch; returns the value before. The block that
+// gets `last` sees all that the others wrote before.
 __device__ __forceinline__ u32 count_up(u32* p, u32 last) {
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(last) : "memory");
@@ -55,7 +55,7 @@ __device__ __forceinline__ Joined join(int count, Sum sum, Most most, Mass mass)
     return all;
 }
 
-// What a block works at: the slots begin..end-1 of one row and key/value head.
+// What a block works on: the slots begin..end-1 of one row and key/value head.
 struct Work {
     int row, kv, each;                                          // each: query heads that share the key/value head
     int newest, length, begin, end;                             // the new token's slot; a block's slots, a multiple of CHUNK
@@ -68,7 +68,8 @@ struct Work {
     __device__ __forceinline__ bool has_newest() const { return end > newest; }
 };
 
-// The queries, rotated (RoPE), into shared memory; if this block has the new slot, the rotated key and the value into the cache.
+// Writes the rotated queries (RoPE) to shared memory, and, if this block has the new slot, the rotated key and the value to the
+// cache.
 // in, keys, values: this row's; cos, sin: all rows'.
 template <int E> __device__ __forceinline__ void read_token(Shared<E>& shared, const Work& work, const u16* in, const u16* cos,
                                                             const u16* sin, u16* keys, u16* values, int H, int K) {
@@ -116,7 +117,7 @@ template <int E> __device__ __forceinline__ void fetch(typename Shared<E>::Chunk
     commit_group();
 }
 
-// Joins the sums of a block's warps, then, by the last block of a row and head to get here, those of the blocks.
+// Joins the sums of a block's warps; then the last block of a row and head to get here joins the sums of all its blocks.
 // parts [gridDim.y, PART], out [each E]: of this row and head.
 template <int E> __device__ __forceinline__ void write(Shared<E>& shared, const Work& work, float* parts, u16* out) {
     const int WARPS = Shared<E>::WARPS, THREADS = Shared<E>::THREADS, PART = Shared<E>::PART;
@@ -146,8 +147,8 @@ template <int E> __device__ __forceinline__ void write(Shared<E>& shared, const 
 }
 
 // qkv [B, (H + 2K) E]; cos, sin [B, E]; bias [B, S] 0 or -inf; slot [1]; keys, values [B, K, S, E]; y [B, H E].
-// parts [B K, gridDim.y, PART] what the blocks of a row and head have summed, by head: sums [E], most, mass; at the end of the
-// first one the counter, 0 before the first launch.  grid (B K, blocks that split the slots)
+// parts [B K, gridDim.y, PART] the sums of a row's and head's blocks: sums [E], most and mass of each query head; the last number
+// of the first block's part is the counter, 0 before the first launch.  grid (B K, blocks that split the slots)
 #define ATTEND_PARAMETERS const u16 *qkv, const u16 *cos, const u16 *sin, const u16 *bias, const long long *slot, u16 *keys, \
                           u16 *values, float *parts, u16 *y, int H, int K, int S
 
@@ -160,7 +161,7 @@ template <int E> __device__ __forceinline__ void attend(Shared<E>& shared, ATTEN
     long long base = (long long)blockIdx.x * S * E;
     keys += base, values += base, bias += (long long)work.row * S;
 
-    // The memory is busy with the first slots, 128 bytes per thread, while queries and the new key are made.
+    // The first slots are prefetched, 128 bytes per thread, while the queries and the new key are computed.
     if (int at = begin * E + threadIdx.x * 64; at < end * E) prefetch(keys + at), prefetch(values + at);
     read_token(shared, work, qkv + (long long)work.row * (H + 2 * K) * E, cos, sin, keys, values, H, K);
     __syncthreads();                                            // from here on the new slot is like the others

@@ -70,7 +70,7 @@ class Slots(NamedTuple):
 
 
 class StaticCache(KVCache):
-    """The cache of a step that a CUDA graph replays: all that changes between steps is a device tensor at a fixed address.
+    """The cache of a step that a CUDA graph replays: all that changes between steps is in device tensors at fixed addresses.
 
     `bias`, added to the scores, excludes the slots not yet written, which torch's attention reads too.
     """
@@ -79,7 +79,7 @@ class StaticCache(KVCache):
         """Takes over the tensors of a cache that has read its prompts."""
         self.config, self.keys, self.values, self.used = cache.config, cache.keys, cache.values, cache.used
         for slots in self.keys + self.values:
-            slots[:, :, cache.used:] = 0                                        # a masked slot counts 0 x its value: not NaN
+            slots[:, :, cache.used:] = 0                                        # a masked slot adds 0 x its value: no NaN
         self.valid, self.lengths = cache.valid, cache.lengths.clone()           # changed in place from here on
         self.slot = torch.full((1,), cache.used, device=cache.valid.device)     # [1] where the next token goes
         written = torch.arange(self.valid.shape[1], device=self.valid.device) <= self.slot      # and the next one

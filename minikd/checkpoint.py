@@ -48,8 +48,8 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     model, files = outline(model_folder(name))
     model = allocate(model.to(dtype), device)
     places = model.state_dict()                                 # the parameters' own memory, by name, outside autograd
-    # A file's pages that were read take memory until it is closed, beside all that is loaded already: so the largest first, and
-    # that in parts. To open a file takes a millisecond, too long for each of many small tensors.
+    # The pages read from a file take memory until it is closed, in addition to all that is loaded already: so the largest tensor
+    # comes first, in parts. Opening a file takes a millisecond, too long to do for each of many small tensors.
     opened, read = {}, 0
     for key in sorted(files, key=lambda key: -places[key].numel()):
         path, at = files[key], 0
@@ -72,7 +72,7 @@ def check_words(layer: W4Linear, quantization: dict, where: str):
     groups = len(layer.scales)
     if not 0 <= int(layer.g_idx.min()) <= int(layer.g_idx.max()) < groups:
         raise InputError(f"{where}.g_idx: names a group outside 0 to {groups - 1}; fetch it again")
-    zeros = read_zeros(layer.qzeros, layer.version)             # [I/g, O]; symmetric: 8; by the other version's rule 7 or 9
+    zeros = read_zeros(layer.qzeros, layer.version)             # [I/g, O]; symmetric: 8, or 7 or 9 if read by the wrong version
     if quantization.get("sym", True) and ((zeros == 7).all() or (zeros == 9).all()):
         raise InputError(f"{where}.qzeros: symmetric zero points are 8, these are {int(zeros[0, 0])}; is checkpoint_format in "
                          "config.json the right one of gptq and gptq_v2?")
@@ -104,7 +104,7 @@ def model_folder(name, weights: bool = True) -> Path:
 
 
 def check_kind(name, files: list[str]):
-    """Raises InputError for folders without a config.json that are something else, by the names of their files."""
+    """Raises InputError if the file names of a folder without a config.json show that it is something other than a model."""
     runs = sorted((file.partition("/")[0] for file in files if re.match(r"checkpoint-\d+(/|$)", file)),
                   key=lambda run: int(run[11:]))
     if "adapter_config.json" in files:
@@ -220,7 +220,7 @@ def open_tensors(path: Path):
     """safe_open, with a file that cannot be read, or is damaged, reported as an InputError."""
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:                                   # its word for every error of opening a file
+    except FileNotFoundError:                                   # what it raises for every failure to open a file
         if path.exists():
             raise InputError(f"{path}: cannot be opened; check its permissions") from None
         raise InputError(f"{path}: is missing; fetch the model again") from None
@@ -286,7 +286,7 @@ def changes_nothing(path: Path, key: str) -> bool:
 def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES):
     """Writes config.json and the weights, in `dtype` or the model's own, completely or not at all.
 
-    One model.safetensors, or shards with an index above `shard_bytes`. A tied head is left out, as in the
+    One model.safetensors or, above `shard_bytes`, shards with an index. A tied head is left out, as in the
     folders Qwen published. A 4-bit model's codes and scales are written as they are, its quantization_config
     goes into config.json and, for tools that look there, quantize_config.json. Other files of `folder` (the
     tokenizer's, a log) and its subfolders are kept. Raises InputError, before anything is written, for weights that

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         for word in sys.argv[1:] if given is None else given:
             if not word or re.fullmatch(r"--[\w-]+=", word):    # an unset variable; as a path it would be the current folder
                 raise InputError(f"{word!r}: is empty; give a value, or leave its flag out")
-            if HALF.search(word):                               # bytes of a file's name; nothing could write it down
+            if HALF.search(word):                               # undecodable bytes of a file's name: it cannot be written out
                 with suppress(UnicodeDecodeError):
                     raise InputError(f"{os.fsencode(word).decode()}: this locale is not UTF-8; set PYTHONUTF8=1")
                 raise InputError(f"{word!r}: is not UTF-8; rename the file or folder")
@@ -46,10 +46,10 @@ def shortest(value) -> str:
 
 
 def flag_group(parser: Parser, title: str):
-    """The add_argument of a new group of flags. It adds choices and default to the help text, and leaves the default to
-    fill_defaults, so that until then what was not given is None.
+    """The add_argument of a new group of flags. It adds choices and default to the help text; fill_defaults sets the default
+    later, so that until then a flag that was not given is None.
 
-    toy  the default in the toy world, if it is another one
+    toy  the default in the toy world, if it differs
     """
     group = parser.add_argument_group(title)
 
@@ -76,10 +76,10 @@ def check_positive(args, *names: str, or_zero: bool = False):
 
 
 def note_unused(args, reason: str, *names: str):
-    """Says which of these flags were given, though they do nothing. (No error: one loop over all losses may give each the same
-    flags.) Before fill_defaults."""
+    """Says which of these flags were given although they have no effect. (No error: a loop over all losses may pass the same
+    flags to each.) To be called before fill_defaults."""
     given = [f"--{name.replace('_', '-')}" for name in names
-             if getattr(args, name) is not None and getattr(args, name) is not False]       # 0 is given
+             if getattr(args, name) is not None and getattr(args, name) is not False]       # 0 counts as given
     if given:
         print(f"note: without effect {reason}: {' '.join(given)}", file=sys.stderr)
 
@@ -110,8 +110,8 @@ def pick_dtype(name: str, device: str, four_bits: bool = False) -> torch.dtype:
 
 
 def pick_device(name: str) -> str:
-    """--device auto: a GPU if there is one, else the CPU. Another GPU than the first becomes torch's current one: a CUDA graph
-    records there and nowhere else.  Raises InputError for a device that does not work."""
+    """--device auto: a GPU if there is one, else the CPU. A GPU given by its number becomes torch's current one: CUDA graphs
+    record only there.  Raises InputError for a device that does not work."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -127,14 +127,14 @@ def pick_device(name: str) -> str:
 
 
 def spare_threads(config: Qwen2Config):
-    """One thread if a model's matrices are too small to split, as the toy's: threads wait for each other at each of them,
-    and while other programs use the cores two take 13 times as long as one (eval_rouge.py on the toy: 35 s, not 2.7)."""
+    """Uses one thread if a model's matrices are too small to split, like the toy's: threads wait for each other at each matrix,
+    and while other programs use the cores, two threads take 13 times as long as one (eval_rouge.py on the toy: 35 s, not 2.7)."""
     if config.hidden_size <= 256:
         torch.set_num_threads(1)
 
 
 def window() -> dict:
-    """What tqdm must be told where the terminal has no size, as in `script`; by itself it would then show nothing."""
+    """tqdm's arguments for a terminal without a size, as in `script`: without them it would show nothing."""
     try:
         known = all(os.get_terminal_size(sys.stderr.fileno()))
     except (OSError, ValueError):

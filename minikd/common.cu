@@ -38,16 +38,16 @@ template <int BYTES> __device__ __forceinline__ void copy_async(bool there, void
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" :: "r"(at), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
 }
-// The copies since the last call become a group, an empty one if there are none: the last turns of a loop, which start no copies,
-// can then wait for all but the latest COUNT groups as the others do.
+// The copies since the last call become a group, empty if there were none: so the last iterations of a loop, which start no
+// copies, can wait for all but the latest COUNT groups like the iterations before them.
 __device__ __forceinline__ void commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most the latest COUNT of this thread's groups are in flight.
 template <int COUNT> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" :: "n"(COUNT) : "memory");
 }
-// Programmatic dependent launch (cuda.launch's `overlap`): from the first call on, the stream's next kernel may start beside this
-// one, if it was launched so too; by the second, it waits for the end of all kernels before it, and sees what they wrote. What is
-// read by the pointer `written` is read after it: the compiler may move a load up past the asm, but not past its own address.
+// Programmatic dependent launch (cuda.launch's `overlap`): after let_next_start, the stream's next kernel may start beside this
+// one, if it was launched that way too; wait_for_previous waits until all kernels before this one have ended and sees what they
+// wrote. Reads through `written` come after it: the compiler may move loads above the asm, but not those whose address it gives.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -58,7 +58,7 @@ template <class T> __device__ __forceinline__ void wait_for_previous(const T*& w
     asm volatile("griddepcontrol.wait;" : "+l"(written) :: "memory");
 #endif
 }
-// Brings what lies there into the L2: one line; or a range, a multiple of 16 bytes, by one instruction of a Hopper GPU.
+// Brings memory at p into the L2: one line; or a range of a multiple of 16 bytes, in one instruction on a Hopper GPU.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 __device__ __forceinline__ void prefetch(const void* p, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
@@ -67,7 +67,7 @@ __device__ __forceinline__ void prefetch(const void* p, u32 bytes) {
 }
 
 __device__ __forceinline__ u32 in_register(u32 value) {
-    asm volatile("" : "+r"(value));                     // hides from the compiler how to compute it again
+    asm volatile("" : "+r"(value));                     // keeps the compiler from computing it again
     return value;
 }
 __device__ __forceinline__ int round_up(int n, int to) { return (n + to - 1) / to * to; }

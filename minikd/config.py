@@ -31,8 +31,7 @@ class Qwen2Config:
         """config.json as transformers 4 writes it (rope_theta) and as 5 does (rope_parameters).
 
         Raises InputError, naming the field, for what this decoder does not compute: another model_type,
-        sliding-window attention or one that sees later tokens, RoPE scaling, another activation, or sizes that do not fit
-        together.
+        sliding-window or non-causal attention, RoPE scaling, another activation, or sizes that do not fit together.
         """
         def refuse(field, advice):
             raise InputError(f"{where}: {field} = {raw.get(field)!r} is not implemented; {advice}")

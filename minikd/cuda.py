@@ -178,8 +178,8 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
     values    the kernel's arguments: a tensor is passed as its address, None as null, an int as a C int, a ctypes structure
               by value
     together  a cooperative launch: all blocks are resident at once and can wait for each other; an error if they do not fit
-    overlap   the kernel may start before the one before it in the stream has ended, if that one allows it; from compute
-              capability 9.0 on. Until it calls wait_for_previous, it reads only what no kernel writes, and writes nothing
+    overlap   the kernel may start before its predecessor in the stream has ended, if that one allows it; from compute
+              capability 9.0 on. Until it calls wait_for_previous, it must read only what no kernel writes, and write nothing
     shared    bytes of dynamic shared memory per block, in addition to what the kernel declares
     Raises RuntimeError if the driver returns an error.
     """
@@ -188,7 +188,7 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
             return ctypes.c_void_p(None if value is None else value.data_ptr())
         return ctypes.c_int(value) if isinstance(value, int) else value
 
-    arguments = [argument(value) for value in values]           # `values` keeps a temporary tensor until it is launched
+    arguments = [argument(value) for value in values]           # `values` keeps temporary tensors alive until the launch
     addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
     (driver, _), kernel, shape = load(device.index), find(device.index, name), (*grid, 1, threads, 1, 1, shared)
     with torch.cuda.device(device):

@@ -42,8 +42,8 @@ def begins_thoughts(prompt: str) -> bool:
 
 
 def after_prompt(response: str, prompt: str) -> str:
-    """What follows the prompt where that has begun the thoughts: the response without its <think>; one without thoughts ends them
-    first, or a model that reasons would learn to answer inside them and never to leave."""
+    """The response as it follows the prompt. If the prompt has opened the thoughts, the response's own <think> is removed; a
+    response without thoughts closes them first, or a reasoning model would learn to answer inside them and never to leave."""
     if not begins_thoughts(prompt):
         return response
     if re.match(r"\s*<think>", response) or "</think>" in response:
@@ -52,12 +52,12 @@ def after_prompt(response: str, prompt: str) -> str:
 
 
 def without_empty_thoughts(text: str) -> str:
-    """The answer alone, where nothing but thoughts that hold nothing, or their end, as after_prompt adds it, is before it."""
+    """The text without empty thoughts at its start: <think></think>, or only the </think> that after_prompt adds."""
     return re.sub(r"^\s*(<think>\s*)?</think>\s*", "", text)
 
 
 class NothingLeft(InputError):
-    """None of the examples to encode is short enough."""
+    """All the examples to encode were dropped."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
     """Prompt ids and response ids of each example, and counts to print; lengths are in tokens.
 
     An example is dropped if its prompt exceeds max_prompt_length or leaves no room for a response. A response is cut so
-    that prompt + response <= max_length; a response that is cut has no end token. An example whose response spells a stop token
-    (code of tokenizers does) is dropped: sampling would stop there, so the tokens after it could never be generated.
+    that prompt + response <= max_length; a response that is cut has no end token. An example whose response contains a stop token
+    (as code about tokenizers does) is dropped: sampling would stop there, so the tokens after it could never be generated.
 
-    progress  called after each part of the examples with its number of them
+    progress  called after each part of the examples, with the size of the part
     Raises NothingLeft, an InputError, when nothing is left; InputError for a prompt without a token.
     """
     counts = {"encoded": 0, "responses cut": 0, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
@@ -118,7 +118,7 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
 
 
 def describe_dropped(counts: dict[str, int]) -> str:
-    """Of encode_examples' counts those of dropped examples, as a text; "" if none was."""
+    """encode_examples' counts of dropped examples, as text; "" if none was dropped."""
     return ", ".join(f"{count:,} {what}" for what, count in counts.items() if what.startswith("dropped") and count)
 
 
@@ -173,7 +173,7 @@ def batch_order(encoded: list[Encoded], batch_size: int, seed: int, epoch: int) 
     brief. Sorting within a batch keeps the padding of its micro-batches small. The last batch may be smaller.
     """
     rows = list(range(len(encoded)))
-    random.Random(f"{seed}:{epoch}").shuffle(rows)              # str seeds, by sha512, are the same in every process
+    random.Random(f"{seed}:{epoch}").shuffle(rows)              # a str seed gives the same order in every process (sha512)
     return [sorted(rows[at:at + batch_size], key=lambda i: len(encoded[i])) for at in range(0, len(rows), batch_size)]
 
 

@@ -10,9 +10,9 @@
 //   4  RMSNorm, gate/up, silu
 //   5  down, residual
 //
-// The blocks have no barrier. A value is sent together with a tag, which counts the layers, in one word, and who needs
-// it reads the word until the tag is right: one way through the L2 and back, where a barrier takes three (the values, the count
-// of arrivals, the values again). Measured on an H200: see benchmarks/results/gpu.txt.
+// There is no barrier between blocks. A value is sent in one word together with a tag, which counts the layers, and a block that
+// needs it polls the word until the tag is right: one round trip through the L2, where a barrier takes three (the values, the
+// count of arrivals, the values again). Measured on an H200: see benchmarks/results/gpu.txt.
 //
 // Weights do not depend on the stage before. So a warp starts the copies of its next weights (6 KB per warp, 96 KB per
 // multiprocessor) as soon as it has done its share of a stage, and only then waits for words: the memory stays busy.
@@ -64,14 +64,15 @@ static_assert(sizeof(Shared) == 221264, "decode_cuda.py asks for so many bytes")
 
 // ---- words: what a block sends to all others
 //
-// A word holds a value in its upper bits, a bfloat16 or in attention's parts a float32 without its last 8, and in its lower ones
-// the tag, from 1 to 255: until it is sent anew it is 0 or has the tag of one to three layers before. Relaxed accesses see a word
-// whole, old or new, and need no fence: nothing else is read on the strength of it.
+// A word's upper bits hold a value: a bfloat16 or, in attention's parts, a float32 without its last 8 bits. Its lower bits hold
+// the tag, from 1 to 255. Until a word is sent anew, it is 0 or has the tag of one to three layers before. Relaxed accesses see
+// a word whole, old or new, and need no fence: no other memory is read because of it.
 //
 // When may words be overwritten? Every block computes a part of `wide` in each layer, and sends it after it has read all words
-// of the stages before. So who has all of layer l's `wide` knows that every block has read heads, parts and middle of layer l and
-// last of layer l - 1. Layer l's `wide` itself may still be read by a slow block while others send that of l + 1: so there are
-// two. The one of l + 2 is sent only by who has all of l + 1's, which each block sends after it has read l's.
+// of the stages before. So a block that has all of layer l's `wide` knows that every block has read heads, parts and middle of
+// layer l and last of layer l - 1. Layer l's `wide` itself may still be read by a slow block while others send that of l + 1:
+// so there are two buffers. A block sends that of l + 2 only once it has all of l + 1's, and each block sends l + 1's only after
+// it has read l's.
 
 __device__ __forceinline__ Words load_relaxed(const u32* p) {
     Words v;
@@ -97,8 +98,8 @@ template <class Ready> __device__ __forceinline__ void wait_until(Ready ready) {
         if (polls == 1u << 22) asm volatile("trap;");
 }
 
-// Words that this thread needs of `count`: v[r] are the four from 4 (threadIdx.x + (first + r) THREADS) on, as they were sent.
-// Past the end they are 0.
+// Receives this thread's share of `count` words: v[r] are the four from 4 (threadIdx.x + (first + r) THREADS) on, as they were
+// sent. Past the end they are 0.
 template <int R> __device__ __forceinline__ void receive(const u32* words, int first, int count, u32 tag, Words* v) {
     wait_until([&] {
         bool ready = true;
@@ -119,13 +120,13 @@ template <int R> __device__ __forceinline__ void receive(const u32* words, int f
 // A warp reads a unit at a time: 2 parts of 8 outputs x BLOCK inputs. With PAIR = 2 the parts are two runs of outputs, `gap`
 // apart, that are needed together (RoPE's two halves of a head, gate and up); with PAIR = 1 two blocks of inputs of the same
 // outputs.  put writes inputs to shared memory, fetch starts the copies of a part, add adds a unit's products to a lane's sums,
-// and finish gives a task's.
+// and finish returns the sums of a task.
 //
-// Both by tensor cores: a part is 8 rows of an mma's left operand, the two parts of a unit its upper and its lower 8 rows. The
-// input is column 0 of the right one; with PAIR = 1 the lower rows have other inputs, which are column 1. The sums are then in
-// the lanes (g, 0): c[0] is row g of column 0, c[2] row g + 8 of column 0, c[3] row g + 8 of column 1.
+// Bf16 and Int4 use tensor cores: a part is 8 rows of an mma's left operand, and a unit's two parts are its upper and lower 8
+// rows. The input is column 0 of the right operand; with PAIR = 1 the lower rows have other inputs, in column 1. The sums are
+// then in the lanes (g, 0): c[0] is row g of column 0, c[2] row g + 8 of column 0, c[3] row g + 8 of column 1.
 //
-// An mma sums over 16 inputs in any order, if it is the same in both operands: a lane's 8 neighbours serve two mma.
+// The order of an mma's 16 inputs is free if it is the same in both operands: a lane's 8 consecutive inputs serve two mma.
 struct Sums { float upper, lower; };
 struct Bf16 {
     static const int BLOCK = 64, SLOT = 2048, DEPTH = RING / SLOT;
@@ -138,7 +139,7 @@ struct Bf16 {
 
     __device__ Bf16(Matrix matrix, int N, int K, int group) : weight((const u16*)matrix.weight), K(K) {}
 
-    // A row's 64 inputs are 128 contiguous bytes; in odd rows their halves change places, against bank conflicts in `add`.
+    // A row's 64 inputs are 128 contiguous bytes; in odd rows their halves are swapped, to avoid bank conflicts in `add`.
     __device__ __forceinline__ void fetch(char* slot, int p, int n, int block) const {
         int lane = threadIdx.x % 32, k = block * BLOCK + lane % 8 * 8;
 #pragma unroll
@@ -161,14 +162,14 @@ struct Bf16 {
             mma(sum.c, a, x.w), mma(sum.c, b, x.w + 2);
         }
     }
-    // The sums of the outputs g: of the upper rows, with PAIR = 1 of both inputs; of the lower rows. In the lanes (g, 0).
+    // For output g, in the lanes (g, 0): the sum of the upper rows, with PAIR = 1 over both blocks of inputs; and of the lower.
     template <int PAIR> static __device__ __forceinline__ Sums finish(const Sum& sum) {
         return {sum.c[0] + (PAIR == 1 ? sum.c[3] : 0), sum.c[2]};
     }
 };
 
-// A part is half a tile of w4_matmul.cu's layout; by int8 tensor cores, as there, with the inputs in three digits, columns 0 to 2
-// and, with PAIR = 1, those of the lower rows in columns 4 to 6.
+// A part is half a tile of w4_matmul.cu's layout. As there, int8 tensor cores multiply, with the inputs in three digits: columns
+// 0 to 2 and, with PAIR = 1, columns 4 to 6 for the lower rows.
 struct Int4 {
     static const int BLOCK = 128, SLOT = 1072, DEPTH = RING / SLOT;
     struct Sum { float c[2]; };                         // of the upper and the lower rows; with PAIR = 1 one of them per lane
@@ -178,13 +179,13 @@ struct Int4 {
     int blocks, stride;
     u32 inverse, mask, top;                             // inverse: of the blocks per group, as in `Copies`
 
-    // The digits of inputs at..at+3, by a whole warp, whose inputs are one block of 128. As w4_matmul.cu's `convert`, where a
-    // lane has 8 inputs: here two lanes share them, and each makes one of the two words that a digit of theirs takes.
+    // Writes the digits of inputs at..at+3; a whole warp calls it, for one block of 128 inputs. Like w4_matmul.cu's `convert`,
+    // where a lane has 8 inputs: here two lanes share 8, and each makes one of the two words that a digit of these takes.
     static __device__ __forceinline__ void put(Shared& shared, int at, Pair v, bool with_totals) {
         int lane = threadIdx.x % 32, odd = lane % 2, block = at / 128;
         u32 most = 0;
         for (u32 pair : v.w) most = larger(most, pair);
-        most = __reduce_max_sync(~0u, most);            // one instruction: 4 bits 2 to 3% faster than by five shuffles
+        most = __reduce_max_sync(~0u, most);            // one instruction: 4-bit is 2 to 3% faster than with five shuffles
         float total = 0;
         if (with_totals) {
             total = low(v.w[0]) + high(v.w[0]) + low(v.w[1]) + high(v.w[1]);
@@ -260,8 +261,8 @@ template <class Weights, int PAIR> struct Product {
     int gap, pairs, warp, tasks, units, split, team, rank, teams;
     struct { int task, unit; } ahead;                   // of the next copies
 
-    // For y [N] = W [N, K] in; starts the copies of the first weights.  gap, pairs  pair n is the outputs n + (n & pairs) and
-    // that plus `gap`; pairs = -gap (gap a power of two) steps over the second half of every 2 gap outputs, 0 over none
+    // For y [N] = W [N, K] in; starts the copies of the first weights.  gap, pairs  pair n is the outputs m = n + (n & pairs)
+    // and m + gap; pairs = -gap (gap a power of two) skips the second half of every 2 gap outputs, 0 skips none
     __device__ __forceinline__ Product(Shared& shared, Matrix matrix, int N, int K, int group, int bits, int gap = 0,
                                        int pairs = 0)
         : shared(shared), weights(matrix, N, K, group), gap(gap), pairs(pairs), split(1 << bits) {
@@ -285,7 +286,7 @@ template <class Weights, int PAIR> struct Product {
         ahead.unit += split;
         if (ahead.unit >= units) ahead = {ahead.task + teams, rank};
     }
-    // done(n, a, b)  is given output n and, of a pair, n + gap.  shared.in holds K inputs, then zeros up to a multiple of 512
+    // done(n, a, b)  a is output n, b output n + gap of a pair.  shared.in holds K inputs, then zeros up to a multiple of 512
     template <class Done> __device__ __forceinline__ void run(Done done) {
         int lane = threadIdx.x % 32, d = 0, turn = 0;
         for (int task = team * gridDim.x + blockIdx.x; task < tasks; task += teams, turn ^= 1) {
@@ -297,7 +298,7 @@ template <class Weights, int PAIR> struct Product {
                 fetch(d ? d - 1 : DEPTH - 1);           // into the slot that was read before this one
                 d = d + 1 == DEPTH ? 0 : d + 1;
             }
-            // Two turns of sums have places: who is at the next turn's barrier has added the sums of the turn before.
+            // There is room for two turns of sums: a warp at the next turn's barrier has added the sums of the turn before.
             Sums both = Weights::template finish<PAIR>(sum);
             float* mine = shared.part[turn][warp] + lane / 4;
             if (lane % 4 == 0) mine[0] = both.upper, mine[RUN] = both.lower;
@@ -317,8 +318,8 @@ template <class Weights, int PAIR> struct Product {
     }
 };
 
-// Starts to bring the bfloat16 weights of a block's first `tasks` tasks of a later product into the L2: while the stages before
-// wait for each other, the memory would have nothing to do.
+// Prefetches into the L2 the bfloat16 weights of this block's first `tasks` tasks of a later product: otherwise the memory would
+// be idle while blocks wait for each other in the stages before.
 __device__ __forceinline__ void prefetch_product(Matrix matrix, int N, int K, u32 tasks, int gap) {
     u32 n = (blockIdx.x + threadIdx.x * gridDim.x) * 8;
     if (threadIdx.x >= tasks || n >= N) return;
@@ -328,7 +329,7 @@ __device__ __forceinline__ void prefetch_product(Matrix matrix, int N, int K, u3
 
 // ---- between the products
 
-// A norm's weights at this thread's places: read before x is waited for.
+// Reads a norm's weights at this thread's places, before the wait for x.
 __device__ __forceinline__ void read_gain(const u16* weight, int D, Pair* gain) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -367,7 +368,7 @@ __device__ __forceinline__ void normalise(Shared& shared, const Words* mine, con
 }
 
 // One head's attention over a part of its keys, by one block: a key takes `lanes` lanes, 8 values each, and a warp reads `keys`
-// keys at once, with KEYS such loads in flight; the first ones before the query is there. This step's own key and value come as
+// keys at once, with KEYS such loads in flight, the first before the query has arrived. This step's own key and value come as
 // words.  -> out [E + 4], words: the sum of exp(score - most) value; most; the sum of exp(score - most); these two once more
 __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Layer& layer, int slot, int head, int begin, int end,
                                        u32* out, u32 tag) {
@@ -437,21 +438,21 @@ __device__ __forceinline__ void attend(Shared& shared, const Step& s, const Laye
     for (int i = 0; i < 8 && lane < lanes; i++) mine[column + i] = sum[i];
     if (lane == 0) mine[s.E] = top, mine[s.E + 1] = mass;
     __syncthreads();
-    if (warp >= s.E / 32) return;                       // the others join the warps: a lane knows the share of one,
+    if (warp >= s.E / 32) return;                       // the other warps combine all 16: a lane knows the share of one,
     const float* theirs = shared.sums + lane % WARPS * (s.E + 2) + s.E;
     most = top = theirs[0];
     for (int mask = WARPS / 2; mask; mask /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
-    top = cut(__float_as_uint(top));                    // as it will arrive: what is relative to it must be so exactly
+    top = cut(__float_as_uint(top));                    // as it will be sent: the sums must be relative to exactly this
     share = __expf(most - top), mass = share * theirs[1];
     for (int mask = WARPS / 2; mask; mask /= 2) mass += __shfl_xor_sync(~0u, mass, mask);
-    float joined = 0;                                   // and a thread adds one of the E values
+    float joined = 0;                                   // and each thread sums one of the E values
 #pragma unroll
     for (int w = 0; w < WARPS; w++) joined += __shfl_sync(~0u, share, w) * shared.sums[w * (s.E + 2) + threadIdx.x];
     send_float(out + threadIdx.x, joined, tag);
     if (threadIdx.x < 4) send_float(out + s.E + threadIdx.x, threadIdx.x % 2 ? mass : top, tag);
 }
 
-// Joins the parts of each head: attention's output [H E], into shared.in. A thread takes 4 neighbours, of all parts at once.
+// Combines each head's parts into attention's output [H E], in shared.in. A thread takes 4 adjacent values, of all parts at once.
 template <class Weights> __device__ __forceinline__ void gather(Shared& shared, const Step& s, int splits, u32 tag) {
     __syncthreads();                                    // no warp reads shared.in any more
     for (int at = 4 * threadIdx.x; at < round_up(s.H * s.E, 512); at += 4 * THREADS) {
@@ -490,8 +491,8 @@ template <class Weights> __device__ __forceinline__ void gather(Shared& shared, 
     __syncthreads();
 }
 
-// shared.in = wide. The words come a few at a time, but those first that are waited for: while they are not there, the others
-// would only fill the way to the L2.
+// shared.in = wide. The first words are polled alone, the others follow a few at a time: until the first have arrived, more loads
+// would only crowd the path to the L2.
 template <class Weights> __device__ __forceinline__ void receive_wide(Shared& shared, const Step& s, const u32* wide, u32 tag) {
     Words v[AT_ONCE];
     receive<1>(wide, 0, s.I, tag, v);
@@ -504,7 +505,7 @@ template <class Weights> __device__ __forceinline__ void receive_wide(Shared& sh
             int at = 4 * (threadIdx.x + (first + r) * THREADS);
             if (at < round_up(s.I, 512)) Weights::put(shared, at, values(v[0]), s.zeros);
 #pragma unroll
-            for (int i = 1; i < AT_ONCE; i++) v[i - 1] = v[i];          // registers have no index
+            for (int i = 1; i < AT_ONCE; i++) v[i - 1] = v[i];          // registers cannot be indexed
         }
     }
     __syncthreads();
@@ -516,7 +517,7 @@ __device__ __forceinline__ void read_layer(Shared& shared, const Step& s, int l)
     if (l < s.L && at < sizeof(Layer)) copy_async<8>(true, (char*)&shared.layer[l % 2] + at, (const char*)(s.layers + l) + at);
     commit_group();
 }
-// The same for the bias of a layer; its norms come into the L2.
+// The same for the bias of a layer; prefetches its norms into the L2.
 __device__ __forceinline__ void read_bias(Shared& shared, const Step& s, const Layer& layer) {
     int at = 8 * threadIdx.x, line = (blockIdx.x * THREADS + threadIdx.x) * 64;         // 64 values are a cache line
 #pragma unroll 1
@@ -566,7 +567,7 @@ __device__ __forceinline__ void decode(Shared& shared, const Step& s) {
         });
 
         Product<Weights, 1> o(shared, layer.o, s.D, s.H * s.E, s.group, s.bits[1]);
-        // The last blocks first, if they have no task in q/k/v: they wait here already.
+        // The last blocks take the first parts if they have no task in q/k/v: they are waiting here already.
         for (int i = heads * s.E / 16 < gridDim.x ? gridDim.x - 1 - blockIdx.x : blockIdx.x; i < s.H * splits; i += gridDim.x) {
             int head = i / splits, part = i % splits, each = ceil_div(slot + 1, splits);
             attend(shared, s, layer, slot, head, part * each, min(slot + 1, (part + 1) * each),

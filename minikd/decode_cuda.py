@@ -11,7 +11,7 @@ from minikd.model import Block, Linear, Qwen2, rope_tables
 from minikd.w4 import W4Linear
 
 THREADS, WIDEST, SPLITS, BIASES, SHARED = 512, 20_480, 8, 5120, 221_264         # decode.cu's; SHARED is sizeof(Shared)
-AHEAD = 96 << 10                        # bytes of gate/up, and of down, that a block brings into the L2 in advance
+AHEAD = 96 << 10                        # bytes of gate/up, and of down, that a block prefetches into the L2
 
 
 class Step(ctypes.Structure):
@@ -61,11 +61,11 @@ def tensors_of(block: Block, keys: Tensor, values: Tensor) -> list[Tensor | None
 
 
 def team_bits(config: Qwen2Config, four: bool, blocks: int) -> tuple[int, ...]:
-    """For q/k/v, o, gate/up and down: how many warps work at a task together, as a power of two.  four: whether at 4 bits
+    """For q/k/v, o, gate/up and down: log2 of how many warps work on a task together.  four: whether the weights are 4-bit
 
-    Few turns of few units each are best. After each turn the team's warps wait for each other, in short tasks about as long as
-    for a unit; in long ones of bfloat16 the copies in flight hide it. Which are the best was searched on an H200 for the 0.5B,
-    1.5B and 3B (benchmarks/results/gpu.txt); for other sizes nothing was measured.
+    Few turns of few units each are best. After each turn the team's warps wait for each other: in short tasks about as long as
+    one unit takes; in long bfloat16 tasks the copies in flight hide the wait. The best values were searched on an H200 for the
+    0.5B, 1.5B and 3B (benchmarks/results/gpu.txt); other sizes were not measured.
     """
     D, I, E, H = config.hidden_size, config.intermediate_size, config.head_dim, config.num_attention_heads
     block = 128 if four else 64                                                                 # inputs of a part
@@ -91,7 +91,7 @@ class OneKernel:
         L, D, I = config.num_hidden_layers, config.hidden_size, config.intermediate_size
         H, K, E, S = config.num_attention_heads, config.num_key_value_heads, config.head_dim, cache.keys[0].shape[2]
         outputs = (H + 2 * K) * E                                                               # of q/k/v
-        # The kernel has only addresses: `weights` and `held` keep alive what lies there.
+        # The kernel gets only addresses: `weights` and `held` keep the tensors alive.
         self.weights = [tensors_of(*parts) for parts in zip(self.body.layers, cache.keys, cache.values)]
         table = [[0 if tensor is None else tensor.data_ptr() for tensor in tensors] for tensors in self.weights]
         cos, sin = rope_tables(torch.arange(S, device=device)[None], config.rope_theta, E, torch.bfloat16)
@@ -106,7 +106,7 @@ class OneKernel:
         count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
         self.blocks = min(count, I // 8)                        # each must compute a part of `wide`: see decode.cu
         zeros = four and any(layer.ready("kernel")[2] is not None for each in self.body.layers for layer in products(each))
-        # Measured on an H200: 5% faster at 0.5B (30 MB a layer); at 1.5B, 3B and for codes the requests only delay the words.
+        # Prefetching on an H200: 5% faster at 0.5B (30 MB a layer); at 1.5B, 3B and for 4-bit codes it only delays the words.
         small = not four and 6 * I * D + 2 * D * (outputs + H * E) < 48 << 20
         ahead = (AHEAD // (32 * D), AHEAD // (16 * I)) if small else (0, 0)                     # bytes of a task's weights
         self.step = Step(L=L, D=D, I=I, H=H, K=K, E=E, S=S, group=first.group_size if four else 0, zeros=zeros, ahead=ahead,

@@ -52,7 +52,7 @@ def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher
 
     The model samples an answer y to each prompt; the estimate is the exact KL(q_t || p_t) summed over y's tokens, averaged
     over the answers. By the chain rule KL(q || p) = E_y Σ_t KL(q_t || p_t); log q(y) - log p(y) has the same mean, but also the
-    noise of each y_t. Of an answer cut at max_new_tokens only the beginning counts: too low a value for a model that rambles.
+    noise of each y_t. Of an answer cut at max_new_tokens only the beginning counts: for a rambling model the value is too low.
     """
     own = respond(model, rows, batch_size, max_new_tokens, tokenizer.eos_ids,
                   vocab=min(len(model.head), len(teacher.head)))        # the rows that the KL is over
@@ -158,8 +158,8 @@ def read_predictions(path) -> list[str]:
 def read_references(path, format: str | None = None) -> list[Example]:
     """The reference answers of each line or record of a file, as Examples.
 
-    In this order: the record's `references` or `reference` (files that score_answers wrote have them); what to_example
-    makes of it; its response, output or text; or the record itself if it is a string. With `format`, only to_example.
+    They are the first of: the record's `references` or `reference` (as in files of score_answers' dicts); what to_example
+    makes of it; its response, output or text; the record itself if it is a string. With `format`, only what to_example makes.
     """
     examples = []
     for where, value in _entries(path):

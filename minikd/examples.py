@@ -1,9 +1,9 @@
 """Records of the paper's datasets -> examples: what is asked, what is learned, what ROUGE compares with; and which are held out.
 
 A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are
-ignored, except `category` and, where no turn is the system's, `system` (or `system_prompt`), which any record may have. A pair
-also shows its `context`, `input` or `passage`, and is refused with `choices` or `options`; codeforces drops what its
-`finish_reason` says was cut.
+ignored, except two that any record may have: `category` and, if there is no system turn, `system` (or `system_prompt`). A pair's
+prompt includes its `context`, `input` or `passage`, and a pair with `choices` or `options` is refused; a codeforces record is
+dropped if its `finish_reason` says that it was cut.
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
                                                        argilla/databricks-dolly-15k-curated-multilingual
@@ -22,8 +22,8 @@ also shows its `context`, `input` or `passage`, and is refused with `choices` or
     held-out    messages, instruction, input,          what train_kd.py held out: chat records that keep the two parts of the
                 references                             "alpaca" template and all references
 
-A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code it is
-not: BugNet's targets begin "Solution type replace, solution code", PyTorrent's stand between "### solution code" and "###
+A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code they
+differ: BugNet's targets begin "Solution type replace, solution code", PyTorrent's stand between "### solution code" and "###
 End of code" (lines 46 of process_data_bugnet.py and 53 of process_data_pytorrent.py in AlejandroParedesLT/knowledge_distillLLM),
 but the references are bare code (lines 127 and 153), which biases the paper's scores.
 """
@@ -184,8 +184,8 @@ def _pair(record, where):
 
 
 def with_passage(record: dict, where: str, asked: str, prompt=None) -> str:
-    """What is asked, and the passage that it is about, unless it is asked by a `prompt`, which may repeat it.  Raises InputError
-    for choices, which would not be shown."""
+    """The question and the passage that it is about; only the question if it is a `prompt` that already contains the passage.
+    Raises InputError for answer choices, which would not be shown."""
     for name in "choices", "options":
         if not absent(record.get(name)) and record[name] not in ("", [], {}):
             raise InputError(f"{where}: field {name!r} would not be shown; write it into the question, and drop the field")
@@ -197,7 +197,7 @@ def _bugnet(record, where):
     fail, answer = text_field(record, where, "fail"), text_field(record, where, "pass")
     program = f"{text_field(record, where, 'language', default='')} program".strip()
     status = text_field(record, where, "original_status", default="")
-    if type(record.get("error")) is int:                        # the published files hold 61 times 0 in place of "0"
+    if type(record.get("error")) is int:                        # 61 records of the published files have 0, not "0"
         record = record | {"error": str(record["error"])}
     error = text_field(record, where, "error", default="0").strip()     # TLE, MLE, WA, an exception's text or a return code
     error = "" if error == "0" else error                       # "0": no failure when rerun (a quarter of the records)
@@ -263,10 +263,10 @@ _DOCSTRINGS = (rf'''(:{_GAP})[ \t]*[rRuUbB]{{0,2}}("""|\'\'\').*?\2[ \t]*(?:\n|\
 def without_docstring(code: str) -> str:
     """Python source without the docstrings of the module and of its outermost defs and classes.
 
-    The docstring is the prompt: in the target it could be copied, and would inflate ROUGE. A body that is only a
-    docstring becomes `pass`. In source that does not parse (Python 2, a fragment) the first triple-quoted text under a
-    line that ends in a colon is removed, or without one a def's or class's quoted line. A method's lines lose their
-    indentation, those of its multi-line strings too.
+    The docstring is the prompt: if it stayed in the target, a model could copy it, which would inflate ROUGE. A body that is
+    only a docstring becomes `pass`. In source that does not parse (Python 2, a fragment) the first triple-quoted text under a
+    line that ends in a colon is removed or, if there is none, the first one-line string under a def or class. A method is
+    dedented, including the lines of its multi-line strings.
     """
     code = textwrap.dedent(re.sub("\r\n?", "\n", code))           # a method is still indented as in its class
     try:
@@ -344,7 +344,7 @@ def _examples(file: Path, format: str | None, report: Report) -> Iterator[Exampl
     name, waiting = format, []                                  # the last record's format
 
     def refuse(error):
-        """Until a record tells the file's format, errors wait. Then PyTorrent's are counted, and any other's is raised."""
+        """Errors wait until a record shows the file's format. Then PyTorrent's are counted; in others, the first is raised."""
         if name is None:
             waiting.append(error)
             if len(waiting) == 100:                             # a file of another kind: the rest need not be read
@@ -356,7 +356,7 @@ def _examples(file: Path, format: str | None, report: Report) -> Iterator[Exampl
             report.first_bad = report.first_bad or str(error)
 
     for where, record in read_records(file, refuse):
-        name = format or recognise(record) or name              # a field is missing: take the last one's format
+        name = format or recognise(record) or name              # if a field is missing, the last record's format
         while name and waiting:
             refuse(waiting.pop(0))
         try:
@@ -392,8 +392,8 @@ def same_prompt(messages) -> str:
 def split_examples(examples: list, count: int, seed: int = 42) -> tuple[list, list]:
     """(train, validation) of Examples or Problems, each in the given order; the same prompt is never in both.
 
-    At most `count` are in the second: fewer where prompts repeat and only whole groups fit. A hash of prompt and seed decides,
-    so that adding or reordering records moves few of the others.
+    The second list has at most `count`: fewer if prompts repeat, as examples with the same prompt stay together. A hash of prompt
+    and seed decides, so that adding or reordering records moves few other records between the lists.
     Raises InputError when none can be set apart, or none would be left to train on.
     """
     if not 0 <= count < len(examples):

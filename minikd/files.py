@@ -25,8 +25,8 @@ class InputError(ValueError):
 
 
 def end_at_interrupts():
-    """Ctrl-C just ends the process, until script_errors: in an import it would be a traceback, or be lost in a callback that may
-    not raise. Where it is ignored, as in a shell's background job, it stays so."""
+    """Lets Ctrl-C simply end the process until script_errors takes over: during an import it would print a traceback, or be lost
+    in a callback that may not raise. If it is ignored, as in a shell's background job, it stays ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -74,8 +74,8 @@ def script_errors():
 
 @contextmanager
 def _interrupts():
-    """Ctrl-C raises KeyboardInterrupt, and stays one where a library makes another error of it, as torch does while safetensors
-    reads. Where it is ignored, it stays so."""
+    """Ctrl-C raises KeyboardInterrupt, even where a library turns it into another error, as torch does while safetensors
+    reads. If Ctrl-C is ignored, it stays ignored."""
     pressed, before = -math.inf, signal.getsignal(signal.SIGINT)
 
     def interrupt(*_):
@@ -89,7 +89,7 @@ def _interrupts():
     try:
         yield
     except Exception as error:
-        if time.monotonic() - pressed < 5:                      # not one that was lost, followed by an error of its own
+        if time.monotonic() - pressed < 5:                      # else the interrupt was lost, and this is another error
             raise KeyboardInterrupt from error
         raise
     finally:
@@ -112,7 +112,7 @@ def _flush(stream):
 
 
 def _end(status):
-    """Exits. What cannot be written any more is given up: Python would try it again, complain, and exit with 120."""
+    """Exits. Output that can no longer be written is dropped: Python would try again, complain, and exit with status 120."""
     for stream in sys.stdout, sys.stderr:
         try:
             _flush(stream)
@@ -124,7 +124,7 @@ def _end(status):
 
 @contextmanager
 def naming(path):
-    """An OSError inside gets the file's name, which that of a full or failing disk lacks."""
+    """Adds the file's name to an OSError raised inside: the error of a full or failing disk has none."""
     try:
         yield
     except OSError as error:
@@ -137,8 +137,8 @@ def atomic_path(path, folder: bool = False):
     """Yields a temporary path beside `path`; renames it to `path` if the block ends without an error, else removes it.
 
     A reader, or a restart after kill -9, finds the old content or the new, never a part of either.
-    With `folder`, the yielded path is an empty folder. Raises InputError if `path` is of the other kind, or
-    a folder that is, or holds, the current one.
+    With `folder`, the yielded path is an empty folder. Raises InputError if `path` exists and is not a regular file (with
+    `folder`, a folder), or is a folder that is or contains the working directory.
     """
     path = Path(path).resolve()                                 # gives "." a name; a link is kept, its target replaced
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
@@ -198,12 +198,12 @@ def temporary_folder(path: Path) -> tuple[Path, int]:
                 fcntl.flock(held, fcntl.LOCK_EX)
             if work.exists():
                 return work, held
-            os.close(held)                                      # another process's sweep was here before the lock: once more
+            os.close(held)                                      # another process swept it before it was locked: try again
 
 
 def sweep(folder: Path, name: str | None = None):
-    """Removes the temporary folders that killed processes left in `folder`, those made beside the file or folder `name`, or all:
-    gigabytes, for a model. A living one's are locked."""
+    """Removes the temporary folders that killed processes left in `folder`: those made for the file or folder `name`, or all if
+    it is None. A model's take gigabytes. Those of running processes are locked, and stay."""
     for left in folder.iterdir():
         beside, mark, _ = left.name.rpartition(f".{MARK}")
         if mark and beside.startswith(".") and name in (None, beside[1:]):
@@ -243,7 +243,7 @@ def check_writable(folder: Path):
 
 
 def parse_json(text: str | bytes):
-    """json.loads. All that it cannot parse is a ValueError: bytes, syntax, a number of 5,000 digits, lists 1,000 deep."""
+    """json.loads, but all that it cannot parse raises ValueError: bytes, syntax, a number of 5,000 digits, lists 1,000 deep."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -274,8 +274,8 @@ def check_pointer(path: Path):
 
 
 def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
-    """safetensors' save_file, with the mode of any new file (it makes files that only their owner can read), and with its error
-    for a full disk turned back into the OSError it was."""
+    """safetensors' save_file, but with the usual permissions of a new file (it makes files that only their owner can read), and
+    with its error for a full disk turned back into an OSError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     Path(path).touch()
@@ -290,8 +290,8 @@ def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
 
 
 def sha256(path) -> str:
-    """The first 16 hex digits of a file's sha256: enough to notice that it changed.  Raises InputError for a pipe or a device:
-    what is hashed is also read."""
+    """The first 16 hex digits of a file's sha256: enough to notice that it changed.  Raises InputError for a pipe or a device,
+    which cannot be hashed first and then read again."""
     if Path(path).is_fifo() or Path(path).is_char_device() or Path(path).is_block_device():
         raise InputError(f"{path}: is a pipe or a device, and would be read twice; write it to a file")
     digest = hashlib.sha256()

@@ -1,5 +1,5 @@
-// What surrounds a decoding step's products, in few kernels: each would be two to ten of torch's, which spend most of their time
-// on starting and on writing intermediate results.
+// What surrounds a decoding step's matrix products, in few kernels: each replaces two to ten of torch's, which spend most of
+// their time on launching and on writing intermediate results.
 
 namespace fused {
 
@@ -52,8 +52,8 @@ extern "C" __global__ void __launch_bounds__(1024) add_norm(const u16* x, const 
     *(Words*)(normed + row) = out;
 }
 
-// ---- the next token of each of B rows, as generate.sample draws it, and what generate.Decoding does with it: it is number
-// at + 1 of its answer.  at, tokens [B], the newest; drawn, logps [max_new_tokens, B]
+// ---- the next token of each of B rows, as generate.sample draws it, and what generate.Decoding does with it. Its index in the
+// answer is at + 1.  at, tokens [B]: the newest token's index, and that token; drawn, logps [max_new_tokens, B]
 
 #define ANSWERS long long* at, long long* tokens, long long* drawn, double* logps
 __device__ __forceinline__ long long next_place(const long long* at) { return (at[blockIdx.x] + 1) * gridDim.x + blockIdx.x; }
@@ -72,7 +72,7 @@ __device__ __forceinline__ void cut(Words& v, int left) {
 // ---- greedy: the first of the largest logits; 0 is the log-probability, NaN if that logit is infinite or one is NaN.
 // grid (B), 1024 threads.  logits [B, stride], of which the first V of each row count
 
-struct Largest { float logit; int at; };                        // at: of its 8 tokens the first
+struct Largest { float logit; int at; };                        // at: the first of its 8 tokens
 __device__ __forceinline__ Largest larger_of(Largest a, Largest b) {    // NaN is larger than any
     bool second = a.logit == a.logit && (!(b.logit <= a.logit) || b.logit == a.logit && b.at < a.at);
     return second ? b : a;
@@ -118,10 +118,10 @@ extern "C" __global__ void __launch_bounds__(1024) draw_largest(const u16* logit
 
 // ---- from softmax(logits / temperature).  grid (B), 512 threads.  u [max_new_tokens, B]; scale = log2(e) / temperature
 //
-// The logits are read once: every warp sums exp(logit - its own greatest) over its part of the row. The token is then where the
-// running sum passes u x total: first which warp's part, then which 256 tokens of it, which 8, and which one.
+// The logits are read once: every warp sums exp(logit - its own greatest) over its part of the row. The token is the one where
+// the running sum passes u x total: the search finds first the warp's part, then 256 tokens of it, then 8, then the one.
 
-const int PARTS = 16, CHUNK = 256, CHUNKS = 64;                 // tokens that a warp reads at once; most of them in a part
+const int PARTS = 16, CHUNK = 256, CHUNKS = 64;                 // tokens that a warp reads at once; most chunks in a part
 struct Place { int at; double rest; };                          // which of several masses, and how far into it
 struct alignas(16) Draw { float most[PARTS], mass[PARTS], chunk[CHUNKS], word[32]; Place part; double total; };
 
@@ -132,8 +132,8 @@ __device__ __forceinline__ float log_2(float x) {
     return y;
 }
 
-// The first of n masses at which their running sum passes `rest`. Masses of the same tokens that are summed again round another
-// way: so the last one that is above 0 is taken if none passes, and the rest is kept below the mass.
+// The first of n masses at which their running sum passes `rest`. Summed again, the masses of the same tokens may round
+// differently: so if none passes, the last mass above 0 is taken, and the rest is kept below that mass.
 __device__ __forceinline__ Place find(const float* mass, int n, double rest) {
     int at = 0;
     double before = 0, start = 0, its = 0;

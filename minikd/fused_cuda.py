@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minikd.cuda import available, launch
 
-GREEDY = 1e-6                           # temperatures below are 0: a division by them would overflow
+GREEDY = 1e-6                           # lower temperatures count as 0: dividing by them would overflow
 MOST_TOKENS = 1 << 18                   # of a vocabulary: fused.cu's PARTS x CHUNKS x CHUNK
 
 
@@ -37,8 +37,8 @@ def add_and_normalise(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple
 def draw_tokens(logits: Tensor, u: Tensor, at: Tensor, tokens: Tensor, drawn: Tensor, logps: Tensor, temperature: float) -> None:
     """The next token of every row as generate.sample draws it without top-k and top-p, written where generate.Decoding needs it.
 
-    logits [B, V], u [max_new_tokens, B] float64; in place: at [B], the newest token's number, tokens [B], the newest,
-    drawn [max_new_tokens, B], logps [max_new_tokens, B] float64. All but logits are contiguous.
+    logits [B, V], u [max_new_tokens, B] float64; in place: at [B], the newest token's index in its answer, tokens [B], that
+    token, drawn [max_new_tokens, B], logps [max_new_tokens, B] float64. All but logits are contiguous.
     """
     (B, V), answers = logits.shape, (at, tokens, drawn, logps)
     if temperature < GREEDY:
@@ -49,7 +49,7 @@ def draw_tokens(logits: Tensor, u: Tensor, at: Tensor, tokens: Tensor, drawn: Te
 
 
 def can_draw(logits: Tensor) -> bool:
-    """Whether `draw_on_gpu` can: its loads are 16 bytes, aligned."""
+    """Whether `draw_on_gpu` can run: it loads 16 aligned bytes at a time."""
     return (can_fuse(logits) and len(logits) > 0 and logits.shape[1] <= MOST_TOKENS and logits.stride(1) == 1
             and logits.stride(0) % 8 == 0 and logits.data_ptr() % 16 == 0)
 

@@ -22,7 +22,7 @@ from minikd.layout import head_logits, laid_out, torch_products
 from minikd.losses import log_mix, log_probs
 from minikd.model import Qwen2
 
-LOOK = 16                                                       # on a GPU, steps between two looks of the host at tokens
+LOOK = 16                                                       # on a GPU, steps after which the host reads the tokens
 BLOCK = 128                                                     # tokens of the vocabulary in one block of `invert`
 
 
@@ -32,12 +32,13 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
 
     temperature  0 is greedy
     top_k        keep the k likeliest tokens, and any as likely as the last of them; 0 keeps all
-    top_p        then keep the fewest likeliest tokens whose probabilities sum to p or more (nucleus)
+    top_p        then keep the smallest set of likeliest tokens whose probabilities sum to p or more (nucleus)
     eos_ids      one id or several: a row ends after any of these, or at max_new_tokens without one
-    seed         for this call only: the same call gives the same tokens, whatever ran before (on a CPU sums may round another
-                 way while another thread decodes with the model, and a 4-bit model's after other calls, whose layout it keeps)
+    seed         for this call only: the same call gives the same tokens, whatever ran before (on a CPU sums may be rounded
+                 differently while another thread decodes with the model, and in a 4-bit model after other calls, as it keeps
+                 their layout)
     options      those of generate_with_log_probs
-    Weights may move (layout.laid_out: on a CPU those of several rows, and 4-bit ones): use no older alias, such as p.data.
+    Weights may move in memory (layout.laid_out: on a CPU for several rows, and 4-bit ones): use no old alias, such as p.data.
     Raises ValueError for prompts that are not lists of ids, an empty one (there is no state to sample the first token from), an
     id that the model has no row for, and for invalid options: a negative temperature or top_k, top_p of 0 or above 1, samples
     or vocab below 1, mix without a teacher; InputError (a ValueError) for a model whose logits are not finite.
@@ -58,8 +59,8 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     samples  answers per prompt, next to each other in the result; they share the prompt's prefill
     teacher  with `mix`, MiniLLM's α: each token is drawn from (1 - mix) model + mix teacher, in probabilities, at temperature 1
     vocab    draw only ids below it: heads have rows past the tokenizer's ids, a teacher's sometimes more than a student's
-    no_repeat_ngram_size  draw no token that ends a run of so many for the second time in prompt and answer; 0 allows all. The
-             host must know every token before the next, so there are no graphs
+    no_repeat_ngram_size  draw no token that completes an n-gram of this size for the second time in prompt and answer; 0 allows
+             all. The host must know every token before the next step, so there are no graphs
     graphs   every step works on tensors at fixed addresses, so that a CUDA graph replays it; the host reads the tokens every
              LOOK steps, and drops finished rows when half have finished. Default: where can_record. True on a CPU runs such
              steps without a graph (for tests).
@@ -74,12 +75,12 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     device = model.head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
     count = len(prompts) * samples                              # of answers
-    # All random numbers now, one per token: so an answer does not depend on which others were dropped, and graphs draw none.
+    # Draws all random numbers now, one per token: so no answer depends on which others were dropped, and graphs draw none.
     u = torch.rand(max_new_tokens, count, generator=generator, dtype=torch.float64, device=device)
     graphs = (can_record(device) if graphs is None else graphs) and not no_repeat_ngram_size
 
     def logits_of(states, decoding):
-        """The models' states [B, D] -> [B, V], what the next tokens are drawn from."""
+        """The models' states [B, D] -> the logits [B, V] that the next tokens are drawn from."""
         logits = head_logits(model, states[0])[:, :vocab]                                   # [B, V]
         if mix:
             logq, logp = log_probs(logits, head_logits(teacher, states[1]), temperature=1.0)
@@ -90,7 +91,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         return logits
 
     with ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, enabled=False))     # packed weights know their own dtype only
+        stack.enter_context(torch.autocast(device.type, enabled=False))     # packed weights support only their own dtype
         for each in models:
             stack.enter_context(laid_out(each, rows=count, steps=max_new_tokens))
         caches, states = zip(*(prefill(each, prompts, max_new_tokens, samples) for each in models))
@@ -106,7 +107,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
                 going = decoding.read(done, stops)              # the rows that are not finished
                 if not going:
                     break
-                # A graph is for a fixed number of rows: dropping finished ones costs a new one, so half must have finished.
+                # A graph has a fixed number of rows: dropping some costs a new graph, so it waits until half have finished.
                 if len(going) < len(decoding.alive) and (2 * len(going) <= len(decoding.alive) or not graphs):
                     decoding.keep(going)
                     step = Replay(decoding.step, step.on)
@@ -131,7 +132,7 @@ def read_prompts(prompts, ids: int) -> list[list[int]]:
     if not all(prompts):
         raise ValueError("generate: a prompt is empty; give each at least one token")
     strange = [token for prompt in prompts for token in prompt if not 0 <= token < ids]
-    if strange:                                                 # on a GPU the lookup would end the process's use of it
+    if strange:                                                 # on a GPU a failed lookup would make it unusable to this process
         raise ValueError(f"generate: {strange[0]} in a prompt is not an id of the model, which has {ids:,}")
     return prompts
 
@@ -196,7 +197,7 @@ class Decoding:
         self.logps.index_copy_(0, now, logps[None].double())
 
     def read(self, done: int, stops: frozenset) -> list[int]:
-        """Appends the tokens drawn since the last call, up to `done` in all, to the answers, none after a stop token; returns
+        """Appends to the answers the tokens drawn since the last call, up to `done` in all, but none after a stop token; returns
         the rows whose answers are not finished."""
         new = zip(self.alive, self.drawn[self.seen:done].T.tolist(), self.logps[self.seen:done].T.tolist())
         self.seen, going = done, []
@@ -224,13 +225,13 @@ class Decoding:
 
 
 def can_record(device: torch.device) -> bool:
-    """Whether Replay's graphs record what runs there: on the current GPU. Of another they would stay empty, without an error."""
+    """Whether Replay's graphs can record this device: only the current GPU; on others they would stay empty, without an error."""
     return device.type == "cuda" and device.index == torch.cuda.current_device()
 
 
 @functools.cache
 def recording_stream(device: int):
-    """A GPU's stream to record graphs on. torch's own belongs to the GPU that recorded first: another's graphs would be empty."""
+    """A stream to record a GPU's graphs on. torch's own belongs to the first GPU that recorded: others' graphs would be empty."""
     return torch.cuda.Stream(device)
 
 
@@ -252,7 +253,7 @@ class Replay:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=recording_stream(torch.cuda.current_device())):     # records, without running
                 self.step()
-            self.graph = graph                                  # not before it is whole
+            self.graph = graph                                  # only once it is complete
         self.graph.replay()
 
 
@@ -261,8 +262,8 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
     """The rows with their responses replaced by the model's own, in the same order; prompts of similar length are batched.
 
     progress  called after each batch with its number of rows
-    options   those of generate_with_log_probs but samples
-    A response that reached max_new_tokens without a stop token is `cut`; none is added.
+    options   those of generate_with_log_probs except samples
+    A response that reached max_new_tokens without a stop token is `cut`; no stop token is added.
     """
     own, eos_ids = list(rows), as_set(eos_ids)
     with laid_out(model, rows=min(batch_size, len(rows)), steps=max_new_tokens):            # once for all batches
@@ -277,8 +278,8 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
 
 
 def ban_repeats(logits: Tensor, histories, n: int):
-    """Sets to -inf, in place, the logits [B, V] of tokens that would end a run of n tokens which a row's history holds
-    already; not if that were all tokens."""
+    """Sets to -inf, in place, the logits [B, V] of tokens that would repeat an n-gram of the row's history, unless this would
+    ban all tokens."""
     for row, history in zip(logits, histories):                                             # row: [V]
         last = history[len(history) - n + 1:]                                               # the run's first n - 1
         runs = (i for i in range(len(history) - n + 1) if history[i:i + n - 1] == last)
@@ -295,7 +296,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tens
     if temperature < GREEDY:
         top = logits.max(-1)                                    # argmax takes 4 x as long in bfloat16
         return top.indices, top.values - top.values             # 0; NaN where the largest logit is NaN or infinite
-    if temperature != 1:                                        # at 1, save a copy of [B, V]
+    if temperature != 1:                                        # at 1, no copy of [B, V] is needed
         logits = logits.float() / temperature
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]                      # [B, 1]
@@ -313,8 +314,8 @@ def invert(probs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse transform sampling: the token [B, 1] at which the running sum of probs [B, V] passes u [B, 1] x their total; and
     that total [B, 1], which is below 1 after top-p.
 
-    Two searches, for the block of 128 tokens and then within it: one running sum in float64 over 151,936 probabilities
-    (float32 would lose the tail) takes two to ten times as long as their softmax, and on a GPU one block of threads walks each
+    It searches for the block of 128 tokens, and then within it. A single running sum over 151,936 probabilities, in float64 as
+    float32 would lose the tail, takes two to ten times as long as their softmax; on a GPU one block of threads would walk each
     row.
     """
     fill = -probs.shape[1] % BLOCK

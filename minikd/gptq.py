@@ -4,13 +4,13 @@ A layer's weight W [O, I] is rounded to Q so that the layer's outputs change lit
 
     min_Q  tr((W - Q) H (W - Q)^T),   H = 2/n sum_x x x^T                                          eq. (1)
 
-The trace is twice the mean squared change of the outputs; the 2, with which H is the second derivative of the squared error,
-changes no code. A column of W belongs to one input, a row to one output, and H is the same for all rows.
+The trace is twice the mean squared change of the outputs. The factor 2 makes H the second derivative of the squared error; it
+does not change the codes. A column of W belongs to one input, a row to one output, and H is the same for all rows.
 
 Columns are rounded one after the other. Let F be those not rounded yet, j the first of them, and H_F their part of H.
-Eq. (2): of all ways to make up for the error of column j the cheapest moves F by -(w_j - q_j) / [H_F^-1]_jj times row j of
-H_F^-1. F shrinks with every column. Eq. (3) would update the inverse; it is not needed: with H^-1 = U^T U, U upper triangular,
-the lower right part of U is that factor for H_F, so that
+Eq. (2): the cheapest way to compensate the error of column j is to change F by -(w_j - q_j) / [H_F^-1]_jj times row j of H_F^-1.
+F shrinks with every column. Eq. (3) would update the inverse, but it is not needed: with H^-1 = U^T U, U upper triangular, the
+lower right part of U is the same factor of H_F^-1, so that
 
     U_jj^2 = [H_F^-1]_jj,   U_j,F / U_jj = [H_F^-1]_j,F / [H_F^-1]_jj
 
@@ -50,7 +50,7 @@ def full_precision():
     """Float32 products in full float32, whatever the process allows: TF32 and bfloat16 would keep 3 digits of 7."""
     try:
         allowed = torch.get_float32_matmul_precision()
-    except RuntimeError:                                        # the process set it by torch's newer names, which do not mix
+    except RuntimeError:                                        # set by torch's newer names, which do not mix with this one
         backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     else:
         backends = ()
@@ -151,7 +151,7 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
     damp        share of the mean of diag(H) that is added to diag(H); more if H is then still singular (with a warning)
     block       columns quantised between two updates of all later columns; it changes the time, not the result
     where       the layer's name, for messages
-    An input that was 0 in every token gets weight 0. All is float32: in float64 the objective is the same to 0.1%.
+    An input that was 0 in every token gets weight 0. Everything is float32: float64 changes the objective by at most 0.1%.
     Raises InputError for values that are not finite, a group size that does not divide I, and an H that no damping makes
     positive definite; ValueError for bits outside 2 to 8, a damp below 0 and an H of another size.
     """
@@ -163,7 +163,8 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
     if not hessian.sum(dtype=torch.float32).isfinite():     # isfinite() of all would take two more Hessians' memory
         raise InputError(f"{where}: its Hessian has values that are not finite; calibrate in bfloat16 or float32")
     W = weight.float().masked_fill(hessian.diagonal() == 0, 0.0)                # [O, I], a copy
-    # No block may cross a multiple of `span`: a group, as its grid must be found first, or with act_order, all grids known, I.
+    # No block may cross a multiple of `span`: one group, as its grid must be found first; with act_order all grids are known, and
+    # it is the whole row, I.
     if act_order:
         order, span = hessian.diagonal().argsort(descending=True, stable=True), I
         scales, zeros = (part.view(O, -1) for part in find_grid(W.view(-1, size), bits, sym, clip_search))  # [O, I/g]
@@ -325,8 +326,8 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     method    "gptq", or "rtn": round_to_nearest, which needs no rows
     device    where one block at a time is quantised; the model's own by default
     dtype     in which inputs are computed there, block by block; the model's own by default
-    on_layer  called after each layer with (name, its relative output error, that of RTN), the errors None for "rtn"; a
-              warning names layers where the first is not below the second
+    on_layer  called after each layer with (name, its relative output error, that of RTN); for "rtn" both errors are None. A
+              warning names layers whose error is not below RTN's
     store     (codes, scales, zeros) -> dict of tensors to return for a layer instead, such as quant.to_words, for to_w4.
               The float weights of finished blocks are then freed, so that memory falls during the work
     returns   {"model.layers.0.self_attn.q_proj": (codes uint8 [O, I], scales [O, I/g], zeros [O, I/g]), ...}

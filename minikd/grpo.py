@@ -5,7 +5,7 @@ answer, and ρ = π / π_old the ratio of the policies:
 
     1/G Σ_i 1/|o_i| Σ_t [ min(ρ_it A_i, clip(ρ_it, 1 - ε, 1 + ε) A_i) - β k3_it ]
 
-In the first update after sampling ρ is 1, but for a bfloat16 sampler's rounding, and the gradient that of REINFORCE; the clip
+In the first update after sampling, ρ is 1 up to a bfloat16 sampler's rounding, and the gradient is that of REINFORCE; the clip
 acts from the second update on.
 
 References
@@ -35,14 +35,14 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
            easy and very hard prompts more weight)
     All tokens of an answer have its advantage. With G = 2 and "std" it is 0.71 and -0.71 for any two rewards
     that differ by much more than 1e-4.
-    A reward of NaN could not be judged: mean and deviation leave it out, and its advantage is 0. So are the advantages of
-    a group with fewer than two judged rewards, or with equal ones: exactly 0, although their mean is rounded.
+    A reward of NaN means that the answer could not be judged: mean and deviation leave it out, and its advantage is 0. In a group
+    with fewer than two judged rewards, or with equal ones, all advantages are 0: exactly, although the mean is rounded.
     Raises ValueError for another scale, and for rewards that are not [P, G].
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale = {scale!r}; it must be 'std' or 'none'")
     rewards = torch.as_tensor(rewards)
-    rewards, dtype = rewards.double(), at_least_float32(rewards).dtype          # what differs may be far below what is summed
+    rewards, dtype = rewards.double(), at_least_float32(rewards).dtype          # differences may be tiny beside the sums
     if rewards.dim() != 2:
         raise ValueError(f"rewards {list(rewards.shape)}; give a row for each prompt, [P, G]")
     judged = ~rewards.isnan()
@@ -62,8 +62,8 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
     Log-probabilities of the sampled tokens, [...] each -> [...] nats. The mean of π_ref / π over samples of π is 1, so that
     -d + (π_ref / π - 1) has the mean of -d, and it is at least 0 as e^d >= 1 + d. Its gradient for a given sample is another
-    matter: (1 - π_ref / π) ∇ log π has the mean ∇KL(π_ref || π), in the other direction. (trl multiplies k3 by the ratio, and
-    then it is that of KL(π || π_ref).)
+    matter: (1 - π_ref / π) ∇ log π has the mean ∇KL(π_ref || π), in the other direction. (trl multiplies k3 by the ratio; the
+    mean of the gradient is then ∇KL(π || π_ref).)
     """
     d = (at_least_float32(ref_logp) - at_least_float32(logp)).clamp(max=60)     # bounded like the ratio
     return torch.expm1(d) - d                                                   # expm1: exact for small d
@@ -71,13 +71,13 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, clip: float = 0.2,
                 beta: float = 0.04, clip_high: float | None = None) -> Tensor:
-    """The negated objective of each token, of B answers.  Paper eq. (6).  [B, R] three times, [B] -> [B, R], to be minimised
+    """The negated objective of each token of B answers.  Paper eq. (6).  [B, R] three times, [B] -> [B, R], to be minimised
 
     logp       log-probabilities of the sampled tokens under the current policy, differentiated
     old_logp   the same under the policy that sampled them: constants, like the reference's, even if they are logp itself
     ref_logp   the same under the frozen reference; all three at the temperature of sampling
-    Padding is not masked here: the caller masks and averages (token_weights). train_grpo.py calls token_loss, the same for
-    the tokens of all answers in one row, as head_loss has them.
+    Padding is not masked here: the caller masks and averages (token_weights). train_grpo.py calls token_loss, which does
+    the same for the tokens of all answers in one row, as head_loss has them.
     Raises ValueError for log-probabilities that are not [B, R], advantages not [B], and for a beta without a reference.
     """
     if beta and ref_logp is None:
@@ -104,7 +104,7 @@ def was_clipped(logp: Tensor, old_logp: Tensor, A: Tensor, clip: float = 0.2, cl
     [N] three times -> [N] bool
     """
     ratio, bounded = ratios(logp, old_logp, clip, clip_high)
-    return A * (ratio - bounded) > 0                                            # the loss is then of the bound, a constant
+    return A * (ratio - bounded) > 0                                            # the loss then uses the bound, a constant
 
 
 def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: int | None = None,
@@ -114,7 +114,7 @@ def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: in
     norm     "sequence"  1 / (answers x its answer's length): paper eq. (6)
              "token"     1 / all tokens: long answers count more (DAPO)
              "constant"  1 / (answers x max_new_tokens): no bias for or against length (Dr. GRPO)
-    counted  False leaves an answer out, of the divisor too: a truncated one, or one of a group with equal rewards
+    counted  False leaves an answer out, also from the divisor: a truncated one, or one of a group with equal rewards
     Raises ValueError for another norm, and for "constant" without max_new_tokens.
     """
     if norm not in NORMS:
@@ -132,8 +132,8 @@ def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: in
 def sequence_log_ratio(logp: Tensor, old_logp: Tensor) -> float:
     """log s of one answer, s = exp(mean_t (log π - log π_old)) its ratio as a whole.  GSPO.  [n], [n] -> a number
 
-    With log π - log s (π detached) in the place of log π_old, every token has the ratio s, and s ∇ log π_t as the gradient
-    of it (GSPO-token). With norm "sequence" the mean over tokens is s (mean_t ∇ log π_t), GSPO's gradient.
+    With log π - log s (π detached) in the place of log π_old, every token has the ratio s, whose gradient is s ∇ log π_t
+    (GSPO-token). With norm "sequence" the mean of these over the tokens is s (mean_t ∇ log π_t), GSPO's gradient.
     """
     return float((logp - old_logp).detach().mean())                             # GSPO's log s, the mean over |o| tokens
 

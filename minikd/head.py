@@ -16,12 +16,12 @@ from minikd import loss_cuda, products
 from minikd.data import send
 from minikd.losses import entropy, forward_kl, kl, log_probs, no_divergence, reverse_kl
 
-PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # float32 logits in one softmax, at least: fewer are mostly overhead
-# Logits of the student that are in memory at once, at most. On an H200 128 and 160 MB were slower, and from a cache 480
+PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # bytes of float32 logits in one softmax, at least: less is mostly overhead
+# The most bytes of student logits in memory at once. On an H200, 128 and 160 MB were slower, and with a cached teacher also 480
 # (benchmarks/results/gpu.txt); on a CPU every chunk reads both heads, and casts the student's under autocast (head_loss.txt).
 CHUNK_BYTES = {"cpu": 60 << 20, "cuda": 240 << 20}
-# A chunk is a multiple of so many tokens, as matrices are multiplied in tiles: 48 is MKL's with AVX-512 (a token in chunks of
-# 48 takes 0.8 of its time in chunks of 55, benchmarks/results/head_loss.txt; in bfloat16 there is no such step), 128 cuBLAS's.
+# A chunk is a multiple of this many tokens, as matrices are multiplied in tiles: 48 suits MKL with AVX-512 (chunks of 48 take 0.8
+# of the time per token of chunks of 55, benchmarks/results/head_loss.txt; in bfloat16 there is no such step), 128 suits cuBLAS.
 TILES = {("cpu", torch.float32): 48, ("cuda", torch.float32): 128, ("cuda", torch.bfloat16): 128}
 
 
@@ -31,7 +31,7 @@ def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor,
     hidden [B, T, D], ids [B, T], mask [B, T] True on response tokens -> states [N, D], targets [N]
 
     With the mask on the CPU, where `collate` leaves it, the host never waits for a GPU: it launches a step's kernels while
-    those before them still run. On an H200 waiting here for the teacher took a third of a distillation step.
+    earlier ones still run. On an H200, waiting here for the teacher took a third of a distillation step.
     """
     row, before = mask[:, 1:].nonzero(as_tuple=True)                            # [N] each; column t-1 of the slice is token t
     at = send(row * mask.shape[1] + before, hidden.device)                      # [N] among the B T positions
@@ -49,7 +49,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     targets         [N]      the tokens they score
     teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated. With kd_ratio 0 only the divergence sees them, if given
     divergence      any function (student logits [n, V], teacher logits [n, V], or None without a teacher) -> [n], as in
-                    losses.py. With kd_ratio 0 its values are only returned: so GRPO logs entropy, and compare_heads its metrics
+                    losses.py. With kd_ratio 0 its values are only returned, for GRPO's log of entropy and compare_heads' metrics
     weight          of each token, often 1 / scored tokens of the optimizer step: a number, or one per token [N]
     policy_loss     (log q of the targets [n], at=slice of the N tokens) -> [n], a loss that takes the place of CE, in full:
                     Σ_n weight_n (policy_n + kd_ratio KD_n). The objective of a policy gradient (clipped_surrogate)
@@ -57,14 +57,14 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     returns         the loss (differentiable once), and for logs CE [N] and KD [N] of each token
 
     Full logits are never held. For each chunk of tokens this computes the logits, the loss and its gradient G [n, V] with
-    respect to them (for CE: softmax - one-hot), and from it at once, while it is in the cache, those of the inputs:
+    respect to the logits (for CE: softmax - one-hot). While G is in the cache, it yields the gradients of the inputs:
     dL/dhidden = G head, dL/dhead += G^T hidden. That is why `weight` must be known here; recomputing the logits in the
     backward pass would cost a second head product.
-    Under autocast the student's head multiplies in autocast's dtype; the teacher's always in its own. Losses and the sums of
-    gradients are float32, of float64 inputs too.
+    Under autocast the student's head multiplies in autocast's dtype; the teacher's always in its own. Losses are
+    float32, of float64 inputs too; gradients have their input's dtype.
 
-    Raises ValueError for a kd_ratio without divergence or teacher, other numbers of targets or of the teacher's states than of
-    the student's, and for gradients in float16.
+    Raises ValueError for a kd_ratio without divergence or teacher, for more or fewer targets or teacher's states than the
+    student's states, and for gradients in float16.
     """
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
@@ -72,7 +72,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
         raise ValueError(f"head_loss: {len(hidden)} states for {len(targets)} targets"
                          + ("" if teacher_hidden is None else f" and {len(teacher_hidden)} states of the teacher"))
     divergence = divergence or no_divergence
-    V = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))   # rows both heads have; CE's too
+    V = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))   # rows of both heads, for CE too
     N, device = len(hidden), hidden.device.type
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, device=hidden.device)                   # as_tensor would synchronise with the GPU
@@ -95,8 +95,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
             teacher_logits = aligned(teacher_head, chunk, V)                    # [chunk, V]
         kernel = pick_kernel(divergence, kd_ratio, logits, teacher_logits)
         losses = functools.partial(_kernel_losses, kernel) if kernel else functools.partial(_torch_losses, divergence)
-        # The logits of a chunk are in memory at once; a piece of it, a 32nd or PIECE_BYTES if that is more, takes one float32
-        # softmax: on a CPU its tensors stay in the cache.
+        # A chunk's logits are in memory at once. The float32 softmax takes one piece of them at a time, a 32nd or PIECE_BYTES if
+        # that is more: on a CPU a piece's tensors stay in the cache.
         piece = chunk if kernel else max(1, chunk // 32, PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V))
         for at in slices(0, N, chunk):
             products.multiply(states[at], used, out=logits)                     # [n, D] -> [n, V]
@@ -136,7 +136,7 @@ def slices(start: int, stop: int, size: int) -> list[slice]:
 
 
 def tokens_at_once(N: int, most: int, tile: int) -> int:
-    """Tokens in a chunk: at most `most`, whole tiles if one fits, and as many in every chunk as that allows."""
+    """Tokens in a chunk: at most `most`, in whole tiles if one fits; chunks are as equal in size as that allows."""
     if most >= tile and N:
         chunks = -(-N // (most // tile * tile))
         most = -(-N // chunks // tile) * tile                   # 3,072 tokens by at most 1,766: 2 x 1,536, not 1,664 + 1,408
@@ -176,7 +176,7 @@ def compile_losses():
 
 def _torch_losses(divergence, logits, targets, teacher_logits, kd_ratio, weight, policy_loss, need_grad):
     """_costs; with need_grad, the gradient of the weighted sum overwrites the logits [n, V]."""
-    fused = _compiled_costs is not None and need_grad and kd_ratio and policy_loss is None      # else new for each piece
+    fused = _compiled_costs is not None and need_grad and kd_ratio and policy_loss is None      # else recompiled for each piece
     costs = _compiled_costs if fused else _costs
     with torch.set_grad_enabled(need_grad):
         leaf = logits.detach().requires_grad_(need_grad)
@@ -187,7 +187,7 @@ def _torch_losses(divergence, logits, targets, teacher_logits, kd_ratio, weight,
 
 
 def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Tensor | None) -> tuple[str, float] | None:
-    """The name and the temperature by which loss.cu has this divergence; None if torch's operators compute it."""
+    """This divergence's name in loss.cu, and its temperature; None if torch's operators compute it."""
     options = {}
     if isinstance(divergence, functools.partial) and not divergence.args:       # as pick_divergence makes it
         divergence, options = divergence.func, divergence.keywords
@@ -202,8 +202,8 @@ def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Ten
 
 def _kernel_losses(kernel, logits, targets, teacher_logits, kd_ratio, weight, policy_loss, need_grad):
     """_torch_losses by loss.cu, without the dozens of float32 tensors [n, V] that _costs and its gradient read and write: one
-    kernel for CE and KD, one for the logits' gradient dL/dCE dCE/dlogits + dL/dKD dKD/dlogits. What dL/dCE and dL/dKD are, a
-    number per token each, autograd finds from the formula itself, `weigh`."""
+    kernel for CE and KD, one for the logits' gradient dL/dCE dCE/dlogits + dL/dKD dKD/dlogits. Autograd finds dL/dCE and dL/dKD,
+    one number per token each, from the formula in `weigh`."""
     ce, kd, rows = loss_cuda.costs(*kernel, logits, targets, teacher_logits)
     with torch.set_grad_enabled(need_grad):
         total = weigh(ce.requires_grad_(need_grad), kd.requires_grad_(need_grad), kd_ratio, weight, policy_loss)

@@ -51,11 +51,11 @@ def repository(name: str, kind: str) -> "Repository":
 
 
 class Repository:
-    """A repository on the hub, at the commit of its first file here: a run that loads its student again after hours must not get
-    another.
+    """A repository on the hub, at the commit from which its first file came: a run that reloads its student hours later must not
+    get another commit.
 
     files    the names of its files; None if the hub did not answer
-    failure  its error in place of them; what the cache holds then has to do
+    failure  the error if it did not; then only what the cache holds is used
     """
 
     def __init__(self, name: str, kind: str):
@@ -78,7 +78,7 @@ class Repository:
         from huggingface_hub import snapshot_download
         missing = sorted(set(patterns) - self.fetched)
         if missing or not self.folder:
-            revision = self.folder.name if self.folder else self.revision       # of a branch, the hub keeps which commit it was
+            revision = self.folder.name if self.folder else self.revision       # the hub's cache records a branch's commit
             try:
                 folder = Path(snapshot_download(self.name, repo_type=self.kind, revision=revision, allow_patterns=missing,
                                                 local_files_only=self.failure is not None))

@@ -1,4 +1,4 @@
-"""The memory layout of weights that are not trained: layers that share an input joined, packed for a CPU, the head in int8.
+"""The memory layout of weights that are not trained: joining layers that share an input, packing for a CPU, an int8 head.
 
 A decoding step reads every weight once and computes little, so its time depends on the bytes it reads, on their layout,
 and on the number of calls.
@@ -17,20 +17,20 @@ from minikd.files import InputError
 from minikd.model import Linear, Qwen2
 from minikd.w4 import W4Linear, give_memory_back
 
-# Fewest steps for which packing is worth it: there and back it takes as long as ten, for two rows in float32 as 15 to 20.
+# Fewest steps for which packing pays off: packing and unpacking take as long as ten steps, for two rows in float32 15 to 20.
 WORTH = 16
 # Fewer rows than this use the int8 head: 2.2 x as fast at 1 row, 1.1 to 1.6 x at 4, 1.0 to 1.1 x at 8 (benchmarks/w4_linear.py).
 INT8_ROWS = 8
-SWITCH, STOOD = threading.Lock(), []                    # torch_products': how oneDNN's switch stood as each thread came
+SWITCH, STOOD = threading.Lock(), []                    # for torch_products: oneDNN's switch as each thread found it
 
 
 @contextmanager
 def laid_out(model: Qwen2, rows: int, steps: int):
-    """Inside the `with` block the model's layers multiply as is fastest for a decoding of so many rows and steps: pick_layout.
+    """Inside the `with` block the model's layers multiply in the fastest way for decoding this many rows and steps: pick_layout.
 
-    While packed, the blocks' weights are held in that layout only, and the head twice, as the embedding reads it plain; only
-    plain for two rows in float32, where packing it gains nothing. A 4-bit model keeps the layout afterwards, as its codes
-    never change, and its packed head while the head is the same.
+    While packed, the blocks' weights are held in that layout only, but the head twice, as the embedding reads it plain. (For two
+    rows in float32 packing the head gains nothing: it stays plain.) A 4-bit model keeps the layout afterwards, as its codes
+    never change, and its packed head until the head changes.
     """
     if model.packed_head is not None and model.packed_from != state_of(model.head):
         model.packed_head = None                        # kept by a 4-bit model whose head was then trained or cast
@@ -48,7 +48,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
         if model.quantization is None:
             try:
                 model.lay_back()
-            except BaseException:                       # an interrupt, no memory: first the weights, then the error
+            except BaseException:                       # an interrupt, or no memory: restore the weights, then raise
                 model.lay_back()
                 raise
             if layout == "packed":
@@ -60,9 +60,9 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
 
     "plain"   for any number of steps: one row in float32 on a CPU, by products.gemv, which gives every thread its part;
               bfloat16 on a CPU with AVX2 only, many rows by products.padded_columns
-    "packed"  several rows on a CPU: from oneDNN's layout, q/k/v as one product and gate/up as another. From the plain one it
-              reaches 60% of the memory's bandwidth in bfloat16, and takes two to five times as long in float32. Of a 4-bit
-              model only the head; its layers are joined
+    "packed"  several rows on a CPU: from oneDNN's layout, q/k/v as one product and gate/up as another. Reading a plain one
+              reaches 60% of the memory's bandwidth in bfloat16, and takes two to five times as long in float32. In a 4-bit
+              model only the head is packed; the layers are joined
     "joined"  on a GPU, and a 4-bit model elsewhere too: q/k/v as one product and gate/up as another
     None      as they are: for fewer than WORTH steps, inside another laid_out, a float32 toy, one bfloat16 row (torch_products)
     """
@@ -85,10 +85,10 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
 
 @contextmanager
 def torch_products(weight: Tensor, rows: int):
-    """Inside the `with` block, for one row and a bfloat16 weight on a CPU, torch multiplies by its own kernels: the one for a
-    row reads a plain weight at the memory's full speed, as oneDNN does a packed one. For two rows it takes twice as long.
+    """Inside the `with` block, for one row and a bfloat16 weight on a CPU, torch multiplies by its own kernels: for one row they
+    read a plain weight at the memory's full speed, as oneDNN reads a packed one. For two rows they take twice as long.
 
-    The switch is the process's: of several threads the first saves how it stood, and the last sets it so again.
+    The switch belongs to the process: of several threads the first saves its state, and the last restores it.
     """
     if not (rows == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"):
         yield
@@ -100,7 +100,7 @@ def torch_products(weight: Tensor, rows: int):
         yield
     finally:
         with SWITCH:
-            stood = STOOD.pop()                         # the first thread's is the last to be taken
+            stood = STOOD.pop()                         # the last one popped is the first thread's
             if not STOOD:
                 torch.backends.mkldnn.enabled = stood
 
@@ -118,7 +118,7 @@ def lay_out(model: Qwen2, rows: int, pack: bool):
                             (mlp, [mlp.gate_proj, mlp.up_proj])):
             if pack and isinstance(parts[0], Linear):
                 half.joined = Packed(parts, rows)
-                half.joined.free_parts()                # now that it has a place: see there
+                half.joined.free_parts()                # only once it is stored: see there
             elif half.joined is None:
                 half.joined = join(parts)
         for layer in attention.o_proj, mlp.down_proj:
@@ -134,14 +134,14 @@ def lay_out(model: Qwen2, rows: int, pack: bool):
 
 
 def state_of(weight: Tensor) -> tuple:
-    """Equal for two looks at a weight if nothing was written to it between them. (An inference tensor counts no versions.)"""
+    """A value that stays equal while nothing is written to the weight. (An inference tensor counts no versions.)"""
     return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
 
 
 def use_multiply(model: Qwen2):
     """Makes all layers multiply by multiply_plain; model.lay_back undoes it."""
     for layer in model.modules():
-        if isinstance(layer, Linear) and layer.packed is None:         # one that is packed holds its weight nowhere else
+        if isinstance(layer, Linear) and layer.packed is None:         # a packed layer holds its weight nowhere else
             layer.packed = partial(multiply_plain, layer)
 
 
@@ -168,7 +168,7 @@ class Packed:
 
     @torch.inference_mode(False)                        # the parts may be trained later
     def free_parts(self):
-        """Empties the layers' own weights. Not by __init__: an interrupt before the object has a place would lose them."""
+        """Empties the layers' own weights. __init__ does not: an interrupt before the object is stored would lose them."""
         for part in self.parts:
             part.weight.data = part.weight.new_empty(0)
 
@@ -230,8 +230,8 @@ def head_logits(model: Qwen2, states: Tensor) -> Tensor:
 def use_int8_head(model: Qwen2):
     """Makes generate use the head at 8 bits where that is faster, for a few rows on a CPU, until the model moves to another
     dtype or device. Only for a model that is not trained further: the codes do not follow the head. Nothing else that the
-    model computes or saves changes.  Raises InputError if the model is not on a CPU, or torch has no int8 product: on CPUs
-    other than x86, and everywhere once it has moved to torchao."""
+    model computes or saves changes.  Raises InputError if the model is not on a CPU, or if torch has no int8 product: on
+    CPUs other than x86, and everywhere once torch has moved the product to torchao."""
     if model.head.device.type != "cpu":
         raise InputError(f"an int8 head on {model.head.device}: it is for CPUs; leave out --int8-head")
     if not hasattr(torch, "_make_per_channel_quantized_tensor") or torch.backends.quantized.engine not in ("x86", "fbgemm"):
@@ -241,7 +241,7 @@ def use_int8_head(model: Qwen2):
 
 def pack_int8(weight: Tensor) -> list:
     """[V, D] -> scale_v x int8 codes, scale_v = max_d |w_vd| / 127, packed for torch's int8 product: in parts of 8,192 rows, as
-    packing one makes two more copies of it."""
+    packing makes two more copies of a part."""
     packed = []
     for part in weight.split(8192):
         scales = part.abs().amax(1).double().clamp(min=1e-12) / 127                         # [v]
@@ -255,9 +255,9 @@ def pack_int8(weight: Tensor) -> list:
 
 
 def multiply_int8(packed: list, x: Tensor) -> Tensor:
-    """[B, D] -> [B, V].  torch's operator rounds inputs to 8 bits, too coarse if some are 50 times larger than others. So
+    """[B, D] -> [B, V].  torch's operator rounds inputs to 8 bits: too coarse if some are 50 times larger than others. So
     their rounding errors are multiplied too, as B more rows, and added back; the weights are read once. Only 7 of the 8 bits
-    are used, 14 in all: a CPU without VNNI adds products in pairs at 16 bits, and 2 x 255 x 127 would not fit.
+    are used, 14 in all: a CPU without VNNI adds pairs of products in 16 bits, where 2 x 255 x 127 would not fit.
     """
     wide = x.float()
     most = wide.abs().amax(1, keepdim=True).clamp(min=1e-12)                                # [B, 1]

@@ -1,22 +1,22 @@
-// The losses of a token and their gradient, from rows of bfloat16 logits: in two passes what head._costs does in some twenty
-// over float32 copies. Both models' logits are read twice and the gradient is written: 10 bytes per pair. That is what takes the
-// time: loss_* issues some 21 instructions per pair, of the 27 for which an H200 has time while it reads one.
+// The losses of a token and their gradient, from rows of bfloat16 logits, in two passes; head._costs makes some twenty, over
+// float32 copies. Both models' logits are read twice and the gradient is written: 10 bytes per pair of logits. This traffic takes
+// the time: loss_* issues some 21 instructions per pair, and an H200 has time for 27 while it reads a pair.
 //
 //   loss_*        reads the student's logits s and the teacher's t once: CE of the target, the divergence D, and what the
 //                 gradient needs of the row (a Row)
 //   loss_grad_*   reads both again and overwrites s with  slope_ce dCE/ds + slope_kd dD/ds
 //
-// A block has one row, and a thread every blockDim-th group of 8 logits. bfloat16 is only how logits lie in memory: every sum
+// A block handles one row, and each thread every blockDim-th group of 8 logits. Only the logits in memory are bfloat16: every sum
 // is in float32. With q and p the two softmaxes at temperature T, and q_1 the student's at 1:
 //
 //   dCE/ds = q_1 - onehot(target)
 //   forward  D = KL(p || q) = Σ p (log p - log q)       dD/ds = (q - p) / T
 //   reverse  D = KL(q || p) = Σ q (log q - log p)       dD/ds = q (log q - log p - D) / T
-//   entropy  H(q) = -Σ q log q, as reverse with a t of zeros; only measured, so that it has no gradient
+//   entropy  H(q) = -Σ q log q, computed as reverse with t = 0; it is only measured, so it has no gradient kernel
 
 namespace loss {                                        // so that no name clashes with the other files'
 
-enum { NONE, ENTROPY, FORWARD, REVERSE };               // what is measured besides CE; t is read from FORWARD on
+enum { NONE, ENTROPY, FORWARD, REVERSE };               // what is measured besides CE; FORWARD and REVERSE read t
 const int THREADS = 512;
 const u32 TWO_LEAST = 0xf149f149u;                      // LEAST cut to bfloat16's bits, twice
 const float CUT_LEAST = -9.953038e29f;                  // its value
@@ -41,8 +41,8 @@ __device__ __forceinline__ float largest(Words v) {
 }
 __device__ __forceinline__ float clamped(u16 bits) { return low(max_pair(bits, TWO_LEAST)); }
 
-// Makes x's sums relative to larger logits. In `gap` each (t - t_most) - (s - s_most) grows by dt - ds, so the sum by that times
-// the mass of its weights; then all is scaled down.
+// Makes x's sums relative to larger logits. In `gap` each (t - t_most) - (s - s_most) grows by dt - ds, so the sum grows by
+// dt - ds times the mass of its weights; then all sums are scaled down.
 template <int KIND> __device__ __forceinline__ void raise(Row& x, float s_most, float t_most, float T) {
     float ds = x.s_most - s_most, dt = x.t_most - t_most;       // 0 or below
     float s_part = power_of_2(ds * (LOG2_E / T)), t_part = power_of_2(dt * (LOG2_E / T));
@@ -67,7 +67,7 @@ template <int KIND> __device__ __forceinline__ void add(Row& x, Words s, Words t
     s = clamp(s);
     if (KIND >= FORWARD) t = clamp(t);
     raise<KIND>(x, fmaxf(x.s_most, largest(s)), KIND >= FORWARD ? fmaxf(x.t_most, largest(t)) : 0, T);
-    Row part = {};                                      // sums of 8, then sums of those: less is lost than one by one
+    Row part = {};                                      // sums of 8, then sums of those: rounding loses less
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         float ds = value(s, j) - x.s_most, s_part = power_of_2(ds * (LOG2_E / T));
@@ -102,10 +102,10 @@ __device__ __forceinline__ void costs(const u16* s, const u16* t, const long lon
     for (; left > 0; left -= step) {
         Words now_s = next_s, now_t = next_t;
         s8 += step, t8 += step;
-        if (left > step) next_s = load_once(s8), next_t = KIND >= FORWARD ? load_once(t8) : next_t;    // on their way meanwhile
+        if (left > step) next_s = load_once(s8), next_t = KIND >= FORWARD ? load_once(t8) : next_t;    // in flight meanwhile
         add<KIND>(x, now_s, now_t, T);
     }
-    if (threadIdx.x < V % 8) {                          // past the last 8
+    if (threadIdx.x < V % 8) {                          // the rest, fewer than 8
         int v = V / 8 * 8 + threadIdx.x;
         merge<KIND>(x, Row{clamped(s[v]), KIND >= FORWARD ? clamped(t[v]) : 0, 1, 1, 1, 0}, T);
     }
@@ -122,7 +122,7 @@ __device__ __forceinline__ void costs(const u16* s, const u16* t, const long lon
     float mean = x.gap / (KIND == FORWARD ? x.t_mass : x.s_mass), ratio = x.s_mass / x.t_mass;
     float D = KIND >= FORWARD ? mean / T + logf(KIND == FORWARD ? ratio : 1 / ratio) : 0;
     if (KIND == ENTROPY) D = logf(x.plain) - mean;
-    kd[n] = D > 1e10f ? infinity() : D;                 // as in losses.kl: so large by CUT_LEAST only
+    kd[n] = D > 1e10f ? infinity() : D;                 // as in losses.kl: only CUT_LEAST makes it so large
     x.gap = mean;
     rows[n] = x;
 }

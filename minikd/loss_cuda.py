@@ -1,4 +1,4 @@
-"""loss.cu from Python: the costs of a chunk of tokens by one kernel, the gradient of its logits, in place, by another."""
+"""loss.cu from Python: one kernel computes the costs of a chunk of tokens, another the gradient of its logits, in place."""
 import ctypes
 
 import torch
@@ -11,14 +11,14 @@ ALIGN = 8                               # rows of logits begin at multiples of 8
 
 
 def can_run(*logits: Tensor | None) -> bool:
-    """Whether the kernels can read these logits, whose rows are equally far apart."""
+    """Whether the kernels can read these logits: bfloat16 on a GPU, in aligned rows with the same stride."""
     good = all(x is not None and x.is_cuda and x.dtype == torch.bfloat16 and x.stride() == (logits[0].stride(0), 1)
                and x.stride(0) % ALIGN == x.data_ptr() % 16 == 0 for x in logits)
     return good and available(logits[0].device.index)
 
 
 def costs(name: str, temperature: float, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> list[Tensor]:
-    """CE [n]; what `name` says besides (forward, reverse, entropy; ce: zeros) [n]; what `gradient_` needs of a row [n, ROW]."""
+    """CE [n]; the measure called `name` (forward, reverse, entropy; ce: zeros) [n]; what `gradient_` needs of a row [n, ROW]."""
     ce, kd, rows = (torch.empty(shape, device=logits.device) for shape in (len(logits), len(logits), (len(logits), ROW)))
     _launch(f"loss_{name}", temperature, logits, targets, teacher_logits, rows, ce, kd)
     return [ce, kd, rows]
@@ -32,6 +32,6 @@ def gradient_(name: str, temperature: float, logits: Tensor, targets: Tensor, te
 
 
 def _launch(kernel: str, temperature: float, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, *values):
-    n, V = logits.shape                                         # n > 0: of no tokens head_loss has no chunk
+    n, V = logits.shape                                         # n > 0: without tokens head_loss has no chunk
     launch(kernel, logits.device, (n, 1), THREADS, logits, teacher_logits, targets.contiguous(), *values, V, logits.stride(0),
            ctypes.c_float(temperature))

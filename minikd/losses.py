@@ -1,9 +1,9 @@
 """Token-level divergences between a student q and its teacher p, and the policy's loss per token.
 
-Every divergence takes logits and returns one value per token, in nats, computed in float32 or, of two float64 logits, in
-float64: with 151,936 rows a bfloat16 softmax is off by more than the KL itself where the models are close. They are true
-divergences: 0 when q equals p; in float32 off by about 3e-6 of themselves, and by 4e-7 nats where the models are close: one
-below that may come out negative.
+Every divergence takes logits and returns one value per token, in nats. It computes in float32, or in float64 if both models'
+logits are: with 151,936 rows a bfloat16 softmax is off by more than the KL itself where the models are close. They are true
+divergences: 0 when q equals p. In float32 their relative error is about 3e-6; where the models are close, the error is about
+4e-7 nats, so a smaller divergence may come out negative.
 
 References
     Knowledge Distillation for Large Language Models, eq. (4) token-level KL
@@ -35,13 +35,13 @@ def log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """At least float32: in half precision the small differences of two models are lost."""
+    """x in float32, or in its own dtype if that is wider: half precision loses the small differences between two models."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax in float32 or float64.  [..., V] -> [..., V].  A logit of -inf, which excludes a token, becomes a large finite
-    one: then 0 log 0 is 0, where inf - inf would be NaN, in the gradient too."""
+    """log softmax in float32 or float64.  [..., V] -> [..., V].  A logit of -inf, which excludes a token, becomes LEAST, a finite
+    number: then 0 log 0 is 0, in the gradient too, where inf - inf would be NaN."""
     logits = at_least_float32(logits).clamp(min=LEAST)
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)           # [..., V]
 
@@ -55,8 +55,8 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     a = log_a.exp()
     total = (a * (log_a - log_b)).sum(-1)
     total = total + torch.where(total > 1e10, torch.inf, 0.0)   # an excluded token's term is about 1e30; a sum keeps the gradient
-    with torch.no_grad():                                       # log_softmax rounds its normaliser: of 151,936 rows both sum to
-        A, B = a.sum(-1), log_b.exp().sum(-1)                   # 1 + 1e-5, and that is as much as the KL of two close models
+    with torch.no_grad():                                       # log_softmax rounds its normaliser: over 151,936 rows both sum
+        A, B = a.sum(-1), log_b.exp().sum(-1)                   # to 1 + 1e-5, an error as large as the KL of two close models
     return total / A + (B / A).log()                                            # KL(a / A || b / B)
 
 
@@ -145,7 +145,8 @@ def pick_divergence(name: str, **options):
 
 
 def ratios(logq: Tensor, old_logq: Tensor, clip: float, clip_high: float | None) -> tuple[Tensor, Tensor]:
-    """ρ = q / q_old, at most e^60: float32 overflows beyond e^88, and infinity times an advantage of 0 is NaN; and ρ clipped."""
+    """ρ = q / q_old, and ρ clipped. ρ is at most e^60: float32 overflows beyond e^88, and infinity times an advantage of 0 is
+    NaN."""
     ratio = (logq - old_logq).clamp(max=60).exp()                               # ρ
     return ratio, ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
 
@@ -154,10 +155,10 @@ def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: f
                       clip_high: float | None = None) -> Tensor:
     """-min(ρ A, clip(ρ, 1 - clip, 1 + clip) A), ρ = q / q_old of the sampled token.  PPO (arXiv:1707.06347) eq. (7).
 
-    [N] each -> [N], to be minimised. As ∇ρ = ρ ∇ log q, its gradient is -A ∇ log q, REINFORCE's, while q = q_old, and 0 once
-    updates have moved ρ past the clip in the direction that A asks for.
+    [N] each -> [N], to be minimised. As ∇ρ = ρ ∇ log q, the gradient is REINFORCE's -A ∇ log q while q = q_old; it becomes 0
+    once updates have moved ρ past the clip in the direction that A asks for.
 
-    clip_high  the clip above 1, if it differs from the one below (DAPO's clip-higher: 0.28)
+    clip_high  the clip for ratios above 1, if it differs from `clip` (DAPO's clip-higher: 0.28)
     """
     ratio, bounded = ratios(logq, old_logq, clip, clip_high)
     return -torch.minimum(ratio * advantage, bounded * advantage)               # PPO eq. (7), negated

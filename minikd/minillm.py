@@ -6,7 +6,7 @@ token, r_t = log p(y_t) - log q(y_t), it is L = -E Σ_t r_t over answers of q. A
     ∇L = -E Σ_t (r_t + R_{t+1}) ∇ log q(y_t),   R_{t+1} = Σ_{i>t} r_i                              eq. (2)
 
 (The paper writes R_t - 1 for the bracket, R_t = r_t + R_{t+1}; as E ∇ log q(y_t) = 0, the 1 changes nothing.)
-The part with r_t needs no sample of y_t. For given y_1 .. y_{t-1} its mean over y_t is, as Σ_v q_t(v) ∇ log q_t(v) = 0,
+The part with r_t needs no sample of y_t. As Σ_v q_t(v) ∇ log q_t(v) = 0, its mean over y_t for given y_1 .. y_{t-1} is
 
     -Σ_v q_t(v) r_t(v) ∇ log q_t(v) = ∇ KL(q_t || p_t)
 
@@ -27,10 +27,10 @@ Where the authors' code (LMOps/minillm, losses.py, sampler.py) departs from thei
     whitens each micro-batch, padding included                      all rollouts of a sampling at once, only valid tokens
     w_t is clipped together with the ratio                          w_t multiplies the clipped objective
     mixes probabilities, then takes the logarithm                   mixes in log space
-What their code does without the paper saying so, and this file too: advantages are whitened, rewards clipped, and the
-exact first term has no weight w_t, whose mean over y_t is 1: it would only add noise. Plain text (--lm-data) costs only
-its cross-entropy here; there half of it is the cross-entropy with the teacher. Every distribution is over the rows that both
-heads share, those past the tokenizer's ids (271 of Qwen2.5's 151,936) included, so one of these can be sampled too.
+Both their code and this file do three things that the paper does not mention: they whiten advantages, clip rewards, and leave
+the weight w_t out of the exact first term (its mean over y_t is 1, so it would only add noise). The loss on plain text
+(--lm-data) is only its cross-entropy here; there half of it is the cross-entropy with the teacher. Every distribution covers
+the rows that both heads share, including those past the tokenizer's ids (271 of Qwen2.5's 151,936), so these can be sampled too.
 """
 import math
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ def rewards_to_go(logq: Tensor, logp: Tensor, length_norm: bool = True, current:
     """R_{t+1} of one answer: the sum of the rewards after each token.  [n], [n] -> [n]
 
     logq, logp   log-probabilities of its tokens
-    length_norm  the mean over the tokens after t instead of their sum, eq. (6): long answers gain nothing by length. (The
+    length_norm  the mean of the rewards after t instead of their sum, eq. (6): long answers gain nothing from length. (The
                  paper divides by T-t-1, one less than the tokens after t, and 0 at t = T-1.)
     current      R_t instead, as the published code has it
     reward_clip  largest |log p - log q|, in nats: the published code's 100 / 2
@@ -118,8 +118,8 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
         lengths = [len(own[i].response) for i in at]
         for i, q, p, held in zip(at, *(x.split(lengths) for x in (logq, logp, teacher_states))):        # [n], [n], [n, D']
             found[i] = q, rewards_to_go(q, p, **options), importance_weights(q, p, mix), held
-    # The mean that whitening takes off is a baseline: so a last token, whose R_{t+1} is 0, has an advantage too. And w times the
-    # clipped objective min(ρ A, clip(ρ) A) is that of w A, as w > 0.
+    # Whitening subtracts the mean, as a baseline: so even a last token, whose R_{t+1} is 0, has an advantage. And as w > 0,
+    # w times the clipped objective min(ρ A, clip(ρ) A) is the clipped objective with the advantage w A.
     white = whiten(torch.cat([to_go for _, to_go, _, _ in found])).split([len(row.response) for row in own])
     return [Rollout(**vars(row), old_logq=q, advantage=A * w, teacher=states)
             for row, A, (q, _, w, states) in zip(own, white, found)]

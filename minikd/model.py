@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
         return self.weight * x32.to(x.dtype)                                    # RMSNorm eq. (4)
 
     def add_then_norm(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x + y, a residual sum, and that normalised."""
+        """x + y, the residual sum, and its RMSNorm."""
         if can_fuse(x) and x.shape[-1] % 8 == 0 and x.shape[-1] <= 8192:        # one kernel instead of two
             return add_norm(x, y, self.weight.to(x.dtype), self.eps)
         x = x + y
@@ -63,7 +63,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each pair (x_i, x_{i+E/2}) by its angle.  RoPE eq. (34), where neighbours are paired.  [B, H, T, E] -> the same
 
     A query at m and a key at n are rotated by m θ_i and n θ_i; their product then depends on m - n only: attention sees
-    distances, not places.
+    relative positions, not absolute ones.
     """
     low, high = x.chunk(2, dim=-1)                                              # [B, H, T, E/2] each
     return x * cos + torch.cat((-high, low), dim=-1) * sin
@@ -84,12 +84,12 @@ def trains_on_gpu(x: Tensor) -> bool:
 
 
 def join_in_training(x: Tensor, *layers: nn.Module):
-    """A function x -> the layers' outputs side by side, by one product; None, which leaves one for each, unless trains_on_gpu
-    (and for 4-bit layers, which have no weights to join).
+    """A function x -> the layers' outputs side by side, by one product. None, for one product per layer, unless trains_on_gpu,
+    and for 4-bit layers, which have no weights to join.
 
-    Autocast casts the weights in every step anyway. Joined first they take fewer kernels, and those of a small model take the
-    host longer to launch than the GPU to run. A KD step with a 0.5B student took 109 ms on an H200, not 122; from a cache 59,
-    not 91.
+    Autocast casts the weights in every step anyway. Joining them first takes fewer kernels, and a small model's kernels take the
+    host longer to launch than the GPU to run. A KD step with a 0.5B student took 109 ms on an H200 instead of 122; with a cached
+    teacher, 59 instead of 91.
     """
     if not (trains_on_gpu(x) and isinstance(layers[0], Linear)):
         return None
@@ -139,8 +139,8 @@ class Attention(Half):
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         qk, v = heads.split((heads.shape[1] - self.K, self.K), dim=1)           # [B, H + K, T, E], [B, K, T, E]
         rotated = rotate(qk, cos, sin)                                          # [B, H + K, T, E]
-        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # compiled q and k would keep the strides of
-            rotated = rotated.contiguous()                                      # the first T; under autocast a cast copied them
+        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # else compiled q and k keep the strides of
+            rotated = rotated.contiguous()                                      # the first T; under autocast a cast copies them
         q, k = rotated.split((qk.shape[1] - self.K, self.K), dim=1)             # [B, H, T, E], [B, K, T, E]
         if slots is not None:
             k, v = slots.write(k, v)                                            # [B, K, s, E]
@@ -181,7 +181,7 @@ class MLP(Half):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each on the normalised states and added to them.  [B, T, D] -> [B, T, D]"""
+    """Attention, then the MLP, each applied to the normalised states and added to the states.  [B, T, D] -> [B, T, D]"""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -195,7 +195,7 @@ class Block(nn.Module):
         return x + self.mlp(normed)
 
 
-BLOCKS_PER_GRAPH = 4    # of a compiled body. A call costs the host time: a KD step took 83 ms on an H200, with 1 block 96
+BLOCKS_PER_GRAPH = 4    # in a compiled body. Each call costs host time: a KD step on an H200 took 83 ms, and 96 with 1 block
 
 
 def run_blocks(blocks: tuple[Block, ...], x: Tensor, cos: Tensor, sin: Tensor, slots: tuple) -> Tensor:
@@ -208,9 +208,9 @@ def run_blocks(blocks: tuple[Block, ...], x: Tensor, cos: Tensor, sin: Tensor, s
 class TiedLookup(torch.autograd.Function):
     """The embedding lookup in a tied table, in train mode: F.embedding, but backward adds its gradient to table.grad in place.
 
-    Autograd would build a second gradient as large as the table (544 MB for the 0.5B) for the few hundred rows looked up, beside
-    the head's, which is there already, and that would set the step's peak memory. torch.autograd.grad misses this part: use
-    eval mode for it.
+    For the few hundred rows looked up, autograd would build a gradient as large as the table (544 MB for the 0.5B) beside the
+    head's, and this would set the step's peak memory. torch.autograd.grad misses this part of the gradient: call it in
+    eval mode.
     """
 
     @staticmethod
@@ -295,7 +295,7 @@ class Qwen2(nn.Module):
         """ids [B, T] int64 -> logits [B, T, V]. Causal; right padding needs no mask."""
         return F.linear(self.hidden(ids), self.head)
 
-    # What layout.py may have hung on the modules. A reader of the model can go on at init_weights.
+    # These methods handle what layout.py may have attached to the modules. A reader of the model can skip to init_weights.
 
     def lay_back(self):
         """Undoes layout.laid_out: every layer multiplies by its own weight again."""
@@ -335,12 +335,12 @@ class Qwen2(nn.Module):
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype):
-    """Inside a `with` block: matrix products in `dtype`, the weights as they are. torch.autocast; float32 needs none."""
+    """torch.autocast, for a `with` block: matrix products in `dtype`, the weights stay as they are. Off for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def allocate(model: Qwen2, device) -> Qwen2:
-    """A model of the meta device, with memory for its weights on `device`, not yet filled. As by to_empty(), which would import
+    """Gives a model on the meta device uninitialised memory for its weights on `device`. to_empty() does the same, but imports
     sympy, as most of torch's functions do on the meta device: 0.5 s and 35 MB."""
     return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 

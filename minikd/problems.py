@@ -3,7 +3,7 @@
     sums        two-digit addition, ones and tens as Step 1 and Step 2; the answer is a number
     code        f(2)=7, f(5)=13: write a program that prints f(x) for the x it reads; tests decide
     codeforces  open-r1/codeforces-cots and open-r1/codeforces: statement, examples, official_tests, limits. -cots has no
-                official_tests: what it checks stands in the prompt, where a program that only prints it is rewarded too
+                official_tests: all its tests are in the prompt, so a program that only prints their outputs is rewarded too
     question    GSM8K, NuminaMath and others: question or problem, or a prompt, also as trl's messages; answer or solution,
                 verl's reward_model {ground_truth}, or tests [{input, output}]
 
@@ -23,14 +23,14 @@ from minikd.files import InputError
 from minikd.records import HALF, absent, read_records
 from minikd.toy import held_out
 
-NOISE, UNTAGGED = 0.25, 0.3             # share with a wrong step, of the answers with thoughts; share without thoughts
+NOISE, UNTAGGED = 0.25, 0.3             # share of the answers with thoughts that have a wrong step; share without thoughts
 
 SYSTEM = ("You first think about the problem step by step and then give the answer. Write your thoughts between "
           "<think> and </think>, as Step 1, Step 2 and so on, and the answer after them.")
 ANSWER = "Write the answer, and nothing else, between <answer> and </answer>."
 PYTHON = "Write a Python 3 program that reads standard input and writes standard output, in a ```python block."
 
-# What a statement says where several outputs are right, or nearly right ones too: comparing texts cannot judge them.
+# What a statement says if several outputs are right, or if nearly right ones are accepted: comparing texts cannot judge these.
 UNDECIDED = re.compile(r"(?:print|output|report|return)\W+any\b(?! (?:extra|other|additional))"
                        r"|any (?:of them|(?:valid|correct|such) \w+) (?:will be|is|are) (?:accepted|allowed|correct)"
                        r"|(?<!how )(?<!infinitely )(?:multiple|several|many|more than one)"
@@ -52,7 +52,7 @@ class Problem:
 
 
 class Unanswered(InputError):
-    """A question whose answer is blank, or nothing that another can be compared with; or a Codeforces statement that is null."""
+    """A question whose answer is blank or cannot be compared with another, or a Codeforces statement that is null."""
 
 
 # ---- toy tasks
@@ -133,8 +133,8 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
 # ---- records
 
 def load_problems(paths, limit: int | None = None, format: str | None = None) -> tuple[list[Problem], int]:
-    """The problems in files, folders or hub datasets, every question once; and how many records were left out: they repeat an
-    earlier one's question, their answer is blank or a proof, with which no answer can be compared, or their statement is null.
+    """The problems in files, folders or hub datasets, every question once; and how many records were left out: those that repeat
+    an earlier question, whose answer is blank or a proof (not comparable with other answers), or whose statement is null.
 
     limit   read only so many records
     format  one of FORMATS; without it each record is recognised
@@ -149,7 +149,7 @@ def load_problems(paths, limit: int | None = None, format: str | None = None) ->
 
 
 def shows_its_tests(problem: Problem) -> bool:
-    """Whether all that its program is tested by stands in the prompt."""
+    """Whether the prompt shows every test of its program."""
     asked, tests = problem.messages[-1]["content"], problem.facts.get("tests")
     return bool(tests) and all(_shown(test) in asked for test in tests)
 
@@ -205,7 +205,7 @@ def _answer(record: dict) -> str:
 
 
 def _asked(value) -> str:
-    """The text of a question; or of the one user turn in a list of messages, as trl's datasets have it; "" of anything else."""
+    """The text of a question; or of the one user turn in a list of messages, as trl's datasets have it; "" for anything else."""
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         turns = [turn for turn in value if turn.get("role") != "system"]        # SYSTEM takes the place of their own
         value = turns[0].get("content") if [turn.get("role") for turn in turns] == ["user"] else None
@@ -224,8 +224,8 @@ def boxed(text: str) -> str | None:
 
 
 def _codeforces(record: dict, where: str) -> tuple[str, dict]:
-    """Statement and facts. No tests if comparing outputs cannot decide: several are right, or nearly right ones, as far as
-    the statement says so in usual words; a program checks or answers; files are used."""
+    """Statement and facts. No tests if comparing outputs cannot decide: several outputs are right, or nearly right ones (as far
+    as the statement says so in usual words), a program of the contest checks or answers, or files are used."""
     title, description, stdin, stdout, interaction, note = (text_field(record, where, name, default="") for name in (
         "title", "description", "input_format", "output_format", "interaction_format", "note"))
     if absent(record.get("description")):

@@ -1,7 +1,7 @@
-"""Matrix products x Wᵀ + b with a plain weight, cut as is fastest on a CPU: into blocks of the weight's rows.
+"""Matrix products x Wᵀ + b with a plain weight, cut into blocks of the weight's rows, which is fastest on a CPU.
 
-Nothing here is differentiated. So the LM head is multiplied in head_loss, and in decoding where it is not packed; a block's
-layers in decoding where it pays (layout.py).
+Nothing here is differentiated. `multiply` serves the LM head in head_loss, and in decoding if it is not packed; and a block's
+layers in decoding where that pays (layout.py).
 """
 import math
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 BLOCK = 2048            # rows of the weight in one product: they fit a CPU's cache
 MANY = 6                # rows of x from which padded_columns is faster on a CPU with AVX2 only
-# Whether this is a CPU with AVX2 only: torch multiplies bfloat16 there row by row, in as long for each of them.
+# Whether this is a CPU with AVX2 only: there torch multiplies bfloat16 row by row, and each row takes the same time.
 AVX2_ONLY = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """x [n, I], weight [O, I], bias [O] -> x Wᵀ + b [n, O] in x's dtype, written to the first rows of `out` if given.
 
-    On a CPU it is (weight_block @ xᵀ)ᵀ, block after block: in float32 up to 1.9 x as fast as one product for 8 to 220 rows on
-    two cores; one row in float32 is gemv's. A weight in another dtype is cast block by block, so that no second copy of it is
-    held; on a CPU with AVX2 only, one of 16 bits to float32: see padded_columns.
+    On a CPU this is (weight_block @ xᵀ)ᵀ, block by block: in float32, for 8 to 220 rows on two cores, up to 1.9 x as fast as one
+    product. gemv computes a single row in float32. A weight in another dtype is cast block by block, so that no second copy of
+    it is held; on a CPU with AVX2 only, a 16-bit weight is cast to float32: see padded_columns.
     """
     n = len(x)
     out = x.new_empty(n, len(weight)) if out is None else out[:n]
@@ -50,7 +50,7 @@ def padded_columns(x: Tensor) -> Tensor:
 def gemv(x: Tensor, weight: Tensor) -> Tensor:
     """x [1, I], weight [O, I] -> [1, O], float32 on a CPU, as a batch of 16 products, which all threads share.
 
-    Of one product for one row MKL makes one thread's work: with two threads this is 1.5 to 1.8 x as fast.
+    MKL gives a single product for one row to one thread only: with two threads, the batch is 1.5 to 1.8 x as fast.
     """
     parts = math.gcd(len(weight), 16)
     return torch.bmm(x.expand(parts, 1, -1), weight.unflatten(0, (parts, -1)).mT).view(1, -1)   # [16, 1, I] [16, I, O/16]

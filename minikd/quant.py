@@ -29,7 +29,7 @@ def check_groups(inputs: int, group_size: int, where: str = "weight") -> int:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all values are finite: by the smallest and the largest, as NaN is both. isfinite() takes 40 times as long."""
+    """Whether all values are finite, by the smallest and the largest: a NaN makes both NaN. isfinite() takes 40 times as long."""
     x = x if x.itemsize > 1 else x.float()                      # float8 has no aminmax
     return not x.numel() or all(value.isfinite() for value in x.aminmax())
 
@@ -154,6 +154,6 @@ def read_grid(qzeros: Tensor, scales: Tensor, version: int) -> tuple[Tensor, Ten
 
 
 def read_zeros(qzeros: Tensor, version: int) -> Tensor:
-    """int32 [I/g, O/8] -> uint8 [I/g, O].  Version 1 adds 1 to each zero as GPTQModel subtracts it, 0x11111111 to a whole
-    word: where a zero of 0 had borrowed from its neighbour, that is undone too."""
+    """int32 [I/g, O/8] -> uint8 [I/g, O].  For version 1, adds 1 to each zero, as 0x11111111 per word, the way GPTQModel
+    subtracts it: if a zero of 0 had borrowed from its neighbour, this undoes that too."""
     return unpack(qzeros + 0x11111111 if version == 1 else qzeros, 1)

@@ -24,7 +24,8 @@ def data_files(name) -> list[Path]:
     It is "data.jsonl", or a folder or hub dataset that holds one data file. If it holds several, "name:choice" names a
     file, a folder or a glob in it, and all matching files are read: "open-r1/codeforces-cots:solutions_py", or, at a revision,
     "open-r1/codeforces-cots@main:solutions_py".
-    Raises InputError if there is no file, several and no choice, or a folder with more than one of train, test and the like.
+    Raises InputError if there is no file, if there are several and no choice, or if a chosen folder holds several splits (train,
+    test and the like).
     """
     if not isinstance(name, (str, Path)):
         return [file for each in name for file in data_files(each)]
@@ -47,7 +48,7 @@ def data_files(name) -> list[Path]:
     folder = local_folder(base, patterns, kind="dataset")       # one that is here; offline, whatever the cache holds
     held = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     files = [folder / file for file in _choose(base, held, choice)]
-    if not path.is_dir() and not re.search(r"-\d{3}", choice):                         # else some shards are asked for
+    if not path.is_dir() and not re.search(r"-\d{3}", choice):                         # unless single shards are asked for
         _check_complete(base, files)
     return files
 
@@ -65,7 +66,7 @@ def split_choice(name) -> tuple[str, str]:
 
 
 def _check_complete(name: str, files: list[Path]):
-    """Raises InputError where of train-00000-of-00002.parquet and its like one is missing, as after a broken download."""
+    """Raises InputError if one of the files like train-00000-of-00002.parquet is missing, as after a broken download."""
     for file in files:
         part = re.search(r"-\d{5}(-of-(\d{5})\..+)", file.name)
         if part and len(list(file.parent.glob(f"{file.name[:part.start()]}-?????{part[1]}"))) < int(part[2]):

@@ -14,15 +14,15 @@ Sources
 Departures from the published code, most of which close loopholes
     format      the whole completion must match, each tag once: open-r1's MULTILINE also accepts text after the end and a
                 second think block. Answer tags are optional, and so are line breaks inside the tags.
-    steps       only inside the thoughts, and each marker once, however often it is repeated. Numbered lines count on every
-                line, as in the paper (open-r1: on the text's first line), and "Step 1" without a colon; "3.14", "-5" and
-                "---" do not.
+    steps       only inside the thoughts, and each marker once, however often it is repeated. Numbered lines count
+                everywhere, as in the paper (open-r1: on the text's first line), and so does "Step 1" without a colon; "3.14",
+                "-5" and "---" do not.
     length      open-r1's soft_overlong_punishment, in characters, not tokens; open-r1's own `length` is another reward.
     answer      compared as text or as a number, without math-verify. Without any tag only a \\boxed{} is an answer.
     code        1 for passing all tests, else 0; the fraction, open-r1's reward, is `code_partial`. stdout is compared completely
-                (its zip accepts only the first line), a timeout fails only its own test, and the last code block is the
-                program; marked as another language than Python it gives 0 (open-r1: the last ```python). So do no code, and
-                code that does not compile (cf_code: -1 and -0.1).
+                (open-r1's zip accepts the first line alone), a timeout fails only its own test, and the last code block is the
+                program; if it is marked as another language than Python, the reward is 0 (open-r1: the last ```python). No code,
+                and code that does not compile, also get 0 (cf_code: -1 and -0.1).
 """
 import importlib.util
 import math
@@ -157,9 +157,9 @@ def answer_reward(completions: list[str], facts: list[dict]) -> Values:
     """1 if the answer equals the problem's, as text or as a number (1,000 = 1000.0, 1/2 = \\frac{1}{2} = 0.5), else 0; None
     without a gold answer.
 
-    Of an answer with a LaTeX \\boxed{...} only what the last one holds counts; in a text without tags it is the answer. $ and **
-    around it, percent and degree signs, a letter and = before it, LaTeX's spaces, one beside a sign (of a minus: both or none),
-    and a number's unit in \\text{...} do not count.
+    If an answer has a LaTeX \\boxed{...}, only what the last one holds counts; in a text without tags, that is the answer. The
+    comparison ignores $ and ** around the answer, percent and degree signs, a letter and = before it, LaTeX's spaces, a space
+    beside a symbol (beside a minus only if both sides have one), and a number's unit in \\text{...}.
     """
     values = []
     for completion, problem in zip(completions, facts, strict=True):
@@ -212,10 +212,11 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
     """1 if the answer's program passes all tests, else 0; with `partial` the fraction it passes.  open-r1 line 511
 
     The program is the last code block of the answer, or of the whole text if that has no think tags. None if the problem
-    has no tests or wants another language; a test whose output is longer than a program may print (sandbox.OUTPUT) is left out.
+    has no tests or wants another language; a test whose output is as long as a program may print (sandbox.OUTPUT) is left out.
     max_seconds and max_memory (MB) cap the problem's own limits.
-    The programs of all completions run in parallel, once per input; outcomes are remembered. Without `partial` a program
-    that fails a test gets no later round (1, 1, 2, 4, ... tests): an endless loop costs one time limit, not one per test.
+    The programs of all completions run in parallel, once per input; outcomes are remembered. Without `partial` tests run in
+    rounds of 1, 1, 2, 4, ..., and a program that fails one gets no later round: an endless loop costs one time limit, not one
+    per test.
     """
     asked = [_tests_of(completion, problem, max_seconds, max_memory)
              for completion, problem in zip(completions, facts, strict=True)]
@@ -238,7 +239,7 @@ _DONE = {}                                      # run_program's arguments -> its
 
 def _run_all(runs: set[tuple]) -> dict[tuple, sandbox.Result]:
     """Results of the runs. Short ones of programs that ended by themselves are remembered, as a policy repeats its programs;
-    not for want of threads, which programs that ran beside them may have used up (sandbox.LIMITS)."""
+    but not failures to start a thread, which may be due to programs that ran at the same time (sandbox.LIMITS)."""
     if len(_DONE) > 50_000:
         _DONE.clear()
     fresh = sorted(run for run in runs if run not in _DONE)
@@ -302,7 +303,7 @@ def _entries(names: str) -> list[tuple[str, str]]:
 
 
 def _from_file(path: str, name: str) -> Callable[..., Values]:
-    """A function of the user's file. Its results are checked: NaN and infinity become None, beyond LARGEST is an InputError."""
+    """A function of the user's file, with checked results: NaN and infinity become None, numbers beyond LARGEST an InputError."""
     file, module_name = Path(path).expanduser(), "rewards_of_" + re.sub(r"\W", "_", path)
     if file.suffix != ".py" or not file.is_file():
         raise InputError(f"{path}:{name}: there is no Python file {path}; give FILE.py:FUNCTION")

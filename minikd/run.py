@@ -19,9 +19,9 @@ from minikd.model import Qwen2
 from minikd.records import is_chosen, local_files, split_choice
 
 STATE, LOG, CONFIG, LOCK = "state.safetensors", "log.jsonl", "config.json", ".lock"
-SAVE_EVERY = 600.0                                              # seconds between two saved states: 6 GB of a 0.5B student
+SAVE_EVERY = 600.0                                              # seconds between two saved states, 6 GB for a 0.5B student
 ANOTHER = "choose another --out"                                # what to do about a damaged CONFIG
-# Names of the files that a run writes, and data may have.
+# Names of files that a run writes; data files may have them too.
 WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")
 LOCKS = {}                                                      # folder -> an open file: closing it would unlock the folder
 
@@ -96,9 +96,9 @@ def settings_of(folder) -> dict:
 
 
 def check_settings(folder, settings: dict):
-    """Raises InputError, naming the first setting that differs from those the run in `folder` was started with. Of a model or a
-    file of data only its hash counts, of a cache only whether there is one: they may have another name by now. A changed file of
-    --rewards is only said."""
+    """Raises InputError, naming the first setting that differs from those the run in `folder` was started with. For a model
+    or a data file only the hash is compared, for a cache only whether there is one: their names may have changed. A changed file
+    of --rewards is only reported."""
     def essence(key, value):
         if isinstance(value, str):
             return key == "cache_teacher" or re.sub(r"^.* (?=\(sha256 \w+\)$)", "", value)
@@ -114,7 +114,7 @@ def check_settings(folder, settings: dict):
     if rows and rows != before.get("rows", rows):               # after the flags, one of which may be the reason
         raise InputError(f"{folder}: --resume, but the data are other tokens than those that the run began with; take back "
                          "the change of the tokenizer, its chat template or minikd, or choose another --out")
-    if files is not None and files != before.get("reward_files"):               # a bug in one may be mended
+    if files is not None and files != before.get("reward_files"):               # a bug in one may be fixed
         print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)
 
 
@@ -136,7 +136,7 @@ def save_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, facts: di
 
 def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, begun: dict) -> tuple[dict, dict]:
     """Puts a saved state back, bit for bit; returns its facts, and the tensors saved as `more`.  begun: the facts before the
-    first step; those saved must be of the same kinds"""
+    first step; those saved must have the same types"""
     path = Path(folder) / STATE
     try:
         with safe_open(path, framework="pt") as file:
@@ -176,7 +176,7 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(),
     """Raises InputError if this run would destroy something: a model in a folder to be written, another run, the table and
     picture of runs beside it, or a file that it reads. Says if there is nothing to resume.
 
-    runs   the folders that are going to be written. A real run may only be resumed, a toy's also be started again by the toy
+    runs   the folders to be written. A run that is there already may only be resumed; the toy may also start its own runs anew
     data   what the run reads, as data_files takes it
     own    globs of files that it writes in `out`, beside its log and its config
     cache  the folder of --cache-teacher, which may be anywhere else
@@ -209,7 +209,7 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(),
 
 
 def check_files(out: Path, runs: list[Path], data, own):
-    """check_free's part about files: what this run reads must not be what it writes, nor may it replace what no run wrote."""
+    """check_free's part about files: this run must not overwrite a file that it reads, nor one that no run wrote."""
     places = [folder.resolve() for folder in (out, *runs)]
     for file in local_files(data):
         for path in file.parent.resolve() / file.name, file.resolve():          # a link and what it points to
@@ -241,7 +241,7 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
         check_settings(folder, settings)
         if lines and lines[-1].get("done"):
             print(f"{folder}: done already")
-            remove(state)                                       # if it was killed before it could
+            remove(state)                                       # left if the run was killed just before
             return False
         began = read_json(folder / CONFIG, ANOTHER).get("versions")
         began = began if isinstance(began, dict) else {}

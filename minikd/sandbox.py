@@ -13,10 +13,10 @@ are set in more than one way, as a kernel or container may lack some of these; i
     rlimits        memory, CPU time, file size, open files, threads, timers (root is exempt: hence the uid)
     uid            root becomes 65534, without access to root's files, processes and environment
     namespaces     no network, TCP or UDP; no IPC; no access to the memory and environment of the uid's other processes
-    Landlock       reads Python and the system's libraries, writes the private folder, but removes and renames nothing there, so
-                   that all it wrote is seen; from ABI 4 no TCP, 6 no signals
+    Landlock       the program may read Python and the system's libraries and write the private folder, but not remove or rename
+                   anything there, so that all it wrote is counted; from ABI 4 on no TCP, from 6 on no signals
     seccomp        no processes, sockets, folders, tracing, priorities, modes of files, shared memory; signals and limits only
-                   for itself. A kernel without it also allows no threads
+                   for itself. On a kernel without seccomp, the program may not start threads either
 
 It does not protect against bugs of the kernel. Without Landlock, a program can read and write whatever its uid can.
 
@@ -50,10 +50,11 @@ OUTPUT = MB                 # bytes of stdout, and of stderr
 FOLDER = "sandbox"          # in the names of the private folders
 DISK, FILES = 8 * MB, 200   # of such a folder, which is flat
 TICK = 0.05                 # seconds between two checks of that folder
-PATIENCE = 60.0             # seconds to wait for a process, while other programs' threads hold all that a container may have
+PATIENCE = 60.0             # seconds to wait for a process, while other programs' threads use up a container's limit
 SHARE = Path("/sys/fs/cgroup/cpu.max")          # cgroup v2
-# NPROC counts threads: recursion in a thread with a large stack is common in contests. Without a user namespace it counts those
-# of all the uid's programs together. A CORE of 1 keeps programs away that the kernel pipes core dumps to; 0 does not.
+# NPROC counts threads; some are allowed, as recursion in a thread with a large stack is common in contests. Without a user
+# namespace it counts those of all the uid's programs together. A CORE of 1 stops the kernel from piping core dumps to a program;
+# 0 does not.
 LIMITS = {"RLIMIT_CORE": 1, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPROC": 64, "RLIMIT_SIGPENDING": 256}
 READABLE = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime",
             "/dev/zero", "/dev/random", "/dev/urandom"]
@@ -72,14 +73,14 @@ DENIED = {
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "semget": (64, 190),
     "msgget": (68, 186), "mq_open": (240, 180), "close_range": (436, 436), "openat2": (437, 437), "inotify_init": (253, -1),
     "inotify_init1": (294, 26), "fanotify_init": (300, 262),
-    # what of any file Landlock does not watch: modes, owners, times, attributes, and before ABI 3 its length
+    # what Landlock does not control in a file: its mode, owner, times, attributes, and before ABI 3 its length
     "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1), "fchown": (93, 55),
     "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1), "futimesat": (261, -1),
     "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
     "file_setattr": (469, 469), "truncate": (76, 45)}
-# System calls that are judged by an argument: its place, which of its bits count, values, and whether the call may have only
-# these or none of them. SELF is the program's pid: an ordinary user's other processes, such as the caller, would obey, too.
+# System calls that are judged by an argument: its place, which of its bits count, values, and whether only these are allowed,
+# or all but these. SELF is the program's pid: calls on an ordinary user's other processes, such as the caller, would work too.
 ONLY, NEVER, SELF, ALL = True, False, -1, 0xFFFFFFFF
 JUDGED = {
     **{name: (numbers, 0, ALL, (0, SELF), ONLY) for name, numbers in {
@@ -119,8 +120,8 @@ def run_program(source: str, stdin: str = "", timeout: float = 5.0, memory_mb: i
 
     timeout    wall-clock seconds
     memory_mb  MB of address space; the interpreter itself takes about 30
-    Raises InputError if programs cannot be confined: not on Linux, or started by root that cannot become another user.
-    Raises ValueError for a timeout or memory_mb that is negative or above a billion, or for no memory.
+    Raises InputError if programs cannot be confined: not on Linux, or run by a root user that cannot become another user.
+    Raises ValueError for a timeout or memory_mb that is negative or above a billion, or for a memory_mb of 0.
     """
     if not (0 <= timeout <= 1e9 and 0 < memory_mb <= 1e9):
         raise ValueError(f"run_program: timeout = {timeout}, memory_mb = {memory_mb}: give numbers up to 1e9, memory_mb above 0")
@@ -138,7 +139,7 @@ def run_programs(jobs, workers: int | None = None) -> list[Result]:
 
 
 def cores() -> int:
-    """The cores this process may use: with more programs at a time than that, right ones would run out of time."""
+    """The cores this process may use: with more programs than that at a time, correct ones would time out."""
     count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     with suppress(OSError, ValueError):                         # a container's share: "200000 100000" is two cores, "max" all
         quota, period = SHARE.read_text().split()
@@ -148,8 +149,8 @@ def cores() -> int:
 
 @functools.cache
 def isolation() -> str:
-    """Which limits are active on this machine, as text to print beside results; found once, by an empty program. Removes private
-    folders that killed processes left."""
+    """Which limits are active on this machine, as text to print beside results; found once, by running an empty program. Also
+    removes private folders that killed processes left."""
     with suppress(PermissionError):                             # a temporary folder that one may not list
         sweep(Path(tempfile.gettempdir()), FOLDER)
     return _run("", "", 30.0, 512)[1]
@@ -159,7 +160,7 @@ def same_output(stdout: str, expected: str) -> bool:
     """Whether both texts have the same words line by line, apart from blanks around words, empty lines at the end, and the case
     of yes and no.
 
-    All lines must match: comparing with zip would accept only the first line, or a right answer followed by anything.
+    All lines must match: comparing with zip would accept the first line alone, or a right answer followed by anything.
     """
     same = lambda word: word.upper() if word.upper() in ("YES", "NO") else word
     ours, theirs = ([[*map(same, line.split())] for line in text.rstrip().split("\n")] for text in (stdout, expected))
@@ -238,7 +239,7 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
 def _supervisor(folder, options):
     """The supervisor's process and the pipe it reports on; on exit it and all its descendants are dead."""
     report, low = os.pipe()
-    write = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3)          # what the caller has closed of 0, 1 and 2, Popen opens
+    write = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3)          # not 0, 1 or 2, if the caller closed one: Popen opens these
     os.close(low)
     try:
         with open(f"{folder}/stdin", "rb") as stdin:
@@ -349,7 +350,7 @@ def _supervise(report, options):
         os._exit(0)                                             # 1 ms faster than a normal exit
 
     _signal.signal(_signal.SIGTERM, end)                        # from _stop
-    _signal.signal(_signal.SIGHUP, end)                         # as the caller dies: it is our parent until all its threads have
+    _signal.signal(_signal.SIGHUP, end)                         # as the caller dies: our parent until its last thread has ended
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)            # if the caller ignores it, exit codes are lost
     libc.prctl(1, _signal.SIGHUP, 0, 0, 0)                      # PR_SET_PDEATHSIG
     os.set_inheritable(report, False)
@@ -383,7 +384,7 @@ def _kill_below():
             return
         try:
             pids = [name for name in os.listdir("/proc") if name.isdigit()]
-        except OSError:                                         # the machine has no more files to open: until it has
+        except OSError:                                         # the machine can open no more files: wait until it can
             pids = []
         for pid in pids:
             try:
@@ -491,8 +492,8 @@ def _landlock(libc, readable) -> int:
 
 
 def _seccomp(libc, denied, judged) -> bool:
-    """Makes the system calls in `denied`, those in `judged` with other arguments, and new processes fail with EPERM; False if not
-    supported."""
+    """Makes these fail with EPERM: the system calls in `denied`, those in `judged` whose arguments are not allowed, and new
+    processes. False if not supported."""
     machine = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
     if machine is None:
         return False

@@ -19,8 +19,8 @@ FACTS, SHARD_TOKENS = "cache.json", 50_000          # a shard of a 3B teacher's 
 
 
 class Teacher:
-    """The model in memory: `states` runs its body on every batch. (The loop gives ids and mask, which the model needs, and the
-    rows, by which CachedTeacher finds theirs.)"""
+    """The model in memory: `states` runs its body on every batch. (The loop passes ids and mask, which the model needs, and the
+    rows, by which CachedTeacher finds the stored states.)"""
 
     def __init__(self, model: Qwen2):
         self.model, self.head = model, model.head                               # head [V', D']
@@ -43,7 +43,7 @@ class CachedTeacher:
     def __init__(self, folder, head: Tensor):
         self.head, self.shards = head, {}                                       # row's digest -> the open shard that holds it
         for path in Path(folder).glob("states-*.safetensors"):
-            with suppress(SafetensorError):                                     # a stray file: fill_cache's are whole
+            with suppress(SafetensorError):                                     # a stray file: those of fill_cache are complete
                 shard = safe_open(path, framework="pt")                         # mapped into memory, not read whole
                 self.shards |= dict.fromkeys(shard.keys(), shard)
 
@@ -65,7 +65,7 @@ def fingerprint(digests) -> str:
 
 def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, pad_id: int, batch_size: int,
                dtype: torch.dtype = torch.float32, progress=None) -> int:
-    """Computes and writes the teacher's states of every row that are not in `folder` yet; returns how many tokens it scored.
+    """Computes and writes the teacher's states of each row whose states `folder` lacks; returns how many tokens it scored.
 
     made_from  JSON values that the states depend on; a folder made from others is refused (InputError)
     load       () -> the teacher; only called if states are missing, and its memory is freed afterwards
@@ -80,7 +80,7 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
     if not (folder / FACTS).exists():
         with atomic_path(folder / FACTS) as new:
             new.write_text(json.dumps({"made_from": made_from}) + "\n")
-    sweep(folder)                                               # also what was left beside files that are not written again
+    sweep(folder)                                               # also leftovers beside files that are not written again
     missing = {name: held for name, held in plan_shards(unique).items() if not whole(folder / name, held, width)}
     teacher = Teacher(load()) if missing else None
     for name, held in missing.items():
@@ -98,7 +98,7 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
 
 
 def plan_shards(unique: dict[str, Encoded]) -> dict[str, dict[str, Encoded]]:
-    """shard's file -> its rows by their digests, similar lengths together; full from SHARD_TOKENS scored tokens on."""
+    """Each shard's file -> its rows by their digests, similar lengths together; it is full at SHARD_TOKENS scored tokens."""
     shards, tokens = {}, SHARD_TOKENS
     for digest, row in sorted(unique.items(), key=lambda item: (len(item[1]), item[0])):
         if tokens >= SHARD_TOKENS:
@@ -139,8 +139,8 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     """Sequence-level KD (Kim and Rush 2016, arXiv:1606.07947): the rows with responses sampled from the teacher.
 
     load  () -> the teacher; only called if answers are missing, and its memory is freed afterwards
-    They are sampled once, at temperature 1, and kept in `path`: a first line says what they were made from, then one
-    JSON object per answer. After a kill only the missing ones are sampled, and are the same tokens as without it.
+    The answers are sampled once, at temperature 1, and kept in `path`: the first line says what they were made from, the others
+    hold one JSON object per answer. After a kill only the missing answers are sampled, with the same tokens as without the kill.
     Raises InputError if `path` is damaged, or was made from something else.
     """
     path, step = Path(path), 8 * batch_size                     # step: rows sampled between two writes
@@ -162,7 +162,7 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
         raise InputError(f"{path}: holds other answers: their {other[0]} is {before.get(other[0])}, here "
                          f"{made_from.get(other[0])}; choose another --out")
     if len(responses) < len(rows):
-        del responses[len(responses) // step * step:]           # of a write that was cut: one seed draws `step` answers
+        del responses[len(responses) // step * step:]           # a write was cut short: one seed draws `step` answers
     with atomic_path(path) as new:
         new.write_text("\n".join(lines[:1 + len(responses)]) + "\n", encoding="utf-8")
     teacher = load() if len(responses) < len(rows) else None

@@ -21,13 +21,13 @@ AT_ONCE = 1 << 19                                   # characters of the texts th
 class Tokenizer:
     """encode, decode and chat for one Qwen2 tokenizer folder.
 
-    eos_ids  every id that ends an answer: a set, since Instruct models stop at <|im_end|>, base models at
-             <|endoftext|>, a base model after a little fine-tuning at either, and others at their eos_token, and at what
-             generation_config.json, or without it config.json, names too
-    end_id   the one that training appends to an answer
+    eos_ids  every id that ends an answer. A set, since Instruct models stop at <|im_end|>, base models at <|endoftext|>,
+             and a base model after a little fine-tuning at either; it also holds the eos_token, and the ids named in
+             generation_config.json or, if it names none, in config.json
+    end_id   the id that training appends to an answer
     pad_id   <|endoftext|>: fills rows, and stands between documents (data.encode_text). So padding is found by masks, never by
              comparing ids.
-    A tokenizer without ChatML but with a chat template, as DeepSeek-R1-Distill-Qwen's, has its eos_token as all three.
+    For a tokenizer with a chat template but without ChatML, such as DeepSeek-R1-Distill-Qwen's, its eos_token is all three.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path):
@@ -48,7 +48,7 @@ class Tokenizer:
         named_ids = [own, *(more if isinstance(more, list) else [more])]
         self.eos_ids = {*stops, *(stop for stop in named_ids if type(stop) is int)}
         self.end_id, self.pad_id = stops
-        self.numbers = {}                           # id -> the int that stands for it in every encoded text
+        self.numbers = {}                           # id -> the one int object for it in all encoded texts
 
     @classmethod
     def load(cls, name) -> "Tokenizer":
@@ -70,9 +70,9 @@ class Tokenizer:
         return cls(backend, folder)
 
     def save(self, folder):
-        """Writes the tokenizer's files, as they were loaded, into `folder`, and removes those of another one there; its
-        generation_config.json then names every id that ends an answer. (A base model's own lacks <|im_end|>, at which a student
-        fine-tuned from it stops.)"""
+        """Writes the tokenizer's files, as they were loaded, into `folder`, and removes another tokenizer's files from it. The
+        generation_config.json there then names every id that ends an answer. (A base model's own lacks <|im_end|>, at which a
+        student fine-tuned from it stops.)"""
         folder = Path(folder)
         there = self.folder.resolve() == folder.resolve()
         for name in () if there else TOKENIZER:
@@ -86,11 +86,11 @@ class Tokenizer:
             new.write_text(json.dumps(config, indent=2) + "\n")
 
     def check_same(self, name) -> list[str]:
-        """The added tokens that the tokenizer in folder or hub name `name` lacks: Qwen2's lacks 19 of Qwen2.5's. Raises
-        InputError for any other difference from this one.
+        """This tokenizer's added tokens that the one of `name`, a folder or hub name, lacks: Qwen2's lacks 19 of Qwen2.5's.
+        Raises InputError for any other difference between the two.
 
-        A student learns its teacher's probabilities id by id: from a teacher with more, ids that it has no text for. A folder
-        without a tokenizer is not checked.
+        A student learns its teacher's probabilities id by id: if the teacher had more tokens, the student would learn ids that
+        it has no text for. A folder without a tokenizer is not checked.
         """
         if not (local_folder(name, TOKENIZER) / "tokenizer.json").exists():
             return []
@@ -111,8 +111,8 @@ class Tokenizer:
         return next(self.encode_batch([text]))
 
     def encode_batch(self, texts: list[str]) -> Iterator[list[int]]:
-        """encode of each text, on all cores, about AT_ONCE characters at a time: the tokenizer's own result takes 60 bytes a
-        token. Equal ids are one object, so that a list of them takes 9 bytes a token, not 34."""
+        """Encodes each text, on all cores, about AT_ONCE characters at a time, as the tokenizer's own result takes 60 bytes a
+        token. Equal ids share one object, so that a list of ids takes 9 bytes a token, not 34."""
         part, size = [], 0
         for count, text in enumerate(texts, 1):
             part.append(text)
@@ -156,11 +156,11 @@ class Tokenizer:
 
 
 class Stream:
-    """push(id) returns the text that this id completes, never part of a character. For byte-level tokenizers, as Qwen's are: of
-    others, whose spaces belong to the place in a text, it loses some.
+    """push(id) returns the text that this id completes, never part of a character. For byte-level tokenizers such as Qwen's:
+    with others, where a space can depend on the position in the text, some spaces are lost.
 
     A non-ASCII character may be spread over several byte-level tokens; until the last one arrives, decoding
-    ends in one U+FFFD (the replacement character). Only the ids since the last whole one are decoded again.
+    ends in one U+FFFD (the replacement character). Only the ids since the text was last complete are decoded again.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -191,8 +191,8 @@ def named(config: dict, key: str) -> str | None:
 
 
 def read_template(folder: Path, config: dict):
-    """The folder's chat template, compiled with the settings of transformers, in jinja's sandbox as it is a foreign program; or
-    None.  Raises InputError if it is damaged, and for a jinja whose sandbox has known holes."""
+    """The folder's chat template, compiled with transformers' settings, or None. It is a foreign program, so it runs in jinja's
+    sandbox.  Raises InputError if it is damaged, or if this version of jinja has known holes in its sandbox."""
     path, apart = folder / CONFIG, folder / "chat_template.jinja"
     source = config.get("chat_template")
     if isinstance(source, list):                                                # several, each with a name

@@ -113,7 +113,7 @@ def held_out(text: str) -> bool:
 
 
 def records(count: int, seed: int, human: bool = False, test: bool = False) -> list[dict]:
-    """`count` records, domains drawn by SHARES; with `test`, of the test set and each prompt only once."""
+    """`count` records, domains drawn by SHARES; with `test`, only records of the test set, each prompt once."""
     rng, world, found, seen = random.Random(seed), people(), [], set()
     while len(found) < count:
         entry = record(draw_domain(rng), rng, world, human)

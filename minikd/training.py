@@ -29,9 +29,9 @@ def compile_blocks(*models: Qwen2):
     """Lets torch.compile fuse the operations between a block's matrix products, for whole sequences and for decoding steps
     that a CUDA graph replays. One compiled graph serves all groups of blocks; the two models of a KD step took 27 s to compile.
     """
-    torch._dynamo.config.recompile_limit = 64                   # run_blocks', for all models, modes, numbers of rows; not its 8
-    # Not kept for the backward pass but computed again there: silu(gate) up, for one. A KD step on an H200 held 17.0 GB, not
-    # 18.5, and took 1% longer. It applies to all that this process compiles.
+    torch._dynamo.config.recompile_limit = 64                   # for run_blocks: all models, modes, numbers of rows (default: 8)
+    # Recomputes some values in the backward pass instead of keeping them, such as silu(gate) up. A KD step on an H200 held 17.0
+    # GB, not 18.5, and took 1% longer. The setting applies to all that this process compiles.
     torch._functorch.config.ban_recompute_materialized_backward = False
     for model in models:
         model.model.compiled = torch.compile(run_blocks)
@@ -48,7 +48,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule:
 
 
 def check_gradient(norm: float, where: str, lr: float, dtype: torch.dtype, first: bool):
-    """Raises InputError for a norm that is not finite.  first: no weight has changed yet, so that no rate is to blame"""
+    """Raises InputError for a norm that is not finite.  first: no weight has changed yet, so lr is not to blame"""
     if not math.isfinite(norm):
         mend = "raise --temperature, or take another model" if first else f"lower --lr (now {lr:g})"
         raise InputError(f"{where}: the gradient is not finite; {mend}"

@@ -1,4 +1,4 @@
-"""The linear layer whose weight is 4-bit codes, and which of its ways to multiply it takes."""
+"""The linear layer whose weight is 4-bit codes, and the choice among its ways to multiply."""
 import ctypes
 import functools
 from contextlib import suppress
@@ -19,9 +19,9 @@ PART = 256              # outputs whose codes are unpacked at a time for torch's
 class W4Linear(nn.Module):
     """y = x W^T + b, W held as 4-bit codes. `choose` decides how it multiplies.
 
-    The buffers are those of a `gptq` folder; `prepare` converts them once to the layout that the chosen way needs. From then on
-    only that holds the codes, if they can be read back from it (int4: if O is a multiple of 64). qweight is then empty, in a part
-    of a joined layer too, and a state_dict's is a copy.
+    The buffers are those of a `gptq` folder; `prepare` converts them once to the layout that the chosen way needs. After that,
+    only this layout holds the codes, provided that they can be read back from it (int4: if O is a multiple of 64). qweight is
+    then empty, also in the parts of a joined layer, and the qweight in a state_dict is a copy.
     """
 
     def __init__(self, inputs: int, outputs: int, group_size: int, bias: bool, version: int = 1):
@@ -116,7 +116,7 @@ class W4Linear(nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        """For copy and pickle: as stored, as another CPU has another layout."""
+        """For copy and pickle: the buffers as stored, because the layout depends on the CPU."""
         held = {} if self.whole is not None else {"_buffers": self._buffers | {"qweight": self.words()}}
         return self.__dict__ | held | {"prepared": None}
 
@@ -171,8 +171,8 @@ def can_read_int4(outputs: int, inputs: int) -> bool:
 
 @functools.cache
 def int4_places(inputs: int) -> Tensor:
-    """Where the codes of 64 outputs are in their block, [64 I]. CPUs differ, and torch does not say: so the codes' indices are
-    packed, a hexadecimal digit at a time, and looked for."""
+    """Where the codes of 64 outputs are in their block, [64 I]. It depends on the CPU, and torch does not tell: so this packs the
+    codes' indices, one hexadecimal digit at a time, and looks where they end up."""
     index = torch.arange(64 * inputs, dtype=torch.int32, device="cpu").view(64, inputs)
     digits = (nibbles(pack_int4(index >> 4 * i & 15)).flatten().int() for i in range(6))
     return sum(digit << 4 * i for i, digit in enumerate(digits)).argsort()
@@ -191,7 +191,7 @@ def linear_layers(model: Qwen2) -> dict[str, Linear]:
 
 
 def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Linear]:
-    """Replaces each by a W4Linear of the same shape and device, with its bias but without codes yet; returns them by name.
+    """Replaces each linear layer by a W4Linear of its shape and device, with its bias but no codes yet; returns them by name.
 
     Raises InputError for a group size that does not divide a layer.
     """
@@ -243,7 +243,7 @@ def show_ways(model: Qwen2, rows=(1, 16, 64, 1024)):
 
 
 def give_memory_back():
-    """Returns freed memory to the system: of the 0.5B glibc would keep 0.07 GB where 4-bit layers are prepared, and 0.25 GB of
-    weights that move between layouts."""
+    """Returns freed memory to the system. For the 0.5B, glibc would keep 0.07 GB after 4-bit layers are prepared, and 0.25 GB
+    after weights move between layouts."""
     with suppress(OSError, AttributeError):                     # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)

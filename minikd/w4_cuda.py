@@ -28,7 +28,7 @@ def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor
     words = words.permute(0, 3, 1, 2, 5, 4).reshape(rows // 16, columns // 128, 2, 32, 4).contiguous()
     scales = F.pad(scales, (0, 0, 0, rows - O)).T.half().contiguous()
     zeros = F.pad(zeros, (0, 0, 0, rows - O), value=8).T.to(torch.uint8).contiguous()
-    # Reading this on the host waits for all of the above: a kernel may read weights before the kernel ahead of it has ended.
+    # all() on the host waits for everything above, as a kernel may read its weights before the kernel ahead of it has ended.
     return words, scales, None if (zeros == 8).all() else zeros
 
 
@@ -72,8 +72,8 @@ def launch_shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool
         return (strips, 1), 32 * warps, warps * 4 * slot
 
     grid = min(strips, gpu.processors)
-    # As int8_product lays it out: tiles; of x per 128 inputs three digits each and their unit, and sums if there are zeros; the
-    # warps' sums and the block's, 16 outputs each.
+    # As int8_product lays it out: tiles; for every 128 inputs of x, three digits each, their unit, and their sums if there are
+    # zeros; the warps' sums and the block's, 16 outputs each.
     shared = 16 * 5 * slot + blocks * M * (3 * 128 + 4 + 4 * sets * zeros) + (16 + -(-strips // grid)) * M * 4 * 16
     return (grid, 1), 512, shared
 
@@ -90,7 +90,7 @@ def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> str:
     """
     strips = -(-N // 16)                                        # of 16 outputs
     few = strips < 2 * gpu.processors                           # 264 on an H200
-    long = M == 1 and K >= 8192 and 2 * strips > gpu.processors # half a strip to two a multiprocessor: much to read
+    long = M == 1 and K >= 8192 and 2 * strips > gpu.processors # 0.5 to 2 long strips per multiprocessor
     if M <= 2 and (long or not few) and launch_shape("w4_int8_2", M, N, K, group_size, zeros, gpu)[2] <= gpu.shared:
         return "w4_int8_2"                                      # a row takes 4 of a product's 8 columns
     rows = next(rows for rows in (8, 16, 32, 64) if M <= rows)

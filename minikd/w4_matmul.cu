@@ -3,8 +3,8 @@
 //   w4_naive        one thread per output, one code at a time: the reference for the others
 //   w4_mma_*        up to 64 rows: codes become operands of tensor-core products in bfloat16, without a shuffle; asynchronous
 //                   copies bring them into shared memory, several tiles ahead
-//   w4_int8_2       up to 2 rows and many outputs, or one row of many inputs: fewer instructions by tensor cores in int8, x split
-//                   into three digits, as exact; one block per multiprocessor, whose copies never pause
+//   w4_int8_2       up to 2 rows and many outputs, or one row of many inputs: int8 tensor cores take fewer instructions, and are
+//                   as exact with x split into three digits; one block per multiprocessor, whose copies never pause
 //   w4_dequantise   more rows: writes W in bfloat16, and cuBLAS multiplies
 //
 // The layout, made at load by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with codes of 8
@@ -112,8 +112,8 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
     u32 mask = in_register(0x000f000fu), top = in_register(0x43004300u);
     char* ring = shared_at(in_register(warp * DEPTH * SLOT));
     const u16* lane_x = x + 8 * t;
-    int from[EIGHTS];                                   // offsets of rows of x; past the last row it is read again, for columns
-#pragma unroll                                          // of the product that are not written out
+    int from[EIGHTS];                                   // offsets of rows of x; past the last, the last is read again, for
+#pragma unroll                                          // columns of the product that are not written out
     for (int c = 0; c < EIGHTS; c++) from[c] = min(8 * c + g, M - 1) * K;
     auto read = [&](int b, int j, int c) {              // EACH == 4: K is a multiple of 128, so no load is past it
         const Words* p = (const Words*)(lane_x + b * 128 + from[c]) + j * 4;
@@ -130,7 +130,7 @@ __device__ __forceinline__ void tensor(PARAMETERS) {
     Words ahead[4];
     if (AHEAD)
         for (int j = 0; j < 4; j++) ahead[j] = read(min(warp, blocks - 1), j, 0);
-    int at = 0, before = LAST;                          // the slot that is read, and that which was
+    int at = 0, before = LAST;                          // the slot being read, and the one read before it
     float total[EIGHTS][4] = {};
 #pragma unroll 1
     for (int b = warp; b < blocks; b += WARPS) {
@@ -211,14 +211,14 @@ MMA(w4_mma_16_few, 2, 16, 2)
 // exactly, unless x is below 2^-13 of the block's largest: then rounded, by at most 2^-21 of the largest. The products of a tile
 // are summed exactly, in int32; scales, units and the sums over tiles are float32.
 //
-// A block has about N / 16 / blocks consecutive strips of 16 outputs, so consecutive tiles. Each of its warps takes an equal run
-// of them, whatever strips it cuts, and the copies ahead never pause: those of the first tiles are in flight while the block
-// converts x, and no warp waits for another before the end. `part` gets a sum for each warp and strip that meet, at number
-// warp + strip: from one meeting to the next along the tiles the warp or the strip goes up, or both, so no two share a number. In
-// the end each strip's are added.
+// A block has about N / 16 / blocks consecutive strips of 16 outputs, and so consecutive tiles. Each of its warps takes an equal
+// run of tiles, which may begin or end inside a strip, and the copies ahead never pause: those of the first tiles are in flight
+// while the block converts x, and no warp waits for another before the end. `part` gets a sum for each warp and strip that share
+// tiles, at index warp + strip: from one such pair to the next along the tiles, the warp or the strip goes up, or both, so no two
+// pairs share an index. At the end, the sums of each strip are added.
 //
-// One row on an H200: at 22016 x 2048 8.3 us beside the kernel before it, 10.0 alone, w4_mma_8 10.1; at 37888 x 3584 21.8 us, 75%
-// of a copy's speed. Every block converts all of x, so w4_mma_8_few is faster if many have only one strip.
+// One row on an H200: 22016 x 2048 takes 8.3 us beside the kernel before it, 10.0 alone, 10.1 with w4_mma_8; 37888 x 3584 takes
+// 21.8 us, 75% of a copy's speed. Every block converts all of x, so w4_mma_8_few is faster if many blocks have only one strip.
 
 // The digits of four inputs, one digit in each of the first three words, and `inverse` = 1 / unit.  Adding 2^23 + 0x408080 to
 // x / unit leaves it, plus 0x408080, in a float's low 23 bits: bytes 0 and 1 are d0 + 128 and d1 + 128, byte 2 is d2 + 64.
@@ -348,7 +348,7 @@ template <int SETS> struct Int8 {
             for (int h = 0; h < 2; h++) total[h] += scale[h] * (8 - (int)(u8)quant[32 + h * 8 + g]) * of_inputs;
         }
     }
-    // -> part [M][16], and begins again
+    // Writes the sums to part [M][16], and resets them
     __device__ __forceinline__ void store(float* part, int M) {
         int t = lane % 4;
 #pragma unroll
