@@ -5,8 +5,9 @@
     python -m benchmarks.gpu --device cpu --tiny        # small shapes: only shows that the script runs
 
 Targets (one H200, random weights in Qwen2.5's shapes, peers in the same run; what was reached: results/gpu.txt):
-    check     sampling from graphs (with attend.cu), by one kernel, GPTQ's columns and a step's gradients are the plain path's
-    kernel    relative error under 1e-2 on every shape and batch; outputs are nan before
+    check     sampling from graphs (with attend.cu) and by one kernel, GPTQ's columns and a step's gradients agree with the plain
+              path
+    kernel    relative error under 1e-2 on every shape and batch; outputs are filled with nan beforehand
     loss      the losses' kernels (loss.cu): at least as exact as torch's float32; 80% of the copy bandwidth
     step      a token by one kernel (decode.cu): as exact as the plain step; how long it takes without weights to read
     matmul    layers of 20 MB and more: 70% of the copy bandwidth at batch 1, 3 x bfloat16 cuBLAS, not slower than torch's
@@ -157,7 +158,7 @@ def fresh(device: str):
 
 
 def begin(kind: str, device: str):
-    """Before a section or a row: a fresh start; for transformers cuDNN's attention, which minikd turns off for the process."""
+    """Starts a section or a row afresh; for transformers, with cuDNN's attention, which minikd turns off for the process."""
     torch.backends.cuda.enable_cudnn_sdp(kind.startswith("transformers"))
     if kind.endswith(("compile", "compiled")):
         torch.compiler.reset()                      # another row's compiled graphs must not fill the limit
@@ -387,7 +388,7 @@ def check_compiled(table, config, device, dtype, most):
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()            # which that leaves: breaks of other rows' graphs are not this one's
+    torch._dynamo.utils.counters.clear()            # reset() leaves them: graph breaks of other rows are not this one's
     ours, right = gradients(True), gradients(False)
     off, breaks = float((ours - right).norm() / right.norm()), dict(torch._dynamo.utils.counters["graph_break"])
     table.row(f"compiled blocks, three lengths, {dtype}", f"{off:.1e}",

@@ -1,5 +1,5 @@
-"""Which way of multiplying by 4-bit weights is fastest for how many rows, and when the int8 head is: w4.choose and
-layout.INT8_ROWS are set by this.
+"""Which way of multiplying by 4-bit weights is fastest for how many rows, and for how many the int8 head is faster: w4.choose
+and layout.INT8_ROWS follow from this.
 
     python -m benchmarks.w4_linear              # a minute on two cores
 

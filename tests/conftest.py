@@ -60,7 +60,7 @@ def write_records(path: Path, *records: dict) -> Path:
 
 @contextmanager
 def locked_by_another(folder: Path):
-    """Inside, another process holds minikd's lock of the folder; then it is killed. By os.fork: locks are a process's own."""
+    """Inside, another process (forked: locks belong to processes) holds minikd's lock on the folder; then it is killed."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -109,7 +109,7 @@ def random_logits(*shape: int, seed: int = 0, scale: float = 2.0) -> torch.Tenso
 
 
 def tiny(seed: int, tokenizer, folder, **shape) -> Path:
-    """A folder with such a model and the tokenizer."""
+    """A folder with a model made by `small` and the tokenizer."""
     tokenizer.save(folder)
     save_model(small(seed, **shape), folder)
     return folder
@@ -130,7 +130,7 @@ def steps_of(folder) -> list[dict]:
 
 @contextmanager
 def killed_at(step: int):
-    """Inside the `with` block a run ends where it would log this step, as by kill -9."""
+    """Inside the `with` block a run is interrupted (KeyboardInterrupt) where it would log this step."""
     write = Log.write
 
     def until(log, *lines, **values):
@@ -150,7 +150,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long for what it adds to the others; runs with --all")
-    config.pluginmanager.set_blocked("logging-plugin")              # it gives 63 loggers of transformers handlers, thrice a test
+    config.pluginmanager.set_blocked("logging-plugin")              # it adds handlers to 63 loggers of transformers, 3 x a test
 
 
 def pytest_collection_modifyitems(config, items):
@@ -181,8 +181,8 @@ def read_only(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation(request, tmp_path_factory):
-    """-> the folder in which nvcc compiles minikd/*.cu while the first tests run, and the future of its end; None if no test
-    wants it. One of pytest-xdist's workers compiles, and the others wait for its lock."""
+    """-> the folder in which nvcc compiles minikd/*.cu while the first tests run, and a Future that is done when nvcc is; None if
+    no test needs them. One of pytest-xdist's workers compiles, and the others wait for its lock."""
     if not shutil.which("nvcc") or not any("compiled" in getattr(item, "fixturenames", ()) for item in request.session.items):
         return None
     folder = tmp_path_factory.getbasetemp()
@@ -197,7 +197,7 @@ def compilation(request, tmp_path_factory):
                 subprocess.run(["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "--keep", "--keep-dir", folder,
                                 folder / "kernels.cu", "-o", folder / "kernels.cubin"], check=True)
 
-    # By a thread, so that no ended child process is left for a test that looks for children.
+    # In a thread, which waits for nvcc: a test that looks for child processes must not find an ended one.
     return folder, ThreadPoolExecutor(1).submit(compile)
 
 
@@ -226,7 +226,7 @@ def shell(monkeypatch, capsys):
 
 @pytest.fixture
 def int8():
-    """Of a test that multiplies in int8."""
+    """Skips a test that multiplies in int8 where torch cannot."""
     if torch.backends.quantized.engine not in ("x86", "fbgemm"):
         pytest.skip("torch has no int8 product for this CPU")
 
@@ -248,7 +248,7 @@ def kernels(compiled) -> dict[str, Kernel]:
 
 @pytest.fixture
 def gpu(kernels, monkeypatch) -> Driver:
-    """Makes cuda.launch run kernels on the CPU by ptx.Driver; a test sets `readable` and `writable` of the one it gets."""
+    """Makes cuda.launch run kernels on the CPU by ptx.Driver; a test sets the returned driver's `readable` and `writable`."""
     driver = Driver(kernels)
     monkeypatch.setattr(cuda, "load", lambda device: (driver, None))
     monkeypatch.setattr(cuda, "find", lambda device, name: name)

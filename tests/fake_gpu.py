@@ -1,11 +1,11 @@
-"""A GPU that the CPU plays: code for CUDA runs in the tests, on any machine, with its values.
+"""A GPU simulated by the CPU: in the tests, code for CUDA runs on any machine and computes its values.
 
-Inside `with gpu():` torch sees one GPU, whose tensors (OnGPU) hold a tensor of the CPU that computes for them. What a real GPU
-refuses is Wrong here: an operator that is given tensors of both devices; a copy to the host or from it, or a value that the
-host waits for, while a graph is recorded; a generator of the other device; numpy; a product of integers; a CPU's own operators.
+Inside `with gpu():` torch sees one GPU. Each of its tensors (OnGPU) holds a CPU tensor that does the computing. What a real GPU
+refuses raises Wrong here: an operator that is given tensors of both devices; while a graph is recorded, a copy to or from the
+host, or a value that the host waits for; a generator of the other device; numpy; a product of integers; operators for CPUs only.
 A graph is what it is on a GPU: operators with the addresses that they read and write. Recording changes no memory, and a replay
-reads what is at those addresses by then. Autocast casts as CUDA's does, in forward passes. Not played: time, memory, streams, and
-which of torch's kernels would run.
+reads what those addresses hold at that time. Autocast casts as CUDA's does, in forward passes. Not simulated: time, memory,
+streams, and which of torch's kernels would run.
 """
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
@@ -48,7 +48,7 @@ def raw(x):
 
 
 def each(kind, act, value):
-    """value with act(x) for every x of that kind in its lists, tuples and dicts."""
+    """value, with every x of that kind in its lists, tuples and dicts replaced by act(x)."""
     if isinstance(value, kind):
         return act(value)
     if type(value) in (list, tuple):
@@ -274,7 +274,7 @@ class Generator(RealGenerator):
 
 @contextmanager
 def gpu():
-    """While it lasts there is a GPU, too old for minikd's kernels: torch's operators run."""
+    """Inside the block there is one GPU, too old for minikd's kernels, so that torch's operators run."""
     shallow = torch._has_compatible_shallow_copy_type
     cuda = dict(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, set_device=lambda _: None,

@@ -1,4 +1,4 @@
-"""A Hugging Face hub played on this machine, asked through the real huggingface_hub."""
+"""A simulated Hugging Face hub on this machine, asked through the real huggingface_hub."""
 import hashlib
 import json
 import re
@@ -89,7 +89,7 @@ def served(server, tmp_path, monkeypatch):
 
 
 def again():
-    """As in another process."""
+    """Forgets what this process knows of the hub, as if another one began."""
     hub.KNOWN.clear()
     getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()            # old versions' sessions are offline or not
 

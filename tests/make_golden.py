@@ -6,8 +6,8 @@ For each case: a model's folder as transformers wrote it, and NAME.safetensors w
     ids [3, 12], logits [3, 12, V]            a full batch
     padded [3, 12], padded_logits, lengths    the same, right-padded rows of unequal lengths
     prompts, prompt_lengths, greedy [4, 64]   transformers' generate on a left-padded batch of unequal prompts
-Biases are not zero, norms are not one and weights are large, so that nothing left out would go unseen. The seed of
-each case is the first whose greedy choices all have a margin that rounding cannot turn over.
+Biases are not zero, norms are not one and weights are large, so that any part left out would show. The seed of each
+case is the first whose greedy choices all have a margin that rounding cannot overturn.
 
 For each run of RUNS, training/NAME.safetensors: six optimizer steps on full logits, with AdamW by its formula
     ids [6, T], prompt_lengths, lengths [6]   right-padded rows, all of them in every step
@@ -21,7 +21,7 @@ For each run of GRPO, training/NAME.safetensors: three steps of GRPO on given an
     after [6, T, V]                           the policy's logits of the first step's answers
 
 training/minillm.safetensors: four steps of MiniLLM, two on each of two sets of given answers, with plain text
-    ids [2, 6, T], prompt_lengths, lengths [2, 6], text [6, T]
+    ids [2, 6, T], prompt_lengths, lengths [2, 6], text [6, 9]
     ce, kd, norm [4]                          of each step, before its update; ce is -log q of the answers
     after [6, T, V]                           the student's logits of the first answers
 """
@@ -168,7 +168,7 @@ def zero_moments(model) -> dict:
 
 
 def update(moments: dict, lr: float, t: int) -> torch.Tensor:
-    """Cuts the gradient's norm, and makes AdamW's step t. Returns the norm before."""
+    """Clips the gradient's norm to NORM and takes AdamW's step t. Returns the norm before clipping."""
     norm = torch.stack([weight.grad.square().sum() for weight in moments]).sum().sqrt()
     for weight, (m, v) in moments.items():
         weight.grad *= min(1, NORM / norm)
@@ -209,7 +209,7 @@ def train(name: str, student: str, teacher: str | None, kd_ratio: float, loss: s
 
 
 def advantages(rewards: torch.Tensor, scale: str) -> torch.Tensor:
-    """Paper eq. (5) for one group: 0 for what was not judged, and for all if fewer than two differ.  [3] -> [3]"""
+    """Paper eq. (5) for one group: 0 for what was not judged, and for all if all judged rewards are equal.  [3] -> [3]"""
     judged = rewards[~rewards.isnan()]
     if len(set(judged.tolist())) < 2:
         return torch.zeros(3)

@@ -1,8 +1,8 @@
 """Interprets PTX on a CPU, one warp at a time in numpy: the CUDA sources as nvcc compiles them, inline assembly included.
 
 Slow, but it finds errors that a GPU hides. Vector clocks check every access to shared memory, and to the global memory that a
-kernel writes, for data races with all earlier accesses: barriers and __syncwarp order accesses; shuffles, tensor-core products
-and relaxed accesses do not. What is accessed relaxed is never a race, but no ordinary access may touch it. An asynchronous copy
+kernel writes, for data races with all earlier accesses: barriers, __syncwarp and atom.inc order accesses; shuffles, tensor-core products
+and relaxed accesses do not. Relaxed accesses never race, but no ordinary access may touch the same memory. An asynchronous copy
 may complete at any time between its issue and the wait for it, so until that wait no access may touch its target. Lanes that
 diverge at a branch reconverge at its immediate post-dominator. A Fault is an AssertionError.
 """
@@ -116,10 +116,11 @@ def kernels_of(ptx: str) -> dict[str, Kernel]:
 # ---- memory
 
 class Memory:
-    """`size` bytes from the address `start` on. If a kernel writes them (warps > 0), also for each cell of two bytes which warp
-    wrote it last, when, and when each warp read it last.  unwritten: a read before any write is a Fault
+    """`size` bytes from the address `start` on. If a kernel writes them (warps > 0), it also records for each cell of two bytes
+    which warp wrote it last and when, and when each warp read it last.  unwritten: a read before any write is a Fault
 
-    A time is that warp's own clock, which goes up in steps of 64, less the lane, or less 32 for several lanes; 0: never.
+    A time is the clock of the warp that made the access, which goes up in steps of 64, minus the lane, or minus 32 for several
+    lanes; 0 means never.
     """
 
     def __init__(self, start: int, size: int, warps: int, view: np.ndarray | None = None, unwritten: bool = False):
@@ -140,7 +141,7 @@ class Memory:
         written, now = self.written[cells], clock[id]
         require(not np.count_nonzero(self.barred[cells]),
                 "accessed while an asynchronous copy is in flight, or ordinarily where others access relaxed", warp)
-        # By another warp: later than what this one knows of that warp's clock. By this warp: another lane, and no sync since.
+        # Written by another warp, later than this one knows of its clock; or by another lane of this warp, and no sync since.
         unordered = clock[self.writer[cells]] < written
         if np.count_nonzero(recent := written > now - STEP):
             unordered |= recent & (self.writer[cells] == id) & (written != time)
@@ -321,8 +322,8 @@ class Warp:
     # -- control
 
     def run(self, kernel: Kernel):
-        """A generator that yields wherever other warps should run: at a barrier its list of the warps that have arrived, which
-        the last one empties; at a relaxed load None."""
+        """A generator that yields wherever other warps should run: at a barrier it yields the list of the warps that have arrived
+        there, which the last one empties; at a relaxed load it yields None."""
         code, end = kernel.code, len(kernel.code)
         stack = [[0, np.ones(32, bool), end]]                   # instruction, lanes, where these reconverge with the others
         while stack:
@@ -498,8 +499,8 @@ def register(name: str) -> str:
 
 
 def translate(kernel: Kernel, start: int, end: int, full: bool):
-    """Instructions start .. end - 1 as a function of a warp, whose active lanes all run them; full: all 32 are active, else only
-    their values change. A register is a variable of the function, and so is each of its views."""
+    """Instructions start .. end - 1 as a Python function of a warp, all of whose active lanes run them; full: all 32 are
+    active, if not only the active lanes' values change. A register is a variable of the function, and so is each of its views."""
     names, lines, known, written = dict(OPERATIONS), [], set(), {}
 
     def variable(operand: str) -> str:

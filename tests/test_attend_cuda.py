@@ -125,7 +125,7 @@ def test_the_check_detects_a_missing_barrier_wait_or_counter(compiled, on_cpu, o
 
 @pytest.fixture
 def on_played_gpu(on_cpu, monkeypatch):
-    """-> the kernels launched on a GPU that the CPU plays."""
+    """-> the names of the kernels launched on a simulated GPU."""
     monkeypatch.setattr(attend_cuda, "available", lambda index: True)
     monkeypatch.setattr(fused_cuda, "available", lambda index: False)
     return on_cpu.launched
@@ -137,7 +137,7 @@ SHAPE = dict(num_attention_heads=3, num_key_value_heads=1, head_dim=64, hidden_s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(samples=2), dict(mix=0.4)])
-def test_generate_by_the_kernel_draws_from_the_plain_path_s_distribution(on_played_gpu, monkeypatch, options):
+def test_generate_by_the_kernel_tells_the_plain_path_s_log_probs(on_played_gpu, monkeypatch, options):
     """Rows of different lengths, finished rows dropped, graphs, two models."""
     shape = SHAPE | dict(num_hidden_layers=1)
     model, teacher = (small(seed, **shape).bfloat16().eval() for seed in (3, 4))

@@ -1,5 +1,5 @@
-"""The script that a GPU is lent for runs from end to end, on a CPU, in small shapes; and minikd's side of the steps that trl is
-compared with."""
+"""The GPU benchmark runs from end to end, on a CPU, in small shapes; so does minikd's side of the steps that are compared with
+trl's."""
 import importlib.util
 import sys
 from types import SimpleNamespace

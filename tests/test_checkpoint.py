@@ -33,7 +33,7 @@ def tiny(seed: int = 0, tied: bool = False, dtype=torch.float32) -> Qwen2:
     config = Qwen2Config(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, rope_theta=1e6)
     model = Qwen2(config).init_weights(seed)
-    with torch.no_grad():                                   # one value a tensor would hide a tensor in another's place
+    with torch.no_grad():                                   # with one value per tensor, swapped tensors would not show
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(seed + 1)))
     return model.to(dtype).eval()
@@ -125,7 +125,7 @@ def test_a_tied_head_may_be_stored_all_the_same(tmp_path):
 
 
 def test_a_head_that_is_tied_by_the_config_and_another_by_its_weights_is_refused(folder):
-    """transformers 5 would use it, other readers not."""
+    """transformers 5 would use lm_head.weight, other readers would not."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     assert "ties the head to the embedding, but lm_head.weight is another" in refusal(folder)

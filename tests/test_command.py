@@ -109,7 +109,7 @@ def test_flags_show_what_they_take_and_may_not_be_abbreviated():
         parser.parse_args(["--step", "3"])
 
 
-def test_the_help_tells_choices_and_defaults_as_one_types_them_and_a_flag_left_out_gets_its_own():
+def test_the_help_shows_choices_and_defaults_as_typed_and_a_flag_left_out_gets_its_default():
     parser = Parser("")
     add = flag_group(parser, "all")
     add("--lr", type=float, nargs="+", default=[1e-5, 0.5], toy=[2e-3], help="peak")
@@ -123,7 +123,7 @@ def test_the_help_tells_choices_and_defaults_as_one_types_them_and_a_flag_left_o
         assert vars(args) == dict(lr=lr, norm="none", steps=steps)
 
 
-def test_flags_without_effect_are_told_apart_from_the_output_a_zero_too(capsys):
+def test_flags_without_effect_are_noted_on_stderr_even_if_they_are_0(capsys):
     args = argparse.Namespace(top_k=0, limit=None, int8_head=False, resume=True)
     note_unused(args, "here", "limit", "int8_head")
     note_unused(args, "here", "top_k", "limit", "int8_head", "resume")

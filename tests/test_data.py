@@ -156,8 +156,8 @@ def test_each_example_comes_once_an_epoch_and_the_partial_batch_is_kept(count, s
 
 
 def test_batches_are_random_and_only_within_them_lengths_are_sorted():
-    """A short answer's token must not count more for having only short neighbours: batches differ in their tokens as
-    random ones do."""
+    """A short answer's tokens must not weigh more because all others in its batch are short, too: batches differ in their
+    number of tokens as random ones do."""
     rows = rows_of(*[((37 * i) % 200 + 1, 1) for i in range(800)])              # lengths 2..201, four of each
     lengths = [[len(rows[i].prompt) + 1 for i in batch] for batch in batch_order(rows, 8, seed=0, epoch=0)]
     assert all(batch == sorted(batch) for batch in lengths)

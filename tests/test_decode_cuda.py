@@ -89,7 +89,7 @@ SHAPES_W4 = {"small": ONE | dict(hidden_size=128, intermediate_size=256),
     pytest.param(4, "teams", 40, "turns", 2, marks=pytest.mark.slow),
     pytest.param(4, "zeros, groups of 256", 7, "last", 2, marks=pytest.mark.slow)])
 def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, prompt, order, blocks):
-    """8 blocks: the head's keys in 8 parts; 2: each head's in one, more than are read at once. At 127 the tags begin again."""
+    """With 8 blocks the head's keys form 8 parts; with 2, each head's form one, too long to read at once. At 127 tags wrap."""
     model, on_cpu.order, on_cpu.blocks = make(bits, **(SHAPES if bits == 16 else SHAPES_W4)[shape]), order, blocks
     exact = Qwen2(model.config).double().eval()
     exact.load_state_dict(weights_of(model))
@@ -112,8 +112,8 @@ def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, 
 
 @pytest.mark.slow
 def test_a_block_may_be_held_up_before_it_reads_what_all_have_sent(on_cpu):
-    """Of 8 blocks the last but one has a task in gate/up alone (the last has attention): it sends its words of `wide`, and nobody
-    waits for it until the next layer's. Meanwhile the others go on as far as they can."""
+    """Of 8 blocks, the last but one has a task only in gate/up (the last has attention): it sends its words of `wide`, and nobody
+    waits for it again until the next layer's `wide`. Meanwhile the other blocks go on as far as they can."""
     model = make(16, hidden_size=16, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1)
     on_cpu.blocks, prompt, woken = 8, [[3, 1, 4, 1, 5]], []
     caches = [StaticCache(prefill(model, prompt, 8, 1)[0]) for _ in range(2)]

@@ -231,7 +231,7 @@ def test_format_can_be_forced_and_the_records_own_category_wins():
     ("def f():\n    'doc'\n\n\n", "def f():\n    pass\n"),
     ("def f():\n    '''doc'''\ndef g():\n    '''kept'''\n    print 2\n", "def f():\ndef g():\n    '''kept'''\n    print 2\n"),
 ])
-def test_docstring_is_removed_and_the_rest_stays_as_written(code, expected):
+def test_docstring_is_removed_and_nothing_else(code, expected):
     assert without_docstring(code) == (code if expected is None else expected)
 
 
@@ -354,7 +354,7 @@ def test_no_usable_record_is_an_error_that_counts_why(tmp_path):
         load_examples(write_records(tmp_path / "d.jsonl", *[{**DOLLY, "response": ""}] * 2))
 
 
-def test_report_counts_hashes_and_fits_a_line(tmp_path):
+def test_the_report_counts_and_hashes_in_one_line(tmp_path):
     a, b = write_records(tmp_path / "a.jsonl", DOLLY, {**DOLLY, "response": ""}), write_records(tmp_path / "b.jsonl", BUGNET)
     examples, report = load_examples([a, b])
     assert [example.category for example in examples] == ["classification", "bugnet"]
@@ -362,6 +362,7 @@ def test_report_counts_hashes_and_fits_a_line(tmp_path):
     digest = subprocess.run(["sha256sum", a], capture_output=True, text=True).stdout[:16]
     assert report.files[0] == (str(a), digest) and len(report.files) == 2
     assert str(report).startswith(f"2 of 3 records kept (dropped: 1 empty response); a.jsonl sha256 {digest}, b.jsonl")
+    assert "\n" not in str(report)
     read = []
     assert len(load_examples([a, b], limit=1, progress=lambda: read.append(1))[0]) == len(read) == 1
 

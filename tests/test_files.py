@@ -90,19 +90,19 @@ def test_an_interrupt_while_torch_is_imported_ends_the_script_at_once(tmp_path, 
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
-def test_afterwards_an_interrupt_is_one_line(capsys):
+def test_an_interrupt_after_the_imports_is_one_line(capsys):
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit) as ended, script_errors():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert ended.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert ended.value.code == 130 and capsys.readouterr().err == "\ninterrupted; what was saved is complete\n"
 
 
 @pytest.mark.parametrize("error", [ValueError("could not determine the shape of object type"), InputError("a: is damaged")])
 def test_an_interrupt_that_a_library_turns_into_another_error_stays_one(capsys, error):
-    """torch does, when safetensors calls it; and a reader may take its error for a damaged file."""
+    """torch does so when safetensors calls it; and a reader may then report torch's error as a damaged file."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit) as ended, script_errors():
@@ -161,7 +161,7 @@ def test_a_script_prints_the_line_and_nothing_else():
     ("sys.stdout = None; print('x')", None, None, 0, ""), ("sys.stdout.close()", None, None, 0, ""),
     ("sys.stdout = None; raise InputError('a: is wrong; mend it')", None, None, 2, "error: a: is wrong; mend it")])
 def test_what_cannot_be_written_at_the_end_is_one_line_too(act, stdout, stderr, status, said):
-    """Python writes what it has buffered when it ends, and then has its own words and status 120."""
+    """Python writes what it has buffered when it ends; if that fails, it prints a message of its own and ends with status 120."""
     read, write = os.pipe()
     os.close(read)                                                              # a pipe that nobody reads
     with open(stdout if stdout and stdout != "pipe" else os.devnull, "w") as out, open(stderr or os.devnull, "w") as err:
@@ -384,7 +384,7 @@ def test_too_little_memory_is_one_line_and_other_errors_are_not(capsys):
         raise RuntimeError("a bug")
 
 
-def test_a_long_value_does_not_hide_the_mend(capsys):
+def test_a_long_value_does_not_hide_how_to_fix_it(capsys):
     with pytest.raises(SystemExit), script_errors():
         raise InputError(f"file: {'x' * 100_000} is wrong; mend it")
     line = capsys.readouterr().err

@@ -298,7 +298,7 @@ def test_the_inverse_is_that_of_the_whole_running_sum():
 
 
 def test_a_draw_at_the_very_end_of_a_block_stays_in_it():
-    """The block's mass and the running sum within it round differently, and the token behind its last has mass 0."""
+    """The block's mass and the running sum within it round differently, and the first token after the block has mass 0."""
     probs = (4 * torch.randn(2000, 256, generator=torch.Generator().manual_seed(0))).softmax(-1)
     probs[:, 128] = 0
     first, second = probs.double().unflatten(1, (2, 128)).sum(-1, keepdim=True).unbind(1)
@@ -413,7 +413,7 @@ def test_no_run_of_tokens_is_repeated_as_in_transformers(tmp_path, n):
         assert answer == expected[0, len(prompt):].tolist()
 
 
-def test_no_more_rows_are_laid_out_for_than_there_are(monkeypatch):
+def test_weights_are_laid_out_for_no_more_rows_than_there_are(monkeypatch):
     asked, laid_out = [], generation.laid_out
     monkeypatch.setattr(generation, "laid_out", lambda model, rows, steps: asked.append(rows) or laid_out(model, rows, steps))
     generation.respond(random_model(), [Encoded([1, 2], [], False, i) for i in range(3)], 10**8, 2, {3})
@@ -450,7 +450,7 @@ def test_what_may_not_be_repeated_is_left_out_of_the_distribution_that_is_drawn_
 # ---- groups, and the log-probability of what was drawn
 
 def test_samples_of_a_prompt_are_what_its_repeats_would_give():
-    """G rows from one prefill: the same tokens as G rows that were each read, for the same seed."""
+    """With the same seed, G rows from one prefill get the same tokens as G rows with a prefill each."""
     model = random_model()
     grouped = generate(model, PROMPTS, 12, temperature=1.0, seed=3, samples=3, eos_ids={3, 50, 71})
     repeated = generate(model, [prompt for prompt in PROMPTS for _ in range(3)], 12, temperature=1.0, seed=3,

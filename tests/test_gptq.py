@@ -84,7 +84,7 @@ def test_codes_are_those_of_the_published_algorithm_in_slow_loops(options):
     assert same >= 0.999 * total
 
 
-def test_outputs_are_off_by_half_of_what_rounding_costs_or_less():
+def test_the_output_error_is_at_most_half_of_roundings():
     for seed in range(2):
         weight, hessian = random_layer(128, 512, seed)
         found, rounded = (dequantize_groups(*quantized) for quantized in (quantize_matrix(weight, hessian),
@@ -260,7 +260,7 @@ def calibration() -> list[Encoded]:
 
 
 def slowly_quantized(model, rows):
-    """For each stage: run the model, quantised as far as it is, on each row alone; Hessians of what the hooks saw."""
+    """For each stage: runs the model, quantised so far, on each row alone, and takes Hessians of what the hooks saw."""
     found = {}
     for i in range(2):
         for stage in STAGES:
@@ -395,11 +395,12 @@ def test_blocks_that_are_done_can_be_let_go_on_the_way():
 
 def test_a_bad_layer_is_named_before_any_is_changed():
     model = tiny()
+    original = copy.deepcopy(model.state_dict())
     with pytest.raises(InputError, match="model.layers.0.mlp.down_proj: 48 inputs cannot be cut into groups of 32"):
         quantize_model(model, calibration(), 0, group_size=32)
     with pytest.raises(InputError, match="method 'awq'"):
         quantize_model(model, calibration(), 0, method="awq")
-    original = copy.deepcopy(model.state_dict())
+    assert all(torch.equal(value, original[name]) for name, value in model.state_dict().items())
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="model.layers.1.mlp.up_proj: has weights that are not finite"):
         quantize_model(model, calibration(), 0, group_size=16)
@@ -410,9 +411,12 @@ def test_a_4_bit_model_is_refused_and_left_as_it_is():
     model = tiny()
     words = quantize_model(model, [], 0, method="rtn", group_size=16, store=to_words)
     four = to_w4(model, words, 16, True)
+    before = copy.deepcopy(four.state_dict())
     for method in "rtn", "gptq":
         with pytest.raises(InputError, match="holds 4-bit weights already"):
             quantize_model(four, [], 0, method=method, group_size=16)
+    after = four.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_damping_grows_to_ten_and_no_further():

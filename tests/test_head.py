@@ -49,7 +49,7 @@ N, V, D, DT = 53, 41, 6, 10                         # scored tokens, vocabulary,
 
 @pytest.fixture(autouse=True)
 def few_tokens_in_a_softmax(monkeypatch):
-    """Three of these, so that a chunk has several softmaxes, as with a real vocabulary."""
+    """A softmax takes three tokens, so that a chunk has several softmaxes, as with a real vocabulary."""
     monkeypatch.setitem(PIECE_BYTES, "cpu", 3 * V * 4)
 
 

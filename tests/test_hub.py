@@ -205,7 +205,7 @@ def test_a_hub_that_never_answers_is_given_up(served, monkeypatch):
     assert "did not return it" in refusal(lambda: local_folder("org/model", ["*"]))
 
 
-def test_without_a_network_and_a_cache_the_mend_is_the_network(served, monkeypatch):
+def test_without_network_and_cache_the_error_says_to_check_the_network(served, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")        # an OSError, not the disk's
     assert refusal(lambda: local_folder("org/model", ["*"])).endswith("; check the network, and try again")
 
@@ -269,7 +269,9 @@ def test_half_of_a_dataset_in_the_cache_is_not_taken_for_all_of_it(served, data,
 def test_a_dataset_that_was_fetched_whole_is_read_without_the_hub(served, data, monkeypatch):
     both, single = data_files(f"{data}:solutions_py"), data_files(f"{data}:es")
     offline(monkeypatch)
+    served.asked.clear()
     assert data_files(f"{data}:solutions_py") == both and data_files(f"{data}:es") == single and len(both) == 2
+    assert not served.asked
 
 
 def test_a_listing_that_fails_does_not_fetch_everything(served, data):

@@ -79,7 +79,7 @@ def test_short_answers_one_row_and_a_small_float32_model_are_not_laid_out(narrow
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_row_in_bfloat16_is_decoded_without_onednn(monkeypatch, dtype):
-    """Its prompt is not, and oneDNN is on again after an error too."""
+    """The prompt is read with oneDNN, which is on again after an error too."""
     model, hidden, used = random_model(dtype=dtype), Qwen2.hidden, []
 
     def watched(self, ids, cache=None, **options):
@@ -143,7 +143,7 @@ def test_one_row_in_float32_is_read_from_the_plain_weights(large, narrow_float32
     ("cuda", torch.float32, 1, {}, "joined"), ("cuda", torch.bfloat16, 3, {}, "joined"),
     ("cuda", torch.bfloat16, 1, dict(capability="AVX2"), "joined"), ("cuda", torch.bfloat16, 3, dict(four_bits=True), "joined")])
 def test_a_layout_is_picked_by_device_dtype_and_rows(monkeypatch, device, dtype, rows, there, layout):
-    """For a decoding of many steps; for few only what costs nothing."""
+    """For decoding many steps; for few steps only a layout that costs nothing is picked."""
     there = dict(threads=2, capability="AVX512", onednn=True, toy=False, four_bits=False) | there
     monkeypatch.setattr(torch, "get_num_threads", lambda: there["threads"])
     monkeypatch.setattr(products, "AVX2_ONLY", there["capability"] == "AVX2")

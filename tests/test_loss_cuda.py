@@ -39,7 +39,7 @@ def on_cpu(gpu, monkeypatch):
 
 
 def rows_of(values: torch.Tensor) -> torch.Tensor:
-    """The values as head_loss lays logits out: bfloat16, aligned rows; what is between them is NaN, to be read by nobody."""
+    """The values laid out as head_loss does logits: bfloat16, rows aligned; between rows is NaN, which nothing may read."""
     held = torch.full((len(values), -(-values.shape[1] // 8) * 8), torch.nan).bfloat16()
     held[:, :values.shape[1]] = values
     return held[:, :values.shape[1]]

@@ -191,7 +191,7 @@ def test_heads_of_different_height_are_cut_before_the_softmax(name, share):
     ((1.0, 2.0, -math.inf), (0.0, 1.0, 0.5), ("forward_kl",))])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 def test_a_token_that_is_ruled_out_counts_as_0_log_0(student, teacher, infinite, temperature):
-    """A logit of -inf, as a vocabulary is masked; -500 has a probability of 0 in float32 too, and a finite log."""
+    """Logits of -inf, as in a masked vocabulary, against -500, whose probability is 0 in float32 too, but whose log is finite."""
     for name, divergence in DIVERGENCES.items():
         found = []
         for least in -math.inf, -500.0:

@@ -2,6 +2,7 @@
 import cmath
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -154,14 +155,15 @@ def test_a_frozen_embedding_gets_no_gradient(tied):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradient_checkpointing_recomputes_each_block_and_gives_the_same_gradients(tied):
-    model, ids, runs = random_model(tie_word_embeddings=tied), random_ids(2, 7), []
-    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: runs.append(1))
+    model, ids, runs = random_model(tie_word_embeddings=tied), random_ids(2, 7), Counter()
+    for i, block in enumerate(model.model.layers):
+        block.input_layernorm.register_forward_hook(lambda *_, i=i: runs.update([i]))
     gradients = []
     for checkpointing in (False, True):
         model.zero_grad()
         (model.hidden(ids, checkpointing=checkpointing) @ model.head.T).square().mean().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-        assert len(runs) == (3 if checkpointing else 1)     # once; then forward and backward
+        assert runs == dict.fromkeys(range(len(model.model.layers)), 3 if checkpointing else 1)     # then forward and backward
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5)
         assert gradient.abs().max() > 0, name

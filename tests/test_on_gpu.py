@@ -166,7 +166,7 @@ def test_a_recording_that_fails_is_made_again():
 
 
 def test_no_graph_is_recorded_of_another_gpu_than_the_current_one(monkeypatch):
-    """It would stay empty, without an error. The scripts make --device the current one."""
+    """Such a graph would stay empty, without an error. The scripts make --device the current GPU."""
     model, made = small(3), []
     right = generate_with_log_probs(model, PROMPTS, 40, 0.0)[0]
     with gpu():
@@ -262,8 +262,8 @@ def test_a_run_goes_on_on_another_device(shell, world, tmp_path, first, then):
 
 
 @pytest.mark.slow
-def test_grpo_in_bfloat16_learns_as_in_float32(run):
-    """It draws other answers, so only means are alike."""
+def test_grpo_in_bfloat16_begins_as_in_float32(run):
+    """It draws other answers, so only means are alike, and those only before the first update."""
     flags = GRPO + "--group-size 12 --batch-size 8 --inner-epochs 2 --drop-flat --norm token --dtype "
     ours, theirs = (steps_of(run(train_grpo, flags + dtype, "cuda")[1]) for dtype in ("bfloat16", "float32"))
     assert len(ours) == 3 and all(line["grad_norm"] > 0.1 for line in ours)

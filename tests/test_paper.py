@@ -1,5 +1,5 @@
 """Every command of docs/paper.md and of the README that names a model runs to its end, in the order in which they stand, against
-a hub played on this machine: tiny models under Qwen's names, a few records under each dataset's with its published fields."""
+a simulated hub on this machine: tiny models under Qwen's names, a few records under each dataset's with its published fields."""
 import gzip
 import importlib
 import io

@@ -45,7 +45,7 @@ def test_a_cpu_without_bfloat16_multiplies_many_rows_in_float32_in_columns_of_16
 @pytest.mark.parametrize("avx2", [True, False])
 @pytest.mark.parametrize("dtype", MOST)
 def test_a_bias_is_added_before_the_product_is_rounded(monkeypatch, dtype, avx2):
-    """1 + 3/8 of a step rounds to 1, and with another quarter of a step still: together they are nearer to the next number."""
+    """1 + 3/8 of a step rounds to 1, and so does 1 + 1/4 of a step; the sum, 1 + 5/8 of a step, rounds to the next number."""
     monkeypatch.setattr(products, "AVX2_ONLY", avx2)
     weight, bias = random_logits(2100, 40).to(dtype), random_logits(2100, seed=1).to(dtype)
     for n in 1, 6:

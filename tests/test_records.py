@@ -49,7 +49,7 @@ def test_where_counts_lines_in_csv_and_records_in_json(tmp_path):
     assert [where[-9:] for where, _ in read_records(tmp_path / "d.json")] == [":record 1", ":record 2"]
 
 
-def test_parquet_streams_through_pyarrow(tmp_path):
+def test_parquet_is_read_through_pyarrow(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]

@@ -1,4 +1,4 @@
-"""Rewards by examples written by hand; each loophole of the published code beside what it is paid here."""
+"""Rewards by examples written by hand; the loopholes of open-r1's format reward beside what they are paid here."""
 import itertools
 import math
 import random
@@ -514,19 +514,19 @@ def odd(completions, problems):
     ("return [1e10, 0]", "at most 10.9"), ("return type('Odd', (), {'__iter__': lambda self: {}[1]})()", "returned <.* for 2 comp"),
     ("import sys; sys.exit(0)", "raised SystemExit: 0"), ("return (1 / 0 for _ in completions)", "raised ZeroDivisionError"),
 ])
-def test_what_it_returns_is_checked(tmp_path, body, message):
+def test_what_a_reward_function_returns_is_checked(tmp_path, body, message):
     path = user_file(tmp_path, f"def f(completions, problems):\n    {body}\n")
     with pytest.raises(InputError, match=message):
         load_rewards(f"{path}:f")["f"](["a", "b"], [{}, {}])
 
 
-def test_it_cannot_change_the_texts_that_others_judge(tmp_path):
+def test_a_reward_function_cannot_change_the_texts_that_others_judge(tmp_path):
     path = user_file(tmp_path, "def f(completions, problems):\n    completions.clear(), problems[0].clear()\n    return [0.0]\n")
     texts, facts = ["a"], [{"answer": "1"}]
     assert load_rewards(f"{path}:f")["f"](texts, facts) == [0.0] and (texts, facts) == (["a"], [{"answer": "1"}])
 
 
-def test_an_error_of_its_own_is_told_with_its_line(tmp_path):
+def test_an_error_in_a_reward_function_is_reported_with_its_line(tmp_path):
     path = user_file(tmp_path, "def f(completions, problems):\n    return g()\ndef g():\n    raise KeyError('mine')\n")
     with pytest.raises(InputError, match=r"mine.py:f: raised KeyError: 'mine' \(\S*mine.py:4\); fix it") as error:
         load_rewards(f"{path}:f")["f"](["a"], [{}])

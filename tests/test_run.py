@@ -341,7 +341,7 @@ def test_a_folder_that_the_run_cannot_write_is_refused_before_it(tmp_path, part,
 
 
 @pytest.mark.parametrize("part", ["best", "last"])
-def test_a_model_that_no_run_wrote_is_not_replaced_by_its_checkpoints(tmp_path, part):
+def test_a_model_that_no_run_wrote_is_not_replaced_by_a_runs_checkpoints(tmp_path, part):
     (tmp_path / part).mkdir()
     (tmp_path / part / CONFIG).write_text('{"model_type": "qwen2"}')
     with pytest.raises(InputError, match=f"{part}: holds a model, which would be replaced"):
@@ -380,7 +380,7 @@ def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, nam
     check_free(tmp_path, [tmp_path / "kd"], **given, own=[name])
 
 
-def test_a_run_lies_in_no_folder_that_is_read_whole(tmp_path):
+def test_out_inside_a_folder_that_is_read_as_data_is_refused(tmp_path):
     (tmp_path / "data").mkdir(), (tmp_path / "data/a.jsonl").touch()
     for out in "data", "data/run":
         for data in "data", "data:*.jsonl":

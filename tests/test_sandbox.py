@@ -251,7 +251,7 @@ def test_what_no_limit_counts_is_refused(act):
 
 
 def test_no_filters_and_no_threads_with_descriptors_of_their_own():
-    """Of these arguments the kernel itself would say EFAULT and EINVAL."""
+    """Without the filter the kernel would answer these arguments with EFAULT and EINVAL."""
     needs("seccomp")
     clone = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
     source = ("import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
@@ -268,7 +268,7 @@ def test_files_stay_where_they_are_counted(act):
 
 
 def test_a_program_that_takes_back_what_it_wrote_cannot_hold_its_caller(monkeypatch):
-    """Between poll, which says that there is something to read, and the read. Here poll always says so."""
+    """It might do so between poll, which says that there is something to read, and the read. Here poll always says so."""
     class Hopeful:
         def __init__(self):
             self.streams = {}
@@ -369,7 +369,7 @@ def test_nothing_outside_is_read_or_written(nothing_left):
         assert Path(fixture).read_text() == "hoped" and os.listdir(folder) == ["expected.txt"]
 
 
-def test_the_environment_is_empty_and_nobody_elses_is_seen(monkeypatch):
+def test_the_environment_holds_nothing_of_the_callers(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hoped")
     result = run_program("import os\nprint(dict(os.environ), open('/proc/self/environ').read())\n")
     assert "hoped" not in result.stdout

@@ -1,4 +1,5 @@
-"""The house's rules: imports go downward, so that any file is read without the ones after it; what others call stays."""
+"""The rules of the code: a module imports only earlier ones, so that any file can be read without the later ones; what other
+programs call keeps its arguments."""
 import ast
 import functools
 import importlib

@@ -74,7 +74,7 @@ def test_loss_and_gradient_with_the_cache_are_those_of_the_live_teacher(fill, tm
     assert not torch.equal(grad, other_grad)
 
 
-def test_whoever_may_read_what_was_cached_for_may_read_the_states(fill, tmp_path):
+def test_the_states_and_settings_of_a_cache_have_the_same_permissions(fill, tmp_path):
     fill()
     modes = {file.stat().st_mode for file in (tmp_path / "cache").iterdir() if file.suffix in (".safetensors", ".json")}
     assert len(modes) == 1, modes
@@ -86,7 +86,7 @@ def test_a_cache_that_is_whole_needs_no_teacher(fill):
 
 
 def test_what_a_kill_left_beside_a_shard_that_is_whole_is_removed(fill, tmp_path):
-    """Between its new name and the end of its temporary folder; or another process has finished the same shard meanwhile."""
+    """Killed between the renaming and the removal of the temporary folder; or another process has finished the same shard."""
     fill()
     shard = min((tmp_path / "cache").glob("states-*"))
     left, held = temporary_folder(shard)
@@ -222,7 +222,7 @@ def test_answers_without_ids_of_the_tokenizer_are_refused(respond, tmp_path, lin
             respond()
 
 
-def test_answers_that_were_made_with_a_setting_more_are_refused(respond):
+def test_answers_that_were_made_with_an_additional_setting_are_refused(respond):
     respond(made_from=dict(teacher="a", more=1))
     with pytest.raises(InputError, match="their more is 1, here None"):
         respond()

@@ -232,7 +232,7 @@ def test_streaming_holds_back_no_more_than_the_unfinished_character(tokenizer):
 
 
 def test_streaming_adds_up_on_bytes_that_are_no_text_at_all(tokenizer):
-    """What an untrained model says.  The first row: seven bytes that begin nothing, then a whole character."""
+    """As an untrained model writes.  The first row has seven bytes that begin no character, then a whole character."""
     continuation = tokenizer.encode("🎉")[1]
     rng = random.Random(0)
     rows = [[continuation] * 7 + tokenizer.encode("🎉")]
@@ -332,7 +332,7 @@ def test_a_tokenizer_json_that_is_missing_or_damaged_is_named_in_one_line(tmp_pa
     assert text.startswith(f"{tmp_path / 'tokenizer.json'}: {complaint}") and "\n" not in text
 
 
-def test_of_a_tokenizer_in_the_older_files_the_mend_is_named(tmp_path):
+def test_for_a_tokenizer_in_the_older_files_the_error_names_the_fix(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(InputError, match="tokenizer.json: is missing; transformers makes it of vocab.json"):
         Tokenizer.load(tmp_path)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train_grpo as rl
 from conftest import killed_at, same, steps_of, tiny, weights, write_records
 from fake_gpu import gpu
-from minikd import problems
+from minikd import model, problems
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
 from minikd.files import InputError
@@ -72,7 +72,17 @@ def test_a_run_leaves_a_model_a_log_and_every_completion(run, world, tmp_path):
     assert "held-out problems" in out and "greedy" in out and "sampled" in out
 
 
-def test_an_answers_ratio_is_1_until_the_first_update_in_any_dtype(run, tmp_path):
+def test_gradient_checkpointing_recomputes_and_changes_nothing_else(run, tmp_path, monkeypatch):
+    calls, checkpoint = [], model.checkpoint
+    monkeypatch.setattr(model, "checkpoint", lambda *given, **named: (calls.append(1), checkpoint(*given, **named))[1])
+    assert run(out=tmp_path / "plain")[0] == 0 and not calls
+    assert run("--gradient-checkpointing", out=tmp_path / "recomputed")[0] == 0 and calls
+    one, other = (weights(tmp_path / name / "last") for name in ("plain", "recomputed"))
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=1e-4)
+
+
+def test_an_answers_ratio_is_1_until_the_first_update_in_bfloat16_too(run, tmp_path):
     """A bfloat16 sampler's log-probabilities differ from the trainer's by more than GSPO's clip."""
     for epochs, lr, clipped in (("1", "1e-3", False), ("3", "1e-3", True),
                                 ("2", "1e-30", False), ("3", "1e-30", False)):                  # the last two: updates by nothing
@@ -334,7 +344,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_flags(run, world):
     assert status == 0 and "done already" in out and "held-out problems" in out     # if it was killed before it could say so
 
 
-def test_a_toy_takes_no_real_runs_place(run, shell, world, tmp_path):
+def test_a_toy_run_does_not_replace_a_real_one(run, shell, world, tmp_path):
     """--data forgotten."""
     assert run("--steps", "1")[0] == 0
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -73,7 +73,7 @@ def test_inputs_of_another_width_are_refused_and_none_give_none(dtype):
 
 
 def test_a_layer_that_is_prepared_for_the_kernel_does_not_look_for_it_again(monkeypatch):
-    """torch.compile follows what `available` does at its first call: reading files, loading libraries."""
+    """Else torch.compile would trace what `available` does at its first call: reading files, loading libraries."""
     made, asked = layer(group=128)[0], []
     monkeypatch.setattr("minikd.w4.available", lambda index: (asked.append(index), True)[1])
     x = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, requires_grad=False, device=SimpleNamespace(index=3))
