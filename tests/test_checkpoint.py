@@ -92,6 +92,21 @@ def test_what_is_saved_is_loaded(tmp_path, tied, shard_bytes):
     assert torch.equal(model(ids), load_model(str(tmp_path / "m"))(ids))
 
 
+@pytest.mark.parametrize("part", [1, 150, 1_000])
+@pytest.mark.parametrize("shard_bytes", [10**9, 6_000])
+def test_tensors_larger_than_a_part_are_read_in_parts_and_files_closed_between(tmp_path, monkeypatch, part, shard_bytes):
+    model, opened = tiny(), []                                  # 37 rows of 64 bytes, 24 of 64, 16 of 96
+    save_model(model, tmp_path / "m", shard_bytes=shard_bytes)
+    monkeypatch.setattr(checkpoint, "PART", part)
+    monkeypatch.setattr(checkpoint, "open_tensors", lambda path: (opened.append(path), open_tensors(path))[1])
+    assert same(model, load_model(tmp_path / "m"))
+    opened.clear()
+    half = load_model(tmp_path / "m", dtype=torch.bfloat16)
+    assert same(half, model.bfloat16())
+    size = sum(p.nbytes for p in half.parameters())
+    assert size / (2 * part + 64) < len(opened) < 2 * size / part + 20
+
+
 @pytest.mark.parametrize("on_disk", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16])
 def test_any_float_dtype_on_disk_becomes_the_one_asked_for(tmp_path, on_disk, asked):
