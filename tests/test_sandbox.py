@@ -582,10 +582,10 @@ def test_a_caller_without_stdin_and_stdout_gets_the_verdict_all_the_same():
 
 def test_a_caller_that_is_killed_leaves_nothing(nothing_left):
     code = f"import tempfile\ntempfile.tempdir = {str(nothing_left)!r}\nfrom minikd.sandbox import run_program\n" \
-           "run_program('while True: pass', timeout=60)"
+           "run_program('open(chr(97), \"w\"), open(chr(98), \"w\")\\nwhile True: pass', timeout=60)"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
     deadline = time.monotonic() + 10
-    while len(running := processes(caller.pid)) < 2 and time.monotonic() < deadline:
+    while (len(running := processes(caller.pid)) < 2 or not any(nothing_left.glob("*/b"))) and time.monotonic() < deadline:
         time.sleep(0.01)
     caller.kill()
     caller.wait()

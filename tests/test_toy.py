@@ -119,9 +119,13 @@ def test_the_teacher_has_four_to_six_times_the_students_parameters(tokenizer):
 
 
 def test_the_tokenizer_gives_every_record_back(tokenizer):
+    characters = tokens = 0
     for entry in toy.records(300, seed=14, human=True) + toy.records(300, seed=3000, test=True):
         for text in toy.question(entry), to_example(entry, "toy").response:
-            assert tokenizer.decode(tokenizer.encode(text)) == text
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text
+            characters, tokens = characters + len(text), tokens + len(ids)
+    assert len(tokenizer) == 512 and characters > 2.5 * tokens
 
 
 def test_no_record_is_cut_or_dropped_at_the_default_lengths(tokenizer):
