@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import small
 from minikd import checkpoint
-from minikd.checkpoint import load_config, load_head, load_model, open_tensors, save_model, shards_of, split_shards
+from minikd.checkpoint import (load_config, load_head, load_model, open_tensors, save_model, shards_of, split_shards,
+                               stored_dtypes)
 from minikd.config import Qwen2Config
 from minikd.files import InputError
 from minikd.generate import generate
@@ -168,11 +169,19 @@ def test_shards_of_another_naming_and_order_load(sharded):
     assert len(shards) > 3
     index = json.loads((sharded / INDEX).read_text())
     assert set(index["weight_map"].values()) == {path.name for path in shards}
+    assert index["weight_map"].keys() == tiny().state_dict().keys()
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in tiny().parameters())
     shards[0].rename(sharded / "zebra.safetensors")
     moved = {key: "zebra.safetensors" if file == shards[0].name else file for key, file in index["weight_map"].items()}
     (sharded / INDEX).write_text(json.dumps({"weight_map": moved}))
     assert same(tiny(), load_model(sharded))
+
+
+def test_the_dtypes_in_all_shards_are_told(sharded):
+    last = sorted(sharded.glob("*.safetensors"))[-1]
+    halves = {key: tensor.half() for key, tensor in load_file(last).items()}
+    save_file(halves, last)
+    assert stored_dtypes(sharded) == {key: torch.float16 if key in halves else torch.float32 for key in tiny().state_dict()}
 
 
 def test_two_files_have_an_index_already(tmp_path):
@@ -262,6 +271,7 @@ def test_an_index_that_names_an_absent_file_is_refused(sharded):
     ('{"weight_map": {"a"', "is not JSON"), ("[]", "holds a list"), ('{"metadata": {}}', "has no weight_map"),
     ('{"weight_map": []}', "has no weight_map"), ('{"weight_map": {"a": 1}}', "has no weight_map"),
     ('{"weight_map": {"a": "../model.safetensors"}}', "has no weight_map of tensors to files of its folder"),
+    ('{"weight_map": {"a": "model.safetensors", "b": "../model.safetensors"}}', "has no weight_map"),
     ('{"weight_map": {"a": "."}}', "has no weight_map"), ('{"weight_map": {}}', f"{EMBED} [37, 16] is missing")])
 def test_a_damaged_index_is_named(sharded, content, complaint):
     (sharded / INDEX).write_text(content)

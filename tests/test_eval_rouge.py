@@ -220,6 +220,7 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
     (["--model", "m", "--data", "n\udcc3\udcbc"], "nü: this locale is not UTF-8; set PYTHONUTF8=1"),
     (["--model", "~nobody-here/m", "--data", "~nobody-here/r.jsonl"], "give another path"),
     (["--predictions", "p.txt", "--references", "odd.jsonl"], "odd.jsonl:1: field 'category' holds half a character"),
+    (["--predictions", "p.txt", "--references", "mixed.jsonl"], "mixed.jsonl:1: references is a int; make it text"),
     (["--model", "m", "--data", "d", "--out", "d/r.jsonl"], "is one of the files to read"),
     (["--model", "m", "--data", "d:*.jsonl", "--out", "d/r.jsonl"], "is one of the files to read"),
     (["--model", "no/such/model", "--data", "r.jsonl"], "no/such/model: no such folder"),
@@ -233,6 +234,7 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, tmp_path, flags, sa
     write(tmp_path / "number.jsonl", [{"text": 3}]), write(tmp_path / "empty.jsonl", [{"references": []}])
     write(tmp_path / "half.jsonl", [{"text": "\ud83d"}]), write(tmp_path / "null.jsonl", [{"prediction": None}])
     write(tmp_path / "odd.jsonl", [{"reference": "a", "category": "\ud83d"}] * 3)
+    write(tmp_path / "mixed.jsonl", [{"references": ["a", 3]}] * 3)
     (tmp_path / "latin.txt").write_bytes("uno\naño\ndos\n".encode("latin-1"))
     (tmp_path / "d").mkdir()
     write(tmp_path / "d" / "r.jsonl", RECORDS)
