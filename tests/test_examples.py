@@ -63,6 +63,8 @@ def test_chat_trains_on_the_last_assistant_turn_and_keeps_the_system_prompt():
     assert [m["content"] for m in example.messages] == ["Be brief.", "1?", "one", "2?"]
     assert (example.response, example.category) == ("two", "chat")
     assert example.instruction == "Be brief.\n\nUser: 1?\n\nAssistant: one\n\nUser: 2?"
+    greeted = [{"role": role, "content": content} for role, content in (("assistant", "Hello."), *turns[1:3])]
+    assert to_example({"messages": greeted}, "").messages == tuple(greeted[:2])
     single = to_example({"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "one"}]}, "")
     assert single.instruction == "1?"
     brief = to_example({"messages": [{"role": role, "content": content} for role, content in turns[:3]]}, "")
@@ -107,6 +109,7 @@ def test_a_pair_is_asked_with_what_it_is_about(record, asked):
 
 @pytest.mark.parametrize("record, words", [
     ({"question": "Which?", "choices": ["a", "b"], "answer": "a"}, "field 'choices' would not be shown"),
+    ({"question": "Which?", "options": ["a", "b"], "answer": "a"}, "field 'options' would not be shown"),
     ({"messages": [{"role": ["user"], "content": "hi"}]}, "messages[0]: not a turn"),
     ({"conversations": [{"from": ["human"], "value": "hi"}]}, "conversations[0]: not a turn"),
     ({"conversations": None}, "'conversations' is null"), ({"conversations": ["hi"]}, "conversations[0]: not a turn"),
@@ -355,7 +358,8 @@ def test_no_usable_record_is_an_error_that_counts_why(tmp_path):
 
 
 def test_the_report_counts_and_hashes_in_one_line(tmp_path):
-    a, b = write_records(tmp_path / "a.jsonl", DOLLY, {**DOLLY, "response": ""}), write_records(tmp_path / "b.jsonl", BUGNET)
+    a = write_records(tmp_path / "a.jsonl", DOLLY, {**DOLLY, "response": ""})
+    b = write_records(tmp_path / "b.jsonl", BUGNET)
     examples, report = load_examples([a, b])
     assert [example.category for example in examples] == ["classification", "bugnet"]
     assert (report.read, report.kept, report.dropped) == (3, 2, {"empty response": 1})
@@ -434,6 +438,10 @@ def test_texts_are_the_field_text_of_any_data_file(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one", "id": 1}\n{"text": " "}\n{"text": "two"}\n')
     texts, files = load_texts(tmp_path / "a.jsonl")
     assert texts == ["one", "two"] and [name for name, _ in files] == [str(tmp_path / "a.jsonl")]
+    (tmp_path / "more.jsonl").write_text('{"text": "three"}\n')
+    texts, files = load_texts([tmp_path / "a.jsonl", tmp_path / "more.jsonl"])
+    assert texts == ["one", "two", "three"]
+    assert [name for name, _ in files] == [str(tmp_path / name) for name in ("a.jsonl", "more.jsonl")]
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"words": "two"}\n')
     with pytest.raises(InputError, match="b.jsonl:2: field 'text' is missing"):
         load_texts(tmp_path / "b.jsonl")

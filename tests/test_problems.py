@@ -100,6 +100,7 @@ def test_a_codeforces_record_becomes_its_statement_and_its_tests():
     assert "10\n" not in asked                                                  # the official tests stay secret
     assert problem.facts == {"tests": official, "language": "python", "time_limit": 1.0, "memory_limit": 256.0}
     assert to_problem(RECORD | {"examples": None}, "x").facts["tests"] == []
+    assert to_problem(RECORD | {"examples": official}, "x").messages[-1]["content"].count("## Example\nInput:\n") == 2
     least = {key: RECORD[key] for key in ("description", "examples")}                       # as the error about others asks for
     assert to_problem(least, "x").facts["tests"] == RECORD["examples"]
 
@@ -210,6 +211,7 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
     (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is not a list of {input, output} texts"),
     (RECORD | {"examples": 3}, "field 'examples' is not a list"),
     (RECORD | {"examples": ["3"]}, "field 'examples' is not a list"),
+    (RECORD | {"examples": [*RECORD["examples"], {"input": "3"}]}, "field 'examples' is not a list"),
     (RECORD | {"note": 3}, "field 'note' is a int; make it text"),
     (RECORD | {"time_limit": -1}, "field 'time_limit' is -1; give a number above 0"),
     (RECORD | {"memory_limit": float("inf")}, "field 'memory_limit' is inf"),
