@@ -69,11 +69,12 @@ def parse_args():
     toy = not (args.model or args.predictions)
     fill_defaults(args, parser, toy)
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and min(args.top_k, args.no_repeat_ngram_size) >= 0):
-        raise InputError("--temperature, --top-k and --no-repeat-ngram-size must be at least 0, --top-p above 0 and at most 1; "
-                         "fix the wrong one")
+        raise InputError(f"--temperature {args.temperature}, --top-k {args.top_k}, --no-repeat-ngram-size "
+                         f"{args.no_repeat_ngram_size}, --top-p {args.top_p}: the first three must be at least 0 and finite, "
+                         "--top-p above 0 and at most 1; fix the wrong one")
     check_positive(args, "limit", "max_length", "max_prompt_length", "max_new_tokens", "batch_size")
     if len(set(args.seeds or ())) < len(args.seeds or ()):
-        raise InputError(f"--seeds {args.seeds}: two are the same, and so would be their answers; give each once")
+        raise InputError(f"--seeds {args.seeds}: two are the same, so their answers would be too; give each once")
     if toy and not all(Path(path).exists() for path in (args.model, *args.data)):
         raise InputError(f"{args.model}: no toy student yet; run train_kd.py first, or give --model and --data")
     folder = Path(args.model or "").expanduser()
@@ -85,7 +86,7 @@ def parse_args():
     if args.out.resolve() in [file.resolve() for file in read]:
         raise InputError(f"--out {args.out}: is one of the files to read; choose another")
     if args.out.exists() and args.out.suffix != ".jsonl":       # a model's weights, say
-        raise InputError(f"--out {args.out}: exists, and only a .jsonl file is replaced; choose another")
+        raise InputError(f"--out {args.out}: exists and is not a .jsonl file, so it is not replaced; choose another")
     return args
 
 
@@ -95,7 +96,7 @@ def check_given(args):
         if getattr(args, a) is not None and getattr(args, b) is None:
             raise InputError(f"--{a} without --{b}; give both")
     if args.model and args.predictions:
-        raise InputError("--model and --predictions; give one of them: a model that answers, or answers")
+        raise InputError("--model with --predictions; give one of them: a model that answers, or a file of answers")
     if args.predictions:
         note_unused(args, "with answers in a file", "limit", "template", "max_length", "max_prompt_length", "max_new_tokens",
                     "batch_size", "temperature", "top_p", "top_k", "no_repeat_ngram_size", "seeds", "device", "dtype",
@@ -103,7 +104,7 @@ def check_given(args):
     elif not args.temperature:
         note_unused(args, "with greedy answers (--temperature 0)", "top_p", "top_k")
     if args.seeds and not args.temperature and not args.predictions:
-        raise InputError("--seeds with --temperature 0: greedy answers are the same for all; add --temperature 1")
+        raise InputError("--seeds with --temperature 0: greedy answers are the same for all seeds; add --temperature 1")
 
 
 def model_scores(args) -> list[list[dict]]:
@@ -122,8 +123,8 @@ def model_scores(args) -> list[list[dict]]:
     if args.int8_head:
         use_int8_head(model)
         if args.batch_size >= INT8_ROWS:
-            print(f"--int8-head: is used for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size} only "
-                  "when the other prompts of a batch have finished")
+            print(f"note: --int8-head is used for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size}, "
+                  "only after the other prompts of a batch have finished")
     check_writable(args.out.parent)
     seeds, rounds = (args.seeds or SEEDS) if args.temperature > 0 else [None], []
     with Progress("answers", len(seeds) * len(rows)) as progress:
@@ -140,8 +141,8 @@ def file_scores(args) -> list[list[dict]]:
     """score_answers of --predictions against --references, as a list of one list."""
     texts, examples = read_predictions(args.predictions), read_references(args.references, args.format)
     if len(texts) != len(examples):
-        raise InputError(f"{args.predictions} has {len(texts):,} predictions, {args.references} {len(examples):,} "
-                         "references; there must be one of each per line")
+        raise InputError(f"{args.predictions}: has {len(texts):,} predictions, but {args.references} has {len(examples):,} "
+                         "references; give one prediction for each reference")
     return [score_answers(texts, examples, args.rouge)]
 
 
@@ -166,7 +167,7 @@ def main():
     rounds = file_scores(args) if args.predictions else model_scores(args)
     write_jsonl([score for scores in rounds for score in scores], args.out)
     show_table(rounds, args.rouge)
-    print(f"\nevery example in {args.out}")
+    print(f"\nscores of every example in {args.out}")
 
 
 if __name__ == "__main__":

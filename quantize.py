@@ -92,10 +92,11 @@ def parse_args():
     if "gptq" in args.methods and not args.calibration:
         raise InputError("--method gptq without --calibration; add --calibration FILE, or choose --method rtn")
     if args.bits != 4:
-        raise InputError(f"--bits {args.bits}: a folder can only be written with 4 bits; for others call gptq.quantize_model")
+        raise InputError(f"--bits {args.bits}: a folder can only hold 4-bit weights; leave out --bits, or call "
+                         "gptq.quantize_model in Python")
     check_positive(args, "samples", "length", "eval_examples", "batch_size", "max_new_tokens")
     if args.length < 2:
-        raise InputError(f"--length {args.length}: a row needs at least two tokens; 2048 is usual")
+        raise InputError(f"--length {args.length}: a row needs at least two tokens; give 2 or more (2048 is usual)")
     check_positive(args, "damp", or_zero=True)
     return args
 
@@ -128,7 +129,7 @@ def describe_calibration(rows: list, samples: int, config) -> str:
     tokens, widest = sum(map(len, rows)), config.intermediate_size
     few = f"fewer than --samples {samples}" if len(rows) < samples else ""
     if tokens < widest:                                         # then a Hessian of that size has no full rank
-        few = f"fewer tokens than the {widest:,} inputs of a layer, so that GPTQ can be worse than rounding; give more"
+        few = f"fewer tokens than the {widest:,} inputs of a layer, so GPTQ can be worse than rounding; give more"
     elif max(map(len, rows)) > config.max_position_embeddings:
         few = f"rows longer than the {config.max_position_embeddings:,} positions that the model has learned; lower --length"
     return f"calibration: {len(rows):,} rows, {tokens:,} tokens" + (f" (note: {few})" if few else "")
@@ -164,7 +165,7 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
     save_model(model, out, dtype=saved)
     worst = max(shares, key=shares.get, default=None)
     print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s"
-          + (f"; output error {statistics.fmean(shares.values()):.2f} x rounding's in the mean of the layers, at most "
+          + (f"; output error {statistics.fmean(shares.values()):.2f} x that of rounding, averaged over the layers, at most "
              f"{shares[worst]:.2f} x ({worst})" if worst else ""))
 
 
@@ -172,17 +173,17 @@ def check_out(out: Path, tokenizer: Tokenizer):
     """Raises InputError if `out` cannot be written, is or holds the current folder, or holds another tokenizer, or a model other
     than a 4-bit one."""
     if Path.cwd().is_relative_to(out.resolve()):
-        raise InputError(f"--out {out}: is the folder you work in; choose another, or one inside it")
+        raise InputError(f"--out {out}: is or contains the current folder; choose another, or one inside it")
     config = out / "config.json"
     held = config.exists() or out.exists() and not out.is_dir() or any(
         next(out.glob(f"**/{name}"), None) for name in ("*.safetensors", LOG))              # perhaps in sft/best/ of a run
     other = any((out / name).is_file() and (out / name).read_bytes() != tokenizer.files.get(name)
                 for name in set(TOKENIZER) - {GENERATION})
     if (held or other) and not (config.exists() and read_json(config).get("quantization_config")):
-        raise InputError(f"--out {out}: holds something other than a 4-bit model, which would be replaced; choose a folder "
-                         "of its own")
+        raise InputError(f"--out {out}: holds something other than a 4-bit model, which would be replaced; choose a new or empty "
+                         "folder")
     if other:                                                   # a killed run would leave the new tokenizer beside old weights
-        raise InputError(f"--out {out}: holds a 4-bit model with another tokenizer; choose a folder of its own")
+        raise InputError(f"--out {out}: holds a 4-bit model with another tokenizer; choose a new or empty folder")
     check_writable(out.parent)
     if out.exists():                                            # then the files are renamed into it one by one
         check_writable(out)
@@ -221,8 +222,8 @@ def main():
         check_groups(size, args.group_size, str(folder))
     for size in config.hidden_size, config.num_key_value_heads * config.head_dim, config.intermediate_size:
         if size % 8:
-            raise InputError(f"{folder}: has layers with {size} inputs or outputs; the format packs multiples of 8, so that this "
-                             "model cannot be written in it")
+            raise InputError(f"{folder}: has layers with {size} inputs or outputs, but the gptq format needs multiples of 8; "
+                             "give another model")
     spare_threads(config)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(args.model, config, tokenizer)
@@ -235,8 +236,9 @@ def main():
         examples, _ = load_examples(args.eval_data, args.format, args.eval_examples)
         try:
             eval_rows, counts = encode_examples(examples, tokenizer, args.template)
-        except InputError as error:                             # its message names flags of train_kd.py
-            raise InputError(f"{args.eval_data[0]}: no prompt is short enough to evaluate; give other records") from error
+        except NothingLeft as error:                            # its message names flags of train_kd.py
+            raise InputError(f"{args.eval_data[0]}: every record has a prompt that is too long, or a stop token in its response; "
+                             "give other records") from error
         if lost := describe_dropped(counts):
             print(f"{len(eval_rows):,} of {len(examples):,} records of --eval-data; {lost}")
     outs = {method: Path(args.out if len(args.methods) == 1 else f"{args.out}-{method}").expanduser()

@@ -104,7 +104,7 @@ def parse_args():
         raise InputError("--data without --model; add --model FOLDER")
     args.toy = not args.data                                    # toy problems, perhaps with a real model
     if args.limit and not args.data:
-        raise InputError("--limit without --data; add --data FILE, or leave it out in the toy world")
+        raise InputError("--limit without --data; add --data FILE, or leave out --limit")
     if args.data:
         note_unused(args, "with --data", "task")
     else:
@@ -127,16 +127,16 @@ def read_problems(args) -> tuple[list[problems.Problem], list[problems.Problem]]
                 problems.toy_problems(args.task, args.eval_examples, seed=99, test=True))
     found, left = problems.load_problems(args.data, args.limit, args.format)
     if len(found) < 2:
-        raise InputError(f"{', '.join(args.data)}: problems with an answer or tests: {len(found)}; give 2 or more, one is "
+        raise InputError(f"{', '.join(args.data)}: problems with an answer or tests: {len(found)}; give 2 or more, as one is "
                          "held out")
     if left:
-        print(f"{left:,} records ask what an earlier one asks, or have no statement or no answer to compare with: left out")
+        print(f"{left:,} records left out: they repeat an earlier question, or have no statement or no comparable answer")
     names = {name.strip() for name in (args.rewards or ",".join(problems.CHECKS)).split(",")}
     facts = [fact for name, fact in problems.CHECKS.items() if name in names]
     judged = [problem for problem in found if any(problem.facts.get(fact) for fact in facts)]
     if 1 < len(judged) < len(found) and not reward_files(args.rewards or ""):   # one of the user's own may judge the others
-        print(f"{len(found) - len(judged):,} problems have nothing that tells a right answer from a wrong one: left out, as only "
-              "form would be rewarded")
+        print(f"{len(found) - len(judged):,} problems left out: nothing tells a right answer from a wrong one, so only form "
+              "would be rewarded")
         found = judged
     return split_examples(found, min(args.eval_examples, max(1, len(found) // 5)), args.seed)
 
@@ -164,9 +164,9 @@ def parse_weights(text: str | None, names: list[str]) -> dict[str, float]:
     try:
         weights = [float(part) for part in text.split(",")] if text else [1.0] * len(names)
     except ValueError:
-        raise InputError(f"--reward-weights {text}: is not a list of numbers; give {len(names)}, with commas") from None
+        raise InputError(f"--reward-weights {text}: is not a list of numbers; give {len(names)}, separated by commas") from None
     if not all(abs(weight) <= LARGEST for weight in weights):
-        raise InputError(f"--reward-weights {text}: a weight is no number of at most 10^9; give another")
+        raise InputError(f"--reward-weights {text}: a weight is not a number from -10^9 to 10^9; give another")
     if len(weights) != len(names):
         raise InputError(f"--reward-weights {text}: {len(weights)} weights for {len(names)} rewards; "
                          f"give one for each: {', '.join(names)}")
@@ -385,8 +385,8 @@ def report(found: dict, step: int, log: Log) -> str:
     news = f"step {step}: held-out {numbers}; says {found['sample'][:120]!r}"
     checked = any(f"reward/{name}" in found for name in problems.CHECKS) and found["sampled"] is not None
     if step == 0 and checked and found["sampled"] < ENOUGH:
-        news += (f"\nnote: fewer than {ENOUGH:.0%} of the sampled answers are right, so that GRPO may teach only the form; "
-                 "better fine-tune or distil the student first, or take easier problems")
+        news += (f"\nnote: fewer than {ENOUGH:.0%} of the sampled answers are right, so GRPO may teach only the form; fine-tune "
+                 "or distil the student first, or use easier problems")
     return news
 
 
@@ -450,8 +450,8 @@ def main():
     if rewards.keys() & {"code", "code_partial"}:               # it may not work here: check before a student is taught
         print(f"sandbox: {sandbox.isolation()}")
         if all(problems.shows_its_tests(problem) for problem in asked + tests if problem.facts.get("tests")):
-            print("note: all tests stand in the prompts, so that a program which only prints them is rewarded too; "
-                  "open-r1/codeforces has hidden ones")
+            print("note: the prompts show all tests, so a program that only prints the expected outputs is rewarded too; "
+                  "open-r1/codeforces has hidden tests")
     if anew:
         spare_threads(toy.student_config(1))
         args.model = str(toy_student(args.task, out, args.seed, args.resume, device))

@@ -116,7 +116,7 @@ def parse_args():
     args = parser.parse_args()
     if args.loss is None and len(args.lr or ()) > 1:            # as in the paper's figure 2
         args.loss = "forward_kl"
-        print("note: several rates are a sweep of one loss: --loss forward_kl, as none is given", file=sys.stderr)
+        print("note: several --lr without --loss: a sweep with --loss forward_kl", file=sys.stderr)
     note_flags(args)
     args.toy = args.student is None
     args.from_sft = args.toy and bool(args.loss == "minillm" or args.on_policy)     # both need a student that can answer
@@ -150,25 +150,29 @@ def check_flags(args):
     """Raises InputError for flags that do not go together."""
     asks = args.on_policy or args.seq_kd or args.cache_teacher
     if args.student is None and (args.teacher or args.data or args.eval_data or args.limit):
-        raise InputError("--teacher, --data, --eval-data or --limit without --student; give all, or none for the toy world")
+        raise InputError("--teacher, --data, --eval-data or --limit without --student; add --student NAME, or leave them all out "
+                         "for the toy world")
     if args.student and not args.data:
         raise InputError("--student without --data; add --data FILE")
     if args.student and not args.teacher and (args.loss != "sft" or asks):
-        raise InputError("--student without --teacher; add --teacher NAME, or --loss sft alone")
+        raise InputError("--student without --teacher; add --teacher NAME, or use --loss sft without --on-policy, --seq-kd and "
+                         "--cache-teacher")
     check_positive(args, "limit", "max_length", "max_prompt_length", "validation", "temperature", "epochs", "steps",
                    "batch_size", "grad_accum", "lr", "max_grad_norm", "eval_every", "eval_examples", "max_new_tokens",
                    "rollouts", "inner_epochs", "ratio_clip", "lm_coef")
     if not (0 <= args.kd_ratio <= 1 and 0 < args.beta < 1 and 0 < args.alpha < 1):
-        raise InputError("--kd-ratio must be from 0 to 1, --beta and --alpha between 0 and 1; fix the wrong one")
+        raise InputError(f"--kd-ratio {args.kd_ratio}, --beta {args.beta}, --alpha {args.alpha}: --kd-ratio must be from 0 to 1, "
+                         "--beta and --alpha above 0 and below 1; fix the wrong one")
     if not (0 <= args.on_policy <= 1 and 0 <= args.mix < 1):
-        raise InputError("--on-policy must be from 0 to 1, --mix from 0 to below 1; fix the wrong one")
+        raise InputError(f"--on-policy {args.on_policy}, --mix {args.mix}: --on-policy must be from 0 to 1, --mix from 0 to "
+                         "below 1; fix the wrong one")
     if args.on_policy and args.loss in ("sft", "minillm", None):
         raise InputError("--on-policy needs a divergence (MiniLLM is on-policy by itself); add --loss reverse_kl")
     if args.cache_teacher and (args.on_policy or args.loss in ("sft", "minillm")):
-        raise InputError("--cache-teacher stores the teacher's states for the data; the student's own answers are new each time, "
-                         "and SFT has no teacher: leave it out")
+        raise InputError("--cache-teacher with --on-policy, --loss minillm or --loss sft: it stores states for the data only, "
+                         "but the student's own answers are new each time, and SFT uses no teacher; leave it out")
     if args.seq_kd and args.loss == "minillm":
-        raise InputError("--seq-kd with --loss minillm: MiniLLM learns from its own answers; leave one out")
+        raise InputError("--seq-kd with --loss minillm: MiniLLM learns from the student's own answers; leave one out")
     check_positive(args, "warmup", "weight_decay", or_zero=True)
     if len({f"{lr:g}" for lr in args.lr or ()}) < len(args.lr or ()):
         raise InputError(f"--lr {args.lr}: two rates are the same; give each once")
@@ -379,7 +383,7 @@ def check_teacher(name, tokenizer):
     these), or if the student's tokenizer has more ids than the teacher has rows."""
     folder = model_folder(name, weights=False)
     if lacks := tokenizer.check_same(folder):
-        print(f"note: {name} cannot teach {', '.join(lacks)}: its tokenizer lacks these")
+        print(f"note: {name} cannot teach the tokens {', '.join(lacks)}: its tokenizer lacks them")
     check_vocabulary(name, load_config(folder), tokenizer)
 
 
@@ -404,8 +408,8 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
     with Progress(f"{args.cache_teacher}: teacher's states, rows", len(rows)) as progress:
         computed = fill_cache(args.cache_teacher, rows, made_from, load, config.hidden_size, tokenizer.pad_id,
                               args.batch_size, dtype, progress.update)
-    print(f"{args.cache_teacher}: {computed:,} tokens computed; "
-          f"{2 * config.hidden_size:,} bytes a scored token, {sum(len(row.response) for row in rows):,} of them")
+    print(f"{args.cache_teacher}: states of {computed:,} scored tokens computed now, of "
+          f"{sum(len(row.response) for row in rows):,} in the data; {2 * config.hidden_size:,} bytes each")
     return CachedTeacher(args.cache_teacher, load_head(folder, device, dtype))
 
 
@@ -420,7 +424,7 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
     try:
         valid_rows, valid_counts = encode_examples(valid_part, tokenizer, **lengths)
     except InputError as error:
-        raise InputError(f"of the records held out, {error}") from error
+        raise InputError(f"held-out records: {error}") from error
     told = lambda counts: ", ".join(f"{count:,} {what}" for what, count in counts.items())
     print(f"{told(counts)}; for validation {told(valid_counts)}")
     asked = valid_rows[:args.eval_examples], valid_part         # what the table's models are asked
@@ -428,7 +432,7 @@ def read_data(args, tokenizer, lengths: dict) -> tuple:
         test, _ = load_examples(args.eval_data, args.format)
         learned = {same_prompt(example.messages) for example in train_part}
         if both := sum(same_prompt(example.messages) in learned for example in test):
-            print(f"{both:,} of {len(test):,} records of --eval-data ask what is also trained on")
+            print(f"note: {both:,} of {len(test):,} records of --eval-data have a prompt that is also trained on")
         try:
             asked_rows, counts = encode_examples(test, tokenizer, **lengths)
         except InputError as error:
@@ -445,8 +449,8 @@ def hold_out(examples: list, count: int, seed: int) -> tuple[list, list]:
     repeats = Counter(same_prompt(example.messages) for example in examples)
     if len(examples) >= 5 and len(repeats) > 1:
         return split_examples(examples, max(min(count, len(examples) // 5), min(repeats.values())), seed)
-    print(f"note: of {len(examples)} records with {len(repeats)} prompts none can be held out: validation, and without "
-          "--eval-data the table and held-out.jsonl, use records that are trained on")
+    print(f"note: none of {len(examples)} records with {len(repeats)} different prompts can be held out: validation uses records "
+          "that are trained on; without --eval-data, so do the table and held-out.jsonl")
     return examples, examples[:count]
 
 

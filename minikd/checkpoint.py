@@ -34,8 +34,8 @@ def load_config(folder) -> Qwen2Config:
 def check_vocabulary(name, config: Qwen2Config, tokenizer):
     """Raises InputError if the tokenizer has ids that the model has no row for."""
     if len(tokenizer) > config.vocab_size:
-        raise InputError(f"{name}: the tokenizer has {len(tokenizer):,} ids, the model {config.vocab_size:,} "
-                         "rows; are both from the same model?")
+        raise InputError(f"{name}: the tokenizer has {len(tokenizer):,} ids, but the model only {config.vocab_size:,} rows for "
+                         "them; give a model and a tokenizer that belong together")
 
 
 def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
@@ -74,8 +74,8 @@ def check_words(layer: W4Linear, quantization: dict, where: str):
         raise InputError(f"{where}.g_idx: names a group outside 0 to {groups - 1}; fetch it again")
     zeros = read_zeros(layer.qzeros, layer.version)             # [I/g, O]; symmetric: 8, or 7 or 9 if read by the wrong version
     if quantization.get("sym", True) and ((zeros == 7).all() or (zeros == 9).all()):
-        raise InputError(f"{where}.qzeros: symmetric zero points are 8, these are {int(zeros[0, 0])}; is checkpoint_format in "
-                         "config.json the right one of gptq and gptq_v2?")
+        raise InputError(f"{where}.qzeros: symmetric zero points are 8, these are {int(zeros[0, 0])}; in config.json set "
+                         "checkpoint_format to the other one of gptq and gptq_v2")
 
 
 def load_head(name, device="cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -145,7 +145,7 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, Path]]:
                 swap_linears(model, size, 2 if model.quantization["checkpoint_format"] == "gptq_v2" else 1)
             except InputError as error:
                 raise InputError(f"{folder / 'config.json'}: quantization_config has group_size = {size}, which does not "
-                                 "divide its layers; minikd reads only sizes that do: use the unquantised folder") from error
+                                 "divide the inputs of all layers; use the unquantised folder") from error
     return model, tensor_files(folder, {key: tuple(p.shape) for key, p in model.state_dict().items()})
 
 
@@ -235,7 +235,7 @@ def shards_of(folder: Path) -> list[str]:
         return [SINGLE]
     named = read_json(folder / INDEX).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(shard, str) and Path(shard).name == shard for shard in named.values()):
-        raise InputError(f"{folder / INDEX}: has no weight_map of tensors to files of its folder; fetch it again")
+        raise InputError(f"{folder / INDEX}: has no weight_map from tensors to files in its folder; fetch it again")
     return sorted(set(named.values()))
 
 
@@ -243,9 +243,10 @@ def check_weights(name, files: list[str]):
     """Raises InputError if among the names of a folder's files there are no safetensors."""
     if SINGLE not in files and INDEX not in files:
         if any(file.endswith(".bin") for file in files):
-            raise InputError(f"{name}: only pickled weights (*.bin), which can run code when opened; convert them to safetensors "
-                             "where you trust them: transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
-        raise InputError(f"{name}: has neither {SINGLE} nor {INDEX}; is this a model's folder?")
+            raise InputError(f"{name}: has only pickled weights (*.bin), which can run code when opened; if you trust them, "
+                             "convert them to safetensors with transformers: "
+                             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
+        raise InputError(f"{name}: has neither {SINGLE} nor {INDEX}; give the folder of a model")
 
 
 def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
@@ -260,20 +261,22 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
             shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     for key, shape in wanted.items():
         if key.removesuffix("weight") + "qweight" in files:
-            raise InputError(f"{folder}: holds 4-bit layers, but its config.json has no quantization_config; copy what "
-                             f"{QUANTIZE} says there, with \"quant_method\": \"gptq\"")
+            raise InputError(f"{folder}: holds 4-bit layers, but its config.json has no quantization_config; add one with "
+                             f"the content of {QUANTIZE} and \"quant_method\": \"gptq\"")
         if key not in files:
-            raise InputError(f"{folder}: tensor {key} {list(shape)} is missing; config.json asks for it")
+            raise InputError(f"{folder}: tensor {key} {list(shape)} is missing, but config.json asks for it; fetch the model "
+                             "again")
         if shapes[key] != shape:
-            raise InputError(f"{files[key]}: tensor {key} is {list(shapes[key])}; config.json asks for {list(shape)}")
+            raise InputError(f"{files[key]}: tensor {key} is {list(shapes[key])}, but config.json asks for {list(shape)}; use "
+                             "files of the same model")
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     for key in files:
         if key not in wanted and key != head and not changes_nothing(files[key], key):
             raise InputError(f"{files[key]}: tensor {key} {list(shapes[key])} is not part of the model that "
-                             "config.json describes; are both files from the same model?")
+                             "config.json describes; use files of the same model")
     if (head not in wanted and shapes.get(head) == wanted[table]            # some folders store a tied head too
             and not torch.equal(read_tensor(files[head], head), read_tensor(files[table], table))):
-        raise InputError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight is another; set "
+        raise InputError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs from it; set "
                          "tie_word_embeddings to false, or remove that tensor")
     return {key: files[key] for key in wanted}
 

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, given: list[str] | None = None):
         for word in sys.argv[1:] if given is None else given:
             if not word or re.fullmatch(r"--[\w-]+=", word):    # an unset variable; as a path it would be the current folder
-                raise InputError(f"{word!r}: is empty; give a value, or leave its flag out")
+                raise InputError(f"{word!r}: is empty, perhaps an unset variable; give a value, or leave its flag out")
             if HALF.search(word):                               # undecodable bytes of a file's name: it cannot be written out
                 with suppress(UnicodeDecodeError):
                     raise InputError(f"{os.fsencode(word).decode()}: this locale is not UTF-8; set PYTHONUTF8=1")
@@ -81,7 +81,7 @@ def note_unused(args, reason: str, *names: str):
     given = [f"--{name.replace('_', '-')}" for name in names
              if getattr(args, name) is not None and getattr(args, name) is not False]       # 0 counts as given
     if given:
-        print(f"note: without effect {reason}: {' '.join(given)}", file=sys.stderr)
+        print(f"note: ignored {reason}: {' '.join(given)}", file=sys.stderr)
 
 
 def fill_defaults(args, parser: Parser, toy: bool):

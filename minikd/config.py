@@ -42,20 +42,20 @@ class Qwen2Config:
         if isinstance(named, list) and named and not any(str(name).endswith("ForCausalLM") for name in named):
             refuse("architectures", "minikd reads models with a language-model head: 'Qwen2ForCausalLM'")
         if raw.get("is_causal") is False:                                       # gte-Qwen2 and other models of embeddings
-            refuse("is_causal", "minikd reads models in which no token sees a later one")
+            refuse("is_causal", "minikd reads only causal models, in which no token sees a later one")
         if raw.get("use_sliding_window"):
             refuse("use_sliding_window", "use a checkpoint with full attention")
         kinds = raw.get("layer_types") or []
         if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}:
             refuse("layer_types", "use a checkpoint with full attention")
         if raw.get("hidden_act", "silu") != "silu":
-            refuse("hidden_act", "Qwen2 uses 'silu'")
+            refuse("hidden_act", "use a checkpoint with 'silu'")
         values = {field: value for field, value in raw.items() if field in cls.__dataclass_fields__ and value is not None}
         for field in ("rope_scaling", "rope_parameters"):                       # transformers 4's name, and 5's
             rope = raw.get(field) or {}
             if (not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default"
                     or any(isinstance(value, dict) for value in rope.values())):
-                refuse(field, "use a checkpoint without RoPE scaling, the same in all layers")
+                refuse(field, "use a checkpoint whose RoPE is not scaled and is the same in all layers")
             if rope.get("rope_theta") is not None:
                 values["rope_theta"] = rope["rope_theta"]
         cls._check_values(values, where)
@@ -63,9 +63,9 @@ class Qwen2Config:
             values.setdefault("num_key_value_heads", values["num_attention_heads"])
         config = cls(**values)
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2 or not config.head_dim:
-            raise InputError(f"{where}: {config.num_attention_heads} query heads must be a multiple of "
-                             f"{config.num_key_value_heads} key/value heads, and the head size, {config.head_dim}, even; "
-                             "check num_attention_heads, num_key_value_heads and hidden_size")
+            raise InputError(f"{where}: the number of query heads ({config.num_attention_heads}) must be a multiple of that of "
+                             f"key/value heads ({config.num_key_value_heads}), and the head size ({config.head_dim}) even and "
+                             "above 0; check num_attention_heads, num_key_value_heads and hidden_size")
         return config
 
     @classmethod

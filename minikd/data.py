@@ -112,8 +112,9 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
             progress(len(part))
     if examples and not encoded:
         lost = ", ".join(f"{count} {what.removeprefix('dropped: ')}" for what, count in counts.items() if count)
-        mend = "raise --max-prompt-length or --max-length" if counts["dropped: prompt too long"] else "check the records"
-        raise NothingLeft(f"no example is left of {len(examples)} ({lost}); {mend}")
+        mend = ("raise --max-prompt-length or --max-length" if counts["dropped: prompt too long"] else
+                "remove the stop tokens from the responses")
+        raise NothingLeft(f"none of {len(examples)} examples can be used ({lost}); {mend}")
     return encoded, counts
 
 

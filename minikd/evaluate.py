@@ -179,7 +179,7 @@ def _entries(path):
         return
     data = Path(path).expanduser().read_bytes()
     if not data:
-        raise InputError(f"{path}: holds no records; check that it was written or downloaded whole")
+        raise InputError(f"{path}: holds no records; check that it was written or downloaded completely")
     try:
         lines = data.decode("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
@@ -193,15 +193,16 @@ def _texts(value, where: str, names: tuple[str, ...], single: bool = False) -> t
     if isinstance(value, dict):
         there = [name for name in names if name in value]
         if not there:
-            raise InputError(f"{where}: has none of the fields {', '.join(names)}, but {', '.join(list(value)[:12])}; "
+            raise InputError(f"{where}: has none of the fields {', '.join(names)} (its fields: {', '.join(list(value)[:12])}); "
                              "rename the one that holds the text")
         what = next((name for name in there if value[name] is not None), there[0])     # null only if all are
         value = value[what]
     texts = tuple(value) if isinstance(value, list) and not single else (value,)
     for text in texts:
         if not isinstance(text, str) or HALF.search(text):
-            kind = "half a character" if isinstance(text, str) else kind_of(text)
-            raise InputError(f"{where}: {what} is {kind}; make it text")
+            fault = ("holds half a character (a lone surrogate); fix its escapes" if isinstance(text, str) else
+                     f"is {kind_of(text)}; make it text")
+            raise InputError(f"{where}: {what} {fault}")
     if not texts:
         raise InputError(f"{where}: {what} is an empty list; give a reference")
     return texts

@@ -77,9 +77,9 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
     name = format or recognise(record)
     if name not in FORMATS:
         known = "; ".join(f"{key} ({', '.join(' or '.join(n) for n in needs)})" for key, (_, needs) in FORMATS.items())
-        what, mend = (f"format {name!r}", "the formats are") if name else (
-            f"fields ({_names(record)})", "rename them to those of a format:")
-        raise InputError(f"{where}: {what} not known; {mend} {known}")
+        what, mend = (f"format {name!r} is not known", "give one of:") if name else (
+            f"its fields ({_names(record)}) fit no known format", "rename them to those of one:")
+        raise InputError(f"{where}: {what}; {mend} {known}")
     messages, instruction, input, answers = FORMATS[name][0](record, where)
     if messages[0]["role"] != "system" and (system := text_field(record, where, "system", "system_prompt", default="")):
         messages, instruction = ({"role": "system", "content": system}, *messages), f"{system}\n\n{instruction}"
@@ -146,7 +146,7 @@ def _chat(record, where, field="messages"):
         if isinstance(turn, dict) and (turn.get("role") in TOOLS or turn.get("tool_calls")):
             raise Dropped(where, "use of a tool")
         if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
-            raise InputError(f"{at}: not a turn of system, user or assistant; rename or remove it")
+            raise InputError(f"{at}: is not a turn of system, user or assistant; rename its role, or remove it")
         if absent(turn.get("content")):
             raise InputError(f"{at}: field 'content' is {_state(turn, 'content')}; fill it or remove the record")
         turns.append({"role": turn["role"], "content": text_field(turn, at, "content", default="")})
@@ -188,7 +188,8 @@ def with_passage(record: dict, where: str, asked: str, prompt=None) -> str:
     Raises InputError for answer choices, which would not be shown."""
     for name in "choices", "options":
         if not absent(record.get(name)) and record[name] not in ("", [], {}):
-            raise InputError(f"{where}: field {name!r} would not be shown; write it into the question, and drop the field")
+            raise InputError(f"{where}: field {name!r} would not be shown to the model; write it into the question, and remove "
+                             "the field")
     more = text_field(record, where, "context", "input", "passage", default="")
     return asked if not more or asked == prompt and more in asked else f"{asked}\n\n{more}"
 
@@ -335,7 +336,7 @@ def load_examples(paths, format: str | None = None, limit: int | None = None, pr
             progress()
     report.kept = len(examples)
     if not examples:
-        raise InputError(f"{', '.join(map(str, files))}: no usable record; {report}")
+        raise InputError(f"{', '.join(map(str, files))}: no usable record; fix the records, or give others: {report}")
     return examples, report
 
 
@@ -406,7 +407,7 @@ def split_examples(examples: list, count: int, seed: int = 42) -> tuple[list, li
         if len(held) + len(groups[key]) <= count:
             held.update(groups[key])
     if count and not held:
-        raise InputError(f"every prompt is there more than {count} times, so no validation examples can be set apart; ask for "
+        raise InputError(f"every prompt occurs more than {count} times, so no validation examples can be set apart; ask for "
                          "more, or remove repeats")
     return ([example for i, example in enumerate(examples) if i not in held],
             [example for i, example in enumerate(examples) if i in held])

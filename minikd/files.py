@@ -65,8 +65,8 @@ def script_errors():
         _end(130)                                               # 128 + SIGINT, as shells report it
     except OSError as error:
         advice = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
-                  errno.EFBIG: "raise the limit on a file's size", errno.EACCES: "check the permissions",
-                  errno.EPIPE: "what read it has ended; send the output to a file"}
+                  errno.EFBIG: "raise the file size limit (ulimit -f)", errno.EACCES: "check the permissions",
+                  errno.EPIPE: "the program that read it has ended; send the output to a file"}
         advice = advice.get(error.errno, "check the path and the disk")
         where = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else "standard output or a file")
         _exit_with(f"{where}: {error.strerror or error}; {advice}")
@@ -142,9 +142,9 @@ def atomic_path(path, folder: bool = False):
     """
     path = Path(path).resolve()                                 # gives "." a name; a link is kept, its target replaced
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
-        raise InputError(f"{path}: is not a {'folder' if folder else 'regular file'}, and would be replaced; give another")
+        raise InputError(f"{path}: is not a {'folder' if folder else 'regular file'} and would be replaced; give another path")
     if folder and Path.cwd().is_relative_to(path):
-        raise InputError(f"{path}: is the folder you work in, and would be replaced; give another, or one inside it")
+        raise InputError(f"{path}: is or contains the current folder, and would be replaced; give another, or one inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():                                           # else what was left may be the only copy
         sweep(path.parent, path.name)
@@ -259,7 +259,7 @@ def read_json(path: Path, mend: str | None = None) -> dict:
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: is missing; {mend or 'a Hugging Face model folder has one'}") from None
+        raise InputError(f"{path}: is missing; {mend or 'give the folder of a Hugging Face model, which has one'}") from None
     except ValueError as error:
         raise InputError(f"{path}: is not JSON ({error}); {again}") from error
     if not isinstance(value, dict):
@@ -270,7 +270,7 @@ def read_json(path: Path, mend: str | None = None) -> dict:
 def check_pointer(path: Path):
     """Raises InputError for what a clone without git-lfs has in a large file's place."""
     if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: is only git's pointer to the file; run `git lfs pull` in its folder")
+        raise InputError(f"{path}: is only a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
 
 
 def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
@@ -293,7 +293,7 @@ def sha256(path) -> str:
     """The first 16 hex digits of a file's sha256: enough to notice that it changed.  Raises InputError for a pipe or a device,
     which cannot be hashed first and then read again."""
     if Path(path).is_fifo() or Path(path).is_char_device() or Path(path).is_block_device():
-        raise InputError(f"{path}: is a pipe or a device, and would be read twice; write it to a file")
+        raise InputError(f"{path}: is a pipe or a device, but must be read twice; save its content to a file, and give that")
     digest = hashlib.sha256()
     with naming(path), open(path, "rb") as file:
         while block := file.read(1 << 20):                      # 1 MB at a time

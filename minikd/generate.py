@@ -128,12 +128,13 @@ def read_prompts(prompts, ids: int) -> list[list[int]]:
     try:
         prompts = [[operator.index(token) for token in prompt] for prompt in prompts]
     except TypeError as error:
-        raise ValueError(f"generate: prompts are lists of ids, one list for each prompt ({error})") from error
+        raise ValueError(f"generate: prompts must be lists of ids, one list for each prompt ({error})") from error
     if not all(prompts):
         raise ValueError("generate: a prompt is empty; give each at least one token")
     strange = [token for prompt in prompts for token in prompt if not 0 <= token < ids]
     if strange:                                                 # on a GPU a failed lookup would make it unusable to this process
-        raise ValueError(f"generate: {strange[0]} in a prompt is not an id of the model, which has {ids:,}")
+        raise ValueError(f"generate: {strange[0]} in a prompt is not an id of the model, which has {ids:,}; encode prompts with "
+                         "its own tokenizer")
     return prompts
 
 

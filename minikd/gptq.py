@@ -119,7 +119,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "la
             break
         wanted, damp = damp, max(10 * damp, 1e-3)
         if damp > MAX_DAMP:
-            raise InputError(f"{where}: not positive definite, even with a damping of {wanted:g}; is it 2/n X X^T?")
+            raise InputError(f"{where}: its Hessian is not positive definite, even with a damping of {wanted:g}; pass 2/n X X^T")
         warnings.warn(f"{where}: its Hessian is singular with a damping of {wanted:g}; trying {damp:g}", stacklevel=3)
     if H.is_cuda:
         H = H.flip(0, 1)                                                        # rows and columns back in order
@@ -304,8 +304,8 @@ def quantize_layer(layer: nn.Linear, hessian: Tensor | None, name: str, grid: di
         found = quantize_matrix(weight, hessian, act_order=act_order, damp=damp, where=name, **grid)
         error, rtn = report = output_errors(weight, [dequantize_groups(*parts) for parts in (found, rounded)], hessian)
         if not (error < rtn or error == 0):
-            warnings.warn(f"{name}: GPTQ's output error {error:.3g} is not below round-to-nearest's {rtn:.3g}; is the "
-                          "calibration data what the model will read?")
+            warnings.warn(f"{name}: GPTQ's output error {error:.3g} is not below round-to-nearest's {rtn:.3g}; calibrate with "
+                          "text like what the model will read")
     weight.copy_(dequantize_groups(*found))
     return found, report
 

@@ -70,7 +70,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
     if any(len(x) != len(hidden) for x in (targets, teacher_hidden) if x is not None):
         raise ValueError(f"head_loss: {len(hidden)} states for {len(targets)} targets"
-                         + ("" if teacher_hidden is None else f" and {len(teacher_hidden)} states of the teacher"))
+                         + ("" if teacher_hidden is None else f" and {len(teacher_hidden)} states of the teacher")
+                         + "; give as many of each")
     divergence = divergence or no_divergence
     V = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))   # rows of both heads, for CE too
     N, device = len(hidden), hidden.device.type

@@ -85,8 +85,8 @@ class Repository:
             except Exception as error:
                 raise self.refusal(self.failure or error) from error
             if self.failure and not self.folder:
-                print(f"{self.name}: the hub did not answer ({why(self.failure)[0]}); its cache has commit {folder.name[:12]}",
-                      file=sys.stderr)
+                print(f"{self.name}: the hub did not answer ({why(self.failure)[0]}); using commit {folder.name[:12]} from its "
+                      "cache", file=sys.stderr)
             self.folder = folder
             self.fetched.update(missing)
         return self.folder
@@ -116,16 +116,16 @@ def why(error: Exception) -> tuple[str, str]:
         if isinstance(cause, errors.GatedRepoError):
             return "its owner asks for consent", "accept the terms on its page and set HF_TOKEN"
         if status == 401 and "Invalid credentials" in text:
-            return "HF_TOKEN is not valid", "renew it, or unset it for what is public"
+            return "HF_TOKEN is not valid", "renew it, or unset it for public repositories"
         if isinstance(cause, errors.RevisionNotFoundError):
             return "it has no such revision", "check what follows the @"
         if isinstance(cause, errors.RepositoryNotFoundError) or status == 401:
-            return "it has no such repository, or a private one", "check the name; for a private one set HF_TOKEN"
+            return "it has no such repository, or only a private one", "check the name; for a private one set HF_TOKEN"
         if status == 429:
             wait = response.headers.get("Retry-After")
             return f"too many requests{f', wait {wait} s' if wait else ''}", "try again later, or set HF_TOKEN"
         if isinstance(cause, errors.OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set", "its cache does not hold all of it: unset it once, or check the name"
+            return "HF_HUB_OFFLINE is set", "unset it once, so that the cache can be filled, or check the name"
         if "Expecting value" in text:                           # json's, about a page of HTML
-            return "what answered is not the hub", "does this network ask to log in first?"
+            return "what answered is not the hub", "log in to this network first, if it asks for that"
     return " ".join(str(error).split()) or type(error).__name__, "check the network, and try again"

@@ -233,7 +233,7 @@ def use_int8_head(model: Qwen2):
     model computes or saves changes.  Raises InputError if the model is not on a CPU, or if torch has no int8 product: on
     CPUs other than x86, and everywhere once torch has moved the product to torchao."""
     if model.head.device.type != "cpu":
-        raise InputError(f"an int8 head on {model.head.device}: it is for CPUs; leave out --int8-head")
+        raise InputError(f"an int8 head works only on a CPU, not on {model.head.device}; leave out --int8-head")
     if not hasattr(torch, "_make_per_channel_quantized_tensor") or torch.backends.quantized.engine not in ("x86", "fbgemm"):
         raise InputError(f"an int8 head: torch {torch.__version__} has no int8 product for this CPU; leave out --int8-head")
     model.int8_head = partial(multiply_int8, pack_int8(model.head.detach()))

@@ -66,7 +66,7 @@ def log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
     Raises ValueError unless 0 <= share <= 1.
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"a mixture of {share}; the share (alpha) must be from 0 to 1")
+        raise ValueError(f"the share of a mixture (alpha) is {share}; it must be from 0 to 1")
     log_share, log_rest = (math.log(x) if x else -math.inf for x in (share, 1 - share))
     return torch.logaddexp(log_a + log_share, log_b + log_rest)
 

@@ -48,7 +48,7 @@ def _picture(path, draw, *titles: str) -> Path | None:
     except ImportError:
         return None
     except Exception as error:                                  # installed, but broken, or misled by MPLBACKEND
-        print(f"{path}: no picture, as matplotlib does not load ({error})")
+        print(f"{path}: no picture, as matplotlib does not load ({error}); reinstall it, or unset MPLBACKEND")
         return None
     figure = Figure(figsize=(1 + 4.5 * len(titles), 4), layout="constrained")
     panels = figure.subplots(1, len(titles))

@@ -122,7 +122,8 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
     while len(found) < count:
         tries += 1
         if tries > 20 * len(found) + 1000:
-            raise InputError(f"{task}: there are fewer than {count} different questions; ask for at most {len(found)}")
+            raise InputError(f"{task}: there are fewer than {count} different questions; ask for at most {len(found)} "
+                             "(--eval-examples)")
         drawn = TASKS[task](rng)
         if held_out(drawn[0]) == test and not (once and drawn[0] in seen):
             seen.add(drawn[0])
@@ -187,8 +188,8 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     if not asked or not facts:
         lost = _of_codeforces(record) and absent(record["description"])
         kind = Unanswered if asked and given or lost else InputError            # lost: a Codeforces statement that is null
-        raise kind(f"{where}: is not a problem: give `question` and `answer` or `tests`, or Codeforces' `description` and "
-                   f"`examples` (its fields: {', '.join(list(record)[:12])})")
+        raise kind(f"{where}: is not a problem (its fields: {', '.join(list(record)[:12])}); give `question` and `answer` or "
+                   "`tests`, or Codeforces' `description` and `examples`")
     question = with_passage(record, where, asked, _asked(record.get("prompt")))
     return f"{question}\n\n{PYTHON if tests else ANSWER}", facts
 
@@ -230,7 +231,7 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
         "title", "description", "input_format", "output_format", "interaction_format", "note"))
     if absent(record.get("description")):
         kind = Unanswered if "description" in record else InputError
-        raise kind(f"{where}: has no `description`; is --format codeforces right?")
+        raise kind(f"{where}: has no `description`; add one, or leave out --format codeforces")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
     undecided = (interaction or "this is an interactive problem" in description.lower()
                  or UNDECIDED.search("\n".join((description, stdout, note))) or ANY_ORDER.search(stdout)
@@ -271,6 +272,6 @@ def encode_problems(problems: list[Problem], tokenizer, max_prompt_length: int =
                                       for problem in problems])
     rows = [Encoded(prompt, [], False, i) for i, prompt in enumerate(prompts) if len(prompt) <= max_prompt_length]
     if not rows:
-        raise InputError(f"no problem is left of {len(problems)}: all prompts exceed {max_prompt_length} tokens; "
+        raise InputError(f"all {len(problems)} problems have prompts of more than {max_prompt_length} tokens; "
                          "raise --max-prompt-length")
     return rows

@@ -23,8 +23,8 @@ def check_groups(inputs: int, group_size: int, where: str = "weight") -> int:
     """The group size in inputs; -1 means the whole row.  Raises InputError if it does not divide the row."""
     size = inputs if group_size == -1 else group_size
     if size < 1 or inputs % size:
-        raise InputError(f"{where}: {inputs} inputs cannot be cut into groups of {group_size}; give a divisor, "
-                         "or -1 for one group per row")
+        raise InputError(f"{where}: {inputs} inputs cannot be cut into groups of {group_size}; give a group size that divides "
+                         f"{inputs}, or -1 for one group per row")
     return size
 
 

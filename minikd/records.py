@@ -37,7 +37,7 @@ def data_files(name) -> list[Path]:
         raise InputError(f"{str(name)!r}: names no file or folder to read; give one")
     path = Path(base).expanduser()
     if base.endswith(ENDINGS) and not path.is_dir():            # runs/data.jsonl is no hub name: do not ask the hub
-        raise InputError(f"{name}: {base} is a file, which has no parts; leave out the rest" if path.is_file() else
+        raise InputError(f"{name}: {base} is a file, so there is nothing to choose; give {base} alone" if path.is_file() else
                          f"{base}: no such file; check the path")
     held = files_on_hub(base, kind="dataset")
     if held is not None:
@@ -90,7 +90,7 @@ def _choose(name: str, held: list[str], choice: str) -> list[str]:
     if found and (choice or len(found) == 1) and (len(splits) < 2 or set("*?[") & set(choice)):
         return found
     if not data:
-        raise InputError(f"{name}: holds no data file; it needs one that ends in one of {' '.join(ENDINGS)}")
+        raise InputError(f"{name}: holds no data file; give a folder or dataset with files that end in {' '.join(ENDINGS)}")
     data = list(dict.fromkeys(SHARD.sub("-*", file) for file in found or data))                     # shards as one glob
     listing = ", ".join(data[:12]) + (f" and {len(data) - 12} more" if len(data) > 12 else "")
     what = (f"nothing matches {choice!r}" if not found else f"{choice} holds several splits" if choice else
@@ -110,7 +110,8 @@ def absent(value) -> bool:
 
 def kind_of(value) -> str:
     """A value's type, as error messages call it."""
-    return "null" if absent(value) else "text" if isinstance(value, str) else f"a {type(value).__name__}"
+    name = f"a {type(value).__name__}".replace("a int", "an int")
+    return "null" if absent(value) else "text" if isinstance(value, str) else name
 
 
 def read_records(path, refuse: Callable[[InputError], None] | None = None,
@@ -126,7 +127,7 @@ def read_records(path, refuse: Callable[[InputError], None] | None = None,
     for file in data_files(path):
         reader = readers.get(Path(file.stem).suffix if file.suffix == ".gz" else file.suffix)
         if reader is None:
-            raise InputError(f"{file}: the name does not say what it holds; unpack it, or rename it to end in "
+            raise InputError(f"{file}: its name does not tell its format; unpack it, or rename it to end in one of "
                              f"{' '.join(ENDINGS)}")
         check_pointer(file)
         read = 0
@@ -140,7 +141,7 @@ def read_records(path, refuse: Callable[[InputError], None] | None = None,
                 raise record
             refuse(record)
         if not read:
-            raise InputError(f"{file}: holds no records; check that it was written or downloaded whole")
+            raise InputError(f"{file}: holds no records; check that it was written or downloaded completely")
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -151,7 +152,7 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
                 for number, line in enumerate(handle, 1):
                     yield number, line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"{file}: not a whole gzip file ({error}, after line {number}); download it again") from error
+            raise InputError(f"{file}: is not a valid gzip file ({error}, after line {number}); download it again") from error
 
 
 def _parse(data: bytes, file: Path, line: int = 1):
@@ -187,7 +188,7 @@ def _json_file(file: Path):
     if isinstance(value, dict):
         value = value.get("data", [value])                      # without `data`: JSON Lines of one line
     if not isinstance(value, list):
-        raise InputError(f'{file}: a .json file is a list of records, or {{"data": [...]}}; rewrite it as one')
+        raise InputError(f'{file}: holds neither a list of records nor {{"data": [...]}}; rewrite it as one of them')
     yield from ((f"{file}:record {number}", record) for number, record in enumerate(value, 1))
 
 
@@ -199,19 +200,19 @@ def _csv_rows(file: Path):
     try:
         header = [name.strip() for name in next(filter(None, rows), [])]    # after blank lines, if any
         if twice := [name for name, count in Counter(header).items() if count > 1]:
-            raise InputError(f"{file}:{rows.line_num}: the column {twice[0]!r} is there twice; rename or remove one")
+            raise InputError(f"{file}:{rows.line_num}: the column {twice[0]!r} occurs twice; rename or remove one")
         start = rows.line_num + 1
         for row in rows:
             where, start = f"{file}:{start}", rows.line_num + 1
             if row and row == header:
-                yield where, InputError(f"{where}: the header again, as when files were joined; remove the line")
+                yield where, InputError(f"{where}: repeats the header, as in joined files; remove the line")
             elif row and len(row) != len(header):
-                yield where, InputError(f"{where}: {len(row)} cells under {len(header)} columns; "
-                                        "quote what holds commas or line breaks")
+                yield where, InputError(f"{where}: has {len(row)} cells for {len(header)} columns; "
+                                        "put cells that hold commas or line breaks in quotes")
             elif row:
                 yield where, dict(zip(header, row))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{file}:{start}: not CSV in UTF-8 ({error}); fix the record's quotes or bytes") from error
+        raise InputError(f"{file}:{start}: not CSV in UTF-8 ({error}); fix the record's quotes or encoding") from error
 
 
 def _parquet_rows(file: Path):
@@ -219,11 +220,11 @@ def _parquet_rows(file: Path):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(f"{file}: .parquet needs pyarrow (pip install 'pyarrow>=14'); or convert it once: duckdb -c "
+        raise InputError(f"{file}: .parquet needs pyarrow; pip install 'pyarrow>=14', or convert the file once: duckdb -c "
                          f"\"COPY (FROM '{file}') TO '{file.stem}.jsonl' (FORMAT json)\"") from None
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             rows = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
             yield from ((f"{file}:row {number}", row) for number, row in enumerate(rows, 1))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not a whole parquet file ({error}); download it again") from error
+        raise InputError(f"{file}: is not a valid parquet file ({error}); download it again") from error

@@ -285,9 +285,10 @@ def load_rewards(names: str) -> dict[str, Callable[..., Values]]:
     found = {}
     for path, name in _entries(names):
         if not path and name not in REWARDS:
-            raise InputError(f"no reward {name!r} in {names!r}; give some of {', '.join(REWARDS)}, or FILE.py:FUNCTION")
+            raise InputError(f"--rewards {names}: there is no reward {name!r}; give some of {', '.join(REWARDS)}, or "
+                             "FILE.py:FUNCTION")
         if name in found:
-            raise InputError(f"reward {name!r} is twice in {names!r}; name each once")
+            raise InputError(f"--rewards {names}: {name!r} is named twice; name each once")
         found[name] = _from_file(path, name) if path else REWARDS[name]
     return found
 
@@ -332,7 +333,7 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
             return [_checked(value) for _, value in zip(completions, values, strict=True)]
         except Exception:                                                       # of the wrong type or length, whatever it is
             raise InputError(f"{path}:{name}: returned {values!r:.60} for {len(completions)} completions; "
-                             "return a number, at most 10^9, or None for each") from None
+                             "return for each a number from -10^9 to 10^9, or None") from None
 
     return checked
 

@@ -112,8 +112,8 @@ def check_settings(folder, settings: dict):
             raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
                              f"{before.get(key)}; give the same flags, or another --out")
     if rows and rows != before.get("rows", rows):               # after the flags, one of which may be the reason
-        raise InputError(f"{folder}: --resume, but the data are other tokens than those that the run began with; take back "
-                         "the change of the tokenizer, its chat template or minikd, or choose another --out")
+        raise InputError(f"{folder}: --resume, but the data's tokens differ from those that the run began with; undo the change "
+                         "to the tokenizer, its chat template or minikd, or choose another --out")
     if files is not None and files != before.get("reward_files"):               # a bug in one may be fixed
         print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)
 
@@ -184,15 +184,15 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(),
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose a folder with --out")
     if resume and not out.exists():
-        print(f"{out}: nothing to resume there; the run begins")
+        print(f"{out}: nothing to resume; a new run begins")
     for folder in dict.fromkeys([out, *runs, out / "sft", out / "kd", *sorted(out.glob("lr-*"))]):
         if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG, ANOTHER):
             raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run; choose another --out")
         lines = read_log(folder)
         may_go_on = toy or resume and folder in runs
         if lines and not (may_go_on and bool(settings_of(folder).get("toy")) == toy):       # a toy never touches a real run
-            raise InputError(f"{folder}: holds {'another' if resume else 'a'} run already, {lines[-1]['step']} steps; "
-                             f"{'' if resume else 'go on with --resume, or '}choose another --out")
+            raise InputError(f"{folder}: already holds {'another' if resume else 'a'} run of {lines[-1]['step']} steps; "
+                             f"{'' if resume else 'continue it with --resume, or '}choose another --out")
     for folder in runs:
         for part in "best", "last":
             place = folder / part
@@ -200,7 +200,7 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(),
                 what = "a model" if (place / CONFIG).exists() else "files"
                 raise InputError(f"{place}: holds {what}, which would be replaced; choose another --out")
             if Path.cwd().is_relative_to(place.resolve()):
-                raise InputError(f"{place}: is the folder you work in, and would be replaced; choose another --out")
+                raise InputError(f"{place}: is or contains the current folder, and would be replaced; choose another --out")
             if cache and Path(cache).resolve().is_relative_to(place.resolve()):
                 raise InputError(f"--cache-teacher {cache}: lies in {place}, which this run replaces; choose another folder")
             if place.is_dir():
@@ -221,12 +221,12 @@ def check_files(out: Path, runs: list[Path], data, own):
         if place.is_dir() and places[0].is_relative_to(place):
             log = (places[0] / LOG).relative_to(place).as_posix()
             if is_chosen(log, choice):                                                      # as data_files reads it
-                raise InputError(f"--out {out}: the run's files would be read as data, of {name}; choose another --out, or name "
-                                 f"the file, {base}:FILE")
+                raise InputError(f"--out {out}: the run's own files would be read as part of the data {name}; choose another "
+                                 f"--out, or name the data file: {base}:FILE")
     began = any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG))
     for file in sorted(file for name in own for file in out.glob(name)):
         if not began:
-            raise InputError(f"{file}: is no run's, and would be replaced by this run's own; choose another --out")
+            raise InputError(f"{file}: was not written by a run, and would be replaced; choose another --out")
 
 
 def begin_run(folder, settings: dict, resume: bool) -> bool:
@@ -247,11 +247,12 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
         began = began if isinstance(began, dict) else {}
         for what, now in ("torch", torch.__version__), ("threads", torch.get_num_threads()):
             if began.get(what, now) != now:
-                print(f"{folder}: began with {what} {began[what]}, goes on with {now}; the weights may differ in the last digits")
+                print(f"{folder}: began with {what} {began[what]}, continues with {now}; the weights may differ in the last "
+                      "digits")
         if not state.exists():
-            print(f"{folder}: no state was saved; begins again with step 1")
+            print(f"{folder}: no state was saved; the run starts again at step 1")
     elif resume:
-        print(f"{folder}: no run to resume; begins one")
+        print(f"{folder}: no run to resume; a new one begins")
     lock(folder)
     if not resume:
         for name in STATE, LOG:                                 # of another run: it must not be continued

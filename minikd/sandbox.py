@@ -179,8 +179,8 @@ def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
             return _try(source, stdin, timeout, memory_mb)
         except BlockingIOError as error:                        # before the program began: it could not be given a process
             if time.monotonic() > end:
-                raise InputError("sandbox: no process can be started, as this machine or container has all that it may; allow "
-                                 "more, or end others") from error
+                raise InputError("sandbox: no process can be started, as this machine or container has reached its limit; raise "
+                                 "the limit, or end other processes") from error
             time.sleep(TICK)
 
 
@@ -459,7 +459,7 @@ def _uncover(libc, prefix):
         failed = mount(f"/proc/self/fd/{handle}", prefix, None, 0x1000, None)       # MS_BIND
     os.close(handle)
     if failed or not os.path.exists(f"{prefix}/lib"):
-        raise OSError(f"{above[0]} hides this Python from other users; take one that all can run, or chmod o+x it")
+        raise OSError(f"{above[0]} hides this Python from other users; use a Python that all can run, or chmod o+x that folder")
 
 
 def _landlock(libc, readable) -> int:

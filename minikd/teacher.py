@@ -119,9 +119,9 @@ def check_made_from(folder: Path, made_from: dict):
         raise InputError(f"{folder / FACTS}: does not say what the cache was made from; choose another --cache-teacher")
     for key, value in made_from.items():
         if before.get(key) != value:
-            what = ("its rows are others (--limit, the tokenizer, or answers of --seq-kd)" if key == "rows" else
+            what = ("its rows differ (because of --limit, the tokenizer, or the answers of --seq-kd)" if key == "rows" else
                     f"its {key} is {before.get(key)}, here {value}")
-            raise InputError(f"{folder}: was made from something else: {what}; choose another --cache-teacher")
+            raise InputError(f"{folder}: was made from other data or settings: {what}; choose another --cache-teacher")
 
 
 def whole(path: Path, held: dict[str, Encoded], width: int) -> bool:
@@ -155,12 +155,12 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
         good = len(responses) <= len(rows) and all(
             set(map(type, ids)) == {int} and 0 <= min(ids) <= max(ids) < len(tokenizer) for ids in responses)
         if not (good or other):                                 # other settings, below, explain strange ids better
-            raise ValueError("too many answers, or one without ids of the tokenizer")
+            raise ValueError("too many answers, or ids that the tokenizer does not have")
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: holds a damaged line ({error}); delete the file, it is made again") from error
+        raise InputError(f"{path}: holds a damaged line ({error}); delete the file, and it will be made again") from error
     if other:
-        raise InputError(f"{path}: holds other answers: their {other[0]} is {before.get(other[0])}, here "
-                         f"{made_from.get(other[0])}; choose another --out")
+        raise InputError(f"{path}: holds answers made with other data or settings: their {other[0]} is "
+                         f"{before.get(other[0])}, here {made_from.get(other[0])}; choose another --out")
     if len(responses) < len(rows):
         del responses[len(responses) // step * step:]           # a write was cut short: one seed draws `step` answers
     with atomic_path(path) as new:

@@ -56,9 +56,9 @@ class Tokenizer:
         folder = local_folder(name, ["config.json", *TOKENIZER])
         path = folder / "tokenizer.json"
         if not path.exists():
-            mend = "copy the tokenizer's files beside the model's"
+            mend = "copy the tokenizer's files into the model's folder"
             if (folder / "vocab.json").exists():
-                mend = "transformers makes it of vocab.json: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+                mend = "make it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             raise InputError(f"{path}: is missing; {mend}")
         check_pointer(path)
         try:
@@ -137,14 +137,14 @@ class Tokenizer:
         for turn in messages:
             if (turn.get("role") not in ("system", "user", "assistant") or not isinstance(turn.get("content"), str)
                     or turn.get("tool_calls")):
-                raise InputError(f"chat: a turn of role {turn.get('role')!r} with {', '.join(turn)}; minikd writes system, "
-                                 "user and assistant, content as text, without tools")
+                raise InputError(f"chat: a turn of role {turn.get('role')!r} with the fields {', '.join(turn)} is not supported; "
+                                 "use the roles system, user and assistant, with text as content and no tool calls")
         if self.template is not None:
             try:
                 return self.template.render(messages=list(messages), add_generation_prompt=add_generation_prompt)
             except Exception as error:              # the template is a program, and may raise anything
-                raise InputError(f"{self.folder}: its chat template does not take this conversation ({error}); change one "
-                                 "of them") from error
+                raise InputError(f"{self.folder}: its chat template rejects this conversation ({error}); change the template or "
+                                 "the conversation") from error
         if not messages or messages[0]["role"] != "system":
             messages = [{"role": "system", "content": QWEN25_SYSTEM}, *messages]
         text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages)
@@ -203,7 +203,7 @@ def read_template(folder: Path, config: dict):
         return None
     held = version("jinja2")                                                    # comes with torch, of whichever version
     if [int(part) for part in re.findall(r"\d+", held)[:3]] < [3, 1, 6]:
-        raise InputError(f"{path}: has a chat template, a program that jinja2 {held} could not confine; pip install -U jinja2")
+        raise InputError(f"{path}: has a chat template, a program that jinja2 {held} cannot run safely; pip install -U jinja2")
     from jinja2 import TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -144,8 +144,8 @@ def test_a_head_that_is_tied_by_the_config_and_another_by_its_weights_is_refused
     """transformers 5 would use lm_head.weight, other readers would not."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    assert "ties the head to the embedding, but lm_head.weight is another" in refusal(folder)
-    with pytest.raises(InputError, match="is another"):
+    assert "ties the head to the embedding, but lm_head.weight differs from it" in refusal(folder)
+    with pytest.raises(InputError, match="differs from it"):
         load_head(folder)
 
 
@@ -218,7 +218,7 @@ def test_a_surplus_tensor_is_named(folder):
 
 def test_a_misshapen_tensor_is_named_with_both_shapes(folder):
     rewrite(folder, lambda tensors: tensors.update({EMBED: torch.zeros(38, 16)}))
-    assert f"{EMBED} is [38, 16]; config.json asks for [37, 16]" in refusal(folder)
+    assert f"{EMBED} is [38, 16], but config.json asks for [37, 16]; use files" in refusal(folder)
 
 
 def test_an_integer_tensor_is_refused(folder):
@@ -242,8 +242,8 @@ def test_a_file_that_is_no_safetensors_is_named(folder):
 
 def test_gits_pointer_to_a_file_is_not_called_damaged(folder):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    assert refusal(folder) == (f"{folder / 'model.safetensors'}: is only git's pointer to the file; run `git lfs pull` in its "
-                               "folder")
+    assert refusal(folder) == (f"{folder / 'model.safetensors'}: is only a Git LFS pointer, not the file itself; run "
+                               "`git lfs pull` in its folder")
 
 
 @pytest.mark.parametrize("held, said", [
@@ -251,8 +251,8 @@ def test_gits_pointer_to_a_file_is_not_called_damaged(folder):
     (["q4.gguf", "q8.gguf"], "holds GGUF files; give the folder with safetensors"),
     (["checkpoint-500/config.json", "checkpoint-1000/config.json", "runs/x"],
      "one of its models, such as the folder checkpoint-1000 in it"),
-    (["checkpoint-500-merged/x", "checkpoint-7.zip"], "config.json: is missing; a Hugging Face model folder has one"),
-    (["notes.txt"], "config.json: is missing; a Hugging Face model folder has one")])
+    (["checkpoint-500-merged/x", "checkpoint-7.zip"], "config.json: is missing; give the folder of a Hugging Face model"),
+    (["notes.txt"], "config.json: is missing; give the folder of a Hugging Face model")])
 def test_a_folder_of_another_kind_is_called_what_it_is(tmp_path, held, said):
     for name in held:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -270,7 +270,7 @@ def test_an_index_that_names_an_absent_file_is_refused(sharded):
 @pytest.mark.parametrize("content, complaint", [
     ('{"weight_map": {"a"', "is not JSON"), ("[]", "holds a list"), ('{"metadata": {}}', "has no weight_map"),
     ('{"weight_map": []}', "has no weight_map"), ('{"weight_map": {"a": 1}}', "has no weight_map"),
-    ('{"weight_map": {"a": "../model.safetensors"}}', "has no weight_map of tensors to files of its folder"),
+    ('{"weight_map": {"a": "../model.safetensors"}}', "has no weight_map from tensors to files in its folder"),
     ('{"weight_map": {"a": "model.safetensors", "b": "../model.safetensors"}}', "has no weight_map"),
     ('{"weight_map": {"a": "."}}', "has no weight_map"), ('{"weight_map": {}}', f"{EMBED} [37, 16] is missing")])
 def test_a_damaged_index_is_named(sharded, content, complaint):
@@ -555,7 +555,7 @@ def test_mlx_s_quantisation_is_called_so(folder, names):
 @pytest.mark.parametrize("changed, said", [
     ({"quant_method": "awq"}, "quant_method = 'awq'"), ({"bits": 8}, "bits = 8"), ({"group_size": "128"}, "group_size = '128'"),
     ({"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'"), ({"lm_head": True}, "lm_head = True"),
-    ({"group_size": 48}, "group_size = 48, which does not divide its layers"), (None, "quantization_config is not an object"),
+    ({"group_size": 48}, "group_size = 48, which does not divide the inputs"), (None, "quantization_config is not an object"),
     ({"format": "gptq_v2"}, "has format = 'gptq_v2'"), ({"pack_dtype": "int64"}, "has pack_dtype = 'int64'"),
     ({"dynamic": {"-:.*down": {}}}, "has dynamic = "),
     ({"checkpoint_format": "gptq_v2", "format": "gptq_v2"}, "symmetric zero points are 8, these are 7")])
@@ -618,7 +618,7 @@ def test_a_4_bit_folder_without_its_settings_says_where_they_are(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     settings = config.pop("quantization_config")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="holds 4-bit layers.* copy what quantize_config.json says there"):
+    with pytest.raises(InputError, match="holds 4-bit layers.* add one with the content of quantize_config.json"):
         load_model(tmp_path)
     assert json.loads((tmp_path / "quantize_config.json").read_text()) == settings
 

@@ -127,7 +127,7 @@ def test_flags_without_effect_are_noted_on_stderr_even_if_they_are_0(capsys):
     args = argparse.Namespace(top_k=0, limit=None, int8_head=False, resume=True)
     note_unused(args, "here", "limit", "int8_head")
     note_unused(args, "here", "top_k", "limit", "int8_head", "resume")
-    assert capsys.readouterr() == ("", "note: without effect here: --top-k --resume\n")
+    assert capsys.readouterr() == ("", "note: ignored here: --top-k --resume\n")
 
 
 # ---- progress

@@ -63,8 +63,8 @@ def test_a_config_survives_its_own_writing():
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
     ({"rms_norm_eps": "tiny"}, "rms_norm_eps = 'tiny'"), ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan"),
     ({"rms_norm_eps": float("inf")}, "rms_norm_eps = inf"), ({"initializer_range": -1.0}, "initializer_range = -1.0"),
-    ({"num_key_value_heads": 2}, "7 query heads must be a multiple of 2 key/value heads"),
-    ({"head_dim": 7}, "the head size, 7, even"), ({"hidden_size": 6}, "the head size, 0, even"),
+    ({"num_key_value_heads": 2}, "query heads (7) must be a multiple of that of key/value heads (2)"),
+    ({"head_dim": 7}, "the head size (7) even"), ({"hidden_size": 6}, "the head size (0) even and above 0"),
 ])
 def test_what_the_decoder_does_not_compute_is_refused_by_name(base, changes, names):
     with pytest.raises(InputError) as caught:

@@ -198,29 +198,29 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, "--predictions", "p.txt", "--references", "r.jsonl"], cwd=tmp_path,
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"\n{TABLE}\nevery example in runs/eval/answers.jsonl\n"
+    assert done.stdout == f"\n{TABLE}\nscores of every example in runs/eval/answers.jsonl\n"
 
 
 @pytest.mark.parametrize("flags, said", [
     (["--predictions", "p.txt"], "--predictions without --references; give both"),
     (["--data", "r.jsonl"], "--data without --model; give both"),
     (["--model", "m", "--data", "r.jsonl", "--predictions", "p.txt", "--references", "r.jsonl"], "give one of them"),
-    (["--predictions", "p.txt", "--references", "two.txt"], "p.txt has 3 predictions, two.txt 2 references"),
+    (["--predictions", "p.txt", "--references", "two.txt"], "p.txt: has 3 predictions, but two.txt has 2 references"),
     (["--predictions", "none.txt", "--references", "r.jsonl"], "none.txt: No such file"),
     (["--predictions", "none.jsonl", "--references", "r.jsonl"], "none.jsonl: no such file"),
     (["--predictions", "p.txt", "--references", "wrong.jsonl"], "wrong.jsonl:2: has none of the fields references"),
-    (["--predictions", "number.jsonl", "--references", "r.jsonl"], "number.jsonl:1: text is a int; make it text"),
-    (["--predictions", "half.jsonl", "--references", "r.jsonl"], "half.jsonl:1: text is half a character"),
+    (["--predictions", "number.jsonl", "--references", "r.jsonl"], "number.jsonl:1: text is an int; make it text"),
+    (["--predictions", "half.jsonl", "--references", "r.jsonl"], "half.jsonl:1: text holds half a character"),
     (["--predictions", "null.jsonl", "--references", "r.jsonl"], "null.jsonl:1: prediction is null; make it text"),
     (["--predictions", "latin.txt", "--references", "r.jsonl"], "latin.txt:2: is not UTF-8"),
     (["--predictions", "p.txt", "--references", "empty.jsonl"], "empty.jsonl:1: references is an empty list"),
     (["--predictions", "p.txt", "--references", "r.jsonl", "--out", "./p.txt"], "is one of the files to read"),
-    (["--model", "m", "--data", "r.jsonl", "--out", "two.txt"], "two.txt: exists, and only a .jsonl file is replaced"),
+    (["--model", "m", "--data", "r.jsonl", "--out", "two.txt"], "two.txt: exists and is not a .jsonl file"),
     (["--model", "m", "--data", "n\udcff"], "is not UTF-8; rename"),
     (["--model", "m", "--data", "n\udcc3\udcbc"], "nü: this locale is not UTF-8; set PYTHONUTF8=1"),
     (["--model", "~nobody-here/m", "--data", "~nobody-here/r.jsonl"], "give another path"),
     (["--predictions", "p.txt", "--references", "odd.jsonl"], "odd.jsonl:1: field 'category' holds half a character"),
-    (["--predictions", "p.txt", "--references", "mixed.jsonl"], "mixed.jsonl:1: references is a int; make it text"),
+    (["--predictions", "p.txt", "--references", "mixed.jsonl"], "mixed.jsonl:1: references is an int; make it text"),
     (["--model", "m", "--data", "d", "--out", "d/r.jsonl"], "is one of the files to read"),
     (["--model", "m", "--data", "d:*.jsonl", "--out", "d/r.jsonl"], "is one of the files to read"),
     (["--model", "no/such/model", "--data", "r.jsonl"], "no/such/model: no such folder"),
@@ -267,7 +267,7 @@ def test_an_int8_head_gives_most_answers_that_the_head_gives(int8, run, world):
 def test_flags_that_do_nothing_are_named(run, tmp_path):
     write(tmp_path / "p.txt", PREDICTIONS)
     status, _, err = run("--predictions", "p.txt", "--references", "p.txt", "--limit", 1, "--top-k", 0)
-    assert status == 0 and err == "note: without effect with answers in a file: --limit --top-k\n"
+    assert status == 0 and err == "note: ignored with answers in a file: --limit --top-k\n"
 
 
 def test_top_k_and_top_p_reach_the_sampling(run, world):
@@ -306,6 +306,6 @@ def test_ways_and_the_int8_heads_limit_are_said(run, world, monkeypatch, int8):
     flags = ("--model", world / "student", "--data", world / "data.jsonl", "--max-new-tokens", 1, "--out", "a.jsonl",
              "--dtype", "float32", "--int8-head", "--batch-size")
     status, out, err = run(*flags, rows, "--show-ways")
-    assert status == 0 and len(seen) == 1 and "--int8-head: is used for fewer than" in out, err
+    assert status == 0 and len(seen) == 1 and "note: --int8-head is used for fewer than" in out, err
     status, out, err = run(*flags, rows - 1)
     assert status == 0 and len(seen) == 1 and "--int8-head" not in out, err

@@ -110,10 +110,10 @@ def test_a_pair_is_asked_with_what_it_is_about(record, asked):
 @pytest.mark.parametrize("record, words", [
     ({"question": "Which?", "choices": ["a", "b"], "answer": "a"}, "field 'choices' would not be shown"),
     ({"question": "Which?", "options": ["a", "b"], "answer": "a"}, "field 'options' would not be shown"),
-    ({"messages": [{"role": ["user"], "content": "hi"}]}, "messages[0]: not a turn"),
-    ({"conversations": [{"from": ["human"], "value": "hi"}]}, "conversations[0]: not a turn"),
-    ({"conversations": None}, "'conversations' is null"), ({"conversations": ["hi"]}, "conversations[0]: not a turn"),
-    ({"conversations": [{"from": "bot", "value": "hi"}]}, "conversations[0]: not a turn"),
+    ({"messages": [{"role": ["user"], "content": "hi"}]}, "messages[0]: is not a turn"),
+    ({"conversations": [{"from": ["human"], "value": "hi"}]}, "conversations[0]: is not a turn"),
+    ({"conversations": None}, "'conversations' is null"), ({"conversations": ["hi"]}, "conversations[0]: is not a turn"),
+    ({"conversations": [{"from": "bot", "value": "hi"}]}, "conversations[0]: is not a turn"),
     ({"prompt": None, "completion": "a"}, "'query' is missing"), ({"prompt": {}, "completion": "a"}, "'prompt' is a dict"),
     ({"prompt": "a", "completion": [{"role": "assistant"}]}, "messages[1]: field 'content' is missing")])
 def test_a_malformed_one_is_named_too(record, words):
@@ -245,7 +245,7 @@ def test_missing_field_is_named_with_file_and_line():
         "data.jsonl:812: field 'response' is missing; ")
 
 
-@pytest.mark.parametrize("value, words", [(None, "null"), (float("nan"), "null"), (3, "a int"), (["x"], "a list"),
+@pytest.mark.parametrize("value, words", [(None, "null"), (float("nan"), "null"), (3, "an int"), (["x"], "a list"),
                                           ({"a": 1}, "a dict"), (True, "a bool"), ("\ud800", "lone surrogate")])
 def test_required_field_of_the_wrong_kind_is_named(value, words):
     text = message({**DOLLY, "response": value})
@@ -254,19 +254,20 @@ def test_required_field_of_the_wrong_kind_is_named(value, words):
 
 @pytest.mark.parametrize("record", [{**DOLLY, "context": 7}, {**DOLLY, "category": 7}, {**BUGNET, "original_status": 0}])
 def test_optional_field_of_the_wrong_kind_is_named_too(record):
-    assert "a int; make it text" in message(record)
+    assert "an int; make it text" in message(record)
 
 
 def test_unknown_fields_and_unknown_format_list_what_is_known():
-    assert "fields (text) not known; rename them" in message({"text": "x"}) and "dolly (instruction, response)" in message({})
-    assert "format 'doly' not known" in message(DOLLY, "doly")
+    assert "its fields (text) fit no known format; rename them" in message({"text": "x"})
+    assert "dolly (instruction, response)" in message({})
+    assert "format 'doly' is not known; give one of: " in message(DOLLY, "doly")
 
 
 @pytest.mark.parametrize("messages, words", [
     ("hi", "'messages' is text"), (None, "'messages' is null"),
     ([], "no assistant turn"), ([{"role": "user", "content": "hi"}], "no assistant turn"),
     ([{"role": "assistant", "content": "hi"}], "no assistant turn"),
-    (["hi"], "messages[0]: not a turn"), ([{"role": "tol", "content": "hi"}], "messages[0]: not a turn"),
+    (["hi"], "messages[0]: is not a turn"), ([{"role": "tol", "content": "hi"}], "messages[0]: is not a turn"),
     ([{"role": "user"}], "messages[0]: field 'content' is missing"),
     ([{"role": "user", "content": None}], "messages[0]: field 'content' is null"),
     ([{"role": "user", "content": [{"type": "text"}]}], "field 'content' is a list")])
@@ -353,7 +354,7 @@ def test_corrupt_lines_are_skipped_and_counted_in_pytorrent_alone(tmp_path):
 # ---- files
 
 def test_no_usable_record_is_an_error_that_counts_why(tmp_path):
-    with pytest.raises(InputError, match="no usable record; 0 of 2 records kept .dropped: 2 empty response"):
+    with pytest.raises(InputError, match="no usable record; fix .*: 0 of 2 records kept .dropped: 2 empty response"):
         load_examples(write_records(tmp_path / "d.jsonl", *[{**DOLLY, "response": ""}] * 2))
 
 

@@ -146,13 +146,13 @@ def test_a_script_prints_the_line_and_nothing_else():
     code = "from minikd.files import *\nwith script_errors():\n    read_json(__import__('pathlib').Path('nope.json'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: nope.json: is missing; a Hugging Face model folder has one\n"
+    assert done.stderr == "error: nope.json: is missing; give the folder of a Hugging Face model, which has one\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 @pytest.mark.parametrize("act, stdout, stderr, status, said", [
     ("print('x')", "/dev/full", None, 2, "error: standard output or a file: No space left on device; free some space"),
-    ("print('x')", "pipe", None, 2, "error: standard output: Broken pipe; what read it has ended"),
+    ("print('x')", "pipe", None, 2, "error: standard output: Broken pipe; the program that read it has ended"),
     ("print('x'); raise InputError('a: is wrong; mend it')", "/dev/full", None, 2, "error: a: is wrong; mend it"),
     ("print('x'); raise KeyboardInterrupt", "/dev/full", None, 130, "\ninterrupted; what was saved is complete"),
     ("print('x'); sys.exit(0)", "pipe", None, 0, ""),
@@ -257,7 +257,7 @@ def test_the_folder_one_works_in_is_not_replaced_under_one(tmp_path, monkeypatch
     (tmp_path / "inner").mkdir()
     monkeypatch.chdir(tmp_path / "inner")
     for path in (".", tmp_path, tmp_path / "inner"):
-        with pytest.raises(InputError, match="the folder you work in"), atomic_path(path, folder=True):
+        with pytest.raises(InputError, match="is or contains the current folder"), atomic_path(path, folder=True):
             pass
     with atomic_path("below", folder=True) as new:
         (new / "a").touch()
@@ -396,5 +396,5 @@ def test_a_pipe_is_not_waited_for_twice(tmp_path):
     with pytest.raises(IsADirectoryError):
         sha256(tmp_path)
     for path in tmp_path / "data.jsonl", "/dev/zero":                           # nor a file without an end read
-        with pytest.raises(InputError, match=f"{path}: is a pipe or a device, and would be read twice; write it to a file"):
+        with pytest.raises(InputError, match=f"{path}: is a pipe or a device, but must be read twice; save its content"):
             sha256(path)

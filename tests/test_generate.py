@@ -158,7 +158,7 @@ def test_an_id_without_a_row_is_refused(token):
 
 @pytest.mark.parametrize("prompts", [[1, 2, 3], ["12"], [[1.5]], torch.tensor([1, 2])], ids=str)
 def test_what_is_no_list_of_ids_is_refused(prompts):
-    with pytest.raises(ValueError, match="prompts are lists of ids, one list for each prompt"):
+    with pytest.raises(ValueError, match="prompts must be lists of ids, one list for each prompt"):
         generate(random_model(), prompts)
 
 

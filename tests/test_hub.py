@@ -83,7 +83,7 @@ def test_offline_everything_is_there_and_the_hub_is_not_asked(served, model, mon
     served.asked.clear()
     offline(monkeypatch)
     assert same(load_model(model).state_dict(), first) and served.asked == []
-    assert capsys.readouterr().err.count(f"its cache has commit {COMMITS[1][:12]}") == 1         # said once
+    assert capsys.readouterr().err.count(f"using commit {COMMITS[1][:12]} from its cache") == 1         # said once
 
 
 def test_a_run_sees_one_commit_though_main_moves(served, model):
@@ -147,7 +147,7 @@ def test_a_repository_of_pickles_is_refused_as_one(served, model):
     files = served.repositories["models", model][COMMITS[1]]
     for name in [name for name in files if "safetensors" in name]:
         del files[name]
-    assert "org/model: only pickled weights (*.bin)" in refusal(lambda: model_folder(model))
+    assert "org/model: has only pickled weights (*.bin)" in refusal(lambda: model_folder(model))
 
 
 @pytest.mark.parametrize("name, said", [("q4.gguf", "holds GGUF files"), ("adapter_config.json", "is a LoRA adapter")])
@@ -172,12 +172,12 @@ def test_a_damaged_file_in_the_cache_is_named_with_its_blob(served, model, capsy
 # ---- what goes wrong
 
 @pytest.mark.parametrize("fault, says", [
-    ((404, {"X-Error-Code": "RepoNotFound"}, b""), "it has no such repository, or a private one); check the name"),
-    ((401, {}, b""), "it has no such repository, or a private one); check the name; for a private one set HF_TOKEN"),
+    ((404, {"X-Error-Code": "RepoNotFound"}, b""), "it has no such repository, or only a private one); check the name"),
+    ((401, {}, b""), "it has no such repository, or only a private one); check the name; for a private one set HF_TOKEN"),
     ((401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b""), "HF_TOKEN is not valid); renew it"),
     ((403, {"X-Error-Code": "GatedRepo"}, b""), "its owner asks for consent); accept the terms on its page and set HF_TOKEN"),
     ((429, {"Retry-After": "155"}, b""), "too many requests, wait 155 s); try again later, or set HF_TOKEN"),
-    ((200, {"Content-Type": "text/html"}, b"<html>hotel</html>"), "what answered is not the hub); does this network ask"),
+    ((200, {"Content-Type": "text/html"}, b"<html>hotel</html>"), "what answered is not the hub); log in to this network"),
     ((503, {}, b""), "503")])
 def test_a_refusal_says_why_and_what_to_do(served, fault, says):
     served.faults["/api/*"] = fault
@@ -193,7 +193,7 @@ def test_without_a_network_the_cache_serves_and_what_it_lacks_is_refused(served,
     load_model(model)
     assert "org/model: the hub did not answer (" in capsys.readouterr().err
     offline(monkeypatch)
-    assert "(HF_HUB_OFFLINE is set); its cache does not hold all of it: unset it once" in refusal(lambda: load_model("org/other"))
+    assert "(HF_HUB_OFFLINE is set); unset it once" in refusal(lambda: load_model("org/other"))
 
 
 def test_a_hub_that_never_answers_is_given_up(served, monkeypatch):

@@ -184,7 +184,7 @@ def test_a_format_decides_where_fields_are_of_both(tmp_path):
     assert to_problem(record, "x", "question").facts == {"answer": "n"}
     (tmp_path / "d.jsonl").write_text(json.dumps(record))
     assert load_problems(tmp_path / "d.jsonl", format="question")[0][0].messages[-1]["content"] == f"What is doubled?\n\n{ANSWER}"
-    with pytest.raises(InputError, match="x: has no `description`; is --format codeforces right"):
+    with pytest.raises(InputError, match="x: has no `description`; add one, or leave out --format codeforces"):
         to_problem({"question": "Why?", "answer": "b"}, "x", "codeforces")
 
 
@@ -203,22 +203,22 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
 
 
 @pytest.mark.parametrize("record, said", [
-    ({"title": "x"}, "is not a problem: give `question` and `answer` or `tests`"), ({"question": "Why?"}, "is not a problem"),
+    ({"title": "x"}, "(its fields: title); give `question` and `answer` or `tests`"), ({"question": "Why?"}, "is not a problem"),
     ({"question": "Why?", "tests": []}, "is not a problem"),
     ({"question": "Why?", "tests": ["3"]}, "field 'tests' is not a list of {input, output} texts"),
     ({"question": "", "answer": "b"}, "is not a problem"),
-    ({"question": "Which?", "choices": ["a", "b"], "answer": 1}, "field 'choices' would not be shown; write it"),
+    ({"question": "Which?", "choices": ["a", "b"], "answer": 1}, "field 'choices' would not be shown to the model; write it"),
     (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is not a list of {input, output} texts"),
     (RECORD | {"examples": 3}, "field 'examples' is not a list"),
     (RECORD | {"examples": ["3"]}, "field 'examples' is not a list"),
     (RECORD | {"examples": [*RECORD["examples"], {"input": "3"}]}, "field 'examples' is not a list"),
-    (RECORD | {"note": 3}, "field 'note' is a int; make it text"),
+    (RECORD | {"note": 3}, "field 'note' is an int; make it text"),
     (RECORD | {"time_limit": -1}, "field 'time_limit' is -1; give a number above 0"),
     (RECORD | {"memory_limit": float("inf")}, "field 'memory_limit' is inf"),
     (RECORD | {"time_limit": "2 seconds"}, "field 'time_limit' is '2 seconds'; give a number"),
     (RECORD | {"time_limit": 10**400}, "field 'time_limit' is 1000"),
     (RECORD | {"time_limit": True}, "field 'time_limit' is True"),
-    ({"instruction": "Why?", "input": 3, "output": "b"}, "field 'input' is a int; make it text"),
+    ({"instruction": "Why?", "input": 3, "output": "b"}, "field 'input' is an int; make it text"),
     ({"question": "\ud800", "answer": "b"}, "holds half a character"), ({"question": "a", "answer": "\ud800"}, "half a"),
     (RECORD | {"examples": [{"input": "1", "output": "\ud800"}]}, "half a character")])
 def test_a_record_that_is_no_problem_is_one_line_with_its_place(tmp_path, record, said):

@@ -143,7 +143,7 @@ def test_version_1_with_zeros_of_0_is_read_as_gptqmodel_writes_it():
 
 @pytest.mark.parametrize("size, inputs", [(48, 64), (0, 64), (128, 64)])
 def test_a_group_size_that_does_not_divide_is_one_line(size, inputs):
-    with pytest.raises(InputError, match="give a divisor"):
+    with pytest.raises(InputError, match="give a group size that divides"):
         check_groups(inputs, size)
 
 

@@ -60,7 +60,7 @@ def test_parquet_is_read_through_pyarrow(tmp_path):
     latin = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pyarrow.py_buffer(b"\xf1"))
     pyarrow.parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "latin.parquet")
     for name in "broken", "latin":
-        with pytest.raises(InputError, match="not a whole parquet file"):
+        with pytest.raises(InputError, match="is not a valid parquet file"):
             list(read_records(tmp_path / f"{name}.parquet"))
 
 
@@ -79,26 +79,26 @@ GOOD = json.dumps(DOLLY).encode()
     ("d.jsonl", GOOD + b"\n[1]\n", "d.jsonl:2: a record is an object with named fields, not a list"),
     ("d.jsonl", GOOD + b'\n{"response": "\xff"}\n', "d.jsonl:2: not JSON ('utf-8' codec can't decode byte 0xff"),
     ("d.jsonl", b"[" * 200_000, "d.jsonl:1: not JSON ("),
-    ("d.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "d.jsonl: is only git's pointer to the file"),
+    ("d.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "d.jsonl: is only a Git LFS pointer"),
     ("d.jsonl", b"", "d.jsonl: holds no records"),
     ("d.jsonl", b"\xef\xbb\xbf\n \n", "d.jsonl: holds no records"),
-    ("d.jsonl.gz", b"plain", "d.jsonl.gz: not a whole gzip file (Not a gzipped file"),
-    ("d.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-20], "d.jsonl.gz: not a whole gzip file (Compressed file ended"),
+    ("d.jsonl.gz", b"plain", "d.jsonl.gz: is not a valid gzip file (Not a gzipped file"),
+    ("d.jsonl.gz", gzip.compress(GOOD * 99, mtime=0)[:-20], "d.jsonl.gz: is not a valid gzip file (Compressed file ended"),
     ("d.json", b'[{"a": 1},\n {"b"', "d.json:2: not JSON"),
     ("d.json", b'[{"a": 1},\n {"b": "\xff"}]', "d.json:2: not JSON"),
     ("d.json", b"[1]", "d.json:record 1: a record is an object"),
-    ("d.json", b'{"data": 3}', 'd.json: a .json file is a list of records, or {"data": [...]}'),
+    ("d.json", b'{"data": 3}', 'd.json: holds neither a list of records nor {"data": [...]}'),
     ("d.json", b" ", "d.json: holds no records"),
     ("d.csv", b"", "d.csv: holds no records"),
     ("d.csv", b"instruction,response\n", "d.csv: holds no records"),
-    ("d.csv", b"response,response\na,b\n", "d.csv:1: the column 'response' is there twice"),
-    ("d.csv", b"\nresponse,response\na,b\n", "d.csv:2: the column 'response' is there twice"),
-    ("d.csv", b"instruction,response\na,b\ninstruction,response\n", "d.csv:3: the header again"),
-    ("d.csv", b"instruction,response\na,b,c\n", "d.csv:2: 3 cells under 2 columns"),
-    ("d.csv", b"instruction,response\na\n", "d.csv:2: 1 cells under 2 columns"),
+    ("d.csv", b"response,response\na,b\n", "d.csv:1: the column 'response' occurs twice"),
+    ("d.csv", b"\nresponse,response\na,b\n", "d.csv:2: the column 'response' occurs twice"),
+    ("d.csv", b"instruction,response\na,b\ninstruction,response\n", "d.csv:3: repeats the header"),
+    ("d.csv", b"instruction,response\na,b,c\n", "d.csv:2: has 3 cells for 2 columns"),
+    ("d.csv", b"instruction,response\na\n", "d.csv:2: has 1 cells for 2 columns"),
     ("d.csv", b'instruction,response\na,b\nc,"d\ne,f\n', "d.csv:3: not CSV in UTF-8 (unexpected end of data)"),
     ("d.csv", b"instruction,response\na,b\nc,\xff\n", "d.csv:3: not CSV in UTF-8 ('utf-8' codec"),
-    ("d.txt", GOOD, "d.txt: the name does not say what it holds; unpack it, or rename it to end in .jsonl"),
+    ("d.txt", GOOD, "d.txt: its name does not tell its format; unpack it, or rename it to end in one of .jsonl"),
 ])
 def test_broken_file_is_one_line_that_says_where(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
@@ -201,7 +201,7 @@ def test_a_name_may_begin_at_home(tmp_path, monkeypatch):
 
 def test_a_file_has_no_parts(tmp_path):
     (tmp_path / "d.jsonl").touch()
-    with pytest.raises(InputError, match="d.jsonl:es: .*d.jsonl is a file, which has no parts; leave out the rest"):
+    with pytest.raises(InputError, match="d.jsonl:es: .*d.jsonl is a file, so there is nothing to choose; give .*d.jsonl alone"):
         load_examples(f"{tmp_path}/d.jsonl:es")
 
 

@@ -466,8 +466,8 @@ def test_rewards_are_found_by_name_in_the_order_given():
 
 
 @pytest.mark.parametrize("names, message", [
-    ("formal", "no reward 'formal' in 'formal'; give some of format, tags, steps, .* FILE.py:FUNCTION"),
-    ("format,", "no reward ''"), ("", "no reward ''"), ("format,format", "'format' is twice"),
+    ("formal", "--rewards formal: there is no reward 'formal'; give some of format, tags, steps, .* FILE.py:FUNCTION"),
+    ("format,", "no reward ''"), ("", "no reward ''"), ("format,format", "'format' is named twice"),
     ("mine.py", "no reward 'mine.py'"), ("nowhere/mine.py:f", "nowhere/mine.py:f: there is no Python file"),
     ("code:partial", "no Python file code"),
 ])
@@ -511,7 +511,8 @@ def odd(completions, problems):
     ("return [1.0]", r"mine.py:f: returned \[1.0\] for 2 completions; return"),
     ("return None", "returned None for 2"), ("return {0: 1.0, 1: 0.5}", "returned {0: 1.0"), ("return 1.0", "returned 1.0 for 2"),
     ("return ['a', 'b']", r"returned \['a', 'b'\]"), ("return [10**400] * 2", "returned .1000.* for 2 completions"),
-    ("return [1e10, 0]", "at most 10.9"), ("return type('Odd', (), {'__iter__': lambda self: {}[1]})()", "returned <.* for 2 comp"),
+    ("return [1e10, 0]", "from -10.9 to 10.9"),
+    ("return type('Odd', (), {'__iter__': lambda self: {}[1]})()", "returned <.* for 2 comp"),
     ("import sys; sys.exit(0)", "raised SystemExit: 0"), ("return (1 / 0 for _ in completions)", "raised ZeroDivisionError"),
 ])
 def test_what_a_reward_function_returns_is_checked(tmp_path, body, message):
@@ -549,7 +550,7 @@ def test_a_file_that_does_not_load_is_told_in_one_line(tmp_path, text, message):
 def test_one_name_from_two_files_is_refused(tmp_path):
     a, b = (user_file(tmp_path, "def f(completions, problems): return [0] * len(completions)\n", name)
             for name in ("a.py", "b.py"))
-    with pytest.raises(InputError, match="'f' is twice"):
+    with pytest.raises(InputError, match="'f' is named twice"):
         load_rewards(f"{a}:f,{b}:f")
 
 

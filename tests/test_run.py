@@ -245,7 +245,7 @@ def test_a_cache_may_move_and_a_tokenizer_may_not_change(tmp_path):
     check_settings(tmp_path, began | {"cache_teacher": "elsewhere/cache"})
     with pytest.raises(InputError, match="--cache-teacher None, but the run began with cache"):
         check_settings(tmp_path, began | {"cache_teacher": None})
-    with pytest.raises(InputError, match="other tokens than those that the run began with; take back the change of the tokenizer"):
+    with pytest.raises(InputError, match="data's tokens differ from .* began with; undo the change to the tokenizer"):
         check_settings(tmp_path, began | {"rows": "4567"})
     with pytest.raises(InputError, match="--lr 1"):                             # a flag that explains it is named first
         check_settings(tmp_path, began | {"rows": "4567", "lr": 1.0})
@@ -306,8 +306,8 @@ def test_a_run_is_only_resumed_and_a_toys_replaced_only_by_the_toy(tmp_path, was
     if bool(was_toy) == toy and (resume or toy):
         check_free(empty, [held], resume=resume, toy=toy)
     else:
-        said = "another run already, 2 steps; choose" if resume else "a run already, 2 steps; go on with --resume, or choose"
-        with pytest.raises(InputError, match=f"held: holds {said} another --out"):
+        said = "another run of 2 steps; choose" if resume else "a run of 2 steps; continue it with --resume, or choose"
+        with pytest.raises(InputError, match=f"held: already holds {said} another --out"):
             check_free(empty, [held], resume=resume, toy=toy)
 
 
@@ -317,7 +317,7 @@ def test_a_run_is_refused_beside_others_whose_table_it_would_replace(tmp_path, w
     write_config(tmp_path / was, SETTINGS)
     for other in set(["", "kd", "lr-0.001", "lr-0.1"]) - {was}:
         for resume in True, False:
-            with pytest.raises(InputError, match="run already, 1 steps"):
+            with pytest.raises(InputError, match="holds a.* run of 1 steps"):
                 check_free(tmp_path, [tmp_path / other], resume=resume, toy=False)
     check_free(tmp_path, [tmp_path / was, tmp_path / "lr-0.1"], resume=True, toy=False)    # the same ones, and one more
     check_free(tmp_path / "other", [tmp_path / "other"], resume=False, toy=False)
@@ -374,7 +374,7 @@ def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, nam
     given = dict(resume=False, toy=False, data=[tmp_path / "data.jsonl"])
     check_free(tmp_path, [tmp_path / "kd"], **given, own=["completions.jsonl"])             # it writes no such file
     for own in name, f"{name[:3]}*.jsonl":
-        with pytest.raises(InputError, match=f"{name}: is no run's, and would be replaced"):
+        with pytest.raises(InputError, match=f"{name}: was not written by a run, and would be replaced"):
             check_free(tmp_path, [tmp_path / "kd"], **given, own=["completions.jsonl", own])
     lock(tmp_path)                                                              # then it is a run's
     check_free(tmp_path, [tmp_path / "kd"], **given, own=[name])
@@ -384,20 +384,20 @@ def test_out_inside_a_folder_that_is_read_as_data_is_refused(tmp_path):
     (tmp_path / "data").mkdir(), (tmp_path / "data/a.jsonl").touch()
     for out in "data", "data/run":
         for data in "data", "data:*.jsonl":
-            with pytest.raises(InputError, match="would be read as data, of .*; choose another --out, or name the file"):
+            with pytest.raises(InputError, match="read as part of the data .*; choose another --out, or name the data file"):
                 check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
         for data in "data/a.jsonl", "data:a.jsonl":
             check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
     check_free(tmp_path / "beside", [tmp_path / "beside"], resume=False, toy=False, data=[tmp_path / "data"])
     (tmp_path / "data/run").mkdir(), (tmp_path / "data/run/b.jsonl").touch()
-    with pytest.raises(InputError, match="would be read as data, of .*data:run; choose"):
+    with pytest.raises(InputError, match="would be read as part of the data .*data:run; choose"):
         check_free(tmp_path / "data/run", [tmp_path / "data/run"], resume=False, toy=False, data=[f"{tmp_path}/data:run"])
 
 
 def test_the_folder_that_one_works_in_is_not_to_be_replaced(tmp_path, monkeypatch):
     (tmp_path / "kd/last").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "kd/last")
-    with pytest.raises(InputError, match="last: is the folder you work in"):
+    with pytest.raises(InputError, match="last: is or contains the current folder"):
         check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False)
 
 
@@ -435,7 +435,7 @@ def test_a_run_that_goes_on_with_other_threads_says_so(tmp_path, capsys):
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(config | {"versions": {"torch": torch.__version__, "threads": 77}}))
     begin_run(tmp_path, SETTINGS, resume=True)
-    assert f"began with threads 77, goes on with {torch.get_num_threads()};" in capsys.readouterr().out
+    assert f"began with threads 77, continues with {torch.get_num_threads()};" in capsys.readouterr().out
     for unsaid in {}, {"versions": None}, {"versions": "x"}:
         (tmp_path / CONFIG).write_text(json.dumps({"settings": config["settings"]} | unsaid))
         assert begin_run(tmp_path, SETTINGS, resume=True) and capsys.readouterr().out == ""
@@ -461,6 +461,6 @@ def test_out_that_is_a_file_is_refused_and_a_resume_of_nothing_is_said(tmp_path,
     check_free(out, [out], resume=False, toy=False)
     assert capsys.readouterr().out == ""
     check_free(out, [out], resume=True, toy=False)
-    assert capsys.readouterr().out == f"{out}: nothing to resume there; the run begins\n"
+    assert capsys.readouterr().out == f"{out}: nothing to resume; a new run begins\n"
     begin_run(out, {"seed": 0}, resume=True)
-    assert "no run to resume; begins one" in capsys.readouterr().out
+    assert "no run to resume; a new one begins" in capsys.readouterr().out

@@ -601,9 +601,11 @@ def test_the_folder_goes_when_the_starting_thread_dies_before_its_process(nothin
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run_program, LOOP, timeout=60)
         deadline = time.monotonic() + 10
-        while len(found := processes()) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        [supervisor] = [line for line in found if "def _supervise(" in Path(f"/proc/{line.split()[0]}/cmdline").read_text()]
+        code = lambda line: Path(f"/proc/{line.split()[0]}/cmdline").read_text()
+        supervisors = lambda found: [line for line in found if "def _supervise(" in code(line)]
+        while (len(found := processes()) < 2 or len(supervisors(found)) > 1) and time.monotonic() < deadline:
+            time.sleep(0.01)                                        # until execve the program's process looks like its parent
+        [supervisor] = supervisors(found)
         os.kill(int(supervisor.split()[0]), signal.SIGHUP)
         assert running.result().status == "error"                   # the caller lives on in this test
     monkeypatch.undo()

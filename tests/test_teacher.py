@@ -125,7 +125,7 @@ def test_a_cache_of_something_else_is_refused_by_name(fill, tmp_path):
     fill()
     for changed, said in ((dict(made_from=dict(teacher="b")), "its teacher is a, here b"),
                           (dict(made_from=dict(teacher="a", template="alpaca")), "its template is None, here alpaca"),
-                          (dict(rows=ROWS[:-1]), "its rows are others")):
+                          (dict(rows=ROWS[:-1]), "its rows differ")):
         with pytest.raises(InputError, match=said):
             fill(**changed)
     assert fill() == 0                                                          # and it is still what it was
@@ -218,7 +218,7 @@ def test_answers_without_ids_of_the_tokenizer_are_refused(respond, tmp_path, lin
     first, second, *more = path.read_text().splitlines()
     for lines in [first, line, *more], [first, second, *more, second]:          # the last: one answer too many
         path.write_text("\n".join(lines) + "\n", encoding="latin-1")            # ÿ: a byte that is not UTF-8
-        with pytest.raises(InputError, match="holds a damaged line .*delete the file, it is made again"):
+        with pytest.raises(InputError, match="holds a damaged line .*delete the file, and it will be made again"):
             respond()
 
 

@@ -362,7 +362,7 @@ def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, world, tmp_path, monk
     run("--loss", "sft", "--steps", 2, "--eval-data", world / "data.jsonl", out=tmp_path / "other")
     assert drawn[1][2] == teacher                                               # of the held-out records all the same
     status, out, err = run("--steps", 1, "--lr", "0.001", "0.01", out=tmp_path / "unnamed")
-    assert status == 0 and "a sweep of one loss: --loss forward_kl, as none is given" in err
+    assert status == 0 and "several --lr without --loss: a sweep with --loss forward_kl" in err
     assert list(drawn[2][0]) == ["forward_kl lr 0.001", "forward_kl lr 0.01"]
 
 
@@ -406,7 +406,8 @@ def test_a_state_is_saved_by_the_clock_too_where_no_evaluation_saves_one(run, mo
     """As by default, where a run is evaluated once, at its end."""
     flags = [*mode("minillm"), "--steps", "7", "--eval-every", "7", "--batch-size", "4"]
     assert run(*flags, out=tmp_path / "whole")[0] == 0
-    for every, step, told in (600, 4, "no run to resume; begins one"), (0, 5, "no state was saved; begins again with step 1"):
+    for every, step, told in ((600, 4, "no run to resume; a new one begins"),
+                              (0, 5, "no state was saved; the run starts again at step 1")):
         monkeypatch.setattr(kd, "SAVE_EVERY", every)
         with killed_at(step):
             status, out, _ = run(*flags, "--resume", out=tmp_path / "killed")
@@ -510,7 +511,7 @@ def test_with_a_cache_a_run_equals_the_live_teachers_up_to_bfloat16_and_trains_w
     loads, load = [], kd.load_model
     monkeypatch.setattr(kd, "load_model", lambda name, *rest: (loads.append(Path(name).name), load(name, *rest))[1])
     status, out, err = run(*flags, *mode("cache")[2:], out=tmp_path / "cached")
-    assert status == 0 and "48 bytes a scored token" in out, err                # 2 x 24, the teacher's width
+    assert status == 0 and "; 48 bytes each" in out, err                # 2 x 24, the teacher's width
     assert loads == ["teacher", "student", "student", "teacher", "best"]        # to fill the cache, and for the table
     live, cached = (steps_of(tmp_path / name) for name in ("live", "cached"))
     assert len(live) == 15
@@ -587,7 +588,7 @@ def test_after_kill_minus_nine_resume_ends_in_the_same_bits(run, tmp_path, world
 
 def test_resume_skips_what_is_done_and_runs_what_is_not(run, tmp_path, monkeypatch):
     status, out, _ = run("--steps", 2, "--resume")                              # a job that is always put back with it
-    assert status == 0 and "run: nothing to resume there; the run begins" in out
+    assert status == 0 and "run: nothing to resume; a new run begins" in out
     before = (tmp_path / "run/sft/last/model.safetensors").stat().st_mtime_ns
     (tmp_path / "run/kd" / LOG).unlink()                                        # stopped between the two
     status, out, _ = run("--steps", 2, "--resume")
@@ -683,7 +684,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(run, tmp_path):
     assert run("--loss", "sft", "--steps", 2)[0] == 0
     before = (tmp_path / "run" / LOG).read_bytes()
     status, _, err = run("--loss", "sft", "--steps", 2)
-    assert status == 2 and "holds a run already, 2 steps; go on with --resume" in err and err.count("\n") == 1
+    assert status == 2 and "already holds a run of 2 steps; continue it with --resume" in err and err.count("\n") == 1
     assert (tmp_path / "run" / LOG).read_bytes() == before
 
 
@@ -699,7 +700,7 @@ def test_where_no_prompt_can_be_held_out_a_run_goes_on_with_a_note(run, world, t
     lines = (world / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "few.jsonl").write_text("".join(lines[:count] * times))
     status, out, err = run("--loss", "sft", "--steps", 2, "--validation", 3, data=("--data", tmp_path / "few.jsonl"))
-    assert status == 0 and f"note: of {count * times} records with {count} prompts none can be held out" in out, err
+    assert status == 0 and f"note: none of {count * times} records with {count} different prompts can be held out" in out, err
     assert len((tmp_path / "run/held-out.jsonl").read_text().splitlines()) == min(3, count * times)
 
 
@@ -721,7 +722,7 @@ def test_of_prompts_that_repeat_a_whole_one_is_held_out(run, world, tmp_path):
     (dict(models=("--limit", "3"), data=()), "--teacher, --data, --eval-data or --limit without --student"),
     (dict(models=("--student", "{world}/student", "--teacher", "{world}/short")), "short: the tokenizer has "),
     (dict(data=()), "--student without --data"),
-    (dict(data=("--data", "{world}/bad.jsonl")), "bad.jsonl:7: field 'response' is a int; make it text")])
+    (dict(data=("--data", "{world}/bad.jsonl")), "bad.jsonl:7: field 'response' is an int; make it text")])
 def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, tmp_path, flags, said):
     lines = (world / "data.jsonl").read_text().splitlines(keepends=True)
     (world / "bad.jsonl").write_text("".join([*lines[:6], '{"instruction": "Why?", "response": 3}\n', *lines[6:]]))
@@ -735,7 +736,7 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
 @pytest.mark.parametrize("flags, said", [
     (["--batch-size", "0"], "--batch-size 0: must be above 0"), (["--lr", "nan"], "--lr [nan]: must be above 0"),
     (["--validation", "0"], "--validation 0"), (["--eval-examples", "-1"], "--eval-examples -1"),
-    (["--kd-ratio", "1.5"], "--kd-ratio must be from 0 to 1"), (["--loss", "skew_forward_kl", "--alpha", "0"], "--alpha between"),
+    (["--kd-ratio", "1.5"], "--kd-ratio must be from 0 to 1"), (["--loss", "skew_forward_kl", "--alpha", "0"], "--alpha above 0"),
     (["--epochs", "inf"], "--epochs inf: must be above 0 and at most"), (["--epochs", "1e308"], "--epochs 1e+308: must be"),
     (["--weight-decay", "-1"], "0 or more"),
     (["--weight-decay", "nan"], "--weight-decay nan"), (["--warmup", "-1"], "--warmup -1"), (["--step", "3"], "see --help"),
@@ -763,17 +764,17 @@ def test_a_run_that_is_refused_leaves_everything_as_it_was(run, shell, world, tm
     flags = "--loss", "forward_kl", "--steps", "1", "--validation", "4"
     assert run(*flags)[0] == 0
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    for more, said in (["--seed", "7"], "holds a run already, 1 steps"), (["--seed", "7", "--resume"], "the run began with 0"), (
-            ["--seed", "7", "--cache-teacher", tmp_path / "cache"], "holds a run already"):
+    for more, said in (["--seed", "7"], "holds a run of 1 steps"), (["--seed", "7", "--resume"], "the run began with 0"), (
+            ["--seed", "7", "--cache-teacher", tmp_path / "cache"], "already holds a run"):
         status, _, err = run(*flags, *more)
         assert status == 2 and said in err and err.count("\n") == 1
     for more in [], ["--resume"]:                                               # --data forgotten: no toy in its place
         status, _, err = shell(kd, "--out", tmp_path / "run", "--steps", "1", *more)
-        assert status == 2 and "run already, 1 steps" in err and err.count("\n") == 1
+        assert status == 2 and "run of 1 steps" in err and err.count("\n") == 1
     assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert not (tmp_path / "cache").exists()
     status, _, err = run("--steps", "1", "--seed", "7", out=tmp_path / "run")    # a comparison has files of the same names
-    assert status == 2 and "holds a run already" in err
+    assert status == 2 and "already holds a run" in err
     shutil.copytree(world / "student", tmp_path / "model")
     (tmp_path / "model/held-out.jsonl").write_text("mine")
     status, _, err = run(*flags, out=tmp_path / "model")
@@ -791,7 +792,7 @@ def test_a_run_that_another_process_finished_meanwhile_is_left_alone(run, tmp_pa
 
     monkeypatch.setattr(kd, "read_data", slowly)
     status, _, err = run("--loss", "sft", "--steps", 1)
-    assert status == 2 and "holds a run already, 5 steps" in err and log.read_text() == '{"step": 5, "done": true}\n'
+    assert status == 2 and "already holds a run of 5 steps" in err and log.read_text() == '{"step": 5, "done": true}\n'
 
 
 def test_a_run_does_not_go_on_with_another_chat_template(run, world, tmp_path):
@@ -803,7 +804,7 @@ def test_a_run_does_not_go_on_with_another_chat_template(run, world, tmp_path):
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     (tmp_path / "mine/tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
     status, _, err = run("--loss", "sft", "--steps", 3, "--eval-every", 1, "--resume", **flags)
-    assert status == 2 and "take back the change of the tokenizer, its chat template or minikd" in err
+    assert status == 2 and "undo the change to the tokenizer, its chat template or minikd" in err
     (tmp_path / "mine/tokenizer_config.json").write_text(json.dumps(settings))
     assert run("--loss", "sft", "--steps", 3, "--eval-every", 1, "--resume", **flags)[0] == 0
 
@@ -816,7 +817,7 @@ def test_a_tenth_of_an_epoch_is_its_steps_and_records_for_the_table_are_counted(
     assert "1 of 2 records of --eval-data, 1 dropped: prompt too long" in out
     (tmp_path / "test.jsonl").write_text(json.dumps(long[0]) + "\n")
     status, _, err = run("--loss", "sft", "--steps", 1, "--eval-data", tmp_path / "test.jsonl", out=tmp_path / "other")
-    assert status == 2 and "error: --eval-data: no example is left of 1" in err
+    assert status == 2 and "error: --eval-data: none of 1 examples can be used" in err
 
 
 def test_a_tiny_part_of_an_epoch_is_one_step(run, tmp_path):
@@ -1001,7 +1002,7 @@ def test_of_eval_data_only_what_is_trained_on_is_counted(run, world, tmp_path):
     status, out, err = run("--loss", "sft", "--steps", 1, "--eval-data", held, out=tmp_path / "other")
     assert status == 0 and "4 of 4 records of --eval-data" in out and "also trained on" not in out, err
     status, out, err = run("--loss", "sft", "--steps", 1, "--eval-data", world / "data.jsonl", out=tmp_path / "all")
-    assert status == 0 and "20 of 24 records of --eval-data ask what is also trained on" in out, err
+    assert status == 0 and "note: 20 of 24 records of --eval-data have a prompt that is also trained on" in out, err
 
 
 def test_one_prompt_in_several_spellings_is_one_prompt():
@@ -1032,4 +1033,4 @@ def test_the_error_says_if_it_is_the_held_out_prompts_that_are_all_too_long(run,
     records = [{"instruction": f"Say {i}.", "response": "x"} for i in range(5)] + [{"instruction": "word " * 300, "response": "x"}]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     status, _, err = run("--loss", "sft", data=("--data", tmp_path / "r.jsonl"))
-    assert status == 2 and err.startswith("error: of the records held out, no example is left of 1") and err.count("\n") == 1
+    assert status == 2 and err.startswith("error: held-out records: none of 1 examples can be used") and err.count("\n") == 1
