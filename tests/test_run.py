@@ -344,8 +344,9 @@ def test_a_folder_that_the_run_cannot_write_is_refused_before_it(tmp_path, part,
 def test_a_model_that_no_run_wrote_is_not_replaced_by_a_runs_checkpoints(tmp_path, part):
     (tmp_path / part).mkdir()
     (tmp_path / part / CONFIG).write_text('{"model_type": "qwen2"}')
-    with pytest.raises(InputError, match=f"{part}: holds a model, which would be replaced"):
-        check_free(tmp_path, [tmp_path], resume=False, toy=False)
+    for runs in [tmp_path], [tmp_path / "kd", tmp_path]:
+        with pytest.raises(InputError, match=f"{part}: holds a model, which would be replaced"):
+            check_free(tmp_path, runs, resume=False, toy=False)
     check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False)            # a comparison writes below kd/
     (tmp_path / part / CONFIG).rename(tmp_path / part / "notes.txt")
     with pytest.raises(InputError, match=f"{part}: holds files, which would be replaced"):
@@ -365,6 +366,10 @@ def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, nam
     (tmp_path / name).write_text("")
     with pytest.raises(InputError, match=f"{name}: would be replaced by the run's own"):
         check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "data.jsonl", tmp_path / name])
+    (tmp_path / "kd").mkdir()
+    (tmp_path / "kd" / name).touch()
+    with pytest.raises(InputError, match=f"{name}: would be replaced by the run's own"):
+        check_free(tmp_path, [tmp_path / "sft", tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "kd" / name])
     (tmp_path / "link.jsonl").symlink_to(name)
     with pytest.raises(InputError, match=f"link.jsonl: would be replaced by the run's own {name}"):
         check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "link.jsonl"])
@@ -376,16 +381,19 @@ def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, nam
     for own in name, f"{name[:3]}*.jsonl":
         with pytest.raises(InputError, match=f"{name}: was not written by a run, and would be replaced"):
             check_free(tmp_path, [tmp_path / "kd"], **given, own=["completions.jsonl", own])
-    lock(tmp_path)                                                              # then it is a run's
+    write_config(tmp_path / "kd", SETTINGS)                                     # then it is a run's
+    check_free(tmp_path, [tmp_path / "kd"], **given, own=[name])
+    (tmp_path / "kd" / CONFIG).unlink()
+    lock(tmp_path)
     check_free(tmp_path, [tmp_path / "kd"], **given, own=[name])
 
 
 def test_out_inside_a_folder_that_is_read_as_data_is_refused(tmp_path):
-    (tmp_path / "data").mkdir(), (tmp_path / "data/a.jsonl").touch()
+    (tmp_path / "data").mkdir(), (tmp_path / "data/a.jsonl").touch(), (tmp_path / "b.jsonl").touch()
     for out in "data", "data/run":
         for data in "data", "data:*.jsonl":
             with pytest.raises(InputError, match="read as part of the data .*; choose another --out, or name the data file"):
-                check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
+                check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / "b.jsonl", tmp_path / data])
         for data in "data/a.jsonl", "data:a.jsonl":
             check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
     check_free(tmp_path / "beside", [tmp_path / "beside"], resume=False, toy=False, data=[tmp_path / "data"])
