@@ -216,7 +216,7 @@ def test_answers_without_ids_of_the_tokenizer_are_refused(respond, tmp_path, lin
     respond()
     path = tmp_path / "answers.jsonl"
     first, second, *more = path.read_text().splitlines()
-    for lines in [first, line, *more], [first, second, *more, second]:          # the last: one answer too many
+    for lines in [first, line, *more], [first, second, line], [first, second, *more, second]:      # the last: one too many
         path.write_text("\n".join(lines) + "\n", encoding="latin-1")            # ÿ: a byte that is not UTF-8
         with pytest.raises(InputError, match="holds a damaged line .*delete the file, and it will be made again"):
             respond()

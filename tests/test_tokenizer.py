@@ -446,6 +446,7 @@ def test_a_teacher_may_lack_added_tokens_but_have_none_of_its_own(tokenizer_fold
 
     more = with_added("<tool>")
     assert Tokenizer.load(more).check_same(tokenizer_folder) == ["<tool>"]
+    assert Tokenizer.load(with_added("<b>", "<a>")).check_same(tokenizer_folder) == ["<b>", "<a>"]      # by their ids
     with pytest.raises(InputError, match="first in '<tool>'"):
         mine.check_same(more)
     for other, first in ((with_added("<think>"), "<t(ool|hink)>"),              # the same id means another token
