@@ -215,6 +215,7 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
     (["--predictions", "latin.txt", "--references", "r.jsonl"], "latin.txt:2: is not UTF-8"),
     (["--predictions", "p.txt", "--references", "empty.jsonl"], "empty.jsonl:1: references is an empty list"),
     (["--predictions", "p.txt", "--references", "r.jsonl", "--out", "./p.txt"], "is one of the files to read"),
+    (["--predictions", "p.txt", "--references", "r.jsonl", "--out", "r.jsonl"], "is one of the files to read"),
     (["--model", "m", "--data", "r.jsonl", "--out", "two.txt"], "two.txt: exists and is not a .jsonl file"),
     (["--model", "m", "--data", "n\udcff"], "is not UTF-8; rename"),
     (["--model", "m", "--data", "n\udcc3\udcbc"], "nü: this locale is not UTF-8; set PYTHONUTF8=1"),

@@ -167,13 +167,15 @@ def test_gptq_is_nearer_than_rounding_on_what_it_calibrates_on(run, world, tmp_p
     assert found["gptq"] < found["rtn"]
 
 
-def test_no_more_records_are_encoded_than_are_drawn(world, tokenizer, monkeypatch):
+def test_no_more_records_are_encoded_than_are_drawn(world, tokenizer, tmp_path, monkeypatch):
     encoded, encode = [], qz.encode_examples
     monkeypatch.setattr(qz, "encode_examples", lambda part, *rest: (encoded.extend(part), encode(part, *rest))[1])
     rows = [qz.calibration_rows([world / "data.jsonl"], tokenizer, 4, 512, "chatml", seed) for seed in (0, 0, 1)]
     assert rows[0] == rows[1] != rows[2] and len(rows[0]) == 4 and len(encoded) == 12
     longest = max(map(len, qz.calibration_rows([world / "data.jsonl"], tokenizer, 1000, 512, "chatml", 0)))
     assert len(qz.calibration_rows([world / "data.jsonl"], tokenizer, 1, longest - 1, "chatml", 0)) == 1
+    few = [{"instruction": "word " * 300, "response": "x"}] * 30 + [{"instruction": "a", "response": "b"}]
+    assert len(qz.calibration_rows([write_records(tmp_path / "few.jsonl", *few)], tokenizer, 1, 250, "chatml", 0)) == 1
     with pytest.raises(InputError, match="no record fits --length 3"):
         qz.calibration_rows([world / "data.jsonl"], tokenizer, 4, 3, "chatml", 0)
     monkeypatch.setattr(tokenizer, "template", SimpleNamespace(render=lambda **_: 1 / 0))
@@ -345,6 +347,20 @@ def test_lengths_that_no_row_fits_are_one_line(run, world):
     assert status == 2 and "no record fits --length 3; raise it" in err and err.count("\n") == 1
 
 
+def test_with_no_flags_the_toy_student_is_quantised_in_both_ways(shell, world, tokenizer, tmp_path, monkeypatch):
+    tiny(1, tokenizer, tmp_path / "runs/toy/kd/best", hidden_size=32, intermediate_size=64, num_attention_heads=4,
+         num_key_value_heads=2)
+    (tmp_path / "runs/toy/data").mkdir()
+    for name in "train", "test":
+        shutil.copy(world / "data.jsonl", tmp_path / f"runs/toy/data/{name}.jsonl")
+    monkeypatch.chdir(tmp_path)
+    status, out, err = shell(qz, "--device", "cpu", "--eval-examples", 3, "--max-new-tokens", 4)
+    assert status == 0, err
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["unquantised", "rtn", "gptq"]
+    for method in "rtn", "gptq":
+        assert load_model(f"runs/toy/w4-{method}").quantization["bits"] == 4
+
+
 def test_with_no_flags_and_no_toy_student_it_says_what_to_run_first(shell, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     status, _, err = shell(qz)
@@ -385,12 +401,17 @@ def test_the_folder_one_works_in_is_refused_before_the_work(run, tmp_path, monke
     assert status == 2 and "is or contains the current folder; choose another, or one inside it" in err and err.count("\n") == 1
 
 
-def test_layers_that_are_no_multiple_of_8_are_refused_before_the_calibration(shell, world, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("hidden, inner, keys, group, said", [
+    (20, 24, 2, -1, "has layers with 20 inputs or outputs"), (24, 32, 1, -1, "has layers with 12 inputs or outputs"),
+    (32, 20, 2, -1, "has layers with 20 inputs or outputs"), (32, 24, 2, 16, "24 inputs cannot be cut into groups of 16")])
+def test_layers_of_odd_sizes_are_refused_before_the_calibration(shell, world, tokenizer, tmp_path, monkeypatch, hidden, inner, keys,
+                                                                group, said):
     monkeypatch.setattr(qz, "calibration_rows", None)
-    tiny(1, tokenizer, tmp_path / "odd", hidden_size=20, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1)
-    status, _, err = shell(qz, "--model", tmp_path / "odd", "--calibration", world / "data.jsonl", "--group-size", -1, "--device",
-                           "cpu", "--out", tmp_path / "w4")
-    assert status == 2 and "has layers with 20 inputs or outputs, but the gptq format needs multiples of 8" in err
+    tiny(1, tokenizer, tmp_path / "odd", hidden_size=hidden, intermediate_size=inner, num_attention_heads=2,
+         num_key_value_heads=keys)
+    status, _, err = shell(qz, "--model", tmp_path / "odd", "--calibration", world / "data.jsonl", "--group-size", group,
+                           "--device", "cpu", "--out", tmp_path / "w4")
+    assert status == 2 and err.count("\n") == 1 and said in err
     assert err.count("\n") == 1
 
 

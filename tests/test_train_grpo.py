@@ -100,6 +100,16 @@ def test_every_step_of_every_seed_draws_other_answers(run, tmp_path, monkeypatch
     assert len(set(seeds)) == len(seeds) == 8
 
 
+def test_a_steps_line_describes_its_answers():
+    answers = [Encoded([1], [2] * n, n == 5, 0) for n in (3, 5, 1, 3)]
+    rewards = torch.tensor([1.0, 0.0, math.nan, 0.5])
+    line = rl.describe(answers, {"answer": [1.0, 0.0, None, 0.5]}, rewards, torch.tensor([True, False]),
+                       torch.tensor([6.0, 12.0, 3.0, 12.0]), [1.0, 1.5, 1.75, 4.0])
+    assert (line["length"], line["truncated"], line["reward"], line["flat"]) == (3, 0.25, 0.5, 0.5)
+    assert (line["kl"], line["entropy"], line["clipped"]) == (0.5, 1, 0.25)
+    assert line["seconds"] == {"sampling": 0.5, "rewards": 0.25, "update": 2.25}
+
+
 def test_the_longest_answers_are_learned_from_first():
     answers = [Encoded([1], [2] * length, False, 0) for length in (3, 9, 5, 7)]
     assert rl.longest_first(answers, [True, True, False, True], 2) == [[1, 3], [0]]
@@ -311,6 +321,7 @@ def test_evaluation_samples_no_more_at_once_than_a_step(run, monkeypatch):
     (["--group-size", "1"], "--group-size 1: an answer is judged against its group"), (["--beta", "-1"], "--beta -1"),
     (["--rewards", "nice"], "no reward 'nice'"), (["--reward-weights", "1,2"], "2 weights for 1 rewards"),
     (["--reward-weights", "much"], "is not a list of numbers"), (["--reward-weights", "nan"], "a number from -10^9 to 10^9"),
+    (["--rewards", "format,answer", "--reward-weights", "1,2e9"], "a number from -10^9 to 10^9"),
     (["--weight-decay", "inf"], "--weight-decay inf"), (["--beta", "nan"], "--beta nan"), (["--limit", "1"], "tests: 1; give 2"),
     (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--rewards", "format,code"], "`code` can judge none of the 20 problems, which have no tests"),
@@ -391,13 +402,15 @@ def test_where_no_program_can_be_confined_a_code_task_is_refused_before_its_stud
 
 @pytest.mark.parametrize("task", ["sums", "code"])
 def test_with_no_flags_a_toy_student_is_taught_and_goes_through_a_step(monkeypatch, tmp_path, capsys, task):
-    records = problems.toy_records
+    records, rate, steps = problems.toy_records, rl.learning_rate, []
     monkeypatch.setattr(problems, "toy_records", lambda task, count, **named: records(task, 300, **named))
+    monkeypatch.setattr(rl, "learning_rate", lambda step, *given, **named: (steps.append(step), rate(step, *given, **named))[1])
     monkeypatch.setattr(rl, "TOY_LESSONS", {"sums": 3, "code": 3})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_grpo.py", "--task", task, "--steps", "2", "--eval-examples", "5", "--prompts",
                                       "2", "--group-size", "2", "--max-new-tokens", "5"])
     rl.main()
+    assert steps == [0, 0, 1, 1, 2, 2, 0, 0, 1, 1]              # three lessons, two steps; weights with decay and without
     out = capsys.readouterr().out
     assert "step 0: held-out greedy" in out and "held-out problems" in out
     assert out.count("note: fewer than 25% of the sampled answers are right") == 1 and "show all tests" not in out

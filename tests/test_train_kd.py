@@ -359,6 +359,12 @@ def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, world, tmp_path, monk
     assert runs == {f"sft lr {lr}": tmp_path / "run" / f"lr-{lr}" for lr in (0.001, 0.01)}
     table = [json.loads(line) for line in (tmp_path / "run/table.jsonl").open()]
     assert path == tmp_path / "run/curves.png" and teacher == table[-1]["all"] and table[-1]["model"] == "Teacher"
+    shutil.rmtree(tmp_path / "run/lr-0.001")                                    # the second run's settings count too
+    status, _, err = run("--loss", "sft", "--steps", 3, "--lr", "0.001", "0.01", "--resume")
+    assert status == 2 and "lr-0.01" in err and not (tmp_path / "run/lr-0.001").exists()
+    (tmp_path / "new/lr-0.01/best/mine").mkdir(parents=True)                    # and its folder
+    status, _, err = run("--loss", "sft", "--steps", 2, "--lr", "0.001", "0.01", out=tmp_path / "new")
+    assert status == 2 and "lr-0.01/best: holds files" in err and not (tmp_path / "new/lr-0.001").exists()
     run("--loss", "sft", "--steps", 2, "--eval-data", world / "data.jsonl", out=tmp_path / "other")
     assert drawn[1][2] == teacher                                               # of the held-out records all the same
     status, out, err = run("--steps", 1, "--lr", "0.001", "0.01", out=tmp_path / "unnamed")
