@@ -237,8 +237,8 @@ def main():
         try:
             eval_rows, counts = encode_examples(examples, tokenizer, args.template)
         except NothingLeft as error:                            # its message names flags of train_kd.py
-            raise InputError(f"{args.eval_data[0]}: every record has a prompt that is too long, or a stop token in its response; "
-                             "give other records") from error
+            raise InputError(f"{args.eval_data[0]}: each of the {len(examples):,} records read has a prompt that is too long, or "
+                             "a stop token in its response; give other records") from error
         if lost := describe_dropped(counts):
             print(f"{len(eval_rows):,} of {len(examples):,} records of --eval-data; {lost}")
     outs = {method: Path(args.out if len(args.methods) == 1 else f"{args.out}-{method}").expanduser()

@@ -408,8 +408,8 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
     with Progress(f"{args.cache_teacher}: teacher's states, rows", len(rows)) as progress:
         computed = fill_cache(args.cache_teacher, rows, made_from, load, config.hidden_size, tokenizer.pad_id,
                               args.batch_size, dtype, progress.update)
-    print(f"{args.cache_teacher}: states of {computed:,} scored tokens computed now, of "
-          f"{sum(len(row.response) for row in rows):,} in the data; {2 * config.hidden_size:,} bytes each")
+    print(f"{args.cache_teacher}: states of {computed:,} scored tokens computed now; the data have "
+          f"{sum(len(row.response) for row in rows):,}, repeated rows included; {2 * config.hidden_size:,} bytes each")
     return CachedTeacher(args.cache_teacher, load_head(folder, device, dtype))
 
 

@@ -89,7 +89,7 @@ def _interrupts():
     try:
         yield
     except Exception as error:
-        if time.monotonic() - pressed < 5:                      # else the interrupt was lost, and this is another error
+        if time.monotonic() - pressed < 5:                      # else there was none, or it was lost long ago
             raise KeyboardInterrupt from error
         raise
     finally:

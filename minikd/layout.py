@@ -19,7 +19,7 @@ from minikd.w4 import W4Linear, give_memory_back
 
 # Fewest steps for which packing pays off: packing and unpacking take as long as ten steps, for two rows in float32 15 to 20.
 WORTH = 16
-# Fewer rows than this use the int8 head: 2.2 x as fast at 1 row, 1.1 to 1.6 x at 4, 1.0 to 1.1 x at 8 (benchmarks/w4_linear.py).
+# Fewer rows than this use the int8 head: 1.5 to 2.3 x as fast at 1, 1.1 to 1.6 x at 4, 0.9 to 1.1 x at 8 (results/w4_linear.txt).
 INT8_ROWS = 8
 SWITCH, STOOD = threading.Lock(), []                    # for torch_products: oneDNN's switch as each thread found it
 

@@ -15,8 +15,8 @@ Departures from the published code, most of which close loopholes
     format      the whole completion must match, each tag once: open-r1's MULTILINE also accepts text after the end and a
                 second think block. Answer tags are optional, and so are line breaks inside the tags.
     steps       only inside the thoughts, and each marker once, however often it is repeated. Numbered lines count
-                everywhere, as in the paper (open-r1: on the text's first line), and so does "Step 1" without a colon; "3.14",
-                "-5" and "---" do not.
+                on every line, as in the paper (open-r1: only on the text's first), and so does "Step 1" without a colon;
+                "3.14", "-5" and "---" do not.
     length      open-r1's soft_overlong_punishment, in characters, not tokens; open-r1's own `length` is another reward.
     answer      compared as text or as a number, without math-verify. Without any tag only a \\boxed{} is an answer.
     code        1 for passing all tests, else 0; the fraction, open-r1's reward, is `code_partial`. stdout is compared completely
@@ -212,7 +212,8 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
     """1 if the answer's program passes all tests, else 0; with `partial` the fraction it passes.  open-r1 line 511
 
     The program is the last code block of the answer, or of the whole text if that has no think tags. None if the problem
-    has no tests or wants another language; a test whose output is as long as a program may print (sandbox.OUTPUT) is left out.
+    has no tests or wants another language; a test whose output has sandbox.OUTPUT bytes, all that a program may print, or
+    more is left out.
     max_seconds and max_memory (MB) cap the problem's own limits.
     The programs of all completions run in parallel, once per input; outcomes are remembered. Without `partial` tests run in
     rounds of 1, 1, 2, 4, ..., and a program that fails one gets no later round: an endless loop costs one time limit, not one

@@ -155,7 +155,7 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
         good = len(responses) <= len(rows) and all(
             set(map(type, ids)) == {int} and 0 <= min(ids) <= max(ids) < len(tokenizer) for ids in responses)
         if not (good or other):                                 # other settings, below, explain strange ids better
-            raise ValueError("too many answers, or ids that the tokenizer does not have")
+            raise ValueError("too many answers, or one that is empty or has ids that the tokenizer has not")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: holds a damaged line ({error}); delete the file, and it will be made again") from error
     if other:

@@ -418,5 +418,5 @@ def test_eval_data_without_a_short_prompt_is_one_line_before_any_work(run, tmp_p
     monkeypatch.setattr(qz, "quantize", None)
     data = write_records(tmp_path / "long.jsonl", {"instruction": "word " * 300, "response": "x"})
     status, _, err = run("--method", "rtn", "--eval-data", data, data=())
-    assert status == 2 and "long.jsonl: every record has a prompt that is too long, or a stop token" in err
+    assert status == 2 and "long.jsonl: each of the 1 records read has a prompt that is too long, or a stop token" in err
     assert err.count("\n") == 1 and not (tmp_path / "w4").exists()
