@@ -110,8 +110,8 @@ def absent(value) -> bool:
 
 def kind_of(value) -> str:
     """A value's type, as error messages call it."""
-    name = f"a {type(value).__name__}".replace("a int", "an int")
-    return "null" if absent(value) else "text" if isinstance(value, str) else name
+    name = type(value).__name__
+    return "null" if absent(value) else "text" if isinstance(value, str) else f"a{'n' * (name[0] in 'aeiou')} {name}"
 
 
 def read_records(path, refuse: Callable[[InputError], None] | None = None,

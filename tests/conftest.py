@@ -166,6 +166,14 @@ def pytest_collection_finish(session):
 
 
 @pytest.fixture
+def recomputed(monkeypatch) -> list:
+    """Grows with every group of blocks that gradient checkpointing will recompute."""
+    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr("minikd.model.checkpoint", lambda *given, **named: (calls.append(1), checkpoint(*given, **named))[1])
+    return calls
+
+
+@pytest.fixture
 def read_only(monkeypatch):
     """read_only(folder): no file can be made in it from now on, as for a user who is not root."""
     make, folders = tempfile.TemporaryFile, set()

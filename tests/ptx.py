@@ -1,10 +1,10 @@
 """Interprets PTX on a CPU, one warp at a time in numpy: the CUDA sources as nvcc compiles them, inline assembly included.
 
 Slow, but it finds errors that a GPU hides. Vector clocks check every access to shared memory, and to the global memory that a
-kernel writes, for data races with all earlier accesses: barriers, __syncwarp and atom.inc order accesses; shuffles, tensor-core products
-and relaxed accesses do not. Relaxed accesses never race, but no ordinary access may touch the same memory. An asynchronous copy
-may complete at any time between its issue and the wait for it, so until that wait no access may touch its target. Lanes that
-diverge at a branch reconverge at its immediate post-dominator. A Fault is an AssertionError.
+kernel writes, for data races with all earlier accesses: barriers, __syncwarp and atom.inc order accesses; shuffles, tensor-core
+products and relaxed accesses do not. Relaxed accesses never race, but no ordinary access may touch the same memory. An
+asynchronous copy may complete at any time between its issue and the wait for it, so until that wait no access may touch its
+target. Lanes that diverge at a branch reconverge at its immediate post-dominator. A Fault is an AssertionError.
 """
 import ctypes
 import re

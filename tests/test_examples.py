@@ -234,7 +234,7 @@ def test_format_can_be_forced_and_the_records_own_category_wins():
     ("def f():\n    'doc'\n\n\n", "def f():\n    pass\n"),
     ("def f():\n    '''doc'''\ndef g():\n    '''kept'''\n    print 2\n", "def f():\ndef g():\n    '''kept'''\n    print 2\n"),
 ])
-def test_docstring_is_removed_and_nothing_else(code, expected):
+def test_a_docstring_is_removed_where_there_is_one(code, expected):
     assert without_docstring(code) == (code if expected is None else expected)
 
 

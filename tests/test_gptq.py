@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import same
 from minikd.config import Qwen2Config
 from minikd.data import Encoded
 from minikd.files import InputError
@@ -402,7 +403,7 @@ def test_a_bad_layer_is_named_before_any_is_changed():
         quantize_model(model, calibration(), 0, group_size=32)
     with pytest.raises(InputError, match="method 'awq'"):
         quantize_model(model, calibration(), 0, method="awq")
-    assert all(torch.equal(value, original[name]) for name, value in model.state_dict().items())
+    assert same(model.state_dict(), original)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match="model.layers.1.mlp.up_proj: has weights that are not finite"):
         quantize_model(model, calibration(), 0, group_size=16)
@@ -417,8 +418,7 @@ def test_a_4_bit_model_is_refused_and_left_as_it_is():
     for method in "rtn", "gptq":
         with pytest.raises(InputError, match="holds 4-bit weights already"):
             quantize_model(four, [], 0, method=method, group_size=16)
-    after = four.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
+    assert same(four.state_dict(), before)
 
 
 def test_damping_grows_to_ten_and_no_further():

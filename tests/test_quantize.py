@@ -404,8 +404,8 @@ def test_the_folder_one_works_in_is_refused_before_the_work(run, tmp_path, monke
 @pytest.mark.parametrize("hidden, inner, keys, group, said", [
     (20, 24, 2, -1, "has layers with 20 inputs or outputs"), (24, 32, 1, -1, "has layers with 12 inputs or outputs"),
     (32, 20, 2, -1, "has layers with 20 inputs or outputs"), (32, 24, 2, 16, "24 inputs cannot be cut into groups of 16")])
-def test_layers_of_odd_sizes_are_refused_before_the_calibration(shell, world, tokenizer, tmp_path, monkeypatch, hidden, inner, keys,
-                                                                group, said):
+def test_layers_of_odd_sizes_are_refused_before_the_calibration(shell, world, tokenizer, tmp_path, monkeypatch, hidden, inner,
+                                                                keys, group, said):
     monkeypatch.setattr(qz, "calibration_rows", None)
     tiny(1, tokenizer, tmp_path / "odd", hidden_size=hidden, intermediate_size=inner, num_attention_heads=2,
          num_key_value_heads=keys)

@@ -393,7 +393,8 @@ def test_out_inside_a_folder_that_is_read_as_data_is_refused(tmp_path):
     for out in "data", "data/run":
         for data in "data", "data:*.jsonl":
             with pytest.raises(InputError, match="read as part of the data .*; choose another --out, or name the data file"):
-                check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / "b.jsonl", tmp_path / data])
+                check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False,
+                           data=[tmp_path / "b.jsonl", tmp_path / data])
         for data in "data/a.jsonl", "data:a.jsonl":
             check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
     check_free(tmp_path / "beside", [tmp_path / "beside"], resume=False, toy=False, data=[tmp_path / "data"])

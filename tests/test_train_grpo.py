@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train_grpo as rl
 from conftest import killed_at, same, steps_of, tiny, weights, write_records
 from fake_gpu import gpu
-from minikd import model, problems
+from minikd import problems
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
 from minikd.files import InputError
@@ -72,11 +72,9 @@ def test_a_run_leaves_a_model_a_log_and_every_completion(run, world, tmp_path):
     assert "held-out problems" in out and "greedy" in out and "sampled" in out
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing_else(run, tmp_path, monkeypatch):
-    calls, checkpoint = [], model.checkpoint
-    monkeypatch.setattr(model, "checkpoint", lambda *given, **named: (calls.append(1), checkpoint(*given, **named))[1])
-    assert run(out=tmp_path / "plain")[0] == 0 and not calls
-    assert run("--gradient-checkpointing", out=tmp_path / "recomputed")[0] == 0 and calls
+def test_gradient_checkpointing_recomputes_and_changes_nothing_else(run, tmp_path, recomputed):
+    assert run(out=tmp_path / "plain")[0] == 0 and not recomputed
+    assert run("--gradient-checkpointing", out=tmp_path / "recomputed")[0] == 0 and recomputed
     one, other = (weights(tmp_path / name / "last") for name in ("plain", "recomputed"))
     for key in one:
         torch.testing.assert_close(one[key], other[key], atol=1e-5, rtol=1e-4)

@@ -21,7 +21,7 @@ import eval_rouge
 import train_kd as kd
 from conftest import killed_at, locked_by_another, same, steps_of, tiny, weights
 from fake_gpu import gpu
-from minikd import evaluate, head, minillm, model, toy
+from minikd import evaluate, head, minillm, toy
 from minikd.checkpoint import identify, load_model, save_model
 from minikd.data import Encoded, encode_examples
 from minikd.evaluate import sequence_kl
@@ -271,13 +271,11 @@ def test_compile_changes_time_and_nothing_else(settings, monkeypatch):
                                                                 # its strides, and fails at another length: see model.Attention
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing_else(settings, monkeypatch):
-    calls, checkpoint = [], model.checkpoint
-    monkeypatch.setattr(model, "checkpoint", lambda *given, **named: (calls.append(1), checkpoint(*given, **named))[1])
+def test_gradient_checkpointing_recomputes_and_changes_nothing_else(settings, recomputed):
     plain = kd.train(**settings(steps=2)).state_dict()
-    assert not calls
+    assert not recomputed
     again = kd.train(**settings(steps=2, gradient_checkpointing=True)).state_dict()
-    assert calls
+    assert recomputed
     for key in plain:
         torch.testing.assert_close(plain[key], again[key], atol=1e-6, rtol=1e-5)
 
