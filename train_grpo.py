@@ -41,7 +41,7 @@ from minikd.rewards import LARGEST, combine, load_rewards, reward_files, summary
 from minikd.run import SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, load_state, lock, read_log, save_state
 from minikd.teacher import digest_of, fingerprint
 from minikd.tokenizer import Tokenizer
-from minikd.training import check_gradient, check_student, compile_blocks, learning_rate, make_optimizer
+from minikd.training import apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer
 
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
 FORM = {"format": 0.05, "steps": 0.05}                          # rewards for form; with larger weights accuracy collapses
@@ -210,9 +210,6 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
         kept = time.perf_counter()                              # when the state was last saved
         for step in range(state["step"], steps):
             clock = [time.perf_counter()]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
-
             # Sample: P prompts, G answers to each, and the log-probabilities that they were drawn with.
             sampler = cast_copy(model, dtype, sampler)
             asked = next_rows(rows, step, prompts, seed)
@@ -244,10 +241,9 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                     pick = lambda column: [column[i] for i in batch]
                     sums += backward(pick(answers), pick(old), pick(ref), advantages.view(-1)[batch], pick(weight),
                                      log_s and pick(log_s))     # [4] for the log
-                grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+                rate = learning_rate(step, steps, lr, warmup, schedule)
+                grad_norm = float(apply_gradient(model, optimizer, rate, max_grad_norm))
                 check_gradient(grad_norm, f"{out}, step {step + 1}", lr, dtype, first=step == epoch == 0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
             clock.append(time.perf_counter())
 
             line = describe(answers, values, total, flat, sums, clock) | {"grad_norm": grad_norm}
@@ -255,15 +251,10 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             log.write(step=step + 1, **line)
             completions.write(*lines_of(step + 1, answers, texts, values, total, advantages, tokenizer))
             progress.update(note=f"reward {line['reward'] or 0:.3f} kl {line['kl'] or 0:.3f} length {line['length']:.0f}")
-            unpaid = 0 if total.nan_to_num().any() else unpaid + 1
-            if unpaid == patience:
-                what = "no answer could be judged" if total.isnan().all() else "every answer's reward was 0"
-                raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; "
-                                 "start from a model that sometimes succeeds, or add an easier reward (--rewards)")
-            news = None
+            unpaid, news = count_unpaid(unpaid, total, patience, out), None
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 sampler = cast_copy(model, dtype, sampler)
-                news = report(judge(sampler), step + 1, log)
+                news = report(judge(sampler), step + 1, log, line["truncated"])
                 tokenizer.save(out / "last")
                 save_model(model, out / "last", dtype=dtype)
             if step + 1 == steps:
@@ -274,9 +265,19 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                 kept = time.perf_counter()
             if news:
                 progress.say(news)                                              # last: if stdout is closed, this ends the run
-                if line["truncated"] > 0.9:
-                    progress.say(f"{line['truncated']:.0%} of the answers were cut; raise --max-new-tokens")
     return model
+
+
+def count_unpaid(unpaid: int, total: torch.Tensor, patience: int, out) -> int:
+    """Steps in a row in which every reward was 0: `unpaid` before this step, whose sums of rewards are `total` [P G]. Raises
+    InputError when they are `patience`."""
+    if total.nan_to_num().any():
+        return 0
+    if unpaid + 1 == patience:
+        what = "no answer could be judged" if total.isnan().all() else "every answer's reward was 0"
+        raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; "
+                         "start from a model that sometimes succeeds, or add an easier reward (--rewards)")
+    return unpaid + 1
 
 
 def lines_of(step: int, answers: list[Encoded], texts: list[str], values: dict[str, list], total, advantages,
@@ -377,8 +378,9 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
 ENOUGH = 0.25                   # share of right answers, sampled before the first step
 
 
-def report(found: dict, step: int, log: Log) -> str:
-    """Logs what accuracy() found; returns it as a line to print, at step 0 with a note if there is little to learn from."""
+def report(found: dict, step: int, log: Log, truncated: float = 0.0) -> str:
+    """Logs what accuracy() found; returns it as a line to print, with a note if there is little to learn from at step 0, or if
+    most answers of the step are truncated."""
     log.write(step=step, **{f"valid_{key}": value for key, value in found.items()})
     numbers = ", ".join(f"{key.removeprefix('reward/')} {value:.2f}" for key, value in found.items()
                         if isinstance(value, float))
@@ -387,7 +389,7 @@ def report(found: dict, step: int, log: Log) -> str:
     if step == 0 and checked and found["sampled"] < ENOUGH:
         news += (f"\nnote: fewer than {ENOUGH:.0%} of the sampled answers are right, so GRPO may teach only the form; fine-tune "
                  "or distil the student first, or use easier problems")
-    return news
+    return news + (f"\n{truncated:.0%} of the answers were cut; raise --max-new-tokens" if truncated > 0.9 else "")
 
 
 def show_change(lines: list[dict]):
@@ -420,15 +422,11 @@ def toy_student(task: str, out: Path, seed: int, resume: bool, device) -> Path:
     with Progress("teaching the student", steps) as progress:
         for step in range(steps):
             batch = next_rows(rows, step, batch_size, seed)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, 4e-3, warmup=50)
             ids, mask = collate(batch, tokenizer.pad_id, device)                # [B, T]
             states, targets = scored_positions(student.hidden(ids), ids, mask)  # [N, D], [N]
             loss, _, _ = head_loss(states, student.head, targets, weight=1 / len(targets))
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            apply_gradient(student, optimizer, learning_rate(step, steps, 4e-3, warmup=50), 1.0)
             progress.update(note=f"ce {float(loss.detach()):.3f}")
     tokenizer.save(folder)
     save_model(student, folder)

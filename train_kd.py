@@ -46,7 +46,7 @@ from minikd.run import (CONFIG, SAVE_EVERY, STATE, Log, begin_run, check_free, c
                         save_state, write_config)
 from minikd.teacher import CachedTeacher, Teacher, digest_of, fill_cache, fingerprint, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import check_gradient, check_student, compile_blocks, learning_rate, make_optimizer
+from minikd.training import apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer
 
 # What it writes in --out beside the runs' own files.
 OWN = "held-out.jsonl", "table.jsonl", "teacher-answers.jsonl", "answers-*.jsonl", "curves.png"
@@ -232,9 +232,6 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         for step, batches in source:                                            # MiniLLM's rollouts are sampled in here
             lm_batches = next(lm_source)[1] if lm_rows else []
             kd_share = kd_ratio                                                 # the divergence's share of this step's loss
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
-
             own_answers = random.Random(f"{seed}:{step}").random() < on_policy  # GKD: this step on the student's answers
             if own_answers:
                 sampler = cast_copy(student, dtype, sampler)
@@ -248,13 +245,12 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                                 ratio_clip=ratio_clip) for batch in batches)    # [2] for the log: CE and divergence
             lm_scored = response_tokens(lm_batches)
             lm_sums = sum(backward(batch, weight=lm_coef / lm_scored) for batch in lm_batches)
-            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            rate = learning_rate(step, steps, lr, warmup, schedule)
+            norm = apply_gradient(student, optimizer, rate, max_grad_norm)
 
             ce, kd, norm = [*(sums / scored).tolist(), float(norm)]             # nats per token; here the host waits for a GPU
             check_gradient(norm, f"{out}, step {step + 1}", lr, dtype, first=step == 0)     # what was saved before stays
-            line = dict(ce=ce, kd=kd if kd_share else None, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=scored,
+            line = dict(ce=ce, kd=kd if kd_share else None, grad_norm=norm, lr=rate, tokens=scored,
                         own_answers=own_answers if on_policy else None,
                         lm_ce=float(lm_sums[0]) / lm_scored if lm_batches else None,
                         seconds=round(time.perf_counter() - started, 4))

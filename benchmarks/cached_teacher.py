@@ -26,7 +26,7 @@ from minikd.data import Encoded
 from minikd.losses import forward_kl
 from minikd.model import Qwen2
 from minikd.teacher import CachedTeacher, Teacher, fill_cache
-from minikd.training import make_optimizer
+from minikd.training import apply_gradient, make_optimizer
 from train_kd import forward_backward
 
 LARGE = {"student": SHAPES["0.5B"], "teacher": SHAPES["3B"]}
@@ -64,9 +64,7 @@ def train(method: str, folder: Path, dtype: torch.dtype, steps: int):
     for batch in rows_of(steps):
         start = time.perf_counter()
         step(student, teacher, batch, dtype)
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        apply_gradient(student, optimizer, 1e-5, max_grad_norm=1.0)
         seconds.append(time.perf_counter() - start)
     report(seconds=median(seconds[1:]), peak=peak_resident() / 1e9)
 

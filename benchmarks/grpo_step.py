@@ -26,7 +26,7 @@ from minikd import grpo
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
 from minikd.model import Qwen2, cast_copy
-from minikd.training import make_optimizer
+from minikd.training import apply_gradient, make_optimizer
 from train_grpo import forward_backward
 
 SHAPE = replace(SHAPES["0.5B"], num_hidden_layers=4)
@@ -63,9 +63,7 @@ def minikd(folder: Path, mode: str, steps: int):
         share = grpo.token_weights([len(answer.response) for answer in answers])
         forward_backward(answers, old, old, advantages, share, model=model, pad_id=0, dtype=dtype, temperature=1.0,
                          vocab=None, clip=0.2, clip_high=None, beta=0.0, checkpointing=False)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        apply_gradient(model, optimizer, 1e-6, max_grad_norm=1.0)
         clock.append(time.perf_counter())
         seconds.append(clock[-1] - clock[0])
         parts.append(clock[1] - clock[0])

@@ -34,6 +34,7 @@ from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
 from minikd.losses import forward_kl
 from minikd.model import Qwen2, mixed_precision
+from minikd.training import apply_gradient
 
 SHALLOW = {"student": replace(SHAPES["0.5B"], num_hidden_layers=4), "teacher": replace(SHAPES["1.5B"], num_hidden_layers=4)}
 ROWS, LENGTH, WORDS, LR = 4, 256, 151_643, 1e-5
@@ -82,9 +83,7 @@ def minikd(folder: Path, mode: str, steps: int, full_logits: bool = False, lean:
                 loss, _, _ = head_loss(hidden, student.head, targets, soft, head, forward_kl, kd_ratio=1.0,
                                        weight=1 / len(targets))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        apply_gradient(student, optimizer, LR, max_grad_norm=1.0)
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
     return seconds, losses, before

@@ -29,7 +29,7 @@ from minikd.generate import respond
 from minikd.losses import reverse_kl
 from minikd.model import Qwen2, cast_copy
 from minikd.teacher import Teacher
-from minikd.training import make_optimizer
+from minikd.training import apply_gradient, make_optimizer
 from train_kd import forward_backward, response_tokens
 
 ROWS = 8
@@ -49,9 +49,7 @@ def minikd(folder: Path, mode: str, steps: int):
         scored = response_tokens([own])
         sums = forward_backward(own, student=student, weight=1 / scored, pad_id=0, dtype=dtype, checkpointing=False,
                                 teacher=teacher, divergence=reverse_kl, kd_ratio=1.0)
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        apply_gradient(student, optimizer, LR, max_grad_norm=1.0)
         seconds.append(time.perf_counter() - start)
         losses.append(float(sums[1]) / scored)
         assert scored == ROWS * NEW

@@ -23,6 +23,7 @@ from benchmarks.measure import compare_steps, resident, trainer_clock, trl_optio
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
 from minikd.model import Qwen2, mixed_precision
+from minikd.training import apply_gradient
 
 
 def minikd(folder: Path, mode: str, steps: int):
@@ -35,9 +36,7 @@ def minikd(folder: Path, mode: str, steps: int):
             hidden, targets = scored_positions(student.hidden(ids), ids, mask)
             loss, _, _ = head_loss(hidden, student.head, targets, weight=1 / len(targets))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        apply_gradient(student, optimizer, LR, max_grad_norm=1.0)
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
     return seconds, losses, before

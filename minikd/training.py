@@ -1,4 +1,4 @@
-"""What the training loops share: the optimizer, its schedule, compilation. The loops are in the scripts."""
+"""What the training loops share: the optimizer, its schedule and its step, compilation. The loops are in the scripts."""
 import math
 
 import torch
@@ -45,6 +45,17 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule:
         return peak
     done = (step - warmup) / (steps - warmup)                   # from 0; 1 would be the step after the last
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))  # from 1.0 towards 0.1
+
+
+def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> torch.Tensor:
+    """One step of the optimizer at the rate `lr`, after scaling a longer gradient down to `max_grad_norm`; frees the gradient.
+    Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def check_gradient(norm: float, where: str, lr: float, dtype: torch.dtype, first: bool):

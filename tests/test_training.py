@@ -10,7 +10,7 @@ from conftest import small
 from minikd.checkpoint import save_model
 from minikd.files import InputError
 from minikd.model import run_blocks
-from minikd.training import check_student, compile_blocks, learning_rate, make_optimizer
+from minikd.training import apply_gradient, check_student, compile_blocks, learning_rate, make_optimizer
 
 
 # ---- the schedule and the optimizer
@@ -62,6 +62,30 @@ def test_decay_alone_moves_a_matrix_and_leaves_a_norm():
     for name, parameter in model.named_parameters():
         shrunk = 1 - 0.1 * 0.5 if parameter.dim() == 2 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * shrunk, msg=name)
+
+
+def test_two_steps_are_adamws_with_the_gradient_cut_to_its_largest_norm():
+    """Algorithm 2 of AdamW's paper, number by number: the first gradient is longer than max_grad_norm, the second is not."""
+    model = small(1, vocab_size=32)
+    optimizer = make_optimizer(model, lr=9.0, weight_decay=0.5)                 # this rate is never used
+    names = dict(model.named_parameters())
+    weights = {name: p.detach().double() for name, p in names.items()}
+    first, second = ({name: torch.zeros_like(p) for name, p in weights.items()} for _ in range(2))
+    for t, (rate, size) in enumerate(((0.1, 3.0), (0.02, 1e-3)), 1):
+        gradients = {name: size * torch.sin(torch.arange(p.numel()) + t).view_as(p) for name, p in names.items()}
+        for name, parameter in names.items():
+            parameter.grad = gradients[name].clone()
+        norm = math.sqrt(sum(float(g) ** 2 for gradient in gradients.values() for g in gradient.flatten()))
+        assert float(apply_gradient(model, optimizer, rate, 2.0)) == pytest.approx(norm, rel=1e-5)
+        assert (norm > 2) == (t == 1) and all(parameter.grad is None for parameter in names.values())
+        for name, parameter in names.items():
+            g = gradients[name].double() * min(1, 2 / norm)
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.95 * second[name] + 0.05 * g * g
+            update = first[name] / (1 - 0.9 ** t) / ((second[name] / (1 - 0.95 ** t)).sqrt() + 1e-8)
+            decay = 0.5 if parameter.dim() == 2 else 0.0
+            weights[name] = weights[name] * (1 - rate * decay) - rate * update
+            torch.testing.assert_close(parameter.detach().double(), weights[name], atol=2e-5, rtol=2e-4, msg=name)
 
 
 # ---- the student
