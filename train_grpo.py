@@ -352,11 +352,11 @@ def number(value) -> float | None:
 
 
 def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: list[dict], rewards: dict,
-             max_new_tokens: int, at_once: int, seed: int) -> dict:
+             weights: dict, max_new_tokens: int, at_once: int, seed: int) -> dict:
     """Accuracy on held-out problems, `greedy` and `sampled` at temperature 1, and each reward's mean over the sampled.
 
     The first of `answer`, `code` and `code_partial` that judged a problem says whether it is solved (the last: in part);
-    without those, the mean sum of all rewards is used instead.
+    without those, the mean weighted sum of all rewards is used instead.
     at_once  answers in a batch: as many as a step samples, so that evaluation needs no more memory
     """
     found = {}
@@ -366,7 +366,7 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
             answers += grpo.sample_groups(model, rows[start:start + at_once], 1, max_new_tokens, tokenizer, temperature,
                                           seed=seed + start)[0]
         texts = [text_of(tokenizer, answer) for answer in answers]
-        values, total = compute_rewards(texts, [facts[row.index] for row in rows], rewards, dict.fromkeys(rewards, 1.0))
+        values, total = compute_rewards(texts, [facts[row.index] for row in rows], rewards, weights)
         checks = [values[key] for key in problems.CHECKS if key in values]      # an answer is judged by the first that can
         solved = ([next((value for value in row if value is not None), None) for row in zip(*checks)] if checks else
                   [number(value) for value in total])
@@ -472,7 +472,7 @@ def main():
     if begin_run(out, recorded, args.resume):
         model = load_model(args.model, device)
         reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None
-        judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, rewards=rewards,
+        judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, rewards=rewards, weights=weights,
                                   facts=[problem.facts for problem in tests], max_new_tokens=args.max_new_tokens,
                                   at_once=args.prompts * args.group_size, seed=args.seed)
         train(model=model, reference=reference, tokenizer=tokenizer, rows=rows, judge=judge, out=out, rewards=rewards,

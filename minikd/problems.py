@@ -31,10 +31,10 @@ ANSWER = "Write the answer, and nothing else, between <answer> and </answer>."
 PYTHON = "Write a Python 3 program that reads standard input and writes standard output, in a ```python block."
 
 # What a statement says if several outputs are right, or if nearly right ones are accepted: comparing texts cannot judge these.
-UNDECIDED = re.compile(r"(?:print|output|report|return)\W+any\b(?! (?:extra|other|additional))"
+UNDECIDED = re.compile(r"(?:print|output|report|return)\W+(?:any\b(?! (?:extra|other|additional))|one of (?:them|these)\b)"
                        r"|any (?:of them|(?:valid|correct|such) \w+) (?:will be|is|are) (?:accepted|allowed|correct)"
                        r"|(?<!how )(?<!infinitely )(?:multiple|several|many|more than one)"
-                       r"(?: (?:possible|correct|valid|optimal|such))* (?:answers?|solutions?|outputs?)\b"
+                       r"(?: (?:possible|correct|valid|optimal|such))* (?:answers?|solutions?|outputs?|strategies)\b"
                        r"|(?:absolute|relative)(?: or (?:absolute|relative))? error"
                        r"|\berror (?:(?:of |is |must be )?(?:at most|less than|no more than)|(?:\w+ )?not (?:exceed|greater))"
                        r"|(?-i:Find any)\b", re.IGNORECASE)
@@ -52,7 +52,7 @@ class Problem:
 
 
 class Unanswered(InputError):
-    """A question whose answer is blank or cannot be compared with another, or a Codeforces statement that is null."""
+    """A question whose answer is blank or cannot be compared with another, or a Codeforces statement that is null or blank."""
 
 
 # ---- toy tasks
@@ -135,7 +135,7 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
 
 def load_problems(paths, limit: int | None = None, format: str | None = None) -> tuple[list[Problem], int]:
     """The problems in files, folders or hub datasets, every question once; and how many records were left out: those that repeat
-    an earlier question, whose answer is blank or a proof (not comparable with other answers), or whose statement is null.
+    an earlier question, whose answer is blank or a proof (not comparable with other answers), or whose statement is null or blank.
 
     limit   read only so many records
     format  one of FORMATS; without it each record is recognised
@@ -180,11 +180,11 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     if isinstance(record.get("reward_model"), dict) and absent(record.get("answer")):      # verl's
         record = record | {"answer": record["reward_model"].get("ground_truth")}
     given = any(name in record for name in ANSWERS)
-    answer = _answer(record)
-    facts = {"answer": answer} if answer else {}
     tests = _tests(record, "tests", where) if isinstance(record.get("tests"), list) or not given else []
-    if tests:
-        facts |= {"tests": tests, "language": "python"} | _limits(record, where)
+    if tests:                                                                   # an answer beside them is one program of many
+        facts = {"tests": tests, "language": "python"} | _limits(record, where)
+    else:
+        facts = {"answer": answer} if (answer := _answer(record)) else {}
     if not asked or not facts:
         lost = _of_codeforces(record) and absent(record["description"])
         kind = Unanswered if asked and given or lost else InputError            # lost: a Codeforces statement that is null
@@ -215,9 +215,9 @@ def _asked(value) -> str:
 
 def boxed(text: str) -> str | None:
     """What the last \\boxed{...} holds, braces balanced; None without one."""
-    _, mark, inside = text.rpartition("\\boxed{")
+    *before, inside = re.split(r"\\boxed\s*\{", text)
     depth = 1
-    for at, letter in enumerate(inside if mark else ""):
+    for at, letter in enumerate(inside if before else ""):
         depth += {"{": 1, "}": -1}.get(letter, 0)
         if depth == 0:
             return inside[:at].strip()
@@ -229,7 +229,7 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     as the statement says so in usual words), a program of the contest checks or answers, or files are used."""
     title, description, stdin, stdout, interaction, note = (text_field(record, where, name, default="") for name in (
         "title", "description", "input_format", "output_format", "interaction_format", "note"))
-    if absent(record.get("description")):
+    if not description.strip():
         kind = Unanswered if "description" in record else InputError
         raise kind(f"{where}: has no `description`; add one, or leave out --format codeforces")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))

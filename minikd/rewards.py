@@ -47,11 +47,13 @@ _MARKERS = re.compile(r"\bStep \d+\b|^\d+\.(?!\d)|^[-*] +\S.*|\b(?:First|Second|
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?", re.ASCII | re.IGNORECASE)
 _PYTHON = ("", "python", "python3", "py")       # languages of a code fence; without one it is taken for Python
 # What does not change an answer, mostly as in the MATH dataset's own comparison (arXiv:2103.03874): pattern -> what replaces it.
-_LATEX = [(r"\\[dt]frac", r"\\frac"),
+_LATEX = [(r"\\[dt]?frac\s*", r"\\frac"),
           (r"\\frac(\d)", r"\\frac{\1}"), (r"\\frac(\{[^{}]*\})(\d)", r"\\frac\1{\2}"),                     # \frac12, \frac1{12}
           (r"\{,\}", ","), ("\u2212", "-"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),                                # 1{,}000; \sqrt2
-          (r"\\(?:left|right)(?![a-z])|\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|°", ""), (r"^[A-Za-z]\s*=(?!=)", ""),
-          (r"^(-?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}))\s*\\(?:text|mbox|mathrm)\{[^{}]*\}$", r"\1"),            # a number's unit
+          (r"([\^_])\{(\w)\}", r"\1\2"),                                                                      # 2^{3}, 11_{8}
+          (r"\\(?:left|right)(?![a-z])|(?<!\\)\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|\\degree|°", ""),   # \\ ends a row
+          (r"^[A-Za-z]\s*=(?!=)", ""),
+          (r"^(-?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}))\s*\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\d)?$", r"\1"),   # a number's unit
           (r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1"),
           (r"(?<![\w.])\\frac\{(-?[\w.]+)\}\{(-?[\w.]+)\}(?!\.?\w)", r"\1/\2")]                             # 1/2, x/2
 
@@ -158,8 +160,8 @@ def answer_reward(completions: list[str], facts: list[dict]) -> Values:
     without a gold answer.
 
     If an answer has a LaTeX \\boxed{...}, only what the last one holds counts; in a text without tags, that is the answer. The
-    comparison ignores $ and ** around the answer, percent and degree signs, a letter and = before it, LaTeX's spaces, a space
-    beside a symbol (beside a minus only if both sides have one), and a number's unit in \\text{...}.
+    comparison ignores $ and ** around the answer, a full stop after it, percent and degree signs, a letter and = before it,
+    LaTeX's spaces, a space beside a symbol (beside a minus only if both sides have one), and a number's unit in \\text{...}.
     """
     values = []
     for completion, problem in zip(completions, facts, strict=True):
@@ -180,7 +182,7 @@ def _plain(answer: str) -> str:
     """The answer without what _LATEX takes off it."""
     text = boxed(answer) or answer
     for pattern, replacement in _LATEX:
-        text = re.sub(pattern, replacement, text.strip("$* \n"))
+        text = re.sub(pattern, replacement, text.strip("$* \n").removesuffix(".").rstrip("$* \n"))
     return text.strip() or answer.strip()                       # all of it may be marks
 
 
@@ -215,24 +217,25 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
     has no tests or wants another language; a test whose output has sandbox.OUTPUT bytes, all that a program may print, or
     more is left out.
     max_seconds and max_memory (MB) cap the problem's own limits.
-    The programs of all completions run in parallel, once per input; outcomes are remembered. Without `partial` tests run in
-    rounds of 1, 1, 2, 4, ..., and a program that fails one gets no later round: an endless loop costs one time limit, not one
-    per test.
+    The programs of all completions run in parallel, once per input; outcomes are remembered. Tests run in rounds of 1, 1, 2, 4,
+    ..., and a program gets no later round once it has failed one, with `partial` once it has been stopped in two (for its time,
+    output, ...): what it did not run counts as failed. So an endless loop costs one or two time limits, not one per test.
     """
     asked = [_tests_of(completion, problem, max_seconds, max_memory)
              for completion, problem in zip(completions, facts, strict=True)]
-    passed = [[] for _ in asked]                # per completion: whether it passed each test so far
+    passed, stopped = [0] * len(asked), [0] * len(asked)        # per completion: tests passed, tests in which it was stopped
     most = max((len(tests) for tests in asked if tests), default=0)
-    start, end = 0, most if partial else 1
-    while start < most:                                         # all tests at once, or rounds of 1, 1, 2, 4, ...
-        due = [(tests[start:end], right) for tests, right in zip(asked, passed) if tests and (partial or all(right))]
-        results = _run_all({run for tests, _ in due for run, _ in tests})
-        for tests, right in due:
-            right += [results[run].status == "ok" and sandbox.same_output(results[run].stdout, wanted)
-                      for run, wanted in tests]
+    start, end = 0, 1
+    while start < most:                                         # in rounds of 1, 1, 2, 4, ...
+        due = [i for i, tests in enumerate(asked) if tests and (stopped[i] < 2 if partial else passed[i] == start)]
+        results = _run_all({run for i in due for run, _ in asked[i][start:end]})
+        for i in due:
+            for run, wanted in asked[i][start:end]:
+                stopped[i] += results[run].status not in ("ok", "error")
+                passed[i] += results[run].status == "ok" and sandbox.same_output(results[run].stdout, wanted)
         start, end = end, 2 * end
-    scores = [sum(right) / max(1, len(right)) if partial else float(all(right) and right != []) for right in passed]
-    return [None if tests is None else score for tests, score in zip(asked, scores)]
+    return [None if tests is None else (passed[i] / max(1, len(tests)) if partial else float(passed[i] == len(tests) > 0))
+            for i, tests in enumerate(asked)]
 
 
 _DONE = {}                                      # run_program's arguments -> its result, in this process
@@ -281,15 +284,16 @@ def summary(values: dict[str, Values]) -> dict[str, float | None]:
 def load_rewards(names: str) -> dict[str, Callable[..., Values]]:
     """"format,steps,my_rewards.py:brevity" -> {name: function}; a user's function is called as those in REWARDS.
 
-    Raises InputError for a name that is unknown or given twice, a file that does not load, and a function not in it.
+    Raises InputError for a name that is unknown, given twice or taken, a file that does not load, and a function not in it.
     """
     found = {}
     for path, name in _entries(names):
         if not path and name not in REWARDS:
             raise InputError(f"--rewards {names}: there is no reward {name!r}; give some of {', '.join(REWARDS)}, or "
                              "FILE.py:FUNCTION")
-        if name in found:
-            raise InputError(f"--rewards {names}: {name!r} is named twice; name each once")
+        if name in found or path and name in REWARDS:           # the log's names of their values
+            raise InputError(f"--rewards {names}: {name!r} is named twice; name each once" if name in found else
+                             f"--rewards {names}: {name!r} is the name of a reward that is here already; rename the function")
         found[name] = _from_file(path, name) if path else REWARDS[name]
     return found
 

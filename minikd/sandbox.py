@@ -230,7 +230,7 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)         # not a venv's link
     seconds = math.ceil(timeout) + 1                            # of CPU time, if the wall clock should fail
     return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED, "judged": JUDGED,
-            "boot": inspect.getsource(_boot) + "_boot()", "uid": uid,
+            "boot": f"exec({inspect.getsource(_boot) + '_boot()'!r}, {{}})", "uid": uid,       # see there
             "readable": READABLE + [python, f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)],
             "limits": LIMITS | {"RLIMIT_CPU": seconds, "RLIMIT_AS": int(memory_mb * MB)}}
 
@@ -523,16 +523,19 @@ def _seccomp(libc, denied, judged) -> bool:
 
 
 def _boot():
-    """In the new interpreter: runs program.py as `python program.py` does, with exit() and quit(), which -S leaves out."""
+    """In the new interpreter: runs program.py as `python program.py` does, with exit() and quit(), which -S leaves out.
+
+    Its globals are not __main__'s: the hook would keep these alive at exit, and so the program's objects, whose `__del__` and
+    `finally` may print.
+    """
     import _sitebuiltins
     import builtins
     import sys
     builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D")
-    sys.excepthook = lambda kind, error, trace: sys.__excepthook__(     # without this function's two frames
-        kind, error.with_traceback(trace.tb_next and trace.tb_next.tb_next), None)
+    sys.excepthook = lambda kind, error, trace: sys.__excepthook__(     # without the three frames up to this function
+        kind, error.with_traceback(trace.tb_next and trace.tb_next.tb_next and trace.tb_next.tb_next.tb_next), None)
     main = sys.modules["__main__"].__dict__
     main["__file__"] = sys.argv[0] = "program.py"
-    del main["_boot"]
     with open("program.py", "rb") as file:
         code = compile(file.read(), "program.py", "exec", dont_inherit=True)
     exec(code, main)

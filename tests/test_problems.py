@@ -113,6 +113,8 @@ def test_a_codeforces_record_becomes_its_statement_and_its_tests():
                                      {"description": "Print any two numbers whose sum is n."},
                                      {"output_format": "Print\nany of them."}, {"output_format": "Print them in any order."},
                                      {"note": "Any valid path will be accepted."},
+                                     {"output_format": "If multiple optimal strategies exist, print one."},
+                                     {"note": "There may be many ways to do it; print one of them."},
                                      {"output_format": "The absolute or relative error must not exceed 1e-6."},
                                      {"output_format": "Print it with an error of at most 1e-6."},
                                      {"output_format": "Its error must be at most 1e-6."}, {"note": "The error is not greater than 1e-6."},
@@ -124,7 +126,7 @@ def test_what_a_comparison_could_not_judge_has_no_tests(changed):
     assert changed.get("interaction_format", "") in problem.messages[-1]["content"]
 
 
-@pytest.mark.parametrize("said", ["You can choose any two of them, in any order, and swap them. Don't print any extra spaces.", "There are several ways; print their number.",
+@pytest.mark.parametrize("said", ["You can choose any two of them, in any order, and swap them. Don't print any extra spaces.", "There are several ways; print their number.", "Print it for one of these.",
                                   "Is there any answer? Print YES or NO.", "He does not find any coins.", "Print ERROR if not.",
                                   "Print how many solutions there are, or -1 if there are infinitely many solutions."])
 def test_what_has_one_answer_keeps_its_tests(said):
@@ -156,7 +158,8 @@ def test_a_question_with_its_answer_is_a_problem():
     assert to_problem({"problem": "1 + 1?", "solution": "2 "}, "x").facts == {"answer": "2"}
     with pytest.raises(Unanswered):                                             # a heading is no GSM8K answer
         to_problem({"problem": "1 + 1?", "solution": "#### Step 1\nAdd.\n#### Conclusion\nSo the sum is 2."}, "x")
-    assert [boxed(text) for text in ("2", "2}", r"\boxed{", r"\boxed{{2}", r"\boxed{}", r"\boxed{ 2 }{")] == [None] * 4 + ["", "2"]
+    assert [boxed(text) for text in ("2", "2}", r"\boxed{", r"\boxed{{2}", r"\boxed{}", r"\boxed{ 2 }{", "\\boxed \n{{3}}")
+            ] == [None] * 4 + ["", "2", "{3}"]
 
 
 def test_a_prompt_may_be_a_list_of_messages_with_one_question():
@@ -174,8 +177,10 @@ def test_a_question_may_have_tests_in_place_of_an_answer():
     problem = to_problem({"question": "Double it.", "tests": tests, "time_limit": 2}, "x")
     assert problem.facts == {"tests": tests, "language": "python", "time_limit": 2.0}
     assert problem.messages[-1]["content"].startswith("Double it.\n\nWrite a Python 3 program")
-    both = to_problem({"question": "Double it.", "tests": tests, "answer": "6"}, "x")
-    assert both.facts == {"answer": "6", "tests": tests, "language": "python"}
+    for field in "answer", "response", "solution":                              # beside tests it is one program of many
+        both = to_problem({"question": "Double it.", "tests": tests, field: "print(2 * int(input()))"}, "x")
+        assert both.facts == {"tests": tests, "language": "python"}
+    assert to_problem({"question": "1 + 1?", "tests": [], "answer": "2", "time_limit": "x"}, "x").facts == {"answer": "2"}
 
 
 def test_a_format_decides_where_fields_are_of_both(tmp_path):
@@ -255,11 +260,12 @@ def test_answers_under_the_names_that_datasets_give_them(record, answer):
         assert to_problem(record, "x").facts == {"answer": answer}
 
 
-def test_a_statement_that_is_null_is_left_out_and_counted(tmp_path):
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (RECORD | {"description": None}, RECORD)))
+def test_a_statement_that_is_null_or_blank_is_left_out_and_counted(tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (
+        RECORD | {"description": None}, RECORD | {"description": " \n"}, RECORD)))
     for format in None, "codeforces":
         found, left = load_problems(tmp_path / "p.jsonl", format=format)
-        assert [problem.messages for problem in found] == [to_problem(RECORD, "x").messages] and left == 1
+        assert [problem.messages for problem in found] == [to_problem(RECORD, "x").messages] and left == 2
 
 
 @pytest.mark.parametrize("record", [{"description": "Add 1 and 2.", "solution_text": "3"}, {"description": None, "anser": "3"},

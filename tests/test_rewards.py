@@ -271,7 +271,12 @@ def test_repetition_takes_other_lengths_and_penalties():
     ("5.5", r"1\frac{1}{2}", False), (r"1\frac{1}{2}", r"1\frac{1}{2}", True), ("", "*", False), ("%", "*", False), ("*", "*", True),
     ("(1,2)", "(1, 2)", True), ("1, 2", "12", False), ("1, 234", "1234", False), (r"2\sqrt{3}", r"2 \sqrt 3", True),
     (r"\sqrt2", r"\sqrt{2}", True), ("x=3", "3", True), ("3", "$x = 3$", True), ("x == 3", "3", False), ("dx=3", "3", False),
-    (r"\(x = 3\)", "3", True), ("1 -2", "1-2", False), ("1 - 2", "1-2", True), ("1 .5", "1.5", False),
+    (r"\begin{pmatrix} 1 & 0 \\ 2 & 1 \end{pmatrix}", r"\begin{pmatrix}1&0\\2&1\end{pmatrix}", True),
+    (r"\begin{pmatrix}1\\ 2\end{pmatrix}", r"\begin{pmatrix}1 2\end{pmatrix}", False), (r"10\,000", "10000", True),
+    ("Paris.", "Paris", True), ("**5**.", "5", True), ("$5$.", "5", True), (".5", "5", False), 
+    ("2^{3}", "2^3", True), ("11_8", "11_{8}", True), ("2^{30}", "2^30", False), (r"5\text{ cm}^2", "5", True),
+    (r"5\text{ cm}^{2}", r"5 \text{ m}", True), (r"120\degree", "120", True), (r"\frac {1}{2}", "1/2", True), (r"\frac 12", ".5", True),
+    (r"\boxed {7}", "7", True), (r"\(x = 3\)", "3", True), ("1 -2", "1-2", False), ("1 - 2", "1-2", True), ("1 .5", "1.5", False),
     ("1" + 40_000 * " " + "2", "12", False), ("\u22123", "-3", True), ("a - b", "a-b", True), ("New York", "NewYork", False), (r"\leftarrow", "arrow", False), ("9" * 5000, "9" * 5000 + ".0", True),
 ])
 def test_answers_are_equal_as_texts_or_as_numbers(said, gold, right):
@@ -340,6 +345,20 @@ def test_an_endless_loop_fails_its_own_test_only():
     problem = {**DOUBLE, "time_limit": 0.7}
     assert [one(REWARDS[name], says(block(program)), problem) for name in ("code", "code_partial")] == [0, 0.5]
     assert one(code_reward, says(block(program)), {**DOUBLE, "time_limit": 60}, max_seconds=0.7) == 0
+
+
+def test_partial_credit_ends_with_the_round_in_which_a_program_has_been_stopped_twice(monkeypatch):
+    """What it did not run counts as failed. An exception stops nothing but its own test."""
+    statuses, asked = [], []
+    monkeypatch.setattr(sandbox, "run_programs", lambda jobs: (asked.extend([len(jobs)] if jobs else []), [
+        SimpleNamespace(status=statuses[int(job[1])], stdout="1", stderr="") for job in jobs])[1])
+    problem = {"tests": [{"input": str(i), "output": "1"} for i in range(10)]}
+    for stops, rounds, passed in (({0: "timeout", 1: "output"}, [1, 1], 0), ({0: "timeout"}, [1, 1, 2, 4, 2], 9),
+                                  ({1: "timeout", 2: "disk"}, [1, 1, 2], 2), ({0: "error", 1: "error"}, [1, 1, 2, 4, 2], 8)):
+        rewards._DONE.clear()
+        asked.clear()
+        statuses[:] = [stops.get(i, "ok") for i in range(10)]
+        assert one(code_reward, says(block("x")), problem, partial=True) == passed / 10 and asked == rounds
 
 
 def test_partial_credit_is_the_fraction_of_tests_passed():
@@ -419,7 +438,7 @@ def test_a_program_that_prints_much_is_not_remembered(calls, monkeypatch):
 
 def test_a_status_that_is_not_ok_fails_whatever_was_printed(monkeypatch):
     results = [SimpleNamespace(status=status, stdout="1", stderr="") for status in ("ok", "error", "timeout", "memory")]
-    monkeypatch.setattr(sandbox, "run_programs", lambda jobs: results)
+    monkeypatch.setattr(sandbox, "run_programs", lambda jobs: [results[int(job[1])] for job in jobs])
     problem = {"tests": [{"input": str(i), "output": "1"} for i in range(4)]}
     assert one(code_reward, says(block("x")), problem, partial=True) == 0.25
 
@@ -552,6 +571,13 @@ def test_one_name_from_two_files_is_refused(tmp_path):
             for name in ("a.py", "b.py"))
     with pytest.raises(InputError, match="'f' is named twice"):
         load_rewards(f"{a}:f,{b}:f")
+
+
+def test_a_users_function_with_the_name_of_a_reward_is_refused(tmp_path):
+    """The log would call its values by that name, and the held-out accuracy be counted by it."""
+    ours = user_file(tmp_path, "def answer(completions, problems): return [0] * len(completions)\n", "ours.py")
+    with pytest.raises(InputError, match=r"ours.py:answer: 'answer' is the name of a reward that is here already; rename"):
+        load_rewards(f"code,{ours}:answer")
 
 
 def test_a_blank_gold_answer_pays_nothing_and_a_test_that_no_program_can_pass_is_left_out():

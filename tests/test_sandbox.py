@@ -117,6 +117,25 @@ def test_an_exception_is_an_error_with_its_traceback_and_what_was_printed_before
     assert run_program("print(1)\nexit(3)").status == run_program("print(sys.argv)").status == "error"
 
 
+def test_what_is_printed_at_exit_arrives():
+    """By the program's objects when the interpreter deletes them, and by functions registered for it."""
+    source = """
+import atexit, sys
+class Out:
+    def __init__(self, text): self.text = text
+    def __del__(self): print(self.text)
+def steps():
+    try: yield
+    finally: print("finally")
+out, running = Out("del"), steps()
+next(running)
+atexit.register(print, "atexit")
+"""
+    for more, status in ("", "ok"), ("sys.exit()", "ok"), ("1 / 0", "error"):
+        result = run_program(source + more)
+        assert (result.status, sorted(result.stdout.split())) == (status, ["atexit", "del", "finally"]), result
+
+
 def test_the_same_program_prints_the_same_twice():
     source = "print({'a', 'b', 'c', 'd', 'e', 'f'})"                # a random hash seed would shuffle it
     assert run_program(source).stdout == run_program(source).stdout

@@ -447,7 +447,7 @@ def test_each_held_out_answer_is_judged_by_the_check_that_it_has(monkeypatch, to
     verdicts = {"answer": [1.0, None, None, 0.0], "code": [None, 1.0, None, None]}
     monkeypatch.setattr(rl, "compute_rewards", lambda *_: ({**verdicts, "form": [0.0] * 4}, torch.zeros(4)))
     rows = [Encoded([5, 6, 7], [], False, i) for i in range(4)]
-    found = rl.accuracy(load_model(world / "model"), tokenizer, rows, [{}] * 4, dict.fromkeys([*verdicts, "form"]),
+    found = rl.accuracy(load_model(world / "model"), tokenizer, rows, [{}] * 4, dict.fromkeys([*verdicts, "form"]), {},
                         max_new_tokens=2, at_once=4, seed=0)
     assert found["greedy"] == found["sampled"] == pytest.approx(2 / 3)          # one answer could not be judged
 
@@ -473,19 +473,20 @@ def test_what_is_judged_in_bfloat16_is_the_model_that_is_saved(run, tmp_path, mo
     assert torch.equal(heads[-1], load_model(tmp_path / "run/last").head) and not torch.equal(heads[0], heads[-1])
 
 
-def test_without_a_check_the_mean_sum_of_the_rewards_stands_in_for_accuracy(tokenizer, monkeypatch):
+def test_without_a_check_the_mean_weighted_sum_of_the_rewards_stands_in_for_accuracy(tokenizer, monkeypatch):
     monkeypatch.setattr(rl.grpo, "sample_groups", lambda model, part, *_, **__: (part, None))
     rows, rewards = [Encoded([5], [6], False, i) for i in range(3)], {"a": lambda *_: [1.0, 0.0, None],
                                                                       "b": lambda *_: [0.5, None, None]}
-    found = rl.accuracy(None, tokenizer, rows, [{}] * 3, rewards, 4, 3, 0)
-    assert found["greedy"] == found["sampled"] == 0.75 and found["reward/a"] == found["reward/b"] == 0.5
+    found = rl.accuracy(None, tokenizer, rows, [{}] * 3, rewards, {"a": 1.0, "b": 3.0}, 4, 3, 0)
+    assert found["greedy"] == found["sampled"] == (2.5 + 0) / 2 and found["reward/a"] == found["reward/b"] == 0.5
 
 
 def test_every_batch_of_an_evaluation_is_sampled_with_another_seed(tokenizer, monkeypatch):
     seeds = []
     monkeypatch.setattr(rl.grpo, "sample_groups", lambda model, part, *_, seed: (seeds.append(seed), (part, None))[1])
     rows = [Encoded([5], [6], False, 0)] * 3
-    rl.accuracy(None, tokenizer, rows, [{}], {"a": lambda texts, _: [1.0] * len(texts)}, 4, 1, seed=7)
+    rl.accuracy(None, tokenizer, rows, [{}], {"a": lambda texts, _: [1.0] * len(texts)}, {"a": 1.0}, 4, 1,
+                seed=7)
     assert len(set(seeds[:3])) == 3
 
 
