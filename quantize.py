@@ -30,7 +30,7 @@ from minikd.command import (Parser, Progress, check_positive, fill_defaults, fla
 from minikd.data import NothingLeft, describe_dropped, encode_examples, encode_text
 from minikd.evaluate import answer_and_score, compare
 from minikd.examples import FORMATS, load_examples, load_texts, recognise
-from minikd.files import InputError, check_writable, read_json, script_errors
+from minikd.files import InputError, check_writable, script_errors
 from minikd.gptq import quantize_model
 from minikd.hub import TOKENIZER
 from minikd.model import Qwen2
@@ -41,6 +41,8 @@ from minikd.run import LOG
 from minikd.teacher import Teacher
 from minikd.tokenizer import GENERATION, Tokenizer
 from minikd.w4 import to_w4
+
+KNOWN_GROUPS = -1, 16, 32, 64, 128, 256, 512, 1024              # of GPTQModel 7's kernels; minikd has others too
 
 
 def parse_args():
@@ -73,8 +75,8 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the calibration rows")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of calibration and of the weights that are not packed; with auto, a CPU slow in bfloat16 leaves those weights as "
-             "they were, and 4-bit models answer in bfloat16")
+        help="of calibration and of the weights that are not packed; with auto those stay in the dtype they were stored in, and "
+             "4-bit models answer in bfloat16")
     args = parser.parse_args()
     toy = args.model is None
     if args.method == "rtn":
@@ -145,7 +147,7 @@ def as_stored(folder: Path, dtype) -> tuple:
 
 def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype):
     """Quantises the model in `folder` by `method` and writes the 4-bit folder `out`."""
-    held, saved = (dtype, dtype) if dtype == torch.bfloat16 or args.dtype != "auto" else as_stored(folder, dtype)
+    held, saved = as_stored(folder, dtype) if args.dtype == "auto" else (dtype, dtype)
     model, started = load_model(folder, "cpu", held), time.perf_counter()       # one block at a time is on `device` in `dtype`
     shares = {}                                                                 # layer -> its error / round-to-nearest's
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
@@ -159,7 +161,9 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
             act_order=not args.no_act_order, damp=args.damp, clip_search=args.clip_search, method=method,
             batch_size=args.batch_size, device=device, dtype=dtype, on_layer=on_layer,
             store=functools.partial(to_words, version=2 if args.asym else 1))
-    how = {"damp_percent": args.damp, "static_groups": not args.no_act_order, "true_sequential": True} if method == "gptq" else {}
+    how = {"static_groups": not args.no_act_order, "true_sequential": True} if method == "gptq" else {}
+    if how and 0 < args.damp < 1:                                               # GPTQModel opens no folder that names another
+        how["damp_percent"] = args.damp
     to_w4(model, words, args.group_size, not args.asym, method=method, clip_search=args.clip_search, **how)
     tokenizer.save(out)
     save_model(model, out, dtype=saved)
@@ -179,7 +183,10 @@ def check_out(out: Path, tokenizer: Tokenizer):
         next(out.glob(f"**/{name}"), None) for name in ("*.safetensors", LOG))              # perhaps in sft/best/ of a run
     other = any((out / name).is_file() and (out / name).read_bytes() != tokenizer.files.get(name)
                 for name in set(TOKENIZER) - {GENERATION})
-    if (held or other) and not (config.exists() and read_json(config).get("quantization_config")):
+    four_bits = False
+    with suppress(InputError):                                  # another method, other bits
+        four_bits = config.exists() and bool(read_quantization(out))
+    if (held or other) and not four_bits:
         raise InputError(f"--out {out}: holds something other than a 4-bit model, which would be replaced; choose a new or empty "
                          "folder")
     if other:                                                   # a killed run would leave the new tokenizer beside old weights
@@ -224,6 +231,8 @@ def main():
         if size % 8:
             raise InputError(f"{folder}: has layers with {size} inputs or outputs, but the gptq format needs multiples of 8; "
                              "give another model")
+    if args.group_size not in KNOWN_GROUPS:
+        print(f"note: --group-size {args.group_size}: GPTQModel's kernels know only {', '.join(map(str, KNOWN_GROUPS))}")
     spare_threads(config)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(args.model, config, tokenizer)

@@ -292,7 +292,7 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
     One model.safetensors or, above `shard_bytes`, shards with an index. A tied head is left out, as in the
     folders Qwen published. A 4-bit model's codes and scales are written as they are, its quantization_config
     goes into config.json and, for tools that look there, quantize_config.json. Other files of `folder` (the
-    tokenizer's, a log) and its subfolders are kept. Raises InputError, before anything is written, for weights that
+    tokenizer's, a log) and its subfolders are kept, but no other *.safetensors there. Raises InputError, before anything is written, for weights that
     another dtype cannot hold: float16's largest is 65,504.
     """
     folder = Path(folder)

@@ -30,7 +30,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 
     While packed, the blocks' weights are held in that layout only, but the head twice, as the embedding reads it plain. (For two
     rows in float32 packing the head gains nothing: it stays plain.) A 4-bit model keeps the layout afterwards, as its codes
-    never change, and its packed head until the head changes.
+    never change, and its packed head until the head changes (a write through `.data` is not seen).
     """
     if model.packed_head is not None and model.packed_from != state_of(model.head):
         model.packed_head = None                        # kept by a 4-bit model whose head was then trained or cast

@@ -19,7 +19,7 @@ import train_grpo
 import train_kd
 from conftest import DOLLY, tiny, write_records
 from minikd import checkpoint
-from minikd.checkpoint import load_model, save_model
+from minikd.checkpoint import load_model, read_quantization, save_model
 from minikd.data import encode_examples
 from minikd.examples import load_examples
 from minikd.files import InputError
@@ -120,6 +120,32 @@ def test_on_a_cpu_without_bfloat16_inputs_are_in_float32_and_what_is_not_packed_
     differ = lambda dtype: [key for key in saved["auto"] if key.endswith(("qweight", "scales"))
                             and not torch.equal(saved["auto"][key], saved[dtype][key])]
     assert not differ("float32") and differ("bfloat16")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_what_is_not_packed_of_a_float16_model_stays_as_it_is_on_any_cpu(shell, world, tmp_path, monkeypatch, native):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)             # inputs in bfloat16, or in float32
+    shutil.copytree(world / "model", tmp_path / "half")
+    save_model(load_model(tmp_path / "half"), tmp_path / "half", dtype=torch.float16)
+    status, _, err = shell(qz, "--model", tmp_path / "half", "--calibration", world / "data.jsonl", "--group-size", 16,
+                           "--out", tmp_path / "w4", "--device", "cpu")
+    assert status == 0, err
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "half", tmp_path / "w4"))
+    kept = before.keys() & after.keys()
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"} <= kept
+    assert all(after[key].dtype == torch.float16 and torch.equal(after[key], before[key]) for key in kept)
+
+
+def test_a_damp_that_gptqmodel_refuses_is_not_in_the_folder(run, tmp_path):
+    for damp, named in (0, False), (1, False), (0.5, True):
+        assert run("--damp", damp)[0] == 0
+        assert read_quantization(tmp_path / "w4")["meta"].get("damp_percent") == (damp if named else None)
+
+
+def test_a_group_size_that_gptqmodel_lacks_is_noted(run):
+    told = "note: --group-size 8: GPTQModel's kernels know only -1, 16, 32,"
+    assert told in run("--group-size", 8)[1] and "note: --group-size" not in run()[1]
 
 
 def test_another_tokenizer_is_not_replaced(run, world, tmp_path):
@@ -327,6 +353,11 @@ def test_an_out_that_holds_something_else_is_refused_before_the_work(run, world,
                       (file / "below", "cannot be written")):
         status, _, err = run("--method", "rtn", out=("--out", out), data=())
         assert status == 2 and said in err and err.count("\n") == 1 and "Traceback" not in err, (out, err)
+    for other in {"quant_method": "fp8"}, {"quant_method": "gptq", "bits": 8, "group_size": 16}, {"quant_method": "awq", "bits": 4}:
+        config = json.loads((plain / "config.json").read_text()) | {"quantization_config": other}
+        (comparison / "config.json").write_text(json.dumps(config))
+        status, _, err = run("--method", "rtn", out=("--out", comparison), data=())
+        assert status == 2 and "holds something other than a 4-bit model" in err
     assert file.read_text() == "mine" and load_model(plain) and (adapter / "adapter_model.safetensors").exists()
 
 
