@@ -65,7 +65,7 @@ def parse_args():
         help="plain text (records with `text`): its cross-entropy is added to every step")
     add("--format", choices=FORMATS, help="schema of the records, recognised from their fields if not given")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="format of the prompt")
-    add("--max-length", type=int, default=512, help="tokens of prompt and response together; longer responses are cut")
+    add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses of the data are cut")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped")
     add("--limit", type=int, help="read only the first LIMIT usable records of --data")
     add("--validation", type=int, default=500, toy=100, help="examples held out of --data")
@@ -388,8 +388,11 @@ def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
     load = lambda: load_model(args.teacher, device, dtype)
     made_from = {"teacher": model_files(model_folder(args.teacher)), "dtype": str(dtype)}
     with Progress("the teacher's answers", len(rows)) as progress:
-        return teacher_responses(out / "teacher-answers.jsonl", load, rows, made_from, tokenizer,
+        rows = teacher_responses(out / "teacher-answers.jsonl", load, rows, made_from, tokenizer,
                                  max(AT_ONCE, args.batch_size), args.max_new_tokens, args.seed, progress.update)
+    if long := sum(len(row) > args.max_length for row in rows):
+        print(f"{long:,} of the teacher's {len(rows):,} answers cut at --max-length")
+    return [row.cut_to(args.max_length) for row in rows]
 
 
 def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher | CachedTeacher:

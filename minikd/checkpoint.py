@@ -1,6 +1,7 @@
 """A Hugging Face folder <-> a model: one file or shards, tied or untied head, any float dtype on disk, or 4 bits."""
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -270,15 +271,28 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
             raise InputError(f"{files[key]}: tensor {key} is {list(shapes[key])}, but config.json asks for {list(shape)}; use "
                              "files of the same model")
     head, table = "lm_head.weight", "model.embed_tokens.weight"
+    tied = head in files and head not in wanted                 # some folders store a tied head too, or an empty one
+    if tied and shapes[head] not in (wanted[table], (0,)):
+        raise InputError(f"{files[head]}: tensor {head} is {list(shapes[head])}, but config.json ties it to the embedding, "
+                         f"{list(wanted[table])}; use files of the same model")
     for key in files:
         if key not in wanted and key != head and not changes_nothing(files[key], key):
             raise InputError(f"{files[key]}: tensor {key} {list(shapes[key])} is not part of the model that "
                              "config.json describes; use files of the same model")
-    if (head not in wanted and shapes.get(head) == wanted[table]            # some folders store a tied head too
-            and not torch.equal(read_tensor(files[head], head), read_tensor(files[table], table))):
+    if tied and shapes[head] == wanted[table] and differ(files, head, table, shapes[table]):
         raise InputError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs from it; set "
                          "tie_word_embeddings to false, or remove that tensor")
     return {key: files[key] for key in wanted}
+
+
+def differ(files: dict[str, Path], a: str, b: str, shape: tuple) -> bool:
+    """Whether two tensors of this shape [n, ...] differ; read in parts, as the pages of both files take memory meanwhile."""
+    step = max(1, PART // (8 * math.prod(shape[1:])))
+    for at in range(0, shape[0], step):
+        x, y = (tensor_of(open_tensors(files[key]), files[key], key, floating=True, rows=slice(at, at + step)) for key in (a, b))
+        if not torch.equal(x.double(), y.double()):
+            return True
+    return False
 
 
 def changes_nothing(path: Path, key: str) -> bool:
@@ -291,8 +305,8 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
 
     One model.safetensors or, above `shard_bytes`, shards with an index. A tied head is left out, as in the
     folders Qwen published. A 4-bit model's codes and scales are written as they are, its quantization_config
-    goes into config.json and, for tools that look there, quantize_config.json. Other files of `folder` (the
-    tokenizer's, a log) and its subfolders are kept, but no other *.safetensors there. Raises InputError, before anything is written, for weights that
+    goes into config.json and, for tools that look there, quantize_config.json. Subfolders of `folder` are kept, and its other
+    files (the tokenizer's, a log), but no other *.safetensors. Raises InputError, before anything is written, for weights that
     another dtype cannot hold: float16's largest is 65,504.
     """
     folder = Path(folder)

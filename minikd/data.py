@@ -75,6 +75,11 @@ class Encoded:
         """The same prompt with a sampled response; cut unless it ends in a stop token."""
         return Encoded(self.prompt, ids, not ids or ids[-1] not in eos_ids, self.index)
 
+    def cut_to(self, length: int) -> "Encoded":
+        """This row with its response cut so that prompt and response have at most `length` tokens."""
+        room = length - len(self.prompt)
+        return self if len(self.response) <= room else Encoded(self.prompt, self.response[:room], True, self.index)
+
 
 def encode_examples(examples: list[Example], tokenizer, template: str = "chatml", max_length: int = 512,
                     max_prompt_length: int = 256, progress=None) -> tuple[list[Encoded], dict[str, int]]:
@@ -103,9 +108,7 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
             if not tokenizer.eos_ids.isdisjoint(response):
                 counts["dropped: stop token inside"] += 1
                 continue
-            room = max_length - len(prompts[i])
-            response.append(tokenizer.end_id)
-            encoded.append(Encoded(prompts[i], response[:room], len(response) > room, start + i))
+            encoded.append(Encoded(prompts[i], response + [tokenizer.end_id], False, start + i).cut_to(max_length))
             counts["encoded"] += 1
             counts["responses cut"] += encoded[-1].cut
         if progress:

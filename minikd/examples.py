@@ -255,10 +255,13 @@ FORMATS = {
 }
 
 
+# A docstring in source that does not parse: what is before it, up to a colon and the line's end; its indentation; its quotes; and
+# a semicolon before more code, which is kept with the indentation.
 _GAP = r"(?:[ \t]*(?:#[^\n]*)?\n)+"                             # the rest of a line, and blank lines and comments below it
-_DOCSTRINGS = (rf'''(:{_GAP})[ \t]*[rRuUbB]{{0,2}}("""|\'\'\').*?\2[ \t]*(?:\n|\Z)''',
-               rf'''(^[ \t]*(?:def|class)\s+\w{{1,99}}\b[^:]{{0,500}}:{_GAP})[ \t]*[rRuUbB]{{0,2}}'''
-               r'''(["\'])(?:(?!\2)[^\\\n]|\\.)*\2[ \t]*(?:\n|\Z)''')
+_END = r"[ \t]*(?:(;)[ \t]*|(?:#[^\n]*)?(?:\n|\Z))"
+_DOCSTRINGS = (rf'''(:{_GAP})([ \t]*)[rRuUbB]{{0,2}}("""|\'\'\')(?:(?!\3)[^\\]|\\.)*\3{_END}''',
+               rf'''(^[ \t]*(?:def|class)\s+\w{{1,99}}\b[^:]{{0,500}}:{_GAP})([ \t]*)[rRuUbB]{{0,2}}'''
+               rf'''(["\'])(?:(?!\3)[^\\\n]|\\.)*\3{_END}''')
 
 
 def without_docstring(code: str) -> str:
@@ -276,7 +279,8 @@ def without_docstring(code: str) -> str:
             tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         for pattern in _DOCSTRINGS:
-            code, found = re.subn(pattern, r"\1", code, count=1, flags=re.DOTALL | re.MULTILINE)
+            keep = lambda found: found[1] + (found[2] if found[4] else "")
+            code, found = re.subn(pattern, keep, code, count=1, flags=re.DOTALL | re.MULTILINE)
             if found:
                 break
         return code

@@ -76,7 +76,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     V = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))   # rows of both heads, for CE too
     N, device = len(hidden), hidden.device.type
     if not isinstance(weight, Tensor):
-        weight = torch.full((), weight, device=hidden.device)                   # as_tensor would synchronise with the GPU
+        weight = torch.full((), weight, dtype=torch.float32, device=hidden.device)      # as_tensor would wait for a GPU
     weight = weight.to(hidden.device, torch.float32).expand(N)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     need_hidden, need_head = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, head))

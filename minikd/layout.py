@@ -21,6 +21,7 @@ from minikd.w4 import W4Linear, give_memory_back
 WORTH = 16
 # Fewer rows than this use the int8 head: 1.5 to 2.3 x as fast at 1, 1.1 to 1.6 x at 4, 0.9 to 1.1 x at 8 (results/w4_linear.txt).
 INT8_ROWS = 8
+LAYING = threading.Lock()                               # held while a layout is made or undone, whatever the model
 SWITCH, STOOD = threading.Lock(), []                    # for torch_products: oneDNN's switch as each thread found it
 
 
@@ -31,28 +32,33 @@ def laid_out(model: Qwen2, rows: int, steps: int):
     While packed, the blocks' weights are held in that layout only, but the head twice, as the embedding reads it plain. (For two
     rows in float32 packing the head gains nothing: it stays plain.) A 4-bit model keeps the layout afterwards, as its codes
     never change, and its packed head until the head changes (a write through `.data` is not seen).
+    Other threads may enter meanwhile: they use the layout that they find, and the last to leave undoes it.
     """
-    if model.packed_head is not None and model.packed_from != state_of(model.head):
-        model.packed_head = None                        # kept by a 4-bit model whose head was then trained or cast
-    layout = pick_layout(model, rows, steps)
-    if layout is None:
-        yield
-        return
+    me = object()
     try:
-        if layout == "plain":
-            use_multiply(model)
-        else:
-            lay_out(model, rows, pack=layout == "packed")
+        with LAYING:
+            if not model.users:
+                if model.packed_head is not None and model.packed_from != state_of(model.head):
+                    model.packed_head = None            # kept by a 4-bit model whose head was then trained or cast
+                model.layout = pick_layout(model, rows, steps)
+                if model.layout == "plain":
+                    use_multiply(model)
+                elif model.layout is not None:
+                    lay_out(model, rows, pack=model.layout == "packed")
+            model.users.add(me)
         yield
     finally:
-        if model.quantization is None:
-            try:
-                model.lay_back()
-            except BaseException:                       # an interrupt, or no memory: restore the weights, then raise
-                model.lay_back()
-                raise
-            if layout == "packed":
-                give_memory_back()
+        with LAYING:
+            model.users.discard(me)
+            if not model.users and model.quantization is None and model.layout is not None:
+                packed = model.layout == "packed"
+                try:
+                    model.lay_back()
+                except BaseException:                   # an interrupt, or no memory: restore the weights, then raise
+                    model.lay_back()
+                    raise
+                if packed:
+                    give_memory_back()
 
 
 def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:

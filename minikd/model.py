@@ -274,7 +274,8 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self.model = Body(config)
-        self.packed_head = self.packed_from = self.int8_head = None             # set by layout.py
+        self.packed_head = self.packed_from = self.int8_head = self.layout = None           # set by layout.py
+        self.users = set()                                                      # of the layout: who is inside laid_out
         self.quantization = None                                                # quantization_config of a 4-bit model
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -299,7 +300,7 @@ class Qwen2(nn.Module):
 
     def lay_back(self):
         """Undoes layout.laid_out: every layer multiplies by its own weight again."""
-        self.packed_head = None
+        self.packed_head = self.layout = None
         for module in self.modules():
             for name in "joined", "packed":                                     # of Attention and MLP; of Linear
                 held = getattr(module, name, None)
@@ -320,7 +321,7 @@ class Qwen2(nn.Module):
 
     def __getstate__(self) -> dict:
         """For copy and pickle, which oneDNN's packed tensors and the int8 head do not support."""
-        return self.__dict__ | {"packed_head": None, "int8_head": None}
+        return self.__dict__ | {"packed_head": None, "int8_head": None, "layout": None, "users": set()}
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Qwen2":

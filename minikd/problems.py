@@ -135,7 +135,8 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
 
 def load_problems(paths, limit: int | None = None, format: str | None = None) -> tuple[list[Problem], int]:
     """The problems in files, folders or hub datasets, every question once; and how many records were left out: those that repeat
-    an earlier question, whose answer is blank or a proof (not comparable with other answers), or whose statement is null or blank.
+    an earlier question, whose answer is blank or a proof (not comparable with other answers), or whose statement is null or
+    blank.
 
     limit   read only so many records
     format  one of FORMATS; without it each record is recognised

@@ -1,7 +1,8 @@
 """What the student is compared with: the teacher model, or its hidden states on disk, computed once."""
+import fcntl
 import hashlib
 import json
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -42,10 +43,10 @@ class CachedTeacher:
 
     def __init__(self, folder, head: Tensor):
         self.head, self.shards = head, {}                                       # row's digest -> the open shard that holds it
-        for path in Path(folder).glob("states-*.safetensors"):
+        for path in sorted(Path(folder).glob("states-*.safetensors")):
             with suppress(SafetensorError):                                     # a stray file: those of fill_cache are complete
                 shard = safe_open(path, framework="pt")                         # mapped into memory, not read whole
-                self.shards |= dict.fromkeys(shard.keys(), shard)
+                self.shards = dict.fromkeys(shard.keys(), shard) | self.shards  # first come: a stray file's name may be later
 
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
         """As Teacher.states, in bfloat16 as stored.  Raises KeyError for a row that fill_cache was not given."""
@@ -72,29 +73,46 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
     width      D' of the teacher
     progress   called after each batch with its number of rows
     A shard holds about 50,000 tokens, each row's states [n, D'] under its digest. It appears only when it is complete; a run
-    after a kill makes the missing shards, and those that are damaged or of another shape.
+    after a kill makes the missing shards, and those that are damaged or of another shape. A second process waits for the first.
     """
     folder, unique = Path(folder), {digest_of(row): row for row in rows}
     made_from = made_from | {"rows": fingerprint(sorted(unique))}
-    check_made_from(folder, made_from)
-    if not (folder / FACTS).exists():
-        with atomic_path(folder / FACTS) as new:
-            new.write_text(json.dumps({"made_from": made_from}) + "\n")
-    sweep(folder)                                               # also leftovers beside files that are not written again
-    missing = {name: held for name, held in plan_shards(unique).items() if not whole(folder / name, held, width)}
-    teacher = Teacher(load()) if missing else None
-    for name, held in missing.items():
-        states, items, device = {}, list(held.items()), teacher.head.device
-        for start in range(0, len(items), batch_size):
-            digests, part = zip(*items[start:start + batch_size])
-            with mixed_precision(device, dtype):
-                found = teacher.states(part, *collate(part, pad_id, device)).bfloat16().cpu()       # [N, D']
-            states |= zip(digests, found.split([len(row.response) for row in part]))
-            if progress:
-                progress(len(part))
-        with atomic_path(folder / name) as new:
-            save_tensors(states, new)
-    return sum(len(row.response) for held in missing.values() for row in held.values())
+    check_made_from(folder, made_from)                          # before anything is written
+    with alone(folder):
+        check_made_from(folder, made_from)                      # again: another process may have been first
+        if not (folder / FACTS).exists():
+            with atomic_path(folder / FACTS) as new:
+                new.write_text(json.dumps({"made_from": made_from}) + "\n")
+        sweep(folder)                                           # also leftovers beside files that are not written again
+        missing = {name: held for name, held in plan_shards(unique).items() if not whole(folder / name, held, width)}
+        teacher = Teacher(load()) if missing else None
+        for name, held in missing.items():
+            states, items, device = {}, list(held.items()), teacher.head.device
+            for start in range(0, len(items), batch_size):
+                digests, part = zip(*items[start:start + batch_size])
+                with mixed_precision(device, dtype):
+                    found = teacher.states(part, *collate(part, pad_id, device)).bfloat16().cpu()       # [N, D']
+                states |= zip(digests, found.split([len(row.response) for row in part]))
+                if progress:
+                    progress(len(part))
+            with atomic_path(folder / name) as new:
+                save_tensors(states, new)
+        return sum(len(row.response) for held in missing.values() for row in held.values())
+
+
+@contextmanager
+def alone(folder: Path):
+    """Inside the `with` block no other process fills the cache in `folder`: it waits. Where files cannot be locked, all may."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with suppress(OSError):                                 # no permission, or a file system without locks
+            file = stack.enter_context(open(folder / ".lock", "a"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                print(f"{folder}: another process is filling this cache; waiting for it", flush=True)
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def plan_shards(unique: dict[str, Encoded]) -> dict[str, dict[str, Encoded]]:

@@ -140,6 +140,30 @@ def test_a_tied_head_may_be_stored_all_the_same(tmp_path):
         assert same(model, load_model(tmp_path / "m"))
 
 
+@pytest.mark.parametrize("shape", [(38, 16), (36, 16), (37, 17), (37,), (0, 16)])
+def test_a_tied_head_of_another_shape_is_refused(tmp_path, shape):
+    save_model(tiny(tied=True), tmp_path / "m")
+    rewrite(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": torch.zeros(shape)}))
+    said = refusal(tmp_path / "m")
+    assert f"lm_head.weight is {list(shape)}, but config.json ties it to the embedding, [37, 16]" in said
+
+
+def test_a_tied_head_is_compared_to_its_last_row_in_parts_and_across_dtypes(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PART", 5 * 16 * 8)                         # five rows
+    model = tiny(tied=True)
+    save_model(model, tmp_path / "m", dtype=torch.bfloat16)
+    for row in None, 0, 4, 5, 36:
+        head = load_model(tmp_path / "m").head.detach().double()
+        if row is not None:
+            head[row, 3] += 1
+        rewrite(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": head}))
+        if row is None:
+            assert load_model(tmp_path / "m")
+        else:
+            assert "lm_head.weight differs from it" in refusal(tmp_path / "m")
+        rewrite(tmp_path / "m", lambda tensors: tensors.pop("lm_head.weight"))
+
+
 def test_a_head_that_is_tied_by_the_config_and_another_by_its_weights_is_refused(folder):
     """transformers 5 would use lm_head.weight, other readers would not."""
     config = json.loads((folder / "config.json").read_text())

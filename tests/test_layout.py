@@ -1,5 +1,6 @@
 """Weights laid out for decoding give what plain ones give, and leave no trace."""
 import copy
+import threading
 from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
@@ -32,6 +33,54 @@ def test_a_torch_without_onednn_has_no_packed_layout(large, monkeypatch, there):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)                # or it is switched off
     with laid_out(large, rows=3, steps=16):
         assert packed_parts(large) == 0
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_layout_that_two_threads_use_stays_until_the_last_has_left(large, first):
+    """The second takes what it finds: another layout, or none, would move the weights under the first."""
+    before = {name: value.clone() for name, value in large.state_dict().items()}
+    for rows in (3, 5), (3, 1), (1, 3):
+        users = [laid_out(large, rows=each, steps=16) for each in rows]
+        users[0].__enter__()
+        parts, ids = packed_parts(large), torch.tensor([[7, 8]] * 3)
+        states = large.hidden(ids)
+        users[1].__enter__()
+        users[first].__exit__(None, None, None)
+        assert packed_parts(large) == parts == (9 if rows[0] == 3 else 0) and torch.equal(large.hidden(ids), states)
+        users[1 - first].__exit__(None, None, None)
+        assert packed_parts(large) == 0 and same(large.state_dict(), before)
+
+
+@pytest.mark.parametrize("fails", ["lay_out", "yield"])
+def test_after_an_error_the_next_to_enter_is_the_first(large, monkeypatch, fails):
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        if fails == "lay_out":
+            patch.setattr("minikd.layout.give_memory_back", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with laid_out(large, rows=3, steps=16):
+            raise KeyboardInterrupt
+    assert packed_parts(large) == 0
+    with laid_out(large, rows=3, steps=16):
+        assert packed_parts(large) == 9
+    assert packed_parts(large) == 0
+
+
+def test_threads_that_generate_with_one_model_leave_its_weights_alone(large):
+    before, found, failed = copy.deepcopy(large.state_dict()), [], []
+
+    def work(prompts):
+        try:
+            found.extend((len(prompts), generate(large, prompts, 20)) for _ in range(6))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(PROMPTS[:rows],)) for rows in (2, 3, 1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and len(found) == 24 and packed_parts(large) == 0 and same(large.state_dict(), before)
+    assert all(answers == generate(large, PROMPTS[:rows], 20) for rows, answers in found)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -129,6 +131,39 @@ def test_a_cache_of_something_else_is_refused_by_name(fill, tmp_path):
         with pytest.raises(InputError, match=said):
             fill(**changed)
     assert fill() == 0                                                          # and it is still what it was
+
+
+def test_of_two_processes_that_begin_a_cache_at_once_the_second_sees_what_the_first_made(fill, tmp_path, monkeypatch, capsys):
+    """A real process holds the lock, and makes a cache of another teacher once this one waits; without the second look this one
+    would go on in it."""
+    (tmp_path / "cache").mkdir()
+    script = ("import fcntl, sys; file = open('.lock', 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print('in', flush=True); input(); "
+              "open('cache.json', 'w').write(sys.argv[1])")
+    theirs = json.dumps({"made_from": {"teacher": "b"}})
+    with subprocess.Popen([sys.executable, "-c", script, theirs], cwd=tmp_path / "cache", stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "in\n"
+        lock = module.fcntl.lockf
+
+        def lockf(file, how):
+            if how == module.fcntl.LOCK_EX:                                     # it waits now
+                other.stdin.write("go on\n")
+                other.stdin.flush()
+            return lock(file, how)
+
+        monkeypatch.setattr(module.fcntl, "lockf", lockf)
+        with pytest.raises(InputError, match="its teacher is b, here a"):
+            fill()
+    assert fill.loads == 0 and "cache: another process is filling this cache; waiting for it" in capsys.readouterr().out
+    assert (tmp_path / "cache/cache.json").read_text() == theirs
+
+
+def test_a_stray_shard_with_a_later_name_is_not_used(fill, tmp_path):
+    fill()
+    states = load_file(sorted((tmp_path / "cache").glob("states-*"))[0])
+    save_file({digest: value * 0 for digest, value in states.items()}, tmp_path / "cache/states-99999.safetensors")
+    rows = [row for row in ROWS if digest_of(row) in states]
+    assert rows and CachedTeacher(tmp_path / "cache", TEACHER.head).states(rows, *inputs(rows)).any(1).all()
 
 
 def test_a_folder_with_other_files_is_not_taken_for_a_cache(fill, tmp_path):

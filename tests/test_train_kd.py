@@ -3,6 +3,7 @@ import errno
 import functools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -561,6 +562,17 @@ def test_sequence_level_kd_learns_from_what_the_teacher_says(run, mode, tmp_path
     first, *answers = (tmp_path / "run/teacher-answers.jsonl").read_text().splitlines()
     assert len(answers) == 20 and "model.safetensors" in first
     assert steps_of(tmp_path / "run")[0]["tokens"] <= 8 * 4                     # --max-new-tokens 4
+
+
+def test_the_teachers_answers_are_cut_at_the_longest_row_too(run, mode, tmp_path, monkeypatch):
+    rows, add = [], kd.forward_backward
+    monkeypatch.setattr(kd, "forward_backward", lambda batch, **terms: (rows.extend(batch), add(batch, **terms))[1])
+    status, out, err = run(*mode("seq-kd"), "--steps", "3", "--max-length", "150", "--max-new-tokens", "120")
+    assert status == 0, err
+    cut = [row for row in rows if len(row) == 150 and row.cut]
+    assert cut and max(map(len, rows)) == 150 and re.search(r"\d+ of the teacher's 20 answers cut at --max-length", out)
+    answers = [json.loads(line)["ids"] for line in (tmp_path / "run/teacher-answers.jsonl").read_text().splitlines()[1:]]
+    assert max(map(len, answers)) == 120 and all(any(ids[:len(row.response)] == row.response for ids in answers) for row in cut)
 
 
 # ---- stopping and going on
