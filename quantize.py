@@ -30,14 +30,14 @@ from minikd.command import (Parser, Progress, check_positive, fill_defaults, fla
 from minikd.data import NothingLeft, describe_dropped, encode_examples, encode_text
 from minikd.evaluate import answer_and_score, compare
 from minikd.examples import FORMATS, load_examples, load_texts, recognise
-from minikd.files import InputError, check_writable, script_errors
+from minikd.files import InputError, check_writable, holds_cwd, script_errors
 from minikd.gptq import quantize_model
 from minikd.hub import TOKENIZER
 from minikd.model import Qwen2
 from minikd.quant import check_groups, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
-from minikd.run import LOG
+from minikd.run import LOG, lock
 from minikd.teacher import Teacher
 from minikd.tokenizer import GENERATION, Tokenizer
 from minikd.w4 import to_w4
@@ -176,7 +176,7 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
 def check_out(out: Path, tokenizer: Tokenizer):
     """Raises InputError if `out` cannot be written, is or holds the current folder, or holds another tokenizer, or a model other
     than a 4-bit one."""
-    if Path.cwd().is_relative_to(out.resolve()):
+    if holds_cwd(out):
         raise InputError(f"--out {out}: is or contains the current folder; choose another, or one inside it")
     config = out / "config.json"
     held = config.exists() or out.exists() and not out.is_dir() or any(
@@ -254,6 +254,7 @@ def main():
             for method in args.methods}
     for out in outs.values():                                   # all, before the first run of maybe hours
         check_out(out, tokenizer)
+        lock(out)
     for method, out in outs.items():
         quantize(args, folder, tokenizer, rows, method, out, device, dtype)
     if eval_rows:

@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 
 from minikd import minillm, toy
-from minikd.checkpoint import (check_vocabulary, has_four_bits, identify, load_config, load_head, load_model, model_files,
-                               model_folder, outline, save_model)
+from minikd.checkpoint import (check_unchanged, check_vocabulary, has_four_bits, identify, load_config, load_head, load_model,
+                               model_files, model_folder, outline, save_model, versions)
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
 from minikd.data import Encoded, collate, describe_dropped, encode_examples, encode_text, optimizer_steps, steps_per_epoch
@@ -374,6 +374,13 @@ def planned(args) -> list[tuple[str, str, float, str]]:
     return [(f"{args.loss} lr {lr:g}", args.loss, lr, f"lr-{lr:g}") for lr in args.lr]
 
 
+def load_unchanged(name, seen: dict, *where) -> Qwen2:
+    """load_model, but raises InputError if the files are no longer those of which `seen` are the `versions`."""
+    model = load_model(name, *where)
+    check_unchanged(name, seen)
+    return model
+
+
 def check_teacher(name, tokenizer):
     """Raises InputError if the teacher's tokenizer differs from the student's other than by lacking added tokens (it prints
     these), or if the student's tokenizer has more ids than the teacher has rows."""
@@ -385,8 +392,9 @@ def check_teacher(name, tokenizer):
 
 def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
     """--seq-kd: the rows with the teacher's answers; those not sampled by an earlier run are sampled now."""
-    load = lambda: load_model(args.teacher, device, dtype)
-    made_from = {"teacher": model_files(model_folder(args.teacher)), "dtype": str(dtype)}
+    folder = model_folder(args.teacher)
+    load = functools.partial(load_unchanged, folder, versions(folder), device, dtype)
+    made_from = {"teacher": model_files(folder), "dtype": str(dtype)}
     with Progress("the teacher's answers", len(rows)) as progress:
         rows = teacher_responses(out / "teacher-answers.jsonl", load, rows, made_from, tokenizer,
                                  max(AT_ONCE, args.batch_size), args.max_new_tokens, args.seed, progress.update)
@@ -399,7 +407,8 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
     """The teacher that the loop uses: the model, or with --cache-teacher its states of `rows`, computed where missing."""
     folder = model_folder(args.teacher)
     config = load_config(folder)
-    load = lambda: load_model(folder, device, dtype).requires_grad_(False)
+    seen = versions(folder)
+    load = lambda: load_unchanged(folder, seen, device, dtype).requires_grad_(False)
     if not args.cache_teacher:
         return Teacher(load())
     made_from = {"teacher": model_files(folder), "dtype": str(dtype), "data": sorted(digest for _, digest in data),
@@ -409,7 +418,9 @@ def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher
                               args.batch_size, dtype, progress.update)
     print(f"{args.cache_teacher}: states of {computed:,} scored tokens computed now; the data have "
           f"{sum(len(row.response) for row in rows):,}, repeated rows included; {2 * config.hidden_size:,} bytes each")
-    return CachedTeacher(args.cache_teacher, load_head(folder, device, dtype))
+    head = load_head(folder, device, dtype)
+    check_unchanged(folder, seen)
+    return CachedTeacher(args.cache_teacher, head)
 
 
 def read_data(args, tokenizer, lengths: dict) -> tuple:
@@ -504,6 +515,7 @@ def main():
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or max(1, math.ceil(round(args.epochs * per_epoch, 6)))  # 0.07 x 100 is 7.000000000000001
     check_student(args.student, tokenizer)
+    seen = versions(model_folder(args.student))                 # before it is hashed
     settings = flags_of(train, args, but=("student", "teacher", "loss", "lr", "out")) | dict(
         tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
         eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
@@ -527,11 +539,12 @@ def main():
     elif args.teacher:
         teacher = open_teacher(args, tokenizer, rows + held_out[0], device, teacher_dtype, lengths, report.files)
     settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
-    student = lambda: load_model(args.student, device)
+    student = functools.partial(load_unchanged, args.student, seen, device)
     if args.from_sft:
         stage(out / "sft", student, loss="sft", lr=3e-3, recorded=recorded, **settings)
         args.student = str(out / "sft" / "best")
         recorded["student"] = identify(args.student)
+        student = functools.partial(load_model, args.student, device)
     for _, loss, lr, folder in planned(args):
         stage(out / folder, student, loss=loss, lr=lr, recorded=recorded, **settings)
     picture = conclude(args, out, tokenizer, student(), teacher, held_out, asked, device, dtype, teacher_dtype)

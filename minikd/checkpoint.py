@@ -2,9 +2,8 @@
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,9 +43,41 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
 
     Every tensor goes from the file straight into its place in `dtype` on `device`; no second copy of the
     model is ever held. Raises InputError for a tensor that is missing, unexpected, of the wrong shape or not
-    finite, a truncated file, or an index that names a missing file.
+    finite, a truncated file, or an index that names a missing file. Files that are replaced meanwhile, as by a run that saves
+    there, are read again.
     """
-    model, files = outline(model_folder(name))
+    folder = model_folder(name)
+    while True:
+        begun = versions(folder)
+        try:
+            model = _read_model(folder, device, dtype)
+        except InputError:
+            if versions(folder) == begun:
+                raise
+        else:
+            if versions(folder) == begun:
+                return model
+            del model                                           # parts of two models
+
+
+def versions(folder: Path) -> dict[str, tuple]:
+    """A value that changes when a file that decides what a folder's model computes is written or replaced."""
+    found = {}
+    for file in [folder / "config.json", folder / INDEX, *folder.glob("*.safetensors")]:
+        with suppress(FileNotFoundError):
+            stat = file.stat()
+            found[file.name] = stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return found
+
+
+def check_unchanged(name, seen: dict[str, tuple]):
+    """Raises InputError if a model's files are no longer those of which `seen` are the `versions`."""
+    if versions(model_folder(name)) != seen:
+        raise InputError(f"{name}: has changed since this run began; give a copy that stays as it is, and start again")
+
+
+def _read_model(folder: Path, device, dtype: torch.dtype) -> Qwen2:
+    model, files = outline(folder)
     model = allocate(model.to(dtype), device)
     places = model.state_dict()                                 # the parameters' own memory, by name, outside autograd
     # The pages read from a file take memory until it is closed, in addition to all that is loaded already: so the largest tensor
@@ -310,17 +341,15 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
     another dtype cannot hold: float16's largest is 65,504.
     """
     folder = Path(folder)
+    if model.users and model.layout == "packed" and not model.quantization:
+        raise ValueError(f"{folder}: not saved, as the model generates meanwhile, and its weights are packed; wait for it")
     held = model.state_dict()
     tensors = {key: value.to(value.dtype if key.endswith(PACKED) else dtype or value.dtype) for key, value in held.items()}
     for key, value in tensors.items():
         if value.dtype != held[key].dtype and not is_finite(value) and is_finite(held[key]):
             raise InputError(f"{folder}: not saved, as {key} has values that are not finite in {dtype}; save in another dtype")
-    with atomic_path(folder, folder=True) as new:
-        for old in folder.glob("*"):
-            if old.is_dir() and not old.is_symlink():
-                shutil.copytree(old, new / old.name, symlinks=True, copy_function=keep_file)
-            elif not old.match("*.safetensors") and old.name not in (INDEX, "config.json", QUANTIZE):
-                keep_file(old, new / old.name)
+    keep = lambda name: not name.endswith(".safetensors") and name not in (INDEX, "config.json", QUANTIZE)
+    with atomic_path(folder, folder=True, keep=keep) as new:
         config = model.config.to_dict(dtype=dtype or model.head.dtype)
         if model.quantization:
             config["quantization_config"] = model.quantization
@@ -334,14 +363,6 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
             index = {"metadata": {"total_size": total},
                      "weight_map": {key: file for file, keys in shards.items() for key in keys}}
             (new / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def keep_file(old, new):
-    """Hard-links the file: nothing is copied, and a log that is open stays the same file."""
-    try:
-        os.link(old, new)
-    except OSError:                                             # a file system without hard links
-        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def split_shards(tensors: dict, shard_bytes: int) -> dict[str, list[str]]:

@@ -70,6 +70,10 @@ def script_errors():
         advice = advice.get(error.errno, "check the path and the disk")
         where = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else "standard output or a file")
         _exit_with(f"{where}: {error.strerror or error}; {advice}")
+    except BaseException as error:                              # a panic of Rust's, in tokenizers, is no Exception
+        if "ThreadPoolBuild" not in str(error):
+            raise
+        _exit_with("no thread can be started; raise the limit (ulimit -u, or the container's), or end other processes")
 
 
 @contextmanager
@@ -133,17 +137,18 @@ def naming(path):
 
 
 @contextmanager
-def atomic_path(path, folder: bool = False):
+def atomic_path(path, folder: bool = False, keep=None):
     """Yields a temporary path beside `path`; renames it to `path` if the block ends without an error, else removes it.
 
     A reader, or a restart after kill -9, finds the old content or the new, never a part of either.
-    With `folder`, the yielded path is an empty folder. Raises InputError if `path` exists and is not a regular file (with
-    `folder`, a folder), or is a folder that is or contains the working directory.
+    With `folder`, the yielded path is an empty folder; where `keep` is true of its name, what the old folder holds stays, as does
+    what others write there meanwhile. Raises InputError if `path` exists and is not a regular file (with `folder`, a folder), or
+    is a folder that is or contains the working directory.
     """
     path = Path(path).resolve()                                 # gives "." a name; a link is kept, its target replaced
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
         raise InputError(f"{path}: is not a {'folder' if folder else 'regular file'} and would be replaced; give another path")
-    if folder and Path.cwd().is_relative_to(path):
+    if folder and holds_cwd(path):
         raise InputError(f"{path}: is or contains the current folder, and would be replaced; give another, or one inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():                                           # else what was left may be the only copy
@@ -155,6 +160,8 @@ def atomic_path(path, folder: bool = False):
             if folder:
                 new.mkdir()
             yield new
+            if keep and path.exists():
+                _keep(path, new, keep)
             for file in [new, *new.rglob("*")] if folder else [new]:
                 if file.is_file() or file.is_dir():             # not a broken link
                     _fsync(file)                                # the data, before the new name makes it visible
@@ -162,11 +169,43 @@ def atomic_path(path, folder: bool = False):
                 if folder and path.exists():
                     os.rename(path, work / "old")               # os.replace cannot replace a full folder
                 os.replace(new, path)
+            if keep:                                            # what came into the old folder since
+                _keep(new if new.exists() else work / "old", path, keep)
             _fsync(path.parent)
             sweep(path.parent, path.name)                       # what was left of it before there was any
     finally:
+        if (work / "old").exists() and not path.exists():       # an error or Ctrl-C between two renames
+            os.rename(work / "old", path)
         shutil.rmtree(work, ignore_errors=True)
         os.close(held)
+
+
+def _keep(old: Path, new: Path, keep):
+    """Puts into the folder `new` what `old` holds, of the names that `keep` is true of, if it is not there. Files are linked:
+    nothing is copied, and a log that is open stays the same file."""
+    for path in old.iterdir() if old.exists() else ():
+        place = new / path.name
+        if not keep(path.name) or MARK in path.name or place.exists() and (place.is_dir() or place.samefile(path)):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, place, symlinks=True, copy_function=_link)
+        else:
+            place.unlink(missing_ok=True)                       # an earlier version of it
+            _link(path, place)
+
+
+def _link(old, new):
+    try:
+        os.link(old, new)
+    except OSError:                                             # a file system without hard links
+        shutil.copy2(old, new, follow_symlinks=False)
+
+
+def holds_cwd(path: Path) -> bool:
+    """Whether a folder is or contains the current folder, which may have been deleted."""
+    with suppress(FileNotFoundError):
+        return Path.cwd().is_relative_to(path.resolve())
+    return False
 
 
 def remove(path: Path):

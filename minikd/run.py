@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minikd.files import InputError, append_to, atomic_path, check_writable, parse_json, read_json, remove, save_tensors
+from minikd.files import (InputError, append_to, atomic_path, check_writable, holds_cwd, parse_json, read_json, remove,
+                          save_tensors)
 from minikd.model import Qwen2
 from minikd.records import is_chosen, local_files, split_choice
 
@@ -199,7 +200,7 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(),
             if place.is_dir() and any(place.iterdir()) and not (folder / CONFIG).exists():
                 what = "a model" if (place / CONFIG).exists() else "files"
                 raise InputError(f"{place}: holds {what}, which would be replaced; choose another --out")
-            if Path.cwd().is_relative_to(place.resolve()):
+            if holds_cwd(place):
                 raise InputError(f"{place}: is or contains the current folder, and would be replaced; choose another --out")
             if cache and Path(cache).resolve().is_relative_to(place.resolve()):
                 raise InputError(f"--cache-teacher {cache}: lies in {place}, which this run replaces; choose another folder")

@@ -84,7 +84,8 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
             with atomic_path(folder / FACTS) as new:
                 new.write_text(json.dumps({"made_from": made_from}) + "\n")
         sweep(folder)                                           # also leftovers beside files that are not written again
-        missing = {name: held for name, held in plan_shards(unique).items() if not whole(folder / name, held, width)}
+        shards = plan_shards(unique)
+        missing = {name: held for name, held in shards.items() if not whole(folder / name, held, width)}
         teacher = Teacher(load()) if missing else None
         for name, held in missing.items():
             states, items, device = {}, list(held.items()), teacher.head.device
@@ -97,6 +98,8 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
                     progress(len(part))
             with atomic_path(folder / name) as new:
                 save_tensors(states, new)
+        if not (folder / FACTS).exists() or not all(whole(folder / name, held, width) for name, held in shards.items()):
+            raise InputError(f"{folder}: was changed while it was filled; delete it, and start again")
         return sum(len(row.response) for held in missing.values() for row in held.values())
 
 
@@ -105,8 +108,8 @@ def alone(folder: Path):
     """Inside the `with` block no other process fills the cache in `folder`: it waits. Where files cannot be locked, all may."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        with suppress(OSError):                                 # no permission, or a file system without locks
-            file = stack.enter_context(open(folder / ".lock", "a"))
+        with suppress(OSError):                                 # no permission, or a file system without locks; not run.LOCK
+            file = stack.enter_context(open(folder / ".filling", "a"))
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):

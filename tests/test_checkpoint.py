@@ -131,6 +131,36 @@ def test_dtypes_may_be_mixed_in_one_file(folder):
     assert {p.dtype for p in load_model(folder).parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch, whole):
+    """Else tensors of two models would stand in one; and an error that is due to the exchange is no error of the folder."""
+    first, second = tiny(tied=True), tiny(tied=True).init_weights(9)
+    save_model(first, tmp_path / "m")
+    monkeypatch.setattr(checkpoint, "PART", 1)                                  # a file is opened anew for each part
+    opened, open_file = [], checkpoint.open_tensors
+
+    def exchange(path):
+        opened.append(path)
+        if len(opened) == 4:
+            save_model(second, tmp_path / "m")
+            if not whole:
+                raise InputError("half of it")
+        return open_file(path)
+
+    monkeypatch.setattr(checkpoint, "open_tensors", exchange)
+    assert same(load_model(tmp_path / "m"), second)
+
+
+def test_a_model_whose_weights_are_packed_is_not_saved(tmp_path):
+    model = tiny(tied=True)
+    save_model(model, tmp_path / "m")
+    model.layout = "packed"
+    model.users.add("a thread")
+    with pytest.raises(ValueError, match="m: not saved, as the model generates meanwhile"):
+        save_model(model, tmp_path / "m")
+    assert load_model(tmp_path / "m")
+
+
 def test_a_tied_head_may_be_stored_all_the_same(tmp_path):
     model = tiny(tied=True)
     save_model(model, tmp_path / "m")

@@ -201,7 +201,66 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, read_only):
         check_writable(tmp_path / "deep")
 
 
+def test_threads_that_tokenizers_cannot_start_are_one_line(capsys):
+    class PanicException(BaseException):                        # pyo3's; a bug of theirs would be another
+        pass
+
+    said = "thread pool: ThreadPoolBuildError { kind: IOError(Os { code: 11 }) }"
+    assert shown(capsys, PanicException(said)) == (2, "error: no thread can be started; raise the limit (ulimit -u, or the "
+                                                      "container's), or end other processes\n")
+    with pytest.raises(PanicException, match="index"):
+        shown_by(PanicException("index out of range"))
+
+
+def test_a_current_folder_that_was_deleted_holds_nothing_and_stops_no_save(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    assert files.holds_cwd(tmp_path / "gone") and files.holds_cwd(tmp_path) and not files.holds_cwd(tmp_path / "other")
+    (tmp_path / "gone").rmdir()
+    with atomic_path(tmp_path / "x", folder=True) as new:
+        (new / "a").touch()
+    assert not files.holds_cwd(tmp_path) and names(tmp_path / "x") == ["a"]
+
+
 # ---- atomic_path
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_what_others_write_into_a_folder_that_is_replaced_meanwhile_stays(tmp_path, monkeypatch, swap):
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    for name in "config.json", "log", "changed", "sub/deep", f".x.{files.MARK}abc":
+        (folder / name).write_text("old")
+    exchange, log = files._exchange, open(folder / "log", "a")
+
+    def late(a, b):                                             # between the first look and the exchange
+        (folder / "later").write_text("theirs")
+        (folder / "changed.new").write_text("theirs")
+        os.replace(folder / "changed.new", folder / "changed")
+        return swap and exchange(a, b)
+
+    monkeypatch.setattr(files, "_exchange", late)
+    with log, atomic_path(folder, folder=True, keep=lambda name: name != "config.json") as new:
+        (new / "weights").write_text("new")
+        (folder / "soon").write_text("theirs")
+        log.write("+")
+    found = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert found == {"weights": "new", "log": "old+", "sub/deep": "old", "soon": "theirs", "later": "theirs", "changed": "theirs"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_error_between_two_renames_brings_the_old_folder_back(tmp_path, monkeypatch, error):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights").write_text("old")
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(error), atomic_path(tmp_path / "model", folder=True) as new:
+        (new / "weights").write_text("new")
+    assert (tmp_path / "model/weights").read_text() == "old" and names(tmp_path) == ["model"]
+
 
 def test_a_file_is_replaced_at_the_end_of_the_block_and_not_before(tmp_path):
     path = tmp_path / "deep" / "a.txt"

@@ -17,7 +17,7 @@ import eval_rouge
 import quantize as qz
 import train_grpo
 import train_kd
-from conftest import DOLLY, tiny, write_records
+from conftest import DOLLY, locked_by_another, tiny, write_records
 from minikd import checkpoint
 from minikd.checkpoint import load_model, read_quantization, save_model
 from minikd.data import encode_examples
@@ -313,7 +313,15 @@ def test_a_model_with_broken_weights_is_refused_by_the_layers_name(run, world, t
     save_model(model, tmp_path / "broken")
     status, _, err = run(model=("--model", tmp_path / "broken"))
     assert status == 2 and "model.layers.1.mlp.down_proj" in err and "not finite" in err
-    assert not (tmp_path / "w4").exists()
+    assert [path.name for path in (tmp_path / "w4").iterdir()] == [".lock"]
+
+
+def test_an_out_that_another_process_writes_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(qz, "quantize", None)                                   # would fail
+    (tmp_path / "w4").mkdir()
+    with locked_by_another(tmp_path / "w4"):
+        status, _, err = run("--method", "rtn", data=())
+    assert status == 2 and err == f"error: {tmp_path}/w4: another process is writing a run there; wait for it, or choose another --out\n"
 
 
 def test_a_kill_in_the_middle_leaves_nothing_that_loads(run, tmp_path):

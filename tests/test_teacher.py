@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import small
+from minikd import run
 from minikd import teacher as module
 from minikd.checkpoint import load_head, load_model, model_files, save_model
 from minikd.data import Encoded, collate
@@ -137,7 +139,7 @@ def test_of_two_processes_that_begin_a_cache_at_once_the_second_sees_what_the_fi
     """A real process holds the lock, and makes a cache of another teacher once this one waits; without the second look this one
     would go on in it."""
     (tmp_path / "cache").mkdir()
-    script = ("import fcntl, sys; file = open('.lock', 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print('in', flush=True); input(); "
+    script = ("import fcntl, sys; file = open('.filling', 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print('in', flush=True); input(); "
               "open('cache.json', 'w').write(sys.argv[1])")
     theirs = json.dumps({"made_from": {"teacher": "b"}})
     with subprocess.Popen([sys.executable, "-c", script, theirs], cwd=tmp_path / "cache", stdin=subprocess.PIPE,
@@ -156,6 +158,33 @@ def test_of_two_processes_that_begin_a_cache_at_once_the_second_sees_what_the_fi
             fill()
     assert fill.loads == 0 and "cache: another process is filling this cache; waiting for it" in capsys.readouterr().out
     assert (tmp_path / "cache/cache.json").read_text() == theirs
+
+
+def test_a_cache_that_is_deleted_while_it_is_filled_is_one_line(fill, tmp_path):
+    gone = []
+
+    def remove(rows):
+        if not gone and list((tmp_path / "cache").glob("states-*")):
+            gone.append(shutil.rmtree(tmp_path / "cache"))
+
+    with pytest.raises(InputError, match="cache: was changed while it was filled; delete it, and start again"):
+        fill(progress=remove)
+    assert gone
+
+
+def test_filling_a_cache_in_a_runs_own_folder_keeps_the_run_locked(fill, tmp_path):
+    """A process loses its lock on a file when it closes any handle of that file."""
+    run.lock(tmp_path / "cache")
+    fill()
+    child = os.fork()                                                           # locks belong to processes
+    if child == 0:
+        run.LOCKS.clear()
+        with suppress(InputError):
+            run.lock(tmp_path / "cache")
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    run.LOCKS.pop((tmp_path / "cache").resolve()).close()
 
 
 def test_a_stray_shard_with_a_later_name_is_not_used(fill, tmp_path):

@@ -575,6 +575,28 @@ def test_the_teachers_answers_are_cut_at_the_longest_row_too(run, mode, tmp_path
     assert max(map(len, answers)) == 120 and all(any(ids[:len(row.response)] == row.response for ids in answers) for row in cut)
 
 
+@pytest.mark.parametrize("which, flags", [("student", []), ("teacher", []), ("teacher", ["--loss", "forward_kl", "--cache-teacher"])])
+def test_a_model_that_is_replaced_during_the_run_ends_it(run, world, tmp_path, monkeypatch, which, flags):
+    """Both runs of a comparison begin with one student; and a cache knows the teacher that filled it."""
+    for name in "student", "teacher":
+        shutil.copytree(world / name, tmp_path / name)
+    hashed = kd.identify if which == "student" else kd.model_files
+    spied = "identify" if which == "student" else "model_files"
+
+    def replace_then(*given):                                                   # right after it was hashed
+        found = hashed(*given)
+        save_model(load_model(tmp_path / which).init_weights(5), tmp_path / which)
+        return found
+
+    if which == "teacher" and not flags:                                        # while it is loaded
+        spied, hashed = "load_model", kd.load_model
+    monkeypatch.setattr(kd, spied, replace_then)
+    flags = [*flags, tmp_path / "cache"] if flags else flags
+    status, _, err = run("--steps", "2", *flags, models=("--student", tmp_path / "student", "--teacher", tmp_path / "teacher"))
+    assert status == 2 and f"{which}: has changed since this run began; give a copy that stays" in err
+    assert not list((tmp_path / "cache").glob("states-*"))
+
+
 # ---- stopping and going on
 
 def test_after_kill_minus_nine_resume_ends_in_the_same_bits(run, tmp_path, world):
