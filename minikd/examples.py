@@ -80,6 +80,7 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
         what, mend = (f"format {name!r} is not known", "give one of:") if name else (
             f"its fields ({_names(record)}) fit no known format", "rename them to those of one:")
         raise InputError(f"{where}: {what}; {mend} {known}")
+    check_shown(record, where, *MEDIA)
     messages, instruction, input, answers = FORMATS[name][0](record, where)
     if messages[0]["role"] != "system" and (system := text_field(record, where, "system", "system_prompt", default="")):
         messages, instruction = ({"role": "system", "content": system}, *messages), f"{system}\n\n{instruction}"
@@ -123,11 +124,13 @@ def _ask(instruction: str, input: str, answers: tuple[str, ...], question: str =
 
 
 def _dolly(record, where):
+    check_shown(record, where, "history")
     return _ask(text_field(record, where, "instruction"), text_field(record, where, "context", "input", default=""),
                 (text_field(record, where, "response"),))
 
 
 def _alpaca(record, where):
+    check_shown(record, where, "history")
     asked = text_field(record, where, "instruction"), text_field(record, where, "input", default="")
     if not isinstance(record.get("output"), list):
         return _ask(*asked, (text_field(record, where, "output"),))
@@ -146,7 +149,8 @@ def _chat(record, where, field="messages"):
         if isinstance(turn, dict) and (turn.get("role") in TOOLS or turn.get("tool_calls")):
             raise Dropped(where, "use of a tool")
         if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
-            raise InputError(f"{at}: is not a turn of system, user or assistant; rename its role, or remove it")
+            why = f"its role is {turn.get('role')!r:.40}" if isinstance(turn, dict) else f"it is {kind_of(turn)}"
+            raise InputError(f"{at}: is not a turn of system, user or assistant: {why}; make it {{role, content}}, or remove it")
         if absent(turn.get("content")):
             raise InputError(f"{at}: field 'content' is {_state(turn, 'content')}; fill it or remove the record")
         turns.append({"role": turn["role"], "content": text_field(turn, at, "content", default="")})
@@ -159,11 +163,16 @@ def _chat(record, where, field="messages"):
     # One text for the "alpaca" template; in a conversation of several turns each is marked User: or Assistant:.
     instruction = "\n\n".join(turn["content"] if turn["role"] == "system" or len(asked) == 1 else
                               f"{turn['role'].title()}: {turn['content']}" for turn in turns[:last])
-    return tuple(turns[:last]), instruction, "", (turns[last]["content"],)
+    answer, told = turns[last]["content"], record[field][last]
+    if (thoughts := text_field(told, where, "reasoning_content", "thinking", default="")) and "</think>" not in answer:
+        answer = f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"
+    return tuple(turns[:last]), instruction, "", (answer,)
 
 
 def _sharegpt(record, where):
     turns = record.get("conversations")
+    if not absent(record.get("chosen")):
+        raise InputError(f"{where}: field 'chosen' would not be learned; append it to the conversation, and remove the field")
     if isinstance(turns, list):
         turns = [{"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
                  if isinstance(turn, dict) and "from" in turn else turn for turn in turns]
@@ -171,6 +180,8 @@ def _sharegpt(record, where):
 
 
 def _pair(record, where):
+    if record.get("label") is False:                            # in KTO's data
+        raise Dropped(where, "labelled as a bad answer")
     turns = []
     for role, names in zip(("user", "assistant"), PAIR):
         part = next((record[name] for name in names if not absent(record.get(name))), None)
@@ -178,20 +189,28 @@ def _pair(record, where):
             text = text_field(record, where, *names)
             if role == "user":
                 text = with_passage(record, where, text, record.get("prompt"))
-            part = [{"role": role, "content": text}]
+            part = [{"role": role, "content": text} | {name: record.get(name) for name in ("reasoning_content", "thinking")}]
         turns += part
     return _chat({"messages": turns}, where)
 
 
 def with_passage(record: dict, where: str, asked: str, prompt=None) -> str:
     """The question and the passage that it is about; only the question if it is a `prompt` that already contains the passage.
-    Raises InputError for answer choices, which would not be shown."""
-    for name in "choices", "options":
-        if not absent(record.get(name)) and record[name] not in ("", [], {}):
-            raise InputError(f"{where}: field {name!r} would not be shown to the model; write it into the question, and remove "
-                             "the field")
+    Raises InputError for answer choices and earlier turns, which would not be shown."""
+    check_shown(record, where, "choices", "options", "history")
     more = text_field(record, where, "context", "input", "passage", default="")
     return asked if not more or asked == prompt and more in asked else f"{asked}\n\n{more}"
+
+
+MEDIA = "image", "images", "video", "videos", "audio", "audios"
+
+
+def check_shown(record: dict, where: str, *names: str):
+    """Raises InputError for a field that belongs to the question, but would not be shown to the model."""
+    for name in names:
+        if not absent(record.get(name)) and record[name] not in ("", [], {}):
+            mend = "leave the record out" if name in MEDIA else "write it into the question, and remove the field"
+            raise InputError(f"{where}: field {name!r} would not be shown to the model; {mend}")
 
 
 def _bugnet(record, where):
@@ -238,7 +257,7 @@ def _held_out(record, where):
 
 
 TOOLS = "tool", "tool_call", "tool_response", "function", "function_call", "observation"       # roles of turns
-SHAREGPT = {"human": "user", "gpt": "assistant"}
+SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 PAIR = [("prompt", "question", "problem", "query"), ("completion", "response", "solution", "answer")]
 # In the order they are tried: (record, where) -> (messages, instruction, input, answers), as in Example; and the fields
 # that identify the format, one of each tuple.
@@ -246,9 +265,9 @@ FORMATS = {
     "held-out": (_held_out, [("messages",), ("instruction",), ("input",), ("references",)]),
     "codeforces": (_codeforces, [("messages", "prompt"), ("generation",)]),
     "chat": (_chat, [("messages",)]),
+    "sharegpt": (_sharegpt, [("conversations",)]),            # before dolly: Magpie has its first turn as a Dolly record too
     "dolly": (_dolly, [("instruction",), ("response",)]),
     "alpaca": (_alpaca, [("instruction",), ("output",)]),
-    "sharegpt": (_sharegpt, [("conversations",)]),
     "pair": (_pair, PAIR),
     "bugnet": (_bugnet, [("fail",), ("pass",)]),
     "pytorrent": (_pytorrent, [("summary", "docstring"), ("original_string", "code")]),

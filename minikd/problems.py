@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from minikd.data import Encoded
-from minikd.examples import same_prompt, text_field, with_passage
-from minikd.files import InputError
+from minikd.examples import MEDIA, check_shown, same_prompt, text_field, with_passage
+from minikd.files import InputError, parse_json
 from minikd.records import HALF, absent, read_records
 from minikd.toy import held_out
 
@@ -42,7 +42,7 @@ ANY_ORDER = re.compile(r"in (?:any|(?:an )?arbitrary) order", re.IGNORECASE)    
 
 CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward that tells right from wrong -> its fact
 FORMATS = "codeforces", "question"                                          # of records
-ANSWERS = "answer", "final_answer", "expected_answer", "response", "output", "solution"     # fields of a question's answer
+ANSWERS = "answer", "final_answer", "expected_answer", "response", "output", "solution", "answer_number"    # a question's
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,9 @@ def _of_codeforces(record: dict) -> bool:
 def _question(record: dict, where: str) -> tuple[str, dict]:
     """What is asked, and its answer, or the tests that a program must pass."""
     asked = next(filter(None, (_asked(record.get(name)) for name in ("question", "problem", "instruction", "prompt"))), "")
+    check_shown(record, where, *MEDIA)
     if isinstance(record.get("reward_model"), dict) and absent(record.get("answer")):      # verl's
-        record = record | {"answer": record["reward_model"].get("ground_truth")}
+        record = record | _ground_truth(record["reward_model"].get("ground_truth"), where)
     given = any(name in record for name in ANSWERS)
     tests = _tests(record, "tests", where) if isinstance(record.get("tests"), list) or not given else []
     if tests:                                                                   # an answer beside them is one program of many
@@ -195,13 +196,31 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     return f"{question}\n\n{PYTHON if tests else ANSWER}", facts
 
 
+def _ground_truth(value, where: str) -> dict:
+    """verl's ground truth as fields of a question: text, or JSON: the answer in a list, or a program's inputs and outputs."""
+    held = None
+    with suppress(ValueError):
+        held = parse_json(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else None
+    if isinstance(held, dict):
+        pairs = held.get("inputs"), held.get("outputs")
+        if held.get("fn_name") or not all(isinstance(texts, list) for texts in pairs) or len(pairs[0]) != len(pairs[1]):
+            raise InputError(f"{where}: field 'ground_truth' holds {', '.join(list(held)[:6])}, which cannot be judged; leave "
+                             "the record out")
+        return {"tests": [{"input": text, "output": wanted} for text, wanted in zip(*pairs)]}
+    return {"answer": held[0] if isinstance(held, list) and len(held) == 1 and isinstance(held[0], str) else value}
+
+
 def _answer(record: dict) -> str:
-    """The answer that others are compared with; "" where it is blank, or a proof, which nobody will repeat."""
+    """The answer that others are compared with; "" where it is blank, or prose or a proof, which nobody will repeat."""
     name = next((name for name in ANSWERS if not absent(record.get(name)) and str(record[name]).strip()), None)
-    whole = str(record[name]).strip() if name and isinstance(record[name], (str, int, float)) else ""
-    _, mark, tail = whole.rpartition("\n")[2].rpartition("####")                           # GSM8K's, on the last line
-    answer = boxed(whole) or (tail if mark else whole).strip()                              # NuminaMath boxes it
-    proof = (name == "solution" and answer == whole and len(answer.split()) > 1
+    value = record[name] if name else ""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    whole = str(value).strip() if isinstance(value, (str, int, float)) else ""
+    last = whole.rpartition("\n")[2]
+    told = re.search(r"(?:####|\b[Tt]he answer is:?)\s*(.+)$", last)                       # GSM8K's, MetaMath's
+    answer = boxed(whole) or (told[1] if told else whole).strip()                           # NuminaMath boxes it
+    words = re.findall(r"(?<!\\)\b[A-Za-z]{3,}", answer)                                    # but not commands of LaTeX
+    proof = (answer == whole and (len(words) > 3 or "\n" in answer)
              or answer.casefold() in ("proof", "notfound") or record.get("question_type") == "proof")      # NuminaMath-1.5's
     return "" if proof else answer
 
@@ -261,6 +280,8 @@ def _tests(record: dict, name: str, where: str) -> list[dict]:
     if not isinstance(value, list) or not all(isinstance(test, dict) and isinstance(test.get("input"), str)
                                               and isinstance(test.get("output"), str) for test in value):
         raise InputError(f"{where}: field {name!r} is not a list of {{input, output}} texts; fix the record")
+    if any(test.get("fn_name") or {test.get("testtype"), test.get("type")} & {"functional", "function_call"} for test in value):
+        raise InputError(f"{where}: field {name!r} tests a function, and minikd only whole programs; leave the record out")
     return [{"input": test["input"], "output": test["output"]} for test in value]
 
 

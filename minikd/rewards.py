@@ -47,7 +47,8 @@ _MARKERS = re.compile(r"\bStep \d+\b|^\d+\.(?!\d)|^[-*] +\S.*|\b(?:First|Second|
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?", re.ASCII | re.IGNORECASE)
 _PYTHON = ("", "python", "python3", "py")       # languages of a code fence; without one it is taken for Python
 # What does not change an answer, mostly as in the MATH dataset's own comparison (arXiv:2103.03874): pattern -> what replaces it.
-_LATEX = [(r"\\[dt]?frac\s*", r"\\frac"),
+_LATEX = [(r"^(?:####|(?i:(?:final )?answer(?: is)?\s*:))\s*", ""),                                            # Answer: 5
+          (r"\\[dt]?frac\s*", r"\\frac"),
           (r"\\frac(\d)", r"\\frac{\1}"), (r"\\frac(\{[^{}]*\})(\d)", r"\\frac\1{\2}"),                     # \frac12, \frac1{12}
           (r"\{,\}", ","), ("\u2212", "-"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),                                # 1{,}000; \sqrt2
           (r"([\^_])\{(\w)\}", r"\1\2"),                                                                      # 2^{3}, 11_{8}

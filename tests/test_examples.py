@@ -245,6 +245,45 @@ def test_a_docstring_is_removed_where_there_is_one(code, expected):
     assert without_docstring(code) == (code if expected is None else expected)
 
 
+# ---- fields that change what is asked or learned
+
+def test_a_field_of_the_question_that_would_not_be_shown_is_refused():
+    alpaca = {"instruction": "And now?", "input": "", "output": "o"}
+    for record in alpaca, DOLLY, {"prompt": "q", "completion": "a"}:
+        for history in None, [], "":
+            assert to_example(record | {"history": history, "images": history}, "d:1") == to_example(record, "d:1")
+        with pytest.raises(InputError, match="d:1: field 'history' would not be shown to the model; write it into"):
+            to_example(record | {"history": [["q0", "a0"]]}, "d:1")
+        with pytest.raises(InputError, match="d:1: field 'image' would not be shown to the model; leave the record out"):
+            to_example(record | {"image": "a.png"}, "d:1")
+
+
+def test_answers_that_are_labelled_bad_are_dropped_and_preference_pairs_refused():
+    pair = {"prompt": "q", "completion": "a"}
+    assert to_example(pair | {"label": True}, "d:1").response == "a" and to_example(pair | {"label": "no"}, "d:1").response == "a"
+    with pytest.raises(Dropped, match="labelled as a bad answer"):
+        to_example(pair | {"label": False}, "d:1")
+    with pytest.raises(InputError, match="field 'chosen' would not be learned"):
+        to_example({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}}, "d:1")
+
+
+def test_thoughts_that_stand_beside_an_answer_are_learned_with_it():
+    thought = "<think>\nlong\n</think>\n\na"
+    for field in "reasoning_content", "thinking":
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", field: " long\n"}]
+        assert to_example({"messages": turns}, "d:1").response == thought
+        assert to_example({"messages": turns + turns}, "d:1").messages[1]["content"] == "a"         # not in earlier turns
+        assert to_example({"problem": "q", "solution": "a", field: "long"}, "d:1").response == thought
+        assert to_example({"problem": "q", "solution": "<think>b</think>a", field: "long"}, "d:1").response == "<think>b</think>a"
+
+
+def test_the_whole_conversation_is_read_where_its_first_turn_is_a_dolly_record_too():
+    turns = [{"from": "human", "value": "q1"}, {"from": "gpt", "value": "a1"}, {"from": "human", "value": "q2"},
+             {"from": "chatgpt", "value": "a2"}]
+    example = to_example({"instruction": "q1", "response": "a1", "conversations": turns}, "d:1")           # Magpie
+    assert [turn["content"] for turn in example.messages] == ["q1", "a1", "q2"] and example.response == "a2"
+
+
 # ---- malformed records
 
 def test_missing_field_is_named_with_file_and_line():

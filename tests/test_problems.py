@@ -172,6 +172,37 @@ def test_a_prompt_may_be_a_list_of_messages_with_one_question():
             to_problem({"prompt": odd, "solution": "4"}, "x")
 
 
+def test_a_short_answer_with_spaces_is_no_proof():
+    for answer in r"2 \pi", "y = Ce^{-x} + 1", r"$\frac{1}{2} + x$", "Ada Lovelace", r"\left( 3, \frac{\pi}{2} \right)":
+        for field in "solution", "answer", "response":
+            assert to_problem({"question": "?", field: answer}, "x").facts == {"answer": answer}
+    for told in "so\n#### 110\nThe answer is: 110", "It is more. The answer is 110", "x\n#### 110":
+        assert to_problem({"question": "?", "response": told}, "x").facts == {"answer": "110"}
+    assert to_problem({"question": "?", "answer": ["7"]}, "x").facts == to_problem(
+        {"question": "?", "answer": None, "answer_number": 7}, "x").facts == {"answer": "7"}
+
+
+def test_the_ground_truth_of_verls_records_may_be_json():
+    verl = lambda truth: to_problem({"prompt": "?", "reward_model": {"ground_truth": truth}}, "x").facts
+    assert verl("34") == {"answer": "34"} and verl("[1, 2]") == {"answer": "[1, 2]"} and verl(r'["\\frac{1}{2}"]') == {"answer": r"\frac{1}{2}"}
+    tests = [{"input": "1\n", "output": "2\n"}, {"input": "2\n", "output": "3\n"}]
+    assert verl(json.dumps({"inputs": ["1\n", "2\n"], "outputs": ["2\n", "3\n"]})) == {"tests": tests, "language": "python"}
+    for strange in {"inputs": ["1"], "outputs": ["2"], "fn_name": "f"}, {"inputs": ["1"], "outputs": []}, {"target": 7}:
+        with pytest.raises(InputError, match="x: field 'ground_truth' holds .*, which cannot be judged; leave the record out"):
+            verl(json.dumps(strange))
+
+
+@pytest.mark.parametrize("more", [{"testtype": "functional"}, {"fn_name": "f"}, {"type": "function_call"}])
+def test_tests_of_a_function_are_refused(more):
+    with pytest.raises(InputError, match="x: field 'tests' tests a function"):
+        to_problem({"question": "?", "tests": [{"input": "1", "output": "2", "testtype": "stdin"}, {"input": "1", "output": "2"} | more]}, "x")
+
+
+def test_a_question_with_an_image_is_refused():
+    with pytest.raises(InputError, match="x: field 'images' would not be shown to the model; leave the record out"):
+        to_problem({"problem": "<image>Find x.", "answer": "3", "images": [{"path": "a.png"}]}, "x")
+
+
 def test_a_question_may_have_tests_in_place_of_an_answer():
     tests = [{"input": "3\n", "output": "6\n"}]
     problem = to_problem({"question": "Double it.", "tests": tests, "time_limit": 2}, "x")
@@ -235,7 +266,8 @@ def test_a_record_that_is_no_problem_is_one_line_with_its_place(tmp_path, record
 
 
 def test_records_without_an_answer_to_compare_with_are_left_out_and_counted(tmp_path):
-    answers = [{"answer": " "}, {"answer": "so\n#### "}, {"answer": None, "solution": "a proof"}, {"solution": "a proof"},
+    answers = [{"answer": " "}, {"answer": "so\n#### "}, {"answer": None, "solution": "Suppose not. Then, as before, 1 = 2."},
+               {"answer": "There are seven apples in the basket."}, {"output": "7\n\nas shown"},
                {"answer": float("nan")}, {"answer": []}]
     good = [{"answer": None, "solution": r"so \boxed{3}"}, {"answer": "", "solution": "4"}, {"answer": "5", "tests": "unread"}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"question": f"{i}?"} | more) + "\n"
