@@ -51,7 +51,7 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
         begun = versions(folder)
         try:
             model = _read_model(folder, device, dtype)
-        except InputError:
+        except (InputError, OSError):                           # or what a reader sees between two of the writer's steps
             if versions(folder) == begun:
                 raise
         else:

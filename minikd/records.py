@@ -127,7 +127,7 @@ def read_records(path, refuse: Callable[[InputError], None] | None = None,
     for file in data_files(path):
         reader = readers.get(Path(file.stem).suffix if file.suffix == ".gz" else file.suffix)
         if reader is None:
-            raise InputError(f"{file}: its name does not tell its format; unpack it, or rename it to end in one of "
+            raise InputError(f"{file}: its name does not tell its format; unpack or convert it, or rename it to end in one of "
                              f"{' '.join(ENDINGS)}")
         check_pointer(file)
         read = 0
