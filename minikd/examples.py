@@ -2,15 +2,17 @@
 
 A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are
 ignored, except two that any record may have: `category` and, if there is no system turn, `system` (or `system_prompt`). A pair's
-prompt includes its `context`, `input` or `passage`, and a pair with `choices` or `options` is refused; a codeforces record is
-dropped if its `finish_reason` says that it was cut.
+prompt includes its `context`, `input` or `passage`. What belongs to a question but would not be shown is refused: `choices` and
+`options` of a pair, `history` of a pair, dolly or alpaca record, images, videos and sound. A target's `reasoning_content` or
+`thinking` is put before it in <think> tags. A codeforces record is dropped if its `finish_reason` says that it was cut, a pair
+if its `label` is false (KTO).
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
                                                        argilla/databricks-dolly-15k-curated-multilingual
     alpaca      instruction, input, output             `output` may be a list of references, as in MiniLLM/dolly (its
                                                        `prompt` repeats instruction and input, and is not read)
     chat        messages [{role, content}]             the last assistant turn is the answer
-    sharegpt    conversations [{from, value}]          the same under the names human and gpt
+    sharegpt    conversations [{from, value}]          the same under the names human and gpt; not a `chosen` beside it
     pair        prompt, question, problem or query;    trl's, OpenOrca's, GSM8K's, MATH's, MetaMathQA's;
                 completion, response, solution         either part is a text or messages
                 or answer
