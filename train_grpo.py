@@ -127,8 +127,8 @@ def read_problems(args) -> tuple[list[problems.Problem], list[problems.Problem]]
                 problems.toy_problems(args.task, args.eval_examples, seed=99, test=True))
     found, left = problems.load_problems(args.data, args.limit, args.format)
     if len(found) < 2:
-        raise InputError(f"{', '.join(args.data)}: problems with an answer or tests: {len(found)}; give 2 or more, as one is "
-                         "held out")
+        raise InputError(f"{', '.join(args.data)}: problems with tests, or an answer that others can be compared with: "
+                         f"{len(found)} of {len(found) + left:,} records; give 2 or more, as one is held out")
     if left:
         print(f"{left:,} records left out: they repeat an earlier question, or have no statement or no comparable answer")
     names = {name.strip() for name in (args.rewards or ",".join(problems.CHECKS)).split(",")}

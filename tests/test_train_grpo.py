@@ -320,7 +320,7 @@ def test_evaluation_samples_no_more_at_once_than_a_step(run, monkeypatch):
     (["--rewards", "nice"], "no reward 'nice'"), (["--reward-weights", "1,2"], "2 weights for 1 rewards"),
     (["--reward-weights", "much"], "is not a list of numbers"), (["--reward-weights", "nan"], "a number from -10^9 to 10^9"),
     (["--rewards", "format,answer", "--reward-weights", "1,2e9"], "a number from -10^9 to 10^9"),
-    (["--weight-decay", "inf"], "--weight-decay inf"), (["--beta", "nan"], "--beta nan"), (["--limit", "1"], "tests: 1; give 2"),
+    (["--weight-decay", "inf"], "--weight-decay inf"), (["--beta", "nan"], "--beta nan"), (["--limit", "1"], "1 of 1 records; give 2 or more"),
     (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--rewards", "format,code"], "`code` can judge none of the 20 problems, which have no tests"),
     (["--rewards", "code_partial"], "`code_partial` can judge none of the 20 problems"),
@@ -495,6 +495,14 @@ def test_the_schedule_and_the_warm_up_reach_the_rate(run, monkeypatch):
     monkeypatch.setattr(rl, "learning_rate", lambda *given: (asked.append(given), rate(*given))[1])
     assert run("--steps", 2, "--schedule", "cosine", "--warmup", 1)[0] == 0
     assert asked == [(0, 2, 0.01, 1, "cosine"), (1, 2, 0.01, 1, "cosine")]
+
+
+def test_one_problem_is_too_few_and_those_left_out_are_counted(shell, world, tmp_path):
+    data = write_records(tmp_path / "d.jsonl", {"question": "1 + 1?", "answer": "2"}, {"question": "Why?", "answer": "Well,\nso."},
+                         {"question": "1 + 1?", "answer": "2"})
+    status, _, err = shell(rl, "--model", world / "model", "--data", data, "--out", tmp_path / "run")
+    assert status == 2 and err == (f"error: {data}: problems with tests, or an answer that others can be compared with: 1 of 3 "
+                                   "records; give 2 or more, as one is held out\n")
 
 
 def test_data_without_a_model_is_one_line(shell, world, tmp_path):
