@@ -4,7 +4,8 @@ A record's format is recognised from its fields. Other fields (`id`, `topic`, `i
 ignored, except two that any record may have: `category` and, if there is no system turn, `system` (or `system_prompt`). A pair's
 prompt includes its `context`, `input` or `passage`. What belongs to a question but would not be shown is refused: `choices` and
 `options` of a pair, `history` of a pair, dolly or alpaca record, images, videos and sound. A target's `reasoning_content` or
-`thinking` is put before it in <think> tags. A codeforces record is dropped if its `finish_reason` says that it was cut, a pair
+`thinking` is put before it in <think> tags; a pair with a model's `generation` beside its answer (s1K, distilabel) is refused,
+as only one of them can be learned. A codeforces record is dropped if its `finish_reason` says that it was cut, a pair
 if its `label` is false (KTO).
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
@@ -184,6 +185,10 @@ def _sharegpt(record, where):
 def _pair(record, where):
     if record.get("label") is False:                            # in KTO's data
         raise Dropped(where, "labelled as a bad answer")
+    for name in DISTILLED:
+        if not absent(record.get(name)) and record[name] not in ("", []):
+            raise InputError(f"{where}: field {name!r} holds another answer than the one that would be learned; remove it, or "
+                             "the other, and call what is to be learned `completion`")
     turns = []
     for role, names in zip(("user", "assistant"), PAIR):
         part = next((record[name] for name in names if not absent(record.get(name))), None)
@@ -204,6 +209,7 @@ def with_passage(record: dict, where: str, asked: str, prompt=None) -> str:
     return asked if not more or asked == prompt and more in asked else f"{asked}\n\n{more}"
 
 
+DISTILLED = "generation", "generations", "r1_generation", "deepseek_solution", "thinking_trajectories", "reannotated_messages"
 MEDIA = "image", "images", "video", "videos", "audio", "audios"
 
 

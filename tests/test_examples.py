@@ -267,6 +267,14 @@ def test_answers_that_are_labelled_bad_are_dropped_and_preference_pairs_refused(
         to_example({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}}, "d:1")
 
 
+def test_a_pair_with_two_answers_is_refused():
+    pair = {"problem": "q", "solution": "human"}
+    assert to_example(pair | {"generation": None, "generations": []}, "d:1").response == "human"
+    for name, value in ("generation", "distilled"), ("generations", ["distilled"]), ("thinking_trajectories", ["long"]):
+        with pytest.raises(InputError, match=f"d:1: field '{name}' holds another answer than the one that would be learned; remove"):
+            to_example(pair | {name: value}, "d:1")
+
+
 def test_thoughts_that_stand_beside_an_answer_are_learned_with_it():
     thought = "<think>\nlong\n</think>\n\na"
     for field in "reasoning_content", "thinking":
