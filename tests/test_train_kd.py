@@ -435,6 +435,13 @@ def test_on_policy_answers_hold_only_ids_that_the_tokenizer_has(settings, tokeni
     assert len(seen) > 10 and max(seen) < len(tokenizer)
 
 
+def test_all_micro_batches_of_an_on_policy_step_are_learned_from(settings, tmp_path, monkeypatch):
+    sizes, add = [], kd.forward_backward
+    monkeypatch.setattr(kd, "forward_backward", lambda batch, **terms: (sizes.append(len(batch)), add(batch, **terms))[1])
+    kd.train(**settings(loss="reverse_kl", on_policy=1.0, steps=2, batch_size=3, grad_accum=3, max_new_tokens=4))
+    assert sizes == [3] * 6
+
+
 def test_on_policy_steps_learn_from_the_students_own_answers_without_cross_entropy(settings, tmp_path, monkeypatch):
     seen, add = [], kd.forward_backward
     monkeypatch.setattr(kd, "forward_backward", lambda batch, **terms: (seen.append((batch, terms["kd_ratio"])),
@@ -570,7 +577,9 @@ def test_the_teachers_answers_are_cut_at_the_longest_row_too(run, mode, tmp_path
     status, out, err = run(*mode("seq-kd"), "--steps", "3", "--max-length", "150", "--max-new-tokens", "120")
     assert status == 0, err
     cut = [row for row in rows if len(row) == 150 and row.cut]
-    assert cut and max(map(len, rows)) == 150 and re.search(r"\d+ of the teacher's 20 answers cut at --max-length", out)
+    assert max(map(len, rows)) == 150 and len({tuple(row.prompt) for row in rows}) == 20
+    told = int(re.search(r"(\d+) of the teacher's 20 answers cut at --max-length", out)[1])
+    assert told == len({tuple(row.prompt) for row in cut}) > 1
     answers = [json.loads(line)["ids"] for line in (tmp_path / "run/teacher-answers.jsonl").read_text().splitlines()[1:]]
     assert max(map(len, answers)) == 120 and all(any(ids[:len(row.response)] == row.response for ids in answers) for row in cut)
 
@@ -697,12 +706,20 @@ def test_a_second_toy_in_the_same_folder_is_refused_before_it_changes_the_first_
     assert (tmp_path / "data/train.jsonl").read_text() == "the first one's"
 
 
-def test_the_toy_world_does_not_replace_what_lies_in_its_folders(shell, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/test.jsonl").write_text("mine")
+@pytest.mark.parametrize("folder", ["data", "tokenizer"])
+def test_the_toy_world_does_not_replace_what_lies_in_its_folders(shell, tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "test.jsonl").write_text("mine")
     status, _, err = shell(kd, "--out", tmp_path)
-    assert status == 2 and "data: was not made by the toy world" in err and err.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["data"] and (tmp_path / "data/test.jsonl").read_text() == "mine"
+    assert status == 2 and f"{folder}: was not made by the toy world" in err and err.count("\n") == 1
+    monkeypatch.setattr(toy, "make_tokenizer", lambda _: 1 / 0)                 # it goes on to that in a world of its own
+    for name in "teacher", "base":                                              # either may have been deleted
+        (tmp_path / "world" / folder).mkdir(parents=True, exist_ok=True)
+        kd.write_config(tmp_path / "world" / name, {"toy": True})
+        with pytest.raises(ZeroDivisionError):
+            kd.toy_world(tmp_path / "world", 0, False, "cpu")
+        shutil.rmtree(tmp_path / "world")
+    assert [path.name for path in tmp_path.iterdir()] == [folder] and (tmp_path / folder / "test.jsonl").read_text() == "mine"
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -128,6 +128,6 @@ def test_compiled_blocks_keep_less_for_the_backward_pass(monkeypatch):
         return kept.count((12, 40))
 
     model.model.compiled = torch.compile(run_blocks)
-    before = count()
-    compile_blocks(model)
-    assert count() == before - 1
+    before, other = count(), small(2)
+    compile_blocks(other, model)
+    assert count() == before - 1 and other.model.compiled is not None
