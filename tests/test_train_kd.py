@@ -584,7 +584,8 @@ def test_the_teachers_answers_are_cut_at_the_longest_row_too(run, mode, tmp_path
     assert max(map(len, answers)) == 120 and all(any(ids[:len(row.response)] == row.response for ids in answers) for row in cut)
 
 
-@pytest.mark.parametrize("which, flags", [("student", []), ("teacher", []), ("teacher", ["--loss", "forward_kl", "--cache-teacher"])])
+@pytest.mark.parametrize("which, flags", [("student", []), ("teacher", []),
+                                          ("teacher", ["--loss", "forward_kl", "--cache-teacher"])])
 def test_a_model_that_is_replaced_during_the_run_ends_it(run, world, tmp_path, monkeypatch, which, flags):
     """Both runs of a comparison begin with one student; and a cache knows the teacher that filled it."""
     for name in "student", "teacher":
