@@ -211,16 +211,16 @@ def _ground_truth(value, where: str) -> dict:
 
 
 def _answer(record: dict) -> str:
-    """The answer that others are compared with; "" where it is blank, or prose or a proof, which nobody will repeat."""
+    """The answer that others are compared with; "" where it is blank, or a proof, which nobody will repeat."""
     name = next((name for name in ANSWERS if not absent(record.get(name)) and str(record[name]).strip()), None)
     value = record[name] if name else ""
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     whole = str(value).strip() if isinstance(value, (str, int, float)) else ""
     last = whole.rpartition("\n")[2]
-    told = re.search(r"(?:####|\b[Tt]he answer is:?)\s*(.+)$", last)                       # GSM8K's, MetaMath's
+    told = re.search(r"(?:####|\b[Tt]he answer is:?)\s*(.*)$", last)                       # GSM8K's, MetaMath's
     answer = boxed(whole) or (told[1] if told else whole).strip()                           # NuminaMath boxes it
     words = re.findall(r"(?<!\\)\b[A-Za-z]{3,}", answer)                                    # but not commands of LaTeX
-    proof = (answer == whole and (len(words) > 3 or "\n" in answer)
+    proof = (name == "solution" and answer == whole and (len(words) > 3 or "\n" in answer)
              or answer.casefold() in ("proof", "notfound") or record.get("question_type") == "proof")      # NuminaMath-1.5's
     return "" if proof else answer
 

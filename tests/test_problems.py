@@ -267,7 +267,7 @@ def test_a_record_that_is_no_problem_is_one_line_with_its_place(tmp_path, record
 
 def test_records_without_an_answer_to_compare_with_are_left_out_and_counted(tmp_path):
     answers = [{"answer": " "}, {"answer": "so\n#### "}, {"answer": None, "solution": "Suppose not. Then, as before, 1 = 2."},
-               {"answer": "There are seven apples in the basket."}, {"output": "7\n\nas shown"},
+               {"solution": "There are seven apples in the basket."}, {"solution": "7\n\nas shown"},
                {"answer": float("nan")}, {"answer": []}]
     good = [{"answer": None, "solution": r"so \boxed{3}"}, {"answer": "", "solution": "4"}, {"answer": "5", "tests": "unread"}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"question": f"{i}?"} | more) + "\n"

@@ -498,7 +498,7 @@ def test_the_schedule_and_the_warm_up_reach_the_rate(run, monkeypatch):
 
 
 def test_one_problem_is_too_few_and_those_left_out_are_counted(shell, world, tmp_path):
-    data = write_records(tmp_path / "d.jsonl", {"question": "1 + 1?", "answer": "2"}, {"question": "Why?", "answer": "Well,\nso."},
+    data = write_records(tmp_path / "d.jsonl", {"question": "1 + 1?", "answer": "2"}, {"question": "Why?", "solution": "Well,\nso."},
                          {"question": "1 + 1?", "answer": "2"})
     status, _, err = shell(rl, "--model", world / "model", "--data", data, "--out", tmp_path / "run")
     assert status == 2 and err == (f"error: {data}: problems with tests, or an answer that others can be compared with: 1 of 3 "
