@@ -67,9 +67,10 @@ class Example:
 
 
 def recognise(record: dict) -> str | None:
-    """The first of FORMATS whose fields the record has, even if they are null; None when there is none."""
-    return next((name for name, (_, needs) in FORMATS.items()
-                 if all(any(key in record for key in either) for either in needs)), None)
+    """The first of FORMATS whose fields the record has filled, else has, even if they are null; None when there is none."""
+    fits = lambda has: next((name for name, (_, needs) in FORMATS.items()
+                             if all(any(map(has, either)) for either in needs)), None)
+    return fits(lambda key: not absent(record.get(key))) or fits(record.__contains__)
 
 
 def to_example(record: dict, where: str, format: str | None = None) -> Example:
@@ -167,17 +168,18 @@ def _chat(record, where, field="messages"):
     instruction = "\n\n".join(turn["content"] if turn["role"] == "system" or len(asked) == 1 else
                               f"{turn['role'].title()}: {turn['content']}" for turn in turns[:last])
     answer, told = turns[last]["content"], record[field][last]
-    if (thoughts := text_field(told, where, "reasoning_content", "thinking", default="")) and "</think>" not in answer:
+    told = {name: told.get(name) or None for name in ("reasoning_content", "thinking")}         # some have false, or []
+    if (thoughts := text_field(told, where, *told, default="")) and "</think>" not in answer:
         answer = f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"
     return tuple(turns[:last]), instruction, "", (answer,)
 
 
 def _sharegpt(record, where):
     turns = record.get("conversations")
-    if not absent(record.get("chosen")):
+    if record.get("chosen") not in (None, "", []) and not absent(record["chosen"]):
         raise InputError(f"{where}: field 'chosen' would not be learned; append it to the conversation, and remove the field")
     if isinstance(turns, list):
-        turns = [{"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
+        turns = [turn | {"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
                  if isinstance(turn, dict) and "from" in turn else turn for turn in turns]
     return _chat({"conversations": turns}, where, "conversations")
 

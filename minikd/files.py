@@ -180,17 +180,19 @@ def atomic_path(path, folder: bool = False, keep=None):
         os.close(held)
 
 
-def _keep(old: Path, new: Path, keep):
-    """Puts into the folder `new` what `old` holds, of the names that `keep` is true of, if it is not there. Files are linked:
-    nothing is copied, and a log that is open stays the same file."""
+def _keep(old: Path, new: Path, keep=lambda name: True):
+    """Puts into the folder `new` what `old` holds, of the names that `keep` is true of, if it is not there or older there. Files
+    are linked: nothing is copied, and a log that is open stays the same file."""
     for path in old.iterdir() if old.exists() else ():
         place = new / path.name
-        if not keep(path.name) or MARK in path.name or place.exists() and (place.is_dir() or place.samefile(path)):
+        if not keep(path.name) or path.name.startswith(".") and f".{MARK}" in path.name:        # temporary_folder's
             continue
         if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, place, symlinks=True, copy_function=_link)
-        else:
-            place.unlink(missing_ok=True)                       # an earlier version of it
+            place.mkdir(exist_ok=True)
+            _keep(path, place)
+            shutil.copystat(path, place)
+        elif not os.path.lexists(place) or place.lstat().st_mtime_ns < path.lstat().st_mtime_ns:    # of a link itself
+            place.unlink(missing_ok=True)
             _link(path, place)
 
 

@@ -31,7 +31,7 @@ ANSWER = "Write the answer, and nothing else, between <answer> and </answer>."
 PYTHON = "Write a Python 3 program that reads standard input and writes standard output, in a ```python block."
 
 # What a statement says if several outputs are right, or if nearly right ones are accepted: comparing texts cannot judge these.
-UNDECIDED = re.compile(r"(?:print|output|report|return)\W+(?:any\b(?! (?:extra|other|additional))|one of (?:them|these)\b)"
+UNDECIDED = re.compile(r"(?:print|output|report|return)\W+(?:any\b(?! (?:extra|other|additional))|one of (?:them|these(?! \w))\b)"
                        r"|any (?:of them|(?:valid|correct|such) \w+) (?:will be|is|are) (?:accepted|allowed|correct)"
                        r"|(?<!how )(?<!infinitely )(?:multiple|several|many|more than one)"
                        r"(?: (?:possible|correct|valid|optimal|such))* (?:answers?|solutions?|outputs?|strategies)\b"
@@ -280,7 +280,8 @@ def _tests(record: dict, name: str, where: str) -> list[dict]:
     if not isinstance(value, list) or not all(isinstance(test, dict) and isinstance(test.get("input"), str)
                                               and isinstance(test.get("output"), str) for test in value):
         raise InputError(f"{where}: field {name!r} is not a list of {{input, output}} texts; fix the record")
-    if any(test.get("fn_name") or {test.get("testtype"), test.get("type")} & {"functional", "function_call"} for test in value):
+    if any(test.get("fn_name") or any(test.get(key) in ("functional", "function_call") for key in ("testtype", "type"))
+           for test in value):
         raise InputError(f"{where}: field {name!r} tests a function, and minikd only whole programs; leave the record out")
     return [{"input": test["input"], "output": test["output"]} for test in value]
 

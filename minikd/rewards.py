@@ -183,7 +183,7 @@ def _plain(answer: str) -> str:
     """The answer without what _LATEX takes off it."""
     text = boxed(answer) or answer
     for pattern, replacement in _LATEX:
-        text = re.sub(pattern, replacement, text.strip("$* \n").removesuffix(".").rstrip("$* \n"))
+        text = re.sub(pattern, replacement, re.sub(r"(?<!\.)\.$", "", text.strip("$* \n")).rstrip("$* \n"))
     return text.strip() or answer.strip()                       # all of it may be marks
 
 

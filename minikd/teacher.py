@@ -43,10 +43,10 @@ class CachedTeacher:
 
     def __init__(self, folder, head: Tensor):
         self.head, self.shards = head, {}                                       # row's digest -> the open shard that holds it
-        for path in sorted(Path(folder).glob("states-*.safetensors")):
+        for path in sorted(Path(folder).glob(f"states-{5 * '[0-9]'}.safetensors"), reverse=True):
             with suppress(SafetensorError):                                     # a stray file: those of fill_cache are complete
                 shard = safe_open(path, framework="pt")                         # mapped into memory, not read whole
-                self.shards = dict.fromkeys(shard.keys(), shard) | self.shards  # first come: a stray file's name may be later
+                self.shards |= dict.fromkeys(shard.keys(), shard)               # the first name wins: a stray one may be later
 
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
         """As Teacher.states, in bfloat16 as stored.  Raises KeyError for a row that fill_cache was not given."""

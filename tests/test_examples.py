@@ -267,6 +267,12 @@ def test_answers_that_are_labelled_bad_are_dropped_and_preference_pairs_refused(
         to_example({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}}, "d:1")
 
 
+def test_fields_that_are_null_do_not_decide_the_format():
+    """As in tables merged from several sets."""
+    alpaca = {"instruction": "i", "input": "", "output": "o"}
+    assert to_example(alpaca | {"conversations": None, "messages": None, "chosen": ""}, "d:1") == to_example(alpaca, "d:1")
+
+
 def test_a_pair_with_two_answers_is_refused():
     pair = {"problem": "q", "solution": "human"}
     assert to_example(pair | {"generation": None, "generations": []}, "d:1").response == "human"
@@ -282,6 +288,10 @@ def test_thoughts_that_stand_beside_an_answer_are_learned_with_it():
         assert to_example({"messages": turns}, "d:1").response == thought
         assert to_example({"messages": turns + turns}, "d:1").messages[1]["content"] == "a"         # not in earlier turns
         assert to_example({"problem": "q", "solution": "a", field: "long"}, "d:1").response == thought
+        assert to_example({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", field: "long"}]},
+                          "d:1").response == thought
+        for none in False, [], None:
+            assert to_example({"problem": "q", "solution": "a", field: none}, "d:1").response == "a"
         assert to_example({"problem": "q", "solution": "<think>b</think>a", field: "long"}, "d:1").response == "<think>b</think>a"
 
 

@@ -228,12 +228,15 @@ def test_a_current_folder_that_was_deleted_holds_nothing_and_stops_no_save(tmp_p
 def test_what_others_write_into_a_folder_that_is_replaced_meanwhile_stays(tmp_path, monkeypatch, swap):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
-    for name in "config.json", "log", "changed", "sub/deep", f".x.{files.MARK}abc":
+    for name in "config.json", "log", "changed", "sub/deep", f".x.{files.MARK}abc", "minikd-notes":
         (folder / name).write_text("old")
+    (tmp_path / "token").write_text("beside")
+    (folder / "link").symlink_to("../token")
     exchange, log = files._exchange, open(folder / "log", "a")
 
     def late(a, b):                                             # between the first look and the exchange
         (folder / "later").write_text("theirs")
+        (folder / "sub/later").write_text("theirs")
         (folder / "changed.new").write_text("theirs")
         os.replace(folder / "changed.new", folder / "changed")
         return swap and exchange(a, b)
@@ -244,6 +247,7 @@ def test_what_others_write_into_a_folder_that_is_replaced_meanwhile_stays(tmp_pa
         (folder / "soon").write_text("theirs")
         log.write("+")
     found = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert found.pop("link") == "beside" and found.pop("sub/later") == "theirs" and found.pop("minikd-notes") == "old"
     assert found == {"weights": "new", "log": "old+", "sub/deep": "old", "soon": "theirs", "later": "theirs", "changed": "theirs"}
 
 

@@ -126,7 +126,7 @@ def test_what_a_comparison_could_not_judge_has_no_tests(changed):
     assert changed.get("interaction_format", "") in problem.messages[-1]["content"]
 
 
-@pytest.mark.parametrize("said", ["You can choose any two of them, in any order, and swap them. Don't print any extra spaces.", "There are several ways; print their number.", "Print it for one of these.",
+@pytest.mark.parametrize("said", ["You can choose any two of them, in any order, and swap them. Don't print any extra spaces.", "There are several ways; print their number.", "Print one of these two words: YES or NO.",
                                   "Is there any answer? Print YES or NO.", "He does not find any coins.", "Print ERROR if not.",
                                   "Print how many solutions there are, or -1 if there are infinitely many solutions."])
 def test_what_has_one_answer_keeps_its_tests(said):
@@ -196,6 +196,11 @@ def test_the_ground_truth_of_verls_records_may_be_json():
 def test_tests_of_a_function_are_refused(more):
     with pytest.raises(InputError, match="x: field 'tests' tests a function"):
         to_problem({"question": "?", "tests": [{"input": "1", "output": "2", "testtype": "stdin"}, {"input": "1", "output": "2"} | more]}, "x")
+
+
+def test_a_type_of_a_test_may_be_anything_else():
+    tests = [{"input": "1", "output": "2", "type": ["stdin"]}]
+    assert to_problem({"question": "?", "tests": tests}, "x").facts["tests"] == [{"input": "1", "output": "2"}]
 
 
 def test_a_question_with_an_image_is_refused():
