@@ -137,17 +137,17 @@ def describe_calibration(rows: list, samples: int, config) -> str:
     return f"calibration: {len(rows):,} rows, {tokens:,} tokens" + (f" (note: {few})" if few else "")
 
 
-def as_stored(folder: Path, dtype) -> tuple:
-    """Two dtypes: one to hold a folder's model in, its own, or `dtype` if it has several; one to write what is not packed in."""
+def as_stored(folder: Path) -> tuple:
+    """Two dtypes: one to hold a folder's model in, its own, or float32 if it has several; one to write what is not packed in."""
     stored = stored_dtypes(folder)
     saved = stored["model.embed_tokens.weight"]
     saved = saved if saved in (torch.bfloat16, torch.float16) else torch.float32    # float8 cannot be computed in
-    return saved if set(stored.values()) == {saved} else dtype, saved
+    return saved if set(stored.values()) == {saved} else torch.float32, saved
 
 
 def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype):
     """Quantises the model in `folder` by `method` and writes the 4-bit folder `out`."""
-    held, saved = as_stored(folder, dtype) if args.dtype == "auto" else (dtype, dtype)
+    held, saved = as_stored(folder) if args.dtype == "auto" else (dtype, dtype)
     model, started = load_model(folder, "cpu", held), time.perf_counter()       # one block at a time is on `device` in `dtype`
     shares = {}                                                                 # layer -> its error / round-to-nearest's
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:

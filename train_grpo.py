@@ -379,8 +379,8 @@ ENOUGH = 0.25                   # share of right answers, sampled before the fir
 
 
 def report(found: dict, step: int, log: Log, truncated: float = 0.0) -> str:
-    """Logs what accuracy() found; returns it as a line to print, with a note if there is little to learn from at step 0, or if
-    most answers of the step are truncated."""
+    """Logs what accuracy() found; returns it as a line to print, with notes: at step 0 if there is little to learn from, later
+    if most answers of the step were cut."""
     log.write(step=step, **{f"valid_{key}": value for key, value in found.items()})
     numbers = ", ".join(f"{key.removeprefix('reward/')} {value:.2f}" for key, value in found.items()
                         if isinstance(value, float))

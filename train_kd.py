@@ -65,7 +65,8 @@ def parse_args():
         help="plain text (records with `text`): its cross-entropy is added to every step")
     add("--format", choices=FORMATS, help="schema of the records, recognised from their fields if not given")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="format of the prompt")
-    add("--max-length", type=int, default=512, help="tokens of prompt and response; longer responses of the data are cut")
+    add("--max-length", type=int, default=512,
+        help="tokens of prompt and response; longer responses are cut, but not the student's own")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped")
     add("--limit", type=int, help="read only the first LIMIT usable records of --data")
     add("--validation", type=int, default=500, toy=100, help="examples held out of --data")
@@ -515,7 +516,8 @@ def main():
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or max(1, math.ceil(round(args.epochs * per_epoch, 6)))  # 0.07 x 100 is 7.000000000000001
     check_student(args.student, tokenizer)
-    seen = versions(model_folder(args.student))                 # before it is hashed
+    begins = model_folder(args.student)
+    seen = versions(begins)                                     # before it is hashed
     settings = flags_of(train, args, but=("student", "teacher", "loss", "lr", "out")) | dict(
         tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
         eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
@@ -539,7 +541,7 @@ def main():
     elif args.teacher:
         teacher = open_teacher(args, tokenizer, rows + held_out[0], device, teacher_dtype, lengths, report.files)
     settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
-    student = functools.partial(load_unchanged, args.student, seen, device)
+    student = functools.partial(load_unchanged, begins, seen, device)
     if args.from_sft:
         stage(out / "sft", student, loss="sft", lr=3e-3, recorded=recorded, **settings)
         args.student = str(out / "sft" / "best")

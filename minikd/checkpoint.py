@@ -47,17 +47,18 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     there, are read again.
     """
     folder = model_folder(name)
-    while True:
+    for last in *9 * [False], True:
         begun = versions(folder)
         try:
             model = _read_model(folder, device, dtype)
-        except (InputError, OSError):                           # or what a reader sees between two of the writer's steps
-            if versions(folder) == begun:
+        except (InputError, OSError):                           # of the files, or between two steps of their writer
+            if last or versions(folder) == begun:
                 raise
         else:
             if versions(folder) == begun:
                 return model
             del model                                           # parts of two models
+    raise InputError(f"{folder}: is written again and again while it is read; give a folder that stays as it is")
 
 
 def versions(folder: Path) -> dict[str, tuple]:

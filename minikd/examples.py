@@ -154,7 +154,7 @@ def _chat(record, where, field="messages"):
             raise Dropped(where, "use of a tool")
         if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
             why = f"its role is {turn.get('role')!r:.40}" if isinstance(turn, dict) else f"it is {kind_of(turn)}"
-            raise InputError(f"{at}: is not a turn of system, user or assistant: {why}; make it {{role, content}}, or remove it")
+            raise InputError(f"{at}: is not a turn of system, user or assistant: {why}; give it one of these roles, or remove it")
         if absent(turn.get("content")):
             raise InputError(f"{at}: field 'content' is {_state(turn, 'content')}; fill it or remove the record")
         turns.append({"role": turn["role"], "content": text_field(turn, at, "content", default="")})
@@ -211,7 +211,8 @@ def with_passage(record: dict, where: str, asked: str, prompt=None) -> str:
     return asked if not more or asked == prompt and more in asked else f"{asked}\n\n{more}"
 
 
-DISTILLED = "generation", "generations", "r1_generation", "deepseek_solution", "thinking_trajectories", "reannotated_messages"
+DISTILLED = ("generation", "generations", "r1_generation", "deepseek_solution", "deepseek_attempt", "thinking_trajectories",
+             "reannotated_messages")
 MEDIA = "image", "images", "video", "videos", "audio", "audios"
 
 
@@ -307,8 +308,8 @@ def without_docstring(code: str) -> str:
             warnings.simplefilter("ignore")                     # about escapes like "\d" in the source
             tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
+        keep = lambda found: found[1] + (found[2] if found[4] else "")
         for pattern in _DOCSTRINGS:
-            keep = lambda found: found[1] + (found[2] if found[4] else "")
             code, found = re.subn(pattern, keep, code, count=1, flags=re.DOTALL | re.MULTILINE)
             if found:
                 break

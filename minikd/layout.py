@@ -70,7 +70,8 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
               reaches 60% of the memory's bandwidth in bfloat16, and takes two to five times as long in float32. In a 4-bit
               model only the head is packed; the layers are joined
     "joined"  on a GPU, and a 4-bit model elsewhere too: q/k/v as one product and gate/up as another
-    None      as they are: for fewer than WORTH steps, inside another laid_out, a float32 toy, one bfloat16 row (torch_products)
+    None      as they are: for fewer than WORTH steps, with layers joined for good (teacher.Teacher), a float32 toy, one bfloat16
+              row (torch_products)
     """
     weight, mlp = model.head, model.model.layers[0].mlp
     cpu, four_bits = weight.device.type == "cpu", model.quantization is not None

@@ -204,8 +204,8 @@ def _ground_truth(value, where: str) -> dict:
     if isinstance(held, dict):
         pairs = held.get("inputs"), held.get("outputs")
         if held.get("fn_name") or not all(isinstance(texts, list) for texts in pairs) or len(pairs[0]) != len(pairs[1]):
-            raise InputError(f"{where}: field 'ground_truth' holds {', '.join(list(held)[:6])}, which cannot be judged; leave "
-                             "the record out")
+            what = ", ".join(list(held)[:6]) or "nothing"
+            raise InputError(f"{where}: field 'ground_truth' holds {what}, which cannot be judged; leave the record out")
         return {"tests": [{"input": text, "output": wanted} for text, wanted in zip(*pairs)]}
     return {"answer": held[0] if isinstance(held, list) and len(held) == 1 and isinstance(held[0], str) else value}
 
@@ -219,7 +219,7 @@ def _answer(record: dict) -> str:
     last = whole.rpartition("\n")[2]
     told = re.search(r"(?:####|\b[Tt]he answer is:?)\s*(.*)$", last)                       # GSM8K's, MetaMath's
     answer = boxed(whole) or (told[1] if told else whole).strip()                           # NuminaMath boxes it
-    words = re.findall(r"(?<!\\)\b[A-Za-z]{3,}", answer)                                    # but not commands of LaTeX
+    words = re.findall(r"[A-Za-z]{3,}", re.sub(r"\\(?:begin|end)\{\w+\*?\}|\\[A-Za-z]+", " ", answer))      # none of LaTeX's
     proof = (name == "solution" and answer == whole and (len(words) > 3 or "\n" in answer)
              or answer.casefold() in ("proof", "notfound") or record.get("question_type") == "proof")      # NuminaMath-1.5's
     return "" if proof else answer
@@ -249,7 +249,7 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     as the statement says so in usual words), a program of the contest checks or answers, or files are used."""
     title, description, stdin, stdout, interaction, note = (text_field(record, where, name, default="") for name in (
         "title", "description", "input_format", "output_format", "interaction_format", "note"))
-    if not description.strip():
+    if not description:
         kind = Unanswered if "description" in record else InputError
         raise kind(f"{where}: has no `description`; add one, or leave out --format codeforces")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))

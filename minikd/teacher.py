@@ -108,13 +108,16 @@ def alone(folder: Path):
     """Inside the `with` block no other process fills the cache in `folder`: it waits. Where files cannot be locked, all may."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        busy = False
         with suppress(OSError):                                 # no permission, or a file system without locks; not run.LOCK
             file = stack.enter_context(open(folder / ".filling", "a"))
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                print(f"{folder}: another process is filling this cache; waiting for it", flush=True)
-                fcntl.lockf(file, fcntl.LOCK_EX)
+            except BlockingIOError:
+                busy = True
+        if busy:
+            print(f"{folder}: another process is filling this cache; waiting for it", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 

@@ -251,6 +251,24 @@ def test_what_others_write_into_a_folder_that_is_replaced_meanwhile_stays(tmp_pa
     assert found == {"weights": "new", "log": "old+", "sub/deep": "old", "soon": "theirs", "later": "theirs", "changed": "theirs"}
 
 
+def test_what_stays_is_there_as_soon_as_the_folder_is(tmp_path, monkeypatch):
+    (tmp_path / "model/sub").mkdir(parents=True)
+    for name in "log", "sub/deep":
+        (tmp_path / "model" / name).write_text("old")
+    keep, calls = files._keep, []
+
+    def once(*given):                                           # interrupted right after the exchange
+        if calls and len(given) == 3:                           # for a subfolder it calls itself with two
+            raise KeyboardInterrupt
+        calls.append(keep(*given))
+
+    monkeypatch.setattr(files, "_keep", once)
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "model", folder=True, keep=lambda name: True) as new:
+        (new / "weights").write_text("new")
+    assert {str(path.relative_to(tmp_path / "model")) for path in (tmp_path / "model").rglob("*") if path.is_file()} == {
+        "weights", "log", "sub/deep"}
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_error_between_two_renames_brings_the_old_folder_back(tmp_path, monkeypatch, error):
     (tmp_path / "model").mkdir()

@@ -173,7 +173,8 @@ def test_a_prompt_may_be_a_list_of_messages_with_one_question():
 
 
 def test_a_short_answer_with_spaces_is_no_proof():
-    for answer in r"2 \pi", "y = Ce^{-x} + 1", r"$\frac{1}{2} + x$", "Ada Lovelace", r"\left( 3, \frac{\pi}{2} \right)":
+    matrix = r"\begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}"
+    for answer in matrix + ", " + matrix, r"2 \pi", "y = Ce^{-x} + 1", r"$\frac{1}{2} + x$", "Ada Lovelace", r"\left( 3, \frac{\pi}{2} \right)":
         for field in "solution", "answer", "response":
             assert to_problem({"question": "?", field: answer}, "x").facts == {"answer": answer}
     for told in "so\n#### 110\nThe answer is: 110", "It is more. The answer is 110", "x\n#### 110":
