@@ -231,6 +231,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             ref = log_probs(reference, answers) if beta else old                # with beta 0 the KL is not used
             if ratio == "sequence" and inner_epochs > 1:
                 old = log_probs(model, answers)                 # a bfloat16 sampler's differ by more than GSPO's small clip
+            rate = learning_rate(step, steps, lr, warmup, schedule)
             for epoch in range(inner_epochs):
                 log_s = None                                                    # None: a ratio for each token
                 if ratio == "sequence":                                         # GSPO: log s of each answer, 0 before an update
@@ -241,7 +242,6 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                     pick = lambda column: [column[i] for i in batch]
                     sums += backward(pick(answers), pick(old), pick(ref), advantages.view(-1)[batch], pick(weight),
                                      log_s and pick(log_s))     # [4] for the log
-                rate = learning_rate(step, steps, lr, warmup, schedule)
                 grad_norm = float(apply_gradient(model, optimizer, rate, max_grad_norm))
                 check_gradient(grad_norm, f"{out}, step {step + 1}", lr, dtype, first=step == epoch == 0)
             clock.append(time.perf_counter())

@@ -375,10 +375,10 @@ def planned(args) -> list[tuple[str, str, float, str]]:
     return [(f"{args.loss} lr {lr:g}", args.loss, lr, f"lr-{lr:g}") for lr in args.lr]
 
 
-def load_unchanged(name, seen: dict, *where) -> Qwen2:
+def load_unchanged(folder: Path, seen: dict, *where) -> Qwen2:
     """load_model, but raises InputError if the files are no longer those of which `seen` are the `versions`."""
-    model = load_model(name, *where)
-    check_unchanged(name, seen)
+    model = load_model(folder, *where)
+    check_unchanged(folder, seen)
     return model
 
 
@@ -516,8 +516,8 @@ def main():
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or max(1, math.ceil(round(args.epochs * per_epoch, 6)))  # 0.07 x 100 is 7.000000000000001
     check_student(args.student, tokenizer)
-    begins = model_folder(args.student)
-    seen = versions(begins)                                     # before it is hashed
+    student_folder = model_folder(args.student)
+    seen = versions(student_folder)                             # before it is hashed
     settings = flags_of(train, args, but=("student", "teacher", "loss", "lr", "out")) | dict(
         tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
         eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
@@ -541,7 +541,7 @@ def main():
     elif args.teacher:
         teacher = open_teacher(args, tokenizer, rows + held_out[0], device, teacher_dtype, lengths, report.files)
     settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
-    student = functools.partial(load_unchanged, begins, seen, device)
+    student = functools.partial(load_unchanged, student_folder, seen, device)
     if args.from_sft:
         stage(out / "sft", student, loss="sft", lr=3e-3, recorded=recorded, **settings)
         args.student = str(out / "sft" / "best")

@@ -47,12 +47,12 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     there, are read again.
     """
     folder = model_folder(name)
-    for last in *9 * [False], True:
+    for left in range(9, -1, -1):                               # more tries
         begun = versions(folder)
         try:
             model = _read_model(folder, device, dtype)
         except (InputError, OSError):                           # of the files, or between two steps of their writer
-            if last or versions(folder) == begun:
+            if not left or versions(folder) == begun:
                 raise
         else:
             if versions(folder) == begun:
@@ -71,10 +71,10 @@ def versions(folder: Path) -> dict[str, tuple]:
     return found
 
 
-def check_unchanged(name, seen: dict[str, tuple]):
+def check_unchanged(folder: Path, seen: dict[str, tuple]):
     """Raises InputError if a model's files are no longer those of which `seen` are the `versions`."""
-    if versions(model_folder(name)) != seen:
-        raise InputError(f"{name}: has changed since this run began; give a copy that stays as it is, and start again")
+    if versions(folder) != seen:
+        raise InputError(f"{folder}: has changed since this run began; give a copy that stays as it is, and start again")
 
 
 def _read_model(folder: Path, device, dtype: torch.dtype) -> Qwen2:

@@ -168,7 +168,7 @@ def _chat(record, where, field="messages"):
     instruction = "\n\n".join(turn["content"] if turn["role"] == "system" or len(asked) == 1 else
                               f"{turn['role'].title()}: {turn['content']}" for turn in turns[:last])
     answer, told = turns[last]["content"], record[field][last]
-    told = {name: told.get(name) or None for name in ("reasoning_content", "thinking")}         # some have false, or []
+    told = {name: told.get(name) or None for name in THOUGHTS}  # some have false, or []
     if (thoughts := text_field(told, where, *told, default="")) and "</think>" not in answer:
         answer = f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"
     return tuple(turns[:last]), instruction, "", (answer,)
@@ -198,7 +198,7 @@ def _pair(record, where):
             text = text_field(record, where, *names)
             if role == "user":
                 text = with_passage(record, where, text, record.get("prompt"))
-            part = [{"role": role, "content": text} | {name: record.get(name) for name in ("reasoning_content", "thinking")}]
+            part = [{"role": role, "content": text} | {name: record.get(name) for name in THOUGHTS}]
         turns += part
     return _chat({"messages": turns}, where)
 
@@ -267,6 +267,7 @@ def _held_out(record, where):
     return messages, instruction, input, answers
 
 
+THOUGHTS = "reasoning_content", "thinking"                      # fields of a turn, or of a pair
 TOOLS = "tool", "tool_call", "tool_response", "function", "function_call", "observation"       # roles of turns
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 PAIR = [("prompt", "question", "problem", "query"), ("completion", "response", "solution", "answer")]

@@ -230,7 +230,7 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)         # not a venv's link
     seconds = math.ceil(timeout) + 1                            # of CPU time, if the wall clock should fail
     return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED, "judged": JUDGED,
-            "boot": f"exec({inspect.getsource(_boot) + '_boot()'!r}, {{}})", "uid": uid,       # see there
+            "boot": f"exec({inspect.getsource(_boot) + '_boot()'!r}, {{}})", "uid": uid,       # its own globals
             "readable": READABLE + [python, f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)],
             "limits": LIMITS | {"RLIMIT_CPU": seconds, "RLIMIT_AS": int(memory_mb * MB)}}
 

@@ -88,19 +88,27 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
         missing = {name: held for name, held in shards.items() if not whole(folder / name, held, width)}
         teacher = Teacher(load()) if missing else None
         for name, held in missing.items():
-            states, items, device = {}, list(held.items()), teacher.head.device
-            for start in range(0, len(items), batch_size):
-                digests, part = zip(*items[start:start + batch_size])
-                with mixed_precision(device, dtype):
-                    found = teacher.states(part, *collate(part, pad_id, device)).bfloat16().cpu()       # [N, D']
-                states |= zip(digests, found.split([len(row.response) for row in part]))
-                if progress:
-                    progress(len(part))
+            states = states_of(teacher, held, pad_id, batch_size, dtype, progress)
             with atomic_path(folder / name) as new:
                 save_tensors(states, new)
-        if not (folder / FACTS).exists() or not all(whole(folder / name, held, width) for name, held in shards.items()):
+        good = not missing or all(whole(folder / name, held, width) for name, held in shards.items())
+        if not (good and (folder / FACTS).exists()):
             raise InputError(f"{folder}: was changed while it was filled; delete it, and start again")
         return sum(len(row.response) for held in missing.values() for row in held.values())
+
+
+def states_of(teacher: Teacher, rows: dict[str, Encoded], pad_id: int, batch_size: int, dtype: torch.dtype,
+              progress) -> dict[str, Tensor]:
+    """The teacher's states of rows by their digests: [n, D'] each, in bfloat16 on the CPU."""
+    states, items, device = {}, list(rows.items()), teacher.head.device
+    for start in range(0, len(items), batch_size):
+        digests, part = zip(*items[start:start + batch_size])
+        with mixed_precision(device, dtype):
+            found = teacher.states(part, *collate(part, pad_id, device)).bfloat16().cpu()               # [N, D']
+        states |= zip(digests, found.split([len(row.response) for row in part]))
+        if progress:
+            progress(len(part))
+    return states
 
 
 @contextmanager
