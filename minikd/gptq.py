@@ -240,12 +240,11 @@ def output_errors(weight: Tensor, quantized: list[Tensor], hessian: Tensor) -> l
 # ---- a model, layer by layer
 
 def stages(block: Block, rope: dict) -> list:
-    """The two halves of a block, and the order in which their layers are quantised.
+    """The order in which a block's layers are quantised: [(names of layers that share their inputs, x -> those inputs [B, T, I])]
 
-    -> [(half of the block, [(names of layers that share their inputs, x -> those inputs [B, T, I])])]
-        attention   q, k, v <- input_layernorm(x);           o <- heads(x)
-        MLP         gate, up <- post_attention_layernorm(x); down <- gated(x)
-    A half maps x [B, T, D] to x [B, T, D].  rope: T -> the tables of rope_tables
+        q, k, v  <- input_layernorm(x);           o    <- heads(x);  x += o(heads(x))
+        gate, up <- post_attention_layernorm(x);  down <- gated(x);  x += down(gated(x))
+    x [B, T, D] is the block's input, and after o_proj the input of its MLP.  rope: T -> the tables of rope_tables
     Inputs are computed through the layers before, which are quantised by then.
     """
     def heads(x):                                               # the inputs of o_proj [B, T, H E]
@@ -254,10 +253,8 @@ def stages(block: Block, rope: dict) -> list:
     def gated(x):                                               # those of down_proj [B, T, W]
         return block.mlp.gated(block.post_attention_layernorm(x))
 
-    qkv = tuple(f"self_attn.{letter}_proj" for letter in "qkv")
-    return [(lambda x: x + block.self_attn.o_proj(heads(x)), [(qkv, block.input_layernorm), (("self_attn.o_proj",), heads)]),
-            (lambda x: x + block.mlp.down_proj(gated(x)),
-             [(("mlp.gate_proj", "mlp.up_proj"), block.post_attention_layernorm), (("mlp.down_proj",), gated)])]
+    return [(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), block.input_layernorm), (("self_attn.o_proj",), heads),
+            (("mlp.gate_proj", "mlp.up_proj"), block.post_attention_layernorm), (("mlp.down_proj",), gated)]
 
 
 def calibration_batches(rows: list[Encoded], pad_id: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -279,17 +276,17 @@ def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device, dtype)
             for T in {x.shape[1] for x in states}}
     for i, block in enumerate(model.model.layers):
         block.to(device, dtype)
-        for half, steps in stages(block, rope):
-            for names, inputs in steps:
-                hessian = Hessian(block.get_submodule(names[0]).in_features, device)
-                for x, (_, mask) in zip(states, batches, strict=True):
-                    hessian.add(inputs(x), mask.to(device))
-                names = [f"model.layers.{i}.{name}" for name in names]
-                H = hessian.finish(names[0])                                    # of all that share these inputs
-                for name in names:
-                    yield name, H
-            for x in states:
-                x.copy_(half(x))                                                # by now through quantised layers
+        for names, inputs in stages(block, rope):
+            layer = block.get_submodule(names[0])
+            hessian = Hessian(layer.in_features, device)
+            for x, (_, mask) in zip(states, batches, strict=True):
+                hessian.add(inputs(x), mask.to(device))
+            H = hessian.finish(f"model.layers.{i}.{names[0]}")                  # of all that share these inputs
+            for name in names:
+                yield f"model.layers.{i}.{name}", H
+            if len(names) == 1:                                                 # o_proj or down_proj, quantised by now
+                for x in states:
+                    x += layer(inputs(x))
         block.to(home)                                                          # device and dtype
 
 
