@@ -307,11 +307,6 @@ def quantize_layer(layer: nn.Linear, hessian: Tensor | None, name: str, grid: di
     return found, report
 
 
-def block_of(name: str) -> int:
-    """17 of model.layers.17.mlp.up_proj"""
-    return int(name.split(".")[2])
-
-
 @torch.no_grad()
 def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int = 4, group_size: int = 128,
                    sym: bool = True, act_order: bool = True, damp: float = 0.01, clip_search: bool = False,
@@ -346,9 +341,8 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
                           dtype or model.head.dtype)
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in order:
-        for other, layer in layers.items() if store else ():
-            if block_of(other) < block_of(name):                                # a finished block's: free the memory
-                layer.weight.data = layer.weight.new_empty(0)
+        for done in results if store and name.endswith("q_proj") else ():       # a block begins: free those before it
+            layers[done].weight.data = layers[done].weight.new_empty(0)
         found, report = quantize_layer(layers[name], hessian, name, grid, act_order, damp)
         if store:                                                               # packed before it is moved: fewer bytes
             results[name] = {key: part.to(home) for key, part in store(*found).items()}
