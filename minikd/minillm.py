@@ -32,7 +32,6 @@ the weight w_t out of the exact first term (its mean over y_t is 1, so it would 
 (--lm-data) is only its cross-entropy here; there half of it is the cross-entropy with the teacher. Every distribution covers
 the rows that both heads share, including those past the tokenizer's ids (271 of Qwen2.5's 151,936), so these can be sampled too.
 """
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -137,13 +136,13 @@ def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps
     collecting  the arguments of collect, except rows and seed
     """
     phase_steps = inner_epochs * steps_per_epoch(rollouts, batch_size, grad_accum)      # steps between two samplings
-    for phase in range(start // phase_steps, math.ceil(steps / phase_steps)):
-        first, phase_seed = phase * phase_steps, seed + 7919 * phase            # first: its first step
-        if first >= start:
+    for step in range(start, steps):
+        phase, inner = divmod(step, phase_steps)
+        phase_seed = seed + 7919 * phase
+        if inner == 0:
             sampled[:] = collect(rows=next_rows(rows, phase, rollouts, seed), seed=phase_seed, **collecting)
-        for inner, batches in optimizer_steps(sampled, max(0, start - first), min(phase_steps, steps - first), batch_size,
-                                              grad_accum, phase_seed):
-            yield first + inner, batches
+        _, batches = next(optimizer_steps(sampled, inner, inner + 1, batch_size, grad_accum, phase_seed))
+        yield step, batches
 
 
 def pack_rollouts(rollouts: list[Rollout]) -> dict[str, Tensor]:
