@@ -81,9 +81,7 @@ def importance_weights(logq: Tensor, logp: Tensor, mix: float, product: bool = F
     too. `product` gives every token the product of the whole answer's weights: exact, but of high variance. (Eq. (5)'s
     product ends at t: it leaves out the tokens whose rewards R_{t+1} sums.)
     """
-    if not mix:
-        return torch.ones_like(logq)
-    logw = logq - log_mix(logp, logq, mix)                                      # w_t of eq. (7)
+    logw = logq - log_mix(logp, logq, mix)                                      # w_t of eq. (7); 1 without a mix
     return (logw.sum().expand_as(logw) if product else logw).exp()              # eq. (5), to the answer's end
 
 
