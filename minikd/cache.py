@@ -84,8 +84,7 @@ class StaticCache(KVCache):
         self.slot = torch.full((1,), cache.used, device=cache.valid.device)     # [1] where the next token goes
         written = torch.arange(self.valid.shape[1], device=self.valid.device) <= self.slot      # and the next one
         # [B, S] added to the scores: -inf where a row may not look. Built once, not from a bool mask in every layer.
-        self.bias = torch.zeros_like(self.valid, dtype=self.keys[0].dtype)
-        self.bias.masked_fill_(~(self.valid & written), -torch.inf)
+        self.bias = torch.where(self.valid & written, 0.0, -torch.inf).to(self.keys[0].dtype)
         self.parts = make_parts(self.keys[0], self.config.num_attention_heads)
 
     def layer(self, i: int) -> Slots:
