@@ -88,9 +88,7 @@ def parse_args():
         raise InputError(f"{args.model}: no toy student yet; run train_kd.py first, or give --model, --calibration and --out")
     if args.out is None:
         raise InputError("--model without --out; add --out FOLDER")
-    args.methods = ["rtn", "gptq"] if toy else ["gptq"]
-    if args.method:
-        args.methods = [args.method]
+    args.methods = [args.method] if args.method else ["rtn", "gptq"] if toy else ["gptq"]
     if "gptq" in args.methods and not args.calibration:
         raise InputError("--method gptq without --calibration; add --calibration FILE, or choose --method rtn")
     if args.bits != 4:
