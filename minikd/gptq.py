@@ -29,7 +29,7 @@ the factor of the inverse comes from one Cholesky instead of two (inverse_factor
 import functools
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -48,23 +48,15 @@ MAX_DAMP = 10.0                                     # more damping than any sum 
 @contextmanager
 def full_precision():
     """Float32 products in full float32, whatever the process allows: TF32 and bfloat16 would keep 3 digits of 7."""
-    try:
-        allowed = torch.get_float32_matmul_precision()
-    except RuntimeError:                                        # set by torch's newer names, which do not mix with this one
-        backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    else:
-        backends = ()
-        torch.set_float32_matmul_precision("highest")
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        except RuntimeError:                                    # set by torch's newer names, which do not mix with this one
+            for backend in torch.backends.cuda.matmul, torch.backends.mkldnn.matmul:
+                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+                backend.fp32_precision = "ieee"
         yield
-    finally:
-        for backend, precision in zip(backends, before):
-            backend.fp32_precision = precision
-        if not backends:
-            torch.set_float32_matmul_precision(allowed)
 
 
 # ---- one layer
