@@ -249,20 +249,16 @@ def stages(block: Block, rope: dict) -> list:
             (("mlp.gate_proj", "mlp.up_proj"), block.post_attention_layernorm), (("mlp.down_proj",), gated)]
 
 
-def calibration_batches(rows: list[Encoded], pad_id: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-    """ids [B, T] and a mask [B, T] True on all real tokens, prompt and response alike; similar lengths in one batch."""
-    rows = [Encoded([], row.prompt + row.response, row.cut, row.index) for row in rows]     # a mask over every token
-    return [collate([rows[i] for i in at], pad_id) for at in by_length(rows, batch_size)]
-
-
-def calibrate(model: Qwen2, batches: list[tuple[Tensor, Tensor]], device, dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yields each layer's name and Hessian, in the order to quantise them.
+def calibrate(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, device, dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yields each layer's name and Hessian, in the order to quantise them. All tokens of the rows count, prompt and response.
 
     The caller must put the layer's quantised weight in place before asking for the next one: later inputs are computed
     through it. `device` holds one Hessian and, in `dtype`, the batches' hidden states and one block; the model may be elsewhere
     and in another dtype.
     """
     home, config = model.head, model.config
+    rows = [Encoded([], row.prompt + row.response, row.cut, row.index) for row in rows]     # a mask over every token
+    batches = [collate([rows[i] for i in at], pad_id) for at in by_length(rows, batch_size)]        # [B, T] ids and mask
     states = [model.model.embed_tokens(ids.to(home.device)).to(device, dtype) for ids, _ in batches]      # [B, T, D] each
     rope = {T: rope_tables(torch.arange(T, device=device)[None], config.rope_theta, config.head_dim, states[0].dtype)
             for T in {x.shape[1] for x in states}}
@@ -329,8 +325,7 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         check_weight(layer.weight, group_size, name)
     order, home, results = ((name, None) for name in layers), model.head.device, {}
     if method == "gptq":
-        order = calibrate(model, calibration_batches(rows, pad_id, batch_size), torch.device(device or home),
-                          dtype or model.head.dtype)
+        order = calibrate(model, rows, pad_id, batch_size, torch.device(device or home), dtype or model.head.dtype)
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in order:
         for done in results if store and name.endswith("q_proj") else ():       # a block begins: free those before it
