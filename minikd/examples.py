@@ -176,8 +176,7 @@ def _chat(record, where, field="messages"):
 
 def _sharegpt(record, where):
     turns = record.get("conversations")
-    if record.get("chosen") not in (None, "", []) and not absent(record["chosen"]):
-        raise InputError(f"{where}: field 'chosen' would not be learned; append it to the conversation, and remove the field")
+    check_shown(record, where, "chosen", fault="would not be learned; append it to the conversation, and remove the field")
     if isinstance(turns, list):
         turns = [turn | {"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
                  if isinstance(turn, dict) and "from" in turn else turn for turn in turns]
@@ -187,10 +186,8 @@ def _sharegpt(record, where):
 def _pair(record, where):
     if record.get("label") is False:                            # in KTO's data
         raise Dropped(where, "labelled as a bad answer")
-    for name in DISTILLED:
-        if not absent(record.get(name)) and record[name] not in ("", []):
-            raise InputError(f"{where}: field {name!r} holds another answer than the one that would be learned; remove it, or "
-                             "the other, and call what is to be learned `completion`")
+    check_shown(record, where, *DISTILLED, fault="holds another answer than the one that would be learned; remove it, or "
+                                                 "the other, and call what is to be learned `completion`")
     turns = []
     for role, names in zip(("user", "assistant"), PAIR):
         part = next((record[name] for name in names if not absent(record.get(name))), None)
@@ -216,12 +213,12 @@ DISTILLED = ("generation", "generations", "r1_generation", "deepseek_solution", 
 MEDIA = "image", "images", "video", "videos", "audio", "audios"
 
 
-def check_shown(record: dict, where: str, *names: str):
-    """Raises InputError for a field that belongs to the question, but would not be shown to the model."""
+def check_shown(record: dict, where: str, *names: str, fault: str = ""):
+    """Raises InputError for a field that holds something, but would not be shown to the model, or has another fault."""
     for name in names:
         if not absent(record.get(name)) and record[name] not in ("", [], {}):
             mend = "leave the record out" if name in MEDIA else "write it into the question, and remove the field"
-            raise InputError(f"{where}: field {name!r} would not be shown to the model; {mend}")
+            raise InputError(f"{where}: field {name!r} {fault or f'would not be shown to the model; {mend}'}")
 
 
 def _bugnet(record, where):
