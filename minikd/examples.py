@@ -10,8 +10,8 @@ if its `label` is false (KTO).
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
                                                        argilla/databricks-dolly-15k-curated-multilingual
-    alpaca      instruction, input, output             `output` may be a list of references, as in MiniLLM/dolly (its
-                                                       `prompt` repeats instruction and input, and is not read)
+    alpaca      instruction, input, output             `output`, as dolly's `response`, may be a list of references: so in
+                                                       MiniLLM/dolly (its `prompt` repeats the question, and is not read)
     chat        messages [{role, content}]             the last assistant turn is the answer
     sharegpt    conversations [{from, value}]          the same under the names human and gpt; not a `chosen` beside it
     pair        prompt, question, problem or query;    trl's, OpenOrca's, GSM8K's, MATH's, MetaMathQA's;
@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -127,20 +128,14 @@ def _ask(instruction: str, input: str, answers: tuple[str, ...], question: str =
     return ({"role": "user", "content": content},), instruction, input, answers
 
 
-def _dolly(record, where):
+def _alpaca(record, where, more=("input",), field="output"):
     check_shown(record, where, "history")
-    return _ask(text_field(record, where, "instruction"), text_field(record, where, "context", "input", default=""),
-                (text_field(record, where, "response"),))
-
-
-def _alpaca(record, where):
-    check_shown(record, where, "history")
-    asked = text_field(record, where, "instruction"), text_field(record, where, "input", default="")
-    if not isinstance(record.get("output"), list):
-        return _ask(*asked, (text_field(record, where, "output"),))
-    texts = [text_field({"output": text}, where, "output", default="") for text in record["output"]]
+    asked = text_field(record, where, "instruction"), text_field(record, where, *more, default="")
+    if not isinstance(record.get(field), list):
+        return _ask(*asked, (text_field(record, where, field),))
+    texts = [text_field({field: text}, where, field, default="") for text in record[field]]
     if not any(texts):
-        raise Dropped(where, "empty output")
+        raise Dropped(where, f"empty {field}")
     return _ask(*asked, tuple(filter(None, texts)))             # the first is the target, all are references
 
 
@@ -260,8 +255,7 @@ def _codeforces(record, where):
 
 def _held_out(record, where):
     messages, *_ = _chat(record, where)
-    _, instruction, input, answers = _alpaca(record | {"output": record.get("references")}, where)
-    return messages, instruction, input, answers
+    return messages, *_alpaca(record, where, field="references")[1:]
 
 
 THOUGHTS = "reasoning_content", "thinking"                      # fields of a turn, or of a pair
@@ -275,7 +269,7 @@ FORMATS = {
     "codeforces": (_codeforces, [("messages", "prompt"), ("generation",)]),
     "chat": (_chat, [("messages",)]),
     "sharegpt": (_sharegpt, [("conversations",)]),            # before dolly: Magpie has its first turn as a Dolly record too
-    "dolly": (_dolly, [("instruction",), ("response",)]),
+    "dolly": (partial(_alpaca, more=("context", "input"), field="response"), [("instruction",), ("response",)]),
     "alpaca": (_alpaca, [("instruction",), ("output",)]),
     "pair": (_pair, PAIR),
     "bugnet": (_bugnet, [("fail",), ("pass",)]),

@@ -54,6 +54,7 @@ def test_alpaca_with_several_outputs_trains_on_the_first_and_compares_with_all()
     assert (example.response, example.references, example.category) == ("Hi", ("Hi", "Hello"), "alpaca")
     assert "<n>" not in example.messages[0]["content"]
     assert to_example({**record, "output": "Hi"}, "d:1").references == ("Hi",)
+    assert to_example({**DOLLY, "response": ["Hi", "", "Hello"]}, "d:1").references == ("Hi", "Hello")
 
 
 def test_chat_trains_on_the_last_assistant_turn_and_keeps_the_system_prompt():
@@ -309,7 +310,7 @@ def test_missing_field_is_named_with_file_and_line():
         "data.jsonl:812: field 'response' is missing; ")
 
 
-@pytest.mark.parametrize("value, words", [(None, "null"), (float("nan"), "null"), (3, "an int"), (["x"], "a list"),
+@pytest.mark.parametrize("value, words", [(None, "null"), (float("nan"), "null"), (3, "an int"), ([3], "an int"),
                                           ({"a": 1}, "a dict"), (True, "a bool"), ("\ud800", "lone surrogate")])
 def test_required_field_of_the_wrong_kind_is_named(value, words):
     text = message({**DOLLY, "response": value})
