@@ -11,7 +11,7 @@ from minikd.files import InputError, write_jsonl
 from minikd.generate import respond
 from minikd.head import compare_heads, head_loss, scored_positions
 from minikd.model import Qwen2, mixed_precision
-from minikd.records import HALF, kind_of, read_records
+from minikd.records import check_text, read_records
 from minikd.rouge import exact_match, mean_by_category, rouge_l_best, tokens
 from minikd.teacher import Teacher
 from minikd.tokenizer import Tokenizer
@@ -199,10 +199,7 @@ def _texts(value, where: str, names: tuple[str, ...], single: bool = False) -> t
         value = value[what]
     texts = tuple(value) if isinstance(value, list) and not single else (value,)
     for text in texts:
-        if not isinstance(text, str) or HALF.search(text):
-            fault = ("holds half a character (a lone surrogate); fix its escapes" if isinstance(text, str) else
-                     f"is {kind_of(text)}; make it text")
-            raise InputError(f"{where}: {what} {fault}")
+        check_text(text, where, what)
     if not texts:
         raise InputError(f"{where}: {what} is an empty list; give a reference")
     return texts

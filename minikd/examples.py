@@ -44,7 +44,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from minikd.files import InputError, sha256
-from minikd.records import HALF, absent, data_files, kind_of, read_records
+from minikd.records import absent, check_text, data_files, kind_of, read_records
 
 # ---- a record -> an example
 
@@ -100,10 +100,7 @@ def text_field(record: dict, where: str, *names: str, default: str | None = None
     """
     filled = {name: record[name] for name in names if not absent(record.get(name))}
     for name, value in filled.items():
-        if not isinstance(value, str):
-            raise InputError(f"{where}: field {name!r} is {kind_of(value)}; make it text")
-        if HALF.search(value):
-            raise InputError(f"{where}: field {name!r} holds half a character (a lone surrogate); fix its escapes")
+        check_text(value, where, f"field {name!r}")
         if value.strip():
             return value
     if default is not None:

@@ -20,7 +20,7 @@ from itertools import islice
 from minikd.data import Encoded
 from minikd.examples import MEDIA, check_shown, same_prompt, text_field, with_passage
 from minikd.files import InputError, parse_json
-from minikd.records import HALF, absent, read_records
+from minikd.records import absent, check_text, read_records
 from minikd.toy import held_out
 
 NOISE, UNTAGGED = 0.25, 0.3             # share of the answers with thoughts that have a wrong step; share without thoughts
@@ -165,8 +165,7 @@ def to_problem(record: dict, where: str, format: str | None = None) -> Problem:
     stated = _of_codeforces(record) and not absent(record["description"])
     read = _codeforces if format == "codeforces" or stated and not format else _question
     text, facts = read(record, where)
-    if HALF.search(text + json.dumps(facts, ensure_ascii=False)):
-        raise InputError(f"{where}: holds half a character (a lone surrogate); fix its escapes")
+    check_text(text + json.dumps(facts, ensure_ascii=False), where, "the record")
     return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts)
 
 

@@ -114,6 +114,14 @@ def kind_of(value) -> str:
     return "null" if absent(value) else "text" if isinstance(value, str) else f"a{'n' * (name[0] in 'aeiou')} {name}"
 
 
+def check_text(value, where: str, what: str):
+    """Raises InputError, naming `what`, for a value that is not text, or holds half a character."""
+    fault = (f"is {kind_of(value)}; make it text" if not isinstance(value, str) else
+             "holds half a character (a lone surrogate); fix its escapes" if HALF.search(value) else "")
+    if fault:
+        raise InputError(f"{where}: {what} {fault}")
+
+
 def read_records(path, refuse: Callable[[InputError], None] | None = None,
                  kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str, dict]]:
     """Streams (where, record) from every file that data_files finds; where is "file.jsonl:812".
