@@ -152,7 +152,7 @@ def read_predictions(path) -> list[str]:
     """One answer per line of a .txt, or per record of a .jsonl, .json or .csv: its field prediction, text, response or
     output, or the record itself if it is a string."""
     return [_texts(value, where, ("prediction", "text", "response", "output"), single=True)[0]
-            for where, value in _entries(path)]
+            for where, value in read_records(path, kinds=(dict, str, list))]
 
 
 def read_references(path, format: str | None = None) -> list[Example]:
@@ -162,7 +162,7 @@ def read_references(path, format: str | None = None) -> list[Example]:
     makes of it; its response, output or text; the record itself if it is a string. With `format`, only what to_example makes.
     """
     examples = []
-    for where, value in _entries(path):
+    for where, value in read_records(path, kinds=(dict, str, list)):
         fields = value if isinstance(value, dict) else {}
         if format or not {"references", "reference"} & set(fields) and recognise(fields):
             examples.append(to_example(fields, where, format))
@@ -170,22 +170,6 @@ def read_references(path, format: str | None = None) -> list[Example]:
             right = _texts(value, where, ("references", "reference", "response", "output", "text"))
             examples.append(Example((), "", "", right[0], right, text_field(fields, where, "category", default=""), where))
     return examples
-
-
-def _entries(path):
-    """(where, value) of each record, or of each line of a .txt, where an empty line is an empty answer."""
-    if Path(path).suffix != ".txt":
-        yield from read_records(path, kinds=(dict, str, list))
-        return
-    data = Path(path).expanduser().read_bytes()
-    if not data:
-        raise InputError(f"{path}: holds no records; check that it was written or downloaded completely")
-    try:
-        lines = data.decode("utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: is not UTF-8 ({error}); save it as UTF-8") from error
-    yield from ((f"{path}:{number}", line.removesuffix("\r")) for number, line in enumerate(lines, 1))
 
 
 def _texts(value, where: str, names: tuple[str, ...], single: bool = False) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ def data_files(name) -> list[Path]:
     if not base:                                                # Path("") would be the current folder
         raise InputError(f"{str(name)!r}: names no file or folder to read; give one")
     path = Path(base).expanduser()
-    if base.endswith(ENDINGS) and not path.is_dir():            # runs/data.jsonl is no hub name: do not ask the hub
+    if base.endswith((*ENDINGS, ".txt")) and not path.is_dir():                    # runs/data.jsonl is no hub name: do not ask it
         raise InputError(f"{name}: {base} is a file, so there is nothing to choose; give {base} alone" if path.is_file() else
                          f"{base}: no such file; check the path")
     held = files_on_hub(base, kind="dataset")
@@ -128,10 +128,11 @@ def read_records(path, refuse: Callable[[InputError], None] | None = None,
 
     refuse  called with the error of a malformed line, which is then skipped. Errors after which nothing more can be
             read (a broken gzip, an unclosed quote in a csv) are raised all the same.
-    kinds   the types that a record may have: eval_rouge.py also takes a file of strings
+    kinds   the types that a record may have: eval_rouge.py also takes strings, and so the lines of a .txt, empty ones included
     Raises InputError naming file and line.
     """
     readers = {".jsonl": _json_lines, ".json": _json_file, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    readers |= {".txt": _text_lines} if str in kinds else {}
     for file in data_files(path):
         reader = readers.get(Path(file.stem).suffix if file.suffix == ".gz" else file.suffix)
         if reader is None:
@@ -173,6 +174,15 @@ def _parse(data: bytes, file: Path, line: int = 1):
     except ValueError as error:
         reason = str(error)
     raise InputError(f"{file}:{line}: not JSON ({reason}): {data[:40]!r}; fix or remove it")
+
+
+def _text_lines(file: Path):
+    for number, line in _lines(file):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")         # -sig: less a BOM
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}:{number}: is not UTF-8 ({error}); save it as UTF-8") from error
+        yield f"{file}:{number}", text.rstrip("\r\n")
 
 
 def _json_lines(file: Path):

@@ -206,7 +206,7 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
     (["--data", "r.jsonl"], "--data without --model; give both"),
     (["--model", "m", "--data", "r.jsonl", "--predictions", "p.txt", "--references", "r.jsonl"], "give one of them"),
     (["--predictions", "p.txt", "--references", "two.txt"], "p.txt: has 3 predictions, but two.txt has 2 references"),
-    (["--predictions", "none.txt", "--references", "r.jsonl"], "none.txt: No such file"),
+    (["--predictions", "none.txt", "--references", "r.jsonl"], "none.txt: no such file"),
     (["--predictions", "none.jsonl", "--references", "r.jsonl"], "none.jsonl: no such file"),
     (["--predictions", "p.txt", "--references", "wrong.jsonl"], "wrong.jsonl:2: has none of the fields references"),
     (["--predictions", "number.jsonl", "--references", "r.jsonl"], "number.jsonl:1: text is an int; make it text"),
