@@ -199,7 +199,7 @@ def _ground_truth(value, where: str) -> dict:
     """verl's ground truth as fields of a question: text, or JSON: the answer in a list, or a program's inputs and outputs."""
     held = None
     with suppress(ValueError):
-        held = parse_json(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else None
+        held = parse_json(value) if isinstance(value, str) else None
     if isinstance(held, dict):
         pairs = held.get("inputs"), held.get("outputs")
         if held.get("fn_name") or not all(isinstance(texts, list) for texts in pairs) or len(pairs[0]) != len(pairs[1]):
