@@ -205,16 +205,7 @@ def read_template(folder: Path, config: dict):
     if [int(part) for part in re.findall(r"\d+", held)[:3]] < [3, 1, 6]:
         raise InputError(f"{path}: has a chat template, a program that jinja2 {held} cannot run safely; pip install -U jinja2")
     from jinja2 import TemplateError
-    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %}: marks for training what the model writes; the text inside is rendered as it is."""
-        tags = {"generation"}
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def refuse(text):
         raise TemplateError(text)
@@ -222,8 +213,9 @@ def read_template(folder: Path, config: dict):
     given = {key: text for key in config if key.endswith("_token") and (text := named(config, key))}   # it may write eos_token
     given |= {"tools": None, "documents": None, "raise_exception": refuse,
               "strftime_now": lambda format: datetime.now().strftime(format)}
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)     # jinja's own is for HTML
+    source = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source)   # marks what the model writes; a block like any
     try:
         return environment.from_string(source, globals=given)
     except (TemplateError, RecursionError) as error:
