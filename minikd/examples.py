@@ -49,7 +49,7 @@ from minikd.records import absent, check_text, data_files, kind_of, read_records
 # ---- a record -> an example
 
 class Dropped(InputError):
-    """A well-formed record with nothing to learn from: load_examples skips it, and counts it under `reason`."""
+    """A well-formed record with nothing to learn from: load_examples and load_problems skip and count it."""
 
     def __init__(self, where: str, reason: str):
         super().__init__(f"{where}: {reason}; leave the record out")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from minikd.data import Encoded
-from minikd.examples import MEDIA, check_shown, same_prompt, text_field, with_passage
+from minikd.examples import MEDIA, Dropped, check_shown, same_prompt, text_field, with_passage
 from minikd.files import InputError, parse_json
 from minikd.records import absent, check_text, read_records
 from minikd.toy import held_out
@@ -49,10 +49,6 @@ ANSWERS = "answer", "final_answer", "expected_answer", "response", "output", "so
 class Problem:
     messages: tuple[dict, ...]          # what is asked, for tokenizer.chat
     facts: dict                         # what rewards look at: answer; tests [{input, output}], time_limit (s), ...
-
-
-class Unanswered(InputError):
-    """A question whose answer is blank or cannot be compared with another, or a Codeforces statement that is null or blank."""
 
 
 # ---- toy tasks
@@ -144,7 +140,7 @@ def load_problems(paths, limit: int | None = None, format: str | None = None) ->
     """
     found, read = {}, 0
     for read, (where, record) in enumerate(islice(read_records(paths), limit), 1):
-        with suppress(Unanswered):
+        with suppress(Dropped):
             problem = to_problem(record, where, format)
             found.setdefault(same_prompt(problem.messages), problem)
     return list(found.values()), read - len(found)
@@ -161,7 +157,8 @@ def _shown(test: dict) -> str:
 
 
 def to_problem(record: dict, where: str, format: str | None = None) -> Problem:
-    """One record, of a format or recognised by its fields: a Codeforces statement, or a question with its answer or tests."""
+    """One record, of a format or recognised by its fields: a Codeforces statement, or a question with its answer or tests.
+    Raises Dropped where the answer is blank or cannot be compared with others, or the statement is null or blank."""
     stated = _of_codeforces(record) and not absent(record["description"])
     read = _codeforces if format == "codeforces" or stated and not format else _question
     text, facts = read(record, where)
@@ -187,10 +184,10 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     else:
         facts = {"answer": answer} if (answer := _answer(record)) else {}
     if not asked or not facts:
-        lost = _of_codeforces(record) and absent(record["description"])
-        kind = Unanswered if asked and given or lost else InputError            # lost: a Codeforces statement that is null
-        raise kind(f"{where}: is not a problem (its fields: {', '.join(list(record)[:12])}); give `question` and `answer` or "
-                   "`tests`, or Codeforces' `description` and `examples`")
+        if asked and given or _of_codeforces(record) and absent(record["description"]):
+            raise Dropped(where, "no answer to compare with, or no statement")
+        raise InputError(f"{where}: is not a problem (its fields: {', '.join(list(record)[:12])}); give `question` and `answer` "
+                         "or `tests`, or Codeforces' `description` and `examples`")
     question = with_passage(record, where, asked, _asked(record.get("prompt")))
     return f"{question}\n\n{PYTHON if tests else ANSWER}", facts
 
@@ -249,8 +246,9 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     title, description, stdin, stdout, interaction, note = (text_field(record, where, name, default="") for name in (
         "title", "description", "input_format", "output_format", "interaction_format", "note"))
     if not description:
-        kind = Unanswered if "description" in record else InputError
-        raise kind(f"{where}: has no `description`; add one, or leave out --format codeforces")
+        if "description" in record:
+            raise Dropped(where, "empty description")
+        raise InputError(f"{where}: has no `description`; add one, or leave out --format codeforces")
     examples, tests = (_tests(record, name, where) for name in ("examples", "official_tests"))
     undecided = (interaction or "this is an interactive problem" in description.lower()
                  or UNDECIDED.search("\n".join((description, stdout, note))) or ANY_ORDER.search(stdout)

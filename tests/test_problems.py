@@ -7,9 +7,9 @@ import re
 import pytest
 
 from minikd.data import encode_examples
-from minikd.examples import to_example
+from minikd.examples import Dropped, to_example
 from minikd.files import InputError
-from minikd.problems import (ANSWER, TASKS, Unanswered, boxed, encode_problems, load_problems,
+from minikd.problems import (ANSWER, TASKS, boxed, encode_problems, load_problems,
                              shows_its_tests, to_problem, toy_problems, toy_records)
 from minikd.rewards import answer_part, extract_code, format_reward, steps_reward
 from minikd.toy import held_out
@@ -156,7 +156,7 @@ def test_a_question_with_its_answer_is_a_problem():
     numina = {"problem": "1/2 + 1/4?", "solution": r"$\boxed{x}$ is the unknown. So $x = \boxed{\frac{3}{4}}$, not {1}."}
     assert to_problem(numina, "x").facts == {"answer": r"\frac{3}{4}"}
     assert to_problem({"problem": "1 + 1?", "solution": "2 "}, "x").facts == {"answer": "2"}
-    with pytest.raises(Unanswered):                                             # a heading is no GSM8K answer
+    with pytest.raises(Dropped):                                             # a heading is no GSM8K answer
         to_problem({"problem": "1 + 1?", "solution": "#### Step 1\nAdd.\n#### Conclusion\nSo the sum is 2."}, "x")
     assert [boxed(text) for text in ("2", "2}", r"\boxed{", r"\boxed{{2}", r"\boxed{}", r"\boxed{ 2 }{", "\\boxed \n{{3}}")
             ] == [None] * 4 + ["", "2", "{3}"]
@@ -292,7 +292,7 @@ def test_records_without_an_answer_to_compare_with_are_left_out_and_counted(tmp_
 def test_answers_under_the_names_that_datasets_give_them(record, answer):
     record = {"problem": "1 + 2?"} | record
     if answer is None:
-        with pytest.raises(Unanswered):
+        with pytest.raises(Dropped):
             to_problem(record, "x")
     else:
         assert to_problem(record, "x").facts == {"answer": answer}
@@ -343,10 +343,10 @@ def test_a_statement_may_have_no_examples_and_one_of_another_format_is_an_error(
     assert problem.facts["tests"] == tests and "## Input\nx" in problem.messages[-1]["content"]
     with pytest.raises(InputError, match="w: has no `description`") as caught:
         to_problem({"question": "1+1", "answer": "2"}, "w", "codeforces")
-    assert not isinstance(caught.value, Unanswered)
+    assert not isinstance(caught.value, Dropped)
 
 
 def test_a_proof_is_one_in_capitals_too_and_a_blank_question_gives_way_to_the_prompt():
-    with pytest.raises(Unanswered):
+    with pytest.raises(Dropped):
         to_problem({"question": "Show it.", "answer": "Proof"}, "w")
     assert to_problem({"question": " ", "prompt": "1+1?", "answer": "2"}, "w").messages[-1]["content"].startswith("1+1?")
