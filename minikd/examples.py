@@ -83,7 +83,7 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
     if name not in FORMATS:
         known = "; ".join(f"{key} ({', '.join(' or '.join(n) for n in needs)})" for key, (_, needs) in FORMATS.items())
         what, mend = (f"format {name!r} is not known", "give one of:") if name else (
-            f"its fields ({_names(record)}) fit no known format", "rename them to those of one:")
+            f"its fields ({', '.join(list(record)[:12])}) fit no known format", "rename them to those of one:")
         raise InputError(f"{where}: {what}; {mend} {known}")
     check_shown(record, where, *MEDIA)
     messages, instruction, input, answers = FORMATS[name][0](record, where)
@@ -108,15 +108,11 @@ def text_field(record: dict, where: str, *names: str, default: str | None = None
     if filled:
         raise Dropped(where, f"empty {names[-1]}")
     raise InputError(f"{where}: field {names[-1]!r} is {_state(record, names[-1])}; fill it or remove the record "
-                     f"(its fields: {_names(record)})")
+                     f"(its fields: {', '.join(list(record)[:12])})")
 
 
 def _state(record: dict, name: str) -> str:
     return kind_of(record[name]) if name in record else "missing"
-
-
-def _names(record: dict) -> str:
-    return ", ".join(map(str, islice(record, 12)))
 
 
 def _ask(instruction: str, input: str, answers: tuple[str, ...], question: str = "") -> tuple:
