@@ -31,7 +31,8 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path):
-        config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+        config, self.generation, model = (read_json(folder / name) if (folder / name).exists() else {}
+                                          for name in (CONFIG, GENERATION, "config.json"))
         self.backend, self.folder, self.template = backend, folder, read_template(folder, config)
         self.files = {name: (folder / name).read_bytes() for name in TOKENIZER if name != GENERATION and (folder / name).exists()}
         stops = [backend.token_to_id(token) for token in STOPS]
@@ -41,10 +42,8 @@ class Tokenizer:
         if None in stops:
             raise InputError(f"{folder}: the tokenizer has no {STOPS[stops.index(None)]}; "
                              "minikd needs a ChatML tokenizer, such as Qwen2's")
-        self.generation = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
         more = self.generation.get("eos_token_id")              # an id, several, or none
-        if more is None and (folder / "config.json").exists():
-            more = read_json(folder / "config.json").get("eos_token_id")
+        more = model.get("eos_token_id") if more is None else more
         named_ids = [own, *(more if isinstance(more, list) else [more])]
         self.eos_ids = {*stops, *(stop for stop in named_ids if type(stop) is int)}
         self.end_id, self.pad_id = stops
