@@ -109,15 +109,13 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
                 counts["dropped: stop token inside"] += 1
                 continue
             encoded.append(Encoded(prompts[i], response + [tokenizer.end_id], False, start + i).cut_to(max_length))
-            counts["encoded"] += 1
-            counts["responses cut"] += encoded[-1].cut
         if progress:
             progress(len(part))
+    counts |= {"encoded": len(encoded), "responses cut": sum(row.cut for row in encoded)}
     if examples and not encoded:
-        lost = ", ".join(f"{count} {what.removeprefix('dropped: ')}" for what, count in counts.items() if count)
         mend = ("raise --max-prompt-length or --max-length" if counts["dropped: prompt too long"] else
                 "remove the stop tokens from the responses")
-        raise NothingLeft(f"none of {len(examples)} examples can be used ({lost}); {mend}")
+        raise NothingLeft(f"none of {len(examples)} examples can be used ({describe_dropped(counts)}); {mend}")
     return encoded, counts
 
 
