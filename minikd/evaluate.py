@@ -1,6 +1,5 @@
 """How good a model is: its loss on held-out text, and its own answers against the references."""
 import math
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -63,9 +62,8 @@ def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher
 def distinct(texts: list[str], n: int = 4) -> float:
     """Share of different n-grams among all n-grams of words; 0 without any. (Li et al. 2016, arXiv:1510.03055, divide by the
     number of words.)"""
-    grams = Counter(gram for words in (tokens(text, unicode=True) for text in texts)
-                    for gram in zip(*(words[i:] for i in range(n))))
-    return len(grams) / max(1, grams.total())
+    grams = [gram for words in (tokens(text, unicode=True) for text in texts) for gram in zip(*(words[i:] for i in range(n)))]
+    return len(set(grams)) / max(1, len(grams))
 
 
 def answer(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], max_new_tokens: int, batch_size: int,
