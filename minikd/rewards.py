@@ -105,13 +105,9 @@ def well_formed(completion: str) -> bool:
     """Whether a completion is thoughts and then an answer, neither of them blank, without text between or after, and
     without anything before, as open-r1 wants it."""
     before, *rest = re.split("(</?(?:think|answer)>)", completion)
-    tags, texts = rest[::2], [text.strip() for text in rest[1::2]]              # a text, maybe blank, follows each tag
-    if before or tags[:2] != ["<think>", "</think>"]:
-        return False
-    if tags[2:] == ["<answer>", "</answer>"]:
-        thoughts, between, answer, after = texts
-        return bool(thoughts and answer and not between and not after)
-    return len(tags) == 2 and all(texts)
+    tags, filled = rest[::2], [bool(text.strip()) for text in rest[1::2]]       # a text, maybe blank, follows each tag
+    return not before and (tags, filled) in ((["<think>", "</think>"], [True, True]),
+                                             (["<think>", "</think>", "<answer>", "</answer>"], [True, False, True, False]))
 
 
 def format_reward(completions: list[str], facts: list[dict]) -> Values:
