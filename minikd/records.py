@@ -4,7 +4,6 @@ import gzip
 import json
 import re
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -217,7 +216,7 @@ def _csv_rows(file: Path):
     start = 1                                                   # a record may span lines: name its first
     try:
         header = [name.strip() for name in next(filter(None, rows), [])]    # after blank lines, if any
-        if twice := [name for name, count in Counter(header).items() if count > 1]:
+        if twice := [name for name in header if header.count(name) > 1]:
             raise InputError(f"{file}:{rows.line_num}: the column {twice[0]!r} occurs twice; rename or remove one")
         start = rows.line_num + 1
         for row in rows:
