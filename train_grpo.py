@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from minikd import grpo, problems, sandbox, toy
-from minikd.checkpoint import identify, load_config, load_model, model_folder, save_model
+from minikd.checkpoint import Checkpoint, load_config, model_folder, save_model
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
 from minikd.data import Encoded, begins_thoughts, collate, encode_examples, next_rows
@@ -459,8 +459,9 @@ def main():
     rows, valid_rows = (problems.encode_problems(part, tokenizer, args.max_prompt_length) for part in (asked, tests))
     dropped = len(asked) + len(tests) - len(rows) - len(valid_rows)
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
+    begun = Checkpoint(args.model)
     settings = flags_of(train, args, but=("model", "rewards", "out", "dtype"))
-    recorded = settings | {"toy": anew, "model": identify(args.model), "data": files or None, "task": args.task,
+    recorded = settings | {"toy": anew, "model": str(begun), "data": files or None, "task": args.task,
                            "rewards": args.rewards, "reward_weights": weights,
                            "reward_files": {path: sha256(path) for path in reward_files(args.rewards)},
                            "dtype": str(dtype), "limit": args.limit, "format": args.format,
@@ -470,8 +471,8 @@ def main():
     lock(out)
     check()                                                     # another process may have run here meanwhile
     if begin_run(out, recorded, args.resume):
-        model = load_model(args.model, device)
-        reference = load_model(args.model, device, dtype).requires_grad_(False) if args.beta else None
+        model = begun.load(device)
+        reference = begun.load(device, dtype).requires_grad_(False) if args.beta else None
         judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, rewards=rewards, weights=weights,
                                   facts=[problem.facts for problem in tests], max_new_tokens=args.max_new_tokens,
                                   at_once=args.prompts * args.group_size, seed=args.seed)

@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 
 from minikd import minillm, toy
-from minikd.checkpoint import (check_unchanged, check_vocabulary, has_four_bits, identify, load_config, load_head, load_model,
-                               model_files, model_folder, outline, save_model, versions)
+from minikd.checkpoint import (Checkpoint, check_vocabulary, has_four_bits, load_config, load_head, load_model, model_folder,
+                               outline, save_model)
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
 from minikd.data import Encoded, collate, describe_dropped, encode_examples, encode_text, optimizer_steps, steps_per_epoch
@@ -375,13 +375,6 @@ def planned(args) -> list[tuple[str, str, float, str]]:
     return [(f"{args.loss} lr {lr:g}", args.loss, lr, f"lr-{lr:g}") for lr in args.lr]
 
 
-def load_unchanged(folder: Path, seen: dict, *where) -> Qwen2:
-    """load_model, but raises InputError if the files are no longer those of which `seen` are the `versions`."""
-    model = load_model(folder, *where)
-    check_unchanged(folder, seen)
-    return model
-
-
 def check_teacher(name, tokenizer):
     """Raises InputError if the teacher's tokenizer differs from the student's other than by lacking added tokens (it prints
     these), or if the student's tokenizer has more ids than the teacher has rows."""
@@ -391,11 +384,10 @@ def check_teacher(name, tokenizer):
     check_vocabulary(name, load_config(folder), tokenizer)
 
 
-def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
+def ask_teacher(args, teacher: Checkpoint, tokenizer, rows, device, dtype, out) -> list[Encoded]:
     """--seq-kd: the rows with the teacher's answers; those not sampled by an earlier run are sampled now."""
-    folder = model_folder(args.teacher)
-    load = functools.partial(load_unchanged, folder, versions(folder), device, dtype)
-    made_from = {"teacher": model_files(folder), "dtype": str(dtype)}
+    load = functools.partial(teacher.load, device, dtype)
+    made_from = {"teacher": teacher.files, "dtype": str(dtype)}
     with Progress("the teacher's answers", len(rows)) as progress:
         rows = teacher_responses(out / "teacher-answers.jsonl", load, rows, made_from, tokenizer,
                                  max(AT_ONCE, args.batch_size), args.max_new_tokens, args.seed, progress.update)
@@ -404,23 +396,21 @@ def ask_teacher(args, tokenizer, rows, device, dtype, out) -> list[Encoded]:
     return [row.cut_to(args.max_length) for row in rows]
 
 
-def open_teacher(args, tokenizer, rows, device, dtype, lengths, data) -> Teacher | CachedTeacher:
+def open_teacher(args, teacher: Checkpoint, tokenizer, rows, device, dtype, lengths, data) -> Teacher | CachedTeacher:
     """The teacher that the loop uses: the model, or with --cache-teacher its states of `rows`, computed where missing."""
-    folder = model_folder(args.teacher)
-    config = load_config(folder)
-    seen = versions(folder)
-    load = lambda: load_unchanged(folder, seen, device, dtype).requires_grad_(False)
+    load = lambda: teacher.load(device, dtype).requires_grad_(False)
     if not args.cache_teacher:
         return Teacher(load())
-    made_from = {"teacher": model_files(folder), "dtype": str(dtype), "data": sorted(digest for _, digest in data),
+    made_from = {"teacher": teacher.files, "dtype": str(dtype), "data": sorted(digest for _, digest in data),
                  "seq_kd": args.seq_kd, **lengths}
+    width = load_config(teacher.folder).hidden_size
     with Progress(f"{args.cache_teacher}: teacher's states, rows", len(rows)) as progress:
-        computed = fill_cache(args.cache_teacher, rows, made_from, load, config.hidden_size, tokenizer.pad_id,
-                              args.batch_size, dtype, progress.update)
+        computed = fill_cache(args.cache_teacher, rows, made_from, load, width, tokenizer.pad_id, args.batch_size, dtype,
+                              progress.update)
     print(f"{args.cache_teacher}: states of {computed:,} scored tokens computed now; the data have "
-          f"{sum(len(row.response) for row in rows):,}, repeated rows included; {2 * config.hidden_size:,} bytes each")
-    head = load_head(folder, device, dtype)
-    check_unchanged(folder, seen)
+          f"{sum(len(row.response) for row in rows):,}, repeated rows included; {2 * width:,} bytes each")
+    head = load_head(teacher.folder, device, dtype)
+    teacher.check()
     return CachedTeacher(args.cache_teacher, head)
 
 
@@ -472,11 +462,9 @@ def write_held_out(examples: list, path: Path):
                   "category": example.category} for example in examples], path)
 
 
-def conclude(args, out: Path, tokenizer, base: Qwen2, teacher, held_out: tuple, asked: tuple, device, dtype,
-             teacher_dtype) -> Path | None:
+def conclude(args, out: Path, tokenizer, base: Qwen2, teacher: Teacher | None, held_out: tuple, asked: tuple, device,
+             dtype) -> Path | None:
     """Prints the table of Base, the runs and Teacher, and draws the curves; returns the picture's path."""
-    if args.teacher and not isinstance(teacher, Teacher):       # the table needs answers, and so the whole model
-        teacher = Teacher(load_model(args.teacher, device, teacher_dtype).requires_grad_(False))
     models = {"SFT" if args.from_sft else "Base": base.to(dtype)}            # what the runs began from
     models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
     models |= {"Teacher": teacher.model} if teacher else {}
@@ -516,12 +504,11 @@ def main():
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or max(1, math.ceil(round(args.epochs * per_epoch, 6)))  # 0.07 x 100 is 7.000000000000001
     check_student(args.student, tokenizer)
-    student_folder = model_folder(args.student)
-    seen = versions(student_folder)                             # before it is hashed
+    begun, teaching = Checkpoint(args.student), Checkpoint(args.teacher) if args.teacher else None
     settings = flags_of(train, args, but=("student", "teacher", "loss", "lr", "out")) | dict(
         tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
         eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
-    recorded = {"toy": args.toy, "student": identify(args.student), "teacher": args.teacher and identify(args.teacher),
+    recorded = {"toy": args.toy, "student": str(begun), "teacher": teaching and str(teaching),
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
                 "cache_teacher": args.cache_teacher, "limit": args.limit,
                 "dtype": str(dtype) if teacher_dtype == dtype else f"{dtype}, of the teacher {teacher_dtype}",
@@ -535,21 +522,21 @@ def main():
         write_held_out(held_out[1], out / "held-out.jsonl")
     teacher = None
     if args.seq_kd:
-        rows = ask_teacher(args, tokenizer, rows, device, teacher_dtype, out)
-    if args.teacher and args.loss == "sft":                     # it is only in the table: check its files now, load it then
-        outline(model_folder(args.teacher))
-    elif args.teacher:
-        teacher = open_teacher(args, tokenizer, rows + held_out[0], device, teacher_dtype, lengths, report.files)
+        rows = ask_teacher(args, teaching, tokenizer, rows, device, teacher_dtype, out)
+    if teaching and args.loss == "sft":                         # it is only in the table: check its files now, load it then
+        outline(teaching.folder)
+    elif teaching:
+        teacher = open_teacher(args, teaching, tokenizer, rows + held_out[0], device, teacher_dtype, lengths, report.files)
     settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
-    student = functools.partial(load_unchanged, student_folder, seen, device)
     if args.from_sft:
-        stage(out / "sft", student, loss="sft", lr=3e-3, recorded=recorded, **settings)
-        args.student = str(out / "sft" / "best")
-        recorded["student"] = identify(args.student)
-        student = functools.partial(load_model, args.student, device)
+        stage(out / "sft", functools.partial(begun.load, device), loss="sft", lr=3e-3, recorded=recorded, **settings)
+        begun = Checkpoint(out / "sft" / "best")
+        recorded["student"] = str(begun)
     for _, loss, lr, folder in planned(args):
-        stage(out / folder, student, loss=loss, lr=lr, recorded=recorded, **settings)
-    picture = conclude(args, out, tokenizer, student(), teacher, held_out, asked, device, dtype, teacher_dtype)
+        stage(out / folder, functools.partial(begun.load, device), loss=loss, lr=lr, recorded=recorded, **settings)
+    if teaching and not isinstance(teacher, Teacher):           # the table needs answers, and so the whole model
+        teacher = Teacher(teaching.load(device, teacher_dtype).requires_grad_(False))
+    picture = conclude(args, out, tokenizer, begun.load(device), teacher, held_out, asked, device, dtype)
     print(f"\n{f'curves in {picture}; ' if picture else ''}checkpoints under {out}; {time.time() - started:.0f} s")
 
 

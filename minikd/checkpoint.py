@@ -47,34 +47,64 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     there, are read again.
     """
     folder = model_folder(name)
-    for left in range(9, -1, -1):                               # more tries
+    for _ in range(10):
         begun = versions(folder)
         try:
             model = _read_model(folder, device, dtype)
         except (InputError, OSError):                           # of the files, or between two steps of their writer
-            if not left or versions(folder) == begun:
-                raise
-        else:
             if versions(folder) == begun:
-                return model
-            del model                                           # parts of two models
+                raise
+            continue
+        if versions(folder) == begun:
+            return model
+        del model                                               # parts of two models
     raise InputError(f"{folder}: is written again and again while it is read; give a folder that stays as it is")
 
 
 def versions(folder: Path) -> dict[str, tuple]:
-    """A value that changes when a file that decides what a folder's model computes is written or replaced."""
+    """A value that changes when a file that decides what a folder's model computes is written, replaced or touched."""
     found = {}
-    for file in [folder / "config.json", folder / INDEX, *folder.glob("*.safetensors")]:
-        with suppress(FileNotFoundError):
-            stat = file.stat()
-            found[file.name] = stat.st_ino, stat.st_size, stat.st_mtime_ns
+    with suppress(InputError):                                  # an index that is only half written
+        for name in "config.json", INDEX, *shards_of(folder):
+            with suppress(FileNotFoundError):
+                stat = (folder / name).stat()
+                found[name] = stat.st_ino, stat.st_size, stat.st_mtime_ns
     return found
 
 
-def check_unchanged(folder: Path, seen: dict[str, tuple]):
-    """Raises InputError if a model's files are no longer those of which `seen` are the `versions`."""
-    if versions(folder) != seen:
-        raise InputError(f"{folder}: has changed since this run began; give a copy that stays as it is, and start again")
+class Checkpoint:
+    """A model's folder as it was when a run began, for a run that may read it again hours later.
+
+    files  the hashes of the files that decide what the model computes: they change if it is trained further in place
+    """
+
+    def __init__(self, name):
+        self.folder = model_folder(name)
+        self.seen = versions(self.folder)                       # before the files are hashed
+        self.files = self.hashes()
+
+    def __str__(self):
+        """Its folder and one hash, to recognise it in a resumed run: 'runs/teacher (sha256 0123456789ab)'"""
+        return f"{self.folder} (sha256 {hashlib.sha256(''.join(self.files.values()).encode()).hexdigest()[:12]})"
+
+    def hashes(self) -> dict[str, str]:
+        """The hash of each of those files as it is now."""
+        files = [self.folder / name for name in ("config.json", *shards_of(self.folder))]
+        return {file.name: sha256(file) for file in files if file.exists()}
+
+    def load(self, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
+        """load_model's, of the model that was there.  Raises InputError if it is another by now."""
+        model = load_model(self.folder, device, dtype)
+        self.check()
+        return model
+
+    def check(self):
+        """Raises InputError if a file's content has changed; that a file was copied or touched does not count."""
+        now = versions(self.folder)
+        if now != self.seen and self.hashes() != self.files:
+            raise InputError(f"{self.folder}: has changed since this run began; put its files back and go on with --resume, or "
+                             "start again with a copy that stays as it is")
+        self.seen = now
 
 
 def _read_model(folder: Path, device, dtype: torch.dtype) -> Qwen2:
@@ -147,19 +177,6 @@ def check_kind(name, files: list[str]):
         raise InputError(f"{name}: holds a training run; give one of its models, such as the folder {runs[-1]} in it")
     if any(file.endswith(".gguf") for file in files):
         raise InputError(f"{name}: holds GGUF files; give the folder with safetensors, often the same name without -GGUF")
-
-
-def model_files(folder) -> dict[str, str]:
-    """Hashes of the files that decide what a folder's model computes: they change if it is trained further in place."""
-    files = [Path(folder) / name for name in ("config.json", *shards_of(Path(folder)))]
-    return {file.name: sha256(file) for file in files if file.exists()}
-
-
-def identify(name) -> str:
-    """A model's name and one hash of its files, to recognise it in a resumed run: 'runs/teacher (sha256 0123456789ab)'."""
-    folder = model_folder(name)
-    hashes = "".join(model_files(folder).values())
-    return f"{folder} (sha256 {hashlib.sha256(hashes.encode()).hexdigest()[:12]})"
 
 
 def outline(folder: Path) -> tuple[Qwen2, dict[str, Path]]:
@@ -322,7 +339,9 @@ def differ(files: dict[str, Path], a: str, b: str, shape: tuple) -> bool:
     step = max(1, PART // (8 * math.prod(shape[1:])))
     for at in range(0, shape[0], step):
         x, y = (tensor_of(open_tensors(files[key]), files[key], key, floating=True, rows=slice(at, at + step)) for key in (a, b))
-        if not torch.equal(x.double(), y.double()):
+        if x.dtype != y.dtype:                                  # converting takes ten times as long as comparing
+            x, y = x.double(), y.double()
+        if not torch.equal(x, y):
             return True
     return False
 

@@ -12,7 +12,7 @@ import eval_rouge
 from conftest import DOLLY, same, small, tiny, write_records
 from fake_hub import Request, again, files_in, served, server
 from minikd import hub, records
-from minikd.checkpoint import identify, load_model, model_folder, save_model
+from minikd.checkpoint import Checkpoint, load_model, model_folder, save_model
 from minikd.files import InputError, script_errors
 from minikd.gptq import quantize_model
 from minikd.hub import local_folder
@@ -91,22 +91,22 @@ def test_a_run_sees_one_commit_though_main_moves(served, model):
     model_folder(model, weights=False)                                          # the tokenizer, hours before the weights
     served.repositories["models", model][COMMITS[1]] = later
     assert same(load_model(model).state_dict(), small(0).state_dict())
-    assert f"{COMMITS[0]} (sha256 " in identify(model)
+    assert f"{COMMITS[0]} (sha256 " in str(Checkpoint(model))
     again()
     assert same(load_model(model).state_dict(), small(1).state_dict())
-    assert f"{COMMITS[1]} (sha256 " in identify(model)
+    assert f"{COMMITS[1]} (sha256 " in str(Checkpoint(model))
 
 
 def test_another_commit_with_the_same_weights_is_the_same_model(served, model):
     commits = served.repositories["models", model]
     commits[COMMITS[1]] = commits[COMMITS[0]] | {"README.md": b"better"}
-    assert identify(model)[-13:] == identify(f"{model}@{COMMITS[0]}")[-13:]
+    assert str(Checkpoint(model))[-13:] == str(Checkpoint(f"{model}@{COMMITS[0]}"))[-13:]
 
 
 def test_nothing_is_asked_twice(served, model):
     load_model(model)
     served.asked.clear()
-    load_model(model), Tokenizer.load(model), identify(model)
+    load_model(model), Tokenizer.load(model), Checkpoint(model)
     assert served.asked == []
 
 

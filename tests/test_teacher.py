@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from conftest import small
 from minikd import run
 from minikd import teacher as module
-from minikd.checkpoint import load_head, load_model, model_files, save_model
+from minikd.checkpoint import Checkpoint, load_head, load_model, save_model
 from minikd.data import Encoded, collate
 from minikd.files import InputError, temporary_folder
 from minikd.head import head_loss, scored_positions
@@ -220,9 +220,9 @@ def test_the_digest_tells_prompt_from_response():
 
 def test_another_training_step_is_another_teacher(tmp_path):
     save_model(TEACHER, tmp_path / "t")
-    before = model_files(tmp_path / "t")
+    before = Checkpoint(tmp_path / "t").files
     save_model(model(3), tmp_path / "t")
-    after = model_files(tmp_path / "t")
+    after = Checkpoint(tmp_path / "t").files
     assert before.keys() == after.keys() == {"config.json", "model.safetensors"}
     assert before["config.json"] == after["config.json"] and before["model.safetensors"] != after["model.safetensors"]
 

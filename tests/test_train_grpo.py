@@ -389,6 +389,15 @@ def test_a_run_is_not_resumed_against_another_reference(run, world, tmp_path):
     assert status == 2 and err.count("start (sha256 ") == 2 and "give the same flags, or another --out" in err
 
 
+def test_a_model_that_another_replaces_before_it_is_loaded_ends_the_run(run, world, tmp_path, monkeypatch):
+    shutil.copytree(world / "model", tmp_path / "start")
+    begin = rl.begin_run
+    monkeypatch.setattr(rl, "begin_run", lambda *given: begin(*given) and not save_model(
+        load_model(tmp_path / "start").init_weights(9), tmp_path / "start"))
+    status, _, err = run("--steps", "1", model=("--model", tmp_path / "start"))
+    assert status == 2 and "start: has changed since this run began" in err and not (tmp_path / "run/last").exists()
+
+
 def test_where_no_program_can_be_confined_a_code_task_is_refused_before_its_student_is_taught(shell, monkeypatch, tmp_path):
     def refuse():
         raise InputError("sandbox: programs cannot be confined on darwin; run them on Linux")

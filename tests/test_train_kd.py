@@ -22,8 +22,8 @@ import eval_rouge
 import train_kd as kd
 from conftest import killed_at, locked_by_another, same, steps_of, tiny, weights
 from fake_gpu import gpu
-from minikd import evaluate, head, minillm, toy
-from minikd.checkpoint import identify, load_model, save_model
+from minikd import checkpoint, evaluate, head, minillm, toy
+from minikd.checkpoint import Checkpoint, load_model, save_model
 from minikd.data import Encoded, encode_examples
 from minikd.evaluate import sequence_kl
 from minikd.examples import load_examples
@@ -86,7 +86,7 @@ def test_one_run_leaves_checkpoints_a_log_its_settings_and_a_table(run, tmp_path
     assert [line["step"] for line in lines if "rouge_l" in line] == [2, 4, 5]   # and after the last
     assert lines[-1] == {"step": 5, "done": True} and not (folder / STATE).exists()
     config = json.loads((folder / "config.json").read_text())
-    assert config["settings"]["loss"] == "reverse_kl" and config["settings"]["student"] == identify(world / "student")
+    assert config["settings"]["loss"] == "reverse_kl" and config["settings"]["student"] == str(Checkpoint(world / "student"))
     table = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
     assert [row["model"] for row in table] == ["Base", "reverse_kl", "Teacher"]
     assert set(table[0]) == {"model", "all", "metrics", *(line.split()[0] for line in out.split("held-out prompts")[1].splitlines()
@@ -101,13 +101,13 @@ def test_sft_needs_no_teacher_and_logs_no_divergence(run, tmp_path, world):
 
 def test_while_sft_trains_its_teacher_is_not_in_memory(run, tmp_path, world, monkeypatch):
     """It is loaded only for the table, so its files are checked before the training."""
-    events, load, train = [], kd.load_model, kd.train
-    monkeypatch.setattr(kd, "load_model", lambda name, *more: (events.append(Path(name).name), load(name, *more))[1])
+    events, read, train = [], checkpoint._read_model, kd.train
+    monkeypatch.setattr(checkpoint, "_read_model", lambda folder, *more: (events.append(folder.name), read(folder, *more))[1])
     monkeypatch.setattr(kd, "train", functools.wraps(train)(lambda **given: (events.append("train"), train(**given))[1]))
     flags = "--loss", "sft", "--steps", 1
     status, out, err = run(*flags)
     assert status == 0 and events[:2] == ["student", "train"] and "teacher" in events[2:] and "Teacher" in out, err
-    assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["teacher"] == identify(world / "teacher")
+    assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["teacher"] == str(Checkpoint(world / "teacher"))
     assert run(*flags, "--resume")[0] == 0
     (tmp_path / "damaged").mkdir()
     for file in (world / "teacher").iterdir():
@@ -520,11 +520,11 @@ def test_with_a_cache_a_run_equals_the_live_teachers_up_to_bfloat16_and_trains_w
                                                                                               monkeypatch):
     flags = ["--loss", "forward_kl", "--epochs", "3", "--batch-size", "4"]
     assert run(*flags, out=tmp_path / "live")[0] == 0
-    loads, load = [], kd.load_model
-    monkeypatch.setattr(kd, "load_model", lambda name, *rest: (loads.append(Path(name).name), load(name, *rest))[1])
+    loads, read = [], checkpoint._read_model
+    monkeypatch.setattr(checkpoint, "_read_model", lambda folder, *more: (loads.append(folder.name), read(folder, *more))[1])
     status, out, err = run(*flags, *mode("cache")[2:], out=tmp_path / "cached")
     assert status == 0 and "; 48 bytes each" in out, err                # 2 x 24, the teacher's width
-    assert loads == ["teacher", "student", "student", "teacher", "best"]        # to fill the cache, and for the table
+    assert loads == ["teacher", "student", "teacher", "student", "best"]        # to fill the cache, and for the table
     live, cached = (steps_of(tmp_path / name) for name in ("live", "cached"))
     assert len(live) == 15
     for a, b in zip(live, cached, strict=True):
@@ -584,27 +584,48 @@ def test_the_teachers_answers_are_cut_at_the_longest_row_too(run, mode, tmp_path
     assert max(map(len, answers)) == 120 and all(any(ids[:len(row.response)] == row.response for ids in answers) for row in cut)
 
 
-@pytest.mark.parametrize("which, flags", [("student", []), ("teacher", []),
-                                          ("teacher", ["--loss", "forward_kl", "--cache-teacher"])])
-def test_a_model_that_is_replaced_during_the_run_ends_it(run, world, tmp_path, monkeypatch, which, flags):
-    """Both runs of a comparison begin with one student; and a cache knows the teacher that filled it."""
+def spoil(folder):
+    save_model(load_model(folder).init_weights(5), folder)
+
+
+def renew(folder):
+    """The same bytes under another inode, and another time; and a file that is none of the model's."""
+    file = folder / "model.safetensors"
+    shutil.copy(file, folder / "copy")
+    (folder / "copy").replace(file)
+    (folder / "config.json").touch()
+    shutil.copy(file, folder / "adapter_model.safetensors")
+
+
+CACHED = "--loss", "forward_kl", "--cache-teacher", "cache"
+
+
+@pytest.mark.parametrize("which, flags, after, change, ends", [
+    ("student", (), "lock", spoil, True), ("student", (), "train", spoil, True), ("student", (), "train", renew, False),
+    ("teacher", (), "lock", spoil, True), ("teacher", (), "open_teacher", spoil, False),            # it is in memory then
+    ("teacher", ("--loss", "sft"), "train", spoil, True), ("teacher", ("--loss", "sft"), "train", renew, False),
+    ("teacher", CACHED, "lock", spoil, True), ("teacher", CACHED, "train", spoil, True), ("teacher", CACHED, "lock", renew, False)])
+def test_a_model_that_another_replaces_during_the_run_ends_it(run, world, tmp_path, monkeypatch, which, flags, after, change,
+                                                              ends):
+    """Both runs of a comparison begin with one student, and the table has the teacher that the run began with."""
     for name in "student", "teacher":
         shutil.copytree(world / name, tmp_path / name)
-    hashed = kd.identify if which == "student" else kd.model_files
-    spied = "identify" if which == "student" else "model_files"
+    monkeypatch.chdir(tmp_path)
+    before, times = getattr(kd, after), []
 
-    def replace_then(*given):                                                   # right after it was hashed
-        found = hashed(*given)
-        save_model(load_model(tmp_path / which).init_weights(5), tmp_path / which)
+    @functools.wraps(before)
+    def and_change(*given, **named):
+        found = before(*given, **named)
+        if not times:
+            times.append(change(tmp_path / which))
         return found
 
-    if which == "teacher" and not flags:                                        # while it is loaded
-        spied, hashed = "load_model", kd.load_model
-    monkeypatch.setattr(kd, spied, replace_then)
-    flags = [*flags, tmp_path / "cache"] if flags else flags
+    monkeypatch.setattr(kd, after, and_change)
     status, _, err = run("--steps", "2", *flags, models=("--student", tmp_path / "student", "--teacher", tmp_path / "teacher"))
-    assert status == 2 and f"{which}: has changed since this run began; give a copy that stays" in err
-    assert not list((tmp_path / "cache").glob("states-*"))
+    told = f"{which}: has changed since this run began; put its files back and go on with --resume" in err
+    assert times and (status, told) == ((2, True) if ends else (0, False)), err
+    if ends and after == "lock":
+        assert not list((tmp_path / "cache").glob("states-*")) and not (tmp_path / "run/best").exists()
 
 
 # ---- stopping and going on
