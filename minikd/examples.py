@@ -3,10 +3,10 @@
 A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are
 ignored, except two that any record may have: `category` and, if there is no system turn, `system` (or `system_prompt`). A pair's
 prompt includes its `context`, `input` or `passage`. What belongs to a question but would not be shown is refused: `choices` and
-`options` of a pair, `history` of a pair, dolly or alpaca record, images, videos and sound. A target's `reasoning_content` or
-`thinking` is put before it in <think> tags; a pair with a model's `generation` beside its answer (s1K, distilabel) is refused,
-as only one of them can be learned. A codeforces record is dropped if its `finish_reason` says that it was cut, a pair
-if its `label` is false (KTO).
+`options` of a pair, `history` of a pair, dolly or alpaca record, images, videos and sound. The `reasoning_content` or `thinking`
+of the answer's turn, or of a pair, dolly or alpaca record, is put before it in <think> tags; a pair with a model's `generation`
+beside its answer (s1K, distilabel) is refused, as only one of them can be learned. A codeforces record is dropped if its
+`finish_reason` says that it was cut, a pair if its `label` is false (KTO).
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
                                                        argilla/databricks-dolly-15k-curated-multilingual
@@ -44,7 +44,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from minikd.files import InputError, sha256
-from minikd.records import absent, check_text, data_files, kind_of, read_records
+from minikd.records import absent, check_text, data_files, filled, kind_of, read_records
 
 # ---- a record -> an example
 
@@ -71,7 +71,7 @@ def recognise(record: dict) -> str | None:
     """The first of FORMATS whose fields the record has filled, else has, even if they are null; None when there is none."""
     fits = lambda has: next((name for name, (_, needs) in FORMATS.items()
                              if all(any(map(has, either)) for either in needs)), None)
-    return fits(lambda key: not absent(record.get(key))) or fits(record.__contains__)
+    return fits(lambda key: filled(record.get(key))) or fits(record.__contains__)
 
 
 def to_example(record: dict, where: str, format: str | None = None) -> Example:
@@ -98,14 +98,14 @@ def text_field(record: dict, where: str, *names: str, default: str | None = None
 
     default  returned when all are absent or blank. Without one: InputError if all are absent, Dropped if one is blank
     """
-    filled = {name: record[name] for name in names if not absent(record.get(name))}
-    for name, value in filled.items():
+    held = {name: record[name] for name in names if not absent(record.get(name))}
+    for name, value in held.items():
         check_text(value, where, f"field {name!r}")
         if value.strip():
             return value
     if default is not None:
         return default
-    if filled:
+    if held:
         raise Dropped(where, f"empty {names[-1]}")
     raise InputError(f"{where}: field {names[-1]!r} is {_state(record, names[-1])}; fill it or remove the record "
                      f"(its fields: {', '.join(list(record)[:12])})")
@@ -125,11 +125,12 @@ def _alpaca(record, where, more=("input",), field="output"):
     check_shown(record, where, "history")
     asked = text_field(record, where, "instruction"), text_field(record, where, *more, default="")
     if not isinstance(record.get(field), list):
-        return _ask(*asked, (text_field(record, where, field),))
+        return _ask(*asked, (with_thoughts(record, where, text_field(record, where, field)),))
     texts = [text_field({field: text}, where, field, default="") for text in record[field]]
     if not any(texts):
         raise Dropped(where, f"empty {field}")
-    return _ask(*asked, tuple(filter(None, texts)))             # the first is the target, all are references
+    first, *others = filter(None, texts)
+    return _ask(*asked, (with_thoughts(record, where, first), *others))         # the first is the target, all are references
 
 
 def _chat(record, where, field="messages"):
@@ -155,11 +156,14 @@ def _chat(record, where, field="messages"):
     # One text for the "alpaca" template; in a conversation of several turns each is marked User: or Assistant:.
     instruction = "\n\n".join(turn["content"] if turn["role"] == "system" or len(asked) == 1 else
                               f"{turn['role'].title()}: {turn['content']}" for turn in turns[:last])
-    answer, told = turns[last]["content"], record[field][last]
-    told = {name: told.get(name) or None for name in THOUGHTS}  # some have false, or []
-    if (thoughts := text_field(told, where, *told, default="")) and "</think>" not in answer:
-        answer = f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"
-    return tuple(turns[:last]), instruction, "", (answer,)
+    return tuple(turns[:last]), instruction, "", (with_thoughts(record[field][last], where, turns[last]["content"]),)
+
+
+def with_thoughts(held: dict, where: str, answer: str) -> str:
+    """The answer after the thoughts that its turn or record `held` has in a field of their own, if there are none in it."""
+    told = {name: held[name] for name in THOUGHTS if filled(held.get(name)) and held[name] is not True}   # some have a mode there
+    thoughts = text_field(told, where, *told, default="")
+    return answer if not thoughts or "</think>" in answer else f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"
 
 
 def _sharegpt(record, where):
@@ -172,7 +176,7 @@ def _sharegpt(record, where):
 
 
 def _pair(record, where):
-    if record.get("label") is False:                            # in KTO's data
+    if str(record.get("label")).casefold() == "false":          # in KTO's data; a text in a CSV
         raise Dropped(where, "labelled as a bad answer")
     check_shown(record, where, *DISTILLED, fault="holds another answer than the one that would be learned; remove it, or "
                                                  "the other, and call what is to be learned `completion`")
@@ -183,9 +187,10 @@ def _pair(record, where):
             text = text_field(record, where, *names)
             if role == "user":
                 text = with_passage(record, where, text, record.get("prompt"))
-            part = [{"role": role, "content": text} | {name: record.get(name) for name in THOUGHTS}]
+            part = [{"role": role, "content": text}]
         turns += part
-    return _chat({"messages": turns}, where)
+    *asked, (answer,) = _chat({"messages": turns}, where)
+    return *asked, (with_thoughts(record, where, answer),)
 
 
 def with_passage(record: dict, where: str, asked: str, prompt=None) -> str:
@@ -204,7 +209,7 @@ MEDIA = "image", "images", "video", "videos", "audio", "audios"
 def check_shown(record: dict, where: str, *names: str, fault: str = ""):
     """Raises InputError for a field that holds something, but would not be shown to the model, or has another fault."""
     for name in names:
-        if not absent(record.get(name)) and record[name] not in ("", [], {}):
+        if filled(record.get(name)) and isinstance(record[name], (str, list, dict)):        # not the number of generations
             mend = "leave the record out" if name in MEDIA else "write it into the question, and remove the field"
             raise InputError(f"{where}: field {name!r} {fault or f'would not be shown to the model; {mend}'}")
 
@@ -243,6 +248,7 @@ def _codeforces(record, where):
         raise Dropped(where, "generation cut short")            # else the student would learn to stop there
     if isinstance(record.get("messages"), list):
         return _chat(record, where)
+    check_shown(record, where, *PAIR[1], fault="holds another answer than `generation`, which would be learned; remove one")
     return _ask(text_field(record, where, "prompt"), "", (text_field(record, where, "generation"),))
 
 

@@ -107,6 +107,11 @@ def absent(value) -> bool:
     return value is None or isinstance(value, float) and value != value
 
 
+def filled(value) -> bool:
+    """Whether a field holds anything: not null, false or 0, no blank text, and no empty list, be it as text in a CSV."""
+    return value.strip() not in ("", "[]", "{}") if isinstance(value, str) else bool(value) and not absent(value)
+
+
 def kind_of(value) -> str:
     """A value's type, as error messages call it."""
     name = type(value).__name__

@@ -251,8 +251,8 @@ def test_a_docstring_is_removed_where_there_is_one(code, expected):
 def test_a_field_of_the_question_that_would_not_be_shown_is_refused():
     alpaca = {"instruction": "And now?", "input": "", "output": "o"}
     for record in alpaca, DOLLY, {"prompt": "q", "completion": "a"}:
-        for history in None, [], "":
-            assert to_example(record | {"history": history, "images": history}, "d:1") == to_example(record, "d:1")
+        for none in None, [], "", " ", "[]", False, 0:
+            assert to_example(record | {"history": none, "images": none, "options": none}, "d:1") == to_example(record, "d:1")
         with pytest.raises(InputError, match="d:1: field 'history' would not be shown to the model; write it into"):
             to_example(record | {"history": [["q0", "a0"]]}, "d:1")
         with pytest.raises(InputError, match="d:1: field 'image' would not be shown to the model; leave the record out"):
@@ -262,8 +262,9 @@ def test_a_field_of_the_question_that_would_not_be_shown_is_refused():
 def test_answers_that_are_labelled_bad_are_dropped_and_preference_pairs_refused():
     pair = {"prompt": "q", "completion": "a"}
     assert to_example(pair | {"label": True}, "d:1").response == "a" and to_example(pair | {"label": "no"}, "d:1").response == "a"
-    with pytest.raises(Dropped, match="labelled as a bad answer"):
-        to_example(pair | {"label": False}, "d:1")
+    for label in False, "False":                                # the second in a CSV
+        with pytest.raises(Dropped, match="labelled as a bad answer"):
+            to_example(pair | {"label": label}, "d:1")
     with pytest.raises(InputError, match="field 'chosen' would not be learned"):
         to_example({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}}, "d:1")
 
@@ -271,12 +272,16 @@ def test_answers_that_are_labelled_bad_are_dropped_and_preference_pairs_refused(
 def test_fields_that_are_null_do_not_decide_the_format():
     """As in tables merged from several sets."""
     alpaca = {"instruction": "i", "input": "", "output": "o"}
-    assert to_example(alpaca | {"conversations": None, "messages": None, "chosen": ""}, "d:1") == to_example(alpaca, "d:1")
+    for none in None, [], "":
+        assert to_example(alpaca | {"conversations": none, "messages": none, "chosen": none}, "d:1") == to_example(alpaca, "d:1")
 
 
 def test_a_pair_with_two_answers_is_refused():
     pair = {"problem": "q", "solution": "human"}
-    assert to_example(pair | {"generation": None, "generations": []}, "d:1").response == "human"
+    for none in None, [], False, 3:                             # the last is the number of one
+        assert to_example(pair | {"generation": none, "generations": none}, "d:1").response == "human"
+    with pytest.raises(InputError, match="d:1: field 'solution' holds another answer than `generation`, which would be learned"):
+        to_example({"prompt": "q", "solution": "human", "generation": "distilled"}, "d:1")
     for name, value in ("generation", "distilled"), ("generations", ["distilled"]), ("thinking_trajectories", ["long"]):
         with pytest.raises(InputError, match=f"d:1: field '{name}' holds another answer than the one that would be learned; remove"):
             to_example(pair | {name: value}, "d:1")
@@ -291,7 +296,12 @@ def test_thoughts_that_stand_beside_an_answer_are_learned_with_it():
         assert to_example({"problem": "q", "solution": "a", field: "long"}, "d:1").response == thought
         assert to_example({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", field: "long"}]},
                           "d:1").response == thought
-        for none in False, [], None:
+        assert to_example(DOLLY | {field: "long"}, "d:1").response == thought[:-1] + DOLLY["response"]
+        alpaca = to_example({"instruction": "q", "output": ["a", "b"], field: "long"}, "d:1")
+        assert alpaca.references == (thought, "b")
+        lists = {"prompt": turns[:1], "completion": [{"role": "assistant", "content": "a"}], field: "long"}
+        assert to_example(lists, "d:1").response == thought
+        for none in False, True, [], None:                      # whether a model thought
             assert to_example({"problem": "q", "solution": "a", field: none}, "d:1").response == "a"
         assert to_example({"problem": "q", "solution": "<think>b</think>a", field: "long"}, "d:1").response == "<think>b</think>a"
 

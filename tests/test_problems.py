@@ -284,7 +284,8 @@ def test_records_without_an_answer_to_compare_with_are_left_out_and_counted(tmp_
 
 @pytest.mark.parametrize("record, answer", [
     ({"answer": "proof", "solution": "So it is."}, None), ({"answer": "notfound", "solution": "So 3."}, None),
-    ({"answer": "3", "question_type": "proof"}, None), ({"answer": "Proofs", "question_type": "math-word-problem"}, "Proofs"),
+    ({"answer": "so the answer is 3 x 4 = 12 #### 12"}, "12"), ({"answer": "the answer is 5, or so. The answer is: 6"}, "6"),
+    ({"answer": "the answer isn't known"}, "the answer isn't known"), ({"answer": "3", "question_type": "proof"}, None), ({"answer": "Proofs", "question_type": "math-word-problem"}, "Proofs"),
     ({"final_answer": "3", "r1_solution_1": "So 3."}, "3"), ({"expected_answer": "3", "generated_solution": "So 3."}, "3"),
     ({"reward_model": {"ground_truth": "3", "style": "rule"}, "ability": "MATH"}, "3"),
     ({"reward_model": {"ground_truth": "4"}, "answer": "3"}, "3"), ({"reward_model": {"style": "rule"}}, None),

@@ -533,7 +533,7 @@ def test_with_a_cache_a_run_equals_the_live_teachers_up_to_bfloat16_and_trains_w
     assert table[0] == table[1]                                                 # the teacher's own column
     loads.clear()
     assert run(*flags, *mode("cache")[2:], out=tmp_path / "again")[0] == 0
-    assert loads == ["student", "student", "teacher", "best"]                   # all was in the cache
+    assert loads == ["student", "teacher", "student", "best"]                   # all was in the cache
 
 
 def test_a_cache_of_other_data_or_another_template_is_refused(run, mode, world, tmp_path):
