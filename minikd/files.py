@@ -160,11 +160,12 @@ def atomic_path(path, folder: bool = False, keep=None):
             if folder:
                 new.mkdir()
             yield new
-            if keep and path.exists():
-                _keep(path, new, keep)
             for file in [new, *new.rglob("*")] if folder else [new]:
                 if file.is_file() or file.is_dir():             # not a broken link
                     _fsync(file)                                # the data, before the new name makes it visible
+            if keep and path.exists():
+                _keep(path, new, keep)
+                _fsync(new)
             if not (folder and path.exists() and _exchange(new, path)):
                 if folder and path.exists():
                     os.rename(path, work / "old")               # os.replace cannot replace a full folder
@@ -187,20 +188,23 @@ def _keep(old: Path, new: Path, keep=lambda name: True):
         place = new / path.name
         if not keep(path.name) or path.name.startswith(".") and f".{MARK}" in path.name:        # temporary_folder's
             continue
-        if path.is_dir() and not path.is_symlink():
-            place.mkdir(exist_ok=True)
-            _keep(path, place)
-            shutil.copystat(path, place)
-        elif not os.path.lexists(place) or place.lstat().st_mtime_ns < path.lstat().st_mtime_ns:    # of a link itself
-            place.unlink(missing_ok=True)
-            _link(path, place)
+        with suppress(FileNotFoundError):                       # deleted by another process meanwhile
+            if path.is_dir() and not path.is_symlink():
+                place.mkdir(exist_ok=True)
+                _keep(path, place)
+                shutil.copystat(path, place)
+            elif not os.path.lexists(place) or place.lstat().st_mtime_ns < path.lstat().st_mtime_ns:    # of a link itself
+                place.unlink(missing_ok=True)
+                _link(path, place)
 
 
-def _link(old, new):
+def _link(old: Path, new: Path):
     try:
         os.link(old, new)
     except OSError:                                             # a file system without hard links
         shutil.copy2(old, new, follow_symlinks=False)
+        if not new.is_symlink():
+            _fsync(new)
 
 
 def holds_cwd(path: Path) -> bool:
@@ -208,6 +212,27 @@ def holds_cwd(path: Path) -> bool:
     with suppress(FileNotFoundError):
         return Path.cwd().is_relative_to(path.resolve())
     return False
+
+
+def hold(path: Path, wait: bool = False) -> int:
+    """Locks a file, which is made if there is none, until the handle that it returns is closed or the process ends.
+
+    Raises BlockingIOError if another process holds it and `wait` is false. On a file system without locks it does nothing.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:                                     # another user's: reading is enough, except on NFS
+        if not path.exists():
+            raise
+        handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        pass
+    return handle
 
 
 def remove(path: Path):

@@ -1,5 +1,4 @@
 """A run's folder: its log, its settings and its saved state; where a run may begin, and how it goes on exactly."""
-import fcntl
 import functools
 import json
 import platform
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minikd.files import (InputError, append_to, atomic_path, check_writable, holds_cwd, parse_json, read_json, remove,
+from minikd.files import (InputError, append_to, atomic_path, check_writable, hold, holds_cwd, parse_json, read_json, remove,
                           save_tensors)
 from minikd.model import Qwen2
 from minikd.records import is_chosen, local_files, split_choice
@@ -24,7 +23,7 @@ SAVE_EVERY = 600.0                                              # seconds betwee
 ANOTHER = "choose another --out"                                # what to do about a damaged CONFIG
 # Names of files that a run writes; data files may have them too.
 WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")
-LOCKS = {}                                                      # folder -> an open file: closing it would unlock the folder
+LOCKS = {}                                                      # folder -> the handle that holds its lock
 
 
 # ---- the log
@@ -267,11 +266,7 @@ def lock(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() in LOCKS:
         return
-    file = LOCKS[folder.resolve()] = open(folder / LOCK, "w")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        del LOCKS[folder.resolve()]
+        LOCKS[folder.resolve()] = hold(folder / LOCK)
+    except BlockingIOError:
         raise InputError(f"{folder}: another process is writing a run there; wait for it, or choose another --out") from None
-    except OSError:                                             # a file system without locks
-        pass

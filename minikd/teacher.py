@@ -1,7 +1,7 @@
 """What the student is compared with: the teacher model, or its hidden states on disk, computed once."""
-import fcntl
 import hashlib
 import json
+import os
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minikd.data import Encoded, collate, send
-from minikd.files import InputError, append_to, atomic_path, parse_json, read_json, save_tensors, sweep
+from minikd.files import InputError, append_to, atomic_path, hold, parse_json, read_json, save_tensors, sweep
 from minikd.generate import respond
 from minikd.head import scored_positions
 from minikd.layout import lay_out
@@ -115,17 +115,15 @@ def states_of(teacher: Teacher, rows: dict[str, Encoded], pad_id: int, batch_siz
 def alone(folder: Path):
     """Inside the `with` block no other process fills the cache in `folder`: it waits. Where files cannot be locked, all may."""
     folder.mkdir(parents=True, exist_ok=True)
+    place = folder / ".filling"                                 # not run.LOCK: a run in the same folder holds that
     with ExitStack() as stack:
-        busy = False
-        with suppress(OSError):                                 # no permission, or a file system without locks; not run.LOCK
-            file = stack.enter_context(open(folder / ".filling", "a"))
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                busy = True
-        if busy:
+        try:
+            stack.callback(os.close, hold(place))
+        except BlockingIOError:
             print(f"{folder}: another process is filling this cache; waiting for it", flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            stack.callback(os.close, hold(place, wait=True))
+        except OSError:                                         # no permission to write there: a cache that is complete needs none
+            pass
         yield
 
 

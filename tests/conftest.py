@@ -60,7 +60,7 @@ def write_records(path: Path, *records: dict) -> Path:
 
 @contextmanager
 def locked_by_another(folder: Path):
-    """Inside, another process (forked: locks belong to processes) holds minikd's lock on the folder; then it is killed."""
+    """Inside, another process holds minikd's lock on the folder; then it is killed."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:

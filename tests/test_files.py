@@ -269,6 +269,53 @@ def test_what_stays_is_there_as_soon_as_the_folder_is(tmp_path, monkeypatch):
         "weights", "log", "sub/deep"}
 
 
+def test_what_another_process_deletes_meanwhile_does_not_end_a_save(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    for name in "gone", "stays":
+        (tmp_path / "model" / name).write_text("old")
+    link = os.link
+    monkeypatch.setattr(os, "link", lambda old, new: (old.unlink() if old.name == "gone" else None, link(old, new)))
+    with atomic_path(tmp_path / "model", folder=True, keep=lambda name: True) as new:
+        (new / "weights").write_text("new")
+    assert names(tmp_path / "model") == ["stays", "weights"]
+
+
+def free(path) -> bool:
+    """Whether another process could lock the file."""
+    code = "import sys; from minikd.files import hold; hold(sys.argv[1])"
+    ended = subprocess.run([sys.executable, "-c", code, str(path)], cwd=Path(files.__file__).parents[1], capture_output=True, text=True)
+    assert ended.returncode == 0 or "BlockingIOError" in ended.stderr, ended.stderr
+    return ended.returncode == 0
+
+
+def test_a_lock_in_a_folder_outlives_its_replacement(tmp_path):
+    """quantize.py locks the folder that it then writes the model into."""
+    (tmp_path / "model").mkdir()
+    handle = files.hold(tmp_path / "model/.lock")
+    with atomic_path(tmp_path / "model", folder=True, keep=lambda name: True) as new:
+        (new / "weights").write_text("new")
+    assert names(tmp_path / "model") == [".lock", "weights"] and not free(tmp_path / "model/.lock")
+    os.close(handle)
+    assert free(tmp_path / "model/.lock")
+
+
+def test_a_file_of_another_users_is_locked_all_the_same(tmp_path, monkeypatch):
+    def refuse(path, flags, *mode):
+        if str(path) == str(tmp_path / "lock") and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_(path, flags, *mode)
+
+    open_ = os.open
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):             # in a folder where no file can be made
+        files.hold(tmp_path / "lock")
+    (tmp_path / "lock").touch()
+    os.close(files.hold(tmp_path / "lock"))
+    handle = files.hold(tmp_path / "lock")
+    assert not free(tmp_path / "lock")
+    os.close(handle)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_error_between_two_renames_brings_the_old_folder_back(tmp_path, monkeypatch, error):
     (tmp_path / "model").mkdir()

@@ -1,4 +1,5 @@
 """The teacher's states on disk: the same numbers, refused where they are another's, completed where they are cut."""
+import fcntl
 import json
 import os
 import shutil
@@ -139,21 +140,22 @@ def test_of_two_processes_that_begin_a_cache_at_once_the_second_sees_what_the_fi
     """A real process holds the lock, and makes a cache of another teacher once this one waits; without the second look this one
     would go on in it."""
     (tmp_path / "cache").mkdir()
-    script = ("import fcntl, sys; file = open('.filling', 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print('in', flush=True); input(); "
+    script = ("import fcntl, sys; file = open('.filling', 'a'); fcntl.flock(file, fcntl.LOCK_EX); print('in', flush=True); input(); "
               "open('cache.json', 'w').write(sys.argv[1])")
     theirs = json.dumps({"made_from": {"teacher": "b"}})
     with subprocess.Popen([sys.executable, "-c", script, theirs], cwd=tmp_path / "cache", stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "in\n"
-        lock = module.fcntl.lockf
+        lock = fcntl.flock
 
-        def lockf(file, how):
-            if how == module.fcntl.LOCK_EX:                                     # it waits now
-                other.stdin.write("go on\n")
+        def flock(file, how):
+            if how == fcntl.LOCK_EX and other.poll() is None and not told:      # it waits now
+                told.append(other.stdin.write("go on\n"))
                 other.stdin.flush()
             return lock(file, how)
 
-        monkeypatch.setattr(module.fcntl, "lockf", lockf)
+        told = []
+        monkeypatch.setattr(fcntl, "flock", flock)
         with pytest.raises(InputError, match="its teacher is b, here a"):
             fill()
     assert fill.loads == 0 and "cache: another process is filling this cache; waiting for it" in capsys.readouterr().out
@@ -173,10 +175,10 @@ def test_a_cache_that_is_deleted_while_it_is_filled_is_one_line(fill, tmp_path):
 
 
 def test_filling_a_cache_in_a_runs_own_folder_keeps_the_run_locked(fill, tmp_path):
-    """A process loses its lock on a file when it closes any handle of that file."""
+    """They are two files: on NFS a process loses its lock on a file when it closes any handle of that file."""
     run.lock(tmp_path / "cache")
     fill()
-    child = os.fork()                                                           # locks belong to processes
+    child = os.fork()
     if child == 0:
         run.LOCKS.clear()
         with suppress(InputError):
@@ -184,7 +186,7 @@ def test_filling_a_cache_in_a_runs_own_folder_keeps_the_run_locked(fill, tmp_pat
             os._exit(1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    run.LOCKS.pop((tmp_path / "cache").resolve()).close()
+    os.close(run.LOCKS.pop((tmp_path / "cache").resolve()))
 
 
 def test_a_stray_shard_is_not_used(fill, tmp_path):
