@@ -75,8 +75,8 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the calibration rows")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of calibration and of the weights that are not packed; with auto those stay in the dtype they were stored in, and "
-             "4-bit models answer in bfloat16")
+        help="of calibration and of the weights that are not packed; with auto those are written in the dtype of the model's "
+             "embeddings, and 4-bit models answer in bfloat16")
     args = parser.parse_args()
     toy = args.model is None
     if args.method == "rtn":
@@ -172,8 +172,10 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
 
 
 def check_out(out: Path, tokenizer: Tokenizer):
-    """Raises InputError if `out` cannot be written, is or holds the current folder, or holds another tokenizer, or a model other
-    than a 4-bit one."""
+    """Raises InputError if `out` cannot be written or replaced, is or holds the current folder, or holds another tokenizer, or a
+    model other than a 4-bit one."""
+    if out.is_mount():                                          # a container's volume
+        raise InputError(f"--out {out}: is a mount point, which cannot be replaced; choose a folder inside it")
     if holds_cwd(out):
         raise InputError(f"--out {out}: is or contains the current folder; choose another, or one inside it")
     config = out / "config.json"
@@ -252,6 +254,7 @@ def main():
             for method in args.methods}
     for out in outs.values():                                   # all, before the first run of maybe hours
         check_out(out, tokenizer)
+    for out in outs.values():
         lock(out)
     for method, out in outs.items():
         quantize(args, folder, tokenizer, rows, method, out, device, dtype)

@@ -438,6 +438,10 @@ def test_the_folder_one_works_in_is_refused_before_the_work(run, tmp_path, monke
     monkeypatch.setattr(qz, "quantize", None)
     status, _, err = run("--method", "rtn", data=())
     assert status == 2 and "is or contains the current folder; choose another, or one inside it" in err and err.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "w4")
+    status, _, err = run("--method", "rtn", data=())
+    assert status == 2 and "w4: is a mount point, which cannot be replaced; choose a folder inside it" in err
 
 
 @pytest.mark.parametrize("hidden, inner, keys, group, said", [

@@ -277,7 +277,9 @@ def test_repetition_takes_other_lengths_and_penalties():
     ("2^{3}", "2^3", True), ("11_8", "11_{8}", True), ("2^{30}", "2^30", False), (r"5\text{ cm}^2", "5", True),
     (r"5\text{ cm}^{2}", r"5 \text{ m}", True), (r"120\degree", "120", True), (r"\frac {1}{2}", "1/2", True), (r"\frac 12", ".5", True),
     (r"\boxed {7}", "7", True), ("Answer: 34", "34", True), ("#### 72", "72", True), ("Final answer is: 3", "3", True),
-    ("Answers: 3", "3", False), ("0.333...", "0.333", False), (r"2\mathrm{e}^3", "2", False), ("the answer", "answer", False), (r"\(x = 3\)", "3", True), ("1 -2", "1-2", False), ("1 - 2", "1-2", True), ("1 .5", "1.5", False),
+    ("Answers: 3", "3", False), ("0.333...", "0.333", False), (r"2\mathrm{e}^3", "2", False),
+    (r"2\mathrm{n}^2", "2", False), (r"2\mathrm{n}^2", "2n^2", True), (r"2\mathrm{m}^2", "2", True), (r"2\text{ s}", "2", True),
+    ("the answer", "answer", False), (r"\(x = 3\)", "3", True), ("1 -2", "1-2", False), ("1 - 2", "1-2", True), ("1 .5", "1.5", False),
     ("1" + 40_000 * " " + "2", "12", False), ("\u22123", "-3", True), ("a - b", "a-b", True), ("New York", "NewYork", False), (r"\leftarrow", "arrow", False), ("9" * 5000, "9" * 5000 + ".0", True),
 ])
 def test_answers_are_equal_as_texts_or_as_numbers(said, gold, right):
