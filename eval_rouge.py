@@ -58,7 +58,7 @@ def parse_args():
         help=f"multiply by the head rounded to 8 bits; on a CPU, for fewer than {INT8_ROWS} prompts at once")
     add("--show-ways", action="store_true", help="print how each 4-bit layer multiplies, by number of rows")
     add = flag_group(parser, "answers in a file, one per line or record")
-    add("--predictions", help=".txt, one answer per line; or .jsonl .json .csv with prediction, text, response or output")
+    add("--predictions", help=".txt, one answer per line; or .jsonl .json .csv .parquet with prediction, text, response or output")
     add("--references", help="the same kinds of file; also records that train_kd.py reads, or that have a list `references`")
     add = flag_group(parser, "both")
     add("--format", choices=FORMATS, help="schema of the records, recognised from their fields if not given")

@@ -5,8 +5,8 @@ ignored, except two that any record may have: `category` and, if there is no sys
 prompt includes its `context`, `input` or `passage`. What belongs to a question but would not be shown is refused: `choices` and
 `options` of a pair, `history` of a pair, dolly or alpaca record, images, videos and sound. The `reasoning_content` or `thinking`
 of the answer's turn, or of a pair, dolly or alpaca record, is put before it in <think> tags; a pair with a model's `generation`
-beside its answer (s1K, distilabel) is refused, as only one of them can be learned. A codeforces record is dropped if its
-`finish_reason` says that it was cut, a pair if its `label` is false (KTO).
+beside its answer (s1K, distilabel) is refused, as only one of them can be learned. A record is dropped if its `finish_reason`
+says that it was cut, a pair if its `label` is false (KTO).
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
                                                        argilla/databricks-dolly-15k-curated-multilingual
@@ -86,6 +86,8 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
             f"its fields ({', '.join(list(record)[:12])}) fit no known format", "rename them to those of one:")
         raise InputError(f"{where}: {what}; {mend} {known}")
     check_shown(record, where, *MEDIA)
+    if record.get("finish_reason") == "length":
+        raise Dropped(where, "generation cut short")            # else the student would learn to stop there
     messages, instruction, input, answers = FORMATS[name][0](record, where)
     if messages[0]["role"] != "system" and (system := text_field(record, where, "system", "system_prompt", default="")):
         messages, instruction = ({"role": "system", "content": system}, *messages), f"{system}\n\n{instruction}"
@@ -161,7 +163,8 @@ def _chat(record, where, field="messages"):
 
 def with_thoughts(held: dict, where: str, answer: str) -> str:
     """The answer after the thoughts that its turn or record `held` has in a field of their own, if there are none in it."""
-    told = {name: held[name] for name in THOUGHTS if filled(held.get(name)) and held[name] is not True}   # some have a mode there
+    told = {name: held[name] for name in THOUGHTS
+            if filled(held.get(name)) and str(held[name]).strip().casefold() not in MODES}
     thoughts = text_field(told, where, *told, default="")
     return answer if not thoughts or "</think>" in answer else f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"
 
@@ -209,7 +212,7 @@ MEDIA = "image", "images", "video", "videos", "audio", "audios"
 def check_shown(record: dict, where: str, *names: str, fault: str = ""):
     """Raises InputError for a field that holds something, but would not be shown to the model, or has another fault."""
     for name in names:
-        if filled(record.get(name)) and isinstance(record[name], (str, list, dict)):        # not the number of generations
+        if filled(record.get(name)) and not isinstance(record[name], (int, float)):         # as the number of generations
             mend = "leave the record out" if name in MEDIA else "write it into the question, and remove the field"
             raise InputError(f"{where}: field {name!r} {fault or f'would not be shown to the model; {mend}'}")
 
@@ -244,8 +247,6 @@ def _pytorrent(record, where):
 
 
 def _codeforces(record, where):
-    if record.get("finish_reason") == "length":
-        raise Dropped(where, "generation cut short")            # else the student would learn to stop there
     if isinstance(record.get("messages"), list):
         return _chat(record, where)
     check_shown(record, where, *PAIR[1], fault="holds another answer than `generation`, which would be learned; remove one")
@@ -257,14 +258,15 @@ def _held_out(record, where):
     return messages, *_alpaca(record, where, field="references")[1:]
 
 
-THOUGHTS = "reasoning_content", "thinking"                      # fields of a turn, or of a pair
+THOUGHTS = "reasoning_content", "thinking"                      # fields of a turn, or of a record with one answer
+MODES = "true", "false", "on", "off", "yes", "no", "none", "0", "1"              # some have in it whether a model thought
 TOOLS = "tool", "tool_call", "tool_response", "function", "function_call", "observation"       # roles of turns
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 PAIR = [("prompt", "question", "problem", "query"), ("completion", "response", "solution", "answer")]
 # In the order they are tried: (record, where) -> (messages, instruction, input, answers), as in Example; and the fields
 # that identify the format, one of each tuple.
 FORMATS = {
-    "held-out": (_held_out, [("messages",), ("instruction",), ("input",), ("references",)]),
+    "held-out": (_held_out, [("messages",), ("instruction",), ("references",)]),              # `input` may be empty
     "codeforces": (_codeforces, [("messages", "prompt"), ("generation",)]),
     "chat": (_chat, [("messages",)]),
     "sharegpt": (_sharegpt, [("conversations",)]),            # before dolly: Magpie has its first turn as a Dolly record too

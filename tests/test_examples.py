@@ -188,7 +188,7 @@ def test_format_is_recognised_from_fields(name, record):
 @pytest.mark.parametrize("template", ["chatml", "alpaca"])
 @pytest.mark.parametrize("record", [
     DOLLY, {**DOLLY, "context": ""}, BUGNET, {**BUGNET, "error": "0"}, PYTORRENT, CODEFORCES,
-    {"instruction": "Add.", "input": "1 2", "output": ["3", "three"]}, {"instruction": "Say a.", "input": "", "output": "a"},
+    {"instruction": "Add.", "input": "1 2", "output": ["3", "three"]}, {"instruction": "Say a.", "input": "", "output": ["a", "b"]},
     {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"},
                   {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}])
 def test_what_was_held_out_is_read_as_the_same_example(tokenizer, tmp_path, record, template):
@@ -255,8 +255,9 @@ def test_a_field_of_the_question_that_would_not_be_shown_is_refused():
             assert to_example(record | {"history": none, "images": none, "options": none}, "d:1") == to_example(record, "d:1")
         with pytest.raises(InputError, match="d:1: field 'history' would not be shown to the model; write it into"):
             to_example(record | {"history": [["q0", "a0"]]}, "d:1")
-        with pytest.raises(InputError, match="d:1: field 'image' would not be shown to the model; leave the record out"):
-            to_example(record | {"image": "a.png"}, "d:1")
+        for image in "a.png", b"\x89PNG", {"bytes": b"\x89PNG"}:
+            with pytest.raises(InputError, match="d:1: field 'image' would not be shown to the model; leave the record out"):
+                to_example(record | {"image": image}, "d:1")
 
 
 def test_answers_that_are_labelled_bad_are_dropped_and_preference_pairs_refused():
@@ -301,7 +302,7 @@ def test_thoughts_that_stand_beside_an_answer_are_learned_with_it():
         assert alpaca.references == (thought, "b")
         lists = {"prompt": turns[:1], "completion": [{"role": "assistant", "content": "a"}], field: "long"}
         assert to_example(lists, "d:1").response == thought
-        for none in False, True, [], None:                      # whether a model thought
+        for none in False, True, [], None, "False", " on":      # whether a model thought
             assert to_example({"problem": "q", "solution": "a", field: none}, "d:1").response == "a"
         assert to_example({"problem": "q", "solution": "<think>b</think>a", field: "long"}, "d:1").response == "<think>b</think>a"
 
