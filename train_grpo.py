@@ -191,13 +191,11 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     Raises InputError for a gradient that is not finite, and when every reward was 0, or no answer could be judged, for
     `patience` steps in a row.
     """
-    optimizer, state = make_optimizer(model.train(), lr, weight_decay), {"step": 0, "unpaid": 0}
+    optimizer = make_optimizer(model.train(), lr, weight_decay)
     sampler = None                                              # a copy of the policy in `dtype`
     if compile:
         compile_blocks(model, *([reference] if reference else []))
-    if (out / STATE).exists():
-        state, _ = load_state(out, model, optimizer, state)
-    unpaid = state["unpaid"]                                    # steps up to now in which every reward was 0
+    state, _ = load_state(out, model, optimizer, {"step": 0, "unpaid": 0})      # steps done; those in a row without a reward
     log, completions = Log(out, upto=state["step"]), Log(out, upto=state["step"], name="completions.jsonl")
     scoring = dict(pad_id=tokenizer.pad_id, temperature=temperature, vocab=len(tokenizer), dtype=dtype)
     log_probs = functools.partial(grpo.token_log_probs, batch_size=batch_size, **scoring)   # (model, answers) -> [n] of each
@@ -251,7 +249,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             log.write(step=step + 1, **line)
             completions.write(*lines_of(step + 1, answers, texts, values, total, advantages, tokenizer))
             progress.update(note=f"reward {line['reward'] or 0:.3f} kl {line['kl'] or 0:.3f} length {line['length']:.0f}")
-            unpaid, news = count_unpaid(unpaid, total, patience, out), None
+            state, news = {"step": step + 1, "unpaid": count_unpaid(state["unpaid"], total, patience, out)}, None
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 sampler = cast_copy(model, dtype, sampler)
                 news = report(judge(sampler), step + 1, log, line["truncated"])
@@ -261,7 +259,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
                 log.write(step=steps, done=True)
                 remove(out / STATE)                             # last/ has the weights; the moments are of no more use
             elif news or time.perf_counter() - kept > SAVE_EVERY:
-                save_state(out, model, optimizer, {"step": step + 1, "unpaid": unpaid})
+                save_state(out, model, optimizer, state)
                 kept = time.perf_counter()
             if news:
                 progress.say(news)                                              # last: if stdout is closed, this ends the run

@@ -210,9 +210,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     if compile:
         compile_blocks(student, *([teacher.model] if isinstance(teacher, Teacher) else []))
         compile_losses()
-    state, saved = {"step": 0, "best": -1.0}, {}                # steps done, best ROUGE-L; MiniLLM's rollouts as tensors
-    if (out / STATE).exists():
-        state, saved = load_state(out, student, optimizer, state)
+    state, saved = load_state(out, student, optimizer, {"step": 0, "best": -1.0})       # best: ROUGE-L; saved: MiniLLM's rollouts
     rollouts_now, batching = minillm.unpack_rollouts(saved), (batch_size, grad_accum, seed)
     sampling = dict(batch_size=batch_size * grad_accum, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
     if loss == "minillm":

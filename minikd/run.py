@@ -136,8 +136,10 @@ def save_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, facts: di
 
 def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, begun: dict) -> tuple[dict, dict]:
     """Puts a saved state back, bit for bit; returns its facts, and the tensors saved as `more`.  begun: the facts before the
-    first step; those saved must have the same types"""
+    first step, returned where no state was saved; those saved must have the same types"""
     path = Path(folder) / STATE
+    if not path.exists():
+        return begun, {}
     try:
         with safe_open(path, framework="pt") as file:
             wanted = {f"model.{key}": list(value.shape) for key, value in model.state_dict().items()}

@@ -135,6 +135,7 @@ def test_a_state_is_one_file_that_replaces_the_one_before(tmp_path):
 
 def test_a_state_of_no_step_yet_has_no_moments(tmp_path):
     model, other = small_model(), small_model(seed=2)
+    assert load_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 0, "best": 7.5}) == ({"step": 0, "best": 7.5}, {})
     save_state(tmp_path, model, make_optimizer(model, 0.01), {"step": 0})
     assert load_state(tmp_path, other, make_optimizer(other, 0.01), BEGUN) == ({"step": 0}, {})
     assert same(model.state_dict(), other.state_dict())
