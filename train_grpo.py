@@ -192,7 +192,6 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     `patience` steps in a row.
     """
     optimizer = make_optimizer(model.train(), lr, weight_decay)
-    sampler = None                                              # a copy of the policy in `dtype`
     if compile:
         compile_blocks(model, *([reference] if reference else []))
     state, _ = load_state(out, model, optimizer, {"step": 0, "unpaid": 0})      # steps done; those in a row without a reward
@@ -202,8 +201,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     backward = functools.partial(forward_backward, model=model, clip=clip, clip_high=clip_high, beta=beta,
                                  checkpointing=gradient_checkpointing, **scoring)           # of one micro-batch; fills .grad
     with Progress("grpo", steps, start=state["step"]) as progress:
+        sampler = cast_copy(model, dtype)                       # a copy of the policy in `dtype`
         if state["step"] == 0:
-            sampler = cast_copy(model, dtype, sampler)
             progress.say(report(judge(sampler), 0, log))
         kept = time.perf_counter()                              # when the state was last saved
         for step in range(state["step"], steps):
