@@ -215,8 +215,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             clock.append(time.perf_counter())
 
             # Reward: each reward's values, their weighted sum [P G], and the advantages [P, G], paper eq. (5).
-            texts = [text_of(tokenizer, answer) for answer in answers]
-            values, total = compute_rewards(texts, [facts[answer.index] for answer in answers], rewards, weights)
+            texts, values, total = compute_rewards(answers, tokenizer, facts, rewards, weights)
             advantages = grpo.group_advantages(total.view(-1, group_size), scale)
             clock.append(time.perf_counter())
 
@@ -290,10 +289,13 @@ def text_of(tokenizer: Tokenizer, answer: Encoded) -> str:
     return "<think>\n" * begins_thoughts(tokenizer.decode(answer.prompt[-8:])) + tokenizer.decode(answer.response)
 
 
-def compute_rewards(texts: list[str], facts: list[dict], rewards: dict, weights: dict) -> tuple[dict[str, list], torch.Tensor]:
-    """The value of each reward for each completion (None: not judged), and the weighted sums, NaN where none judged it."""
-    values = {name: reward(texts, facts) for name, reward in rewards.items()}
-    return values, torch.tensor([math.nan if total is None else total for total in combine(values, weights)], dtype=torch.float64)
+def compute_rewards(answers: list[Encoded], tokenizer, facts: list[dict], rewards: dict,
+                    weights: dict) -> tuple[list[str], dict[str, list], torch.Tensor]:
+    """The answers' texts, each reward's values for them (None: not judged), and weighted sums, NaN where none judged one."""
+    texts, known = [text_of(tokenizer, answer) for answer in answers], [facts[answer.index] for answer in answers]
+    values = {name: reward(texts, known) for name, reward in rewards.items()}
+    sums = [math.nan if total is None else total for total in combine(values, weights)]
+    return texts, values, torch.tensor(sums, dtype=torch.float64)
 
 
 def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) -> list[list[int]]:
@@ -362,8 +364,7 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
         for start in range(0, len(rows), at_once):
             answers += grpo.sample_groups(model, rows[start:start + at_once], 1, max_new_tokens, tokenizer, temperature,
                                           seed=seed + start)[0]
-        texts = [text_of(tokenizer, answer) for answer in answers]
-        values, total = compute_rewards(texts, [facts[row.index] for row in rows], rewards, weights)
+        texts, values, total = compute_rewards(answers, tokenizer, facts, rewards, weights)
         checks = [values[key] for key in problems.CHECKS if key in values]      # an answer is judged by the first that can
         solved = ([next((value for value in row if value is not None), None) for row in zip(*checks)] if checks else
                   [number(value) for value in total])

@@ -454,7 +454,7 @@ def test_a_log_that_lost_its_start_still_ends_in_a_table(capsys):
 def test_each_held_out_answer_is_judged_by_the_check_that_it_has(monkeypatch, tokenizer, world):
     """`answer` for a question, `code` for a program: neither alone is the accuracy of both."""
     verdicts = {"answer": [1.0, None, None, 0.0], "code": [None, 1.0, None, None]}
-    monkeypatch.setattr(rl, "compute_rewards", lambda *_: ({**verdicts, "form": [0.0] * 4}, torch.zeros(4)))
+    monkeypatch.setattr(rl, "compute_rewards", lambda *_: ([""] * 4, {**verdicts, "form": [0.0] * 4}, torch.zeros(4)))
     rows = [Encoded([5, 6, 7], [], False, i) for i in range(4)]
     found = rl.accuracy(load_model(world / "model"), tokenizer, rows, [{}] * 4, dict.fromkeys([*verdicts, "form"]), {},
                         max_new_tokens=2, at_once=4, seed=0)
