@@ -230,14 +230,13 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         started = kept = time.perf_counter()                                    # kept: when the state was last saved
         for step, batches in source:                                            # MiniLLM's rollouts are sampled in here
             lm_batches = next(lm_source)[1] if lm_rows else []
-            kd_share = kd_ratio                                                 # the divergence's share of this step's loss
             own_answers = random.Random(f"{seed}:{step}").random() < on_policy  # GKD: this step on the student's answers
+            kd_share = 1.0 if own_answers else kd_ratio                         # no CE: its own answers are no targets
             if own_answers:
                 sampler = cast_copy(student, dtype, sampler)
                 own = respond(sampler, sum(batches, []), seed=seed + 7919 * step,          # a prime: small seeds do not collide
                               vocab=len(tokenizer), **sampling)
                 batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
-                kd_share = 1.0                                                  # no CE: its own answers are no targets
 
             scored = response_tokens(batches)                                   # of the whole optimizer step
             sums = sum(backward(batch, weight=1 / scored, teacher=teacher, divergence=divergence, kd_ratio=kd_share,
