@@ -243,15 +243,15 @@ def read_quantization(folder: Path) -> dict | None:
     return raw
 
 
-def read_tensor(path: Path, key: str) -> torch.Tensor:
-    """One float tensor of a safetensors file.  Raises InputError where it holds integers."""
+def read_tensor(path: Path, key: str, rows: slice = slice(None)) -> torch.Tensor:
+    """One float tensor of a safetensors file, or some of its rows.  Raises InputError where it holds integers."""
     with open_tensors(path) as file:
-        return tensor_of(file, path, key, floating=True)
+        return tensor_of(file, path, key, floating=True, rows=rows)
 
 
-def tensor_of(file, path: Path, key: str, floating: bool, rows: slice = slice(None)) -> torch.Tensor:
-    """One tensor, or some of its rows, of a file that open_tensors gave.  Raises InputError where it holds integers for floats,
-    or the reverse."""
+def tensor_of(file, path: Path, key: str, floating: bool, rows: slice) -> torch.Tensor:
+    """Some rows of a tensor of a file that open_tensors gave.  Raises InputError where it holds integers for floats, or the
+    reverse."""
     tensor = file.get_slice(key)[rows]
     if tensor.is_floating_point() != floating:
         kind = "a float" if floating else "an integer"
@@ -338,7 +338,7 @@ def differ(files: dict[str, Path], a: str, b: str, shape: tuple) -> bool:
     """Whether two tensors of this shape [n, ...] differ; read in parts, as the pages of both files take memory meanwhile."""
     step = max(1, PART // (8 * math.prod(shape[1:])))
     for at in range(0, shape[0], step):
-        x, y = (tensor_of(open_tensors(files[key]), files[key], key, floating=True, rows=slice(at, at + step)) for key in (a, b))
+        x, y = (read_tensor(files[key], key, slice(at, at + step)) for key in (a, b))
         if x.dtype != y.dtype:                                  # converting takes ten times as long as comparing
             x, y = x.double(), y.double()
         if not torch.equal(x, y):
