@@ -225,9 +225,8 @@ def check_files(out: Path, runs: list[Path], data, own):
             if is_chosen(log, choice):                                                      # as data_files reads it
                 raise InputError(f"--out {out}: the run's own files would be read as part of the data {name}; choose another "
                                  f"--out, or name the data file: {base}:FILE")
-    began = any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG))
-    for file in sorted(file for name in own for file in out.glob(name)):
-        if not began:
+    if not any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG)):         # no run began here
+        for file in sorted(file for name in own for file in out.glob(name)):
             raise InputError(f"{file}: was not written by a run, and would be replaced; choose another --out")
 
 
