@@ -31,11 +31,11 @@ def plot_rewards(folder, path) -> Path | None:
     def draw(reward, kl, length):
         lines = [line for line in read_log(folder) if "reward" in line]
         steps = [line["step"] for line in lines]
+        column = lambda key: [math.nan if line[key] is None else line[key] for line in lines]
         for key in [key for key in lines[0] if key == "reward" or key.count("/") == 1]:
-            reward.plot(steps, [math.nan if line[key] is None else line[key] for line in lines],
-                        label=key.removeprefix("reward/"), linewidth=2 if key == "reward" else 1)
-        kl.plot(steps, [math.nan if line["kl"] is None else line["kl"] for line in lines])
-        length.plot(steps, [line["length"] for line in lines])
+            reward.plot(steps, column(key), label=key.removeprefix("reward/"), linewidth=2 if key == "reward" else 1)
+        kl.plot(steps, column("kl"))
+        length.plot(steps, column("length"))
         reward.legend()
 
     return _picture(path, draw, "reward", "KL (nats per token)", "tokens per answer")
