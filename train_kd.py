@@ -120,7 +120,7 @@ def parse_args():
         print("note: several --lr without --loss: a sweep with --loss forward_kl", file=sys.stderr)
     note_flags(args)
     args.toy = args.student is None
-    args.from_sft = args.toy and bool(args.loss == "minillm" or args.on_policy)     # both need a student that can answer
+    args.from_sft = args.toy and (args.loss == "minillm" or args.on_policy)     # both need a student that can answer
     if args.from_sft:
         args.lr = args.lr or [1e-3]                             # lower: these runs continue from the SFT student
     if args.epochs is None and args.steps is None:
@@ -175,7 +175,7 @@ def check_flags(args):
     if args.seq_kd and args.loss == "minillm":
         raise InputError("--seq-kd with --loss minillm: MiniLLM learns from the student's own answers; leave one out")
     check_positive(args, "warmup", "weight_decay", or_zero=True)
-    if len({f"{lr:g}" for lr in args.lr or ()}) < len(args.lr or ()):
+    if len({f"{lr:g}" for lr in args.lr}) < len(args.lr):
         raise InputError(f"--lr {args.lr}: two rates are the same; give each once")
 
 
