@@ -228,11 +228,10 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             if ratio == "sequence" and inner_epochs > 1:
                 old = log_probs(model, answers)                 # a bfloat16 sampler's differ by more than GSPO's small clip
             rate = learning_rate(step, steps, lr, warmup, schedule)
+            log_s = [0.0] * len(answers) if ratio == "sequence" else None       # GSPO: log s of each answer, 0 before an update
             for epoch in range(inner_epochs):
-                log_s = None                                                    # None: a ratio for each token
-                if ratio == "sequence":                                         # GSPO: log s of each answer, 0 before an update
-                    now = log_probs(model, answers) if epoch else old
-                    log_s = [grpo.sequence_log_ratio(*pair) for pair in zip(now, old)]
+                if ratio == "sequence" and epoch:
+                    log_s = [grpo.sequence_log_ratio(*pair) for pair in zip(log_probs(model, answers), old)]
                 sums = torch.zeros(4)
                 for batch in longest_first(answers, counted, batch_size):
                     pick = lambda column: [column[i] for i in batch]
