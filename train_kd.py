@@ -200,13 +200,12 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     that is not finite, after its step has changed the student (this is not saved), and for a held-out loss that is not finite.
     """
     optimizer = make_optimizer(student.train(), lr, weight_decay)
-    divergence = None                                           # of one token's distributions; None for SFT
     if loss == "sft":
-        teacher, kd_ratio, on_policy = None, 0.0, 0.0
+        divergence, teacher, kd_ratio, on_policy = None, None, 0.0, 0.0
     elif loss == "minillm":
         divergence, kd_ratio = reverse_kl, 1.0                  # its exact first term, added in full to the policy's loss
     else:
-        divergence = pick_divergence(loss, temperature=temperature, beta=beta, alpha=alpha)
+        divergence = pick_divergence(loss, temperature=temperature, beta=beta, alpha=alpha)     # of one token's distributions
     if compile:
         compile_blocks(student, *([teacher.model] if isinstance(teacher, Teacher) else []))
         compile_losses()
