@@ -237,10 +237,9 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                               vocab=len(tokenizer), **sampling)
                 batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
 
-            scored = response_tokens(batches)                                   # of the whole optimizer step
+            scored, lm_scored = map(response_tokens, (batches, lm_batches))     # of the whole optimizer step
             sums = sum(backward(batch, weight=1 / scored, teacher=teacher, divergence=divergence, kd_ratio=kd_share,
                                 ratio_clip=ratio_clip) for batch in batches)    # [2] for the log: CE and divergence
-            lm_scored = response_tokens(lm_batches)
             lm_sums = sum(backward(batch, weight=lm_coef / lm_scored) for batch in lm_batches)
             rate = learning_rate(step, steps, lr, warmup, schedule)
             norm = apply_gradient(student, optimizer, rate, max_grad_norm)
