@@ -218,8 +218,9 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     else:
         source = optimizer_steps(rows, state["step"], steps, *batching)         # of (step, its micro-batches)
     lm_source = optimizer_steps(lm_rows, state["step"], steps, *batching)       # the same of --lm-data; not begun without it
-    backward = functools.partial(forward_backward, student=student, pad_id=tokenizer.pad_id, dtype=dtype,
-                                 checkpointing=gradient_checkpointing)          # of one micro-batch; fills .grad
+    backward = functools.partial(                                               # of one micro-batch; fills .grad
+        forward_backward, student=student, teacher=teacher, divergence=divergence, ratio_clip=ratio_clip,
+        pad_id=tokenizer.pad_id, dtype=dtype, checkpointing=gradient_checkpointing)
     sampler, log = None, Log(out, upto=state["step"])           # sampler: a copy of the student in `dtype`
     judge = functools.partial(
         evaluate_and_save, student, tokenizer=tokenizer, rows=valid_rows, examples=valid_examples, teacher=teacher,
@@ -238,9 +239,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                 batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
 
             scored, lm_scored = map(response_tokens, (batches, lm_batches))     # of the whole optimizer step
-            sums = sum(backward(batch, weight=1 / scored, teacher=teacher, divergence=divergence, kd_ratio=kd_share,
-                                ratio_clip=ratio_clip) for batch in batches)    # [2] for the log: CE and divergence
-            lm_sums = sum(backward(batch, weight=lm_coef / lm_scored) for batch in lm_batches)
+            sums = sum(backward(batch, weight=1 / scored, kd_ratio=kd_share) for batch in batches)      # [2]: CE and divergence
+            lm_sums = sum(backward(batch, weight=lm_coef / lm_scored, teacher=None) for batch in lm_batches)        # CE alone
             rate = learning_rate(step, steps, lr, warmup, schedule)
             norm = apply_gradient(student, optimizer, rate, max_grad_norm)
 
