@@ -186,13 +186,12 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
           lm_rows=(), lm_coef=1.0, on_policy=0.0, mix=0.2, rollouts=256, inner_epochs=4, ratio_clip=0.2, steps,
           batch_size, grad_accum=1, lr, warmup=0, schedule="cosine", weight_decay=0.01, max_grad_norm=1.0,
           gradient_checkpointing=False, compile=False, eval_every, eval_examples, max_new_tokens, rouge, seed=0,
-          dtype=torch.float32, title) -> Qwen2:
+          dtype=torch.float32) -> Qwen2:
     """Trains `student` in place; returns it. best/ and last/ under `out` are folders that transformers opens.
 
     rows     to learn from; in valid_rows, row.index points into valid_examples
     teacher  its states and its head; None for sft
     lm_rows  the rows of --lm-data
-    title    the name that the progress shows
     loss     one name of --loss
     dtype    that of matrix products and of sampling
     The other arguments are the flags of the same names. A saved state in `out` is continued. In the log, `ce` is that of the
@@ -226,7 +225,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         evaluate_and_save, student, tokenizer=tokenizer, rows=valid_rows, examples=valid_examples, teacher=teacher,
         divergence=divergence, dtype=dtype, batch_size=batch_size, eval_examples=eval_examples, max_new_tokens=max_new_tokens,
         rouge=rouge, out=out, log=log)
-    with Progress(title, steps, start=state["step"]) as progress:
+    with Progress(out.name, steps, start=state["step"]) as progress:
         started = kept = time.perf_counter()                                    # kept: when the state was last saved
         for step, batches in source:                                            # MiniLLM's rollouts are sampled in here
             lm_batches = next(lm_source)[1] if lm_rows else []
@@ -262,7 +261,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
                 save_state(out, student, optimizer, state, minillm.pack_rollouts(rollouts_now))
                 kept = time.perf_counter()
             if news:
-                progress.say(f"{title} step {step + 1}: {news}")                # last: if stdout is closed, this ends the run
+                progress.say(f"{out.name} step {step + 1}: {news}")             # last: if stdout is closed, this ends the run
             started = time.perf_counter()
     return student
 
@@ -326,7 +325,7 @@ def stage(folder: Path, make_student, *, resume: bool, recorded: dict, **setting
     recorded  what config.json holds beside the settings; a resumed run must have the same
     """
     if begin_run(folder, recordable(settings) | recorded, resume):
-        train(student=make_student(), out=folder, title=folder.name, **settings)
+        train(student=make_student(), out=folder, **settings)
 
 
 def recordable(settings: dict) -> dict:

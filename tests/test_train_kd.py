@@ -68,7 +68,7 @@ def settings(world, tokenizer, tmp_path):
         student=load_model(world / "student"), teacher=Teacher(load_model(world / "teacher").requires_grad_(False)),
         tokenizer=tokenizer, rows=rows[:20], valid_rows=rows[20:], valid_examples=examples, out=tmp_path / "run",
         loss="forward_kl", steps=1, batch_size=8, lr=0.01, eval_every=1000, eval_examples=2, max_new_tokens=2,
-        rouge="plain", title="test") | changed
+        rouge="plain") | changed
 
 
 # ---- one run
@@ -669,7 +669,7 @@ def test_resume_skips_what_is_done_and_runs_what_is_not(run, tmp_path, monkeypat
 def test_a_state_that_an_earlier_run_left_is_not_resumed_from(tmp_path, settings):
     """The toy's runs replace earlier ones: killed before its first state, a run must not find the earlier one's."""
     given = settings(steps=6, eval_every=2)
-    rest = {key: value for key, value in given.items() if key not in ("student", "out", "title")}
+    rest = {key: value for key, value in given.items() if key not in ("student", "out")}
 
     def begin(lr, at, resume=False):
         with killed_at(at):
