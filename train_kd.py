@@ -459,7 +459,7 @@ def write_held_out(examples: list, path: Path):
 def conclude(args, out: Path, tokenizer, base: Qwen2, teacher: Teacher | None, held_out: tuple, asked: tuple, device,
              dtype) -> Path | None:
     """Prints the table of Base, the runs and Teacher, and draws the curves; returns the picture's path."""
-    models = {"SFT" if args.from_sft else "Base": base.to(dtype)}            # what the runs began from
+    models = {"SFT" if args.from_sft else "Base": base}                      # what the runs began from
     models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
     models |= {"Teacher": teacher.model} if teacher else {}
     answers = dict(max_new_tokens=args.max_new_tokens, batch_size=max(AT_ONCE, args.batch_size), rouge=args.rouge)
@@ -530,7 +530,7 @@ def main():
         stage(out / folder, functools.partial(begun.load, device), loss=loss, lr=lr, recorded=recorded, **settings)
     if teaching and not isinstance(teacher, Teacher):           # the table needs answers, and so the whole model
         teacher = Teacher(teaching.load(device, teacher_dtype).requires_grad_(False))
-    picture = conclude(args, out, tokenizer, begun.load(device), teacher, held_out, asked, device, dtype)
+    picture = conclude(args, out, tokenizer, begun.load(device, dtype), teacher, held_out, asked, device, dtype)
     print(f"\n{f'curves in {picture}; ' if picture else ''}checkpoints under {out}; {time.time() - started:.0f} s")
 
 
