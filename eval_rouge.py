@@ -165,8 +165,8 @@ def show_table(rounds: list[list[dict]], rouge: str):
 def main():
     args = parse_args()
     rounds = file_scores(args) if args.predictions else model_scores(args)
+    show_table(rounds, args.rouge)                              # first: it is worth hours, and the disk may be full
     write_jsonl([score for scores in rounds for score in scores], args.out)
-    show_table(rounds, args.rouge)
     print(f"\nscores of every example in {args.out}")
 
 

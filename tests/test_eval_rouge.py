@@ -1,4 +1,5 @@
 """eval_rouge.py on a model and data, and on two files: the same numbers by hand."""
+import errno
 import json
 import os
 import statistics
@@ -244,6 +245,17 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, tmp_path, flags, sa
     status, out, err = run(*flags)
     assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
     assert files() == before
+
+
+def test_the_table_is_printed_though_the_disk_is_full(run, tmp_path, monkeypatch):
+    def full(rows, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(eval_rouge, "write_jsonl", full)
+    (tmp_path / "a.txt").write_text("a b\n")
+    status, out, err = run("--predictions", tmp_path / "a.txt", "--references", tmp_path / "a.txt")
+    assert status == 2 and "all" in out and "100.0" in out and "scores of every" not in out
+    assert "No space left on device; free some space" in err and err.count("\n") == 1
 
 
 def test_a_format_that_is_named_decides_what_the_reference_is(tmp_path):
