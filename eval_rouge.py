@@ -165,8 +165,10 @@ def show_table(rounds: list[list[dict]], rouge: str):
 def main():
     args = parse_args()
     rounds = file_scores(args) if args.predictions else model_scores(args)
-    show_table(rounds, args.rouge)                              # first: it is worth hours, and the disk may be full
-    write_jsonl([score for scores in rounds for score in scores], args.out)
+    try:
+        show_table(rounds, args.rouge)                          # first, as the disk may be full; it took hours
+    finally:                                                    # and if nobody reads standard output any more
+        write_jsonl([score for scores in rounds for score in scores], args.out)
     print(f"\nscores of every example in {args.out}")
 
 

@@ -239,7 +239,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
 
             scored, lm_scored = map(response_tokens, (batches, lm_batches))     # of the whole optimizer step
             sums = sum(backward(batch, weight=1 / scored, kd_ratio=kd_share) for batch in batches)      # [2]: CE and divergence
-            lm_sums = sum(backward(batch, weight=lm_coef / lm_scored, teacher=None) for batch in lm_batches)        # CE alone
+            lm_sums = sum(backward(batch, weight=lm_coef / lm_scored) for batch in lm_batches)     # CE alone
             rate = learning_rate(step, steps, lr, warmup, schedule)
             norm = apply_gradient(student, optimizer, rate, max_grad_norm)
 

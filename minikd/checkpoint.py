@@ -270,7 +270,9 @@ def open_tensors(path: Path):
     """safe_open, with a file that cannot be read, or is damaged, reported as an InputError."""
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:                                   # what it raises for every failure to open a file
+    except (FileNotFoundError, RuntimeError) as error:          # whatever the reason; the second if it vanishes meanwhile
+        if isinstance(error, RuntimeError) and "unable to open" not in str(error):
+            raise
         if path.exists():
             raise InputError(f"{path}: cannot be opened; check its permissions") from None
         raise InputError(f"{path}: is missing; fetch the model again") from None

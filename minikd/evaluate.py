@@ -147,7 +147,7 @@ def print_table(columns: dict[str, dict[str, float]], metrics: dict[str, dict[st
 # ---- answers and references in files
 
 def read_predictions(path) -> list[str]:
-    """One answer per line of a .txt, or per record of a .jsonl, .json or .csv: its field prediction, text, response or
+    """One answer per line of a .txt, or per record of any other file: its field prediction, text, response or
     output, or the record itself if it is a string."""
     return [_texts(value, where, ("prediction", "text", "response", "output"), single=True)[0]
             for where, value in read_records(path, kinds=(dict, str, list))]

@@ -68,10 +68,12 @@ class Example:
 
 
 def recognise(record: dict) -> str | None:
-    """The first of FORMATS whose fields the record has filled, else has, even if they are null; None when there is none."""
+    """The first of FORMATS whose fields the record has filled, else has with blank ones, else with null ones; None when there is
+    none."""
     fits = lambda has: next((name for name, (_, needs) in FORMATS.items()
                              if all(any(map(has, either)) for either in needs)), None)
-    return fits(lambda key: filled(record.get(key))) or fits(record.__contains__)
+    return (fits(lambda key: filled(record.get(key)) or key == MAY_BE_EMPTY and key in record)
+            or fits(lambda key: not absent(record.get(key))) or fits(record.__contains__))
 
 
 def to_example(record: dict, where: str, format: str | None = None) -> Example:
@@ -163,8 +165,8 @@ def _chat(record, where, field="messages"):
 
 def with_thoughts(held: dict, where: str, answer: str) -> str:
     """The answer after the thoughts that its turn or record `held` has in a field of their own, if there are none in it."""
-    told = {name: held[name] for name in THOUGHTS
-            if filled(held.get(name)) and str(held[name]).strip().casefold() not in MODES}
+    told = {name: value for name in THOUGHTS
+            if filled(value := held.get(name)) and isinstance(value, str) and value.strip().casefold() not in MODES}
     thoughts = text_field(told, where, *told, default="")
     return answer if not thoughts or "</think>" in answer else f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"
 
@@ -179,9 +181,10 @@ def _sharegpt(record, where):
 
 
 def _pair(record, where):
-    if str(record.get("label")).casefold() == "false":          # in KTO's data; a text in a CSV
+    if record.get("label") is False:                            # in KTO's data; the text "False" may be a class
         raise Dropped(where, "labelled as a bad answer")
-    check_shown(record, where, *DISTILLED, fault="holds another answer than the one that would be learned; remove it, or "
+    distilled = [name for name in DISTILLED if not isinstance(record.get(name), (int, float))]      # as the number of them
+    check_shown(record, where, *distilled, fault="holds another answer than the one that would be learned; remove it, or "
                                                  "the other, and call what is to be learned `completion`")
     turns = []
     for role, names in zip(("user", "assistant"), PAIR):
@@ -212,7 +215,7 @@ MEDIA = "image", "images", "video", "videos", "audio", "audios"
 def check_shown(record: dict, where: str, *names: str, fault: str = ""):
     """Raises InputError for a field that holds something, but would not be shown to the model, or has another fault."""
     for name in names:
-        if filled(record.get(name)) and not isinstance(record[name], (int, float)):         # as the number of generations
+        if filled(record.get(name)):
             mend = "leave the record out" if name in MEDIA else "write it into the question, and remove the field"
             raise InputError(f"{where}: field {name!r} {fault or f'would not be shown to the model; {mend}'}")
 
@@ -259,14 +262,15 @@ def _held_out(record, where):
 
 
 THOUGHTS = "reasoning_content", "thinking"                      # fields of a turn, or of a record with one answer
-MODES = "true", "false", "on", "off", "yes", "no", "none", "0", "1"              # some have in it whether a model thought
+MODES = "true", "false", "on", "off", "yes", "no", "none", "0", "1"              # some hold there whether a model thought
 TOOLS = "tool", "tool_call", "tool_response", "function", "function_call", "observation"       # roles of turns
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+MAY_BE_EMPTY = "input"
 PAIR = [("prompt", "question", "problem", "query"), ("completion", "response", "solution", "answer")]
 # In the order they are tried: (record, where) -> (messages, instruction, input, answers), as in Example; and the fields
 # that identify the format, one of each tuple.
 FORMATS = {
-    "held-out": (_held_out, [("messages",), ("instruction",), ("references",)]),              # `input` may be empty
+    "held-out": (_held_out, [("messages",), ("instruction",), (MAY_BE_EMPTY,), ("references",)]),
     "codeforces": (_codeforces, [("messages", "prompt"), ("generation",)]),
     "chat": (_chat, [("messages",)]),
     "sharegpt": (_sharegpt, [("conversations",)]),            # before dolly: Magpie has its first turn as a Dolly record too

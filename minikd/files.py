@@ -193,6 +193,7 @@ def _keep(old: Path, new: Path, keep=lambda name: True):
                 place.mkdir(exist_ok=True)
                 _keep(path, place)
                 shutil.copystat(path, place)
+                _fsync(place)
             elif not os.path.lexists(place) or place.lstat().st_mtime_ns < path.lstat().st_mtime_ns:    # of a link itself
                 place.unlink(missing_ok=True)
                 _link(path, place)
@@ -215,7 +216,8 @@ def holds_cwd(path: Path) -> bool:
 
 
 def hold(path: Path, wait: bool = False) -> int:
-    """Locks a file, which is made if there is none, until the handle that it returns is closed or the process ends.
+    """Locks a file, which is made if there is none, until the handle that it returns is closed or the process ends, and in its
+    forks too.
 
     Raises BlockingIOError if another process holds it and `wait` is false. On a file system without locks it does nothing.
     """

@@ -213,7 +213,7 @@ def _answer(record: dict) -> str:
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     whole = str(value).strip() if isinstance(value, (str, int, float)) else ""
     last = whole.rpartition("\n")[2]
-    told = re.search(r".*(?:####|\b[Tt]he answer is\b:?)\s*(.*)$", last)                   # GSM8K's, MetaMath's: the last one
+    told = re.match(r".*(?:####|\b[Tt]he answer is\b:?)\s*(.*)$", last)                   # GSM8K's, MetaMath's: the last one
     answer = boxed(whole) or (told[1] if told else whole).strip()                           # NuminaMath boxes it
     words = re.findall(r"[A-Za-z]{3,}", re.sub(r"\\(?:begin|end)\{\w+\*?\}|\\[A-Za-z]+", " ", answer))      # none of LaTeX's
     proof = (name == "solution" and answer == whole and (len(words) > 3 or "\n" in answer)

@@ -31,8 +31,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path):
-        config, self.generation, model = (read_json(folder / name) if (folder / name).exists() else {}
-                                          for name in (CONFIG, GENERATION, "config.json"))
+        config, self.generation = (read_json(folder / name) if (folder / name).exists() else {} for name in (CONFIG, GENERATION))
         self.backend, self.folder, self.template = backend, folder, read_template(folder, config)
         self.files = {name: (folder / name).read_bytes() for name in TOKENIZER if name != GENERATION and (folder / name).exists()}
         stops = [backend.token_to_id(token) for token in STOPS]
@@ -43,7 +42,8 @@ class Tokenizer:
             raise InputError(f"{folder}: the tokenizer has no {STOPS[stops.index(None)]}; "
                              "minikd needs a ChatML tokenizer, such as Qwen2's")
         more = self.generation.get("eos_token_id")              # an id, several, or none
-        more = model.get("eos_token_id") if more is None else more
+        if more is None and (folder / "config.json").exists():
+            more = read_json(folder / "config.json").get("eos_token_id")
         named_ids = [own, *(more if isinstance(more, list) else [more])]
         self.eos_ids = {*stops, *(stop for stop in named_ids if type(stop) is int)}
         self.end_id, self.pad_id = stops
@@ -203,8 +203,17 @@ def read_template(folder: Path, config: dict):
     held = version("jinja2")                                                    # comes with torch, of whichever version
     if [int(part) for part in re.findall(r"\d+", held)[:3]] < [3, 1, 6]:
         raise InputError(f"{path}: has a chat template, a program that jinja2 {held} cannot run safely; pip install -U jinja2")
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}: marks for training what the model writes; a scope, the text inside rendered as it is."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
 
     def refuse(text):
         raise TemplateError(text)
@@ -212,9 +221,8 @@ def read_template(folder: Path, config: dict):
     given = {key: text for key in config if key.endswith("_token") and (text := named(config, key))}   # it may write eos_token
     given |= {"tools": None, "documents": None, "raise_exception": refuse,
               "strftime_now": lambda format: datetime.now().strftime(format)}
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)     # jinja's own is for HTML
-    source = re.sub(r"(\{%[-+]?\s*(?:end)?)generation\b", r"\1with", source)   # marks what the model writes; a block like any
     try:
         return environment.from_string(source, globals=given)
     except (TemplateError, RecursionError) as error:

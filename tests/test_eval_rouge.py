@@ -258,6 +258,16 @@ def test_the_table_is_printed_though_the_disk_is_full(run, tmp_path, monkeypatch
     assert "No space left on device; free some space" in err and err.count("\n") == 1
 
 
+def test_the_scores_are_written_though_nobody_reads_the_table(run, tmp_path, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(eval_rouge, "show_table", closed)
+    (tmp_path / "a.txt").write_text("a b\n")
+    assert run("--predictions", tmp_path / "a.txt", "--references", tmp_path / "a.txt")[0] == 2
+    assert len(scores_in("runs/eval/answers.jsonl")) == 1
+
+
 def test_a_format_that_is_named_decides_what_the_reference_is(tmp_path):
     path = write(tmp_path / "r.jsonl", [{"instruction": "?", "response": "a", "references": ["b"]}])
     assert read_references(path, format="dolly")[0].references == ("a",)

@@ -255,17 +255,16 @@ def test_a_field_of_the_question_that_would_not_be_shown_is_refused():
             assert to_example(record | {"history": none, "images": none, "options": none}, "d:1") == to_example(record, "d:1")
         with pytest.raises(InputError, match="d:1: field 'history' would not be shown to the model; write it into"):
             to_example(record | {"history": [["q0", "a0"]]}, "d:1")
-        for image in "a.png", b"\x89PNG", {"bytes": b"\x89PNG"}:
+        for image in "a.png", b"\x89PNG", {"bytes": b"\x89PNG"}, 391895, True:
             with pytest.raises(InputError, match="d:1: field 'image' would not be shown to the model; leave the record out"):
                 to_example(record | {"image": image}, "d:1")
 
 
 def test_answers_that_are_labelled_bad_are_dropped_and_preference_pairs_refused():
     pair = {"prompt": "q", "completion": "a"}
-    assert to_example(pair | {"label": True}, "d:1").response == "a" and to_example(pair | {"label": "no"}, "d:1").response == "a"
-    for label in False, "False":                                # the second in a CSV
-        with pytest.raises(Dropped, match="labelled as a bad answer"):
-            to_example(pair | {"label": label}, "d:1")
+    assert to_example(pair | {"label": True}, "d:1").response == "a" and to_example(pair | {"label": "False"}, "d:1").response == "a"
+    with pytest.raises(Dropped, match="labelled as a bad answer"):
+        to_example(pair | {"label": False}, "d:1")
     with pytest.raises(InputError, match="field 'chosen' would not be learned"):
         to_example({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}}, "d:1")
 
@@ -275,6 +274,27 @@ def test_fields_that_are_null_do_not_decide_the_format():
     alpaca = {"instruction": "i", "input": "", "output": "o"}
     for none in None, [], "":
         assert to_example(alpaca | {"conversations": none, "messages": none, "chosen": none}, "d:1") == to_example(alpaca, "d:1")
+
+
+@pytest.mark.parametrize("record, response", [
+    ({"messages": None, "prompt": "q", "completion": ""}, None), ({"instruction": "i", "response": " ", "conversations": None}, None),
+    ({"question": "q", "answer": "", "instruction": None, "response": None}, None),
+    ({"instruction": "i", "input": "", "output": "[]", "messages": None}, "[]"),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "instruction": "Be helpful",
+      "references": ["http://doc"]}, "a")])
+def test_a_blank_answer_does_not_make_a_null_field_decide_nor_references_a_held_out_record(record, response):
+    if response is None:
+        with pytest.raises(Dropped):
+            to_example(record, "d:1")
+    else:
+        assert to_example(record, "d:1").response == response
+
+
+def test_a_cut_answer_of_any_format_is_dropped():
+    for record in DOLLY, {"prompt": "q", "completion": "a"}:
+        assert to_example(record | {"finish_reason": "stop"}, "d:1") == to_example(record, "d:1")
+        with pytest.raises(Dropped, match="cut short"):
+            to_example(record | {"finish_reason": "length"}, "d:1")
 
 
 def test_a_pair_with_two_answers_is_refused():
@@ -302,7 +322,7 @@ def test_thoughts_that_stand_beside_an_answer_are_learned_with_it():
         assert alpaca.references == (thought, "b")
         lists = {"prompt": turns[:1], "completion": [{"role": "assistant", "content": "a"}], field: "long"}
         assert to_example(lists, "d:1").response == thought
-        for none in False, True, [], None, "False", " on":      # whether a model thought
+        for none in False, True, 1.0, [], ["s1"], None, "False", " on":         # mostly whether a model thought
             assert to_example({"problem": "q", "solution": "a", field: none}, "d:1").response == "a"
         assert to_example({"problem": "q", "solution": "<think>b</think>a", field: "long"}, "d:1").response == "<think>b</think>a"
 

@@ -282,6 +282,11 @@ def test_records_without_an_answer_to_compare_with_are_left_out_and_counted(tmp_
     assert [problem.facts for problem in found] == [{"answer": n} for n in "345"] and left == len(answers)
 
 
+def test_a_long_answer_takes_no_longer_to_read_than_its_length():
+    record = {"problem": "1 + 2?", "answer": 300_000 * "so " + r"the answer is: \boxed{3}"}        # tried from each place: minutes
+    assert to_problem(record, "x").facts == {"answer": "3"}
+
+
 @pytest.mark.parametrize("record, answer", [
     ({"answer": "proof", "solution": "So it is."}, None), ({"answer": "notfound", "solution": "So 3."}, None),
     ({"answer": "so the answer is 3 x 4 = 12 #### 12"}, "12"), ({"answer": "the answer is 5, or so. The answer is: 6"}, "6"),
