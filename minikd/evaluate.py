@@ -10,7 +10,7 @@ from minikd.files import InputError, write_jsonl
 from minikd.generate import respond
 from minikd.head import compare_heads, head_loss, scored_positions
 from minikd.model import Qwen2, mixed_precision
-from minikd.records import check_text, read_records
+from minikd.records import check_text, names_of, read_records
 from minikd.rouge import exact_match, mean_by_category, rouge_l_best, tokens
 from minikd.teacher import Teacher
 from minikd.tokenizer import Tokenizer
@@ -175,7 +175,7 @@ def _texts(value, where: str, names: tuple[str, ...], single: bool = False) -> t
     if isinstance(value, dict):
         there = [name for name in names if name in value]
         if not there:
-            raise InputError(f"{where}: has none of the fields {', '.join(names)} (its fields: {', '.join(list(value)[:12])}); "
+            raise InputError(f"{where}: has none of the fields {', '.join(names)} (its fields: {names_of(value)}); "
                              "rename the one that holds the text")
         what = next((name for name in there if value[name] is not None), there[0])     # null only if all are
         value = value[what]

@@ -44,7 +44,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from minikd.files import InputError, sha256
-from minikd.records import absent, check_text, data_files, filled, kind_of, read_records
+from minikd.records import absent, check_text, data_files, filled, kind_of, names_of, read_records
 
 # ---- a record -> an example
 
@@ -85,7 +85,7 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
     if name not in FORMATS:
         known = "; ".join(f"{key} ({', '.join(' or '.join(n) for n in needs)})" for key, (_, needs) in FORMATS.items())
         what, mend = (f"format {name!r} is not known", "give one of:") if name else (
-            f"its fields ({', '.join(list(record)[:12])}) fit no known format", "rename them to those of one:")
+            f"its fields ({names_of(record)}) fit no known format", "rename them to those of one:")
         raise InputError(f"{where}: {what}; {mend} {known}")
     check_shown(record, where, *MEDIA)
     if record.get("finish_reason") == "length":
@@ -112,7 +112,7 @@ def text_field(record: dict, where: str, *names: str, default: str | None = None
     if held:
         raise Dropped(where, f"empty {names[-1]}")
     raise InputError(f"{where}: field {names[-1]!r} is {_state(record, names[-1])}; fill it or remove the record "
-                     f"(its fields: {', '.join(list(record)[:12])})")
+                     f"(its fields: {names_of(record)})")
 
 
 def _state(record: dict, name: str) -> str:

@@ -216,8 +216,8 @@ def holds_cwd(path: Path) -> bool:
 
 
 def hold(path: Path, wait: bool = False) -> int:
-    """Locks a file, which is made if there is none, until the handle that it returns is closed or the process ends, and in its
-    forks too.
+    """Locks a file, which is made if there is none, until the handle that it returns is closed, or the process has ended and
+    every fork of it that has inherited the handle.
 
     Raises BlockingIOError if another process holds it and `wait` is false. On a file system without locks it does nothing.
     """

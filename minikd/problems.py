@@ -20,7 +20,7 @@ from itertools import islice
 from minikd.data import Encoded
 from minikd.examples import MEDIA, Dropped, check_shown, same_prompt, text_field, with_passage
 from minikd.files import InputError, parse_json
-from minikd.records import absent, check_text, read_records
+from minikd.records import absent, check_text, names_of, read_records
 from minikd.toy import held_out
 
 NOISE, UNTAGGED = 0.25, 0.3             # share of the answers with thoughts that have a wrong step; share without thoughts
@@ -186,7 +186,7 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     if not asked or not facts:
         if asked and given or _of_codeforces(record) and absent(record["description"]):
             raise Dropped(where, "no answer to compare with, or no statement")
-        raise InputError(f"{where}: is not a problem (its fields: {', '.join(list(record)[:12])}); give `question` and `answer` "
+        raise InputError(f"{where}: is not a problem (its fields: {names_of(record)}); give `question` and `answer` "
                          "or `tests`, or Codeforces' `description` and `examples`")
     question = with_passage(record, where, asked, _asked(record.get("prompt")))
     return f"{question}\n\n{PYTHON if tests else ANSWER}", facts

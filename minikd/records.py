@@ -112,6 +112,11 @@ def filled(value) -> bool:
     return value.strip() not in ("", "[]", "{}") if isinstance(value, str) else bool(value) and not absent(value)
 
 
+def names_of(record: dict) -> str:
+    """A record's field names, for a message: at most twelve."""
+    return ", ".join(list(record)[:12])
+
+
 def kind_of(value) -> str:
     """A value's type, as error messages call it."""
     name = type(value).__name__
