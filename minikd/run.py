@@ -1,6 +1,7 @@
 """A run's folder: its log, its settings and its saved state; where a run may begin, and how it goes on exactly."""
 import functools
 import json
+import os
 import platform
 import re
 import subprocess
@@ -24,6 +25,8 @@ ANOTHER = "choose another --out"                                # what to do abo
 # Names of files that a run writes; data files may have them too.
 WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")
 LOCKS = {}                                                      # folder -> the handle that holds its lock
+# A fork, such as a process of a reward's pool, would else keep the folders locked after this process has ended.
+os.register_at_fork(after_in_child=lambda: [os.close(LOCKS.popitem()[1]) for _ in list(LOCKS)])
 
 
 # ---- the log

@@ -24,7 +24,7 @@ from minikd.data import encode_examples
 from minikd.examples import load_examples
 from minikd.files import InputError
 from minikd.model import Qwen2
-from minikd.run import read_log
+from minikd.run import LOCKS, read_log
 from minikd.w4 import W4Linear
 
 
@@ -334,6 +334,8 @@ def test_a_kill_in_the_middle_leaves_nothing_that_loads(run, tmp_path):
         if before:
             assert run("--method", "rtn", out=("--out", out))[0] == 0
             weights = load_model(out).state_dict()
+            for held in list(LOCKS):                                                # the earlier run has ended
+                os.close(LOCKS.pop(held))
         child = os.fork()
         if child == 0:
             checkpoint.save_tensors = write

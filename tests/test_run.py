@@ -1,5 +1,6 @@
 """A run's folder: a state that comes back bit for bit, a log and settings that outlive kills, and nothing that is overwritten."""
 import json
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -387,6 +388,26 @@ def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, nam
     (tmp_path / "kd" / CONFIG).unlink()
     lock(tmp_path)
     check_free(tmp_path, [tmp_path / "kd"], **given, own=[name])
+
+
+def test_a_fork_that_outlives_a_run_does_not_keep_its_folder_locked(tmp_path):
+    """A process of a reward's pool, say."""
+    lock(tmp_path)
+    (began, says), (waits, go) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(says, b"1")
+        os.read(waits, 1)
+        os._exit(0)
+    os.read(began, 1)
+    os.close(run.LOCKS.pop(tmp_path.resolve()))                                 # as at this process's end
+    try:
+        lock(tmp_path)
+    finally:
+        os.write(go, b"1")
+        assert os.waitpid(child, 0)[1] == 0
+    for handle in began, says, waits, go, run.LOCKS.pop(tmp_path.resolve()):
+        os.close(handle)
 
 
 def test_out_inside_a_folder_that_is_read_as_data_is_refused(tmp_path):
