@@ -299,6 +299,20 @@ def test_a_lock_in_a_folder_outlives_its_replacement(tmp_path):
     assert free(tmp_path / "model/.lock")
 
 
+def test_a_lock_that_is_not_had_leaves_no_handle_and_without_locks_nothing_is_refused(tmp_path, monkeypatch):
+    handle, opened = files.hold(tmp_path / "lock"), len(os.listdir("/dev/fd"))
+    with pytest.raises(BlockingIOError):
+        files.hold(tmp_path / "lock")
+    assert len(os.listdir("/dev/fd")) == opened
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    os.close(files.hold(tmp_path / "lock"))
+    os.close(handle)
+
+
 def test_a_file_of_another_users_is_locked_all_the_same(tmp_path, monkeypatch):
     def refuse(path, flags, *mode):
         if str(path) == str(tmp_path / "lock") and flags & os.O_RDWR:

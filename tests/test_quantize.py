@@ -395,7 +395,12 @@ def test_with_no_flags_the_toy_student_is_quantised_in_both_ways(shell, world, t
     for name in "train", "test":
         shutil.copy(world / "data.jsonl", tmp_path / f"runs/toy/data/{name}.jsonl")
     monkeypatch.chdir(tmp_path)
-    status, out, err = shell(qz, "--device", "cpu", "--eval-examples", 3, "--max-new-tokens", 4)
+    flags = "--device", "cpu", "--eval-examples", 3, "--max-new-tokens", 4
+    shutil.copytree("runs/toy/kd/best", "runs/toy/w4-gptq")                     # the second of the two is refused: no trace of the first
+    status, _, err = shell(qz, *flags)
+    assert status == 2 and "w4-gptq: holds something other than a 4-bit model" in err and not Path("runs/toy/w4-rtn").exists()
+    shutil.rmtree("runs/toy/w4-gptq")
+    status, out, err = shell(qz, *flags)
     assert status == 0, err
     assert [line.split()[0] for line in out.splitlines()[-3:]] == ["unquantised", "rtn", "gptq"]
     for method in "rtn", "gptq":
