@@ -19,11 +19,11 @@ import statistics
 from pathlib import Path
 
 from minikd.checkpoint import check_vocabulary, has_four_bits, load_model
-from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
-                            spare_threads)
-from minikd.data import describe_dropped, encode_examples
+from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
+                            pick_dtype, spare_threads)
+from minikd.data import Encoded, describe_dropped, encode_examples
 from minikd.evaluate import answer, read_predictions, read_references, score_answers
-from minikd.examples import FORMATS, load_examples
+from minikd.examples import FORMATS, Example, load_examples
 from minikd.files import InputError, check_writable, script_errors, write_jsonl
 from minikd.layout import INT8_ROWS, use_int8_head
 from minikd.records import local_files
@@ -34,7 +34,7 @@ from minikd.w4 import show_ways
 SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
 
 
-def parse_args():
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = flag_group(parser, "a model's answers")
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
@@ -64,6 +64,12 @@ def parse_args():
     add("--format", choices=FORMATS, help="schema of the records, recognised from their fields if not given")
     add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="how ROUGE-L forms its words")
     add("--out", help="jsonl of every example's scores (answers.jsonl in the model's folder, else in runs/eval)")
+    return parser
+
+
+def parse_args():
+    """The flags, checked, with the defaults filled in."""
+    parser = make_parser()
     args = parser.parse_args()
     check_given(args)
     toy = not (args.model or args.predictions)
@@ -107,43 +113,36 @@ def check_given(args):
         raise InputError("--seeds with --temperature 0: greedy answers are the same for all seeds; add --temperature 1")
 
 
-def model_scores(args) -> list[list[dict]]:
-    """score_answers of the model's own answers, one list per seed; a single list if greedy."""
-    device = pick_device(args.device)
-    examples, report = load_examples(args.data, args.format, args.limit)
-    tokenizer = Tokenizer.load(args.model)
-    rows, counts = encode_examples(examples, tokenizer, args.template, args.max_length, args.max_prompt_length)
+def read_prompts(tokenizer, *, data, format, limit, template, max_length,
+                 max_prompt_length) -> tuple[list[Encoded], list[Example]]:
+    """--data -> the rows to ask, and their examples."""
+    examples, report = load_examples(data, format, limit)
+    rows, counts = encode_examples(examples, tokenizer, template, max_length, max_prompt_length)
     lost = describe_dropped(counts)
     print(f"{report}{f'; {lost}' if lost else ''}")
-    model = load_model(args.model, device, pick_dtype(args.dtype, device, has_four_bits(args.model)))
-    check_vocabulary(args.model, model.config, tokenizer)
-    spare_threads(model.config)
-    if args.show_ways:
-        show_ways(model)
-    if args.int8_head:
-        use_int8_head(model)
-        if args.batch_size >= INT8_ROWS:
-            print(f"note: --int8-head is used for fewer than {INT8_ROWS} prompts at once; with --batch-size {args.batch_size}, "
-                  "only after the other prompts of a batch have finished")
-    check_writable(args.out.parent)
-    seeds, rounds = (args.seeds or SEEDS) if args.temperature > 0 else [None], []
+    return rows, [examples[row.index] for row in rows]
+
+
+def model_scores(model, tokenizer, rows, examples, *, seeds, temperature, top_p, top_k, no_repeat_ngram_size, max_new_tokens,
+                 batch_size, rouge) -> list[list[dict]]:
+    """score_answers of the model's own answers, one list per seed; a single list if greedy."""
+    seeds, rounds = (seeds or SEEDS) if temperature > 0 else [None], []
     with Progress("answers", len(seeds) * len(rows)) as progress:
         for seed in seeds:
-            texts = answer(model, tokenizer, rows, args.max_new_tokens, args.batch_size, args.temperature, seed=seed or 0,
-                           top_p=args.top_p, top_k=args.top_k, no_repeat_ngram_size=args.no_repeat_ngram_size,
-                           progress=progress.update)
-            scores = score_answers(texts, [examples[row.index] for row in rows], args.rouge)
+            texts = answer(model, tokenizer, rows, max_new_tokens, batch_size, temperature, seed=seed or 0, top_p=top_p,
+                           top_k=top_k, no_repeat_ngram_size=no_repeat_ngram_size, progress=progress.update)
+            scores = score_answers(texts, examples, rouge)
             rounds.append([score if seed is None else {"seed": seed, **score} for score in scores])
     return rounds
 
 
-def file_scores(args) -> list[list[dict]]:
-    """score_answers of --predictions against --references, as a list of one list."""
-    texts, examples = read_predictions(args.predictions), read_references(args.references, args.format)
+def file_scores(*, predictions, references, format, rouge) -> list[dict]:
+    """score_answers of --predictions against --references."""
+    texts, examples = read_predictions(predictions), read_references(references, format)
     if len(texts) != len(examples):
-        raise InputError(f"{args.predictions}: has {len(texts):,} predictions, but {args.references} has {len(examples):,} "
-                         "references; give one prediction for each reference")
-    return [score_answers(texts, examples, args.rouge)]
+        raise InputError(f"{predictions}: has {len(texts):,} predictions, but {references} has {len(examples):,} references; "
+                         "give one prediction for each reference")
+    return score_answers(texts, examples, rouge)
 
 
 def show_table(rounds: list[list[dict]], rouge: str):
@@ -164,7 +163,23 @@ def show_table(rounds: list[list[dict]], rouge: str):
 
 def main():
     args = parse_args()
-    rounds = file_scores(args) if args.predictions else model_scores(args)
+    if args.predictions:
+        rounds = [file_scores(**flags_of(file_scores, args))]
+    else:
+        device, tokenizer = pick_device(args.device), Tokenizer.load(args.model)
+        rows, examples = read_prompts(tokenizer, **flags_of(read_prompts, args))
+        model = load_model(args.model, device, pick_dtype(args.dtype, device, has_four_bits(args.model)))
+        check_vocabulary(args.model, model.config, tokenizer)
+        spare_threads(model.config)
+        if args.show_ways:
+            show_ways(model)
+        if args.int8_head:
+            use_int8_head(model)
+            if args.batch_size >= INT8_ROWS:
+                print(f"note: --int8-head is used for fewer than {INT8_ROWS} prompts at once; with --batch-size "
+                      f"{args.batch_size}, only after the other prompts of a batch have finished")
+        check_writable(args.out.parent)
+        rounds = model_scores(model, tokenizer, rows, examples, **flags_of(model_scores, args))
     try:
         show_table(rounds, args.rouge)                          # first, as the disk may be full; it took hours
     finally:                                                    # and if nobody reads standard output any more

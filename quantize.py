@@ -25,8 +25,8 @@ import torch
 
 from minikd.checkpoint import (check_vocabulary, load_config, load_model, model_folder, read_quantization, save_model,
                                stored_dtypes)
-from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
-                            spare_threads)
+from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
+                            pick_dtype, spare_threads)
 from minikd.data import NothingLeft, describe_dropped, encode_examples, encode_text
 from minikd.evaluate import answer_and_score, compare
 from minikd.examples import FORMATS, load_examples, load_texts, recognise
@@ -45,7 +45,7 @@ from minikd.w4 import to_w4
 KNOWN_GROUPS = -1, 16, 32, 64, 128, 256, 512, 1024              # of GPTQModel 7's kernels; minikd has others too
 
 
-def parse_args():
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = flag_group(parser, "model and data")
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
@@ -77,6 +77,12 @@ def parse_args():
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
         help="of calibration and of the weights that are not packed; with auto those are written in the dtype of the model's "
              "embeddings, and 4-bit models answer in bfloat16")
+    return parser
+
+
+def parse_args():
+    """The flags, checked, with the defaults filled in; and `methods`: --method, or the toy world's two."""
+    parser = make_parser()
     args = parser.parse_args()
     toy = args.model is None
     if args.method == "rtn":
@@ -143,9 +149,10 @@ def as_stored(folder: Path) -> tuple:
     return saved if set(stored.values()) == {saved} else torch.float32, saved
 
 
-def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype):
-    """Quantises the model in `folder` by `method` and writes the 4-bit folder `out`."""
-    held, saved = as_stored(folder) if args.dtype == "auto" else (dtype, dtype)
+def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype, dtypes: tuple, *,
+             bits, group_size, asym, no_act_order, damp, clip_search, batch_size):
+    """Quantises the model in `folder` by `method` and writes the 4-bit folder `out`.  dtypes: as as_stored gives them"""
+    held, saved = dtypes
     model, started = load_model(folder, "cpu", held), time.perf_counter()       # one block at a time is on `device` in `dtype`
     shares = {}                                                                 # layer -> its error / round-to-nearest's
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
@@ -155,14 +162,13 @@ def quantize(args, folder: Path, tokenizer: Tokenizer, rows: list, method: str, 
                 shares[name] = error / rtn
 
         words = quantize_model(
-            model, rows, tokenizer.pad_id, bits=args.bits, group_size=args.group_size, sym=not args.asym,
-            act_order=not args.no_act_order, damp=args.damp, clip_search=args.clip_search, method=method,
-            batch_size=args.batch_size, device=device, dtype=dtype, on_layer=on_layer,
-            store=functools.partial(to_words, version=2 if args.asym else 1))
-    how = {"static_groups": not args.no_act_order, "true_sequential": True} if method == "gptq" else {}
-    if how and 0 < args.damp < 1:                                               # GPTQModel opens no folder that names another
-        how["damp_percent"] = args.damp
-    to_w4(model, words, args.group_size, not args.asym, method=method, clip_search=args.clip_search, **how)
+            model, rows, tokenizer.pad_id, bits=bits, group_size=group_size, sym=not asym, act_order=not no_act_order, damp=damp,
+            clip_search=clip_search, method=method, batch_size=batch_size, device=device, dtype=dtype, on_layer=on_layer,
+            store=functools.partial(to_words, version=2 if asym else 1))
+    how = {"static_groups": not no_act_order, "true_sequential": True} if method == "gptq" else {}
+    if how and 0 < damp < 1:                                                    # GPTQModel opens no folder that names another
+        how["damp_percent"] = damp
+    to_w4(model, words, group_size, not asym, method=method, clip_search=clip_search, **how)
     tokenizer.save(out)
     save_model(model, out, dtype=saved)
     worst = max(shares, key=shares.get, default=None)
@@ -201,18 +207,18 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def measure(model: Qwen2, whole: Teacher, tokenizer: Tokenizer, examples: list, rows: list, args, device: str, dtype) -> dict:
+def measure(model: Qwen2, whole: Teacher, tokenizer: Tokenizer, examples: list, rows: list, answering: torch.dtype, *,
+            batch_size, max_new_tokens, rouge) -> dict:
     """Perplexity (e to the mean CE) and KL(whole || model) in nats, both over the references' tokens, end tokens included; and
-    ROUGE-L of its own answers. Without --dtype a 4-bit model answers in bfloat16 on any CPU.
+    ROUGE-L of its own answers, in the dtype `answering`.
 
     whole  the unquantised model. Errors make some of the references likelier, so the perplexity over a few hundred may
            rise or fall by chance. The KL counts every error, and is 0 only if there is none
     """
-    found = compare(model, rows, tokenizer.pad_id, args.batch_size, whole)
-    answering = pick_dtype(args.dtype, device, model.quantization is not None)  # a 4-bit model answers 20 x as fast in bfloat16
-    if answering != dtype:                                                      # else its codes would be repacked for nothing
+    found = compare(model, rows, tokenizer.pad_id, batch_size, whole)
+    if answering != model.head.dtype:                                           # else its codes would be repacked for nothing
         model.to(answering)
-    scores = answer_and_score(model, tokenizer, rows, examples, args.max_new_tokens, 16, args.rouge)
+    scores = answer_and_score(model, tokenizer, rows, examples, max_new_tokens, 16, rouge)
     return {"perplexity": math.exp(found["ce"]) if found["ce"] < 700 else math.inf, "KL": found["forward_kl"],
             "ROUGE-L": mean_by_category(scores)["all"]["rouge_l"]}
 
@@ -256,15 +262,17 @@ def main():
         check_out(out, tokenizer)
     for out in outs.values():
         lock(out)
+    dtypes = as_stored(folder) if args.dtype == "auto" else (dtype, dtype)
     for method, out in outs.items():
-        quantize(args, folder, tokenizer, rows, method, out, device, dtype)
+        quantize(folder, tokenizer, rows, method, out, device, dtype, dtypes, **flags_of(quantize, args))
     if eval_rows:
         print(f"\n{len(eval_rows)} examples {'MB':>15}{'perplexity':>12}{'KL':>9}{'ROUGE-L':>9}   KL from the unquantised, "
               "nats per token")
         whole = Teacher(load_model(folder, device, dtype).requires_grad_(False))
         for name, path in {"unquantised": folder, **outs}.items():
             model = whole.model if path == folder else load_model(path, device, dtype)
-            found = measure(model, whole, tokenizer, examples, eval_rows, args, device, dtype)
+            answering = pick_dtype(args.dtype, device, model.quantization is not None)      # at 4 bits bfloat16 is 20 x as fast
+            found = measure(model, whole, tokenizer, examples, eval_rows, answering, **flags_of(measure, args))
             print(f"{name:<20}{weight_bytes(path) / 1e6:>10.2f}{found['perplexity']:>12.4f}{found['KL']:>9.4f}"
                   f"{found['ROUGE-L']:>9.1f}")
             del model                                           # before the next one is loaded

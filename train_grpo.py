@@ -31,7 +31,7 @@ from minikd.command import (Parser, Progress, check_positive, fill_defaults, fla
                             pick_dtype, spare_threads)
 from minikd.data import Encoded, begins_thoughts, collate, encode_examples, next_rows
 from minikd.examples import same_prompt, split_examples, to_example
-from minikd.files import InputError, remove, script_errors, sha256
+from minikd.files import InputError, fingerprint, remove, script_errors, sha256
 from minikd.head import head_loss, scored_positions
 from minikd.losses import entropy
 from minikd.model import Qwen2, cast_copy, mixed_precision
@@ -39,7 +39,6 @@ from minikd.plots import plot_rewards
 from minikd.records import data_files
 from minikd.rewards import LARGEST, combine, load_rewards, reward_files, summary
 from minikd.run import SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, load_state, lock, read_log, save_state
-from minikd.teacher import digest_of, fingerprint
 from minikd.tokenizer import Tokenizer
 from minikd.training import apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer
 
@@ -47,7 +46,7 @@ TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of super
 FORM = {"format": 0.05, "steps": 0.05}                          # rewards for form; with larger weights accuracy collapses
 
 
-def parse_args():
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = flag_group(parser, "model and problems (none of them: a toy task)")
     add("--model", help="folder or hub name, preferably a distilled student; without it a toy student is fine-tuned first. With "
@@ -99,6 +98,12 @@ def parse_args():
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
         help="of matrix products and of sampling")
+    return parser
+
+
+def parse_args():
+    """The flags, checked, with the defaults filled in; and `toy`: whether the problems are the toy's."""
+    parser = make_parser()
     args = parser.parse_args()
     if args.data and not args.model:
         raise InputError("--data without --model; add --model FOLDER")
@@ -120,43 +125,43 @@ def parse_args():
     return args
 
 
-def read_problems(args) -> tuple[list[problems.Problem], list[problems.Problem]]:
-    """The problems to train on, and those held out: of --data, every question once."""
-    if args.toy:
-        return (problems.toy_problems(args.task, 3000 if args.task == "sums" else 1000, seed=args.seed),
-                problems.toy_problems(args.task, args.eval_examples, seed=99, test=True))
-    found, left = problems.load_problems(args.data, args.limit, args.format)
+def read_problems(*, data, limit, format, task, rewards, eval_examples,
+                  seed) -> tuple[list[problems.Problem], list[problems.Problem]]:
+    """The problems to train on, and those held out: of --data, every question once; without it, the toy's."""
+    if not data:
+        return (problems.toy_problems(task, 3000 if task == "sums" else 1000, seed=seed),
+                problems.toy_problems(task, eval_examples, seed=99, test=True))
+    found, left = problems.load_problems(data, limit, format)
     if len(found) < 2:
-        raise InputError(f"{', '.join(args.data)}: problems with tests, or an answer that others can be compared with: "
+        raise InputError(f"{', '.join(data)}: problems with tests, or an answer that others can be compared with: "
                          f"{len(found)} of {len(found) + left:,} records; give 2 or more, as one is held out")
     if left:
         print(f"{left:,} records left out: they repeat an earlier question, or have no statement or no comparable answer")
-    names = {name.strip() for name in (args.rewards or ",".join(problems.CHECKS)).split(",")}
+    names = {name.strip() for name in (rewards or ",".join(problems.CHECKS)).split(",")}
     facts = [fact for name, fact in problems.CHECKS.items() if name in names]
     judged = [problem for problem in found if any(problem.facts.get(fact) for fact in facts)]
-    if 1 < len(judged) < len(found) and not reward_files(args.rewards or ""):   # one of the user's own may judge the others
+    if 1 < len(judged) < len(found) and not reward_files(rewards or ""):   # one of the user's own may judge the others
         print(f"{len(found) - len(judged):,} problems left out: nothing tells a right answer from a wrong one, so only form "
               "would be rewarded")
         found = judged
-    return split_examples(found, min(args.eval_examples, max(1, len(found) // 5)), args.seed)
+    return split_examples(found, min(eval_examples, max(1, len(found) // 5)), seed)
 
 
-def choose_rewards(args, asked: list[problems.Problem]) -> tuple[dict, dict[str, float]]:
-    """--rewards and --reward-weights -> functions and weights by name; by default what the problems can be checked by, and a
-    little for form.  Raises InputError if `answer` or `code` could judge no problem."""
+def choose_rewards(asked: list[problems.Problem], *, rewards, reward_weights, data) -> tuple[str, dict, dict[str, float]]:
+    """--rewards and --reward-weights -> the rewards' names, separated by commas; functions and weights by name. By default they
+    are what the problems can be checked by, and a little for form.  Raises InputError if one could judge no problem."""
     checks = [name for name, fact in problems.CHECKS.items() if any(problem.facts.get(fact) for problem in asked)]
-    if not args.rewards:
+    if not rewards:
         if not checks:
-            raise InputError(f"{', '.join(args.data)}: no record has an answer, or tests that outputs can be compared with; "
+            raise InputError(f"{', '.join(data)}: no record has an answer, or tests that outputs can be compared with; "
                              "choose what to reward with --rewards")
         weights = dict.fromkeys((name for name in checks if name != "code_partial"), 1.0) | FORM
-        args.rewards = ",".join(weights)
-        args.reward_weights = args.reward_weights or ",".join(map(str, weights.values()))
-    rewards = load_rewards(args.rewards)
-    for name in rewards.keys() & problems.CHECKS.keys() - set(checks):
-        raise InputError(f"--rewards {args.rewards}: `{name}` can judge none of the {len(asked)} problems, which have no "
+        rewards, reward_weights = ",".join(weights), reward_weights or ",".join(map(str, weights.values()))
+    functions = load_rewards(rewards)
+    for name in functions.keys() & problems.CHECKS.keys() - set(checks):
+        raise InputError(f"--rewards {rewards}: `{name}` can judge none of the {len(asked)} problems, which have no "
                          f"{problems.CHECKS[name]}; leave it out")
-    return rewards, parse_weights(args.reward_weights, list(rewards))
+    return rewards, functions, parse_weights(reward_weights, list(functions))
 
 
 def parse_weights(text: str | None, names: list[str]) -> dict[str, float]:
@@ -440,8 +445,8 @@ def main():
                               own=["completions.jsonl", "curves.png"])
     check()
     files = [[str(file), sha256(file)] for file in data_files(args.data or ())]      # first: it refuses a pipe
-    asked, tests = read_problems(args)
-    rewards, weights = choose_rewards(args, asked + tests)
+    asked, tests = read_problems(**flags_of(read_problems, args))
+    names, rewards, weights = choose_rewards(asked + tests, **flags_of(choose_rewards, args))
     if rewards.keys() & {"code", "code_partial"}:               # it may not work here: check before a student is taught
         print(f"sandbox: {sandbox.isolation()}")
         if all(problems.shows_its_tests(problem) for problem in asked + tests if problem.facts.get("tests")):
@@ -459,12 +464,12 @@ def main():
     begun = Checkpoint(args.model)
     settings = flags_of(train, args, but=("model", "rewards", "out", "dtype"))
     recorded = settings | {"toy": anew, "model": str(begun), "data": files or None, "task": args.task,
-                           "rewards": args.rewards, "reward_weights": weights,
-                           "reward_files": {path: sha256(path) for path in reward_files(args.rewards)},
+                           "rewards": names, "reward_weights": weights,
+                           "reward_files": {path: sha256(path) for path in reward_files(names)},
                            "dtype": str(dtype), "limit": args.limit, "format": args.format,
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
                            "held_out": fingerprint(same_prompt(problem.messages) for problem in tests),
-                           "rows": fingerprint(map(digest_of, rows + valid_rows))}
+                           "rows": fingerprint(row.digest for row in rows + valid_rows)}
     lock(out)
     check()                                                     # another process may have run here meanwhile
     if begin_run(out, recorded, args.resume):

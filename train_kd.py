@@ -22,20 +22,18 @@ import math
 import random
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
 
 from minikd import minillm, toy
-from minikd.checkpoint import (Checkpoint, check_vocabulary, has_four_bits, load_config, load_head, load_model, model_folder,
-                               outline, save_model)
+from minikd.checkpoint import Checkpoint, has_four_bits, load_config, load_head, load_model, outline, save_model
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
 from minikd.data import Encoded, collate, describe_dropped, encode_examples, encode_text, optimizer_steps, steps_per_epoch
 from minikd.evaluate import answer_and_score, compare, show_table
-from minikd.examples import FORMATS, load_examples, load_texts, same_prompt, split_examples
-from minikd.files import InputError, remove, script_errors, write_jsonl
+from minikd.examples import (FORMATS, hold_out, load_examples, load_texts, same_prompt, split_examples, write_held_out)
+from minikd.files import InputError, fingerprint, remove, script_errors, write_jsonl
 from minikd.generate import respond
 from minikd.head import compile_losses, head_loss, scored_positions
 from minikd.losses import DIVERGENCES, clipped_surrogate, pick_divergence, reverse_kl
@@ -44,7 +42,7 @@ from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
 from minikd.run import (CONFIG, SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, load_state, lock, read_log,
                         save_state, write_config)
-from minikd.teacher import CachedTeacher, Teacher, digest_of, fill_cache, fingerprint, teacher_responses
+from minikd.teacher import CachedTeacher, Teacher, check_teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
 from minikd.training import apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer
 
@@ -53,7 +51,7 @@ OWN = "held-out.jsonl", "table.jsonl", "teacher-answers.jsonl", "answers-*.jsonl
 AT_ONCE = 16                                                    # prompts answered at a time, or a micro-batch if that is more
 
 
-def parse_args():
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = flag_group(parser, "models and data (none of them: the toy world)")
     add("--student", help="folder or hub name to start from")
@@ -114,6 +112,17 @@ def parse_args():
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
         help="of matrix products and of the teacher; with auto a 4-bit teacher is in bfloat16")
+    return parser
+
+
+def parse_args():
+    """The flags, checked, with the defaults filled in; and three things that follow from them:
+
+    toy       whether this is the toy world
+    from_sft  whether its student is fine-tuned first
+    plan      the runs, as planned() gives them
+    """
+    parser = make_parser()
     args = parser.parse_args()
     if args.loss is None and len(args.lr or ()) > 1:            # as in the paper's figure 2
         args.loss = "forward_kl"
@@ -129,6 +138,7 @@ def parse_args():
     check_flags(args)
     if args.cache_teacher:
         args.cache_teacher = str(Path(args.cache_teacher).expanduser())
+    args.plan = planned(args.loss, args.lr)
     return args
 
 
@@ -360,115 +370,89 @@ def toy_world(out: Path, seed: int, resume: bool, device):
           steps=200, lr=4e-3, eval_every=200, recorded={"toy": True}, **common)
 
 
-def planned(args) -> list[tuple[str, str, float, str]]:
-    """(label, loss, learning rate, folder under --out) of every run that the flags ask for; "" is --out itself."""
-    if args.loss is None:
-        return [("SFT", "sft", args.lr[0], "sft"), ("KD", "forward_kl", args.lr[0], "kd")]
-    if len(args.lr) == 1:
-        return [(args.loss, args.loss, args.lr[0], "")]
-    return [(f"{args.loss} lr {lr:g}", args.loss, lr, f"lr-{lr:g}") for lr in args.lr]
+def planned(loss: str | None, rates: list[float]) -> list[tuple[str, str, float, str]]:
+    """(label, loss, learning rate, folder under --out) of every run that --loss and --lr ask for; "" is --out itself."""
+    if loss is None:
+        return [("SFT", "sft", rates[0], "sft"), ("KD", "forward_kl", rates[0], "kd")]
+    if len(rates) == 1:
+        return [(loss, loss, rates[0], "")]
+    return [(f"{loss} lr {rate:g}", loss, rate, f"lr-{rate:g}") for rate in rates]
 
 
-def check_teacher(name, tokenizer):
-    """Raises InputError if the teacher's tokenizer differs from the student's other than by lacking added tokens (it prints
-    these), or if the student's tokenizer has more ids than the teacher has rows."""
-    folder = model_folder(name, weights=False)
-    if lacks := tokenizer.check_same(folder):
-        print(f"note: {name} cannot teach the tokens {', '.join(lacks)}: its tokenizer lacks them")
-    check_vocabulary(name, load_config(folder), tokenizer)
-
-
-def ask_teacher(args, teacher: Checkpoint, tokenizer, rows, device, dtype, out) -> list[Encoded]:
-    """--seq-kd: the rows with the teacher's answers; those not sampled by an earlier run are sampled now."""
+def ask_teacher(teacher: Checkpoint, tokenizer, rows, device, dtype, path, *, batch_size, max_length, max_new_tokens,
+                seed) -> list[Encoded]:
+    """--seq-kd: the rows with the teacher's answers, kept in `path`; those not sampled by an earlier run are sampled now."""
     load = functools.partial(teacher.load, device, dtype)
     made_from = {"teacher": teacher.files, "dtype": str(dtype)}
     with Progress("the teacher's answers", len(rows)) as progress:
-        rows = teacher_responses(out / "teacher-answers.jsonl", load, rows, made_from, tokenizer,
-                                 max(AT_ONCE, args.batch_size), args.max_new_tokens, args.seed, progress.update)
-    if long := sum(len(row) > args.max_length for row in rows):
+        rows = teacher_responses(path, load, rows, made_from, tokenizer, max(AT_ONCE, batch_size), max_new_tokens, seed,
+                                 progress.update)
+    if long := sum(len(row) > max_length for row in rows):
         print(f"{long:,} of the teacher's {len(rows):,} answers cut at --max-length")
-    return [row.cut_to(args.max_length) for row in rows]
+    return [row.cut_to(max_length) for row in rows]
 
 
-def open_teacher(args, teacher: Checkpoint, tokenizer, rows, device, dtype, lengths, data) -> Teacher | CachedTeacher:
-    """The teacher that the loop uses: the model, or with --cache-teacher its states of `rows`, computed where missing."""
+def open_teacher(teacher: Checkpoint, tokenizer, rows, device, dtype, made_from: dict, *, cache_teacher,
+                 batch_size) -> Teacher | CachedTeacher:
+    """The teacher that the loop uses: the model, or with --cache-teacher its states of `rows`, computed where missing.
+
+    made_from  what the rows were made from, beside the teacher (fill_cache)
+    """
     load = lambda: teacher.load(device, dtype).requires_grad_(False)
-    if not args.cache_teacher:
+    if not cache_teacher:
         return Teacher(load())
-    made_from = {"teacher": teacher.files, "dtype": str(dtype), "data": sorted(digest for _, digest in data),
-                 "seq_kd": args.seq_kd, **lengths}
+    made_from = {"teacher": teacher.files, "dtype": str(dtype)} | made_from
     width = load_config(teacher.folder).hidden_size
-    with Progress(f"{args.cache_teacher}: teacher's states, rows", len(rows)) as progress:
-        computed = fill_cache(args.cache_teacher, rows, made_from, load, width, tokenizer.pad_id, args.batch_size, dtype,
-                              progress.update)
-    print(f"{args.cache_teacher}: states of {computed:,} scored tokens computed now; the data have "
+    with Progress(f"{cache_teacher}: teacher's states, rows", len(rows)) as progress:
+        computed = fill_cache(cache_teacher, rows, made_from, load, width, tokenizer.pad_id, batch_size, dtype, progress.update)
+    print(f"{cache_teacher}: states of {computed:,} scored tokens computed now; the data have "
           f"{sum(len(row.response) for row in rows):,}, repeated rows included; {2 * width:,} bytes each")
     head = load_head(teacher.folder, device, dtype)
     teacher.check()
-    return CachedTeacher(args.cache_teacher, head)
+    return CachedTeacher(cache_teacher, head)
 
 
-def read_data(args, tokenizer, lengths: dict) -> tuple:
+def read_data(tokenizer, lengths: dict, *, data, format, limit, validation, seed, eval_data, eval_examples) -> tuple:
     """--data and --eval-data -> a Report, the training rows, (rows, examples) held out, (rows, examples) of the table."""
-    with Progress("reading", args.limit) as progress:
-        examples, report = load_examples(args.data, args.format, args.limit, progress.update)
+    def encode(part, what):
+        try:
+            return encode_examples(part, tokenizer, **lengths)
+        except InputError as error:
+            raise InputError(f"{what}: {error}") from error
+
+    with Progress("reading", limit) as progress:
+        examples, report = load_examples(data, format, limit, progress.update)
     print(report)
-    train_part, valid_part = hold_out(examples, args.validation, args.seed)
+    train_part, valid_part = hold_out(examples, validation, seed)
     with Progress("encoding", len(train_part)) as progress:
         rows, counts = encode_examples(train_part, tokenizer, **lengths, progress=progress.update)
-    try:
-        valid_rows, valid_counts = encode_examples(valid_part, tokenizer, **lengths)
-    except InputError as error:
-        raise InputError(f"held-out records: {error}") from error
+    valid_rows, valid_counts = encode(valid_part, "held-out records")
     told = lambda counts: ", ".join(f"{count:,} {what}" for what, count in counts.items())
     print(f"{told(counts)}; for validation {told(valid_counts)}")
-    asked = valid_rows[:args.eval_examples], valid_part         # what the table's models are asked
-    if args.eval_data:
-        test, _ = load_examples(args.eval_data, args.format)
+    asked = valid_rows[:eval_examples], valid_part              # what the table's models are asked
+    if eval_data:
+        test, _ = load_examples(eval_data, format)
         learned = {same_prompt(example.messages) for example in train_part}
         if both := sum(same_prompt(example.messages) in learned for example in test):
             print(f"note: {both:,} of {len(test):,} records of --eval-data have a prompt that is also trained on")
-        try:
-            asked_rows, counts = encode_examples(test, tokenizer, **lengths)
-        except InputError as error:
-            raise InputError(f"--eval-data: {error}") from error
+        asked_rows, counts = encode(test, "--eval-data")
         lost = describe_dropped(counts)
         print(f"{len(asked_rows):,} of {len(test):,} records of --eval-data{f', {lost}' if lost else ''}")
         asked = asked_rows, test
     return report, rows, (valid_rows, valid_part), asked
 
 
-def hold_out(examples: list, count: int, seed: int) -> tuple[list, list]:
-    """(train, validation) by split_examples: at most a fifth for validation, but at least one prompt. If there are fewer than
-    five records or only one prompt, all are trained on, and some of them also serve as validation."""
-    repeats = Counter(same_prompt(example.messages) for example in examples)
-    if len(examples) >= 5 and len(repeats) > 1:
-        return split_examples(examples, max(min(count, len(examples) // 5), min(repeats.values())), seed)
-    print(f"note: none of {len(examples)} records with {len(repeats)} different prompts can be held out: validation uses records "
-          "that are trained on; without --eval-data, so do the table and held-out.jsonl")
-    return examples, examples[:count]
-
-
-def write_held_out(examples: list, path: Path):
-    """Writes the examples that no student was trained on, as records that load as the same examples."""
-    write_jsonl([{"messages": [*example.messages, {"role": "assistant", "content": example.response}],
-                  "instruction": example.instruction, "input": example.input, "references": example.references,
-                  "category": example.category} for example in examples], path)
-
-
-def conclude(args, out: Path, tokenizer, base: Qwen2, teacher: Teacher | None, held_out: tuple, asked: tuple, device,
-             dtype) -> Path | None:
-    """Prints the table of Base, the runs and Teacher, and draws the curves; returns the picture's path."""
-    models = {"SFT" if args.from_sft else "Base": base}                      # what the runs began from
-    models |= {label: load_model(out / folder / "best", device, dtype) for label, _, _, folder in planned(args)}
-    models |= {"Teacher": teacher.model} if teacher else {}
-    answers = dict(max_new_tokens=args.max_new_tokens, batch_size=max(AT_ONCE, args.batch_size), rouge=args.rouge)
+def conclude(models: dict[str, Qwen2], runs: dict[str, Path], tokenizer, asked: tuple, held_out: tuple, out: Path, *,
+             batch_size, eval_examples, max_new_tokens, rouge) -> Path | None:
+    """Prints the table of the models' answers to `asked`, and draws the curves of the runs, measured on `held_out`, with the
+    teacher's ROUGE-L dashed; both are (rows, examples). Returns the picture's path."""
+    answers = dict(max_new_tokens=max_new_tokens, batch_size=max(AT_ONCE, batch_size), rouge=rouge)
     dashed = show_table(models, tokenizer, *asked, out, **answers).get("Teacher", {}).get("all")
-    if teacher and args.eval_data:                              # the curves, unlike the table, use the held-out records
-        rows, examples = held_out
-        scores = answer_and_score(teacher.model, tokenizer, rows[:args.eval_examples], examples, **answers)
+    rows, examples = held_out
+    if "Teacher" in models and examples is not asked[1]:        # the table was about --eval-data
+        scores = answer_and_score(models["Teacher"], tokenizer, rows[:eval_examples], examples, **answers)
         dashed = mean_by_category(scores)["all"]["rouge_l"]
-    return plot_curves({label: out / folder for label, _, _, folder in planned(args)}, out / "curves.png", dashed)
+    return plot_curves(runs, out / "curves.png", dashed)
 
 
 def main():
@@ -476,7 +460,7 @@ def main():
     out, started = Path(args.out).expanduser(), time.time()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    runs = [out / folder for *_, folder in planned(args)] + ([out / "teacher", out / "base"] if args.toy else [])
+    runs = [out / folder for *_, folder in args.plan] + ([out / "teacher", out / "base"] if args.toy else [])
     runs += [out / "sft"] if args.from_sft else []
     check = functools.partial(check_free, out, runs, resume=args.resume, toy=args.toy, own=OWN, cache=args.cache_teacher,
                               data=sum(filter(None, (args.data, args.eval_data, args.lm_data)), []))
@@ -489,16 +473,17 @@ def main():
 
     tokenizer = Tokenizer.load(args.student)
     lengths = dict(template=args.template, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
-    teacher_dtype = dtype
     if args.teacher:
         check_teacher(args.teacher, tokenizer)                  # before a hub's student is fetched
-        teacher_dtype = pick_dtype(args.dtype, device, has_four_bits(args.teacher))
-    report, rows, held_out, asked = read_data(args, tokenizer, lengths)
+    teacher_dtype = pick_dtype(args.dtype, device, bool(args.teacher) and has_four_bits(args.teacher))
+    report, rows, held_out, asked = read_data(tokenizer, lengths, **flags_of(read_data, args))
     texts, text_files = load_texts(args.lm_data) if args.lm_data else ([], None)
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or max(1, math.ceil(round(args.epochs * per_epoch, 6)))  # 0.07 x 100 is 7.000000000000001
     check_student(args.student, tokenizer)
     begun, teaching = Checkpoint(args.student), Checkpoint(args.teacher) if args.teacher else None
+    if teaching:
+        outline(teaching.folder)                                # checks its files now: SFT only loads it for the table
     settings = flags_of(train, args, but=("student", "teacher", "loss", "lr", "out")) | dict(
         tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
         eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
@@ -506,31 +491,36 @@ def main():
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
                 "cache_teacher": args.cache_teacher, "limit": args.limit,
                 "dtype": str(dtype) if teacher_dtype == dtype else f"{dtype}, of the teacher {teacher_dtype}",
-                "validation": args.validation, "rows": fingerprint(map(digest_of, rows + held_out[0])), **lengths}
-    for _, loss, lr, folder in planned(args):                                               # before anything is written
+                "validation": args.validation, "rows": fingerprint(row.digest for row in rows + held_out[0]), **lengths}
+    for _, loss, lr, folder in args.plan:                                                   # before anything is written
         if args.resume and not args.toy and read_log(out / folder):
             check_settings(out / folder, recordable(settings | dict(loss=loss, lr=lr)) | recorded)
     lock(out)
     check()                                                     # another process may have run here while the data were read
     if not args.eval_data:
         write_held_out(held_out[1], out / "held-out.jsonl")
-    teacher = None
     if args.seq_kd:
-        rows = ask_teacher(args, teaching, tokenizer, rows, device, teacher_dtype, out)
-    if teaching and args.loss == "sft":                         # it is only in the table: check its files now, load it then
-        outline(teaching.folder)
-    elif teaching:
-        teacher = open_teacher(args, teaching, tokenizer, rows + held_out[0], device, teacher_dtype, lengths, report.files)
+        rows = ask_teacher(teaching, tokenizer, rows, device, teacher_dtype, out / "teacher-answers.jsonl",
+                           **flags_of(ask_teacher, args))
+    teacher = None
+    if teaching and args.loss != "sft":
+        made_from = {"data": sorted(digest for _, digest in report.files), "seq_kd": args.seq_kd, **lengths}
+        teacher = open_teacher(teaching, tokenizer, rows + held_out[0], device, teacher_dtype, made_from,
+                               **flags_of(open_teacher, args))
     settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
     if args.from_sft:
         stage(out / "sft", functools.partial(begun.load, device), loss="sft", lr=3e-3, recorded=recorded, **settings)
         begun = Checkpoint(out / "sft" / "best")
         recorded["student"] = str(begun)
-    for _, loss, lr, folder in planned(args):
+    for _, loss, lr, folder in args.plan:
         stage(out / folder, functools.partial(begun.load, device), loss=loss, lr=lr, recorded=recorded, **settings)
     if teaching and not isinstance(teacher, Teacher):           # the table needs answers, and so the whole model
         teacher = Teacher(teaching.load(device, teacher_dtype).requires_grad_(False))
-    picture = conclude(args, out, tokenizer, begun.load(device, dtype), teacher, held_out, asked, device, dtype)
+    models = {"SFT" if args.from_sft else "Base": begun.load(device, dtype)}                # what the runs began from
+    models |= {label: load_model(out / folder / "best", device, dtype) for label, *_, folder in args.plan}
+    models |= {"Teacher": teacher.model} if teacher else {}
+    picture = conclude(models, {label: out / folder for label, *_, folder in args.plan}, tokenizer, asked, held_out, out,
+                       **flags_of(conclude, args))
     print(f"\n{f'curves in {picture}; ' if picture else ''}checkpoints under {out}; {time.time() - started:.0f} s")
 
 

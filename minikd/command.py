@@ -91,10 +91,10 @@ def fill_defaults(args, parser: Parser, toy: bool):
             setattr(args, name, values[toy])
 
 
-def flags_of(function, args, but: tuple[str, ...]) -> dict:
-    """The flags that `function` takes as arguments of the same names, except those in `but`."""
-    names = inspect.signature(function).parameters
-    return {name: value for name, value in vars(args).items() if name in names and name not in but}
+def flags_of(function, args, but: tuple[str, ...] = ()) -> dict:
+    """The flags that `function` takes as keyword-only arguments of the same names, except those in `but`."""
+    taken = {name for name, one in inspect.signature(function).parameters.items() if one.kind is one.KEYWORD_ONLY}
+    return {name: value for name, value in vars(args).items() if name in taken and name not in but}
 
 
 def pick_dtype(name: str, device: str, four_bits: bool = False) -> torch.dtype:

@@ -1,4 +1,5 @@
 """Examples -> (prompt ids, response ids) -> right-padded batches, each with its own mask."""
+import hashlib
 import math
 import random
 import re
@@ -70,6 +71,11 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
+
+    @property
+    def digest(self) -> str:
+        """A hash of its ids, and of which of them are scored: all that a teacher's states for it depend on."""
+        return hashlib.sha256(f"{self.prompt}{self.response}".encode()).hexdigest()[:24]
 
     def answered(self, ids: list[int], eos_ids) -> "Encoded":
         """The same prompt with a sampled response; cut unless it ends in a stop token."""

@@ -43,7 +43,7 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from minikd.files import InputError, sha256
+from minikd.files import InputError, sha256, write_jsonl
 from minikd.records import absent, check_text, data_files, filled, kind_of, names_of, read_records
 
 # ---- a record -> an example
@@ -442,3 +442,21 @@ def split_examples(examples: list, count: int, seed: int = 42) -> tuple[list, li
                          "more, or remove repeats")
     return ([example for i, example in enumerate(examples) if i not in held],
             [example for i, example in enumerate(examples) if i in held])
+
+
+def hold_out(examples: list, count: int, seed: int) -> tuple[list, list]:
+    """(train, validation) by split_examples: at most a fifth for validation, but at least one prompt. If there are fewer than
+    five records or only one prompt, all are trained on, and some of them also serve as validation."""
+    repeats = Counter(same_prompt(example.messages) for example in examples)
+    if len(examples) >= 5 and len(repeats) > 1:
+        return split_examples(examples, max(min(count, len(examples) // 5), min(repeats.values())), seed)
+    print(f"note: none of {len(examples)} records with {len(repeats)} different prompts can be held out: validation uses records "
+          "that are trained on; without --eval-data, so do the table and held-out.jsonl")
+    return examples, examples[:count]
+
+
+def write_held_out(examples: list, path: Path):
+    """Writes the examples that no student was trained on, as records that load as the same examples."""
+    write_jsonl([{"messages": [*example.messages, {"role": "assistant", "content": example.response}],
+                  "instruction": example.instruction, "input": example.input, "references": example.references,
+                  "category": example.category} for example in examples], path)

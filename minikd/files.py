@@ -367,3 +367,8 @@ def sha256(path) -> str:
         while block := file.read(1 << 20):                      # 1 MB at a time
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def fingerprint(digests) -> str:
+    """One hash of many."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:24]

@@ -1,5 +1,4 @@
 """What the student is compared with: the teacher model, or its hidden states on disk, computed once."""
-import hashlib
 import json
 import os
 from contextlib import ExitStack, contextmanager, suppress
@@ -9,14 +8,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minikd.checkpoint import check_vocabulary, load_config, model_folder
 from minikd.data import Encoded, collate, send
-from minikd.files import InputError, append_to, atomic_path, hold, parse_json, read_json, save_tensors, sweep
+from minikd.files import InputError, append_to, atomic_path, fingerprint, hold, parse_json, read_json, save_tensors, sweep
 from minikd.generate import respond
 from minikd.head import scored_positions
 from minikd.layout import lay_out
 from minikd.model import Qwen2, mixed_precision
 
 FACTS, SHARD_TOKENS = "cache.json", 50_000          # a shard of a 3B teacher's states is 205 MB
+
+
+def check_teacher(name, tokenizer):
+    """Raises InputError if the teacher's tokenizer differs from the student's other than by lacking added tokens (it prints
+    these), or if the student's tokenizer has more ids than the teacher has rows."""
+    folder = model_folder(name, weights=False)
+    if lacks := tokenizer.check_same(folder):
+        print(f"note: {name} cannot teach the tokens {', '.join(lacks)}: its tokenizer lacks them")
+    check_vocabulary(name, load_config(folder), tokenizer)
 
 
 class Teacher:
@@ -50,18 +59,8 @@ class CachedTeacher:
 
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
         """As Teacher.states, in bfloat16 as stored.  Raises KeyError for a row that fill_cache was not given."""
-        digests = map(digest_of, rows)
-        return send(torch.cat([self.shards[digest].get_tensor(digest) for digest in digests]), self.head.device)
-
-
-def digest_of(row: Encoded) -> str:
-    """A hash of what a row's states depend on, beside the teacher: its ids, and which of them are scored."""
-    return hashlib.sha256(f"{row.prompt}{row.response}".encode()).hexdigest()[:24]
-
-
-def fingerprint(digests) -> str:
-    """One hash of many."""
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:24]
+        stored = [self.shards[digest].get_tensor(digest) for digest in (row.digest for row in rows)]       # [n, D'] each
+        return send(torch.cat(stored), self.head.device)
 
 
 def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, pad_id: int, batch_size: int,
@@ -75,7 +74,7 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
     A shard holds about 50,000 tokens, each row's states [n, D'] under its digest. It appears only when it is complete; a run
     after a kill makes the missing shards, and those that are damaged or of another shape. A second process waits for the first.
     """
-    folder, unique = Path(folder), {digest_of(row): row for row in rows}
+    folder, unique = Path(folder), {row.digest: row for row in rows}
     made_from = made_from | {"rows": fingerprint(sorted(unique))}
     check_made_from(folder, made_from)                          # before anything is written
     with alone(folder):
@@ -174,7 +173,7 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     Raises InputError if `path` is damaged, or was made from something else.
     """
     path, step = Path(path), 8 * batch_size                     # step: rows sampled between two writes
-    made_from = made_from | {"rows": fingerprint(map(digest_of, rows)), "seed": seed, "max_new_tokens": max_new_tokens,
+    made_from = made_from | {"rows": fingerprint(row.digest for row in rows), "seed": seed, "max_new_tokens": max_new_tokens,
                              "batch_size": batch_size}
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     lines = text.split("\n")[:-1] or [json.dumps(made_from)]    # the last is empty, or cut by a kill

@@ -3,6 +3,7 @@ import gzip
 import json
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,10 +11,9 @@ import minikd.examples
 from conftest import BUGNET, CODEFORCES, DOLLY, PYTORRENT, write_records
 from minikd.data import prompt_text
 from minikd.evaluate import read_references
-from minikd.examples import (Dropped, load_examples, load_texts, recognise, split_examples, to_example,
-                             without_docstring)
+from minikd.examples import (Dropped, hold_out, load_examples, load_texts, recognise, split_examples, to_example,
+                             without_docstring, write_held_out)
 from minikd.files import InputError
-from train_kd import write_held_out
 
 
 def message(record, format=None):
@@ -559,3 +559,9 @@ def test_real_dolly_and_alpaca_records_load_and_split(shared):
 
 def test_blanks_around_a_category_make_no_other_one():
     assert to_example({"instruction": "a", "response": "b", "category": " pets\n"}, "x").category == "pets"
+
+
+def test_one_prompt_in_several_spellings_is_one_prompt():
+    examples = [SimpleNamespace(messages=[{"role": "user", "content": text}])
+                for text in ("Go  on", "go on", "GO ON", "go\non", "Go on")]
+    assert hold_out(examples, 2, 0) == (examples, examples[:2])

@@ -20,7 +20,7 @@ from minikd.files import InputError, temporary_folder
 from minikd.head import head_loss, scored_positions
 from minikd.losses import forward_kl
 from minikd.model import Qwen2
-from minikd.teacher import CachedTeacher, Teacher, digest_of, fill_cache, plan_shards, teacher_responses
+from minikd.teacher import CachedTeacher, Teacher, fill_cache, plan_shards, teacher_responses
 
 
 def model(seed=2, **shape) -> Qwen2:
@@ -193,7 +193,7 @@ def test_a_stray_shard_is_not_used(fill, tmp_path):
     states = load_file(sorted((tmp_path / "cache").glob("states-*"))[0])
     for stray in "states-99999", "states-00000 (1)":
         save_file({digest: value * 0 for digest, value in states.items()}, tmp_path / f"cache/{stray}.safetensors")
-    rows = [row for row in ROWS if digest_of(row) in states]
+    rows = [row for row in ROWS if row.digest in states]
     assert rows and CachedTeacher(tmp_path / "cache", TEACHER.head).states(rows, *inputs(rows)).any(1).all()
 
 
@@ -215,8 +215,8 @@ def test_the_order_of_the_rows_and_repeats_do_not_matter_and_each_is_computed_on
 
 
 def test_the_digest_tells_prompt_from_response():
-    assert digest_of(Encoded([1, 2], [3], False, 0)) != digest_of(Encoded([1], [2, 3], False, 0))
-    assert digest_of(Encoded([1], [2], False, 0)) == digest_of(Encoded([1], [2], True, 9))
+    assert Encoded([1, 2], [3], False, 0).digest != Encoded([1], [2, 3], False, 0).digest
+    assert Encoded([1], [2], False, 0).digest == Encoded([1], [2], True, 9).digest
 
 
 def test_another_training_step_is_another_teacher(tmp_path):
@@ -304,7 +304,7 @@ def test_a_cache_is_filled_in_the_dtype_that_is_asked_for(tmp_path):
 
 def test_a_shard_holds_rows_of_similar_length():
     rows = [Encoded([1], [2] * (1 + i * 7 % 11), False, i) for i in range(11)]
-    planned = plan_shards({digest_of(row): row for row in rows})
+    planned = plan_shards({row.digest: row for row in rows})
     assert [len(row) for held in planned.values() for row in held.values()] == list(range(2, 13))
 
 

@@ -5,7 +5,6 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -469,8 +468,8 @@ def test_a_step_in_which_no_answer_counts_logs_no_entropy(run, world, tmp_path):
 
 @pytest.mark.parametrize("task", ["sums", "code"])
 def test_no_toy_problem_is_both_trained_on_and_held_out(task):
-    args = SimpleNamespace(toy=True, task=task, eval_examples=50, seed=0)
-    asked, held = ({problem.messages[-1]["content"] for problem in part} for part in rl.read_problems(args))
+    asked, held = ({problem.messages[-1]["content"] for problem in part} for part in rl.read_problems(
+        data=None, limit=None, format=None, task=task, rewards=None, eval_examples=50, seed=0))
     assert len(held) == 50 and not asked & held
 
 
