@@ -22,8 +22,8 @@ says that it was cut, a pair if its `label` is false (KTO).
     pytorrent   summary or docstring,                  Zenodo 4546290, *.jsonl.gz shards
                 original_string or code
     codeforces  messages or prompt; generation         open-r1/codeforces-cots: C++, or Python in the folders *_py
-    held-out    messages, instruction, input,          what train_kd.py held out: chat records that keep the two parts of the
-                references                             "alpaca" template and all references
+    held-out    messages, instruction, references,     what train_kd.py held out: chat records that keep the two parts of the
+                category                               "alpaca" template (`input` is the other) and all references
 
 A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code they
 differ: BugNet's targets begin "Solution type replace, solution code", PyTorrent's stand between "### solution code" and "###
@@ -72,8 +72,8 @@ def recognise(record: dict) -> str | None:
     none."""
     fits = lambda has: next((name for name, (_, needs) in FORMATS.items()
                              if all(any(map(has, either)) for either in needs)), None)
-    return (fits(lambda key: filled(record.get(key)) or key == MAY_BE_EMPTY and key in record)
-            or fits(lambda key: not absent(record.get(key))) or fits(record.__contains__))
+    return (fits(lambda key: filled(record.get(key))) or fits(lambda key: not absent(record.get(key)))
+            or fits(record.__contains__))
 
 
 def to_example(record: dict, where: str, format: str | None = None) -> Example:
@@ -265,12 +265,11 @@ THOUGHTS = "reasoning_content", "thinking"                      # fields of a tu
 MODES = "true", "false", "on", "off", "yes", "no", "none", "0", "1"              # some hold there whether a model thought
 TOOLS = "tool", "tool_call", "tool_response", "function", "function_call", "observation"       # roles of turns
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-MAY_BE_EMPTY = "input"
 PAIR = [("prompt", "question", "problem", "query"), ("completion", "response", "solution", "answer")]
 # In the order they are tried: (record, where) -> (messages, instruction, input, answers), as in Example; and the fields
 # that identify the format, one of each tuple.
 FORMATS = {
-    "held-out": (_held_out, [("messages",), ("instruction",), (MAY_BE_EMPTY,), ("references",)]),
+    "held-out": (_held_out, [("messages",), ("instruction",), ("references",), ("category",)]),
     "codeforces": (_codeforces, [("messages", "prompt"), ("generation",)]),
     "chat": (_chat, [("messages",)]),
     "sharegpt": (_sharegpt, [("conversations",)]),            # before dolly: Magpie has its first turn as a Dolly record too
