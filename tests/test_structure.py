@@ -50,6 +50,15 @@ def test_minikd_runs_without_the_libraries_it_replaces():
         assert not {name.split(".")[0] for name in imported(path)} & HEAVY, path.name
 
 
+def test_only_what_checks_the_flags_takes_all_of_them():
+    """Any other function names what it uses: what it depends on is seen in its first line."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "minikd").glob("*.py")]:
+        if path.stem != "command":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                takes = isinstance(node, ast.FunctionDef) and "args" in {one.arg for one in node.args.args + node.args.kwonlyargs}
+                assert not takes or node.name.startswith(("check_", "note_")), f"{path.name}: {node.name}"
+
+
 # ---- what programs outside this repository call: a change here breaks them
 
 CALLED = {
