@@ -8,7 +8,7 @@
 Prints the means by category, x 100, and writes every answer with its scores to a jsonl file. At a temperature above 0 it
 samples once for each seed (by default MiniLLM's 10, 20, 30, 40, 50), and prints mean and standard deviation over the seeds.
 """
-from minikd.files import end_at_interrupts
+from minikd.errors import end_at_interrupts
 
 if __name__ == "__main__":
     end_at_interrupts()                                         # while torch is imported
@@ -22,9 +22,10 @@ from minikd.checkpoint import check_vocabulary, has_four_bits, load_model
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
 from minikd.data import Encoded, describe_dropped, encode_examples
+from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer, read_predictions, read_references, score_answers
 from minikd.examples import FORMATS, Example, load_examples
-from minikd.files import InputError, check_writable, script_errors, write_jsonl
+from minikd.files import check_writable, write_jsonl
 from minikd.layout import INT8_ROWS, use_int8_head
 from minikd.records import local_files
 from minikd.rouge import mean_by_category

@@ -8,7 +8,7 @@
 Only the blocks' linear layers are packed; embeddings, norms and the head stay as they are. Paper eq. (8), (9);
 GPTQ arXiv:2210.17323. See minikd/gptq.py and, for the layout, minikd/quant.py.
 """
-from minikd.files import end_at_interrupts
+from minikd.errors import end_at_interrupts
 
 if __name__ == "__main__":
     end_at_interrupts()                                         # while torch is imported
@@ -28,9 +28,10 @@ from minikd.checkpoint import (check_vocabulary, load_config, load_model, model_
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
 from minikd.data import NothingLeft, describe_dropped, encode_examples, encode_text
+from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer_and_score, compare
 from minikd.examples import FORMATS, load_examples, load_texts, recognise
-from minikd.files import InputError, check_writable, holds_cwd, script_errors
+from minikd.files import check_writable, holds_cwd
 from minikd.gptq import quantize_model
 from minikd.hub import TOKENIZER
 from minikd.model import Qwen2

@@ -13,7 +13,7 @@ than their group more probable. (In the first update after sampling the ratio is
 clips and kinds of ratio matter only from the second inner epoch on.) Paper: Knowledge Distillation for Large Language
 Models, eq. (5) to (7); see minikd/grpo.py.
 """
-from minikd.files import end_at_interrupts
+from minikd.errors import end_at_interrupts
 
 if __name__ == "__main__":
     end_at_interrupts()                                         # while torch is imported
@@ -30,8 +30,9 @@ from minikd.checkpoint import Checkpoint, load_config, model_folder, save_model
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
 from minikd.data import Encoded, begins_thoughts, collate, encode_examples, next_rows
+from minikd.errors import InputError, script_errors
 from minikd.examples import same_prompt, split_examples, to_example
-from minikd.files import InputError, fingerprint, remove, script_errors, sha256
+from minikd.files import fingerprint, remove, sha256
 from minikd.head import head_loss, scored_positions
 from minikd.losses import entropy
 from minikd.model import Qwen2, cast_copy, mixed_precision

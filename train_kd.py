@@ -12,7 +12,7 @@
 Without --loss, SFT and KD start from the same student and see the same examples for the same steps; a table
 compares Base, SFT, KD and Teacher. Paper: Knowledge Distillation for Large Language Models, eq. (3) and (4).
 """
-from minikd.files import end_at_interrupts
+from minikd.errors import end_at_interrupts
 
 if __name__ == "__main__":
     end_at_interrupts()                                         # while torch is imported
@@ -31,9 +31,10 @@ from minikd.checkpoint import Checkpoint, has_four_bits, load_config, load_head,
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
 from minikd.data import Encoded, collate, describe_dropped, encode_examples, encode_text, optimizer_steps, steps_per_epoch
+from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer_and_score, compare, show_table
-from minikd.examples import (FORMATS, hold_out, load_examples, load_texts, same_prompt, split_examples, write_held_out)
-from minikd.files import InputError, fingerprint, remove, script_errors, write_jsonl
+from minikd.examples import FORMATS, hold_out, load_examples, load_texts, same_prompt, split_examples, write_held_out
+from minikd.files import fingerprint, remove, write_jsonl
 from minikd.generate import respond
 from minikd.head import compile_losses, head_loss, scored_positions
 from minikd.losses import DIVERGENCES, clipped_surrogate, pick_divergence, reverse_kl

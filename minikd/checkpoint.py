@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minikd.config import Qwen2Config
-from minikd.files import InputError, atomic_path, check_pointer, read_json, save_tensors, sha256
+from minikd.errors import InputError
+from minikd.files import atomic_path, check_pointer, read_json, save_tensors, sha256
 from minikd.hub import TOKENIZER, files_on_hub, local_folder
 from minikd.model import Qwen2, allocate
 from minikd.quant import is_finite, read_zeros

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from minikd.config import Qwen2Config
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.records import HALF
 
 

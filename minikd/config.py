@@ -3,7 +3,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from minikd.files import InputError
+from minikd.errors import InputError
 
 
 @dataclass(frozen=True)

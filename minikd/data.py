@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from minikd.errors import InputError
 from minikd.examples import Example
-from minikd.files import InputError
 
 ENCODED_AT_ONCE = 512                               # examples between two steps of the progress
 

@@ -43,7 +43,8 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from minikd.files import InputError, sha256, write_jsonl
+from minikd.errors import InputError
+from minikd.files import sha256, write_jsonl
 from minikd.records import absent, check_text, data_files, filled, kind_of, names_of, read_records
 
 # ---- a record -> an example

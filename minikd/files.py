@@ -1,129 +1,19 @@
-"""Files: writes that complete or leave nothing, one-line errors for what the user can fix."""
+"""Files: writes that complete or leave nothing."""
 import ctypes
 import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-import signal
-import sys
 import tempfile
-import threading
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from minikd.errors import InputError
 
 MARK = "minikd-"         # in the names of temporary folders
-
-
-class InputError(ValueError):
-    """The user's input is wrong. The message says in one line where, what, and how to fix it."""
-
-
-def end_at_interrupts():
-    """Lets Ctrl-C simply end the process until script_errors takes over: during an import it would print a traceback, or be lost
-    in a callback that may not raise. If it is ignored, as in a shell's background job, it stays ignored."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@contextmanager
-def script_errors():
-    """Around a script's main(): prints `error: ...` with the message on stderr and exits with status 2, no traceback.
-
-    A bug in minikd is neither an InputError nor an OSError, and keeps its traceback.
-    """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")       # an answer may hold what the terminal's encoding lacks
-    try:
-        with _interrupts():
-            yield
-            _flush(sys.stdout)                                  # now: at its end Python would complain in words of its own
-    except SystemExit as end:                                   # --help
-        _end(end.code)
-    except InputError as error:
-        text = str(error)
-        cached = re.match(r"(.+/snapshots/[0-9a-f]{40}/[^:]+):.*fetch (it|the model) again$", text)
-        if cached and os.path.islink(cached[1]):                # the hub fetches no file that is in its cache
-            text += f": delete {cached[1]} and {os.path.realpath(cached[1])} first"
-        _exit_with(text)
-    except (MemoryError, RuntimeError) as error:                # torch, on GPU and CPU, raises a RuntimeError
-        if re.match("Symlink loop|Could not determine home", str(error)):       # pathlib's, of a path that the user gave
-            _exit_with(f"{error}; give another path")
-        if re.search(r"No working C\+\+ compiler|Failed to find C compiler", str(error)):   # inductor's on a CPU, triton's
-            _exit_with("--compile: torch finds no C++ compiler; install one (g++), or leave the flag out")
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error)):
-            raise
-        _exit_with("out of memory; lower --batch-size or the lengths, or use --gradient-checkpointing if the script has it")
-    except KeyboardInterrupt:
-        with suppress(OSError):
-            print("\ninterrupted; what was saved is complete", file=sys.stderr)
-        _end(130)                                               # 128 + SIGINT, as shells report it
-    except OSError as error:
-        advice = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
-                  errno.EFBIG: "raise the file size limit (ulimit -f)", errno.EACCES: "check the permissions",
-                  errno.EPIPE: "the program that read it has ended; send the output to a file"}
-        advice = advice.get(error.errno, "check the path and the disk")
-        where = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else "standard output or a file")
-        _exit_with(f"{where}: {error.strerror or error}; {advice}")
-    except BaseException as error:                              # a panic of Rust's, in tokenizers, is no Exception
-        if "ThreadPoolBuild" not in str(error):
-            raise
-        _exit_with("no thread can be started; raise the limit (ulimit -u, or the container's), or end other processes")
-
-
-@contextmanager
-def _interrupts():
-    """Ctrl-C raises KeyboardInterrupt, even where a library turns it into another error, as torch does while safetensors
-    reads. If Ctrl-C is ignored, it stays ignored."""
-    pressed, before = -math.inf, signal.getsignal(signal.SIGINT)
-
-    def interrupt(*_):
-        nonlocal pressed
-        pressed = time.monotonic()
-        raise KeyboardInterrupt
-
-    usual = before in (signal.SIG_DFL, signal.default_int_handler)              # the first is end_at_interrupts'
-    if usual and threading.current_thread() is threading.main_thread():         # others may set no handler
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    except Exception as error:
-        if time.monotonic() - pressed < 5:                      # else there was none, or it was lost long ago
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        if signal.getsignal(signal.SIGINT) is interrupt:
-            signal.signal(signal.SIGINT, before)
-
-
-def _exit_with(text: str):
-    line = " ".join(text.split())
-    if len(line) > 2000:                                        # a value of the user's in it; the mend is at the end
-        line = f"{line[:1000]} ... {line[-400:]}"
-    with suppress(OSError):
-        print("error: " + line, file=sys.stderr)
-    _end(2)
-
-
-def _flush(stream):
-    if not getattr(stream, "closed", True):                     # closed, or None if the shell closed it
-        stream.flush()
-
-
-def _end(status):
-    """Exits. Output that can no longer be written is dropped: Python would try again, complain, and exit with status 120."""
-    for stream in sys.stdout, sys.stderr:
-        try:
-            _flush(stream)
-        except OSError:
-            with suppress(OSError):                             # a stream without a file
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(status)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from minikd.cache import KVCache, StaticCache
 from minikd.data import Encoded, by_length
 from minikd.decode_cuda import OneKernel, fits
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.fused_cuda import GREEDY, can_draw, draw_on_gpu
 from minikd.layout import head_logits, laid_out, torch_products
 from minikd.losses import log_mix, log_probs

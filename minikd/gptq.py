@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from minikd.data import Encoded, by_length, collate
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.generate import Replay, can_record
 from minikd.model import Block, Qwen2, rope_tables
 from minikd.quant import check_weight, dequantize, dequantize_groups, find_grid, quantize, round_to_nearest

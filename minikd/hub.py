@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from minikd.files import InputError
+from minikd.errors import InputError
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
              "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")

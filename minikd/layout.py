@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minikd import products
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.model import Linear, Qwen2
 from minikd.w4 import W4Linear, give_memory_back
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 from minikd.data import Encoded
+from minikd.errors import InputError
 from minikd.examples import MEDIA, Dropped, check_shown, same_prompt, text_field, with_passage
-from minikd.files import InputError, parse_json
+from minikd.files import parse_json
 from minikd.records import absent, check_text, names_of, read_records
 from minikd.toy import held_out
 

@@ -14,7 +14,7 @@ Format v1 stores zero - 1 (so a symmetric zero of 8 reads 0x77777777), v2 the ze
 import torch
 from torch import Tensor
 
-from minikd.files import InputError
+from minikd.errors import InputError
 
 
 # ---- the grid

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from minikd.files import InputError, check_pointer, naming, parse_json
+from minikd.errors import InputError
+from minikd.files import check_pointer, naming, parse_json
 from minikd.hub import ADDRESS, files_on_hub, local_folder
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")

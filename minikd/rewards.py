@@ -37,7 +37,7 @@ from functools import partial, wraps
 from pathlib import Path
 
 from minikd import sandbox
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.problems import boxed
 
 Values = list[float | None]

@@ -17,7 +17,7 @@ import unicodedata
 from functools import cache, lru_cache
 from math import fsum
 
-from minikd.files import InputError
+from minikd.errors import InputError
 
 _ASCII_WORDS = bytes(byte if chr(byte) in string.ascii_lowercase + string.digits else ord(" ") for byte in range(256))
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

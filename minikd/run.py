@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minikd.files import (InputError, append_to, atomic_path, check_writable, hold, holds_cwd, parse_json, read_json, remove,
-                          save_tensors)
+from minikd.errors import InputError
+from minikd.files import append_to, atomic_path, check_writable, hold, holds_cwd, parse_json, read_json, remove, save_tensors
 from minikd.model import Qwen2
 from minikd.records import is_chosen, local_files, split_choice
 

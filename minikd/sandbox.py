@@ -42,7 +42,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from minikd.files import InputError, sweep, temporary_folder
+from minikd.errors import InputError
+from minikd.files import sweep, temporary_folder
 
 MB = 1 << 20
 NOBODY = 65534

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minikd.checkpoint import check_vocabulary, load_config, model_folder
 from minikd.data import Encoded, collate, send
-from minikd.files import InputError, append_to, atomic_path, fingerprint, hold, parse_json, read_json, save_tensors, sweep
+from minikd.errors import InputError
+from minikd.files import append_to, atomic_path, fingerprint, hold, parse_json, read_json, save_tensors, sweep
 from minikd.generate import respond
 from minikd.head import scored_positions
 from minikd.layout import lay_out

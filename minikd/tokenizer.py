@@ -9,7 +9,8 @@ from pathlib import Path
 
 import tokenizers
 
-from minikd.files import InputError, atomic_path, check_pointer, read_json
+from minikd.errors import InputError
+from minikd.files import atomic_path, check_pointer, read_json
 from minikd.hub import TOKENIZER, local_folder
 
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."

@@ -4,7 +4,7 @@ import math
 import torch
 
 from minikd.checkpoint import check_vocabulary, model_folder, outline
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.model import Qwen2, run_blocks
 
 

@@ -19,7 +19,7 @@ from minikd import checkpoint
 from minikd.checkpoint import (load_config, load_head, load_model, open_tensors, save_model, shards_of, split_shards,
                                stored_dtypes)
 from minikd.config import Qwen2Config
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.generate import generate
 from minikd.model import Qwen2
 from minikd.quant import dequantize_groups, round_to_nearest, to_words

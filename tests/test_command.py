@@ -10,7 +10,7 @@ import torch
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, note_unused, pick_device, pick_dtype,
                             spare_threads)
 from minikd.config import Qwen2Config
-from minikd.files import InputError
+from minikd.errors import InputError
 
 # ---- device and dtype
 

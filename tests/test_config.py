@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minikd.config import Qwen2Config
-from minikd.files import InputError
+from minikd.errors import InputError
 
 FIVE = {"model_type": "qwen2", "vocab_size": 300, "hidden_size": 56, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 7, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,

@@ -7,8 +7,8 @@ import torch
 from conftest import BUGNET, DOLLY, PYTORRENT
 from minikd.data import (Encoded, after_prompt, batch_order, by_length, collate, describe_dropped, encode_examples, encode_text,
                          next_rows, optimizer_steps, prompt_text, steps_per_epoch, without_empty_thoughts)
+from minikd.errors import InputError
 from minikd.examples import load_examples, split_examples, to_example
-from minikd.files import InputError
 from minikd.tokenizer import Tokenizer
 
 

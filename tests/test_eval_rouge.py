@@ -13,9 +13,9 @@ import eval_rouge
 from conftest import tiny
 from minikd.checkpoint import load_model
 from minikd.data import encode_examples, prompt_text
+from minikd.errors import InputError
 from minikd.evaluate import answer, read_predictions, read_references
 from minikd.examples import load_examples
-from minikd.files import InputError
 from minikd.generate import generate
 from minikd.rouge import rouge_l
 from minikd.tokenizer import Tokenizer

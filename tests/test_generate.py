@@ -12,7 +12,7 @@ from conftest import small
 from minikd import generate as generation
 from minikd.checkpoint import save_model
 from minikd.data import Encoded
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.generate import Decoding, Replay, generate, generate_with_log_probs, invert, respond, sample
 from minikd.layout import join
 from minikd.model import BLOCKS_PER_GRAPH, Qwen2

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import same
 from minikd.config import Qwen2Config
 from minikd.data import Encoded
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.gptq import (Hessian, full_precision, inverse_factor, output_errors, quantize_matrix, quantize_model)
 from minikd.model import Qwen2
 from minikd.quant import dequantize_groups, find_grid, round_to_nearest, to_words

@@ -13,7 +13,7 @@ from conftest import DOLLY, same, small, tiny, write_records
 from fake_hub import Request, again, files_in, served, server
 from minikd import hub, records
 from minikd.checkpoint import Checkpoint, load_model, model_folder, save_model
-from minikd.files import InputError, script_errors
+from minikd.errors import InputError, script_errors
 from minikd.gptq import quantize_model
 from minikd.hub import local_folder
 from minikd.quant import to_words

@@ -11,7 +11,7 @@ import torch
 from conftest import same
 from minikd import products
 from minikd.data import Encoded
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.gptq import quantize_model
 from minikd.generate import generate, respond
 from minikd.layout import INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, pick_layout, torch_products, use_int8_head

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.quant import (check_groups, dequantize_groups, find_grid, from_words, is_finite, pack, quantize, round_to_nearest,
                           to_words, unpack)
 

@@ -21,8 +21,8 @@ from conftest import DOLLY, locked_by_another, tiny, write_records
 from minikd import checkpoint
 from minikd.checkpoint import load_model, read_quantization, save_model
 from minikd.data import encode_examples
+from minikd.errors import InputError
 from minikd.examples import load_examples
-from minikd.files import InputError
 from minikd.model import Qwen2
 from minikd.run import LOCKS, read_log
 from minikd.w4 import W4Linear

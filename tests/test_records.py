@@ -8,8 +8,8 @@ import pytest
 
 from conftest import CODEFORCES, DOLLY, write_records
 from minikd import records
+from minikd.errors import InputError
 from minikd.examples import load_examples
-from minikd.files import InputError
 from minikd.records import data_files, local_files, read_records
 
 

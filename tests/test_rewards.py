@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from minikd import rewards, sandbox
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.rewards import (REWARDS, answer_part, answer_reward, code_reward, combine, extract_code, format_reward,
                             length_reward, load_rewards, repetition_reward, reward_files, steps_reward, summary, tags_reward,
                             think_part)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.rouge import (_IRREGULAR, exact_match, lcs_length, mean_by_category, porter_stem, rouge_l,
                           rouge_l_best, tokens)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import locked_by_another, same, small
 from minikd import run
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.model import Qwen2
 from minikd.run import (CONFIG, LOG, STATE, Log, begin_run, check_free, check_settings, load_state, lock, read_log, save_state,
                         settings_of, write_config)

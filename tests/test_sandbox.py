@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from minikd import sandbox
-from minikd.files import InputError, temporary_folder
+from minikd.errors import InputError
+from minikd.files import temporary_folder
 from minikd.sandbox import isolation, run_program, run_programs, same_output
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux alone")

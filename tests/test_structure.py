@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("files hub config cuda attend_cuda cache fused_cuda model w4_cuda products quant w4 checkpoint tokenizer records examples data "
-         "toy losses loss_cuda head layout decode_cuda generate teacher minillm grpo problems sandbox rewards gptq rouge "
-         "evaluate command run training plots").split()
+ORDER = ("errors files hub config cuda attend_cuda cache fused_cuda model w4_cuda products quant w4 checkpoint tokenizer "
+         "records examples data toy losses loss_cuda head layout decode_cuda generate teacher minillm grpo problems sandbox "
+         "rewards gptq rouge evaluate command run training plots").split()
 HEAVY = {"transformers", "trl", "datasets", "accelerate", "triton"}
 
 

@@ -16,7 +16,8 @@ from minikd import run
 from minikd import teacher as module
 from minikd.checkpoint import Checkpoint, load_head, load_model, save_model
 from minikd.data import Encoded, collate
-from minikd.files import InputError, temporary_folder
+from minikd.errors import InputError
+from minikd.files import temporary_folder
 from minikd.head import head_loss, scored_positions
 from minikd.losses import forward_kl
 from minikd.model import Qwen2

@@ -9,7 +9,7 @@ import jinja2
 import pytest
 import tokenizers
 
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.tokenizer import QWEN25_SYSTEM, Tokenizer
 
 TEXTS = ["Hello world!", "¿Qué año es? El niño comió piñas.", "你好，世界。", "def f(x):\n\treturn x  # 12 34\n\n\n", "",

@@ -16,7 +16,7 @@ from fake_gpu import gpu
 from minikd import problems
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.run import STATE, read_log
 from test_problems import RECORD
 

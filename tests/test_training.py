@@ -8,7 +8,7 @@ import torch._functorch.config
 
 from conftest import small
 from minikd.checkpoint import save_model
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.model import run_blocks
 from minikd.training import apply_gradient, check_student, compile_blocks, learning_rate, make_optimizer
 

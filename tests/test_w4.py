@@ -9,7 +9,7 @@ import torch
 from conftest import small
 from minikd import products
 from minikd.config import Qwen2Config
-from minikd.files import InputError
+from minikd.errors import InputError
 from minikd.model import Qwen2
 from minikd.quant import dequantize_groups, from_words, round_to_nearest, to_words
 from minikd.w4 import PART, W4Linear, can_read_int4, choose, codes_of_int4, pack_int4, show_ways, swap_linears
