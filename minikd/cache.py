@@ -11,9 +11,9 @@ from minikd.config import Qwen2Config
 class KVCache:
     """Keys and values of the tokens already read, per layer [B, K, S, E], allocated for the whole answer at the start.
 
-    A slot is a column of the cache, the same for all rows; `valid` [B, S] says which slots hold a token of
-    the row. Prompts are right-padded, so a short one leaves a gap before the first new token: of the prompts a b and c d e f,
-    with the new tokens x and y,
+    A slot is a column of the cache, the same for all rows; `valid` [B, S] says which slots hold a token of the row, or will.
+    Prompts are right-padded, so a short one leaves a gap before the first new token: of the prompts a b and c d e f, with the
+    new tokens x and y,
 
         slot      0 1 2 3 4
         row 0     a b . . x         x is in slot 4, but at position 2
@@ -60,8 +60,9 @@ class Slots(NamedTuple):
     parts: Tensor | None = None         # scratch memory of the GPU's attention kernel (attend_cuda.py), where it can run
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k, v [B, K, T, E]; returns all that attention reads: the s slots that are filled now, [B, K, s, E]."""
-        if isinstance(self.used, Tensor):                                       # StaticCache: attention reads all S slots
+        """Appends k, v [B, K, T, E]; returns all that attention reads: the s slots that are filled now, [B, K, s, E] (of a
+        StaticCache all S)."""
+        if isinstance(self.used, Tensor):
             return self.keys.index_copy_(2, self.used, k), self.values.index_copy_(2, self.used, v)
         end = self.used + k.shape[2]
         self.keys[:, :, self.used:end] = k
@@ -72,7 +73,7 @@ class Slots(NamedTuple):
 class StaticCache(KVCache):
     """The cache of a step that a CUDA graph replays: all that changes between steps is in device tensors at fixed addresses.
 
-    `bias`, added to the scores, excludes the slots not yet written, which torch's attention reads too.
+    `bias`, added to the scores, excludes the slots not yet written, which torch's attention reads too, and the gaps.
     """
 
     def __init__(self, cache: KVCache):

@@ -143,7 +143,7 @@ def check_words(layer: W4Linear, quantization: dict, where: str):
 
 
 def load_head(name, device="cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Only the LM head [V, D] of a model that load_model would load; raises the same errors."""
+    """Only the LM head [V, D] of a model. Raises load_model's errors about names and shapes, and about the head's own values."""
     model, files = outline(model_folder(name))
     key = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     head = read_tensor(files[key], key).to(device, dtype)
@@ -307,6 +307,8 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
     check_weights(folder, [path.name for path in folder.iterdir()])
     files, shapes = {}, {}                                      # of the tensors that the folder holds
     for shard in shards_of(folder):
+        if shard == SINGLE and not (folder / shard).is_file():  # a link into a cache that was emptied, or a folder
+            raise InputError(f"{folder / shard}: is not a file; fetch the model again")
         if not (folder / shard).is_file():
             raise InputError(f"{folder / INDEX}: names {shard}, which is not in the folder; fetch that file")
         with open_tensors(folder / shard) as file:
@@ -361,7 +363,7 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
     folders Qwen published. A 4-bit model's codes and scales are written as they are, its quantization_config
     goes into config.json and, for tools that look there, quantize_config.json. Subfolders of `folder` are kept, and its other
     files (the tokenizer's, a log), but no other *.safetensors. Raises InputError, before anything is written, for weights that
-    another dtype cannot hold: float16's largest is 65,504.
+    another dtype cannot hold: float16's largest is 65,504; ValueError while another thread generates with packed weights.
     """
     folder = Path(folder)
     if model.users and model.layout == "packed" and not model.quantization:

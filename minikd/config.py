@@ -30,7 +30,7 @@ class Qwen2Config:
     def from_dict(cls, raw: dict, where: str = "config.json") -> "Qwen2Config":
         """config.json as transformers 4 writes it (rope_theta) and as 5 does (rope_parameters).
 
-        Raises InputError, naming the field, for what this decoder does not compute: another model_type,
+        Raises InputError, naming the field, for what this decoder does not compute: another model_type, no language-model head,
         sliding-window or non-causal attention, RoPE scaling, another activation, or sizes that do not fit together.
         """
         def refuse(field, advice):

@@ -103,7 +103,7 @@ def nvrtc(source: bytes, arch: str) -> bytes:
 
 
 def nvcc(source: bytes, arch: str) -> bytes:
-    """source -> cubin, by the nvcc on the PATH.  Raises Unavailable with the first line of its errors."""
+    """source -> cubin, by the nvcc on the PATH.  Raises Unavailable with the first line that it printed."""
     tool = shutil.which("nvcc")
     if tool is None:
         raise Unavailable("nvcc is not on the PATH")

@@ -30,10 +30,12 @@ def naming(path):
 def atomic_path(path, folder: bool = False, keep=None):
     """Yields a temporary path beside `path`; renames it to `path` if the block ends without an error, else removes it.
 
-    A reader, or a restart after kill -9, finds the old content or the new, never a part of either.
-    With `folder`, the yielded path is an empty folder; where `keep` is true of its name, what the old folder holds stays, as does
-    what others write there meanwhile. Raises InputError if `path` exists and is not a regular file (with `folder`, a folder), or
-    is a folder that is or contains the working directory.
+    A reader, or a restart after kill -9, finds the old content or the new, never a part of either. (Where two names cannot be
+    swapped in one step, as on macOS, an old folder is for a moment only in the temporary folder beside `path`.)
+    With `folder`, the yielded path is an empty folder; where `keep` is true of its name, what the old folder holds stays, also
+    what others write there meanwhile: of two files of one name the one that was written last.
+    Raises InputError if `path` exists and is not a regular file (with `folder`, a folder), or is a folder that is or contains the
+    working directory.
     """
     path = Path(path).resolve()                                 # gives "." a name; a link is kept, its target replaced
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
@@ -106,10 +108,10 @@ def holds_cwd(path: Path) -> bool:
 
 
 def hold(path: Path, wait: bool = False) -> int:
-    """Locks a file, which is made if there is none, until the handle that it returns is closed, or the process has ended and
-    every fork of it that has inherited the handle.
+    """Locks a file, which is made if there is none. The lock ends when the handle that it returns and all copies of it that forks
+    inherited are closed, be it by the end of their processes.
 
-    Raises BlockingIOError if another process holds it and `wait` is false. On a file system without locks it does nothing.
+    Raises BlockingIOError if it is locked already and `wait` is false. On a file system without locks it does nothing.
     """
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

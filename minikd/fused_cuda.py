@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minikd.cuda import available, launch
 
-GREEDY = 1e-6                           # lower temperatures count as 0: dividing by them would overflow
+GREEDY = 1e-6                           # lower temperatures count as 0: dividing by much lower ones would overflow
 MOST_TOKENS = 1 << 18                   # of a vocabulary: fused.cu's PARTS x CHUNKS x CHUNK
 
 

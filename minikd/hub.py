@@ -44,7 +44,7 @@ def files_on_hub(name, kind: str = "model") -> list[str] | None:
 
 
 def repository(name: str, kind: str) -> "Repository":
-    """Asks the hub once per process; again only after a failure."""
+    """Asks the hub once per process; again only after local_folder has raised an error."""
     if (name, kind) not in KNOWN:
         KNOWN[name, kind] = Repository(name, kind)
     return KNOWN[name, kind]
@@ -52,7 +52,7 @@ def repository(name: str, kind: str) -> "Repository":
 
 class Repository:
     """A repository on the hub, at the commit from which its first file came: a run that reloads its student hours later must not
-    get another commit.
+    get another commit. (An error in between ends the run.)
 
     files    the names of its files; None if the hub did not answer
     failure  the error if it did not; then only what the cache holds is used

@@ -29,7 +29,7 @@ SWITCH, STOOD = threading.Lock(), []                    # for torch_products: on
 def laid_out(model: Qwen2, rows: int, steps: int):
     """Inside the `with` block the model's layers multiply in the fastest way for decoding this many rows and steps: pick_layout.
 
-    While packed, the blocks' weights are held in that layout only, but the head twice, as the embedding reads it plain. (For two
+    While packed, the blocks' weights are held in that layout only, but the head twice: a tied embedding reads it plain. (For two
     rows in float32 packing the head gains nothing: it stays plain.) A 4-bit model keeps the layout afterwards, as its codes
     never change, and its packed head until the head changes (a write through `.data` is not seen).
     Other threads may enter meanwhile: they use the layout that they find, and the last to leave undoes it.
@@ -191,7 +191,8 @@ def join(parts: list[nn.Module]):
     """x -> the outputs of several layers side by side, by one product for all of them.
 
     The parts' tensors become views of the joined ones, and 4-bit parts ask the joined layer for their codes, so that no weight
-    is held twice. (To load one 4-bit part alone is not supported: the joined layer keeps its codes.)  Returns None if 4-bit parts
+    is held twice. (To load one 4-bit part alone is not supported: the joined layer keeps its codes. A deep copy holds both: call
+    its lay_back before its weights change.)  Returns None if 4-bit parts
     group their inputs differently, as act-order in other tools may.
     """
     first = parts[0]
@@ -226,7 +227,7 @@ def join(parts: list[nn.Module]):
 # ---- the head
 
 def head_logits(model: Qwen2, states: Tensor) -> Tensor:
-    """states [B, D] -> logits [B, V], by the int8 or the packed head if there is one."""
+    """states [B, D] -> logits [B, V], by the int8 head (for fewer than INT8_ROWS) or the packed one if there is one."""
     if model.int8_head is not None and len(states) < INT8_ROWS:
         return model.int8_head(states)
     if model.packed_head is not None:
@@ -235,8 +236,8 @@ def head_logits(model: Qwen2, states: Tensor) -> Tensor:
 
 
 def use_int8_head(model: Qwen2):
-    """Makes generate use the head at 8 bits where that is faster, for a few rows on a CPU, until the model moves to another
-    dtype or device. Only for a model that is not trained further: the codes do not follow the head. Nothing else that the
+    """Makes generate use the head at 8 bits where that is faster, for a few rows on a CPU, until `to` or load_state_dict is
+    called. Only for a model that is not trained further: the codes do not follow the head. Nothing else that the
     model computes or saves changes.  Raises InputError if the model is not on a CPU, or if torch has no int8 product: on
     CPUs other than x86, and everywhere once torch has moved the product to torchao."""
     if model.head.device.type != "cpu":

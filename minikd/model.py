@@ -320,7 +320,8 @@ class Qwen2(nn.Module):
         return super().load_state_dict(*given, **options)
 
     def __getstate__(self) -> dict:
-        """For copy and pickle, which oneDNN's packed tensors and the int8 head do not support."""
+        """For copy and pickle, which oneDNN's packed tensors and the int8 head do not support. (While another thread generates, a
+        model's layers may be packed too: then both raise NotImplementedError.)"""
         return self.__dict__ | {"packed_head": None, "int8_head": None, "layout": None, "users": set()}
 
     @torch.no_grad()

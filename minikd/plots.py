@@ -27,7 +27,7 @@ def plot_curves(runs: dict[str, Path], path, teacher: float | None = None) -> Pa
 
 
 def plot_rewards(folder, path) -> Path | None:
-    """Rewards, KL and answer length over a GRPO run's steps, as in the paper's figure; None without matplotlib."""
+    """Rewards, KL and answer length over a GRPO run's steps, one at least, as in the paper's figure; None without matplotlib."""
     def draw(reward, kl, length):
         lines = [line for line in read_log(folder) if "reward" in line]
         steps = [line["step"] for line in lines]

@@ -19,8 +19,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor 
     """x [n, I], weight [O, I], bias [O] -> x Wᵀ + b [n, O] in x's dtype, written to the first rows of `out` if given.
 
     On a CPU this is (weight_block @ xᵀ)ᵀ, block by block: in float32, for 8 to 220 rows on two cores, up to 1.9 x as fast as one
-    product. gemv computes a single row in float32. A weight in another dtype is cast block by block, so that no second copy of
-    it is held; on a CPU with AVX2 only, a 16-bit weight is cast to float32: see padded_columns.
+    product. gemv computes a single row where both are float32. A weight in another dtype is cast block by block, so that no
+    second copy of it is held; with AVX2 only, a 16-bit weight is cast to float32 for MANY rows or more: see padded_columns.
     """
     n = len(x)
     out = x.new_empty(n, len(weight)) if out is None else out[:n]
@@ -48,7 +48,7 @@ def padded_columns(x: Tensor) -> Tensor:
 
 
 def gemv(x: Tensor, weight: Tensor) -> Tensor:
-    """x [1, I], weight [O, I] -> [1, O], float32 on a CPU, as a batch of 16 products, which all threads share.
+    """x [1, I], weight [O, I] -> [1, O], float32 on a CPU, as a batch of 16 products (gcd(O, 16)), which all threads share.
 
     MKL gives a single product for one row to one thread only: with two threads, the batch is 1.5 to 1.8 x as fast.
     """

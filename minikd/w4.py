@@ -61,7 +61,7 @@ class W4Linear(nn.Module):
 
     @torch.inference_mode(False)                                # it may be written to later
     def take_back(self):
-        """Puts the codes into qweight again; nothing is prepared or joined any more."""
+        """Puts the codes into qweight again; this layer is no longer prepared, or a part of a joined one."""
         self.qweight, self.whole, self.prepared = self.words(), None, None
 
     @functools.cached_property
@@ -130,7 +130,7 @@ class W4Linear(nn.Module):
         self.__dict__.pop("in_order", None)
 
 
-MANY_ROWS = 768         # from here on dequantise: a guess; at 512 rows that was faster in one run of three (w4_linear.txt)
+MANY_ROWS = 768         # from here on dequantise: a guess; at 512 rows that was faster in one run of four (w4_linear.txt)
 
 
 def choose(layer: W4Linear, x: Tensor) -> str:

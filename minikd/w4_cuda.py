@@ -62,7 +62,8 @@ def gpu_of(device: torch.device) -> GPU:
 
 @functools.cache
 def launch_shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> tuple[tuple[int, int], int, int]:
-    """How a kernel is launched for x [M, K] and W [N, K]: grid, threads, bytes of shared memory, which may be more than fit."""
+    """How a kernel is launched for x [M, K] and W [N, K]: grid, threads, bytes of shared memory, which may be more than fit. (Not
+    w4_dequantise: see dequantise.)"""
     strips, blocks, sets = -(-N // 16), -(-K // 128), 1 if group_size % 128 == 0 else 4
     slot = 1024 + 48 * sets                                     # a tile in shared memory
     if name == "w4_naive":

@@ -710,6 +710,15 @@ def test_shards_are_in_the_order_of_their_names(tmp_path):
     assert shards_of(tmp_path) == names
 
 
+def test_a_link_to_nothing_or_a_folder_in_the_weights_place_is_named(folder):
+    weights = folder / "model.safetensors"
+    for replace in lambda: weights.symlink_to("gone"), weights.mkdir:
+        weights.unlink()
+        replace()
+        with pytest.raises(InputError, match="model.safetensors: is not a file; fetch the model again"):
+            load_model(folder)
+
+
 def test_a_file_that_is_missing_or_may_not_be_opened_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no.safetensors: is missing; fetch the model again"):
         open_tensors(tmp_path / "no.safetensors")
