@@ -57,7 +57,7 @@ def make_parser() -> Parser:
     add("--length", type=int, default=2048, help="longest calibration row, in tokens")
     add("--eval-data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
         help="records to measure perplexity, KL and ROUGE-L on, before and after; only prompts of up to 256 tokens")
-    add("--eval-examples", type=int, default=200, help="number of records to read from --eval-data")
+    add("--eval-examples", type=int, default=200, help="usable records to read from --eval-data")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="format of the prompt")
     add = flag_group(parser, "quantisation")
     add("--method", choices=("gptq", "rtn"), help="by default gptq, in the toy world both; or one of")

@@ -9,9 +9,9 @@
     python train_grpo.py ... --ratio sequence --clip 3e-4 --clip-high 4e-4 --inner-epochs 4         GSPO
 
 Each step samples a group of answers to each of a few prompts, computes their rewards, and makes the answers that are better
-than their group more probable. (In the first update after sampling the ratio is 1, up to a bfloat16 sampler's rounding, so
-clips and kinds of ratio matter only from the second inner epoch on.) Paper: Knowledge Distillation for Large Language
-Models, eq. (5) to (7); see minikd/grpo.py.
+than their group more probable. (In the first update after sampling the ratio is 1, up to a bfloat16 sampler's rounding, some
+percent, so usual clips and kinds of ratio matter only from the second inner epoch on.) Paper: Knowledge Distillation for
+Large Language Models, eq. (5) to (7); see minikd/grpo.py.
 """
 from minikd.errors import end_at_interrupts
 
@@ -31,14 +31,14 @@ from minikd.command import (Parser, Progress, check_positive, fill_defaults, fla
                             pick_dtype, spare_threads)
 from minikd.data import Encoded, begins_thoughts, collate, encode_examples, next_rows
 from minikd.errors import InputError, script_errors
-from minikd.examples import same_prompt, split_examples, to_example
+from minikd.examples import split_examples, to_example
 from minikd.files import fingerprint, remove, sha256
 from minikd.head import head_loss, scored_positions
 from minikd.losses import entropy
 from minikd.model import Qwen2, cast_copy, mixed_precision
 from minikd.plots import plot_rewards
 from minikd.records import data_files
-from minikd.rewards import LARGEST, combine, load_rewards, reward_files, summary
+from minikd.rewards import LARGEST, REWARDS, combine, load_rewards, reward_files, summary
 from minikd.run import SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, load_state, lock, read_log, save_state
 from minikd.tokenizer import Tokenizer
 from minikd.training import apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer
@@ -63,8 +63,8 @@ def make_parser() -> Parser:
     add("--group-size", type=int, default=8, toy=16, help="answers to each")
     add("--max-new-tokens", type=int, default=512, toy=72, help="longest answer")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities in the loss")
-    add("--rewards", help="names or FILE.py:FUNCTION, separated by commas (by default answer, code or both, depending on whether "
-                          "problems have answers or tests, then format,steps)")
+    add("--rewards", help=f"FILE.py:FUNCTION or names, separated by commas: {', '.join(REWARDS)} (by default answer, code or "
+                          "both, depending on whether problems have answers or tests, then format,steps)")
     add("--reward-weights", help="one number per reward, separated by commas (1; for the default format and steps 0.05); "
                                  "write --reward-weights=-1,1 if the first is negative")
     add = flag_group(parser, "loss")
@@ -89,16 +89,18 @@ def make_parser() -> Parser:
     add("--max-grad-norm", type=float, default=1.0, help="largest gradient norm")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     add("--compile", action="store_true", help="torch.compile the blocks for training: for long runs on a GPU")
-    add("--patience", type=int, default=50, help="stop after this many steps in a row in which every reward was 0")
+    add("--patience", type=int, default=50,
+        help="end with an error after this many steps in a row in which every answer's rewards sum to 0, or none was judged")
     add = flag_group(parser, "run")
     add("--eval-every", type=int, default=50, help="steps between evaluations on held-out problems")
-    add("--eval-examples", type=int, default=64, toy=200, help="number of held-out problems")
+    add("--eval-examples", type=int, default=64, toy=200, help="held-out problems, at most a fifth of --data")
     add("--out", help="folder for checkpoints, log, completions and picture (runs/grpo; toy runs/grpo-TASK)")
     add("--resume", action="store_true", help="continue a stopped run; give it the same flags")
-    add("--seed", type=int, default=0, help="of sampling, order and the toy")
+    add("--seed", type=int, default=0, help="of the split of --data, sampling, order and the toy")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of matrix products and of sampling")
+        help="of matrix products, of sampling and of the saved model; with auto bfloat16 on GPUs and on CPUs with instructions "
+             "for it, else float32")
     return parser
 
 
@@ -194,8 +196,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     judge      model -> the dict of accuracy(), on held-out problems
     rewards    name -> function, as load_rewards gives them; weights  name -> weight in the sum
     The other arguments are the flags of the same names. A saved state in `out` is continued.
-    Raises InputError for a gradient that is not finite, and when every reward was 0, or no answer could be judged, for
-    `patience` steps in a row.
+    Raises InputError for a gradient that is not finite, and when every answer's rewards summed to 0, or none could be judged,
+    for `patience` steps in a row.
     """
     optimizer = make_optimizer(model.train(), lr, weight_decay)
     if compile:
@@ -270,12 +272,12 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
 
 
 def count_unpaid(unpaid: int, total: torch.Tensor, patience: int, out) -> int:
-    """Steps in a row in which every reward was 0: `unpaid` before this step, whose sums of rewards are `total` [P G]. Raises
-    InputError when they are `patience`."""
+    """Steps in a row in which every answer's rewards summed to 0 or none was judged: `unpaid` before this step, whose sums are
+    `total` [P G]. Raises InputError when they are `patience`."""
     if total.nan_to_num().any():
         return 0
     if unpaid + 1 == patience:
-        what = "no answer could be judged" if total.isnan().all() else "every answer's reward was 0"
+        what = "no answer could be judged" if total.isnan().all() else "every answer's rewards summed to 0"
         raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; "
                          "start from a model that sometimes succeeds, or add an easier reward (--rewards)")
     return unpaid + 1
@@ -469,7 +471,6 @@ def main():
                            "reward_files": {path: sha256(path) for path in reward_files(names)},
                            "dtype": str(dtype), "limit": args.limit, "format": args.format,
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
-                           "held_out": fingerprint(same_prompt(problem.messages) for problem in tests),
                            "rows": fingerprint(row.digest for row in rows + valid_rows)}
     lock(out)
     check()                                                     # another process may have run here meanwhile

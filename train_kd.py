@@ -68,7 +68,7 @@ def make_parser() -> Parser:
         help="tokens of prompt and response; longer responses are cut, but not the student's own")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped")
     add("--limit", type=int, help="read only the first LIMIT usable records of --data")
-    add("--validation", type=int, default=500, toy=100, help="examples held out of --data")
+    add("--validation", type=int, default=500, toy=100, help="examples held out of --data, at most a fifth")
     add = flag_group(parser, "loss")
     add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="by default two runs, sft and forward_kl; or one of")
     add("--kd-ratio", type=float, default=0.5, help="share of the divergence, the rest being cross-entropy; not for MiniLLM")
@@ -93,7 +93,8 @@ def make_parser() -> Parser:
     add("--batch-size", type=int, default=8, toy=16, help="examples in a micro-batch")
     add("--grad-accum", type=int, default=1, toy=2, help="micro-batches in an optimizer step: each is padded by itself")
     add("--lr", type=float, nargs="+", default=[1e-5], toy=[3e-3],
-        help="peak learning rate; several: one run each, of forward_kl without --loss; toy with --on-policy or minillm: 1e-3")
+        help="peak learning rate; several: one run each, of forward_kl without --loss; toy with --on-policy or minillm, after an "
+             "SFT that keeps its own rate: 1e-3")
     add("--warmup", type=int, default=0, toy=30, help="steps of linear warm-up")
     add("--schedule", choices=("cosine", "constant"), default="cosine",
         help="learning rate after the warm-up (cosine falls to --lr / 10)")
@@ -103,7 +104,8 @@ def make_parser() -> Parser:
     add("--compile", action="store_true", help="torch.compile the blocks and divergences: for long runs on a GPU")
     add = flag_group(parser, "evaluation")
     add("--eval-every", type=int, toy=50, help="steps between evaluations; without it: one for each epoch")
-    add("--eval-examples", type=int, default=200, toy=100, help="validation examples answered for ROUGE-L each time")
+    add("--eval-examples", type=int, default=200, toy=100,
+        help="validation examples answered for ROUGE-L each time, and for the table if there is no --eval-data")
     add("--max-new-tokens", type=int, default=256, toy=48, help="longest answer")
     add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="how ROUGE-L forms its words")
     add = flag_group(parser, "run")
@@ -112,7 +114,8 @@ def make_parser() -> Parser:
     add("--seed", type=int, default=0, help="of the split, the order, the sampling and the toy world")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of matrix products and of the teacher; with auto a 4-bit teacher is in bfloat16")
+        help="of matrix products, of the teacher and of the saved models; with auto bfloat16 on GPUs and on CPUs with "
+             "instructions for it, else float32; a 4-bit teacher is in bfloat16 then")
     return parser
 
 

@@ -47,7 +47,7 @@ def shortest(value) -> str:
 
 def flag_group(parser: Parser, title: str):
     """The add_argument of a new group of flags. It adds choices and default to the help text; fill_defaults sets the default
-    later, so that until then a flag that was not given is None.
+    later, so that until then a flag that was not given is None (a switch: False).
 
     toy  the default in the toy world, if it differs
     """
@@ -77,7 +77,7 @@ def check_positive(args, *names: str, or_zero: bool = False):
 
 def note_unused(args, reason: str, *names: str):
     """Says which of these flags were given although they have no effect. (No error: a loop over all losses may pass the same
-    flags to each.) To be called before fill_defaults."""
+    flags to each. A wrong value still is one.) To be called before fill_defaults."""
     given = [f"--{name.replace('_', '-')}" for name in names
              if getattr(args, name) is not None and getattr(args, name) is not False]       # 0 counts as given
     if given:
@@ -143,9 +143,9 @@ def window() -> dict:
 
 
 class Progress:
-    """A bar on a terminal; in a log, one plain line every few seconds.  Use as `with`, and call update().
+    """A bar on a terminal; in a log, one plain line now and then.  Use as `with`, and call update().
 
-    total  of steps; None if it is not known
+    total  of steps; None if it is not known.  start: those already done.  every: seconds between two lines
     """
 
     def __init__(self, title: str, total: int | None, start: int = 0, every: float = 15.0):

@@ -97,7 +97,8 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "la
     Cholesky of J H J gives L L^T; R = J L J is upper triangular, R R^T = J L L^T J = H, and U = R^-1 has U^T U = H^-1. That
     takes 0.6 of the time, without a second Cholesky that could fail, and all in one copy of H: 95 MB for the 4,864 inputs of
     the 0.5B's down_proj.
-    While H is not positive definite, the damping grows tenfold, with a warning. Raises InputError past MAX_DAMP.
+    While H is not positive definite, the damping grows tenfold, to 0.001 at least, with a warning. Raises InputError past
+    MAX_DAMP.
     """
     diagonal, backwards = hessian.diagonal(), order.flip(0)
     alive = diagonal != 0
@@ -143,7 +144,8 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
     damp        share of the mean of diag(H) that is added to diag(H); more if H is then still singular (with a warning)
     block       columns quantised between two updates of all later columns; it changes the time, not the result
     where       the layer's name, for messages
-    An input that was 0 in every token gets weight 0. Everything is float32: float64 changes the objective by at most 0.1%.
+    An input that was 0 in every token gets weight 0. Everything is float32: at the default damp float64 changes the objective by
+    at most 0.1%.
     Raises InputError for values that are not finite, a group size that does not divide I, and an H that no damping makes
     positive definite; ValueError for bits outside 2 to 8, a damp below 0 and an H of another size.
     """
@@ -263,6 +265,7 @@ def calibrate(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, d
     rope = {T: rope_tables(torch.arange(T, device=device)[None], config.rope_theta, config.head_dim, states[0].dtype)
             for T in {x.shape[1] for x in states}}
     for i, block in enumerate(model.model.layers):
+        kept = [(vector, vector.data) for vector in block.parameters() if vector.dim() == 1]    # norms, biases: they stay
         block.to(device, dtype)
         for names, inputs in stages(block, rope):
             layer = block.get_submodule(names[0])
@@ -276,6 +279,8 @@ def calibrate(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, d
                 for x in states:
                     x += layer(inputs(x))
         block.to(home)                                                          # device and dtype
+        for vector, exact in kept:
+            vector.data = exact
 
 
 def quantize_layer(layer: nn.Linear, hessian: Tensor | None, name: str, grid: dict, act_order: bool, damp: float):
@@ -305,14 +310,14 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     rows      calibration data: all their tokens count, prompt and response
     method    "gptq", or "rtn": round_to_nearest, which needs no rows
     device    where one block at a time is quantised; the model's own by default
-    dtype     in which inputs are computed there, block by block; the model's own by default
+    dtype     in which blocks compute there, and with "gptq" also that of their weights; the model's own by default
     on_layer  called after each layer with (name, its relative output error, that of RTN); for "rtn" both errors are None. A
               warning names layers whose error is not below RTN's
     store     (codes, scales, zeros) -> dict of tensors to return for a layer instead, such as quant.to_words, for to_w4.
               The float weights of finished blocks are then freed, so that memory falls during the work
     returns   {"model.layers.0.self_attn.q_proj": (codes uint8 [O, I], scales [O, I/g], zeros [O, I/g]), ...}
 
-    Afterwards the model has the decoded weights, in its own dtype; with `store`, only the last block still has them.
+    Afterwards the model has the decoded weights; with `store`, only the last block still has them.
     Raises InputError for a 4-bit model, and, naming the layer, as quantize_matrix and Hessian.finish do; if that happens after
     the first layer, the model is partly quantised and no longer usable.
     """

@@ -5,8 +5,8 @@ answer, and ρ = π / π_old the ratio of the policies:
 
     1/G Σ_i 1/|o_i| Σ_t [ min(ρ_it A_i, clip(ρ_it, 1 - ε, 1 + ε) A_i) - β k3_it ]
 
-In the first update after sampling, ρ is 1 up to a bfloat16 sampler's rounding, and the gradient is that of REINFORCE; the clip
-acts from the second update on.
+In the first update after sampling, ρ is 1 up to a bfloat16 sampler's rounding, some percent, and the gradient is that of
+REINFORCE; a clip of usual size acts from the second update on.
 
 References
     Knowledge Distillation for Large Language Models, eq. (5) advantages, (6) objective, (7) KL estimate
@@ -99,7 +99,7 @@ def token_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, A: Tensor, clip
 
 
 def was_clipped(logp: Tensor, old_logp: Tensor, A: Tensor, clip: float = 0.2, clip_high: float | None = None) -> Tensor:
-    """True where the clip makes a token's gradient 0: its ratio is past the bound on the side that its advantage asks for.
+    """True where the clip makes the gradient of a token's surrogate 0: its ratio is past the bound on the side that its advantage asks for.
 
     [N] three times -> [N] bool
     """

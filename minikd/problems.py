@@ -21,7 +21,7 @@ from minikd.data import Encoded
 from minikd.errors import InputError
 from minikd.examples import MEDIA, Dropped, check_shown, same_prompt, text_field, with_passage
 from minikd.files import parse_json
-from minikd.records import absent, check_text, names_of, read_records
+from minikd.records import absent, check_text, filled, names_of, read_records
 from minikd.toy import held_out
 
 NOISE, UNTAGGED = 0.25, 0.3             # share of the answers with thoughts that have a wrong step; share without thoughts
@@ -43,6 +43,7 @@ ANY_ORDER = re.compile(r"in (?:any|(?:an )?arbitrary) order", re.IGNORECASE)    
 
 CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward that tells right from wrong -> its fact
 FORMATS = "codeforces", "question"                                          # of records
+QUESTIONS = "question", "problem", "instruction", "prompt"
 ANSWERS = "answer", "final_answer", "expected_answer", "response", "output", "solution", "answer_number"    # a question's
 
 
@@ -132,12 +133,12 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
 
 def load_problems(paths, limit: int | None = None, format: str | None = None) -> tuple[list[Problem], int]:
     """The problems in files, folders or hub datasets, every question once; and how many records were left out: those that repeat
-    an earlier question, whose answer is blank or a proof (not comparable with other answers), or whose statement is null or
-    blank.
+    an earlier question, whose question or statement is null or blank, or whose answer cannot be compared with others: blank, a
+    proof, or neither one text nor one number.
 
     limit   read only so many records
     format  one of FORMATS; without it each record is recognised
-    Raises InputError for a record that is no problem, or whose fields have the wrong type, naming the place.
+    Raises InputError for a record that is no problem, or whose tests, limits or passage have the wrong type, naming the place.
     """
     found, read = {}, 0
     for read, (where, record) in enumerate(islice(read_records(paths), limit), 1):
@@ -148,9 +149,9 @@ def load_problems(paths, limit: int | None = None, format: str | None = None) ->
 
 
 def shows_its_tests(problem: Problem) -> bool:
-    """Whether the prompt shows every test of its program."""
+    """Whether the prompt shows every test of its program, as _shown writes it."""
     asked, tests = problem.messages[-1]["content"], problem.facts.get("tests")
-    return bool(tests) and all(_shown(test) in asked for test in tests)
+    return bool(tests) and all(_shown(test) + "\n" in asked for test in tests)
 
 
 def _shown(test: dict) -> str:
@@ -174,7 +175,7 @@ def _of_codeforces(record: dict) -> bool:
 
 def _question(record: dict, where: str) -> tuple[str, dict]:
     """What is asked, and its answer, or the tests that a program must pass."""
-    asked = next(filter(None, (_asked(record.get(name)) for name in ("question", "problem", "instruction", "prompt"))), "")
+    asked = next(filter(None, (_asked(record.get(name)) for name in QUESTIONS)), "")
     check_shown(record, where, *MEDIA)
     if isinstance(record.get("reward_model"), dict) and absent(record.get("answer")):      # verl's
         record = record | _ground_truth(record["reward_model"].get("ground_truth"), where)
@@ -185,7 +186,9 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     else:
         facts = {"answer": answer} if (answer := _answer(record)) else {}
     if not asked or not facts:
-        if asked and given or _of_codeforces(record) and absent(record["description"]):
+        held = [record[name] for name in QUESTIONS if name in record]           # null or blank text, if it is no question
+        blank = held and not any(isinstance(value, list) or filled(value) for value in held)
+        if (asked or blank) and given or _of_codeforces(record) and absent(record["description"]):
             raise Dropped(where, "no answer to compare with, or no statement")
         raise InputError(f"{where}: is not a problem (its fields: {names_of(record)}); give `question` and `answer` "
                          "or `tests`, or Codeforces' `description` and `examples`")

@@ -158,8 +158,9 @@ def answer_reward(completions: list[str], facts: list[dict]) -> Values:
     without a gold answer.
 
     If an answer has a LaTeX \\boxed{...}, only what the last one holds counts; in a text without tags, that is the answer. The
-    comparison ignores $ and ** around the answer, a full stop after it, percent and degree signs, a letter and = before it,
-    LaTeX's spaces, a space beside a symbol (beside a minus only if both sides have one), and a number's unit in \\text{...}.
+    comparison ignores $ and * around the answer, `Answer:` or #### before it, a full stop after it, percent and degree signs, a
+    letter and = before it, LaTeX's spaces, a space beside a symbol (beside a minus only if both sides have one), and a number's
+    unit in \\text{...}.
     """
     values = []
     for completion, problem in zip(completions, facts, strict=True):
@@ -203,7 +204,7 @@ def _tests_of(completion: str, problem: dict, max_seconds: float, max_memory: in
         answer = completion
     source = extract_code(answer or "")
     limits = (min(problem.get("time_limit") or 5.0, max_seconds),                          # 5 s: open-r1's
-              int(max(64, min(problem.get("memory_limit") or 512, max_memory))))           # the interpreter takes 30
+              int(max(64, min(problem.get("memory_limit") or 512, max_memory))))           # the interpreter takes up to 30
     return [((source, test["input"], *limits), test["output"]) for test in tests] if source else []
 
 
@@ -214,10 +215,11 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
     The program is the last code block of the answer, or of the whole text if that has no think tags. None if the problem
     has no tests or wants another language; a test whose output has sandbox.OUTPUT bytes, all that a program may print, or
     more is left out.
-    max_seconds and max_memory (MB) cap the problem's own limits.
+    max_seconds and max_memory (MB, but a program has at least 64) cap the problem's own limits.
     The programs of all completions run in parallel, once per input; outcomes are remembered. Tests run in rounds of 1, 1, 2, 4,
     ..., and a program gets no later round once it has failed one, with `partial` once it has been stopped in two (for its time,
-    output, ...): what it did not run counts as failed. So an endless loop costs one or two time limits, not one per test.
+    output, ...): what it did not run counts as failed. So a program that loops on every input costs one or two time limits, and
+    one that loops only on late ones those of at most half the tests. It can import only the standard library.
     """
     asked = [_tests_of(completion, problem, max_seconds, max_memory)
              for completion, problem in zip(completions, facts, strict=True)]

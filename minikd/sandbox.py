@@ -15,8 +15,8 @@ are set in more than one way, as a kernel or container may lack some of these; i
     namespaces     no network, TCP or UDP; no IPC; no access to the memory and environment of the uid's other processes
     Landlock       the program may read Python and the system's libraries and write the private folder, but not remove or rename
                    anything there, so that all it wrote is counted; from ABI 4 on no TCP, from 6 on no signals
-    seccomp        no processes, sockets, folders, tracing, priorities, modes of files, shared memory; signals and limits only
-                   for itself. On a kernel without seccomp, the program may not start threads either
+    seccomp        no processes, sockets, folders, tracing, priorities, modes of files, shared memory; signals, limits and
+                   scheduling only for itself. On a kernel without seccomp, the program may not start threads either
 
 It does not protect against bugs of the kernel. Without Landlock, a program can read and write whatever its uid can.
 
@@ -120,8 +120,10 @@ def run_program(source: str, stdin: str = "", timeout: float = 5.0, memory_mb: i
     """Runs Python source in a sandbox; whatever the program does is reported in the result, not raised.
 
     timeout    wall-clock seconds
-    memory_mb  MB of address space; the interpreter itself takes about 30
-    Raises InputError if programs cannot be confined: not on Linux, or run by a root user that cannot become another user.
+    memory_mb  MB of address space; the interpreter itself takes 12 to 30
+    The program can import the standard library only.
+    Raises InputError if programs cannot be confined, as by a root user that cannot become another user, or not on Linux; and if
+    for a minute no process can be started.
     Raises ValueError for a timeout or memory_mb that is negative or above a billion, or for a memory_mb of 0.
     """
     if not (0 <= timeout <= 1e9 and 0 < memory_mb <= 1e9):
@@ -466,8 +468,8 @@ def _uncover(libc, prefix):
 def _landlock(libc, readable) -> int:
     """Limits file access to `readable` and, for writing, the current folder without subfolders; no TCP; no signals to others.
 
-    Returns the kernel's Landlock ABI, 0 if it has none. The ABI decides what can be forbidden: moves from 2 on,
-    truncation 3, TCP 4, devices' ioctl 5, signals and abstract sockets 6.
+    Returns the kernel's Landlock ABI, 0 if it has none. The ABI decides what can be ruled: moves between folders from 2
+    on (before, none is allowed), truncation 3, TCP 4, devices' ioctl 5, signals and abstract sockets 6.
     """
     abi = libc.syscall(444, None, ctypes.c_size_t(0), 1)        # landlock_create_ruleset: the version
     if abi < 1:
@@ -524,7 +526,7 @@ def _seccomp(libc, denied, judged) -> bool:
 
 
 def _boot():
-    """In the new interpreter: runs program.py as `python program.py` does, with exit() and quit(), which -S leaves out.
+    """In the new interpreter: runs program.py as `python program.py` does, but without installed packages, which -S leaves out.
 
     Its globals are not __main__'s: the hook would keep these alive at exit, and so the program's objects, whose `__del__` and
     `finally` may print.

@@ -324,6 +324,18 @@ def test_a_bfloat16_model_is_calibrated_in_float32_without_a_second_copy_of_it()
     assert {weight.dtype for weight in model.state_dict().values()} == {torch.bfloat16}
 
 
+def test_norms_and_biases_stay_although_blocks_are_calibrated_in_bfloat16():
+    model = tiny()
+    before = {name: vector.clone() for name, vector in model.named_parameters() if vector.dim() == 1}
+    for vector in before.values():
+        vector += 1e-4 * torch.randn_like(vector)               # no bfloat16 numbers, as trained ones
+    model.load_state_dict(before, strict=False)
+    quantize_model(model, calibration(), 0, dtype=torch.bfloat16, **OPTIONS)
+    after = dict(model.named_parameters())
+    assert len(before) == 2 * 5 + 1 and all(torch.equal(after[name], vector) for name, vector in before.items())
+    assert {weight.dtype for weight in after.values()} == {torch.float32}
+
+
 def test_q_k_and_v_share_their_hessian_and_so_do_gate_and_up(monkeypatch):
     made, seen = [], []
     monkeypatch.setattr("minikd.gptq.Hessian", lambda *a: made.append(Hessian(*a)) or made[-1])

@@ -139,6 +139,8 @@ def test_whether_all_tests_stand_in_the_prompt():
     assert shows_its_tests(to_problem(RECORD, "x")) and not shows_its_tests(to_problem(RECORD | hidden, "x"))
     assert not shows_its_tests(to_problem(RECORD | {"examples": None}, "x"))                # there are none
     assert not any(map(shows_its_tests, toy_problems("code", 5, seed=1)))
+    begins = {"examples": [], "official_tests": [{"input": "1", "output": "1"}], "note": "Input:\n1\nOutput:\n10"}
+    assert not shows_its_tests(to_problem(RECORD | begins, "x"))                            # 10 is no 1
 
 
 def test_an_empty_cell_is_no_limit():
@@ -248,7 +250,7 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
     ({"title": "x"}, "(its fields: title); give `question` and `answer` or `tests`"), ({"question": "Why?"}, "is not a problem"),
     ({"question": "Why?", "tests": []}, "is not a problem"),
     ({"question": "Why?", "tests": ["3"]}, "field 'tests' is not a list of {input, output} texts"),
-    ({"question": "", "answer": "b"}, "is not a problem"),
+    ({"question": ["Why?"], "answer": "b"}, "is not a problem"),
     ({"question": "Which?", "choices": ["a", "b"], "answer": 1}, "field 'choices' would not be shown to the model; write it"),
     (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is not a list of {input, output} texts"),
     (RECORD | {"examples": 3}, "field 'examples' is not a list"),
@@ -310,6 +312,14 @@ def test_a_statement_that_is_null_or_blank_is_left_out_and_counted(tmp_path):
     for format in None, "codeforces":
         found, left = load_problems(tmp_path / "p.jsonl", format=format)
         assert [problem.messages for problem in found] == [to_problem(RECORD, "x").messages] and left == 2
+
+
+@pytest.mark.parametrize("blank", [None, " \n"])
+def test_a_question_that_is_null_or_blank_is_left_out_and_counted(tmp_path, blank):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (
+        {"question": blank, "answer": "10"}, {"question": "1 + 2?", "prompt": blank, "answer": "3"})))
+    found, left = load_problems(tmp_path / "p.jsonl")
+    assert [problem.facts for problem in found] == [{"answer": "3"}] and left == 1
 
 
 @pytest.mark.parametrize("record", [{"description": "Add 1 and 2.", "solution_text": "3"}, {"description": None, "anser": "3"},

@@ -217,9 +217,9 @@ def test_three_steps_are_those_of_transformers_on_full_logits(tmp_path, monkeypa
 def test_when_nothing_is_ever_paid_it_stops_and_says_so(run, tmp_path):
     flags = "--patience", "3", "--eval-every", "2"
     status, _, err = run(*flags, rewards="{world}/ours.py:nothing")
-    assert status == 2 and "every answer's reward was 0 for 3 steps" in err and err.count("\n") == 1
+    assert status == 2 and "every answer's rewards summed to 0 for 3 steps" in err and err.count("\n") == 1
     status, _, err = run(*flags, "--resume", rewards="{world}/ours.py:nothing")     # which goes on counting at 2
-    assert status == 2 and "every answer's reward was 0 for 3 steps" in err and len(steps_of(tmp_path / "run")) == 3
+    assert status == 2 and "every answer's rewards summed to 0 for 3 steps" in err and len(steps_of(tmp_path / "run")) == 3
 
 
 def test_what_nobody_can_judge_moves_nothing(run, world, tmp_path):
