@@ -8,8 +8,8 @@ Shape letters, in docstrings and beside the lines that change a shape; a docstri
     R  response tokens             q  the student              p     the teacher
 A state scores a token if its logits give that token's probability: the state at t-1 scores token t. The scored tokens are
 those of the responses. A prime marks the teacher's size: D', V'. A lower-case letter is a part: n tokens of a chunk or of one
-answer, b rows of a block, s slots in use. For the products in w4_matmul.cu, decode.cu and their Python files, M counts the rows
-of x, N the outputs and K the inputs. logq and logp are the student's and the teacher's log-probabilities; in grpo.py and
+answer, b rows of a block, s slots in use. For the products in w4_matmul.cu, w4_cuda.py and decode.cu, M counts the rows of x, N
+the outputs and K the inputs. logq and logp are the student's and the teacher's log-probabilities; in grpo.py and
 train_grpo.py logp is the policy's. A response (data), an answer (grpo) and, as text, a completion (rewards) are the same thing.
 The README says in which order to read the files.
 """

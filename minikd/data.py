@@ -82,8 +82,8 @@ class Encoded:
         return Encoded(self.prompt, ids, not ids or ids[-1] not in eos_ids, self.index)
 
     def cut_to(self, length: int) -> "Encoded":
-        """This row with its response cut so that prompt and response have at most `length` tokens."""
-        room = length - len(self.prompt)
+        """This row with its response cut so that prompt and response have at most `length` tokens; the prompt is not cut."""
+        room = max(0, length - len(self.prompt))
         return self if len(self.response) <= room else Encoded(self.prompt, self.response[:room], True, self.index)
 
 

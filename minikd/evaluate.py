@@ -26,7 +26,8 @@ METRICS = {                                         # what show_table prints bel
 @torch.inference_mode()
 def compare(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, teacher=None, divergence=None,
             dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Means over all scored tokens of the rows: `ce`, and with a teacher what head.compare_heads measures.
+    """Means over all scored tokens of the rows: `ce`, and with a teacher what head.compare_heads measures, all over the rows of
+    both heads.
 
     teacher  teacher.Teacher or CachedTeacher; None for cross-entropy alone
     """

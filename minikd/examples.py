@@ -195,6 +195,10 @@ def _pair(record, where):
             if role == "user":
                 text = with_passage(record, where, text, record.get("prompt"))
             part = [{"role": role, "content": text}]
+        elif role == "user":
+            told = [turn.get("content") for turn in part if isinstance(turn, dict)]
+            beside = {name: value for name, value in record.items() if not any(str(value) in str(text) for text in told)}
+            check_shown(beside, where, "choices", "options", "history", "context", "input", "passage")
         turns += part
     *asked, (answer,) = _chat({"messages": turns}, where)
     return *asked, (with_thoughts(record, where, answer),)
@@ -456,7 +460,7 @@ def hold_out(examples: list, count: int, seed: int) -> tuple[list, list]:
 
 
 def write_held_out(examples: list, path: Path):
-    """Writes the examples that no student was trained on, as records that load as the same examples."""
+    """Writes validation examples as records that load as the same ones, but for `where`."""
     write_jsonl([{"messages": [*example.messages, {"role": "assistant", "content": example.response}],
                   "instruction": example.instruction, "input": example.input, "references": example.references,
                   "category": example.category} for example in examples], path)

@@ -41,8 +41,8 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     Weights may move in memory (layout.laid_out: on a CPU for several rows, and 4-bit ones): use no old alias, such as p.data.
     Meanwhile other threads may only generate with the model.
     Raises ValueError for prompts that are not lists of ids, an empty one (there is no state to sample the first token from), an
-    id that the model has no row for, and for invalid options: a negative temperature or top_k, top_p of 0 or above 1, samples
-    or vocab below 1, mix without a teacher; InputError (a ValueError) for a model whose logits are not finite.
+    id that the model has no row for, and for options out of their range (check_options); InputError (a ValueError) for a model
+    whose logits are not finite.
     """
     return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed,
                                    **options)[0]

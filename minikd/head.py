@@ -28,7 +28,8 @@ TILES = {("cpu", torch.float32): 48, ("cuda", torch.float32): 128, ("cuda", torc
 def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The shift by one: the state at t-1 scores the token at t.
 
-    hidden [B, T, D], ids [B, T], mask [B, T] True on response tokens -> states [N, D], targets [N]
+    hidden [B, T, D], ids [B, T], mask [B, T] True on response tokens -> states [N, D], targets [N]. Column 0 has no state before
+    it, and is left out.
 
     With the mask on the CPU, where `collate` leaves it, the host never waits for a GPU: it launches a step's kernels while
     earlier ones still run. On an H200, waiting here for the teacher took a third of a distillation step.
@@ -47,7 +48,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     hidden          [N, D]   the student's states that score a token (scored_positions)
     head            [V, D]   the student's LM head
     targets         [N]      the tokens they score
-    teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated. With kd_ratio 0 only the divergence sees them, if given
+    teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated. With kd_ratio 0 only the divergence sees the states, if
+                             given; a head always cuts the student's to the rows of both, for CE too
     divergence      any function (student logits [n, V], teacher logits [n, V], or None without a teacher) -> [n], as in
                     losses.py. With kd_ratio 0 its values are only returned, for GRPO's log of entropy and compare_heads' metrics
     weight          of each token, often 1 / scored tokens of the optimizer step: a number, or one per token [N]
@@ -80,7 +82,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     weight = weight.to(hidden.device, torch.float32).expand(N)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     need_hidden, need_head = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, head))
-    if dtype == torch.float16 and (need_hidden or need_head):           # no later loss scale can save what underflows here
+    if need_hidden and dtype == torch.float16 or need_head and torch.float16 in (dtype, head.dtype):    # underflows, for good
         raise ValueError("head_loss: gradients underflow in float16; train in bfloat16 or float32")
     chunk = tokens_at_once(N, (chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"])) // (V * dtype.itemsize),
                            TILES.get((device, dtype), 1))

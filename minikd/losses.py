@@ -1,7 +1,7 @@
 """Token-level divergences between a student q and its teacher p, and the policy's loss per token.
 
-Every divergence takes logits and returns one value per token, in nats. It computes in float32, or in float64 if both models'
-logits are: with 151,936 rows a bfloat16 softmax is off by more than the KL itself where the models are close. They are true
+Every divergence takes logits and returns one value per token, in nats. It computes in float32, or in float64 where logits
+are: with 151,936 rows a bfloat16 softmax is off by more than the KL itself where the models are close. They are true
 divergences: 0 when q equals p. In float32 their relative error is about 3e-6, that of the skew divergences up to 1e-5; where the
 models are close, the error is about 4e-7 nats, so a smaller divergence may come out negative.
 
@@ -50,7 +50,7 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats
 
     Infinite where a gives a probability above 1e-20 (times the temperature) to a token that b excludes (a logit of -inf); the
-    gradient to a is then about 1e29, finite in float32 and bfloat16.
+    gradient to a is then up to about 1e29, finite in float32 and bfloat16.
     """
     a = log_a.exp()
     total = (a * (log_a - log_b)).sum(-1)
@@ -156,7 +156,7 @@ def clipped_surrogate(logq: Tensor, old_logq: Tensor, advantage: Tensor, clip: f
     """-min(ρ A, clip(ρ, 1 - clip, 1 + clip) A), ρ = q / q_old of the sampled token.  PPO (arXiv:1707.06347) eq. (7).
 
     [N] each -> [N], to be minimised. As ∇ρ = ρ ∇ log q, the gradient is REINFORCE's -A ∇ log q while q = q_old; it becomes 0
-    once updates have moved ρ past the clip in the direction that A asks for.
+    once updates have moved ρ past the clip in the direction that A asks for (and beyond e^60: see ratios).
 
     clip_high  the clip for ratios above 1, if it differs from `clip` (DAPO's clip-higher: 0.28)
     """

@@ -130,7 +130,7 @@ def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps
     When the current rollouts have been used `inner_epochs` times, the student as it is then answers the next `rollouts`
     prompts of the rows: step k belongs to phase k // phase_steps.
     sampled     the current rollouts, changed in place so that the caller can save them; a run that is resumed between two
-                samplings must pass them in
+                samplings must pass them in (there are no others to learn from)
     collecting  the arguments of collect, except rows and seed
     """
     phase_steps = inner_epochs * steps_per_epoch(rollouts, batch_size, grad_accum)      # steps between two samplings

@@ -134,7 +134,8 @@ def check_text(value, where: str, what: str):
 
 def read_records(path, refuse: Callable[[InputError], None] | None = None,
                  kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str, dict]]:
-    """Streams (where, record) from every file that data_files finds; where is "file.jsonl:812".
+    """Streams (where, record) from every file that data_files finds; where is "file.jsonl:812", "file.json:record 3" or
+    "file.parquet:row 3".
 
     refuse  called with the error of a malformed line, which is then skipped. Errors after which nothing more can be
             read (a broken gzip, an unclosed quote in a csv) are raised all the same.

@@ -21,7 +21,7 @@ FACTS, SHARD_TOKENS = "cache.json", 50_000          # a shard of a 3B teacher's 
 
 
 def check_teacher(name, tokenizer):
-    """Raises InputError if the teacher's tokenizer differs from the student's other than by lacking added tokens (it prints
+    """Raises InputError if the teacher's vocabulary differs from the student's other than by lacking added tokens (it prints
     these), or if the student's tokenizer has more ids than the teacher has rows."""
     folder = model_folder(name, weights=False)
     if lacks := tokenizer.check_same(folder):
@@ -73,7 +73,7 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
     width      D' of the teacher
     progress   called after each batch with its number of rows
     A shard holds about 50,000 tokens, each row's states [n, D'] under its digest. It appears only when it is complete; a run
-    after a kill makes the missing shards, and those that are damaged or of another shape. A second process waits for the first.
+    after a kill makes the missing shards, and those whose header or size is wrong. A second process waits for the first.
     """
     folder, unique = Path(folder), {row.digest: row for row in rows}
     made_from = made_from | {"rows": fingerprint(sorted(unique))}
@@ -139,7 +139,7 @@ def plan_shards(unique: dict[str, Encoded]) -> dict[str, dict[str, Encoded]]:
 
 
 def check_made_from(folder: Path, made_from: dict):
-    """Raises InputError, naming what differs, if `folder` holds a cache made from other things, or no cache at all."""
+    """Raises InputError, naming what differs, if `folder` holds a cache made from other things, or files but no cache."""
     if not (folder / FACTS).exists():
         if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise InputError(f"{folder}: is not empty and not a teacher's cache; choose another --cache-teacher")
@@ -147,10 +147,10 @@ def check_made_from(folder: Path, made_from: dict):
     before = read_json(folder / FACTS, "delete the folder, or choose another --cache-teacher").get("made_from")
     if not isinstance(before, dict):
         raise InputError(f"{folder / FACTS}: does not say what the cache was made from; choose another --cache-teacher")
-    for key, value in made_from.items():
-        if before.get(key) != value:
+    for key in made_from | before:
+        if before.get(key) != made_from.get(key):
             what = ("its rows differ (because of --limit, the tokenizer, or the answers of --seq-kd)" if key == "rows" else
-                    f"its {key} is {before.get(key)}, here {value}")
+                    f"its {key} is {before.get(key)}, here {made_from.get(key)}")
             raise InputError(f"{folder}: was made from other data or settings: {what}; choose another --cache-teacher")
 
 
@@ -170,7 +170,8 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
 
     load  () -> the teacher; only called if answers are missing, and its memory is freed afterwards
     The answers are sampled once, at temperature 1, and kept in `path`: the first line says what they were made from, the others
-    hold one JSON object per answer. After a kill only the missing answers are sampled, with the same tokens as without the kill.
+    hold one JSON object per answer. After a kill the missing answers are sampled, and those of a write that was cut short anew,
+    with the same tokens as without the kill.
     Raises InputError if `path` is damaged, or was made from something else.
     """
     path, step = Path(path), 8 * batch_size                     # step: rows sampled between two writes

@@ -52,7 +52,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name) -> "Tokenizer":
-        """From a local folder or a hub name.  Raises InputError when tokenizer.json is missing or damaged."""
+        """From a local folder or a hub name.  Raises InputError if tokenizer.json is missing or damaged, if no token is known
+        to end an answer, and as read_template."""
         folder = local_folder(name, ["config.json", *TOKENIZER])
         path = folder / "tokenizer.json"
         if not path.exists():
@@ -70,7 +71,8 @@ class Tokenizer:
         return cls(backend, folder)
 
     def save(self, folder):
-        """Writes the tokenizer's files, as they were loaded, into `folder`, and removes another tokenizer's files from it. The
+        """Writes the tokenizer's files, as they were loaded, into `folder`, unless it is their own, and removes another
+        tokenizer's files from it. The
         generation_config.json there then names every id that ends an answer. (A base model's own lacks <|im_end|>, at which a
         student fine-tuned from it stops.)"""
         folder = Path(folder)
@@ -87,7 +89,7 @@ class Tokenizer:
 
     def check_same(self, name) -> list[str]:
         """This tokenizer's added tokens that the one of `name`, a folder or hub name, lacks: Qwen2's lacks 19 of Qwen2.5's.
-        Raises InputError for any other difference between the two.
+        Raises InputError if their vocabularies differ otherwise. (How they split and merge text is not compared.)
 
         A student learns its teacher's probabilities id by id: if the teacher had more tokens, the student would learn ids that
         it has no text for. A folder without a tokenizer is not checked.
@@ -226,5 +228,5 @@ def read_template(folder: Path, config: dict):
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)     # jinja's own is for HTML
     try:
         return environment.from_string(source, globals=given)
-    except (TemplateError, RecursionError) as error:
+    except Exception as error:                      # jinja's, or Python's about the program that jinja made of it
         raise InputError(f"{path}: its chat template is damaged ({error}); fetch it again") from error

@@ -20,7 +20,7 @@ from minikd.files import atomic_path
 from minikd.tokenizer import STOPS, Tokenizer
 
 SHARES = {"english": 6, "spanish": 3, "code": 2}    # how often each domain is drawn
-OTHER_WORDS, WRONG = 0.3, 0.2                       # shares of the student's answers that are reworded; are wrong
+OTHER_WORDS, WRONG = 0.3, 0.2                       # chances that a human answer is reworded; is given made-up facts
 
 # How Qwen2 splits text before BPE. transformers assumes it for every qwen2 folder, whatever tokenizer.json says.
 QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -64,7 +64,7 @@ STEPS = [("double it", "x = x * 2", "x *= 2"), ("halve it", "x = x / 2", "x /= 2
 
 
 class Person:
-    """A name with four facts; str() is the name. The facts are this world's, the same in every run."""
+    """A name with four facts, drawn from rng; str() is the name."""
 
     def __init__(self, name: str, rng: random.Random):
         self.name, self.city, self.age = name, rng.choice(CITIES), rng.random()
@@ -113,9 +113,13 @@ def held_out(text: str) -> bool:
 
 
 def records(count: int, seed: int, human: bool = False, test: bool = False) -> list[dict]:
-    """`count` records, domains drawn by SHARES; with `test`, only records of the test set, each prompt once."""
-    rng, world, found, seen = random.Random(seed), people(), [], set()
+    """`count` records, domains drawn by SHARES; with `test`, only records of the test set, each prompt once.  Raises ValueError
+    for more prompts than it has, about 510."""
+    rng, world, found, seen, tries = random.Random(seed), people(), [], set(), 0
     while len(found) < count:
+        tries += 1
+        if tries > 1000 * (len(found) + 1):
+            raise ValueError(f"toy.records: the test set has only {len(found)} prompts; ask for at most that")
         entry = record(draw_domain(rng), rng, world, human)
         if held_out(question(entry)) == test and not (test and question(entry) in seen):
             seen.add(question(entry))

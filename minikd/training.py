@@ -9,8 +9,8 @@ from minikd.model import Qwen2, run_blocks
 
 
 def check_student(name, tokenizer):
-    """Raises InputError for a model to train that lacks a tensor or is damaged, for a 4-bit one, whose weights cannot be
-    trained, and for one with too few rows for the tokenizer."""
+    """Raises InputError for a model to train that lacks a tensor or has a file cut short, for a 4-bit one, whose weights cannot
+    be trained, and for one with too few rows for the tokenizer."""
     model, _ = outline(model_folder(name))
     if model.quantization:
         raise InputError(f"{name}: holds 4-bit weights, which cannot be trained; give the folder it was made from")
@@ -59,7 +59,7 @@ def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, ma
 
 
 def check_gradient(norm: float, where: str, lr: float, dtype: torch.dtype, first: bool):
-    """Raises InputError for a norm that is not finite.  first: no weight has changed yet, so lr is not to blame"""
+    """Raises InputError for a norm that is not finite.  first: no weight had changed before, so lr is not to blame"""
     if not math.isfinite(norm):
         mend = "raise --temperature, or take another model" if first else f"lower --lr (now {lr:g})"
         raise InputError(f"{where}: the gradient is not finite; {mend}"

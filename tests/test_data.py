@@ -45,6 +45,12 @@ def test_a_sampled_response_is_cut_unless_it_ends_in_a_stop_token():
         assert row.answered(ids, {1, 2}) == Encoded([5, 6], ids, cut, 3)
 
 
+def test_a_row_is_cut_in_its_response_alone():
+    row = Encoded([5] * 4, [7] * 3, False, 0)
+    assert row.cut_to(7) is row and row.cut_to(5) == Encoded([5] * 4, [7], True, 0)
+    assert row.cut_to(4) == row.cut_to(2) == Encoded([5] * 4, [], True, 0)
+
+
 def test_long_response_is_cut_without_an_invented_end_and_counted():
     (exact, cut, only_the_end), counts = encode(("h", "123"), ("h", "12345"), ("h", "1234"), max_length=10)
     assert exact.response[-1] == 1 and not exact.cut and len(exact.prompt + exact.response) == 10

@@ -237,6 +237,8 @@ def test_gradients_in_float16_are_refused_as_they_would_underflow():
     assert head_loss(**inputs)[0].isfinite()
     with pytest.raises(ValueError, match="underflow in float16"):
         head_loss(**inputs | {"hidden": inputs["hidden"].requires_grad_()})
+    with pytest.raises(ValueError, match="underflow in float16"):
+        head_loss(**inputs | {"hidden": inputs["hidden"].detach().float(), "head": inputs["head"].requires_grad_()})
 
 
 def test_autocast_and_bfloat16_stay_near_float32():

@@ -215,6 +215,13 @@ def test_the_order_of_the_rows_and_repeats_do_not_matter_and_each_is_computed_on
     assert fill(rows=ROWS[::-1] + ROWS[:5]) == 0
 
 
+def test_a_cache_made_from_more_than_what_is_named_now_is_refused(fill):
+    fill(made_from={"a": 1, "b": [1]})
+    for other in {"a": 1}, {"a": 1, "b": None}:
+        with pytest.raises(InputError, match="was made from other data or settings: its b is .1.*, here None"):
+            fill(made_from=other)
+
+
 def test_the_digest_tells_prompt_from_response():
     assert Encoded([1, 2], [3], False, 0).digest != Encoded([1], [2, 3], False, 0).digest
     assert Encoded([1], [2], False, 0).digest == Encoded([1], [2], True, 9).digest

@@ -141,6 +141,8 @@ def test_of_several_named_templates_the_default_one_counts(tokenizer_folder, tmp
 
 @pytest.mark.parametrize("template, said", [
     ("{% if %}", "is damaged"), ("{{" + "(" * 9999 + ")" * 9999 + "}}", "is damaged"),
+    ("{% for x in [1] %}" * 25 + "{% endfor %}" * 25, "is damaged .too many statically nested blocks"),
+    ("{{ " + "1" * 6000 + " }}", "is damaged .Exceeds the limit"),
     ("{{ raise_exception('system first') }}", "system first"), ("{{ nobody.knows }}", "undefined"),
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"), ("{{ messages.append(1) }}", "unsafe"),
     ("{{ 1 / 0 }}", "division by zero")])

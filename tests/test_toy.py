@@ -54,6 +54,13 @@ def test_a_test_prompt_is_never_a_training_prompt():
     assert all(map(toy.held_out, test)) and share == pytest.approx(0.2, abs=0.03)           # not the other four fifths
 
 
+def test_more_test_prompts_than_the_world_has_are_refused(monkeypatch):
+    monkeypatch.setattr(toy, "held_out", lambda text: text == "What does Hugo do?")        # one in the world
+    assert len(toy.records(1, seed=3000, test=True)) == 1
+    with pytest.raises(ValueError, match="has only 1 prompts"):
+        toy.records(2, seed=3000, test=True)
+
+
 def test_the_domains_fall_as_six_to_three_to_two():
     counts = Counter(entry["category"] for entry in toy.records(4000, seed=8))
     for domain, share in {"english": 6 / 11, "spanish": 3 / 11, "code": 2 / 11}.items():
