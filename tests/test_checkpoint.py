@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import small
 from minikd import checkpoint
-from minikd.checkpoint import (load_config, load_head, load_model, open_tensors, save_model, shards_of, split_shards,
+from minikd.checkpoint import (Checkpoint, load_config, load_head, load_model, open_tensors, save_model, shards_of, split_shards,
                                stored_dtypes)
 from minikd.config import Qwen2Config
 from minikd.errors import InputError
@@ -708,6 +708,21 @@ def test_shards_are_in_the_order_of_their_names(tmp_path):
     where = {f"t{i}": name for i, name in enumerate(reversed(names))}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": where}))
     assert shards_of(tmp_path) == names
+
+
+def test_a_model_that_is_replaced_while_it_is_hashed_is_another(folder, monkeypatch):
+    hashes = Checkpoint.hashes
+
+    def slowly(self):
+        found = hashes(self)
+        monkeypatch.undo()
+        save_model(tiny(seed=9), folder)
+        return found
+
+    monkeypatch.setattr(Checkpoint, "hashes", slowly)
+    begun = Checkpoint(folder)
+    with pytest.raises(InputError, match="m: has changed since this run began"):
+        begun.check()
 
 
 def test_a_link_to_nothing_or_a_folder_in_the_weights_place_is_named(folder):

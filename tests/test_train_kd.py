@@ -604,7 +604,8 @@ CACHED = "--loss", "forward_kl", "--cache-teacher", "cache"
     ("student", (), "lock", spoil, True), ("student", (), "train", spoil, True), ("student", (), "train", renew, False),
     ("teacher", (), "lock", spoil, True), ("teacher", (), "open_teacher", spoil, False),            # it is in memory then
     ("teacher", ("--loss", "sft"), "train", spoil, True), ("teacher", ("--loss", "sft"), "train", renew, False),
-    ("teacher", CACHED, "lock", spoil, True), ("teacher", CACHED, "train", spoil, True), ("teacher", CACHED, "lock", renew, False)])
+    ("teacher", CACHED, "lock", spoil, True), ("teacher", CACHED, "train", spoil, True), ("teacher", CACHED, "lock", renew, False),
+    ("teacher", CACHED, "load_head", spoil, True)])
 def test_a_model_that_another_replaces_during_the_run_ends_it(run, world, tmp_path, monkeypatch, which, flags, after, change,
                                                               ends):
     """Both runs of a comparison begin with one student, and the table has the teacher that the run began with."""
@@ -623,6 +624,7 @@ def test_a_model_that_another_replaces_during_the_run_ends_it(run, world, tmp_pa
     monkeypatch.setattr(kd, after, and_change)
     status, _, err = run("--steps", "2", *flags, models=("--student", tmp_path / "student", "--teacher", tmp_path / "teacher"))
     told = f"{which}: has changed since this run began; put its files back and go on with --resume" in err
+    assert after != "load_head" or not list(tmp_path.glob("run/**/log.jsonl"))              # before it trains
     assert times and (status, told) == ((2, True) if ends else (0, False)), err
     if ends and after == "lock":
         assert not list((tmp_path / "cache").glob("states-*")) and not (tmp_path / "run/best").exists()
