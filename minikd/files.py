@@ -3,11 +3,13 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import tempfile
+import weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -107,9 +109,8 @@ def holds_cwd(path: Path) -> bool:
     return False
 
 
-def hold(path: Path, wait: bool = False) -> int:
-    """Locks a file, which is made if there is none. The lock ends when the handle that it returns and all copies of it that forks
-    inherited are closed, be it by the end of their processes.
+def hold(path: Path, wait: bool = False) -> io.FileIO:
+    """Locks a file, which is made if there is none, until the file object that it returns is closed, or this process has ended.
 
     Raises BlockingIOError if it is locked already and `wait` is false. On a file system without locks it does nothing.
     """
@@ -119,14 +120,21 @@ def hold(path: Path, wait: bool = False) -> int:
         if not path.exists():
             raise
         handle = os.open(path, os.O_RDONLY)
+    file = open(handle, "rb", buffering=0)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        os.close(handle)
+        file.close()
         raise
     except OSError:
         pass
-    return handle
+    HELD.add(file)
+    return file
+
+
+HELD = weakref.WeakSet()
+# A fork, such as a process of a reward's pool, shares a lock, and would else keep it after this process has ended.
+os.register_at_fork(after_in_child=lambda: [file.close() for file in list(HELD)])
 
 
 def remove(path: Path):

@@ -1,7 +1,6 @@
 """A run's folder: its log, its settings and its saved state; where a run may begin, and how it goes on exactly."""
 import functools
 import json
-import os
 import platform
 import re
 import subprocess
@@ -24,9 +23,7 @@ SAVE_EVERY = 600.0                              # most seconds between two saved
 ANOTHER = "choose another --out"                                # what to do about a damaged CONFIG
 # Names of files that a run writes; data files may have them too.
 WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")
-LOCKS = {}                                                      # folder -> the handle that holds its lock
-# A fork, such as a process of a reward's pool, would else keep the folders locked after this process has ended.
-os.register_at_fork(after_in_child=lambda: [os.close(LOCKS.popitem()[1]) for _ in list(LOCKS)])
+LOCKS = {}                                                      # folder -> the file that holds its lock
 
 
 # ---- the log
@@ -268,7 +265,8 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
 def lock(folder: Path):
     """Keeps other processes' runs out of `folder` until this process ends, however it ends.  Raises InputError if one is in."""
     folder.mkdir(parents=True, exist_ok=True)
-    if folder.resolve() in LOCKS:
+    held = LOCKS.get(folder.resolve())
+    if held and not held.closed:                                # in a fork it is closed
         return
     try:
         LOCKS[folder.resolve()] = hold(folder / LOCK)

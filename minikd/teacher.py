@@ -1,6 +1,5 @@
 """What the student is compared with: the teacher model, or its hidden states on disk, computed once."""
 import json
-import os
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -118,10 +117,10 @@ def alone(folder: Path):
     place = folder / ".filling"                                 # not run.LOCK: a run in the same folder holds that
     with ExitStack() as stack:
         try:
-            stack.callback(os.close, hold(place))
+            stack.enter_context(hold(place))
         except BlockingIOError:
             print(f"{folder}: another process is filling this cache; waiting for it", flush=True)
-            stack.callback(os.close, hold(place, wait=True))
+            stack.enter_context(hold(place, wait=True))
         except OSError:                                         # no permission to write there: a cache that is complete needs none
             pass
         yield

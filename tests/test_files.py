@@ -143,16 +143,16 @@ def free(path) -> bool:
 def test_a_lock_in_a_folder_outlives_its_replacement(tmp_path):
     """quantize.py locks the folder that it then writes the model into."""
     (tmp_path / "model").mkdir()
-    handle = files.hold(tmp_path / "model/.lock")
+    held = files.hold(tmp_path / "model/.lock")
     with atomic_path(tmp_path / "model", folder=True, keep=lambda name: True) as new:
         (new / "weights").write_text("new")
     assert names(tmp_path / "model") == [".lock", "weights"] and not free(tmp_path / "model/.lock")
-    os.close(handle)
+    held.close()
     assert free(tmp_path / "model/.lock")
 
 
 def test_a_lock_that_is_not_had_leaves_no_handle_and_without_locks_nothing_is_refused(tmp_path, monkeypatch):
-    handle, opened = files.hold(tmp_path / "lock"), len(os.listdir("/dev/fd"))
+    held, opened = files.hold(tmp_path / "lock"), len(os.listdir("/dev/fd"))
     with pytest.raises(BlockingIOError):
         files.hold(tmp_path / "lock")
     assert len(os.listdir("/dev/fd")) == opened
@@ -161,8 +161,8 @@ def test_a_lock_that_is_not_had_leaves_no_handle_and_without_locks_nothing_is_re
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", none)
-    os.close(files.hold(tmp_path / "lock"))
-    os.close(handle)
+    files.hold(tmp_path / "lock").close()
+    held.close()
 
 
 def test_a_file_of_another_users_is_locked_all_the_same(tmp_path, monkeypatch):
@@ -176,10 +176,9 @@ def test_a_file_of_another_users_is_locked_all_the_same(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="Permission denied"):             # in a folder where no file can be made
         files.hold(tmp_path / "lock")
     (tmp_path / "lock").touch()
-    os.close(files.hold(tmp_path / "lock"))
-    handle = files.hold(tmp_path / "lock")
-    assert not free(tmp_path / "lock")
-    os.close(handle)
+    files.hold(tmp_path / "lock").close()
+    with files.hold(tmp_path / "lock"):
+        assert not free(tmp_path / "lock")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

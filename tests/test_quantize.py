@@ -335,7 +335,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_loads(run, tmp_path):
             assert run("--method", "rtn", out=("--out", out))[0] == 0
             weights = load_model(out).state_dict()
             for held in list(LOCKS):                                                # the earlier run has ended
-                os.close(LOCKS.pop(held))
+                LOCKS.pop(held).close()
         child = os.fork()
         if child == 0:
             checkpoint.save_tensors = write

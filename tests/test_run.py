@@ -396,17 +396,23 @@ def test_a_fork_that_outlives_a_run_does_not_keep_its_folder_locked(tmp_path):
     (began, says), (waits, go) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
+        status = 1
+        try:
+            lock(tmp_path)                                                      # not the fork's: it is the parent's
+        except InputError:
+            status = 0
         os.write(says, b"1")
         os.read(waits, 1)
-        os._exit(0)
+        os._exit(status)
     os.read(began, 1)
-    os.close(run.LOCKS.pop(tmp_path.resolve()))                                 # as at this process's end
+    run.LOCKS.pop(tmp_path.resolve()).close()                                   # as at this process's end
     try:
         lock(tmp_path)
     finally:
         os.write(go, b"1")
         assert os.waitpid(child, 0)[1] == 0
-    for handle in began, says, waits, go, run.LOCKS.pop(tmp_path.resolve()):
+    run.LOCKS.pop(tmp_path.resolve()).close()
+    for handle in began, says, waits, go:
         os.close(handle)
 
 

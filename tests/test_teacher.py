@@ -186,7 +186,7 @@ def test_filling_a_cache_in_a_runs_own_folder_keeps_the_run_locked(fill, tmp_pat
             os._exit(1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    os.close(run.LOCKS.pop((tmp_path / "cache").resolve()))
+    run.LOCKS.pop((tmp_path / "cache").resolve()).close()
 
 
 def test_a_stray_shard_is_not_used(fill, tmp_path):
