@@ -150,11 +150,11 @@ def as_stored(folder: Path) -> tuple:
     return saved if set(stored.values()) == {saved} else torch.float32, saved
 
 
-def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype, dtypes: tuple, *,
+def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype, held, saved, *,
              bits, group_size, asym, no_act_order, damp, clip_search, batch_size):
-    """Quantises the model in `folder` by `method` and writes the 4-bit folder `out`.  dtypes: as as_stored gives them"""
-    held, saved = dtypes
-    model, started = load_model(folder, "cpu", held), time.perf_counter()       # one block at a time is on `device` in `dtype`
+    """Quantises the model in `folder`, held in the dtype `held`, by `method`, one block at a time on `device` in `dtype`; writes
+    the 4-bit folder `out`, what is not packed in the dtype `saved`."""
+    model, started = load_model(folder, "cpu", held), time.perf_counter()
     shares = {}                                                                 # layer -> its error / round-to-nearest's
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
         def on_layer(name, error, rtn):
@@ -263,9 +263,9 @@ def main():
         check_out(out, tokenizer)
     for out in outs.values():
         lock(out)
-    dtypes = as_stored(folder) if args.dtype == "auto" else (dtype, dtype)
+    held, saved = as_stored(folder) if args.dtype == "auto" else (dtype, dtype)
     for method, out in outs.items():
-        quantize(folder, tokenizer, rows, method, out, device, dtype, dtypes, **flags_of(quantize, args))
+        quantize(folder, tokenizer, rows, method, out, device, dtype, held, saved, **flags_of(quantize, args))
     if eval_rows:
         print(f"\n{len(eval_rows)} examples {'MB':>15}{'perplexity':>12}{'KL':>9}{'ROUGE-L':>9}   KL from the unquantised, "
               "nats per token")

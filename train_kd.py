@@ -93,8 +93,8 @@ def make_parser() -> Parser:
     add("--batch-size", type=int, default=8, toy=16, help="examples in a micro-batch")
     add("--grad-accum", type=int, default=1, toy=2, help="micro-batches in an optimizer step: each is padded by itself")
     add("--lr", type=float, nargs="+", default=[1e-5], toy=[3e-3],
-        help="peak learning rate; several: one run each, of forward_kl without --loss; toy with --on-policy or minillm, after an "
-             "SFT that keeps its own rate: 1e-3")
+        help="peak learning rate; several: one run each, of forward_kl without --loss; 1e-3 for toy runs with --on-policy or "
+             "minillm (the SFT before them keeps its own)")
     add("--warmup", type=int, default=0, toy=30, help="steps of linear warm-up")
     add("--schedule", choices=("cosine", "constant"), default="cosine",
         help="learning rate after the warm-up (cosine falls to --lr / 10)")
@@ -447,13 +447,13 @@ def read_data(tokenizer, lengths: dict, *, data, format, limit, validation, seed
 
 
 def conclude(models: dict[str, Qwen2], runs: dict[str, Path], tokenizer, asked: tuple, held_out: tuple, out: Path, *,
-             batch_size, eval_examples, max_new_tokens, rouge) -> Path | None:
+             eval_data, eval_examples, batch_size, max_new_tokens, rouge) -> Path | None:
     """Prints the table of the models' answers to `asked`, and draws the curves of the runs, measured on `held_out`, with the
     teacher's ROUGE-L dashed; both are (rows, examples). Returns the picture's path."""
     answers = dict(max_new_tokens=max_new_tokens, batch_size=max(AT_ONCE, batch_size), rouge=rouge)
     dashed = show_table(models, tokenizer, *asked, out, **answers).get("Teacher", {}).get("all")
-    rows, examples = held_out
-    if "Teacher" in models and examples is not asked[1]:        # the table was about --eval-data
+    if "Teacher" in models and eval_data:                       # the table was about these
+        rows, examples = held_out
         scores = answer_and_score(models["Teacher"], tokenizer, rows[:eval_examples], examples, **answers)
         dashed = mean_by_category(scores)["all"]["rouge_l"]
     return plot_curves(runs, out / "curves.png", dashed)

@@ -2,8 +2,9 @@
 
 A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are
 ignored, except two that any record may have: `category` and, if there is no system turn, `system` (or `system_prompt`). A pair's
-prompt includes its `context`, `input` or `passage`. What belongs to a question but would not be shown is refused: `choices` and
-`options` of a pair, `history` of a pair, dolly or alpaca record, images, videos and sound. The `reasoning_content` or `thinking`
+question includes its `context`, `input` or `passage`. What belongs to a question but would not be shown is refused: `choices`
+and `options` of a pair, `history` of a pair, dolly or alpaca record, images, videos and sound. (A pair's prompt that is a list
+of messages is taken as it is: such fields then repeat what is in it.) The `reasoning_content` or `thinking`
 of the answer's turn, or of a pair, dolly or alpaca record, is put before it in <think> tags; a pair with a model's `generation`
 beside its answer (s1K, distilabel) is refused, as only one of them can be learned. A record is dropped if its `finish_reason`
 says that it was cut, a pair if its `label` is false (KTO).
@@ -195,10 +196,6 @@ def _pair(record, where):
             if role == "user":
                 text = with_passage(record, where, text, record.get("prompt"))
             part = [{"role": role, "content": text}]
-        elif role == "user":
-            told = [turn.get("content") for turn in part if isinstance(turn, dict)]
-            beside = {name: value for name, value in record.items() if not any(str(value) in str(text) for text in told)}
-            check_shown(beside, where, "choices", "options", "history", "context", "input", "passage")
         turns += part
     *asked, (answer,) = _chat({"messages": turns}, where)
     return *asked, (with_thoughts(record, where, answer),)

@@ -99,7 +99,8 @@ def token_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, A: Tensor, clip
 
 
 def was_clipped(logp: Tensor, old_logp: Tensor, A: Tensor, clip: float = 0.2, clip_high: float | None = None) -> Tensor:
-    """True where the clip makes the gradient of a token's surrogate 0: its ratio is past the bound on the side that its advantage asks for.
+    """True where the clip makes the gradient of a token's surrogate 0: its ratio is past the bound on the side that its advantage
+    asks for.
 
     [N] three times -> [N] bool
     """

@@ -82,7 +82,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     weight = weight.to(hidden.device, torch.float32).expand(N)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     need_hidden, need_head = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, head))
-    if need_hidden and dtype == torch.float16 or need_head and torch.float16 in (dtype, head.dtype):    # underflows, for good
+    if any(need and torch.float16 in (dtype, x.dtype) for need, x in ((need_hidden, hidden), (need_head, head))):
         raise ValueError("head_loss: gradients underflow in float16; train in bfloat16 or float32")
     chunk = tokens_at_once(N, (chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"])) // (V * dtype.itemsize),
                            TILES.get((device, dtype), 1))

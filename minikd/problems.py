@@ -21,7 +21,7 @@ from minikd.data import Encoded
 from minikd.errors import InputError
 from minikd.examples import MEDIA, Dropped, check_shown, same_prompt, text_field, with_passage
 from minikd.files import parse_json
-from minikd.records import absent, check_text, filled, names_of, read_records
+from minikd.records import absent, check_text, names_of, read_records
 from minikd.toy import held_out
 
 NOISE, UNTAGGED = 0.25, 0.3             # share of the answers with thoughts that have a wrong step; share without thoughts
@@ -133,8 +133,8 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
 
 def load_problems(paths, limit: int | None = None, format: str | None = None) -> tuple[list[Problem], int]:
     """The problems in files, folders or hub datasets, every question once; and how many records were left out: those that repeat
-    an earlier question, whose question or statement is null or blank, or whose answer cannot be compared with others: blank, a
-    proof, or neither one text nor one number.
+    an earlier one, whose `question`, `problem` or Codeforces statement is null or blank, or whose answer cannot be compared with
+    others: blank, a proof, or neither one text nor one number.
 
     limit   read only so many records
     format  one of FORMATS; without it each record is recognised
@@ -151,7 +151,7 @@ def load_problems(paths, limit: int | None = None, format: str | None = None) ->
 def shows_its_tests(problem: Problem) -> bool:
     """Whether the prompt shows every test of its program, as _shown writes it."""
     asked, tests = problem.messages[-1]["content"], problem.facts.get("tests")
-    return bool(tests) and all(_shown(test) + "\n" in asked for test in tests)
+    return bool(tests) and all(re.search(re.escape(_shown(test).rstrip()) + r"(?![^\s`])", asked) for test in tests)
 
 
 def _shown(test: dict) -> str:
@@ -186,9 +186,8 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     else:
         facts = {"answer": answer} if (answer := _answer(record)) else {}
     if not asked or not facts:
-        held = [record[name] for name in QUESTIONS if name in record]           # null or blank text, if it is no question
-        blank = held and not any(isinstance(value, list) or filled(value) for value in held)
-        if (asked or blank) and given or _of_codeforces(record) and absent(record["description"]):
+        blank = any(name in record and (absent(value := record[name]) or isinstance(value, str)) for name in QUESTIONS[:2])
+        if (asked or blank) and (given or tests) or _of_codeforces(record) and absent(record["description"]):
             raise Dropped(where, "no answer to compare with, or no statement")
         raise InputError(f"{where}: is not a problem (its fields: {names_of(record)}); give `question` and `answer` "
                          "or `tests`, or Codeforces' `description` and `examples`")

@@ -19,7 +19,7 @@ from minikd.model import Qwen2
 from minikd.records import is_chosen, local_files, split_choice
 
 STATE, LOG, CONFIG, LOCK = "state.safetensors", "log.jsonl", "config.json", ".lock"
-SAVE_EVERY = 600.0                              # most seconds between two saved states, 6 GB each for a 0.5B student
+SAVE_EVERY = 600.0                              # seconds after which a step ends with saving the state, 6 GB for a 0.5B student
 ANOTHER = "choose another --out"                                # what to do about a damaged CONFIG
 # Names of files that a run writes; data files may have them too.
 WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")

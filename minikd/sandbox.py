@@ -468,8 +468,8 @@ def _uncover(libc, prefix):
 def _landlock(libc, readable) -> int:
     """Limits file access to `readable` and, for writing, the current folder without subfolders; no TCP; no signals to others.
 
-    Returns the kernel's Landlock ABI, 0 if it has none. The ABI decides what can be ruled: moves between folders from 2
-    on (before, none is allowed), truncation 3, TCP 4, devices' ioctl 5, signals and abstract sockets 6.
+    Returns the kernel's Landlock ABI, 0 if it has none. The ABI decides what can be forbidden or allowed by rules: moves
+    between folders from 2 on (1 forbids all), truncation 3, TCP 4, devices' ioctl 5, signals and abstract sockets 6.
     """
     abi = libc.syscall(444, None, ctypes.c_size_t(0), 1)        # landlock_create_ruleset: the version
     if abi < 1:
@@ -534,7 +534,7 @@ def _boot():
     import _sitebuiltins
     import builtins
     import sys
-    builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D")
+    builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D")     # -S leaves these out too
     sys.excepthook = lambda kind, error, trace: sys.__excepthook__(     # without the three frames up to this function
         kind, error.with_traceback(trace.tb_next and trace.tb_next.tb_next and trace.tb_next.tb_next.tb_next), None)
     main = sys.modules["__main__"].__dict__

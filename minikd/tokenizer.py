@@ -228,5 +228,5 @@ def read_template(folder: Path, config: dict):
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)     # jinja's own is for HTML
     try:
         return environment.from_string(source, globals=given)
-    except Exception as error:                      # jinja's, or Python's about the program that jinja made of it
+    except (TemplateError, RecursionError, SyntaxError, ValueError) as error:   # jinja's, or Python's about what jinja made of it
         raise InputError(f"{path}: its chat template is damaged ({error}); fetch it again") from error

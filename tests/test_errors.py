@@ -116,7 +116,8 @@ def test_a_bug_of_ours_keeps_its_traceback():
 
 
 def test_a_script_prints_the_line_and_nothing_else():
-    code = "from minikd.errors import *\nfrom minikd.files import *\nwith script_errors():\n    read_json(__import__('pathlib').Path('nope.json'))"
+    code = ("from pathlib import Path\nfrom minikd.errors import script_errors\nfrom minikd.files import read_json\n"
+            "with script_errors():\n    read_json(Path('nope.json'))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: nope.json: is missing; give the folder of a Hugging Face model, which has one\n"

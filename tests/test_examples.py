@@ -104,6 +104,7 @@ def test_the_same_conversation_under_other_names(name, record):
     ({"prompt": "Translate.", "input": "hola", "completion": "a"}, "Translate.\n\nhola"),
     ({"prompt": "hola: translate.", "input": "hola", "completion": "a"}, "hola: translate."),
     ({"prompt": [{"role": "user", "content": "hola: translate."}], "input": "hola", "answer": "a"}, "hola: translate."),
+    ({"prompt": [{"role": "user", "content": "Which, a or b?"}], "choices": ["a", "b"], "answer": "a"}, "Which, a or b?"),
     ({"question": "Why?", "choices": [], "options": "", "answer": "a"}, "Why?")])
 def test_a_pair_is_asked_with_what_it_is_about(record, asked):
     assert to_example(record, "d:1").messages[0]["content"] == asked
@@ -111,8 +112,6 @@ def test_a_pair_is_asked_with_what_it_is_about(record, asked):
 
 @pytest.mark.parametrize("record, words", [
     ({"question": "Which?", "choices": ["a", "b"], "answer": "a"}, "field 'choices' would not be shown"),
-    ({"prompt": [{"role": "user", "content": "Which?"}], "options": ["a", "b"], "answer": "a"}, "field 'options' would not be"),
-    ({"prompt": [{"role": "user", "content": "Why?"}], "context": "It is.", "answer": "a"}, "field 'context' would not be shown"),
     ({"question": "Which?", "options": ["a", "b"], "answer": "a"}, "field 'options' would not be shown"),
     ({"messages": [{"role": ["user"], "content": "hi"}]}, "messages[0]: is not a turn"),
     ({"conversations": [{"from": ["human"], "value": "hi"}]}, "conversations[0]: is not a turn"),

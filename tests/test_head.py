@@ -239,6 +239,8 @@ def test_gradients_in_float16_are_refused_as_they_would_underflow():
         head_loss(**inputs | {"hidden": inputs["hidden"].requires_grad_()})
     with pytest.raises(ValueError, match="underflow in float16"):
         head_loss(**inputs | {"hidden": inputs["hidden"].detach().float(), "head": inputs["head"].requires_grad_()})
+    with pytest.raises(ValueError, match="underflow in float16"), torch.autocast("cpu", torch.bfloat16):
+        head_loss(**inputs | {"hidden": inputs["hidden"].detach().requires_grad_(), "head": inputs["head"].detach().float()})
 
 
 def test_autocast_and_bfloat16_stay_near_float32():

@@ -141,6 +141,9 @@ def test_whether_all_tests_stand_in_the_prompt():
     assert not any(map(shows_its_tests, toy_problems("code", 5, seed=1)))
     begins = {"examples": [], "official_tests": [{"input": "1", "output": "1"}], "note": "Input:\n1\nOutput:\n10"}
     assert not shows_its_tests(to_problem(RECORD | begins, "x"))                            # 10 is no 1
+    for end in "10 \n", "10`", "10\r\n":
+        shown = begins | {"official_tests": [{"input": "1", "output": "10\n"}], "note": f"Input:\n1\nOutput:\n{end}"}
+        assert shows_its_tests(to_problem(RECORD | shown, "x"))
 
 
 def test_an_empty_cell_is_no_limit():
@@ -317,13 +320,15 @@ def test_a_statement_that_is_null_or_blank_is_left_out_and_counted(tmp_path):
 @pytest.mark.parametrize("blank", [None, " \n"])
 def test_a_question_that_is_null_or_blank_is_left_out_and_counted(tmp_path, blank):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (
-        {"question": blank, "answer": "10"}, {"question": "1 + 2?", "prompt": blank, "answer": "3"})))
+        {"question": blank, "answer": "10"}, {"problem": blank, "tests": [{"input": "1", "output": "2"}]},
+        {"question": "1 + 2?", "prompt": blank, "answer": "3"})))
     found, left = load_problems(tmp_path / "p.jsonl")
-    assert [problem.facts for problem in found] == [{"answer": "3"}] and left == 1
+    assert [problem.facts for problem in found] == [{"answer": "3"}] and left == 2
 
 
 @pytest.mark.parametrize("record", [{"description": "Add 1 and 2.", "solution_text": "3"}, {"description": None, "anser": "3"},
-                                    {"description": "x", "question": "2+2", "anser": "4"}])
+                                    {"description": "x", "question": "2+2", "anser": "4"},
+                                    {"prompt": None, "statement": "3+7", "answer": "10"}])
 def test_a_description_alone_does_not_make_a_misnamed_record_vanish(record, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n")
     with pytest.raises(InputError, match="p.jsonl:1: is not a problem"):
