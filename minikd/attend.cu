@@ -16,7 +16,7 @@
 
 namespace attention {
 
-// CHUNK: slots that a warp reads at once; FEWEST: fewest slots for which another block pays, as joining takes some microseconds
+// CHUNK: slots that a warp reads at once; FEWEST: slots of a block, but the last: joining blocks takes some microseconds
 const int HEADS = 8, CHUNK = 16, FEWEST = 512;
 
 template <int E> struct alignas(16) Shared {
@@ -70,7 +70,7 @@ struct Work {
 
 // Writes the rotated queries (RoPE) to shared memory, and, if this block has the new slot, the rotated key and the value to the
 // cache.
-// in, keys, values: this row's; cos, sin: all rows'.
+// in: this row's; keys, values: this row's and head's; cos, sin: all rows'.
 template <int E> __device__ __forceinline__ void read_token(Shared<E>& shared, const Work& work, const u16* in, const u16* cos,
                                                             const u16* sin, u16* keys, u16* values, int H, int K) {
 #pragma unroll

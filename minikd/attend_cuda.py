@@ -4,7 +4,7 @@ from torch import Tensor
 
 from minikd.cuda import available, launch
 
-HEADS, FEWEST, SHARED = 8, 512, 133_648         # attend.cu's: most query heads per key; fewest slots and memory of a block
+HEADS, FEWEST, SHARED = 8, 512, 133_648         # attend.cu's: most query heads per key; a block's fewest slots and memory
 
 
 def make_parts(keys: Tensor, heads: int) -> Tensor | None:

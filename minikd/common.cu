@@ -20,7 +20,7 @@ __device__ __forceinline__ Words load(const Words* p) {         // through the L
     asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
     return v;
 }
-// Zeros if not `there`; a predicated load costs less than a branch.
+// Zeros if not `there`, without a branch.
 __device__ __forceinline__ Words load_if(bool there, const Words* p) {
     Words v;
     asm("{.reg .pred there; setp.ne.u32 there, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
@@ -29,7 +29,7 @@ __device__ __forceinline__ Words load_if(bool there, const Words* p) {
     return v;
 }
 // Starts a copy from global to shared memory, which needs no registers; it writes zeros if not `there`. L2::128B brings the whole
-// line into the L2: 32 bytes of scales would cost a memory access of their own, and their neighbours are read soon.
+// line into the L2, as the neighbours of 32 bytes of scales are read soon. (No difference was measured.)
 template <int BYTES> __device__ __forceinline__ void copy_async(bool there, void* to, const void* from) {
     u32 at = (u32)__cvta_generic_to_shared(to);
     int bytes = there ? BYTES : 0;
@@ -58,7 +58,7 @@ template <class T> __device__ __forceinline__ void wait_for_previous(const T*& w
     asm volatile("griddepcontrol.wait;" : "+l"(written) :: "memory");
 #endif
 }
-// Brings memory at p into the L2: one line; or a range of a multiple of 16 bytes, in one instruction on a Hopper GPU.
+// Brings memory at p into the L2: one line; or, from Hopper on, a range of a multiple of 16 bytes in one instruction.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 __device__ __forceinline__ void prefetch(const void* p, u32 bytes) {
 #if __CUDA_ARCH__ >= 900

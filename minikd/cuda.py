@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from minikd.files import atomic_path
 SOURCES = tuple(Path(__file__).with_name(f"{name}.cu") for name in ("common", "w4_matmul", "loss", "decode", "attend", "fused"))
 
 MAX_SHARED = 8                          # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+LAUNCHING = threading.Lock()            # from setting that attribute, which is the kernel's, to the launch that needs it
 OVERLAP = 6                             # its CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -191,7 +193,7 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
     arguments = [argument(value) for value in values]           # `values` keeps temporary tensors alive until the launch
     addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
     (driver, _), kernel, shape = load(device.index), find(device.index, name), (*grid, 1, threads, 1, 1, shared)
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), LAUNCHING:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         error = shared and driver.cuFuncSetAttribute(kernel, MAX_SHARED, shared)                # needed above 48 KB
         if overlap:

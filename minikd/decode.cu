@@ -1,8 +1,8 @@
 // One token of one row, the whole decoder in one kernel. It uses w4_matmul.cu's digits.
 //
-// A step at batch 1 reads every weight once and does little else. Launched as some 18 kernels per layer, it mostly waits: for
-// kernels to start and for their first bytes to arrive. Here one block per multiprocessor runs for the whole step. A layer has
-// five stages, and each needs what all blocks computed in the one before:
+// A step at batch 1 reads every weight once and does little else. Launched as nine kernels or more per layer, it mostly waits:
+// for kernels to start and for their first bytes to arrive. Here one block per multiprocessor runs for the whole step. A layer
+// has five stages, and each needs what all blocks computed in the one before:
 //
 //   1  RMSNorm, q/k/v, RoPE; keys and values go into the cache
 //   2  attention, each head's keys in up to SPLITS parts
@@ -15,14 +15,15 @@
 // count of arrivals, the values again). Measured on an H200: see benchmarks/results/gpu.txt.
 //
 // Weights do not depend on the stage before. So a warp starts the copies of its next weights (6 KB per warp, 96 KB per
-// multiprocessor) as soon as it has done its share of a stage, and only then waits for words: the memory stays busy.
+// multiprocessor; at 4 bits 7 and 117) as soon as it has done its share of a stage, and only then waits for words: the memory
+// stays busy.
 
 namespace one_kernel {
 
 const int WARPS = 16, THREADS = 32 * WARPS;
 const int WIDEST = 20480, SPLITS = 8, BIASES = 5120;    // most inputs of a product, parts of a head's keys, outputs of q/k/v
-const int RING = 8576;                                  // bytes of a warp's weights in flight
-const int KEYS = 2, AT_ONCE = 4;                        // loads in flight per lane, of keys and of words
+const int RING = 8576;                                  // bytes for a warp's weights: one slot is read, the others are in flight
+const int KEYS = 2, AT_ONCE = 4;                        // what a lane asks for at once: keys, each with its value; words
 
 struct Matrix { const void* weight; const u16* scales; const u8* zeros; };     // bfloat16 [N, K], or as repack lays it out
 struct Layer {                                          // only addresses: decode_cuda.py writes them as int64
@@ -99,7 +100,7 @@ template <class Ready> __device__ __forceinline__ void wait_until(Ready ready) {
 }
 
 // Receives this thread's share of `count` words: v[r] are the four from 4 (threadIdx.x + (first + r) THREADS) on, as they were
-// sent. Past the end they are 0.
+// sent. Past the end their values are 0.
 template <int R> __device__ __forceinline__ void receive(const u32* words, int first, int count, u32 tag, Words* v) {
     wait_until([&] {
         bool ready = true;

@@ -106,7 +106,7 @@ class OneKernel:
         count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
         self.blocks = min(count, I // 8)                        # each must compute a part of `wide`: see decode.cu
         zeros = four and any(layer.ready("kernel")[2] is not None for each in self.body.layers for layer in products(each))
-        # Prefetching on an H200: 5% faster at 0.5B (30 MB a layer); at 1.5B, 3B and for 4-bit codes it only delays the words.
+        # Prefetching pays on an H200 at 0.5B (30 MB a layer); at 1.5B, 3B and for 4-bit codes it only delays the words.
         small = not four and 6 * I * D + 2 * D * (outputs + H * E) < 48 << 20
         ahead = (AHEAD // (32 * D), AHEAD // (16 * I)) if small else (0, 0)                     # bytes of a task's weights
         self.step = Step(L=L, D=D, I=I, H=H, K=K, E=E, S=S, group=first.group_size if four else 0, zeros=zeros, ahead=ahead,

@@ -118,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(1024) draw_largest(const u16* logit
 
 // ---- from softmax(logits / temperature).  grid (B), 512 threads.  u [max_new_tokens, B]; scale = log2(e) / temperature
 //
-// The logits are read once: every warp sums exp(logit - its own greatest) over its part of the row. The token is the one where
-// the running sum passes u x total: the search finds first the warp's part, then 256 tokens of it, then 8, then the one.
+// Every warp sums exp(logit - its own greatest) over its part of the row. The token is the one where the running sum passes
+// u x total: the search finds first the warp's part, which it reads again, then 256 tokens of it, then 8, then the one.
 
 const int PARTS = 16, CHUNK = 256, CHUNKS = 64;                 // tokens that a warp reads at once; most chunks in a part
 struct Place { int at; double rest; };                          // which of several masses, and how far into it

@@ -74,7 +74,7 @@ def launch_shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool
 
     grid = min(strips, gpu.processors)
     # As int8_product lays it out: tiles; for every 128 inputs of x, three digits each, their unit, and their sums if there are
-    # zeros; the warps' sums and the block's, 16 outputs each.
+    # zeros; the sums of the warps and strips that share tiles, 16 outputs each.
     shared = 16 * 5 * slot + blocks * M * (3 * 128 + 4 + 4 * sets * zeros) + (16 + -(-strips // grid)) * M * 4 * 16
     return (grid, 1), 512, shared
 

@@ -104,7 +104,7 @@ __device__ __forceinline__ void operand(u32* a, const Words* w, int j, int i, co
 template <int EIGHTS, int WARPS, int EACH>
 __device__ __forceinline__ void tensor(PARAMETERS) {
     const int GROUPS = 4 / EACH, SLOT = 1024 + 48 * GROUPS, DEPTH = 4, LAST = (DEPTH - 1) * SLOT;
-    const int ROWS = 8 * EIGHTS, STRIDE = ROWS + 1;     // of the sums [WARPS][16][STRIDE]; the + 1 avoids bank conflicts
+    const int ROWS = 8 * EIGHTS, STRIDE = ROWS + 1;     // of the sums [WARPS][16][STRIDE]; the + 1: fewer bank conflicts
     const bool AHEAD = EIGHTS == 1;                     // there are registers for x of each warp's next tile
     static_assert(16 * STRIDE * 4 <= DEPTH * SLOT, "the sums fit where the tiles were");
     Copies<GROUPS> copies(scales, zeros, N, K, group);
@@ -208,17 +208,18 @@ MMA(w4_mma_16_few, 2, 16, 2)
 //
 //   x / unit = d0 + 256 d1 + 65536 d2,   digits from -128 to 127, each in a column of its own of the product's right operand,
 //
-// exactly, unless x is below 2^-13 of the block's largest: then rounded, by at most 2^-21 of the largest. The products of a tile
-// are summed exactly, in int32; scales, units and the sums over tiles are float32.
+// exactly, unless x is below 2^-13 of the block's largest: then rounded, by at most 2^-21 of a largest above 2^-102. The
+// products of a tile are summed exactly, in int32; scales, units and the sums over tiles are float32.
 //
-// A block has about N / 16 / blocks consecutive strips of 16 outputs, and so consecutive tiles. Each of its warps takes an equal
-// run of tiles, which may begin or end inside a strip, and the copies ahead never pause: those of the first tiles are in flight
-// while the block converts x, and no warp waits for another before the end. `part` gets a sum for each warp and strip that share
-// tiles, at index warp + strip: from one such pair to the next along the tiles, the warp or the strip goes up, or both, so no two
-// pairs share an index. At the end, the sums of each strip are added.
+// A block has about N / 16 / blocks consecutive strips of 16 outputs, and so consecutive tiles. Each of its warps takes an
+// equal run of tiles (the last ones less), which may begin or end inside a strip, and the copies ahead never pause: those of
+// the first tiles are in flight while the block converts x, and after that no warp waits for another before the end. `part`
+// gets a sum for each warp and strip that share tiles, at index warp + strip: from one such pair to the next along the tiles,
+// the warp or the strip goes up, or both, so no two pairs share an index. At the end, the sums of each strip are added.
 //
 // One row on an H200: 22016 x 2048 takes 8.3 us beside the kernel before it, 10.0 alone, 10.1 with w4_mma_8; 37888 x 3584 takes
-// 21.8 us, 75% of a copy's speed. Every block converts all of x, so w4_mma_8_few is faster if many blocks have only one strip.
+// 21.8 us, 75% of a copy's speed. Every block converts all of x, so w4_mma_8_few is faster if many blocks have only one strip,
+// unless it is long (K of 8192 or more).
 
 // The digits of four inputs, one digit in each of the first three words, and `inverse` = 1 / unit.  Adding 2^23 + 0x408080 to
 // x / unit leaves it, plus 0x408080, in a float's low 23 bits: bytes 0 and 1 are d0 + 128 and d1 + 128, byte 2 is d2 + 64.
@@ -419,7 +420,7 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
     }
 }
 
-// 2: the next kernel's block fits beside this one, and fills its rings meanwhile
+// 2: the next kernel's block fits beside this one, unless x is long, and fills its rings meanwhile
 extern "C" __global__ void __launch_bounds__(512, 2) w4_int8_2(PARAMETERS) {
     if (group % 128) int8_product<4>(ARGUMENTS);
     else int8_product<1>(ARGUMENTS);

@@ -1,6 +1,7 @@
 """How the CUDA sources are compiled and cached, and the line that says why they cannot be."""
 import ctypes
 import shutil
+import threading
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -98,3 +99,26 @@ def test_a_temporary_tensor_lives_until_its_kernel_is_launched(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     cuda.launch("any", torch.device("cuda", 0), (1, 1), 32, temporary(), 3)
     assert alive == [True] and held[0]() is None
+
+
+def test_another_thread_does_not_take_shared_memory_from_a_launch(monkeypatch):
+    """The driver keeps one limit for a kernel, and another launch of it may need less."""
+    limits, other = [], []
+
+    def limit(kernel, attribute, size):
+        limits.append(size)
+        if not other:
+            other.append(threading.Thread(target=cuda.launch, args=("any", gpu, (1, 1), 32), kwargs={"shared": 100}))
+            other[0].start()
+            other[0].join(0.2)                                  # it must wait
+        return 0
+
+    gpu, driver = torch.device("cuda", 0), SimpleNamespace(cuFuncSetAttribute=limit, cuLaunchKernel=lambda *given: int(
+        given[7] > limits[-1]))
+    monkeypatch.setattr(cuda, "load", lambda device: (driver, None))
+    monkeypatch.setattr(cuda, "find", lambda device, name: name)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    cuda.launch("any", gpu, (1, 1), 32, shared=200)
+    other[0].join()
+    assert limits == [200, 100]
