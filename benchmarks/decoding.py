@@ -81,7 +81,7 @@ def main():
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder))
+        make_model(Path(folder), getattr(torch, args.dtype))            # read as it is: converting takes memory
         for name, batch, group in ("batch 1", 1, 1), ("batch 8", 8, 1), ("1 prompt, 8 samples", 1, 8):
             figures = in_turns(("transformers", "minikd"), lambda method: child(
                 "benchmarks.decoding", method, batch, group, folder, args.dtype), args.repeats)
