@@ -4,9 +4,9 @@ of 4,096 tokens x 32,768 rows needs more memory, and is slower.
     python -m benchmarks.head_loss              # 10 minutes on two cores, 7 GB of memory
 
 The student's states are [1024, 896] and its head [151936, 896]; the teacher's [1024, 1536] and [151936, 1536]. minikd's
-head_loss against the same formula on full logits (naive: two matrix products, forward_kl and cross-entropy, mean, backward) and
-against the loss of trl's DistillationTrainer, which has no cross-entropy. Every figure comes from a child process of its own;
-they take turns, medians are printed.
+head_loss against the same formula on full logits (naive: two matrix products, forward_kl and cross-entropy, mean, backward)
+and against the loss of trl's DistillationTrainer, which has no cross-entropy, but the student's entropy for the log. Every
+figure comes from a child process of its own; they take turns, medians are printed.
     time        of forward and backward, after a smaller warm-up
     extra MB    the highest resident memory during forward and backward, minus what was resident before and minus the
                 two gradients that both must return (of the student's states and head)

@@ -3,10 +3,10 @@ DistillationTrainer, in no more memory.
 
     python -m benchmarks.on_policy_step         # 20 minutes on two cores, 7 GB of memory, 2 GB of disk
 
-Student and teacher of benchmarks/kd_step.py; 8 prompts of 28 tokens, 64 new tokens each (no stop token ends them earlier), then
-the reverse KL of the student's own answers at temperature 1, AdamW, clipping at 1. trl applies both heads in chunks, too.
-minikd's step calls train_kd.py's own functions. The answers, and so the losses, differ: each draws its own. Seconds are the
-median of the steps after the first.
+Student and teacher of benchmarks/kd_step.py; 8 prompts of 28 tokens, 64 new tokens each (no stop token ends them earlier),
+then the reverse KL of the student's own answers at temperature 1, AdamW, clipping at 1. trl applies both heads in chunks, too,
+and computes the student's entropy for its log. minikd's step calls train_kd.py's own functions. The answers, and so the
+losses, differ: each draws its own. Seconds are the median of the steps after the first.
     float32     models, products and sampling in float32
     bf16        autocast and a bfloat16 teacher; minikd samples with a bfloat16 copy, trl with its float32 weights under autocast
     default     trl with its defaults: bf16 as above, and gradient checkpointing (its two rows above have it off)

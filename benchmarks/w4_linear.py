@@ -1,5 +1,5 @@
 """Which way of multiplying by 4-bit weights is fastest for how many rows, and for how many the int8 head is faster: w4.choose
-and layout.INT8_ROWS follow from this.
+and layout.INT8_ROWS follow from this (but w4.MANY_ROWS is a guess).
 
     python -m benchmarks.w4_linear              # a minute on two cores
 
