@@ -1,7 +1,7 @@
 """Claim: decoding in bfloat16 on a CPU is 1.7 x (batch 1, in less memory) and 1.5 x (batch 8) as fast as transformers'
 generate, and sampling 8 answers to one prompt, as GRPO does, 2.1 x.
 
-    python -m benchmarks.decoding               # 4 minutes on two cores, 2 GB of memory (float32: 4), 1 GB of disk
+    python -m benchmarks.decoding               # 4 minutes on two cores, 2 GB of memory and 1 of disk (float32: 4 and 2)
     python -m benchmarks.decoding --dtype float32       # for a CPU without instructions for bfloat16
 
 Qwen2.5-0.5B's shape (24 layers, 896, 151,936 tied) with random weights; prompts of 28 tokens, always all 64 new tokens
