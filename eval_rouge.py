@@ -99,11 +99,12 @@ def parse_args():
 
 def check_given(args):
     """Raises InputError for flags that do not go together, and says which have no effect. To be called before fill_defaults."""
+    if (args.model or args.data) and (args.predictions or args.references):
+        raise InputError("--model and --data are for a model's answers, --predictions and --references for answers in a file; "
+                         "give one pair of them")
     for a, b in ("model", "data"), ("data", "model"), ("predictions", "references"), ("references", "predictions"):
         if getattr(args, a) is not None and getattr(args, b) is None:
             raise InputError(f"--{a} without --{b}; give both")
-    if args.model and args.predictions:
-        raise InputError("--model with --predictions; give one of them: a model that answers, or a file of answers")
     if args.predictions:
         note_unused(args, "with answers in a file", "limit", "template", "max_length", "max_prompt_length", "max_new_tokens",
                     "batch_size", "temperature", "top_p", "top_k", "no_repeat_ngram_size", "seeds", "device", "dtype",
@@ -165,18 +166,21 @@ def show_table(rounds: list[list[dict]], rouge: str):
 def main():
     args = parse_args()
     if args.predictions:
+        check_writable(args.out.parent)
         rounds = [file_scores(**flags_of(file_scores, args))]
     else:
-        device, tokenizer = pick_device(args.device), Tokenizer.load(args.model)
+        device = pick_device(args.device)
+        dtype = pick_dtype(args.dtype, device, has_four_bits(args.model))       # first: it knows what is no model
+        tokenizer = Tokenizer.load(args.model)
         rows, examples = read_prompts(tokenizer, **flags_of(read_prompts, args))
-        model = load_model(args.model, device, pick_dtype(args.dtype, device, has_four_bits(args.model)))
+        model = load_model(args.model, device, dtype)
         check_vocabulary(args.model, model.config, tokenizer)
         spare_threads(model.config)
         if args.show_ways:
             show_ways(model)
         if args.int8_head:
             use_int8_head(model)
-            if args.batch_size >= INT8_ROWS:
+            if min(args.batch_size, len(rows)) >= INT8_ROWS:
                 print(f"note: --int8-head is used for fewer than {INT8_ROWS} prompts at once; with --batch-size "
                       f"{args.batch_size}, only after the other prompts of a batch have finished")
         check_writable(args.out.parent)

@@ -18,6 +18,7 @@ import math
 import random
 import statistics
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from minikd.files import check_writable, holds_cwd
 from minikd.gptq import quantize_model
 from minikd.hub import TOKENIZER
 from minikd.model import Qwen2
-from minikd.quant import check_groups, to_words
+from minikd.quant import to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.run import LOG, lock
@@ -181,10 +182,10 @@ def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: P
 def check_out(out: Path, tokenizer: Tokenizer):
     """Raises InputError if `out` cannot be written or replaced, is or holds the current folder, or holds another tokenizer, or a
     model other than a 4-bit one."""
-    if out.is_mount():                                          # a container's volume
-        raise InputError(f"--out {out}: is a mount point, which cannot be replaced; choose a folder inside it")
     if holds_cwd(out):
         raise InputError(f"--out {out}: is or contains the current folder; choose another, or one inside it")
+    if out.resolve().is_mount():                                          # a container's volume
+        raise InputError(f"--out {out}: is a mount point, which cannot be replaced; choose a folder inside it")
     config = out / "config.json"
     held = config.exists() or out.exists() and not out.is_dir() or any(
         next(out.glob(f"**/{name}"), None) for name in ("*.safetensors", LOG))              # perhaps in sft/best/ of a run
@@ -226,14 +227,17 @@ def measure(model: Qwen2, whole: Teacher, tokenizer: Tokenizer, examples: list, 
 
 def main():
     args = parse_args()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"                     # one line, without its place
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     folder = model_folder(args.model)
     if read_quantization(folder):
         raise InputError(f"{folder}: is quantised already; give the folder it was made from")
     config = load_config(folder)
-    for size in config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size:     # inputs
-        check_groups(size, args.group_size, str(folder))
+    inputs, group = (config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size), args.group_size
+    if group != -1 and (group < 1 or any(size % group for size in inputs)):
+        raise InputError(f"{folder}: --group-size {group} does not divide the layers' inputs, {inputs[0]}, {inputs[1]} and "
+                         f"{inputs[2]}; give a divisor of {math.gcd(*inputs)}, or -1 for whole rows")
     for size in config.hidden_size, config.num_key_value_heads * config.head_dim, config.intermediate_size:
         if size % 8:
             raise InputError(f"{folder}: has layers with {size} inputs or outputs, but the gptq format needs multiples of 8; "

@@ -139,7 +139,7 @@ def check_words(layer: W4Linear, quantization: dict, where: str):
     zeros = read_zeros(layer.qzeros, layer.version)             # [I/g, O]; symmetric: 8, or 7 or 9 if read by the wrong version
     if quantization.get("sym", True) and ((zeros == 7).all() or (zeros == 9).all()):
         raise InputError(f"{where}.qzeros: symmetric zero points are 8, these are {int(zeros[0, 0])}; in config.json set "
-                         "checkpoint_format to the other one of gptq and gptq_v2")
+                         "checkpoint_format (and format, if it is there) to the other one of gptq and gptq_v2")
 
 
 def load_head(name, device="cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:

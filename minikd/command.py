@@ -119,7 +119,7 @@ def pick_device(name: str) -> str:
     try:
         if torch.zeros(1, device=name, dtype=torch.float64).is_meta:            # sampling needs float64, which mps lacks
             raise InputError(f"--device {name}: holds no data; use --device cpu or cuda")
-    except (RuntimeError, AssertionError, TypeError) as error:  # no such device, or torch built without it
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:  # no such device, or torch built without it
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu or cuda") from error
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)

@@ -112,9 +112,10 @@ def text_field(record: dict, where: str, *names: str, default: str | None = None
     if default is not None:
         return default
     if held:
-        raise Dropped(where, f"empty {names[-1]}")
-    raise InputError(f"{where}: field {names[-1]!r} is {_state(record, names[-1])}; fill it or remove the record "
-                     f"(its fields: {names_of(record)})")
+        raise Dropped(where, f"empty {next(iter(held))}")
+    name = next((name for name in names if name in record), names[-1])
+    raise InputError(f"{where}: field {name!r} is {_state(record, name)}; fill it or remove the record (its fields: "
+                     f"{names_of(record)})")
 
 
 def _state(record: dict, name: str) -> str:
@@ -190,7 +191,10 @@ def _pair(record, where):
                                                  "the other, and call what is to be learned `completion`")
     turns = []
     for role, names in zip(("user", "assistant"), PAIR):
-        part = next((record[name] for name in names if not absent(record.get(name))), None)
+        name = next((name for name in names if not absent(record.get(name))), names[0])
+        part = record.get(name)
+        if isinstance(part, list) and not all(isinstance(turn, dict) for turn in part):
+            raise InputError(f"{where}: field {name!r} is a list; make it text or [{{role, content}}, ...]")
         if not isinstance(part, list):
             text = text_field(record, where, *names)
             if role == "user":

@@ -155,7 +155,8 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
     if hessian.shape != (I, I):
         raise ValueError(f"{where}: a Hessian {list(hessian.shape)} for {I} inputs; give one [{I}, {I}]")
     if not hessian.sum(dtype=torch.float32).isfinite():     # isfinite() of all would take two more Hessians' memory
-        raise InputError(f"{where}: its Hessian has values that are not finite; calibrate in bfloat16 or float32")
+        raise InputError(f"{where}: its Hessian has values that are not finite, as its inputs overflow; calibrate in another "
+                         "dtype, or fetch or train the model again")
     W = weight.float().masked_fill(hessian.diagonal() == 0, 0.0)                # [O, I], a copy
     # No block may cross a multiple of `span`: one group, as its grid must be found first; with act_order all grids are known, and
     # it is the whole row, I.

@@ -24,9 +24,12 @@ def local_folder(name, patterns, kind: str = "model") -> Path:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        models = [str(path / held) for held in ("best", "last") if (path / held / "config.json").exists()]
-        if models and kind == "model":
-            raise InputError(f"{name}: holds a training run; give its model {' or '.join(models)}")
+        if kind == "model":
+            held = [path / "best", path / "last"]
+            if not (path / "config.json").exists():             # perhaps of a comparison, which holds several runs
+                held += [config.parent for config in sorted(path.glob("*/best/config.json"))]
+            if models := [str(model) for model in held if (model / "config.json").exists()]:
+                raise InputError(f"{name}: holds a training run; give its model {' or '.join(models)}")
         return path
     if path.exists():
         raise InputError(f"{name}: is a file; give the {kind}'s folder")
@@ -63,7 +66,8 @@ class Repository:
         if self.name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise InputError(f"{name}: no such folder; give a local folder or a hub name such as Qwen/Qwen2.5-0.5B"
                              if kind == "model" else
-                             f"{name}: no such file or folder; check the path, or give a hub name such as openai/gsm8k")
+                             f"{name}: no such file or folder; check the path, or give a hub name such as openai/gsm8k or, for "
+                             "one of its files, openai/gsm8k:FILE")
         from huggingface_hub import HfApi                       # comes with tokenizers
         self.kind, self.revision = kind, revision or None
         self.files, self.failure, self.folder, self.fetched = None, None, None, set()
@@ -124,6 +128,8 @@ def why(error: Exception) -> tuple[str, str]:
         if status == 429:
             wait = response.headers.get("Retry-After")
             return f"too many requests{f', wait {wait} s' if wait else ''}", "try again later, or set HF_TOKEN"
+        if isinstance(cause, errors.HFValidationError):
+            return "it is no hub name", "check the path or the name"
         if isinstance(cause, errors.OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set", "unset it once, so that the cache can be filled, or check the name"
         if "Expecting value" in text:                           # json's, about a page of HTML

@@ -38,7 +38,7 @@ def data_files(name) -> list[Path]:
     path = Path(base).expanduser()
     if base.endswith((*ENDINGS, ".txt")) and not path.is_dir():                    # runs/data.jsonl is no hub name: do not ask it
         raise InputError(f"{name}: {base} is a file, so there is nothing to choose; give {base} alone" if path.is_file() else
-                         f"{base}: no such file; check the path")
+                         f"{base}: no such file; check the path (a file of a hub dataset is OWNER/NAME:FILE)")
     held = files_on_hub(base, kind="dataset")
     if held is not None:
         chosen = _choose(base, held, choice)
@@ -175,7 +175,9 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
             raise InputError(f"{file}: is not a valid gzip file ({error}, after line {number}); download it again") from error
 
 
-def _parse(data: bytes, file: Path, line: int = 1):
+def _parse(data: bytes, file: Path, first: int = 1):
+    """The JSON value in the lines of a file from `first` on."""
+    line = first
     try:
         return parse_json(data)                                 # given bytes, it checks UTF-8 and accepts a BOM
     except json.JSONDecodeError as error:
@@ -184,7 +186,8 @@ def _parse(data: bytes, file: Path, line: int = 1):
         line, reason = line + error.object.count(b"\n", 0, error.start), str(error)
     except ValueError as error:
         reason = str(error)
-    raise InputError(f"{file}:{line}: not JSON ({reason}): {data[:40]!r}; fix or remove it")
+    near = data.split(b"\n")[line - first][:40]
+    raise InputError(f"{file}:{line}: not JSON ({reason}): {near!r}; fix or remove it")
 
 
 def _text_lines(file: Path):
@@ -202,6 +205,9 @@ def _json_lines(file: Path):
             try:
                 yield f"{file}:{number}", _parse(line.rstrip(b"\r\n"), file, number)
             except InputError as error:
+                if number == 1 and line.strip(b"\xef\xbb\xbf \t\r\n") in (b"[", b"{"):
+                    raise InputError(f"{file}: is one JSON value over many lines, not a record on each; rename it to end in .json"
+                                     ) from None
                 yield f"{file}:{number}", error
 
 
@@ -228,6 +234,9 @@ def _csv_rows(file: Path):
     start = 1                                                   # a record may span lines: name its first
     try:
         header = [name.strip() for name in next(filter(None, rows), [])]    # after blank lines, if any
+        if len(header) == 1 and re.search("[;\t]", header[0]):
+            mark = "semicolons" if ";" in header[0] else "tabs"
+            raise InputError(f"{file}:{rows.line_num}: separates its columns by {mark}; save it with commas")
         if twice := [name for name in header if header.count(name) > 1]:
             raise InputError(f"{file}:{rows.line_num}: the column {twice[0]!r} occurs twice; rename or remove one")
         start = rows.line_num + 1

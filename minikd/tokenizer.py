@@ -62,8 +62,9 @@ class Tokenizer:
                 mend = "make it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             raise InputError(f"{path}: is missing; {mend}")
         check_pointer(path)
+        content = path.read_bytes()
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_buffer(content)
             backend.no_truncation()                 # the saved settings may include either
             backend.no_padding()
         except Exception as error:                  # tokenizers raises bare Exception, and nothing narrower

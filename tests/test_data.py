@@ -105,7 +105,7 @@ def test_an_answer_that_was_taught_without_thoughts_is_scored_without_their_end(
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(InputError, match="none of 1 examples can be used .*--max-prompt-length"):
+    with pytest.raises(InputError, match="none of 1 examples can be used .*; the shortest prompt has 10 tokens: raise"):
         encode(("hello", "x"), max_prompt_length=3)
 
 

@@ -117,7 +117,8 @@ def test_a_pair_is_asked_with_what_it_is_about(record, asked):
     ({"conversations": [{"from": ["human"], "value": "hi"}]}, "conversations[0]: is not a turn"),
     ({"conversations": None}, "'conversations' is null"), ({"conversations": ["hi"]}, "conversations[0]: is not a turn"),
     ({"conversations": [{"from": "bot", "value": "hi"}]}, "conversations[0]: is not a turn"),
-    ({"prompt": None, "completion": "a"}, "'query' is missing"), ({"prompt": {}, "completion": "a"}, "'prompt' is a dict"),
+    ({"prompt": None, "completion": "a"}, "'prompt' is null"), ({"prompt": {}, "completion": "a"}, "'prompt' is a dict"),
+    ({"question": "a", "answer": ["b"]}, "field 'answer' is a list; make it text or [{role, content}, ...]"),
     ({"prompt": "a", "completion": [{"role": "assistant"}]}, "messages[1]: field 'content' is missing")])
 def test_a_malformed_one_is_named_too(record, words):
     assert words in message(record) and words in message(record, recognise(record))

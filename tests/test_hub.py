@@ -311,4 +311,11 @@ def test_a_training_run_is_not_taken_for_a_model_and_its_models_are_named(tmp_pa
     with pytest.raises(InputError, match="holds a training run; give its model .*/last$"):
         local_folder(tmp_path, ["*"])
     assert local_folder(tmp_path, ["*"], kind="dataset") == tmp_path
+    for run in "kd", "sft":                                     # a comparison
+        (tmp_path / "both" / run / "best").mkdir(parents=True)
+        (tmp_path / "both" / run / "best" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a training run; give its model .*/both/kd/best or .*/both/sft/best$"):
+        local_folder(tmp_path / "both", ["*"])
+    (tmp_path / "both" / "config.json").write_text("{}")        # a model that has runs beside it
+    assert local_folder(tmp_path / "both", ["*"]) == tmp_path / "both"
     assert local_folder(tmp_path / "last", ["*"]) == tmp_path / "last"

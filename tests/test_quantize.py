@@ -242,7 +242,7 @@ def test_without_a_dtype_four_bits_answer_in_bfloat16_on_any_cpu(run, shell, wor
 
 @pytest.mark.parametrize("flags, said", [
     (dict(data=()), "--method gptq without --calibration"), (dict(out=()), "--model without --out"),
-    (dict(flags=["--group-size", "48"]), "cannot be cut into groups of 48"), (dict(flags=["--bits", "3"]), "--bits 3"),
+    (dict(flags=["--group-size", "48"]), "--group-size 48 does not divide the layers' inputs, 32, 32 and 64; give a divisor of 32"), (dict(flags=["--bits", "3"]), "--bits 3"),
     (dict(flags=["--damp", "-1"]), "--damp -1"), (dict(model=("--model", "no/such")), "no/such: no such folder"),
     (dict(data=("--calibration", "no/such.jsonl")), "no/such.jsonl: no such file"),
     (dict(out=("--out", "{world}/model")), "holds something other than a 4-bit model")])
@@ -445,6 +445,8 @@ def test_the_folder_one_works_in_is_refused_before_the_work(run, tmp_path, monke
     monkeypatch.setattr(qz, "quantize", None)
     status, _, err = run("--method", "rtn", data=())
     assert status == 2 and "is or contains the current folder; choose another, or one inside it" in err and err.count("\n") == 1
+    status, _, err = run("--method", "rtn", data=(), out=("--out", "."))
+    assert status == 2 and "--out .: is or contains the current folder" in err
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "w4")
     status, _, err = run("--method", "rtn", data=())
@@ -453,7 +455,8 @@ def test_the_folder_one_works_in_is_refused_before_the_work(run, tmp_path, monke
 
 @pytest.mark.parametrize("hidden, inner, keys, group, said", [
     (20, 24, 2, -1, "has layers with 20 inputs or outputs"), (24, 32, 1, -1, "has layers with 12 inputs or outputs"),
-    (32, 20, 2, -1, "has layers with 20 inputs or outputs"), (32, 24, 2, 16, "24 inputs cannot be cut into groups of 16")])
+    (32, 20, 2, -1, "has layers with 20 inputs or outputs"),
+    (32, 24, 2, 16, "--group-size 16 does not divide the layers' inputs, 32, 32 and 24")])
 def test_layers_of_odd_sizes_are_refused_before_the_calibration(shell, world, tokenizer, tmp_path, monkeypatch, hidden, inner,
                                                                 keys, group, said):
     monkeypatch.setattr(qz, "calibration_rows", None)
