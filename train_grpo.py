@@ -136,7 +136,7 @@ def read_problems(*, data, limit, format, task, rewards, eval_examples,
                 problems.toy_problems(task, eval_examples, seed=99, test=True))
     found, left = problems.load_problems(data, limit, format)
     if len(found) < 2:
-        raise InputError(f"{', '.join(data)}: problems with tests, or an answer that others can be compared with: "
+        raise InputError(f"{', '.join(data)}: different questions with tests, or an answer that others can be compared with: "
                          f"{len(found)} of {len(found) + left:,} records; give 2 or more, as one is held out")
     if left:
         print(f"{left:,} records left out: they repeat an earlier question, or have no statement or no comparable answer")
@@ -144,8 +144,8 @@ def read_problems(*, data, limit, format, task, rewards, eval_examples,
     facts = [fact for name, fact in problems.CHECKS.items() if name in names]
     judged = [problem for problem in found if any(problem.facts.get(fact) for fact in facts)]
     if 1 < len(judged) < len(found) and not reward_files(rewards or ""):   # one of the user's own may judge the others
-        print(f"{len(found) - len(judged):,} problems left out: nothing tells a right answer from a wrong one, so only form "
-              "would be rewarded")
+        print(f"{len(found) - len(judged):,} problems left out: no reward tells a right answer to them from a wrong one, so "
+              "only form would be rewarded")
         found = judged
     return split_examples(found, min(eval_examples, max(1, len(found) // 5)), seed)
 
@@ -163,7 +163,7 @@ def choose_rewards(asked: list[problems.Problem], *, rewards, reward_weights, da
     functions = load_rewards(rewards)
     for name in functions.keys() & problems.CHECKS.keys() - set(checks):
         raise InputError(f"--rewards {rewards}: `{name}` can judge none of the {len(asked)} problems, which have no "
-                         f"{problems.CHECKS[name]}; leave it out")
+                         f"{problems.CHECKS[name]} to compare with; leave it out")
     return rewards, functions, parse_weights(reward_weights, list(functions))
 
 
@@ -173,6 +173,8 @@ def parse_weights(text: str | None, names: list[str]) -> dict[str, float]:
         weights = [float(part) for part in text.split(",")] if text else [1.0] * len(names)
     except ValueError:
         raise InputError(f"--reward-weights {text}: is not a list of numbers; give {len(names)}, separated by commas") from None
+    if not any(weights):
+        raise InputError(f"--reward-weights {text}: are all 0, so there is nothing to learn from; give one that is not")
     if not all(abs(weight) <= LARGEST for weight in weights):
         raise InputError(f"--reward-weights {text}: a weight is not a number from -10^9 to 10^9; give another")
     if len(weights) != len(names):
@@ -277,9 +279,10 @@ def count_unpaid(unpaid: int, total: torch.Tensor, patience: int, out) -> int:
     if total.nan_to_num().any():
         return 0
     if unpaid + 1 == patience:
-        what = "no answer could be judged" if total.isnan().all() else "every answer's rewards summed to 0"
-        raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; "
-                         "start from a model that sometimes succeeds, or add an easier reward (--rewards)")
+        what, mend = "every answer's rewards summed to 0", "start from a model that sometimes succeeds, or choose other --rewards"
+        if total.isnan().all():
+            what, mend = "no answer could be judged", "choose --rewards that can judge these problems"
+        raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; {mend}")
     return unpaid + 1
 
 
@@ -461,7 +464,8 @@ def main():
     spare_threads(load_config(model_folder(args.model, weights=False)))
     tokenizer = Tokenizer.load(args.model)
     check_student(args.model, tokenizer)
-    rows, valid_rows = (problems.encode_problems(part, tokenizer, args.max_prompt_length) for part in (asked, tests))
+    rows = problems.encode_problems(asked, tokenizer, args.max_prompt_length)
+    valid_rows = problems.encode_problems(tests, tokenizer, args.max_prompt_length, "held-out problems")
     dropped = len(asked) + len(tests) - len(rows) - len(valid_rows)
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
     begun = Checkpoint(args.model)

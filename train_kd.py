@@ -164,9 +164,9 @@ def note_flags(args):
 def check_flags(args):
     """Raises InputError for flags that do not go together."""
     asks = args.on_policy or args.seq_kd or args.cache_teacher
-    if args.student is None and (args.teacher or args.data or args.eval_data or args.limit):
-        raise InputError("--teacher, --data, --eval-data or --limit without --student; add --student NAME, or leave them all out "
-                         "for the toy world")
+    if args.student is None and (args.teacher or args.data or args.eval_data or args.limit or args.format):
+        raise InputError("--teacher, --data, --eval-data, --limit or --format without --student; add --student NAME, or leave "
+                         "them all out for the toy world")
     if args.student and not args.data:
         raise InputError("--student without --data; add --data FILE")
     if args.student and not args.teacher and (args.loss != "sft" or asks):
@@ -186,8 +186,9 @@ def check_flags(args):
     if args.cache_teacher and (args.on_policy or args.loss in ("sft", "minillm")):
         raise InputError("--cache-teacher with --on-policy, --loss minillm or --loss sft: it stores states for the data only, "
                          "but the student's own answers are new each time, and SFT uses no teacher; leave it out")
-    if args.seq_kd and args.loss == "minillm":
-        raise InputError("--seq-kd with --loss minillm: MiniLLM learns from the student's own answers; leave one out")
+    if args.seq_kd and (args.loss == "minillm" or args.on_policy == 1):
+        raise InputError("--seq-kd with --loss minillm or --on-policy 1: these learn from the student's own answers; leave one "
+                         "out")
     check_positive(args, "warmup", "weight_decay", or_zero=True)
     if len({f"{lr:g}" for lr in args.lr}) < len(args.lr):
         raise InputError(f"--lr {args.lr}: two rates are the same; give each once")
@@ -340,6 +341,8 @@ def stage(folder: Path, make_student, *, resume: bool, recorded: dict, **setting
     """
     if begin_run(folder, recordable(settings) | recorded, resume):
         train(student=make_student(), out=folder, **settings)
+    elif not (folder / "best" / CONFIG).exists():
+        raise InputError(f"{folder / 'best'}: is missing, though the run is done; put it back, or choose another --out")
 
 
 def recordable(settings: dict) -> dict:

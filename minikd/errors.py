@@ -48,7 +48,8 @@ def script_errors():
             _exit_with("--compile: torch finds no C++ compiler; install one (g++), or leave the flag out")
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error)):
             raise
-        _exit_with("out of memory; lower --batch-size or the lengths, or use --gradient-checkpointing if the script has it")
+        _exit_with("out of memory; lower --batch-size or the lengths, in train_grpo.py also --prompts or --group-size, or use "
+                   "--gradient-checkpointing if the script has it")
     except KeyboardInterrupt:
         with suppress(OSError):
             print("\ninterrupted; what was saved is complete", file=sys.stderr)

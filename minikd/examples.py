@@ -258,8 +258,9 @@ def _pytorrent(record, where):
 def _codeforces(record, where):
     if isinstance(record.get("messages"), list):
         return _chat(record, where)
+    asked, answer = text_field(record, where, "prompt"), text_field(record, where, "generation")
     check_shown(record, where, *PAIR[1], fault="holds another answer than `generation`, which would be learned; remove one")
-    return _ask(text_field(record, where, "prompt"), "", (text_field(record, where, "generation"),))
+    return _ask(asked, "", (answer,))
 
 
 def _held_out(record, where):

@@ -286,15 +286,15 @@ def _tests(record: dict, name: str, where: str) -> list[dict]:
     return [{"input": test["input"], "output": test["output"]} for test in value]
 
 
-def encode_problems(problems: list[Problem], tokenizer, max_prompt_length: int = 1024) -> list[Encoded]:
+def encode_problems(problems: list[Problem], tokenizer, max_prompt_length: int = 1024, what: str = "problems") -> list[Encoded]:
     """Prompts as rows without a response; row.index points into `problems`. Longer prompts are left out.
 
-    Raises InputError when none is left.
+    Raises InputError when none is left.  what: what it calls them
     """
     prompts = tokenizer.encode_batch([tokenizer.chat(list(problem.messages), add_generation_prompt=True)
                                       for problem in problems])
     rows = [Encoded(prompt, [], False, i) for i, prompt in enumerate(prompts) if len(prompt) <= max_prompt_length]
     if not rows:
-        raise InputError(f"all {len(problems)} problems have prompts of more than {max_prompt_length} tokens; "
+        raise InputError(f"all {len(problems)} {what} have prompts of more than {max_prompt_length} tokens; "
                          "raise --max-prompt-length")
     return rows

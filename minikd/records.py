@@ -147,8 +147,9 @@ def read_records(path, refuse: Callable[[InputError], None] | None = None,
     for file in data_files(path):
         reader = readers.get(Path(file.stem).suffix if file.suffix == ".gz" else file.suffix)
         if reader is None:
-            raise InputError(f"{file}: its name does not tell its format; unpack or convert it, or rename it to end in one of "
-                             f"{' '.join(ENDINGS)}")
+            mend = ("write its texts as records of a .jsonl file, plain text in a field `text`" if file.suffix == ".txt" else
+                    f"unpack or convert it, or rename it to end in one of {' '.join(ENDINGS)}")
+            raise InputError(f"{file}: its name does not tell its format; {mend}")
         check_pointer(file)
         read = 0
         for read, (where, record) in enumerate(reader(file), 1):

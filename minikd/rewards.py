@@ -330,7 +330,8 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
             values = function(list(completions), [dict(each) for each in facts], **options)     # others read them too
             values = list(values) if isinstance(values, Iterator) else values
         except (Exception, SystemExit) as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]                  # where in the user's code, or below it
+            frames = traceback.extract_tb(error.__traceback__)                  # the last in the user's file, if any
+            at = next((frame for frame in reversed(frames) if frame.filename == str(file)), frames[-1])
             raise InputError(f"{path}:{name}: raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}); fix it, "
                              "or return None for what cannot be judged") from error
         try:

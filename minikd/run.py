@@ -104,16 +104,34 @@ def check_settings(folder, settings: dict):
             return key == "cache_teacher" or re.sub(r"^.* (?=\(sha256 \w+\)$)", "", value)
         return [file[-1] for file in value] if key in ("data", "lm_data") and value else value
 
+    def name(key, value):                                       # without the hash; None if it has none
+        if isinstance(value, str) and (named := re.fullmatch(r"(.*) \(sha256 \w+\)", value)):
+            return named[1]
+        return " ".join(file[0] for file in value) if key in ("data", "lm_data") and value else None
+
+    def compare(keys):
+        for key in keys:
+            value, began, flag = settings[key], before.get(key), f"--{key.replace('_', '-')}"
+            if essence(key, value) == essence(key, began):
+                continue
+            if key not in before:
+                raise InputError(f"{folder}: holds a run of another script, or of a minikd without {flag}; choose another --out")
+            if name(key, value) == name(key, began) is not None:
+                raise InputError(f"{folder}: --resume, but the content of {flag} {name(key, value)} has changed since the run "
+                                 "began; put it back, or choose another --out")
+            value, began = (str(each).replace("torch.", "") for each in (value, began))     # as --dtype takes it
+            raise InputError(f"{folder}: --resume with {flag} {value}, but the run began with {began}; give the same flags, or "
+                             "another --out")
+
     before = settings_of(folder)
     settings = json.loads(json.dumps(settings, default=str))
     rows, files = settings.pop("rows", None), settings.pop("reward_files", None)
-    for key, value in settings.items():
-        if essence(key, before.get(key)) != essence(key, value):
-            raise InputError(f"{folder}: --resume with --{key.replace('_', '-')} {value}, but the run began with "
-                             f"{before.get(key)}; give the same flags, or another --out")
-    if rows and rows != before.get("rows", rows):               # after the flags, one of which may be the reason
+    derived = settings.keys() & {"steps", "eval_every"}         # maybe from other flags and the data: these are named first
+    compare(key for key in settings if key not in derived)
+    if rows and rows != before.get("rows", rows):
         raise InputError(f"{folder}: --resume, but the data's tokens differ from those that the run began with; undo the change "
                          "to the tokenizer, its chat template or minikd, or choose another --out")
+    compare(sorted(derived, reverse=True))
     if files is not None and files != before.get("reward_files"):               # a bug in one may be fixed
         print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)
 
@@ -191,10 +209,11 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(),
         if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG, ANOTHER):
             raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run; choose another --out")
         lines = read_log(folder)
-        may_go_on = toy or resume and folder in runs
-        if lines and not (may_go_on and bool(settings_of(folder).get("toy")) == toy):       # a toy never touches a real run
-            raise InputError(f"{folder}: already holds {'another' if resume else 'a'} run of {lines[-1]['step']} steps; "
-                             f"{'' if resume else 'continue it with --resume, or '}choose another --out")
+        same = bool(lines) and bool(settings_of(folder).get("toy")) == toy                  # a toy never touches a real run
+        if lines and not (same and (toy or resume and folder in runs)):
+            may = same and folder in runs and not resume
+            raise InputError(f"{folder}: already holds {'a' if may else 'another'} run of {lines[-1]['step']} steps; "
+                             f"{'continue it with --resume, or ' if may else ''}choose another --out")
     for folder in runs:
         for part in "best", "last":
             place = folder / part

@@ -127,7 +127,7 @@ def run_program(source: str, stdin: str = "", timeout: float = 5.0, memory_mb: i
     Raises ValueError for a timeout or memory_mb that is negative or above a billion, or for a memory_mb of 0.
     """
     if not (0 <= timeout <= 1e9 and 0 < memory_mb <= 1e9):
-        raise ValueError(f"run_program: timeout = {timeout}, memory_mb = {memory_mb}: give numbers up to 1e9, memory_mb above 0")
+        raise ValueError(f"run_program: timeout = {timeout}, memory_mb = {memory_mb}: give 0 to 1e9, memory_mb above 0")
     return _run(source, stdin, timeout, memory_mb)[0]
 
 

@@ -189,8 +189,9 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: holds a damaged line ({error}); delete the file, and it will be made again") from error
     if other:
-        raise InputError(f"{path}: holds answers made with other data or settings: their {other[0]} is "
-                         f"{before.get(other[0])}, here {made_from.get(other[0])}; choose another --out")
+        what = ("rows differ (because of --data, --limit, --validation, --seed or the tokenizer)" if other[0] == "rows" else
+                f"{other[0]} is {before.get(other[0])}, here {made_from.get(other[0])}")
+        raise InputError(f"{path}: holds answers made with other data or settings: their {what}; choose another --out")
     if len(responses) < len(rows):
         del responses[len(responses) // step * step:]           # a write was cut short: one seed draws `step` answers
     with atomic_path(path) as new:

@@ -61,6 +61,6 @@ def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, ma
 def check_gradient(norm: float, where: str, lr: float, dtype: torch.dtype, first: bool):
     """Raises InputError for a norm that is not finite.  first: no weight had changed before, so lr is not to blame"""
     if not math.isfinite(norm):
-        mend = "raise --temperature, or take another model" if first else f"lower --lr (now {lr:g})"
+        mend = "take another model, or raise --temperature if the loss uses it" if first else f"lower --lr (now {lr:g})"
         raise InputError(f"{where}: the gradient is not finite; {mend}"
                          + (", or use --dtype float32" if dtype != torch.float32 else ""))

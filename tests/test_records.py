@@ -102,7 +102,8 @@ GOOD = json.dumps(DOLLY).encode()
     ("d.csv", b"instruction,response\na\n", "d.csv:2: has 1 cells for 2 columns"),
     ("d.csv", b'instruction,response\na,b\nc,"d\ne,f\n', "d.csv:3: not CSV in UTF-8 (unexpected end of data)"),
     ("d.csv", b"instruction,response\na,b\nc,\xff\n", "d.csv:3: not CSV in UTF-8 ('utf-8' codec"),
-    ("d.txt", GOOD, "d.txt: its name does not tell its format; unpack or convert it, or rename it to end in one of .jsonl"),
+    ("d.txt", GOOD, "d.txt: its name does not tell its format; write its texts as records of a .jsonl file"),
+    ("d.zip", GOOD, "d.zip: its name does not tell its format; unpack or convert it, or rename it to end in one of .jsonl"),
 ])
 def test_broken_file_is_one_line_that_says_where(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)

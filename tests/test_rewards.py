@@ -554,6 +554,9 @@ def test_an_error_in_a_reward_function_is_reported_with_its_line(tmp_path):
     with pytest.raises(InputError, match=r"mine.py:f: raised KeyError: 'mine' \(\S*mine.py:4\); fix it") as error:
         load_rewards(f"{path}:f")["f"](["a"], [{}])
     assert isinstance(error.value.__cause__, KeyError)
+    path = user_file(tmp_path, "import json\ndef f(completions, problems):\n    return json.loads('[')\n")
+    with pytest.raises(InputError, match=r"raised JSONDecodeError: .* \(\S*mine.py:3\); fix it"):      # not json's own line
+        load_rewards(f"{path}:f")["f"](["a"], [{}])
 
 
 def test_the_files_among_the_names_are_known(tmp_path):

@@ -233,12 +233,20 @@ def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_
     check_settings(tmp_path, SETTINGS)
     with pytest.raises(InputError, match="--kd-ratio 0.7, but the run began with 0.5; give the same flags"):
         check_settings(tmp_path, SETTINGS | {"kd_ratio": 0.7})
-    with pytest.raises(InputError, match=r"--data \[\['a.jsonl', 'f+'\]\], but the run began with \[\['a.jsonl', '0123"):
+    with pytest.raises(InputError, match=r"--data \[\['c.jsonl', 'f+'\]\], but the run began with \[\['a.jsonl', '0123"):
+        check_settings(tmp_path, SETTINGS | {"data": [["c.jsonl", "f" * 16]]})
+    with pytest.raises(InputError, match="the content of --data a.jsonl has changed since the run began; put it back"):
         check_settings(tmp_path, SETTINGS | {"data": [["a.jsonl", "f" * 16]]})
     check_settings(tmp_path, SETTINGS | {"data": [["../b.jsonl", "0123456789abcdef"]]})     # the same file elsewhere
     check_settings(tmp_path, SETTINGS | {"newer_flag": None})
-    with pytest.raises(InputError, match="--newer-flag 1, but the run began with None"):
+    with pytest.raises(InputError, match="holds a run of another script, or of a minikd without --newer-flag; choose another"):
         check_settings(tmp_path, SETTINGS | {"newer_flag": 1})
+    write_config(tmp_path, SETTINGS | {"dtype": "torch.float32", "steps": 12, "batch_size": 4})
+    with pytest.raises(InputError, match="with --dtype bfloat16, but the run began with float32"):                 # as it is given
+        check_settings(tmp_path, SETTINGS | {"dtype": "torch.bfloat16", "steps": 12, "batch_size": 4})
+    for batch_size, named in (8, "batch-size 8"), (4, "steps 6"):               # it decides the steps of --epochs
+        with pytest.raises(InputError, match=f"with --{named}, but"):
+            check_settings(tmp_path, SETTINGS | {"dtype": "torch.float32", "steps": 6, "batch_size": batch_size})
 
 
 def test_a_cache_may_move_and_a_tokenizer_may_not_change(tmp_path):
@@ -308,7 +316,8 @@ def test_a_run_is_only_resumed_and_a_toys_replaced_only_by_the_toy(tmp_path, was
     if bool(was_toy) == toy and (resume or toy):
         check_free(empty, [held], resume=resume, toy=toy)
     else:
-        said = "another run of 2 steps; choose" if resume else "a run of 2 steps; continue it with --resume, or choose"
+        may = bool(was_toy) == toy                              # --resume would go on with it
+        said = "a run of 2 steps; continue it with --resume, or choose" if may else "another run of 2 steps; choose"
         with pytest.raises(InputError, match=f"held: already holds {said} another --out"):
             check_free(empty, [held], resume=resume, toy=toy)
 
