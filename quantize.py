@@ -184,7 +184,7 @@ def check_out(out: Path, tokenizer: Tokenizer):
     model other than a 4-bit one."""
     if holds_cwd(out):
         raise InputError(f"--out {out}: is or contains the current folder; choose another, or one inside it")
-    if out.resolve().is_mount():                                          # a container's volume
+    if out.resolve().is_mount():                                # a container's volume
         raise InputError(f"--out {out}: is a mount point, which cannot be replaced; choose a folder inside it")
     config = out / "config.json"
     held = config.exists() or out.exists() and not out.is_dir() or any(

@@ -186,7 +186,7 @@ def check_flags(args):
     if args.cache_teacher and (args.on_policy or args.loss in ("sft", "minillm")):
         raise InputError("--cache-teacher with --on-policy, --loss minillm or --loss sft: it stores states for the data only, "
                          "but the student's own answers are new each time, and SFT uses no teacher; leave it out")
-    if args.seq_kd and (args.loss == "minillm" or args.on_policy == 1):
+    if args.seq_kd and (args.loss == "minillm" or args.on_policy == 1 and not args.from_sft):
         raise InputError("--seq-kd with --loss minillm or --on-policy 1: these learn from the student's own answers; leave one "
                          "out")
     check_positive(args, "warmup", "weight_decay", or_zero=True)

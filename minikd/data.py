@@ -99,7 +99,8 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
     Raises NothingLeft, an InputError, when nothing is left; InputError for a prompt without a token.
     """
     counts = {"encoded": 0, "responses cut": 0, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
-    encoded, shortest = [], math.inf                            # the latter of the prompts, in tokens
+    room, encoded = min(max_prompt_length, max_length - 1), []
+    shortest = math.inf                                         # of the prompts that are too long, in tokens
     for start in range(0, len(examples), ENCODED_AT_ONCE):
         part = examples[start:start + ENCODED_AT_ONCE]
         # Tokenized separately, then joined, because sampling also appends new ids to the prompt's.
@@ -107,8 +108,8 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
         prompts = list(tokenizer.encode_batch(texts))
         if not all(prompts):
             raise InputError(f"{tokenizer.folder}: a prompt has no tokens; check its chat template")
-        shortest = min(shortest, *map(len, prompts))
-        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= min(max_prompt_length, max_length - 1)]
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+        shortest = min([shortest, *(len(prompt) for prompt in prompts if len(prompt) > room)])
         counts["dropped: prompt too long"] += len(part) - len(fitting)
         responses = tokenizer.encode_batch([after_prompt(part[i].response, texts[i]) for i in fitting])
         for i, response in zip(fitting, responses):
@@ -120,7 +121,7 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
             progress(len(part))
     counts |= {"encoded": len(encoded), "responses cut": sum(row.cut for row in encoded)}
     if examples and not encoded:
-        mend = (f"the shortest prompt has {shortest} tokens: raise --max-prompt-length to that, and --max-length above it"
+        mend = (f"of the too long, the shortest has {shortest} tokens: raise --max-prompt-length to that, and --max-length above it"
                 if counts["dropped: prompt too long"] else
                 "remove the stop tokens from the responses")
         raise NothingLeft(f"none of {len(examples)} examples can be used ({describe_dropped(counts)}); {mend}")

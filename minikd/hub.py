@@ -26,7 +26,7 @@ def local_folder(name, patterns, kind: str = "model") -> Path:
     if path.is_dir():
         if kind == "model":
             held = [path / "best", path / "last"]
-            if not (path / "config.json").exists():             # perhaps of a comparison, which holds several runs
+            if not any((path / file).exists() for file in ("config.json", "tokenizer.json")):       # a comparison's: several runs
                 held += [config.parent for config in sorted(path.glob("*/best/config.json"))]
             if models := [str(model) for model in held if (model / "config.json").exists()]:
                 raise InputError(f"{name}: holds a training run; give its model {' or '.join(models)}")

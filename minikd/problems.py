@@ -150,8 +150,8 @@ def load_problems(paths, limit: int | None = None, format: str | None = None) ->
 
 def shows_its_tests(problem: Problem) -> bool:
     """Whether the prompt shows every test of its program, as _shown writes it."""
-    asked, tests = problem.messages[-1]["content"], problem.facts.get("tests")
-    return bool(tests) and all(re.search(re.escape(_shown(test).rstrip()) + r"(?![^\s`])", asked) for test in tests)
+    asked, tests = problem.messages[-1]["content"], [_shown(test).rstrip() for test in problem.facts.get("tests") or ()]
+    return bool(tests) and all(test in asked and re.search(re.escape(test) + r"[ \t\r]*(\n|`|$)", asked) for test in tests)
 
 
 def _shown(test: dict) -> str:

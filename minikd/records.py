@@ -206,9 +206,9 @@ def _json_lines(file: Path):
             try:
                 yield f"{file}:{number}", _parse(line.rstrip(b"\r\n"), file, number)
             except InputError as error:
-                if number == 1 and line.strip(b"\xef\xbb\xbf \t\r\n") in (b"[", b"{"):
-                    raise InputError(f"{file}: is one JSON value over many lines, not a record on each; rename it to end in .json"
-                                     ) from None
+                if number == 1 and ".json" not in file.suffixes and line.strip(b"\xef\xbb\xbf \t\r\n") in (b"[", b"{"):
+                    error = InputError(f"{file}:1: not a record, but the begin of a JSON value over many lines; rename the file "
+                                       "to end in .json")
                 yield f"{file}:{number}", error
 
 

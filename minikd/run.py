@@ -119,7 +119,7 @@ def check_settings(folder, settings: dict):
             if name(key, value) == name(key, began) is not None:
                 raise InputError(f"{folder}: --resume, but the content of {flag} {name(key, value)} has changed since the run "
                                  "began; put it back, or choose another --out")
-            value, began = (str(each).replace("torch.", "") for each in (value, began))     # as --dtype takes it
+            value, began = (re.sub(r"\btorch\.(?=b?float)", "", str(each)) for each in (value, began))     # as --dtype takes it
             raise InputError(f"{folder}: --resume with {flag} {value}, but the run began with {began}; give the same flags, or "
                              "another --out")
 

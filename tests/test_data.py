@@ -105,8 +105,10 @@ def test_an_answer_that_was_taught_without_thoughts_is_scored_without_their_end(
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(InputError, match="none of 1 examples can be used .*; the shortest prompt has 10 tokens: raise"):
+    with pytest.raises(InputError, match="none of 1 examples can be used .*; of the too long, the shortest has 10 tokens: raise"):
         encode(("hello", "x"), max_prompt_length=3)
+    with pytest.raises(InputError, match="of the too long, the shortest has 24 tokens"):             # not of those that fit
+        encode(("hello", "<e>"), ("hello, hello, hello", "x"), ("hello " * 9, "x"), max_prompt_length=12)
 
 
 def test_alpaca_template_is_the_papers_without_chat_markers():

@@ -141,6 +141,8 @@ def test_whether_all_tests_stand_in_the_prompt():
     assert not any(map(shows_its_tests, toy_problems("code", 5, seed=1)))
     begins = {"examples": [], "official_tests": [{"input": "1", "output": "1"}], "note": "Input:\n1\nOutput:\n10"}
     assert not shows_its_tests(to_problem(RECORD | begins, "x"))                            # 10 is no 1
+    more = begins | {"official_tests": [{"input": "1", "output": "10"}], "note": "Input:\n1\nOutput:\n10 11"}
+    assert not shows_its_tests(to_problem(RECORD | more, "x"))
     for end in "10 \n", "10`", "10\r\n":
         shown = begins | {"official_tests": [{"input": "1", "output": "10\n"}], "note": f"Input:\n1\nOutput:\n{end}"}
         assert shows_its_tests(to_problem(RECORD | shown, "x"))

@@ -233,8 +233,8 @@ def test_the_same_settings_may_resume_and_others_are_named_as_the_flag_and_both_
     check_settings(tmp_path, SETTINGS)
     with pytest.raises(InputError, match="--kd-ratio 0.7, but the run began with 0.5; give the same flags"):
         check_settings(tmp_path, SETTINGS | {"kd_ratio": 0.7})
-    with pytest.raises(InputError, match=r"--data \[\['c.jsonl', 'f+'\]\], but the run began with \[\['a.jsonl', '0123"):
-        check_settings(tmp_path, SETTINGS | {"data": [["c.jsonl", "f" * 16]]})
+    with pytest.raises(InputError, match=r"--data \[\['torch.jsonl', 'f+'\]\], but the run began with \[\['a.jsonl', '0123"):
+        check_settings(tmp_path, SETTINGS | {"data": [["torch.jsonl", "f" * 16]]})
     with pytest.raises(InputError, match="the content of --data a.jsonl has changed since the run began; put it back"):
         check_settings(tmp_path, SETTINGS | {"data": [["a.jsonl", "f" * 16]]})
     check_settings(tmp_path, SETTINGS | {"data": [["../b.jsonl", "0123456789abcdef"]]})     # the same file elsewhere
