@@ -121,7 +121,7 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
             progress(len(part))
     counts |= {"encoded": len(encoded), "responses cut": sum(row.cut for row in encoded)}
     if examples and not encoded:
-        mend = (f"of the too long, the shortest has {shortest} tokens: raise --max-prompt-length to that, and --max-length above it"
+        mend = (f"of the too long, the shortest has {shortest} tokens: raise --max-prompt-length to that, --max-length above it"
                 if counts["dropped: prompt too long"] else
                 "remove the stop tokens from the responses")
         raise NothingLeft(f"none of {len(examples)} examples can be used ({describe_dropped(counts)}); {mend}")
