@@ -99,26 +99,24 @@ def check_settings(folder, settings: dict):
     """Raises InputError, naming the first setting that differs from those the run in `folder` was started with. For a model
     or a data file only the hash is compared, for a cache only whether there is one: their names may have changed. A changed file
     of --rewards is only reported."""
-    def essence(key, value):
-        if isinstance(value, str):
-            return key == "cache_teacher" or re.sub(r"^.* (?=\(sha256 \w+\)$)", "", value)
-        return [file[-1] for file in value] if key in ("data", "lm_data") and value else value
-
-    def name(key, value):                                       # without the hash; None if it has none
-        if isinstance(value, str) and (named := re.fullmatch(r"(.*) \(sha256 \w+\)", value)):
-            return named[1]
-        return " ".join(file[0] for file in value) if key in ("data", "lm_data") and value else None
+    def parts(key, value):                                      # its name, if it has a hash; and what must be the same
+        if isinstance(value, str) and (named := re.fullmatch(r"(.*) (\(sha256 \w+\))", value)):
+            return named[1], named[2]
+        if key in ("data", "lm_data") and value:
+            return " ".join(file[0] for file in value), [file[-1] for file in value]
+        return None, value is not None if key == "cache_teacher" else value
 
     def compare(keys):
         for key in keys:
             value, began, flag = settings[key], before.get(key), f"--{key.replace('_', '-')}"
-            if essence(key, value) == essence(key, began):
+            (name, now), (name_then, then) = parts(key, value), parts(key, began)
+            if now == then:
                 continue
             if key not in before:
                 raise InputError(f"{folder}: holds a run of another script, or of a minikd without {flag}; choose another --out")
-            if name(key, value) == name(key, began) is not None:
-                raise InputError(f"{folder}: --resume, but the content of {flag} {name(key, value)} has changed since the run "
-                                 "began; put it back, or choose another --out")
+            if name == name_then is not None:
+                raise InputError(f"{folder}: --resume, but the content of {flag} {name} has changed since the run began; put it "
+                                 "back, or choose another --out")
             value, began = (re.sub(r"\btorch\.(?=b?float)", "", str(each)) for each in (value, began))     # as --dtype takes it
             raise InputError(f"{folder}: --resume with {flag} {value}, but the run began with {began}; give the same flags, or "
                              "another --out")
