@@ -36,6 +36,7 @@ SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
 
 
 def make_parser() -> Parser:
+    """Every flag, in groups."""
     parser = Parser(__doc__)
     add = flag_group(parser, "a model's answers")
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")

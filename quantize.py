@@ -48,6 +48,7 @@ KNOWN_GROUPS = -1, 16, 32, 64, 128, 256, 512, 1024              # of GPTQModel 7
 
 
 def make_parser() -> Parser:
+    """Every flag, in groups."""
     parser = Parser(__doc__)
     add = flag_group(parser, "model and data")
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")

@@ -48,6 +48,7 @@ FORM = {"format": 0.05, "steps": 0.05}                          # rewards for fo
 
 
 def make_parser() -> Parser:
+    """Every flag, in groups."""
     parser = Parser(__doc__)
     add = flag_group(parser, "model and problems (none of them: a toy task)")
     add("--model", help="folder or hub name, preferably a distilled student; without it a toy student is fine-tuned first. With "

@@ -53,6 +53,7 @@ AT_ONCE = 16                                                    # prompts answer
 
 
 def make_parser() -> Parser:
+    """Every flag, in groups."""
     parser = Parser(__doc__)
     add = flag_group(parser, "models and data (none of them: the toy world)")
     add("--student", help="folder or hub name to start from")

@@ -307,10 +307,10 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
     check_weights(folder, [path.name for path in folder.iterdir()])
     files, shapes = {}, {}                                      # of the tensors that the folder holds
     for shard in shards_of(folder):
-        if shard == SINGLE and not (folder / shard).is_file():  # a link into a cache that was emptied, or a folder
-            raise InputError(f"{folder / shard}: is not a file; fetch the model again")
         if not (folder / shard).is_file():
-            raise InputError(f"{folder / INDEX}: names {shard}, which is not in the folder; fetch that file")
+            if (folder / INDEX).exists():
+                raise InputError(f"{folder / INDEX}: names {shard}, which is not in the folder; fetch that file")
+            raise InputError(f"{folder / shard}: is not a file; fetch the model again")        # a link into an emptied cache, say
         with open_tensors(folder / shard) as file:
             files |= dict.fromkeys(file.keys(), folder / shard)
             shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}

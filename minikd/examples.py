@@ -1,13 +1,13 @@
 """Records of the paper's datasets -> examples: what is asked, what is learned, what ROUGE compares with; and which are held out.
 
-A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are
-ignored, except two that any record may have: `category` and, if there is no system turn, `system` (or `system_prompt`). A pair's
+A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are ignored,
+except two that any record may have: `category` and, if there is no system turn, `system` (or `system_prompt`). A pair's
 question includes its `context`, `input` or `passage`. What belongs to a question but would not be shown is refused: `choices`
 and `options` of a pair, `history` of a pair, dolly or alpaca record, images, videos and sound. (A pair's prompt that is a list
-of messages is taken as it is: such fields then repeat what is in it.) The `reasoning_content` or `thinking`
-of the answer's turn, or of a pair, dolly or alpaca record, is put before it in <think> tags; a pair with a model's `generation`
-beside its answer (s1K, distilabel) is refused, as only one of them can be learned. A record is dropped if its `finish_reason`
-says that it was cut, a pair if its `label` is false (KTO).
+of messages is taken as it is: such fields then repeat what is in it.) The `reasoning_content` or `thinking` of the answer's
+turn, or of a pair, dolly or alpaca record, is put before it in <think> tags; a pair with a model's `generation` beside its
+answer (s1K, distilabel) is refused, as only one of them can be learned. A record is dropped if its `finish_reason` says that it
+was cut, a pair if its `label` is false (KTO).
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
                                                        argilla/databricks-dolly-15k-curated-multilingual
@@ -193,13 +193,13 @@ def _pair(record, where):
     for role, names in zip(("user", "assistant"), PAIR):
         name = next((name for name in names if not absent(record.get(name))), names[0])
         part = record.get(name)
-        if isinstance(part, list) and not all(isinstance(turn, dict) for turn in part):
-            raise InputError(f"{where}: field {name!r} is a list; make it text or [{{role, content}}, ...]")
         if not isinstance(part, list):
             text = text_field(record, where, *names)
             if role == "user":
                 text = with_passage(record, where, text, record.get("prompt"))
             part = [{"role": role, "content": text}]
+        elif not all(isinstance(turn, dict) for turn in part):
+            raise InputError(f"{where}: field {name!r} is a list; make it text or [{{role, content}}, ...]")
         turns += part
     *asked, (answer,) = _chat({"messages": turns}, where)
     return *asked, (with_thoughts(record, where, answer),)

@@ -192,8 +192,8 @@ def join(parts: list[nn.Module]):
 
     The parts' tensors become views of the joined ones, and 4-bit parts ask the joined layer for their codes, so that no weight
     is held twice. (To load one 4-bit part alone is not supported: the joined layer keeps its codes. A deep copy holds both: call
-    its lay_back before its weights change.)  Returns None if 4-bit parts
-    group their inputs differently, as act-order in other tools may.
+    its lay_back before its weights change.)  Returns None if 4-bit parts group their inputs differently, as act-order in other
+    tools may.
     """
     first = parts[0]
     if isinstance(first, W4Linear):
