@@ -109,6 +109,11 @@ def holds_cwd(path: Path) -> bool:
     return False
 
 
+HELD = weakref.WeakSet()                                        # the open files that hold a lock
+# A fork, such as a process of a reward's pool, shares a lock, and would else keep it after this process has ended.
+os.register_at_fork(after_in_child=lambda: [file.close() for file in list(HELD)])
+
+
 def hold(path: Path, wait: bool = False) -> io.FileIO:
     """Locks a file, which is made if there is none, until the file object that it returns is closed, or this process has ended.
 
@@ -130,11 +135,6 @@ def hold(path: Path, wait: bool = False) -> io.FileIO:
         pass
     HELD.add(file)
     return file
-
-
-HELD = weakref.WeakSet()
-# A fork, such as a process of a reward's pool, shares a lock, and would else keep it after this process has ended.
-os.register_at_fork(after_in_child=lambda: [file.close() for file in list(HELD)])
 
 
 def remove(path: Path):

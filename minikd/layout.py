@@ -237,9 +237,9 @@ def head_logits(model: Qwen2, states: Tensor) -> Tensor:
 
 def use_int8_head(model: Qwen2):
     """Makes generate use the head at 8 bits where that is faster, for a few rows on a CPU, until `to` or load_state_dict is
-    called. Only for a model that is not trained further: the codes do not follow the head. Nothing else that the
-    model computes or saves changes.  Raises InputError if the model is not on a CPU, or if torch has no int8 product: on
-    CPUs other than x86, and everywhere once torch has moved the product to torchao."""
+    called. Only for a model that is not trained further: the codes do not follow the head. Nothing else that the model computes
+    or saves changes.  Raises InputError if the model is not on a CPU, or if torch has no int8 product: on CPUs other than x86,
+    and everywhere once torch has moved the product to torchao."""
     if model.head.device.type != "cpu":
         raise InputError(f"an int8 head works only on a CPU, not on {model.head.device}; leave out --int8-head")
     if not hasattr(torch, "_make_per_channel_quantized_tensor") or torch.backends.quantized.engine not in ("x86", "fbgemm"):

@@ -73,9 +73,8 @@ class Tokenizer:
 
     def save(self, folder):
         """Writes the tokenizer's files, as they were loaded, into `folder`, unless it is their own, and removes another
-        tokenizer's files from it. The
-        generation_config.json there then names every id that ends an answer. (A base model's own lacks <|im_end|>, at which a
-        student fine-tuned from it stops.)"""
+        tokenizer's files from it. The generation_config.json there then names every id that ends an answer. (A base model's own
+        lacks <|im_end|>, at which a student fine-tuned from it stops.)"""
         folder = Path(folder)
         there = self.folder.resolve() == folder.resolve()
         for name in () if there else TOKENIZER:
