@@ -10,7 +10,7 @@ setup(
     version="0.1.0",
     description="Knowledge distillation, GRPO and GPTQ for Qwen2 language models, from scratch in plain PyTorch",
     packages=["minikd"],
-    package_data={"minikd": ["common.cu", "w4_matmul.cu", "loss.cu", "decode.cu", "attend.cu", "fused.cu"]},
+    package_data={"minikd": ["common.cu", "w4_matmul.cu", "loss.cu", "decode.cu", "attend.cu", "fused.cu", "adamw.cu"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9",           # the oldest that passes all tests; brings jinja2, for chat templates

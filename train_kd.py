@@ -45,7 +45,7 @@ from minikd.run import (CONFIG, SAVE_EVERY, STATE, Log, begin_run, check_free, c
                         save_state, write_config)
 from minikd.teacher import CachedTeacher, Teacher, check_teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer
+from minikd.training import apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer, use_graphs
 
 # What it writes in --out beside the runs' own files.
 OWN = "held-out.jsonl", "table.jsonl", "teacher-answers.jsonl", "answers-*.jsonl", "curves.png"
@@ -215,6 +215,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     that is not finite, after its step has changed the student (this is not saved), and for a held-out loss that is not finite.
     """
     optimizer = make_optimizer(student.train(), lr, weight_decay)
+    use_graphs(student)
     if loss == "sft":
         divergence, teacher, kd_ratio, on_policy = None, None, 0.0, 0.0
     elif loss == "minillm":

@@ -39,6 +39,7 @@ from benchmarks.head_loss import trl
 from benchmarks.measure import machine
 from benchmarks.shapes import SHAPES
 from minikd import cuda, loss_cuda, losses, w4_cuda
+from minikd.adamw_cuda import AdamW
 from minikd.attend_cuda import HEADS, attend
 from minikd.cache import StaticCache
 from minikd.config import Qwen2Config
@@ -53,7 +54,7 @@ from minikd.losses import clipped_surrogate, forward_kl, pick_divergence, revers
 from minikd.model import Qwen2, mixed_precision, rope_tables, rotate
 from minikd.quant import dequantize_groups, round_to_nearest, to_words
 from minikd.teacher import Teacher
-from minikd.training import compile_blocks, make_optimizer
+from minikd.training import apply_gradient, compile_blocks, make_optimizer, use_graphs
 from minikd.w4 import W4Linear, to_w4
 
 LAYERS = [(1152, 896), (896, 896), (9728, 896), (896, 4864), (128, 896), (17920, 1536), (1536, 8960), (2560, 2048),
@@ -168,6 +169,12 @@ def begin(kind: str, device: str):
 
 def peak_gb(device: str) -> float:
     return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else float("nan")
+
+
+def graphs_gb(device: str) -> float:
+    """What training's graphs hold beside the tensors that are alive: their pool of memory."""
+    pools = torch.cuda.memory_snapshot() if device == "cuda" else []
+    return sum(segment["total_size"] for segment in pools if tuple(segment["segment_pool_id"]) != (0, 0)) / 1e9
 
 
 # ---- sections; each takes the device, whether shapes are tiny, and `limits`, the bandwidth and FLOP/s that the machine reaches
@@ -376,24 +383,51 @@ def check_gradients(table, config, generator, device):
               "" if off < 1e-3 * whole else "TOO LARGE")
 
 
-def check_compiled(table, config, device, dtype, most):
-    """Gradients of three batches of other lengths, through torch.compile against without it."""
-    def gradients(compiling):
+def check_passes(table, config, device, dtype, most, *ways):
+    """Gradients of batches of other shapes, added up, through torch.compile (compile_blocks) or graphs (use_graphs), or both,
+    against the plain path."""
+    def gradients(*ways):
         model = make(config, device, torch.float32).train()
-        if compiling:
-            compile_blocks(model)
-        for B, T in (3, 40), (2, 64), (2, 72):
+        for prepare in ways:
+            prepare(model)
+        for B, T in (3, 40), (2, 64), (2, 72), (3, 40):
             weight = torch.randn(B, T, config.hidden_size, generator=torch.Generator().manual_seed(T)).to(device)
             with mixed_precision(model.head.device, dtype): # weighted: the mean square after the last norm is always 1
                 (weight * model.hidden(torch.arange(B * T, device=device).view(B, T))).sum().backward()
+        if model.model.graphs:
+            model.model.graphs.settle()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()            # reset() leaves them: graph breaks of other rows are not this one's
-    ours, right = gradients(True), gradients(False)
+    ours, right = gradients(*ways), gradients()
     off, breaks = float((ours - right).norm() / right.norm()), dict(torch._dynamo.utils.counters["graph_break"])
-    table.row(f"compiled blocks, three lengths, {dtype}", f"{off:.1e}",
+    names = " and ".join({use_graphs: "graphs", compile_blocks: "compiled blocks"}[way] for way in ways)
+    table.row(f"{names}, {dtype}", f"{off:.1e}",
               "TOO LARGE" if not off < most else f"NOT COMPILED WHOLE: {breaks}" if breaks else "")
+
+
+def check_optimizer(table, device):
+    """Five steps of apply_gradient, of gradients in both dtypes with copies as graphs have them, against torch's in float64."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, device=device, generator=generator)
+    weights = [torch.nn.Parameter(draw(*shape)) for shape in ((300, 896), (5, 4), (4868, 64))]
+    exact = [torch.nn.Parameter(weight.detach().double()) for weight in weights]
+    build = lambda kind, held, **options: kind([{"params": held[:2], "weight_decay": 0.1}, {"params": held[2:], "weight_decay": 0.0}],
+                                               lr=0.1, betas=(0.9, 0.95), **options)
+    ours, theirs = build(AdamW, weights, fused=True), build(torch.optim.AdamW, exact)
+    copies, worst = {weights[0]: weights[0].detach().bfloat16()}, 0.0
+    start = [weight.detach().clone() for weight in exact]
+    for _ in range(5):
+        gradients = {weights[0]: draw(300, 896).bfloat16(), weights[1]: draw(5, 4), weights[2]: draw(4868, 64)}
+        for weight, right in zip(weights, exact):
+            right.grad = gradients[weight].double()
+        norm = ours.clip_and_step(2.0, gradients, copies)
+        worst = max(worst, abs(float(norm / torch.nn.utils.clip_grad_norm_(exact, 2.0)) - 1))
+        theirs.step()
+    off = max(float((weight - right).norm() / (right - begun).norm()) for weight, right, begun in zip(weights, exact, start))
+    same = torch.equal(copies[weights[0]], weights[0].detach().bfloat16())
+    table.row("adamw.cu: the norm; five steps", f"{worst:.1e}, {off:.1e}", "" if same and max(worst, off) < 1e-5 else "WRONG")
 
 
 def check_loss_kernels(table, generator, device):
@@ -492,9 +526,13 @@ def check_results(device, tiny, limits):
             check_columns(table, 32 if tiny else 128, device)
     with attempt("gradients"):
         check_gradients(table, config, generator, device)
-    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)) if wanted("compiled") and not tiny else ():
-        with attempt(f"compiled, {dtype}"):
-            check_compiled(table, config, device, dtype, most)
+    for ways in [[use_graphs], *([[compile_blocks], [use_graphs, compile_blocks]] if wanted("compiled") and not tiny else [])]:
+        for dtype, most in (torch.float32, 1e-4), (torch.bfloat16, 0.1):
+            with attempt(f"passes, {dtype}"):
+                check_passes(table, config, device, dtype, most, *ways)
+    if device == "cuda" and cuda.available(torch.cuda.current_device()):
+        with attempt("adamw.cu"):
+            check_optimizer(table, device)
     with attempt("loss.cu"):
         check_loss_kernels(table, generator, device)
     if device == "cuda":
@@ -648,6 +686,8 @@ def time_kd(device, tiny, limits):
                    else theirs(teacher_shape, device))
         optimizer = make_optimizer(student, 1e-5) if ours else torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
         student.train()
+        if ours:
+            use_graphs(student)
         if kind.endswith("--compile"):
             compile_blocks(student, teacher.model)
             compile_losses()
@@ -678,12 +718,18 @@ def time_kd(device, tiny, limits):
                     logits = student(input_ids=ids, use_cache=False).logits[:, :-1]
                     loss = (forward_kl(logits, soft) * kept_by_peer).sum() / scored
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if ours:
+                apply_gradient(student, optimizer, 1e-5, max_grad_norm=1.0)
+            else:
+                torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             return loss.detach()
 
         loss = float(step())
+        first_peak = peak_gb(device)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         times = seconds_of(step, steps, device)
         in_a_row = time_once(lambda count: [step() for _ in range(count)], steps, device) / steps
         flops = model_flops(student_shape, batch * length, scored, 6)
@@ -691,7 +737,8 @@ def time_kd(device, tiny, limits):
         first.append(median(times))
         table.row(kind, f"{median(times) * 1e3:.1f}", f"{in_a_row * 1e3:.1f}", f"{first[0] / median(times):.2f}x",
                   f"{batch * length / median(times):,.0f}", f"{flops / median(times) / 989e12:.0%}",
-                  f"{flops / median(times) / limits['flops']:.0%}", f"{peak_gb(device):.2f}", f"{loss:.3f}", spread(times))
+                  f"{flops / median(times) / limits['flops']:.0%}", f"{max(first_peak, peak_gb(device) + graphs_gb(device)):.2f}",
+                  f"{loss:.3f}", spread(times))
 
     kinds = ["minikd", "minikd cached", "transformers"]
     if not tiny:                                    # trl: transformers' models, the loss of trl's DistillationTrainer

@@ -18,6 +18,7 @@ from minikd.data import Encoded, by_length
 from minikd.decode_cuda import OneKernel, fits
 from minikd.errors import InputError
 from minikd.fused_cuda import GREEDY, can_draw, draw_on_gpu
+from minikd.graphs import Replay, can_record
 from minikd.layout import head_logits, laid_out, torch_products
 from minikd.losses import log_mix, log_probs
 from minikd.model import Qwen2
@@ -224,39 +225,6 @@ class Decoding:
             cache.keep(rows)
         self.at, self.tokens = self.at[rows], self.tokens[rows]
         self.u, self.drawn, self.logps = (x.index_select(1, rows) for x in (self.u, self.drawn, self.logps))    # contiguous
-
-
-def can_record(device: torch.device) -> bool:
-    """Whether Replay's graphs can record this device: only the current GPU; on others they would stay empty, without an error."""
-    return device.type == "cuda" and device.index == torch.cuda.current_device()
-
-
-@functools.cache
-def recording_stream(device: int):
-    """A stream to record a GPU's graphs on. torch's own belongs to the first GPU that recorded: others' graphs would be empty."""
-    return torch.cuda.Stream(device)
-
-
-class Replay:
-    """Calls `step`: the first time directly, then as a CUDA graph of it, which is one launch and no Python.
-
-    The first call allocates what must not be allocated while a graph is recorded: cuBLAS's workspaces, kernels compiled
-    at first use.  on: False always calls it directly.
-    """
-
-    def __init__(self, step, on: bool):
-        self.step, self.on, self.warm, self.graph = step, on, False, None
-
-    def __call__(self):
-        if not (self.on and self.warm):
-            self.warm = True
-            return self.step()
-        if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=recording_stream(torch.cuda.current_device())):     # records, without running
-                self.step()
-            self.graph = graph                                  # only once it is complete
-        self.graph.replay()
 
 
 def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from minikd.data import Encoded, by_length, collate
 from minikd.errors import InputError
-from minikd.generate import Replay, can_record
+from minikd.graphs import Replay, can_record
 from minikd.model import Block, Qwen2, rope_tables
 from minikd.quant import check_weight, dequantize, dequantize_groups, find_grid, quantize, round_to_nearest
 from minikd.w4 import give_memory_back, linear_layers

@@ -241,7 +241,7 @@ class Body(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.compiled = None                                                    # set by training.compile_blocks
+        self.compiled = self.graphs = None                                      # set by training.compile_blocks, use_graphs
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
         if cache is None or cache.used == 0:                                    # a whole sequence, from its start
@@ -253,6 +253,12 @@ class Body(nn.Module):
             x = TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self.embed_tokens)   # [B, T, D]
         else:
             x = self.embed_tokens(ids)                                          # [B, T, D]
+        if self.graphs is not None and learned and cache is None and not checkpointing:
+            return self.graphs(x)
+        return self.states(x, positions, cache, checkpointing)
+
+    def states(self, x: Tensor, positions: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
+        """The blocks and the last norm, of the embeddings [B, T, D] of tokens at `positions` [B or 1, T].  -> [B, T, D]"""
         rope = rope_tables(positions, self.config.rope_theta, self.config.head_dim, x.dtype)
         blocks = tuple(self.layers)
         slots = tuple(None if cache is None else cache.layer(i) for i in range(len(blocks)))
@@ -263,7 +269,7 @@ class Body(nn.Module):
         for i in range(0, len(blocks), count):
             x = run(blocks[i:i + count], x, *rope, slots[i:i + count])          # [B, T, D]
         if cache is not None:
-            cache.advance(ids.shape[1])
+            cache.advance(x.shape[1])
         return self.norm(x)
 
 
@@ -311,7 +317,7 @@ class Qwen2(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self.lay_back()                                                         # another dtype or device
-        self.int8_head = None
+        self.int8_head = self.model.graphs = None
         return super()._apply(fn, recurse)
 
     def load_state_dict(self, *given, **options):

@@ -3,8 +3,10 @@ import math
 
 import torch
 
+from minikd.adamw_cuda import AdamW
 from minikd.checkpoint import check_vocabulary, model_folder, outline
 from minikd.errors import InputError
+from minikd.graphs import GraphedBlocks, can_record
 from minikd.model import Qwen2, run_blocks
 
 
@@ -17,12 +19,18 @@ def check_student(name, tokenizer):
     check_vocabulary(name, model.config, tokenizer)
 
 
-def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
+def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> AdamW:
     """AdamW (arXiv:1711.05101, Algorithm 2); biases and norm weights have no weight decay. fused=True updates in one pass."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)      # betas: as MiniLLM's trainer
+    return AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)      # betas: as MiniLLM's trainer
+
+
+def use_graphs(model: Qwen2):
+    """Lets a GPU replay the model's passes in training from CUDA graphs, and apply_gradient take its step by adamw.cu."""
+    if can_record(model.head.device):
+        model.model.graphs = GraphedBlocks(model.model)
 
 
 def compile_blocks(*models: Qwen2):
@@ -52,8 +60,18 @@ def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, ma
     Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    optimizer.step()
+    graphs = model.model.graphs
+    lent, copies = (graphs.lent, graphs.copies) if graphs else ({}, None)
+    norm = optimizer.clip_and_step(max_grad_norm, lent, copies.of if copies else {}) if isinstance(optimizer, AdamW) else None
+    if norm is None:                                                            # on a CPU
+        if graphs:
+            graphs.settle()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+    elif copies:
+        copies.are_fresh()
+    if graphs:
+        graphs.lent = {}
     optimizer.zero_grad(set_to_none=True)
     return norm
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from minikd import graphs
+
 aten = torch.ops.aten
 BOTH = {aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}  # take a CPU's tensors
 INDEXED = BOTH - {aten.copy_.default}   # these only as indices, and one value
@@ -206,6 +208,9 @@ class Places(TorchFunctionMode):
 
 
 class Graph:
+    def pool(self):
+        return 0, 1
+
     def replay(self):
         wait("a replay")
         with torch.inference_mode(), torch._C.DisableTorchFunction():           # it runs on the CPU: nothing to place
@@ -217,7 +222,7 @@ class Graph:
 
 
 @contextmanager
-def record(graph: Graph, stream=None):
+def record(graph: Graph, stream=None, pool=None):
     Played.recording, Played.before = [], {}
     try:
         yield
@@ -253,7 +258,7 @@ class Autocast:
 class Stream:
     """A class, not a function: transformers annotates with torch.cuda.Stream | None."""
     def __init__(self, device):
-        pass
+        self.wait_stream, self.cuda_stream = lambda other: None, 0
 
 
 class Event:
@@ -282,10 +287,10 @@ def gpu():
         get_device_properties=lambda *_: SimpleNamespace(name="played", multi_processor_count=1, total_memory=1 << 40,
                                                           major=7, minor=5, shared_memory_per_block_optin=227 << 10),
         device=lambda _: nullcontext(), synchronize=lambda *_: None, empty_cache=lambda: None, CUDAGraph=Graph, graph=record,
-        Stream=Stream, Event=Event,
+        Stream=Stream, current_stream=lambda: Stream(0), stream=lambda _: nullcontext(), Event=Event,
         get_rng_state=lambda *_: torch.get_rng_state(), set_rng_state=lambda state, *_: torch.set_rng_state(state),
         is_current_stream_capturing=lambda: Played.recording is not None, get_device_name=lambda *_: "a CPU",
-        reset_peak_memory_stats=lambda *_: None, max_memory_allocated=lambda *_: 0)
+        reset_peak_memory_stats=lambda *_: None, max_memory_allocated=lambda *_: 0, memory_snapshot=lambda: [])
     enabled, its_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
     rest = dict(
         Generator=Generator, autocast=Autocast,
@@ -299,5 +304,6 @@ def gpu():
         stack.enter_context(mock.patch.object(torch.amp, "autocast", Autocast))                 # checkpointing's
         stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", lambda *_: SimpleNamespace(
             is_capturing=lambda: Played.recording is not None)))        # optimizers of a torch built with CUDA ask it
+        stack.enter_context(mock.patch.object(graphs, "borrow", lambda tensor: tensor))         # no replay reuses its memory
         stack.enter_context(Places())
         yield

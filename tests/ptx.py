@@ -641,9 +641,10 @@ def lane_by_lane(base: str, mods: list[str], operands: list[str], read) -> tuple
     a, *more = (read(operand, type) for operand in operands[1:3])
     if base == "clz":
         return ["u4"], f"leading_zeros({a})"
-    if base in ("neg", "not", "ex2", "lg2", "rsqrt", "rcp"):
+    if base in ("neg", "not", "ex2", "lg2", "rsqrt", "sqrt", "rcp"):
         return [type], {"neg": f"-{a}", "not": f"~{a}", "ex2": f"exp2({a})", "lg2": f"log2({a})",
-                        "rsqrt": f"(1 / sqrt({a})).astype(f4)", "rcp": f"(1 / {a}).astype(f4)"}[base]
+                        "rsqrt": f"(1 / sqrt({a})).astype(f4)", "sqrt": f"sqrt({a})",
+                        "rcp": f"(1 / {a}).astype(f4)"}[base]
     b, = more
     if base == "setp":
         require(len(operands) == 3, "setp of two predicates")

@@ -13,7 +13,7 @@ from minikd import generate as generation
 from minikd.checkpoint import save_model
 from minikd.data import Encoded
 from minikd.errors import InputError
-from minikd.generate import Decoding, Replay, generate, generate_with_log_probs, invert, respond, sample
+from minikd.generate import Decoding, generate, generate_with_log_probs, invert, respond, sample
 from minikd.layout import join
 from minikd.model import BLOCKS_PER_GRAPH, Qwen2
 from minikd.training import compile_blocks
@@ -208,31 +208,6 @@ def test_with_graphs_rows_leave_by_halves_at_every_look(monkeypatch):
             rows = len(left) if len(left) <= rows // 2 else rows
         expected.append((rows, 1))
     assert shapes == expected and len({rows for rows, _ in shapes}) > 1
-
-
-def test_a_graph_is_recorded_at_the_second_step_and_then_replayed(monkeypatch):
-    log, gpus = [], [0, 1, 0]
-
-    class Graph:
-        def replay(self):
-            log.append("replay")
-
-    @contextmanager
-    def recording(graph, stream):
-        log.append(stream)
-        yield
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(generation, "recording_stream", generation.recording_stream.__wrapped__)            # not remembered
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of GPU {device}")
-    for gpu in gpus:
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu)
-        replay = Replay(lambda: log.append("step"), on=True)
-        for _ in range(4):
-            replay()
-    assert log == [entry for gpu in gpus for entry in (
-        "step", f"a stream of GPU {gpu}", "step", "replay", "replay", "replay")]
 
 
 # ---- one token from logits ----

@@ -15,7 +15,8 @@ from conftest import killed_at, small, steps_of, tiny
 from fake_gpu import Graph, Played, Wrong, gpu, record
 from minikd.command import pick_device
 from minikd.data import Encoded
-from minikd.generate import Decoding, Replay, generate_with_log_probs
+from minikd.generate import Decoding, generate_with_log_probs
+from minikd.graphs import Replay
 from minikd.losses import forward_kl
 from minikd.model import join_in_training, mixed_precision
 from minikd.teacher import Teacher

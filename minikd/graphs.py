@@ -1,0 +1,215 @@
+"""CUDA graphs: the host replays by one call what it would otherwise launch kernel by kernel, as fast as it can.
+
+`Replay` is for a step of decoding, `GraphedBlocks` for the forward and the backward pass of a body's blocks in training.
+"""
+import functools
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minikd.model import Body, Linear, RMSNorm
+
+TILE = 64       # GraphedBlocks pads sequences to multiples of it, so that few graphs serve batches of all lengths
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether Replay's graphs can record this device: only the current GPU; on others they would stay empty, without an error."""
+    return device.type == "cuda" and device.index == torch.cuda.current_device()
+
+
+@functools.cache
+def recording_stream(device: int):
+    """A stream to record a GPU's graphs on. torch's own belongs to the first GPU that recorded: others' graphs would be empty."""
+    return torch.cuda.Stream(device)
+
+
+class Replay:
+    """Calls `step`: the first time directly, then as a CUDA graph of it, which is one launch and no Python.
+
+    The first call allocates what must not be allocated while a graph is recorded: cuBLAS's workspaces, kernels compiled
+    at first use.  on: False always calls it directly.
+    """
+
+    def __init__(self, step, on: bool):
+        self.step, self.on, self.warm, self.graph = step, on, False, None
+
+    def __call__(self):
+        if not (self.on and self.warm):
+            self.warm = True
+            return self.step()
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=recording_stream(torch.cuda.current_device())):     # records, without running
+                self.step()
+            self.graph = graph                                  # only once it is complete
+        self.graph.replay()
+
+
+class GraphedBlocks:
+    """A body's blocks and last norm in training, their forward and their backward pass replayed from CUDA graphs: a pair for each
+    shape of a batch.
+
+    Under autocast the graphs read bfloat16 copies of the weights, and give their gradients in bfloat16, as autocast would, which
+    casts every weight and gradient in every step: here the optimizer writes the copies (AdamW.clip_and_step).
+
+    All graphs share one pool of memory, as large as the largest shape needs. So a forward pass overwrites what the one before
+    left for its backward pass, and gradients that are still there are copied first.
+    """
+
+    def __init__(self, body: Body):
+        self.body, self.pairs, self.pool, self.copies = body, {}, None, None
+        self.weights = [p for module in (body.layers, body.norm) for p in module.parameters()]
+        self.lent = {}                                  # weight -> its gradient, which the last backward pass left in the pool
+        self.turns = 0                                  # forward and backward passes so far
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The embeddings [B, T, D] of tokens 0 .. T-1 -> states [B, T, D], to be read before the next call. The backward pass
+        leaves the weights' gradients in `lent`; `settle` adds them to .grad."""
+        T, low = x.shape[1], torch.is_autocast_enabled("cuda")
+        padded = F.pad(x, (0, 0, 0, -T % TILE))                                 # [B, T', D]; causal: no other state sees it
+        if low:
+            self.copies = self.copies or Copies(self.body)
+            self.copies.refresh()
+        self.settle()                                                           # before they are overwritten
+        key = padded.shape, low
+        if key not in self.pairs:
+            self.pairs[key] = self.record(padded, self.copies if low else None)
+        return _Replayed.apply(padded, self, self.pairs[key])[:, :T]
+
+    def record(self, like: Tensor, copies) -> "Pair":
+        """The graphs of both passes for embeddings like these. Each pass runs once before, as in Replay."""
+        stream, positions = recording_stream(torch.cuda.current_device()), torch.arange(like.shape[1], device=like.device)[None]
+        x = like.detach().clone().requires_grad_()                              # these places the graphs read, and slope
+        parts = copies.parts if copies else [(weight, [weight]) for weight in self.weights]
+        leaves = [x, *(leaf for leaf, _ in parts)]
+        with (torch.enable_grad(), copies.installed() if copies else nullcontext(),
+              torch.autocast("cuda", torch.get_autocast_dtype("cuda"), copies is not None, cache_enabled=False)):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                y = self.body.states(x, positions)
+                slope = torch.zeros_like(y)
+                torch.autograd.grad(y, leaves, slope)
+                del y
+            torch.cuda.current_stream().wait_stream(stream)
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(forward, pool=self.pool, stream=stream):
+                y = self.body.states(x, positions)
+            self.pool = forward.pool()
+            with torch.cuda.graph(backward, pool=self.pool, stream=stream):
+                slope_x, *slopes = torch.autograd.grad(y, leaves, slope)
+        gradients = {}
+        for (_, weights), found in zip(parts, slopes, strict=True):
+            gradients |= zip(weights, borrow(found).split([len(weight) for weight in weights]))
+        return Pair(x, positions, slope, forward, backward, borrow(y.detach()), borrow(slope_x), gradients)
+
+    def settle(self):
+        """Adds what the last backward pass left in the pool to the weights' .grad."""
+        for weight, found in self.lent.items():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            weight.grad += found
+        self.lent = {}
+
+
+class Pair(NamedTuple):
+    """The graphs of both passes for one shape, and the places that they read and write."""
+    x: Tensor
+    positions: Tensor
+    slope: Tensor                       # dL/dy
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    y: Tensor
+    slope_x: Tensor                     # dL/dx
+    gradients: dict                     # weight -> dL/dweight
+
+
+class Copies:
+    """bfloat16 copies of a body's matrices and biases, those of layers with the same inputs side by side."""
+
+    @torch.no_grad()
+    def __init__(self, body: Body):
+        self.halves, self.singles, self.parts = [], [], []                      # parts: a copy, and the weights in it
+        self.versions = None                                                    # of the weights when they were copied
+        leaf = lambda *weights: nn.Parameter(torch.cat([weight.detach() for weight in weights]).bfloat16())
+        for block in body.layers:
+            attention, mlp = block.self_attn, block.mlp
+            for half, layers in ((attention, [attention.q_proj, attention.k_proj, attention.v_proj]),
+                                 (mlp, [mlp.gate_proj, mlp.up_proj])):
+                joined = Linear(1, 1, bias=layers[0].bias is not None)
+                for name, value in joined.named_parameters():
+                    weights = [getattr(layer, name) for layer in layers]
+                    setattr(joined, name, leaf(*weights))
+                    self.parts.append((getattr(joined, name), weights))
+                self.halves.append((half, joined))
+            for layer in attention.o_proj, mlp.down_proj:
+                self.singles.append((layer, leaf(layer.weight)))
+                self.parts.append((self.singles[-1][1], [layer.weight]))
+        self.of = {weight: view for copy, weights in self.parts                 # weight -> its copy
+                   for weight, view in zip(weights, copy.detach().split([len(weight) for weight in weights]))}
+        norms = [norm.weight for norm in body.modules() if isinstance(norm, RMSNorm)]
+        self.parts += [(weight, [weight]) for weight in norms]                  # read in float32, as under autocast
+
+    @torch.no_grad()
+    def refresh(self):
+        """Copies the weights again, unless the last step of the optimizer did (versions), and nothing else wrote to them."""
+        if self.versions != [weight._version for weight in self.of]:
+            torch._foreach_copy_([*self.of.values()], [*self.of])
+            self.are_fresh()
+
+    def are_fresh(self):
+        self.versions = [weight._version for weight in self.of]                 # adamw.cu's writes are not counted
+
+    @contextmanager
+    def installed(self):
+        """Inside the `with` block the body's layers multiply by the copies."""
+        own = [layer.weight for layer, _ in self.singles]
+        try:
+            for half, joined in self.halves:
+                half.joined = joined.forward
+            for layer, copy in self.singles:
+                layer.weight = copy
+            yield
+        finally:
+            for half, _ in self.halves:
+                half.joined = None
+            for (layer, _), weight in zip(self.singles, own):
+                layer.weight = weight
+
+
+def borrow(tensor: Tensor) -> Tensor:
+    """The same memory, without keeping it: so the pool can give it to the graphs of another shape, too."""
+    words = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor          # numpy knows no bfloat16
+    memory = SimpleNamespace(__cuda_array_interface__=words.__cuda_array_interface__)
+    return torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)
+
+
+class _Replayed(torch.autograd.Function):
+    """One forward pass of GraphedBlocks, and its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, graphs: GraphedBlocks, pair: Pair) -> Tensor:
+        pair.x.detach().copy_(x)
+        pair.forward.replay()
+        graphs.turns += 1
+        ctx.graphs, ctx.pair, ctx.turn = graphs, pair, graphs.turns
+        return pair.y.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor):
+        graphs, pair = ctx.graphs, ctx.pair
+        if ctx.turn != graphs.turns:
+            raise RuntimeError("the model was run again before this backward pass: call backward first")
+        graphs.turns += 1
+        pair.slope.copy_(slope)
+        pair.backward.replay()
+        graphs.lent = pair.gradients
+        if graphs.weights[0].grad is not None:                                  # of an earlier micro-batch
+            graphs.settle()
+        if graphs.copies:
+            graphs.copies.versions = None                                       # an optimizer may write without counting, too
+        return pair.slope_x.detach(), None, None

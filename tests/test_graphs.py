@@ -1,0 +1,186 @@
+"""CUDA graphs, on a GPU that the CPU plays (fake_gpu.py)."""
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from conftest import small
+from fake_gpu import Graph, gpu
+from minikd import graphs
+from minikd.adamw_cuda import AdamW
+from minikd.model import mixed_precision
+from minikd.training import apply_gradient, make_optimizer, use_graphs
+
+
+@pytest.fixture
+def played():
+    with gpu():
+        yield
+
+
+def test_a_graph_is_recorded_at_the_second_step_and_then_replayed(monkeypatch):
+    log, gpus = [], [0, 1, 0]
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    @contextmanager
+    def recording(graph, stream):
+        log.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(graphs, "recording_stream", graphs.recording_stream.__wrapped__)            # not remembered
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of GPU {device}")
+    for gpu in gpus:
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu)
+        replay = graphs.Replay(lambda: log.append("step"), on=True)
+        for _ in range(4):
+            replay()
+    assert log == [entry for gpu in gpus for entry in (
+        "step", f"a stream of GPU {gpu}", "step", "replay", "replay", "replay")]
+
+
+# ---- a training step's passes
+
+def student(graphed=True, **changes):
+    model = small(3, **changes).to("cuda").train()
+    if graphed:
+        use_graphs(model)
+    return model
+
+
+def ids(*shape):
+    return torch.randint(300, shape, generator=torch.Generator().manual_seed(sum(shape))).to("cuda")
+
+
+def learn(model, batch, dtype=torch.bfloat16, **options):
+    """A backward pass for a batch of ids."""
+    with mixed_precision(model.head.device, dtype):
+        states = model.hidden(batch, **options)
+        (states * torch.linspace(-1, 1, states.numel(), device="cuda").view_as(states)).sum().backward()
+
+
+def gradients(model, batches, dtype):
+    """Of all weights, added up over the batches."""
+    for batch in batches:
+        learn(model, batch, dtype)
+    if model.model.graphs:
+        model.model.graphs.settle()
+    found = torch.cat([p.grad.flatten() for p in model.parameters()]).cpu()
+    model.zero_grad()
+    return found
+
+
+def off(ours, right) -> float:
+    return float((ours - right).norm() / right.norm())
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_replayed_passes_give_the_plain_paths_gradients(played, dtype, most, tied):
+    plain, model = (student(graphed, tie_word_embeddings=tied) for graphed in (False, True))
+    for batches in ([ids(2, 5)], [ids(2, 70)], [ids(2, 5), ids(2, 70), ids(2, 9)], [ids(2, 64)]):
+        if not tied:
+            for each in plain, model:
+                each.lm_head.weight.grad = torch.zeros_like(each.head)
+        assert off(gradients(model, batches, dtype), gradients(plain, batches, dtype)) < most
+    assert len(model.model.graphs.pairs) == 2                                   # 64 tokens and 128
+
+
+def test_both_passes_are_recorded_once_for_a_shape_and_then_replayed(played, monkeypatch):
+    replayed, replay = [], Graph.replay
+    monkeypatch.setattr(Graph, "replay", lambda graph: (replayed.append(graph), replay(graph)))
+    model = student()
+    for batch in ids(2, 5), ids(2, 7), ids(1, 7), ids(2, 5):
+        learn(model, batch)
+    first, _, second = replayed[:2], replayed[2:4], replayed[4:6]
+    assert replayed == first + first + second + first and len({*first, *second}) == 4
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_steps_after_replayed_passes_are_the_plain_paths(played, monkeypatch, own):
+    """own: as by adamw.cu, which here torch's steps play: the gradients it is given, and the copies that it writes."""
+    def clip_and_step(self, most, lent, copies):
+        if not (lent or copies) or not own:
+            return None
+        assert all((g.dtype == torch.bfloat16) == (weight in copies) for weight, g in lent.items())
+        for weight, gradient in lent.items():
+            assert weight.grad is None
+            weight.grad = gradient.float()
+        norm = torch.nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], most)
+        with torch.no_grad():
+            self.step()
+            for weight, copy in copies.items():
+                copy.copy_(weight)
+        return norm
+
+    monkeypatch.setattr(AdamW, "clip_and_step", clip_and_step)
+    plain, model = student(False), student()
+    begun = torch.cat([p.detach().flatten() for p in plain.parameters()]).cpu()
+    norms = []
+    for each in plain, model:
+        optimizer = make_optimizer(each, 1e-2)
+        for batches in ([ids(2, 5)], [ids(2, 5), ids(2, 70)], [ids(2, 70)]):
+            for batch in batches:
+                learn(each, batch)
+            norms.append(float(apply_gradient(each, optimizer, 1e-2, 1.0)))
+            assert all(p.grad is None for p in each.parameters()) and not (each.model.graphs and each.model.graphs.lent)
+    assert norms[3:] == pytest.approx(norms[:3], rel=1e-2)
+    right, ours = (torch.cat([p.detach().flatten() for p in each.parameters()]).cpu() for each in (plain, model))
+    assert off(ours - begun, right - begun) < 0.1                               # Adam's first steps depend on signs alone
+    learn(model, ids(2, 5))                                                     # a pass begins by copying what changed
+    assert all(torch.equal(copy, weight.detach().bfloat16()) for weight, copy in model.model.graphs.copies.of.items())
+
+
+def test_copies_follow_weights_that_were_loaded(played):
+    model, other = student(), small(4).to("cuda")
+    learn(model, ids(2, 5))
+    with torch.no_grad():
+        for mine, its in zip(model.parameters(), other.parameters()):
+            mine.copy_(its)
+    model.zero_grad()
+    model.model.graphs.lent = {}
+    plain = student(False)
+    plain.load_state_dict(other.state_dict())
+    assert off(gradients(model, [ids(2, 5)], torch.bfloat16), gradients(plain, [ids(2, 5)], torch.bfloat16)) < 1e-2
+
+
+def test_a_backward_pass_needs_the_latest_forward_pass(played):
+    model = student()
+    first, second = (model.hidden(ids(2, 5)).sum() for _ in range(2))
+    with pytest.raises(RuntimeError, match="run again before this backward pass"):
+        first.backward()
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="run again"):
+        second.backward()
+
+
+def test_what_is_not_replayed(played):
+    model = student()
+    with torch.no_grad():
+        model.hidden(ids(2, 5))
+    learn(model, ids(2, 5), checkpointing=True)
+    learn(model.eval(), ids(2, 5))
+    assert not model.model.graphs.pairs
+    learn(model.train(), ids(2, 5))
+    assert model.model.graphs.pairs
+    assert model.to("cpu").model.graphs is None                                 # its weights are elsewhere now
+    use_graphs(model)
+    assert model.model.graphs is None
+
+
+def test_the_layers_are_as_they_were_after_recording(played):
+    model = student()
+    weights = dict(model.named_parameters())
+    learn(model, ids(2, 5))
+    assert all(weights[name] is weight for name, weight in model.named_parameters()) and len(weights) == len(model.state_dict())
+    assert all(half.joined is None for block in model.model.layers for half in (block.self_attn, block.mlp))
+    copies = model.model.graphs.copies
+    with pytest.raises(KeyboardInterrupt), copies.installed():
+        assert copies.halves[0][0].joined is not None and copies.singles[0][0].weight.dtype == torch.bfloat16
+        raise KeyboardInterrupt
+    assert all(weights[name] is weight for name, weight in model.named_parameters())
+    assert all(half.joined is None for block in model.model.layers for half in (block.self_attn, block.mlp))
