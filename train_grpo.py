@@ -203,7 +203,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     for `patience` steps in a row.
     """
     optimizer = make_optimizer(model.train(), lr, weight_decay)
-    use_graphs(model)
+    if not gradient_checkpointing:
+        use_graphs(model, dtype)
     if compile:
         compile_blocks(model, *([reference] if reference else []))
     state, _ = load_state(out, model, optimizer, {"step": 0, "unpaid": 0})      # steps done; those in a row without a reward

@@ -215,7 +215,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     that is not finite, after its step has changed the student (this is not saved), and for a held-out loss that is not finite.
     """
     optimizer = make_optimizer(student.train(), lr, weight_decay)
-    use_graphs(student)
+    if not gradient_checkpointing:
+        use_graphs(student, dtype)
     if loss == "sft":
         divergence, teacher, kd_ratio, on_policy = None, None, 0.0, 0.0
     elif loss == "minillm":

@@ -388,8 +388,10 @@ def check_passes(table, config, device, dtype, most, *ways):
     against the plain path."""
     def gradients(*ways):
         model = make(config, device, torch.float32).train()
-        for prepare in ways:
-            prepare(model)
+        if use_graphs in ways:
+            use_graphs(model, dtype)
+        if compile_blocks in ways:
+            compile_blocks(model)
         for B, T in (3, 40), (2, 64), (2, 72), (3, 40):
             weight = torch.randn(B, T, config.hidden_size, generator=torch.Generator().manual_seed(T)).to(device)
             with mixed_precision(model.head.device, dtype): # weighted: the mean square after the last norm is always 1
@@ -526,10 +528,12 @@ def check_results(device, tiny, limits):
             check_columns(table, 32 if tiny else 128, device)
     with attempt("gradients"):
         check_gradients(table, config, generator, device)
-    for ways in [[use_graphs], *([[compile_blocks], [use_graphs, compile_blocks]] if wanted("compiled") and not tiny else [])]:
-        for dtype, most in (torch.float32, 1e-4), (torch.bfloat16, 0.1):
-            with attempt(f"passes, {dtype}"):
-                check_passes(table, config, device, dtype, most, *ways)
+    ways = [(torch.bfloat16, use_graphs)]
+    if wanted("compiled") and not tiny:
+        ways += [(torch.float32, compile_blocks), (torch.bfloat16, compile_blocks), (torch.bfloat16, use_graphs, compile_blocks)]
+    for dtype, *names in ways:
+        with attempt("passes"):
+            check_passes(table, config, device, dtype, 1e-4 if dtype == torch.float32 else 0.1, *names)
     if device == "cuda" and cuda.available(torch.cuda.current_device()):
         with attempt("adamw.cu"):
             check_optimizer(table, device)
@@ -687,7 +691,7 @@ def time_kd(device, tiny, limits):
         optimizer = make_optimizer(student, 1e-5) if ours else torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
         student.train()
         if ours:
-            use_graphs(student)
+            use_graphs(student, torch.bfloat16)
         if kind.endswith("--compile"):
             compile_blocks(student, teacher.model)
             compile_losses()

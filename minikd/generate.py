@@ -4,7 +4,6 @@ References
     nucleus sampling                    arXiv:1904.09751
     MiniLLM, teacher-mixed sampling     arXiv:2306.08543, eq. (4)
 """
-import functools
 import math
 import operator
 from contextlib import ExitStack

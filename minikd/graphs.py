@@ -3,7 +3,7 @@
 `Replay` is for a step of decoding, `GraphedBlocks` for the forward and the backward pass of a body's blocks in training.
 """
 import functools
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -50,61 +50,56 @@ class Replay:
 
 
 class GraphedBlocks:
-    """A body's blocks and last norm in training, their forward and their backward pass replayed from CUDA graphs: a pair for each
-    shape of a batch.
+    """A body's blocks and last norm in training under autocast, their forward and their backward pass replayed from CUDA graphs:
+    a pair for each shape of a batch.
 
-    Under autocast the graphs read bfloat16 copies of the weights, and give their gradients in bfloat16, as autocast would, which
-    casts every weight and gradient in every step: here the optimizer writes the copies (AdamW.clip_and_step).
+    The graphs read bfloat16 copies of the weights and give their gradients in bfloat16, as autocast would, which casts every
+    weight and gradient in every step: here the optimizer writes the copies (AdamW.clip_and_step).
 
     All graphs share one pool of memory, as large as the largest shape needs. So a forward pass overwrites what the one before
-    left for its backward pass, and gradients that are still there are copied first.
+    left for its backward pass, and gradients that are still there are added to .grad first.
     """
 
     def __init__(self, body: Body):
-        self.body, self.pairs, self.pool, self.copies = body, {}, None, None
-        self.weights = [p for module in (body.layers, body.norm) for p in module.parameters()]
+        self.body, self.copies, self.pairs, self.pool = body, Copies(body), {}, None
         self.lent = {}                                  # weight -> its gradient, which the last backward pass left in the pool
         self.turns = 0                                  # forward and backward passes so far
 
     def __call__(self, x: Tensor) -> Tensor:
         """The embeddings [B, T, D] of tokens 0 .. T-1 -> states [B, T, D], to be read before the next call. The backward pass
         leaves the weights' gradients in `lent`; `settle` adds them to .grad."""
-        T, low = x.shape[1], torch.is_autocast_enabled("cuda")
+        T = x.shape[1]
         padded = F.pad(x, (0, 0, 0, -T % TILE))                                 # [B, T', D]; causal: no other state sees it
-        if low:
-            self.copies = self.copies or Copies(self.body)
-            self.copies.refresh()
+        self.copies.refresh()
         self.settle()                                                           # before they are overwritten
-        key = padded.shape, low
-        if key not in self.pairs:
-            self.pairs[key] = self.record(padded, self.copies if low else None)
-        return _Replayed.apply(padded, self, self.pairs[key])[:, :T]
+        if padded.shape not in self.pairs:
+            self.pairs[padded.shape] = self.record(padded)
+        return _Replayed.apply(padded, self, self.pairs[padded.shape])[:, :T]
 
-    def record(self, like: Tensor, copies) -> "Pair":
+    def record(self, like: Tensor) -> "Pair":
         """The graphs of both passes for embeddings like these. Each pass runs once before, as in Replay."""
         stream, positions = recording_stream(torch.cuda.current_device()), torch.arange(like.shape[1], device=like.device)[None]
-        x = like.detach().clone().requires_grad_()                              # these places the graphs read, and slope
-        parts = copies.parts if copies else [(weight, [weight]) for weight in self.weights]
-        leaves = [x, *(leaf for leaf, _ in parts)]
-        with (torch.enable_grad(), copies.installed() if copies else nullcontext(),
-              torch.autocast("cuda", torch.get_autocast_dtype("cuda"), copies is not None, cache_enabled=False)):
+        copies, make = [copy for copy, _ in self.copies.parts], lambda: torch.empty_like(like, requires_grad=True)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.enable_grad(), self.copies.installed(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
+                x = make()
                 y = self.body.states(x, positions)
-                slope = torch.zeros_like(y)
-                torch.autograd.grad(y, leaves, slope)
-                del y
+                torch.autograd.grad(y, [x, *copies], torch.zeros_like(y))
+                del x, y
             torch.cuda.current_stream().wait_stream(stream)
-            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(forward, pool=self.pool, stream=stream):
+                x = make()
                 y = self.body.states(x, positions)
+                slope = torch.empty_like(y)
             self.pool = forward.pool()
             with torch.cuda.graph(backward, pool=self.pool, stream=stream):
-                slope_x, *slopes = torch.autograd.grad(y, leaves, slope)
+                slope_x, *slopes = torch.autograd.grad(y, [x, *copies], slope)
         gradients = {}
-        for (_, weights), found in zip(parts, slopes, strict=True):
+        for (_, weights), found in zip(self.copies.parts, slopes, strict=True):
             gradients |= zip(weights, borrow(found).split([len(weight) for weight in weights]))
-        return Pair(x, positions, slope, forward, backward, borrow(y.detach()), borrow(slope_x), gradients)
+        return Pair(forward, backward, positions, *map(borrow, (x, y, slope, slope_x)), gradients)
 
     def settle(self):
         """Adds what the last backward pass left in the pool to the weights' .grad."""
@@ -117,12 +112,12 @@ class GraphedBlocks:
 
 class Pair(NamedTuple):
     """The graphs of both passes for one shape, and the places that they read and write."""
-    x: Tensor
-    positions: Tensor
-    slope: Tensor                       # dL/dy
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
+    positions: Tensor
+    x: Tensor
     y: Tensor
+    slope: Tensor                       # dL/dy
     slope_x: Tensor                     # dL/dx
     gradients: dict                     # weight -> dL/dweight
 
@@ -140,7 +135,7 @@ class Copies:
             for half, layers in ((attention, [attention.q_proj, attention.k_proj, attention.v_proj]),
                                  (mlp, [mlp.gate_proj, mlp.up_proj])):
                 joined = Linear(1, 1, bias=layers[0].bias is not None)
-                for name, value in joined.named_parameters():
+                for name, _ in list(joined.named_parameters()):
                     weights = [getattr(layer, name) for layer in layers]
                     setattr(joined, name, leaf(*weights))
                     self.parts.append((getattr(joined, name), weights))
@@ -182,6 +177,7 @@ class Copies:
 
 def borrow(tensor: Tensor) -> Tensor:
     """The same memory, without keeping it: so the pool can give it to the graphs of another shape, too."""
+    tensor = tensor.detach()
     words = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor          # numpy knows no bfloat16
     memory = SimpleNamespace(__cuda_array_interface__=words.__cuda_array_interface__)
     return torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)
@@ -192,7 +188,7 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, graphs: GraphedBlocks, pair: Pair) -> Tensor:
-        pair.x.detach().copy_(x)
+        pair.x.copy_(x)
         pair.forward.replay()
         graphs.turns += 1
         ctx.graphs, ctx.pair, ctx.turn = graphs, pair, graphs.turns
@@ -208,8 +204,7 @@ class _Replayed(torch.autograd.Function):
         pair.slope.copy_(slope)
         pair.backward.replay()
         graphs.lent = pair.gradients
-        if graphs.weights[0].grad is not None:                                  # of an earlier micro-batch
+        if next(iter(graphs.lent)).grad is not None:                            # of an earlier micro-batch
             graphs.settle()
-        if graphs.copies:
-            graphs.copies.versions = None                                       # an optimizer may write without counting, too
+        graphs.copies.versions = None                                           # an optimizer may write without counting, too
         return pair.slope_x.detach(), None, None

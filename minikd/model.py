@@ -253,8 +253,8 @@ class Body(nn.Module):
             x = TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self.embed_tokens)   # [B, T, D]
         else:
             x = self.embed_tokens(ids)                                          # [B, T, D]
-        if self.graphs is not None and learned and cache is None and not checkpointing:
-            return self.graphs(x)
+        if self.graphs is not None and learned and cache is None and not checkpointing and trains_on_gpu(x):
+            return self.graphs(x)                                               # what follows, from CUDA graphs
         return self.states(x, positions, cache, checkpointing)
 
     def states(self, x: Tensor, positions: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:

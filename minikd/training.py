@@ -27,9 +27,10 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> AdamW
     return AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)      # betas: as MiniLLM's trainer
 
 
-def use_graphs(model: Qwen2):
-    """Lets a GPU replay the model's passes in training from CUDA graphs, and apply_gradient take its step by adamw.cu."""
-    if can_record(model.head.device):
+def use_graphs(model: Qwen2, dtype: torch.dtype):
+    """Lets a GPU replay the model's passes in bfloat16 training from CUDA graphs. Not in float32: there the model that is trained
+    also samples, and generate may move its weights (layout.join)."""
+    if dtype == torch.bfloat16 and can_record(model.head.device):
         model.model.graphs = GraphedBlocks(model.model)
 
 
@@ -61,17 +62,16 @@ def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, ma
     for group in optimizer.param_groups:
         group["lr"] = lr
     graphs = model.model.graphs
-    lent, copies = (graphs.lent, graphs.copies) if graphs else ({}, None)
-    norm = optimizer.clip_and_step(max_grad_norm, lent, copies.of if copies else {}) if isinstance(optimizer, AdamW) else None
+    own = isinstance(optimizer, AdamW)
+    norm = optimizer.clip_and_step(max_grad_norm, *(graphs.lent, graphs.copies.of) if graphs else ()) if own else None
+    if graphs and norm is not None:
+        graphs.copies.are_fresh()
+        graphs.lent = {}
     if norm is None:                                                            # on a CPU
         if graphs:
             graphs.settle()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
-    elif copies:
-        copies.are_fresh()
-    if graphs:
-        graphs.lent = {}
     optimizer.zero_grad(set_to_none=True)
     return norm
 
