@@ -17,7 +17,7 @@ Targets (one H200, random weights in Qwen2.5's shapes, peers in the same run; wh
     sampling  64 rows x 512 tokens, 0.5B: 8 x transformers
     kd        3B teacher, 0.5B student, 8 x 512, forward KL: 2 x transformers with full logits at half its memory, 45% of
               the matrix units' rate; from the cached teacher's states 2 x the live one. (In a row: without waiting for each
-              step, as a loop could that reads a step's numbers during the next; train_kd.py's waits)
+              step. If that takes longer than the kernels, the host cannot launch them fast enough)
     gptq      128 x 2,048 tokens: 60 s (0.5B), 4 minutes (3B), within 1.3 x the bfloat16 model
 Every time is a median; spread is (90th - 10th percentile) / median. Each row is printed when it is measured; if one fails, it
 says so, and the next one runs.
