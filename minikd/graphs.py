@@ -61,22 +61,22 @@ class GraphedBlocks:
     """
 
     def __init__(self, body: Body):
-        self.body, self.copies, self.pairs, self.pool = body, Copies(body), {}, None
+        self.copies, self.pairs, self.pool = Copies(body), {}, None             # not the body: a cycle would outlive the run
         self.lent = {}                                  # weight -> its gradient, which the last backward pass left in the pool
         self.turns = 0                                  # forward and backward passes so far
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, states) -> Tensor:
         """The embeddings [B, T, D] of tokens 0 .. T-1 -> states [B, T, D], to be read before the next call. The backward pass
-        leaves the weights' gradients in `lent`; `settle` adds them to .grad."""
+        leaves the weights' gradients in `lent`; `settle` adds them to .grad.  states: Body.states"""
         T = x.shape[1]
         padded = F.pad(x, (0, 0, 0, -T % TILE))                                 # [B, T', D]; causal: no other state sees it
         self.copies.refresh()
         self.settle()                                                           # before they are overwritten
         if padded.shape not in self.pairs:
-            self.pairs[padded.shape] = self.record(padded)
+            self.pairs[padded.shape] = self.record(padded, states)
         return _Replayed.apply(padded, self, self.pairs[padded.shape])[:, :T]
 
-    def record(self, like: Tensor) -> "Pair":
+    def record(self, like: Tensor, states) -> "Pair":
         """The graphs of both passes for embeddings like these. Each pass runs once before, as in Replay."""
         stream, positions = recording_stream(torch.cuda.current_device()), torch.arange(like.shape[1], device=like.device)[None]
         copies, make = [copy for copy, _ in self.copies.parts], lambda: torch.empty_like(like, requires_grad=True)
@@ -85,17 +85,17 @@ class GraphedBlocks:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 x = make()
-                y = self.body.states(x, positions)
+                y = states(x, positions)
                 torch.autograd.grad(y, [x, *copies], torch.zeros_like(y))
                 del x, y
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(forward, pool=self.pool, stream=stream):
                 x = make()
-                y = self.body.states(x, positions)
+                y = states(x, positions)
                 slope = torch.empty_like(y)
-            self.pool = forward.pool()
-            with torch.cuda.graph(backward, pool=self.pool, stream=stream):
+            with torch.cuda.graph(backward, pool=forward.pool(), stream=stream):
                 slope_x, *slopes = torch.autograd.grad(y, [x, *copies], slope)
+        self.pool = forward.pool()                      # only now: an error above would have ended it
         gradients = {}
         for (_, weights), found in zip(self.copies.parts, slopes, strict=True):
             gradients |= zip(weights, borrow(found).split([len(weight) for weight in weights]))

@@ -254,8 +254,11 @@ class Body(nn.Module):
         else:
             x = self.embed_tokens(ids)                                          # [B, T, D]
         if self.graphs is not None and learned and cache is None and not checkpointing and trains_on_gpu(x):
-            return self.graphs(x)                                               # what follows, from CUDA graphs
+            return self.graphs(x, self.states)                                  # what follows, from CUDA graphs
         return self.states(x, positions, cache, checkpointing)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"graphs": None}                                 # for copy and pickle
 
     def states(self, x: Tensor, positions: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
         """The blocks and the last norm, of the embeddings [B, T, D] of tokens at `positions` [B or 1, T].  -> [B, T, D]"""

@@ -28,9 +28,9 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> AdamW
 
 
 def use_graphs(model: Qwen2, dtype: torch.dtype):
-    """Lets a GPU replay the model's passes in bfloat16 training from CUDA graphs. Not in float32: there the model that is trained
-    also samples, and generate may move its weights (layout.join)."""
-    if dtype == torch.bfloat16 and can_record(model.head.device):
+    """Lets a GPU replay the model's passes in bfloat16 training from CUDA graphs, if all weights are trained. Not in float32:
+    there the same model samples, and generate may move its weights (layout.join)."""
+    if dtype == torch.bfloat16 and can_record(model.head.device) and all(p.requires_grad for p in model.parameters()):
         model.model.graphs = GraphedBlocks(model.model)
 
 

@@ -1,4 +1,7 @@
 """CUDA graphs, on a GPU that the CPU plays (fake_gpu.py)."""
+import copy
+import gc
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -187,9 +190,24 @@ def test_what_is_not_replayed(played):
     learn(model.train(), ids(2, 5))
     assert model.model.graphs.pairs
     assert model.to("cpu").model.graphs is None                                 # its weights are elsewhere now
-    for dtype, device in (torch.bfloat16, "cpu"), (torch.float32, "cuda"):
-        use_graphs(model.to(device), dtype)
+    model.requires_grad_()
+    for dtype, device, frozen in (torch.bfloat16, "cpu", 0), (torch.float32, "cuda", 0), (torch.bfloat16, "cuda", 1):
+        model.to(device).model.norm.requires_grad_(not frozen)
+        use_graphs(model, dtype)
         assert model.model.graphs is None
+
+
+def test_a_model_is_freed_with_its_graphs_and_copied_without(played):
+    model = student()
+    learn(model, ids(2, 5))
+    other, held = copy.deepcopy(model), weakref.ref(model.model.norm.weight)
+    assert other.model.graphs is None and model.model.graphs.pairs
+    gc.disable()
+    try:
+        del model
+        assert held() is None                           # no cycle, which would hold it until the next collection
+    finally:
+        gc.enable()
 
 
 def test_the_layers_are_as_they_were_after_recording(played):
