@@ -14,7 +14,7 @@ CHUNK, LANES = 16384, 4                 # adamw.cu's
 class AdamW(torch.optim.AdamW):
     """torch's AdamW (arXiv:1711.05101, Algorithm 2), which on a GPU can take its step by adamw.cu, too."""
     held = None                         # the moments (hold), and adamw.cu's list of chunks on the GPU
-    sent = None, None                   # its table of pieces: the addresses in it, and the table on the GPU
+    sent = None, None                   # its table of pieces: as a list, and on the GPU
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
@@ -23,7 +23,7 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def clip_and_step(self, max_grad_norm: float, gradients: dict = {}, copies: dict = {}) -> Tensor | None:
         """torch.nn.utils.clip_grad_norm_ and step().  Returns the norm [] before clipping; None, and nothing has happened, if
-        adamw.cu cannot run (can_run).
+        adamw.cu cannot run (can_run), or if the weights have taken different numbers of steps.
 
         gradients  by weight: in place of its .grad, in float32 or bfloat16
         copies     by weight: in bfloat16, rewritten with it
@@ -32,10 +32,12 @@ class AdamW(torch.optim.AdamW):
         found = [gradients.get(weight, weight.grad) for weight in weights]
         if not can_run(self.param_groups, weights, found):
             return None
-        (steps, moments, chunks), device, group = self.held or self.hold(weights), weights[0].device, self.param_groups[0]
-        places = [x.data_ptr() for tensors in (weights, found) for x in tensors]
-        if places != self.sent[0]:                              # without graphs in every step, else for a batch of another shape
-            self.sent = places, send(torch.tensor(self.pieces(weights, moments, found, copies)), device)
+        steps, moments, chunks = self.held or self.hold(weights)
+        if chunks is None:
+            return None
+        device, group, pieces = weights[0].device, self.param_groups[0], self.pieces(weights, moments, found, copies)
+        if pieces != self.sent[0]:                              # without graphs in every step, else for a batch of another shape
+            self.sent = pieces, send(torch.tensor(pieces), device)
         squares = torch.empty(len(chunks), device=device)
         launch("adamw_norm", device, (len(chunks), 1), 256, self.sent[1], chunks, squares)
         norm = squares.sum().sqrt()
@@ -48,16 +50,17 @@ class AdamW(torch.optim.AdamW):
         return norm
 
     def hold(self, weights: list[Tensor]) -> tuple:
-        """Makes the moments at the first step. -> steps, pairs of moments, and chunks [c, 2]: its weight, and its place in it"""
+        """Makes the moments at the first step. -> steps, pairs of moments, and chunks [c, 2]: its weight, and its place in it; None
+        in its place if the steps differ"""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight].update(step=torch.zeros((), dtype=torch.float32, device=weight.device),      # as torch does
                                           exp_avg=torch.zeros_like(weight), exp_avg_sq=torch.zeros_like(weight))
         states = [self.state[weight] for weight in weights]
+        steps, moments = [state["step"] for state in states], [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
         chunks = [(i, at) for i, weight in enumerate(weights) for at in range(-(-weight.numel() // CHUNK))]
-        self.held = ([state["step"] for state in states], [(state["exp_avg"], state["exp_avg_sq"]) for state in states],
-                     send(torch.tensor(chunks, dtype=torch.int32), weights[0].device))
-        self.sent = None, None
+        same = len(torch.stack(steps).unique()) == 1
+        self.held = steps, moments, send(torch.tensor(chunks, dtype=torch.int32), weights[0].device) if same else None
         return self.held
 
     def pieces(self, weights, moments, gradients, copies) -> list[tuple]:
@@ -75,6 +78,6 @@ def can_run(groups: list[dict], weights: list[Tensor], gradients: list[Tensor | 
     good = {torch.float32, torch.bfloat16}
     return (weights[0].is_cuda and all(g is not None and g.dtype in good and g.is_contiguous() for g in gradients)
             and all(w.dtype == torch.float32 and w.device == weights[0].device and w.is_contiguous() and w.numel() % LANES == 0
-                    and w.data_ptr() % 16 == g.data_ptr() % 8 == 0 for w, g in zip(weights, gradients))
+                    and w.data_ptr() % 16 == g.data_ptr() % (LANES * g.element_size()) == 0 for w, g in zip(weights, gradients))
             and len({(group["lr"], *group["betas"], group["eps"]) for group in groups}) == 1
             and not any(group["amsgrad"] or group["maximize"] for group in groups) and available(weights[0].device.index))

@@ -56,8 +56,8 @@ class GraphedBlocks:
     The graphs read bfloat16 copies of the weights and give their gradients in bfloat16, as autocast would, which casts every
     weight and gradient in every step: here the optimizer writes the copies (AdamW.clip_and_step).
 
-    All graphs share one pool of memory, as large as the largest shape needs. So a forward pass overwrites what the one before
-    left for its backward pass, and gradients that are still there are added to .grad first.
+    All graphs share one pool of memory, about as large as the largest shape needs. So a forward pass overwrites what the one
+    before left for its backward pass, and gradients that are still there are added to .grad first.
     """
 
     def __init__(self, body: Body):
@@ -73,6 +73,8 @@ class GraphedBlocks:
         self.copies.refresh()
         self.settle()                                                           # before they are overwritten
         if padded.shape not in self.pairs:
+            if padded.numel() > max((pair.x.numel() for pair in self.pairs.values()), default=0):
+                self.pairs, self.pool = {}, None        # a larger shape's tensors would not fit into a smaller one's segments
             self.pairs[padded.shape] = self.record(padded, states)
         return _Replayed.apply(padded, self, self.pairs[padded.shape])[:, :T]
 
@@ -204,7 +206,5 @@ class _Replayed(torch.autograd.Function):
         pair.slope.copy_(slope)
         pair.backward.replay()
         graphs.lent = pair.gradients
-        if next(iter(graphs.lent)).grad is not None:                            # of an earlier micro-batch
-            graphs.settle()
         graphs.copies.versions = None                                           # an optimizer may write without counting, too
         return pair.slope_x.detach(), None, None

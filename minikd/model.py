@@ -257,6 +257,10 @@ class Body(nn.Module):
             return self.graphs(x, self.states)                                  # what follows, from CUDA graphs
         return self.states(x, positions, cache, checkpointing)
 
+    def _apply(self, fn, recurse=True):
+        self.graphs = None                                                      # another dtype or device
+        return super()._apply(fn, recurse)
+
     def __getstate__(self) -> dict:
         return self.__dict__ | {"graphs": None}                                 # for copy and pickle
 
@@ -320,13 +324,18 @@ class Qwen2(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self.lay_back()                                                         # another dtype or device
-        self.int8_head = self.model.graphs = None
+        self.int8_head = None
         return super()._apply(fn, recurse)
 
     def load_state_dict(self, *given, **options):
         self.lay_back()                                                         # other weights
         self.int8_head = None
         return super().load_state_dict(*given, **options)
+
+    def zero_grad(self, set_to_none: bool = True):
+        if self.model.graphs is not None:
+            self.model.graphs.lent = {}                                         # gradients too
+        super().zero_grad(set_to_none)
 
     def __getstate__(self) -> dict:
         """For copy and pickle, which oneDNN's packed tensors and the int8 head do not support. (While another thread generates, a

@@ -61,18 +61,19 @@ def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, ma
     Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    graphs = model.model.graphs
-    own = isinstance(optimizer, AdamW)
-    norm = optimizer.clip_and_step(max_grad_norm, *(graphs.lent, graphs.copies.of) if graphs else ()) if own else None
-    if graphs and norm is not None:
+    graphs, norm = model.model.graphs, None
+    if graphs and any(weight.grad is not None for weight in graphs.lent):      # of earlier micro-batches
+        graphs.settle()
+    if isinstance(optimizer, AdamW):
+        norm = optimizer.clip_and_step(max_grad_norm, *(graphs.lent, graphs.copies.of) if graphs else ())
+    if norm is not None and graphs:
         graphs.copies.are_fresh()
-        graphs.lent = {}
     if norm is None:                                                            # on a CPU
         if graphs:
             graphs.settle()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad()
     return norm
 
 

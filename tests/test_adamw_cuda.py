@@ -85,6 +85,27 @@ def test_weights_moments_and_copies_are_those_of_torchs_adamw(on_cpu):
     assert on_cpu.launched == ["adamw_norm", "adamw_step"] * 3
 
 
+def test_weights_that_took_different_numbers_of_steps_are_left_to_torch(on_cpu):
+    weights = [torch.nn.Parameter(normal(4, 4)) for _ in range(2)]
+    optimizer = AdamW(weights)
+    weights[0].grad = normal(4, 4)
+    optimizer.step()
+    weights[1].grad, begun = normal(4, 4), weights[0].clone()
+    assert optimizer.clip_and_step(1.0) is None and torch.equal(weights[0], begun)
+
+
+def test_the_table_follows_copies_and_decay(on_cpu):
+    weights = [torch.nn.Parameter(normal(4, 4)) for _ in range(2)]
+    optimizers, gradient = [AdamW([weight], weight_decay=0.0) for weight in weights], normal(4, 4, seed=1)
+    for turn in range(3):
+        copies = {weight: torch.zeros(4, 4).bfloat16() for weight in weights} if turn else {}
+        for weight, optimizer in zip(weights, optimizers):
+            optimizer.param_groups[0]["weight_decay"] = 0.5 * (turn == 2 and weight is weights[1])
+            optimizer.clip_and_step(1.0, {weight: gradient}, copies)
+            assert not turn or torch.equal(copies[weight], weight.detach().bfloat16())
+        assert torch.equal(*weights) == (turn < 2)
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_norm_that_is_not_finite_is_returned(on_cpu, bad):
     weight, gradient = torch.nn.Parameter(normal(4, 4)), normal(4, 4)
@@ -104,11 +125,13 @@ def test_when_torchs_step_is_taken_instead(monkeypatch):
     assert can_run(groups(weight_decay=0.5), weights, gradients)
     for other in dict(lr=0.5), dict(betas=(0.5, 0.5)), dict(eps=0.1), dict(amsgrad=True), dict(maximize=True):
         assert not can_run(groups(**other), weights, gradients)
+    low = normal(20).bfloat16()[4:]                                             # 8 bytes suffice for 4 values
+    assert low.data_ptr() % 16 == 8 and can_run(groups(), [normal(16)], [low])
     odd = torch.nn.Parameter(normal(3, 3))
     for held, found in ((weights, [None, gradients[1]]), ([odd], [normal(3, 3)]), (weights, [g.half() for g in gradients]),
                         ([w.double() for w in weights], gradients), (weights, [g.T for g in gradients]),
                         ([w.detach().T for w in weights], gradients), ([normal(17)[1:]], [normal(16)]),
-                        ([normal(16)], [normal(17)[1:]])):
+                        ([normal(16)], [normal(17)[1:]]), ([normal(16)], [normal(18)[2:]])):
         assert not can_run(groups(), held, found)
     monkeypatch.setattr(adamw_cuda, "available", lambda index: False)
     assert not can_run(groups(), weights, gradients)

@@ -91,6 +91,22 @@ def test_replayed_passes_give_the_plain_paths_gradients(played, tied):
                 each.lm_head.weight.grad = torch.zeros_like(each.head)
         assert off(gradients(model, batches), gradients(plain, batches)) < 1e-2
     assert len(model.model.graphs.pairs) == 2                                   # 64 tokens and 128
+    used = model.model.graphs.pairs[2, 128, 16]
+    learn(model, ids(3, 128)), learn(model, ids(2, 70))                         # a larger shape, for which the pool begins anew
+    assert len(model.model.graphs.pairs) == 2 and model.model.graphs.pairs[2, 128, 16] is not used
+
+
+def test_gradients_beside_the_replayed_ones_count(played):
+    """A micro-batch that is not replayed, after one that is."""
+    found = []
+    for model in student(False), student():
+        learn(model, ids(2, 5)), learn(model, ids(2, 9), checkpointing=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        begun = torch.cat([p.detach().flatten() for p in model.parameters()]).cpu()
+        norm = apply_gradient(model, optimizer, 1.0, 1e9)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]).cpu() - begun)
+        assert float(norm) == pytest.approx(float(found[-1].norm()), rel=1e-3)
+    assert off(*found) < 1e-2
 
 
 def test_both_passes_are_recorded_once_for_a_shape_and_then_replayed(played, monkeypatch):
@@ -116,8 +132,8 @@ def test_steps_after_replayed_passes_are_the_plain_paths(played, monkeypatch, ow
         norm = torch.nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], most)
         with torch.no_grad():
             self.step()
-            for weight, copy in copies.items():
-                copy.copy_(weight)
+            for weight, held in copies.items():
+                held.copy_(weight)
         return norm
 
     monkeypatch.setattr(AdamW, "clip_and_step", clip_and_step)
@@ -135,7 +151,7 @@ def test_steps_after_replayed_passes_are_the_plain_paths(played, monkeypatch, ow
     right, ours = (torch.cat([p.detach().flatten() for p in each.parameters()]).cpu() for each in (plain, model))
     assert off(ours - begun, right - begun) < 0.1                               # Adam's first steps depend on signs alone
     learn(model, ids(2, 5))                                                     # a pass begins by copying what changed
-    assert all(torch.equal(copy, weight.detach().bfloat16()) for weight, copy in model.model.graphs.copies.of.items())
+    assert all(torch.equal(held, weight.detach().bfloat16()) for weight, held in model.model.graphs.copies.of.items())
 
 
 def test_copies_follow_weights_that_were_loaded(played):
@@ -144,8 +160,7 @@ def test_copies_follow_weights_that_were_loaded(played):
     with torch.no_grad():
         for mine, its in zip(model.parameters(), other.parameters()):
             mine.copy_(its)
-    model.zero_grad()
-    model.model.graphs.lent = {}
+    model.zero_grad()                                                           # what the graphs have left, too
     plain = student(False)
     plain.load_state_dict(other.state_dict())
     assert off(gradients(model, [ids(2, 5)]), gradients(plain, [ids(2, 5)])) < 1e-2
