@@ -1,7 +1,10 @@
-// One step of AdamW for all weights, in two kernels: adamw_norm adds up the squares of the gradient, adamw_step clips the gradient
-// by its norm, updates the weights, and writes bfloat16 copies of those that are multiplied in bfloat16. Every value is read and
-// written once, so the step takes the time of this traffic: 12 bytes read and 12 written per weight, its gradient of 2 or 4 read
-// (twice, by both kernels), its copy's 2 written.
+// One step of AdamW (arXiv:1711.05101, Algorithm 2) for all weights, in two kernels: adamw_norm adds up the squares of the
+// gradient, adamw_step clips the gradient by its norm, updates the weights, and writes bfloat16 copies of those that are multiplied
+// in bfloat16. Every value is read and written once, so a step takes the time of this traffic: 12 bytes read and 12 written per
+// weight, its gradient of 2 or 4 read by both kernels, its copy's 2 written.
+//
+//   g = min(1, most / |gradient|) gradient      m += (1 - beta1) (g - m)      v = beta2 v + (1 - beta2) g^2
+//   w = w - lr decay w - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
 namespace adamw {
 
@@ -54,9 +57,9 @@ extern "C" __global__ void __launch_bounds__(256) adamw_step(const Piece* pieces
         Four *weight = (Four*)(piece.weight + i), *first = (Four*)(piece.first + i), *second = (Four*)(piece.second + i);
         Four w = *weight, m = *first, v = *second, g = gradient_at(piece, i);
         for (int j = 0; j < LANES; j++) {
-            float slope = scale * g.of[j];
-            m.of[j] += rest1 * (slope - m.of[j]);
-            v.of[j] = beta2 * v.of[j] + rest2 * slope * slope;
+            float clipped = scale * g.of[j];
+            m.of[j] += rest1 * (clipped - m.of[j]);
+            v.of[j] = beta2 * v.of[j] + rest2 * clipped * clipped;
             w.of[j] = shrink * w.of[j] - rate * m.of[j] / (sqrtf(v.of[j]) * root + eps);
         }
         *weight = w, *first = m, *second = v;

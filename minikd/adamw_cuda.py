@@ -50,8 +50,8 @@ class AdamW(torch.optim.AdamW):
         return norm
 
     def hold(self, weights: list[Tensor]) -> tuple:
-        """Makes the moments at the first step. -> steps, pairs of moments, and chunks [c, 2]: its weight, and its place in it; None
-        in its place if the steps differ"""
+        """Makes the moments at the first step. -> steps, pairs of moments, and chunks [c, 2]: each one's weight, and its place in
+        it; None in their place if the steps differ"""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight].update(step=torch.zeros((), dtype=torch.float32, device=weight.device),      # as torch does
@@ -64,7 +64,7 @@ class AdamW(torch.optim.AdamW):
         return self.held
 
     def pieces(self, weights, moments, gradients, copies) -> list[tuple]:
-        """adamw.cu's Piece of each weight: addresses, its size, and in one word whether its gradient is bfloat16, and its decay."""
+        """adamw.cu's Piece of each weight: addresses, its size, and in one word whether its gradient is bfloat16, and the decay."""
         decays = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
         return [(weight.data_ptr(), first.data_ptr(), second.data_ptr(), gradient.data_ptr(),
                  copies[weight].data_ptr() if weight in copies else 0, weight.numel(),

@@ -21,7 +21,8 @@ from torch import Tensor
 from minikd.files import atomic_path
 
 # One program, in this order.
-SOURCES = tuple(Path(__file__).with_name(f"{name}.cu") for name in ("common", "w4_matmul", "loss", "decode", "attend", "fused", "adamw"))
+SOURCES = tuple(Path(__file__).with_name(f"{name}.cu")
+                for name in ("common", "w4_matmul", "loss", "decode", "attend", "fused", "adamw"))
 
 MAX_SHARED = 8                          # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 LAUNCHING = threading.Lock()            # from setting that attribute, which is the kernel's, to the launch that needs it

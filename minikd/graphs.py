@@ -107,8 +107,9 @@ class GraphedBlocks:
         """Adds what the last backward pass left in the pool to the weights' .grad."""
         for weight, found in self.lent.items():
             if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            weight.grad += found
+                weight.grad = found.to(weight.dtype, copy=True)
+            else:
+                weight.grad += found
         self.lent = {}
 
 

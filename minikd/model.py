@@ -257,13 +257,6 @@ class Body(nn.Module):
             return self.graphs(x, self.states)                                  # what follows, from CUDA graphs
         return self.states(x, positions, cache, checkpointing)
 
-    def _apply(self, fn, recurse=True):
-        self.graphs = None                                                      # another dtype or device
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"graphs": None}                                 # for copy and pickle
-
     def states(self, x: Tensor, positions: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
         """The blocks and the last norm, of the embeddings [B, T, D] of tokens at `positions` [B or 1, T].  -> [B, T, D]"""
         rope = rope_tables(positions, self.config.rope_theta, self.config.head_dim, x.dtype)
@@ -278,6 +271,13 @@ class Body(nn.Module):
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x)
+
+    def _apply(self, fn, recurse=True):
+        self.graphs = None                                                      # another dtype or device
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"graphs": None}                                 # for copy and pickle
 
 
 class Qwen2(nn.Module):

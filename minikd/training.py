@@ -62,13 +62,13 @@ def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, ma
     for group in optimizer.param_groups:
         group["lr"] = lr
     graphs, norm = model.model.graphs, None
-    if graphs and any(weight.grad is not None for weight in graphs.lent):      # of earlier micro-batches
+    if graphs and any(weight.grad is not None for weight in graphs.lent):       # of earlier micro-batches
         graphs.settle()
     if isinstance(optimizer, AdamW):
         norm = optimizer.clip_and_step(max_grad_norm, *(graphs.lent, graphs.copies.of) if graphs else ())
     if norm is not None and graphs:
         graphs.copies.are_fresh()
-    if norm is None:                                                            # on a CPU
+    if norm is None:                                                            # on a CPU, and where adamw.cu cannot run
         if graphs:
             graphs.settle()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
