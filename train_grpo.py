@@ -41,7 +41,8 @@ from minikd.records import data_files
 from minikd.rewards import LARGEST, REWARDS, combine, load_rewards, reward_files, summary
 from minikd.run import SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, load_state, lock, read_log, save_state
 from minikd.tokenizer import Tokenizer
-from minikd.training import apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer, use_graphs
+from minikd.training import (apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer,
+                             use_graphs)
 
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
 FORM = {"format": 0.05, "steps": 0.05}                          # rewards for form; with larger weights accuracy collapses

@@ -45,7 +45,8 @@ from minikd.run import (CONFIG, SAVE_EVERY, STATE, Log, begin_run, check_free, c
                         save_state, write_config)
 from minikd.teacher import CachedTeacher, Teacher, check_teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer, use_graphs
+from minikd.training import (apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer,
+                             use_graphs)
 
 # What it writes in --out beside the runs' own files.
 OWN = "held-out.jsonl", "table.jsonl", "teacher-answers.jsonl", "answers-*.jsonl", "curves.png"

@@ -1,6 +1,6 @@
 // One step of AdamW (arXiv:1711.05101, Algorithm 2) for all weights, in two kernels: adamw_norm adds up the squares of the
-// gradient, adamw_step clips the gradient by its norm, updates the weights, and writes bfloat16 copies of those that are multiplied
-// in bfloat16. Every value is read and written once, so a step takes the time of this traffic: 12 bytes read and 12 written per
+// gradient, adamw_step clips it by its norm, updates the weights, and writes bfloat16 copies of those that are multiplied in
+// bfloat16. Every value is read and written once, so a step takes the time of this traffic: 12 bytes read and 12 written per
 // weight, its gradient of 2 or 4 read by both kernels, its copy's 2 written.
 //
 //   g = min(1, most / |gradient|) gradient      m += (1 - beta1) (g - m)      v = beta2 v + (1 - beta2) g^2
@@ -47,8 +47,8 @@ extern "C" __global__ void __launch_bounds__(256) adamw_norm(const Piece* pieces
 }
 
 // factors: what the gradient is multiplied by; lr / (1 - beta1^t); 1 / sqrt(1 - beta2^t).  rest1 is 1 - beta1
-extern "C" __global__ void __launch_bounds__(256) adamw_step(const Piece* pieces, const int* chunks, const float* factors, float lr,
-                                                             float rest1, float beta2, float rest2, float eps) {
+extern "C" __global__ void __launch_bounds__(256) adamw_step(const Piece* pieces, const int* chunks, const float* factors,
+                                                             float lr, float rest1, float beta2, float rest2, float eps) {
     const Piece piece = pieces[chunks[2 * blockIdx.x]];
     long long begin = (long long)chunks[2 * blockIdx.x + 1] * CHUNK, end = min(begin + CHUNK, piece.size);
     const float scale = factors[0], rate = factors[1], root = factors[2], shrink = 1 - lr * piece.decay;

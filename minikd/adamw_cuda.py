@@ -64,7 +64,7 @@ class AdamW(torch.optim.AdamW):
         return self.held
 
     def pieces(self, weights, moments, gradients, copies) -> list[tuple]:
-        """adamw.cu's Piece of each weight: addresses, its size, and in one word whether its gradient is bfloat16, and the decay."""
+        """adamw.cu's Piece of each weight: addresses, size, and in one word whether its gradient is bfloat16, and the decay."""
         decays = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
         return [(weight.data_ptr(), first.data_ptr(), second.data_ptr(), gradient.data_ptr(),
                  copies[weight].data_ptr() if weight in copies else 0, weight.numel(),

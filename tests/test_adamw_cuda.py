@@ -60,8 +60,8 @@ def test_weights_moments_and_copies_are_those_of_torchs_adamw(on_cpu):
     weights = [torch.nn.Parameter(normal(*shape, seed=9)) for shape in shapes]
     exact = [torch.nn.Parameter(weight.detach().double()) for weight in weights]
     copies = {weight: weight.detach().bfloat16() for weight in (weights[0], weights[2])}
-    build = lambda kind, held: kind([{"params": held[:2], "weight_decay": 0.1}, {"params": held[2:], "weight_decay": 0.0}], lr=0.5)
-    ours, theirs = build(AdamW, weights), build(torch.optim.AdamW, exact)
+    groups = lambda held: [{"params": held[:2], "weight_decay": 0.1}, {"params": held[2:], "weight_decay": 0.0}]
+    ours, theirs = AdamW(groups(weights), lr=0.5), torch.optim.AdamW(groups(exact), lr=0.5)
     for turn in range(3):
         gradients = {weight: normal(*weight.shape, seed=turn) * 3 for weight in weights}
         gradients[weights[0]] = gradients[weights[0]].bfloat16()
