@@ -89,7 +89,7 @@ def make_parser() -> Parser:
         help="learning rate after the warm-up (cosine falls to --lr / 10)")
     add("--weight-decay", type=float, default=0.0, help="of weight matrices")
     add("--max-grad-norm", type=float, default=1.0, help="largest gradient norm")
-    add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time (and no CUDA graphs)")
     add("--compile", action="store_true", help="torch.compile the blocks for training: for long runs on a GPU")
     add("--patience", type=int, default=50,
         help="end with an error after this many steps in a row in which every answer's rewards sum to 0, or none was judged")
@@ -213,7 +213,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     scoring = dict(pad_id=tokenizer.pad_id, temperature=temperature, vocab=len(tokenizer), dtype=dtype)
     log_probs = functools.partial(grpo.token_log_probs, batch_size=batch_size, **scoring)   # (model, answers) -> [n] of each
     backward = functools.partial(forward_backward, model=model, clip=clip, clip_high=clip_high, beta=beta,
-                                 checkpointing=gradient_checkpointing, **scoring)           # of one micro-batch; fills .grad
+                                 checkpointing=gradient_checkpointing, **scoring)           # of one micro-batch; gradients add up
     with Progress("grpo", steps, start=state["step"]) as progress:
         sampler = cast_copy(model, dtype)                       # a copy of the policy in `dtype`
         if state["step"] == 0:
@@ -321,8 +321,8 @@ def longest_first(answers: list[Encoded], counted: list[bool], batch_size: int) 
 def forward_backward(batch: list[Encoded], old, ref, advantages, weights, log_s=None, *, model: Qwen2, pad_id: int,
                      dtype: torch.dtype, temperature: float, vocab: int, clip: float, clip_high: float | None, beta: float,
                      checkpointing: bool) -> torch.Tensor:
-    """Forward and backward of one micro-batch of answers: adds to every .grad, and returns sums over its tokens [4]: KL, entropy,
-    the number clipped, and the number of tokens.
+    """Forward and backward of one micro-batch of answers: leaves its gradients for apply_gradient, and returns sums over its
+    tokens [4]: KL, entropy, the number clipped, and the number of tokens.
 
     old, ref             per answer the log-probabilities [n] of its tokens when it was sampled, and the reference's
     advantages, weights  per answer its advantage, and the weight of each of its tokens

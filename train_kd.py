@@ -102,7 +102,7 @@ def make_parser() -> Parser:
         help="learning rate after the warm-up (cosine falls to --lr / 10)")
     add("--weight-decay", type=float, default=0.01, help="of weight matrices")
     add("--max-grad-norm", type=float, default=1.0, help="a larger gradient is scaled down to it")
-    add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time (and no CUDA graphs)")
     add("--compile", action="store_true", help="torch.compile the blocks and divergences: for long runs on a GPU")
     add = flag_group(parser, "evaluation")
     add("--eval-every", type=int, toy=50, help="steps between evaluations; without it: one for each epoch")
@@ -236,7 +236,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     else:
         source = optimizer_steps(rows, state["step"], steps, *batching)         # of (step, its micro-batches)
     lm_source = optimizer_steps(lm_rows, state["step"], steps, *batching)       # the same of --lm-data; not begun without it
-    backward = functools.partial(                                               # of one micro-batch; fills .grad
+    backward = functools.partial(                                               # of one micro-batch; gradients add up
         forward_backward, student=student, teacher=teacher, divergence=divergence, ratio_clip=ratio_clip,
         pad_id=tokenizer.pad_id, dtype=dtype, checkpointing=gradient_checkpointing)
     sampler, log = None, Log(out, upto=state["step"])           # sampler: a copy of the student in `dtype`
@@ -292,8 +292,8 @@ def response_tokens(batches: list[list[Encoded]]) -> int:
 
 def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad_id: int, dtype: torch.dtype,
                      checkpointing: bool, teacher=None, divergence=None, kd_ratio=0.0, ratio_clip=0.2) -> torch.Tensor:
-    """Forward and backward of one micro-batch, its tokens weighted by `weight`: adds to every .grad, and returns the sums of CE
-    and divergence [2].
+    """Forward and backward of one micro-batch, its tokens weighted by `weight`: leaves its gradients for apply_gradient, and
+    returns the sums of CE and divergence [2].
 
     For rollouts the loss is MiniLLM's: the clipped surrogate takes the place of CE, and kd_ratio must be 1.
     """
@@ -305,8 +305,8 @@ def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']
             policy_loss = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
         elif kd_ratio:                                                          # paper eq. (3)
-            teacher_states = teacher.states(batch, ids, mask)                   # [N, D']; first: it keeps a GPU busy
-        states, targets = scored_positions(                                     # while the host launches the student's kernels
+            teacher_states = teacher.states(batch, ids, mask)                   # [N, D']; first: without graphs this keeps a
+        states, targets = scored_positions(                                     # GPU busy while the host launches the student
             student.hidden(ids, checkpointing=checkpointing), ids, mask)        # [N, D], [N]
         value, ce, kd = head_loss(states, student.head, targets, teacher_states, teacher.head if teacher else None,
                                   divergence if kd_ratio else None, kd_ratio, weight, policy_loss)

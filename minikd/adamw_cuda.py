@@ -13,7 +13,7 @@ CHUNK, LANES = 16384, 4                 # adamw.cu's
 
 class AdamW(torch.optim.AdamW):
     """torch's AdamW (arXiv:1711.05101, Algorithm 2), which on a GPU can take its step by adamw.cu, too."""
-    held = None                         # the moments (hold), and adamw.cu's list of chunks on the GPU
+    held = None                         # steps, moments and adamw.cu's list of chunks (hold)
     sent = None, None                   # its table of pieces: as a list, and on the GPU
 
     def load_state_dict(self, state):
@@ -22,7 +22,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def clip_and_step(self, max_grad_norm: float, gradients: dict = {}, copies: dict = {}) -> Tensor | None:
-        """torch.nn.utils.clip_grad_norm_ and step().  Returns the norm [] before clipping; None, and nothing has happened, if
+        """torch.nn.utils.clip_grad_norm_ and step().  Returns the norm [] before clipping; None, with no weight changed, if
         adamw.cu cannot run (can_run), or if the weights have taken different numbers of steps.
 
         gradients  by weight: in place of its .grad, in float32 or bfloat16
@@ -36,15 +36,15 @@ class AdamW(torch.optim.AdamW):
         if chunks is None:
             return None
         device, group, pieces = weights[0].device, self.param_groups[0], self.pieces(weights, moments, found, copies)
-        if pieces != self.sent[0]:                              # without graphs in every step, else for a batch of another shape
+        if pieces != self.sent[0]:                              # a tensor lies elsewhere: seldom, with graphs
             self.sent = pieces, send(torch.tensor(pieces), device)
         squares = torch.empty(len(chunks), device=device)
         launch("adamw_norm", device, (len(chunks), 1), 256, self.sent[1], chunks, squares)
         norm = squares.sum().sqrt()
         torch._foreach_add_(steps, 1)                           # t
         (beta1, beta2), lr = group["betas"], group["lr"]
-        rest1, rest2 = (1 - torch.pow(beta, steps[0].double()) for beta in (beta1, beta2))  # 1 - beta^t
-        factors = torch.stack([(max_grad_norm / (norm + 1e-6)).clamp(max=1), lr / rest1, rest2.rsqrt()]).float()
+        bias1, bias2 = (1 - torch.pow(beta, steps[0].double()) for beta in (beta1, beta2))  # 1 - beta^t
+        factors = torch.stack([(max_grad_norm / (norm + 1e-6)).clamp(max=1), lr / bias1, bias2.rsqrt()]).float()
         launch("adamw_step", device, (len(chunks), 1), 256, self.sent[1], chunks, factors,
                *map(ctypes.c_float, (lr, 1 - beta1, beta2, 1 - beta2, group["eps"])))
         return norm
@@ -73,8 +73,8 @@ class AdamW(torch.optim.AdamW):
 
 
 def can_run(groups: list[dict], weights: list[Tensor], gradients: list[Tensor | None]) -> bool:
-    """Whether adamw.cu can: float32 weights on one GPU, all with a gradient, in multiples of LANES; groups that differ in weight
-    decay alone."""
+    """Whether adamw.cu can: contiguous, aligned float32 weights on one GPU, all with a gradient, in multiples of LANES; groups
+    that differ in weight decay alone, without amsgrad and maximize."""
     good = {torch.float32, torch.bfloat16}
     return (weights[0].is_cuda and all(g is not None and g.dtype in good and g.is_contiguous() for g in gradients)
             and all(w.dtype == torch.float32 and w.device == weights[0].device and w.is_contiguous() and w.numel() % LANES == 0

@@ -1,4 +1,4 @@
-"""CUDA graphs: the host replays by one call what it would otherwise launch kernel by kernel, as fast as it can.
+"""CUDA graphs: one call of the host starts all kernels. To start them one by one can take longer than to run them.
 
 `Replay` is for a step of decoding, `GraphedBlocks` for the forward and the backward pass of a body's blocks in training.
 """
@@ -17,7 +17,7 @@ TILE = 64       # GraphedBlocks pads sequences to multiples of it, so that few g
 
 
 def can_record(device: torch.device) -> bool:
-    """Whether Replay's graphs can record this device: only the current GPU; on others they would stay empty, without an error."""
+    """Whether CUDA graphs can record this device: only the current GPU; on others they would stay empty, without an error."""
     return device.type == "cuda" and device.index == torch.cuda.current_device()
 
 
@@ -53,8 +53,8 @@ class GraphedBlocks:
     """A body's blocks and last norm in training under autocast, their forward and their backward pass replayed from CUDA graphs:
     a pair for each shape of a batch.
 
-    The graphs read bfloat16 copies of the weights and give their gradients in bfloat16, as autocast would, which casts every
-    weight and gradient in every step: here the optimizer writes the copies (AdamW.clip_and_step).
+    The graphs read bfloat16 copies of the weights and give their gradients in bfloat16 (norms stay in float32). So does autocast,
+    which casts every weight and gradient in every step; here the optimizer writes the copies (AdamW.clip_and_step).
 
     All graphs share one pool of memory, about as large as the largest shape needs. So a forward pass overwrites what the one
     before left for its backward pass, and gradients that are still there are added to .grad first.
@@ -97,7 +97,7 @@ class GraphedBlocks:
                 slope = torch.empty_like(y)
             with torch.cuda.graph(backward, pool=forward.pool(), stream=stream):
                 slope_x, *slopes = torch.autograd.grad(y, [x, *copies], slope)
-        self.pool = forward.pool()                      # only now: an error above would have ended it
+        self.pool = forward.pool()                      # only now: if a recording fails, its new pool goes with it
         gradients = {}
         for (_, weights), found in zip(self.copies.parts, slopes, strict=True):
             gradients |= zip(weights, borrow(found).split([len(weight) for weight in weights]))
@@ -112,12 +112,17 @@ class GraphedBlocks:
                 weight.grad += found
         self.lent = {}
 
+    def drop_gradients(self):
+        """Forgets what the last backward pass left. An optimizer step may have come before, and torch's fused ones do not count
+        as writes: so the copies are made again."""
+        self.lent, self.copies.versions = {}, None
+
 
 class Pair(NamedTuple):
     """The graphs of both passes for one shape, and the places that they read and write."""
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
-    positions: Tensor
+    positions: Tensor                   # only kept: the graphs read it
     x: Tensor
     y: Tensor
     slope: Tensor                       # dL/dy
@@ -126,7 +131,7 @@ class Pair(NamedTuple):
 
 
 class Copies:
-    """bfloat16 copies of a body's matrices and biases, those of layers with the same inputs side by side."""
+    """bfloat16 copies of the blocks' matrices and biases, those of layers with the same inputs in one matrix."""
 
     @torch.no_grad()
     def __init__(self, body: Body):
@@ -137,7 +142,7 @@ class Copies:
             attention, mlp = block.self_attn, block.mlp
             for half, layers in ((attention, [attention.q_proj, attention.k_proj, attention.v_proj]),
                                  (mlp, [mlp.gate_proj, mlp.up_proj])):
-                joined = Linear(1, 1, bias=layers[0].bias is not None)
+                joined = Linear(1, 1, bias=layers[0].bias is not None)          # its parameters are replaced
                 for name, _ in list(joined.named_parameters()):
                     weights = [getattr(layer, name) for layer in layers]
                     setattr(joined, name, leaf(*weights))
@@ -153,13 +158,13 @@ class Copies:
 
     @torch.no_grad()
     def refresh(self):
-        """Copies the weights again, unless the last step of the optimizer did (versions), and nothing else wrote to them."""
+        """Copies the weights again if they were written to since, but by an optimizer step that wrote the copies (note_fresh)."""
         if self.versions != [weight._version for weight in self.of]:
             torch._foreach_copy_([*self.of.values()], [*self.of])
-            self.are_fresh()
+            self.note_fresh()
 
-    def are_fresh(self):
-        self.versions = [weight._version for weight in self.of]                 # adamw.cu's writes are not counted
+    def note_fresh(self):
+        self.versions = [weight._version for weight in self.of]
 
     @contextmanager
     def installed(self):
@@ -202,10 +207,9 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx, slope: Tensor):
         graphs, pair = ctx.graphs, ctx.pair
         if ctx.turn != graphs.turns:
-            raise RuntimeError("the model was run again before this backward pass: call backward first")
+            raise RuntimeError("another pass came between: call backward once, right after its forward pass")
         graphs.turns += 1
         pair.slope.copy_(slope)
         pair.backward.replay()
         graphs.lent = pair.gradients
-        graphs.copies.versions = None                                           # an optimizer may write without counting, too
         return pair.slope_x.detach(), None, None

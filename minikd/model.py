@@ -87,9 +87,9 @@ def join_in_training(x: Tensor, *layers: nn.Module):
     """A function x -> the layers' outputs side by side, by one product. None, for one product per layer, unless trains_on_gpu,
     and for 4-bit layers, which have no weights to join.
 
-    Autocast casts the weights in every step anyway. Joining them first takes fewer kernels, and a small model's kernels take the
-    host longer to launch than the GPU to run. A KD step with a 0.5B student took 109 ms on an H200 instead of 122; with a cached
-    teacher, 59 instead of 91.
+    For training without CUDA graphs (graphs.Copies joins the weights itself). Autocast casts them in every step anyway; joining
+    them first takes fewer kernels, and a small model's kernels take the host longer to launch than the GPU to run. A KD step with
+    a 0.5B student took 109 ms on an H200 instead of 122; with a cached teacher, 59 instead of 91.
     """
     if not (trains_on_gpu(x) and isinstance(layers[0], Linear)):
         return None
@@ -99,7 +99,7 @@ def join_in_training(x: Tensor, *layers: nn.Module):
 
 
 class Half(nn.Module):
-    """What Attention and MLP share: layers with the same inputs, which layout.py may join."""
+    """What Attention and MLP share: layers with the same inputs, which layout.py and graphs.py may join."""
     joined = None                                                               # x -> their outputs side by side
 
     def _apply(self, fn, recurse=True):                                         # what .to(), .cuda() and .half() call
@@ -195,7 +195,7 @@ class Block(nn.Module):
         return x + self.mlp(normed)
 
 
-BLOCKS_PER_GRAPH = 4    # in a compiled body. Each call costs host time: a KD step on an H200 took 83 ms, and 96 with 1 block
+BLOCKS_PER_GRAPH = 4    # of torch.compile. Without CUDA graphs a KD step on an H200 took 83 ms, and 96 with 1 block a call
 
 
 def run_blocks(blocks: tuple[Block, ...], x: Tensor, cos: Tensor, sin: Tensor, slots: tuple) -> Tensor:
@@ -334,7 +334,7 @@ class Qwen2(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True):
         if self.model.graphs is not None:
-            self.model.graphs.lent = {}                                         # gradients too
+            self.model.graphs.drop_gradients()                                  # those that are not in .grad yet
         super().zero_grad(set_to_none)
 
     def __getstate__(self) -> dict:

@@ -1,4 +1,4 @@
-"""What the training loops share: the optimizer, its schedule and its step, compilation. The loops are in the scripts."""
+"""What the training loops share: the optimizer, its schedule and step, CUDA graphs, compilation. The loops are in the scripts."""
 import math
 
 import torch
@@ -20,7 +20,7 @@ def check_student(name, tokenizer):
 
 
 def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> AdamW:
-    """AdamW (arXiv:1711.05101, Algorithm 2); biases and norm weights have no weight decay. fused=True updates in one pass."""
+    """AdamW (arXiv:1711.05101, Algorithm 2); biases and norm weights have no weight decay. fused: in one pass."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -28,8 +28,10 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> AdamW
 
 
 def use_graphs(model: Qwen2, dtype: torch.dtype):
-    """Lets a GPU replay the model's passes in bfloat16 training from CUDA graphs, if all weights are trained. Not in float32:
-    there the same model samples, and generate may move its weights (layout.join)."""
+    """Lets a GPU replay the passes of the model's blocks in bfloat16 training from CUDA graphs, if all weights are trained. From
+    then on apply_gradient finds their gradients; other optimizer steps need graphs.settle() before, and model.zero_grad() after.
+
+    Not in float32: there the same model samples, and generate may move its weights (layout.join)."""
     if dtype == torch.bfloat16 and can_record(model.head.device) and all(p.requires_grad for p in model.parameters()):
         model.model.graphs = GraphedBlocks(model.model)
 
@@ -58,22 +60,23 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule:
 
 def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> torch.Tensor:
     """One step of the optimizer at the rate `lr`, after scaling a longer gradient down to `max_grad_norm`; frees the gradient.
-    Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU."""
+    Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU (but at the first
+    step)."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    graphs, norm = model.model.graphs, None
+    graphs = model.model.graphs                                 # None but in bfloat16 on a GPU
     if graphs and any(weight.grad is not None for weight in graphs.lent):       # of earlier micro-batches
         graphs.settle()
-    if isinstance(optimizer, AdamW):
-        norm = optimizer.clip_and_step(max_grad_norm, *(graphs.lent, graphs.copies.of) if graphs else ())
-    if norm is not None and graphs:
-        graphs.copies.are_fresh()
-    if norm is None:                                                            # on a CPU, and where adamw.cu cannot run
+    lent, copies = (graphs.lent, graphs.copies.of) if graphs else ({}, {})
+    norm = optimizer.clip_and_step(max_grad_norm, lent, copies) if isinstance(optimizer, AdamW) else None
+    if by_torch := norm is None:                                # on a CPU, and where adamw.cu cannot run
         if graphs:
             graphs.settle()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
     model.zero_grad()
+    if graphs and not by_torch:
+        graphs.copies.note_fresh()
     return norm
 
 

@@ -209,7 +209,7 @@ class Places(TorchFunctionMode):
 
 class Graph:
     def pool(self):
-        return 0, 1
+        return self.memory
 
     def replay(self):
         wait("a replay")
@@ -226,7 +226,7 @@ def record(graph: Graph, stream=None, pool=None):
     Played.recording, Played.before = [], {}
     try:
         yield
-        graph.steps = Played.recording
+        graph.steps, graph.memory = Played.recording, pool or object()          # a pool of its own, or the one given
     finally:
         before, Played.recording = Played.before, None
         for place, values in reversed(before.values()):         # a recording runs nothing

@@ -1,4 +1,5 @@
 """adamw.cu, run on a CPU by ptx.py, against Algorithm 2 in slow Python loops and against torch's own AdamW."""
+import copy
 import math
 
 import pytest
@@ -73,7 +74,7 @@ def test_weights_moments_and_copies_are_those_of_torchs_adamw(on_cpu):
         if turn == 1:                                                           # as layout.join moves them
             weights[0].data = weights[0].data.clone()
         if turn == 2:                                                           # as after a run that is continued
-            ours.load_state_dict(ours.state_dict())
+            ours.load_state_dict(copy.deepcopy(ours.state_dict()))
         norm = ours.clip_and_step(7.0, gradients, copies)
         assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(exact, 7.0)), rel=1e-6)
         theirs.step()
@@ -92,6 +93,15 @@ def test_weights_that_took_different_numbers_of_steps_are_left_to_torch(on_cpu):
     optimizer.step()
     weights[1].grad, begun = normal(4, 4), weights[0].clone()
     assert optimizer.clip_and_step(1.0) is None and torch.equal(weights[0], begun)
+
+
+def test_the_table_is_sent_when_something_moves(on_cpu, monkeypatch):
+    sent, weight, gradient = [], torch.nn.Parameter(normal(4, 4)), normal(4, 4)
+    monkeypatch.setattr(adamw_cuda, "send", lambda x, device: (sent.append(x.dtype), x)[1])
+    optimizer = AdamW([weight])
+    for held in gradient, gradient, gradient.clone():
+        optimizer.clip_and_step(1.0, {weight: held})
+    assert sent == [torch.int32, torch.int64, torch.int64]                      # the chunks once, the table twice
 
 
 def test_the_table_follows_copies_and_decay(on_cpu):
@@ -130,7 +140,8 @@ def test_when_torchs_step_is_taken_instead(monkeypatch):
     odd = torch.nn.Parameter(normal(3, 3))
     for held, found in ((weights, [None, gradients[1]]), ([odd], [normal(3, 3)]), (weights, [g.half() for g in gradients]),
                         ([w.double() for w in weights], gradients), (weights, [g.T for g in gradients]),
-                        ([w.detach().T for w in weights], gradients), ([normal(17)[1:]], [normal(16)]),
+                        ([w.detach().T for w in weights], gradients),
+                        ([weights[0], torch.empty(4, 4, device="meta")], gradients), ([normal(17)[1:]], [normal(16)]),
                         ([normal(16)], [normal(17)[1:]]), ([normal(16)], [normal(18)[2:]])):
         assert not can_run(groups(), held, found)
     monkeypatch.setattr(adamw_cuda, "available", lambda index: False)

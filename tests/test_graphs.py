@@ -1,4 +1,4 @@
-"""CUDA graphs, on a GPU that the CPU plays (fake_gpu.py)."""
+"""CUDA graphs, most of them on a GPU that the CPU plays (fake_gpu.py)."""
 import copy
 import gc
 import weakref
@@ -91,9 +91,16 @@ def test_replayed_passes_give_the_plain_paths_gradients(played, tied):
                 each.lm_head.weight.grad = torch.zeros_like(each.head)
         assert off(gradients(model, batches), gradients(plain, batches)) < 1e-2
     assert len(model.model.graphs.pairs) == 2                                   # 64 tokens and 128
-    used = model.model.graphs.pairs[2, 128, 16]
-    learn(model, ids(3, 128)), learn(model, ids(2, 70))                         # a larger shape, for which the pool begins anew
-    assert len(model.model.graphs.pairs) == 2 and model.model.graphs.pairs[2, 128, 16] is not used
+
+
+def test_all_graphs_share_a_pool_that_begins_anew_for_a_larger_shape(played):
+    model, pools = student(), []
+    for batch, count in (ids(2, 70), 1), (ids(2, 5), 2), (ids(1, 100), 3), (ids(3, 128), 1), (ids(2, 70), 2):
+        learn(model, batch)
+        pairs = model.model.graphs.pairs.values()
+        pools.append({graph.pool() for pair in pairs for graph in (pair.forward, pair.backward)})
+        assert len(pairs) == count and pools[-1] == {model.model.graphs.pool}
+    assert pools[0] == pools[1] == pools[2] != pools[3] == pools[4]
 
 
 def test_gradients_beside_the_replayed_ones_count(played):
@@ -137,6 +144,8 @@ def test_steps_after_replayed_passes_are_the_plain_paths(played, monkeypatch, ow
         return norm
 
     monkeypatch.setattr(AdamW, "clip_and_step", clip_and_step)
+    copied, copy_ = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *given: (copied.append(given), copy_(*given)))
     plain, model = student(False), student()
     begun = torch.cat([p.detach().flatten() for p in plain.parameters()]).cpu()
     norms = []
@@ -148,6 +157,7 @@ def test_steps_after_replayed_passes_are_the_plain_paths(played, monkeypatch, ow
             norms.append(float(apply_gradient(each, optimizer, 1e-2, 1.0)))
             assert all(p.grad is None for p in each.parameters()) and not (each.model.graphs and each.model.graphs.lent)
     assert norms[3:] == pytest.approx(norms[:3], rel=1e-2)
+    assert len(copied) == (1 if own else 3)                                     # by the first pass alone, or after each step
     right, ours = (torch.cat([p.detach().flatten() for p in each.parameters()]).cpu() for each in (plain, model))
     assert off(ours - begun, right - begun) < 0.1                               # Adam's first steps depend on signs alone
     learn(model, ids(2, 5))                                                     # a pass begins by copying what changed
@@ -187,10 +197,10 @@ def test_a_backward_pass_needs_the_latest_forward_pass(played):
     model = student()
     with mixed_precision(model.head.device, torch.bfloat16):
         first, second = (model.hidden(ids(2, 5)).sum() for _ in range(2))
-    with pytest.raises(RuntimeError, match="run again before this backward pass"):
+    with pytest.raises(RuntimeError, match="another pass came between"):
         first.backward()
     second.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="run again"):
+    with pytest.raises(RuntimeError, match="another pass"):
         second.backward()
 
 

@@ -16,10 +16,11 @@ from fake_gpu import Graph, Played, Wrong, gpu, record
 from minikd.command import pick_device
 from minikd.data import Encoded
 from minikd.generate import Decoding, generate_with_log_probs
-from minikd.graphs import Replay
+from minikd.graphs import GraphedBlocks, Replay
 from minikd.losses import forward_kl
 from minikd.model import join_in_training, mixed_precision
 from minikd.teacher import Teacher
+from minikd.training import apply_gradient, make_optimizer, use_graphs
 from minikd.w4 import W4Linear
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [20, 21, 22, 23]]
@@ -84,14 +85,20 @@ def test_autocast_casts_as_cudas_does():
                 assert (x @ x).dtype == torch.float32
 
 
-def test_a_distillation_step_is_launched_without_waiting_for_the_gpu(monkeypatch):
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_distillation_step_is_launched_without_waiting_for_the_gpu(monkeypatch, graphs):
     waited = []
     monkeypatch.setattr(fake_gpu, "wait", waited.append)
     rows = [Encoded([5, 6, 7], [8, 9], False, 0), Encoded([5], [8, 9, 10, 11], True, 1)]
     with gpu():
         student, teacher = small(0).to("cuda").train(), Teacher(small(1).to("cuda").requires_grad_(False))
-        sums = train_kd.forward_backward(rows, student=student, weight=1 / 6, pad_id=0, dtype=torch.bfloat16,
-                                         checkpointing=False, teacher=teacher, divergence=forward_kl, kd_ratio=0.5)
+        optimizer = make_optimizer(student, 1e-3)
+        if graphs:
+            use_graphs(student, torch.bfloat16)
+        for _ in range(2):                                                      # recorded, and replayed
+            sums = train_kd.forward_backward(rows, student=student, weight=1 / 6, pad_id=0, dtype=torch.bfloat16,
+                                             checkpointing=False, teacher=teacher, divergence=forward_kl, kd_ratio=0.5)
+            apply_gradient(student, optimizer, 1e-3, 1.0)
         assert not fake_gpu.WAITS & set(waited)
         assert all(block.self_attn.joined and block.mlp.joined for block in teacher.model.model.layers)     # fewer launches
         assert float(sums[0]) > 0 and fake_gpu.WAITS & set(waited)              # reading a number does wait
@@ -263,11 +270,13 @@ def test_a_run_goes_on_on_another_device(shell, world, tmp_path, first, then):
 
 
 @pytest.mark.slow
-def test_grpo_in_bfloat16_begins_as_in_float32(run):
+def test_grpo_in_bfloat16_begins_as_in_float32(run, monkeypatch):
     """It draws other answers, so only means are alike, and those only before the first update."""
+    recorded, record_pair = [], GraphedBlocks.record
+    monkeypatch.setattr(GraphedBlocks, "record", lambda *given: (recorded.append(given), record_pair(*given))[1])
     flags = GRPO + "--group-size 12 --batch-size 8 --inner-epochs 2 --drop-flat --norm token --dtype "
     ours, theirs = (steps_of(run(train_grpo, flags + dtype, "cuda")[1]) for dtype in ("bfloat16", "float32"))
-    assert len(ours) == 3 and all(line["grad_norm"] > 0.1 for line in ours)
+    assert len(ours) == 3 and all(line["grad_norm"] > 0.1 for line in ours) and recorded
     assert ours[0]["entropy"] != theirs[0]["entropy"] == pytest.approx(ours[0]["entropy"], rel=0.1)
     assert ours[0]["reward"] == pytest.approx(theirs[0]["reward"], rel=0.2)
 
@@ -276,10 +285,13 @@ def test_grpo_in_bfloat16_begins_as_in_float32(run):
     ("--loss forward_kl --cache-teacher {out}/states", 0.02), pytest.param("--loss sft", 0.02, marks=pytest.mark.slow),
     pytest.param("--loss reverse_kl --gradient-checkpointing", 0.02, marks=pytest.mark.slow),
     pytest.param("--loss minillm --rollouts 8", 0.3, marks=pytest.mark.slow)])      # draws other answers than in float32
-def test_in_bfloat16_a_gpus_autocast_suits_every_operator(run, flags, near):
+def test_in_bfloat16_a_gpus_autocast_suits_every_operator(run, monkeypatch, flags, near):
+    recorded, record_pair = [], GraphedBlocks.record
+    monkeypatch.setattr(GraphedBlocks, "record", lambda *given: (recorded.append(given), record_pair(*given))[1])
     ours, theirs = (steps_of(run(train_kd, KD + flags + " --steps 1" + dtype, "cuda")[1]) for dtype in (" --dtype bfloat16", ""))
     assert ours[0]["ce"] != theirs[0]["ce"] and ours[0]["ce"] == pytest.approx(theirs[0]["ce"], rel=near)
     assert ours[0].get("kd", 0) == pytest.approx(theirs[0].get("kd", 0), rel=2 * near)
+    assert bool(recorded) == ("checkpointing" not in flags)
 
 
 def test_a_model_quantised_on_a_gpu_answers_there_as_on_a_cpu(run):
