@@ -208,8 +208,9 @@ class Decoding:
                 continue
             end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
             if math.isnan(sum(logps[:end])):
-                raise InputError("generate: the model's logits are not finite, so there is nothing to draw from; its weights are "
-                                 "damaged, its training diverged (lower --lr), or float16 overflows")
+                whose = "model's" if len(self.models) == 1 else "model's or the teacher's"
+                raise InputError(f"generate: the {whose} logits are not finite, so there is nothing to draw from; the weights are "
+                                 "damaged, training diverged (lower --lr), or float16 overflows")
             self.answers[answer] += tokens[:end]
             self.answer_logps[answer] += logps[:end]
             if tokens[end - 1] not in stops:

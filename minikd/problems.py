@@ -189,7 +189,8 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
         blank = any(name in record and (absent(value := record[name]) or isinstance(value, str)) for name in QUESTIONS[:2])
         if (asked or blank) and (given or tests) or _of_codeforces(record) and absent(record["description"]):
             raise Dropped(where, "no answer to compare with, or no statement")
-        raise InputError(f"{where}: is not a problem (its fields: {names_of(record)}); give `question` and `answer` "
+        lacks = "neither answer nor tests" if asked else "no text that asks something"
+        raise InputError(f"{where}: is not a problem: {lacks} (its fields: {names_of(record)}); give `question` and `answer` "
                          "or `tests`, or Codeforces' `description` and `examples`")
     question = with_passage(record, where, asked, _asked(record.get("prompt")))
     return f"{question}\n\n{PYTHON if tests else ANSWER}", facts

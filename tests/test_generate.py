@@ -478,8 +478,10 @@ def test_greedy_chances_are_certain_and_ids_past_vocab_are_never_drawn():
 def test_logits_that_are_not_finite_are_refused(graphs, temperature):
     model = small(3)
     model.model.norm.weight.data[2] = math.nan
-    with pytest.raises(InputError, match="logits are not finite"):
+    with pytest.raises(InputError, match="the model's logits are not finite"):
         generate(model, [[5, 6], [7]], 5, temperature, graphs=graphs)
+    with pytest.raises(InputError, match="the model's or the teacher's logits"):
+        generate(small(3), [[5, 6], [7]], 5, 1.0, graphs=graphs, teacher=model, mix=0.5)
 
 
 def test_what_follows_a_stop_token_may_be_nan():

@@ -252,10 +252,10 @@ def test_an_instruction_is_asked_with_what_it_is_about(more):
 
 
 @pytest.mark.parametrize("record, said", [
-    ({"title": "x"}, "(its fields: title); give `question` and `answer` or `tests`"), ({"question": "Why?"}, "is not a problem"),
-    ({"question": "Why?", "tests": []}, "is not a problem"),
+    ({"title": "x"}, "(its fields: title); give `question` and `answer` or `tests`"), ({"question": "Why?"}, "is not a problem: neither"),
+    ({"question": "Why?", "tests": []}, "is not a problem: neither answer nor tests (its fields"),
     ({"question": "Why?", "tests": ["3"]}, "field 'tests' is not a list of {input, output} texts"),
-    ({"question": ["Why?"], "answer": "b"}, "is not a problem"),
+    ({"question": ["Why?"], "answer": "b"}, "is not a problem: no text that asks something (its fields"),
     ({"question": "Which?", "choices": ["a", "b"], "answer": 1}, "field 'choices' would not be shown to the model; write it"),
     (RECORD | {"examples": [{"input": 3, "output": "6"}]}, "field 'examples' is not a list of {input, output} texts"),
     (RECORD | {"examples": 3}, "field 'examples' is not a list"),
