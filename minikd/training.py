@@ -42,7 +42,7 @@ def compile_blocks(*models: Qwen2):
     """
     torch._dynamo.config.recompile_limit = 64                   # for run_blocks: all models, modes, numbers of rows (default: 8)
     # Recomputes some values in the backward pass instead of keeping them, such as silu(gate) up. A KD step on an H200 held 17.0
-    # GB, not 18.5, and took 1% longer. The setting applies to all that this process compiles.
+    # GB, not 18.5 (before use_graphs), and took 1% longer. The setting applies to all that this process compiles.
     torch._functorch.config.ban_recompute_materialized_backward = False
     for model in models:
         model.model.compiled = torch.compile(run_blocks)
