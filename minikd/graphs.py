@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from minikd.model import Body, Linear, RMSNorm
 
 TILE = 64       # GraphedBlocks pads sequences to multiples of it, so that few graphs serve batches of all lengths
+MOST = 64       # pairs of graphs that it keeps: each has some thousand kernels
 
 
 def can_record(device: torch.device) -> bool:
@@ -75,6 +76,8 @@ class GraphedBlocks:
         if padded.shape not in self.pairs:
             if padded.numel() > max((pair.x.numel() for pair in self.pairs.values()), default=0):
                 self.pairs, self.pool = {}, None        # a larger shape's tensors would not fit into a smaller one's segments
+            elif len(self.pairs) == MOST:
+                del self.pairs[next(iter(self.pairs))]  # the oldest
             self.pairs[padded.shape] = self.record(padded, states)
         return _Replayed.apply(padded, self, self.pairs[padded.shape])[:, :T]
 

@@ -103,6 +103,14 @@ def test_all_graphs_share_a_pool_that_begins_anew_for_a_larger_shape(played):
     assert pools[0] == pools[1] == pools[2] != pools[3] == pools[4]
 
 
+def test_the_oldest_pair_gives_way(played, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    model, plain = student(), student(False)
+    for batch in ids(3, 70), ids(2, 5), ids(1, 5), ids(3, 70), ids(1, 5):
+        assert off(gradients(model, [batch]), gradients(plain, [batch])) < 1e-2
+    assert [tuple(shape[:2]) for shape in model.model.graphs.pairs] == [(3, 128), (1, 64)]
+
+
 def test_gradients_beside_the_replayed_ones_count(played):
     """A micro-batch that is not replayed, after one that is."""
     found = []
