@@ -115,11 +115,6 @@ class GraphedBlocks:
                 weight.grad += found
         self.lent = {}
 
-    def drop_gradients(self):
-        """Forgets what the last backward pass left. An optimizer step may have come before, and torch's fused ones do not count
-        as writes: so the copies are made again."""
-        self.lent, self.copies.versions = {}, None
-
 
 class Pair(NamedTuple):
     """The graphs of both passes for one shape, and the places that they read and write."""
@@ -142,18 +137,16 @@ class Copies:
         self.versions = None                                                    # of the weights when they were copied
         leaf = lambda *weights: nn.Parameter(torch.cat([weight.detach() for weight in weights]).bfloat16())
         for block in body.layers:
-            attention, mlp = block.self_attn, block.mlp
-            for half, layers in ((attention, [attention.q_proj, attention.k_proj, attention.v_proj]),
-                                 (mlp, [mlp.gate_proj, mlp.up_proj])):
+            for half in block.self_attn, block.mlp:
+                layers, after = half.layers()
                 joined = Linear(1, 1, bias=layers[0].bias is not None)          # its parameters are replaced
                 for name, _ in list(joined.named_parameters()):
                     weights = [getattr(layer, name) for layer in layers]
                     setattr(joined, name, leaf(*weights))
                     self.parts.append((getattr(joined, name), weights))
                 self.halves.append((half, joined))
-            for layer in attention.o_proj, mlp.down_proj:
-                self.singles.append((layer, leaf(layer.weight)))
-                self.parts.append((self.singles[-1][1], [layer.weight]))
+                self.singles.append((after, leaf(after.weight)))
+                self.parts.append((self.singles[-1][1], [after.weight]))
         self.of = {weight: view for copy, weights in self.parts                 # weight -> its copy
                    for weight, view in zip(weights, copy.detach().split([len(weight) for weight in weights]))}
         norms = [norm.weight for norm in body.modules() if isinstance(norm, RMSNorm)]
@@ -161,13 +154,11 @@ class Copies:
 
     @torch.no_grad()
     def refresh(self):
-        """Copies the weights again if they were written to since, but by an optimizer step that wrote the copies (note_fresh)."""
-        if self.versions != [weight._version for weight in self.of]:
+        """Copies the weights again if torch has written to them since. (What adamw.cu writes is not counted: it writes both.)"""
+        versions = [weight._version for weight in self.of]
+        if versions != self.versions:
             torch._foreach_copy_([*self.of.values()], [*self.of])
-            self.note_fresh()
-
-    def note_fresh(self):
-        self.versions = [weight._version for weight in self.of]
+            self.versions = versions
 
     @contextmanager
     def installed(self):

@@ -120,18 +120,16 @@ def can_pack() -> bool:
 def lay_out(model: Qwen2, rows: int, pack: bool):
     """Joins, and with `pack` packs, the layers of every block, then packs the head; model.lay_back undoes it."""
     for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        for half, parts in ((attention, [attention.q_proj, attention.k_proj, attention.v_proj]),
-                            (mlp, [mlp.gate_proj, mlp.up_proj])):
+        for half in block.self_attn, block.mlp:
+            parts, after = half.layers()
             if pack and isinstance(parts[0], Linear):
                 half.joined = Packed(parts, rows)
                 half.joined.free_parts()                # only once it is stored: see there
             elif half.joined is None:
                 half.joined = join(parts)
-        for layer in attention.o_proj, mlp.down_proj:
-            if pack and isinstance(layer, Linear):
-                layer.packed = Packed([layer], rows)
-                layer.packed.free_parts()
+            if pack and isinstance(after, Linear):
+                after.packed = Packed([after], rows)
+                after.packed.free_parts()
     if pack:
         give_memory_back()
         few = rows == 2 and model.head.dtype == torch.float32               # for those multiply is as fast

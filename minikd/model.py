@@ -123,13 +123,17 @@ class Attention(Half):
         self.v_proj = Linear(D, config.num_key_value_heads * E, bias=True)
         self.o_proj = Linear(config.num_attention_heads * E, D, bias=False)
 
+    def layers(self) -> tuple[list[nn.Module], nn.Module]:
+        """Those with the same inputs, and the one after them."""
+        return [self.q_proj, self.k_proj, self.v_proj], self.o_proj
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
         return self.o_proj(self.concat_heads(x, cos, sin, slots))               # [B, T, D]
 
     def concat_heads(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
         """The outputs of all heads side by side, which o_proj multiplies.  [B, T, D] -> [B, T, H E]"""
         B, T, _ = x.shape
-        joined = join_in_training(x, self.q_proj, self.k_proj, self.v_proj) if self.joined is None else self.joined
+        joined = join_in_training(x, *self.layers()[0]) if self.joined is None else self.joined
         if joined is not None:
             qkv = joined(x)                                                     # [B, T, (H + 2K) E]
         else:
@@ -164,12 +168,16 @@ class MLP(Half):
         self.up_proj = Linear(D, W, bias=False)
         self.down_proj = Linear(W, D, bias=False)
 
+    def layers(self) -> tuple[list[nn.Module], nn.Module]:
+        """Those with the same inputs, and the one after them."""
+        return [self.gate_proj, self.up_proj], self.down_proj
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.gated(x))                                    # [B, T, D]
 
     def gated(self, x: Tensor) -> Tensor:
         """silu(gate) * up, which down_proj multiplies.  [B, T, D] -> [B, T, W]"""
-        joined = join_in_training(x, self.gate_proj, self.up_proj) if self.joined is None else self.joined
+        joined = join_in_training(x, *self.layers()[0]) if self.joined is None else self.joined
         if joined is not None:
             gate_up = joined(x)                                                 # [B, T, 2W]
             if can_fuse(gate_up) and gate_up.shape[-1] % 16 == 0:               # one kernel instead of two
@@ -334,7 +342,7 @@ class Qwen2(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True):
         if self.model.graphs is not None:
-            self.model.graphs.drop_gradients()                                  # those that are not in .grad yet
+            self.model.graphs.lent = {}                                         # gradients that are not in .grad yet
         super().zero_grad(set_to_none)
 
     def __getstate__(self) -> dict:

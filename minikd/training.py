@@ -28,8 +28,8 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> AdamW
 
 
 def use_graphs(model: Qwen2, dtype: torch.dtype):
-    """Lets a GPU replay the passes of the model's blocks in bfloat16 training from CUDA graphs, if all weights are trained. From
-    then on apply_gradient finds their gradients; other optimizer steps need graphs.settle() before, and model.zero_grad() after.
+    """Lets a GPU replay the passes of the model's blocks in bfloat16 training from CUDA graphs, if all weights are trained.
+    apply_gradient then finds their gradients, and graphs.settle() brings them into .grad.
 
     Not in float32: there the same model samples, and generate may move its weights (layout.join)."""
     if dtype == torch.bfloat16 and can_record(model.head.device) and all(p.requires_grad for p in model.parameters()):
@@ -69,14 +69,13 @@ def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, ma
         graphs.settle()
     lent, copies = (graphs.lent, graphs.copies.of) if graphs else ({}, {})
     norm = optimizer.clip_and_step(max_grad_norm, lent, copies) if isinstance(optimizer, AdamW) else None
-    if by_torch := norm is None:                                # on a CPU, and where adamw.cu cannot run
+    if norm is None:                                            # on a CPU, and where adamw.cu cannot run
         if graphs:
             graphs.settle()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
+        torch.autograd.graph.increment_version(model.parameters())              # fused steps do not count as writes
     model.zero_grad()
-    if graphs and not by_torch:
-        graphs.copies.note_fresh()
     return norm
 
 

@@ -269,11 +269,17 @@ def test_a_run_goes_on_on_another_device(shell, world, tmp_path, first, then):
         assert line == pytest.approx(right, rel=2e-3, abs=2e-4)
 
 
+@pytest.fixture
+def recorded(monkeypatch) -> list:
+    """Grows by one whenever training's passes are recorded."""
+    calls, record_pair = [], GraphedBlocks.record
+    monkeypatch.setattr(GraphedBlocks, "record", lambda *given: (calls.append(given), record_pair(*given))[1])
+    return calls
+
+
 @pytest.mark.slow
-def test_grpo_in_bfloat16_begins_as_in_float32(run, monkeypatch):
+def test_grpo_in_bfloat16_begins_as_in_float32(run, recorded):
     """It draws other answers, so only means are alike, and those only before the first update."""
-    recorded, record_pair = [], GraphedBlocks.record
-    monkeypatch.setattr(GraphedBlocks, "record", lambda *given: (recorded.append(given), record_pair(*given))[1])
     flags = GRPO + "--group-size 12 --batch-size 8 --inner-epochs 2 --drop-flat --norm token --dtype "
     ours, theirs = (steps_of(run(train_grpo, flags + dtype, "cuda")[1]) for dtype in ("bfloat16", "float32"))
     assert len(ours) == 3 and all(line["grad_norm"] > 0.1 for line in ours) and recorded
@@ -285,9 +291,7 @@ def test_grpo_in_bfloat16_begins_as_in_float32(run, monkeypatch):
     ("--loss forward_kl --cache-teacher {out}/states", 0.02), pytest.param("--loss sft", 0.02, marks=pytest.mark.slow),
     pytest.param("--loss reverse_kl --gradient-checkpointing", 0.02, marks=pytest.mark.slow),
     pytest.param("--loss minillm --rollouts 8", 0.3, marks=pytest.mark.slow)])      # draws other answers than in float32
-def test_in_bfloat16_a_gpus_autocast_suits_every_operator(run, monkeypatch, flags, near):
-    recorded, record_pair = [], GraphedBlocks.record
-    monkeypatch.setattr(GraphedBlocks, "record", lambda *given: (recorded.append(given), record_pair(*given))[1])
+def test_in_bfloat16_a_gpus_autocast_suits_every_operator(run, recorded, flags, near):
     ours, theirs = (steps_of(run(train_kd, KD + flags + " --steps 1" + dtype, "cuda")[1]) for dtype in (" --dtype bfloat16", ""))
     assert ours[0]["ce"] != theirs[0]["ce"] and ours[0]["ce"] == pytest.approx(theirs[0]["ce"], rel=near)
     assert ours[0].get("kd", 0) == pytest.approx(theirs[0].get("kd", 0), rel=2 * near)
