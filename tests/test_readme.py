@@ -16,8 +16,9 @@ from test_structure import ORDER
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEPARTURES = (ROOT / "docs" / "departures.md").read_text(encoding="utf-8")
 MEASURED = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
-SYMBOLS = sorted(set(re.findall(r"`(minikd\.\w+)\.(\w+)`", README)))
+SYMBOLS = sorted(set(re.findall(r"`(minikd\.\w+)\.(\w+)`", README + DEPARTURES)))
 COMMANDS = re.findall(r"python (\w+\.py)([^\n#`&]*)", README)
 
 
@@ -47,7 +48,7 @@ def test_the_file_list_is_the_package():
 
 
 def test_every_file_the_readme_links_to_is_there():
-    for link in re.findall(r"\]\(([\w./-]+)\)", README):
+    for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", README):
         assert (ROOT / link).exists(), link
 
 
