@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minikd.model import Body, Linear, RMSNorm
 
 TILE = 64       # GraphedBlocks pads sequences to multiples of it, so that few graphs serve batches of all lengths
-MOST = 64       # pairs of graphs that it keeps: each has some thousand kernels
+MOST = 64       # pairs of graphs that it makes: each has some thousand kernels
 
 
 def can_record(device: torch.device) -> bool:
@@ -59,16 +59,21 @@ class GraphedBlocks:
 
     All graphs share one pool of memory, about as large as the largest shape needs. So a forward pass overwrites what the one
     before left for its backward pass, and gradients that are still there are added to .grad first.
+
+    Later versions of torch than 2.11 free a stream's cuBLAS workspace when any graph that was recorded on that stream is dropped,
+    and those that are left then read and write other tensors' memory (pytorch issue 193402). So these graphs have a stream of
+    their own, and are only dropped all together.
     """
 
     def __init__(self, body: Body):
         self.copies, self.pairs, self.pool = Copies(body), {}, None             # not the body: a cycle would outlive the run
+        self.stream = torch.cuda.Stream()
         self.lent = {}                                  # weight -> its gradient, which the last backward pass left in the pool
         self.turns = 0                                  # forward and backward passes so far
 
-    def __call__(self, x: Tensor, states) -> Tensor:
-        """The embeddings [B, T, D] of tokens 0 .. T-1 -> states [B, T, D], to be read before the next call. The backward pass
-        leaves the weights' gradients in `lent`; `settle` adds them to .grad.  states: Body.states"""
+    def __call__(self, x: Tensor, positions: Tensor, states) -> Tensor:
+        """What states(x, positions), Body.states, computes of whole sequences, to be read before the next call: embeddings
+        [B, T, D] -> [B, T, D]. The backward pass leaves the weights' gradients in `lent`; `settle` adds them to .grad."""
         T = x.shape[1]
         padded = F.pad(x, (0, 0, 0, -T % TILE))                                 # [B, T', D]; causal: no other state sees it
         self.copies.refresh()
@@ -77,13 +82,13 @@ class GraphedBlocks:
             if padded.numel() > max((pair.x.numel() for pair in self.pairs.values()), default=0):
                 self.pairs, self.pool = {}, None        # a larger shape's tensors would not fit into a smaller one's segments
             elif len(self.pairs) == MOST:
-                del self.pairs[next(iter(self.pairs))]  # the oldest
+                return states(x, positions)             # to make room would cost a recording in every call, if shapes take turns
             self.pairs[padded.shape] = self.record(padded, states)
-        return _Replayed.apply(padded, self, self.pairs[padded.shape])[:, :T]
+        return _Replayed.apply(padded, self)[:, :T]
 
     def record(self, like: Tensor, states) -> "Pair":
         """The graphs of both passes for embeddings like these. Each pass runs once before, as in Replay."""
-        stream, positions = recording_stream(torch.cuda.current_device()), torch.arange(like.shape[1], device=like.device)[None]
+        stream, positions = self.stream, torch.arange(like.shape[1], device=like.device)[None]      # [1, T']
         copies, make = [copy for copy, _ in self.copies.parts], lambda: torch.empty_like(like, requires_grad=True)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.enable_grad(), self.copies.installed(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
@@ -189,21 +194,23 @@ class _Replayed(torch.autograd.Function):
     """One forward pass of GraphedBlocks, and its backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, graphs: GraphedBlocks, pair: Pair) -> Tensor:
+    def forward(ctx, x: Tensor, graphs: GraphedBlocks) -> Tensor:
+        pair = graphs.pairs[x.shape]
         pair.x.copy_(x)
         pair.forward.replay()
         graphs.turns += 1
-        ctx.graphs, ctx.pair, ctx.turn = graphs, pair, graphs.turns
+        ctx.graphs, ctx.turn = graphs, graphs.turns             # not the pair, which would outlive its pool
         return pair.y.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, slope: Tensor):
-        graphs, pair = ctx.graphs, ctx.pair
+        graphs = ctx.graphs
         if ctx.turn != graphs.turns:
             raise RuntimeError("another pass came between: call backward once, right after its forward pass")
         graphs.turns += 1
+        pair = graphs.pairs[slope.shape]
         pair.slope.copy_(slope)
         pair.backward.replay()
         graphs.lent = pair.gradients
-        return pair.slope_x.detach(), None, None
+        return pair.slope_x.detach(), None

@@ -262,7 +262,7 @@ class Body(nn.Module):
         else:
             x = self.embed_tokens(ids)                                          # [B, T, D]
         if self.graphs is not None and learned and cache is None and not checkpointing and trains_on_gpu(x):
-            return self.graphs(x, self.states)                                  # what follows, from CUDA graphs
+            return self.graphs(x, positions, self.states)                       # what follows, from CUDA graphs
         return self.states(x, positions, cache, checkpointing)
 
     def states(self, x: Tensor, positions: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:

@@ -5,12 +5,13 @@ refuses raises Wrong here: an operator that is given tensors of both devices; wh
 host, or a value that the host waits for; a generator of the other device; numpy; a product of integers; operators for CPUs only.
 A graph is what it is on a GPU: operators with the addresses that they read and write. Recording changes no memory, and a replay
 reads what those addresses hold at that time. Autocast casts as CUDA's does, in forward passes. Not simulated: time, memory,
-streams, and which of torch's kernels would run.
+what streams do at the same time, and which of torch's kernels would run.
 """
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from types import SimpleNamespace
 from unittest import mock
+from weakref import WeakSet
 
 import torch
 import torch._dynamo                    # torch's optimizers import it, and it lists torch's functions: before they are replaced
@@ -208,11 +209,23 @@ class Places(TorchFunctionMode):
 
 
 class Graph:
+    alive = WeakSet()
+
+    def __init__(self):
+        self.stream, self.broken = self, False
+
     def pool(self):
         return self.memory
 
+    def __del__(self):
+        """In later versions of torch than 2.11 a stream's cuBLAS workspace goes with any graph that was recorded there."""
+        for other in Graph.alive:
+            other.broken |= other.stream is self.stream
+
     def replay(self):
         wait("a replay")
+        if self.broken:
+            raise Wrong("a replay after another graph of its stream was dropped")
         with torch.inference_mode(), torch._C.DisableTorchFunction():           # it runs on the CPU: nothing to place
             for func, args, kwargs, outputs in self.steps:
                 results = tree_leaves(func(*args, **kwargs))
@@ -227,6 +240,9 @@ def record(graph: Graph, stream=None, pool=None):
     try:
         yield
         graph.steps, graph.memory = Played.recording, pool or object()          # a pool of its own, or the one given
+        graph.stream = stream
+        if any(func in PRODUCTS for func, *_ in graph.steps):
+            Graph.alive.add(graph)
     finally:
         before, Played.recording = Played.before, None
         for place, values in reversed(before.values()):         # a recording runs nothing
@@ -257,7 +273,7 @@ class Autocast:
 
 class Stream:
     """A class, not a function: transformers annotates with torch.cuda.Stream | None."""
-    def __init__(self, device):
+    def __init__(self, device=0):
         self.wait_stream, self.cuda_stream = lambda other: None, 0
 
 
