@@ -83,7 +83,11 @@ class GraphedBlocks:
                 self.pairs, self.pool = {}, None        # a larger shape's tensors would not fit into a smaller one's segments
             elif len(self.pairs) == MOST:
                 return states(x, positions)             # to make room would cost a recording in every call, if shapes take turns
-            self.pairs[padded.shape] = self.record(padded, states)
+            try:
+                self.pairs[padded.shape] = self.record(padded, states)
+            except BaseException:                       # what was recorded before the error will be dropped, sooner or later
+                self.pairs, self.pool, self.stream = {}, None, torch.cuda.Stream()
+                raise
         return _Replayed.apply(padded, self)[:, :T]
 
     def record(self, like: Tensor, states) -> "Pair":
@@ -154,8 +158,11 @@ class Copies:
                 self.parts.append((self.singles[-1][1], [after.weight]))
         self.of = {weight: view for copy, weights in self.parts                 # weight -> its copy
                    for weight, view in zip(weights, copy.detach().split([len(weight) for weight in weights]))}
-        norms = [norm.weight for norm in body.modules() if isinstance(norm, RMSNorm)]
-        self.parts += [(weight, [weight]) for weight in norms]                  # read in float32, as under autocast
+        # Norms are read in float32, as under autocast: in the same memory, but as leaves of the graphs' own. While a plain pass's
+        # loss is alive, torch knows its leaves by that pass's stream, and refuses to record on another.
+        for norm in (each for each in body.modules() if isinstance(each, RMSNorm)):
+            self.singles.append((norm, nn.Parameter(norm.weight.detach())))
+            self.parts.append((self.singles[-1][1], [norm.weight]))
 
     @torch.no_grad()
     def refresh(self):
@@ -167,7 +174,7 @@ class Copies:
 
     @contextmanager
     def installed(self):
-        """Inside the `with` block the body's layers multiply by the copies."""
+        """Inside the `with` block the body's layers and norms multiply by the copies."""
         own = [layer.weight for layer, _ in self.singles]
         try:
             for half, joined in self.halves:

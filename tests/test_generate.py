@@ -1,7 +1,6 @@
 """Sampling against slow loops: full forwards again and again, and distributions counted out."""
 import math
 import random
-from contextlib import contextmanager
 
 import numpy as np
 import pytest

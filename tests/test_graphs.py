@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import small
-from fake_gpu import Graph, gpu
+from fake_gpu import Graph, Played, gpu
 from minikd import graphs
 from minikd.adamw_cuda import AdamW
 from minikd.generate import generate
@@ -214,6 +214,30 @@ def test_weights_that_generate_has_moved_are_followed(played):
     assert all(off(ours, right) < 0.05 for right, ours in zip(found[:3], found[3:]))
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_after_a_recording_that_failed_training_goes_on(played, monkeypatch, error):
+    """The graph of its forward pass is dropped, and on later versions of torch takes the workspace of those before it along."""
+    model, plain, grad, streams = student(), student(False), torch.autograd.grad, []
+
+    def failing(*given, **options):
+        if Played.recording is not None:
+            raise error
+        return grad(*given, **options)
+
+    for batch, breaks in (ids(2, 70), False), (ids(2, 5), True), (ids(2, 70), False), (ids(2, 5), False):
+        streams.append(model.model.graphs.stream)
+        if breaks:
+            with monkeypatch.context() as patch, pytest.raises(type(error)) as caught:
+                patch.setattr(torch.autograd, "grad", failing)
+                learn(model, batch)
+            model.zero_grad()
+            continue
+        assert off(gradients(model, [batch]), gradients(plain, [batch])) < 1e-2
+    del caught                                                                  # its frames hold the graph
+    assert off(gradients(model, [ids(2, 70)]), gradients(plain, [ids(2, 70)])) < 1e-2
+    assert streams[0] is streams[1] is not streams[2] is streams[3] and len(model.model.graphs.pairs) == 2
+
+
 def test_a_backward_pass_needs_the_latest_forward_pass(played):
     model = student()
     with mixed_precision(model.head.device, torch.bfloat16):
@@ -263,6 +287,7 @@ def test_the_layers_are_as_they_were_after_recording(played):
     assert all(weights[name] is weight for name, weight in model.named_parameters()) and len(weights) == len(model.state_dict())
     assert all(half.joined is None for block in model.model.layers for half in (block.self_attn, block.mlp))
     copies = model.model.graphs.copies
+    assert not {id(copy) for copy, _ in copies.parts} & {id(weight) for weight in weights.values()}         # leaves of its own
     with pytest.raises(KeyboardInterrupt), copies.installed():
         assert copies.halves[0][0].joined is not None and copies.singles[0][0].weight.dtype == torch.bfloat16
         raise KeyboardInterrupt
