@@ -4,8 +4,9 @@ Inside `with gpu():` torch sees one GPU. Each of its tensors (OnGPU) holds a CPU
 refuses raises Wrong here: an operator that is given tensors of both devices; while a graph is recorded, a copy to or from the
 host, or a value that the host waits for; a generator of the other device; numpy; a product of integers; operators for CPUs only.
 A graph is what it is on a GPU: operators with the addresses that they read and write. Recording changes no memory, and a replay
-reads what those addresses hold at that time. Autocast casts as CUDA's does, in forward passes. Not simulated: time, memory,
-what streams do at the same time, and which of torch's kernels would run.
+reads what those addresses hold at that time; what a graph has in its pool is lost when another one there replays that does not
+read it, and when it is dropped. Autocast casts as CUDA's does, in forward passes. Not simulated: time, memory, what streams do
+at the same time, and which of torch's kernels would run.
 """
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
@@ -137,7 +138,7 @@ class OnGPU(Tensor):
         if "device" in kwargs:
             kwargs["device"] = "cpu"
         out = func(*args, **kwargs)
-        if Played.recording is not None and "empty" not in func.__name__:       # which is no kernel
+        if Played.recording is not None:
             Played.recording.append((func, args, kwargs, tree_leaves(out)))
         same = {id(raw(x)): x for x in written}                 # an operator that writes in place returns its argument
         return each(Tensor, lambda x: same[id(x)] if id(x) in same else OnGPU(x), out)
@@ -208,11 +209,17 @@ class Places(TorchFunctionMode):
         return Tensor.to(x, *kept, **kwargs) if kept or kwargs else x
 
 
+class Pool:
+    """Memory that graphs share."""
+    def __init__(self):
+        self.graphs = WeakSet()
+
+
 class Graph:
     alive = WeakSet()
 
     def __init__(self):
-        self.stream, self.broken = self, False
+        self.stream, self.broken, self.made = self, False, {}
 
     def pool(self):
         return self.memory
@@ -221,13 +228,37 @@ class Graph:
         """In later versions of torch than 2.11 a stream's cuBLAS workspace goes with any graph that was recorded there."""
         for other in Graph.alive:
             other.broken |= other.stream is self.stream
+        self.lose()
+
+    def lose(self):
+        """Others use the memory that it allocated."""
+        with torch.inference_mode(), torch._C.DisableTorchFunction():
+            for x in self.made.values():
+                x.fill_(torch.nan if x.is_floating_point() else 0)
+
+    def keep(self, steps: list, stream, pool):
+        """What was recorded, on a stream, in a pool of its own or the one given."""
+        self.steps, self.stream, self.memory = steps, stream, pool or Pool()
+        self.memory.graphs.add(self)
+        self.reads, self.made = set(), {}                       # addresses; address -> a tensor that it allocated
+        for func, args, kwargs, outputs in steps:
+            self.reads |= {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            new = {x.untyped_storage().data_ptr(): x for x in outputs if isinstance(x, Tensor)}
+            self.made |= {at: x for at, x in new.items() if at not in self.reads}
+        if any(func in PRODUCTS for func, *_ in steps):
+            Graph.alive.add(self)
 
     def replay(self):
         wait("a replay")
         if self.broken:
             raise Wrong("a replay after another graph of its stream was dropped")
         with torch.inference_mode(), torch._C.DisableTorchFunction():           # it runs on the CPU: nothing to place
+            for other in self.memory.graphs:                    # it uses the memory of all graphs but those it reads from
+                if other is not self and self.reads.isdisjoint(other.made):
+                    other.lose()
             for func, args, kwargs, outputs in self.steps:
+                if "empty" in func.__name__:                    # which is no kernel
+                    continue
                 results = tree_leaves(func(*args, **kwargs))
                 for place, result in zip(outputs, results):
                     if isinstance(place, Tensor) and place.data_ptr() != result.data_ptr():     # neither view nor in place
@@ -239,10 +270,7 @@ def record(graph: Graph, stream=None, pool=None):
     Played.recording, Played.before = [], {}
     try:
         yield
-        graph.steps, graph.memory = Played.recording, pool or object()          # a pool of its own, or the one given
-        graph.stream = stream
-        if any(func in PRODUCTS for func, *_ in graph.steps):
-            Graph.alive.add(graph)
+        graph.keep(Played.recording, stream, pool)
     finally:
         before, Played.recording = Played.before, None
         for place, values in reversed(before.values()):         # a recording runs nothing
@@ -320,6 +348,6 @@ def gpu():
         stack.enter_context(mock.patch.object(torch.amp, "autocast", Autocast))                 # checkpointing's
         stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", lambda *_: SimpleNamespace(
             is_capturing=lambda: Played.recording is not None)))        # optimizers of a torch built with CUDA ask it
-        stack.enter_context(mock.patch.object(graphs, "borrow", torch.Tensor.detach))           # no replay reuses its memory
+        stack.enter_context(mock.patch.object(graphs, "borrow", torch.Tensor.detach))           # Graph.lose plays the rest
         stack.enter_context(Places())
         yield
