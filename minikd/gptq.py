@@ -49,6 +49,9 @@ MAX_DAMP = 10.0                                     # more damping than any sum 
 def full_precision():
     """Float32 products in full float32, whatever the process allows: TF32 and bfloat16 would keep 3 digits of 7."""
     with ExitStack() as stack:
+        # oneDNN, which multiplies float32 on ARM, obeys an environment variable (DNNL_DEFAULT_FPMATH_MODE) before torch.
+        stack.callback(setattr, torch.backends.mkldnn, "enabled", torch.backends.mkldnn.enabled)
+        torch.backends.mkldnn.enabled = False
         try:
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("highest")

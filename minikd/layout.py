@@ -3,6 +3,7 @@
 A decoding step reads every weight once and computes little, so its time depends on the bytes it reads, on their layout,
 and on the number of calls.
 """
+import platform
 import threading
 import warnings
 from contextlib import contextmanager
@@ -66,9 +67,9 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
 
     "plain"   for any number of steps: one row in float32 on a CPU, by products.gemv, which gives every thread its part;
               bfloat16 on a CPU with AVX2 only, many rows by products.padded_columns
-    "packed"  several rows on a CPU: from oneDNN's layout, q/k/v as one product and gate/up as another. Reading a plain one
-              reaches 60% of the memory's bandwidth in bfloat16, and takes two to five times as long in float32. In a 4-bit
-              model only the head is packed; the layers are joined
+    "packed"  several rows on a CPU, in bfloat16 if packs_bfloat16: from oneDNN's layout, q/k/v as one product and gate/up as
+              another. Reading a plain one reaches 60% of the memory's bandwidth in bfloat16, and takes two to five times as long
+              in float32. In a 4-bit model only the head is packed; the layers are joined
     "joined"  on a GPU, and a 4-bit model elsewhere too: q/k/v as one product and gate/up as another
     None      as they are: for fewer than WORTH steps, with layers joined for good (teacher.Teacher), a float32 toy, one bfloat16
               row (torch_products)
@@ -84,8 +85,7 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
         return "plain"
     if steps < WORTH:
         return None
-    if cpu and rows > 1 and can_pack() and (
-            float32 and large or bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if cpu and rows > 1 and can_pack() and (float32 and large or bfloat16 and packs_bfloat16()):
         return "packed"
     return "joined" if weight.is_cuda or four_bits else None
 
@@ -115,6 +115,12 @@ def torch_products(weight: Tensor, rows: int):
 def can_pack() -> bool:
     """Whether this torch has oneDNN: a Mac's has not, though `enabled` is true there."""
     return torch.backends.mkldnn.is_available() and (*STOOD, torch.backends.mkldnn.enabled)[0]
+
+
+def packs_bfloat16() -> bool:
+    """Whether oneDNN reads packed bfloat16 weights fast: not on ARM, where before torch 2.14 its reference code multiplies, over a
+    hundred times more slowly (pytorch issue 180447)."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not torch.ops.mkldnn._is_mkldnn_acl_supported()
 
 
 def lay_out(model: Qwen2, rows: int, pack: bool):
@@ -240,7 +246,8 @@ def use_int8_head(model: Qwen2):
     and everywhere once torch has moved the product to torchao."""
     if model.head.device.type != "cpu":
         raise InputError(f"an int8 head works only on a CPU, not on {model.head.device}; leave out --int8-head")
-    if not hasattr(torch, "_make_per_channel_quantized_tensor") or torch.backends.quantized.engine not in ("x86", "fbgemm"):
+    if (not hasattr(torch, "_make_per_channel_quantized_tensor") or torch.backends.quantized.engine not in ("x86", "fbgemm")
+            or platform.machine() != "x86_64"):                                     # on ARM, too, the engine is called x86
         raise InputError(f"an int8 head: torch {torch.__version__} has no int8 product for this CPU; leave out --int8-head")
     model.int8_head = partial(multiply_int8, pack_int8(model.head.detach()))
 

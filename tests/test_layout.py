@@ -14,7 +14,8 @@ from minikd.data import Encoded
 from minikd.errors import InputError
 from minikd.gptq import quantize_model
 from minikd.generate import generate, respond
-from minikd.layout import INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, pick_layout, torch_products, use_int8_head
+from minikd.layout import (INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, packs_bfloat16, pick_layout, torch_products,
+                           use_int8_head)
 from minikd.model import Linear, Qwen2
 from minikd.products import gemv
 from minikd.quant import to_words
@@ -85,8 +86,8 @@ def test_threads_that_generate_with_one_model_leave_its_weights_alone(large):
 
 @pytest.fixture
 def narrow() -> Qwen2:
-    if not (can_pack() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        pytest.skip("oneDNN has no bfloat16 on this CPU: it wants AVX-512")
+    if not (can_pack() and packs_bfloat16()):
+        pytest.skip("oneDNN has no fast bfloat16 on this CPU: it wants AVX-512")
     return random_model(dtype=torch.bfloat16, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
 
 
@@ -189,6 +190,8 @@ def test_one_row_in_float32_is_read_from_the_plain_weights(large, narrow_float32
     ("cpu", torch.bfloat16, 3, dict(capability="AVX2"), "plain"), ("cpu", torch.bfloat16, 1, dict(capability="AVX2"), "plain"),
     ("cpu", torch.bfloat16, 3, dict(capability="AVX2", toy=True), None),
     ("cpu", torch.bfloat16, 3, dict(capability="AVX2", four_bits=True), "joined"),
+    ("cpu", torch.bfloat16, 3, dict(capability="ARM"), None), ("cpu", torch.float32, 3, dict(capability="ARM"), "packed"),
+    ("cpu", torch.bfloat16, 3, dict(capability="ARM", four_bits=True), "joined"),
     ("cuda", torch.float32, 1, {}, "joined"), ("cuda", torch.bfloat16, 3, {}, "joined"),
     ("cuda", torch.bfloat16, 1, dict(capability="AVX2"), "joined"), ("cuda", torch.bfloat16, 3, dict(four_bits=True), "joined")])
 def test_a_layout_is_picked_by_device_dtype_and_rows(monkeypatch, device, dtype, rows, there, layout):
@@ -197,7 +200,9 @@ def test_a_layout_is_picked_by_device_dtype_and_rows(monkeypatch, device, dtype,
     monkeypatch.setattr(torch, "get_num_threads", lambda: there["threads"])
     monkeypatch.setattr(products, "AVX2_ONLY", there["capability"] == "AVX2")
     monkeypatch.setattr("minikd.layout.can_pack", lambda: there["onednn"])
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there["capability"] == "AVX512", raising=False)
+    for name, where in ("bf16", ("AVX512", "ARM")), ("acl", ("ARM",)):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda where=where: there["capability"] in where,
+                            raising=False)
     mlp = SimpleNamespace(joined=None, down_proj=SimpleNamespace(packed=None))
     head = SimpleNamespace(device=torch.device(device), is_cuda=device == "cuda", dtype=dtype,
                            numel=lambda: 1 << (10 if there["toy"] else 27))
@@ -390,7 +395,7 @@ def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
             packed = model.packed_head
         attention = model.model.layers[0].self_attn
         assert attention.joined is not None
-        assert (packed is not None) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert (packed is not None) == packs_bfloat16()
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         joined = attention.joined.__self__
         assert joined.qweight.numel() == 64 * 128 // 8 and not any(part.qweight.numel() for part in parts)
@@ -582,7 +587,11 @@ def test_an_int8_head_is_for_cpus():
         use_int8_head(model)
 
 
-def test_without_the_operator_an_int8_head_is_refused(monkeypatch):
-    monkeypatch.delattr(torch, "_make_per_channel_quantized_tensor")
+@pytest.mark.parametrize("lacking", ["operator", "x86"])
+def test_without_the_operator_an_int8_head_is_refused(monkeypatch, lacking):
+    if lacking == "operator":
+        monkeypatch.delattr(torch, "_make_per_channel_quantized_tensor")
+    else:
+        monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(InputError, match="has no int8 product for this CPU; leave out --int8-head"):
         use_int8_head(random_model())
