@@ -46,7 +46,7 @@ def script_errors():
             _exit_with(f"{error}; give another path")
         if re.search(r"No working C\+\+ compiler|Failed to find C compiler", str(error)):   # inductor's on a CPU, triton's
             _exit_with("--compile: torch finds no C++ compiler; install one (g++), or leave the flag out")
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error)):
+        if not isinstance(error, MemoryError) and not re.search("(out of|allocate|enough) memory|ALLOC_FAILED", str(error)):
             raise
         _exit_with("out of memory; lower --batch-size or the lengths, in train_grpo.py also --prompts or --group-size, or use "
                    "--gradient-checkpointing if the script has it")

@@ -52,6 +52,16 @@ def test_the_layer_multiplies_as_its_weight_does(dtype, sym, version, rows):
     assert float((y.double() - expected).norm() / expected.norm()) < tolerance
 
 
+def test_the_int4_operators_results_are_rounded():
+    """Not cut off, as torch's are for bfloat16 operands on ARM: then all are nearer to 0."""
+    made, weight = layer(O=64, bias=False)
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = x.double() @ weight.double().T
+    with torch.no_grad():
+        y = made.multiply(x, "int4").double()
+    assert float((y * expected).sum() / expected.square().sum()) == pytest.approx(1, abs=1e-3)
+
+
 def test_each_way_is_taken_where_it_may_be():
     made, _ = layer()
     narrow, wide = torch.zeros(1, 128).bfloat16(), torch.zeros(1, 128)
