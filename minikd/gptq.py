@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from minikd.data import Encoded, by_length, collate
 from minikd.errors import InputError
 from minikd.graphs import Replay, can_record
+from minikd.layout import without_onednn
 from minikd.model import Block, Qwen2, rope_tables
 from minikd.quant import check_weight, dequantize, dequantize_groups, find_grid, quantize, round_to_nearest
 from minikd.w4 import give_memory_back, linear_layers
@@ -49,9 +50,7 @@ MAX_DAMP = 10.0                                     # more damping than any sum 
 def full_precision():
     """Float32 products in full float32, whatever the process allows: TF32 and bfloat16 would keep 3 digits of 7."""
     with ExitStack() as stack:
-        # oneDNN, which multiplies float32 on ARM, obeys an environment variable (DNNL_DEFAULT_FPMATH_MODE) before torch.
-        stack.callback(setattr, torch.backends.mkldnn, "enabled", torch.backends.mkldnn.enabled)
-        torch.backends.mkldnn.enabled = False
+        stack.enter_context(without_onednn())       # on ARM it obeys an environment variable first: DNNL_DEFAULT_FPMATH_MODE
         try:
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("highest")

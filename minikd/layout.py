@@ -6,7 +6,7 @@ and on the number of calls.
 import platform
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ WORTH = 16
 # Fewer rows than this use the int8 head: 1.5 to 2.3 x as fast at 1, 1.1 to 1.6 x at 4, 0.9 to 1.1 x at 8 (results/w4_linear.txt).
 INT8_ROWS = 8
 LAYING = threading.Lock()                               # held while a layout is made or undone, whatever the model
-SWITCH, STOOD = threading.Lock(), []                    # for torch_products: oneDNN's switch as each thread found it
+SWITCH, STOOD = threading.Lock(), []                    # for without_onednn: its switch as each thread found it
 
 
 @contextmanager
@@ -90,16 +90,17 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
     return "joined" if weight.is_cuda or four_bits else None
 
 
-@contextmanager
 def torch_products(weight: Tensor, rows: int):
-    """Inside the `with` block, for one row and a bfloat16 weight on a CPU, torch multiplies by its own kernels: for one row they
-    read a plain weight at the memory's full speed, as oneDNN reads a packed one. For two rows they take twice as long.
+    """A `with` block in which, for one row and a bfloat16 weight on a CPU, torch multiplies by its own kernels: for one row they
+    read a plain weight at the memory's full speed, as oneDNN reads a packed one. For two rows they take twice as long."""
+    needed = rows == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    return without_onednn() if needed else nullcontext()
 
-    The switch belongs to the process: of several threads the first saves its state, and the last restores it.
-    """
-    if not (rows == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"):
-        yield
-        return
+
+@contextmanager
+def without_onednn():
+    """Inside the `with` block torch's own kernels multiply. The switch belongs to the process: of several threads the first saves
+    its state, and the last restores it."""
     with SWITCH:
         STOOD.append(torch.backends.mkldnn.enabled)
         torch.backends.mkldnn.enabled = False
