@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from minikd.checkpoint import (check_vocabulary, load_config, load_model, model_folder, read_quantization, save_model,
-                               stored_dtypes)
+                               stored_dtype)
 from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
 from minikd.data import NothingLeft, describe_dropped, encode_examples, encode_text
@@ -144,18 +144,10 @@ def describe_calibration(rows: list, samples: int, config) -> str:
     return f"calibration: {len(rows):,} rows, {tokens:,} tokens" + (f" (note: {few})" if few else "")
 
 
-def as_stored(folder: Path) -> tuple:
-    """Two dtypes: one to hold a folder's model in, its own, or float32 if it has several; one to write what is not packed in."""
-    stored = stored_dtypes(folder)
-    saved = stored["model.embed_tokens.weight"]
-    saved = saved if saved in (torch.bfloat16, torch.float16) else torch.float32    # float8 cannot be computed in
-    return saved if set(stored.values()) == {saved} else torch.float32, saved
-
-
-def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype, held, saved, *,
+def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype, held, *,
              bits, group_size, asym, no_act_order, damp, clip_search, batch_size):
-    """Quantises the model in `folder`, held in the dtype `held`, by `method`, one block at a time on `device` in `dtype`; writes
-    the 4-bit folder `out`, what is not packed in the dtype `saved`."""
+    """Quantises the model in `folder` by `method`, one block at a time on `device` in `dtype`, and writes the 4-bit folder `out`;
+    `held` is the dtype of the model until then, and of what is not packed."""
     model, started = load_model(folder, "cpu", held), time.perf_counter()
     shares = {}                                                                 # layer -> its error / round-to-nearest's
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
@@ -173,7 +165,7 @@ def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: P
         how["damp_percent"] = damp
     to_w4(model, words, group_size, not asym, method=method, clip_search=clip_search, **how)
     tokenizer.save(out)
-    save_model(model, out, dtype=saved)
+    save_model(model, out)
     worst = max(shares, key=shares.get, default=None)
     print(f"{out}: {method}, {weight_bytes(out) / 1e6:,.1f} MB, {time.perf_counter() - started:.0f} s"
           + (f"; output error {statistics.fmean(shares.values()):.2f} x that of rounding, averaged over the layers, at most "
@@ -268,9 +260,10 @@ def main():
         check_out(out, tokenizer)
     for out in outs.values():
         lock(out)
-    held, saved = as_stored(folder) if args.dtype == "auto" else (dtype, dtype)
+    held = dtype if args.dtype != "auto" else stored_dtype(folder)
+    held = held if held in (torch.bfloat16, torch.float16) else torch.float32   # float8 cannot be computed in
     for method, out in outs.items():
-        quantize(folder, tokenizer, rows, method, out, device, dtype, held, saved, **flags_of(quantize, args))
+        quantize(folder, tokenizer, rows, method, out, device, dtype, held, **flags_of(quantize, args))
     if eval_rows:
         print(f"\n{len(eval_rows)} examples {'MB':>15}{'perplexity':>12}{'KL':>9}{'ROUGE-L':>9}   KL from the unquantised, "
               "nats per token")

@@ -200,13 +200,10 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, Path]]:
     return model, tensor_files(folder, {key: tuple(p.shape) for key, p in model.state_dict().items()})
 
 
-def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """The dtype in which a folder holds each tensor of its model, by name."""
-    found, files = {}, outline(folder)[1]
-    for path in set(files.values()):
-        with open_tensors(path) as file:
-            found |= {key: file.get_slice(key)[:1].dtype for key in files if files[key] == path}
-    return found
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype in which a folder holds its model's embeddings."""
+    key = "model.embed_tokens.weight"
+    return read_tensor(outline(folder)[1][key], key, slice(1)).dtype
 
 
 def has_four_bits(name) -> bool:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from conftest import small
 from minikd import checkpoint
 from minikd.checkpoint import (Checkpoint, load_config, load_head, load_model, open_tensors, save_model, shards_of, split_shards,
-                               stored_dtypes)
+                               stored_dtype)
 from minikd.config import Qwen2Config
 from minikd.errors import InputError
 from minikd.generate import generate
@@ -238,11 +238,11 @@ def test_shards_of_another_naming_and_order_load(sharded):
     assert same(tiny(), load_model(sharded))
 
 
-def test_the_dtypes_in_all_shards_are_told(sharded):
-    last = sorted(sharded.glob("*.safetensors"))[-1]
-    halves = {key: tensor.half() for key, tensor in load_file(last).items()}
-    save_file(halves, last)
-    assert stored_dtypes(sharded) == {key: torch.float16 if key in halves else torch.float32 for key in tiny().state_dict()}
+def test_the_dtype_of_the_embeddings_is_told(sharded):
+    assert stored_dtype(sharded) == torch.float32
+    first = next(file for file in sharded.glob("*.safetensors") if EMBED in load_file(file))
+    save_file({key: tensor.half() for key, tensor in load_file(first).items()}, first)
+    assert stored_dtype(sharded) == torch.float16
 
 
 def test_two_files_have_an_index_already(tmp_path):
