@@ -1,7 +1,6 @@
 """A Hugging Face folder <-> a model: one file or shards, tied or untied head, any float dtype on disk, or 4 bits."""
 import hashlib
 import json
-import math
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -330,22 +329,10 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
         if key not in wanted and key != head and not changes_nothing(files[key], key):
             raise InputError(f"{files[key]}: tensor {key} {list(shapes[key])} is not part of the model that "
                              "config.json describes; use files of the same model")
-    if tied and shapes[head] == wanted[table] and differ(files, head, table, shapes[table]):
+    if tied and shapes[head] == wanted[table] and (read_tensor(files[head], head) != read_tensor(files[table], table)).any():
         raise InputError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs from it; set "
                          "tie_word_embeddings to false, or remove that tensor")
     return {key: files[key] for key in wanted}
-
-
-def differ(files: dict[str, Path], a: str, b: str, shape: tuple) -> bool:
-    """Whether two tensors of this shape [n, ...] differ; read in parts, as the pages of both files take memory meanwhile."""
-    step = max(1, PART // (8 * math.prod(shape[1:])))
-    for at in range(0, shape[0], step):
-        x, y = (read_tensor(files[key], key, slice(at, at + step)) for key in (a, b))
-        if x.dtype != y.dtype:                                  # converting takes ten times as long as comparing
-            x, y = x.double(), y.double()
-        if not torch.equal(x, y):
-            return True
-    return False
 
 
 def changes_nothing(path: Path, key: str) -> bool:
