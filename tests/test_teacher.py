@@ -163,18 +163,6 @@ def test_of_two_processes_that_begin_a_cache_at_once_the_second_sees_what_the_fi
     assert (tmp_path / "cache/cache.json").read_text() == theirs
 
 
-def test_a_cache_that_is_deleted_while_it_is_filled_is_one_line(fill, tmp_path):
-    gone = []
-
-    def remove(rows):
-        if not gone and list((tmp_path / "cache").glob("states-*")):
-            gone.append(shutil.rmtree(tmp_path / "cache"))
-
-    with pytest.raises(InputError, match="cache: was changed while it was filled; delete it, and start again"):
-        fill(progress=remove)
-    assert gone
-
-
 def test_filling_a_cache_in_a_runs_own_folder_keeps_the_run_locked(fill, tmp_path):
     """They are two files: on NFS a process loses its lock on a file when it closes any handle of that file."""
     run.lock(tmp_path / "cache")
