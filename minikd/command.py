@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import time
-from contextlib import suppress
 
 import torch
 from tqdm import tqdm
@@ -29,9 +28,7 @@ class Parser(argparse.ArgumentParser):
             if not word or re.fullmatch(r"--[\w-]+=", word):    # an unset variable; as a path it would be the current folder
                 raise InputError(f"{word!r}: is empty, perhaps an unset variable; give a value, or leave its flag out")
             if HALF.search(word):                               # undecodable bytes of a file's name: it cannot be written out
-                with suppress(UnicodeDecodeError):
-                    raise InputError(f"{os.fsencode(word).decode()}: this locale is not UTF-8; set PYTHONUTF8=1")
-                raise InputError(f"{word!r}: is not UTF-8; rename the file or folder")
+                raise InputError(f"{word!r}: is not UTF-8; rename it, or set PYTHONUTF8=1 if only the locale is not")
         return super().parse_args(given)
 
     def error(self, message: str):
