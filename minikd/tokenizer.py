@@ -157,8 +157,7 @@ def named(config: dict, key: str) -> str | None:
     """A token of tokenizer_config.json, there as a text or as an object with its settings."""
     value = config.get(key)
     value = value.get("content") if isinstance(value, dict) else value
-    whole = isinstance(value, str) and value == value.encode(errors="ignore").decode()      # half a character is no token's
-    return value if whole else None
+    return value if isinstance(value, str) else None
 
 
 def read_template(folder: Path, config: dict):

@@ -264,12 +264,6 @@ def test_an_answer_ends_at_the_eos_token_and_at_what_either_config_names(tokeniz
     assert Tokenizer.load(tmp_path / "t").eos_ids == before | {24, 25}
 
 
-def test_half_a_character_is_no_token(tokenizer_folder, tmp_path):
-    shutil.copytree(tokenizer_folder, tmp_path / "t")
-    (tmp_path / "t" / "tokenizer_config.json").write_text('{"eos_token": "a\\ud800"}')
-    assert Tokenizer.load(tmp_path / "t").eos_ids == Tokenizer.load(tokenizer_folder).eos_ids
-
-
 def test_save_keeps_the_template_and_a_generation_config_that_the_model_came_with(tokenizer_folder, tmp_path):
     folder = with_template(tokenizer_folder, tmp_path, QWEN2, apart=True)
     tokenizer = Tokenizer.load(folder)
