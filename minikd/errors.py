@@ -61,10 +61,6 @@ def script_errors():
         advice = advice.get(error.errno, "check the path and the disk")
         where = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else "standard output or a file")
         _exit_with(f"{where}: {error.strerror or error}; {advice}")
-    except BaseException as error:                              # a panic of Rust's, in tokenizers, is no Exception
-        if "ThreadPoolBuild" not in str(error):
-            raise
-        _exit_with("no thread can be started; raise the limit (ulimit -u, or the container's), or end other processes")
 
 
 @contextmanager

@@ -148,17 +148,6 @@ def test_what_cannot_be_written_at_the_end_is_one_line_too(act, stdout, stderr, 
     assert stderr or done.stderr.startswith(said) and done.stderr.strip().count("\n") == 0 and bool(done.stderr) == bool(said)
 
 
-def test_threads_that_tokenizers_cannot_start_are_one_line(capsys):
-    class PanicException(BaseException):                        # pyo3's; a bug of theirs would be another
-        pass
-
-    said = "thread pool: ThreadPoolBuildError { kind: IOError(Os { code: 11 }) }"
-    assert shown(capsys, PanicException(said)) == (2, "error: no thread can be started; raise the limit (ulimit -u, or the "
-                                                      "container's), or end other processes\n")
-    with pytest.raises(PanicException, match="index"):
-        shown_by(PanicException("index out of range"))
-
-
 def test_compile_without_a_compiler_is_one_line(capsys):
     from torch._inductor.exc import InvalidCxxCompiler
     for error in InvalidCxxCompiler(), RuntimeError("Failed to find C compiler. Please specify via CC"):     # triton's words
