@@ -36,7 +36,7 @@ from minikd.files import check_writable, holds_cwd
 from minikd.gptq import quantize_model
 from minikd.hub import TOKENIZER
 from minikd.model import Qwen2
-from minikd.quant import to_words
+from minikd.quant import check_groups, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.run import LOG, lock
@@ -227,14 +227,8 @@ def main():
     if read_quantization(folder):
         raise InputError(f"{folder}: is quantised already; give the folder it was made from")
     config = load_config(folder)
-    inputs, group = (config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size), args.group_size
-    if group != -1 and (group < 1 or any(size % group for size in inputs)):
-        raise InputError(f"{folder}: --group-size {group} does not divide the layers' inputs, {inputs[0]}, {inputs[1]} and "
-                         f"{inputs[2]}; give a divisor of {math.gcd(*inputs)}, or -1 for whole rows")
-    for size in config.hidden_size, config.num_key_value_heads * config.head_dim, config.intermediate_size:
-        if size % 8:
-            raise InputError(f"{folder}: has layers with {size} inputs or outputs, but the gptq format needs multiples of 8; "
-                             "give another model")
+    for inputs in config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size:
+        check_groups(inputs, args.group_size, f"{folder}: --group-size")        # now, not after the calibration's first block
     if args.group_size not in KNOWN_GROUPS:
         print(f"note: --group-size {args.group_size}: GPTQModel's kernels know only {', '.join(map(str, KNOWN_GROUPS))}")
     spare_threads(config)

@@ -240,7 +240,8 @@ def test_without_a_dtype_four_bits_answer_in_bfloat16_on_any_cpu(run, shell, wor
 
 @pytest.mark.parametrize("flags, said", [
     (dict(data=()), "--method gptq without --calibration"), (dict(out=()), "--model without --out"),
-    (dict(flags=["--group-size", "48"]), "--group-size 48 does not divide the layers' inputs, 32, 32 and 64; give a divisor of 32"), (dict(flags=["--bits", "3"]), "--bits 3"),
+    (dict(flags=["--group-size", "48"]), "--group-size: 32 inputs cannot be cut into groups of 48; give a"),
+    (dict(flags=["--bits", "3"]), "--bits 3"),
     (dict(flags=["--damp", "-1"]), "--damp -1"), (dict(model=("--model", "no/such")), "no/such: no such folder"),
     (dict(data=("--calibration", "no/such.jsonl")), "no/such.jsonl: no such file"),
     (dict(out=("--out", "{world}/model")), "holds something other than a 4-bit model")])
@@ -452,12 +453,14 @@ def test_the_folder_one_works_in_is_refused_before_the_work(run, tmp_path, monke
 
 
 @pytest.mark.parametrize("hidden, inner, keys, group, said", [
-    (20, 24, 2, -1, "has layers with 20 inputs or outputs"), (24, 32, 1, -1, "has layers with 12 inputs or outputs"),
-    (32, 20, 2, -1, "has layers with 20 inputs or outputs"),
-    (32, 24, 2, 16, "--group-size 16 does not divide the layers' inputs, 32, 32 and 24")])
-def test_layers_of_odd_sizes_are_refused_before_the_calibration(shell, world, tokenizer, tmp_path, monkeypatch, hidden, inner,
-                                                                keys, group, said):
-    monkeypatch.setattr(qz, "calibration_rows", None)
+    (20, 24, 2, -1, "a layer of 20 inputs and 20 outputs cannot be packed"),
+    (24, 32, 1, -1, "a layer of 24 inputs and 12 outputs cannot be packed"),
+    (32, 20, 2, -1, "a layer of 32 inputs and 20 outputs cannot be packed"),
+    (32, 24, 2, 16, "--group-size: 24 inputs cannot be cut into groups of 16")])
+def test_layers_of_odd_sizes_are_refused_those_without_whole_groups_before_the_calibration(
+        shell, world, tokenizer, tmp_path, monkeypatch, hidden, inner, keys, group, said):
+    if group != -1:
+        monkeypatch.setattr(qz, "calibration_rows", None)
     tiny(1, tokenizer, tmp_path / "odd", hidden_size=hidden, intermediate_size=inner, num_attention_heads=2,
          num_key_value_heads=keys)
     status, _, err = shell(qz, "--model", tmp_path / "odd", "--calibration", world / "data.jsonl", "--group-size", group,
