@@ -192,7 +192,7 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, begun: di
 
 def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(), own=(), cache=None):
     """Raises InputError if this run would destroy something: a model in a folder to be written, another run, the table and
-    picture of runs beside it, or a file that it reads. Says if there is nothing to resume.
+    picture of runs beside it, or a file that it reads.
 
     runs   the folders to be written. A run that is there already may only be resumed; the toy may also start its own runs anew
     data   what the run reads, as data_files takes it
@@ -201,8 +201,6 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(),
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose a folder with --out")
-    if resume and not out.exists():
-        print(f"{out}: nothing to resume; a new run begins")
     for folder in dict.fromkeys([out, *runs, out / "sft", out / "kd", *sorted(out.glob("lr-*"))]):
         if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG, ANOTHER):
             raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run; choose another --out")

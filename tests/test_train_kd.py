@@ -659,11 +659,11 @@ def test_after_kill_minus_nine_resume_ends_in_the_same_bits(run, tmp_path, world
 
 def test_resume_skips_what_is_done_and_runs_what_is_not(run, tmp_path, monkeypatch):
     status, out, _ = run("--steps", 2, "--resume")                              # a job that is always put back with it
-    assert status == 0 and "run: nothing to resume; a new run begins" in out
+    assert status == 0 and "run/sft: no run to resume; a new one begins" in out
     before = (tmp_path / "run/sft/last/model.safetensors").stat().st_mtime_ns
     (tmp_path / "run/kd" / LOG).unlink()                                        # stopped between the two
     status, out, _ = run("--steps", 2, "--resume")
-    assert status == 0 and "nothing to resume" not in out
+    assert status == 0 and "run/sft: done already" in out
     assert (tmp_path / "run/sft/last/model.safetensors").stat().st_mtime_ns == before
     assert read_log(tmp_path / "run/kd")[-1]["done"]
 
