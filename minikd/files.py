@@ -95,8 +95,8 @@ def _keep(old: Path, new: Path, keep=lambda name: True):
 
 def _link(old: Path, new: Path):
     try:
-        os.link(old, new)
-    except OSError:                                             # a file system without hard links
+        os.link(old, new, follow_symlinks=False)
+    except OSError:                                             # a file system without hard links, on a Mac also a link
         shutil.copy2(old, new, follow_symlinks=False)
         if not new.is_symlink():
             _fsync(new)

@@ -126,7 +126,7 @@ def test_what_another_process_deletes_meanwhile_does_not_end_a_save(tmp_path, mo
     for name in "gone", "stays":
         (tmp_path / "model" / name).write_text("old")
     link = os.link
-    monkeypatch.setattr(os, "link", lambda old, new: (old.unlink() if old.name == "gone" else None, link(old, new)))
+    monkeypatch.setattr(os, "link", lambda old, new, **how: (old.unlink() if old.name == "gone" else None, link(old, new, **how)))
     with atomic_path(tmp_path / "model", folder=True, keep=lambda name: True) as new:
         (new / "weights").write_text("new")
     assert names(tmp_path / "model") == ["stays", "weights"]
