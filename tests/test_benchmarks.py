@@ -56,6 +56,7 @@ def test_minikds_side_of_the_grpo_step_runs(monkeypatch, tmp_path):
         assert len(seconds) == 2 and 0 < sampling < max(seconds)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="their memory is measured as Linux counts it")
 @pytest.mark.parametrize("mode", ["float32", "bf16"])
 def test_minikds_side_of_the_other_steps_runs(mode, monkeypatch, tmp_path):
     for module, name, value in ((kd_step, "WORDS", 400), (kd_step, "LENGTH", 70), (grpo_step, "WORDS", 400),
