@@ -50,7 +50,8 @@ def test_another_gpu_than_the_first_becomes_torchs_current_one(monkeypatch):
 def test_a_device_without_float64_is_refused(monkeypatch):
     def zeros(*_, dtype=torch.float32, **__):
         if dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. "
+                            "Please use float32 instead.")                      # --dtype float32 would not help
 
     monkeypatch.setattr(torch, "zeros", zeros)
     with pytest.raises(InputError, match="--device mps: .*float64; use --device cpu"):
