@@ -83,7 +83,7 @@ def is_chosen(file: str, choice: str) -> bool:
 
 
 def _choose(name: str, held: list[str], choice: str) -> list[str]:
-    data = sorted(file for file in held if file.endswith(ENDINGS) and not file.startswith(".")
+    data = sorted(file for file in held if file.endswith(ENDINGS) and "/." not in f"/{file}"
                   and file.rpartition("/")[2] not in HUB_METADATA)
     found = [file for file in data if is_chosen(file, choice)]
     splits = {split[1] for file in found if (split := SPLIT.fullmatch(file.removeprefix(f"{choice}/")))}

@@ -134,7 +134,9 @@ def test_folder_with_one_data_file_is_that_file(tmp_path):
     (tmp_path / "README.md").write_text("x")
     for name in "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json":
         (tmp_path / name).write_text("{}")                                              # as the hub and save_to_disk leave them
-    write_records(tmp_path / "._train.jsonl", DOLLY)                                    # as a Mac leaves them
+    for folder in tmp_path, tmp_path / "__MACOSX":                                      # as a Mac leaves them, and its archives
+        folder.mkdir(exist_ok=True)
+        write_records(folder / "._train.jsonl", DOLLY)
     assert data_files(tmp_path) == [file]
 
 
