@@ -1,7 +1,7 @@
 // One step of AdamW (arXiv:1711.05101, Algorithm 2) for all weights, in two kernels: adamw_norm adds up the squares of the
 // gradient, adamw_step clips it by its norm, updates the weights, and writes the bfloat16 copies that training's graphs read
-// (graphs.Copies). A step takes the time of its traffic: weights and moments are read once and written once, 12 bytes each way per
-// weight, a gradient of 2 or 4 is read by both kernels, a copy of 2 is written.
+// (graphs.Copies). A step takes the time of its traffic: weights and moments are read once and written once, 12 bytes each way
+// per weight, a gradient of 2 or 4 is read by both kernels, a copy of 2 is written.
 //
 //   g = min(1, most / (|gradient| + 1e-6)) gradient      m += (1 - beta1) (g - m)      v = beta2 v + (1 - beta2) g^2
 //   w = w - lr decay w - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
