@@ -246,7 +246,7 @@ def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
         save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
         os.chmod(path, mode)
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))          # code: up to 0.5
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
 
