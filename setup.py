@@ -22,6 +22,6 @@ setup(
     extras_require={
         "plots": ["matplotlib"],
         "tests": ["pytest-xdist"],
-        "reference": ["transformers>=5", "trl", "rouge_score"],
+        "reference": ["transformers>=5", "trl>=1.7.1", "rouge_score"],
     },
 )
