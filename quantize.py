@@ -79,7 +79,7 @@ def make_parser() -> Parser:
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
         help="of calibration and of the weights that are not packed; with auto those are written in the dtype of the model's "
-             "embeddings, and 4-bit models answer in bfloat16")
+             "embeddings, and on a CPU 4-bit models answer in bfloat16")
     return parser
 
 
@@ -264,7 +264,7 @@ def main():
         whole = Teacher(load_model(folder, device, dtype).requires_grad_(False))
         for name, path in {"unquantised": folder, **outs}.items():
             model = whole.model if path == folder else load_model(path, device, dtype)
-            answering = pick_dtype(args.dtype, device, model.quantization is not None)      # at 4 bits bfloat16 is 20 x as fast
+            answering = pick_dtype(args.dtype, device, model.quantization is not None)      # on a CPU bfloat16 is 20 x as fast
             found = measure(model, whole, tokenizer, examples, eval_rows, answering, **flags_of(measure, args))
             print(f"{name:<20}{weight_bytes(path) / 1e6:>10.2f}{found['perplexity']:>12.4f}{found['KL']:>9.4f}"
                   f"{found['ROUGE-L']:>9.1f}")

@@ -101,8 +101,8 @@ def make_parser() -> Parser:
     add("--seed", type=int, default=0, help="of the split of --data, sampling, order and the toy")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of matrix products, of sampling and of the saved model; with auto bfloat16 on GPUs and on CPUs with instructions "
-             "for it, else float32")
+        help="of matrix products, of sampling and of the saved model; with auto bfloat16 on GPUs (not before compute "
+             "capability 8.0) and on CPUs with instructions for it, else float32")
     return parser
 
 

@@ -116,8 +116,9 @@ def make_parser() -> Parser:
     add("--seed", type=int, default=0, help="of the split, the order, the sampling and the toy world")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of matrix products, of the teacher and of the saved models; with auto bfloat16 on GPUs and on CPUs with "
-             "instructions for it, else float32; a 4-bit teacher is in bfloat16 then")
+        help="of matrix products, of the teacher and of the saved models; with auto bfloat16 on GPUs (not before "
+             "compute capability 8.0) and on CPUs with instructions for it, else float32; a 4-bit teacher is in "
+             "bfloat16 on any CPU")
     return parser
 
 

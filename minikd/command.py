@@ -95,15 +95,19 @@ def flags_of(function, args, but: tuple[str, ...] = ()) -> dict:
 
 
 def pick_dtype(name: str, device: str, four_bits: bool = False) -> torch.dtype:
-    """--dtype auto: bfloat16 on GPUs, on CPUs with instructions for it (AVX512-BF16, AMX), and for a 4-bit model, whose fast
-    products take nothing else (w4.choose); else float32.
+    """--dtype auto: bfloat16 on GPUs from compute capability 8.0 on, on CPUs with instructions for it (AVX512-BF16, AMX), and on
+    a CPU for a 4-bit model, whose fast products take nothing else (w4.choose); else float32.
 
-    It is the dtype of the matrix products and of the teacher; the student's weights stay in float32.
+    It is the dtype of the matrix products and of the teacher; the student's weights stay in float32. Older GPUs, such as a T4,
+    compute bfloat16 too, but without tensor cores, fused attention and minikd's kernels: more slowly than float32.
     """
     if name != "auto":
         return getattr(torch, name)
-    fast = device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast or four_bits else torch.float32
+    if device.startswith("cuda"):
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = four_bits or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def pick_device(name: str) -> str:

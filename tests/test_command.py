@@ -17,7 +17,6 @@ from minikd.errors import InputError
 def test_auto_takes_a_gpu_where_there_is_one_and_a_named_dtype_is_taken_at_its_word():
     assert pick_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
     assert pick_dtype("float32", "cuda") == torch.float32 and pick_dtype("bfloat16", "cpu") == torch.bfloat16
-    assert pick_dtype("auto", "cuda:0") == torch.bfloat16
     assert pick_device("cpu") == "cpu"
 
 
@@ -28,6 +27,16 @@ def test_a_cpu_takes_bfloat16_where_it_has_instructions_for_it(monkeypatch, avx5
     assert pick_dtype("auto", "cpu") == (torch.bfloat16 if avx512 or amx else torch.float32)
     assert pick_dtype("auto", "cpu", four_bits=True) == torch.bfloat16
     assert pick_dtype("float32", "cpu", four_bits=True) == torch.float32
+
+
+@pytest.mark.parametrize("capability", [(6, 0), (7, 5), (8, 0), (8, 6), (12, 0)])
+def test_a_gpu_takes_bfloat16_from_compute_capability_8_on(monkeypatch, capability):
+    """For a 4-bit model too: on older ones minikd's kernel cannot run."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (asked.append(device), capability)[1])
+    found = {pick_dtype("auto", "cuda:1", four_bits) for four_bits in (False, True)}
+    assert found == {torch.bfloat16 if capability >= (8, 0) else torch.float32} and asked == 2 * ["cuda:1"]
+    assert pick_dtype("bfloat16", "cuda") == torch.bfloat16
 
 
 @pytest.mark.parametrize("there", [True, False])
