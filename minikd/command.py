@@ -112,9 +112,10 @@ def pick_dtype(name: str, device: str, four_bits: bool = False) -> torch.dtype:
 
 def pick_device(name: str) -> str:
     """--device auto: a GPU if there is one, else the CPU. A GPU given by its number becomes torch's current one: CUDA graphs
-    record only there.  Raises InputError for a device that does not work."""
+    record only there.  Raises InputError for a device that does not work, also with auto for a GPU that torch sees but has no
+    kernels for, such as Kaggle's P100."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch sees no GPU; use --device cpu")
     try:

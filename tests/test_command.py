@@ -42,6 +42,7 @@ def test_a_gpu_takes_bfloat16_from_compute_capability_8_on(monkeypatch, capabili
 @pytest.mark.parametrize("there", [True, False])
 def test_auto_and_cuda_are_a_gpu_only_if_torch_sees_one(monkeypatch, there):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: SimpleNamespace(is_meta=False))
     assert pick_device("auto") == ("cuda" if there else "cpu")
     if not there:
         with pytest.raises(InputError, match="--device cuda:0: torch sees no GPU"):
@@ -54,6 +55,17 @@ def test_another_gpu_than_the_first_becomes_torchs_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: SimpleNamespace(is_meta=False))
     assert [pick_device(name) for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"] and chosen == ["cuda:1"]
+
+
+def test_a_gpu_that_torch_has_no_kernels_for_is_one_line(monkeypatch):
+    def zeros(*_, device, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nSearch for `cudaError...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    for name in "auto", "cuda":
+        with pytest.raises(InputError, match="^--device cuda: CUDA error: no kernel image .* on the device; use --device cpu"):
+            pick_device(name)
 
 
 def test_a_device_without_float64_is_refused(monkeypatch):
