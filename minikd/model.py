@@ -153,6 +153,8 @@ class Attention(Half):
             q = q.reshape(B, self.K, -1, self.E)                                # [B, K, H/K, E]
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=slots.mask)   # [B, K, H/K, E]
         else:                                                                   # right padding: the causal mask suffices
+            if v.is_cuda and v.dtype == torch.float32:          # in which only torch's plain attention shares keys: it would
+                k, v = (each.repeat_interleave(q.shape[1] // self.K, dim=1) for each in (k, v))         # hold [B, H, T, T]
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
             y = y.transpose(1, 2)                                               # [B, T, H, E]
         return y.reshape(B, T, -1)                                              # [B, T, H E]

@@ -122,6 +122,21 @@ def test_a_students_products_are_joined_in_training_alone_and_a_teachers_for_goo
             student.lay_back()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_in_float32_each_query_head_gets_keys_of_its_own(monkeypatch, dtype):
+    """torch's fused kernel for float32 does not share them; flash attention, which is for 16 bits, does."""
+    heads, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **options: (
+        heads.append((q.shape[1], k.shape[1], v.shape[1])), attend(q, k, v, **options))[1])
+    ids = torch.tensor([[5, 6, 7]])
+    right = small(0)(ids)
+    with gpu(), mixed_precision(torch.device("cuda"), dtype):
+        logits = small(0).to("cuda")(ids.to("cuda")).float().cpu()
+    shared, own = heads[0], heads[-1]
+    assert shared[0] > shared[1] and own == ((shared[0],) * 3 if dtype == torch.float32 else shared)
+    torch.testing.assert_close(logits, right, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.3)
+
+
 # ---- sampling by graphs
 
 @pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=0.7, top_p=0.9, top_k=20, seed=5),
