@@ -49,7 +49,7 @@ def script_errors():
         if not isinstance(error, MemoryError) and not re.search("(out of|allocate|enough) memory|ALLOC_FAILED", str(error)):
             raise
         _exit_with("out of memory; lower --batch-size or the lengths, in train_grpo.py also --prompts or --group-size, or use "
-                   "--gradient-checkpointing if the script has it")
+                   "--gradient-checkpointing or --cache-teacher if the script has them")
     except KeyboardInterrupt:
         with suppress(OSError):
             print("\ninterrupted; what was saved is complete", file=sys.stderr)

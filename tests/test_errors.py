@@ -161,6 +161,7 @@ def test_too_little_memory_is_one_line_and_other_errors_are_not(capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory; lower --batch-size")
     code, text = shown(capsys, MemoryError())                   # Python's own, which says nothing
     assert code == 2 and text.startswith("error: out of memory; lower")
+    assert all(flag in text for flag in ("--gradient-checkpointing", "--cache-teacher"))
     for words in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",             # cuSOLVER's too
                   "[enforce fail at alloc_cpu.cpp:113] data. DefaultCPUAllocator: not enough memory: you tried to allocate 4"):
         with pytest.raises(SystemExit), script_errors():        # the second: torch on ARM
