@@ -454,15 +454,15 @@ def read_data(tokenizer, lengths: dict, *, data, format, limit, validation, seed
     return report, rows, (valid_rows, valid_part), asked
 
 
-def conclude(models: dict[str, Qwen2], runs: dict[str, Path], tokenizer, asked: tuple, held_out: tuple, out: Path, *,
-             eval_data, eval_examples, batch_size, max_new_tokens, rouge) -> Path | None:
-    """Prints the table of the models' answers to `asked`, and draws the curves of the runs, measured on `held_out`, with the
-    teacher's ROUGE-L dashed; both are (rows, examples). Returns the picture's path."""
+def conclude(models: dict, teacher: Teacher | None, runs: dict[str, Path], tokenizer, asked: tuple, held_out: tuple, out: Path,
+             *, eval_data, eval_examples, batch_size, max_new_tokens, rouge) -> Path | None:
+    """Prints show_table's table of the models' answers to `asked`, and draws the curves of the runs, measured on `held_out`, with
+    the teacher's ROUGE-L dashed; both are (rows, examples). Returns the picture's path."""
     answers = dict(max_new_tokens=max_new_tokens, batch_size=max(AT_ONCE, batch_size), rouge=rouge)
-    dashed = show_table(models, tokenizer, *asked, out, **answers).get("Teacher", {}).get("all")
-    if "Teacher" in models and eval_data:                       # the table was about these
+    dashed = show_table(models, teacher, tokenizer, *asked, out, **answers).get("Teacher", {}).get("all")
+    if teacher and eval_data:                                   # the table was about these
         rows, examples = held_out
-        scores = answer_and_score(models["Teacher"], tokenizer, rows[:eval_examples], examples, **answers)
+        scores = answer_and_score(teacher.model, tokenizer, rows[:eval_examples], examples, **answers)
         dashed = mean_by_category(scores)["all"]["rouge_l"]
     return plot_curves(runs, out / "curves.png", dashed)
 
@@ -528,11 +528,10 @@ def main():
         stage(out / folder, functools.partial(begun.load, device), loss=loss, lr=lr, recorded=recorded, **settings)
     if teaching and not isinstance(teacher, Teacher):           # the table needs answers, and so the whole model
         teacher = Teacher(teaching.load(device, teacher_dtype).requires_grad_(False))
-    models = {"SFT" if args.from_sft else "Base": begun.load(device, dtype)}                # what the runs began from
-    models |= {label: load_model(out / folder / "best", device, dtype) for label, *_, folder in args.plan}
-    models |= {"Teacher": teacher.model} if teacher else {}
-    picture = conclude(models, {label: out / folder for label, *_, folder in args.plan}, tokenizer, asked, held_out, out,
-                       **flags_of(conclude, args))
+    plan = {label: out / folder for label, *_, folder in args.plan}
+    models = {"SFT" if args.from_sft else "Base": functools.partial(begun.load, device, dtype)}     # what the runs began from
+    models |= {label: functools.partial(load_model, run / "best", device, dtype) for label, run in plan.items()}
+    picture = conclude(models, teacher, plan, tokenizer, asked, held_out, out, **flags_of(conclude, args))
     print(f"\n{f'curves in {picture}; ' if picture else ''}checkpoints under {out}; {time.time() - started:.0f} s")
 
 

@@ -1,5 +1,6 @@
 """How good a model is: its loss on held-out text, and its own answers against the references."""
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -100,16 +101,19 @@ def answer_and_score(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], ex
     return score_answers(answers, [examples[row.index] for row in rows], rouge)
 
 
-def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encoded], examples: list[Example], out,
-               max_new_tokens: int, batch_size: int, rouge: str = "stemmer") -> dict[str, dict[str, float]]:
-    """Measures each model and prints the paper's Table 1. The others are compared with the model called Teacher, if there is one.
+def show_table(models: dict[str, Callable[[], Qwen2]], teacher: Teacher | None, tokenizer: Tokenizer, rows: list[Encoded],
+               examples: list[Example], out, max_new_tokens: int, batch_size: int,
+               rouge: str = "stemmer") -> dict[str, dict[str, float]]:
+    """Measures each model and prints the paper's Table 1. The teacher, if there is one, is the last, and the others are compared
+    with it.
 
+    models  functions that load them: beside the teacher, only one is in memory at a time
     The table goes to out/table.jsonl, every answer with its scores to out/answers-MODEL.jsonl.
     returns  {model: {category: ROUGE-L}}, one category being "all"
     """
     columns, metrics, first = {}, {}, {}
-    teacher = Teacher(models["Teacher"]) if "Teacher" in models else None
-    for name, model in models.items():
+    for name, load in (models | ({"Teacher": lambda: teacher.model} if teacher else {})).items():
+        model = load()
         scores = answer_and_score(model, tokenizer, rows, examples, max_new_tokens, batch_size, rouge)
         write_jsonl(scores, Path(out) / f"answers-{name.lower().replace(' ', '-')}.jsonl")
         columns[name] = {key: value["rouge_l"] for key, value in mean_by_category(scores).items()}
@@ -119,6 +123,7 @@ def show_table(models: dict[str, Qwen2], tokenizer: Tokenizer, rows: list[Encode
         if teacher and name != "Teacher":
             metrics[name] |= compare(model, rows, tokenizer.pad_id, batch_size, teacher)
             metrics[name]["sequence KL"] = sequence_kl(model, tokenizer, rows, teacher, batch_size, max_new_tokens)
+        del model                                               # before the next one is loaded
     if teacher and columns["Teacher"]["all"]:
         for name in columns:
             metrics[name]["retention"] = columns[name]["all"] / columns["Teacher"]["all"]

@@ -1,6 +1,8 @@
 """Distances between two models, on references and on answers of their own, against full forwards one row at a time."""
+import copy
 import itertools
 import json
+import weakref
 
 import pytest
 import torch
@@ -108,16 +110,29 @@ def test_an_answer_is_scored_against_its_own_records_reference():
 @pytest.mark.parametrize("category", ["model", "information_extraction"])
 def test_a_category_may_be_called_as_a_column_of_the_table_and_be_long(tmp_path, capsys, category):
     examples = [Example(({"role": "user", "content": "?"},), "", "", "1", ("1",), category, "")] * len(ROWS)
-    show_table({"KD": STUDENT}, Ids, ROWS, examples, tmp_path, max_new_tokens=2, batch_size=5)
+    show_table({"KD": lambda: STUDENT}, None, Ids, ROWS, examples, tmp_path, max_new_tokens=2, batch_size=5)
     assert json.loads((tmp_path / "table.jsonl").read_text())["model"] == "KD"
     head, *rows = capsys.readouterr().out.splitlines()[2:5]
     assert len({len(line) for line in (head, *rows)}) == 1 and rows[0].startswith(f"{category} ")
 
 
+def test_the_table_holds_one_model_at_a_time_beside_the_teacher(tmp_path):
+    alive = weakref.WeakSet()
+
+    def load():
+        assert not alive
+        alive.add(model := copy.deepcopy(STUDENT))
+        return model
+
+    examples = [Example(({"role": "user", "content": "?"},), "", "", "1", ("1",), "", "")] * len(ROWS)
+    columns = show_table(dict.fromkeys("abc", load), Teacher(TEACHER), Ids, ROWS, examples, tmp_path, max_new_tokens=2, batch_size=5)
+    assert list(columns) == ["a", "b", "c", "Teacher"] and not alive
+
+
 def test_the_table_holds_means_over_the_answers_and_distances_to_the_teacher(tmp_path, capsys):
     asked = ({"role": "user", "content": "?"},)
     examples = [Example(asked, "", "", "1 2 1", ("1 2 1",), "ab"[i % 2], "") for i in range(11)]
-    columns = show_table({"KD": STUDENT, "Teacher": TEACHER}, Ids, ROWS, examples, tmp_path, max_new_tokens=4, batch_size=5)
+    columns = show_table({"KD": lambda: STUDENT}, Teacher(TEACHER), Ids, ROWS, examples, tmp_path, max_new_tokens=4, batch_size=5)
     lines = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
     for line, name, said_by in zip(lines, columns, (STUDENT, TEACHER), strict=True):
         held = [json.loads(row) for row in (tmp_path / f"answers-{name.lower()}.jsonl").read_text().splitlines()]
@@ -166,7 +181,7 @@ def test_distinct_minds_endings_and_puts_case_and_punctuation_aside():
 
 def test_every_metric_has_its_line_below_the_table(tmp_path, capsys):
     examples = [Example(({"role": "user", "content": "?"},), "", "", "1 2 1", ("1 2 1",), "a", "")] * 11
-    show_table({"KD": STUDENT, "Teacher": TEACHER}, Ids, ROWS, examples, tmp_path, max_new_tokens=4, batch_size=5)
+    show_table({"KD": lambda: STUDENT}, Teacher(TEACHER), Ids, ROWS, examples, tmp_path, max_new_tokens=4, batch_size=5)
     ours, teachers = (json.loads(line)["metrics"] for line in (tmp_path / "table.jsonl").read_text().splitlines())
     out = capsys.readouterr().out
     for name, value in ours.items():
