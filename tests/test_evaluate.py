@@ -125,7 +125,8 @@ def test_the_table_holds_one_model_at_a_time_beside_the_teacher(tmp_path):
         return model
 
     examples = [Example(({"role": "user", "content": "?"},), "", "", "1", ("1",), "", "")] * len(ROWS)
-    columns = show_table(dict.fromkeys("abc", load), Teacher(TEACHER), Ids, ROWS, examples, tmp_path, max_new_tokens=2, batch_size=5)
+    columns = show_table(dict.fromkeys("abc", load), Teacher(TEACHER), Ids, ROWS, examples, tmp_path, max_new_tokens=2,
+                         batch_size=5)
     assert list(columns) == ["a", "b", "c", "Teacher"] and not alive
 
 
