@@ -329,9 +329,13 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
         if key not in wanted and key != head and not changes_nothing(files[key], key):
             raise InputError(f"{files[key]}: tensor {key} {list(shapes[key])} is not part of the model that "
                              "config.json describes; use files of the same model")
-    if tied and shapes[head] == wanted[table] and (read_tensor(files[head], head) != read_tensor(files[table], table)).any():
-        raise InputError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs from it; set "
-                         "tie_word_embeddings to false, or remove that tensor")
+    if tied and shapes[head] == wanted[table]:
+        a, b = (read_tensor(files[key], key) for key in (head, table))
+        if a.dtype != b.dtype:                                  # torch compares float8 with no other dtype
+            a, b = a.float(), b.float()
+        if (a != b).any():
+            raise InputError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs from it; set "
+                             "tie_word_embeddings to false, or remove that tensor")
     return {key: files[key] for key in wanted}
 
 

@@ -200,6 +200,19 @@ def test_a_tied_head_is_compared_to_its_last_row_and_across_dtypes(tmp_path):
         rewrite(tmp_path / "m", lambda tensors: tensors.pop("lm_head.weight"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float32])
+def test_a_tied_head_is_compared_with_an_embedding_in_float8(folder, dtype):
+    for more in 0, 1:
+        save_model(tiny(tied=True), folder)
+        table = load_file(folder / "model.safetensors")[EMBED].sign()           # which float8 holds exactly
+        rewrite(folder, lambda tensors: tensors.update({EMBED: table.to(torch.float8_e4m3fn),
+                                                        "lm_head.weight": (table + more).to(dtype)}))
+        if more:
+            assert "lm_head.weight differs from it" in refusal(folder)
+        else:
+            assert torch.equal(load_model(folder).head, table)
+
+
 def test_a_head_that_is_tied_by_the_config_and_another_by_its_weights_is_refused(folder):
     """transformers 5 would use lm_head.weight, other readers would not."""
     config = json.loads((folder / "config.json").read_text())
