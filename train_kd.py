@@ -526,8 +526,8 @@ def main():
         recorded["student"] = str(begun)
     for _, loss, lr, folder in args.plan:
         stage(out / folder, functools.partial(begun.load, device), loss=loss, lr=lr, recorded=recorded, **settings)
-    if teaching and not isinstance(teacher, Teacher):           # the table needs answers, and so the whole model
-        teacher = Teacher(teaching.load(device, teacher_dtype).requires_grad_(False))
+    if teaching and not isinstance(teacher, Teacher):           # the table needs answers: the whole model, not the head
+        teacher = settings["teacher"] = Teacher(teaching.load(device, teacher_dtype).requires_grad_(False))
     plan = {label: out / folder for label, *_, folder in args.plan}
     models = {"SFT" if args.from_sft else "Base": functools.partial(begun.load, device, dtype)}     # what the runs began from
     models |= {label: functools.partial(load_model, run / "best", device, dtype) for label, run in plan.items()}
