@@ -78,8 +78,9 @@ def make_parser() -> Parser:
     add("--seed", type=int, default=0, help="of the calibration rows")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of calibration and of the weights that are not packed; with auto those are written in the dtype of the model's "
-             "embeddings, and on a CPU 4-bit models answer in bfloat16")
+        help="of calibration and of the weights that are not packed; all are rounded to it first, with auto to the dtype of the "
+             "model's embeddings, in which those that are not packed are written then; on a CPU 4-bit models answer in bfloat16 "
+             "with auto")
     return parser
 
 
