@@ -119,7 +119,13 @@ def hold(path: Path, wait: bool = False) -> io.FileIO:
 
     Raises BlockingIOError if it is locked already and `wait` is false. On a file system without locks it does nothing.
     """
-    file = open(path, "ab", buffering=0)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:                                     # another user's: reading is enough, except on NFS
+        if not path.exists():
+            raise
+        handle = os.open(path, os.O_RDONLY)
+    file = open(handle, "rb", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

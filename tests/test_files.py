@@ -165,6 +165,22 @@ def test_a_lock_that_is_not_had_leaves_no_handle_and_without_locks_nothing_is_re
     held.close()
 
 
+def test_a_file_of_another_users_is_locked_all_the_same(tmp_path, monkeypatch):
+    def refuse(path, flags, *mode):
+        if str(path) == str(tmp_path / "lock") and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_(path, flags, *mode)
+
+    open_ = os.open
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):             # in a folder where no file can be made
+        files.hold(tmp_path / "lock")
+    (tmp_path / "lock").touch()
+    files.hold(tmp_path / "lock").close()
+    with files.hold(tmp_path / "lock"):
+        assert not free(tmp_path / "lock")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_error_between_two_renames_brings_the_old_folder_back(tmp_path, monkeypatch, error):
     (tmp_path / "model").mkdir()
