@@ -123,7 +123,7 @@ def pick_device(name: str) -> str:
             raise InputError(f"--device {name}: holds no data; use --device cpu or cuda")
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:  # no such device, or torch built without it
         reason = str(error).splitlines()[0].partition(". ")[0]  # mps: to use float32 would not help
-        raise InputError(f"--device {name}: {reason}; use --device cpu or cuda") from error
+        raise InputError(f"--device {name}: {reason}; use --device cpu" + " or cuda" * (name != "cuda")) from error
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)
     return name
