@@ -64,7 +64,8 @@ class Request(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server():
-    """One for all tests: old versions of huggingface_hub remember its address."""
+    """One for all tests: old versions of huggingface_hub remember its address; older ones also the user's cache."""
+    pytest.importorskip("huggingface_hub", minversion="0.25")
     with ThreadingHTTPServer(("127.0.0.1", 0), Request) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
