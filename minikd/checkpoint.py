@@ -18,6 +18,7 @@ from minikd.w4 import W4Linear, swap_linears
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZE = "quantize_config.json"
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
 PART = 16 << 20                                     # bytes that are read before a file is closed
 SHARD_BYTES = 5 * 10**9                             # transformers 4's own limit; 5's is ten times that
@@ -144,7 +145,7 @@ def check_words(layer: W4Linear, quantization: dict, where: str):
 def load_head(name, device="cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Only the LM head [V, D] of a model. Raises load_model's errors about names and shapes, and about the head's own values."""
     model, files = outline(model_folder(name))
-    key = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+    key = TABLE if model.config.tie_word_embeddings else HEAD
     head = read_tensor(files[key], key).to(device, dtype)
     check_finite(head, files[key], key)
     return head
@@ -201,8 +202,7 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, Path]]:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype in which a folder holds its model's embeddings."""
-    key = "model.embed_tokens.weight"
-    return read_tensor(outline(folder)[1][key], key, slice(1)).dtype
+    return read_tensor(outline(folder)[1][TABLE], TABLE, slice(1)).dtype
 
 
 def has_four_bits(name) -> bool:
@@ -320,17 +320,16 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
         if shapes[key] != shape:
             raise InputError(f"{files[key]}: tensor {key} is {list(shapes[key])}, but config.json asks for {list(shape)}; use "
                              "files of the same model")
-    head, table = "lm_head.weight", "model.embed_tokens.weight"
-    tied = head in files and head not in wanted                 # some folders store a tied head too, or an empty one
-    if tied and shapes[head] not in (wanted[table], (0,)):
-        raise InputError(f"{files[head]}: tensor {head} is {list(shapes[head])}, but config.json ties it to the embedding, "
-                         f"{list(wanted[table])}; use files of the same model")
+    tied = HEAD in files and HEAD not in wanted                 # some folders store a tied head too, or an empty one
+    if tied and shapes[HEAD] not in (wanted[TABLE], (0,)):
+        raise InputError(f"{files[HEAD]}: tensor {HEAD} is {list(shapes[HEAD])}, but config.json ties it to the embedding, "
+                         f"{list(wanted[TABLE])}; use files of the same model")
     for key in files:
-        if key not in wanted and key != head and not changes_nothing(files[key], key):
+        if key not in wanted and key != HEAD and not changes_nothing(files[key], key):
             raise InputError(f"{files[key]}: tensor {key} {list(shapes[key])} is not part of the model that "
                              "config.json describes; use files of the same model")
-    if tied and shapes[head] == wanted[table]:
-        a, b = (read_tensor(files[key], key) for key in (head, table))
+    if tied and shapes[HEAD] == wanted[TABLE]:
+        a, b = (read_tensor(files[key], key) for key in (HEAD, TABLE))
         if a.dtype != b.dtype:                                  # torch compares float8 with no other dtype
             a, b = a.float(), b.float()
         if (a != b).any():
