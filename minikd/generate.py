@@ -220,11 +220,11 @@ class Decoding:
     def keep(self, rows: list[int]):
         """Drops all rows but these."""
         self.alive = [self.alive[row] for row in rows]
-        rows = torch.tensor(rows, device=self.u.device)                                     # [b]
+        kept = torch.tensor(rows, device=self.u.device)                                     # [b]
         for cache in self.caches:
-            cache.keep(rows)
-        self.at, self.tokens = self.at[rows], self.tokens[rows]
-        self.u, self.drawn, self.logps = (x.index_select(1, rows) for x in (self.u, self.drawn, self.logps))    # contiguous
+            cache.keep(kept)
+        self.at, self.tokens = self.at[kept], self.tokens[kept]
+        self.u, self.drawn, self.logps = (x.index_select(1, kept) for x in (self.u, self.drawn, self.logps))    # contiguous
 
 
 def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,

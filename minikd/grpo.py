@@ -69,7 +69,7 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return torch.expm1(d) - d                                                   # expm1: exact for small d
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, clip: float = 0.2,
+def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, clip: float = 0.2,
                 beta: float = 0.04, clip_high: float | None = None) -> Tensor:
     """The negated objective of each token of B answers.  Paper eq. (6).  [B, R] three times, [B] -> [B, R], to be minimised
 
@@ -90,7 +90,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Te
     return token_loss(logp, old_logp, ref_logp, advantages[:, None], clip, beta, clip_high)
 
 
-def token_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, A: Tensor, clip: float = 0.2, beta: float = 0.04,
+def token_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, A: Tensor, clip: float = 0.2, beta: float = 0.04,
                clip_high: float | None = None) -> Tensor:
     """policy_loss, token by token: A is the advantage of each token's answer.  [N] four times -> [N]"""
     logp, old_logp, A = map(at_least_float32, (logp, old_logp, A))

@@ -97,7 +97,7 @@ def states_of(teacher: Teacher, rows: dict[str, Encoded], pad_id: int, batch_siz
     """The teacher's states of rows by their digests: [n, D'] each, in bfloat16 on the CPU."""
     states, items, device = {}, list(rows.items()), teacher.head.device
     for start in range(0, len(items), batch_size):
-        digests, part = zip(*items[start:start + batch_size])
+        digests, part = map(list, zip(*items[start:start + batch_size]))
         with mixed_precision(device, dtype):
             found = teacher.states(part, *collate(part, pad_id, device)).bfloat16().cpu()               # [N, D']
         states |= zip(digests, found.split([len(row.response) for row in part]))
