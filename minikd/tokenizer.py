@@ -152,6 +152,37 @@ class Tokenizer:
         text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages)
         return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
+    def stream(self) -> "Stream":
+        """A decoder that takes one id at a time and returns text as soon as its characters are complete."""
+        return Stream(self)
+
+
+class Stream:
+    """push(id) returns the text that this id completes, never part of a character. For byte-level tokenizers such as Qwen's:
+    with others, where a space can depend on the position in the text, some spaces are lost.
+
+    A non-ASCII character may be spread over several byte-level tokens; until the last one arrives, decoding
+    ends in one U+FFFD (the replacement character). Only the ids since the text was last complete are decoded again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.ids, self.given = tokenizer, [], 0
+
+    def push(self, token: int) -> str:
+        """One more id -> the text that it completes: usually a word, sometimes nothing."""
+        self.ids.append(int(token))
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            return self.end()
+        new, self.given = text[self.given:-1], len(text) - 1    # only the last character is still in doubt
+        return new
+
+    def end(self) -> str:
+        """What is left when generation stops, an unfinished character as U+FFFD."""
+        text = self.tokenizer.decode(self.ids)[self.given:]
+        self.ids, self.given = [], 0
+        return text
+
 
 def named(config: dict, key: str) -> str | None:
     """A token of tokenizer_config.json, there as a text or as an object with its settings."""

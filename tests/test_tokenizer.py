@@ -1,6 +1,7 @@
-"""Text to ids and back: Qwen2's real ids, the chat templates as jinja renders them, and what is refused."""
+"""Text to ids and back: Qwen2's real ids, the chat templates as jinja renders them, streaming, and what is refused."""
 import errno
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -208,6 +209,42 @@ def test_truncation_and_padding_that_a_folder_was_saved_with_are_switched_off(to
     assert Tokenizer.load(tmp_path).encode(text) == tokenizer.encode(text)
 
 
+# ---- streaming
+
+def streamed(tokenizer, ids) -> list[str]:
+    stream = tokenizer.stream()
+    return [*(stream.push(i) for i in ids), stream.end()]
+
+
+def test_streaming_never_gives_half_a_character_and_adds_up_to_decode(tokenizer):
+    for text in TEXTS[:-1]:
+        pieces = streamed(tokenizer, tokenizer.encode(text))
+        assert "".join(pieces) == tokenizer.decode(tokenizer.encode(text))
+        assert not any("\ufffd" in piece for piece in pieces)
+    assert len(tokenizer.encode("🎉")) == 4                  # so that the test above had halves to give
+    assert streamed(tokenizer, tokenizer.encode("🎉!")) == ["", "", "", "🎉", "!", ""]
+
+
+def test_streaming_holds_back_no_more_than_the_unfinished_character(tokenizer):
+    stream = tokenizer.stream()
+    for i in tokenizer.encode("a 🎉")[:-1]:
+        text = stream.push(i)
+    assert text == "" and stream.end() == "\ufffd"          # generation stopped inside the character
+    assert stream.end() == "" and stream.push(tokenizer.encode("b")[0]) == "b"
+
+
+def test_streaming_adds_up_on_bytes_that_are_no_text_at_all(tokenizer):
+    """As an untrained model writes.  The first row has seven bytes that begin no character, then a whole character."""
+    continuation = tokenizer.encode("🎉")[1]
+    rng = random.Random(0)
+    rows = [[continuation] * 7 + tokenizer.encode("🎉")]
+    rows += [[rng.randrange(rng.choice([256, len(tokenizer)])) for _ in range(30)] for _ in range(300)]
+    for ids in rows:
+        pieces = streamed(tokenizer, ids)
+        assert "".join(pieces) == tokenizer.decode(ids), ids
+    assert "🎉" in "".join(streamed(tokenizer, rows[0]))
+
+
 # ---- folders
 
 def test_save_copies_the_tokenizers_files_and_writes_every_stop(tokenizer_folder, tokenizer, tmp_path):
@@ -349,6 +386,14 @@ def test_a_batch_is_its_texts_one_by_one_and_an_id_one_object(qwen, monkeypatch,
     batch, again, none = (list(qwen.encode_batch(texts)) for texts in (TEXTS * 2, TEXTS, []))
     assert batch == [qwen.backend.encode(text, add_special_tokens=False).ids for text in TEXTS * 2] and none == []
     assert max(batch[0]) > 1000 and all(a is b for ids, others in zip(batch, again) for a, b in zip(ids, others))
+
+
+def test_the_real_tokenizer_streams_whole_characters(qwen):
+    for text in TEXTS[:-1]:
+        ids = qwen.encode(text)
+        pieces = streamed(qwen, ids)
+        assert "".join(pieces) == qwen.decode(ids) and not any("\ufffd" in piece for piece in pieces)
+    assert len(qwen.encode("𠜎")) > 1
 
 
 def test_the_saved_real_tokenizer_is_transformers_own(qwen, tmp_path):
