@@ -7,7 +7,7 @@
 //                   as exact with x split into three digits; one block per multiprocessor, whose copies never pause
 //   w4_dequantise   more rows: writes W in bfloat16, and cuBLAS multiplies
 //
-// The layout, made at load by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with codes of 8
+// The layout, made at first use by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with codes of 8
 // (past K, x is read as 0; past N, scales are 0); a tile is 1,024 contiguous bytes, two loads of 16 bytes per lane of a warp:
 //
 //   tile (n/16, k/128) = [half: output n%16 / 8][lane 0..31][word 0..3],   lane = 4 (n % 8) + t
