@@ -13,6 +13,7 @@ from minikd.errors import end_at_interrupts
 if __name__ == "__main__":
     end_at_interrupts()                                         # while torch is imported
 
+import argparse
 import math
 import os
 import statistics
@@ -41,7 +42,7 @@ def make_parser() -> Parser:
     add = flag_group(parser, "a model's answers")
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
     add("--data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
-        help="records to ask: .jsonl .json .csv .parquet, a folder or a hub dataset")
+        help="records to ask: files, a folder or a hub dataset")
     add("--limit", type=int, help="ask only the first LIMIT usable records")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="format of the prompt")
     add("--max-length", type=int, default=512, help="tokens; a prompt that leaves no room for a response is dropped")
@@ -53,17 +54,18 @@ def make_parser() -> Parser:
     add("--top-k", type=int, default=0, help="sample from this many of the likeliest tokens; 0 is all")
     add("--no-repeat-ngram-size", type=int, default=0,
         help="let no run of this many tokens occur twice, prompt included; 6 in MiniLLM's tables")
-    add("--seeds", "--seed", type=int, nargs="+", help="one round of answers each (10 20 30 40 50; greedy needs none)")
+    add("--seeds", type=int, nargs="+", help="one round of answers each (10 20 30 40 50; greedy needs none)")
+    parser.add_argument("--seed", dest="seeds", type=int, nargs="+", help=argparse.SUPPRESS)           # the same
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32", help="of the model")
     add("--int8-head", action="store_true",
         help=f"multiply by the head rounded to 8 bits; on a CPU, for fewer than {INT8_ROWS} prompts at once")
     add("--show-ways", action="store_true", help="print how each 4-bit layer multiplies, by number of rows")
     add = flag_group(parser, "answers in a file, one per line or record")
-    add("--predictions", help=".txt, one answer per line; or .jsonl .json .csv .parquet with prediction, text, response or output")
-    add("--references", help="the same kinds of file; also records that train_kd.py reads, or that have a list `references`")
-    add = flag_group(parser, "both")
-    add("--format", choices=FORMATS, help="schema of the records, recognised from their fields if not given")
+    add("--predictions", help="a .txt, or records with prediction, text, response or output")
+    add("--references", help="the same; also train_kd.py's records, or a list `references`")
+    add = flag_group(parser, "both", "without --format, records are recognised by their fields")
+    add("--format", choices=FORMATS, help="record schema")
     add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="how ROUGE-L forms its words")
     add("--out", help="jsonl of every example's scores (answers.jsonl in the model's folder, else in runs/eval)")
     return parser

@@ -50,15 +50,15 @@ KNOWN_GROUPS = -1, 16, 32, 64, 128, 256, 512, 1024              # of GPTQModel 7
 def make_parser() -> Parser:
     """Every flag, in groups."""
     parser = Parser(__doc__)
-    add = flag_group(parser, "model and data")
+    add = flag_group(parser, "model and data", "without --format, records are recognised by their fields")
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
     add("--calibration", nargs="+", metavar="FILE", toy=["runs/toy/data/train.jsonl"],
-        help="records as train_kd.py reads them, or plain text (field `text`)")
-    add("--format", choices=FORMATS, help="schema of the records, recognised from their fields if not given")
+        help="records as train_kd.py reads them, or plain text")
+    add("--format", choices=FORMATS, help="record schema")
     add("--samples", type=int, default=128, help="calibration rows, drawn at random")
     add("--length", type=int, default=2048, help="longest calibration row, in tokens")
     add("--eval-data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
-        help="records to measure perplexity, KL and ROUGE-L on, before and after; only prompts of up to 256 tokens")
+        help="to measure on, prompts of up to 256 tokens")
     add("--eval-examples", type=int, default=200, help="usable records to read from --eval-data")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="format of the prompt")
     add = flag_group(parser, "quantisation")
@@ -70,17 +70,16 @@ def make_parser() -> Parser:
         help="quantise columns in stored order; by default those of large inputs come first")
     add("--damp", type=float, default=0.01, help="share of the mean of the Hessian's diagonal that is added to the diagonal")
     add("--clip-search", action="store_true", help="shrink each group's range where that lowers its error")
-    add = flag_group(parser, "run")
-    add("--out", toy="runs/toy/w4", help="folder to write; the toy world without --method writes two, OUT-rtn and OUT-gptq")
+    add = flag_group(parser, "run", "all weights are rounded to --dtype first, with auto to the dtype of the model's embeddings, in "
+                     "which those that are not\npacked are written; on a CPU 4-bit models answer in bfloat16 with auto")
+    add("--out", toy="runs/toy/w4", help="folder to write; toy without --method: OUT-rtn and OUT-gptq")
     add("--batch-size", type=int, default=4, help="calibration rows at a time")
     add("--max-new-tokens", type=int, default=256, toy=48, help="longest answer")
     add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="how ROUGE-L forms its words")
     add("--seed", type=int, default=0, help="of the calibration rows")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of calibration and of the weights that are not packed; all are rounded to it first, with auto to the dtype of the "
-             "model's embeddings, in which those that are not packed are written then; on a CPU 4-bit models answer in bfloat16 "
-             "with auto")
+        help="of calibration and unpacked weights")
     return parser
 
 
@@ -164,7 +163,8 @@ def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: P
     how = {"static_groups": not no_act_order, "true_sequential": True} if method == "gptq" else {}
     if how and 0 < damp < 1:                                                    # GPTQModel opens no folder that names another
         how["damp_percent"] = damp
-    to_w4(model, words, group_size, not asym, method=method, clip_search=clip_search, **how)
+    mse = 2.4 if clip_search else 0.0                                           # GPTQModel's name for the search: its exponent
+    to_w4(model, words, group_size, not asym, method=method, clip_search=clip_search, mse=mse, **how)
     tokenizer.save(out)
     save_model(model, out)
     worst = max(shares, key=shares.get, default=None)

@@ -27,8 +27,8 @@ import torch
 
 from minikd import grpo, problems, sandbox, toy
 from minikd.checkpoint import Checkpoint, load_config, model_folder, save_model
-from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
-                            pick_dtype, spare_threads)
+from minikd.command import (DTYPES, Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused,
+                            pick_device, pick_dtype, spare_threads)
 from minikd.data import Encoded, begins_thoughts, collate, encode_examples, next_rows
 from minikd.errors import InputError, script_errors
 from minikd.examples import split_examples, to_example
@@ -38,7 +38,7 @@ from minikd.losses import entropy
 from minikd.model import Qwen2, cast_copy, mixed_precision
 from minikd.plots import plot_rewards
 from minikd.records import data_files
-from minikd.rewards import LARGEST, REWARDS, combine, load_rewards, reward_files, summary
+from minikd.rewards import LARGEST, REWARDS, combine, format_fault, load_rewards, reward_files, summary
 from minikd.run import SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, load_state, lock, read_log, save_state
 from minikd.tokenizer import Tokenizer
 from minikd.training import (apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer,
@@ -51,31 +51,31 @@ FORM = {"format": 0.05, "steps": 0.05}                          # rewards for fo
 def make_parser() -> Parser:
     """Every flag, in groups."""
     parser = Parser(__doc__)
-    add = flag_group(parser, "model and problems (none of them: a toy task)")
-    add("--model", help="folder or hub name, preferably a distilled student; without it a toy student is fine-tuned first. With "
-                          "--model but without --data the toy's defaults apply, so give --lr")
+    add = flag_group(parser, "model and problems (none of them: a toy task)",
+                     "with --model but without --data the toy's defaults apply, so give --lr; without --format, records are "
+                     "recognised")
+    add("--model", help="folder or hub name, preferably a distilled student; default: a toy student")
     add("--data", nargs="+", metavar="FILE",
         help="records with a question and an answer, or with tests; without it a toy task")
-    add("--format", choices=problems.FORMATS, help="schema of the records, recognised from their fields if not given")
+    add("--format", choices=problems.FORMATS, help="record schema")
     add("--task", choices=list(problems.TASKS), default="sums", help="toy task")
     add("--limit", type=int, help="read only the first LIMIT records")
     add("--max-prompt-length", type=int, default=1024, help="tokens; longer prompts are dropped and counted")
-    add = flag_group(parser, "sampling and rewards")
+    add = flag_group(parser, "sampling and rewards", f"rewards: {', '.join(REWARDS)}, FILE.py:FUNCTION; by default\nanswer, "
+                     "code or both, depending on whether problems have answers or tests, then format,steps")
     add("--prompts", type=int, default=8, toy=16, help="problems in a step")
     add("--group-size", type=int, default=8, toy=16, help="answers to each")
     add("--max-new-tokens", type=int, default=512, toy=72, help="longest answer")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities in the loss")
-    add("--rewards", help=f"FILE.py:FUNCTION or names, separated by commas: {', '.join(REWARDS)} (by default answer, code or "
-                          "both, depending on whether problems have answers or tests, then format,steps)")
-    add("--reward-weights", help="one number per reward, separated by commas (1; for the default format and steps 0.05); "
-                                 "write --reward-weights=-1,1 if the first is negative")
+    add("--rewards", metavar="A,B", help="rewards, separated by commas")
+    add("--reward-weights", metavar="X,X", help="of each (1; of the default format and steps 0.05); --reward-weights=-1,1 if negative")
     add = flag_group(parser, "loss")
     add("--clip", type=float, default=0.2, help="how far the ratio of new to old policy may differ from 1")
     add("--clip-high", type=float, help="the same for ratios above 1, if different; DAPO: 0.28")
     add("--beta", type=float, default=0.04, help="weight of the KL to the starting model; 0 needs no copy of it")
     add("--scale", choices=("std", "none"), default="std", help="divide advantages by their group's standard deviation, or not")
     add("--norm", choices=grpo.NORMS, default="sequence",
-        help="a token's weight: 1 / its answer's length, 1 / all tokens or 1 / --max-new-tokens, in this order")
+        help="a token's weight: 1 / its answer's length, all, maximum")
     add("--ratio", choices=("token", "sequence"), default="token", help="one ratio per token, or per sequence (GSPO)")
     add("--inner-epochs", type=int, default=1, help="updates on the answers of one step")
     add("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens do not count")
@@ -92,8 +92,8 @@ def make_parser() -> Parser:
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time (and no CUDA graphs)")
     add("--compile", action="store_true", help="torch.compile the blocks for training: for long runs on a GPU")
     add("--patience", type=int, default=50,
-        help="end with an error after this many steps in a row in which every answer's rewards sum to 0, or none was judged")
-    add = flag_group(parser, "run")
+        help="end with an error after this many steps in a row without any reward")
+    add = flag_group(parser, "run", DTYPES)
     add("--eval-every", type=int, default=50, help="steps between evaluations on held-out problems")
     add("--eval-examples", type=int, default=64, toy=200, help="held-out problems, at most a fifth of --data")
     add("--out", help="folder for checkpoints, log, completions and picture (runs/grpo; toy runs/grpo-TASK)")
@@ -101,8 +101,7 @@ def make_parser() -> Parser:
     add("--seed", type=int, default=0, help="of the split of --data, sampling, order and the toy")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of matrix products, of sampling and of the saved model; with auto bfloat16 on GPUs (not before compute "
-             "capability 8.0) and on CPUs with instructions for it, else float32")
+        help="of products, sampling and saved model")
     return parser
 
 
@@ -292,9 +291,11 @@ def count_unpaid(unpaid: int, total: torch.Tensor, patience: int, out) -> int:
 
 def lines_of(step: int, answers: list[Encoded], texts: list[str], values: dict[str, list], total, advantages,
              tokenizer) -> list[dict]:
-    """The lines of completions.jsonl for one step: every answer with its rewards and its advantage."""
+    """The lines of completions.jsonl for one step: every answer with its rewards and its advantage; for `format` also why it
+    has none."""
     return [dict(step=step, prompt=tokenizer.decode(answer.prompt), completion=text, reward=number(reward),
-                 advantage=float(advantage), rewards={name: column[i] for name, column in values.items()})
+                 advantage=float(advantage), rewards={name: column[i] for name, column in values.items()},
+                 **({"format_fault": format_fault(text)} if "format" in values else {}))
             for i, (answer, text, reward, advantage) in enumerate(zip(answers, texts, total, advantages.view(-1)))]
 
 
@@ -353,8 +354,8 @@ def describe(answers, values: dict[str, list], total, flat, sums, clock) -> dict
     """The log's line of one step; KL and entropy (nats per token) and the clipped share are those of the last update."""
     kl, mean_entropy, clipped, _ = (number(value) for value in sums / sums[3])  # None if no answer counted
     seconds = {name: round(b - a, 4) for name, a, b in zip(("sampling", "rewards", "update"), clock, clock[1:])}
-    return {"reward": number(total.nanmean()), **summary(values), "flat": float(flat.float().mean()), "kl": kl,
-            "entropy": mean_entropy, "clipped": clipped, "seconds": seconds,
+    return {"reward": number(total.nanmean()), **summary(values, len(answers) // len(flat)), "flat": float(flat.float().mean()),
+            "kl": kl, "entropy": mean_entropy, "clipped": clipped, "seconds": seconds,
             "length": sum(len(answer.response) for answer in answers) / len(answers),
             "truncated": sum(answer.cut for answer in answers) / len(answers)}
 

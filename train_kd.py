@@ -28,7 +28,7 @@ import torch
 
 from minikd import minillm, toy
 from minikd.checkpoint import Checkpoint, has_four_bits, load_config, load_head, load_model, outline, save_model
-from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
+from minikd.command import (DTYPES, Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
                             pick_dtype, spare_threads)
 from minikd.data import Encoded, collate, describe_dropped, encode_examples, encode_text, optimizer_steps, steps_per_epoch
 from minikd.errors import InputError, script_errors
@@ -56,7 +56,8 @@ AT_ONCE = 16                                                    # prompts answer
 def make_parser() -> Parser:
     """Every flag, in groups."""
     parser = Parser(__doc__)
-    add = flag_group(parser, "models and data (none of them: the toy world)")
+    add = flag_group(parser, "models and data (none of them: the toy world)",
+                     "without --format, records are recognised by their fields")
     add("--student", help="folder or hub name to start from")
     add("--teacher", help="folder or hub name; with --loss sft only for the table and --seq-kd")
     add("--data", nargs="+", metavar="FILE",
@@ -64,21 +65,21 @@ def make_parser() -> Parser:
     add("--eval-data", nargs="+", metavar="FILE", help="records for the table; the held-out ones still choose best/")
     add("--lm-data", nargs="+", metavar="FILE",
         help="plain text (records with `text`): its cross-entropy is added to every step")
-    add("--format", choices=FORMATS, help="schema of the records, recognised from their fields if not given")
+    add("--format", choices=FORMATS, help="record schema")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="format of the prompt")
     add("--max-length", type=int, default=512,
         help="tokens of prompt and response; longer responses are cut, but not the student's own")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped")
     add("--limit", type=int, help="read only the first LIMIT usable records of --data")
     add("--validation", type=int, default=500, toy=100, help="examples held out of --data, at most a fifth")
-    add = flag_group(parser, "loss")
-    add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="by default two runs, sft and forward_kl; or one of")
+    add = flag_group(parser, "loss", "without --loss two runs, sft and forward_kl")
+    add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="one run with")
     add("--kd-ratio", type=float, default=0.5, help="share of the divergence, the rest being cross-entropy; not for MiniLLM")
     add("--temperature", type=float, default=1.0,
         help="divides both models' logits in the divergence, but not in CE; not for MiniLLM")
     add("--beta", type=float, default=0.5, help="jsd: weight of the teacher in the mixture")
     add("--alpha", type=float, default=0.1,
-        help="skew losses: share of the teacher in skew_forward_kl's mixture, of the student in skew_reverse_kl's")
+        help="skew_forward_kl: the teacher's share of its mixture; skew_reverse_kl: the student's")
     add("--lm-coef", type=float, default=1.0, help="weight of the loss on --lm-data")
     add = flag_group(parser, "whose answers to learn from")
     add("--on-policy", type=float, default=0.0, help="share of steps on the student's own answers, without CE")
@@ -89,14 +90,14 @@ def make_parser() -> Parser:
     add("--rollouts", type=int, default=256, help="answers sampled at a time")
     add("--inner-epochs", type=int, default=4, help="passes over the sampled answers")
     add("--ratio-clip", type=float, default=0.2, help="how far the ratio q / q_old may differ from 1")
-    add = flag_group(parser, "optimisation")
+    add = flag_group(parser, "optimisation", "several --lr are a sweep, without --loss of forward_kl; in the toy world, runs with "
+                     "--on-policy or minillm follow\nan SFT, and their --lr is 1e-3")
     add("--epochs", type=float, help="passes over the data; MiniLLM takes as many steps as these would (1; toy: --steps 400)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=int, default=8, toy=16, help="examples in a micro-batch")
     add("--grad-accum", type=int, default=1, toy=2, help="micro-batches in an optimizer step: each is padded by itself")
     add("--lr", type=float, nargs="+", default=[1e-5], toy=[3e-3],
-        help="peak learning rate; several: one run each, of forward_kl without --loss; 1e-3 for toy runs with --on-policy or "
-             "minillm (the SFT before them keeps its own)")
+        help="peak learning rate; several: one run each")
     add("--warmup", type=int, default=0, toy=30, help="steps of linear warm-up")
     add("--schedule", choices=("cosine", "constant"), default="cosine",
         help="learning rate after the warm-up (cosine falls to --lr / 10)")
@@ -107,18 +108,16 @@ def make_parser() -> Parser:
     add = flag_group(parser, "evaluation")
     add("--eval-every", type=int, toy=50, help="steps between evaluations; without it: one for each epoch")
     add("--eval-examples", type=int, default=200, toy=100,
-        help="validation examples answered for ROUGE-L each time, and for the table if there is no --eval-data")
+        help="validation examples answered each time, and for the table without --eval-data")
     add("--max-new-tokens", type=int, default=256, toy=48, help="longest answer")
     add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="how ROUGE-L forms its words")
-    add = flag_group(parser, "run")
+    add = flag_group(parser, "run", DTYPES)
     add("--out", default="runs/kd", toy="runs/toy", help="folder for checkpoints, log, table and picture")
     add("--resume", action="store_true", help="continue a stopped run; give it the same flags")
     add("--seed", type=int, default=0, help="of the split, the order, the sampling and the toy world")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", toy="float32",
-        help="of matrix products, of the teacher and of the saved models; with auto bfloat16 on GPUs (not before "
-             "compute capability 8.0) and on CPUs with instructions for it, else float32; a 4-bit teacher is in "
-             "bfloat16 on any CPU")
+        help="of products, teacher and saved models")
     return parser
 
 

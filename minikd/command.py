@@ -42,13 +42,18 @@ def shortest(value) -> str:
     return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
 
 
-def flag_group(parser: Parser, title: str):
-    """The add_argument of a new group of flags. It adds choices and default to the help text; fill_defaults sets the default
-    later, so that until then a flag that was not given is None (a switch: False).
+DTYPES = ("--dtype auto is bfloat16 on GPUs from compute capability 8.0 on and on CPUs with instructions for it, else float32;\n"
+          "on a CPU a 4-bit model is always in bfloat16")
 
-    toy  the default in the toy world, if it differs
+
+def flag_group(parser: Parser, title: str, note: str | None = None):
+    """The add_argument of a new group of flags. It adds choices and default to the help text, which should fit on a line;
+    fill_defaults sets the default later, so that until then a flag that was not given is None (a switch: False).
+
+    note  what --help says of the group
+    toy   the default in the toy world, if it differs
     """
-    group = parser.add_argument_group(title)
+    group = parser.add_argument_group(title, note)
 
     def add(*names, help="", default=None, toy=None, **options):
         if "action" not in options:

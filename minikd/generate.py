@@ -64,7 +64,8 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
              all. The host must know every token before the next step, so there are no graphs
     graphs   every step works on tensors at fixed addresses, so that a CUDA graph replays it; the host reads the tokens every
              LOOK steps, and drops finished rows when half have finished. Default: where can_record. True on a CPU runs such
-             steps without a graph (for tests).
+             steps without a graph (for tests). In bfloat16 their sums are rounded differently: of tokens that are nearly as
+             likely, another may be drawn
     one_kernel  with `graphs`: where decode_cuda.fits, one kernel computes the hidden states
     """
     check_options(temperature, top_p, top_k, samples, teacher, mix, vocab, no_repeat_ngram_size)

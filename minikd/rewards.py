@@ -101,22 +101,29 @@ def extract_code(text: str) -> str | None:
 
 # ---- form
 
-def well_formed(completion: str) -> bool:
-    """Whether a completion is thoughts and then an answer, neither of them blank, without text between or after, and
-    without anything before, as open-r1 wants it."""
+def format_fault(completion: str) -> str | None:
+    """None if a completion is thoughts and then an answer, neither of them blank, without text between or after, and without
+    anything before, as open-r1 wants it; else what is wrong, in a few words."""
     before, *rest = re.split("(</?(?:think|answer)>)", completion)
-    tags, filled = rest[::2], [bool(text.strip()) for text in rest[1::2]]       # a text, maybe blank, follows each tag
-    return not before and (tags, filled) in ((["<think>", "</think>"], [True, True]),
-                                             (["<think>", "</think>", "<answer>", "</answer>"], [True, False, True, False]))
+    tags, texts = rest[::2], [text.strip() for text in rest[1::2]]              # a text, maybe blank, follows each tag
+    if tags not in (["<think>", "</think>"], ["<think>", "</think>", "<answer>", "</answer>"]):
+        return f"its tags are {' '.join(tags)[:80]}" if tags else "no tags"
+    thoughts, between, answer, after = texts if len(texts) == 4 else (texts[0], "", texts[1], "")
+    return ("text before <think>" if before else "no thoughts" if not thoughts else "no answer" if not answer else
+            "text outside the tags" if between or after else None)
 
 
 def format_reward(completions: list[str], facts: list[dict]) -> Values:
-    """1 for thoughts and then an answer, nothing before, between or after; else 0.             open-r1 line 85"""
-    return [float(well_formed(completion)) for completion in completions]
+    """1 for thoughts and then an answer, nothing before, between or after; else 0 (format_fault).     open-r1 line 85"""
+    return [float(format_fault(completion) is None) for completion in completions]
 
 
 def tags_reward(completions: list[str], facts: list[dict]) -> Values:
-    """A quarter for each tag, with its line breaks, that is there exactly once.                open-r1 line 93"""
+    """A quarter for each tag, with its line breaks, that is there exactly once.                open-r1 line 93
+
+    (The paper's figure plots another function, which is not in its code: xmlcount, an eighth for each tag, less 0.001 for each
+    character after the answer.)
+    """
     tags = "<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>"
     return [0.25 * sum(completion.count(tag) == 1 for tag in tags) for completion in completions]
 
@@ -269,15 +276,19 @@ def combine(values: dict[str, Values], weights: dict[str, float]) -> Values:
     return totals
 
 
-def summary(values: dict[str, Values]) -> dict[str, float | None]:
+def summary(values: dict[str, Values], group_size: int = 0) -> dict[str, float | None]:
     """For the log, per reward: "reward/format", its mean over what it judged, "reward/format/std", the population's, both
-    None if it judged nothing, and "reward/format/unjudged", the share that it did not judge."""
+    None if it judged nothing, "reward/format/unjudged", the share that it did not judge, and, of answers in groups of group_size,
+    "reward/format/flat", the share of groups in which it tells no two answers apart."""
     found = {}
     for name, column in values.items():
         judged = [value for value in column if value is not None]
         mean, std = (statistics.fmean(judged), statistics.pstdev(judged)) if judged else (None, None)
         found |= {f"reward/{name}": mean, f"reward/{name}/std": std,
                   f"reward/{name}/unjudged": 1 - len(judged) / max(1, len(column))}
+        if group_size:
+            groups = [set(column[at:at + group_size]) - {None} for at in range(0, len(column), group_size)]
+            found[f"reward/{name}/flat"] = sum(len(group) < 2 for group in groups) / max(1, len(groups))
     return found
 
 

@@ -8,6 +8,7 @@ from minikd.checkpoint import check_vocabulary, model_folder, outline
 from minikd.errors import InputError
 from minikd.graphs import GraphedBlocks, can_record
 from minikd.model import Qwen2, run_blocks
+from minikd.w4 import W4Linear
 
 
 def check_student(name, tokenizer):
@@ -45,6 +46,9 @@ def compile_blocks(*models: Qwen2):
     # GB, not 18.5 (before use_graphs), and took 1% longer. The setting applies to all that this process compiles.
     torch._functorch.config.ban_recompute_materialized_backward = False
     for model in models:
+        for layer in model.modules():
+            if isinstance(layer, W4Linear):
+                layer.settle(model.head.dtype)
         model.model.compiled = torch.compile(run_blocks)
 
 

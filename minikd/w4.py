@@ -100,6 +100,12 @@ class W4Linear(nn.Module):
             give_memory_back()
         return self.prepared[1]
 
+    def settle(self, dtype: torch.dtype):
+        """Finds out and prepares what a few rows of inputs in `dtype` need: torch.compile cannot trace that."""
+        way = choose(self, torch.empty(1, self.inputs, dtype=dtype, device=self.scales.device)) if self.in_order else "dequantise"
+        if way != "dequantise":
+            self.ready(way)
+
     def prepare(self, way: str) -> tuple:
         """Codes and grid in the layout of a way, for bfloat16 inputs. int4's layout depends on the CPU: it is never saved."""
         scales, zeros = read_grid(self.qzeros, self.scales, self.version)

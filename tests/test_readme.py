@@ -40,6 +40,12 @@ def test_every_flag_of_a_command_exists(script, flags):
         assert f'"{flag}"' in text, f"{script} has no {flag}"
 
 
+@pytest.mark.parametrize("script", ["train_kd", "train_grpo", "quantize", "eval_rouge"])
+def test_a_flag_takes_one_line_of_help(script):
+    _, options, flags = importlib.import_module(script).make_parser().format_help().partition("\noptions:")
+    assert options and not re.findall(r"^ {12,}\S.*", flags, flags=re.MULTILINE)             # the indented rest of a flag's help
+
+
 def test_the_file_list_is_the_package():
     """In the order of imports; where the .cu files stand is free."""
     listed = re.findall(r"^  (\w+\.(?:py|cu)) ", README, flags=re.MULTILINE)

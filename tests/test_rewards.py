@@ -9,9 +9,9 @@ import pytest
 
 from minikd import rewards, sandbox
 from minikd.errors import InputError
-from minikd.rewards import (REWARDS, answer_part, answer_reward, code_reward, combine, extract_code, format_reward,
-                            length_reward, load_rewards, repetition_reward, reward_files, steps_reward, summary, tags_reward,
-                            think_part)
+from minikd.rewards import (REWARDS, answer_part, answer_reward, code_reward, combine, extract_code, format_fault,
+                            format_reward, length_reward, load_rewards, repetition_reward, reward_files, steps_reward,
+                            summary, tags_reward, think_part)
 
 GOOD = "<think>\nStep 1: 3+4=7\n</think>\n<answer>\n7\n</answer>"
 TAGS = "<think>", "</think>", "<answer>", "</answer>"
@@ -101,31 +101,31 @@ def test_code_is_the_last_fenced_block(text, code):
     ("<think>a</think>7", None),
     ("<think>a\nb\n</think>\n\n7\n", None),
     ("<think>a</think><answer>7</answer>", None),
-    ("", "0 times <think>"),
-    ("7", "0 times <think>"),
-    ("<think>a", "0 times </think>"),
-    ("<think>a</think>7<think>b</think>", "2 times <think>"),
-    ("<think>a</think></think>7", "2 times </think>"),
-    ("So <think>a</think>7", "text before"),
-    ("\n<think>a</think>7", "text before"),
-    ("</think>7<think>", "text before"),
+    ("", "no tags"),
+    ("7", "no tags"),
+    ("<think>a", "its tags are <think>"),
+    ("<think>a</think>7<think>b</think>", "its tags are <think> </think> <think> </think>"),
+    ("<think>a</think></think>7", "its tags are <think> </think> </think>"),
+    ("So <think>a</think>7", "text before <think>"),
+    ("\n<think>a</think>7", "text before <think>"),
+    ("</think>7<think>", "its tags are </think> <think>"),
     ("<think>\n \n</think>7", "no thoughts"),
     ("<think>a</think>\n", "no answer"),
     ("<think>a</think><answer>\n</answer>", "no answer"),
-    ("<think>a</think><answer>7", "answer tags"),
-    ("<think>a</think>7</answer>", "answer tags"),
-    ("<think>a</think></answer>7<answer>", "answer tags"),
-    ("<think>a</think><answer>7</answer> done", "answer tags"),
-    ("<think>a</think>so <answer>7</answer>", "answer tags"),
-    ("<think>a</think><answer>6</answer><answer>7</answer>", "answer tags"),
-    ("<think>a</think><answer><answer>7</answer></answer>", "answer tags"),
-    ("<think><answer>7</answer></think>7", "answer tags"),
-    ("<think>the <answer> tag</think><answer>7</answer>", "answer tags"),
-    ("<answer>7</answer><think>a</think>", "text before"),
-    ("<Think>a</Think>7", "0 times"),
+    ("<think>a</think><answer>7", "its tags are <think> </think> <answer>"),
+    ("<think>a</think>7</answer>", "its tags are <think> </think> </answer>"),
+    ("<think>a</think></answer>7<answer>", "its tags are <think> </think> </answer> <answer>"),
+    ("<think>a</think><answer>7</answer> done", "text outside the tags"),
+    ("<think>a</think>so <answer>7</answer>", "text outside the tags"),
+    ("<think>a</think><answer>6</answer><answer>7</answer>", "its tags are <think> </think> <answer> </answer> <answer> </answer>"),
+    ("<think>a</think><answer><answer>7</answer></answer>", "its tags are <think> </think> <answer> <answer> </answer> </answer>"),
+    ("<think><answer>7</answer></think>7", "its tags are <think> <answer> </answer> </think>"),
+    ("<think>the <answer> tag</think><answer>7</answer>", "its tags are <think> <answer> </think> <answer> </answer>"),
+    ("<answer>7</answer><think>a</think>", "its tags are <answer> </answer> <think> </think>"),
+    ("<Think>a</Think>7", "no tags"),
 ])
 def test_format_is_thoughts_and_then_an_answer(text, fault):
-    assert one(format_reward, text) == (fault is None)
+    assert format_fault(text) == fault and one(format_reward, text) == (fault is None)
 
 
 def open_r1_format(text):
@@ -477,6 +477,11 @@ def test_summary_is_over_what_was_judged():
     expected = {"code": (0.5, 0.5, 0.5), "format": (1, 0, 0), "none": (None, None, 1), "empty": (None, None, 1)}
     assert found == {f"reward/{name}{key}": value for name, values in expected.items()
                      for key, value in zip(("", "/std", "/unjudged"), values)}
+
+
+def test_summary_counts_groups_in_which_a_reward_tells_no_two_answers_apart():
+    found = summary({"code": [1.0, 0.0, 0.0, None, 1.0, 1.0], "dead": [0.0] * 6, "length": [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]}, 2)
+    assert {name: found[f"reward/{name}/flat"] for name in ("code", "dead", "length")} == {"code": 2 / 3, "dead": 1, "length": 0}
 
 
 # ---- rewards by name, and one's own

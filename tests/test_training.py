@@ -1,5 +1,6 @@
 """What two training loops share: the schedule as a slow formula, weight decay, compilation."""
 import math
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -9,8 +10,11 @@ import torch._functorch.config
 from conftest import small
 from minikd.checkpoint import save_model
 from minikd.errors import InputError
+from minikd.gptq import quantize_model
 from minikd.model import run_blocks
+from minikd.quant import to_words
 from minikd.training import apply_gradient, check_student, compile_blocks, learning_rate, make_optimizer
+from minikd.w4 import to_w4
 
 
 # ---- the schedule and the optimizer
@@ -131,3 +135,18 @@ def test_compiled_blocks_keep_less_for_the_backward_pass(monkeypatch):
     before, other = count(), small(2)
     compile_blocks(other, model)
     assert count() == before - 1 and other.model.compiled is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_first_call_of_a_4_bit_model_may_be_compiled(monkeypatch, dtype):
+    """Into one graph: what its layers find out at their first call, compile_blocks lets them find out before."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    model = small(1, hidden_size=64, intermediate_size=64)
+    words = quantize_model(model, [], 0, method="rtn", group_size=32, store=to_words)
+    model, ids = to_w4(model, words, 32, True).to(dtype).eval(), torch.arange(12).view(2, 6)
+    with torch.inference_mode():
+        plain = deepcopy(model).hidden(ids)
+        compile_blocks(model)
+        assert torch.equal(model.hidden(ids), plain)
