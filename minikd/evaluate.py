@@ -155,7 +155,8 @@ def print_table(columns: dict[str, dict[str, float]], metrics: dict[str, dict[st
 
 def read_predictions(path) -> list[str]:
     """One answer per line of a .txt, or per record of any other file: its field prediction, text, response or
-    output, or the record itself if it is a string."""
+    output, or the record itself if it is a string. (MiniLLM's .txt files have <n> for a line break: it stays, as it may be what
+    was said.)"""
     return [_texts(value, where, ("prediction", "text", "response", "output"), single=True)[0]
             for where, value in read_records(path, kinds=(dict, str, list))]
 
