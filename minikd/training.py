@@ -46,9 +46,13 @@ def compile_blocks(*models: Qwen2):
     # GB, not 18.5 (before use_graphs), and took 1% longer. The setting applies to all that this process compiles.
     torch._functorch.config.ban_recompute_materialized_backward = False
     for model in models:
-        for layer in model.modules():
-            if isinstance(layer, W4Linear):
-                layer.settle(model.head.dtype)
+        for block in model.model.layers:
+            for half in block.self_attn, block.mlp:
+                parts, after = half.layers()
+                joined = getattr(half.joined, "__self__", None)                 # half.joined is that layer's forward
+                for layer in [after, *parts] if joined is None else [after, joined]:
+                    if isinstance(layer, W4Linear):
+                        layer.settle(model.head.dtype)
         model.model.compiled = torch.compile(run_blocks)
 
 

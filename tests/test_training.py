@@ -11,10 +11,11 @@ from conftest import small
 from minikd.checkpoint import save_model
 from minikd.errors import InputError
 from minikd.gptq import quantize_model
+from minikd.layout import lay_out
 from minikd.model import run_blocks
 from minikd.quant import to_words
 from minikd.training import apply_gradient, check_student, compile_blocks, learning_rate, make_optimizer
-from minikd.w4 import to_w4
+from minikd.w4 import W4Linear, to_w4
 
 
 # ---- the schedule and the optimizer
@@ -138,9 +139,10 @@ def test_compiled_blocks_keep_less_for_the_backward_pass(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_first_call_of_a_4_bit_model_may_be_compiled(monkeypatch, dtype):
-    """Into one graph: what its layers find out at their first call, compile_blocks lets them find out before."""
+@pytest.mark.parametrize("dtype, joined", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
+def test_the_first_call_of_a_4_bit_model_may_be_compiled(monkeypatch, dtype, joined):
+    """Into one graph: what its layers find out at their first call, compile_blocks lets them find out before. Joined ones, as a
+    teacher's on a GPU, are prepared and not their parts, which would hold the codes twice."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
     model = small(1, hidden_size=64, intermediate_size=64)
@@ -148,5 +150,10 @@ def test_the_first_call_of_a_4_bit_model_may_be_compiled(monkeypatch, dtype):
     model, ids = to_w4(model, words, 32, True).to(dtype).eval(), torch.arange(12).view(2, 6)
     with torch.inference_mode():
         plain = deepcopy(model).hidden(ids)
-        compile_blocks(model)
+    if joined:
+        lay_out(model, rows=0, pack=False)
+    compile_blocks(model)
+    with torch.inference_mode():
         assert torch.equal(model.hidden(ids), plain)
+    parts = [layer for layer in model.modules() if isinstance(layer, W4Linear) and layer.whole is not None]
+    assert len(parts) == 5 * joined * model.config.num_hidden_layers and all(part.prepared is None for part in parts)
