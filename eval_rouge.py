@@ -20,8 +20,8 @@ import statistics
 from pathlib import Path
 
 from minikd.checkpoint import check_vocabulary, has_four_bits, load_model
-from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
-                            pick_dtype, spare_threads)
+from minikd.command import (DTYPES, FOUR_BITS, Parser, Progress, check_positive, fill_defaults, flag_group, flags_of,
+                            note_unused, pick_device, pick_dtype, spare_threads)
 from minikd.data import Encoded, describe_dropped, encode_examples
 from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer, read_predictions, read_references, score_answers
@@ -39,10 +39,10 @@ SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
 def make_parser() -> Parser:
     """Every flag, in groups."""
     parser = Parser(__doc__)
-    add = flag_group(parser, "a model's answers")
+    add = flag_group(parser, "a model's answers", DTYPES + FOUR_BITS)
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
     add("--data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
-        help="records to ask: files, a folder or a hub dataset")
+        help="records to ask: a file, a folder or a hub dataset")
     add("--limit", type=int, help="ask only the first LIMIT usable records")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="format of the prompt")
     add("--max-length", type=int, default=512, help="tokens; a prompt that leaves no room for a response is dropped")
@@ -62,7 +62,7 @@ def make_parser() -> Parser:
         help=f"multiply by the head rounded to 8 bits; on a CPU, for fewer than {INT8_ROWS} prompts at once")
     add("--show-ways", action="store_true", help="print how each 4-bit layer multiplies, by number of rows")
     add = flag_group(parser, "answers in a file, one per line or record")
-    add("--predictions", help="a .txt, or records with prediction, text, response or output")
+    add("--predictions", help=".txt, or records with prediction, text, response or output")
     add("--references", help="the same; also train_kd.py's records, or a list `references`")
     add = flag_group(parser, "both", "without --format, records are recognised by their fields")
     add("--format", choices=FORMATS, help="record schema")

@@ -58,7 +58,7 @@ def make_parser() -> Parser:
     add("--samples", type=int, default=128, help="calibration rows, drawn at random")
     add("--length", type=int, default=2048, help="longest calibration row, in tokens")
     add("--eval-data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
-        help="to measure on, prompts of up to 256 tokens")
+        help="records to measure on, prompts of up to 256 tokens")
     add("--eval-examples", type=int, default=200, help="usable records to read from --eval-data")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="format of the prompt")
     add = flag_group(parser, "quantisation")
@@ -70,8 +70,8 @@ def make_parser() -> Parser:
         help="quantise columns in stored order; by default those of large inputs come first")
     add("--damp", type=float, default=0.01, help="share of the mean of the Hessian's diagonal that is added to the diagonal")
     add("--clip-search", action="store_true", help="shrink each group's range where that lowers its error")
-    add = flag_group(parser, "run", "all weights are rounded to --dtype first, with auto to the dtype of the model's embeddings, in "
-                     "which those that are not\npacked are written; on a CPU 4-bit models answer in bfloat16 with auto")
+    add = flag_group(parser, "run", "all weights are rounded to --dtype first, with auto to the dtype of the model's embeddings, "
+                     "in which those that are not\npacked are written; on a CPU 4-bit models answer in bfloat16 with auto")
     add("--out", toy="runs/toy/w4", help="folder to write; toy without --method: OUT-rtn and OUT-gptq")
     add("--batch-size", type=int, default=4, help="calibration rows at a time")
     add("--max-new-tokens", type=int, default=256, toy=48, help="longest answer")

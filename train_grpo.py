@@ -53,7 +53,7 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = flag_group(parser, "model and problems (none of them: a toy task)",
                      "with --model but without --data the toy's defaults apply, so give --lr; without --format, records are "
-                     "recognised")
+                     "recognised by\ntheir fields")
     add("--model", help="folder or hub name, preferably a distilled student; default: a toy student")
     add("--data", nargs="+", metavar="FILE",
         help="records with a question and an answer, or with tests; without it a toy task")
@@ -68,14 +68,16 @@ def make_parser() -> Parser:
     add("--max-new-tokens", type=int, default=512, toy=72, help="longest answer")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities in the loss")
     add("--rewards", metavar="A,B", help="rewards, separated by commas")
-    add("--reward-weights", metavar="X,X", help="of each (1; of the default format and steps 0.05); --reward-weights=-1,1 if negative")
-    add = flag_group(parser, "loss")
+    add("--reward-weights", metavar="X,X",
+        help="one per reward (1; default format, steps: 0.05); if the first is negative: =-1,1")
+    add = flag_group(parser, "loss", "--norm sequence, token, constant: a token's weight is 1 / the length of its answer, of all "
+                     "answers, or --max-new-tokens")
     add("--clip", type=float, default=0.2, help="how far the ratio of new to old policy may differ from 1")
     add("--clip-high", type=float, help="the same for ratios above 1, if different; DAPO: 0.28")
     add("--beta", type=float, default=0.04, help="weight of the KL to the starting model; 0 needs no copy of it")
     add("--scale", choices=("std", "none"), default="std", help="divide advantages by their group's standard deviation, or not")
     add("--norm", choices=grpo.NORMS, default="sequence",
-        help="a token's weight: 1 / its answer's length, all, maximum")
+        help="a token's weight, see above")
     add("--ratio", choices=("token", "sequence"), default="token", help="one ratio per token, or per sequence (GSPO)")
     add("--inner-epochs", type=int, default=1, help="updates on the answers of one step")
     add("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens do not count")
@@ -92,7 +94,7 @@ def make_parser() -> Parser:
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time (and no CUDA graphs)")
     add("--compile", action="store_true", help="torch.compile the blocks for training: for long runs on a GPU")
     add("--patience", type=int, default=50,
-        help="end with an error after this many steps in a row without any reward")
+        help="end with an error after so many steps with rewards that sum to 0, or none judged")
     add = flag_group(parser, "run", DTYPES)
     add("--eval-every", type=int, default=50, help="steps between evaluations on held-out problems")
     add("--eval-examples", type=int, default=64, toy=200, help="held-out problems, at most a fifth of --data")

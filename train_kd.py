@@ -28,8 +28,8 @@ import torch
 
 from minikd import minillm, toy
 from minikd.checkpoint import Checkpoint, has_four_bits, load_config, load_head, load_model, outline, save_model
-from minikd.command import (DTYPES, Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
-                            pick_dtype, spare_threads)
+from minikd.command import (DTYPES, FOUR_BITS, Parser, Progress, check_positive, fill_defaults, flag_group, flags_of,
+                            note_unused, pick_device, pick_dtype, spare_threads)
 from minikd.data import Encoded, collate, describe_dropped, encode_examples, encode_text, optimizer_steps, steps_per_epoch
 from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer_and_score, compare, show_table
@@ -90,8 +90,8 @@ def make_parser() -> Parser:
     add("--rollouts", type=int, default=256, help="answers sampled at a time")
     add("--inner-epochs", type=int, default=4, help="passes over the sampled answers")
     add("--ratio-clip", type=float, default=0.2, help="how far the ratio q / q_old may differ from 1")
-    add = flag_group(parser, "optimisation", "several --lr are a sweep, without --loss of forward_kl; in the toy world, runs with "
-                     "--on-policy or minillm follow\nan SFT, and their --lr is 1e-3")
+    add = flag_group(parser, "optimisation", "several --lr: a sweep, of forward_kl if there is no --loss; in the toy world, runs "
+                     "with --on-policy or minillm\nfollow an SFT (at 3e-3), and their default --lr is 1e-3")
     add("--epochs", type=float, help="passes over the data; MiniLLM takes as many steps as these would (1; toy: --steps 400)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=int, default=8, toy=16, help="examples in a micro-batch")
@@ -111,7 +111,7 @@ def make_parser() -> Parser:
         help="validation examples answered each time, and for the table without --eval-data")
     add("--max-new-tokens", type=int, default=256, toy=48, help="longest answer")
     add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="how ROUGE-L forms its words")
-    add = flag_group(parser, "run", DTYPES)
+    add = flag_group(parser, "run", DTYPES + FOUR_BITS)
     add("--out", default="runs/kd", toy="runs/toy", help="folder for checkpoints, log, table and picture")
     add("--resume", action="store_true", help="continue a stopped run; give it the same flags")
     add("--seed", type=int, default=0, help="of the split, the order, the sampling and the toy world")

@@ -42,8 +42,8 @@ def shortest(value) -> str:
     return f"{value:g}".replace("e-0", "e-") if isinstance(value, float) else str(value)
 
 
-DTYPES = ("--dtype auto is bfloat16 on GPUs from compute capability 8.0 on and on CPUs with instructions for it, else float32;\n"
-          "on a CPU a 4-bit model is always in bfloat16")
+DTYPES = "--dtype auto is bfloat16 on GPUs from compute capability 8.0 on and on CPUs with instructions for it, else float32"
+FOUR_BITS = ";\na 4-bit model is then in bfloat16 on any CPU"
 
 
 def flag_group(parser: Parser, title: str, note: str | None = None):

@@ -74,6 +74,7 @@ def test_the_folder_loads_and_is_near_the_model(run, world, tmp_path, flags, ver
     shares = r"; output error 0\.\d\d x that of rounding, averaged over the layers, at most 0\.\d\d x \(model"
     assert bool(re.search(shares, out)) == ("rtn" not in flags)
     assert ("damp_percent" in model.quantization["meta"]) == ("rtn" not in flags)
+    assert model.quantization["meta"]["mse"] == 2.4 * ("--clip-search" in flags)
 
 
 @pytest.mark.parametrize("flags, said", [

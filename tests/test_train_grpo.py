@@ -55,12 +55,13 @@ def test_a_run_leaves_a_model_a_log_and_every_completion(run, world, tmp_path):
     assert load_model(folder / "last").config == load_model(world / "model").config
     lines = steps_of(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and not (folder / STATE).exists()
-    assert {"reward/early", "reward/early/std", "reward/format/unjudged", "flat", "kl", "entropy", "clipped", "length",
-            "truncated", "grad_norm"} <= set(lines[0])
+    assert {"reward/early", "reward/early/std", "reward/format/unjudged", "reward/format/flat", "flat", "kl", "entropy", "clipped",
+            "length", "truncated", "grad_norm"} <= set(lines[0])
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[-1]["kl"] > 0 and lines[0]["clipped"] == 0
     assert 0 < lines[0]["entropy"] <= torch.tensor(416.0).log().item()
     said = read_log(folder, "completions.jsonl")
     assert len(said) == 4 * 8 and {"prompt", "completion", "reward", "advantage", "rewards"} <= set(said[0])
+    assert all((row["format_fault"] is None) == (row["rewards"]["format"] == 1) for row in said)
     for step in range(4):                                                       # each group's advantages add up to 0
         for group in 0, 4:
             rows = said[8 * step + group:8 * step + group + 4]
