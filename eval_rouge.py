@@ -20,8 +20,8 @@ import statistics
 from pathlib import Path
 
 from minikd.checkpoint import check_vocabulary, has_four_bits, load_model
-from minikd.command import (DTYPES, FOUR_BITS, Parser, Progress, check_positive, fill_defaults, flag_group, flags_of,
-                            note_unused, pick_device, pick_dtype, spare_threads)
+from minikd.command import (BY_FIELDS, DTYPES, FOUR_BITS, Parser, Progress, check_positive, fill_defaults, flag_group,
+                            flags_of, note_unused, pick_device, pick_dtype, spare_threads)
 from minikd.data import Encoded, describe_dropped, encode_examples
 from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer, read_predictions, read_references, score_answers
@@ -64,7 +64,7 @@ def make_parser() -> Parser:
     add = flag_group(parser, "answers in a file, one per line or record")
     add("--predictions", help=".txt, or records with prediction, text, response or output")
     add("--references", help="the same; also train_kd.py's records, or a list `references`")
-    add = flag_group(parser, "both", "without --format, records are recognised by their fields")
+    add = flag_group(parser, "both", BY_FIELDS)
     add("--format", choices=FORMATS, help="record schema")
     add("--rouge", choices=("plain", "stemmer", "unicode"), default="stemmer", toy="unicode", help="how ROUGE-L forms its words")
     add("--out", help="jsonl of every example's scores (answers.jsonl in the model's folder, else in runs/eval)")

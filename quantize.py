@@ -26,8 +26,8 @@ import torch
 
 from minikd.checkpoint import (check_vocabulary, load_config, load_model, model_folder, read_quantization, save_model,
                                stored_dtype)
-from minikd.command import (Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused, pick_device,
-                            pick_dtype, spare_threads)
+from minikd.command import (BY_FIELDS, Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused,
+                            pick_device, pick_dtype, spare_threads)
 from minikd.data import NothingLeft, describe_dropped, encode_examples, encode_text
 from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer_and_score, compare
@@ -36,7 +36,7 @@ from minikd.files import check_writable, holds_cwd
 from minikd.gptq import quantize_model
 from minikd.hub import TOKENIZER
 from minikd.model import Qwen2
-from minikd.quant import check_groups, to_words
+from minikd.quant import POWER, check_groups, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.run import LOG, lock
@@ -50,7 +50,7 @@ KNOWN_GROUPS = -1, 16, 32, 64, 128, 256, 512, 1024              # of GPTQModel 7
 def make_parser() -> Parser:
     """Every flag, in groups."""
     parser = Parser(__doc__)
-    add = flag_group(parser, "model and data", "without --format, records are recognised by their fields")
+    add = flag_group(parser, "model and data", BY_FIELDS)
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
     add("--calibration", nargs="+", metavar="FILE", toy=["runs/toy/data/train.jsonl"],
         help="records as train_kd.py reads them, or plain text")
@@ -163,7 +163,7 @@ def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: P
     how = {"static_groups": not no_act_order, "true_sequential": True} if method == "gptq" else {}
     if how and 0 < damp < 1:                                                    # GPTQModel opens no folder that names another
         how["damp_percent"] = damp
-    mse = 2.4 if clip_search else 0.0                                           # GPTQModel's name for the search: its exponent
+    mse = POWER if clip_search else 0.0                                         # GPTQModel's name for the search: its exponent
     to_w4(model, words, group_size, not asym, method=method, clip_search=clip_search, mse=mse, **how)
     tokenizer.save(out)
     save_model(model, out)

@@ -27,8 +27,8 @@ import torch
 
 from minikd import grpo, problems, sandbox, toy
 from minikd.checkpoint import Checkpoint, load_config, model_folder, save_model
-from minikd.command import (DTYPES, Parser, Progress, check_positive, fill_defaults, flag_group, flags_of, note_unused,
-                            pick_device, pick_dtype, spare_threads)
+from minikd.command import (BY_FIELDS, DTYPES, Parser, Progress, check_positive, fill_defaults, flag_group, flags_of,
+                            note_unused, pick_device, pick_dtype, spare_threads)
 from minikd.data import Encoded, begins_thoughts, collate, encode_examples, next_rows
 from minikd.errors import InputError, script_errors
 from minikd.examples import split_examples, to_example
@@ -52,8 +52,7 @@ def make_parser() -> Parser:
     """Every flag, in groups."""
     parser = Parser(__doc__)
     add = flag_group(parser, "model and problems (none of them: a toy task)",
-                     "with --model but without --data the toy's defaults apply, so give --lr; without --format, records are "
-                     "recognised by\ntheir fields")
+                     f"with --model but without --data the toy's defaults apply, so give --lr;\n{BY_FIELDS}")
     add("--model", help="folder or hub name, preferably a distilled student; default: a toy student")
     add("--data", nargs="+", metavar="FILE",
         help="records with a question and an answer, or with tests; without it a toy task")

@@ -28,8 +28,8 @@ import torch
 
 from minikd import minillm, toy
 from minikd.checkpoint import Checkpoint, has_four_bits, load_config, load_head, load_model, outline, save_model
-from minikd.command import (DTYPES, FOUR_BITS, Parser, Progress, check_positive, fill_defaults, flag_group, flags_of,
-                            note_unused, pick_device, pick_dtype, spare_threads)
+from minikd.command import (BY_FIELDS, DTYPES, FOUR_BITS, Parser, Progress, check_positive, fill_defaults, flag_group,
+                            flags_of, note_unused, pick_device, pick_dtype, spare_threads)
 from minikd.data import Encoded, collate, describe_dropped, encode_examples, encode_text, optimizer_steps, steps_per_epoch
 from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer_and_score, compare, show_table
@@ -56,8 +56,7 @@ AT_ONCE = 16                                                    # prompts answer
 def make_parser() -> Parser:
     """Every flag, in groups."""
     parser = Parser(__doc__)
-    add = flag_group(parser, "models and data (none of them: the toy world)",
-                     "without --format, records are recognised by their fields")
+    add = flag_group(parser, "models and data (none of them: the toy world)", BY_FIELDS)
     add("--student", help="folder or hub name to start from")
     add("--teacher", help="folder or hub name; with --loss sft only for the table and --seq-kd")
     add("--data", nargs="+", metavar="FILE",

@@ -44,6 +44,7 @@ def shortest(value) -> str:
 
 DTYPES = "--dtype auto is bfloat16 on GPUs from compute capability 8.0 on and on CPUs with instructions for it, else float32"
 FOUR_BITS = ";\na 4-bit model is then in bfloat16 on any CPU"
+BY_FIELDS = "without --format, records are recognised by their fields"
 
 
 def flag_group(parser: Parser, title: str, note: str | None = None):

@@ -41,13 +41,16 @@ def check_weight(weight: Tensor, group_size: int, where: str = "weight") -> int:
     return check_groups(weight.shape[1], group_size, where)
 
 
+POWER = 2.4             # of an error in the clipping search: GPTQ's reference code's
+
+
 def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool = False) -> tuple[Tensor, Tensor]:
     """Scale and zero of each row.  [O, n] -> [O], [O], float32; the scale is one that float16 can store
 
     sym          zero is 2^(bits-1), and the range is symmetric around 0; else it runs from the smallest to the largest
                  weight, 0 included
-    clip_search  shrink the range by up to a half, to where the sum of |error|^2.4 is least (GPTQ's reference code: by up to
-                 four fifths)
+    clip_search  shrink the range by up to a half, to where the sum of |error|^POWER is least (GPTQ's reference code: by up
+                 to four fifths)
     Raises ValueError for bits outside 2 to 8: codes are uint8.
     """
     if not 2 <= bits <= 8:
@@ -64,7 +67,7 @@ def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool
     for share in torch.linspace(1, 0.5, 41).tolist():
         tried = _grid_of(share * low, share * high, top, sym)                                      # [O] each
         columns = [part[:, None] for part in tried]
-        error = (dequantize(quantize(weight, *columns, bits), *columns) - weight).abs().pow(2.4).sum(1)   # [O]
+        error = (dequantize(quantize(weight, *columns, bits), *columns) - weight).abs().pow(POWER).sum(1) # [O]
         scale, zero = (torch.where(error < best, new, old) for new, old in zip(tried, (scale, zero)))
         best = torch.minimum(best, error)
     return scale, zero

@@ -1,10 +1,12 @@
 """What the training loops share: the optimizer, its schedule and step, CUDA graphs, compilation. The loops are in the scripts."""
 import math
+from itertools import chain
 
 import torch
 
 from minikd.adamw_cuda import AdamW
 from minikd.checkpoint import check_vocabulary, model_folder, outline
+from minikd.decode_cuda import products
 from minikd.errors import InputError
 from minikd.graphs import GraphedBlocks, can_record
 from minikd.model import Qwen2, run_blocks
@@ -46,13 +48,9 @@ def compile_blocks(*models: Qwen2):
     # GB, not 18.5 (before use_graphs), and took 1% longer. The setting applies to all that this process compiles.
     torch._functorch.config.ban_recompute_materialized_backward = False
     for model in models:
-        for block in model.model.layers:
-            for half in block.self_attn, block.mlp:
-                parts, after = half.layers()
-                joined = getattr(half.joined, "__self__", None)                 # half.joined is that layer's forward
-                for layer in [after, *parts] if joined is None else [after, joined]:
-                    if isinstance(layer, W4Linear):
-                        layer.settle(model.head.dtype)
+        for layer in {*model.modules(), *chain(*map(products, model.model.layers))}:            # and the joined ones
+            if isinstance(layer, W4Linear) and layer.whole is None:             # no part of a joined one
+                layer.settle(model.head.dtype)
         model.model.compiled = torch.compile(run_blocks)
 
 
