@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
         self.defaults = {}                                      # flag -> its default, and that in the toy world
 
     def parse_args(self, given: list[str] | None = None):
+        """argparse's.  Raises InputError for an empty value, and for one that is not UTF-8."""
         for word in sys.argv[1:] if given is None else given:
             if not word or re.fullmatch(r"--[\w-]+=", word):    # an unset variable; as a path it would be the current folder
                 raise InputError(f"{word!r}: is empty, perhaps an unset variable; give a value, or leave its flag out")
