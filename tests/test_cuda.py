@@ -20,9 +20,7 @@ def test_the_sources_become_machine_code(compiled):
     assert all(name.encode() in compiled.cubin for name in (*KERNELS, *others))
 
 
-def test_nvcc_compiles_and_the_result_is_cached(tmp_path, monkeypatch):
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc")
+def test_nvcc_compiles_and_the_result_is_cached(nvcc, tmp_path, monkeypatch):
     monkeypatch.setenv("MINIKD_CACHE", str(tmp_path))
     monkeypatch.setattr(cuda, "find_nvrtc", lambda: (_ for _ in ()).throw(Unavailable("none here")))
     monkeypatch.setattr(cuda, "program", lambda: b'extern "C" __global__ void nothing() {}')
@@ -77,9 +75,7 @@ def test_without_a_compiler_one_line_says_why(tmp_path, monkeypatch, capsys):
     cuda.load.cache_clear(), cuda.available.cache_clear()
 
 
-def test_for_a_source_that_does_not_compile_the_compiler_s_error_is_given(monkeypatch):
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc")
+def test_for_a_source_that_does_not_compile_the_compiler_s_error_is_given(nvcc):
     with pytest.raises(Unavailable, match="nvcc: a.cu.*7.*error"):
         cuda.nvcc(b'#line 7 "a.cu"\n__global__ void f() { nonsense; }', "sm_90")
 
