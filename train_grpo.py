@@ -263,7 +263,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             state, news = {"step": step + 1, "unpaid": count_unpaid(state["unpaid"], total, patience, out)}, None
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 sampler = cast_copy(model, dtype, sampler)
-                news = report(judge(sampler), step + 1, log, line["truncated"])
+                news = report(judge(sampler), step + 1, log)
                 tokenizer.save(out / "last")
                 save_model(model, out / "last", dtype=dtype)
             if step + 1 == steps:
@@ -392,9 +392,9 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
 ENOUGH = 0.25                   # share of right answers, sampled before the first step
 
 
-def report(found: dict, step: int, log: Log, truncated: float = 0.0) -> str:
+def report(found: dict, step: int, log: Log) -> str:
     """Logs what accuracy() found; returns it as a line to print, with notes: at step 0 if there is little to learn from, later
-    if most answers of the step were cut."""
+    signs_of_collapse."""
     log.write(step=step, **{f"valid_{key}": value for key, value in found.items()})
     numbers = ", ".join(f"{key.removeprefix('reward/')} {value:.2f}" for key, value in found.items()
                         if isinstance(value, float))
@@ -403,7 +403,26 @@ def report(found: dict, step: int, log: Log, truncated: float = 0.0) -> str:
     if step == 0 and checked and found["sampled"] < ENOUGH:
         news += (f"\nnote: fewer than {ENOUGH:.0%} of the sampled answers are right, so GRPO may teach only the form; fine-tune "
                  "or distil the student first, or use easier problems")
-    return news + (f"\n{truncated:.0%} of the answers were cut; raise --max-new-tokens" if truncated > 0.9 else "")
+    signs = signs_of_collapse(read_log(log.path.parent)) if step else []
+    return "\n".join([news, *(f"note: {sign}" for sign in signs)])
+
+
+def signs_of_collapse(lines: list[dict]) -> list[str]:
+    """What in the last step and evaluation of a log, beside its first, shows that a run goes wrong; the bounds are rules of thumb.
+    (A collapse of the entropy shows as groups with equal rewards. The entropy itself also falls when all is well.)"""
+    steps, tests = ([line for line in lines if key in line] for key in ("length", "valid_sample"))
+    first, last = steps[0], steps[-1]
+    kl, was, right = last["kl"] or 0, *(line.get("valid_greedy") or 0 for line in (tests[0], tests[-1]))
+    signs = {
+        f"{last['truncated']:.0%} of the answers were cut; raise --max-new-tokens": last["truncated"] > 0.9,
+        f"{last['flat']:.0%} of the groups have equal rewards, which teach nothing; give other problems, or a higher "
+        "--temperature": last["flat"] > 0.9,
+        f"answers have {last['length']:.0f} tokens, at first {first['length']:.0f}; check what is rewarded":
+            4 * last["length"] < first["length"],
+        f"the policy is {kl:.1f} nats a token from the starting model; lower --lr or raise --beta": kl > 1,
+        f"held-out greedy fell from {was:.2f} to {right:.2f}: the form may be all that is learned; give rewards for it less "
+        "weight": 0 < was > 2 * right}
+    return [sign for sign, seen in signs.items() if seen]
 
 
 def show_change(lines: list[dict]):

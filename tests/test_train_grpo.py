@@ -136,6 +136,18 @@ def test_answers_that_are_cut_are_noted(run):
     assert "of the answers were cut; raise --max-new-tokens" in run("--max-new-tokens", "1")[1]
 
 
+def test_a_run_that_collapses_is_noted():
+    step = {"length": 40.0, "truncated": 0.1, "flat": 0.5, "kl": None, "entropy": 0.1}
+    tests = [{"valid_sample": "", "valid_greedy": greedy} for greedy in (0.8, None)]
+    told = lambda greedy, **now: rl.signs_of_collapse([tests[0], step, tests[1], step | now, tests[1] | {"valid_greedy": greedy}])
+    assert told(0.4, length=10.0, truncated=0.9, flat=0.9, kl=1.0) == []        # at the bounds
+    for word, signs in (("cut", told(0.8, truncated=0.95)), ("--temperature", told(0.8, flat=0.95)),
+                        ("have 9 tokens, at first 40", told(0.8, length=9.0)), ("1.5 nats a token", told(0.8, kl=1.5)),
+                        ("fell from 0.80 to 0.39", told(0.39))):
+        assert len(signs) == 1 and word in signs[0]
+    assert len(told(0.0, length=9.0, truncated=1.0, flat=1.0, kl=2.0)) == 5
+
+
 def test_what_is_paid_for_comes_more_often(run, tmp_path):
     assert run("--steps", "30", "--beta", "0", "--eval-every", "30", "--prompts", "4", "--group-size", "8")[0] == 0
     lines = steps_of(tmp_path / "run")
