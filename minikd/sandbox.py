@@ -226,6 +226,7 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
     for name, content in (("program.py", source), ("stdin", stdin)):
         with open(f"{folder}/{name}", "xb") as file:
             file.write(content)
+            os.fchmod(file.fileno(), 0o644)                     # whatever the umask: a program may open /dev/stdin by name
     uid = NOBODY if os.geteuid() == 0 and os.environ.get("MINIKD_SANDBOX_AS_ROOT") != "1" else None
     if uid is not None:
         os.chown(folder, uid, uid)

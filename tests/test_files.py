@@ -31,6 +31,21 @@ def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_going_on(tmp_
     assert done == [(tmp_path / "x.json").stat().st_ino, "rename", tmp_path.stat().st_ino]
 
 
+def test_a_file_system_that_cannot_flush_serves_and_a_failing_disk_does_not(tmp_path, monkeypatch):
+    def refuse(handle):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    code = errno.EINVAL                                                         # of folders on some network mounts
+    with atomic_path(tmp_path / "x.json") as new:
+        new.write_text("{}")
+    assert names(tmp_path) == ["x.json"]
+    code = errno.EIO
+    with pytest.raises(OSError, match="Input/output"), atomic_path(tmp_path / "y.json") as new:
+        new.write_text("{}")
+    assert names(tmp_path) == ["x.json"]
+
+
 def test_a_full_disk_is_told_with_the_path(tmp_path):
     with pytest.raises(OSError) as error, atomic_path(tmp_path / "x.json"):
         raise OSError(errno.ENOSPC, "No space left on device")                  # as write() says it

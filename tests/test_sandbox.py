@@ -520,9 +520,14 @@ def test_what_cannot_be_handed_over_is_an_error_and_no_exception(source, stdin):
     assert (result.status, result.stdout) == ("error", "") and result.stderr.startswith("not run: ")
 
 
-def test_stdout_and_stderr_may_be_opened_by_name():
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_standard_streams_may_be_opened_by_name(umask):
     source = "for name in 'stdout', 'stderr':\n    open(f'/dev/{name}', 'w').write(name + open('/dev/stdin').read())"
-    result = run_program(source, "x")
+    before = os.umask(umask)
+    try:
+        result = run_program(source, "x")
+    finally:
+        os.umask(before)
     assert (result.status, result.stdout, result.stderr) == ("ok", "stdoutx", "stderrx")
 
 
