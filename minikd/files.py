@@ -86,7 +86,8 @@ def _keep(old: Path, new: Path, keep=lambda name: True):
             if path.is_dir() and not path.is_symlink():
                 place.mkdir(exist_ok=True)
                 _keep(path, place)
-                shutil.copystat(path, place)
+                with suppress(OSError):                         # a file system without times or permissions of its own
+                    shutil.copystat(path, place)
                 _fsync(place)
             elif not os.path.lexists(place) or place.lstat().st_mtime_ns < path.lstat().st_mtime_ns:    # of a link itself
                 place.unlink(missing_ok=True)
@@ -97,7 +98,9 @@ def _link(old: Path, new: Path):
     try:
         os.link(old, new, follow_symlinks=False)
     except OSError:                                             # a file system without hard links, on a Mac also a link
-        shutil.copy2(old, new, follow_symlinks=False)
+        shutil.copyfile(old, new, follow_symlinks=False)
+        with suppress(OSError):
+            shutil.copystat(old, new, follow_symlinks=False)
         if not new.is_symlink():
             _fsync(new)
 
@@ -253,7 +256,8 @@ def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
     mode = os.stat(path).st_mode & 0o777
     try:
         save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
-        os.chmod(path, mode)
+        with suppress(OSError):                                 # a file system without permissions of its own
+            os.chmod(path, mode)
     except SafetensorError as error:
         number = re.search(r"(?:os error|code:) (\d+)", str(error))          # code: up to 0.5
         code = int(number[1]) if number else errno.EIO

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minikd import files
 from minikd.errors import InputError
@@ -145,6 +146,25 @@ def test_what_another_process_deletes_meanwhile_does_not_end_a_save(tmp_path, mo
     with atomic_path(tmp_path / "model", folder=True, keep=lambda name: True) as new:
         (new / "weights").write_text("new")
     assert names(tmp_path / "model") == ["stays", "weights"]
+
+
+def test_a_file_system_without_links_locks_times_and_permissions_of_its_own_serves(tmp_path, monkeypatch):
+    """As cloud storage is mounted, or a memory stick."""
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (tmp_path / "model/sub").mkdir(parents=True)
+    for name in "log", "sub/deep":
+        (tmp_path / "model" / name).write_text("old")
+    for name in "link", "chmod", "utime":
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    with atomic_path(tmp_path / "model", folder=True, keep=lambda name: True) as new:
+        save_tensors({"a": torch.ones(2)}, new / "weights")
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["log", "sub", "weights"]
+    assert (tmp_path / "model/sub/deep").read_text() == "old"
+    assert torch.equal(load_file(tmp_path / "model/weights")["a"], torch.ones(2))
 
 
 def free(path) -> bool:
