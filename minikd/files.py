@@ -33,7 +33,8 @@ def atomic_path(path, folder: bool = False, keep=None):
     """Yields a temporary path beside `path`; renames it to `path` if the block ends without an error, else removes it.
 
     A reader, or a restart after kill -9, finds the old content or the new, never a part of either. (Where two names cannot be
-    swapped in one step, as on macOS, an old folder is for a moment only in the temporary folder beside `path`.)
+    swapped in one step, as on macOS or of a container's image, an old folder is for a moment only in the temporary folder beside
+    `path`.)
     With `folder`, the yielded path is an empty folder; where `keep` is true of its name, what the old folder holds stays, also
     what others write there meanwhile: of two files of one name the one that was written last.
     Raises InputError if `path` exists and is not a regular file (with `folder`, a folder), or is a folder that is or contains the
@@ -62,7 +63,7 @@ def atomic_path(path, folder: bool = False, keep=None):
                 _fsync(new)
             if not (folder and path.exists() and _exchange(new, path)):
                 if folder and path.exists():
-                    os.rename(path, work / "old")               # os.replace cannot replace a full folder
+                    _move_away(path, work / "old")              # os.replace cannot replace a full folder
                 os.replace(new, path)
             if keep:                                            # what came into the old folder since
                 _keep(new if new.exists() else work / "old", path, keep)
@@ -73,6 +74,21 @@ def atomic_path(path, folder: bool = False, keep=None):
             os.rename(work / "old", path)
         shutil.rmtree(work, ignore_errors=True)
         os.close(held)
+
+
+def _move_away(path: Path, old: Path):
+    """Renames a folder. One that came with a container's image cannot be renamed (overlayfs), but its files can be linked."""
+    try:
+        os.rename(path, old)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(path, old, symlinks=True, copy_function=_link)
+        try:
+            shutil.rmtree(path)
+        except BaseException:                                   # an error or Ctrl-C
+            _keep(old, path)
+            raise
 
 
 def _keep(old: Path, new: Path, keep=lambda name: True):

@@ -4,9 +4,11 @@ import hashlib
 import io
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,31 @@ def test_a_file_system_without_links_locks_times_and_permissions_of_its_own_serv
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["log", "sub", "weights"]
     assert (tmp_path / "model/sub/deep").read_text() == "old"
     assert torch.equal(load_file(tmp_path / "model/weights")["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_folder_of_a_containers_image_is_replaced_though_it_cannot_be_renamed(tmp_path, monkeypatch, interrupted):
+    def rename(old, new, move=os.rename):
+        if Path(old) == tmp_path / "model" and not (tmp_path / "model/weights").exists():
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        move(old, new)
+
+    def rmtree(path, *given, delete=shutil.rmtree, **named):
+        if interrupted and Path(path) == tmp_path / "model":
+            (tmp_path / "model/sub/deep").unlink()
+            raise KeyboardInterrupt
+        delete(path, *given, **named)
+
+    (tmp_path / "model/sub").mkdir(parents=True)
+    for name in "log", "sub/deep":
+        (tmp_path / "model" / name).write_text("old")
+    monkeypatch.setattr(os, "rename", rename), monkeypatch.setattr(shutil, "rmtree", rmtree)
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    with suppress(KeyboardInterrupt), atomic_path(tmp_path / "model", folder=True, keep=lambda name: name == "log") as new:
+        (new / "weights").write_text("new")
+    assert names(tmp_path) == ["model"] and (tmp_path / "model/log").read_text() == "old"
+    assert names(tmp_path / "model") == (["log", "sub"] if interrupted else ["log", "weights"])
+    assert (tmp_path / "model/sub/deep").exists() == interrupted
 
 
 def free(path) -> bool:
