@@ -229,8 +229,12 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
             os.fchmod(file.fileno(), 0o644)                     # whatever the umask: a program may open /dev/stdin by name
     uid = NOBODY if os.geteuid() == 0 and os.environ.get("MINIKD_SANDBOX_AS_ROOT") != "1" else None
     if uid is not None:
-        os.chown(folder, uid, uid)
-        os.chown(f"{folder}/program.py", uid, uid)
+        try:
+            for path in folder, f"{folder}/program.py":
+                os.chown(path, uid, uid)
+        except OSError as error:                                # as in a container that has no other user than its root
+            raise InputError(f"sandbox: {path}: cannot be given to uid {uid} ({error.strerror}); run as an ordinary user, or set "
+                             "MINIKD_SANDBOX_AS_ROOT=1") from error
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)         # not a venv's link
     seconds = math.ceil(timeout) + 1                            # of CPU time, if the wall clock should fail
     return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED, "judged": JUDGED,
