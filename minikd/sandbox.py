@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minikd.errors import InputError
-from minikd.files import sweep, temporary_folder
+from minikd.files import naming, sweep, temporary_folder
 
 MB = 1 << 20
 NOBODY = 65534
@@ -223,8 +223,8 @@ def _try(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
 
 def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
     """Fills the private folder and gives it to the user that the program will run as -> the supervisor's options."""
-    for name, content in (("program.py", source), ("stdin", stdin)):
-        with open(f"{folder}/{name}", "xb") as file:
+    for path, content in ((f"{folder}/program.py", source), (f"{folder}/stdin", stdin)):
+        with naming(path), open(path, "xb") as file:
             file.write(content)
             os.fchmod(file.fileno(), 0o644)                     # whatever the umask: a program may open /dev/stdin by name
     uid = NOBODY if os.geteuid() == 0 and os.environ.get("MINIKD_SANDBOX_AS_ROOT") != "1" else None

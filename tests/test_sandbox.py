@@ -1,4 +1,5 @@
 """Programs that nobody has read: the ordinary ones run, every attack is contained, and nothing of either is left."""
+import errno
 import os
 import shutil
 import signal
@@ -654,6 +655,16 @@ def test_folders_that_killed_processes_left_are_removed(nothing_left):
     isolation.__wrapped__()
     assert os.listdir(nothing_left) == [".sandbox.minikd-pipe"]
     os.unlink(nothing_left / ".sandbox.minikd-pipe")
+
+
+def test_a_full_disk_is_told_with_the_path(monkeypatch, nothing_left):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")                  # as write() says it
+
+    monkeypatch.setattr(os, "fchmod", full)
+    with pytest.raises(OSError) as error:
+        run_program("print(1)")
+    assert Path(error.value.filename).parent.parent == nothing_left and os.listdir(nothing_left) == []
 
 
 def test_an_interrupt_ends_the_run(nothing_left):
