@@ -198,12 +198,13 @@ def compilation(request, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if hasattr(request.config, "workerinput") else folder) / "nvcc"
     folder.mkdir(exist_ok=True)
+    source = cuda.program()                                         # now: a test may replace the sources while nvcc runs
 
     def compile():
         with open(folder / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not (folder / "kernels.cubin").exists():
-                (folder / "kernels.cu").write_bytes(cuda.program())
+                (folder / "kernels.cu").write_bytes(source)
                 subprocess.run(["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "--keep", "--keep-dir", folder,
                                 folder / "kernels.cu", "-o", folder / "kernels.cubin"], check=True)
 
