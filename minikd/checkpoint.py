@@ -63,13 +63,14 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
 
 
 def versions(folder: Path) -> dict[str, tuple]:
-    """A value that changes when a file that decides what a folder's model computes is written, replaced or touched."""
+    """A value that changes when a file that decides what a folder's model computes is written, replaced or touched: sizes and
+    times, without inode numbers, which mounted cloud storage may change at any moment."""
     found = {}
     with suppress(InputError):                                  # an index that is only half written
         for name in "config.json", INDEX, *shards_of(folder):
             with suppress(FileNotFoundError):
                 stat = (folder / name).stat()
-                found[name] = stat.st_ino, stat.st_size, stat.st_mtime_ns
+                found[name] = stat.st_size, stat.st_mtime_ns
     return found
 
 

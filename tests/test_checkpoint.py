@@ -1,5 +1,6 @@
 """A Hugging Face folder in and out: every dtype, every kind of damage by name, and a save that is whole or absent."""
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -129,6 +130,21 @@ def test_a_model_is_saved_in_the_dtype_asked_for_and_keeps_its_own(tmp_path):
 def test_dtypes_may_be_mixed_in_one_file(folder):
     rewrite(folder, lambda tensors: tensors.update({NORM: tensors[NORM].bfloat16(), EMBED: tensors[EMBED].half()}))
     assert {p.dtype for p in load_model(folder).parameters()} == {torch.float32}
+
+
+def test_a_file_system_whose_inode_numbers_change_serves(tmp_path, monkeypatch):
+    """As cloud storage is mounted: a file that left the kernel's cache comes back under another number."""
+    class Renumbered:
+        def __init__(self, result):
+            self.result, self.st_ino = result, next(numbers)
+
+        def __getattr__(self, name):
+            return getattr(self.result, name)
+
+    save_model(tiny(), tmp_path / "m")
+    numbers, stat = itertools.count(), Path.stat
+    monkeypatch.setattr(Path, "stat", lambda *given, **named: Renumbered(stat(*given, **named)))
+    assert same(load_model(tmp_path / "m"), tiny())
 
 
 def test_a_folder_that_never_stays_as_it_is_is_refused(tmp_path, monkeypatch):
