@@ -38,7 +38,7 @@ class AdamW(torch.optim.AdamW):
         device, group, pieces = weights[0].device, self.param_groups[0], self.pieces(weights, moments, found, copies)
         if pieces != self.sent[0]:                              # a tensor lies elsewhere: seldom, with graphs
             self.sent = pieces, send(torch.tensor(pieces), device)
-        squares = torch.empty(len(chunks), device=device)
+        squares = torch.empty(len(chunks), dtype=torch.float32, device=device)
         launch("adamw_norm", device, (len(chunks), 1), 256, self.sent[1], chunks, squares)
         norm = squares.sum().sqrt()
         torch._foreach_add_(steps, 1)                           # t

@@ -21,7 +21,7 @@ def make_parts(keys: Tensor, heads: int) -> Tensor | None:
     if gpu.shared_memory_per_block_optin < SHARED:
         return None
     splits = max(1, min(gpu.multi_processor_count // (B * K), S // FEWEST))
-    return torch.zeros(B * K, splits, HEADS * (E + 2) + 1, device=keys.device)
+    return torch.zeros(B * K, splits, HEADS * (E + 2) + 1, dtype=torch.float32, device=keys.device)
 
 
 def step(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, bias: Tensor,

@@ -167,10 +167,10 @@ def collate(encoded: list[Encoded], pad_id: int, device="cpu") -> tuple[Tensor, 
     knows how many tokens are scored without waiting for a GPU.
     """
     T = max(map(len, encoded))
-    ids = torch.full((len(encoded), T), pad_id)                                 # [B, T]
-    mask = torch.zeros(len(encoded), T, dtype=torch.bool)                       # [B, T]
+    ids = torch.full((len(encoded), T), pad_id, device="cpu")                   # [B, T]
+    mask = torch.zeros_like(ids, dtype=torch.bool)                              # [B, T]
     for i, row in enumerate(encoded):
-        ids[i, :len(row)] = torch.tensor(row.prompt + row.response)
+        ids[i, :len(row)] = ids.new_tensor(row.prompt + row.response)
         mask[i, len(row.prompt):len(row)] = True
     return send(ids, device), mask
 

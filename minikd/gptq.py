@@ -67,7 +67,7 @@ class Hessian:
     """H = 2/n sum x x^T [I, I] in float32, over the n real tokens that reach a layer; padding is left out."""
 
     def __init__(self, inputs: int, device="cpu"):
-        self.H, self.tokens = torch.zeros(inputs, inputs, device=device), 0
+        self.H, self.tokens = torch.zeros(inputs, inputs, dtype=torch.float32, device=device), 0
 
     @full_precision()
     def add(self, inputs: Tensor, mask: Tensor):
@@ -125,7 +125,7 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "la
     # Panel by panel: [A B; 0 C]^-1 = [A^-1  -A^-1 B D; 0  D] with D = C^-1, where A^-1 is there already.
     for start in range(0, len(U), PANEL):
         at = slice(start, start + PANEL)
-        D = torch.linalg.solve_triangular(U[at, at], torch.eye(len(U[at]), device=U.device), upper=True)
+        D = torch.linalg.solve_triangular(U[at, at], torch.eye(len(U[at]), dtype=U.dtype, device=U.device), upper=True)
         U[:start, at] = U[:start, :start] @ (U[:start, at] @ -D)
         U[at, at] = D
     return U
@@ -201,8 +201,8 @@ def quantize_columns(columns: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bi
 @functools.cache
 def replayed_columns(n: int, O: int, bits: int, device: torch.device):
     """quantize_columns as a CUDA graph: a column takes some 14 small kernels, and launching them is most of the time."""
-    places = [torch.zeros(n, O, device=device), torch.eye(n, device=device), torch.ones(n, O, device=device),
-              torch.zeros(n, O, device=device)]
+    zeros = torch.zeros(n, O, dtype=torch.float32, device=device)
+    places = [zeros, torch.eye(n, out=zeros.new_empty(n, n)), torch.ones_like(zeros), torch.zeros_like(zeros)]
     results = []
 
     def step():

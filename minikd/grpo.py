@@ -161,4 +161,4 @@ def sample_groups(model: Qwen2, rows: list[Encoded], group_size: int, max_new_to
         samples=group_size, vocab=len(tokenizer))
     asked = [row for row in rows for _ in range(group_size)]
     return ([row.answered(ids, tokenizer.eos_ids) for row, ids in zip(asked, answers)],
-            [torch.tensor(logp, device=model.head.device) for logp in logps])
+            [torch.tensor(logp, dtype=torch.float32, device=model.head.device) for logp in logps])

@@ -228,7 +228,7 @@ def compare_heads(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden:
                   divergence=None) -> dict[str, Tensor]:
     """Metrics of each token [N], the inputs as in head_loss: ce, forward_kl, reverse_kl in nats; agreement, 1 where both
     models' likeliest token is the same; and kd, the given divergence, if there is one."""
-    values = [torch.zeros(3, 0, device=hidden.device)]  # of no token; `metrics` appends each piece's [3, n]
+    values = [hidden.new_zeros(3, 0, dtype=torch.float32)]      # of no token; `metrics` appends each piece's [3, n]
 
     def metrics(logits, teacher_logits):                # takes a divergence's place to see all logits, piece by piece
         logq, logp = log_probs(logits, teacher_logits, temperature=1.0)

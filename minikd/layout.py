@@ -119,8 +119,8 @@ def can_pack() -> bool:
 
 
 def packs_bfloat16() -> bool:
-    """Whether oneDNN reads packed bfloat16 weights fast: not on ARM, where before torch 2.14 its reference code multiplies, over a
-    hundred times more slowly (pytorch issue 180447)."""
+    """Whether oneDNN reads packed bfloat16 weights fast: not on ARM, where before torch 2.14 its reference code multiplies, over
+    a hundred times more slowly (pytorch issue 180447)."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not torch.ops.mkldnn._is_mkldnn_acl_supported()
 
 

@@ -19,7 +19,7 @@ def can_run(*logits: Tensor | None) -> bool:
 
 def costs(name: str, temperature: float, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> list[Tensor]:
     """CE [n]; the measure called `name` (forward, reverse, entropy; ce: zeros) [n]; what `gradient_` needs of a row [n, ROW]."""
-    ce, kd, rows = (torch.empty(shape, device=logits.device) for shape in (len(logits), len(logits), (len(logits), ROW)))
+    ce, kd, rows = (logits.new_empty(len(logits), *more, dtype=torch.float32) for more in ((), (), (ROW,)))
     _launch(f"loss_{name}", temperature, logits, targets, teacher_logits, rows, ce, kd)
     return [ce, kd, rows]
 

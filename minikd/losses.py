@@ -54,7 +54,8 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """
     a = log_a.exp()
     total = (a * (log_a - log_b)).sum(-1)
-    total = total + torch.where(total > 1e10, torch.inf, 0.0)   # an excluded token's term is about 1e30; a sum keeps the gradient
+    # An excluded token's term is about 1e30; a sum keeps the gradient.
+    total = total + torch.where(total > 1e10, torch.inf, 0.0).to(total.dtype)
     with torch.no_grad():                                       # log_softmax rounds its normaliser: over 151,936 rows both sum
         A, B = a.sum(-1), log_b.exp().sum(-1)                   # to 1 + 1e-5, an error as large as the KL of two close models
     return total / A + (B / A).log()                                            # KL(a / A || b / B)
@@ -125,7 +126,7 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float
 
 def no_divergence(logits: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
     """0 for each token: [n, V] -> [n]"""
-    return torch.zeros(len(logits), device=logits.device)
+    return logits.new_zeros(len(logits), dtype=torch.float32)
 
 
 def entropy(logits: Tensor, teacher_logits: Tensor | None = None) -> Tensor:

@@ -64,7 +64,7 @@ def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool
     if not clip_search:
         return scale, zero
     best = torch.full_like(scale, torch.inf)
-    for share in torch.linspace(1, 0.5, 41).tolist():
+    for share in torch.linspace(1, 0.5, 41, dtype=torch.float32).tolist():
         tried = _grid_of(share * low, share * high, top, sym)                                      # [O] each
         columns = [part[:, None] for part in tried]
         error = (dequantize(quantize(weight, *columns, bits), *columns) - weight).abs().pow(POWER).sum(1) # [O]

@@ -117,7 +117,7 @@ def alone(folder: Path):
         except BlockingIOError:
             print(f"{folder}: another process is filling this cache; waiting for it", flush=True)
             stack.enter_context(hold(place, wait=True))
-        except OSError:                                         # no permission to write there: a cache that is complete needs none
+        except OSError:                                         # no permission to write there: a complete cache needs none
             pass
         yield
 

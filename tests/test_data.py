@@ -144,6 +144,15 @@ def test_mask_is_true_on_response_tokens_only_even_where_they_equal_the_pad():
     assert mask.tolist() == [[False, False, True, True, False], [False, True, True, True, True]]
 
 
+def test_batches_are_made_on_the_cpu_whatever_the_default_device():
+    torch.set_default_device("meta")                                            # as of a program that has set "cuda"
+    try:
+        ids, mask = collate([Encoded([1, 2], [3], False, 0)], pad_id=0)
+    finally:
+        torch.set_default_device(None)
+    assert ids.tolist() == [[1, 2, 3]] and mask.tolist() == [[False, False, True]]
+
+
 def test_mask_and_ids_equal_a_slow_loop():
     rows = rows_of((3, 2), (1, 9), (7, 1), (2, 4))
     ids, mask = collate(rows, pad_id=99)

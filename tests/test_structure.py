@@ -8,6 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from conftest import random_model
+from minikd import losses
+from minikd.generate import generate
+from minikd.gptq import Hessian, quantize_matrix
+from minikd.grpo import group_advantages, policy_loss
+from minikd.head import compare_heads, head_loss
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("errors files hub config cuda attend_cuda cache fused_cuda model w4_cuda products quant w4 checkpoint tokenizer "
@@ -98,3 +106,41 @@ def test_a_script_keeps_its_flags(script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(script).parse_args()
     assert set(FLAGS[script].split()) <= set(re.findall(r"^ +--([\w-]+)", capsys.readouterr().out, re.MULTILINE))
+
+
+# ---- what a program around minikd may have set
+
+def computed(model) -> list[torch.Tensor]:
+    """A bit of everything, of float32 inputs."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher, head, x = (torch.randn(size, generator=generator, dtype=torch.float32)
+                                for size in ((7, 16), (7, 16), (50, 16), (90, 16)))
+    p, q, targets = hidden @ head.T, teacher @ head.T, torch.arange(7)
+    hessian, leaf = Hessian(16), hidden.clone().requires_grad_()
+    hessian.add(x, torch.ones(90, dtype=torch.bool))
+    loss, *parts = head_loss(leaf, head, targets, teacher, head, losses.forward_kl, kd_ratio=0.5, weight=1 / 7)
+    loss.backward()
+    return [*(divergence(p, q) for divergence in losses.DIVERGENCES.values()), losses.entropy(p), loss.detach(), *parts, leaf.grad,
+            *compare_heads(hidden, head, targets, teacher, head).values(), policy_loss(p, p + 0.1, q, hidden[:, 0]),
+            group_advantages(hidden), *quantize_matrix(head, hessian.finish(), group_size=8, clip_search=True),
+            torch.tensor(generate(model, [[1, 2], [3]], 8, temperature=1.0, seed=0), dtype=torch.int64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_default_dtype_changes_nothing(dtype):
+    model = random_model()
+    wanted = computed(model)
+    torch.set_default_dtype(dtype)
+    try:
+        found = computed(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_what_kernels_write_to_has_a_dtype_of_its_own():
+    """Memory of another default dtype would be too small."""
+    for path in (ROOT / "minikd").glob("*_cuda.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.empty", "torch.zeros", "torch.ones", "torch.full"):
+                assert "dtype" in {keyword.arg for keyword in node.keywords}, f"{path.name}:{node.lineno}"
