@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import functools
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -408,17 +409,17 @@ def report(found: dict, step: int, log: Log) -> str:
 
 
 def signs_of_collapse(lines: list[dict]) -> list[str]:
-    """What in the last step and evaluation of a log, beside its first, shows that a run goes wrong; the bounds are rules of thumb.
-    (A collapse of the entropy shows as groups with equal rewards. The entropy itself also falls when all is well.)"""
+    """What in the last ten steps and the last evaluation of a log, beside the first, shows that a run goes wrong; the bounds are
+    rules of thumb. (A collapse of the entropy shows as equal rewards. The entropy itself also falls when all is well.)"""
     steps, tests = ([line for line in lines if key in line] for key in ("length", "valid_sample"))
-    first, last = steps[0], steps[-1]
-    kl, was, right = last["kl"] or 0, *(line.get("valid_greedy") or 0 for line in (tests[0], tests[-1]))
+    cut, flat, length, kl = (statistics.fmean(line[key] or 0 for line in steps[-10:])
+                             for key in ("truncated", "flat", "length", "kl"))
+    first, was, right = steps[0]["length"], *(line.get("valid_greedy") or 0 for line in (tests[0], tests[-1]))
     signs = {
-        f"{last['truncated']:.0%} of the answers were cut; raise --max-new-tokens": last["truncated"] > 0.9,
-        f"{last['flat']:.0%} of the groups have equal rewards, which teach nothing; give other problems, or a higher "
-        "--temperature": last["flat"] > 0.9,
-        f"answers have {last['length']:.0f} tokens, at first {first['length']:.0f}; check what is rewarded":
-            4 * last["length"] < first["length"],
+        f"{cut:.0%} of the answers were cut; raise --max-new-tokens": cut > 0.9,
+        f"{flat:.0%} of the groups have equal rewards, which teach nothing; give other problems, or a higher --temperature":
+            flat > 0.9,
+        f"answers have {length:.0f} tokens, at first {first:.0f}; check what is rewarded": 4 * length < first,
         f"the policy is {kl:.1f} nats a token from the starting model; lower --lr or raise --beta": kl > 1,
         f"held-out greedy fell from {was:.2f} to {right:.2f}: the form may be all that is learned; give rewards for it less "
         "weight": 0 < was > 2 * right}

@@ -139,7 +139,7 @@ def test_answers_that_are_cut_are_noted(run):
 def test_a_run_that_collapses_is_noted():
     step = {"length": 40.0, "truncated": 0.1, "flat": 0.5, "kl": None, "entropy": 0.1}
     tests = [{"valid_sample": "", "valid_greedy": greedy} for greedy in (0.8, None)]
-    told = lambda greedy, **now: rl.signs_of_collapse([tests[0], step, tests[1], step | now, tests[1] | {"valid_greedy": greedy}])
+    told = lambda greedy, **now: rl.signs_of_collapse([tests[0], step, tests[1], *[step | now] * 10, tests[1] | {"valid_greedy": greedy}])
     assert told(0.4, length=10.0, truncated=0.9, flat=0.9, kl=1.0) == []        # at the bounds
     for word, signs in (("cut", told(0.8, truncated=0.95)), ("--temperature", told(0.8, flat=0.95)),
                         ("have 9 tokens, at first 40", told(0.8, length=9.0)), ("1.5 nats a token", told(0.8, kl=1.5)),
