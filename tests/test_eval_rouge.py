@@ -37,7 +37,7 @@ all              3           61.9           33.3
 
 
 def write(path: Path, rows: list) -> Path:
-    path.write_text("".join((row if path.suffix == ".txt" else json.dumps(row)) + "\n" for row in rows))
+    path.write_text("".join((row if path.suffix == ".txt" else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -270,7 +270,7 @@ def test_the_gpu_script_checks_and_times_the_kernels(on_cpu, monkeypatch, capsys
 
 
 def test_the_sizes_are_those_of_loss_cu():
-    source = SOURCES[0].with_name("loss.cu").read_text()
+    source = SOURCES[0].with_name("loss.cu").read_text("utf-8")
     assert f"const int THREADS = {loss_cuda.THREADS};" in source
     fields = re.sub(r"//.*", "", re.search(r"struct Row \{(.*?)\n\}", source, re.S)[1])
     assert len(re.findall(r"\w+[,;]", fields)) == loss_cuda.ROW

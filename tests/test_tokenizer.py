@@ -336,8 +336,8 @@ def test_for_a_tokenizer_in_the_older_files_the_error_names_the_fix(tmp_path):
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>"])
 def test_a_tokenizer_that_does_not_speak_chatml_is_refused_by_the_token_it_lacks(tokenizer_folder, tmp_path, token):
-    text = (tokenizer_folder / "tokenizer.json").read_text().replace(json.dumps(token), '"<|other|>"')
-    (tmp_path / "tokenizer.json").write_text(text)
+    text = (tokenizer_folder / "tokenizer.json").read_text("utf-8").replace(json.dumps(token), '"<|other|>"')
+    (tmp_path / "tokenizer.json").write_text(text, "utf-8")
     with pytest.raises(InputError) as caught:
         Tokenizer.load(tmp_path)
     assert f"has no {token}" in str(caught.value)
@@ -349,8 +349,8 @@ def test_without_chatml_the_folders_own_template_and_end_token_serve(tokenizer_f
     template = ("{{ bos_token }}{% for message in messages %}<|User|>{{ message.content }}{% endfor %}"
                 "{% if add_generation_prompt %}<|Done|>{% endif %}")
     folder = with_template(tokenizer_folder, tmp_path, template, apart)
-    text = (folder / "tokenizer.json").read_text().replace('"<|im_end|>"', '"<|Done|>"')
-    (folder / "tokenizer.json").write_text(text.replace('"<|endoftext|>"', '"<|bos|>"'))
+    text = (folder / "tokenizer.json").read_text("utf-8").replace('"<|im_end|>"', '"<|Done|>"')
+    (folder / "tokenizer.json").write_text(text.replace('"<|endoftext|>"', '"<|bos|>"'), "utf-8")
     for eos in "<|Done|>", {"__type": "AddedToken", "content": "<|Done|>"}:
         config = {"eos_token": eos, "bos_token": "<|bos|>"} | ({} if apart else {"chat_template": template})
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -420,7 +420,7 @@ def test_a_teacher_with_another_tokenizer_is_refused_and_one_without_is_taken_on
     mine = Tokenizer.load(tokenizer_folder)
     mine.check_same(tokenizer_folder)
     mine.check_same(tmp_path)
-    raw = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    raw = json.loads((tokenizer_folder / "tokenizer.json").read_text("utf-8"))
     raw["model"]["vocab"] = {{"a": "b", "b": "a"}.get(key, key): value for key, value in raw["model"]["vocab"].items()}
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(InputError, match=r"differs from .*, first in '[ab]'"):
@@ -430,7 +430,7 @@ def test_a_teacher_with_another_tokenizer_is_refused_and_one_without_is_taken_on
 def test_a_teacher_may_lack_added_tokens_but_have_none_of_its_own(tokenizer_folder, tmp_path):
     """Qwen2 lacks some of Qwen2.5's. QwQ has more, and would teach ids that the student's tokenizer cannot decode."""
     mine = Tokenizer.load(tokenizer_folder)
-    raw = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    raw = json.loads((tokenizer_folder / "tokenizer.json").read_text("utf-8"))
 
     def with_added(*names, **words) -> Path:
         folder = tmp_path / "-".join([*names, *words])

@@ -342,7 +342,7 @@ def test_without_a_loss_sft_and_kd_read_the_same_batches_in_the_same_order(run, 
     table = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
     assert [row["model"] for row in table] == ["Base", "SFT", "KD", "Teacher"]
     for row in table:
-        answers = [json.loads(line) for line in (folder / f"answers-{row['model'].lower()}.jsonl").open()]
+        answers = [json.loads(line) for line in (folder / f"answers-{row['model'].lower()}.jsonl").open(encoding="utf-8")]
         assert 100 * sum(answer["f1"] for answer in answers) / len(answers) == pytest.approx(row["all"])
     assert "\nsequence KL " in out and "asked" in out
 
