@@ -83,7 +83,8 @@ def _move_away(path: Path, old: Path):
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        shutil.copytree(path, old, symlinks=True, copy_function=_link)
+        old.mkdir()
+        _keep(path, old)
         try:
             shutil.rmtree(path)
         except BaseException:                                   # an error or Ctrl-C
@@ -102,8 +103,7 @@ def _keep(old: Path, new: Path, keep=lambda name: True):
             if path.is_dir() and not path.is_symlink():
                 place.mkdir(exist_ok=True)
                 _keep(path, place)
-                with suppress(OSError):                         # a file system without times or permissions of its own
-                    shutil.copystat(path, place)
+                _copystat(path, place)
                 _fsync(place)
             elif not os.path.lexists(place) or place.lstat().st_mtime_ns < path.lstat().st_mtime_ns:    # of a link itself
                 place.unlink(missing_ok=True)
@@ -115,10 +115,14 @@ def _link(old: Path, new: Path):
         os.link(old, new, follow_symlinks=False)
     except OSError:                                             # a file system without hard links, on a Mac also a link
         shutil.copyfile(old, new, follow_symlinks=False)
-        with suppress(OSError):
-            shutil.copystat(old, new, follow_symlinks=False)
+        _copystat(old, new)
         if not new.is_symlink():
             _fsync(new)
+
+
+def _copystat(old: Path, new: Path):
+    with suppress(OSError):                                     # a file system without times or permissions of its own
+        shutil.copystat(old, new, follow_symlinks=False)
 
 
 def holds_cwd(path: Path) -> bool:
