@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure import machine, table
-from minikd.layout import multiply_int8, pack_int8
+from minikd.layout import multiply_int8, pack_int8, packs_bfloat16
+from minikd.products import multiply
 from minikd.quant import round_to_nearest, to_words
 from minikd.w4 import W4Linear
 
@@ -50,10 +51,12 @@ def main():
             rows.append([str(count), *(f"{value:.2f}" for value in times)])
         table([f"{inputs} -> {outputs}, rows", "int4 ms", "dequantise ms", "bfloat16 ms"], rows)
     head, rows = torch.randn(151_936, 896).bfloat16(), []
-    packed, int8 = torch.ops.mkldnn._reorder_linear_weight(head, 1), pack_int8(head)
+    packed, int8 = torch.ops.mkldnn._reorder_linear_weight(head, 1) if packs_bfloat16() else None, pack_int8(head)
     for count in HEAD_ROWS:
         x = torch.randn(count, 896).bfloat16()
-        ways = (lambda _: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""), lambda _: multiply_int8(int8, x))
+        ways = (lambda _: (multiply(x, head) if packed is None else
+                           torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")),
+                lambda _: multiply_int8(int8, x))
         rows.append([str(count), *(f"{milliseconds(way, [None] * 20):.2f}" for way in ways)])
     table(["head, rows", "bfloat16 ms", "int8 ms"], rows)
     print(machine("torch"))

@@ -115,15 +115,21 @@ def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: 
 # ---- int4 in int32 words
 
 def pack(codes: Tensor, dim: int) -> Tensor:
-    """Eight 4-bit codes per word along `dim`, the first in the lowest bits.  uint8 [..., n, ...] -> int32 [..., n/8, ...]"""
+    """Eight 4-bit codes per word along `dim`, at least 0; the first in the lowest bits.  uint8 [..., n, ...] -> int32 [..., n/8, ...]
+    """
     parts = codes.unflatten(dim, (-1, 8)).int().unbind(dim + 1)                                 # 8 x [..., n/8, ...]
     return sum(part << 4 * i for i, part in enumerate(parts)).contiguous()      # the eighth code has the sign bit
 
 
 def unpack(words: Tensor, dim: int) -> Tensor:
     """pack's inverse.  int32 [..., m, ...] -> uint8 [..., 8m, ...]"""
-    parts = [(words >> 4 * i & 15).to(torch.uint8) for i in range(8)]                           # 8 x [..., m, ...]
-    return torch.stack(parts, dim + 1).flatten(dim, dim + 1)
+    pairs = words.movedim(dim, -1).contiguous().view(torch.uint8)               # [..., 4m]: a word's lowest byte comes first
+    return nibbles(pairs).flatten(-2).movedim(-1, dim)
+
+
+def nibbles(pairs: Tensor) -> Tensor:
+    """uint8 [...] -> [..., 2], the lower four bits first"""
+    return torch.stack([pairs & 15, pairs >> 4], -1)
 
 
 def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> dict[str, Tensor]:
@@ -132,13 +138,15 @@ def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> 
     codes uint8 [O, I], scales and zeros [O, I/g] -> qweight int32 [I/8, O], qzeros int32 [I/g, O/8],
     scales float16 [I/g, O], g_idx int32 [I]
     Raises InputError if O or I is no multiple of 8, and for a zero of 0 in v1: stored as -1, it would borrow from its
-    neighbour's bits in most programs that read it; ValueError for codes or zeros of more than 4 bits.
+    neighbour's bits in most programs that read it; ValueError for codes or zeros of more than 4 bits, and for another version.
     """
     (O, I), size = codes.shape, codes.shape[1] // scales.shape[1]
     if O % 8 or I % 8:
         raise InputError(f"a layer of {I} inputs and {O} outputs cannot be packed: both must be multiples of 8")
     if not (codes.max() <= 15 and 0 <= zeros.min() and zeros.max() <= 15):      # of 5 bits a symmetric zero is 16
         raise ValueError("to_words: codes and zeros must be from 0 to 15 to fit into 4 bits; quantise with bits=4")
+    if version not in (1, 2):
+        raise ValueError(f"to_words: version = {version}; it must be 1 (gptq) or 2 (gptq_v2)")
     if version == 1 and (zeros < 1).any():
         raise InputError("a zero point of 0 cannot be stored in format gptq; use gptq_v2")
     stored = zeros.to(torch.uint8) - (1 if version == 1 else 0)

@@ -150,6 +150,8 @@ def test_a_group_size_that_does_not_divide_is_one_line(size, inputs):
 def test_what_cannot_be_packed_or_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="must be from 0 to 15"):
         to_words(*round_to_nearest(matrix(), bits=8, group_size=64))
+    with pytest.raises(ValueError, match="version = 3"):
+        to_words(*round_to_nearest(matrix(), group_size=64), version=3)
     with pytest.raises(InputError, match="multiples of 8"):
         to_words(*round_to_nearest(matrix(12, 64), group_size=64))
     weight = matrix()

@@ -10,6 +10,7 @@ from conftest import small
 from minikd import products
 from minikd.config import Qwen2Config
 from minikd.errors import InputError
+from minikd.layout import join
 from minikd.model import Qwen2
 from minikd.quant import dequantize_groups, from_words, round_to_nearest, to_words
 from minikd.w4 import PART, W4Linear, can_read_int4, choose, codes_of_int4, pack_int4, show_ways, swap_linears
@@ -125,6 +126,27 @@ def test_a_layer_holds_its_codes_once(O):
     made.load_state_dict(other.state_dict())
     assert torch.equal(made(x), other(x)) and not torch.equal(made(x), y)
     assert torch.equal(made.float().qweight, other.state_dict()["qweight"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["qweight", "int4", "kernel", "joined"])
+def test_some_rows_codes_are_read_from_wherever_they_are(way):
+    made, weight = layer(O=640, group=128)
+    whole = made.codes()
+    if way == "joined":
+        join([layer(O=192, group=128)[0], made])                        # makes it a part of a joined layer, from row 192 on
+        layers = made, made.whole[0]
+        layers[1].ready("int4")
+    elif way == "kernel":                                               # with a last tile of 8 outputs
+        made, weight = layer(O=632, group=128)
+        whole = made.codes()
+    if way in ("int4", "kernel"):
+        made.ready(way)
+    assert (made.qweight.numel() > 0) == (way == "qweight")
+    for first, last in (0, 640), (0, 64), (64, 320), (1, 2), (63, 65), (70, 601), (600, 640):
+        assert torch.equal(made.codes(slice(first, last)), whole[first:last])
+    for dtype in torch.float32, torch.bfloat16, torch.float64:
+        assert made.weight(dtype).dtype == dtype and torch.equal(made.weight(dtype), weight.to(dtype))
 
 
 def test_the_gradient_goes_through_to_the_input():
