@@ -84,6 +84,8 @@ def score_answers(answers: list[str], examples: list[Example], rouge: str = "ste
            "stemmer"  the same, through its Porter stemmer, as in MiniLLM's tables
            "unicode"  letters of every language and the symbols of code (rouge.tokens)
     """
+    if rouge not in ("plain", "stemmer", "unicode"):
+        raise ValueError(f"rouge = {rouge!r}; it must be 'plain', 'stemmer' or 'unicode'")
     rows = []
     for text, example in zip(answers, examples, strict=True):
         text, *references = map(without_empty_thoughts, (text, *example.references))

@@ -58,14 +58,15 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """e^d - d - 1, d = log π_ref - log π: an unbiased estimate of KL(π || π_ref), never negative.  Paper eq. (7).
+    """e^d - d - 1, d = log π_ref - log π: an unbiased estimate of KL(π || π_ref), never negative.  Paper eq. (7).  A d beyond 60
+    counts as 60, as the logarithm of a ratio does (losses.ratios): there the gradient is 0.
 
     Log-probabilities of the sampled tokens, [...] each -> [...] nats. The mean of π_ref / π over samples of π is 1, so that
     -d + (π_ref / π - 1) has the mean of -d, and it is at least 0 as e^d >= 1 + d. Its gradient for a given sample is another
     matter: (1 - π_ref / π) ∇ log π has the mean ∇KL(π_ref || π), in the other direction. (trl multiplies k3 by the ratio; the
     mean of the gradient is then ∇KL(π || π_ref).)
     """
-    d = (at_least_float32(ref_logp) - at_least_float32(logp)).clamp(max=60)     # bounded like the ratio
+    d = (at_least_float32(ref_logp) - at_least_float32(logp)).clamp(max=60)
     return torch.expm1(d) - d                                                   # expm1: exact for small d
 
 
@@ -80,8 +81,6 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advanta
     the same for the tokens of all answers in one row, as head_loss has them.
     Raises ValueError for log-probabilities that are not [B, R], advantages not [B], and for a beta without a reference.
     """
-    if beta and ref_logp is None:
-        raise ValueError(f"beta = {beta} needs ref_logp, the reference's log-probabilities; give them, or beta=0")
     shapes = [list(x.shape) for x in (logp, old_logp, ref_logp) if x is not None]
     if logp.dim() != 2 or any(shape != shapes[0] for shape in shapes):          # others would be broadcast
         raise ValueError(f"log-probabilities {', '.join(map(str, shapes))}; give each as [B, R], a row for each answer")
@@ -92,7 +91,10 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advanta
 
 def token_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, A: Tensor, clip: float = 0.2, beta: float = 0.04,
                clip_high: float | None = None) -> Tensor:
-    """policy_loss, token by token: A is the advantage of each token's answer.  [N] four times -> [N]"""
+    """policy_loss, token by token: A is the advantage of each token's answer.  [N] four times -> [N].  Raises ValueError for a
+    beta without a reference."""
+    if beta and ref_logp is None:
+        raise ValueError(f"beta = {beta} needs ref_logp, the reference's log-probabilities; give them, or beta=0")
     logp, old_logp, A = map(at_least_float32, (logp, old_logp, A))
     loss = clipped_surrogate(logp, old_logp.detach(), A, clip, clip_high)
     return loss + beta * k3(logp, ref_logp.detach()) if beta else loss          # paper eq. (6), negated
@@ -123,7 +125,7 @@ def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: in
     if norm == "constant" and not max_new_tokens:
         raise ValueError("norm = 'constant' divides by max_new_tokens; give it")
     counted = counted or [True] * len(lengths)
-    answers, tokens = sum(counted), sum(length for length, keep in zip(lengths, counted) if keep)
+    answers, tokens = sum(counted), sum(length for length, keep in zip(lengths, counted, strict=True) if keep)
     divisors = {"sequence": lambda length: answers * length,                    # paper eq. (6)
                 "token": lambda _: tokens,                                      # DAPO
                 "constant": lambda _: answers * max_new_tokens}                 # Dr. GRPO

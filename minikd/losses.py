@@ -50,7 +50,7 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats
 
     Infinite where a gives a probability above 1e-20 (times the temperature) to a token that b excludes (a logit of -inf); the
-    gradient to a is then up to about 1e29, finite in float32 and bfloat16.
+    gradient to log a is then up to 1e30 / temperature, finite in float32 and bfloat16 for temperatures of 1e-8 and more.
     """
     a = log_a.exp()
     total = (a * (log_a - log_b)).sum(-1)

@@ -86,7 +86,8 @@ def importance_weights(logq: Tensor, logp: Tensor, mix: float, product: bool = F
 
 
 def whiten(values: Tensor) -> Tensor:
-    """The values of the valid tokens, shifted and scaled to mean 0 and standard deviation 1.  [N] -> [N]"""
+    """The values of the valid tokens, shifted and scaled to mean 0 and standard deviation 1 (less where it was below 0.001).
+    [N] -> [N]"""
     wide = values.double()                              # or equal values would differ from their rounded mean
     return ((wide - wide.mean()) * torch.rsqrt(wide.var(correction=0) + 1e-8)).to(values.dtype)
 

@@ -89,6 +89,8 @@ def test_answers_are_scored_in_the_words_that_were_asked_for(rouge, expected):
     assert [row["f1"] for row in score_answers(["the dogs", "año"], examples, rouge)] == expected
     [row] = score_answers(["x - 1"], [Example((), "", "", "x + 1", ("x + 1",), "", "")], rouge)
     assert row["exact_match"] == (rouge != "unicode")           # in code the symbols count
+    with pytest.raises(ValueError, match="rouge = 'rougeL'"):
+        score_answers([], [], "rougeL")
 
 
 def test_empty_thoughts_are_not_scored_on_either_side():

@@ -136,6 +136,8 @@ def test_weights_are_one_over_what_the_variant_divides_by(norm):
     assert all(map(math.isfinite, token_weights([0, 0], norm, 12)))             # empty answers have no token to weigh
     with pytest.raises(ValueError, match="norm"):
         token_weights(lengths, "batch")
+    with pytest.raises(ValueError, match="shorter"):            # zip's: an answer would be lost
+        token_weights(lengths, norm, 12, counted[:3])
     with pytest.raises(ValueError, match="'constant' divides by max_new_tokens"):
         token_weights(lengths, "constant")
 
@@ -295,8 +297,9 @@ def test_log_probabilities_that_would_be_broadcast_are_refused():
 def test_a_reference_is_needed_for_its_kl_alone():
     logp, old, ref, advantages, _ = numbers()
     torch.testing.assert_close(policy_loss(logp, old, None, advantages, beta=0), policy_loss(logp, old, ref, advantages, beta=0))
-    with pytest.raises(ValueError, match="beta = 0.04 needs ref_logp"):
-        policy_loss(logp, old, None, advantages)
+    for loss, given in (policy_loss, (logp, old, None, advantages)), (token_loss, (logp[0], old[0], None, advantages[:1])):
+        with pytest.raises(ValueError, match="beta = 0.04 needs ref_logp"):
+            loss(*given)
 
 
 def test_the_module_says_where_its_variants_come_from():
