@@ -508,10 +508,10 @@ def main():
         model = begun.load(device)
         reference = begun.load(device, dtype).requires_grad_(False) if args.beta else None
         judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, rewards=rewards, weights=weights,
-                                  facts=[problem.facts for problem in tests], max_new_tokens=args.max_new_tokens,
+                                  facts=[problem.known for problem in tests], max_new_tokens=args.max_new_tokens,
                                   at_once=args.prompts * args.group_size, seed=args.seed)
         train(model=model, reference=reference, tokenizer=tokenizer, rows=rows, judge=judge, out=out, rewards=rewards,
-              facts=[problem.facts for problem in asked], weights=weights, dtype=dtype, **settings)
+              facts=[problem.known for problem in asked], weights=weights, dtype=dtype, **settings)
     show_change(read_log(out))
     picture = plot_rewards(out, out / "curves.png")
     print(f"\n{f'curves in {picture}; ' if picture else ''}{out}/last is the model; {time.time() - started:.0f} s")

@@ -18,6 +18,7 @@ if __name__ == "__main__":
     end_at_interrupts()                                         # while torch is imported
 
 import functools
+import inspect
 import math
 import random
 import sys
@@ -37,7 +38,7 @@ from minikd.examples import FORMATS, hold_out, load_examples, load_texts, same_p
 from minikd.files import fingerprint, remove, write_jsonl
 from minikd.generate import respond
 from minikd.head import compile_losses, head_loss, scored_positions
-from minikd.losses import DIVERGENCES, clipped_surrogate, pick_divergence, reverse_kl
+from minikd.losses import DIVERGENCES, clipped_surrogate, forward_kl, pick_divergence, reverse_kl
 from minikd.model import Qwen2, cast_copy, mixed_precision
 from minikd.plots import plot_curves
 from minikd.rouge import mean_by_category
@@ -150,11 +151,11 @@ def parse_args():
 def note_flags(args):
     """Says which flags do nothing with this loss."""
     loss = args.loss or "sft or forward_kl"
+    takes = inspect.signature(DIVERGENCES.get(loss, forward_kl)).parameters
     for unused, reason, *names in (
             (loss in ("sft", "minillm"), f"with --loss {loss}", "kd_ratio", "temperature"),
             (args.on_policy == 1, "with --on-policy 1, which has no cross-entropy", "kd_ratio"),
-            (loss != "jsd", f"with --loss {loss}", "beta"),
-            ("skew" not in loss, f"with --loss {loss}", "alpha"),
+            (True, f"with --loss {loss}", *(name for name in ("temperature", "beta", "alpha") if name not in takes)),
             (loss != "minillm", f"with --loss {loss}", "mix", "rollouts", "inner_epochs", "ratio_clip"),
             (not args.lm_data, "without --lm-data", "lm_coef"),
             (args.steps, "with --steps", "epochs")):

@@ -35,9 +35,9 @@ def can_run(device: torch.device) -> bool:
 
 
 def fits(model: Qwen2, rows: int) -> bool:
-    """Whether the kernel supports the model as it is laid out now: one row, bfloat16, matrices all plain or all at 4 bits in
-    groups of one size, a multiple of 128, and no wider than it has room for."""
-    if rows != 1 or model.head.dtype != torch.bfloat16 or not can_run(model.head.device):
+    """Whether the kernel supports the model as it is laid out now: one row, bfloat16, modules as_built, matrices all plain or all
+    at 4 bits in groups of one size, a multiple of 128, and no wider than it has room for."""
+    if rows != 1 or model.head.dtype != torch.bfloat16 or not can_run(model.head.device) or not model.model.as_built(W4Linear):
         return False
     config, layers = model.config, [layer for block in model.model.layers for layer in products(block)]
     D, E, wide = config.hidden_size, config.head_dim, config.intermediate_size

@@ -71,11 +71,11 @@ class Hessian:
 
     @full_precision()
     def add(self, inputs: Tensor, mask: Tensor):
-        """inputs [..., I] of a layer, mask [...] True on real tokens.
+        """inputs [..., I] of a layer, mask [...] True or 1 on real tokens.
 
         H is symmetric: only blocks on and above the diagonal are computed, as this takes most of a calibration's time.
         """
-        x = inputs[mask].float()                                                # [n, I]
+        x = inputs[mask.bool()].float()                                         # [n, I]; by 0 and 1 it would take these rows
         if not len(x):
             return
         before, self.tokens = self.tokens, self.tokens + len(x)
@@ -254,6 +254,7 @@ def stages(block: Block, rope: dict) -> list:
             (("mlp.gate_proj", "mlp.up_proj"), block.post_attention_layernorm), (("mlp.down_proj",), gated)]
 
 
+@torch.no_grad()
 def calibrate(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, device, dtype) -> Iterator[tuple[str, Tensor]]:
     """Yields each layer's name and Hessian, in the order to quantise them. All tokens of the rows count, prompt and response.
 

@@ -29,11 +29,14 @@ def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor,
     """The shift by one: the state at t-1 scores the token at t.
 
     hidden [B, T, D], ids [B, T], mask [B, T] True on response tokens -> states [N, D], targets [N]. Column 0 has no state before
-    it, and is left out.
+    it, and is left out.  Raises ValueError if the three do not agree on B and T.
 
     With the mask on the CPU, where `collate` leaves it, the host never waits for a GPU: it launches a step's kernels while
     earlier ones still run. On an H200, waiting here for the teacher took a third of a distillation step.
     """
+    if not hidden.shape[:2] == ids.shape == mask.shape:
+        raise ValueError(f"scored_positions: states {list(hidden.shape)}, ids {list(ids.shape)}, mask {list(mask.shape)}; give all "
+                         "of the same rows and tokens: the shift by one is made here")
     row, before = mask[:, 1:].nonzero(as_tuple=True)                            # [N] each; column t-1 of the slice is token t
     at = send(row * mask.shape[1] + before, hidden.device)                      # [N] among the B T positions
     return hidden.flatten(0, 1).index_select(0, at), ids.flatten().index_select(0, at + 1)
@@ -47,9 +50,10 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
 
     hidden          [N, D]   the student's states that score a token (scored_positions)
     head            [V, D]   the student's LM head
-    targets         [N]      the tokens they score
-    teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated. With kd_ratio 0 only the divergence sees the states, if
-                             given; a head always cuts the student's to the rows of both, for CE too
+    targets         [N]      the tokens they score: ids below the rows used
+    teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated (nor are kd_ratio and weight). With kd_ratio 0 only the
+                             divergence sees the states, if given; a head always cuts the student's to the rows of both, for CE
+                             too
     divergence      any function (student logits [n, V], teacher logits [n, V], or None without a teacher) -> [n], as in
                     losses.py. With kd_ratio 0 its values are only returned, for GRPO's log of entropy and compare_heads' metrics
     weight          of each token, often 1 / scored tokens of the optimizer step: a number, or one per token [N]
@@ -66,7 +70,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     float32, of float64 inputs too; gradients have their input's dtype.
 
     Raises ValueError for a kd_ratio without divergence or teacher, for more or fewer targets or teacher's states than the
-    student's states, and for gradients in float16.
+    student's states, for a divergence or policy_loss that gives anything but a value per token, and for gradients in float16.
     """
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
@@ -157,13 +161,16 @@ def weigh(ce: Tensor, kd: Tensor, kd_ratio: float, weight: Tensor, policy_loss) 
         cost = policy_loss(-ce)                                                 # in full: GRPO; MiniLLM eq. (7). -CE is log q
     else:
         cost = (1 - kd_ratio) * ce                                              # paper eq. (3)
+    if not kd.shape == cost.shape == ce.shape:                                  # it would be broadcast over the piece's tokens
+        raise ValueError(f"head_loss: for {len(ce)} tokens the divergence gave {list(kd.shape)} and the cost is {list(cost.shape)};"
+                         " give one value for each token, no sum or mean")
     return weight * (cost + kd_ratio * kd if kd_ratio else cost)
 
 
 def _costs(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy_loss) -> tuple[Tensor, Tensor, Tensor]:
     """CE [n], divergence [n] and their weighted sum [n], of logits [n, V]; what is only logged gets no gradient."""
     logits = logits.float()
-    ce = F.cross_entropy(logits if kd_ratio < 1 or policy_loss else logits.detach(), targets, reduction="none")
+    ce = F.cross_entropy(logits if kd_ratio != 1 or policy_loss else logits.detach(), targets, reduction="none")
     kd = divergence(logits if kd_ratio else logits.detach(), teacher_logits)
     return ce, kd, weigh(ce, kd, kd_ratio, weight, policy_loss)
 

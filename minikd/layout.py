@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minikd import products
 from minikd.errors import InputError
-from minikd.model import Linear, Qwen2
+from minikd.model import Linear, Qwen2, as_built
 from minikd.w4 import W4Linear, give_memory_back
 
 # Fewest steps for which packing pays off: packing and unpacking take as long as ten steps, for two rows in float32 15 to 20.
@@ -78,7 +78,7 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
     cpu, four_bits = weight.device.type == "cpu", model.quantization is not None
     large = weight.numel() > 1 << 20                                                        # a toy's weights fit in cache
     float32, bfloat16 = (weight.dtype == dtype for dtype in (torch.float32, torch.bfloat16))
-    if not four_bits and (mlp.joined is not None or mlp.down_proj.packed is not None):
+    if not four_bits and (mlp.joined is not None or getattr(mlp.down_proj, "packed", None) is not None):
         return None
     if cpu and large and not four_bits and (
             bfloat16 and products.AVX2_ONLY or float32 and rows == 1 and torch.get_num_threads() > 1):
@@ -129,12 +129,12 @@ def lay_out(model: Qwen2, rows: int, pack: bool):
     for block in model.model.layers:
         for half in block.self_attn, block.mlp:
             parts, after = half.layers()
-            if pack and isinstance(parts[0], Linear):
+            if pack and as_built(*parts):
                 half.joined = Packed(parts, rows)
                 half.joined.free_parts()                # only once it is stored: see there
-            elif half.joined is None:
+            elif half.joined is None and (as_built(*parts) or as_built(*parts, kinds=(W4Linear,))):
                 half.joined = join(parts)
-            if pack and isinstance(after, Linear):
+            if pack and as_built(after):
                 after.packed = Packed([after], rows)
                 after.packed.free_parts()
     if pack:

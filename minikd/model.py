@@ -28,7 +28,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension.  [..., D] -> [..., D]"""
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, in float32.  [..., D] -> [..., D]"""
 
     def __init__(self, D: int, eps: float):
         super().__init__()
@@ -44,8 +44,8 @@ class RMSNorm(nn.Module):
 
     def add_then_norm(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x + y, the residual sum, and its RMSNorm."""
-        if can_fuse(x) and x.shape[-1] % 8 == 0 and x.shape[-1] <= 8192:        # one kernel instead of two
-            return add_norm(x, y, self.weight.to(x.dtype), self.eps)
+        if can_fuse(x) and x.shape[-1] % 8 == 0 and x.shape[-1] <= 8192 and as_built(self, kinds=(RMSNorm,)):
+            return add_norm(x, y, self.weight.to(x.dtype), self.eps)            # one kernel instead of two
         x = x + y
         return x, self(x)
 
@@ -78,6 +78,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias) if packed is None else packed(x)
 
 
+def as_built(*modules: nn.Module, kinds: tuple[type, ...] = (Linear,)) -> bool:
+    """Whether modules are of these classes, not of ones made from them (adapters, parametrised layers), and have no hooks. What
+    joins, packs or records their computations would pass by anything else."""
+    return all(type(each) in kinds and not (each._forward_hooks or each._forward_pre_hooks or each._backward_hooks
+                                            or each._backward_pre_hooks) for each in modules)
+
+
 def trains_on_gpu(x: Tensor) -> bool:
     """Whether x is part of a training step in bfloat16 on a GPU."""
     return x.is_cuda and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
@@ -85,13 +92,13 @@ def trains_on_gpu(x: Tensor) -> bool:
 
 def join_in_training(x: Tensor, *layers: nn.Module):
     """A function x -> the layers' outputs side by side, by one product. None, for one product per layer, unless trains_on_gpu,
-    and for 4-bit layers, which have no weights to join.
+    and for others than Linear as_built: 4-bit layers have no weights to join.
 
     For training without CUDA graphs (graphs.Copies joins the weights itself). Autocast casts them in every step anyway; joining
     them first takes fewer kernels, and a small model's kernels take the host longer to launch than the GPU to run. A KD step with
     a 0.5B student took 109 ms on an H200 instead of 122; with a cached teacher, 59 instead of 91.
     """
-    if not (trains_on_gpu(x) and isinstance(layers[0], Linear)):
+    if not (trains_on_gpu(x) and as_built(*layers)):
         return None
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
@@ -239,16 +246,30 @@ class TiedLookup(torch.autograd.Function):
         return None, None, None
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding; where a trained table is also the head, and nothing watches its gradient, by TiedLookup."""
+
+    def __init__(self, config: Qwen2Config):
+        # Zeros until init_weights or a checkpoint: on the meta device nn.Embedding's own normal_() would import
+        # torch._dynamo, 1.5 s and 75 MB.
+        super().__init__(config.vocab_size, config.hidden_size, _weight=torch.zeros(config.vocab_size, config.hidden_size))
+        self.tied = config.tie_word_embeddings
+
+    def forward(self, ids: Tensor) -> Tensor:
+        table = self.weight
+        if (self.tied and self.training and torch.is_grad_enabled() and table.requires_grad and table.is_leaf
+                and not (table._backward_hooks or table._post_accumulate_grad_hooks)):
+            return TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self)         # [B, T] -> [B, T, D]
+        return super().forward(ids)                                                         # the same
+
+
 class Body(nn.Module):
     """Embedding, blocks and the last norm: ids [B, T] -> hidden states [B, T, D]."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
-        # Zeros until init_weights or a checkpoint: on the meta device nn.Embedding's own normal_() would import
-        # torch._dynamo, 1.5 s and 75 MB.
-        table = torch.zeros(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
+        self.embed_tokens = Embedding(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.compiled = self.graphs = None                                      # set by training.compile_blocks, use_graphs
@@ -258,11 +279,8 @@ class Body(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]     # [1, T]
         else:                                                                   # one more token per row
             positions = cache.lengths[:, None]                                  # [B, 1]
-        learned = self.training and self.embed_tokens.weight.requires_grad and torch.is_grad_enabled()
-        if learned and self.config.tie_word_embeddings:
-            x = TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self.embed_tokens)   # [B, T, D]
-        else:
-            x = self.embed_tokens(ids)                                          # [B, T, D]
+        x = self.embed_tokens(ids)                                              # [B, T, D]
+        learned = self.training and self.embed_tokens.weight.requires_grad
         if self.graphs is not None and learned and cache is None and not checkpointing and trains_on_gpu(x):
             return self.graphs(x, positions, self.states)                       # what follows, from CUDA graphs
         return self.states(x, positions, cache, checkpointing)
@@ -281,6 +299,10 @@ class Body(nn.Module):
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x)
+
+    def as_built(self, *more: type) -> bool:
+        """as_built of the body and all in it; more: classes that its layers may have."""
+        return as_built(*self.modules(), kinds=(Body, Block, Attention, MLP, RMSNorm, Linear, Embedding, nn.ModuleList, *more))
 
     def _apply(self, fn, recurse=True):
         self.graphs = None                                                      # another dtype or device
@@ -305,7 +327,7 @@ class Qwen2(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The LM head [V, D]: its own weight, or the embedding's where they are tied."""
+        """The LM head [V, D]: its own weight, or the embedding's where they are tied. (lm_head is not called as a module.)"""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
@@ -388,6 +410,5 @@ def cast_copy(model: Qwen2, dtype: torch.dtype, into: Qwen2 | None = None) -> Qw
             into = Qwen2(model.config).to(dtype)
         into = allocate(into, model.head.device).eval().requires_grad_(False)
     into.model.compiled = model.model.compiled
-    for new, old in zip(into.parameters(), model.parameters(), strict=True):
-        new.copy_(old)
+    into.load_state_dict(model.state_dict())                                    # by name: a mask or an adapter is an error
     return into

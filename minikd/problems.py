@@ -50,7 +50,12 @@ ANSWERS = "answer", "final_answer", "expected_answer", "response", "output", "so
 @dataclass(frozen=True)
 class Problem:
     messages: tuple[dict, ...]          # what is asked, for tokenizer.chat
-    facts: dict                         # what rewards look at: answer; tests [{input, output}], time_limit (s), ...
+    facts: dict                         # what it is checked by: answer; tests [{input, output}], time_limit (s), ...
+
+    @property
+    def known(self) -> dict:
+        """What rewards are given: the facts, and the question as it is asked."""
+        return self.facts | {"question": self.messages[-1]["content"]}
 
 
 # ---- toy tasks

@@ -2,8 +2,8 @@
 
     f(completions, facts, **options) -> a number each, or None for what cannot be judged
 
-facts[i] is what Problem.facts holds: "answer" (text); "tests" [{"input", "output"}], "time_limit" (s), "memory_limit" (MB),
-"language".
+facts[i] is Problem.known: "question" (as it is asked); "answer" (text); "tests" [{"input", "output"}], "time_limit" (s),
+"memory_limit" (MB), "language".
 None is left out of every sum and mean. (The paper's script gives 0.5 when it cannot read the gold answer.)
 
 Sources

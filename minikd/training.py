@@ -31,11 +31,13 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> AdamW
 
 
 def use_graphs(model: Qwen2, dtype: torch.dtype):
-    """Lets a GPU replay the passes of the model's blocks in bfloat16 training from CUDA graphs, if all weights are trained.
-    apply_gradient then finds their gradients, and graphs.settle() brings them into .grad.
+    """Lets a GPU replay the passes of the model's blocks in bfloat16 training from CUDA graphs, if all weights are trained and
+    the modules are as_built; hooks that are added later are not called. apply_gradient then finds the gradients, and
+    graphs.settle() brings them into .grad.
 
     Not in float32: there the same model samples, and generate may move its weights (layout.join)."""
-    if dtype == torch.bfloat16 and can_record(model.head.device) and all(p.requires_grad for p in model.parameters()):
+    trained = all(p.requires_grad for p in model.parameters())
+    if dtype == torch.bfloat16 and can_record(model.head.device) and trained and model.model.as_built():
         model.model.graphs = GraphedBlocks(model.model)
 
 
@@ -60,14 +62,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
+    if schedule != "cosine":
+        raise ValueError(f"schedule = {schedule!r}; it must be 'cosine' or 'constant'")
     done = (step - warmup) / (steps - warmup)                   # from 0; 1 would be the step after the last
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))  # from 1.0 towards 0.1
 
 
 def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> torch.Tensor:
-    """One step of the optimizer at the rate `lr`, after scaling a longer gradient down to `max_grad_norm`; frees the gradient.
-    Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU (but at the first
-    step)."""
+    """One step of the optimizer, at the rate `lr` for all of its groups, after scaling a longer gradient down to `max_grad_norm`;
+    frees the gradient. Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU
+    (but at the first step). The optimizer may hold weights of other modules, too, such as a projection."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     graphs = model.model.graphs                                 # None but in bfloat16 on a GPU
@@ -78,10 +82,12 @@ def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, ma
     if norm is None:                                            # on a CPU, and where adamw.cu cannot run
         if graphs:
             graphs.settle()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        weights = [*dict.fromkeys(chain(model.parameters(), *(group["params"] for group in optimizer.param_groups)))]
+        norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)
         optimizer.step()
-        torch.autograd.graph.increment_version(model.parameters())              # fused steps do not count as writes
+        torch.autograd.graph.increment_version(weights)                         # fused steps do not count as writes
     model.zero_grad()
+    optimizer.zero_grad()
     return norm
 
 

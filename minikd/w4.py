@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minikd import products
 from minikd.cuda import available
+from minikd.errors import InputError
 from minikd.model import Linear, Qwen2
 from minikd.quant import check_groups, dequantize_groups, nibbles, pack, read_grid, unpack
 from minikd.w4_cuda import MMA_ROWS, codes_of, gpu_of, plan, repack, supports_groups
@@ -206,14 +207,21 @@ def int4_places(inputs: int) -> Tensor:
 # ---- a model of such layers
 
 def linear_layers(model: Qwen2) -> dict[str, Linear]:
-    """What is quantised: the blocks' linear layers, by name. Embeddings, norms and the head stay as they are."""
-    return {f"model.{name}": layer for name, layer in model.model.named_modules() if isinstance(layer, Linear)}
+    """What is quantised: the blocks' linear layers, by name. Embeddings, norms and the head stay as they are.
+
+    Raises InputError for a layer that is more than its weight: what is added to it would be lost.
+    """
+    layers = {f"model.{name}": layer for name, layer in model.model.named_modules() if isinstance(layer, Linear)}
+    for name, layer in layers.items():
+        if type(layer) is not Linear or "weight" not in layer._parameters:
+            raise InputError(f"{name}: has an adapter, a parametrisation or a mask; merge it into the weight first")
+    return layers
 
 
 def swap_linears(model: Qwen2, group_size: int, version: int) -> dict[str, W4Linear]:
     """Replaces each linear layer by a W4Linear of its shape and device, with its bias but no codes yet; returns them by name.
 
-    Raises InputError for a group size that does not divide a layer.
+    Raises InputError for a group size that does not divide a layer, and as linear_layers does.
     """
     found, layers = {}, linear_layers(model)
     for name, layer in layers.items():                          # all, before the first is replaced
@@ -233,8 +241,11 @@ def to_w4(model: Qwen2, layers: dict[str, dict], group_size: int, sym: bool, **m
 
     layers  name -> to_words of that layer, in version 1 where it is symmetric, else 2
     meta    how they were found, for the folder's config: damp_percent, static_groups, ...
+    Raises ValueError for symmetric layers whose zeros are not 8; InputError as swap_linears does.
     """
     version, format = (1, "gptq") if sym else (2, "gptq_v2")
+    if sym and any((words["qzeros"] != 0x77777777).any() for words in layers.values()):
+        raise ValueError("to_w4: a symmetric layer's zeros are 8; give to_words in version 1, of codes of 4 bits")
     model.quantization = {                                      # as transformers, GPTQModel and vLLM expect it
         "quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": sym,
         "desc_act": False,                                      # whether groups are shuffled: act_order keeps them static

@@ -72,6 +72,15 @@ def test_a_run_leaves_a_model_a_log_and_every_completion(run, world, tmp_path):
     assert "held-out problems" in out and "greedy" in out and "sampled" in out
 
 
+def test_a_reward_of_ones_own_is_given_the_question_and_what_it_is_checked_by(run, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def f(completions, facts):\n"
+        "    assert all(int(each['question'].split('+')[0]) + 1 == int(each['answer']) for each in facts)\n"
+        "    return [1.0] * len(facts)\n")
+    status, _, err = run("--steps", 1, rewards=f"{tmp_path}/mine.py:f")
+    assert status == 0, err
+
+
 def test_gradient_checkpointing_recomputes_and_changes_nothing_else(run, tmp_path, recomputed):
     assert run(out=tmp_path / "plain")[0] == 0 and not recomputed
     assert run("--gradient-checkpointing", out=tmp_path / "recomputed")[0] == 0 and recomputed

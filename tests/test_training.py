@@ -43,6 +43,8 @@ def test_without_warm_up_half_way_is_half_way_between_the_peak_and_a_tenth():
 
 def test_a_constant_rate_stays_after_its_warm_up():
     assert [learning_rate(step, 6, 4.0, 2, "constant") for step in range(6)] == [2.0, 4.0, 4.0, 4.0, 4.0, 4.0]
+    with pytest.raises(ValueError, match="schedule = 'linear'"):
+        learning_rate(3, 6, 4.0, 2, "linear")
 
 
 def test_matrices_are_decayed_and_biases_and_norms_are_not():
