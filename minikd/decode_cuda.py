@@ -35,9 +35,9 @@ def can_run(device: torch.device) -> bool:
 
 
 def fits(model: Qwen2, rows: int) -> bool:
-    """Whether the kernel supports the model as it is laid out now: one row, bfloat16, modules as_built, matrices all plain or all
-    at 4 bits in groups of one size, a multiple of 128, and no wider than it has room for."""
-    if rows != 1 or model.head.dtype != torch.bfloat16 or not can_run(model.head.device) or not model.model.as_built(W4Linear):
+    """Whether the kernel supports the model as it is laid out now: one row, bfloat16, matrices all plain or all at 4 bits in
+    groups of one size, a multiple of 128, and no wider than it has room for."""
+    if rows != 1 or model.head.dtype != torch.bfloat16 or not can_run(model.head.device):
         return False
     config, layers = model.config, [layer for block in model.model.layers for layer in products(block)]
     D, E, wide = config.hidden_size, config.head_dim, config.intermediate_size
@@ -45,6 +45,7 @@ def fits(model: Qwen2, rows: int) -> bool:
         good = len({layer.group_size for layer in layers}) == 1 and layers[0].group_size % 128 == 0
     else:
         good = all(isinstance(layer, Linear) for layer in layers)
+    good = good and model.model.as_built(W4Linear)                                              # it calls no hook
     outputs = (config.num_attention_heads + 2 * config.num_key_value_heads) * E                 # of q/k/v
     return (good and D <= 8 * THREADS and max(wide, outputs) <= WIDEST and outputs <= BIASES and E in (32, 64, 128)
             and D % 8 == wide % 8 == 0 and all(weight.data_ptr() % 16 == 0 for weight in model.parameters()))
