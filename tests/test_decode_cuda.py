@@ -168,6 +168,9 @@ def test_fits_refuses_what_the_kernel_does_not_support(on_cpu):
     assert not fits(joined(model).float(), 1)
     four = make(4, hidden_size=256, intermediate_size=256)
     assert fits(four, 1)
+    watched = four.model.layers[0].mlp.register_forward_hook(lambda *_: None)          # which the kernel would not call
+    assert not fits(four, 1)
+    watched.remove()
     layer = products(four.model.layers[1])[3]
     layer.group_size = 256                                                            # another group size than the others'
     assert not fits(four, 1)
