@@ -204,7 +204,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     Raises InputError for a gradient that is not finite, and when every answer's rewards summed to 0, or none could be judged,
     for `patience` steps in a row.
     """
-    optimizer = make_optimizer(model.train(), lr, weight_decay)
+    out, optimizer = Path(out), make_optimizer(model.train(), lr, weight_decay)
     if not gradient_checkpointing:
         use_graphs(model, dtype)
     if compile:

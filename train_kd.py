@@ -215,7 +215,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     tokens learned from: in MiniLLM and in on-policy steps -log q of the student's own samples. Raises InputError for a gradient
     that is not finite, after its step has changed the student (this is not saved), and for a held-out loss that is not finite.
     """
-    optimizer = make_optimizer(student.train(), lr, weight_decay)
+    out, optimizer = Path(out), make_optimizer(student.train(), lr, weight_decay)
     if not gradient_checkpointing:
         use_graphs(student, dtype)
     if loss == "sft":

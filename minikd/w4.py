@@ -241,9 +241,12 @@ def to_w4(model: Qwen2, layers: dict[str, dict], group_size: int, sym: bool, **m
 
     layers  name -> to_words of that layer, in version 1 where it is symmetric, else 2
     meta    how they were found, for the folder's config: damp_percent, static_groups, ...
-    Raises ValueError for symmetric layers whose zeros are not 8; InputError as swap_linears does.
+    Raises ValueError, with the model unchanged, if a layer is left out, and for symmetric layers whose zeros are not 8;
+    InputError as swap_linears does.
     """
     version, format = (1, "gptq") if sym else (2, "gptq_v2")
+    if missing := linear_layers(model).keys() - layers.keys():
+        raise ValueError(f"to_w4: {min(missing)} is left out; quantise all layers of the blocks")
     if sym and any((words["qzeros"] != 0x77777777).any() for words in layers.values()):
         raise ValueError("to_w4: a symmetric layer's zeros are 8; give to_words in version 1, of codes of 4 bits")
     model.quantization = {                                      # as transformers, GPTQModel and vLLM expect it

@@ -183,6 +183,16 @@ def test_a_layer_with_more_than_its_weight_is_not_quantised(how):
             work()
 
 
+def test_a_model_of_which_some_layers_are_quantised_is_not_made_a_4_bit_one():
+    model = wide()
+    words = quantize_model(copy.deepcopy(model), [], 0, method="rtn", group_size=32, store=to_words)
+    del words["model.layers.1.mlp.up_proj"]
+    plain = model(random_ids(1, 4))
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj is left out"):
+        to_w4(model, words, 32, True)
+    assert torch.equal(model(random_ids(1, 4)), plain) and model.quantization is None
+
+
 def test_words_of_another_kind_are_not_taken_for_symmetric_ones():
     model = wide()
     for options, version in (dict(sym=True), 2), (dict(sym=False), 1), (dict(bits=3), 1):
