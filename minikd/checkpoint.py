@@ -39,6 +39,7 @@ def check_vocabulary(name, config: Qwen2Config, tokenizer):
                          "them; give a model and a tokenizer that belong together")
 
 
+@torch.no_grad()                                    # restores the mode, which an interrupt in a no_grad() of torch could leave off
 def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     """A model in eval mode from a local folder or a hub name. (One of 4 bits is only fast in bfloat16: w4.choose.)
 
@@ -344,6 +345,7 @@ def changes_nothing(path: Path, key: str) -> bool:
     return bool(COMPUTED.search(key)) or key.endswith("_proj.bias") and not read_tensor(path, key).any()
 
 
+@torch.no_grad()                                    # as for load_model
 def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES):
     """Writes config.json and the weights, in `dtype` or the model's own, completely or not at all.
 

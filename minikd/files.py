@@ -70,10 +70,12 @@ def atomic_path(path, folder: bool = False, keep=None):
             _fsync(path.parent)
             sweep(path.parent, path.name)                       # what was left of it before there was any
     finally:
-        if (work / "old").exists() and not path.exists():       # an error or Ctrl-C between two renames
-            os.rename(work / "old", path)
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(held)
+        try:
+            if (work / "old").exists() and not path.exists():   # an error or Ctrl-C between two renames
+                os.rename(work / "old", path)
+            shutil.rmtree(work, ignore_errors=True)
+        finally:
+            os.close(held)                                      # then what is left, the next write here removes
 
 
 def _move_away(path: Path, old: Path):

@@ -323,12 +323,14 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
 
     Afterwards the model has the decoded weights; with `store`, only the last block still has them.
     Raises InputError for a 4-bit model, and, naming the layer, as quantize_matrix and Hessian.finish do; if that happens after
-    the first layer, the model is partly quantised and no longer usable.
+    the first layer, the model is partly quantised: another call refuses it, too.
     """
     if method not in ("gptq", "rtn"):
         raise InputError(f"method {method!r} is not known; choose gptq or rtn")
     if model.quantization:
         raise InputError("the model holds 4-bit weights already; give the one that it was made from")
+    if model.partly_quantized:
+        raise InputError("the model is partly quantised, by a call that was interrupted; load it again")
     layers = linear_layers(model)
     for name, layer in layers.items():                                          # all, before the first is changed
         check_weight(layer.weight, group_size, name)
@@ -337,6 +339,7 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         order = calibrate(model, rows, pad_id, batch_size, torch.device(device or home), dtype or model.head.dtype)
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in order:
+        model.partly_quantized = True
         for done in results if store and name.endswith("q_proj") else ():       # a block begins: free those before it
             layers[done].weight.data = layers[done].weight.new_empty(0)
         found, report = quantize_layer(layers[name], hessian, name, grid, act_order, damp)
@@ -349,4 +352,5 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         if on_layer:
             on_layer(name, *report)
     replayed_columns.cache_clear()                                              # the graphs hold memory
+    model.partly_quantized = False
     return results

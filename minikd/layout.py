@@ -23,7 +23,7 @@ WORTH = 16
 # Fewer rows than this use the int8 head: 1.5 to 2.3 x as fast at 1, 1.1 to 1.6 x at 4, 0.9 to 1.1 x at 8 (results/w4_linear.txt).
 INT8_ROWS = 8
 LAYING = threading.Lock()                               # held while a layout is made or undone, whatever the model
-SWITCH, STOOD = threading.Lock(), []                    # for without_onednn: its switch as each thread found it
+SWITCH, STOOD = threading.Lock(), {}                    # for without_onednn: who is inside -> the switch before the first entered
 
 
 @contextmanager
@@ -38,7 +38,10 @@ def laid_out(model: Qwen2, rows: int, steps: int):
     me = object()
     try:
         with LAYING:
-            if not model.users:
+            first = not model.users
+            model.users.add(me)                         # now: were this thread interrupted below, the next must not count as first
+            if first:
+                undo_layout(model)                      # what interrupts left
                 if model.packed_head is not None and model.packed_from != state_of(model.head):
                     model.packed_head = None            # kept by a 4-bit model whose head was then trained or cast
                 model.layout = pick_layout(model, rows, steps)
@@ -46,20 +49,30 @@ def laid_out(model: Qwen2, rows: int, steps: int):
                     use_multiply(model)
                 elif model.layout is not None:
                     lay_out(model, rows, pack=model.layout == "packed")
-            model.users.add(me)
         yield
     finally:
-        with LAYING:
-            model.users.discard(me)
-            if not model.users and model.quantization is None and model.layout is not None:
-                packed = model.layout == "packed"
-                try:
-                    model.lay_back()
-                except BaseException:                   # an interrupt, or no memory: restore the weights, then raise
-                    model.lay_back()
-                    raise
-                if packed:
-                    give_memory_back()
+        try:
+            leave(model, me)
+        except BaseException:                           # an interrupt, or no memory: restore the weights, then raise
+            leave(model, me)
+            raise
+
+
+def leave(model: Qwen2, me):
+    """Ends a use of the layout; after the last, the layout."""
+    with LAYING:
+        model.users.discard(me)
+        if not model.users:
+            undo_layout(model)
+
+
+def undo_layout(model: Qwen2):
+    """Undoes what laid_out has done, unless the model keeps it."""
+    if model.quantization is None and model.layout is not None:
+        packed = model.layout == "packed"
+        model.lay_back()
+        if packed:
+            give_memory_back()
 
 
 def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
@@ -101,21 +114,22 @@ def torch_products(weight: Tensor, rows: int):
 def without_onednn():
     """Inside the `with` block torch's own kernels multiply. The switch belongs to the process: of several threads the first saves
     its state, and the last restores it."""
-    with SWITCH:
-        STOOD.append(torch.backends.mkldnn.enabled)
-        torch.backends.mkldnn.enabled = False
+    me = object()
     try:
+        with SWITCH:
+            STOOD[me] = next(iter(STOOD.values()), torch.backends.mkldnn.enabled)
+            torch.backends.mkldnn.enabled = False
         yield
     finally:
         with SWITCH:
-            stood = STOOD.pop()                         # the last one popped is the first thread's
-            if not STOOD:
-                torch.backends.mkldnn.enabled = stood
+            if [*STOOD] == [me]:
+                torch.backends.mkldnn.enabled = STOOD[me]
+            STOOD.pop(me, None)
 
 
 def can_pack() -> bool:
     """Whether this torch has oneDNN: a Mac's has not, though `enabled` is true there."""
-    return torch.backends.mkldnn.is_available() and (*STOOD, torch.backends.mkldnn.enabled)[0]
+    return torch.backends.mkldnn.is_available() and (*STOOD.values(), torch.backends.mkldnn.enabled)[0]
 
 
 def packs_bfloat16() -> bool:
@@ -176,6 +190,9 @@ class Packed:
         self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():         # oneDNN would give no gradient to what lies before, and only warn
+            raise RuntimeError("packed weights have no gradient: the model generates meanwhile, or this was interrupted twice; wait "
+                               "for it, or call the model's lay_back()")
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     @torch.inference_mode(False)                        # the parts may be trained later

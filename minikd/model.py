@@ -322,6 +322,7 @@ class Qwen2(nn.Module):
         self.packed_head = self.packed_from = self.int8_head = self.layout = None           # set by layout.py
         self.users = set()                                                      # of the layout: who is inside laid_out
         self.quantization = None                                                # quantization_config of a 4-bit model
+        self.partly_quantized = False                                           # by a gptq.quantize_model that did not end
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -345,7 +346,7 @@ class Qwen2(nn.Module):
 
     def lay_back(self):
         """Undoes layout.laid_out: every layer multiplies by its own weight again."""
-        self.packed_head = self.layout = None
+        self.packed_head = None
         for module in self.modules():
             for name in "joined", "packed":                                     # of Attention and MLP; of Linear
                 held = getattr(module, name, None)
@@ -353,6 +354,7 @@ class Qwen2(nn.Module):
                     held.unpack()
                 if held is not None:
                     setattr(module, name, None)
+        self.layout = None                                                      # last: an interrupt leaves it to the next call
 
     def _apply(self, fn, recurse=True):
         self.lay_back()                                                         # another dtype or device
@@ -361,7 +363,7 @@ class Qwen2(nn.Module):
 
     def load_state_dict(self, *given, **options):
         self.lay_back()                                                         # other weights
-        self.int8_head = None
+        self.int8_head, self.partly_quantized = None, False
         return super().load_state_dict(*given, **options)
 
     def zero_grad(self, set_to_none: bool = True):

@@ -206,8 +206,10 @@ def _try(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
         if os.geteuid():                                        # not for root, who needs none, and might follow a planted link
             with suppress(OSError):
                 os.chmod(folder, 0o700)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(held)
     level, code, *_ = said.decode().split("\n") + [""]
     if level == "busy":
         raise BlockingIOError("the supervisor could not start the program")

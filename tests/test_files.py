@@ -427,3 +427,15 @@ def test_a_pipe_is_not_waited_for_twice(tmp_path):
     for path in tmp_path / "data.jsonl", "/dev/zero":                           # nor a file without an end read
         with pytest.raises(InputError, match=f"{path}: is a pipe or a device, but must be read twice; save its content"):
             sha256(path)
+
+
+def test_what_an_interrupted_removal_leaves_the_next_write_removes(tmp_path, monkeypatch):
+    """As of a model's old folder: the handle that locks it would stay open until the process ends."""
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "file") as new:
+            new.write_text("1")
+    assert len(list(tmp_path.iterdir())) == 2
+    with atomic_path(tmp_path / "file") as new:
+        new.write_text("2")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "2"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import same
+from conftest import random_model, same
 from minikd.config import Qwen2Config
 from minikd.data import Encoded
 from minikd.errors import InputError
@@ -482,3 +482,22 @@ def test_a_model_is_quantised_by_default_as_a_matrix_is():
     matrix, model = given(quantize_matrix), given(quantize_model)
     assert all(model[name] == matrix[name] for name in ("bits", "group_size", "sym", "act_order", "damp", "clip_search"))
     assert given(find_grid)["clip_search"] is False
+
+
+def test_a_model_that_an_interrupt_left_partly_quantised_is_refused_until_it_is_loaded_again():
+    model = random_model(hidden_size=64, intermediate_size=64, num_attention_heads=4)
+    plain, done = copy.deepcopy(model), []
+
+    def interrupt(name, *_):
+        done.append(name)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    options = dict(method="rtn", group_size=32)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(model, [], 0, on_layer=interrupt, **options)
+    with pytest.raises(InputError, match="partly quantised"):
+        quantize_model(model, [], 0, **options)
+    model.load_state_dict(plain.state_dict())
+    wanted, found = quantize_model(plain, [], 0, **options), quantize_model(model, [], 0, **options)
+    assert all(torch.equal(a, b) for name in wanted for a, b in zip(wanted[name], found[name], strict=True))

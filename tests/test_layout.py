@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import same
-from minikd import products
+from minikd import layout, products
 from minikd.data import Encoded
 from minikd.errors import InputError
 from minikd.gptq import quantize_model
@@ -64,6 +64,39 @@ def test_after_an_error_the_next_to_enter_is_the_first(large, monkeypatch, fails
     with laid_out(large, rows=3, steps=16):
         assert packed_parts(large) == 9
     assert packed_parts(large) == 0
+
+
+def test_who_enters_while_the_first_is_interrupted_does_not_take_half_a_layout_for_the_models_own(large, monkeypatch):
+    """Else nobody would undo it, and training would miss the packed layers' gradients."""
+    second, real = laid_out(large, rows=3, steps=16), Packed.free_parts
+
+    def interrupted(packed):
+        real(packed)
+        layout.LAYING.release()                                 # as the `with` does, before the first thread's finally
+        second.__enter__()
+        layout.LAYING.acquire()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Packed, "free_parts", interrupted)
+    with pytest.raises(KeyboardInterrupt), laid_out(large, rows=3, steps=16):
+        pass
+    monkeypatch.undo()
+    assert packed_parts(large) == 1
+    second.__exit__(None, None, None)
+    assert packed_parts(large) == 0 and not large.users
+
+
+def test_a_layout_whose_end_was_interrupted_twice_is_undone_by_the_next_and_not_trained_through(large, monkeypatch):
+    before, ids = copy.deepcopy(large.state_dict()), torch.tensor([[7, 8, 9]])
+    monkeypatch.setattr(Packed, "unpack", lambda packed: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), laid_out(large, rows=3, steps=16):
+        pass
+    monkeypatch.undo()
+    assert packed_parts(large) == 8                             # all but the head
+    with pytest.raises(RuntimeError, match="packed weights have no gradient"):
+        large.train()(ids).sum().backward()
+    generate(large.eval(), PROMPTS[:3], 20)
+    assert packed_parts(large) == 0 and same(large.state_dict(), before)
 
 
 def test_threads_that_generate_with_one_model_leave_its_weights_alone(large):

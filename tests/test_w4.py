@@ -10,10 +10,11 @@ from conftest import small
 from minikd import products
 from minikd.config import Qwen2Config
 from minikd.errors import InputError
+from minikd.gptq import quantize_model
 from minikd.layout import join
 from minikd.model import Qwen2
 from minikd.quant import dequantize_groups, from_words, round_to_nearest, to_words
-from minikd.w4 import PART, W4Linear, can_read_int4, choose, codes_of_int4, pack_int4, show_ways, swap_linears
+from minikd.w4 import PART, W4Linear, can_read_int4, choose, codes_of_int4, pack_int4, show_ways, swap_linears, to_w4
 from test_quant import matrix
 
 
@@ -186,6 +187,22 @@ def test_layers_are_all_checked_before_the_first_is_swapped():
     with pytest.raises(InputError, match="mlp.down_proj.* 72 "):
         swap_linears(model, 16, 1)
     assert not any(isinstance(layer, W4Linear) for layer in model.modules())
+
+
+def test_a_call_of_to_w4_that_is_interrupted_is_completed_by_the_next(monkeypatch):
+    plain = small(0, hidden_size=32, intermediate_size=32)
+    words = quantize_model(copy.deepcopy(plain), [], 0, method="rtn", group_size=16, store=to_words)
+    wanted, real = to_w4(copy.deepcopy(plain), words, 16, True).state_dict(), W4Linear.load_state_dict
+    for k in range(7):
+        model, calls = copy.deepcopy(plain), iter(range(7))
+        with monkeypatch.context() as patch:
+            patch.setattr(W4Linear, "load_state_dict", lambda layer, given: (
+                real(layer, given) if next(calls) < k else (_ for _ in ()).throw(KeyboardInterrupt)))
+            with pytest.raises(KeyboardInterrupt):
+                to_w4(model, words, 16, True)
+        assert model.quantization is None                       # so save_model refuses it
+        found = to_w4(model, words, 16, True).state_dict()
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_the_ways_are_shown_by_shape_and_rows(capsys, monkeypatch):
