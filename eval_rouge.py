@@ -89,6 +89,8 @@ def parse_args():
         raise InputError(f"{args.model}: no toy student yet; run train_kd.py first, or give --model and --data")
     folder = Path(args.model or "").expanduser()
     beside = folder if args.model and folder.is_dir() and os.access(folder, os.W_OK) else Path("runs/eval")
+    if (beside / "answers.jsonl").is_symlink():                 # in a folder from elsewhere it may lead to any file of the user's
+        beside = Path("runs/eval")
     args.out = Path(args.out or beside / "answers.jsonl").expanduser()
     if args.out.is_dir():
         raise InputError(f"--out {args.out}: is a folder; give a file")

@@ -251,7 +251,10 @@ def read_tensor(path: Path, key: str, rows: slice = slice(None)) -> torch.Tensor
 def tensor_of(file, path: Path, key: str, floating: bool, rows: slice) -> torch.Tensor:
     """Some rows of a tensor of a file that open_tensors gave.  Raises InputError where it holds integers for floats, or the
     reverse."""
-    tensor = file.get_slice(key)[rows]
+    try:
+        tensor = file.get_slice(key)[rows]
+    except (SafetensorError, RuntimeError) as error:            # of a dtype that torch lacks, such as FP4
+        raise InputError(f"{path}: {key}: cannot be read ({error}); use the unquantised folder, or fetch it again") from error
     if tensor.is_floating_point() != floating:
         kind = "a float" if floating else "an integer"
         raise InputError(f"{path}: {key} is {tensor.dtype}, not {kind} tensor; fetch the model again")

@@ -61,6 +61,10 @@ def script_errors():
         advice = advice.get(error.errno, "check the path and the disk")
         where = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else "standard output or a file")
         _exit_with(f"{where}: {error.strerror or error}; {advice}")
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":            # the tokenizers library's, from Rust: no Exception
+            raise
+        _exit_with(f"tokenizer.json: the tokenizers library failed ({error}); fetch the model again, or take another")
 
 
 @contextmanager
@@ -88,12 +92,17 @@ def _interrupts():
             signal.signal(signal.SIGINT, before)
 
 
+def visible(text: str) -> str:
+    """The text with escapes in place of control characters, which in downloaded names could command the terminal."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def _exit_with(text: str):
     line = " ".join(text.split())
     if len(line) > 2000:                                        # a value of the user's in it; the mend is at the end
         line = f"{line[:1000]} ... {line[-400:]}"
     with suppress(OSError):
-        print("error: " + line, file=sys.stderr)
+        print("error: " + visible(line), file=sys.stderr)
     _end(2)
 
 

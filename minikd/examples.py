@@ -247,7 +247,11 @@ LANGUAGES = {"go": "Go", "java": "Java", "javascript": "JavaScript", "php": "PHP
 
 def _pytorrent(record, where):
     task = text_field(record, where, "summary", "docstring")
-    code = without_docstring(text_field(record, where, "original_string", "code"))
+    source = text_field(record, where, "original_string", "code")
+    try:
+        code = without_docstring(source)
+    except (RecursionError, ValueError) as error:               # of ast.unparse: a sum of 500 terms, a number of 4,300 digits
+        raise Dropped(where, "code that Python cannot write anew") from error
     if not code.strip():
         raise Dropped(where, "empty code")
     language = LANGUAGES.get(str(record.get("language")), "Python")
@@ -290,7 +294,8 @@ FORMATS = {
 
 # A docstring in source that does not parse: what is before it, up to a colon and the line's end; its indentation; its quotes; and
 # a semicolon before more code, which is kept with the indentation.
-_GAP = r"(?:[ \t]*(?:#[^\n]*)?\n)+"                             # the rest of a line, and blank lines and comments below it
+# The rest of a line, and blank lines and comments below it; bounded, or 48 KB of colons and # would take half a minute.
+_GAP = r"(?:[ \t]{0,99}(?:#[^\n]{0,200})?\n){1,20}"
 _END = r"[ \t]*(?:(;)[ \t]*|(?:#[^\n]*)?(?:\n|\Z))"
 _DOCSTRINGS = (rf'''(:{_GAP})([ \t]*)[rRuUbB]{{0,2}}("""|\'\'\')(?:(?!\3)[^\\]|\\.)*\3{_END}''',
                rf'''(^[ \t]*(?:def|class)\s+\w{{1,99}}\b[^:]{{0,500}}:{_GAP})([ \t]*)[rRuUbB]{{0,2}}'''

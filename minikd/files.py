@@ -171,7 +171,8 @@ def remove(path: Path):
 def write_jsonl(rows: list[dict], path):
     """Writes one JSON object per line; the file is complete or not there."""
     with atomic_path(Path(path)) as new:
-        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8",
+                       errors="backslashreplace")               # JSON's own escape, for a file's name that is not UTF-8
 
 
 @contextmanager
@@ -252,6 +253,8 @@ def read_json(path: Path, mend: str | None = None) -> dict:
     mend  what the user can do then; by default that of a file in a Hugging Face folder
     """
     again = mend or "fetch it again"
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: is a pipe or a device, which may never end; {again}")
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

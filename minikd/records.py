@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -238,7 +239,7 @@ def _csv_rows(file: Path):
         if len(header) == 1 and re.search("[;\t]", header[0]):
             mark = "semicolons" if ";" in header[0] else "tabs"
             raise InputError(f"{file}:{rows.line_num}: separates its columns by {mark}; save it with commas")
-        if twice := [name for name in header if header.count(name) > 1]:
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
             raise InputError(f"{file}:{rows.line_num}: the column {twice[0]!r} occurs twice; rename or remove one")
         start = rows.line_num + 1
         for row in rows:

@@ -17,7 +17,7 @@ import unicodedata
 from functools import cache, lru_cache
 from math import fsum
 
-from minikd.errors import InputError
+from minikd.errors import InputError, visible
 
 _ASCII_WORDS = bytes(byte if chr(byte) in string.ascii_lowercase + string.digits else ord(" ") for byte in range(256))
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -53,7 +53,8 @@ def exact_match(prediction: str, references, unicode=False) -> bool:
 def mean_by_category(examples: list[dict]) -> dict:
     """Mean scores x 100: {category: {"examples", "rouge_l", "exact_match"}}, sorted by name, "all" (every example) last.
 
-    examples  dicts with "f1" and "exact_match", and "category" if they have one; one called "all" becomes "all (category)"
+    examples  dicts with "f1" and "exact_match", and "category" if they have one; one called "all" becomes "all (category)",
+              control characters become escapes
     """
     def mean(group, score):
         return 100 * fsum(example[score] for example in group) / len(group)
@@ -61,7 +62,7 @@ def mean_by_category(examples: list[dict]) -> dict:
     groups = {}
     for example in examples:
         if category := example.get("category"):
-            groups.setdefault("all (category)" if category == "all" else category, []).append(example)
+            groups.setdefault("all (category)" if category == "all" else visible(str(category)), []).append(example)
     groups = dict(sorted(groups.items())) | ({"all": examples} if examples else {})
     return {category: {"examples": len(group), "rouge_l": mean(group, "f1"), "exact_match": mean(group, "exact_match")}
             for category, group in groups.items()}

@@ -16,6 +16,7 @@ from minikd.hub import TOKENIZER, local_folder
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 STOPS = ("<|im_end|>", "<|endoftext|>")             # an answer ends with either; the first ends a turn of ChatML
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
+UNREAD = "vocab.json", "merges.txt", "added_tokens.json"       # only copied: as links they could lead to private files
 AT_ONCE = 1 << 19                                   # characters of the texts that are encoded at once
 
 
@@ -34,7 +35,8 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path):
         config, self.generation = (read_json(folder / name) if (folder / name).exists() else {} for name in (CONFIG, GENERATION))
         self.backend, self.folder, self.template = backend, folder, read_template(folder, config)
-        self.files = {name: (folder / name).read_bytes() for name in TOKENIZER if name != GENERATION and (folder / name).exists()}
+        self.files = {name: (folder / name).read_bytes() for name in TOKENIZER
+                      if name != GENERATION and (folder / name).exists() and not (name in UNREAD and leaves(folder / name))}
         stops = [backend.token_to_id(token) for token in STOPS]
         own = backend.token_to_id(named(config, "eos_token") or "")
         if None in stops and self.template and own is not None:
@@ -72,7 +74,7 @@ class Tokenizer:
         return cls(backend, folder)
 
     def save(self, folder):
-        """Writes the tokenizer's files, as they were loaded, into `folder`, unless it is their own, and removes another
+        """Writes the tokenizer's files, as they were loaded (without UNREAD ones that are links out of their folder), into `folder`, unless it is their own, and removes another
         tokenizer's files from it. The generation_config.json there then names every id that ends an answer. (A base model's own
         lacks <|im_end|>, at which a student fine-tuned from it stops.)"""
         folder = Path(folder)
@@ -182,6 +184,12 @@ class Stream:
         text = self.tokenizer.decode(self.ids)[self.given:]
         self.ids, self.given = [], 0
         return text
+
+
+def leaves(path: Path) -> bool:
+    """Whether a file is a link out of its folder, to anywhere but the blobs of the hub's cache."""
+    homes = path.parent.resolve(), (path.parent / "../../blobs").resolve()
+    return path.resolve().parent not in homes
 
 
 def named(config: dict, key: str) -> str | None:

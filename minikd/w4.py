@@ -35,8 +35,9 @@ class W4Linear(nn.Module):
         self.register_buffer("qweight", torch.zeros(inputs // 8, outputs, dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros(inputs // size, outputs // 8, dtype=torch.int32))
         self.register_buffer("scales", torch.zeros(inputs // size, outputs, dtype=torch.float16))
-        # Not by arange, which on the meta device imports sympy: see model.allocate.
-        self.register_buffer("g_idx", torch.tensor([i // size for i in range(inputs)], dtype=torch.int32))
+        self.register_buffer("g_idx", torch.zeros(inputs, dtype=torch.int32))
+        if not self.g_idx.is_meta:                              # there arange imports sympy: see model.allocate
+            self.g_idx.copy_(torch.arange(inputs) // size)
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
         self.prepared = None                                    # (way, prepare(way)); not saved
         self.whole = None                                       # (the layer that layout.join made, which rows of it are these)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import small
 from minikd import checkpoint
-from minikd.checkpoint import (Checkpoint, load_config, load_head, load_model, open_tensors, save_model, shards_of, split_shards,
-                               stored_dtype)
+from minikd.checkpoint import (Checkpoint, load_config, load_head, load_model, open_tensors, read_tensor, save_model, shards_of,
+                               split_shards, stored_dtype)
 from minikd.config import Qwen2Config
 from minikd.errors import InputError
 from minikd.generate import generate
@@ -776,3 +776,16 @@ def test_a_file_that_is_missing_or_may_not_be_opened_is_named(tmp_path, monkeypa
     monkeypatch.setattr(checkpoint, "safe_open", refuse)
     with pytest.raises(InputError, match="x.safetensors: cannot be opened; check its permissions"):
         open_tensors(tmp_path / "x.safetensors")
+
+
+def test_a_tensor_of_a_dtype_that_torch_lacks_is_one_line(folder):
+    """Four-bit floats, as in NVFP4 folders."""
+    path = folder / "model.safetensors"
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header, data = json.loads(path.read_bytes()[8:8 + length]), path.read_bytes()[8 + length:]
+    start, end = header[NORM]["data_offsets"]
+    header[NORM] |= {"dtype": "F4", "shape": [2 * (end - start)]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(InputError, match="norm.weight: cannot be read"):
+        read_tensor(path, NORM)

@@ -47,6 +47,19 @@ def test_an_answer_that_the_terminal_cannot_show_is_escaped(monkeypatch):
     assert written.getvalue() == b"a\\xf1o\n"
 
 
+def test_a_line_holds_no_control_characters(capsys):
+    """A downloaded file's names could command the terminal, or reverse what is read."""
+    code, text = shown(capsys, InputError("fi\x1b]0;x\x07ld \u202eé 你: fix it"))
+    assert code == 2 and text == "error: fi\\x1b]0;x\\x07ld \\u202eé 你: fix it\n"
+
+
+def test_a_panic_of_the_tokenizers_library_is_one_line(capsys):
+    code, text = shown(capsys, type("PanicException", (BaseException,), {})("no entry"))
+    assert code == 2 and text.startswith("error: tokenizer.json: the tokenizers library failed (no entry)")
+    with pytest.raises(GeneratorExit):
+        shown(capsys, GeneratorExit())
+
+
 def test_an_interrupt_ends_as_shells_expect(capsys):
     code, text = shown(capsys, KeyboardInterrupt())
     assert code == 130 and "interrupted" in text and "Traceback" not in text

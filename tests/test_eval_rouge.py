@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -134,6 +135,18 @@ def test_the_words_of_rouge_are_a_choice(run, tmp_path, words, predicted, wanted
 
 
 # ---- a model and data
+
+def test_a_link_in_a_models_folder_is_not_written_through(run, world, tmp_path, monkeypatch):
+    """In a folder from elsewhere it may lead to any file."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "student", tmp_path / "model")
+    (tmp_path / "profile").write_text("mine")
+    (tmp_path / "model" / "answers.jsonl").unlink(missing_ok=True)
+    (tmp_path / "model" / "answers.jsonl").symlink_to(tmp_path / "profile")
+    status, _, err = run("--model", tmp_path / "model", "--data", world / "data.jsonl", "--max-new-tokens", 2, "--limit", 2)
+    assert status == 0, err
+    assert (tmp_path / "profile").read_text() == "mine" and len(scores_in(tmp_path / "runs/eval/answers.jsonl")) == 2
+
 
 def test_the_models_own_answers_are_asked_for_and_scored(run, world, tokenizer):
     status, out, err = run("--model", world / "student", "--data", world / "data.jsonl", "--max-new-tokens", 6,

@@ -142,6 +142,13 @@ def test_bugnet_error_0_means_not_reproduced_and_only_the_verdict_is_told(error)
     assert bare.messages[0]["content"] == "Fix the bug in this program. Answer with the whole program.\n\nx"
 
 
+@pytest.mark.parametrize("value", ["+".join(600 * ["1"]), "0x" + 100_000 * "f"])
+def test_code_that_python_cannot_write_anew_is_left_out(value):
+    """The docstring shares its line, so the whole source would be written anew."""
+    with pytest.raises(Dropped, match="code that Python cannot write anew"):
+        to_example(PYTORRENT | {"original_string": f'def f(): "doc"; return {value}'}, "x")
+
+
 def test_pytorrent_target_has_lost_the_docstring_that_is_its_prompt():
     example = to_example(PYTORRENT, "d:1")
     assert example.response == "def f(x):\n    return x + 1\n" == example.references[0]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from minikd import files
 from minikd.errors import InputError
-from minikd.files import append_to, atomic_path, check_writable, read_json, remove, save_tensors, sha256, write_jsonl
+from minikd.files import append_to, atomic_path, check_writable, parse_json, read_json, remove, save_tensors, sha256, write_jsonl
 from minikd.records import read_records
 
 
@@ -439,3 +439,14 @@ def test_what_an_interrupted_removal_leaves_the_next_write_removes(tmp_path, mon
     with atomic_path(tmp_path / "file") as new:
         new.write_text("2")
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "2"
+
+
+def test_a_pipe_in_a_downloaded_folder_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InputError, match="config.json: is a pipe or a device"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_name_that_is_not_utf_8_does_not_lose_the_answers(tmp_path):
+    write_jsonl([{"where": "\udcff.jsonl:1", "text": "é"}], tmp_path / "answers.jsonl")
+    assert parse_json((tmp_path / "answers.jsonl").read_text(encoding="utf-8")) == {"where": "\udcff.jsonl:1", "text": "é"}

@@ -260,6 +260,20 @@ def test_save_copies_the_tokenizers_files_and_writes_every_stop(tokenizer_folder
     assert Tokenizer.load(str(saved)).eos_ids == tokenizer.eos_ids
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_link_in_the_folder_does_not_make_it_copy_a_private_file(tokenizer_folder, tmp_path, inside):
+    """These files are not read, so anything would be copied; in the hub's cache every file is a link to a blob."""
+    folder = tmp_path / "models" / "snapshots" / "commit"
+    shutil.copytree(tokenizer_folder, folder)
+    held = (tmp_path / "models" / "blobs" if inside else tmp_path) / "key"
+    held.parent.mkdir(exist_ok=True)
+    held.write_text("private")
+    (folder / "merges.txt").symlink_to(held)
+    (tmp_path / "saved").mkdir()
+    Tokenizer.load(folder).save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "merges.txt").exists() == inside and (tmp_path / "saved" / "tokenizer.json").exists()
+
+
 def test_save_needs_no_source_any_more_and_leaves_no_other_tokenizers_files(tokenizer_folder, tmp_path):
     shutil.copytree(tokenizer_folder, tmp_path / "source")
     loaded = Tokenizer.load(tmp_path / "source")
