@@ -16,6 +16,10 @@ class AdamW(torch.optim.AdamW):
     held = None                         # steps, moments and adamw.cu's list of chunks (hold)
     sent = None, None                   # its table of pieces: as a list, and on the GPU
 
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        self.held = None                                        # one weight more
+
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self.held = None                                        # the moments are other tensors now

@@ -39,7 +39,7 @@ def check_vocabulary(name, config: Qwen2Config, tokenizer):
                          "them; give a model and a tokenizer that belong together")
 
 
-@torch.no_grad()                                    # restores the mode, which an interrupt in a no_grad() of torch could leave off
+@torch.no_grad()                                    # restores the mode: an interrupt in a no_grad() of torch's could leave it off
 def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     """A model in eval mode from a local folder or a hub name. (One of 4 bits is only fast in bfloat16: w4.choose.)
 
@@ -362,13 +362,15 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
     folder = Path(folder)
     if model.users and model.layout == "packed" and not model.quantization:
         raise ValueError(f"{folder}: not saved, as the model generates meanwhile, and its weights are packed; wait for it")
+    if model.partly_quantized:
+        raise ValueError(f"{folder}: not saved, as the model is partly quantised, or its weights were freed; finish with to_w4")
     held = model.state_dict()
     if not model.quantization:
         with torch.device("meta"):
             shapes = {key: value.shape for key, value in Qwen2(model.config).state_dict().items()}
         if others := {key for key, _ in shapes.items() ^ {key: value.shape for key, value in held.items()}.items()}:
-            raise ValueError(f"{folder}: not saved, as {min(others)} is not as model.config describes it; merge adapters and masks "
-                             "into the weights, or change the config")
+            raise ValueError(f"{folder}: not saved, as {min(others)} is not as model.config describes it; merge adapters and "
+                             "masks into the weights, or change the config")
     tensors = {key: value.to(value.dtype if key.endswith(PACKED) else dtype or value.dtype) for key, value in held.items()}
     for key, value in tensors.items():
         if value.dtype != held[key].dtype and not is_finite(value) and is_finite(held[key]):

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from contextlib import contextmanager, suppress
 
 
@@ -94,7 +95,8 @@ def _interrupts():
 
 def visible(text: str) -> str:
     """The text with escapes in place of control characters, which in downloaded names could command the terminal."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    keep = lambda letter: letter.isprintable() or letter in "\u200c\u200d" or unicodedata.category(letter) == "Zs"
+    return "".join(letter if keep(letter) else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _exit_with(text: str):

@@ -295,7 +295,7 @@ FORMATS = {
 # A docstring in source that does not parse: what is before it, up to a colon and the line's end; its indentation; its quotes; and
 # a semicolon before more code, which is kept with the indentation.
 # The rest of a line, and blank lines and comments below it; bounded, or 48 KB of colons and # would take half a minute.
-_GAP = r"(?:[ \t]{0,99}(?:#[^\n]{0,200})?\n){1,20}"
+_GAP = r"(?:[ \t]{0,200}(?:#[^\n]{0,500})?\n){1,40}"
 _END = r"[ \t]*(?:(;)[ \t]*|(?:#[^\n]*)?(?:\n|\Z))"
 _DOCSTRINGS = (rf'''(:{_GAP})([ \t]*)[rRuUbB]{{0,2}}("""|\'\'\')(?:(?!\3)[^\\]|\\.)*\3{_END}''',
                rf'''(^[ \t]*(?:def|class)\s+\w{{1,99}}\b[^:]{{0,500}}:{_GAP})([ \t]*)[rRuUbB]{{0,2}}'''

@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minikd.data import Encoded, by_length, collate
 from minikd.errors import InputError
@@ -270,6 +270,7 @@ def calibrate(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, d
             for T in {x.shape[1] for x in states}}
     for i, block in enumerate(model.model.layers):
         kept = [(vector, vector.data) for vector in block.parameters() if vector.dim() == 1]    # norms, biases: they stay
+        model.partly_quantized |= dtype != home.dtype           # rounded to it: a call that ends here must not be repeated
         block.to(device, dtype)
         for names, inputs in stages(block, rope):
             layer = block.get_submodule(names[0])
@@ -287,20 +288,19 @@ def calibrate(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, d
             vector.data = exact
 
 
-def quantize_layer(layer: nn.Linear, hessian: Tensor | None, name: str, grid: dict, act_order: bool, damp: float):
-    """Replaces the layer's weight by its quantised, decoded value -> (codes, scales, zeros), (error, RTN's error)
+def quantize_layer(weight: Tensor, hessian: Tensor | None, name: str, grid: dict, act_order: bool, damp: float):
+    """A layer's weight -> (codes, scales, zeros), (error, RTN's error)
 
     grid  keywords of round_to_nearest.  Without a Hessian the layer is only rounded, and the errors are None.
     """
-    weight, rounded, report = layer.weight, round_to_nearest(layer.weight, **grid), (None, None)
-    found = rounded
+    found = rounded = round_to_nearest(weight, **grid)
+    report = None, None
     if hessian is not None:
         found = quantize_matrix(weight, hessian, act_order=act_order, damp=damp, where=name, **grid)
         error, rtn = report = output_errors(weight, [dequantize_groups(*parts) for parts in (found, rounded)], hessian)
         if not (error < rtn or error == 0):
             warnings.warn(f"{name}: GPTQ's output error {error:.3g} is not below round-to-nearest's {rtn:.3g}; calibrate with "
                           "text like what the model will read")
-    weight.copy_(dequantize_groups(*found))
     return found, report
 
 
@@ -330,7 +330,7 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     if model.quantization:
         raise InputError("the model holds 4-bit weights already; give the one that it was made from")
     if model.partly_quantized:
-        raise InputError("the model is partly quantised, by a call that was interrupted; load it again")
+        raise InputError("the model is partly quantised, or its weights were freed, by an earlier call; load it again")
     layers = linear_layers(model)
     for name, layer in layers.items():                                          # all, before the first is changed
         check_weight(layer.weight, group_size, name)
@@ -339,10 +339,11 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         order = calibrate(model, rows, pad_id, batch_size, torch.device(device or home), dtype or model.head.dtype)
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in order:
-        model.partly_quantized = True
         for done in results if store and name.endswith("q_proj") else ():       # a block begins: free those before it
             layers[done].weight.data = layers[done].weight.new_empty(0)
-        found, report = quantize_layer(layers[name], hessian, name, grid, act_order, damp)
+        found, report = quantize_layer(layers[name].weight, hessian, name, grid, act_order, damp)
+        model.partly_quantized = True
+        layers[name].weight.copy_(dequantize_groups(*found))
         if store:                                                               # packed before it is moved: fewer bytes
             results[name] = {key: part.to(home) for key, part in store(*found).items()}
         else:
@@ -352,5 +353,5 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         if on_layer:
             on_layer(name, *report)
     replayed_columns.cache_clear()                                              # the graphs hold memory
-    model.partly_quantized = False
+    model.partly_quantized = store is not None                  # its weights are freed; to_w4 may follow
     return results

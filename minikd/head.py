@@ -35,8 +35,8 @@ def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor,
     earlier ones still run. On an H200, waiting here for the teacher took a third of a distillation step.
     """
     if not hidden.shape[:2] == ids.shape == mask.shape:
-        raise ValueError(f"scored_positions: states {list(hidden.shape)}, ids {list(ids.shape)}, mask {list(mask.shape)}; give all "
-                         "of the same rows and tokens: the shift by one is made here")
+        raise ValueError(f"scored_positions: states {list(hidden.shape)}, ids {list(ids.shape)}, mask {list(mask.shape)}; give "
+                         "all of the same rows and tokens: the shift by one is made here")
     row, before = mask[:, 1:].nonzero(as_tuple=True)                            # [N] each; column t-1 of the slice is token t
     at = send(row * mask.shape[1] + before, hidden.device)                      # [N] among the B T positions
     return hidden.flatten(0, 1).index_select(0, at), ids.flatten().index_select(0, at + 1)
@@ -162,8 +162,8 @@ def weigh(ce: Tensor, kd: Tensor, kd_ratio: float, weight: Tensor, policy_loss) 
     else:
         cost = (1 - kd_ratio) * ce                                              # paper eq. (3)
     if not kd.shape == cost.shape == ce.shape:                                  # it would be broadcast over the piece's tokens
-        raise ValueError(f"head_loss: for {len(ce)} tokens the divergence gave {list(kd.shape)} and the cost is {list(cost.shape)};"
-                         " give one value for each token, no sum or mean")
+        raise ValueError(f"head_loss: for {len(ce)} tokens the divergence gave {list(kd.shape)}, and the cost is "
+                         f"{list(cost.shape)}; give one value for each token, no sum or mean")
     return weight * (cost + kd_ratio * kd if kd_ratio else cost)
 
 

@@ -39,7 +39,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
     try:
         with LAYING:
             first = not model.users
-            model.users.add(me)                         # now: were this thread interrupted below, the next must not count as first
+            model.users.add(me)                         # now: if this thread is interrupted below, the next must not be first
             if first:
                 undo_layout(model)                      # what interrupts left
                 if model.packed_head is not None and model.packed_from != state_of(model.head):
@@ -191,8 +191,8 @@ class Packed:
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():         # oneDNN would give no gradient to what lies before, and only warn
-            raise RuntimeError("packed weights have no gradient: the model generates meanwhile, or this was interrupted twice; wait "
-                               "for it, or call the model's lay_back()")
+            raise RuntimeError("packed weights have no gradient: the model generates meanwhile, or this was interrupted twice; "
+                               "wait for it, or call the model's lay_back()")
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     @torch.inference_mode(False)                        # the parts may be trained later

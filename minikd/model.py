@@ -28,7 +28,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, in float32.  [..., D] -> [..., D]"""
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension; normalised in float32.  [..., D] -> [..., D]"""
 
     def __init__(self, D: int, eps: float):
         super().__init__()
@@ -81,8 +81,9 @@ class Linear(nn.Linear):
 def as_built(*modules: nn.Module, kinds: tuple[type, ...] = (Linear,)) -> bool:
     """Whether modules are of these classes, not of ones made from them (adapters, parametrised layers), and have no hooks. What
     joins, packs or records their computations would pass by anything else."""
-    return all(type(each) in kinds and not (each._forward_hooks or each._forward_pre_hooks or each._backward_hooks
-                                            or each._backward_pre_hooks) for each in modules)
+    return all(type(each) in kinds and "forward" not in vars(each)
+               and not (each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks)
+               for each in modules)
 
 
 def trains_on_gpu(x: Tensor) -> bool:
@@ -91,8 +92,8 @@ def trains_on_gpu(x: Tensor) -> bool:
 
 
 def join_in_training(x: Tensor, *layers: nn.Module):
-    """A function x -> the layers' outputs side by side, by one product. None, for one product per layer, unless trains_on_gpu,
-    and for others than Linear as_built: 4-bit layers have no weights to join.
+    """A function x -> the layers' outputs side by side, by one product. None, for one product per layer, unless trains_on_gpu and
+    all are Linear as_built: 4-bit layers have no weights to join.
 
     For training without CUDA graphs (graphs.Copies joins the weights itself). Autocast casts them in every step anyway; joining
     them first takes fewer kernels, and a small model's kernels take the host longer to launch than the GPU to run. A KD step with
@@ -247,7 +248,7 @@ class TiedLookup(torch.autograd.Function):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding; where a trained table is also the head, and nothing watches its gradient, by TiedLookup."""
+    """nn.Embedding, but TiedLookup looks up a trained table that is also the head, if nothing watches its gradient."""
 
     def __init__(self, config: Qwen2Config):
         # Zeros until init_weights or a checkpoint: on the meta device nn.Embedding's own normal_() would import
@@ -363,8 +364,10 @@ class Qwen2(nn.Module):
 
     def load_state_dict(self, *given, **options):
         self.lay_back()                                                         # other weights
-        self.int8_head, self.partly_quantized = None, False
-        return super().load_state_dict(*given, **options)
+        self.int8_head = None
+        found = super().load_state_dict(*given, **options)
+        self.partly_quantized = False
+        return found
 
     def zero_grad(self, set_to_none: bool = True):
         if self.model.graphs is not None:
@@ -401,7 +404,8 @@ def allocate(model: Qwen2, device) -> Qwen2:
 
 @torch.no_grad()
 def cast_copy(model: Qwen2, dtype: torch.dtype, into: Qwen2 | None = None) -> Qwen2:
-    """A copy of the model in `dtype`, to sample with while the model trains; the model itself if it has that dtype.
+    """A copy of the model in `dtype`, without its hooks, to sample with while the model trains; the model itself if it has that
+    dtype.
 
     into  an earlier copy, to be overwritten: no new memory
     """

@@ -115,7 +115,9 @@ def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: 
 # ---- int4 in int32 words
 
 def pack(codes: Tensor, dim: int) -> Tensor:
-    """Eight 4-bit codes per word along `dim`, at least 0; the first in the lowest bits.  uint8 [..., n, ...] -> int32 [..., n/8, ...]
+    """Eight 4-bit codes per word along `dim` (not negative), the first in the lowest bits.
+
+    uint8 [..., n, ...] -> int32 [..., n/8, ...]
     """
     parts = codes.unflatten(dim, (-1, 8)).int().unbind(dim + 1)                                 # 8 x [..., n/8, ...]
     return sum(part << 4 * i for i, part in enumerate(parts)).contiguous()      # the eighth code has the sign bit

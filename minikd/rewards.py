@@ -193,8 +193,8 @@ def _plain(answer: str) -> str:
 
 
 def _value(text: str) -> Fraction | None:
-    """The number that a text is: a decimal, or a fraction of two; exact, unlike a float; of at most 10,000 characters, as the time
-    that it takes grows with their square."""
+    """The number that a text is: a decimal, or a fraction of two; exact, unlike a float. None for more than 10,000 characters, as
+    the time grows with their square."""
     parts = [part.strip() for part in text.split("/")]
     if len(text) > 10_000 or len(parts) > 2 or not all(map(_NUMBER.fullmatch, parts)):
         return None

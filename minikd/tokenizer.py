@@ -16,7 +16,8 @@ from minikd.hub import TOKENIZER, local_folder
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 STOPS = ("<|im_end|>", "<|endoftext|>")             # an answer ends with either; the first ends a turn of ChatML
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
-UNREAD = "vocab.json", "merges.txt", "added_tokens.json"       # only copied: as links they could lead to private files
+# Files that are only copied: as links they could lead to private ones.
+UNREAD = "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"
 AT_ONCE = 1 << 19                                   # characters of the texts that are encoded at once
 
 
@@ -74,9 +75,10 @@ class Tokenizer:
         return cls(backend, folder)
 
     def save(self, folder):
-        """Writes the tokenizer's files, as they were loaded (without UNREAD ones that are links out of their folder), into `folder`, unless it is their own, and removes another
-        tokenizer's files from it. The generation_config.json there then names every id that ends an answer. (A base model's own
-        lacks <|im_end|>, at which a student fine-tuned from it stops.)"""
+        """Writes the tokenizer's files, as they were loaded, into `folder`, unless it is their own, and removes another
+        tokenizer's files from it. UNREAD ones that are links out of their folder are left out. The generation_config.json there
+        then names every id that ends an answer. (A base model's own lacks <|im_end|>, at which a student fine-tuned from it
+        stops.)"""
         folder = Path(folder)
         there = self.folder.resolve() == folder.resolve()
         for name in () if there else TOKENIZER:

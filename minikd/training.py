@@ -31,12 +31,12 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> AdamW
 
 
 def use_graphs(model: Qwen2, dtype: torch.dtype):
-    """Lets a GPU replay the passes of the model's blocks in bfloat16 training from CUDA graphs, if all weights are trained and
-    the modules are as_built; hooks that are added later are not called. apply_gradient then finds the gradients, and
-    graphs.settle() brings them into .grad.
+    """Lets a GPU replay the passes of the model's blocks in bfloat16 training from CUDA graphs, if all weights are trained,
+    nothing watches their gradients, and the modules are as_built; hooks that are added later are not called. apply_gradient
+    then finds the gradients, and graphs.settle() brings them into .grad.
 
     Not in float32: there the same model samples, and generate may move its weights (layout.join)."""
-    trained = all(p.requires_grad for p in model.parameters())
+    trained = all(p.requires_grad and not (p._backward_hooks or p._post_accumulate_grad_hooks) for p in model.parameters())
     if dtype == torch.bfloat16 and can_record(model.head.device) and trained and model.model.as_built():
         model.model.graphs = GraphedBlocks(model.model)
 
@@ -70,8 +70,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule:
 
 def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> torch.Tensor:
     """One step of the optimizer, at the rate `lr` for all of its groups, after scaling a longer gradient down to `max_grad_norm`;
-    frees the gradient. Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU
-    (but at the first step). The optimizer may hold weights of other modules, too, such as a projection."""
+    frees the gradients. The gradient is that of the optimizer's weights, which may belong to other modules, too, such as a
+    projection. Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU (but at
+    the first step)."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     graphs = model.model.graphs                                 # None but in bfloat16 on a GPU
@@ -82,7 +83,8 @@ def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, ma
     if norm is None:                                            # on a CPU, and where adamw.cu cannot run
         if graphs:
             graphs.settle()
-        weights = [*dict.fromkeys(chain(model.parameters(), *(group["params"] for group in optimizer.param_groups)))]
+        own = dict.fromkeys(chain(*(group["params"] for group in optimizer.param_groups)))
+        weights = [weight for weight in {**dict.fromkeys(model.parameters()), **own} if weight in own]
         norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)
         optimizer.step()
         torch.autograd.graph.increment_version(weights)                         # fused steps do not count as writes

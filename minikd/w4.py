@@ -45,7 +45,7 @@ class W4Linear(nn.Module):
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantised [O, I], computed in float32: what every other way is tested against.
 
-        On a CPU part by part, so that the float32 numbers stay in its cache: a quarter of the time, and no memory but the result's.
+        On a CPU part by part, so that the float32 numbers stay in its cache: a quarter of the time, and only the result is held.
         """
         scales, zeros = read_grid(self.qzeros, self.scales, self.version)                       # [O, I/g] each
         g_idx = None if self.in_order else self.g_idx.long()
@@ -118,7 +118,7 @@ class W4Linear(nn.Module):
 
     def settle(self, dtype: torch.dtype):
         """Finds out and prepares what a few rows of inputs in `dtype` need: torch.compile cannot trace that. (On a CPU, MANY_ROWS
-        and more then dequantise from the int4 operator's layout: a compiled block took 1.4 x as long for 1,024 rows.)"""
+        and more then dequantise from the int4 operator's layout: a compiled layer takes 1.2 x as long for 1,024 rows.)"""
         way = choose(self, torch.empty(1, self.inputs, dtype=dtype, device=self.scales.device)) if self.in_order else "dequantise"
         if way != "dequantise":
             self.ready(way)
@@ -156,7 +156,8 @@ class W4Linear(nn.Module):
         self.__dict__.pop("in_order", None)
 
 
-MANY_ROWS = 192         # from here on dequantise: as fast near 200 rows at 896 -> 4864, near 180 at 2048 -> 11008 (w4_linear.txt)
+MANY_ROWS = 192         # from here on dequantise: as fast near 200 rows at 896 -> 4864, near 150 at 2048 -> 11008 (w4_linear.txt;
+                        # without AVX-512 near 300 and 270)
 
 
 def choose(layer: W4Linear, x: Tensor) -> str:
@@ -254,6 +255,7 @@ def to_w4(model: Qwen2, layers: dict[str, dict], group_size: int, sym: bool, **m
     if sym and any((words["qzeros"] != 0x77777777).any() for words in layers.values()):
         raise ValueError("to_w4: a symmetric layer's zeros are 8; give to_words in version 1, of codes of 4 bits")
     swap_linears(model, group_size, version, layers)
+    model.partly_quantized = False
     model.quantization = {                                      # as transformers, GPTQModel and vLLM expect it
         "quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": sym,
         "desc_act": False,                                      # whether groups are shuffled: act_order keeps them static

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minikd.errors import InputError, script_errors
+from minikd.errors import InputError, script_errors, visible
 
 
 def shown_by(error: BaseException):
@@ -51,6 +51,7 @@ def test_a_line_holds_no_control_characters(capsys):
     """A downloaded file's names could command the terminal, or reverse what is read."""
     code, text = shown(capsys, InputError("fi\x1b]0;x\x07ld \u202eé 你: fix it"))
     assert code == 2 and text == "error: fi\\x1b]0;x\\x07ld \\u202eé 你: fix it\n"
+    assert visible("開放\u3000質問 \U0001f468\u200d\U0001f469") == "開放\u3000質問 \U0001f468\u200d\U0001f469"
 
 
 def test_a_panic_of_the_tokenizers_library_is_one_line(capsys):

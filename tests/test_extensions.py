@@ -1,4 +1,4 @@
-"""What users add to a model, its optimizer and its losses takes part in everything, or is refused: it is never lost in silence."""
+"""What users add to a model, its optimizer and its losses takes part, or is refused: it is not lost in silence."""
 import copy
 from types import SimpleNamespace
 
@@ -130,6 +130,9 @@ def test_a_gpus_graphs_and_its_one_kernel_are_for_models_as_built(monkeypatch):
     monkeypatch.setattr("minikd.training.GraphedBlocks", lambda body: "graphs")
     changes = [lambda body: None, lambda body: body.layers[1].register_forward_hook(lambda *_: None),
                lambda body: body.norm.register_full_backward_hook(lambda *_: None),
+               lambda body: body.norm.register_full_backward_pre_hook(lambda *_: None),
+               lambda body: body.layers[0].mlp.register_forward_pre_hook(lambda *_: None),
+               lambda body: setattr(body.norm, "forward", lambda x: x),
                lambda body: setattr(body.layers[0].mlp.up_proj, "__class__", Adapted),
                lambda body: setattr(body.layers[0].input_layernorm, "__class__", type("Other", (RMSNorm,), {}))]
     for i, change in enumerate(changes):
@@ -255,6 +258,25 @@ def test_a_loss_that_is_not_one_value_per_token_is_refused(wrong):
                     dict(policy_loss=lambda logq, at: reduce(logq), kd_ratio=0.0)):
         with pytest.raises(ValueError, match="give one value for each token"):
             loss_of(**options)
+
+
+def test_what_watches_a_weights_gradient_is_not_passed_by_in_graphs(monkeypatch):
+    monkeypatch.setattr("minikd.training.can_record", lambda device: True)
+    monkeypatch.setattr("minikd.training.GraphedBlocks", lambda body: "graphs")
+    for hook in "register_hook", "register_post_accumulate_grad_hook":
+        model = random_model()
+        getattr(model.model.layers[0].mlp.up_proj.weight, hook)(lambda *_: None)
+        use_graphs(model, torch.bfloat16)
+        assert model.model.graphs is None
+
+
+def test_a_gradient_that_is_not_stepped_is_not_clipped_by():
+    model = small(1)
+    optimizer = torch.optim.SGD(model.model.layers.parameters(), 0.1)
+    model(random_ids(2, 5)).square().sum().backward()
+    own = sum(float(p.grad.square().sum()) for p in model.model.layers.parameters())
+    assert float(apply_gradient(model, optimizer, 0.1, 1.0)) == pytest.approx(own ** 0.5, rel=1e-5)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_share_above_1_has_the_gradient_of_its_formula():

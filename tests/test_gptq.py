@@ -3,16 +3,18 @@ import copy
 import inspect
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import random_model, same
+from minikd.checkpoint import save_model
 from minikd.config import Qwen2Config
 from minikd.data import Encoded
 from minikd.errors import InputError
-from minikd.gptq import (Hessian, full_precision, inverse_factor, output_errors, quantize_matrix, quantize_model)
+from minikd.gptq import (Hessian, calibrate, full_precision, inverse_factor, output_errors, quantize_matrix, quantize_model)
 from minikd.layout import torch_products
 from minikd.model import Qwen2
 from minikd.quant import dequantize_groups, find_grid, round_to_nearest, to_words
@@ -484,7 +486,7 @@ def test_a_model_is_quantised_by_default_as_a_matrix_is():
     assert given(find_grid)["clip_search"] is False
 
 
-def test_a_model_that_an_interrupt_left_partly_quantised_is_refused_until_it_is_loaded_again():
+def test_a_model_that_an_interrupt_left_partly_quantised_is_refused_until_it_is_loaded_again(tmp_path):
     model = random_model(hidden_size=64, intermediate_size=64, num_attention_heads=4)
     plain, done = copy.deepcopy(model), []
 
@@ -494,10 +496,22 @@ def test_a_model_that_an_interrupt_left_partly_quantised_is_refused_until_it_is_
             raise KeyboardInterrupt
 
     options = dict(method="rtn", group_size=32)
+    with pytest.raises(ValueError, match="bits = 9"):
+        quantize_model(model, [], 0, bits=9, **options)         # nothing has changed: it may be called again
     with pytest.raises(KeyboardInterrupt):
         quantize_model(model, [], 0, on_layer=interrupt, **options)
-    with pytest.raises(InputError, match="partly quantised"):
-        quantize_model(model, [], 0, **options)
+    for again in partial(quantize_model, model, [], 0, **options), partial(save_model, model, tmp_path / "folder"):
+        with pytest.raises(ValueError, match="partly quantised"):
+            again()
     model.load_state_dict(plain.state_dict())
     wanted, found = quantize_model(plain, [], 0, **options), quantize_model(model, [], 0, **options)
     assert all(torch.equal(a, b) for name in wanted for a, b in zip(wanted[name], found[name], strict=True))
+
+
+def test_a_model_whose_weights_were_freed_is_refused_and_its_hessians_carry_no_graph():
+    model = random_model(hidden_size=64, intermediate_size=64, num_attention_heads=4)
+    rows = [Encoded([1, 2, 3], [4, 5], False, 0)]
+    assert not any(H.requires_grad for _, H in calibrate(copy.deepcopy(model), rows, 0, 1, torch.device("cpu"), torch.float32))
+    quantize_model(model, [], 0, method="rtn", group_size=32, store=to_words)
+    with pytest.raises(InputError, match="weights were freed"):
+        quantize_model(model, [], 0, method="rtn", group_size=32, store=to_words)
