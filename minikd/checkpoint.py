@@ -356,8 +356,9 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
     folders Qwen published. A 4-bit model's codes and scales are written as they are, its quantization_config
     goes into config.json and, for tools that look there, quantize_config.json. Subfolders of `folder` are kept, and its other
     files (the tokenizer's, a log), but no other *.safetensors. Raises InputError, before anything is written, for weights that
-    another dtype cannot hold: float16's largest is 65,504; ValueError while another thread generates with packed weights, and for
-    tensors that are not those of model.config, as of an adapter: load_model would refuse the folder.
+    another dtype cannot hold: float16's largest is 65,504; ValueError while another thread generates with packed weights, for a
+    partly quantised model, and for tensors that are not those of model.config, as of an adapter: load_model would refuse the
+    folder.
     """
     folder = Path(folder)
     if model.users and model.layout == "packed" and not model.quantization:
@@ -366,10 +367,11 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
         raise ValueError(f"{folder}: not saved, as the model is partly quantised, or its weights were freed; finish with to_w4")
     held = model.state_dict()
     if not model.quantization:
+        shapes = lambda tensors: {(key, value.shape) for key, value in tensors.items()}
         with torch.device("meta"):
-            shapes = {key: value.shape for key, value in Qwen2(model.config).state_dict().items()}
-        if others := {key for key, _ in shapes.items() ^ {key: value.shape for key, value in held.items()}.items()}:
-            raise ValueError(f"{folder}: not saved, as {min(others)} is not as model.config describes it; merge adapters and "
+            described = shapes(Qwen2(model.config).state_dict())
+        if others := shapes(held) ^ described:
+            raise ValueError(f"{folder}: not saved, as {min(others)[0]} is not as model.config describes it; merge adapters and "
                              "masks into the weights, or change the config")
     tensors = {key: value.to(value.dtype if key.endswith(PACKED) else dtype or value.dtype) for key, value in held.items()}
     for key, value in tensors.items():

@@ -73,9 +73,8 @@ def atomic_path(path, folder: bool = False, keep=None):
         try:
             if (work / "old").exists() and not path.exists():   # an error or Ctrl-C between two renames
                 os.rename(work / "old", path)
-            shutil.rmtree(work, ignore_errors=True)
         finally:
-            os.close(held)                                      # then what is left, the next write here removes
+            discard(work, held)
 
 
 def _move_away(path: Path, old: Path):
@@ -195,6 +194,14 @@ def temporary_folder(path: Path) -> tuple[Path, int]:
             os.close(held)                                      # another process swept it before it was locked: try again
 
 
+def discard(work: Path, held: int):
+    """Deletes a temporary folder. If that is interrupted, its lock is let go all the same, and a later sweep removes the rest."""
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+    finally:
+        os.close(held)
+
+
 def sweep(folder: Path, name: str | None = None):
     """Removes the temporary folders that killed processes left in `folder`: those made for the file or folder `name`, or all if
     it is None. A model's take gigabytes. Those of running processes are locked, and stay."""
@@ -247,13 +254,18 @@ def parse_json(text: str | bytes):
         raise ValueError(str(error)) from error
 
 
+def is_stream(path: Path) -> bool:
+    """Whether it is a pipe or a device, not a file."""
+    return path.is_fifo() or path.is_char_device() or path.is_block_device()
+
+
 def read_json(path: Path, mend: str | None = None) -> dict:
     """One JSON object from a file.  Raises InputError, with file and position, if it is missing or not one.
 
     mend  what the user can do then; by default that of a file in a Hugging Face folder
     """
     again = mend or "fetch it again"
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if is_stream(path):
         raise InputError(f"{path}: is a pipe or a device, which may never end; {again}")
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
@@ -292,7 +304,7 @@ def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
 def sha256(path) -> str:
     """The first 16 hex digits of a file's sha256: enough to notice that it changed.  Raises InputError for a pipe or a device,
     which cannot be hashed first and then read again."""
-    if Path(path).is_fifo() or Path(path).is_char_device() or Path(path).is_block_device():
+    if is_stream(Path(path)):
         raise InputError(f"{path}: is a pipe or a device, but must be read twice; save its content to a file, and give that")
     digest = hashlib.sha256()
     with naming(path), open(path, "rb") as file:

@@ -86,6 +86,11 @@ def as_built(*modules: nn.Module, kinds: tuple[type, ...] = (Linear,)) -> bool:
                for each in modules)
 
 
+def watched(weight: Tensor) -> bool:
+    """Whether hooks wait for its gradient, which must then come by way of autograd."""
+    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
+
+
 def trains_on_gpu(x: Tensor) -> bool:
     """Whether x is part of a training step in bfloat16 on a GPU."""
     return x.is_cuda and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
@@ -258,8 +263,8 @@ class Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         table = self.weight
-        if (self.tied and self.training and torch.is_grad_enabled() and table.requires_grad and table.is_leaf
-                and not (table._backward_hooks or table._post_accumulate_grad_hooks)):
+        learned = self.training and torch.is_grad_enabled() and table.requires_grad
+        if self.tied and learned and table.is_leaf and not watched(table):
             return TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self)         # [B, T] -> [B, T, D]
         return super().forward(ids)                                                         # the same
 
@@ -323,7 +328,7 @@ class Qwen2(nn.Module):
         self.packed_head = self.packed_from = self.int8_head = self.layout = None           # set by layout.py
         self.users = set()                                                      # of the layout: who is inside laid_out
         self.quantization = None                                                # quantization_config of a 4-bit model
-        self.partly_quantized = False                                           # by a gptq.quantize_model that did not end
+        self.partly_quantized = False                                           # gptq.quantize_model did not end, or freed weights
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 

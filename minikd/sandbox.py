@@ -32,7 +32,6 @@ import inspect
 import math
 import os
 import select
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,7 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minikd.errors import InputError
-from minikd.files import naming, sweep, temporary_folder
+from minikd.files import discard, naming, sweep, temporary_folder
 
 MB = 1 << 20
 NOBODY = 65534
@@ -206,10 +205,7 @@ def _try(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
         if os.geteuid():                                        # not for root, who needs none, and might follow a planted link
             with suppress(OSError):
                 os.chmod(folder, 0o700)
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(held)
+        discard(folder, held)
     level, code, *_ = said.decode().split("\n") + [""]
     if level == "busy":
         raise BlockingIOError("the supervisor could not start the program")

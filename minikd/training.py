@@ -9,7 +9,7 @@ from minikd.checkpoint import check_vocabulary, model_folder, outline
 from minikd.decode_cuda import products
 from minikd.errors import InputError
 from minikd.graphs import GraphedBlocks, can_record
-from minikd.model import Qwen2, run_blocks
+from minikd.model import Qwen2, run_blocks, watched
 from minikd.w4 import W4Linear
 
 
@@ -36,7 +36,7 @@ def use_graphs(model: Qwen2, dtype: torch.dtype):
     then finds the gradients, and graphs.settle() brings them into .grad.
 
     Not in float32: there the same model samples, and generate may move its weights (layout.join)."""
-    trained = all(p.requires_grad and not (p._backward_hooks or p._post_accumulate_grad_hooks) for p in model.parameters())
+    trained = all(p.requires_grad and not watched(p) for p in model.parameters())
     if dtype == torch.bfloat16 and can_record(model.head.device) and trained and model.model.as_built():
         model.model.graphs = GraphedBlocks(model.model)
 
@@ -71,8 +71,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule:
 def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> torch.Tensor:
     """One step of the optimizer, at the rate `lr` for all of its groups, after scaling a longer gradient down to `max_grad_norm`;
     frees the gradients. The gradient is that of the optimizer's weights, which may belong to other modules, too, such as a
-    projection. Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU (but at
-    the first step)."""
+    projection. Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU (but
+    at the first step)."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     graphs = model.model.graphs                                 # None but in bfloat16 on a GPU
@@ -84,7 +84,8 @@ def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, ma
         if graphs:
             graphs.settle()
         own = dict.fromkeys(chain(*(group["params"] for group in optimizer.param_groups)))
-        weights = [weight for weight in {**dict.fromkeys(model.parameters()), **own} if weight in own]
+        # The model's first and in its order, on which the norm's last digits depend.
+        weights = [weight for weight in dict.fromkeys(chain(model.parameters(), own)) if weight in own]
         norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)
         optimizer.step()
         torch.autograd.graph.increment_version(weights)                         # fused steps do not count as writes

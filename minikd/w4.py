@@ -52,7 +52,7 @@ class W4Linear(nn.Module):
         weight = torch.empty(self.outputs, self.inputs, dtype=dtype, device=scales.device)
         part = self.outputs if scales.is_cuda or torch.compiler.is_compiling() else PART        # compiled it is fused anyway
         for first in range(0, self.outputs, part):
-            at = slice(first, min(first + part, self.outputs))
+            at = slice(first, first + part)
             weight[at] = dequantize_groups(self.codes(at), scales[at], zeros[at], g_idx)
         return weight
 
@@ -224,9 +224,12 @@ def swap_linears(model: Qwen2, group_size: int, version: int, words: dict[str, d
     """Replaces each linear layer by a W4Linear of its shape and device, with its bias and, if given, its words; returns them by
     name.
 
-    Raises InputError for a group size that does not divide a layer, and as linear_layers does.
+    Raises InputError for a group size that does not divide a layer, and as linear_layers does; ValueError for words without those
+    of a layer.
     """
     found, layers = {}, linear_layers(model)
+    if words is not None and (missing := layers.keys() - words.keys()):
+        raise ValueError(f"to_w4: {min(missing)} is left out; quantise all layers of the blocks")
     for name, layer in layers.items():                          # all, before the first is replaced
         check_groups(layer.in_features, group_size, name)
     for name, layer in layers.items():
@@ -234,7 +237,7 @@ def swap_linears(model: Qwen2, group_size: int, version: int, words: dict[str, d
             new = W4Linear(layer.in_features, layer.out_features, group_size, layer.bias is not None, version)
         if layer.bias is not None:
             new.bias = layer.bias.detach()
-        if words:
+        if words is not None:
             new.load_state_dict(words[name] | ({} if layer.bias is None else {"bias": layer.bias}))      # its own, as it is
         model.set_submodule(name, new)                          # once it is complete: this may be interrupted
         found[name] = new
@@ -246,12 +249,9 @@ def to_w4(model: Qwen2, layers: dict[str, dict], group_size: int, sym: bool, **m
 
     layers  name -> to_words of that layer, in version 1 where it is symmetric, else 2
     meta    how they were found, for the folder's config: damp_percent, static_groups, ...
-    Raises ValueError, with the model unchanged, if a layer is left out, and for symmetric layers whose zeros are not 8;
-    InputError as swap_linears does.
+    Raises ValueError, with the model unchanged, for symmetric layers whose zeros are not 8, and as swap_linears does.
     """
     version, format = (1, "gptq") if sym else (2, "gptq_v2")
-    if missing := linear_layers(model).keys() - layers.keys():
-        raise ValueError(f"to_w4: {min(missing)} is left out; quantise all layers of the blocks")
     if sym and any((words["qzeros"] != 0x77777777).any() for words in layers.values()):
         raise ValueError("to_w4: a symmetric layer's zeros are 8; give to_words in version 1, of codes of 4 bits")
     swap_linears(model, group_size, version, layers)

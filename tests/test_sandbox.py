@@ -630,7 +630,7 @@ def test_a_caller_that_is_killed_leaves_nothing(nothing_left):
 
 def test_the_folder_goes_when_the_starting_thread_dies_before_its_process(nothing_left, monkeypatch):
     """The kernel then sends SIGHUP, as asked for, while the supervisor still has its parent."""
-    monkeypatch.setattr(sandbox.shutil, "rmtree", lambda *_, **__: None)        # the caller's own
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)        # the caller's own
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run_program, LOOP, timeout=60)
         deadline = time.monotonic() + 10
