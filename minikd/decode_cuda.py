@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from minikd.cache import StaticCache
 from minikd.config import Qwen2Config
 from minikd.cuda import available, launch
-from minikd.model import Block, Linear, Qwen2, rope_tables
+from minikd.layers import Linear
+from minikd.model import Block, Qwen2, rope_tables
 from minikd.w4 import W4Linear
 
 THREADS, WIDEST, SPLITS, BIASES, SHARED = 512, 20_480, 8, 5120, 221_264         # decode.cu's; SHARED is sizeof(Shared)

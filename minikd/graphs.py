@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minikd.model import Body, Linear, RMSNorm
+from minikd.layers import Linear
+from minikd.model import Body, RMSNorm
 
 TILE = 64       # GraphedBlocks pads sequences to multiples of it, so that few graphs serve batches of all lengths
 MOST = 64       # pairs of graphs that it makes: each has some thousand kernels

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from minikd import products
 from minikd.errors import InputError
-from minikd.model import Linear, Qwen2, as_built
+from minikd.layers import Linear, as_built
+from minikd.model import Qwen2
 from minikd.w4 import W4Linear, give_memory_back
 
 # Fewest steps for which packing pays off: packing and unpacking take as long as ten steps, for two rows in float32 15 to 20.

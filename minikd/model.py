@@ -22,6 +22,7 @@ from minikd.attend_cuda import attend
 from minikd.cache import KVCache, Slots, StaticCache
 from minikd.config import Qwen2Config
 from minikd.fused_cuda import add_norm, can_fuse, silu_up
+from minikd.layers import Attaching, Embedding, Half, Linear, as_built, trains_on_gpu
 
 # cuDNN's attention, torch's first choice on a Hopper GPU, makes a new plan for every length; batches here have many.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -69,61 +70,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
-class Linear(nn.Linear):
-    """nn.Linear that while decoding on a CPU multiplies in another way (layout.Packed, layout.multiply_plain)."""
-    packed = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.packed                            # once: another thread may take it away
-        return F.linear(x, self.weight, self.bias) if packed is None else packed(x)
-
-
-def as_built(*modules: nn.Module, kinds: tuple[type, ...] = (Linear,)) -> bool:
-    """Whether modules are of these classes, not of ones made from them (adapters, parametrised layers), and have no hooks. What
-    joins, packs or records their computations would pass by anything else."""
-    return all(type(each) in kinds and "forward" not in vars(each)
-               and not (each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks)
-               for each in modules)
-
-
-def watched(weight: Tensor) -> bool:
-    """Whether hooks wait for its gradient, which must then come by way of autograd."""
-    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
-
-
-def trains_on_gpu(x: Tensor) -> bool:
-    """Whether x is part of a training step in bfloat16 on a GPU."""
-    return x.is_cuda and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
-
-
-def join_in_training(x: Tensor, *layers: nn.Module):
-    """A function x -> the layers' outputs side by side, by one product. None, for one product per layer, unless trains_on_gpu and
-    all are Linear as_built: 4-bit layers have no weights to join.
-
-    For training without CUDA graphs (graphs.Copies joins the weights itself). Autocast casts them in every step anyway; joining
-    them first takes fewer kernels, and a small model's kernels take the host longer to launch than the GPU to run. A KD step with
-    a 0.5B student took 109 ms on an H200 instead of 122; with a cached teacher, 59 instead of 91.
-    """
-    if not (trains_on_gpu(x) and as_built(*layers)):
-        return None
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return partial(F.linear, weight=weight, bias=bias)
-
-
-class Half(nn.Module):
-    """What Attention and MLP share: layers with the same inputs, which layout.py and graphs.py may join."""
-    joined = None                                                               # x -> their outputs side by side
-
-    def _apply(self, fn, recurse=True):                                         # what .to(), .cuda() and .half() call
-        self.joined = None                                                      # it would stay in the old dtype or device
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *given):
-        self.joined = None                                                      # it may hold the old weights
-        super()._load_from_state_dict(*given)
-
-
 class Attention(Half):
     """Causal attention in which H / K query heads share a key/value head (GQA).  [B, T, D] -> [B, T, D]"""
 
@@ -146,7 +92,7 @@ class Attention(Half):
     def concat_heads(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
         """The outputs of all heads side by side, which o_proj multiplies.  [B, T, D] -> [B, T, H E]"""
         B, T, _ = x.shape
-        joined = join_in_training(x, *self.layers()[0]) if self.joined is None else self.joined
+        joined = self.one_product(x)
         if joined is not None:
             qkv = joined(x)                                                     # [B, T, (H + 2K) E]
         else:
@@ -192,7 +138,7 @@ class MLP(Half):
 
     def gated(self, x: Tensor) -> Tensor:
         """silu(gate) * up, which down_proj multiplies.  [B, T, D] -> [B, T, W]"""
-        joined = join_in_training(x, *self.layers()[0]) if self.joined is None else self.joined
+        joined = self.one_product(x)
         if joined is not None:
             gate_up = joined(x)                                                 # [B, T, 2W]
             if can_fuse(gate_up) and gate_up.shape[-1] % 16 == 0:               # one kernel instead of two
@@ -228,54 +174,13 @@ def run_blocks(blocks: tuple[Block, ...], x: Tensor, cos: Tensor, sin: Tensor, s
     return x
 
 
-class TiedLookup(torch.autograd.Function):
-    """The embedding lookup in a tied table, in train mode: F.embedding, but backward adds its gradient to table.grad in place.
-
-    For the few hundred rows looked up, autograd would build a gradient as large as the table (544 MB for the 0.5B) beside the
-    head's, and this would set the step's peak memory. torch.autograd.grad misses this part of the gradient: call it in
-    eval mode.
-    """
-
-    @staticmethod
-    def forward(ctx, anchor: Tensor, ids: Tensor, embedding: nn.Embedding) -> Tensor:
-        """anchor  any tensor that requires grad, so that backward is called: the table itself must not be an input,
-        or autograd would hold the head's gradient back until the lookup's arrives."""
-        ctx.ids, ctx.table = ids, embedding.weight
-        return F.embedding(ids, embedding.weight)                               # [B, T] -> [B, T, D]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        if ctx.table.grad is None:
-            ctx.table.grad = torch.zeros_like(ctx.table)
-        ctx.table.grad.index_add_(0, ctx.ids.flatten(), grad.flatten(0, 1).to(ctx.table.dtype))
-        return None, None, None
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding, but TiedLookup looks up a trained table that is also the head, if nothing watches its gradient."""
-
-    def __init__(self, config: Qwen2Config):
-        # Zeros until init_weights or a checkpoint: on the meta device nn.Embedding's own normal_() would import
-        # torch._dynamo, 1.5 s and 75 MB.
-        super().__init__(config.vocab_size, config.hidden_size, _weight=torch.zeros(config.vocab_size, config.hidden_size))
-        self.tied = config.tie_word_embeddings
-
-    def forward(self, ids: Tensor) -> Tensor:
-        table = self.weight
-        learned = self.training and torch.is_grad_enabled() and table.requires_grad
-        if self.tied and learned and table.is_leaf and not watched(table):
-            return TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self)         # [B, T] -> [B, T, D]
-        return super().forward(ids)                                                         # the same
-
-
 class Body(nn.Module):
     """Embedding, blocks and the last norm: ids [B, T] -> hidden states [B, T, D]."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.tie_word_embeddings)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.compiled = self.graphs = None                                      # set by training.compile_blocks, use_graphs
@@ -318,17 +223,14 @@ class Body(nn.Module):
         return self.__dict__ | {"graphs": None}                                 # for copy and pickle
 
 
-class Qwen2(nn.Module):
+class Qwen2(Attaching):
     """model(ids) gives logits; model.hidden(ids) gives the states that model.head turns into them."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
         self.model = Body(config)
-        self.packed_head = self.packed_from = self.int8_head = self.layout = None           # set by layout.py
-        self.users = set()                                                      # of the layout: who is inside laid_out
         self.quantization = None                                                # quantization_config of a 4-bit model
-        self.partly_quantized = False                                           # gptq.quantize_model did not end, or freed weights
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -347,42 +249,6 @@ class Qwen2(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, T] int64 -> logits [B, T, V]. Causal; right padding needs no mask."""
         return F.linear(self.hidden(ids), self.head)
-
-    # These methods handle what layout.py may have attached to the modules. A reader of the model can skip to init_weights.
-
-    def lay_back(self):
-        """Undoes layout.laid_out: every layer multiplies by its own weight again."""
-        self.packed_head = None
-        for module in self.modules():
-            for name in "joined", "packed":                                     # of Attention and MLP; of Linear
-                held = getattr(module, name, None)
-                if hasattr(held, "unpack"):                                     # the weights are there and nowhere else
-                    held.unpack()
-                if held is not None:
-                    setattr(module, name, None)
-        self.layout = None                                                      # last: an interrupt leaves it to the next call
-
-    def _apply(self, fn, recurse=True):
-        self.lay_back()                                                         # another dtype or device
-        self.int8_head = None
-        return super()._apply(fn, recurse)
-
-    def load_state_dict(self, *given, **options):
-        self.lay_back()                                                         # other weights
-        self.int8_head = None
-        found = super().load_state_dict(*given, **options)
-        self.partly_quantized = False
-        return found
-
-    def zero_grad(self, set_to_none: bool = True):
-        if self.model.graphs is not None:
-            self.model.graphs.lent = {}                                         # gradients that are not in .grad yet
-        super().zero_grad(set_to_none)
-
-    def __getstate__(self) -> dict:
-        """For copy and pickle, which oneDNN's packed tensors and the int8 head do not support. (While another thread generates, a
-        model's layers may be packed too: then both raise NotImplementedError.)"""
-        return self.__dict__ | {"packed_head": None, "int8_head": None, "layout": None, "users": set()}
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Qwen2":

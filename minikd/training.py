@@ -9,7 +9,8 @@ from minikd.checkpoint import check_vocabulary, model_folder, outline
 from minikd.decode_cuda import products
 from minikd.errors import InputError
 from minikd.graphs import GraphedBlocks, can_record
-from minikd.model import Qwen2, run_blocks, watched
+from minikd.layers import watched
+from minikd.model import Qwen2, run_blocks
 from minikd.w4 import W4Linear
 
 

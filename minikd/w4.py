@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from minikd import products
 from minikd.cuda import available
 from minikd.errors import InputError
-from minikd.model import Linear, Qwen2
+from minikd.layers import Linear
+from minikd.model import Qwen2
 from minikd.quant import check_groups, dequantize_groups, nibbles, pack, read_grid, unpack
 from minikd.w4_cuda import MMA_ROWS, codes_of, gpu_of, plan, repack, supports_groups
 

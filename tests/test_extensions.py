@@ -10,14 +10,15 @@ from torch.nn.utils import parametrize, prune
 
 import train_kd
 from conftest import random_ids, random_logits, random_model, small
-from minikd import model as modelling
+from minikd import layers
 from minikd.checkpoint import save_model
 from minikd.errors import InputError
 from minikd.generate import generate
 from minikd.gptq import Hessian, quantize_model
 from minikd.head import head_loss, scored_positions
+from minikd.layers import Linear
 from minikd.losses import DIVERGENCES, forward_kl
-from minikd.model import Body, Linear, RMSNorm, cast_copy
+from minikd.model import Body, RMSNorm, cast_copy
 from minikd.quant import to_words
 from minikd.training import apply_gradient, make_optimizer, use_graphs
 from minikd.w4 import W4Linear, to_w4
@@ -120,7 +121,7 @@ def test_training_on_a_gpu_does_not_pass_it_by(how, monkeypatch):
     model, ids = random_model(), random_ids(2, 5)
     adapt(model, how)
     wanted = model(ids)
-    monkeypatch.setattr(modelling, "trains_on_gpu", lambda x: True)             # where plain layers are joined
+    monkeypatch.setattr(layers, "trains_on_gpu", lambda x: True)             # where plain layers are joined
     torch.testing.assert_close(model(ids), wanted)
 
 

@@ -16,7 +16,8 @@ from minikd.gptq import quantize_model
 from minikd.generate import generate, respond
 from minikd.layout import (INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, packs_bfloat16, pick_layout, torch_products,
                            use_int8_head)
-from minikd.model import Linear, Qwen2
+from minikd.layers import Linear
+from minikd.model import Qwen2
 from minikd.products import gemv
 from minikd.quant import to_words
 from minikd.w4 import W4Linear, to_w4

@@ -19,7 +19,7 @@ from minikd.generate import Decoding, generate_with_log_probs
 from minikd.graphs import GraphedBlocks, Replay
 from minikd.layout import can_pack
 from minikd.losses import forward_kl
-from minikd.model import join_in_training, mixed_precision
+from minikd.model import mixed_precision
 from minikd.teacher import Teacher
 from minikd.training import apply_gradient, make_optimizer, use_graphs
 from minikd.w4 import W4Linear
@@ -110,9 +110,12 @@ def test_a_students_products_are_joined_in_training_alone_and_a_teachers_for_goo
     with gpu():
         student, x = small(0).to("cuda"), torch.ones(1, 2, 16, device="cuda")
         mlp = student.model.layers[0].mlp
-        joined = lambda *layers: join_in_training(x, *layers or (mlp.gate_proj, mlp.up_proj)) is not None
+        joined = lambda: mlp.one_product(x) is not None
         with mixed_precision(x.device, torch.bfloat16):
-            assert joined() and not joined(W4Linear(32, 8, 32, False, 1))
+            assert joined()
+            mlp.gate_proj, plain = W4Linear(32, 8, 32, False, 1), mlp.gate_proj
+            assert not joined()                                                 # it has no weight to join
+            mlp.gate_proj = plain
             with torch.no_grad():
                 assert not joined()
         assert not joined()                                                     # in float32: copies would be kept for backward
