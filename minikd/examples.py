@@ -242,21 +242,17 @@ def _bugnet(record, where):
                 question=f"Fix the bug in this {program}. Answer with the whole program.\n\n{fail}\n{seen}".rstrip())
 
 
-LANGUAGES = {"go": "Go", "java": "Java", "javascript": "JavaScript", "php": "PHP", "ruby": "Ruby"}       # CodeXGLUE's others
-
-
 def _pytorrent(record, where):
     task = text_field(record, where, "summary", "docstring")
     source = text_field(record, where, "original_string", "code")
     try:
         code = without_docstring(source)
-    except (RecursionError, ValueError) as error:               # of ast.unparse: a sum of 500 terms, a number of 4,300 digits
-        raise Dropped(where, "code that Python cannot write anew") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Dropped(where, "code that is not Python 3") from error
     if not code.strip():
         raise Dropped(where, "empty code")
-    language = LANGUAGES.get(str(record.get("language")), "Python")
     return _ask("Write a programming script that appropriately completes the request.", task, (code,),    # its code's wording
-                question=f"Write {language} code for this description. Answer with code only.\n\n{task}")
+                question=f"Write Python code for this description. Answer with code only.\n\n{task}")
 
 
 def _codeforces(record, where):
@@ -292,36 +288,17 @@ FORMATS = {
 }
 
 
-# A docstring in source that does not parse: what is before it, up to a colon and the line's end; its indentation; its quotes; and
-# a semicolon before more code, which is kept with the indentation.
-# The rest of a line, and blank lines and comments below it; bounded, or 48 KB of colons and # would take half a minute.
-_GAP = r"(?:[ \t]{0,200}(?:#[^\n]{0,500})?\n){1,40}"
-_END = r"[ \t]*(?:(;)[ \t]*|(?:#[^\n]*)?(?:\n|\Z))"
-_DOCSTRINGS = (rf'''(:{_GAP})([ \t]*)[rRuUbB]{{0,2}}("""|\'\'\')(?:(?!\3)[^\\]|\\.)*\3{_END}''',
-               rf'''(^[ \t]*(?:def|class)\s+\w{{1,99}}\b[^:]{{0,500}}:{_GAP})([ \t]*)[rRuUbB]{{0,2}}'''
-               rf'''(["\'])(?:(?!\3)[^\\\n]|\\.)*\3{_END}''')
-
-
 def without_docstring(code: str) -> str:
     """Python source without the docstrings of the module and of its outermost defs and classes.
 
     The docstring is the prompt: if it stayed in the target, a model could copy it, which would inflate ROUGE. A body that is
-    only a docstring becomes `pass`. In source that does not parse (Python 2, a fragment) the first triple-quoted text under a
-    line that ends in a colon is removed or, if there is none, the first one-line string under a def or class. A method is
-    dedented, including the lines of its multi-line strings.
+    only a docstring becomes `pass`. A method is dedented, including the lines of its multi-line strings.  Raises what ast.parse
+    raises for source that is not Python 3, or too deep for it.
     """
     code = textwrap.dedent(re.sub("\r\n?", "\n", code))           # a method is still indented as in its class
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                     # about escapes like "\d" in the source
-            tree = ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        keep = lambda found: found[1] + (found[2] if found[4] else "")
-        for pattern in _DOCSTRINGS:
-            code, found = re.subn(pattern, keep, code, count=1, flags=re.DOTALL | re.MULTILINE)
-            if found:
-                break
-        return code
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                         # about escapes like "\d" in the source
+        tree = ast.parse(code)
     defs = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
     lines, shared = code.split("\n"), False
     for scope in reversed([tree, *defs]):                       # from the end: earlier line numbers stay valid
@@ -368,8 +345,8 @@ def load_examples(paths, format: str | None = None, limit: int | None = None, pr
     format    one of FORMATS; None recognises each record
     limit     stop after that many examples
     progress  called after each example
-    Raises InputError for the first malformed record (in PyTorrent, whose published shards hold corrupt lines, they are only
-    counted), and where no record is usable.
+    Raises InputError for the first malformed record, and where no record is usable. In PyTorrent, whose published shards hold
+    corrupt lines, these are only counted; if one begins with such a line, `format` must be given.
     """
     report, files, examples = Report(), data_files(paths), []   # every name is looked up before a file is read
     for example in islice(chain.from_iterable(_examples(file, format, report) for file in files), limit):
@@ -384,32 +361,22 @@ def load_examples(paths, format: str | None = None, limit: int | None = None, pr
 
 def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
     report.files.append((str(file), sha256(file)))
-    name, waiting = format, []                                  # the last record's format
+    name = format                                               # the last record's format
 
     def refuse(error):
-        """Errors wait until a record shows the file's format. Then PyTorrent's are counted; in others, the first is raised."""
-        if name is None:
-            waiting.append(error)
-            if len(waiting) == 100:                             # a file of another kind: the rest need not be read
-                raise waiting[0]
-        elif name != "pytorrent":
+        if name != "pytorrent":
             raise error
-        else:
-            report.dropped["malformed"] += 1
-            report.first_bad = report.first_bad or str(error)
+        report.dropped["malformed"] += 1
+        report.first_bad = report.first_bad or str(error)
 
     for where, record in read_records(file, refuse):
         name = format or recognise(record) or name              # if a field is missing, the last record's format
-        while name and waiting:
-            refuse(waiting.pop(0))
         try:
             yield to_example(record, where, name)
         except Dropped as error:
             report.dropped[error.reason] += 1
         except InputError as error:
             refuse(error)
-    if waiting:
-        raise waiting[0]
 
 
 def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:
