@@ -1,17 +1,16 @@
 """A name -> a folder: a local one, or a repository of the Hugging Face hub in the hub's cache, with only the files asked for."""
-import errno
 import re
 import sys
 from pathlib import Path
 
 from minikd.errors import InputError
+from minikd.files import naming
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
              "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 TIMEOUT = 30                                        # seconds in which the hub must answer; else its cache has to do
 ADDRESS = re.compile(r"^(https://huggingface\.co/|hf://)(datasets/)?")
 KNOWN = {}                                          # (name, kind) -> Repository
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def local_folder(name, patterns, kind: str = "model") -> Path:
@@ -79,59 +78,23 @@ class Repository:
 
     def fetch(self, patterns) -> Path:
         """The folder of its files in the hub's cache, those that match the patterns downloaded where they are missing."""
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
         missing = sorted(set(patterns) - self.fetched)
         if missing or not self.folder:
             revision = self.folder.name if self.folder else self.revision       # the hub's cache records a branch's commit
             try:
-                folder = Path(snapshot_download(self.name, repo_type=self.kind, revision=revision, allow_patterns=missing,
-                                                local_files_only=self.failure is not None))
+                with naming(constants.HF_HUB_CACHE):
+                    folder = Path(snapshot_download(self.name, repo_type=self.kind, revision=revision, allow_patterns=missing,
+                                                    local_files_only=self.failure is not None))
             except Exception as error:
-                raise self.refusal(self.failure or error) from error
+                if getattr(error, "errno", None):               # the disk's
+                    raise
+                reason = " ".join(str(self.failure or error).split()) or type(error).__name__
+                raise InputError(f"{self.name}: no such folder here, and the hub did not return it ({reason}); check the name, "
+                                 "the network and HF_TOKEN") from error
             if self.failure and not self.folder:
-                print(f"{self.name}: the hub did not answer ({why(self.failure)[0]}); using commit {folder.name[:12]} from its "
-                      "cache", file=sys.stderr)
+                print(f"{self.name}: the hub did not answer ({type(self.failure).__name__}); using commit {folder.name[:12]} "
+                      "from its cache", file=sys.stderr)
             self.folder = folder
             self.fetched.update(missing)
         return self.folder
-
-    def refusal(self, error: Exception) -> Exception:
-        """What to raise: a disk's error as it is, with its place, or an InputError."""
-        from huggingface_hub import constants
-        for cause in causes(error):
-            if isinstance(cause, OSError) and (cause.errno in DISK or cause.errno and cause.filename):
-                return OSError(cause.errno, cause.strerror, cause.filename or constants.HF_HUB_CACHE)
-        reason, mend = why(error)
-        return InputError(f"{self.name}: no such folder here, and the hub did not return it ({reason}); {mend}")
-
-
-def causes(error: BaseException):
-    while error:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def why(error: Exception) -> tuple[str, str]:
-    """An error of the hub's -> what happened, and what the user can do."""
-    from huggingface_hub import utils as errors                 # old versions have no huggingface_hub.errors
-    for cause in causes(error):
-        response = getattr(cause, "response", None)
-        status, text = getattr(response, "status_code", None), " ".join(str(cause).split())
-        if isinstance(cause, errors.GatedRepoError):
-            return "its owner asks for consent", "accept the terms on its page and set HF_TOKEN"
-        if status == 401 and "Invalid credentials" in text:
-            return "HF_TOKEN is not valid", "renew it, or unset it for public repositories"
-        if isinstance(cause, errors.RevisionNotFoundError):
-            return "it has no such revision", "check what follows the @"
-        if isinstance(cause, errors.RepositoryNotFoundError) or status == 401:
-            return "it has no such repository, or only a private one", "check the name; for a private one set HF_TOKEN"
-        if status == 429:
-            wait = response.headers.get("Retry-After")
-            return f"too many requests{f', wait {wait} s' if wait else ''}", "try again later, or set HF_TOKEN"
-        if isinstance(cause, errors.HFValidationError):
-            return "it is no hub name", "check the path or the name"
-        if isinstance(cause, errors.OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set", "unset it once, so that the cache can be filled, or check the name"
-        if "Expecting value" in text:                           # json's, about a page of HTML
-            return "what answered is not the hub", "log in to this network first, if it asks for that"
-    return " ".join(str(error).split()) or type(error).__name__, "check the network, and try again"

