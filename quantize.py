@@ -44,8 +44,6 @@ from minikd.teacher import Teacher
 from minikd.tokenizer import GENERATION, Tokenizer
 from minikd.w4 import to_w4
 
-KNOWN_GROUPS = -1, 16, 32, 64, 128, 256, 512, 1024              # of GPTQModel 7's kernels; minikd has others too
-
 
 def make_parser() -> Parser:
     """Every flag, in groups."""
@@ -139,8 +137,6 @@ def describe_calibration(rows: list, samples: int, config) -> str:
     few = f"fewer than --samples {samples}" if len(rows) < samples else ""
     if tokens < widest:                                         # then a Hessian of that size has no full rank
         few = f"fewer tokens than the {widest:,} inputs of a layer, so GPTQ can be worse than rounding; give more"
-    elif max(map(len, rows)) > config.max_position_embeddings:
-        few = f"rows longer than the {config.max_position_embeddings:,} positions that the model has learned; lower --length"
     return f"calibration: {len(rows):,} rows, {tokens:,} tokens" + (f" (note: {few})" if few else "")
 
 
@@ -230,8 +226,6 @@ def main():
     config = load_config(folder)
     for inputs in config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size:
         check_groups(inputs, args.group_size, f"{folder}: --group-size")        # now, not after the calibration's first block
-    if args.group_size not in KNOWN_GROUPS:
-        print(f"note: --group-size {args.group_size}: GPTQModel's kernels know only {', '.join(map(str, KNOWN_GROUPS))}")
     spare_threads(config)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(args.model, config, tokenizer)

@@ -473,8 +473,7 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     anew = args.toy and not args.model                          # the student is the toy's too: all of it can be made again
-    check = functools.partial(check_free, out, [out], resume=args.resume, toy=anew, data=args.data or (),
-                              own=["completions.jsonl", "curves.png"])
+    check = functools.partial(check_free, out, [out], resume=args.resume, toy=anew, own=["completions.jsonl", "curves.png"])
     check()
     files = [[str(file), sha256(file)] for file in data_files(args.data or ())]      # first: it refuses a pipe
     asked, tests = read_problems(**flags_of(read_problems, args))

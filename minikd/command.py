@@ -1,8 +1,8 @@
 """The command line of the scripts: flags, device and dtype, progress."""
 import argparse
 import inspect
-import os
 import re
+import shutil
 import sys
 import time
 
@@ -143,15 +143,6 @@ def spare_threads(config: Qwen2Config):
         torch.set_num_threads(1)
 
 
-def window() -> dict:
-    """tqdm's arguments for a terminal without a size, as in `script`: without them it would show nothing."""
-    try:
-        known = all(os.get_terminal_size(sys.stderr.fileno()))
-    except (OSError, ValueError):
-        known = True
-    return {} if known else {"ncols": 80, "nrows": 24}
-
-
 class Progress:
     """A bar on a terminal; in a log, one plain line now and then.  Use as `with`, and call update().
 
@@ -162,7 +153,8 @@ class Progress:
         self.title, self.total, self.done, self.every, self.shown = title, total, start, every, time.monotonic()
         self.bar = None
         if sys.stderr and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=start, desc=title, leave=False, **window())
+            columns, rows = shutil.get_terminal_size()          # 80 x 24 if it is unknown: by itself tqdm would show nothing
+            self.bar = tqdm(total=total, initial=start, desc=title, leave=False, ncols=columns, nrows=rows)
 
     def __enter__(self):
         return self

@@ -37,11 +37,7 @@ def script_errors():
     except SystemExit as end:                                   # --help
         _end(end.code)
     except InputError as error:
-        text = str(error)
-        cached = re.match(r"(.+/snapshots/[0-9a-f]{40}/[^:]+):.*fetch (it|the model) again$", text)
-        if cached and os.path.islink(cached[1]):                # the hub fetches no file that is in its cache
-            text += f": delete {cached[1]} and {os.path.realpath(cached[1])} first"
-        _exit_with(text)
+        _exit_with(str(error))
     except (MemoryError, RuntimeError) as error:                # torch, on GPU and CPU, raises a RuntimeError
         if re.match("Symlink loop|Could not determine home", str(error)):       # pathlib's, of a path that the user gave
             _exit_with(f"{error}; give another path")

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import tempfile
-import weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,10 +32,8 @@ def atomic_path(path, folder: bool = False, keep=None):
     """Yields a temporary path beside `path`; renames it to `path` if the block ends without an error, else removes it.
 
     A reader, or a restart after kill -9, finds the old content or the new, never a part of either. (Where two names cannot be
-    swapped in one step, as on macOS or of a container's image, an old folder is for a moment only in the temporary folder beside
-    `path`.)
-    With `folder`, the yielded path is an empty folder; where `keep` is true of its name, what the old folder holds stays, also
-    what others write there meanwhile: of two files of one name the one that was written last.
+    swapped in one step, as on macOS, an old folder is for a moment only in the temporary folder beside `path`.)
+    With `folder`, the yielded path is an empty folder; what the old folder holds stays where `keep` is true of its name.
     Raises InputError if `path` exists and is not a regular file (with `folder`, a folder), or is a folder that is or contains the
     working directory.
     """
@@ -63,10 +60,8 @@ def atomic_path(path, folder: bool = False, keep=None):
                 _fsync(new)
             if not (folder and path.exists() and _exchange(new, path)):
                 if folder and path.exists():
-                    _move_away(path, work / "old")              # os.replace cannot replace a full folder
+                    os.rename(path, work / "old")               # os.replace cannot replace a full folder
                 os.replace(new, path)
-            if keep:                                            # what came into the old folder since
-                _keep(new if new.exists() else work / "old", path, keep)
             _fsync(path.parent)
             sweep(path.parent, path.name)                       # what was left of it before there was any
     finally:
@@ -77,26 +72,10 @@ def atomic_path(path, folder: bool = False, keep=None):
             discard(work, held)
 
 
-def _move_away(path: Path, old: Path):
-    """Renames a folder. One that came with a container's image cannot be renamed (overlayfs), but its files can be linked."""
-    try:
-        os.rename(path, old)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        old.mkdir()
-        _keep(path, old)
-        try:
-            shutil.rmtree(path)
-        except BaseException:                                   # an error or Ctrl-C
-            _keep(old, path)
-            raise
-
-
 def _keep(old: Path, new: Path, keep=lambda name: True):
-    """Puts into the folder `new` what `old` holds, of the names that `keep` is true of, if it is not there or older there. Files
-    are linked: nothing is copied, and a log that is open stays the same file."""
-    for path in old.iterdir() if old.exists() else ():
+    """Puts into the folder `new` what `old` holds, of the names that `keep` is true of. Files are linked: nothing is copied, and a
+    log that is open stays the same file."""
+    for path in old.iterdir():
         place = new / path.name
         if not keep(path.name) or path.name.startswith(".") and f".{MARK}" in path.name:        # temporary_folder's
             continue
@@ -106,8 +85,7 @@ def _keep(old: Path, new: Path, keep=lambda name: True):
                 _keep(path, place)
                 _copystat(path, place)
                 _fsync(place)
-            elif not os.path.lexists(place) or place.lstat().st_mtime_ns < path.lstat().st_mtime_ns:    # of a link itself
-                place.unlink(missing_ok=True)
+            elif not os.path.lexists(place):
                 _link(path, place)
 
 
@@ -133,23 +111,12 @@ def holds_cwd(path: Path) -> bool:
     return False
 
 
-HELD = weakref.WeakSet()                                        # the open files that hold a lock
-# A fork, such as a process of a reward's pool, shares a lock, and would else keep it after this process has ended.
-os.register_at_fork(after_in_child=lambda: [file.close() for file in list(HELD)])
-
-
 def hold(path: Path, wait: bool = False) -> io.FileIO:
     """Locks a file, which is made if there is none, until the file object that it returns is closed, or this process has ended.
 
     Raises BlockingIOError if it is locked already and `wait` is false. On a file system without locks it does nothing.
     """
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:                                     # another user's: reading is enough, except on NFS
-        if not path.exists():
-            raise
-        handle = os.open(path, os.O_RDONLY)
-    file = open(handle, "rb", buffering=0)
+    file = open(path, "ab", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -157,7 +124,6 @@ def hold(path: Path, wait: bool = False) -> io.FileIO:
         raise
     except OSError:
         pass
-    HELD.add(file)
     return file
 
 
@@ -254,19 +220,12 @@ def parse_json(text: str | bytes):
         raise ValueError(str(error)) from error
 
 
-def is_stream(path: Path) -> bool:
-    """Whether it is a pipe or a device, not a file."""
-    return path.is_fifo() or path.is_char_device() or path.is_block_device()
-
-
 def read_json(path: Path, mend: str | None = None) -> dict:
     """One JSON object from a file.  Raises InputError, with file and position, if it is missing or not one.
 
     mend  what the user can do then; by default that of a file in a Hugging Face folder
     """
     again = mend or "fetch it again"
-    if is_stream(path):
-        raise InputError(f"{path}: is a pipe or a device, which may never end; {again}")
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -304,7 +263,7 @@ def save_tensors(tensors: dict, path, metadata: dict[str, str] | None = None):
 def sha256(path) -> str:
     """The first 16 hex digits of a file's sha256: enough to notice that it changed.  Raises InputError for a pipe or a device,
     which cannot be hashed first and then read again."""
-    if is_stream(Path(path)):
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
         raise InputError(f"{path}: is a pipe or a device, but must be read twice; save its content to a file, and give that")
     digest = hashlib.sha256()
     with naming(path), open(path, "rb") as file:

@@ -78,15 +78,10 @@ SPLIT = re.compile(r"(?:.*/)?(train|test|valid|validation|val|dev|eval)(?![a-z])
 SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
 
 
-def is_chosen(file: str, choice: str) -> bool:
-    """Whether a choice, a FILE, FOLDER or GLOB, or "" for all, takes this file."""
-    return not choice or file == choice or fnmatch(file, choice) or fnmatch(file, f"{choice}/*")
-
-
 def _choose(name: str, held: list[str], choice: str) -> list[str]:
     data = sorted(file for file in held if file.endswith(ENDINGS) and "/." not in f"/{file}"
                   and file.rpartition("/")[2] not in HUB_METADATA)
-    found = [file for file in data if is_chosen(file, choice)]
+    found = [file for file in data if not choice or file == choice or fnmatch(file, choice) or fnmatch(file, f"{choice}/*")]
     splits = {split[1] for file in found if (split := SPLIT.fullmatch(file.removeprefix(f"{choice}/")))}
     if found and (choice or len(found) == 1) and (len(splits) < 2 or set("*?[") & set(choice)):
         return found

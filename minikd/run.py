@@ -16,13 +16,10 @@ from safetensors import SafetensorError, safe_open
 from minikd.errors import InputError
 from minikd.files import append_to, atomic_path, check_writable, hold, holds_cwd, parse_json, read_json, remove, save_tensors
 from minikd.model import Qwen2
-from minikd.records import is_chosen, local_files, split_choice
 
 STATE, LOG, CONFIG, LOCK = "state.safetensors", "log.jsonl", "config.json", ".lock"
 SAVE_EVERY = 600.0                              # seconds after which a step ends with saving the state, 6 GB for a 0.5B student
 ANOTHER = "choose another --out"                                # what to do about a damaged CONFIG
-# Names of files that a run writes; data files may have them too.
-WRITTEN = re.compile(r"(log|completions|held-out|table|teacher-answers|answers-.+)\.jsonl|config\.json")
 LOCKS = {}                                                      # folder -> the file that holds its lock
 
 
@@ -190,14 +187,12 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, begun: di
 
 # ---- where a run may begin, and where it goes on
 
-def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(), own=(), cache=None):
+def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, own=()):
     """Raises InputError if this run would destroy something: a model in a folder to be written, another run, the table and
-    picture of runs beside it, or a file that it reads.
+    picture of runs beside it, or a file that no run wrote.
 
-    runs   the folders to be written. A run that is there already may only be resumed; the toy may also start its own runs anew
-    data   what the run reads, as data_files takes it
-    own    globs of files that it writes in `out`, beside its log and its config
-    cache  the folder of --cache-teacher, which may be anywhere else
+    runs  the folders to be written. A run that is there already may only be resumed; the toy may also start its own runs anew
+    own   globs of files that it writes in `out`, beside its log and its config
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose a folder with --out")
@@ -218,28 +213,8 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, data=(),
                 raise InputError(f"{place}: holds {what}, which would be replaced; choose another --out")
             if holds_cwd(place):
                 raise InputError(f"{place}: is or contains the current folder, and would be replaced; choose another --out")
-            if cache and Path(cache).resolve().is_relative_to(place.resolve()):
-                raise InputError(f"--cache-teacher {cache}: lies in {place}, which this run replaces; choose another folder")
             if place.is_dir():
                 check_writable(place)
-    check_files(out, runs, data, own)
-
-
-def check_files(out: Path, runs: list[Path], data, own):
-    """check_free's part about files: this run must not overwrite a file that it reads, nor one that no run wrote."""
-    places = [folder.resolve() for folder in (out, *runs)]
-    for file in local_files(data):
-        for path in file.parent.resolve() / file.name, file.resolve():          # a link and what it points to
-            if path.parent in places and WRITTEN.fullmatch(path.name):
-                raise InputError(f"{file}: would be replaced by the run's own {path.name}; choose another --out")
-    for name in data:
-        base, choice = split_choice(name)
-        place = Path(base).expanduser().resolve()
-        if place.is_dir() and places[0].is_relative_to(place):
-            log = (places[0] / LOG).relative_to(place).as_posix()
-            if is_chosen(log, choice):                                                      # as data_files reads it
-                raise InputError(f"--out {out}: the run's own files would be read as part of the data {name}; choose another "
-                                 f"--out, or name the data file: {base}:FILE")
     if not any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG)):         # no run began here
         for file in sorted(file for name in own for file in out.glob(name)):
             raise InputError(f"{file}: was not written by a run, and would be replaced; choose another --out")
@@ -280,8 +255,7 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
 def lock(folder: Path):
     """Keeps other processes' runs out of `folder` until this process ends, however it ends.  Raises InputError if one is in."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = LOCKS.get(folder.resolve())
-    if held and not held.closed:                                # in a fork it is closed
+    if folder.resolve() in LOCKS:
         return
     try:
         LOCKS[folder.resolve()] = hold(folder / LOCK)

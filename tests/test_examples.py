@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import minikd.examples
 from conftest import BUGNET, CODEFORCES, DOLLY, PYTORRENT, write_records
 from minikd.data import prompt_text
 from minikd.errors import InputError

@@ -13,7 +13,7 @@ from conftest import DOLLY, same, small, tiny, write_records
 from fake_hub import Request, again, files_in, served, server
 from minikd import hub, records
 from minikd.checkpoint import Checkpoint, load_model, model_folder, save_model
-from minikd.errors import InputError, script_errors
+from minikd.errors import InputError
 from minikd.gptq import quantize_model
 from minikd.hub import local_folder
 from minikd.quant import to_words
@@ -156,17 +156,6 @@ def test_a_repository_of_another_kind_is_called_what_it_is(served, model, name, 
     del files["config.json"]
     files[name] = b"{}"
     assert f"org/model: {said}" in refusal(lambda: model_folder(model))
-
-
-def test_a_damaged_file_in_the_cache_is_named_with_its_blob(served, model, capsys):
-    file = model_folder(model) / "config.json"
-    blob = file.resolve()
-    blob.write_text("{")
-    with pytest.raises(SystemExit), script_errors():
-        load_model(model)
-    assert f"; fetch it again: delete {file} and {blob} first" in capsys.readouterr().err
-    file.unlink(), blob.unlink(), again()
-    load_model(model)
 
 
 # ---- what goes wrong

@@ -95,13 +95,6 @@ def test_each_flag_of_the_solve_changes_it(run, tmp_path):
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
 
 
-def test_rows_longer_than_the_model_has_learned_are_noted():
-    for positions, noted in (99, True), (100, False):
-        config = SimpleNamespace(intermediate_size=64, max_position_embeddings=positions)
-        said = qz.describe_calibration([[0] * 100] * 4, 4, config)
-        assert (f"rows longer than the {positions} positions that the model has learned; lower --length" in said) == noted
-
-
 def test_on_a_cpu_without_bfloat16_inputs_are_in_float32_and_what_is_not_packed_keeps_its_dtype(shell, world, tmp_path,
                                                                                                monkeypatch):
     for name in "_is_avx512_bf16_supported", "_is_amx_tile_supported":
@@ -140,11 +133,6 @@ def test_a_damp_that_gptqmodel_refuses_is_not_in_the_folder(run, tmp_path):
     for damp, named in (0, False), (1, False), (0.5, True):
         assert run("--damp", damp)[0] == 0
         assert read_quantization(tmp_path / "w4")["meta"].get("damp_percent") == (damp if named else None)
-
-
-def test_a_group_size_that_gptqmodel_lacks_is_noted(run):
-    told = "note: --group-size 8: GPTQModel's kernels know only -1, 16, 32,"
-    assert told in run("--group-size", 8)[1] and "note: --group-size" not in run()[1]
 
 
 def test_another_tokenizer_is_not_replaced(run, world, tmp_path):

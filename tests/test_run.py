@@ -1,6 +1,5 @@
 """A run's folder: a state that comes back bit for bit, a log and settings that outlive kills, and nothing that is overwritten."""
 import json
-import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -364,30 +363,12 @@ def test_a_model_that_no_run_wrote_is_not_replaced_by_a_runs_checkpoints(tmp_pat
         check_free(tmp_path, [tmp_path], resume=False, toy=False)
     write_config(tmp_path, SETTINGS)                                            # a run that ended before its first log line
     check_free(tmp_path, [tmp_path], resume=False, toy=False)
-    for cache in part, f"{part}/cache":
-        with pytest.raises(InputError, match=f"--cache-teacher .*: lies in .*{part}, which this run replaces; choose another"):
-            check_free(tmp_path, [tmp_path], resume=False, toy=False, cache=tmp_path / cache)
-    check_free(tmp_path, [tmp_path], resume=False, toy=False, cache=tmp_path / "cache")
 
 
-@pytest.mark.parametrize("name", ["held-out.jsonl", "table.jsonl", "answers-base.jsonl", "log.jsonl"])
-def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, name):
-    (tmp_path / name).touch(), (tmp_path / "data.jsonl").touch()
-    check_free(tmp_path / "out", [tmp_path / "out"], resume=False, toy=False, data=[tmp_path / name])
+@pytest.mark.parametrize("name", ["held-out.jsonl", "table.jsonl", "answers-base.jsonl"])
+def test_a_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, name):
     (tmp_path / name).write_text("")
-    with pytest.raises(InputError, match=f"{name}: would be replaced by the run's own"):
-        check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "data.jsonl", tmp_path / name])
-    (tmp_path / "kd").mkdir()
-    (tmp_path / "kd" / name).touch()
-    with pytest.raises(InputError, match=f"{name}: would be replaced by the run's own"):
-        check_free(tmp_path, [tmp_path / "sft", tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "kd" / name])
-    (tmp_path / "link.jsonl").symlink_to(name)
-    with pytest.raises(InputError, match=f"link.jsonl: would be replaced by the run's own {name}"):
-        check_free(tmp_path, [tmp_path / "kd"], resume=False, toy=False, data=[tmp_path / "link.jsonl"])
-    (tmp_path / "same").symlink_to(".")
-    with pytest.raises(InputError, match=f"{name}: would be replaced by the run's own"):
-        check_free(tmp_path / "same", [tmp_path / "same/kd"], resume=False, toy=False, data=[tmp_path / name])
-    given = dict(resume=False, toy=False, data=[tmp_path / "data.jsonl"])
+    given = dict(resume=False, toy=False)
     check_free(tmp_path, [tmp_path / "kd"], **given, own=["completions.jsonl"])             # it writes no such file
     for own in name, f"{name[:3]}*.jsonl":
         with pytest.raises(InputError, match=f"{name}: was not written by a run, and would be replaced"):
@@ -397,47 +378,6 @@ def test_a_data_file_of_the_name_that_a_run_writes_is_not_replaced(tmp_path, nam
     (tmp_path / "kd" / CONFIG).unlink()
     lock(tmp_path)
     check_free(tmp_path, [tmp_path / "kd"], **given, own=[name])
-
-
-def test_a_fork_that_outlives_a_run_does_not_keep_its_folder_locked(tmp_path):
-    """A process of a reward's pool, say."""
-    lock(tmp_path)
-    (began, says), (waits, go) = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            lock(tmp_path)                                                      # not the fork's: it is the parent's
-        except InputError:
-            status = 0
-        os.write(says, b"1")
-        os.read(waits, 1)
-        os._exit(status)
-    os.read(began, 1)
-    run.LOCKS.pop(tmp_path.resolve()).close()                                   # as at this process's end
-    try:
-        lock(tmp_path)
-    finally:
-        os.write(go, b"1")
-        assert os.waitpid(child, 0)[1] == 0
-    run.LOCKS.pop(tmp_path.resolve()).close()
-    for handle in began, says, waits, go:
-        os.close(handle)
-
-
-def test_out_inside_a_folder_that_is_read_as_data_is_refused(tmp_path):
-    (tmp_path / "data").mkdir(), (tmp_path / "data/a.jsonl").touch(), (tmp_path / "b.jsonl").touch()
-    for out in "data", "data/run":
-        for data in "data", "data:*.jsonl":
-            with pytest.raises(InputError, match="read as part of the data .*; choose another --out, or name the data file"):
-                check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False,
-                           data=[tmp_path / "b.jsonl", tmp_path / data])
-        for data in "data/a.jsonl", "data:a.jsonl":
-            check_free(tmp_path / out, [tmp_path / out], resume=False, toy=False, data=[tmp_path / data])
-    check_free(tmp_path / "beside", [tmp_path / "beside"], resume=False, toy=False, data=[tmp_path / "data"])
-    (tmp_path / "data/run").mkdir(), (tmp_path / "data/run/b.jsonl").touch()
-    with pytest.raises(InputError, match="would be read as part of the data .*data:run; choose"):
-        check_free(tmp_path / "data/run", [tmp_path / "data/run"], resume=False, toy=False, data=[f"{tmp_path}/data:run"])
 
 
 def test_the_folder_that_one_works_in_is_not_to_be_replaced(tmp_path, monkeypatch):
