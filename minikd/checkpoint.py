@@ -361,7 +361,7 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
     folder.
     """
     folder = Path(folder)
-    if model.users and model.layout == "packed" and not model.quantization:
+    if model.decoding and model.layout == "packed" and not model.quantization:
         raise ValueError(f"{folder}: not saved, as the model generates meanwhile, and its weights are packed; wait for it")
     if model.partly_quantized:
         raise ValueError(f"{folder}: not saved, as the model is partly quantised, or its weights were freed; finish with to_w4")

@@ -34,12 +34,11 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     top_k        keep the k likeliest tokens, and any as likely as the last of them; 0 keeps all
     top_p        then keep the smallest set of likeliest tokens whose probabilities sum to p or more (nucleus)
     eos_ids      one id or several: a row ends after any of these, or at max_new_tokens without one
-    seed         for this call only: the same call gives the same tokens, whatever ran before (on a CPU sums may be rounded
-                 differently while another thread decodes with the model, and in a 4-bit model after other calls, as it keeps
-                 their layout)
+    seed         for this call only: the same call gives the same tokens, whatever ran before (in a 4-bit model on a CPU sums
+                 may be rounded differently after other calls, as it keeps their layout)
     options      those of generate_with_log_probs
     Weights may move in memory (layout.laid_out: on a CPU for several rows, and 4-bit ones): use no old alias, such as p.data.
-    Meanwhile other threads may only generate with the model.
+    Meanwhile other threads may only generate with the model: they take turns.
     Raises ValueError for prompts that are not lists of ids, an empty one (there is no state to sample the first token from), an
     id that the model has no row for, and for options out of their range (check_options); InputError (a ValueError) for a model
     whose logits are not finite.

@@ -111,8 +111,8 @@ class Attaching(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.packed_head = self.packed_from = self.int8_head = self.layout = None           # set by layout.py
-        self.users = set()                                      # of the layout: who is inside laid_out
+        self.packed_head = self.int8_head = self.layout = None  # set by layout.py
+        self.decoding = False                                   # inside layout.laid_out
         self.partly_quantized = False                           # gptq.quantize_model did not end, or freed weights
 
     def lay_back(self):
@@ -147,4 +147,4 @@ class Attaching(nn.Module):
     def __getstate__(self) -> dict:
         """For copy and pickle, which oneDNN's packed tensors and the int8 head do not support. (While another thread generates, a
         model's layers may be packed too: then both raise NotImplementedError.)"""
-        return self.__dict__ | {"packed_head": None, "int8_head": None, "layout": None, "users": set()}
+        return self.__dict__ | {"packed_head": None, "int8_head": None, "layout": None, "decoding": False}

@@ -23,8 +23,7 @@ from minikd.w4 import W4Linear, give_memory_back
 WORTH = 16
 # Fewer rows than this use the int8 head: 1.5 to 2.3 x as fast at 1, 1.1 to 1.6 x at 4, 0.9 to 1.1 x at 8 (results/w4_linear.txt).
 INT8_ROWS = 8
-LAYING = threading.Lock()                               # held while a layout is made or undone, whatever the model
-SWITCH, STOOD = threading.Lock(), {}                    # for without_onednn: who is inside -> the switch before the first entered
+LAYING = threading.RLock()                              # held while any model decodes: threads take turns
 
 
 @contextmanager
@@ -32,48 +31,38 @@ def laid_out(model: Qwen2, rows: int, steps: int):
     """Inside the `with` block the model's layers multiply in the fastest way for decoding this many rows and steps: pick_layout.
 
     While packed, the blocks' weights are held in that layout only, but the head twice: a tied embedding reads it plain. (For two
-    rows in float32 packing the head gains nothing: it stays plain.) A 4-bit model keeps the layout afterwards, as its codes
-    never change, and its packed head until the head changes (a write through `.data` is not seen).
-    Other threads may enter meanwhile: they use the layout that they find, and the last to leave undoes it.
+    rows in float32 packing the head gains nothing: it stays plain.) A 4-bit model's layers stay joined afterwards.
+    Threads take turns. A block inside another, as of generate in respond, uses the layout that it finds.
     """
-    me = object()
-    try:
-        with LAYING:
-            first = not model.users
-            model.users.add(me)                         # now: if this thread is interrupted below, the next must not be first
-            if first:
-                undo_layout(model)                      # what interrupts left
-                if model.packed_head is not None and model.packed_from != state_of(model.head):
-                    model.packed_head = None            # kept by a 4-bit model whose head was then trained or cast
-                model.layout = pick_layout(model, rows, steps)
-                if model.layout == "plain":
-                    use_multiply(model)
-                elif model.layout is not None:
-                    lay_out(model, rows, pack=model.layout == "packed")
-        yield
-    finally:
-        try:
-            leave(model, me)
-        except BaseException:                           # an interrupt, or no memory: restore the weights, then raise
-            leave(model, me)
-            raise
-
-
-def leave(model: Qwen2, me):
-    """Ends a use of the layout; after the last, the layout."""
     with LAYING:
-        model.users.discard(me)
-        if not model.users:
-            undo_layout(model)
+        if model.decoding:
+            yield
+            return
+        try:
+            undo_layout(model)                          # what interrupts left
+            model.decoding = True
+            model.layout = pick_layout(model, rows, steps)
+            if model.layout == "plain":
+                use_multiply(model)
+            elif model.layout is not None:
+                lay_out(model, rows, pack=model.layout == "packed")
+            yield
+        finally:
+            try:
+                undo_layout(model)
+            except BaseException:                       # an interrupt, or no memory: restore the weights, then raise
+                undo_layout(model)
+                raise
 
 
 def undo_layout(model: Qwen2):
-    """Undoes what laid_out has done, unless the model keeps it."""
+    """Undoes what laid_out has done, but for the joined layers of a 4-bit model: its codes never change."""
+    packed, model.decoding = model.layout == "packed", False
     if model.quantization is None and model.layout is not None:
-        packed = model.layout == "packed"
         model.lay_back()
-        if packed:
-            give_memory_back()
+    model.packed_head = model.layout = None
+    if packed:
+        give_memory_back()
 
 
 def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
@@ -113,24 +102,18 @@ def torch_products(weight: Tensor, rows: int):
 
 @contextmanager
 def without_onednn():
-    """Inside the `with` block torch's own kernels multiply. The switch belongs to the process: of several threads the first saves
-    its state, and the last restores it."""
-    me = object()
+    """Inside the `with` block torch's own kernels multiply. (The switch belongs to the process.)"""
+    before = torch.backends.mkldnn.enabled
     try:
-        with SWITCH:
-            STOOD[me] = next(iter(STOOD.values()), torch.backends.mkldnn.enabled)
-            torch.backends.mkldnn.enabled = False
+        torch.backends.mkldnn.enabled = False
         yield
     finally:
-        with SWITCH:
-            if [*STOOD] == [me]:
-                torch.backends.mkldnn.enabled = STOOD[me]
-            STOOD.pop(me, None)
+        torch.backends.mkldnn.enabled = before
 
 
 def can_pack() -> bool:
     """Whether this torch has oneDNN: a Mac's has not, though `enabled` is true there."""
-    return torch.backends.mkldnn.is_available() and (*STOOD.values(), torch.backends.mkldnn.enabled)[0]
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 def packs_bfloat16() -> bool:
@@ -155,14 +138,8 @@ def lay_out(model: Qwen2, rows: int, pack: bool):
     if pack:
         give_memory_back()
         few = rows == 2 and model.head.dtype == torch.float32               # for those multiply is as fast
-        if model.packed_head is None and not few and not (model.int8_head and rows < INT8_ROWS):
-            model.packed_from = state_of(model.head)
+        if not few and not (model.int8_head and rows < INT8_ROWS):
             model.packed_head = torch.ops.mkldnn._reorder_linear_weight(model.head, rows)
-
-
-def state_of(weight: Tensor) -> tuple:
-    """A value that stays equal while nothing is written to the weight. (An inference tensor counts no versions.)"""
-    return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
 
 
 def use_multiply(model: Qwen2):

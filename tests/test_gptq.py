@@ -15,7 +15,6 @@ from minikd.config import Qwen2Config
 from minikd.data import Encoded
 from minikd.errors import InputError
 from minikd.gptq import (Hessian, calibrate, full_precision, inverse_factor, output_errors, quantize_matrix, quantize_model)
-from minikd.layout import torch_products
 from minikd.model import Qwen2
 from minikd.quant import dequantize_groups, find_grid, round_to_nearest, to_words
 from minikd.w4 import linear_layers, to_w4
@@ -229,15 +228,6 @@ def test_products_are_exact_whatever_the_process_allows():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
-
-
-def test_products_stay_exact_when_another_thread_has_decoded_a_row_meanwhile():
-    decoding, exact = torch_products(torch.zeros(1, dtype=torch.bfloat16), 1), full_precision()
-    decoding.__enter__()
-    with exact:
-        decoding.__exit__(None, None, None)
-        assert not torch.backends.mkldnn.enabled
-    assert torch.backends.mkldnn.enabled
 
 
 def test_products_are_exact_where_torchs_newer_names_allow_less():

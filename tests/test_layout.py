@@ -14,7 +14,7 @@ from minikd.data import Encoded
 from minikd.errors import InputError
 from minikd.gptq import quantize_model
 from minikd.generate import generate, respond
-from minikd.layout import (INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, packs_bfloat16, pick_layout, torch_products,
+from minikd.layout import (INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, packs_bfloat16, pick_layout,
                            use_int8_head)
 from minikd.layers import Linear
 from minikd.model import Qwen2
@@ -37,23 +37,6 @@ def test_a_torch_without_onednn_has_no_packed_layout(large, monkeypatch, there):
         assert packed_parts(large) == 0
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("first", [0, 1])
-def test_a_layout_that_two_threads_use_stays_until_the_last_has_left(large, first):
-    """The second takes what it finds: another layout, or none, would move the weights under the first."""
-    before = {name: value.clone() for name, value in large.state_dict().items()}
-    for rows in (3, 5), (3, 1), (1, 3):
-        users = [laid_out(large, rows=each, steps=16) for each in rows]
-        users[0].__enter__()
-        parts, ids = packed_parts(large), torch.tensor([[7, 8]] * 3)
-        states = large.hidden(ids)
-        users[1].__enter__()
-        users[first].__exit__(None, None, None)
-        assert packed_parts(large) == parts == (9 if rows[0] == 3 else 0) and torch.equal(large.hidden(ids), states)
-        users[1 - first].__exit__(None, None, None)
-        assert packed_parts(large) == 0 and same(large.state_dict(), before)
-
-
 @pytest.mark.parametrize("fails", ["lay_out", "yield"])
 def test_after_an_error_the_next_to_enter_is_the_first(large, monkeypatch, fails):
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
@@ -65,26 +48,6 @@ def test_after_an_error_the_next_to_enter_is_the_first(large, monkeypatch, fails
     with laid_out(large, rows=3, steps=16):
         assert packed_parts(large) == 9
     assert packed_parts(large) == 0
-
-
-def test_who_enters_while_the_first_is_interrupted_does_not_take_half_a_layout_for_the_models_own(large, monkeypatch):
-    """Else nobody would undo it, and training would miss the packed layers' gradients."""
-    second, real = laid_out(large, rows=3, steps=16), Packed.free_parts
-
-    def interrupted(packed):
-        real(packed)
-        layout.LAYING.release()                                 # as the `with` does, before the first thread's finally
-        second.__enter__()
-        layout.LAYING.acquire()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Packed, "free_parts", interrupted)
-    with pytest.raises(KeyboardInterrupt), laid_out(large, rows=3, steps=16):
-        pass
-    monkeypatch.undo()
-    assert packed_parts(large) == 1
-    second.__exit__(None, None, None)
-    assert packed_parts(large) == 0 and not large.users
 
 
 def test_a_layout_whose_end_was_interrupted_twice_is_undone_by_the_next_and_not_trained_through(large, monkeypatch):
@@ -179,20 +142,6 @@ def test_one_row_in_bfloat16_is_decoded_without_onednn(monkeypatch, dtype):
         with suppress(KeyboardInterrupt):
             generate(model, prompts, 4)
         assert used == [(3, True), (1, not narrow or len(prompts) > 1), *used[1:2] * 2][:min(fails, 4)]
-        assert torch.backends.mkldnn.enabled
-
-
-def test_two_threads_that_decode_one_row_leave_onednn_on():
-    """Whichever ends first; and what other threads pack meanwhile is packed."""
-    weight, before = torch.zeros(1, dtype=torch.bfloat16), can_pack()
-    for order in (0, 1), (1, 0):
-        users = [torch_products(weight, 1) for _ in range(2)]
-        for user in users:
-            user.__enter__()
-        assert not torch.backends.mkldnn.enabled and can_pack() == before
-        users[order[0]].__exit__(None, None, None)
-        assert not torch.backends.mkldnn.enabled
-        users[order[1]].__exit__(None, None, None)
         assert torch.backends.mkldnn.enabled
 
 
@@ -429,7 +378,7 @@ def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
             packed = model.packed_head
         attention = model.model.layers[0].self_attn
         assert attention.joined is not None
-        assert (packed is not None) == (can_pack() and packs_bfloat16())
+        assert (packed is not None) == (can_pack() and packs_bfloat16()) and model.packed_head is None
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
         joined = attention.joined.__self__
         assert joined.qweight.numel() == 64 * 128 // 8 and not any(part.qweight.numel() for part in parts)
@@ -441,7 +390,7 @@ def test_a_4_bit_model_is_joined_once_and_stays_so_until_it_moves():
         assert (first - expected).norm() <= 2e-2 * expected.norm()
         for rows in 1, 2:
             with laid_out(model, rows=rows, steps=16):
-                assert attention.joined is kept and model.packed_head is packed
+                assert attention.joined is kept
     for part in parts:
         del part.multiply
     assert same(model.state_dict(), stored)
@@ -525,16 +474,6 @@ def test_a_4_bit_models_head_may_be_trained():
         optimizer.zero_grad()
     after = generate(model, PROMPTS, 20)
     assert after == generate(copy.deepcopy(model), PROMPTS, 20) != before
-
-
-def test_a_4_bit_models_packed_head_is_that_of_its_weight_as_it_is():
-    model = four_bits(torch.float32, vocab_size=17_000)                         # a head large enough to be packed
-    before = generate(model, PROMPTS, 20)
-    if model.packed_head is None:
-        pytest.skip("torch packs nothing on this CPU")
-    with torch.no_grad():
-        model.head.mul_(-1)
-    assert generate(model, PROMPTS, 20) == generate(copy.deepcopy(model), PROMPTS, 20) != before
 
 
 def test_generate_decodes_outside_of_autocast():
