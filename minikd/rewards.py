@@ -303,10 +303,8 @@ def load_rewards(names: str) -> dict[str, Callable[..., Values]]:
         if not path and name not in REWARDS:
             raise InputError(f"--rewards {names}: there is no reward {name!r}; give some of {', '.join(REWARDS)}, or "
                              "FILE.py:FUNCTION")
-        if name in found:                                       # both would have one name in the log
-            raise InputError(f"--rewards {names}: {name!r} is named twice; name each once")
-        if path and name in REWARDS:
-            raise InputError(f"--rewards {names}: {name!r} is the name of a reward that is here already; rename the function")
+        if name in found or path and name in REWARDS:           # both would have one name in the log
+            raise InputError(f"--rewards {names}: there are two rewards {name!r}; rename one, or leave it out")
         found[name] = _from_file(path, name) if path else REWARDS[name]
     return found
 

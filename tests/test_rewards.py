@@ -494,7 +494,7 @@ def test_rewards_are_found_by_name_in_the_order_given():
 
 @pytest.mark.parametrize("names, message", [
     ("formal", "--rewards formal: there is no reward 'formal'; give some of format, tags, steps, .* FILE.py:FUNCTION"),
-    ("format,", "no reward ''"), ("", "no reward ''"), ("format,format", "'format' is named twice"),
+    ("format,", "no reward ''"), ("", "no reward ''"), ("format,format", "two rewards 'format'"),
     ("mine.py", "no reward 'mine.py'"), ("nowhere/mine.py:f", "nowhere/mine.py:f: there is no Python file"),
     ("code:partial", "no Python file code"),
 ])
@@ -580,14 +580,14 @@ def test_a_file_that_does_not_load_is_told_in_one_line(tmp_path, text, message):
 def test_one_name_from_two_files_is_refused(tmp_path):
     a, b = (user_file(tmp_path, "def f(completions, problems): return [0] * len(completions)\n", name)
             for name in ("a.py", "b.py"))
-    with pytest.raises(InputError, match="'f' is named twice"):
+    with pytest.raises(InputError, match="two rewards 'f'"):
         load_rewards(f"{a}:f,{b}:f")
 
 
 def test_a_users_function_with_the_name_of_a_reward_is_refused(tmp_path):
     """The log would call its values by that name, and the held-out accuracy be counted by it."""
     ours = user_file(tmp_path, "def answer(completions, problems): return [0] * len(completions)\n", "ours.py")
-    with pytest.raises(InputError, match=r"ours.py:answer: 'answer' is the name of a reward that is here already; rename"):
+    with pytest.raises(InputError, match=r"ours.py:answer: there are two rewards 'answer'; rename"):
         load_rewards(f"code,{ours}:answer")
 
 
