@@ -130,7 +130,7 @@ def parse_args():
     """
     parser = make_parser()
     args = parser.parse_args()
-    if args.loss is None and len(args.lr or ()) > 1:            # as in the paper's figure 2
+    if args.loss is None and len(args.lr or ()) > 1:            # figure 2 of the paper. (A flag not given is None until below)
         args.loss = "forward_kl"
         print("note: several --lr without --loss: a sweep with --loss forward_kl", file=sys.stderr)
     note_flags(args)
@@ -211,9 +211,10 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     lm_rows  the rows of --lm-data
     loss     one name of --loss
     dtype    that of matrix products and of sampling
-    The other arguments are the flags of the same names. A saved state in `out` is continued. In the log, `ce` is that of the
-    tokens learned from: in MiniLLM and in on-policy steps -log q of the student's own samples. Raises InputError for a gradient
-    that is not finite, after its step has changed the student (this is not saved), and for a held-out loss that is not finite.
+    The other arguments are the flags of the same names; main passes them by flags_of. A saved state in `out` is continued. In the
+    log, `ce` is that of the tokens learned from: in MiniLLM and in on-policy steps -log q of the student's own samples.
+    Raises InputError for a gradient that is not finite, after its step has changed the student (this is not saved), and for a
+    held-out loss that is not finite.
     """
     out, optimizer = Path(out), make_optimizer(student.train(), lr, weight_decay)
     if not gradient_checkpointing:
@@ -227,15 +228,17 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     if compile:
         compile_blocks(student, *([teacher.model] if isinstance(teacher, Teacher) else []))
         compile_losses()
-    state, saved = load_state(out, student, optimizer, {"step": 0, "best": -1.0})       # best: ROUGE-L; saved: MiniLLM's rollouts
-    rollouts_now, batching = minillm.unpack_rollouts(saved), (batch_size, grad_accum, seed)
-    sampling = dict(batch_size=batch_size * grad_accum, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
+    state, saved = load_state(out, student, optimizer, {"step": 0, "best": -1.0})       # best: the highest ROUGE-L so far
+    rollouts_now = minillm.unpack_rollouts(saved)               # those that MiniLLM is learning from; else []
+    batching = batch_size, grad_accum, seed
+    answering = dict(batch_size=batch_size * grad_accum, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids)
     if loss == "minillm":
-        collecting = dict(sampling, student=student, teacher=teacher.model, pad_id=tokenizer.pad_id, mix=mix, dtype=dtype)
-        source = minillm.rollout_steps(rollouts_now, rows, state["step"], steps, *batching, rollouts, inner_epochs, collecting)
+        collecting = dict(answering, student=student, teacher=teacher.model, pad_id=tokenizer.pad_id, mix=mix, dtype=dtype)
+        train_steps = minillm.rollout_steps(rollouts_now, rows, state["step"], steps, *batching, rollouts, inner_epochs,
+                                            collecting)
     else:
-        source = optimizer_steps(rows, state["step"], steps, *batching)         # of (step, its micro-batches)
-    lm_source = optimizer_steps(lm_rows, state["step"], steps, *batching)       # the same of --lm-data; not begun without it
+        train_steps = optimizer_steps(rows, state["step"], steps, *batching)    # yields (step, its micro-batches)
+    lm_steps = optimizer_steps(lm_rows, state["step"], steps, *batching)        # the same of --lm-data; lazy: unused without it
     backward = functools.partial(                                               # of one micro-batch; gradients add up
         forward_backward, student=student, teacher=teacher, divergence=divergence, ratio_clip=ratio_clip,
         pad_id=tokenizer.pad_id, dtype=dtype, checkpointing=gradient_checkpointing)
@@ -246,19 +249,20 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         rouge=rouge, out=out, log=log)
     with Progress(out.name, steps, start=state["step"]) as progress:
         started = kept = time.perf_counter()                                    # kept: when the state was last saved
-        for step, batches in source:                                            # MiniLLM's rollouts are sampled in here
-            lm_batches = next(lm_source)[1] if lm_rows else []
+        for step, batches in train_steps:                                       # MiniLLM's rollouts are sampled in here
+            lm_batches = next(lm_steps)[1] if lm_rows else []
             own_answers = random.Random(f"{seed}:{step}").random() < on_policy  # GKD: this step on the student's answers
             kd_share = 1.0 if own_answers else kd_ratio                         # no CE: its own answers are no targets
             if own_answers:
                 sampler = cast_copy(student, dtype, sampler)
                 own = respond(sampler, sum(batches, []), seed=seed + 7919 * step,          # a prime: small seeds do not collide
-                              vocab=len(tokenizer), **sampling)
+                              vocab=len(tokenizer), **answering)
                 batches = [own[i:i + batch_size] for i in range(0, len(own), batch_size)]
 
-            scored, lm_scored = map(response_tokens, (batches, lm_batches))     # of the whole optimizer step
-            sums = sum(backward(batch, weight=1 / scored, kd_ratio=kd_share) for batch in batches)      # [2]: CE and divergence
-            lm_sums = sum(backward(batch, weight=lm_coef / lm_scored) for batch in lm_batches)     # CE alone
+            # Forward and backward; the gradients of all micro-batches add up. Each sum is [2]: of CE, and of the divergence.
+            scored, lm_scored = response_tokens(batches), response_tokens(lm_batches)
+            sums = sum(backward(batch, weight=1 / scored, kd_ratio=kd_share) for batch in batches)
+            lm_sums = sum(backward(batch, weight=lm_coef / lm_scored) for batch in lm_batches)
             rate = learning_rate(step, steps, lr, warmup, schedule)
             norm = apply_gradient(student, optimizer, rate, max_grad_norm)
 
@@ -304,12 +308,12 @@ def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad
             old, advantage, teacher_states = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']
             policy_loss = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
-        elif kd_ratio:                                                          # paper eq. (3)
-            teacher_states = teacher.states(batch, ids, mask)                   # [N, D']; first: without graphs this keeps a
-        states, targets = scored_positions(                                     # GPU busy while the host launches the student
-            student.hidden(ids, checkpointing=checkpointing), ids, mask)        # [N, D], [N]
-        value, ce, kd = head_loss(states, student.head, targets, teacher_states, teacher.head if teacher else None,
-                                  divergence if kd_ratio else None, kd_ratio, weight, policy_loss)
+        elif kd_ratio:                              # paper eq. (3). Before the student, whose kernels the host launches meanwhile
+            teacher_states = teacher.states(batch, ids, mask)                   # [N, D']
+        states, targets = scored_positions(student.hidden(ids, checkpointing=checkpointing), ids, mask)         # [N, D], [N]
+        value, ce, kd = head_loss(                              # the teacher's head also where only CE counts: see there
+            states, student.head, targets, teacher_states, teacher.head if teacher else None,
+            divergence if kd_ratio else None, kd_ratio, weight, policy_loss)
     value.backward()
     return torch.stack([ce.sum(), kd.sum()])
 
@@ -459,7 +463,7 @@ def conclude(models: dict, teacher: Teacher | None, runs: dict[str, Path], token
     the teacher's ROUGE-L dashed; both are (rows, examples). Returns the picture's path."""
     answers = dict(max_new_tokens=max_new_tokens, batch_size=max(AT_ONCE, batch_size), rouge=rouge)
     dashed = show_table(models, teacher, tokenizer, *asked, out, **answers).get("Teacher", {}).get("all")
-    if teacher and eval_data:                                   # the table was about these
+    if teacher and eval_data:                                   # then the table is of --eval-data, the curves are of held_out
         rows, examples = held_out
         scores = answer_and_score(teacher.model, tokenizer, rows[:eval_examples], examples, **answers)
         dashed = mean_by_category(scores)["all"]["rouge_l"]
@@ -481,6 +485,7 @@ def main():
         args.student, args.teacher = str(out / "base" / "best"), str(out / "teacher" / "best")
         args.data, args.eval_data = [str(out / "data" / "train.jsonl")], [str(out / "data" / "test.jsonl")]
 
+    # ---- read and check all; only the toy world has written yet
     tokenizer = Tokenizer.load(args.student)
     lengths = dict(template=args.template, max_length=args.max_length, max_prompt_length=args.max_prompt_length)
     if args.teacher:
@@ -491,13 +496,14 @@ def main():
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or max(1, math.ceil(round(args.epochs * per_epoch, 6)))  # 0.07 x 100 is 7.000000000000001
     check_student(args.student, tokenizer)
-    begun, teaching = Checkpoint(args.student), Checkpoint(args.teacher) if args.teacher else None
-    if teaching:
-        outline(teaching.folder)                                # checks its files now: SFT only loads it for the table
+    start_from = Checkpoint(args.student)
+    teacher_files = Checkpoint(args.teacher) if args.teacher else None
+    if teacher_files:
+        outline(teacher_files.folder)                           # checks its files now: SFT only loads it for the table
     settings = flags_of(train, args, but=("student", "teacher", "loss", "lr", "out")) | dict(
         tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
         eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
-    recorded = {"toy": args.toy, "student": str(begun), "teacher": teaching and str(teaching),
+    recorded = {"toy": args.toy, "student": str(start_from), "teacher": teacher_files and str(teacher_files),
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
                 "cache_teacher": args.cache_teacher, "limit": args.limit,
                 "dtype": str(dtype) if teacher_dtype == dtype else f"{dtype}, of the teacher {teacher_dtype}",
@@ -505,29 +511,33 @@ def main():
     for _, loss, lr, folder in args.plan:                                                   # before anything is written
         if args.resume and not args.toy and read_log(out / folder):
             check_settings(out / folder, recordable(settings | dict(loss=loss, lr=lr)) | recorded)
+
+    # ---- the runs
     lock(out)
     check()                                                     # another process may have run here while the data were read
     if not args.eval_data:
         write_held_out(held_out[1], out / "held-out.jsonl")
     if args.seq_kd:
-        rows = ask_teacher(teaching, tokenizer, rows, device, teacher_dtype, out / "teacher-answers.jsonl",
+        rows = ask_teacher(teacher_files, tokenizer, rows, device, teacher_dtype, out / "teacher-answers.jsonl",
                            **flags_of(ask_teacher, args))
     teacher = None
-    if teaching and args.loss != "sft":
+    if teacher_files and args.loss != "sft":
         made_from = {"data": sorted(digest for _, digest in report.files), "seq_kd": args.seq_kd, **lengths}
-        teacher = open_teacher(teaching, tokenizer, rows + held_out[0], device, teacher_dtype, made_from,
+        teacher = open_teacher(teacher_files, tokenizer, rows + held_out[0], device, teacher_dtype, made_from,
                                **flags_of(open_teacher, args))
     settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
     if args.from_sft:
-        stage(out / "sft", functools.partial(begun.load, device), loss="sft", lr=3e-3, recorded=recorded, **settings)
-        begun = Checkpoint(out / "sft" / "best")
-        recorded["student"] = str(begun)
+        stage(out / "sft", functools.partial(start_from.load, device), loss="sft", lr=3e-3, recorded=recorded, **settings)
+        start_from = Checkpoint(out / "sft" / "best")
+        recorded["student"] = str(start_from)
     for _, loss, lr, folder in args.plan:
-        stage(out / folder, functools.partial(begun.load, device), loss=loss, lr=lr, recorded=recorded, **settings)
-    if teaching and not isinstance(teacher, Teacher):           # the table needs answers: the whole model, not the head
-        teacher = settings["teacher"] = Teacher(teaching.load(device, teacher_dtype).requires_grad_(False))
+        stage(out / folder, functools.partial(start_from.load, device), loss=loss, lr=lr, recorded=recorded, **settings)
+
+    # ---- the table
+    if teacher_files and not isinstance(teacher, Teacher):      # the table needs answers: the whole model, not the head
+        teacher = settings["teacher"] = Teacher(teacher_files.load(device, teacher_dtype).requires_grad_(False))
     plan = {label: out / folder for label, *_, folder in args.plan}
-    models = {"SFT" if args.from_sft else "Base": functools.partial(begun.load, device, dtype)}     # what the runs began from
+    models = {"SFT" if args.from_sft else "Base": functools.partial(start_from.load, device, dtype)}
     models |= {label: functools.partial(load_model, run / "best", device, dtype) for label, run in plan.items()}
     picture = conclude(models, teacher, plan, tokenizer, asked, held_out, out, **flags_of(conclude, args))
     print(f"\n{f'curves in {picture}; ' if picture else ''}checkpoints under {out}; {time.time() - started:.0f} s")

@@ -38,8 +38,8 @@ class KVCache:
         return Slots(self.keys[i], self.values[i], self.used, mask)
 
     def advance(self, T: int):
-        """To be called when all layers have read T slots of prompts or, later, one more token per row."""
-        if self.used:                                                           # `lengths` counts the prompts already
+        """Call it after the last layer: once for the prompts' T slots, then for each new token (T = 1)."""
+        if self.used:                                                           # not for the prompts: `lengths` began with them
             assert T == 1, f"{T} tokens at once after the prompts"
             self.lengths = self.lengths + 1
         self.used += T
@@ -55,8 +55,8 @@ class Slots(NamedTuple):
     keys: Tensor                                                                # [B, K, S, E]
     values: Tensor                                                              # [B, K, S, E]
     used: int | Tensor                                                          # slots filled so far; StaticCache: a tensor [1]
-    mask: Tensor | None                 # which of s slots one more token sees, [B, 1, 1, s] bool; None: all.  StaticCache:
-                                        # [B, 1, 1, S], 0 or -inf, to be added to the scores
+    mask: Tensor | None                 # for decoding steps: [B, 1, 1, s], True where the token may look; None: everywhere.
+                                        # StaticCache: [B, 1, 1, S], 0 or -inf, added to the scores
     parts: Tensor | None = None         # scratch memory of the GPU's attention kernel (attend_cuda.py), where it can run
 
     def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class Slots(NamedTuple):
 class StaticCache(KVCache):
     """The cache of a step that a CUDA graph replays: all that changes between steps is in device tensors at fixed addresses.
 
-    `bias`, added to the scores, excludes the slots not yet written, which torch's attention reads too, and the gaps.
+    Attention then always reads all S slots: `bias`, added to the scores, is -inf at gaps and at slots that are not written yet.
     """
 
     def __init__(self, cache: KVCache):

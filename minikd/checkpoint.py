@@ -19,7 +19,7 @@ from minikd.w4 import W4Linear, swap_linears
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTIZE = "quantize_config.json"
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
-PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
+FOUR_BIT = (".qweight", ".qzeros", ".scales", ".g_idx")
 PART = 16 << 20                                     # bytes that are read before a file is closed
 SHARD_BYTES = 5 * 10**9                             # transformers 4's own limit; 5's is ten times that
 # Old checkpoints store these; minikd computes both (rope_tables, causal attention), so they are ignored.
@@ -39,7 +39,7 @@ def check_vocabulary(name, config: Qwen2Config, tokenizer):
                          "them; give a model and a tokenizer that belong together")
 
 
-@torch.no_grad()                                    # restores the mode: an interrupt in a no_grad() of torch's could leave it off
+@torch.no_grad()                                    # and turns gradients on again, even after Ctrl-C in a no_grad of torch's own
 def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     """A model in eval mode from a local folder or a hub name. (One of 4 bits is only fast in bfloat16: w4.choose.)
 
@@ -64,8 +64,8 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
 
 
 def versions(folder: Path) -> dict[str, tuple]:
-    """A value that changes when a file that decides what a folder's model computes is written, replaced or touched: sizes and
-    times, without inode numbers, which mounted cloud storage may change at any moment."""
+    """Size and time of each file that decides what a folder's model computes; they change when one is written or replaced.
+    (Inode numbers are left out: mounted cloud storage may change them at any moment.)"""
     found = {}
     with suppress(InputError):                                  # an index that is only half written
         for name in "config.json", INDEX, *shards_of(folder):
@@ -325,15 +325,15 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
         if shapes[key] != shape:
             raise InputError(f"{files[key]}: tensor {key} is {list(shapes[key])}, but config.json asks for {list(shape)}; use "
                              "files of the same model")
-    tied = HEAD in files and HEAD not in wanted                 # some folders store a tied head too, or an empty one
-    if tied and shapes[HEAD] not in (wanted[TABLE], (0,)):
+    stores_tied_head = HEAD in files and HEAD not in wanted     # some folders store a tied head too, or an empty one
+    if stores_tied_head and shapes[HEAD] not in (wanted[TABLE], (0,)):
         raise InputError(f"{files[HEAD]}: tensor {HEAD} is {list(shapes[HEAD])}, but config.json ties it to the embedding, "
                          f"{list(wanted[TABLE])}; use files of the same model")
     for key in files:
         if key not in wanted and key != HEAD and not changes_nothing(files[key], key):
             raise InputError(f"{files[key]}: tensor {key} {list(shapes[key])} is not part of the model that "
                              "config.json describes; use files of the same model")
-    if tied and shapes[HEAD] == wanted[TABLE]:
+    if stores_tied_head and shapes[HEAD] == wanted[TABLE]:
         a, b = (read_tensor(files[key], key) for key in (HEAD, TABLE))
         if a.dtype != b.dtype:                                  # torch compares float8 with no other dtype
             a, b = a.float(), b.float()
@@ -354,11 +354,11 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
 
     One model.safetensors or, above `shard_bytes`, shards with an index. A tied head is left out, as in the
     folders Qwen published. A 4-bit model's codes and scales are written as they are, its quantization_config
-    goes into config.json and, for tools that look there, quantize_config.json. Subfolders of `folder` are kept, and its other
-    files (the tokenizer's, a log), but no other *.safetensors. Raises InputError, before anything is written, for weights that
-    another dtype cannot hold: float16's largest is 65,504; ValueError while another thread generates with packed weights, for a
-    partly quantised model, and for tensors that are not those of model.config, as of an adapter: load_model would refuse the
-    folder.
+    goes into config.json and, for tools that look there, quantize_config.json. What else is in `folder` is kept (the tokenizer's
+    files, a log, subfolders), except other *.safetensors.
+    Before anything is written, raises InputError for weights that `dtype` cannot hold (float16's largest is 65,504), and
+    ValueError for a model that load_model would refuse: partly quantised, with tensors that model.config does not describe (an
+    adapter's), or with weights that another thread's generate has packed.
     """
     folder = Path(folder)
     if model.decoding and model.layout == "packed" and not model.quantization:
@@ -373,7 +373,7 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
         if others := shapes(held) ^ described:
             raise ValueError(f"{folder}: not saved, as {min(others)[0]} is not as model.config describes it; merge adapters and "
                              "masks into the weights, or change the config")
-    tensors = {key: value.to(value.dtype if key.endswith(PACKED) else dtype or value.dtype) for key, value in held.items()}
+    tensors = {key: value.to(value.dtype if key.endswith(FOUR_BIT) else dtype or value.dtype) for key, value in held.items()}
     for key, value in tensors.items():
         if value.dtype != held[key].dtype and not is_finite(value) and is_finite(held[key]):
             raise InputError(f"{folder}: not saved, as {key} has values that are not finite in {dtype}; save in another dtype")

@@ -22,7 +22,7 @@ class Step(ctypes.Structure):
     _fields_ += [("bits", 4 * ctypes.c_int), ("ahead", 2 * ctypes.c_int), ("eps", ctypes.c_float)]
 
 
-def products(block: Block) -> list[nn.Module | None]:
+def block_matrices(block: Block) -> list[nn.Module | None]:
     """A block's four matrices: q/k/v, o, gate/up and down; None for q/k/v or gate/up if layout.laid_out has not joined them."""
     attention, mlp = block.self_attn, block.mlp
     qkv, gate_up = (getattr(half.joined, "__self__", None) for half in (attention, mlp))    # joined: a layer's bound forward
@@ -40,7 +40,7 @@ def fits(model: Qwen2, rows: int) -> bool:
     groups of one size, a multiple of 128, and no wider than it has room for."""
     if rows != 1 or model.head.dtype != torch.bfloat16 or not can_run(model.head.device):
         return False
-    config, layers = model.config, [layer for block in model.model.layers for layer in products(block)]
+    config, layers = model.config, [layer for block in model.model.layers for layer in block_matrices(block)]
     D, E, wide = config.hidden_size, config.head_dim, config.intermediate_size
     if all(isinstance(layer, W4Linear) and layer.in_order for layer in layers):
         good = len({layer.group_size for layer in layers}) == 1 and layers[0].group_size % 128 == 0
@@ -57,7 +57,7 @@ def tensors_of(block: Block, keys: Tensor, values: Tensor) -> list[Tensor | None
     def matrix(layer) -> tuple:
         return (layer.weight, None, None) if isinstance(layer, Linear) else layer.ready("kernel")
 
-    qkv, o, gate_up, down = products(block)
+    qkv, o, gate_up, down = block_matrices(block)
     return [block.input_layernorm.weight, qkv.bias, *matrix(qkv), *matrix(o), block.post_attention_layernorm.weight,
             *matrix(gate_up), *matrix(down), keys, values]
 
@@ -107,7 +107,7 @@ class OneKernel:
         self.name = "decode_w4" if four else "decode_bf16"
         count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
         self.blocks = min(count, I // 8)                        # each must compute a part of `wide`: see decode.cu
-        zeros = four and any(layer.ready("kernel")[2] is not None for each in self.body.layers for layer in products(each))
+        zeros = four and any(layer.ready("kernel")[2] is not None for each in self.body.layers for layer in block_matrices(each))
         # Prefetching pays on an H200 at 0.5B (30 MB a layer); at 1.5B, 3B and for 4-bit codes it only delays the words.
         small = not four and 6 * I * D + 2 * D * (outputs + H * E) < 48 << 20
         ahead = (AHEAD // (32 * D), AHEAD // (16 * I)) if small else (0, 0)                     # bytes of a task's weights

@@ -129,7 +129,7 @@ def show_table(models: dict[str, Callable[[], Qwen2]], teacher: Teacher | None, 
     if teacher and columns["Teacher"]["all"]:
         for name in columns:
             metrics[name]["retention"] = columns[name]["all"] / columns["Teacher"]["all"]
-    write_jsonl([{"model": name} | column | {"model": name, "metrics": metrics[name]}   # whatever a category is called
+    write_jsonl([{"model": name} | column | {"model": name, "metrics": metrics[name]}   # twice: a category may be called "model"
                  for name, column in columns.items()], Path(out) / "table.jsonl")
     print(f"\nROUGE-L ({rouge}) of {len(rows)} held-out prompts")
     print_table(columns, metrics)

@@ -1,13 +1,6 @@
 """Records of the paper's datasets -> examples: what is asked, what is learned, what ROUGE compares with; and which are held out.
 
-A record's format is recognised from its fields. Other fields (`id`, `topic`, `instruction_original_en`, ...) are ignored,
-except two that any record may have: `category` and, if there is no system turn, `system` (or `system_prompt`). A pair's
-question includes its `context`, `input` or `passage`. What belongs to a question but would not be shown is refused: `choices`
-and `options` of a pair, `history` of a pair, dolly or alpaca record, images, videos and sound. (A pair's prompt that is a list
-of messages is taken as it is: such fields then repeat what is in it.) The `reasoning_content` or `thinking` of the answer's
-turn, or of a pair, dolly or alpaca record, is put before it in <think> tags; a pair with a model's `generation` beside its
-answer (s1K, distilabel) is refused, as only one of them can be learned. A record is dropped if its `finish_reason` says that it
-was cut, a pair if its `label` is false (KTO).
+A record's format is recognised from its fields; other fields (`id`, `topic`, `instruction_original_en`, ...) are ignored.
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
                                                        argilla/databricks-dolly-15k-curated-multilingual
@@ -25,6 +18,13 @@ was cut, a pair if its `label` is false (KTO).
     codeforces  messages or prompt; generation         open-r1/codeforces-cots: C++, or Python in the folders *_py
     held-out    messages, instruction, references,     what train_kd.py held out: chat records that keep the two parts of the
                 category                               "alpaca" template (`input` is the other) and all references
+
+Any record may also have a `category` and, if there is no system turn, a `system` (or `system_prompt`). A pair's question includes
+its `context`, `input` or `passage`. A field that would belong to the question but is not shown (a pair's `choices`, `history`,
+images: check_shown) is refused; where the prompt is a list of messages, it repeats what is in them. `reasoning_content` or
+`thinking`, of the answer's turn or of a pair, dolly or alpaca record, is put before the answer in <think> tags. A pair with a
+model's `generation` beside its answer (s1K, distilabel) is refused, as only one of them can be learned. A record is dropped if
+its `finish_reason` says that it was cut, a pair if its `label` is false (KTO).
 
 A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code they
 differ: BugNet's targets begin "Solution type replace, solution code", PyTorrent's stand between "### solution code" and "###
@@ -70,12 +70,11 @@ class Example:
 
 
 def recognise(record: dict) -> str | None:
-    """The first of FORMATS whose fields the record has filled, else has with blank ones, else with null ones; None when there is
-    none."""
-    fits = lambda has: next((name for name, (_, needs) in FORMATS.items()
-                             if all(any(map(has, either)) for either in needs)), None)
-    return (fits(lambda key: filled(record.get(key))) or fits(lambda key: not absent(record.get(key)))
-            or fits(record.__contains__))
+    """The first of FORMATS whose fields the record has, or None. Filled fields count first, then blank ones, then null ones."""
+    for has in (lambda key: filled(record.get(key))), (lambda key: not absent(record.get(key))), record.__contains__:
+        for name, (_, needs) in FORMATS.items():
+            if all(any(map(has, either)) for either in needs):
+                return name
 
 
 def to_example(record: dict, where: str, format: str | None = None) -> Example:
@@ -86,10 +85,10 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
     name = format or recognise(record)
     if name not in FORMATS:
         known = "; ".join(f"{key} ({', '.join(' or '.join(n) for n in needs)})" for key, (_, needs) in FORMATS.items())
-        what, mend = (f"format {name!r} is not known", "give one of:") if name else (
-            f"its fields ({names_of(record)}) fit no known format", "rename them to those of one:")
-        raise InputError(f"{where}: {what}; {mend} {known}")
-    check_shown(record, where, *MEDIA)
+        fault = (f"format {name!r} is not known; give one of:" if name else
+                 f"its fields ({names_of(record)}) fit no known format; rename them to those of one:")
+        raise InputError(f"{where}: {fault} {known}")
+    check_shown(record, where, *MEDIA, fault="would not be shown to the model; leave the record out")
     if record.get("finish_reason") == "length":
         raise Dropped(where, "generation cut short")            # else the student would learn to stop there
     messages, instruction, input, answers = FORMATS[name][0](record, where)
@@ -186,7 +185,7 @@ def _sharegpt(record, where):
 def _pair(record, where):
     if record.get("label") is False:                            # in KTO's data; the text "False" may be a class
         raise Dropped(where, "labelled as a bad answer")
-    distilled = [name for name in DISTILLED if not isinstance(record.get(name), (int, float))]      # as the number of them
+    distilled = [name for name in DISTILLED if not isinstance(record.get(name), (int, float))]      # a number only counts them
     check_shown(record, where, *distilled, fault="holds another answer than the one that would be learned; remove it, or "
                                                  "the other, and call what is to be learned `completion`")
     turns = []
@@ -210,7 +209,8 @@ def with_passage(record: dict, where: str, asked: str, prompt=None) -> str:
     Raises InputError for answer choices and earlier turns, which would not be shown."""
     check_shown(record, where, "choices", "options", "history")
     more = text_field(record, where, "context", "input", "passage", default="")
-    return asked if not more or asked == prompt and more in asked else f"{asked}\n\n{more}"
+    contained = not more or asked == prompt and more in asked
+    return asked if contained else f"{asked}\n\n{more}"
 
 
 DISTILLED = ("generation", "generations", "r1_generation", "deepseek_solution", "deepseek_attempt", "thinking_trajectories",
@@ -218,12 +218,12 @@ DISTILLED = ("generation", "generations", "r1_generation", "deepseek_solution", 
 MEDIA = "image", "images", "video", "videos", "audio", "audios"
 
 
-def check_shown(record: dict, where: str, *names: str, fault: str = ""):
-    """Raises InputError for a field that holds something, but would not be shown to the model, or has another fault."""
+def check_shown(record: dict, where: str, *names: str,
+                fault: str = "would not be shown to the model; write it into the question, and remove the field"):
+    """Raises InputError if one of these fields, which are not read, holds something."""
     for name in names:
         if filled(record.get(name)):
-            mend = "leave the record out" if name in MEDIA else "write it into the question, and remove the field"
-            raise InputError(f"{where}: field {name!r} {fault or f'would not be shown to the model; {mend}'}")
+            raise InputError(f"{where}: field {name!r} {fault}")
 
 
 def _bugnet(record, where):
@@ -265,7 +265,7 @@ def _codeforces(record, where):
 
 def _held_out(record, where):
     messages, *_ = _chat(record, where)
-    return messages, *_alpaca(record, where, field="references")[1:]
+    return messages, *_alpaca(record, where, field="references")[1:]            # its instruction, input and answers
 
 
 THOUGHTS = "reasoning_content", "thinking"                      # fields of a turn, or of a record with one answer
@@ -427,7 +427,7 @@ def hold_out(examples: list, count: int, seed: int) -> tuple[list, list]:
     five records or only one prompt, all are trained on, and some of them also serve as validation."""
     repeats = Counter(same_prompt(example.messages) for example in examples)
     if len(examples) >= 5 and len(repeats) > 1:
-        return split_examples(examples, max(min(count, len(examples) // 5), min(repeats.values())), seed)
+        return split_examples(examples, max(min(count, len(examples) // 5), min(repeats.values())), seed)   # room for a prompt
     print(f"note: none of {len(examples)} records with {len(repeats)} different prompts can be held out: validation uses records "
           "that are trained on; without --eval-data, so do the table and held-out.jsonl")
     return examples, examples[:count]

@@ -73,8 +73,8 @@ def atomic_path(path, folder: bool = False, keep=None):
 
 
 def _keep(old: Path, new: Path, keep=lambda name: True):
-    """Puts into the folder `new` what `old` holds, of the names that `keep` is true of. Files are linked: nothing is copied, and a
-    log that is open stays the same file."""
+    """Puts into the folder `new` what `old` holds, of the names that `keep` is true of. Files are linked: nothing is copied, and
+    a log that is open stays the same file."""
     for path in old.iterdir():
         place = new / path.name
         if not keep(path.name) or path.name.startswith(".") and f".{MARK}" in path.name:        # temporary_folder's

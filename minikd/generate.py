@@ -37,11 +37,10 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     seed         for this call only: the same call gives the same tokens, whatever ran before (in a 4-bit model on a CPU sums
                  may be rounded differently after other calls, as it keeps their layout)
     options      those of generate_with_log_probs
-    Weights may move in memory (layout.laid_out: on a CPU for several rows, and 4-bit ones): use no old alias, such as p.data.
-    Meanwhile other threads may only generate with the model: they take turns.
-    Raises ValueError for prompts that are not lists of ids, an empty one (there is no state to sample the first token from), an
-    id that the model has no row for, and for options out of their range (check_options); InputError (a ValueError) for a model
-    whose logits are not finite.
+    The weights may move in memory (layout.laid_out), so do not use an alias made before, such as p.data. Until it returns, other
+    threads may do nothing with the model but generate; they take turns.
+    Raises ValueError for prompts that are empty or not lists of the model's ids, and for options out of their range
+    (check_options); InputError (a ValueError) if the model's logits are not finite.
     """
     return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed,
                                    **options)[0]
@@ -109,7 +108,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
                 if not going:
                     break
                 # A graph has a fixed number of rows: dropping some costs a new graph, so it waits until half have finished.
-                if len(going) < len(decoding.alive) and (2 * len(going) <= len(decoding.alive) or not graphs):
+                if len(going) <= (len(decoding.alive) // 2 if graphs else len(decoding.alive) - 1):
                     decoding.keep(going)
                     step = Replay(decoding.step, step.on)
             step()
@@ -175,8 +174,8 @@ class Decoding:
         self.answers, self.answer_logps = ([[] for _ in range(u.shape[1])] for _ in range(2))
         self.alive = list(range(u.shape[1]))                                # which answer each row writes
         self.seen = 0                                                       # tokens of each row that `read` has copied
-        self.at = torch.full_like(u[0], -1, dtype=torch.long)               # [B] the newest token's place in its answer, the
-                                                                            # same for all; on a GPU each row counts its own
+        self.at = torch.full_like(u[0], -1, dtype=torch.long)               # [B] index of the newest token in its answer: equal
+                                                                            # in all rows, but the GPU's kernel wants one each
         self.tokens = torch.zeros_like(self.at)                                             # [B]
         self.drawn, self.logps = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)     # [max_new_tokens, B]
         self.draw(states)
@@ -190,7 +189,7 @@ class Decoding:
         """A token per row from the models' states [B, D]: into `tokens`, and with its log-probability into the answers."""
         logits, (temperature, top_p, top_k) = self.logits_of(states, self), self.sampling   # [B, V]
         if (temperature < GREEDY or top_k == 0 and top_p == 1) and can_draw(logits):        # the rest by one kernel on a GPU
-            return draw_on_gpu(logits, self.u, self.at, self.tokens, self.drawn, self.logps, temperature)
+            return draw_on_gpu(logits, self.u, self.at, self.tokens, self.drawn, self.logps, temperature)   # in place, as below
         self.at += 1
         now = self.at[:1]                                           # the same for all rows
         tokens, logps = sample(logits, temperature, top_p, top_k, self.u.index_select(0, now)[0])       # [B], [B]

@@ -51,9 +51,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     hidden          [N, D]   the student's states that score a token (scored_positions)
     head            [V, D]   the student's LM head
     targets         [N]      the tokens they score: ids below the rows used
-    teacher_hidden  [N, D']  teacher_head [V', D']: not differentiated (nor are kd_ratio and weight). With kd_ratio 0 only the
-                             divergence sees the states, if given; a head always cuts the student's to the rows of both, for CE
-                             too
+    teacher_hidden  [N, D']  the teacher's states for the same tokens; neither they nor the next are differentiated
+    teacher_head    [V', D'] the teacher's LM head. If given, CE and KD use only the rows that both heads have
     divergence      any function (student logits [n, V], teacher logits [n, V], or None without a teacher) -> [n], as in
                     losses.py. With kd_ratio 0 its values are only returned, for GRPO's log of entropy and compare_heads' metrics
     weight          of each token, often 1 / scored tokens of the optimizer step: a number, or one per token [N]
@@ -121,7 +120,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of head_loss's totals, whose gradients with respect to hidden and head are known: backward scales them."""
+    """The sum of head_loss's totals. hidden and head are inputs only so that backward can give them their known gradients."""
 
     @staticmethod
     def forward(ctx, hidden, head, total, *grads):
@@ -204,8 +203,9 @@ def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Ten
     name = {no_divergence: "ce", entropy: "entropy", forward_kl: "forward", reverse_kl: "reverse"}.get(divergence)
     read = [logits, teacher_logits] if name in ("forward", "reverse") else [logits]
     temperature = options.get("temperature", 1.0)
-    if (name is None or options.keys() - {"temperature"} or not temperature > 0 or not loss_cuda.can_run(*read)
-            or name == "entropy" and kd_ratio):                                 # which the kernel only measures: no gradient
+    if name == "entropy" and kd_ratio:                                          # the kernel has no gradient of the entropy
+        return None
+    if name is None or options.keys() - {"temperature"} or not temperature > 0 or not loss_cuda.can_run(*read):
         return None
     return name, temperature
 

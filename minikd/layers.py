@@ -1,6 +1,6 @@
 """The layers that the decoder is made of, and what may be attached to them for the sake of speed.
 
-Linear is nn.Linear, Embedding nn.Embedding, and Half and Attaching are nn.Module, until layout.py, graphs.py or training.py
+Linear is nn.Linear, Embedding nn.Embedding, and Branch and Attachable are nn.Module, until layout.py, graphs.py or training.py
 attach another way to compute the same: that is enough to know for reading model.py.
 """
 from functools import partial
@@ -37,8 +37,8 @@ def trains_on_gpu(x: Tensor) -> bool:
     return x.is_cuda and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda")
 
 
-class Half(nn.Module):
-    """What Attention and MLP share: layers() with the same inputs, which layout.py and graphs.py may join."""
+class Branch(nn.Module):
+    """Branch of a block, Attention or MLP. Its first layers all read x, so layout.py and graphs.py may join them into one."""
     joined = None                                                               # x -> their outputs side by side
 
     def _apply(self, fn, recurse=True):                                         # what .to(), .cuda() and .half() call
@@ -50,12 +50,11 @@ class Half(nn.Module):
         super()._load_from_state_dict(*given)
 
     def one_product(self, x: Tensor):
-        """A function x -> the outputs of those layers side by side, or None: each multiplies for itself.
+        """One function x -> the outputs of these layers side by side, or None if each has to multiply for itself.
 
-        In training without CUDA graphs (graphs.Copies joins the weights itself) it joins those of Linear layers as_built in every
-        step, in which autocast casts them anyway: then it takes fewer kernels, and a small model's take the host longer to
-        launch than the GPU to run. A KD step with a 0.5B student took 109 ms on an H200 instead of 122; with a cached teacher,
-        59 instead of 91.
+        In training on a GPU the weights are concatenated anew in every step, where autocast copies them anyway: this saves
+        kernels, which for a small model take the host longer to launch than the GPU to run. On an H200 a KD step with a 0.5B
+        student took 109 ms instead of 122; with a cached teacher, 59 instead of 91. With CUDA graphs, graphs.Copies joins them.
         """
         layers = self.layers()[0]
         if self.joined is not None or not (trains_on_gpu(x) and as_built(*layers)):
@@ -106,8 +105,8 @@ class Embedding(nn.Embedding):
         return super().forward(ids)                                                         # the same
 
 
-class Attaching(nn.Module):
-    """What Qwen2 adds to nn.Module: what layout.py and graphs.py have attached goes when dtype, device or weights change."""
+class Attachable(nn.Module):
+    """An nn.Module that drops what layout.py and graphs.py attached to it when its dtype, device or weights change."""
 
     def __init__(self):
         super().__init__()

@@ -49,15 +49,15 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats
 
-    Infinite where a gives a probability above 1e-20 (times the temperature) to a token that b excludes (a logit of -inf); the
-    gradient to log a is then up to 1e30 / temperature, finite in float32 and bfloat16 for temperatures of 1e-8 and more.
+    Infinite, with a finite gradient, where a gives a token that b excludes (a logit of -inf) more than 1e-20 x temperature.
     """
     a = log_a.exp()
     total = (a * (log_a - log_b)).sum(-1)
-    # An excluded token's term is about 1e30; a sum keeps the gradient.
+    # log b = LEAST makes a term of about 1e30: report inf. It is added, as assigning it would lose the gradient.
     total = total + torch.where(total > 1e10, torch.inf, 0.0).to(total.dtype)
-    with torch.no_grad():                                       # log_softmax rounds its normaliser: over 151,936 rows both sum
-        A, B = a.sum(-1), log_b.exp().sum(-1)                   # to 1 + 1e-5, an error as large as the KL of two close models
+    # Rounded, a and b sum to A and B, up to 1 + 1e-5 over 151,936 rows: as large as the KL of two close models. Divide it out.
+    with torch.no_grad():
+        A, B = a.sum(-1), log_b.exp().sum(-1)
     return total / A + (B / A).log()                                            # KL(a / A || b / B)
 
 

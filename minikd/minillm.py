@@ -53,7 +53,7 @@ class Rollout(Encoded):
     teacher: Tensor                     # [n, D'] the teacher's states that score its tokens
 
 
-FROZEN = ["old_logq", "advantage", "teacher"]        # those constants, which are tensors
+FROZEN = ["old_logq", "advantage", "teacher"]        # the fields that Rollout adds to Encoded: tensors, constant in the loss
 
 
 def rewards_to_go(logq: Tensor, logp: Tensor, length_norm: bool = True, current: bool = False,
@@ -137,10 +137,10 @@ def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps
     phase_steps = inner_epochs * steps_per_epoch(rollouts, batch_size, grad_accum)      # steps between two samplings
     for step in range(start, steps):
         phase, inner = divmod(step, phase_steps)
-        phase_seed = seed + 7919 * phase
+        phase_seed = seed + 7919 * phase                        # a prime: phases of small seeds do not collide
         if inner == 0:
             sampled[:] = collect(rows=next_rows(rows, phase, rollouts, seed), seed=phase_seed, **collecting)
-        _, batches = next(optimizer_steps(sampled, inner, inner + 1, batch_size, grad_accum, phase_seed))
+        _, batches = next(optimizer_steps(sampled, inner, inner + 1, batch_size, grad_accum, phase_seed))   # only step `inner`
         yield step, batches
 
 

@@ -22,7 +22,7 @@ from minikd.attend_cuda import attend
 from minikd.cache import KVCache, Slots, StaticCache
 from minikd.config import Qwen2Config
 from minikd.fused_cuda import add_norm, can_fuse, silu_up
-from minikd.layers import Attaching, Embedding, Half, Linear, as_built, trains_on_gpu
+from minikd.layers import Attachable, Embedding, Branch, Linear, as_built, trains_on_gpu
 
 # cuDNN's attention, torch's first choice on a Hopper GPU, makes a new plan for every length; batches here have many.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -70,7 +70,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
-class Attention(Half):
+class Attention(Branch):
     """Causal attention in which H / K query heads share a key/value head (GQA).  [B, T, D] -> [B, T, D]"""
 
     def __init__(self, config: Qwen2Config):
@@ -83,7 +83,7 @@ class Attention(Half):
         self.o_proj = Linear(config.num_attention_heads * E, D, bias=False)
 
     def layers(self) -> tuple[list[nn.Module], nn.Module]:
-        """Those with the same inputs, and the one after them."""
+        """The layers that x enters, which could be one product, and the layer that their results enter."""
         return [self.q_proj, self.k_proj, self.v_proj], self.o_proj
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
@@ -97,13 +97,13 @@ class Attention(Half):
             qkv = joined(x)                                                     # [B, T, (H + 2K) E]
         else:
             qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)   # the same shape
-        if slots is not None and slots.parts is not None:                       # all that follows, by one kernel on a GPU
+        if slots is not None and slots.parts is not None:                       # a GPU's decoding step: one kernel for the rest
             return attend(qkv, cos, sin, slots.keys, slots.values, slots.used, slots.mask, slots.parts)
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         qk, v = heads.split((heads.shape[1] - self.K, self.K), dim=1)           # [B, H + K, T, E], [B, K, T, E]
         rotated = rotate(qk, cos, sin)                                          # [B, H + K, T, E]
-        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # else compiled q and k keep the strides of
-            rotated = rotated.contiguous()                                      # the first T; under autocast a cast copies them
+        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # else --compile fails at the third T: it keeps
+            rotated = rotated.contiguous()                                      # the first T's strides (autocast copies anyway)
         q, k = rotated.split((qk.shape[1] - self.K, self.K), dim=1)             # [B, H, T, E], [B, K, T, E]
         if slots is not None:
             k, v = slots.write(k, v)                                            # [B, K, s, E]
@@ -112,14 +112,14 @@ class Attention(Half):
             q = q.reshape(B, self.K, -1, self.E)                                # [B, K, H/K, E]
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=slots.mask)   # [B, K, H/K, E]
         else:                                                                   # right padding: the causal mask suffices
-            if v.is_cuda and v.dtype == torch.float32:          # in which only torch's plain attention shares keys: it would
-                k, v = (each.repeat_interleave(q.shape[1] // self.K, dim=1) for each in (k, v))         # hold [B, H, T, T]
+            if v.is_cuda and v.dtype == torch.float32:          # here enable_gqa would hold [B, H, T, T] scores: copy the keys
+                k, v = (each.repeat_interleave(q.shape[1] // self.K, dim=1) for each in (k, v))         # [B, H, T, E] each
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
             y = y.transpose(1, 2)                                               # [B, T, H, E]
         return y.reshape(B, T, -1)                                              # [B, T, H E]
 
 
-class MLP(Half):
+class MLP(Branch):
     """SwiGLU.  [B, T, D] -> [B, T, D], by way of the intermediate size W"""
 
     def __init__(self, config: Qwen2Config):
@@ -130,7 +130,7 @@ class MLP(Half):
         self.down_proj = Linear(W, D, bias=False)
 
     def layers(self) -> tuple[list[nn.Module], nn.Module]:
-        """Those with the same inputs, and the one after them."""
+        """The layers that x enters, which could be one product, and the layer that their results enter."""
         return [self.gate_proj, self.up_proj], self.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class Block(nn.Module):
         return x + self.mlp(normed)
 
 
-BLOCKS_PER_GRAPH = 4    # of torch.compile. Without CUDA graphs a KD step on an H200 took 83 ms, and 96 with 1 block a call
+BLOCKS_PER_GRAPH = 4    # compiled together. A KD step on an H200 (no CUDA graphs) took 83 ms; with single blocks 96
 
 
 def run_blocks(blocks: tuple[Block, ...], x: Tensor, cos: Tensor, sin: Tensor, slots: tuple) -> Tensor:
@@ -193,7 +193,7 @@ class Body(nn.Module):
         x = self.embed_tokens(ids)                                              # [B, T, D]
         learned = self.training and self.embed_tokens.weight.requires_grad
         if self.graphs is not None and learned and cache is None and not checkpointing and trains_on_gpu(x):
-            return self.graphs(x, positions, self.states)                       # what follows, from CUDA graphs
+            return self.graphs(x, positions, self.states)                       # the line below, as a CUDA graph: GraphedBlocks
         return self.states(x, positions, cache, checkpointing)
 
     def states(self, x: Tensor, positions: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
@@ -201,8 +201,9 @@ class Body(nn.Module):
         rope = rope_tables(positions, self.config.rope_theta, self.config.head_dim, x.dtype)
         blocks = tuple(self.layers)
         slots = tuple(None if cache is None else cache.layer(i) for i in range(len(blocks)))
-        fixed = cache is None or isinstance(cache, StaticCache)                 # a plain cache grows: it would compile each step
-        run, count = (self.compiled, BLOCKS_PER_GRAPH) if self.compiled and fixed else (run_blocks, 1)
+        run, count = run_blocks, 1
+        if self.compiled and (cache is None or isinstance(cache, StaticCache)):     # a plain cache grows: each step would compile
+            run, count = self.compiled, BLOCKS_PER_GRAPH
         if checkpointing and torch.is_grad_enabled():                           # block by block
             run, count = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False), 1
         for i in range(0, len(blocks), count):
@@ -212,7 +213,7 @@ class Body(nn.Module):
         return self.norm(x)
 
     def as_built(self, *more: type) -> bool:
-        """as_built of the body and all in it; more: classes that its layers may have."""
+        """Whether nothing in the body was replaced or hooked (layers.as_built).  more: classes that its layers may have"""
         return as_built(*self.modules(), kinds=(Body, Block, Attention, MLP, RMSNorm, Linear, Embedding, nn.ModuleList, *more))
 
     def _apply(self, fn, recurse=True):
@@ -223,7 +224,7 @@ class Body(nn.Module):
         return self.__dict__ | {"graphs": None}                                 # for copy and pickle
 
 
-class Qwen2(Attaching):
+class Qwen2(Attachable):
     """model(ids) gives logits; model.hidden(ids) gives the states that model.head turns into them."""
 
     def __init__(self, config: Qwen2Config):

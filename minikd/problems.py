@@ -181,7 +181,7 @@ def _of_codeforces(record: dict) -> bool:
 def _question(record: dict, where: str) -> tuple[str, dict]:
     """What is asked, and its answer, or the tests that a program must pass."""
     asked = next(filter(None, (_asked(record.get(name)) for name in QUESTIONS)), "")
-    check_shown(record, where, *MEDIA)
+    check_shown(record, where, *MEDIA, fault="would not be shown to the model; leave the record out")
     if isinstance(record.get("reward_model"), dict) and absent(record.get("answer")):      # verl's
         record = record | _ground_truth(record["reward_model"].get("ground_truth"), where)
     given = any(name in record for name in ANSWERS)

@@ -32,7 +32,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor 
         return out.copy_(y if bias is None else y + bias)
     columns = padded_columns(x) if n >= MANY and AVX2_ONLY and x.dtype != torch.float64 else x.T
     for i in range(0, len(weight), BLOCK):
-        block = weight[i:i + BLOCK].to(x.dtype).to(columns.dtype)               # rounded as on any other CPU
+        block = weight[i:i + BLOCK].to(x.dtype).to(columns.dtype)               # to x's dtype first: rounded as on any other CPU
         y = block @ columns if bias is None else torch.addmm(bias[i:i + BLOCK, None].to(columns.dtype), block, columns)
         out[:, i:i + BLOCK] = y[:, :n].T                                        # ([b, I] [I, m])ᵀ, rounded with its bias
     return out

@@ -157,7 +157,7 @@ _STEP2 = _rules("ational>ate tional>tion enci>ence anci>ance izer>ize bli>ble al
                 "biliti>ble fulli>ful ogi>og")                  # nltk: bli for abli, fulli, and ogi (after an l)
 _STEP3 = _rules("icate>ic ative> alize>al iciti>ic ical>ic ful> ness>")
 _STEP4 = _rules("al> ance> ence> er> ic> able> ible> ant> ement> ment> ent> ion> ou> ism> ate> iti> ous> ive> ize>")
-_ONLY_AFTER = {"ogi": "l", "ion": "st"}
+_ONLY_AFTER = {"ogi": "l", "ion": ("s", "t")}       # suffix -> the letters that it must follow
 
 
 @lru_cache(maxsize=1 << 18)                                     # about 40 MB; a corpus rarely has a tenth of this
@@ -206,7 +206,7 @@ def _replace(word: str, rules: list, least: int) -> str:
     for suffix, replacement in rules:
         if word.endswith(suffix):
             stem = word[:-len(suffix)]
-            allowed = stem[-1:] in _ONLY_AFTER.get(suffix, stem[-1:])
+            allowed = suffix not in _ONLY_AFTER or stem.endswith(_ONLY_AFTER[suffix])
             return stem + replacement if allowed and _measure(stem) >= least else word
     return word
 

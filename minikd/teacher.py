@@ -53,10 +53,11 @@ class CachedTeacher:
 
     def __init__(self, folder, head: Tensor):
         self.head, self.shards = head, {}                                       # row's digest -> the open shard that holds it
-        for path in sorted(Path(folder).glob(f"states-{5 * '[0-9]'}.safetensors"), reverse=True):
-            with suppress(SafetensorError):                                     # a stray file: those of fill_cache are complete
+        # Last file first, so that for a row in two files the first file counts: fill_cache numbers its own from 0, without gaps.
+        for path in sorted(Path(folder).glob("states-[0-9][0-9][0-9][0-9][0-9].safetensors"), reverse=True):
+            with suppress(SafetensorError):                                     # not fill_cache's: those are complete
                 shard = safe_open(path, framework="pt")                         # mapped into memory, not read whole
-                self.shards |= dict.fromkeys(shard.keys(), shard)               # the first name wins: a stray one may be later
+                self.shards |= dict.fromkeys(shard.keys(), shard)
 
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
         """As Teacher.states, in bfloat16 as stored.  Raises KeyError for a row that fill_cache was not given."""
@@ -166,8 +167,7 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
 
     load  () -> the teacher; only called if answers are missing, and its memory is freed afterwards
     The answers are sampled once, at temperature 1, and kept in `path`: the first line says what they were made from, the others
-    hold one JSON object per answer. After a kill the missing answers are sampled, and those of a write that was cut short anew,
-    with the same tokens as without the kill.
+    hold one JSON object per answer. After a kill, the next call samples what is missing or incomplete, and gets the same tokens.
     Raises InputError if `path` is damaged, or was made from something else.
     """
     path, step = Path(path), 8 * batch_size                     # step: rows sampled between two writes

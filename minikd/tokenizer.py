@@ -36,8 +36,8 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path):
         config, self.generation = (read_json(folder / name) if (folder / name).exists() else {} for name in (CONFIG, GENERATION))
         self.backend, self.folder, self.template = backend, folder, read_template(folder, config)
-        self.files = {name: (folder / name).read_bytes() for name in TOKENIZER
-                      if name != GENERATION and (folder / name).exists() and not (name in UNREAD and leaves(folder / name))}
+        copied = [name for name in TOKENIZER if name != GENERATION and not (name in UNREAD and links_outside(folder / name))]
+        self.files = {name: (folder / name).read_bytes() for name in copied if (folder / name).exists()}
         stops = [backend.token_to_id(token) for token in STOPS]
         own = backend.token_to_id(named(config, "eos_token") or "")
         if None in stops and self.template and own is not None:
@@ -80,12 +80,12 @@ class Tokenizer:
         then names every id that ends an answer. (A base model's own lacks <|im_end|>, at which a student fine-tuned from it
         stops.)"""
         folder = Path(folder)
-        there = self.folder.resolve() == folder.resolve()
-        for name in () if there else TOKENIZER:
+        its_own = self.folder.resolve() == folder.resolve()
+        for name in [] if its_own else [name for name in TOKENIZER if name != GENERATION]:
             if name in self.files:
                 with atomic_path(folder / name) as new:
                     new.write_bytes(self.files[name])
-            elif name != GENERATION:
+            else:
                 (folder / name).unlink(missing_ok=True)
         config = {"pad_token_id": self.pad_id} | self.generation | {"eos_token_id": sorted(self.eos_ids)}
         with atomic_path(folder / GENERATION) as new:
@@ -101,8 +101,8 @@ class Tokenizer:
         if not (local_folder(name, TOKENIZER) / "tokenizer.json").exists():
             return []
         mine, other = (t.backend.get_vocab(with_added_tokens=True).items() for t in (self, Tokenizer.load(name)))
-        lacks = mine - other - self.backend.get_vocab(with_added_tokens=False).items()      # {(token, id)}
-        if differing := mine ^ other ^ lacks:
+        lacks = mine - other - self.backend.get_vocab(with_added_tokens=False).items()      # added here only: {(token, id)}
+        if differing := (mine ^ other) - lacks:
             token = min(differing, key=lambda pair: pair[1])[0]
             raise InputError(f"{name}: its tokenizer differs from {self.folder}'s, first in {token!r}; token-level "
                              "distillation needs a teacher with the student's tokenizer")
@@ -188,14 +188,14 @@ class Stream:
         return text
 
 
-def leaves(path: Path) -> bool:
+def links_outside(path: Path) -> bool:
     """Whether a file is a link out of its folder, to anywhere but the blobs of the hub's cache."""
     homes = path.parent.resolve(), (path.parent / "../../blobs").resolve()
     return path.resolve().parent not in homes
 
 
 def named(config: dict, key: str) -> str | None:
-    """A token of tokenizer_config.json, there as a text or as an object with its settings."""
+    """The text of a special token that tokenizer_config.json names under `key`: a string, or an object with its `content`."""
     value = config.get(key)
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None

@@ -6,7 +6,7 @@ import torch
 
 from minikd.adamw_cuda import AdamW
 from minikd.checkpoint import check_vocabulary, model_folder, outline
-from minikd.decode_cuda import products
+from minikd.decode_cuda import block_matrices
 from minikd.errors import InputError
 from minikd.graphs import GraphedBlocks, can_record
 from minikd.layers import watched
@@ -32,11 +32,11 @@ def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> AdamW
 
 
 def use_graphs(model: Qwen2, dtype: torch.dtype):
-    """Lets a GPU replay the passes of the model's blocks in bfloat16 training from CUDA graphs, if all weights are trained,
-    nothing watches their gradients, and the modules are as_built; hooks that are added later are not called. apply_gradient
-    then finds the gradients, and graphs.settle() brings them into .grad.
+    """Replays the blocks' forward and backward passes from CUDA graphs, in bfloat16 training on a GPU, if all weights are trained
+    and no hook or other class is in the way. Hooks that are added later are not called. After a backward pass the gradients are
+    in graphs.lent, where apply_gradient finds them; graphs.settle() adds them to .grad.
 
-    Not in float32: there the same model samples, and generate may move its weights (layout.join)."""
+    Not in float32: generate then samples from this very model (cast_copy), and may move its weights (layout.join)."""
     trained = all(p.requires_grad and not watched(p) for p in model.parameters())
     if dtype == torch.bfloat16 and can_record(model.head.device) and trained and model.model.as_built():
         model.model.graphs = GraphedBlocks(model.model)
@@ -51,9 +51,9 @@ def compile_blocks(*models: Qwen2):
     # GB, not 18.5 (before use_graphs), and took 1% longer. The setting applies to all that this process compiles.
     torch._functorch.config.ban_recompute_materialized_backward = False
     for model in models:
-        for layer in {*model.modules(), *chain(*map(products, model.model.layers))}:            # and the joined ones
+        for layer in {*model.modules(), *chain(*map(block_matrices, model.model.layers))}:            # and joined ones
             if isinstance(layer, W4Linear) and layer.whole is None:             # no part of a joined one
-                layer.settle(model.head.dtype)
+                layer.choose_ways(model.head.dtype)
         model.model.compiled = torch.compile(run_blocks)
 
 
@@ -89,9 +89,9 @@ def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, ma
         weights = [weight for weight in dict.fromkeys(chain(model.parameters(), own)) if weight in own]
         norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)
         optimizer.step()
-        torch.autograd.graph.increment_version(weights)                         # fused steps do not count as writes
-    model.zero_grad()
-    optimizer.zero_grad()
+        torch.autograd.graph.increment_version(weights)                         # a fused step does not; graphs.Copies goes by it
+    model.zero_grad()                                                           # and forgets graphs.lent
+    optimizer.zero_grad()                                                       # also of weights outside the model
     return norm
 
 

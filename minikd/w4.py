@@ -117,7 +117,7 @@ class W4Linear(nn.Module):
             give_memory_back()
         return self.prepared[1]
 
-    def settle(self, dtype: torch.dtype):
+    def choose_ways(self, dtype: torch.dtype):
         """Finds out and prepares what a few rows of inputs in `dtype` need: torch.compile cannot trace that. (On a CPU, MANY_ROWS
         and more then dequantise from the int4 operator's layout: a compiled layer takes 1.2 x as long for 1,024 rows.)"""
         way = choose(self, torch.empty(1, self.inputs, dtype=dtype, device=self.scales.device)) if self.in_order else "dequantise"

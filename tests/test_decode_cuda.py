@@ -9,7 +9,7 @@ from minikd import decode_cuda, generate as generating, layout
 from minikd.cache import StaticCache
 from minikd.config import Qwen2Config
 from minikd.cuda import SOURCES, launch
-from minikd.decode_cuda import OneKernel, fits, products
+from minikd.decode_cuda import OneKernel, block_matrices, fits
 from minikd.generate import generate, prefill
 from minikd.gptq import quantize_model
 from minikd.model import Qwen2
@@ -171,7 +171,7 @@ def test_fits_refuses_what_the_kernel_does_not_support(on_cpu):
     watched = four.model.layers[0].mlp.register_forward_hook(lambda *_: None)          # which the kernel would not call
     assert not fits(four, 1)
     watched.remove()
-    layer = products(four.model.layers[1])[3]
+    layer = block_matrices(four.model.layers[1])[3]
     layer.group_size = 256                                                            # another group size than the others'
     assert not fits(four, 1)
 
