@@ -133,7 +133,7 @@ def read_prompts(tokenizer, *, data, format, limit, template, max_length,
 def model_scores(model, tokenizer, rows, examples, *, seeds, temperature, top_p, top_k, no_repeat_ngram_size, max_new_tokens,
                  batch_size, rouge) -> list[list[dict]]:
     """score_answers of the model's own answers, one list per seed; a single list if greedy."""
-    seeds, rounds = (seeds or SEEDS) if temperature > 0 else [None], []
+    rounds, seeds = [], (seeds or SEEDS) if temperature > 0 else [None]
     with Progress("answers", len(seeds) * len(rows)) as progress:
         for seed in seeds:
             texts = answer(model, tokenizer, rows, max_new_tokens, batch_size, temperature, seed=seed or 0, top_p=top_p,
@@ -175,7 +175,7 @@ def main():
         rounds = [file_scores(**flags_of(file_scores, args))]
     else:
         device = pick_device(args.device)
-        dtype = pick_dtype(args.dtype, device, has_four_bits(args.model))       # first: it knows what is no model
+        dtype = pick_dtype(args.dtype, device, has_four_bits(args.model))       # first: it says what is no model
         tokenizer = Tokenizer.load(args.model)
         rows, examples = read_prompts(tokenizer, **flags_of(read_prompts, args))
         model = load_model(args.model, device, dtype)
@@ -192,7 +192,7 @@ def main():
         rounds = model_scores(model, tokenizer, rows, examples, **flags_of(model_scores, args))
     try:
         show_table(rounds, args.rouge)                          # first, as the disk may be full; it took hours
-    finally:                                                    # and if nobody reads standard output any more
+    finally:                                                    # also if the table could not be printed
         write_jsonl([score for scores in rounds for score in scores], args.out)
     print(f"\nscores of every example in {args.out}")
 

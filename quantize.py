@@ -140,11 +140,11 @@ def describe_calibration(rows: list, samples: int, config) -> str:
     return f"calibration: {len(rows):,} rows, {tokens:,} tokens" + (f" (note: {few})" if few else "")
 
 
-def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype, held, *,
+def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype, stored, *,
              bits, group_size, asym, no_act_order, damp, clip_search, batch_size):
-    """Quantises the model in `folder` by `method`, one block at a time on `device` in `dtype`, and writes the 4-bit folder `out`;
-    `held` is the dtype of the model until then, and of what is not packed."""
-    model, started = load_model(folder, "cpu", held), time.perf_counter()
+    """Quantises the model in `folder` by `method`, one block at a time on `device` in `dtype`, and writes the 4-bit folder `out`.
+    The model is loaded, and what is not packed is written, in the dtype `stored`."""
+    model, started = load_model(folder, "cpu", stored), time.perf_counter()
     shares = {}                                                                 # layer -> its error / round-to-nearest's
     with Progress(f"{method}, layers", 7 * model.config.num_hidden_layers) as progress:
         def on_layer(name, error, rtn):
@@ -170,21 +170,21 @@ def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: P
 
 
 def check_out(out: Path, tokenizer: Tokenizer):
-    """Raises InputError if `out` cannot be written or replaced, is or holds the current folder, or holds another tokenizer, or a
-    model other than a 4-bit one."""
+    """Raises InputError if `out` cannot be written or replaced, is or contains the current folder, or holds anything that would
+    be lost: another tokenizer, a run, or a model that is not a 4-bit one."""
     if holds_cwd(out):
         raise InputError(f"--out {out}: is or contains the current folder; choose another, or one inside it")
     if out.resolve().is_mount():                                # a container's volume
         raise InputError(f"--out {out}: is a mount point, which cannot be replaced; choose a folder inside it")
     config = out / "config.json"
-    held = config.exists() or out.exists() and not out.is_dir() or any(
+    occupied = config.exists() or out.exists() and not out.is_dir() or any(
         next(out.glob(f"**/{name}"), None) for name in ("*.safetensors", LOG))              # perhaps in sft/best/ of a run
     other = any((out / name).is_file() and (out / name).read_bytes() != tokenizer.files.get(name)
                 for name in set(TOKENIZER) - {GENERATION})
     four_bits = False
     with suppress(InputError):                                  # another method, other bits
         four_bits = config.exists() and bool(read_quantization(out))
-    if (held or other) and not four_bits:
+    if (occupied or other) and not four_bits:
         raise InputError(f"--out {out}: holds something other than a 4-bit model, which would be replaced; choose a new or empty "
                          "folder")
     if other:                                                   # a killed run would leave the new tokenizer beside old weights
@@ -249,10 +249,10 @@ def main():
         check_out(out, tokenizer)
     for out in outs.values():
         lock(out)
-    held = dtype if args.dtype != "auto" else stored_dtype(folder)
-    held = held if held in (torch.bfloat16, torch.float16) else torch.float32   # float8 cannot be computed in
+    stored = dtype if args.dtype != "auto" else stored_dtype(folder)
+    stored = stored if stored in (torch.bfloat16, torch.float16) else torch.float32     # float8 cannot be computed in
     for method, out in outs.items():
-        quantize(folder, tokenizer, rows, method, out, device, dtype, held, **flags_of(quantize, args))
+        quantize(folder, tokenizer, rows, method, out, device, dtype, stored, **flags_of(quantize, args))
     if eval_rows:
         print(f"\n{len(eval_rows)} examples {'MB':>15}{'perplexity':>12}{'KL':>9}{'ROUGE-L':>9}   KL from the unquantised, "
               "nats per token")

@@ -9,9 +9,7 @@
     python train_grpo.py ... --ratio sequence --clip 3e-4 --clip-high 4e-4 --inner-epochs 4         GSPO
 
 Each step samples a group of answers to each of a few prompts, computes their rewards, and makes the answers that are better
-than their group more probable. (In the first update after sampling the ratio is 1, up to a bfloat16 sampler's rounding, some
-percent, so usual clips and kinds of ratio matter only from the second inner epoch on.) Paper: Knowledge Distillation for
-Large Language Models, eq. (5) to (7); see minikd/grpo.py.
+than their group more probable. Paper: Knowledge Distillation for Large Language Models, eq. (5) to (7); see minikd/grpo.py.
 """
 from minikd.errors import end_at_interrupts
 
@@ -146,7 +144,7 @@ def read_problems(*, data, limit, format, task, rewards, eval_examples,
     names = {name.strip() for name in (rewards or ",".join(problems.CHECKS)).split(",")}
     facts = [fact for name, fact in problems.CHECKS.items() if name in names]
     judged = [problem for problem in found if any(problem.facts.get(fact) for fact in facts)]
-    if 1 < len(judged) < len(found) and not reward_files(rewards or ""):   # one of the user's own may judge the others
+    if 1 < len(judged) < len(found) and not reward_files(rewards or ""):   # (a reward of the user's own may judge all)
         print(f"{len(found) - len(judged):,} problems left out: no reward tells a right answer to them from a wrong one, so "
               "only form would be rewarded")
         found = judged
@@ -164,7 +162,7 @@ def choose_rewards(asked: list[problems.Problem], *, rewards, reward_weights, da
         weights = dict.fromkeys((name for name in checks if name != "code_partial"), 1.0) | FORM
         rewards, reward_weights = ",".join(weights), reward_weights or ",".join(map(str, weights.values()))
     functions = load_rewards(rewards)
-    for name in functions.keys() & problems.CHECKS.keys() - set(checks):
+    for name in (name for name in functions if name in problems.CHECKS and name not in checks):
         raise InputError(f"--rewards {rewards}: `{name}` can judge none of the {len(asked)} problems, which have no "
                          f"{problems.CHECKS[name]} to compare with; leave it out")
     return rewards, functions, parse_weights(reward_weights, list(functions))
@@ -261,7 +259,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             log.write(step=step + 1, **line)
             completions.write(*lines_of(step + 1, answers, texts, values, total, advantages, tokenizer))
             progress.update(note=f"reward {line['reward'] or 0:.3f} kl {line['kl'] or 0:.3f} length {line['length']:.0f}")
-            state, news = {"step": step + 1, "unpaid": count_unpaid(state["unpaid"], total, patience, out)}, None
+            unpaid = count_unpaid(state["unpaid"], total, patience, out)        # may end the run with an error
+            state, news = {"step": step + 1, "unpaid": unpaid}, None            # news: a line to print once all is saved
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 sampler = cast_copy(model, dtype, sampler)
                 news = report(judge(sampler), step + 1, log)
@@ -335,11 +334,10 @@ def forward_backward(batch: list[Encoded], old, ref, advantages, weights, log_s=
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     lengths = torch.tensor([len(row.response) for row in batch])
     per_token = lambda x: torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)
-    A, weight, s = per_token(advantages), per_token(weights), None if log_s is None else per_token(log_s)       # [N]
+    A, weight, log_s = per_token(advantages), per_token(weights), None if log_s is None else per_token(log_s)   # [N]
     old, ref = torch.cat(old).to(device), torch.cat(ref).to(device)             # [N]
-    # token_loss uses the ratio e^(logp - old). For GSPO, old is logp - log s with logp detached: then every token has the ratio
-    # s, and its gradient is s ∇ logp (see grpo.py).
-    old_logp = lambda logp, at: old[at] if s is None else logp.detach() - s[at]             # [n]
+    # token_loss uses the ratio e^(logp - old): with this old, GSPO's tokens have the ratio s (grpo.sequence_log_ratio).
+    old_logp = lambda logp, at: old[at] if log_s is None else logp.detach() - log_s[at]     # [n]
     terms = dict(clip=clip, clip_high=clip_high)
     with mixed_precision(device, dtype):
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)  # [N, D], [N]
@@ -383,10 +381,11 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
                                           seed=seed + start)[0]
         texts, values, total = compute_rewards(answers, tokenizer, facts, rewards, weights)
         checks = [values[key] for key in problems.CHECKS if key in values]      # an answer is judged by the first that can
-        solved = ([next((value for value in row if value is not None), None) for row in zip(*checks)] if checks else
-                  [number(value) for value in total])
+        solved = [next((value for value in row if value is not None), None) for row in zip(*checks)]
+        if not checks:
+            solved = [number(value) for value in total]
         found[name] = number(torch.tensor([value for value in solved if value is not None]).float().mean())
-    found |= {name: mean for name, mean in summary(values).items() if name.count("/") == 1}
+    found |= {f"reward/{name}": summary(values)[f"reward/{name}"] for name in values}           # of the last, the sampled
     return found | {"length": sum(len(answer.response) for answer in answers) / len(answers), "sample": texts[0]}
 
 
@@ -409,12 +408,13 @@ def report(found: dict, step: int, log: Log) -> str:
 
 
 def signs_of_collapse(lines: list[dict]) -> list[str]:
-    """What in the last ten steps and the last evaluation of a log, beside the first, shows that a run goes wrong; the bounds are
+    """Signs that a run goes wrong, in a log's last ten steps and last evaluation compared with the first; the bounds are
     rules of thumb. (A collapse of the entropy shows as equal rewards. The entropy itself also falls when all is well.)"""
     steps, tests = ([line for line in lines if key in line] for key in ("length", "valid_sample"))
     cut, flat, length, kl = (statistics.fmean(line[key] or 0 for line in steps[-10:])
                              for key in ("truncated", "flat", "length", "kl"))
-    first, was, right = steps[0]["length"], *(line.get("valid_greedy") or 0 for line in (tests[0], tests[-1]))
+    first = steps[0]["length"]
+    was, right = (line.get("valid_greedy") or 0 for line in (tests[0], tests[-1]))
     signs = {
         f"{cut:.0%} of the answers were cut; raise --max-new-tokens": cut > 0.9,
         f"{flat:.0%} of the groups have equal rewards, which teach nothing; give other problems, or a higher --temperature":
@@ -422,7 +422,7 @@ def signs_of_collapse(lines: list[dict]) -> list[str]:
         f"answers have {length:.0f} tokens, at first {first:.0f}; check what is rewarded": 4 * length < first,
         f"the policy is {kl:.1f} nats a token from the starting model; lower --lr or raise --beta": kl > 1,
         f"held-out greedy fell from {was:.2f} to {right:.2f}: the form may be all that is learned; give rewards for it less "
-        "weight": 0 < was > 2 * right}
+        "weight": was > max(0, 2 * right)}
     return [sign for sign, seen in signs.items() if seen]
 
 

@@ -129,7 +129,7 @@ def pick_device(name: str) -> str:
         if torch.zeros(1, device=name, dtype=torch.float64).is_meta:            # sampling needs float64, which mps lacks
             raise InputError(f"--device {name}: holds no data; use --device cpu or cuda")
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:  # no such device, or torch built without it
-        reason = str(error).splitlines()[0].partition(". ")[0]  # mps: to use float32 would not help
+        reason = str(error).splitlines()[0].partition(". ")[0]  # without mps's advice to use float32
         raise InputError(f"--device {name}: {reason}; use --device cpu" + " or cuda" * (name != "cuda")) from error
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)

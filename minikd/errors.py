@@ -81,7 +81,7 @@ def _interrupts():
     try:
         yield
     except Exception as error:
-        if time.monotonic() - pressed < 5:                      # else there was none, or it was lost long ago
+        if time.monotonic() - pressed < 5:                      # else Ctrl-C is not the cause
             raise KeyboardInterrupt from error
         raise
     finally:

@@ -43,7 +43,7 @@ def atomic_path(path, folder: bool = False, keep=None):
     if folder and holds_cwd(path):
         raise InputError(f"{path}: is or contains the current folder, and would be replaced; give another, or one inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():                                           # else what was left may be the only copy
+    if path.exists():                                           # else a killed process's folder may hold the only copy
         sweep(path.parent, path.name)
     work, held = temporary_folder(path)
     try:
@@ -63,7 +63,7 @@ def atomic_path(path, folder: bool = False, keep=None):
                     os.rename(path, work / "old")               # os.replace cannot replace a full folder
                 os.replace(new, path)
             _fsync(path.parent)
-            sweep(path.parent, path.name)                       # what was left of it before there was any
+            sweep(path.parent, path.name)                       # again: now there is a `path`, whatever was left
     finally:
         try:
             if (work / "old").exists() and not path.exists():   # an error or Ctrl-C between two renames
@@ -77,7 +77,7 @@ def _keep(old: Path, new: Path, keep=lambda name: True):
     a log that is open stays the same file."""
     for path in old.iterdir():
         place = new / path.name
-        if not keep(path.name) or path.name.startswith(".") and f".{MARK}" in path.name:        # temporary_folder's
+        if not keep(path.name) or path.name.startswith(".") and f".{MARK}" in path.name:        # a temporary_folder in it
             continue
         with suppress(FileNotFoundError):                       # deleted by another process meanwhile
             if path.is_dir() and not path.is_symlink():

@@ -106,22 +106,22 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float, where: str = "la
     alive = diagonal != 0
     mean = diagonal[alive].mean() if alive.any() else torch.ones_like(diagonal[0])
     while True:
-        H = hessian[backwards[:, None], backwards].float()                      # [I, I], a copy, in reverse order
-        H.diagonal().add_(torch.where(alive, damp * mean, mean)[backwards])     # dead inputs: any number above 0 will do
-        failed = torch.empty((), dtype=torch.int32, device=H.device)
-        torch.linalg.cholesky_ex(H.T, out=(H.T, failed))                        # H.T becomes L; it has LAPACK's layout
+        M = hessian[backwards[:, None], backwards].float()                      # J H J [I, I], a copy
+        M.diagonal().add_(torch.where(alive, damp * mean, mean)[backwards])     # dead inputs: any number above 0 will do
+        failed = torch.empty((), dtype=torch.int32, device=M.device)
+        torch.linalg.cholesky_ex(M.T, out=(M.T, failed))                        # M.T, column by column as in LAPACK, becomes L
         if not failed:
             break
-        wanted, damp = damp, max(10 * damp, 1e-3)
+        tried, damp = damp, max(10 * damp, 1e-3)
         if damp > MAX_DAMP:
-            raise InputError(f"{where}: its Hessian is not positive definite, even with a damping of {wanted:g}; pass 2/n X X^T")
-        warnings.warn(f"{where}: its Hessian is singular with a damping of {wanted:g}; trying {damp:g}", stacklevel=3)
-    if H.is_cuda:
-        H = H.flip(0, 1)                                                        # rows and columns back in order
+            raise InputError(f"{where}: its Hessian is not positive definite, even with a damping of {tried:g}; pass 2/n X X^T")
+        warnings.warn(f"{where}: its Hessian is singular with a damping of {tried:g}; trying {damp:g}", stacklevel=3)
+    if M.is_cuda:
+        M = M.flip(0, 1)                                                        # L^T becomes J L^T J = R^T
     else:
-        for i in range((len(H) + 1) // 2):                                      # the same in place: rows i and -1 - i change
-            H[[i, -1 - i]] = H[[-1 - i, i]].flip(1)                             # places, each read backwards
-    U = H.T                                                                     # R, inverted in place below
+        for i in range((len(M) + 1) // 2):                                      # the same in place: rows i and -1 - i change
+            M[[i, -1 - i]] = M[[-1 - i, i]].flip(1)                             # places, each read backwards
+    U = M.T                                                                     # R, inverted in place below
     # Panel by panel: [A B; 0 C]^-1 = [A^-1  -A^-1 B D; 0  D] with D = C^-1, where A^-1 is there already.
     for start in range(0, len(U), PANEL):
         at = slice(start, start + PANEL)
@@ -160,8 +160,8 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
         raise InputError(f"{where}: its Hessian has values that are not finite, as its inputs overflow; calibrate in another "
                          "dtype, or fetch or train the model again")
     W = weight.float().masked_fill(hessian.diagonal() == 0, 0.0)                # [O, I], a copy
-    # No block may cross a multiple of `span`: one group, as its grid must be found first; with act_order all grids are known, and
-    # it is the whole row, I.
+    # Columns are quantised span by span, a span block by block. With act_order all grids are known now: one span. Without it each
+    # group is a span, as its grid is found when it is reached.
     if act_order:
         order, span = hessian.diagonal().argsort(descending=True, stable=True), I
         scales, zeros = (part.view(O, -1) for part in find_grid(W.view(-1, size), bits, sym, clip_search))  # [O, I/g]
@@ -262,15 +262,15 @@ def calibrate(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, d
     through it. `device` holds one Hessian and, in `dtype`, the batches' hidden states and one block; the model may be elsewhere
     and in another dtype.
     """
-    home, config = model.head, model.config
+    head, config = model.head, model.config                     # the head has the model's device and dtype
     rows = [Encoded([], row.prompt + row.response, row.cut, row.index) for row in rows]     # a mask over every token
     batches = [collate([rows[i] for i in at], pad_id) for at in by_length(rows, batch_size)]        # [B, T] ids and mask
-    states = [model.model.embed_tokens(ids.to(home.device)).to(device, dtype) for ids, _ in batches]      # [B, T, D] each
+    states = [model.model.embed_tokens(ids.to(head.device)).to(device, dtype) for ids, _ in batches]      # [B, T, D] each
     rope = {T: rope_tables(torch.arange(T, device=device)[None], config.rope_theta, config.head_dim, states[0].dtype)
             for T in {x.shape[1] for x in states}}
     for i, block in enumerate(model.model.layers):
         kept = [(vector, vector.data) for vector in block.parameters() if vector.dim() == 1]    # norms, biases: they stay
-        model.partly_quantized |= dtype != home.dtype           # rounded to it: a call that ends here must not be repeated
+        model.partly_quantized |= dtype != head.dtype           # the next line rounds weights: no second call may follow
         block.to(device, dtype)
         for names, inputs in stages(block, rope):
             layer = block.get_submodule(names[0])
@@ -283,7 +283,7 @@ def calibrate(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, d
             if len(names) == 1:                                                 # o_proj or down_proj, quantised by now
                 for x in states:
                     x += layer(inputs(x))
-        block.to(home)                                                          # device and dtype
+        block.to(head.device, head.dtype)
         for vector, exact in kept:
             vector.data = exact
 
@@ -339,8 +339,9 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
         order = calibrate(model, rows, pad_id, batch_size, torch.device(device or home), dtype or model.head.dtype)
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in order:
-        for done in results if store and name.endswith("q_proj") else ():       # a block begins: free those before it
-            layers[done].weight.data = layers[done].weight.new_empty(0)
+        if store and name.endswith("q_proj"):                                   # a block begins: free the weights before it
+            for done in results:
+                layers[done].weight.data = layers[done].weight.new_empty(0)
         found, report = quantize_layer(layers[name].weight, hessian, name, grid, act_order, damp)
         model.partly_quantized = True
         layers[name].weight.copy_(dequantize_groups(*found))

@@ -50,7 +50,8 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     mean = rewards.nanmean(1, keepdim=True)                                     # [P, 1]; NaN where none is judged, not used
     lowest = torch.where(judged, rewards, torch.inf).amin(1, keepdim=True)                  # [P, 1]
     highest = torch.where(judged, rewards, -torch.inf).amax(1, keepdim=True)                # [P, 1]
-    centred = torch.where(judged & (lowest < highest), rewards - mean, 0.0)     # [P, G]; 0 where fewer than two are judged
+    differ = lowest < highest                                                   # [P, 1]; False where fewer than two are judged
+    centred = torch.where(judged & differ, rewards - mean, 0.0)                 # [P, G]
     if scale == "std":
         std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()     # [P, 1]
         centred = centred / (std + 1e-4)                                        # paper eq. (5)

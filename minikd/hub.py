@@ -54,7 +54,7 @@ def repository(name: str, kind: str) -> "Repository":
 
 class Repository:
     """A repository on the hub, at the commit from which its first file came: a run that reloads its student hours later must not
-    get another commit. (An error in between ends the run.)
+    get another commit.
 
     files    the names of its files; None if the hub did not answer
     failure  the error if it did not; then only what the cache holds is used

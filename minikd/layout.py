@@ -32,7 +32,7 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 
     While packed, the blocks' weights are held in that layout only, but the head twice: a tied embedding reads it plain. (For two
     rows in float32 packing the head gains nothing: it stays plain.) A 4-bit model's layers stay joined afterwards.
-    Threads take turns. A block inside another, as of generate in respond, uses the layout that it finds.
+    Threads take turns. A `with laid_out` inside another, as of generate in respond, changes nothing.
     """
     with LAYING:
         if model.decoding:
@@ -66,16 +66,16 @@ def undo_layout(model: Qwen2):
 
 
 def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
-    """How the layers are best read:
+    """How the layers are best read. In the order in which it is decided:
 
-    "plain"   for any number of steps: one row in float32 on a CPU, by products.gemv, which gives every thread its part;
-              bfloat16 on a CPU with AVX2 only, many rows by products.padded_columns
-    "packed"  several rows on a CPU, in bfloat16 if packs_bfloat16: from oneDNN's layout, q/k/v as one product and gate/up as
-              another. Reading a plain one reaches 60% of the memory's bandwidth in bfloat16, and takes two to five times as long
-              in float32. In a 4-bit model only the head is packed; the layers are joined
-    "joined"  on a GPU, and a 4-bit model elsewhere too: q/k/v as one product and gate/up as another
-    None      as they are: for fewer than WORTH steps, with layers joined for good (teacher.Teacher), a float32 toy, one bfloat16
-              row (torch_products)
+    None      layers that are joined for good (teacher.Teacher)
+    "plain"   on a CPU: one row in float32, by products.gemv; in bfloat16 with AVX2 only, by products.padded_columns
+    None      fewer than WORTH steps
+    "packed"  on a CPU, several rows: from oneDNN's layout, q/k/v as one product and gate/up as another. Plain weights are read at
+              60% of the memory's bandwidth in bfloat16, and take two to five times as long in float32. In a 4-bit model only the
+              head is packed; the layers are joined
+    "joined"  on a GPU, or in a 4-bit model: q/k/v as one product and gate/up as another
+    None      the rest: one bfloat16 row (torch_products), a float32 toy
     """
     weight, mlp = model.head, model.model.layers[0].mlp
     cpu, four_bits = weight.device.type == "cpu", model.quantization is not None
@@ -152,9 +152,10 @@ def use_multiply(model: Qwen2):
 def multiply_plain(layer: Linear, x: Tensor) -> Tensor:
     """The layer's output for x [..., I]: by products.multiply for one row in float32, or many in bfloat16, else by torch."""
     rows = x.flatten(0, -2)                                                                 # [n, I]
-    if len(rows) > 1 if x.dtype == torch.float32 else len(rows) < products.MANY:
-        return F.linear(x, layer.weight, layer.bias)
-    return products.multiply(rows, layer.weight, layer.bias).unflatten(0, x.shape[:-1])              # [..., O]
+    faster = len(rows) <= 1 if x.dtype == torch.float32 else len(rows) >= products.MANY
+    if faster:
+        return products.multiply(rows, layer.weight, layer.bias).unflatten(0, x.shape[:-1])          # [..., O]
+    return F.linear(x, layer.weight, layer.bias)
 
 
 class Packed:

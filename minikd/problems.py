@@ -41,7 +41,7 @@ UNDECIDED = re.compile(r"(?:print|output|report|return)\W+(?:any\b(?! (?:extra|o
                        r"|(?-i:Find any)\b", re.IGNORECASE)
 ANY_ORDER = re.compile(r"in (?:any|(?:an )?arbitrary) order", re.IGNORECASE)        # of the output; elsewhere it may be of a move
 
-CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward that tells right from wrong -> its fact
+CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward that judges right or wrong -> the fact it needs
 FORMATS = "codeforces", "question"                                          # of records
 QUESTIONS = "question", "problem", "instruction", "prompt"
 ANSWERS = "answer", "final_answer", "expected_answer", "response", "output", "solution", "answer_number"    # a question's
@@ -137,9 +137,9 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
 # ---- records
 
 def load_problems(paths, limit: int | None = None, format: str | None = None) -> tuple[list[Problem], int]:
-    """The problems in files, folders or hub datasets, every question once; and how many records were left out: those that repeat
-    an earlier one, whose `question`, `problem` or Codeforces statement is null or blank, or whose answer cannot be compared with
-    others: blank, a proof, or neither one text nor one number.
+    """The problems in files, folders or hub datasets, every question once; and how many records were left out: those with an
+    earlier question, with a blank or null one (`question`, `problem` or Codeforces statement), or with an answer that cannot be
+    compared with others (blank, a proof, or neither one text nor one number).
 
     limit   read only so many records
     format  one of FORMATS; without it each record is recognised
@@ -191,8 +191,10 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     else:
         facts = {"answer": answer} if (answer := _answer(record)) else {}
     if not asked or not facts:
-        blank = any(name in record and (absent(value := record[name]) or isinstance(value, str)) for name in QUESTIONS[:2])
-        if (asked or blank) and (given or tests) or _of_codeforces(record) and absent(record["description"]):
+        # With fields for a question and an answer it is a problem, left out if one is blank or of no use; else an error.
+        blank = any(name in record and (absent(record[name]) or isinstance(record[name], str)) for name in QUESTIONS[:2])
+        unstated = _of_codeforces(record) and absent(record["description"])
+        if unstated or (asked or blank) and (given or tests):
             raise Dropped(where, "no answer to compare with, or no statement")
         lacks = "neither answer nor tests" if asked else "no text that asks something"
         raise InputError(f"{where}: is not a problem: {lacks} (its fields: {names_of(record)}); give `question` and `answer` "
@@ -225,9 +227,9 @@ def _answer(record: dict) -> str:
     told = re.match(r".*(?:####|\b[Tt]he answer is\b:?)\s*(.*)$", last)                   # GSM8K's, MetaMath's: the last one
     answer = boxed(whole) or (told[1] if told else whole).strip()                           # NuminaMath boxes it
     words = re.findall(r"[A-Za-z]{3,}", re.sub(r"\\(?:begin|end)\{\w+\*?\}|\\[A-Za-z]+", " ", answer))      # none of LaTeX's
-    proof = (name == "solution" and answer == whole and (len(words) > 3 or "\n" in answer)
-             or answer.casefold() in ("proof", "notfound") or record.get("question_type") == "proof")      # NuminaMath-1.5's
-    return "" if proof else answer
+    prose = name == "solution" and answer == whole and (len(words) > 3 or "\n" in answer)       # a solution that marks no answer
+    proof = answer.casefold() in ("proof", "notfound") or record.get("question_type") == "proof"            # NuminaMath-1.5's
+    return "" if prose or proof else answer
 
 
 def _asked(value) -> str:

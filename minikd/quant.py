@@ -65,10 +65,10 @@ def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool
         return scale, zero
     best = torch.full_like(scale, torch.inf)
     for share in torch.linspace(1, 0.5, 41, dtype=torch.float32).tolist():
-        tried = _grid_of(share * low, share * high, top, sym)                                      # [O] each
-        columns = [part[:, None] for part in tried]
-        error = (dequantize(quantize(weight, *columns, bits), *columns) - weight).abs().pow(POWER).sum(1) # [O]
-        scale, zero = (torch.where(error < best, new, old) for new, old in zip(tried, (scale, zero)))
+        s, z = _grid_of(share * low, share * high, top, sym)                                       # [O] each
+        grid = s[:, None], z[:, None]
+        error = (dequantize(quantize(weight, *grid, bits), *grid) - weight).abs().pow(POWER).sum(1)        # [O]
+        scale, zero = torch.where(error < best, s, scale), torch.where(error < best, z, zero)
         best = torch.minimum(best, error)
     return scale, zero
 
@@ -145,7 +145,7 @@ def to_words(codes: Tensor, scales: Tensor, zeros: Tensor, version: int = 1) -> 
     (O, I), size = codes.shape, codes.shape[1] // scales.shape[1]
     if O % 8 or I % 8:
         raise InputError(f"a layer of {I} inputs and {O} outputs cannot be packed: both must be multiples of 8")
-    if not (codes.max() <= 15 and 0 <= zeros.min() and zeros.max() <= 15):      # of 5 bits a symmetric zero is 16
+    if not (codes.max() <= 15 and 0 <= zeros.min() and zeros.max() <= 15):      # with bits=5 a symmetric zero is 16
         raise ValueError("to_words: codes and zeros must be from 0 to 15 to fit into 4 bits; quantise with bits=4")
     if version not in (1, 2):
         raise ValueError(f"to_words: version = {version}; it must be 1 (gptq) or 2 (gptq_v2)")
@@ -167,6 +167,6 @@ def read_grid(qzeros: Tensor, scales: Tensor, version: int) -> tuple[Tensor, Ten
 
 
 def read_zeros(qzeros: Tensor, version: int) -> Tensor:
-    """int32 [I/g, O/8] -> uint8 [I/g, O].  For version 1, adds 1 to each zero, as 0x11111111 per word, the way GPTQModel
-    subtracts it: if a zero of 0 had borrowed from its neighbour, this undoes that too."""
+    """int32 [I/g, O/8] -> uint8 [I/g, O].  Version 1 stores zero - 1: the 1s are added to whole words, as GPTQModel subtracts
+    them, so that a borrow of a zero of 0 from its neighbour is undone too."""
     return unpack(qzeros + 0x11111111 if version == 1 else qzeros, 1)

@@ -46,7 +46,7 @@ def data_files(name) -> list[Path]:
         folder = local_folder(base, chosen, kind="dataset")
         return [folder / file for file in chosen]               # the cache may hold more, from other choices
     patterns = [choice, f"{choice}/*"] if choice else [f"*{ending}" for ending in ENDINGS]
-    folder = local_folder(base, patterns, kind="dataset")       # one that is here; offline, whatever the cache holds
+    folder = local_folder(base, patterns, kind="dataset")       # a local folder; or the cache, if the hub does not answer
     held = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     files = [folder / file for file in _choose(base, held, choice)]
     if not path.is_dir() and not re.search(r"-\d{3}", choice):                         # unless single shards are asked for
@@ -79,6 +79,8 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?")
 
 
 def _choose(name: str, held: list[str], choice: str) -> list[str]:
+    """The data files among `held` that `choice` names.  Raises InputError for none; for several without a choice; and for several
+    splits, unless a glob names them."""
     data = sorted(file for file in held if file.endswith(ENDINGS) and "/." not in f"/{file}"
                   and file.rpartition("/")[2] not in HUB_METADATA)
     found = [file for file in data if not choice or file == choice or fnmatch(file, choice) or fnmatch(file, f"{choice}/*")]
@@ -203,7 +205,7 @@ def _json_lines(file: Path):
                 yield f"{file}:{number}", _parse(line.rstrip(b"\r\n"), file, number)
             except InputError as error:
                 if number == 1 and ".json" not in file.suffixes and line.strip(b"\xef\xbb\xbf \t\r\n") in (b"[", b"{"):
-                    error = InputError(f"{file}:1: not a record, but the begin of a JSON value over many lines; rename the file "
+                    error = InputError(f"{file}:1: not a record, but the beginning of a JSON value over many lines; rename the file "
                                        "to end in .json")
                 yield f"{file}:{number}", error
 

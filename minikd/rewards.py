@@ -102,13 +102,13 @@ def extract_code(text: str) -> str | None:
 # ---- form
 
 def format_fault(completion: str) -> str | None:
-    """None if a completion is thoughts and then an answer, neither of them blank, without text between or after, and without
-    anything before, as open-r1 wants it; else what is wrong, in a few words."""
+    """What is wrong with a completion's form, in a few words. None if it is thoughts and then an answer, neither of them blank,
+    with only blanks between and after, and nothing at all before (as open-r1 wants it)."""
     before, *rest = re.split("(</?(?:think|answer)>)", completion)
     tags, texts = rest[::2], [text.strip() for text in rest[1::2]]              # a text, maybe blank, follows each tag
     if tags not in (["<think>", "</think>"], ["<think>", "</think>", "<answer>", "</answer>"]):
         return f"its tags are {' '.join(tags)[:80]}" if tags else "no tags"
-    thoughts, between, answer, after = texts if len(texts) == 4 else (texts[0], "", texts[1], "")
+    thoughts, between, answer, after = texts if len(texts) == 4 else (texts[0], "", texts[1], "")       # 2: without answer tags
     return ("text before <think>" if before else "no thoughts" if not thoughts else "no answer" if not answer else
             "text outside the tags" if between or after else None)
 
@@ -188,7 +188,8 @@ def _plain(answer: str) -> str:
     """The answer without what _LATEX takes off it."""
     text = boxed(answer) or answer
     for pattern, replacement in _LATEX:
-        text = re.sub(pattern, replacement, re.sub(r"(?<!\.)\.$", "", text.strip("$* \n")).rstrip("$* \n"))
+        text = re.sub(r"(?<!\.)\.$", "", text.strip("$* \n")).rstrip("$* \n")             # the full stop, and marks around it
+        text = re.sub(pattern, replacement, text)
     return text.strip() or answer.strip()                       # all of it may be marks
 
 
@@ -203,7 +204,7 @@ def _value(text: str) -> Fraction | None:
 
 
 def _tests_of(completion: str, problem: dict, max_seconds: float, max_memory: int) -> list[tuple] | None:
-    """Per test (run_program's arguments, the expected output); none without a program, None if the problem cannot be judged."""
+    """Per test (run_program's arguments, the expected output); [] without a program, None if the problem cannot be judged."""
     tests = [test for test in problem.get("tests") or () if len(test["output"].encode()) < sandbox.OUTPUT]
     if not tests or not (problem.get("language") or "python").lower().startswith("py"):
         return None
@@ -220,14 +221,14 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
                 max_memory: int = 512) -> Values:
     """1 if the answer's program passes all tests, else 0; with `partial` the fraction it passes.  open-r1 line 511
 
-    The program is the last code block of the answer, or of the whole text if that has no think tags. None if the problem
-    has no tests or wants another language; a test whose output has sandbox.OUTPUT bytes, all that a program may print, or
-    more is left out.
+    The program is the last code block of the answer, or of the whole text if that has no think tags. It can import only the
+    standard library. None if the problem has no tests or wants another language. Tests are left out if their output is longer
+    than a program may print (sandbox.OUTPUT).
     max_seconds and max_memory (MB, but a program has at least 64) cap the problem's own limits.
     The programs of all completions run in parallel, once per input; outcomes are remembered. Tests run in rounds of 1, 1, 2, 4,
-    ..., and a program gets no later round once it has failed one, with `partial` once it has been stopped in two (for its time,
-    output, ...): what it did not run counts as failed. So a program that loops on every input costs one or two time limits, and
-    one that loops only on late ones those of at most half the tests. It can import only the standard library.
+    .... A program that failed a test runs in no later round; with `partial`, one that was stopped in two tests (for its time, its
+    output, ...). Tests that it did not run count as failed. So an endless loop costs few time limits: one or two if
+    every input causes it, at most those of half the tests otherwise.
     """
     asked = [_tests_of(completion, problem, max_seconds, max_memory)
              for completion, problem in zip(completions, facts, strict=True)]
@@ -250,8 +251,8 @@ _DONE = {}                                      # run_program's arguments -> its
 
 
 def _run_all(runs: set[tuple]) -> dict[tuple, sandbox.Result]:
-    """Results of the runs. Short ones of programs that ended by themselves are remembered, as a policy repeats its programs;
-    but not failures to start a thread, which may be due to programs that ran at the same time (sandbox.LIMITS)."""
+    """run -> its result. As a policy repeats its programs, results are remembered if they are short and the program ended by
+    itself, but not if it could not start a thread: other programs may have been the reason (sandbox.LIMITS)."""
     if len(_DONE) > 50_000:
         _DONE.clear()
     fresh = sorted(run for run in runs if run not in _DONE)
@@ -278,9 +279,13 @@ def combine(values: dict[str, Values], weights: dict[str, float]) -> Values:
 
 
 def summary(values: dict[str, Values], group_size: int = 0) -> dict[str, float | None]:
-    """For the log, per reward: "reward/format", its mean over what it judged, "reward/format/std", the population's, both
-    None if it judged nothing, "reward/format/unjudged", the share that it did not judge, and, of answers in groups of group_size,
-    "reward/format/flat", the share of groups in which it tells no two answers apart."""
+    """For the log, per reward:
+
+    reward/format            mean over the answers that it judged, and
+    reward/format/std        their standard deviation (the population's); both None if it judged none
+    reward/format/unjudged   share of the answers that it did not judge
+    reward/format/flat       only for answers in groups of group_size: share of the groups in which it tells no two apart
+    """
     found = {}
     for name, column in values.items():
         judged = [value for value in column if value is not None]

@@ -96,7 +96,10 @@ def check_settings(folder, settings: dict):
     """Raises InputError, naming the first setting that differs from those the run in `folder` was started with. For a model
     or a data file only the hash is compared, for a cache only whether there is one: their names may have changed. A changed file
     of --rewards is only reported."""
-    def parts(key, value):                                      # its name, if it has a hash; and what must be the same
+    before = settings_of(folder)
+    settings = json.loads(json.dumps(settings, default=str))
+
+    def parts(key, value):                                      # its name, if a hash follows it; what must not change
         if isinstance(value, str) and (named := re.fullmatch(r"(.*) (\(sha256 \w+\))", value)):
             return named[1], named[2]
         if key in ("data", "lm_data") and value:
@@ -106,22 +109,21 @@ def check_settings(folder, settings: dict):
     def compare(keys):
         for key in keys:
             value, began, flag = settings[key], before.get(key), f"--{key.replace('_', '-')}"
-            (name, now), (name_then, then) = parts(key, value), parts(key, began)
+            name, now = parts(key, value)
+            name_then, then = parts(key, began)
             if now == then:
                 continue
             if key not in before:
                 raise InputError(f"{folder}: holds a run of another script, or of a minikd without {flag}; choose another --out")
-            if name == name_then is not None:
+            if name and name == name_then:
                 raise InputError(f"{folder}: --resume, but the content of {flag} {name} has changed since the run began; put it "
                                  "back, or choose another --out")
             value, began = (re.sub(r"\btorch\.(?=b?float)", "", str(each)) for each in (value, began))     # as --dtype takes it
             raise InputError(f"{folder}: --resume with {flag} {value}, but the run began with {began}; give the same flags, or "
                              "another --out")
 
-    before = settings_of(folder)
-    settings = json.loads(json.dumps(settings, default=str))
     rows, files = settings.pop("rows", None), settings.pop("reward_files", None)
-    derived = settings.keys() & {"steps", "eval_every"}         # maybe from other flags and the data: these are named first
+    derived = settings.keys() & {"steps", "eval_every"}         # compared last: other flags and the data can change them
     compare(key for key in settings if key not in derived)
     if rows and rows != before.get("rows", rows):
         raise InputError(f"{folder}: --resume, but the data's tokens differ from those that the run began with; undo the change "
@@ -201,10 +203,10 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, own=()):
             raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run; choose another --out")
         lines = read_log(folder)
         same = bool(lines) and bool(settings_of(folder).get("toy")) == toy                  # a toy never touches a real run
-        if lines and not (same and (toy or resume and folder in runs)):
-            may = same and folder in runs and not resume
-            raise InputError(f"{folder}: already holds {'a' if may else 'another'} run of {lines[-1]['step']} steps; "
-                             f"{'continue it with --resume, or ' if may else ''}choose another --out")
+        ours = same and folder in runs
+        if lines and not (same and toy or resume and ours):
+            raise InputError(f"{folder}: already holds {'a' if ours else 'another'} run of {lines[-1]['step']} steps; "
+                             f"{'continue it with --resume, or ' if ours else ''}choose another --out")
     for folder in runs:
         for part in "best", "last":
             place = folder / part

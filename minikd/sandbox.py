@@ -79,8 +79,8 @@ DENIED = {
     "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
     "file_setattr": (469, 469), "truncate": (76, 45)}
-# System calls that are judged by an argument: its place, which of its bits count, values, and whether only these are allowed,
-# or all but these. SELF is the program's pid: calls on an ordinary user's other processes, such as the caller, would work too.
+# System calls judged by one argument: (numbers, the argument's place, its bits that count, values, ONLY these values are allowed
+# or NEVER). SELF is the program's pid: on the same user's other processes, such as the caller, these calls would work too.
 ONLY, NEVER, SELF, ALL = True, False, -1, 0xFFFFFFFF
 JUDGED = {
     **{name: (numbers, 0, ALL, (0, SELF), ONLY) for name, numbers in {
@@ -202,21 +202,21 @@ def _try(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
             verdict, out, err, said = _watch(process, report, folder, start + timeout)
         seconds = time.monotonic() - start
     finally:
-        if os.geteuid():                                        # not for root, who needs none, and might follow a planted link
-            with suppress(OSError):
+        if os.geteuid():                # the program may have locked it. Root can delete it all the same, and might chmod a
+            with suppress(OSError):     # link put in its place
                 os.chmod(folder, 0o700)
         discard(folder, held)
-    level, code, *_ = said.decode().split("\n") + [""]
-    if level == "busy":
+    limits, code, *_ = said.decode().split("\n") + [""]         # as _supervise writes them; or "busy", or "refused: why"
+    if limits == "busy":
         raise BlockingIOError("the supervisor could not start the program")
-    if level.startswith("refused") or not (level or verdict):
-        raise InputError(f"sandbox: {level or 'did not start: ' + err.decode(errors='replace')[-300:]}")
+    if limits.startswith("refused") or not (limits or verdict):
+        raise InputError(f"sandbox: {limits or 'did not start: ' + err.decode(errors='replace')[-300:]}")
     out, err = (bytes(text[:OUTPUT]).decode(errors="replace") for text in (out, err))
     if not verdict:
         last = err.rstrip().rpartition("\n")[2]
         memory = code == "1" and last.partition(":")[0] == "MemoryError"
         verdict = "ok" if code == "0" else "memory" if memory else "error"
-    return Result(verdict, out, err, seconds), level
+    return Result(verdict, out, err, seconds), limits
 
 
 def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
@@ -236,7 +236,7 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)         # not a venv's link
     seconds = math.ceil(timeout) + 1                            # of CPU time, if the wall clock should fail
     return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED, "judged": JUDGED,
-            "boot": f"exec({inspect.getsource(_boot) + '_boot()'!r}, {{}})", "uid": uid,       # its own globals
+            "boot": f"exec({inspect.getsource(_boot) + '_boot()'!r}, {{}})", "uid": uid,       # {}: not the program's globals
             "readable": READABLE + [python, f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)],
             "limits": LIMITS | {"RLIMIT_CPU": seconds, "RLIMIT_AS": int(memory_mb * MB)}}
 
@@ -245,7 +245,7 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
 def _supervisor(folder, options):
     """The supervisor's process and the pipe it reports on; on exit it and all its descendants are dead."""
     report, low = os.pipe()
-    write = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3)          # not 0, 1 or 2, if the caller closed one: Popen opens these
+    write = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3)          # `low` may be 0, 1 or 2 if the caller closed it; Popen uses these
     os.close(low)
     try:
         with open(f"{folder}/stdin", "rb") as stdin:
@@ -349,14 +349,15 @@ def _supervise(report, options):
 
     def end(number=0, _=None):                                  # also called by SIGTERM and SIGHUP, at any moment
         _kill_below()
-        if number == _signal.SIGHUP or os.getppid() != options["parent"]:       # the caller is dead: remove its folder
+        # If the caller is dead, remove its folder. SIGHUP tells, too: while its threads end, it is still our parent.
+        if number == _signal.SIGHUP or os.getppid() != options["parent"]:
             for name in os.listdir("."):
                 os.unlink(name)
             os.rmdir(os.getcwd())
         os._exit(0)                                             # 1 ms faster than a normal exit
 
     _signal.signal(_signal.SIGTERM, end)                        # from _stop
-    _signal.signal(_signal.SIGHUP, end)                         # as the caller dies: our parent until its last thread has ended
+    _signal.signal(_signal.SIGHUP, end)                         # from the kernel, when the caller dies: see PR_SET_PDEATHSIG
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)            # if the caller ignores it, exit codes are lost
     libc.prctl(1, _signal.SIGHUP, 0, 0, 0)                      # PR_SET_PDEATHSIG
     os.set_inheritable(report, False)
@@ -448,14 +449,16 @@ def _become(libc, report, options):
 
 
 def _uncover(libc, prefix):
-    """Makes root's own Python (/root/.pyenv) readable for other users, and nothing beside it, in a mount namespace."""
+    """Makes root's own Python (/root/.pyenv) readable for other users, and nothing beside it: in a mount namespace, an empty
+    tmpfs covers the folder that hides it, and Python's folder is mounted inside."""
     paths = [prefix[:i] for i, letter in enumerate(prefix + "/") if letter == "/" and i]
     above = [path for path in paths if not os.stat(path).st_mode & 1]
     if not above:
         return
 
-    def mount(*arguments):
-        return libc.mount(*(a and a.encode() if not isinstance(a, int) else ctypes.c_ulong(a) for a in arguments))
+    def mount(source, target, kind, flags, data):
+        source, target, kind, data = (text and text.encode() for text in (source, target, kind, data))
+        return libc.mount(source, target, kind, ctypes.c_ulong(flags), data)
 
     os.umask(0o022)
     failed = libc.unshare(0x20000) or mount(None, "/", None, 0x44000, None)         # CLONE_NEWNS; MS_REC, MS_PRIVATE
@@ -503,7 +506,8 @@ def _seccomp(libc, denied, judged) -> bool:
     machine = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
     if machine is None:
         return False
-    load, mask, equal, above, end = 0x20, 0x54, 0x15, 0x35, 0x06        # BPF: load a word, and, jump if ==, if >=, return
+    # An instruction of BPF: (operation, instructions to skip if it is true, if it is false, value).
+    load, mask, equal, above, end = 0x20, 0x54, 0x15, 0x35, 0x06        # load a word; bitwise and; is it ==; is it >=; return
     deny, allow = (end, 0, 0, 0x50001), (end, 0, 0, 0x7FFF0000)     # SECCOMP_RET_ERRNO with EPERM, SECCOMP_RET_ALLOW
     code = [(load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[machine]), deny,    # another ABI's numbers
             (load, 0, 0, 0), (above, 0, 1, 0x40000000), deny]                           # x32
@@ -514,7 +518,7 @@ def _seccomp(libc, denied, judged) -> bool:
         if numbers[machine] >= 0:
             rule = [(load, 0, 0, 16 + 8 * place), (mask, 0, 0, bits)]       # the first argument is at 16, the next at 24
             rule += [(equal, len(values) - i, 0, os.getpid() if value < 0 else value) for i, value in enumerate(values)]
-            rule += [deny, allow] if only else [allow, deny]    # if it is none of the values, if it is one
+            rule += [deny, allow] if only else [allow, deny]    # the first is for none of the values, the second for any
             code += [(equal, 0, len(rule), numbers[machine]), *rule]
     code += [(equal, 0, 1, 435), (end, 0, 0, 0x50026), allow]   # clone3's flags are out of sight: ENOSYS, and libc calls clone
     word = sys.byteorder
@@ -529,17 +533,11 @@ def _seccomp(libc, denied, judged) -> bool:
 
 
 def _boot():
-    """In the new interpreter: runs program.py as `python program.py` does, but without installed packages, which -S leaves out.
-
-    Its globals are not __main__'s: the hook would keep these alive at exit, and so the program's objects, whose `__del__` and
-    `finally` may print.
-    """
+    """In the new interpreter: runs program.py as `python program.py` does, but without installed packages, which -S leaves out."""
     import _sitebuiltins
     import builtins
     import sys
     builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D")     # -S leaves these out too
-    sys.excepthook = lambda kind, error, trace: sys.__excepthook__(     # without the three frames up to this function
-        kind, error.with_traceback(trace.tb_next and trace.tb_next.tb_next and trace.tb_next.tb_next.tb_next), None)
     main = sys.modules["__main__"].__dict__
     main["__file__"] = sys.argv[0] = "program.py"
     with open("program.py", "rb") as file:

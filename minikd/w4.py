@@ -24,9 +24,9 @@ PART = 256              # outputs that are packed or dequantised at a time on a 
 class W4Linear(nn.Module):
     """y = x W^T + b, W held as 4-bit codes. `choose` decides how it multiplies.
 
-    The buffers are those of a `gptq` folder; `prepare` converts them once to the layout that the chosen way needs. After that,
-    only this layout holds the codes, provided that they can be read back from it (int4: if O is a multiple of 64). qweight is
-    then empty, also in the parts of a joined layer, and the qweight in a state_dict is a copy.
+    The buffers are those of a `gptq` folder. The codes are held once, and `codes` reads them from there: in qweight; after
+    `ready`, in the layout that the chosen way needs, if it can be read back (int4: if O is a multiple of 64); or in the joined
+    layer that this one is a part of. Away from qweight, qweight is empty; a state_dict gets a copy.
     """
 
     def __init__(self, inputs: int, outputs: int, group_size: int, bias: bool, version: int = 1):
@@ -41,7 +41,7 @@ class W4Linear(nn.Module):
             self.g_idx.copy_(torch.arange(inputs) // size)
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
         self.prepared = None                                    # (way, prepare(way)); not saved
-        self.whole = None                                       # (the layer that layout.join made, which rows of it are these)
+        self.whole = None                                       # of a part of a joined layer: (that layer, the slice of its rows)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantised [O, I], computed in float32: what every other way is tested against.
@@ -96,7 +96,8 @@ class W4Linear(nn.Module):
         """x [..., I] -> [..., O], by one of the ways that `choose` names."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if way == "dequantise":                                 # any dtype, anywhere; gradients with respect to x
-            dtype = torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and products.AVX2_ONLY else x.dtype
+            slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and products.AVX2_ONLY          # products.py says why
+            dtype = torch.float32 if slow else x.dtype
             return F.linear(x.to(dtype), self.weight(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
         rows = x.reshape(-1, self.inputs).contiguous()                                          # [M, I]
         if way == "kernel":

@@ -96,7 +96,7 @@ GOOD = json.dumps(DOLLY).encode()
     ("d.csv", b"instruction,response\na,b\ninstruction,response\n", "d.csv:3: repeats the header"),
     ("d.csv", b"instruction;response\na;b\n", "d.csv:1: separates its columns by semicolons; save it with commas"),
     ("d.csv", b"instruction\tresponse\na\tb\n", "d.csv:1: separates its columns by tabs; save it with commas"),
-    ("d.jsonl", b'[\n  {"a": 1}\n]\n', "d.jsonl:1: not a record, but the begin of a JSON value over many lines; rename the file to end in .json"),
+    ("d.jsonl", b'[\n  {"a": 1}\n]\n', "d.jsonl:1: not a record, but the beginning of a JSON value over many lines; rename the file to end in .json"),
     ("d.json", b'{\n"a": 1\n}\n{\n"a": 2\n}\n', "d.json:1: not JSON (Expecting property name"),
     ("d.json", b'[\n{"a": 1},\n{"a": }]\n', "d.json:3: not JSON (Expecting value, column 7): b'{\"a\": }]'; fix"),
     ("d.csv", b"instruction,response\na,b,c\n", "d.csv:2: has 3 cells for 2 columns"),
