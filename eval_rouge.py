@@ -43,7 +43,7 @@ def make_parser() -> Parser:
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
     add("--data", nargs="+", metavar="FILE", toy=["runs/toy/data/test.jsonl"],
         help="records to ask: a file, a folder or a hub dataset")
-    add("--limit", type=int, help="ask only the first LIMIT usable records")
+    add("--limit", type=int, help="ask only the first N usable records")
     add("--template", choices=("chatml", "alpaca"), default="chatml", help="format of the prompt")
     add("--max-length", type=int, default=512, help="tokens; a prompt that leaves no room for a response is dropped")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped and counted")

@@ -57,7 +57,7 @@ def make_parser() -> Parser:
         help="records with a question and an answer, or with tests; without it a toy task")
     add("--format", choices=problems.FORMATS, help="record schema")
     add("--task", choices=list(problems.TASKS), default="sums", help="toy task")
-    add("--limit", type=int, help="read only the first LIMIT records")
+    add("--limit", type=int, help="read only the first N records")
     add("--max-prompt-length", type=int, default=1024, help="tokens; longer prompts are dropped and counted")
     add = flag_group(parser, "sampling and rewards", f"rewards: {', '.join(REWARDS)}, FILE.py:FUNCTION; by default\nanswer, "
                      "code or both, depending on whether problems have answers or tests, then format,steps")
@@ -67,7 +67,7 @@ def make_parser() -> Parser:
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities in the loss")
     add("--rewards", metavar="A,B", help="rewards, separated by commas")
     add("--reward-weights", metavar="X,X",
-        help="one per reward (1; default format, steps: 0.05); if the first is negative: =-1,1")
+        help="one per reward (1; default format, steps: 0.05); a negative first one: --reward-weights=-1,1")
     add = flag_group(parser, "loss", "--norm sequence, token, constant: a token's weight is 1 / the length of its answer, of all "
                      "answers, or --max-new-tokens")
     add("--clip", type=float, default=0.2, help="how far the ratio of new to old policy may differ from 1")

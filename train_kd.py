@@ -59,7 +59,7 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = flag_group(parser, "models and data (none of them: the toy world)", BY_FIELDS)
     add("--student", help="folder or hub name to start from")
-    add("--teacher", help="folder or hub name; with --loss sft only for the table and --seq-kd")
+    add("--teacher", help="folder or hub name; with --loss sft used only for the table and --seq-kd")
     add("--data", nargs="+", metavar="FILE",
         help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
     add("--eval-data", nargs="+", metavar="FILE", help="records for the table; the held-out ones still choose best/")
@@ -70,7 +70,7 @@ def make_parser() -> Parser:
     add("--max-length", type=int, default=512,
         help="tokens of prompt and response; longer responses are cut, but not the student's own")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped")
-    add("--limit", type=int, help="read only the first LIMIT usable records of --data")
+    add("--limit", type=int, help="read only the first N usable records of --data")
     add("--validation", type=int, default=500, toy=100, help="examples held out of --data, at most a fifth")
     add = flag_group(parser, "loss", "without --loss two runs, sft and forward_kl")
     add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="one run with")
