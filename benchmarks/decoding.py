@@ -26,7 +26,6 @@ from minikd.layout import use_int8_head
 from minikd.model import Qwen2, allocate
 
 PROMPT, NEW = 28, 64
-HALF = SHAPES["0.5B"]
 
 
 def make_model(folder, dtype=torch.bfloat16, shape="0.5B"):
@@ -40,7 +39,8 @@ def minikd(folder, group: int, dtype: torch.dtype, int8_head: bool = False):
     model = load_model(folder, dtype=dtype)
     if int8_head:
         use_int8_head(model)
-    return lambda prompts, new: generate(model, prompts, new, temperature=float(group > 1), samples=group, seed=0)
+    temperature = 1.0 if group > 1 else 0.0
+    return lambda prompts, new: generate(model, prompts, new, temperature=temperature, samples=group, seed=0)
 
 
 def transformers(folder, group: int, dtype: torch.dtype):
@@ -63,7 +63,7 @@ def measure(method: str, batch: int, group: int, folder: str, dtype: str = "bflo
     answer = {"minikd": minikd, "minikd int8 head": partial(minikd, int8_head=True),
               "transformers": transformers}[method](folder, group, getattr(torch, dtype))
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(HALF.vocab_size, (batch, PROMPT), generator=generator).tolist()
+    prompts = torch.randint(SHAPES["0.5B"].vocab_size, (batch, PROMPT), generator=generator).tolist()
     answer(prompts, 16)
     start = time.perf_counter()
     tokens = answer(prompts, NEW)

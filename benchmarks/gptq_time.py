@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.decoding import HALF
 from benchmarks.measure import child, machine, peak_resident, report, resident, table
+from benchmarks.shapes import SHAPES
 from minikd.checkpoint import load_model, save_model
 from minikd.command import pick_dtype
 from minikd.data import Encoded
@@ -81,7 +81,7 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_tokenizer(folder)                                  # GPTQModel needs one, but no text is encoded
-        save_model(Qwen2(replace(HALF, num_hidden_layers=args.layers)).bfloat16().init_weights(0), folder)
+        save_model(Qwen2(replace(SHAPES["0.5B"], num_hidden_layers=args.layers)).bfloat16().init_weights(0), folder)
         ours = child("benchmarks.gptq_time", "minikd", folder)
         found = {"minikd": ours}
         if args.peer:

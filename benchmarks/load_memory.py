@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.decoding import HALF, make_model
+from benchmarks.decoding import make_model
 from benchmarks.measure import child, in_turns, machine, peak_resident, report, reset_peak, resident, table
+from benchmarks.shapes import SHAPES
 from minikd.checkpoint import load_model
 from minikd.model import Qwen2
 
@@ -58,7 +59,7 @@ def main():
                          f"{theirs['ratio']:.2f}", f"{ours['ratio']:.2f}", f"{theirs['seconds']:.1f}",
                          f"{ours['seconds']:.1f}", f"{max(theirs['others'], ours['others']):.0%}"])
     with torch.device("meta"):
-        count = sum(p.numel() for p in Qwen2(HALF).parameters())
+        count = sum(p.numel() for p in Qwen2(SHAPES["0.5B"]).parameters())
     print(f"{count:,} parameters")
     table(["", "transformers MB", "minikd MB", "transformers ratio", "minikd ratio", "transformers s", "minikd s",
            "others"], rows)

@@ -58,9 +58,14 @@ def reset_peak():
 # ---- children
 
 def busy_seconds() -> float:
-    """CPU time that all processes of this machine have used, summed over the cores."""
+    """CPU time that all processes of this machine have used, summed over the cores: neither idle nor waiting for a disk."""
     user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def settle(patience: float = 60):
@@ -97,11 +102,6 @@ def child(module: str, *arguments, python: str = sys.executable) -> dict:
     said = run(command, QUIET)
     others = (busy_seconds() - own_seconds() - before) / (time.monotonic() - start) / os.cpu_count()
     return json.loads(said.splitlines()[-1]) | {"others": max(0.0, others)}
-
-
-def own_seconds() -> float:
-    """CPU time of this process and of its children that have ended."""
-    return sum(os.times()[:4])
 
 
 def report(**figures):
@@ -199,12 +199,14 @@ def compare_steps(module: str, steps: int, repeats: int, folder, runs: list[tupl
     """Times a training step by each (method, mode) in children of `module`, in turns, and prints a row for each: the FIGURES that
     were reported (0 is left blank), and for the peers how much faster minikd is and which share of their peak it needs, in the
     same mode; trl's mode `default` is compared with bf16."""
-    figures, rows = in_turns(runs, lambda run: child(module, *run, steps, folder), repeats), []
+    figures = in_turns(runs, lambda run: child(module, *run, steps, folder), repeats)
+    rows = []
     columns = {name: shown for name, shown in FIGURES.items() if name in figures[runs[0]]}
     for method, mode in runs:
         row, ours = figures[method, mode], figures["minikd", "float32" if mode == "float32" else "bf16"]
-        ratios = [f"{row['seconds'] / ours['seconds']:.2f}x", f"{ours['peak'] / row['peak']:.2f}"]
+        ratios = ([f"{row['seconds'] / ours['seconds']:.2f}x", f"{ours['peak'] / row['peak']:.2f}"]
+                  if method not in ("minikd", "lean") else ["", ""])
         cells = [f"{row[name]:.{digits}f}" if row[name] else "" for name, (_, digits) in columns.items()]
-        rows.append([f"{mode} {method}", *cells, f"{row['others']:.0%}", *(["", ""] if method in ("minikd", "lean") else ratios)])
+        rows.append([f"{mode} {method}", *cells, f"{row['others']:.0%}", *ratios])
     table(["", *(heading for heading, _ in columns.values()), "others", "minikd faster", "its peak"], rows)
     print(f"{steps} steps, {repeats} turns; " + machine("torch", "transformers", "trl"))

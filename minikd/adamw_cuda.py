@@ -39,7 +39,8 @@ class AdamW(torch.optim.AdamW):
         steps, moments, chunks = self.held or self.hold(weights)
         if chunks is None:
             return None
-        device, group, pieces = weights[0].device, self.param_groups[0], self.pieces(weights, moments, found, copies)
+        device, group = weights[0].device, self.param_groups[0]
+        pieces = self.pieces(weights, moments, found, copies)
         if pieces != self.sent[0]:                              # a tensor lies elsewhere: seldom, with graphs
             self.sent = pieces, send(torch.tensor(pieces), device)
         squares = torch.empty(len(chunks), dtype=torch.float32, device=device)
@@ -61,14 +62,15 @@ class AdamW(torch.optim.AdamW):
                 self.state[weight].update(step=torch.zeros((), dtype=torch.float32, device=weight.device),      # as torch does
                                           exp_avg=torch.zeros_like(weight), exp_avg_sq=torch.zeros_like(weight))
         states = [self.state[weight] for weight in weights]
-        steps, moments = [state["step"] for state in states], [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
+        steps = [state["step"] for state in states]
+        moments = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
         chunks = [(i, at) for i, weight in enumerate(weights) for at in range(-(-weight.numel() // CHUNK))]
         same = len(torch.stack(steps).unique()) == 1
         self.held = steps, moments, send(torch.tensor(chunks, dtype=torch.int32), weights[0].device) if same else None
         return self.held
 
     def pieces(self, weights, moments, gradients, copies) -> list[tuple]:
-        """adamw.cu's Piece of each weight: addresses, size, and in one word whether its gradient is bfloat16, and the decay."""
+        """adamw.cu's Piece of each weight, as words of 8 bytes: the last holds both `low` (a bfloat16 gradient) and `decay`."""
         decays = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
         return [(weight.data_ptr(), first.data_ptr(), second.data_ptr(), gradient.data_ptr(),
                  copies[weight].data_ptr() if weight in copies else 0, weight.numel(),

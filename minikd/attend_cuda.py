@@ -4,12 +4,13 @@ from torch import Tensor
 
 from minikd.cuda import available, launch
 
-HEADS, FEWEST, SHARED = 8, 512, 133_648         # attend.cu's: most query heads per key; a block's fewest slots and memory
+HEADS, FEWEST, SHARED = 8, 512, 133_648         # attend.cu's: most query heads per key head; a block's fewest slots; its bytes
 
 
 def make_parts(keys: Tensor, heads: int) -> Tensor | None:
-    """Room for the kernel's partial sums [B K, splits, HEADS (E + 2) + 1], 0 at first, for a cache of layers like `keys`
-    [B, K, S, E]. Where one block per row and key head would leave multiprocessors idle, several split its slots.
+    """Room for the kernel's partial results [B K, splits, HEADS (E + 2) + 1], 0 at first, for a cache of layers like `keys`
+    [B, K, S, E]: of each query head E sums, the greatest score and the mass; then a counter. Where one block per row and key head
+    would leave multiprocessors idle, several split its slots.
     None if the kernel cannot run: not on a GPU, not in bfloat16, an unsupported head size, S no multiple of 8, more than HEADS
     query heads per key head, or too little shared memory, as on consumer GPUs and those before the A100.
     """
@@ -27,11 +28,11 @@ def make_parts(keys: Tensor, heads: int) -> Tensor | None:
 def step(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, bias: Tensor,
          parts: Tensor) -> Tensor:
     """What model.Attention computes between qkv [B, 1, (H + 2K) E] and o_proj, for one new token per row; writes that token's
-    key and value into the cache.  cos, sin [B, 1, 1, E], slot and bias as in cache.StaticCache -> [B, 1, H E]"""
+    key and value into the cache.  cos, sin [B, 1, 1, E], cache.StaticCache's slot [1] and bias [B, 1, 1, S] -> [B, 1, H E]"""
     B, K, S, E = keys.shape
     H = qkv.shape[-1] // E - 2 * K
     y = qkv.new_empty(B, 1, H * E)
-    launch(f"attend_{E}", qkv.device, parts.shape[:2], 1024 // E * 32,
+    launch(f"attend_{E}", qkv.device, parts.shape[:2], 1024 // E * 32,       # threads: Shared<E>::THREADS
            qkv.contiguous(), cos, sin, bias, slot, keys, values, parts, y, H, K, S, shared=SHARED)
     return y
 

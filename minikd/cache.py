@@ -89,12 +89,12 @@ class StaticCache(KVCache):
         self.parts = make_parts(self.keys[0], self.config.num_attention_heads)
 
     def layer(self, i: int) -> Slots:
-        return Slots(self.keys[i], self.values[i], self.slot, self.bias[:, None, None], self.parts)
+        return Slots(self.keys[i], self.values[i], used=self.slot, mask=self.bias[:, None, None], parts=self.parts)
 
     def advance(self, T: int):
         self.lengths += 1
         self.slot += 1
-        self.bias.index_fill_(1, self.slot.clamp(max=self.bias.shape[1] - 1), 0)    # no slot after the last
+        self.bias.index_fill_(1, self.slot.clamp(max=self.bias.shape[1] - 1), 0)    # shows the next slot; the last has none
 
     def keep(self, rows: Tensor):
         super().keep(rows)

@@ -24,9 +24,9 @@ from minikd.files import atomic_path
 SOURCES = tuple(Path(__file__).with_name(f"{name}.cu")
                 for name in ("common", "w4_matmul", "loss", "decode", "attend", "fused", "adamw"))
 
+OVERLAP = 6                             # the driver's CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 MAX_SHARED = 8                          # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-LAUNCHING = threading.Lock()            # from setting that attribute, which is the kernel's, to the launch that needs it
-OVERLAP = 6                             # its CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+LAUNCHING = threading.Lock()            # held from setting MAX_SHARED, one value per kernel, until the launch that needs it
 
 
 class Unavailable(RuntimeError):
@@ -76,8 +76,9 @@ def find_nvrtc() -> ctypes.CDLL:
     wheels = [Path(folder) / "nvidia" for folder in sys.path]
     found = sorted(str(path) for folder in wheels for path in folder.glob(f"*/lib/libnvrtc.so.{major}*"))
     for name in [f"libnvrtc.so.{major}", *found]:
+        beside = Path(name).parent.glob("libnvrtc-builtins.so*") if name in found else ()
         with suppress(OSError):
-            for builtins in Path(name).parent.glob("libnvrtc-builtins.so*") if "/" in name else ():
+            for builtins in beside:
                 ctypes.CDLL(str(builtins))                      # NVRTC itself looks for these on the loader's path only
             return ctypes.CDLL(name)
     raise Unavailable(f"libnvrtc.so.{major} was not found: install nvidia-cuda-nvrtc, or nvcc")
@@ -168,7 +169,7 @@ class Attribute(ctypes.Structure):
 
 
 class Config(ctypes.Structure):
-    """The driver's CUlaunchConfig."""
+    """The driver's CUlaunchConfig.  shape: as in `launch`"""
     _fields_ = [("shape", ctypes.c_uint * 7), ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(Attribute)),
                 ("count", ctypes.c_uint)]
 
@@ -193,15 +194,17 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
 
     arguments = [argument(value) for value in values]           # `values` keeps temporary tensors alive until the launch
     addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-    (driver, _), kernel, shape = load(device.index), find(device.index, name), (*grid, 1, threads, 1, 1, shared)
+    (driver, _), kernel = load(device.index), find(device.index, name)
+    shape = *grid, 1, threads, 1, 1, shared                     # x, y and z of the grid, and of a block; bytes
     with torch.cuda.device(device), LAUNCHING:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        error = shared and driver.cuFuncSetAttribute(kernel, MAX_SHARED, shared)                # needed above 48 KB
-        if overlap:
+        error = driver.cuFuncSetAttribute(kernel, MAX_SHARED, shared) if shared else 0          # needed above 48 KB
+        if not error and overlap:
             config = Config(shape, stream, ctypes.pointer(Attribute(id=OVERLAP, value=1)), 1)
-            error = error or driver.cuLaunchKernelEx(ctypes.byref(config), kernel, addresses, None)
-        else:
-            error = error or (driver.cuLaunchCooperativeKernel(kernel, *shape, stream, addresses) if together else
-                              driver.cuLaunchKernel(kernel, *shape, stream, addresses, None))
+            error = driver.cuLaunchKernelEx(ctypes.byref(config), kernel, addresses, None)
+        elif not error and together:
+            error = driver.cuLaunchCooperativeKernel(kernel, *shape, stream, addresses)
+        elif not error:
+            error = driver.cuLaunchKernel(kernel, *shape, stream, addresses, None)
     if error:
         raise RuntimeError(f"{name}: launch failed with CUDA error {error}" + ": out of memory" * (error == 2))

@@ -25,7 +25,7 @@ class Step(ctypes.Structure):
 def block_matrices(block: Block) -> list[nn.Module | None]:
     """A block's four matrices: q/k/v, o, gate/up and down; None for q/k/v or gate/up if layout.laid_out has not joined them."""
     attention, mlp = block.self_attn, block.mlp
-    qkv, gate_up = (getattr(half.joined, "__self__", None) for half in (attention, mlp))    # joined: a layer's bound forward
+    qkv, gate_up = (getattr(branch.joined, "__self__", None) for branch in (attention, mlp))     # joined: a layer's bound forward
     return [qkv, attention.o_proj, gate_up, mlp.down_proj]
 
 

@@ -67,26 +67,27 @@ class GraphedBlocks:
     """
 
     def __init__(self, body: Body):
-        self.copies, self.pairs, self.pool = Copies(body), {}, None             # not the body: a cycle would outlive the run
+        self.copies = Copies(body)                      # no reference to the body itself: the cycle would outlive the run
+        self.pairs, self.pool = {}, None                # shape -> Pair; the memory of all of them
         self.stream = torch.cuda.Stream()
         self.lent = {}                                  # weight -> its gradient, which the last backward pass left in the pool
         self.turns = 0                                  # forward and backward passes so far
 
     def __call__(self, x: Tensor, positions: Tensor, states) -> Tensor:
-        """What states(x, positions), Body.states, computes of whole sequences, to be read before the next call: embeddings
-        [B, T, D] -> [B, T, D]. The backward pass leaves the weights' gradients in `lent`; `settle` adds them to .grad."""
+        """states(x, positions), which is Body.states, for embeddings of whole sequences: [B, T, D] -> [B, T, D]. The next call
+        overwrites the result. The backward pass leaves the weights' gradients in `lent`; `settle` adds them to .grad."""
         T = x.shape[1]
         padded = F.pad(x, (0, 0, 0, -T % TILE))                                 # [B, T', D]; causal: no other state sees it
         self.copies.refresh()
         self.settle()                                                           # before they are overwritten
         if padded.shape not in self.pairs:
             if padded.numel() > max((pair.x.numel() for pair in self.pairs.values()), default=0):
-                self.pairs, self.pool = {}, None        # a larger shape's tensors would not fit into a smaller one's segments
+                self.pairs, self.pool = {}, None        # a new pool: the larger tensors would fit nowhere in the old one
             elif len(self.pairs) == MOST:
                 return states(x, positions)             # to make room would cost a recording in every call, if shapes take turns
             try:
                 self.pairs[padded.shape] = self.record(padded, states)
-            except BaseException:                       # what was recorded before the error will be dropped, sooner or later
+            except BaseException:                       # its graphs will be dropped: so drop all, and their stream (see above)
                 self.pairs, self.pool, self.stream = {}, None, torch.cuda.Stream()
                 raise
         return _Replayed.apply(padded, self)[:, :T]
@@ -94,14 +95,15 @@ class GraphedBlocks:
     def record(self, like: Tensor, states) -> "Pair":
         """The graphs of both passes for embeddings like these. Each pass runs once before, as in Replay."""
         stream, positions = self.stream, torch.arange(like.shape[1], device=like.device)[None]      # [1, T']
-        copies, make = [copy for copy, _ in self.copies.parts], lambda: torch.empty_like(like, requires_grad=True)
+        leaves = [leaf for leaf, _ in self.copies.leaves]
+        make = lambda: torch.empty_like(like, requires_grad=True)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.enable_grad(), self.copies.installed(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 x = make()
                 y = states(x, positions)
-                torch.autograd.grad(y, [x, *copies], torch.zeros_like(y))
+                torch.autograd.grad(y, [x, *leaves], torch.zeros_like(y))
                 del x, y
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(forward, pool=self.pool, stream=stream):
@@ -109,10 +111,10 @@ class GraphedBlocks:
                 y = states(x, positions)
                 slope = torch.empty_like(y)
             with torch.cuda.graph(backward, pool=forward.pool(), stream=stream):
-                slope_x, *slopes = torch.autograd.grad(y, [x, *copies], slope)
+                slope_x, *slopes = torch.autograd.grad(y, [x, *leaves], slope)
         self.pool = forward.pool()                      # only now: if a recording fails, its new pool goes with it
         gradients = {}
-        for (_, weights), found in zip(self.copies.parts, slopes, strict=True):
+        for (_, weights), found in zip(self.copies.leaves, slopes, strict=True):
             gradients |= zip(weights, borrow(found).split([len(weight) for weight in weights]))
         return Pair(forward, backward, positions, *map(borrow, (x, y, slope, slope_x)), gradients)
 
@@ -143,27 +145,31 @@ class Copies:
 
     @torch.no_grad()
     def __init__(self, body: Body):
-        self.halves, self.singles, self.parts = [], [], []                      # parts: a copy, and the weights in it
-        self.versions = None                                                    # of the weights when they were copied
-        leaf = lambda *weights: nn.Parameter(torch.cat([weight.detach() for weight in weights]).bfloat16())
+        self.leaves = []                                # what the graphs differentiate by, each with the weights that it copies
+        self.branches, self.singles = [], []            # each with what takes its place: a joined layer; a leaf, for the weight
+        self.versions = None                            # of the weights, when they were last copied
         for block in body.layers:
-            for half in block.self_attn, block.mlp:
-                layers, after = half.layers()
+            for branch in block.self_attn, block.mlp:
+                layers, last = branch.first_and_last()
                 joined = Linear(1, 1, bias=layers[0].bias is not None)          # its parameters are replaced
                 for name, _ in list(joined.named_parameters()):
-                    weights = [getattr(layer, name) for layer in layers]
-                    setattr(joined, name, leaf(*weights))
-                    self.parts.append((getattr(joined, name), weights))
-                self.halves.append((half, joined))
-                self.singles.append((after, leaf(after.weight)))
-                self.parts.append((self.singles[-1][1], [after.weight]))
-        self.of = {weight: view for copy, weights in self.parts                 # weight -> its copy
-                   for weight, view in zip(weights, copy.detach().split([len(weight) for weight in weights]))}
-        # Norms are read in float32, as under autocast: in the same memory, but as leaves of the graphs' own. While a plain pass's
-        # loss is alive, torch knows its leaves by that pass's stream, and refuses to record on another.
+                    setattr(joined, name, self.copy([getattr(layer, name) for layer in layers]))
+                self.branches.append((branch, joined))
+                self.singles.append((last, self.copy([last.weight])))
+        self.of = {weight: view for leaf, weights in self.leaves                # weight -> its copy
+                   for weight, view in zip(weights, leaf.detach().split([len(weight) for weight in weights]))}
+        # Norms are read in float32, as under autocast, so their leaves share the weights' memory. The weights themselves cannot
+        # be the leaves: while a plain pass's loss is alive, torch ties them to its stream, and refuses to record on another.
         for norm in (each for each in body.modules() if isinstance(each, RMSNorm)):
-            self.singles.append((norm, nn.Parameter(norm.weight.detach())))
-            self.parts.append((self.singles[-1][1], [norm.weight]))
+            leaf = nn.Parameter(norm.weight.detach())
+            self.singles.append((norm, leaf))
+            self.leaves.append((leaf, [norm.weight]))
+
+    def copy(self, weights: list[Tensor]) -> nn.Parameter:
+        """A new leaf: these weights in bfloat16, one below the other."""
+        leaf = nn.Parameter(torch.cat([weight.detach() for weight in weights]).bfloat16())
+        self.leaves.append((leaf, weights))
+        return leaf
 
     @torch.no_grad()
     def refresh(self):
@@ -178,22 +184,22 @@ class Copies:
         """Inside the `with` block the body's layers and norms multiply by the copies."""
         own = [layer.weight for layer, _ in self.singles]
         try:
-            for half, joined in self.halves:
-                half.joined = joined.forward
-            for layer, copy in self.singles:
-                layer.weight = copy
+            for branch, joined in self.branches:
+                branch.joined = joined.forward
+            for layer, leaf in self.singles:
+                layer.weight = leaf
             yield
         finally:
-            for half, _ in self.halves:
-                half.joined = None
+            for branch, _ in self.branches:
+                branch.joined = None
             for (layer, _), weight in zip(self.singles, own):
                 layer.weight = weight
 
 
 def borrow(tensor: Tensor) -> Tensor:
-    """The same memory, without keeping it: so the pool can give it to the graphs of another shape, too."""
+    """A tensor in the same memory that does not keep it: so the pool can give it to the graphs of another shape, too."""
     tensor = tensor.detach()
-    words = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor          # numpy knows no bfloat16
+    words = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor          # the interface knows no bfloat16
     memory = SimpleNamespace(__cuda_array_interface__=words.__cuda_array_interface__)
     return torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)
 

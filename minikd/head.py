@@ -255,15 +255,15 @@ def _backward_head(grads: Tensor, states: Tensor, head: Tensor, grad_hidden: Ten
         if grad_head is not None:
             _add_product(grad_head, grads.T, states)                            # += [V, n] [n, D]
         return
-    total = states.new_zeros(states.T.shape, dtype=torch.float32)               # [D, n]
+    columns = states.new_zeros(states.T.shape, dtype=torch.float32)             # [D, n], grad_hidden transposed
     for i in range(0, len(head), products.BLOCK):
         grad = grads[:, i:i + products.BLOCK].T                                 # [b, n]
         if grad_hidden is not None:
-            _add_product(total, head[i:i + products.BLOCK].to(grad.dtype).T, grad)  # += [D, b] [b, n]
+            _add_product(columns, head[i:i + products.BLOCK].to(grad.dtype).T, grad)        # += [D, b] [b, n]
         if grad_head is not None:
             _add_product(grad_head[i:i + products.BLOCK], grad, states)         # += [b, n] [n, D]
     if grad_hidden is not None:
-        grad_hidden.copy_(total.T)
+        grad_hidden.copy_(columns.T)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor):

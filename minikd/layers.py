@@ -20,8 +20,8 @@ class Linear(nn.Linear):
 
 
 def as_built(*modules: nn.Module, kinds: tuple[type, ...] = (Linear,)) -> bool:
-    """Whether modules are of these classes, not of ones made from them (adapters, parametrised layers), and have no hooks. What
-    joins, packs or records their computations would pass by anything else."""
+    """Whether modules are of exactly these classes, not of subclasses (adapters, parametrised layers), and have no hooks. What
+    joins, packs or records their computations would skip anything else that they do."""
     return all(type(each) in kinds and "forward" not in vars(each)
                and not (each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks)
                for each in modules)
@@ -39,7 +39,7 @@ def trains_on_gpu(x: Tensor) -> bool:
 
 class Branch(nn.Module):
     """Branch of a block, Attention or MLP. Its first layers all read x, so layout.py and graphs.py may join them into one."""
-    joined = None                                                               # x -> their outputs side by side
+    joined = None                                           # once joined: x -> the outputs of its first layers side by side
 
     def _apply(self, fn, recurse=True):                                         # what .to(), .cuda() and .half() call
         self.joined = None                                                      # it would stay in the old dtype or device
@@ -56,7 +56,7 @@ class Branch(nn.Module):
         kernels, which for a small model take the host longer to launch than the GPU to run. On an H200 a KD step with a 0.5B
         student took 109 ms instead of 122; with a cached teacher, 59 instead of 91. With CUDA graphs, graphs.Copies joins them.
         """
-        layers = self.layers()[0]
+        layers, _ = self.first_and_last()
         if self.joined is not None or not (trains_on_gpu(x) and as_built(*layers)):
             return self.joined
         weight = torch.cat([layer.weight for layer in layers])
@@ -112,19 +112,19 @@ class Attachable(nn.Module):
         super().__init__()
         self.packed_head = self.int8_head = self.layout = None  # set by layout.py
         self.decoding = False                                   # inside layout.laid_out
-        self.partly_quantized = False                           # gptq.quantize_model did not end, or freed weights
+        self.partly_quantized = False                           # gptq.quantize_model was interrupted, or has freed the weights
 
     def lay_back(self):
-        """Undoes layout.laid_out: every layer multiplies by its own weight again."""
+        """Undoes layout.join_layers and layout.use_multiply: every layer multiplies by its own weight again."""
         self.packed_head = None
         for module in self.modules():
             for name in "joined", "packed":                                     # of Attention and MLP; of Linear
                 held = getattr(module, name, None)
-                if hasattr(held, "unpack"):                                     # the weights are there and nowhere else
+                if hasattr(held, "unpack"):                                     # a layout.Packed: only it holds the weights
                     held.unpack()
                 if held is not None:
                     setattr(module, name, None)
-        self.layout = None                                                      # last: an interrupt leaves it to the next call
+        self.layout = None                                      # last: after an interrupt the next laid_out calls this again
 
     def _apply(self, fn, recurse=True):
         self.lay_back()                                                         # another dtype or device

@@ -19,8 +19,8 @@ from minikd.layers import Linear, as_built
 from minikd.model import Qwen2
 from minikd.w4 import W4Linear, give_memory_back
 
-# Fewest steps for which packing pays off: packing and unpacking take as long as ten steps, for two rows in float32 15 to 20.
-WORTH = 16
+# Fewer steps do not pay for joining or packing: to pack and unpack takes as long as ten, for two rows in float32 15 to 20.
+FEWEST_STEPS = 16
 # Fewer rows than this use the int8 head: 1.5 to 2.3 x as fast at 1, 1.1 to 1.6 x at 4, 0.9 to 1.1 x at 8 (results/w4_linear.txt).
 INT8_ROWS = 8
 LAYING = threading.RLock()                              # held while any model decodes: threads take turns
@@ -30,22 +30,22 @@ LAYING = threading.RLock()                              # held while any model d
 def laid_out(model: Qwen2, rows: int, steps: int):
     """Inside the `with` block the model's layers multiply in the fastest way for decoding this many rows and steps: pick_layout.
 
-    While packed, the blocks' weights are held in that layout only, but the head twice: a tied embedding reads it plain. (For two
-    rows in float32 packing the head gains nothing: it stays plain.) A 4-bit model's layers stay joined afterwards.
-    Threads take turns. A `with laid_out` inside another, as of generate in respond, changes nothing.
+    While packed, the blocks' weights are held in that layout only, but the head twice: a tied embedding reads it plain. A 4-bit
+    model's layers stay joined afterwards. Threads take turns. A `with laid_out` inside another changes nothing: respond lays a
+    model out once, and generate in it for every batch.
     """
     with LAYING:
         if model.decoding:
             yield
             return
         try:
-            undo_layout(model)                          # what interrupts left
+            undo_layout(model)                          # one whose own end was interrupted
             model.decoding = True
             model.layout = pick_layout(model, rows, steps)
             if model.layout == "plain":
                 use_multiply(model)
             elif model.layout is not None:
-                lay_out(model, rows, pack=model.layout == "packed")
+                join_layers(model, rows, pack=model.layout == "packed")
             yield
         finally:
             try:
@@ -56,8 +56,9 @@ def laid_out(model: Qwen2, rows: int, steps: int):
 
 
 def undo_layout(model: Qwen2):
-    """Undoes what laid_out has done, but for the joined layers of a 4-bit model: its codes never change."""
-    packed, model.decoding = model.layout == "packed", False
+    """The end of laid_out: model.lay_back, except for a 4-bit model, whose layers stay joined, as its codes never change."""
+    model.decoding = False
+    packed = model.layout == "packed"
     if model.quantization is None and model.layout is not None:
         model.lay_back()
     model.packed_head = model.layout = None
@@ -70,7 +71,7 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
 
     None      layers that are joined for good (teacher.Teacher)
     "plain"   on a CPU: one row in float32, by products.gemv; in bfloat16 with AVX2 only, by products.padded_columns
-    None      fewer than WORTH steps
+    None      fewer than FEWEST_STEPS
     "packed"  on a CPU, several rows: from oneDNN's layout, q/k/v as one product and gate/up as another. Plain weights are read at
               60% of the memory's bandwidth in bfloat16, and take two to five times as long in float32. In a 4-bit model only the
               head is packed; the layers are joined
@@ -81,12 +82,12 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
     cpu, four_bits = weight.device.type == "cpu", model.quantization is not None
     large = weight.numel() > 1 << 20                                                        # a toy's weights fit in cache
     float32, bfloat16 = (weight.dtype == dtype for dtype in (torch.float32, torch.bfloat16))
-    if not four_bits and (mlp.joined is not None or getattr(mlp.down_proj, "packed", None) is not None):
+    if not four_bits and mlp.joined is not None:
         return None
     if cpu and large and not four_bits and (
             bfloat16 and products.AVX2_ONLY or float32 and rows == 1 and torch.get_num_threads() > 1):
         return "plain"
-    if steps < WORTH:
+    if steps < FEWEST_STEPS:
         return None
     if cpu and rows > 1 and can_pack() and (float32 and large or bfloat16 and packs_bfloat16()):
         return "packed"
@@ -122,22 +123,22 @@ def packs_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not torch.ops.mkldnn._is_mkldnn_acl_supported()
 
 
-def lay_out(model: Qwen2, rows: int, pack: bool):
+def join_layers(model: Qwen2, rows: int, pack: bool):
     """Joins, and with `pack` packs, the layers of every block, then packs the head; model.lay_back undoes it."""
     for block in model.model.layers:
-        for half in block.self_attn, block.mlp:
-            parts, after = half.layers()
+        for branch in block.self_attn, block.mlp:
+            parts, last = branch.first_and_last()
             if pack and as_built(*parts):
-                half.joined = Packed(parts, rows)
-                half.joined.free_parts()                # only once it is stored: see there
-            elif half.joined is None and (as_built(*parts) or as_built(*parts, kinds=(W4Linear,))):
-                half.joined = join(parts)
-            if pack and as_built(after):
-                after.packed = Packed([after], rows)
-                after.packed.free_parts()
+                branch.joined = Packed(parts, rows)
+                branch.joined.free_parts()              # only once it is stored: see there
+            elif branch.joined is None and (as_built(*parts) or as_built(*parts, kinds=(W4Linear,))):
+                branch.joined = join(parts)
+            if pack and as_built(last):
+                last.packed = Packed([last], rows)
+                last.packed.free_parts()
     if pack:
         give_memory_back()
-        few = rows == 2 and model.head.dtype == torch.float32               # for those multiply is as fast
+        few = rows == 2 and model.head.dtype == torch.float32               # then products.multiply is as fast
         if not few and not (model.int8_head and rows < INT8_ROWS):
             model.packed_head = torch.ops.mkldnn._reorder_linear_weight(model.head, rows)
 
@@ -211,17 +212,17 @@ def join(parts: list[nn.Module]):
             part.prepared = None
             at += part.outputs
         give_memory_back()
-        dims = {"qzeros": 1, "scales": 1, "bias": 0}
+        dims = {"qzeros": 1, "scales": 1, "bias": 0}    # in which of its dimensions a tensor is joined
     else:
         joined = Linear(1, 1, bias=first.bias is not None, device=first.weight.device).requires_grad_(False)
         dims = {"weight": 0, "bias": 0}
     for name, dim in dims.items():
         tensors = [getattr(part, name) for part in parts]
         if tensors[0] is not None:
-            whole = torch.cat([tensor.detach() for tensor in tensors], dim)
-            for tensor, view in zip(tensors, whole.split([tensor.shape[dim] for tensor in tensors], dim)):
+            together = torch.cat([tensor.detach() for tensor in tensors], dim)
+            for tensor, view in zip(tensors, together.split([tensor.shape[dim] for tensor in tensors], dim)):
                 tensor.data = view
-            getattr(joined, name).data = whole
+            getattr(joined, name).data = together
     return joined.forward                               # as a module it would appear in the model's state_dict
 
 

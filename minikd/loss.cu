@@ -26,9 +26,9 @@ const float CUT_LEAST = -9.953038e29f;                  // its value
 struct Row {
     float s_most, t_most;                               // the largest logits
     float s_mass, t_mass;                               // Σ e^((s - s_most) / T), Σ e^((t - t_most) / T)
-    float plain;                                        // Σ e^(s - s_most): s_mass at temperature 1
+    float plain;                                        // Σ e^(s - s_most), for CE; if T is 1, only set at the end: to s_mass
     float gap;                                          // forward: Σ e^((t - t_most) / T) ((t - t_most) - (s - s_most))
-};                                                      // reverse: s and t change places
+};                                                      // reverse: s and t change places.  In `rows` it is the mean
 
 // -inf, an excluded token, becomes CUT_LEAST: then 0 log 0 is 0, where inf - inf would be NaN.
 __device__ __forceinline__ Words clamp(Words v) {
@@ -123,7 +123,7 @@ __device__ __forceinline__ void costs(const u16* s, const u16* t, const long lon
     float D = KIND >= FORWARD ? mean / T + logf(KIND == FORWARD ? ratio : 1 / ratio) : 0;
     if (KIND == ENTROPY) D = logf(x.plain) - mean;
     kd[n] = D > 1e10f ? infinity() : D;                 // as in losses.kl: only CUT_LEAST makes it so large
-    x.gap = mean;
+    x.gap = mean;                                       // for `gradient`
     rows[n] = x;
 }
 
@@ -135,12 +135,13 @@ __device__ __forceinline__ void gradient(u16* s, const u16* t, const long long* 
     const Row x = rows[n];
     const int target = targets[n], step = blockDim.x;
     const float a = slope_ce[n], a_plain = a / x.plain, b = KIND ? slope_kd[n] / T : 0, scale = LOG2_E / T;
+    // Times its exponential, a_plain is a q_1, b_s is b q, for REVERSE over T, and b_t is b p.
     const float b_s = b / x.s_mass / (KIND == REVERSE ? T : 1), b_t = KIND ? b / x.t_mass : 0;
     auto slope = [&](float sv, float tv, int v) {       // of the cost with respect to logit v; both logits are clamped
         float ds = sv - x.s_most, dt = tv - x.t_most;
         float s_part = power_of_2(ds * scale), g = a_plain * (T == 1 ? s_part : power_of_2(ds * LOG2_E));
         if (KIND == FORWARD) g += b_s * s_part - b_t * power_of_2(dt * scale);
-        if (KIND == REVERSE) g += b_s * s_part * (ds - dt - x.gap);     // x.gap is the mean of ds - dt: T (log q - log p - D)
+        if (KIND == REVERSE) g += b_s * s_part * (ds - dt - x.gap);     // the last factor is T (log q - log p - D)
         if (sv == CUT_LEAST) g = 0;                 // an excluded token's probability is 0 whatever its logit
         return v == target ? g - a : g;
     };

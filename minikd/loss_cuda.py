@@ -18,8 +18,9 @@ def can_run(*logits: Tensor | None) -> bool:
 
 
 def costs(name: str, temperature: float, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> list[Tensor]:
-    """CE [n]; the measure called `name` (forward, reverse, entropy; ce: zeros) [n]; what `gradient_` needs of a row [n, ROW]."""
-    ce, kd, rows = (logits.new_empty(len(logits), *more, dtype=torch.float32) for more in ((), (), (ROW,)))
+    """CE [n]; what `name` says [n]: forward or reverse KL, entropy, or 0 (ce); what `gradient_` needs of each row [n, ROW]."""
+    n = len(logits)
+    ce, kd, rows = (logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (n, ROW)))
     _launch(f"loss_{name}", temperature, logits, targets, teacher_logits, rows, ce, kd)
     return [ce, kd, rows]
 

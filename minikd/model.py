@@ -82,7 +82,7 @@ class Attention(Branch):
         self.v_proj = Linear(D, config.num_key_value_heads * E, bias=True)
         self.o_proj = Linear(config.num_attention_heads * E, D, bias=False)
 
-    def layers(self) -> tuple[list[nn.Module], nn.Module]:
+    def first_and_last(self) -> tuple[list[nn.Module], nn.Module]:
         """The layers that x enters, which could be one product, and the layer that their results enter."""
         return [self.q_proj, self.k_proj, self.v_proj], self.o_proj
 
@@ -129,7 +129,7 @@ class MLP(Branch):
         self.up_proj = Linear(D, W, bias=False)
         self.down_proj = Linear(W, D, bias=False)
 
-    def layers(self) -> tuple[list[nn.Module], nn.Module]:
+    def first_and_last(self) -> tuple[list[nn.Module], nn.Module]:
         """The layers that x enters, which could be one product, and the layer that their results enter."""
         return [self.gate_proj, self.up_proj], self.down_proj
 

@@ -41,7 +41,7 @@ UNDECIDED = re.compile(r"(?:print|output|report|return)\W+(?:any\b(?! (?:extra|o
                        r"|(?-i:Find any)\b", re.IGNORECASE)
 ANY_ORDER = re.compile(r"in (?:any|(?:an )?arbitrary) order", re.IGNORECASE)        # of the output; elsewhere it may be of a move
 
-CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward that judges right or wrong -> the fact it needs
+CHECKS = {"answer": "answer", "code": "tests", "code_partial": "tests"}     # reward of right or wrong -> the fact it needs
 FORMATS = "codeforces", "question"                                          # of records
 QUESTIONS = "question", "problem", "instruction", "prompt"
 ANSWERS = "answer", "final_answer", "expected_answer", "response", "output", "solution", "answer_number"    # a question's

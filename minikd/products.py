@@ -34,7 +34,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor 
     for i in range(0, len(weight), BLOCK):
         block = weight[i:i + BLOCK].to(x.dtype).to(columns.dtype)               # to x's dtype first: rounded as on any other CPU
         y = block @ columns if bias is None else torch.addmm(bias[i:i + BLOCK, None].to(columns.dtype), block, columns)
-        out[:, i:i + BLOCK] = y[:, :n].T                                        # ([b, I] [I, m])ᵀ, rounded with its bias
+        out[:, i:i + BLOCK] = y[:, :n].T                                        # ([b, I] [I, m])ᵀ, rounded after the bias
     return out
 
 

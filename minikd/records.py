@@ -205,8 +205,8 @@ def _json_lines(file: Path):
                 yield f"{file}:{number}", _parse(line.rstrip(b"\r\n"), file, number)
             except InputError as error:
                 if number == 1 and ".json" not in file.suffixes and line.strip(b"\xef\xbb\xbf \t\r\n") in (b"[", b"{"):
-                    error = InputError(f"{file}:1: not a record, but the beginning of a JSON value over many lines; rename the file "
-                                       "to end in .json")
+                    error = InputError(f"{file}:1: not a record, but the beginning of a JSON value over many lines; rename the "
+                                       "file to end in .json")
                 yield f"{file}:{number}", error
 
 

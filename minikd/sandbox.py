@@ -533,7 +533,7 @@ def _seccomp(libc, denied, judged) -> bool:
 
 
 def _boot():
-    """In the new interpreter: runs program.py as `python program.py` does, but without installed packages, which -S leaves out."""
+    """In the new interpreter: runs program.py as `python program.py` does, but without installed packages (-S)."""
     import _sitebuiltins
     import builtins
     import sys

@@ -13,7 +13,7 @@ from minikd.errors import InputError
 from minikd.files import append_to, atomic_path, fingerprint, hold, parse_json, read_json, save_tensors, sweep
 from minikd.generate import respond
 from minikd.head import scored_positions
-from minikd.layout import lay_out
+from minikd.layout import join_layers
 from minikd.model import Qwen2, mixed_precision
 
 FACTS, SHARD_TOKENS = "cache.json", 50_000          # a shard of a 3B teacher's states is 205 MB
@@ -35,7 +35,7 @@ class Teacher:
     def __init__(self, model: Qwen2):
         self.model, self.head = model, model.head                               # head [V', D']
         if self.head.is_cuda and not self.head.requires_grad:       # q/k/v one product, gate/up another, for good: it is frozen
-            lay_out(model, rows=0, pack=False)
+            join_layers(model, rows=0, pack=False)
 
     @torch.inference_mode()
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:

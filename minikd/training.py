@@ -46,12 +46,12 @@ def compile_blocks(*models: Qwen2):
     """Lets torch.compile fuse the operations between a block's matrix products, for whole sequences and for decoding steps
     that a CUDA graph replays. One compiled graph serves all groups of blocks; the two models of a KD step took 27 s to compile.
     """
-    torch._dynamo.config.recompile_limit = 64                   # for run_blocks: all models, modes, numbers of rows (default: 8)
+    torch._dynamo.config.recompile_limit = 64                   # run_blocks of all models, modes and numbers of rows (default: 8)
     # Recomputes some values in the backward pass instead of keeping them, such as silu(gate) up. A KD step on an H200 held 17.0
     # GB, not 18.5 (before use_graphs), and took 1% longer. The setting applies to all that this process compiles.
     torch._functorch.config.ban_recompute_materialized_backward = False
     for model in models:
-        for layer in {*model.modules(), *chain(*map(block_matrices, model.model.layers))}:            # and joined ones
+        for layer in {*model.modules(), *chain(*map(block_matrices, model.model.layers))}:        # joined layers are no modules
             if isinstance(layer, W4Linear) and layer.whole is None:             # no part of a joined one
                 layer.choose_ways(model.head.dtype)
         model.model.compiled = torch.compile(run_blocks)
@@ -72,12 +72,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule:
 def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> torch.Tensor:
     """One step of the optimizer, at the rate `lr` for all of its groups, after scaling a longer gradient down to `max_grad_norm`;
     frees the gradients. The gradient is that of the optimizer's weights, which may belong to other modules, too, such as a
-    projection. Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU (but
-    at the first step)."""
+    projection. Returns its norm [] before the scaling, which may not be finite (check_gradient), without waiting for a GPU
+    (except at the first step)."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     graphs = model.model.graphs                                 # None but in bfloat16 on a GPU
-    if graphs and any(weight.grad is not None for weight in graphs.lent):       # of earlier micro-batches
+    if graphs and any(weight.grad is not None for weight in graphs.lent):       # earlier micro-batches': add the last one's
         graphs.settle()
     lent, copies = (graphs.lent, graphs.copies.of) if graphs else ({}, {})
     norm = optimizer.clip_and_step(max_grad_norm, lent, copies) if isinstance(optimizer, AdamW) else None
@@ -85,7 +85,7 @@ def apply_gradient(model: Qwen2, optimizer: torch.optim.Optimizer, lr: float, ma
         if graphs:
             graphs.settle()
         own = dict.fromkeys(chain(*(group["params"] for group in optimizer.param_groups)))
-        # The model's first and in its order, on which the norm's last digits depend.
+        # The model's own first, in its order: the norm's last digits depend on the order.
         weights = [weight for weight in dict.fromkeys(chain(model.parameters(), own)) if weight in own]
         norm = torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)
         optimizer.step()

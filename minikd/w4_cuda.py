@@ -11,6 +11,7 @@ from minikd.cuda import launch
 KERNELS = ("w4_naive", "w4_int8_2", "w4_mma_8", "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few", "w4_mma_32", "w4_mma_64",
            "w4_dequantise")
 MMA_ROWS = 64                           # the most rows of x that w4_mma_* take; above, cuBLAS multiplies
+INPUTS = [0, 2, 4, 6, 1, 3, 5, 7]       # which of a word's 8 inputs is in its nibble i, from the lowest bits on
 
 
 def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -22,13 +23,13 @@ def repack(codes: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor
     O, I = codes.shape
     rows, columns = -(-O // 16) * 16, -(-I // 128) * 128
     codes = F.pad(codes, (0, columns - I, 0, rows - O), value=8)
-    # [tile of outputs, half, g, tile of inputs, j, t, 8 inputs], the 8 inputs in the order of a word's nibbles
-    parts = codes.view(rows // 16, 2, 8, columns // 128, 4, 4, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]].int()
+    # [tile of outputs, half, g, tile of inputs, j, t, nibble]
+    parts = codes.view(rows // 16, 2, 8, columns // 128, 4, 4, 8)[..., INPUTS].int()
     words = sum(parts[..., i] << 4 * i for i in range(8))       # as quant.pack
     words = words.permute(0, 3, 1, 2, 5, 4).reshape(rows // 16, columns // 128, 2, 32, 4).contiguous()
     scales = F.pad(scales, (0, 0, 0, rows - O)).T.half().contiguous()
     zeros = F.pad(zeros, (0, 0, 0, rows - O), value=8).T.to(torch.uint8).contiguous()
-    # all() on the host waits for everything above, as a kernel may read its weights before the kernel ahead of it has ended.
+    # all() makes the host wait for everything above: an overlapping kernel reads its weights before those ahead of it have ended.
     return words, scales, None if (zeros == 8).all() else zeros
 
 
@@ -36,7 +37,7 @@ def codes_of(words: Tensor, outputs: int, inputs: int) -> Tensor:
     """repack's codes again, from its words.  -> uint8 [O, I]"""
     tiles, blocks = words.shape[:2]
     words = words.view(tiles, blocks, 2, 8, 4, 4).permute(0, 2, 3, 1, 5, 4)     # [tile of outputs, half, g, tile of inputs, j, t]
-    parts = [(words >> 4 * i & 15).to(torch.uint8) for i in (0, 4, 1, 5, 2, 6, 3, 7)]       # the 8 inputs, in their order
+    parts = [(words >> 4 * INPUTS.index(i) & 15).to(torch.uint8) for i in range(8)]
     return torch.stack(parts, -1).view(16 * tiles, 128 * blocks)[:outputs, :inputs]
 
 
@@ -64,19 +65,20 @@ def gpu_of(device: torch.device) -> GPU:
 def launch_shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> tuple[tuple[int, int], int, int]:
     """How a kernel is launched for x [M, K] and W [N, K]: grid, threads, bytes of shared memory, which may be more than fit. (Not
     w4_dequantise: see dequantise.)"""
-    strips, blocks, sets = -(-N // 16), -(-K // 128), 1 if group_size % 128 == 0 else 4
-    slot = 1024 + 48 * sets                                     # a tile in shared memory
+    strips, blocks = -(-N // 16), -(-K // 128)                  # of 16 outputs, of 128 inputs: a tile is where the two meet
+    sets = 1 if group_size % 128 == 0 else 4                    # of scales and zeros for a tile
+    slot = 1024 + 48 * sets                                     # bytes of a tile in shared memory, scales and zeros included
     if name == "w4_naive":
         return (-(-N // 128), M), 128, 0
     if name.startswith("w4_mma"):
         warps = 16 if name.endswith("few") else 8
-        return (strips, 1), 32 * warps, warps * 4 * slot
+        return (strips, 1), 32 * warps, warps * 4 * slot        # each warp has 4 tiles there
 
     grid = min(strips, gpu.processors)
-    # As int8_product lays it out: tiles; for every 128 inputs of x, three digits each, their unit, and their sums if there are
-    # zeros; the sums of the warps and strips that share tiles, 16 outputs each.
-    shared = 16 * 5 * slot + blocks * M * (3 * 128 + 4 + 4 * sets * zeros) + (16 + -(-strips // grid)) * M * 4 * 16
-    return (grid, 1), 512, shared
+    tiles = 16 * 5 * slot                                       # 5 for each of 16 warps
+    digits = blocks * M * (3 * 128 + 4 + 4 * sets * zeros)      # of x: for each block 3 digits an input, their unit, maybe sums
+    sums = (16 + -(-strips // grid)) * M * 16 * 4               # one per warp and strip that share tiles, each of 16 outputs
+    return (grid, 1), 512, tiles + digits + sums
 
 
 def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> str:
@@ -93,7 +95,7 @@ def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> str:
     few = strips < 2 * gpu.processors                           # 264 on an H200
     long = M == 1 and K >= 8192 and 2 * strips > gpu.processors # 0.5 to 2 long strips per multiprocessor
     if M <= 2 and (long or not few) and launch_shape("w4_int8_2", M, N, K, group_size, zeros, gpu)[2] <= gpu.shared:
-        return "w4_int8_2"                                      # a row takes 4 of a product's 8 columns
+        return "w4_int8_2"                                      # of 2 rows at most: each takes 4 of a product's 8 columns
     rows = next(rows for rows in (8, 16, 32, 64) if M <= rows)
     return f"w4_mma_{rows}" + "_few" * (few and rows <= 16)
 

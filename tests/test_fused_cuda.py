@@ -118,7 +118,7 @@ def test_a_model_on_a_gpu_uses_them(on_cpu, monkeypatch):
     """Samples on a GPU that the CPU plays, with joined layers, against the log-probabilities of the whole texts."""
     for module in attend_cuda, fused_cuda:
         monkeypatch.setattr(module, "available", lambda index: True)
-    monkeypatch.setattr(layout, "WORTH", 1)
+    monkeypatch.setattr(layout, "FEWEST_STEPS", 1)
     shape = dict(num_attention_heads=3, num_key_value_heads=1, head_dim=64, hidden_size=32)
     prompts = [[5, 6, 7], [8]]
     with played():

@@ -285,11 +285,11 @@ def test_the_layers_are_as_they_were_after_recording(played):
     weights = dict(model.named_parameters())
     learn(model, ids(2, 5))
     assert all(weights[name] is weight for name, weight in model.named_parameters()) and len(weights) == len(model.state_dict())
-    assert all(half.joined is None for block in model.model.layers for half in (block.self_attn, block.mlp))
+    assert all(branch.joined is None for block in model.model.layers for branch in (block.self_attn, block.mlp))
     copies = model.model.graphs.copies
-    assert not {id(copy) for copy, _ in copies.parts} & {id(weight) for weight in weights.values()}         # leaves of its own
+    assert not {id(leaf) for leaf, _ in copies.leaves} & {id(weight) for weight in weights.values()}         # leaves of its own
     with pytest.raises(KeyboardInterrupt), copies.installed():
-        assert copies.halves[0][0].joined is not None and copies.singles[0][0].weight.dtype == torch.bfloat16
+        assert copies.branches[0][0].joined is not None and copies.singles[0][0].weight.dtype == torch.bfloat16
         raise KeyboardInterrupt
     assert all(weights[name] is weight for name, weight in model.named_parameters())
-    assert all(half.joined is None for block in model.model.layers for half in (block.self_attn, block.mlp))
+    assert all(branch.joined is None for block in model.model.layers for branch in (block.self_attn, block.mlp))

@@ -11,7 +11,7 @@ from conftest import small
 from minikd.checkpoint import save_model
 from minikd.errors import InputError
 from minikd.gptq import quantize_model
-from minikd.layout import lay_out
+from minikd.layout import join_layers
 from minikd.model import run_blocks
 from minikd.quant import to_words
 from minikd.training import apply_gradient, check_student, compile_blocks, learning_rate, make_optimizer
@@ -153,7 +153,7 @@ def test_the_first_call_of_a_4_bit_model_may_be_compiled(monkeypatch, dtype, joi
     with torch.inference_mode():
         plain = deepcopy(model).hidden(ids)
     if joined:
-        lay_out(model, rows=0, pack=False)
+        join_layers(model, rows=0, pack=False)
     compile_blocks(model)
     with torch.inference_mode():
         assert torch.equal(model.hidden(ids), plain)
