@@ -77,7 +77,7 @@ def make_parser() -> Parser:
     add("--norm", choices=grpo.NORMS, default="sequence",
         help="a token's weight, see above")
     add("--ratio", choices=("token", "sequence"), default="token", help="one ratio per token, or per sequence (GSPO)")
-    add("--inner-epochs", type=int, default=1, help="updates on the answers of one step")
+    add("--inner-epochs", type=int, default=1, help="updates on the answers of one step; only from 2 on do --clip and --ratio matter")
     add("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens do not count")
     add("--drop-flat", action="store_true", help="groups whose answers all have the same reward do not count")
     add = flag_group(parser, "optimisation")

@@ -308,7 +308,8 @@ def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad
             old, advantage, teacher_states = (torch.cat([getattr(row, name) for row in batch]).to(device)
                                               for name in minillm.FROZEN)       # [N], [N], [N, D']
             policy_loss = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
-        elif kd_ratio:                              # paper eq. (3). Before the student, whose kernels the host launches meanwhile
+        elif kd_ratio:                                                          # paper eq. (3)
+            # The teacher first: without graphs, a GPU runs it while the host launches the student.
             teacher_states = teacher.states(batch, ids, mask)                   # [N, D']
         states, targets = scored_positions(student.hidden(ids, checkpointing=checkpointing), ids, mask)         # [N, D], [N]
         value, ce, kd = head_loss(                              # the teacher's head also where only CE counts: see there

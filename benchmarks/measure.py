@@ -58,7 +58,7 @@ def reset_peak():
 # ---- children
 
 def busy_seconds() -> float:
-    """CPU time that all processes of this machine have used, summed over the cores: neither idle nor waiting for a disk."""
+    """CPU time that all processes of this machine have used, summed over the cores, without idle time and waiting for disks."""
     user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 

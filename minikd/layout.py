@@ -23,7 +23,7 @@ from minikd.w4 import W4Linear, give_memory_back
 FEWEST_STEPS = 16
 # Fewer rows than this use the int8 head: 1.5 to 2.3 x as fast at 1, 1.1 to 1.6 x at 4, 0.9 to 1.1 x at 8 (results/w4_linear.txt).
 INT8_ROWS = 8
-LAYING = threading.RLock()                              # held while any model decodes: threads take turns
+LAYING = threading.RLock()                              # held while any model decodes or oneDNN is off: threads take turns
 
 
 @contextmanager
@@ -103,13 +103,14 @@ def torch_products(weight: Tensor, rows: int):
 
 @contextmanager
 def without_onednn():
-    """Inside the `with` block torch's own kernels multiply. (The switch belongs to the process.)"""
-    before = torch.backends.mkldnn.enabled
-    try:
-        torch.backends.mkldnn.enabled = False
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
+    """Inside the `with` block torch's own kernels multiply. The switch belongs to the process: threads take turns."""
+    with LAYING:
+        before = torch.backends.mkldnn.enabled
+        try:
+            torch.backends.mkldnn.enabled = False
+            yield
+        finally:
+            torch.backends.mkldnn.enabled = before
 
 
 def can_pack() -> bool:

@@ -222,8 +222,8 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
     """1 if the answer's program passes all tests, else 0; with `partial` the fraction it passes.  open-r1 line 511
 
     The program is the last code block of the answer, or of the whole text if that has no think tags. It can import only the
-    standard library. None if the problem has no tests or wants another language. Tests are left out if their output is longer
-    than a program may print (sandbox.OUTPUT).
+    standard library. None if the problem has no tests or wants another language. Tests are left out if their output has
+    sandbox.OUTPUT bytes, all that a program may print, or more.
     max_seconds and max_memory (MB, but a program has at least 64) cap the problem's own limits.
     The programs of all completions run in parallel, once per input; outcomes are remembered. Tests run in rounds of 1, 1, 2, 4,
     .... A program that failed a test runs in no later round; with `partial`, one that was stopped in two tests (for its time, its

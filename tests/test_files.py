@@ -96,8 +96,9 @@ def test_a_current_folder_that_was_deleted_holds_nothing_and_stops_no_save(tmp_p
 def test_what_a_folder_holds_stays_where_its_name_is_to_be_kept(tmp_path, monkeypatch, swap):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
-    for name in "config.json", "log", "sub/deep", f".x.{files.MARK}abc", "minikd-notes":
+    for name in "config.json", "log", "sub/deep", "weights", f".x.{files.MARK}abc", "minikd-notes":
         (folder / name).write_text("old")
+    os.utime(folder / "sub", (1, 1))
     (tmp_path / "token").write_text("beside")
     (folder / "link").symlink_to("../token")
     exchange = files._exchange
@@ -108,6 +109,7 @@ def test_what_a_folder_holds_stays_where_its_name_is_to_be_kept(tmp_path, monkey
         log.write("+")
     found = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
     assert found == {"weights": "new", "log": "old+", "sub/deep": "old", "soon": "theirs", "link": "beside", "minikd-notes": "old"}
+    assert (folder / "link").is_symlink() and (folder / "sub").stat().st_mtime == 1
 
 
 def test_what_another_process_deletes_meanwhile_does_not_end_a_save(tmp_path, monkeypatch):

@@ -12,10 +12,10 @@ from conftest import same
 from minikd import layout, products
 from minikd.data import Encoded
 from minikd.errors import InputError
-from minikd.gptq import quantize_model
+from minikd.gptq import full_precision, quantize_model
 from minikd.generate import generate, respond
 from minikd.layout import (INT8_ROWS, Packed, can_pack, head_logits, join, laid_out, packs_bfloat16, pick_layout,
-                           use_int8_head)
+                           torch_products, use_int8_head)
 from minikd.layers import Linear
 from minikd.model import Qwen2
 from minikd.products import gemv
@@ -38,7 +38,7 @@ def test_a_torch_without_onednn_has_no_packed_layout(large, monkeypatch, there):
 
 
 @pytest.mark.parametrize("fails", ["join_layers", "yield"])
-def test_after_an_error_the_next_to_enter_is_the_first(large, monkeypatch, fails):
+def test_after_an_error_the_next_call_lays_out_anew(large, monkeypatch, fails):
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
         if fails == "join_layers":
             patch.setattr("minikd.layout.give_memory_back", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -59,8 +59,33 @@ def test_a_layout_whose_end_was_interrupted_twice_is_undone_by_the_next_and_not_
     assert packed_parts(large) == 8                             # all but the head
     with pytest.raises(RuntimeError, match="packed weights have no gradient"):
         large.train()(ids).sum().backward()
-    generate(large.eval(), PROMPTS[:3], 20)
-    assert packed_parts(large) == 0 and same(large.state_dict(), before)
+    last = large.model.layers[-1].mlp.down_proj
+    for mend in lambda: generate(large.eval(), PROMPTS[:3], 20), lambda: large.to(large.head.dtype), lambda: large.load_state_dict(before):
+        if packed_parts(large) == 0:                            # interrupted again
+            monkeypatch.setattr(Packed, "unpack", lambda packed: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt), laid_out(large, rows=3, steps=16):
+                pass
+            monkeypatch.undo()
+        assert last.weight.numel() == 0
+        mend()
+        assert packed_parts(large) == 0 and same(large.state_dict(), before)
+
+
+def test_another_thread_waits_with_exact_products_until_a_row_is_decoded(large):
+    """oneDNN's switch belongs to the process: it would be on inside, or stay off."""
+    inside, weight = [], torch.zeros(1, dtype=torch.bfloat16)
+
+    def exact():
+        with full_precision():
+            inside.append(torch.backends.mkldnn.enabled)
+
+    thread = threading.Thread(target=exact)
+    with laid_out(large, rows=1, steps=16), torch_products(weight, 1):
+        thread.start()
+        thread.join(0.2)
+        assert not inside
+    thread.join()
+    assert inside == [False] and torch.backends.mkldnn.enabled
 
 
 def test_threads_that_generate_with_one_model_leave_its_weights_alone(large):
