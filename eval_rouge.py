@@ -133,7 +133,8 @@ def read_prompts(tokenizer, *, data, format, limit, template, max_length,
 def model_scores(model, tokenizer, rows, examples, *, seeds, temperature, top_p, top_k, no_repeat_ngram_size, max_new_tokens,
                  batch_size, rouge) -> list[list[dict]]:
     """score_answers of the model's own answers, one list per seed; a single list if greedy."""
-    rounds, seeds = [], (seeds or SEEDS) if temperature > 0 else [None]
+    rounds = []
+    seeds = (seeds or SEEDS) if temperature > 0 else [None]
     with Progress("answers", len(seeds) * len(rows)) as progress:
         for seed in seeds:
             texts = answer(model, tokenizer, rows, max_new_tokens, batch_size, temperature, seed=seed or 0, top_p=top_p,

@@ -77,7 +77,8 @@ def make_parser() -> Parser:
     add("--norm", choices=grpo.NORMS, default="sequence",
         help="a token's weight, see above")
     add("--ratio", choices=("token", "sequence"), default="token", help="one ratio per token, or per sequence (GSPO)")
-    add("--inner-epochs", type=int, default=1, help="updates on the answers of one step; only from 2 on do --clip and --ratio matter")
+    add("--inner-epochs", type=int, default=1,
+        help="updates on the answers of one step; only from 2 on do --clip and --ratio matter")
     add("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens do not count")
     add("--drop-flat", action="store_true", help="groups whose answers all have the same reward do not count")
     add = flag_group(parser, "optimisation")
@@ -162,9 +163,10 @@ def choose_rewards(asked: list[problems.Problem], *, rewards, reward_weights, da
         weights = dict.fromkeys((name for name in checks if name != "code_partial"), 1.0) | FORM
         rewards, reward_weights = ",".join(weights), reward_weights or ",".join(map(str, weights.values()))
     functions = load_rewards(rewards)
-    for name in (name for name in functions if name in problems.CHECKS and name not in checks):
-        raise InputError(f"--rewards {rewards}: `{name}` can judge none of the {len(asked)} problems, which have no "
-                         f"{problems.CHECKS[name]} to compare with; leave it out")
+    for name in functions:
+        if name in problems.CHECKS and name not in checks:
+            raise InputError(f"--rewards {rewards}: `{name}` can judge none of the {len(asked)} problems, which have no "
+                             f"{problems.CHECKS[name]} to compare with; leave it out")
     return rewards, functions, parse_weights(reward_weights, list(functions))
 
 
@@ -385,7 +387,8 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
         if not checks:
             solved = [number(value) for value in total]
         found[name] = number(torch.tensor([value for value in solved if value is not None]).float().mean())
-    found |= {f"reward/{name}": summary(values)[f"reward/{name}"] for name in values}           # of the last, the sampled
+    means = summary(values)                                     # of the last answers, the sampled
+    found |= {f"reward/{name}": means[f"reward/{name}"] for name in values}
     return found | {"length": sum(len(answer.response) for answer in answers) / len(answers), "sample": texts[0]}
 
 

@@ -478,7 +478,7 @@ def main():
     dtype = pick_dtype(args.dtype, device)
     runs = [out / folder for *_, folder in args.plan] + ([out / "teacher", out / "base"] if args.toy else [])
     runs += [out / "sft"] if args.from_sft else []
-    check = functools.partial(check_free, out, runs, resume=args.resume, toy=args.toy, own=OWN)
+    check = functools.partial(check_free, out, runs, resume=args.resume, toy=args.toy, own=OWN, cache=args.cache_teacher)
     check()
     if args.toy:
         spare_threads(toy.teacher_config(1))

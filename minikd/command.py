@@ -1,10 +1,11 @@
 """The command line of the scripts: flags, device and dtype, progress."""
 import argparse
 import inspect
+import os
 import re
-import shutil
 import sys
 import time
+from contextlib import suppress
 
 import torch
 from tqdm import tqdm
@@ -153,8 +154,11 @@ class Progress:
         self.title, self.total, self.done, self.every, self.shown = title, total, start, every, time.monotonic()
         self.bar = None
         if sys.stderr and sys.stderr.isatty():
-            columns, rows = shutil.get_terminal_size()          # 80 x 24 if it is unknown: by itself tqdm would show nothing
-            self.bar = tqdm(total=total, initial=start, desc=title, leave=False, ncols=columns, nrows=rows)
+            size = {}                                           # tqdm asks the terminal
+            with suppress(OSError, ValueError):
+                if not all(os.get_terminal_size(sys.stderr.fileno())):
+                    size = {"ncols": 80, "nrows": 24}           # unknown, as in `script`: else it would show nothing
+            self.bar = tqdm(total=total, initial=start, desc=title, leave=False, **size)
 
     def __enter__(self):
         return self

@@ -364,7 +364,7 @@ def _examples(file: Path, format: str | None, report: Report) -> Iterator[Exampl
     name = format                                               # the last record's format
 
     def refuse(error):
-        if name != "pytorrent":
+        if name != "pytorrent":                                 # needs --format where a file begins with a corrupt line
             raise error
         report.dropped["malformed"] += 1
         report.first_bad = report.first_bad or str(error)

@@ -108,7 +108,8 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
                 if not going:
                     break
                 # A graph has a fixed number of rows: dropping some costs a new graph, so it waits until half have finished.
-                if len(going) <= (len(decoding.alive) // 2 if graphs else len(decoding.alive) - 1):
+                rows = len(decoding.alive)
+                if len(going) <= (rows // 2 if graphs else rows - 1):
                     decoding.keep(going)
                     step = Replay(decoding.step, step.on)
             step()

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 from minikd.errors import InputError
-from minikd.files import naming
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
              "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
@@ -83,11 +82,11 @@ class Repository:
         if missing or not self.folder:
             revision = self.folder.name if self.folder else self.revision       # the hub's cache records a branch's commit
             try:
-                with naming(constants.HF_HUB_CACHE):
-                    folder = Path(snapshot_download(self.name, repo_type=self.kind, revision=revision, allow_patterns=missing,
-                                                    local_files_only=self.failure is not None))
+                folder = Path(snapshot_download(self.name, repo_type=self.kind, revision=revision, allow_patterns=missing,
+                                                local_files_only=self.failure is not None))
             except Exception as error:
-                if getattr(error, "errno", None):               # the disk's
+                if getattr(error, "errno", None):               # the disk's; the hub's own are OSErrors without a number
+                    error.filename = error.filename or constants.HF_HUB_CACHE
                     raise
                 reason = " ".join(str(self.failure or error).split()) or type(error).__name__
                 raise InputError(f"{self.name}: no such folder here, and the hub did not return it ({reason}); check the name, "

@@ -1,7 +1,7 @@
 """The layers that the decoder is made of, and what may be attached to them for the sake of speed.
 
-Linear is nn.Linear, Embedding nn.Embedding, and Branch and Attachable are nn.Module, until layout.py, graphs.py or training.py
-attach another way to compute the same: that is enough to know for reading model.py.
+Linear computes what nn.Linear computes, and Embedding what nn.Embedding does; Branch and Attachable are nn.Modules: that is
+enough to know for reading model.py. layout.py, graphs.py and training.py attach other ways to compute the same.
 """
 from functools import partial
 
@@ -15,8 +15,7 @@ class Linear(nn.Linear):
     packed = None
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self.packed                            # once: another thread may take it away
-        return F.linear(x, self.weight, self.bias) if packed is None else packed(x)
+        return F.linear(x, self.weight, self.bias) if self.packed is None else self.packed(x)
 
 
 def as_built(*modules: nn.Module, kinds: tuple[type, ...] = (Linear,)) -> bool:
@@ -56,9 +55,11 @@ class Branch(nn.Module):
         kernels, which for a small model take the host longer to launch than the GPU to run. On an H200 a KD step with a 0.5B
         student took 109 ms instead of 122; with a cached teacher, 59 instead of 91. With CUDA graphs, graphs.Copies joins them.
         """
-        layers, _ = self.first_and_last()
-        if self.joined is not None or not (trains_on_gpu(x) and as_built(*layers)):
+        if self.joined is not None or not trains_on_gpu(x):
             return self.joined
+        layers, _ = self.first_and_last()
+        if not as_built(*layers):
+            return None
         weight = torch.cat([layer.weight for layer in layers])
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
         return partial(F.linear, weight=weight, bias=bias)
@@ -106,7 +107,8 @@ class Embedding(nn.Embedding):
 
 
 class Attachable(nn.Module):
-    """An nn.Module that drops what layout.py and graphs.py attached to it when its dtype, device or weights change."""
+    """An nn.Module that drops what layout.py attached to it when its dtype, device or weights change; zero_grad also drops the
+    gradients that graphs.py lent."""
 
     def __init__(self):
         super().__init__()

@@ -31,8 +31,8 @@ def laid_out(model: Qwen2, rows: int, steps: int):
     """Inside the `with` block the model's layers multiply in the fastest way for decoding this many rows and steps: pick_layout.
 
     While packed, the blocks' weights are held in that layout only, but the head twice: a tied embedding reads it plain. A 4-bit
-    model's layers stay joined afterwards. Threads take turns. A `with laid_out` inside another changes nothing: respond lays a
-    model out once, and generate in it for every batch.
+    model's layers stay joined afterwards. A `with laid_out` inside another changes nothing: respond lays a model out once, and
+    generate in it for every batch. Threads take turns; each must leave where it entered.
     """
     with LAYING:
         if model.decoding:

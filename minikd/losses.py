@@ -49,7 +49,8 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats
 
-    Infinite, with a finite gradient, where a gives a token that b excludes (a logit of -inf) more than 1e-20 x temperature.
+    Infinite, with a finite gradient (for temperatures of 1e-8 and more), where a gives a token that b excludes, by a logit of
+    -inf, more than 1e-20 x temperature.
     """
     a = log_a.exp()
     total = (a * (log_a - log_b)).sum(-1)

@@ -309,7 +309,7 @@ def load_rewards(names: str) -> dict[str, Callable[..., Values]]:
             raise InputError(f"--rewards {names}: there is no reward {name!r}; give some of {', '.join(REWARDS)}, or "
                              "FILE.py:FUNCTION")
         if name in found or path and name in REWARDS:           # both would have one name in the log
-            raise InputError(f"--rewards {names}: there are two rewards {name!r}; rename one, or leave it out")
+            raise InputError(f"--rewards {names}: there are two rewards {name!r}; leave one out, or rename your function")
         found[name] = _from_file(path, name) if path else REWARDS[name]
     return found
 

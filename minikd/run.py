@@ -189,12 +189,13 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, begun: di
 
 # ---- where a run may begin, and where it goes on
 
-def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, own=()):
+def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, own=(), cache=None):
     """Raises InputError if this run would destroy something: a model in a folder to be written, another run, the table and
     picture of runs beside it, or a file that no run wrote.
 
-    runs  the folders to be written. A run that is there already may only be resumed; the toy may also start its own runs anew
-    own   globs of files that it writes in `out`, beside its log and its config
+    runs   the folders to be written. A run that is there already may only be resumed; the toy may also start its own runs anew
+    own    globs of files that it writes in `out`, beside its log and its config
+    cache  the folder of --cache-teacher, which may be anywhere else
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose a folder with --out")
@@ -215,6 +216,8 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, own=()):
                 raise InputError(f"{place}: holds {what}, which would be replaced; choose another --out")
             if holds_cwd(place):
                 raise InputError(f"{place}: is or contains the current folder, and would be replaced; choose another --out")
+            if cache and Path(cache).resolve().is_relative_to(place.resolve()):
+                raise InputError(f"--cache-teacher {cache}: lies in {place}, which this run replaces; choose another folder")
             if place.is_dir():
                 check_writable(place)
     if not any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG)):         # no run began here

@@ -36,8 +36,9 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path):
         config, self.generation = (read_json(folder / name) if (folder / name).exists() else {} for name in (CONFIG, GENERATION))
         self.backend, self.folder, self.template = backend, folder, read_template(folder, config)
-        copied = [name for name in TOKENIZER if name != GENERATION and not (name in UNREAD and links_outside(folder / name))]
-        self.files = {name: (folder / name).read_bytes() for name in copied if (folder / name).exists()}
+        there = [name for name in TOKENIZER if name != GENERATION and (folder / name).exists()]
+        self.files = {name: (folder / name).read_bytes() for name in there
+                      if not (name in UNREAD and links_outside(folder / name))}
         stops = [backend.token_to_id(token) for token in STOPS]
         own = backend.token_to_id(named(config, "eos_token") or "")
         if None in stops and self.template and own is not None:
@@ -80,8 +81,8 @@ class Tokenizer:
         then names every id that ends an answer. (A base model's own lacks <|im_end|>, at which a student fine-tuned from it
         stops.)"""
         folder = Path(folder)
-        its_own = self.folder.resolve() == folder.resolve()
-        for name in [] if its_own else [name for name in TOKENIZER if name != GENERATION]:
+        names = [name for name in TOKENIZER if name != GENERATION]
+        for name in names if self.folder.resolve() != folder.resolve() else ():                 # else they are there
             if name in self.files:
                 with atomic_path(folder / name) as new:
                     new.write_bytes(self.files[name])

@@ -59,8 +59,8 @@ class Wrapper(nn.Module):
 def adapt(model, how: str):
     """Adds something to one layer of each kind."""
     block = model.model.layers[0]
-    for half, name in (block.self_attn, "v_proj"), (block.self_attn, "o_proj"), (block.mlp, "up_proj"), (block.mlp, "down_proj"):
-        layer = getattr(half, name)
+    for branch, name in (block.self_attn, "v_proj"), (block.self_attn, "o_proj"), (block.mlp, "up_proj"), (block.mlp, "down_proj"):
+        layer = getattr(branch, name)
         if how == "class":
             layer.__class__, layer.low_rank = Adapted, LowRank(layer.weight)
         elif how == "hook":
@@ -70,7 +70,7 @@ def adapt(model, how: str):
         elif how == "mask":
             prune.l1_unstructured(layer, "weight", 0.5)
         else:
-            setattr(half, name, Wrapper(layer))
+            setattr(branch, name, Wrapper(layer))
     return model
 
 

@@ -173,6 +173,14 @@ def test_a_refusal_says_why_in_the_hubs_words(served, fault, says):
         assert text.endswith("); check the name, the network and HF_TOKEN")
 
 
+@pytest.mark.parametrize("fault, says", [((403, {"X-Error-Code": "GatedRepo"}, b""), "gated"), ((429, {}, b""), "try again"),
+                                         ((404, {"X-Error-Code": "EntryNotFound"}, b""), "Entry Not Found")])
+def test_so_does_that_of_a_single_file(served, model, fault, says):
+    served.faults["/org/*"] = fault
+    text = refusal(lambda: local_folder(model, ["config.json"]))
+    assert says in text and "None" not in text and text.endswith("); check the name, the network and HF_TOKEN")
+
+
 def test_without_a_network_the_cache_serves_and_what_it_lacks_is_refused(served, model, monkeypatch, capsys):
     model_folder(model)
     again()

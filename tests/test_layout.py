@@ -115,7 +115,7 @@ def narrow() -> Qwen2:
 
 def packed_parts(model) -> int:
     parts = [m.packed for m in model.modules() if isinstance(m, Linear)] + [model.packed_head]
-    parts += [half.joined for block in model.model.layers for half in (block.self_attn, block.mlp)]
+    parts += [branch.joined for block in model.model.layers for branch in (block.self_attn, block.mlp)]
     return sum(part is not None for part in parts)
 
 

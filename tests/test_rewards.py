@@ -587,7 +587,7 @@ def test_one_name_from_two_files_is_refused(tmp_path):
 def test_a_users_function_with_the_name_of_a_reward_is_refused(tmp_path):
     """The log would call its values by that name, and the held-out accuracy be counted by it."""
     ours = user_file(tmp_path, "def answer(completions, problems): return [0] * len(completions)\n", "ours.py")
-    with pytest.raises(InputError, match=r"ours.py:answer: there are two rewards 'answer'; rename"):
+    with pytest.raises(InputError, match=r"ours.py:answer: there are two rewards 'answer'; leave one out, or rename"):
         load_rewards(f"code,{ours}:answer")
 
 

@@ -363,6 +363,10 @@ def test_a_model_that_no_run_wrote_is_not_replaced_by_a_runs_checkpoints(tmp_pat
         check_free(tmp_path, [tmp_path], resume=False, toy=False)
     write_config(tmp_path, SETTINGS)                                            # a run that ended before its first log line
     check_free(tmp_path, [tmp_path], resume=False, toy=False)
+    for cache in part, f"{part}/cache":
+        with pytest.raises(InputError, match=f"--cache-teacher .*: lies in .*{part}, which this run replaces; choose another"):
+            check_free(tmp_path, [tmp_path], resume=False, toy=False, cache=tmp_path / cache)
+    check_free(tmp_path, [tmp_path], resume=False, toy=False, cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["held-out.jsonl", "table.jsonl", "answers-base.jsonl"])
