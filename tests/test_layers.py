@@ -28,8 +28,8 @@ def test_train_mode_gives_a_tied_table_the_same_gradient_in_place(micro_batches)
 def test_only_a_tied_table_in_train_mode_is_looked_up_in_place(tied, train):
     """Elsewhere torch.autograd.grad must find the lookup's gradient."""
     model = random_model(tie_word_embeddings=tied).train(train)
-    name = model.model.embed_tokens(random_ids(2, 5)).grad_fn.name()
-    assert (name == "TiedLookupBackward") == (tied and train)
+    grad_fn = model.model.embed_tokens(random_ids(2, 5)).grad_fn
+    assert ("TiedLookup" in type(grad_fn).__name__) == (tied and train)
 
 
 def test_states_alone_give_a_tied_table_the_same_gradient_in_train_mode():
