@@ -88,10 +88,9 @@ def parse_args():
     if toy and not all(Path(path).exists() for path in (args.model, *args.data)):
         raise InputError(f"{args.model}: no toy student yet; run train_kd.py first, or give --model and --data")
     folder = Path(args.model or "").expanduser()
-    beside = folder if args.model and folder.is_dir() and os.access(folder, os.W_OK) else Path("runs/eval")
-    if (beside / "answers.jsonl").is_symlink():                 # in a folder from elsewhere it may lead to any file of the user's
-        beside = Path("runs/eval")
-    args.out = Path(args.out or beside / "answers.jsonl").expanduser()
+    # A link answers.jsonl, in a folder from elsewhere, may lead to any file of the user's.
+    usable = args.model and folder.is_dir() and os.access(folder, os.W_OK) and not (folder / "answers.jsonl").is_symlink()
+    args.out = Path(args.out or (folder if usable else Path("runs/eval")) / "answers.jsonl").expanduser()
     if args.out.is_dir():
         raise InputError(f"--out {args.out}: is a folder; give a file")
     read = local_files(filter(None, [args.predictions, args.references, *(args.data or [])]))

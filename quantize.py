@@ -34,14 +34,13 @@ from minikd.evaluate import answer_and_score, compare
 from minikd.examples import FORMATS, load_examples, load_texts, recognise
 from minikd.files import check_writable, holds_cwd
 from minikd.gptq import quantize_model
-from minikd.hub import TOKENIZER
 from minikd.model import Qwen2
 from minikd.quant import POWER, check_groups, to_words
 from minikd.records import data_files, read_records
 from minikd.rouge import mean_by_category
 from minikd.run import LOG, lock
 from minikd.teacher import Teacher
-from minikd.tokenizer import GENERATION, Tokenizer
+from minikd.tokenizer import COPIED, Tokenizer
 from minikd.w4 import to_w4
 
 
@@ -133,11 +132,12 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
 
 def describe_calibration(rows: list, samples: int, config) -> str:
     """One line on how much there is to calibrate on, and whether it is little."""
-    tokens, widest = sum(map(len, rows)), config.intermediate_size
-    few = f"fewer than --samples {samples}" if len(rows) < samples else ""
+    tokens, widest, note = sum(map(len, rows)), config.intermediate_size, ""
     if tokens < widest:                                         # then a Hessian of that size has no full rank
-        few = f"fewer tokens than the {widest:,} inputs of a layer, so GPTQ can be worse than rounding; give more"
-    return f"calibration: {len(rows):,} rows, {tokens:,} tokens" + (f" (note: {few})" if few else "")
+        note = f" (note: fewer tokens than the {widest:,} inputs of a layer, so GPTQ can be worse than rounding; give more)"
+    elif len(rows) < samples:
+        note = f" (note: fewer than --samples {samples})"
+    return f"calibration: {len(rows):,} rows, {tokens:,} tokens{note}"
 
 
 def quantize(folder: Path, tokenizer: Tokenizer, rows: list, method: str, out: Path, device: str, dtype, stored, *,
@@ -176,18 +176,17 @@ def check_out(out: Path, tokenizer: Tokenizer):
         raise InputError(f"--out {out}: is or contains the current folder; choose another, or one inside it")
     if out.resolve().is_mount():                                # a container's volume
         raise InputError(f"--out {out}: is a mount point, which cannot be replaced; choose a folder inside it")
-    config = out / "config.json"
-    occupied = config.exists() or out.exists() and not out.is_dir() or any(
-        next(out.glob(f"**/{name}"), None) for name in ("*.safetensors", LOG))              # perhaps in sft/best/ of a run
-    other = any((out / name).is_file() and (out / name).read_bytes() != tokenizer.files.get(name)
-                for name in set(TOKENIZER) - {GENERATION})
+    config, is_file = out / "config.json", out.exists() and not out.is_dir()
+    lost = (file for name in ("*.safetensors", LOG) for file in out.glob(f"**/{name}"))     # perhaps in sft/best/ of a run
+    occupied = is_file or config.exists() or any(lost)
+    other_tokenizer = any((out / name).is_file() and (out / name).read_bytes() != tokenizer.files.get(name) for name in COPIED)
     four_bits = False
     with suppress(InputError):                                  # another method, other bits
         four_bits = config.exists() and bool(read_quantization(out))
-    if (occupied or other) and not four_bits:
+    if (occupied or other_tokenizer) and not four_bits:
         raise InputError(f"--out {out}: holds something other than a 4-bit model, which would be replaced; choose a new or empty "
                          "folder")
-    if other:                                                   # a killed run would leave the new tokenizer beside old weights
+    if other_tokenizer:                                         # a killed run would leave the new one beside old weights
         raise InputError(f"--out {out}: holds a 4-bit model with another tokenizer; choose a new or empty folder")
     check_writable(out.parent)
     if out.exists():                                            # then the files are renamed into it one by one
@@ -204,8 +203,8 @@ def measure(model: Qwen2, whole: Teacher, tokenizer: Tokenizer, examples: list, 
     """Perplexity (e to the mean CE) and KL(whole || model) in nats, both over the references' tokens, end tokens included; and
     ROUGE-L of its own answers, in the dtype `answering`.
 
-    whole  the unquantised model. Errors make some of the references likelier, so the perplexity over a few hundred may
-           rise or fall by chance. The KL counts every error, and is 0 only if there is none
+    whole  the unquantised model. The perplexity over a few hundred references may rise or fall by chance, as errors make some
+           likelier; the KL counts every error
     """
     found = compare(model, rows, tokenizer.pad_id, batch_size, whole)
     if answering != model.head.dtype:                                           # else its codes would be repacked for nothing

@@ -284,12 +284,12 @@ def count_unpaid(unpaid: int, total: torch.Tensor, patience: int, out) -> int:
     `total` [P G]. Raises InputError when they are `patience`."""
     if total.nan_to_num().any():
         return 0
-    if unpaid + 1 == patience:
-        what, mend = "every answer's rewards summed to 0", "start from a model that sometimes succeeds, or choose other --rewards"
-        if total.isnan().all():
-            what, mend = "no answer could be judged", "choose --rewards that can judge these problems"
-        raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; {mend}")
-    return unpaid + 1
+    if unpaid + 1 < patience:
+        return unpaid + 1
+    what, mend = "every answer's rewards summed to 0", "start from a model that sometimes succeeds, or choose other --rewards"
+    if total.isnan().all():
+        what, mend = "no answer could be judged", "choose --rewards that can judge these problems"
+    raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; {mend}")
 
 
 def lines_of(step: int, answers: list[Encoded], texts: list[str], values: dict[str, list], total, advantages,
@@ -382,9 +382,10 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
             answers += grpo.sample_groups(model, rows[start:start + at_once], 1, max_new_tokens, tokenizer, temperature,
                                           seed=seed + start)[0]
         texts, values, total = compute_rewards(answers, tokenizer, facts, rewards, weights)
-        checks = [values[key] for key in problems.CHECKS if key in values]      # an answer is judged by the first that can
-        solved = [next((value for value in row if value is not None), None) for row in zip(*checks)]
-        if not checks:
+        checks = [values[key] for key in problems.CHECKS if key in values]
+        if checks:                                              # an answer is judged by the first that can
+            solved = [next((value for value in row if value is not None), None) for row in zip(*checks)]
+        else:
             solved = [number(value) for value in total]
         found[name] = number(torch.tensor([value for value in solved if value is not None]).float().mean())
     means = summary(values)                                     # of the last answers, the sampled

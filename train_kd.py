@@ -213,8 +213,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     dtype    that of matrix products and of sampling
     The other arguments are the flags of the same names; main passes them by flags_of. A saved state in `out` is continued. In the
     log, `ce` is that of the tokens learned from: in MiniLLM and in on-policy steps -log q of the student's own samples.
-    Raises InputError for a gradient that is not finite, after its step has changed the student (this is not saved), and for a
-    held-out loss that is not finite.
+    Raises InputError for a gradient or a held-out loss that is not finite; the student that it comes from is not saved.
     """
     out, optimizer = Path(out), make_optimizer(student.train(), lr, weight_decay)
     if not gradient_checkpointing:
@@ -264,9 +263,9 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
             sums = sum(backward(batch, weight=1 / scored, kd_ratio=kd_share) for batch in batches)
             lm_sums = sum(backward(batch, weight=lm_coef / lm_scored) for batch in lm_batches)
             rate = learning_rate(step, steps, lr, warmup, schedule)
-            norm = apply_gradient(student, optimizer, rate, max_grad_norm)
+            norm = float(apply_gradient(student, optimizer, rate, max_grad_norm))               # here the host waits for a GPU
 
-            ce, kd, norm = [*(sums / scored).tolist(), float(norm)]             # nats per token; here the host waits for a GPU
+            ce, kd = (sums / scored).tolist()                                   # nats per token
             check_gradient(norm, f"{out}, step {step + 1}", lr, dtype, first=step == 0)     # what was saved before stays
             line = dict(ce=ce, kd=kd if kd_share else None, grad_norm=norm, lr=rate, tokens=scored,
                         own_answers=own_answers if on_policy else None,
@@ -335,7 +334,7 @@ def evaluate_and_save(student, *, sampler, tokenizer, rows, examples, teacher, d
     news = (f"held-out CE {metrics['ce']:.3f}" + (f", KD {metrics['kd']:.3f}" if teacher else "")
             + f", ROUGE-L {rouge_l:.1f}; asked {examples[rows[i].index].messages[-1]['content'][:80]!r}, "
             + f"said {scores[i]['prediction'][:80]!r}")
-    for name in ("last", "best") if rouge_l > state["best"] else ("last",):
+    for name in ["last", "best"] if rouge_l > state["best"] else ["last"]:
         tokenizer.save(out / name)
         save_model(student, out / name, dtype=dtype)            # a run is resumed from STATE's weights, in float32
     return state | {"best": max(rouge_l, state["best"])}, news
@@ -476,9 +475,10 @@ def main():
     out, started = Path(args.out).expanduser(), time.time()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    runs = [out / folder for *_, folder in args.plan] + ([out / "teacher", out / "base"] if args.toy else [])
-    runs += [out / "sft"] if args.from_sft else []
-    check = functools.partial(check_free, out, runs, resume=args.resume, toy=args.toy, own=OWN, cache=args.cache_teacher)
+    runs = {label: out / folder for label, *_, folder in args.plan}
+    earlier = [out / name for name in (("teacher", "base") if args.toy else ()) + (("sft",) if args.from_sft else ())]
+    check = functools.partial(check_free, out, [*runs.values(), *earlier], resume=args.resume, toy=args.toy, own=OWN,
+                              cache=args.cache_teacher)
     check()
     if args.toy:
         spare_threads(toy.teacher_config(1))
@@ -498,20 +498,20 @@ def main():
     steps = args.steps or max(1, math.ceil(round(args.epochs * per_epoch, 6)))  # 0.07 x 100 is 7.000000000000001
     check_student(args.student, tokenizer)
     start_from = Checkpoint(args.student)
-    teacher_files = Checkpoint(args.teacher) if args.teacher else None
-    if teacher_files:
-        outline(teacher_files.folder)                           # checks its files now: SFT only loads it for the table
+    teacher_from = Checkpoint(args.teacher) if args.teacher else None
+    if teacher_from:
+        outline(teacher_from.folder)                            # checks its files now: SFT only loads it for the table
     settings = flags_of(train, args, but=("student", "teacher", "loss", "lr", "out")) | dict(
         tokenizer=tokenizer, valid_rows=held_out[0], valid_examples=held_out[1], steps=steps, dtype=dtype,
         eval_every=args.eval_every or min(per_epoch, steps), lm_rows=encode_text(texts, tokenizer, args.max_length))
-    recorded = {"toy": args.toy, "student": str(start_from), "teacher": teacher_files and str(teacher_files),
+    recorded = {"toy": args.toy, "student": str(start_from), "teacher": teacher_from and str(teacher_from),
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
                 "cache_teacher": args.cache_teacher, "limit": args.limit,
                 "dtype": str(dtype) if teacher_dtype == dtype else f"{dtype}, of the teacher {teacher_dtype}",
                 "validation": args.validation, "rows": fingerprint(row.digest for row in rows + held_out[0]), **lengths}
-    for _, loss, lr, folder in args.plan:                                                   # before anything is written
-        if args.resume and not args.toy and read_log(out / folder):
-            check_settings(out / folder, recordable(settings | dict(loss=loss, lr=lr)) | recorded)
+    for label, loss, lr, _ in args.plan:                                                    # before anything is written
+        if args.resume and not args.toy and read_log(runs[label]):
+            check_settings(runs[label], recordable(settings | dict(loss=loss, lr=lr)) | recorded)
 
     # ---- the runs
     lock(out)
@@ -519,28 +519,27 @@ def main():
     if not args.eval_data:
         write_held_out(held_out[1], out / "held-out.jsonl")
     if args.seq_kd:
-        rows = ask_teacher(teacher_files, tokenizer, rows, device, teacher_dtype, out / "teacher-answers.jsonl",
+        rows = ask_teacher(teacher_from, tokenizer, rows, device, teacher_dtype, out / "teacher-answers.jsonl",
                            **flags_of(ask_teacher, args))
     teacher = None
-    if teacher_files and args.loss != "sft":
+    if teacher_from and args.loss != "sft":
         made_from = {"data": sorted(digest for _, digest in report.files), "seq_kd": args.seq_kd, **lengths}
-        teacher = open_teacher(teacher_files, tokenizer, rows + held_out[0], device, teacher_dtype, made_from,
+        teacher = open_teacher(teacher_from, tokenizer, rows + held_out[0], device, teacher_dtype, made_from,
                                **flags_of(open_teacher, args))
     settings |= dict(rows=rows, teacher=teacher, resume=args.resume)
     if args.from_sft:
         stage(out / "sft", functools.partial(start_from.load, device), loss="sft", lr=3e-3, recorded=recorded, **settings)
         start_from = Checkpoint(out / "sft" / "best")
         recorded["student"] = str(start_from)
-    for _, loss, lr, folder in args.plan:
-        stage(out / folder, functools.partial(start_from.load, device), loss=loss, lr=lr, recorded=recorded, **settings)
+    for label, loss, lr, _ in args.plan:
+        stage(runs[label], functools.partial(start_from.load, device), loss=loss, lr=lr, recorded=recorded, **settings)
 
     # ---- the table
-    if teacher_files and not isinstance(teacher, Teacher):      # the table needs answers: the whole model, not the head
-        teacher = settings["teacher"] = Teacher(teacher_files.load(device, teacher_dtype).requires_grad_(False))
-    plan = {label: out / folder for label, *_, folder in args.plan}
+    if teacher_from and not isinstance(teacher, Teacher):       # the table needs answers: the whole model, not the head
+        teacher = settings["teacher"] = Teacher(teacher_from.load(device, teacher_dtype).requires_grad_(False))
     models = {"SFT" if args.from_sft else "Base": functools.partial(start_from.load, device, dtype)}
-    models |= {label: functools.partial(load_model, run / "best", device, dtype) for label, run in plan.items()}
-    picture = conclude(models, teacher, plan, tokenizer, asked, held_out, out, **flags_of(conclude, args))
+    models |= {label: functools.partial(load_model, run / "best", device, dtype) for label, run in runs.items()}
+    picture = conclude(models, teacher, runs, tokenizer, asked, held_out, out, **flags_of(conclude, args))
     print(f"\n{f'curves in {picture}; ' if picture else ''}checkpoints under {out}; {time.time() - started:.0f} s")
 
 

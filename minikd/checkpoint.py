@@ -43,10 +43,9 @@ def check_vocabulary(name, config: Qwen2Config, tokenizer):
 def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
     """A model in eval mode from a local folder or a hub name. (One of 4 bits is only fast in bfloat16: w4.choose.)
 
-    Every tensor goes from the file straight into its place in `dtype` on `device`; no second copy of the
-    model is ever held. Raises InputError for a tensor that is missing, unexpected, of the wrong shape or not
-    finite, a truncated file, or an index that names a missing file. Files that are replaced meanwhile, as by a run that saves
-    there, are read again.
+    Every tensor goes from the file straight into its place in `dtype` on `device`; no second copy of the model is ever held.
+    Files that are replaced meanwhile, as by a run that saves there, are read again.  Raises InputError for a tensor that is
+    missing, unexpected, of the wrong shape or not finite, a truncated file, or an index that names a missing file.
     """
     folder = model_folder(name)
     for _ in range(10):
@@ -171,13 +170,12 @@ def model_folder(name, weights: bool = True) -> Path:
 
 def check_kind(name, files: list[str]):
     """Raises InputError if the file names of a folder without a config.json show that it is something other than a model."""
-    runs = sorted((file.partition("/")[0] for file in files if re.match(r"checkpoint-\d+(/|$)", file)),
-                  key=lambda run: int(run[11:]))
     if "adapter_config.json" in files:
         raise InputError(f"{name}: is a LoRA adapter; merge it into its base model first: peft's merge_and_unload(), then "
                          "save_pretrained()")
-    if runs:
-        raise InputError(f"{name}: holds a training run; give one of its models, such as the folder {runs[-1]} in it")
+    if runs := [file.partition("/")[0] for file in files if re.match(r"checkpoint-\d+(/|$)", file)]:
+        last = max(runs, key=lambda run: int(run.removeprefix("checkpoint-")))
+        raise InputError(f"{name}: holds a training run; give one of its models, such as the folder {last} in it")
     if any(file.endswith(".gguf") for file in files):
         raise InputError(f"{name}: holds GGUF files; give the folder with safetensors, often the same name without -GGUF")
 
@@ -213,10 +211,8 @@ def has_four_bits(name) -> bool:
 
 
 def read_quantization(folder: Path) -> dict | None:
-    """config.json's quantization_config, checked; None where there is none.
-
-    Raises InputError for other methods, formats and numbers of bits.
-    """
+    """config.json's quantization_config, checked; None where there is none.  Raises InputError for another method, format or
+    number of bits."""
     path = folder / "config.json"
     config = read_json(path)
     raw = config.get("quantization_config")
@@ -237,8 +233,7 @@ def read_quantization(folder: Path) -> dict | None:
             raise InputError(f"{path}: quantization_config has {field} = {value!r}; minikd reads "
                              f"{' or '.join(map(repr, good))}: use the unquantised folder")
     if type(raw.get("group_size")) is not int:
-        raise InputError(f"{path}: quantization_config has group_size = {raw.get('group_size')!r}; "
-                         "give a whole number")
+        raise InputError(f"{path}: quantization_config has group_size = {raw.get('group_size')!r}; give a whole number")
     return raw
 
 
@@ -352,13 +347,13 @@ def changes_nothing(path: Path, key: str) -> bool:
 def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES):
     """Writes config.json and the weights, in `dtype` or the model's own, completely or not at all.
 
-    One model.safetensors or, above `shard_bytes`, shards with an index. A tied head is left out, as in the
-    folders Qwen published. A 4-bit model's codes and scales are written as they are, its quantization_config
-    goes into config.json and, for tools that look there, quantize_config.json. What else is in `folder` is kept (the tokenizer's
-    files, a log, subfolders), except other *.safetensors.
-    Before anything is written, raises InputError for weights that `dtype` cannot hold (float16's largest is 65,504), and
-    ValueError for a model that load_model would refuse: partly quantised, with tensors that model.config does not describe (an
-    adapter's), or with weights that another thread's generate has packed.
+    One model.safetensors or, above `shard_bytes`, shards with an index. A tied head is left out, as in Qwen's own folders. A
+    4-bit model's codes and scales are written as they are, its quantization_config goes into config.json and, for tools that
+    look there, quantize_config.json. What else is in `folder` is kept (the tokenizer's files, a log, subfolders), except other
+    *.safetensors.
+    Before anything is written, raises InputError for weights that `dtype` cannot hold, and ValueError for a model that load_model
+    would refuse: partly quantised, with tensors that model.config does not describe (an adapter's), or packed for another
+    thread's generate.
     """
     folder = Path(folder)
     if model.decoding and model.layout == "packed" and not model.quantization:

@@ -51,19 +51,20 @@ BY_FIELDS = "without --format, records are recognised by their fields"
 
 def flag_group(parser: Parser, title: str, note: str | None = None):
     """The add_argument of a new group of flags. It adds choices and default to the help text, which should fit on a line;
-    fill_defaults sets the default later, so that until then a flag that was not given is None (a switch: False).
-
-    note  what --help says of the group
-    toy   the default in the toy world, if it differs
+    fill_defaults sets the default later, so that until then a flag that was not given is None (a switch: False). `toy` is the
+    default in the toy world, if it differs.  note: what --help says of the group
     """
     group = parser.add_argument_group(title, note)
 
     def add(*names, help="", default=None, toy=None, **options):
         if "action" not in options:
             options.setdefault("metavar", {int: "N", float: "X"}.get(options.get("type"), names[0].strip("-").upper()))
-        help += f": {', '.join(options['choices'])}" if "choices" in options else ""
-        shown = [what + shortest(x) for what, x in (("", default), ("toy ", toy)) if x is not None]
-        flag = group.add_argument(*names, help=help + (f" ({'; '.join(shown)})" if shown else ""), **options)
+        if "choices" in options:
+            help += f": {', '.join(options['choices'])}"
+        defaults = [what + shortest(value) for what, value in (("", default), ("toy ", toy)) if value is not None]
+        if defaults:
+            help += f" ({'; '.join(defaults)})"
+        flag = group.add_argument(*names, help=help, **options)
         parser.defaults[flag.dest] = default, default if toy is None else toy
 
     return add
@@ -72,10 +73,10 @@ def flag_group(parser: Parser, title: str, note: str | None = None):
 def check_positive(args, *names: str, or_zero: bool = False):
     """Raises InputError for the first of these flags with a number outside 0 < number <= 10^12 (or_zero: 0 <= number); None is
     allowed."""
+    good = lambda number: number is None or 0 < number <= 1e12 or or_zero and number == 0
     for name in names:
         value = getattr(args, name)
-        numbers = value if isinstance(value, list) else [value]
-        if any(not (0 < number <= 1e12 or or_zero and number == 0) for number in numbers if number is not None):
+        if not all(map(good, value if isinstance(value, list) else [value])):
             raise InputError(f"--{name.replace('_', '-')} {value}: must be {'0 or more' if or_zero else 'above 0'} and at most "
                              "10^12; give another number")
 
@@ -131,7 +132,8 @@ def pick_device(name: str) -> str:
             raise InputError(f"--device {name}: holds no data; use --device cpu or cuda")
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:  # no such device, or torch built without it
         reason = str(error).splitlines()[0].partition(". ")[0]  # without mps's advice to use float32
-        raise InputError(f"--device {name}: {reason}; use --device cpu" + " or cuda" * (name != "cuda")) from error
+        others = "cpu" if name == "cuda" else "cpu or cuda"
+        raise InputError(f"--device {name}: {reason}; use --device {others}") from error
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)
     return name

@@ -10,6 +10,10 @@ import time
 import unicodedata
 from contextlib import contextmanager, suppress
 
+ADVICE = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
+          errno.EFBIG: "raise the file size limit (ulimit -f)", errno.EACCES: "check the permissions",
+          errno.EPIPE: "the program that read it has ended; send the output to a file"}
+
 
 class InputError(ValueError):
     """The user's input is wrong. The message says in one line where, what, and how to fix it."""
@@ -39,25 +43,23 @@ def script_errors():
     except InputError as error:
         _exit_with(str(error))
     except (MemoryError, RuntimeError) as error:                # torch, on GPU and CPU, raises a RuntimeError
-        if re.match("Symlink loop|Could not determine home", str(error)):       # pathlib's, of a path that the user gave
-            _exit_with(f"{error}; give another path")
-        if re.search(r"No working C\+\+ compiler|Failed to find C compiler", str(error)):   # inductor's on a CPU, triton's
+        text = str(error)
+        if re.match("Symlink loop|Could not determine home", text):             # pathlib's, of a path that the user gave
+            _exit_with(f"{text}; give another path")
+        if re.search(r"No working C\+\+ compiler|Failed to find C compiler", text):         # inductor's on a CPU, triton's
             _exit_with("--compile: torch finds no C++ compiler; install one (g++), or leave the flag out")
-        if not isinstance(error, MemoryError) and not re.search("(out of|allocate|enough) memory|ALLOC_FAILED", str(error)):
-            raise
-        _exit_with("out of memory; lower --batch-size or the lengths, in train_grpo.py also --prompts or --group-size, or use "
-                   "--gradient-checkpointing or --cache-teacher if the script has them")
+        if isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory|ALLOC_FAILED", text):
+            _exit_with("out of memory; lower --batch-size or the lengths, in train_grpo.py also --prompts or --group-size, or "
+                       "use --gradient-checkpointing or --cache-teacher if the script has them")
+        raise
     except KeyboardInterrupt:
         with suppress(OSError):
             print("\ninterrupted; what was saved is complete", file=sys.stderr)
         _end(130)                                               # 128 + SIGINT, as shells report it
     except OSError as error:
-        advice = {errno.ENOSPC: "free some space, or write elsewhere", errno.ENOENT: "check the path",
-                  errno.EFBIG: "raise the file size limit (ulimit -f)", errno.EACCES: "check the permissions",
-                  errno.EPIPE: "the program that read it has ended; send the output to a file"}
-        advice = advice.get(error.errno, "check the path and the disk")
-        where = error.filename or ("standard output" if isinstance(error, BrokenPipeError) else "standard output or a file")
-        _exit_with(f"{where}: {error.strerror or error}; {advice}")
+        nameless = "standard output" if isinstance(error, BrokenPipeError) else "standard output or a file"
+        advice = ADVICE.get(error.errno, "check the path and the disk")
+        _exit_with(f"{error.filename or nameless}: {error.strerror or error}; {advice}")
     except BaseException as error:
         if type(error).__name__ != "PanicException":            # the tokenizers library's, from Rust: no Exception
             raise

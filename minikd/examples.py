@@ -26,10 +26,9 @@ images: check_shown) is refused; where the prompt is a list of messages, it repe
 model's `generation` beside its answer (s1K, distilabel) is refused, as only one of them can be learned. A record is dropped if
 its `finish_reason` says that it was cut, a pair if its `label` is false (KTO).
 
-A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code they
-differ: BugNet's targets begin "Solution type replace, solution code", PyTorrent's stand between "### solution code" and "###
-End of code" (lines 46 of process_data_bugnet.py and 53 of process_data_pytorrent.py in AlejandroParedesLT/knowledge_distillLLM),
-but the references are bare code (lines 127 and 153), which biases the paper's scores.
+A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code the targets of
+BugNet and PyTorrent have a frame around the code (lines 46 of process_data_bugnet.py and 53 of process_data_pytorrent.py in
+AlejandroParedesLT/knowledge_distillLLM), but the references have none (lines 127 and 153), which biases the paper's scores.
 """
 import ast
 import hashlib
@@ -78,10 +77,8 @@ def recognise(record: dict) -> str | None:
 
 
 def to_example(record: dict, where: str, format: str | None = None) -> Example:
-    """One record as an Example; format None recognises it from its fields.
-
-    Raises Dropped for an empty prompt or response, else InputError naming the place and the field.
-    """
+    """One record as an Example; format None recognises it from its fields.  Raises Dropped for an empty prompt or response, else
+    InputError naming the place and the field."""
     name = format or recognise(record)
     if name not in FORMATS:
         known = "; ".join(f"{key} ({', '.join(' or '.join(n) for n in needs)})" for key, (_, needs) in FORMATS.items())
@@ -92,17 +89,17 @@ def to_example(record: dict, where: str, format: str | None = None) -> Example:
     if record.get("finish_reason") == "length":
         raise Dropped(where, "generation cut short")            # else the student would learn to stop there
     messages, instruction, input, answers = FORMATS[name][0](record, where)
-    if messages[0]["role"] != "system" and (system := text_field(record, where, "system", "system_prompt", default="")):
-        messages, instruction = ({"role": "system", "content": system}, *messages), f"{system}\n\n{instruction}"
+    system = "" if messages[0]["role"] == "system" else text_field(record, where, "system", "system_prompt", default="")
+    if system:
+        messages = {"role": "system", "content": system}, *messages
+        instruction = f"{system}\n\n{instruction}"
     category = text_field(record, where, "category", default="").strip() or name
     return Example(messages, instruction, input, answers[0], answers, category, where)
 
 
 def text_field(record: dict, where: str, *names: str, default: str | None = None) -> str:
-    """The first of the fields `names` that holds text.
-
-    default  returned when all are absent or blank. Without one: InputError if all are absent, Dropped if one is blank
-    """
+    """The first of the fields `names` that holds text; `default` if all are absent or blank. Without a default, raises InputError
+    if all are absent, and Dropped if one is blank."""
     held = {name: record[name] for name in names if not absent(record.get(name))}
     for name, value in held.items():
         check_text(value, where, f"field {name!r}")
@@ -160,17 +157,20 @@ def _chat(record, where, field="messages"):
     if not asked[-1]["content"] or not turns[last]["content"]:
         raise Dropped(where, "empty message")
     # One text for the "alpaca" template; in a conversation of several turns each is marked User: or Assistant:.
-    instruction = "\n\n".join(turn["content"] if turn["role"] == "system" or len(asked) == 1 else
-                              f"{turn['role'].title()}: {turn['content']}" for turn in turns[:last])
-    return tuple(turns[:last]), instruction, "", (with_thoughts(record[field][last], where, turns[last]["content"]),)
+    marked = lambda turn: turn["role"] != "system" and len(asked) > 1
+    instruction = "\n\n".join(f"{turn['role'].title()}: " * marked(turn) + turn["content"] for turn in turns[:last])
+    answer = with_thoughts(record[field][last], where, turns[last]["content"])
+    return tuple(turns[:last]), instruction, "", (answer,)
 
 
 def with_thoughts(held: dict, where: str, answer: str) -> str:
     """The answer after the thoughts that its turn or record `held` has in a field of their own, if there are none in it."""
-    told = {name: value for name in THOUGHTS
-            if filled(value := held.get(name)) and isinstance(value, str) and value.strip().casefold() not in MODES}
-    thoughts = text_field(told, where, *told, default="")
-    return answer if not thoughts or "</think>" in answer else f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"
+    for name in THOUGHTS:
+        thoughts = held.get(name)
+        if isinstance(thoughts, str) and filled(thoughts) and thoughts.strip().casefold() not in MODES:
+            check_text(thoughts, where, f"field {name!r}")
+            return answer if "</think>" in answer else f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}"
+    return answer
 
 
 def _sharegpt(record, where):
@@ -380,10 +380,8 @@ def _examples(file: Path, format: str | None, report: Report) -> Iterator[Exampl
 
 
 def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:
-    """Plain text for a language-model loss: the non-blank field `text` of every record, and each file's hash.
-
-    Raises InputError for the first malformed record, and when there is no text.
-    """
+    """Plain text for a language-model loss: the non-blank field `text` of every record, and each file's hash.  Raises InputError
+    for the first malformed record, and when there is no text."""
     files, texts = data_files(paths), []
     hashes = [(str(file), sha256(file)) for file in files]      # before they are read: it refuses a pipe
     for where, record in read_records(files):

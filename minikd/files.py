@@ -34,8 +34,7 @@ def atomic_path(path, folder: bool = False, keep=None):
     A reader, or a restart after kill -9, finds the old content or the new, never a part of either. (Where two names cannot be
     swapped in one step, as on macOS, an old folder is for a moment only in the temporary folder beside `path`.)
     With `folder`, the yielded path is an empty folder; what the old folder holds stays where `keep` is true of its name.
-    Raises InputError if `path` exists and is not a regular file (with `folder`, a folder), or is a folder that is or contains the
-    working directory.
+    Raises InputError if `path` exists but is no regular file (with `folder`, no folder), or holds the working directory.
     """
     path = Path(path).resolve()                                 # gives "." a name; a link is kept, its target replaced
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
@@ -76,9 +75,10 @@ def _keep(old: Path, new: Path, keep=lambda name: True):
     """Puts into the folder `new` what `old` holds, of the names that `keep` is true of. Files are linked: nothing is copied, and
     a log that is open stays the same file."""
     for path in old.iterdir():
-        place = new / path.name
-        if not keep(path.name) or path.name.startswith(".") and f".{MARK}" in path.name:        # a temporary_folder in it
+        temporary = path.name.startswith(".") and f".{MARK}" in path.name       # a temporary_folder inside `old`
+        if temporary or not keep(path.name):
             continue
+        place = new / path.name
         with suppress(FileNotFoundError):                       # deleted by another process meanwhile
             if path.is_dir() and not path.is_symlink():
                 place.mkdir(exist_ok=True)

@@ -138,8 +138,7 @@ def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tupl
 
 def load_problems(paths, limit: int | None = None, format: str | None = None) -> tuple[list[Problem], int]:
     """The problems in files, folders or hub datasets, every question once; and how many records were left out: those with an
-    earlier question, with a blank or null one (`question`, `problem` or Codeforces statement), or with an answer that cannot be
-    compared with others (blank, a proof, or neither one text nor one number).
+    earlier question, with a blank or null one, or with an answer that cannot be compared with others (blank, a proof, several).
 
     limit   read only so many records
     format  one of FORMATS; without it each record is recognised
@@ -155,7 +154,8 @@ def load_problems(paths, limit: int | None = None, format: str | None = None) ->
 
 def shows_its_tests(problem: Problem) -> bool:
     """Whether the prompt shows every test of its program, as _shown writes it."""
-    asked, tests = problem.messages[-1]["content"], [_shown(test).rstrip() for test in problem.facts.get("tests") or ()]
+    asked = problem.messages[-1]["content"]
+    tests = [_shown(test).rstrip() for test in problem.facts.get("tests") or ()]
     return bool(tests) and all(test in asked and re.search(re.escape(test) + r"[ \t\r]*(\n|`|$)", asked) for test in tests)
 
 
@@ -189,18 +189,19 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
     if tests:                                                                   # an answer beside them is one program of many
         facts = {"tests": tests, "language": "python"} | _limits(record, where)
     else:
-        facts = {"answer": answer} if (answer := _answer(record)) else {}
-    if not asked or not facts:
-        # With fields for a question and an answer it is a problem, left out if one is blank or of no use; else an error.
-        blank = any(name in record and (absent(record[name]) or isinstance(record[name], str)) for name in QUESTIONS[:2])
-        unstated = _of_codeforces(record) and absent(record["description"])
-        if unstated or (asked or blank) and (given or tests):
-            raise Dropped(where, "no answer to compare with, or no statement")
-        lacks = "neither answer nor tests" if asked else "no text that asks something"
-        raise InputError(f"{where}: is not a problem: {lacks} (its fields: {names_of(record)}); give `question` and `answer` "
-                         "or `tests`, or Codeforces' `description` and `examples`")
-    question = with_passage(record, where, asked, _asked(record.get("prompt")))
-    return f"{question}\n\n{PYTHON if tests else ANSWER}", facts
+        answer = _answer(record)
+        facts = {"answer": answer} if answer else {}
+    if asked and facts:
+        question = with_passage(record, where, asked, _asked(record.get("prompt")))
+        return f"{question}\n\n{PYTHON if tests else ANSWER}", facts
+    # With fields for a question and an answer it is a problem, left out if one is blank or of no use; else an error.
+    blank = any(name in record and (absent(record[name]) or isinstance(record[name], str)) for name in QUESTIONS[:2])
+    unstated = _of_codeforces(record) and absent(record["description"])
+    if unstated or (asked or blank) and (given or tests):
+        raise Dropped(where, "no answer to compare with, or no statement")
+    lacks = "neither answer nor tests" if asked else "no text that asks something"
+    raise InputError(f"{where}: is not a problem: {lacks} (its fields: {names_of(record)}); give `question` and `answer` "
+                     "or `tests`, or Codeforces' `description` and `examples`")
 
 
 def _ground_truth(value, where: str) -> dict:
@@ -223,11 +224,12 @@ def _answer(record: dict) -> str:
     value = record[name] if name else ""
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     whole = str(value).strip() if isinstance(value, (str, int, float)) else ""
-    last = whole.rpartition("\n")[2]
-    told = re.match(r".*(?:####|\b[Tt]he answer is\b:?)\s*(.*)$", last)                   # GSM8K's, MetaMath's: the last one
-    answer = boxed(whole) or (told[1] if told else whole).strip()                           # NuminaMath boxes it
-    words = re.findall(r"[A-Za-z]{3,}", re.sub(r"\\(?:begin|end)\{\w+\*?\}|\\[A-Za-z]+", " ", answer))      # none of LaTeX's
-    prose = name == "solution" and answer == whole and (len(words) > 3 or "\n" in answer)       # a solution that marks no answer
+    last_line = whole.rpartition("\n")[2]
+    marked = re.match(r".*(?:####|\b[Tt]he answer is\b:?)\s*(.*)$", last_line)              # GSM8K's, MetaMath's: the last one
+    answer = boxed(whole) or (marked[1] if marked else whole).strip()                       # NuminaMath boxes it
+    without_latex = re.sub(r"\\(?:begin|end)\{\w+\*?\}|\\[A-Za-z]+", " ", answer)
+    wordy = len(re.findall("[A-Za-z]{3,}", without_latex)) > 3 or "\n" in answer
+    prose = name == "solution" and answer == whole and wordy                                # a solution that marks no answer
     proof = answer.casefold() in ("proof", "notfound") or record.get("question_type") == "proof"            # NuminaMath-1.5's
     return "" if prose or proof else answer
 
@@ -296,10 +298,8 @@ def _tests(record: dict, name: str, where: str) -> list[dict]:
 
 
 def encode_problems(problems: list[Problem], tokenizer, max_prompt_length: int = 1024, what: str = "problems") -> list[Encoded]:
-    """Prompts as rows without a response; row.index points into `problems`. Longer prompts are left out.
-
-    Raises InputError when none is left.  what: what it calls them
-    """
+    """Prompts as rows without a response; row.index points into `problems`. Longer prompts are left out.  Raises InputError when
+    none is left, calling the problems `what`."""
     prompts = tokenizer.encode_batch([tokenizer.chat(list(problem.messages), add_generation_prompt=True)
                                       for problem in problems])
     rows = [Encoded(prompt, [], False, i) for i, prompt in enumerate(prompts) if len(prompt) <= max_prompt_length]

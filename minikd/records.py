@@ -25,8 +25,7 @@ def data_files(name) -> list[Path]:
     It is "data.jsonl", or a folder or hub dataset that holds one data file. If it holds several, "name:choice" names a
     file, a folder or a glob in it, and all matching files are read: "open-r1/codeforces-cots:solutions_py", or, at a revision,
     "open-r1/codeforces-cots@main:solutions_py".
-    Raises InputError if there is no file, if there are several and no choice, or if a chosen folder holds several splits (train,
-    test and the like).
+    Raises InputError if there is no such file or folder, and as _choose.
     """
     if not isinstance(name, (str, Path)):
         return [file for each in name for file in data_files(each)]
@@ -38,11 +37,12 @@ def data_files(name) -> list[Path]:
         raise InputError(f"{str(name)!r}: names no file or folder to read; give one")
     path = Path(base).expanduser()
     if base.endswith((*ENDINGS, ".txt")) and not path.is_dir():                    # runs/data.jsonl is no hub name: do not ask it
-        raise InputError(f"{name}: {base} is a file, so there is nothing to choose; give {base} alone" if path.is_file() else
-                         f"{base}: no such file; check the path (a file of a hub dataset is OWNER/NAME:FILE)")
-    held = files_on_hub(base, kind="dataset")
-    if held is not None:
-        chosen = _choose(base, held, choice)
+        if path.is_file():
+            raise InputError(f"{name}: {base} is a file, so there is nothing to choose; give {base} alone")
+        raise InputError(f"{base}: no such file; check the path (a file of a hub dataset is OWNER/NAME:FILE)")
+    on_hub = files_on_hub(base, kind="dataset")
+    if on_hub is not None:
+        chosen = _choose(base, on_hub, choice)
         folder = local_folder(base, chosen, kind="dataset")
         return [folder / file for file in chosen]               # the cache may hold more, from other choices
     patterns = [choice, f"{choice}/*"] if choice else [f"*{ending}" for ending in ENDINGS]
@@ -60,9 +60,11 @@ def local_files(names) -> list[Path]:
 
 
 def split_choice(name) -> tuple[str, str]:
-    """What a --data argument names, and its choice after a colon, or "". A file's or folder's own name may hold colons."""
+    """What a --data argument names, and its choice after a colon, or ""."""
     parts = ADDRESS.sub("", str(name)).rstrip("/").split(":")
-    end = next((end for end in range(len(parts), 1, -1) if Path(":".join(parts[:end])).expanduser().exists()), 1)
+    end = len(parts)
+    while end > 1 and not Path(":".join(parts[:end])).expanduser().exists():            # a file's own name may hold colons
+        end -= 1
     return ":".join(parts[:end]), ":".join(parts[end:]).rstrip("/")
 
 
@@ -83,17 +85,22 @@ def _choose(name: str, held: list[str], choice: str) -> list[str]:
     splits, unless a glob names them."""
     data = sorted(file for file in held if file.endswith(ENDINGS) and "/." not in f"/{file}"
                   and file.rpartition("/")[2] not in HUB_METADATA)
-    found = [file for file in data if not choice or file == choice or fnmatch(file, choice) or fnmatch(file, f"{choice}/*")]
-    splits = {split[1] for file in found if (split := SPLIT.fullmatch(file.removeprefix(f"{choice}/")))}
-    if found and (choice or len(found) == 1) and (len(splits) < 2 or set("*?[") & set(choice)):
-        return found
     if not data:
         raise InputError(f"{name}: holds no data file; give a folder or dataset with files that end in {' '.join(ENDINGS)}")
-    data = list(dict.fromkeys(SHARD.sub("-*", file) for file in found or data))                     # shards as one glob
-    listing = ", ".join(data[:12]) + (f" and {len(data) - 12} more" if len(data) > 12 else "")
-    what = (f"nothing matches {choice!r}" if not found else f"{choice} holds several splits" if choice else
-            "holds several data files")
-    raise InputError(f"{name}: {what}; choose with {name}:FILE, FOLDER or GLOB from {listing}")
+    found = [file for file in data if not choice or file == choice or fnmatch(file, choice) or fnmatch(file, f"{choice}/*")]
+    splits = {split[1] for file in found if (split := SPLIT.fullmatch(file.removeprefix(f"{choice}/")))}
+    is_glob = any(letter in choice for letter in "*?[")
+    if not found:
+        fault = f"nothing matches {choice!r}"
+    elif not choice and len(found) > 1:
+        fault = "holds several data files"
+    elif len(splits) > 1 and not is_glob:
+        fault = f"{choice} holds several splits"
+    else:
+        return found
+    names = list(dict.fromkeys(SHARD.sub("-*", file) for file in found or data))                    # shards as one glob
+    listing = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    raise InputError(f"{name}: {fault}; choose with {name}:FILE, FOLDER or GLOB from {listing}")
 
 
 # ---- a file -> records
@@ -119,15 +126,16 @@ def names_of(record: dict) -> str:
 def kind_of(value) -> str:
     """A value's type, as error messages call it."""
     name = type(value).__name__
-    return "null" if absent(value) else "text" if isinstance(value, str) else f"a{'n' * (name[0] in 'aeiou')} {name}"
+    article = "an" if name[0] in "aeiou" else "a"
+    return "null" if absent(value) else "text" if isinstance(value, str) else f"{article} {name}"
 
 
 def check_text(value, where: str, what: str):
     """Raises InputError, naming `what`, for a value that is not text, or holds half a character."""
-    fault = (f"is {kind_of(value)}; make it text" if not isinstance(value, str) else
-             "holds half a character (a lone surrogate); fix its escapes" if HALF.search(value) else "")
-    if fault:
-        raise InputError(f"{where}: {what} {fault}")
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {what} is {kind_of(value)}; make it text")
+    if HALF.search(value):
+        raise InputError(f"{where}: {what} holds half a character (a lone surrogate); fix its escapes")
 
 
 def read_records(path, refuse: Callable[[InputError], None] | None = None,

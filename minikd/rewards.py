@@ -109,8 +109,9 @@ def format_fault(completion: str) -> str | None:
     if tags not in (["<think>", "</think>"], ["<think>", "</think>", "<answer>", "</answer>"]):
         return f"its tags are {' '.join(tags)[:80]}" if tags else "no tags"
     thoughts, between, answer, after = texts if len(texts) == 4 else (texts[0], "", texts[1], "")       # 2: without answer tags
-    return ("text before <think>" if before else "no thoughts" if not thoughts else "no answer" if not answer else
-            "text outside the tags" if between or after else None)
+    faults = {"text before <think>": before, "no thoughts": not thoughts, "no answer": not answer,
+              "text outside the tags": between or after}
+    return next((fault for fault, found in faults.items() if found), None)
 
 
 def format_reward(completions: list[str], facts: list[dict]) -> Values:
@@ -181,7 +182,8 @@ def answer_reward(completions: list[str], facts: list[dict]) -> Values:
 def _same_answer(a: str, b: str) -> bool:
     a, b = map(_plain, (a, b))
     tight = lambda text: re.sub(r" ?([^\w .-]) ?| (-) ", r"\1\2", " ".join(text.split()))   # (1, 2) is (1,2), but 1 2 not 12
-    return tight(a) == tight(b) or (value := _value(a)) is not None and value == _value(b)
+    value = _value(a)
+    return tight(a) == tight(b) or value is not None and value == _value(b)
 
 
 def _plain(answer: str) -> str:
@@ -222,13 +224,12 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
     """1 if the answer's program passes all tests, else 0; with `partial` the fraction it passes.  open-r1 line 511
 
     The program is the last code block of the answer, or of the whole text if that has no think tags. It can import only the
-    standard library. None if the problem has no tests or wants another language. Tests are left out if their output has
-    sandbox.OUTPUT bytes, all that a program may print, or more.
+    standard library. None if the problem has no tests or wants another language. Tests whose output is more than a program may
+    print (sandbox.OUTPUT bytes or more) are left out.
     max_seconds and max_memory (MB, but a program has at least 64) cap the problem's own limits.
-    The programs of all completions run in parallel, once per input; outcomes are remembered. Tests run in rounds of 1, 1, 2, 4,
-    .... A program that failed a test runs in no later round; with `partial`, one that was stopped in two tests (for its time, its
-    output, ...). Tests that it did not run count as failed. So an endless loop costs few time limits: one or two if
-    every input causes it, at most those of half the tests otherwise.
+    The programs of all completions run in parallel, their tests in rounds of 1, 1, 2, 4, .... A program that failed a test runs
+    in no later round; with `partial`, one that was stopped in two tests (for its time, its output, ...). Tests that it did not
+    run count as failed. So an endless loop costs few time limits: one or two if every input causes it.
     """
     asked = [_tests_of(completion, problem, max_seconds, max_memory)
              for completion, problem in zip(completions, facts, strict=True)]
@@ -243,8 +244,8 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
                 stopped[i] += results[run].status not in ("ok", "error")
                 passed[i] += results[run].status == "ok" and sandbox.same_output(results[run].stdout, wanted)
         start, end = end, 2 * end
-    return [None if tests is None else (passed[i] / max(1, len(tests)) if partial else float(passed[i] == len(tests) > 0))
-            for i, tests in enumerate(asked)]
+    shares = [None if tests is None else passed[i] / max(1, len(tests)) for i, tests in enumerate(asked)]
+    return shares if partial else [share if share is None else float(share == 1) for share in shares]
 
 
 _DONE = {}                                      # run_program's arguments -> its result, in this process
@@ -255,11 +256,14 @@ def _run_all(runs: set[tuple]) -> dict[tuple, sandbox.Result]:
     itself, but not if it could not start a thread: other programs may have been the reason (sandbox.LIMITS)."""
     if len(_DONE) > 50_000:
         _DONE.clear()
-    fresh = sorted(run for run in runs if run not in _DONE)
-    found = {run: _DONE[run] for run in runs if run in _DONE} | dict(zip(fresh, sandbox.run_programs(fresh)))
-    _DONE.update((run, found[run]) for run in fresh if found[run].status in ("ok", "error")
-                 and len(found[run].stdout) + len(found[run].stderr) <= 10_000 and "start new thread" not in found[run].stderr)
-    return found
+    known = {run: _DONE[run] for run in runs if run in _DONE}
+    missing = sorted(runs - known.keys())
+    fresh = dict(zip(missing, sandbox.run_programs(missing)))
+    for run, result in fresh.items():
+        short = len(result.stdout) + len(result.stderr) <= 10_000
+        if short and result.status in ("ok", "error") and "start new thread" not in result.stderr:
+            _DONE[run] = result
+    return known | fresh
 
 
 REWARDS = {"format": format_reward, "tags": tags_reward, "steps": steps_reward, "length": length_reward,

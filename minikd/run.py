@@ -98,39 +98,43 @@ def check_settings(folder, settings: dict):
     of --rewards is only reported."""
     before = settings_of(folder)
     settings = json.loads(json.dumps(settings, default=str))
-
-    def parts(key, value):                                      # its name, if a hash follows it; what must not change
-        if isinstance(value, str) and (named := re.fullmatch(r"(.*) (\(sha256 \w+\))", value)):
-            return named[1], named[2]
-        if key in ("data", "lm_data") and value:
-            return " ".join(file[0] for file in value), [file[-1] for file in value]
-        return None, value is not None if key == "cache_teacher" else value
-
-    def compare(keys):
-        for key in keys:
-            value, began, flag = settings[key], before.get(key), f"--{key.replace('_', '-')}"
-            name, now = parts(key, value)
-            name_then, then = parts(key, began)
-            if now == then:
-                continue
-            if key not in before:
-                raise InputError(f"{folder}: holds a run of another script, or of a minikd without {flag}; choose another --out")
-            if name and name == name_then:
-                raise InputError(f"{folder}: --resume, but the content of {flag} {name} has changed since the run began; put it "
-                                 "back, or choose another --out")
-            value, began = (re.sub(r"\btorch\.(?=b?float)", "", str(each)) for each in (value, began))     # as --dtype takes it
-            raise InputError(f"{folder}: --resume with {flag} {value}, but the run began with {began}; give the same flags, or "
-                             "another --out")
-
     rows, files = settings.pop("rows", None), settings.pop("reward_files", None)
-    derived = settings.keys() & {"steps", "eval_every"}         # compared last: other flags and the data can change them
-    compare(key for key in settings if key not in derived)
+    derived = [key for key in ("steps", "eval_every") if key in settings]       # last: other flags and the data can change them
+    for key in settings:
+        if key not in derived:
+            _check_setting(folder, key, settings[key], before)
     if rows and rows != before.get("rows", rows):
         raise InputError(f"{folder}: --resume, but the data's tokens differ from those that the run began with; undo the change "
                          "to the tokenizer, its chat template or minikd, or choose another --out")
-    compare(sorted(derived, reverse=True))
+    for key in derived:
+        _check_setting(folder, key, settings[key], before)
     if files is not None and files != before.get("reward_files"):               # a bug in one may be fixed
         print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)
+
+
+def _check_setting(folder, key: str, value, before: dict):
+    began, flag = before.get(key), f"--{key.replace('_', '-')}"
+    name, now = _name_and_content(key, value)
+    name_then, then = _name_and_content(key, began)
+    if now == then:
+        return
+    if key not in before:
+        raise InputError(f"{folder}: holds a run of another script, or of a minikd without {flag}; choose another --out")
+    if name and name == name_then:
+        raise InputError(f"{folder}: --resume, but the content of {flag} {name} has changed since the run began; put it "
+                         "back, or choose another --out")
+    value, began = (re.sub(r"\btorch\.(?=b?float)", "", str(each)) for each in (value, began))         # as --dtype takes it
+    raise InputError(f"{folder}: --resume with {flag} {value}, but the run began with {began}; give the same flags, or "
+                     "another --out")
+
+
+def _name_and_content(key: str, value) -> tuple:
+    """The name of a model or of data files, None for other settings; and what must not change."""
+    if isinstance(value, str) and (named := re.fullmatch(r"(.*) (\(sha256 \w+\))", value)):
+        return named[1], named[2]
+    if key in ("data", "lm_data") and value:
+        return " ".join(file[0] for file in value), [file[-1] for file in value]
+    return None, value is not None if key == "cache_teacher" else value
 
 
 # ---- the saved state
@@ -157,13 +161,12 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, begun: di
         return begun, {}
     try:
         with safe_open(path, framework="pt") as file:
-            wanted = {f"model.{key}": list(value.shape) for key, value in model.state_dict().items()}
             held = {key: file.get_slice(key).get_shape() for key in file.keys() if key.startswith(("model.", "optimizer."))}
+            wanted = {f"model.{key}": list(value.shape) for key, value in model.state_dict().items()}
             if any(key.startswith("optimizer.") for key in held):                   # there are none before the first step
                 for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
                     shape = list(parameter.shape)
-                    wanted |= {f"optimizer.{i}.{name}": size for name, size in
-                               (("step", []), ("exp_avg", shape), ("exp_avg_sq", shape))}
+                    wanted |= {f"optimizer.{i}.step": [], f"optimizer.{i}.exp_avg": shape, f"optimizer.{i}.exp_avg_sq": shape}
             for key in sorted(wanted.keys() | held.keys()):     # all are checked before the first is changed
                 if wanted.get(key) != held.get(key):
                     raise InputError(f"{path}: belongs to another model ({key.removeprefix('model.')} is {held.get(key)}, "
@@ -203,9 +206,9 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, own=(), 
         if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG, ANOTHER):
             raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run; choose another --out")
         lines = read_log(folder)
-        same = bool(lines) and bool(settings_of(folder).get("toy")) == toy                  # a toy never touches a real run
-        ours = same and folder in runs
-        if lines and not (same and toy or resume and ours):
+        same_kind = bool(lines) and bool(settings_of(folder).get("toy")) == toy             # a toy never touches a real run
+        ours = same_kind and folder in runs
+        if lines and not (same_kind and toy or resume and ours):
             raise InputError(f"{folder}: already holds {'a' if ours else 'another'} run of {lines[-1]['step']} steps; "
                              f"{'continue it with --resume, or ' if ours else ''}choose another --out")
     for folder in runs:
@@ -220,17 +223,15 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, own=(), 
                 raise InputError(f"--cache-teacher {cache}: lies in {place}, which this run replaces; choose another folder")
             if place.is_dir():
                 check_writable(place)
-    if not any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG)):         # no run began here
-        for file in sorted(file for name in own for file in out.glob(name)):
-            raise InputError(f"{file}: was not written by a run, and would be replaced; choose another --out")
+    begun = any((folder / name).exists() for folder in (out, *runs) for name in (LOCK, CONFIG))
+    replaced = sorted(file for name in own for file in out.glob(name))
+    if replaced and not begun:
+        raise InputError(f"{replaced[0]}: was not written by a run, and would be replaced; choose another --out")
 
 
 def begin_run(folder, settings: dict, resume: bool) -> bool:
-    """Prepares `folder` for a run with these settings, after check_free; False if that run is finished already.
-
-    If STATE exists afterwards, it is this run's own, to continue from.
-    Raises InputError if a resumed run had other settings.
-    """
+    """Prepares `folder` for a run with these settings, after check_free; False if that run is finished already. If STATE exists
+    afterwards, it is this run's own, to continue from.  Raises InputError if a resumed run had other settings."""
     folder = Path(folder)
     lines, state = read_log(folder) if resume else [], folder / STATE
     if lines or resume and state.exists():                      # a log can be lost when the power fails

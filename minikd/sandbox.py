@@ -278,8 +278,8 @@ def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray
     The end of stdout says nothing: a program may close it and continue, or leave it open in a child.
     """
     out, err, said = bytearray(), bytearray(), bytearray()
-    texts = {process.stdout.fileno(): out, process.stderr.fileno(): err, report: said}
-    poll, verdict, look = select.poll(), "", 0.0
+    texts = {process.stdout.fileno(): out, process.stderr.fileno(): err, report: said}      # of the streams still open
+    poll, verdict, due = select.poll(), "", 0.0                # due: when to look at the folder next
     for stream in texts:
         poll.register(stream, select.POLLIN)
         os.set_blocking(stream, False)                          # a program may take back what it wrote, between poll and read
@@ -303,8 +303,8 @@ def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray
         now = time.monotonic()
         if too_long():
             verdict = "output"
-        elif now >= look:
-            verdict, look = "disk" if _too_much(folder) else "", now + TICK
+        elif now >= due:
+            verdict, due = "disk" if _too_much(folder) else "", now + TICK
         if now >= deadline and said.count(b"\n") < 2:
             verdict = verdict or "timeout"
     _stop(process)
@@ -409,15 +409,15 @@ def _become(libc, report, options):
     import resource                                             # here: it is not among the trampoline's imports
     os.setsid()
     root, uid = os.geteuid() == 0, options["uid"]
-    level = ["rlimits", f"uid {os.geteuid() if uid is None else uid}"]
+    active = ["rlimits", f"uid {os.geteuid() if uid is None else uid}"]
     spaces = 0x40000000 | 0x08000000 | (0 if root else 0x10000000)      # CLONE_NEWNET, NEWIPC, NEWUSER
-    level.append("no network namespace" if libc.unshare(spaces) else "own network and IPC namespaces")
+    active.append("no network namespace" if libc.unshare(spaces) else "own network and IPC namespaces")
     if root and uid is not None:
         _uncover(libc, options["prefix"])
     if libc.prctl(38, 1, 0, 0, 0):                              # PR_SET_NO_NEW_PRIVS
         raise OSError("this kernel lacks no_new_privs")
     abi = _landlock(libc, options["readable"])
-    level.append(f"Landlock ABI {abi}" if abi else "no Landlock: that user's files can be read and written")
+    active.append(f"Landlock ABI {abi}" if abi else "no Landlock: that user's files can be read and written")
     if root and uid is None:                                    # by MINIKD_SANDBOX_AS_ROOT
         for capability in range(64):
             libc.prctl(24, capability, 0, 0, 0)                 # PR_CAPBSET_DROP: none is left after execve
@@ -430,7 +430,7 @@ def _become(libc, report, options):
             raise OSError(f"root cannot become uid {uid} ({error}); run as an ordinary user, or set "
                           "MINIKD_SANDBOX_AS_ROOT=1") from error
         if libc.unshare(0x10000000):                            # CLONE_NEWUSER: NPROC counts within it
-            level.append("no user namespace")
+            active.append("no user namespace")
     for name, value in options["limits"].items():               # after the uid, whose change NPROC could forbid
         which = getattr(resource, name)
         hard = resource.getrlimit(which)[1]
@@ -440,8 +440,8 @@ def _become(libc, report, options):
     filtered = _seccomp(libc, options["denied"], options["judged"])
     if not filtered:                                            # then only this keeps it from starting processes
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    level.append("seccomp" if filtered else "no seccomp")
-    os.write(report, ", ".join(level).encode())
+    active.append("seccomp" if filtered else "no seccomp")
+    os.write(report, ", ".join(active).encode())
     python = options["python"]
     environment = {"PYTHONHASHSEED": "0",                       # the same source, the same output
                    "MALLOC_ARENA_MAX": "1"}                     # or AS counts 64 MB for each thread

@@ -16,7 +16,8 @@ from minikd.hub import TOKENIZER, local_folder
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 STOPS = ("<|im_end|>", "<|endoftext|>")             # an answer ends with either; the first ends a turn of ChatML
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
-# Files that are only copied: as links they could lead to private ones.
+COPIED = [name for name in TOKENIZER if name != GENERATION]         # saved as they were loaded
+# Those of them whose content nothing here reads: as links they could lead to private files.
 UNREAD = "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"
 AT_ONCE = 1 << 19                                   # characters of the texts that are encoded at once
 
@@ -34,24 +35,24 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path):
-        config, self.generation = (read_json(folder / name) if (folder / name).exists() else {} for name in (CONFIG, GENERATION))
+        settings = lambda name: read_json(folder / name) if (folder / name).exists() else {}
+        config, self.generation = settings(CONFIG), settings(GENERATION)
         self.backend, self.folder, self.template = backend, folder, read_template(folder, config)
-        there = [name for name in TOKENIZER if name != GENERATION and (folder / name).exists()]
-        self.files = {name: (folder / name).read_bytes() for name in there
-                      if not (name in UNREAD and links_outside(folder / name))}
+        self.files = {name: (folder / name).read_bytes() for name in COPIED if (folder / name).exists()
+                      and not (name in UNREAD and links_outside(folder / name))}
         stops = [backend.token_to_id(token) for token in STOPS]
-        own = backend.token_to_id(named(config, "eos_token") or "")
-        if None in stops and self.template and own is not None:
-            stops = [own, own]                      # one token ends an answer and fills rows
+        eos = backend.token_to_id(named(config, "eos_token") or "")
+        if None in stops and self.template and eos is not None:
+            stops = [eos, eos]                      # one token ends an answer and fills rows
         if None in stops:
             raise InputError(f"{folder}: the tokenizer has no {STOPS[stops.index(None)]}; "
                              "minikd needs a ChatML tokenizer, such as Qwen2's")
-        more = self.generation.get("eos_token_id")              # an id, several, or none
-        if more is None and (folder / "config.json").exists():
-            more = read_json(folder / "config.json").get("eos_token_id")
-        named_ids = [own, *(more if isinstance(more, list) else [more])]
-        self.eos_ids = {*stops, *(stop for stop in named_ids if type(stop) is int)}
         self.end_id, self.pad_id = stops
+        more = self.generation.get("eos_token_id")              # an id, several, or none
+        if more is None:
+            more = settings("config.json").get("eos_token_id")
+        more = more if isinstance(more, list) else [more]
+        self.eos_ids = {*stops, *(stop for stop in (eos, *more) if type(stop) is int)}
         self.numbers = {}                           # id -> the one int object for it in all encoded texts
 
     @classmethod
@@ -77,12 +78,11 @@ class Tokenizer:
 
     def save(self, folder):
         """Writes the tokenizer's files, as they were loaded, into `folder`, unless it is their own, and removes another
-        tokenizer's files from it. UNREAD ones that are links out of their folder are left out. The generation_config.json there
-        then names every id that ends an answer. (A base model's own lacks <|im_end|>, at which a student fine-tuned from it
-        stops.)"""
+        tokenizer's files from it. The generation_config.json there then names every id that ends an answer. (A base model's own
+        lacks <|im_end|>, at which a student fine-tuned from it stops.)"""
         folder = Path(folder)
-        names = [name for name in TOKENIZER if name != GENERATION]
-        for name in names if self.folder.resolve() != folder.resolve() else ():                 # else they are there
+        is_own = self.folder.resolve() == folder.resolve()      # then they are there
+        for name in () if is_own else COPIED:
             if name in self.files:
                 with atomic_path(folder / name) as new:
                     new.write_bytes(self.files[name])
@@ -138,8 +138,7 @@ class Tokenizer:
 
         messages  [{"role": "system" | "user" | "assistant", "content": str}, ...]
         Without a system message, Qwen2.5's template and others put one of their own first.
-        Raises InputError for other roles, contents that are not text, calls of tools (minikd has none), and what the
-        template refuses.
+        Raises InputError for other roles, contents that are not text, calls of tools, and what the template refuses.
         """
         for turn in messages:
             if (turn.get("role") not in ("system", "user", "assistant") or not isinstance(turn.get("content"), str)

@@ -115,7 +115,8 @@ def held_out(text: str) -> bool:
 def records(count: int, seed: int, human: bool = False, test: bool = False) -> list[dict]:
     """`count` records, domains drawn by SHARES; with `test`, only records of the test set, each prompt once.  Raises ValueError
     for more prompts than it has, about 510."""
-    rng, world, found, seen, tries = random.Random(seed), people(), [], set(), 0
+    rng, world = random.Random(seed), people()
+    found, seen, tries = [], set(), 0
     while len(found) < count:
         tries += 1
         if tries > 1000 * (len(found) + 1):
