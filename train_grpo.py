@@ -257,7 +257,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             clock.append(time.perf_counter())
 
             line = describe(answers, values, total, flat, sums, clock) | {"grad_norm": grad_norm}
-            line["kl"] = line["kl"] if beta else None                           # there is no reference to compare with
+            if not beta:
+                line["kl"] = None                               # there is no reference to compare with
             log.write(step=step + 1, **line)
             completions.write(*lines_of(step + 1, answers, texts, values, total, advantages, tokenizer))
             progress.update(note=f"reward {line['reward'] or 0:.3f} kl {line['kl'] or 0:.3f} length {line['length']:.0f}")
@@ -294,8 +295,7 @@ def count_unpaid(unpaid: int, total: torch.Tensor, patience: int, out) -> int:
 
 def lines_of(step: int, answers: list[Encoded], texts: list[str], values: dict[str, list], total, advantages,
              tokenizer) -> list[dict]:
-    """The lines of completions.jsonl for one step: every answer with its rewards and its advantage; for `format` also why it
-    has none."""
+    """The lines of completions.jsonl for one step: each answer, its rewards, its advantage; for `format` also why it has none."""
     return [dict(step=step, prompt=tokenizer.decode(answer.prompt), completion=text, reward=number(reward),
                  advantage=float(advantage), rewards={name: column[i] for name, column in values.items()},
                  **({"format_fault": format_fault(text)} if "format" in values else {}))
@@ -304,13 +304,15 @@ def lines_of(step: int, answers: list[Encoded], texts: list[str], values: dict[s
 
 def text_of(tokenizer: Tokenizer, answer: Encoded) -> str:
     """The answer's text, with <think> before it if the chat template has put that at the end of the prompt."""
-    return "<think>\n" * begins_thoughts(tokenizer.decode(answer.prompt[-8:])) + tokenizer.decode(answer.response)
+    opening = "<think>\n" if begins_thoughts(tokenizer.decode(answer.prompt[-8:])) else ""
+    return opening + tokenizer.decode(answer.response)
 
 
 def compute_rewards(answers: list[Encoded], tokenizer, facts: list[dict], rewards: dict,
                     weights: dict) -> tuple[list[str], dict[str, list], torch.Tensor]:
     """The answers' texts, each reward's values for them (None: not judged), and weighted sums, NaN where none judged one."""
-    texts, known = [text_of(tokenizer, answer) for answer in answers], [facts[answer.index] for answer in answers]
+    texts = [text_of(tokenizer, answer) for answer in answers]
+    known = [facts[answer.index] for answer in answers]
     values = {name: reward(texts, known) for name, reward in rewards.items()}
     sums = [math.nan if total is None else total for total in combine(values, weights)]
     return texts, values, torch.tensor(sums, dtype=torch.float64)
@@ -336,7 +338,8 @@ def forward_backward(batch: list[Encoded], old, ref, advantages, weights, log_s=
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     lengths = torch.tensor([len(row.response) for row in batch])
     per_token = lambda x: torch.as_tensor(x, dtype=torch.float32).repeat_interleave(lengths).to(device)
-    A, weight, log_s = per_token(advantages), per_token(weights), None if log_s is None else per_token(log_s)   # [N]
+    A, weight = per_token(advantages), per_token(weights)                       # [N] each
+    log_s = None if log_s is None else per_token(log_s)                         # [N]
     old, ref = torch.cat(old).to(device), torch.cat(ref).to(device)             # [N]
     # token_loss uses the ratio e^(logp - old): with this old, GSPO's tokens have the ratio s (grpo.sequence_log_ratio).
     old_logp = lambda logp, at: old[at] if log_s is None else logp.detach() - log_s[at]     # [n]

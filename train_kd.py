@@ -300,7 +300,8 @@ def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad
 
     For rollouts the loss is MiniLLM's: the clipped surrogate takes the place of CE, and kd_ratio must be 1.
     """
-    device, policy_loss, teacher_states = student.head.device, None, None
+    device = student.head.device
+    policy_loss = teacher_states = None
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     with mixed_precision(device, dtype):
         if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7)

@@ -99,7 +99,7 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
     Raises NothingLeft, an InputError, when nothing is left; InputError for a prompt without a token.
     """
     counts = {"encoded": 0, "responses cut": 0, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
-    room, encoded = min(max_prompt_length, max_length - 1), []
+    encoded, room = [], min(max_prompt_length, max_length - 1)  # room: the most tokens of a prompt
     shortest = math.inf                                         # of the prompts that are too long, in tokens
     for start in range(0, len(examples), ENCODED_AT_ONCE):
         part = examples[start:start + ENCODED_AT_ONCE]
@@ -109,8 +109,9 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
         if not all(prompts):
             raise InputError(f"{tokenizer.folder}: a prompt has no tokens; check its chat template")
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-        shortest = min([shortest, *(len(prompt) for prompt in prompts if len(prompt) > room)])
-        counts["dropped: prompt too long"] += len(part) - len(fitting)
+        too_long = [len(prompt) for prompt in prompts if len(prompt) > room]
+        shortest = min([shortest, *too_long])
+        counts["dropped: prompt too long"] += len(too_long)
         responses = tokenizer.encode_batch([after_prompt(part[i].response, texts[i]) for i in fitting])
         for i, response in zip(fitting, responses):
             if not tokenizer.eos_ids.isdisjoint(response):
@@ -144,7 +145,7 @@ def encode_text(texts: list[str], tokenizer, max_length: int = 512) -> list[Enco
     rows = []
     for index, text in enumerate(tokenizer.encode_batch(texts)):
         ids = [tokenizer.pad_id, *text, tokenizer.pad_id]
-        rows += [Encoded(ids[at:at + 1], ids[at + 1:at + max_length], at + max_length < len(ids), index)
+        rows += [Encoded(prompt=ids[at:at + 1], response=ids[at + 1:at + max_length], cut=at + max_length < len(ids), index=index)
                  for at in range(0, len(ids) - 1, max_length - 1)]
     return rows
 

@@ -48,8 +48,7 @@ def compare(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, tea
     return {key: value / max(1, count) for key, value in sums.items()}
 
 
-def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher, batch_size: int,
-                max_new_tokens: int) -> float:
+def sequence_kl(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], teacher, batch_size: int, max_new_tokens: int) -> float:
     """KL(q || p) over whole answers to the rows' prompts, MiniLLM eq. (1), in nats per answer.
 
     The model samples an answer y to each prompt; the estimate is the exact KL(q_t || p_t) summed over y's tokens, averaged
@@ -104,8 +103,7 @@ def answer_and_score(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], ex
 
 
 def show_table(models: dict[str, Callable[[], Qwen2]], teacher: Teacher | None, tokenizer: Tokenizer, rows: list[Encoded],
-               examples: list[Example], out, max_new_tokens: int, batch_size: int,
-               rouge: str = "stemmer") -> dict[str, dict[str, float]]:
+               examples: list[Example], out, max_new_tokens: int, batch_size: int, rouge: str = "stemmer") -> dict[str, dict]:
     """Measures each model and prints the paper's Table 1. The teacher, if there is one, is the last, and the others are compared
     with it.
 
@@ -113,13 +111,16 @@ def show_table(models: dict[str, Callable[[], Qwen2]], teacher: Teacher | None, 
     The table goes to out/table.jsonl, every answer with its scores to out/answers-MODEL.jsonl.
     returns  {model: {category: ROUGE-L}}, one category being "all"
     """
-    columns, metrics, first = {}, {}, {}
-    for name, load in (models | ({"Teacher": lambda: teacher.model} if teacher else {})).items():
+    if teacher:
+        models = models | {"Teacher": lambda: teacher.model}
+    columns, metrics, first = {}, {}, {}                        # of each model; first: its answer to the first prompt
+    for name, load in models.items():
         model = load()
         scores = answer_and_score(model, tokenizer, rows, examples, max_new_tokens, batch_size, rouge)
         write_jsonl(scores, Path(out) / f"answers-{name.lower().replace(' ', '-')}.jsonl")
         columns[name] = {key: value["rouge_l"] for key, value in mean_by_category(scores).items()}
-        first[name], texts = scores[0]["prediction"], [row["prediction"] for row in scores]
+        texts = [row["prediction"] for row in scores]
+        first[name] = texts[0]
         metrics[name] = {"mean length": sum(len(tokenizer.encode(text)) for text in texts) / len(texts),
                          "distinct-4": distinct(texts)}
         if teacher and name != "Teacher":
@@ -141,10 +142,11 @@ def show_table(models: dict[str, Callable[[], Qwen2]], teacher: Teacher | None, 
 
 def print_table(columns: dict[str, dict[str, float]], metrics: dict[str, dict[str, float]]):
     """One column per model: ROUGE-L by category, then those of METRICS that any model has."""
-    width, first = max(8, *map(len, columns)) + 1, max(14, *(len(category) + 1 for category in next(iter(columns.values()))))
+    categories = list(next(iter(columns.values())))             # the same of every model
+    width, first = max(8, *map(len, columns)) + 1, max(14, *(len(category) + 1 for category in categories))
     both = {"KD", "Teacher"} <= columns.keys()
     print(f"{'':<{first}}" + "".join(f"{name:>{width}}" for name in columns) + "  KD / Teacher" * both)
-    for category in next(iter(columns.values())):
+    for category in categories:
         print(f"{category:<{first}}" + "".join(f"{column[category]:{width}.1f}" for column in columns.values())
               + (f"{columns['KD'][category] / (columns['Teacher'][category] or math.nan):>14.0%}" if both else ""))
     for key, (what, digits) in METRICS.items():
@@ -181,6 +183,7 @@ def read_references(path, format: str | None = None) -> list[Example]:
 
 
 def _texts(value, where: str, names: tuple[str, ...], single: bool = False) -> tuple[str, ...]:
+    """The text or texts in the first of these fields that a record has, or that it is.  single: refuses a list of them"""
     what = "the record"
     if isinstance(value, dict):
         there = [name for name in names if name in value]

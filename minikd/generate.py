@@ -42,8 +42,7 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     Raises ValueError for prompts that are empty or not lists of the model's ids, and for options out of their range
     (check_options); InputError (a ValueError) if the model's logits are not finite.
     """
-    return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed,
-                                   **options)[0]
+    return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed, **options)[0]
 
 
 @torch.inference_mode()
@@ -69,12 +68,12 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     check_options(temperature, top_p, top_k, samples, teacher, mix, vocab, no_repeat_ngram_size)
     models = [model, teacher] if mix else [model]
     prompts = read_prompts(prompts, min(len(each.head) for each in models))
+    count = len(prompts) * samples                              # of answers
     if not prompts or max_new_tokens < 1:
-        return [[] for _ in range(len(prompts) * samples)], [[] for _ in range(len(prompts) * samples)]
+        return [[] for _ in range(count)], [[] for _ in range(count)]
     stops = as_set(eos_ids)
     device = model.head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
-    count = len(prompts) * samples                              # of answers
     # Draws all random numbers now, one per token: so no answer depends on which others were dropped, and graphs draw none.
     u = torch.rand(max_new_tokens, count, generator=generator, dtype=torch.float64, device=device)
     graphs = (can_record(device) if graphs is None else graphs) and not no_repeat_ngram_size
@@ -101,7 +100,8 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
         if graphs and one_kernel:
             models = [OneKernel(each, cache) if fits(each, count) else each for each, cache in zip(models, caches)]
         decoding = Decoding(models, caches, states, logits_of, (temperature, top_p, top_k), u)
-        step, look = Replay(decoding.step, graphs and device.type == "cuda"), LOOK if graphs else 1
+        step = Replay(decoding.step, on=graphs and device.type == "cuda")
+        look = LOOK if graphs else 1                            # steps between two reads
         for done in range(1, max_new_tokens):                   # tokens drawn so far, the first by Decoding()
             if done == 1 or done % look == 0:                   # at 1: all may have stopped at once
                 going = decoding.read(done, stops)              # the rows that are not finished
@@ -109,7 +109,8 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
                     break
                 # A graph has a fixed number of rows: dropping some costs a new graph, so it waits until half have finished.
                 rows = len(decoding.alive)
-                if len(going) <= (rows // 2 if graphs else rows - 1):
+                most = rows // 2 if graphs else rows - 1
+                if len(going) <= most:
                     decoding.keep(going)
                     step = Replay(decoding.step, step.on)
             step()
@@ -119,8 +120,10 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
 
 def as_set(eos_ids) -> frozenset[int]:
     """One id, several, or None; also of numpy or torch."""
+    if eos_ids is None:
+        return frozenset()
     eos_ids = eos_ids.tolist() if hasattr(eos_ids, "tolist") else eos_ids
-    return frozenset(map(int, () if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else eos_ids))
+    return frozenset(map(int, [eos_ids] if isinstance(eos_ids, int) else eos_ids))
 
 
 def read_prompts(prompts, ids: int) -> list[list[int]]:
@@ -251,9 +254,9 @@ def ban_repeats(logits: Tensor, histories, n: int):
     """Sets to -inf, in place, the logits [B, V] of tokens that would repeat an n-gram of the row's history, unless this would
     ban all tokens."""
     for row, history in zip(logits, histories):                                             # row: [V]
-        last = history[len(history) - n + 1:]                                               # the run's first n - 1
-        runs = (i for i in range(len(history) - n + 1) if history[i:i + n - 1] == last)
-        banned = {history[i + n - 1] for i in runs if history[i + n - 1] < len(row)}
+        last = history[len(history) - n + 1:]                   # the newest n - 1 tokens; below, what followed them earlier
+        followed = (history[i + n - 1] for i in range(len(history) - n + 1) if history[i:i + n - 1] == last)
+        banned = {token for token in followed if token < len(row)}
         if 0 < len(banned) < len(row):
             row[list(banned)] = -torch.inf
 
@@ -293,9 +296,10 @@ def invert(probs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     mass = blocks.sum(-1, dtype=torch.float64)                                              # [B, V/128]
     upto = mass.cumsum(-1)
     total = upto[:, -1:]                                                                    # [B, 1]
-    at = torch.searchsorted(upto, u * total, right=True).clamp_(max=mass.shape[1] - 1)      # right: skips blocks of mass 0
+    goal = u * total                                                                        # [B, 1]
+    at = torch.searchsorted(upto, goal, right=True).clamp_(max=mass.shape[1] - 1)           # right: skips blocks of mass 0
     inside = blocks.gather(1, at[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)    # [B, 128]
-    rest = u * total - F.pad(upto, (1, -1)).gather(1, at)       # [B, 1] still to pass; upto - mass would round below 0
+    rest = goal - F.pad(upto, (1, -1)).gather(1, at)            # [B, 1] still to pass; upto - mass would round below 0
     rest = rest.minimum(inside[:, -1:] * (1 - 2**-52))          # rounding must not take it past the block's last token
     tokens = at * BLOCK + torch.searchsorted(inside, rest, right=True)
     return tokens.clamp_(max=probs.shape[1] - 1), total         # NaNs, of a model that diverged, run past the end

@@ -177,10 +177,10 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
             scales[:, at], zeros[:, at] = find_grid(columns[first:first + size].T, bits, sym, clip_search)
         for start in range(first, first + span, block):
             end = min(start + block, first + span)
-            grid = (part[:, order[start:end] // size].T for part in (scales, zeros))            # [n, O] each
+            scale, zero = (part[:, order[start:end] // size].T for part in (scales, zeros))     # [n, O] each
             solve = (replayed_columns(end - start, O, bits, W.device) if can_record(W.device) else
                      functools.partial(quantize_columns, bits=bits))
-            codes[start:end], errors = solve(columns[start:end], U[start:end, start:end], *grid)
+            codes[start:end], errors = solve(columns[start:end], U[start:end, start:end], scale, zero)
             columns[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)        # [I - end, n] [n, O], the lazy update: eq. (4)
     return codes[order.argsort()].T.contiguous(), scales, zeros
 
@@ -201,9 +201,9 @@ def quantize_columns(columns: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bi
 @functools.cache
 def replayed_columns(n: int, O: int, bits: int, device: torch.device):
     """quantize_columns as a CUDA graph: a column takes some 14 small kernels, and launching them is most of the time."""
-    zeros = torch.zeros(n, O, dtype=torch.float32, device=device)
-    places = [zeros, torch.eye(n, out=zeros.new_empty(n, n)), torch.ones_like(zeros), torch.zeros_like(zeros)]
-    results = []
+    columns, scale, zero = (torch.full((n, O), value, dtype=torch.float32, device=device) for value in (0.0, 1.0, 0.0))
+    places = [columns, torch.eye(n, dtype=torch.float32, device=device), scale, zero]       # what the graph reads
+    results = []                                                                            # the two tensors that it writes
 
     def step():
         results[:] = quantize_columns(*places, bits)
@@ -272,17 +272,17 @@ def calibrate(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, d
         kept = [(vector, vector.data) for vector in block.parameters() if vector.dim() == 1]    # norms, biases: they stay
         model.partly_quantized |= dtype != head.dtype           # the next line rounds weights: no second call may follow
         block.to(device, dtype)
-        for names, inputs in stages(block, rope):
+        for names, inputs_of in stages(block, rope):
             layer = block.get_submodule(names[0])
             hessian = Hessian(layer.in_features, device)
             for x, (_, mask) in zip(states, batches, strict=True):
-                hessian.add(inputs(x), mask.to(device))
+                hessian.add(inputs_of(x), mask.to(device))
             H = hessian.finish(f"model.layers.{i}.{names[0]}")                  # of all that share these inputs
             for name in names:
                 yield f"model.layers.{i}.{name}", H
             if len(names) == 1:                                                 # o_proj or down_proj, quantised by now
                 for x in states:
-                    x += layer(inputs(x))
+                    x += layer(inputs_of(x))
         block.to(head.device, head.dtype)
         for vector, exact in kept:
             vector.data = exact
@@ -293,22 +293,21 @@ def quantize_layer(weight: Tensor, hessian: Tensor | None, name: str, grid: dict
 
     grid  keywords of round_to_nearest.  Without a Hessian the layer is only rounded, and the errors are None.
     """
-    found = rounded = round_to_nearest(weight, **grid)
-    report = None, None
-    if hessian is not None:
-        found = quantize_matrix(weight, hessian, act_order=act_order, damp=damp, where=name, **grid)
-        error, rtn = report = output_errors(weight, [dequantize_groups(*parts) for parts in (found, rounded)], hessian)
-        if not (error < rtn or error == 0):
-            warnings.warn(f"{name}: GPTQ's output error {error:.3g} is not below round-to-nearest's {rtn:.3g}; calibrate with "
-                          "text like what the model will read")
-    return found, report
+    rounded = round_to_nearest(weight, **grid)
+    if hessian is None:
+        return rounded, (None, None)
+    found = quantize_matrix(weight, hessian, act_order=act_order, damp=damp, where=name, **grid)
+    error, rtn = output_errors(weight, [dequantize_groups(*found), dequantize_groups(*rounded)], hessian)
+    if not (error < rtn or error == 0):
+        warnings.warn(f"{name}: GPTQ's output error {error:.3g} is not below round-to-nearest's {rtn:.3g}; calibrate with text "
+                      "like what the model will read")
+    return found, (error, rtn)
 
 
 @torch.no_grad()
-def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int = 4, group_size: int = 128,
-                   sym: bool = True, act_order: bool = True, damp: float = 0.01, clip_search: bool = False,
-                   method: str = "gptq", batch_size: int = 4, device=None, dtype: torch.dtype | None = None, on_layer=None,
-                   store=None) -> dict:
+def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int = 4, group_size: int = 128, sym: bool = True,
+                   act_order: bool = True, damp: float = 0.01, clip_search: bool = False, method: str = "gptq",
+                   batch_size: int = 4, device=None, dtype: torch.dtype | None = None, on_layer=None, store=None) -> dict:
     """Quantises every linear layer of the blocks; embeddings, norms, biases and head stay.
 
     rows      calibration data: all their tokens count, prompt and response
@@ -334,11 +333,13 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     layers = linear_layers(model)
     for name, layer in layers.items():                                          # all, before the first is changed
         check_weight(layer.weight, group_size, name)
-    order, home, results = ((name, None) for name in layers), model.head.device, {}
+    home, results = model.head.device, {}
     if method == "gptq":
-        order = calibrate(model, rows, pad_id, batch_size, torch.device(device or home), dtype or model.head.dtype)
+        hessians = calibrate(model, rows, pad_id, batch_size, torch.device(device or home), dtype or model.head.dtype)
+    else:
+        hessians = ((name, None) for name in layers)
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
-    for name, hessian in order:
+    for name, hessian in hessians:
         if store and name.endswith("q_proj"):                                   # a block begins: free the weights before it
             for done in results:
                 layers[done].weight.data = layers[done].weight.new_empty(0)

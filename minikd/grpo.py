@@ -42,7 +42,8 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     if scale not in ("std", "none"):
         raise ValueError(f"scale = {scale!r}; it must be 'std' or 'none'")
     rewards = torch.as_tensor(rewards)
-    rewards, dtype = rewards.double(), at_least_float32(rewards).dtype          # differences may be tiny beside the sums
+    dtype = at_least_float32(rewards).dtype                                     # of the result
+    rewards = rewards.double()                                                  # differences may be tiny beside the sums
     if rewards.dim() != 2:
         raise ValueError(f"rewards {list(rewards.shape)}; give a row for each prompt, [P, G]")
     judged = ~rewards.isnan()
@@ -103,10 +104,7 @@ def token_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, A: Tenso
 
 def was_clipped(logp: Tensor, old_logp: Tensor, A: Tensor, clip: float = 0.2, clip_high: float | None = None) -> Tensor:
     """True where the clip makes the gradient of a token's surrogate 0: its ratio is past the bound on the side that its advantage
-    asks for.
-
-    [N] three times -> [N] bool
-    """
+    asks for.  [N] three times -> [N] bool"""
     ratio, bounded = ratios(logp, old_logp, clip, clip_high)
     return A * (ratio - bounded) > 0                                            # the loss then uses the bound, a constant
 

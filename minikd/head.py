@@ -43,9 +43,8 @@ def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor,
 
 
 def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Tensor | None = None,
-              teacher_head: Tensor | None = None, divergence=None, kd_ratio: float = 0.0,
-              weight: Tensor | float = 1.0, policy_loss=None, vocab: int | None = None,
-              chunk_bytes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+              teacher_head: Tensor | None = None, divergence=None, kd_ratio: float = 0.0, weight: Tensor | float = 1.0,
+              policy_loss=None, vocab: int | None = None, chunk_bytes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Paper eq. (3) summed over tokens:  Σ_n weight_n ((1 - kd_ratio) CE_n + kd_ratio KD_n), KD_n = divergence(q_n, p_n).
 
     hidden          [N, D]   the student's states that score a token (scored_positions)
@@ -79,43 +78,44 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
                          + "; give as many of each")
     divergence = divergence or no_divergence
     V = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))   # rows of both heads, for CE too
-    N, device = len(hidden), hidden.device.type
+    N, kind = len(hidden), hidden.device.type                                   # kind: "cpu", "cuda"
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, dtype=torch.float32, device=hidden.device)      # as_tensor would wait for a GPU
     weight = weight.to(hidden.device, torch.float32).expand(N)
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     need_hidden, need_head = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, head))
-    if any(need and torch.float16 in (dtype, x.dtype) for need, x in ((need_hidden, hidden), (need_head, head))):
+    need_grad = need_hidden or need_head
+    if need_hidden and torch.float16 in (dtype, hidden.dtype) or need_head and torch.float16 in (dtype, head.dtype):
         raise ValueError("head_loss: gradients underflow in float16; train in bfloat16 or float32")
-    chunk = tokens_at_once(N, (chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"])) // (V * dtype.itemsize),
-                           TILES.get((device, dtype), 1))
-    with torch.no_grad(), torch.autocast(device, enabled=False):
+    budget = chunk_bytes or CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"])
+    chunk = tokens_at_once(N, most=budget // (V * dtype.itemsize), tile=TILES.get((kind, dtype), 1))
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
         grad_head = torch.zeros_like(head) if need_head else None               # [len(head), D]
         ce, kd, total = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(3))
-        states, used = hidden.to(dtype), head[:V]
+        states, student_head = hidden.to(dtype), head[:V]                       # [N, D], [V, D]
         if hidden.is_cuda:
-            used = used.to(dtype)                                               # cast once; on a CPU block by block
-        logits, teacher_logits = aligned(states, chunk, V), None                # student's, later overwritten by gradient
-        if teacher_hidden is not None:
-            teacher_logits = aligned(teacher_head, chunk, V)                    # [chunk, V]
+            student_head = student_head.to(dtype)                               # cast once; on a CPU block by block
+        logits = aligned(states, chunk, V)                                      # [chunk, V]; their gradient overwrites them
+        teacher_logits = None if teacher_hidden is None else aligned(teacher_head, chunk, V)            # [chunk, V]
         kernel = pick_kernel(divergence, kd_ratio, logits, teacher_logits)
         losses = functools.partial(_kernel_losses, kernel) if kernel else functools.partial(_torch_losses, divergence)
         # A chunk's logits are in memory at once. The float32 softmax takes one piece of them at a time, a 32nd or PIECE_BYTES if
         # that is more: on a CPU a piece's tensors stay in the cache.
-        piece = chunk if kernel else max(1, chunk // 32, PIECE_BYTES.get(device, PIECE_BYTES["cpu"]) // (4 * V))
+        piece = chunk if kernel else max(1, chunk // 32, PIECE_BYTES.get(kind, PIECE_BYTES["cpu"]) // (4 * V))
         for at in slices(0, N, chunk):
-            products.multiply(states[at], used, out=logits)                     # [n, D] -> [n, V]
+            products.multiply(states[at], student_head, out=logits)             # [n, D] -> [n, V]
             if teacher_logits is not None:
                 products.multiply(teacher_hidden[at].to(teacher_logits.dtype), teacher_head[:V], out=teacher_logits)
             for tokens in slices(at.start, at.stop, piece):
                 rows = slice(tokens.start - at.start, tokens.stop - at.start)   # the same tokens, counted within the chunk
-                ce[tokens], kd[tokens], total[tokens] = losses(                 # and leaves dL/dlogits in logits
-                    logits[rows], targets[tokens], None if teacher_logits is None else teacher_logits[rows], kd_ratio,
-                    weight[tokens], policy_loss and functools.partial(policy_loss, at=tokens), need_hidden or need_head)
-            if need_hidden or need_head:
-                _backward_head(logits[:at.stop - at.start], states[at], used, grad_hidden[at] if need_hidden else None,
-                               grad_head[:V] if need_head else None)
+                teacher_rows = None if teacher_logits is None else teacher_logits[rows]
+                policy = policy_loss and functools.partial(policy_loss, at=tokens)
+                ce[tokens], kd[tokens], total[tokens] = losses(                 # with need_grad, leaves dL/dlogits in logits
+                    logits[rows], targets[tokens], teacher_rows, kd_ratio, weight[tokens], policy, need_grad)
+            if need_grad:
+                _backward_head(logits[:at.stop - at.start], states[at], student_head,
+                               grad_hidden[at] if need_hidden else None, grad_head[:V] if need_head else None)
     return _Sum.apply(hidden, head, total, grad_hidden, grad_head), ce, kd
 
 
@@ -144,8 +144,8 @@ def slices(start: int, stop: int, size: int) -> list[slice]:
 def tokens_at_once(N: int, most: int, tile: int) -> int:
     """Tokens in a chunk: at most `most`, in whole tiles if one fits; chunks are as equal in size as that allows."""
     if most >= tile and N:
-        chunks = -(-N // (most // tile * tile))
-        most = -(-N // chunks // tile) * tile                   # 3,072 tokens by at most 1,766: 2 x 1,536, not 1,664 + 1,408
+        chunks = -(-N // (most // tile * tile))                 # as few as possible
+        most = -(-N // (chunks * tile)) * tile                  # 3,072 tokens by at most 1,766: 2 x 1,536, not 1,664 + 1,408
     return max(1, min(N, most))
 
 
@@ -163,14 +163,17 @@ def weigh(ce: Tensor, kd: Tensor, kd_ratio: float, weight: Tensor, policy_loss) 
     if not kd.shape == cost.shape == ce.shape:                                  # it would be broadcast over the piece's tokens
         raise ValueError(f"head_loss: for {len(ce)} tokens the divergence gave {list(kd.shape)}, and the cost is "
                          f"{list(cost.shape)}; give one value for each token, no sum or mean")
-    return weight * (cost + kd_ratio * kd if kd_ratio else cost)
+    if kd_ratio:
+        cost = cost + kd_ratio * kd
+    return weight * cost
 
 
 def _costs(logits, targets, teacher_logits, divergence, kd_ratio, weight, policy_loss) -> tuple[Tensor, Tensor, Tensor]:
     """CE [n], divergence [n] and their weighted sum [n], of logits [n, V]; what is only logged gets no gradient."""
     logits = logits.float()
-    ce = F.cross_entropy(logits if kd_ratio != 1 or policy_loss else logits.detach(), targets, reduction="none")
-    kd = divergence(logits if kd_ratio else logits.detach(), teacher_logits)
+    constant = logits.detach()
+    ce = F.cross_entropy(logits if kd_ratio != 1 or policy_loss else constant, targets, reduction="none")
+    kd = divergence(logits if kd_ratio else constant, teacher_logits)
     return ce, kd, weigh(ce, kd, kd_ratio, weight, policy_loss)
 
 
@@ -201,13 +204,13 @@ def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Ten
     if isinstance(divergence, functools.partial) and not divergence.args:       # as pick_divergence makes it
         divergence, options = divergence.func, divergence.keywords
     name = {no_divergence: "ce", entropy: "entropy", forward_kl: "forward", reverse_kl: "reverse"}.get(divergence)
-    read = [logits, teacher_logits] if name in ("forward", "reverse") else [logits]
     temperature = options.get("temperature", 1.0)
+    if name is None or options.keys() - {"temperature"} or not temperature > 0:
+        return None
     if name == "entropy" and kd_ratio:                                          # the kernel has no gradient of the entropy
         return None
-    if name is None or options.keys() - {"temperature"} or not temperature > 0 or not loss_cuda.can_run(*read):
-        return None
-    return name, temperature
+    read = [logits, teacher_logits] if name in ("forward", "reverse") else [logits]
+    return (name, temperature) if loss_cuda.can_run(*read) else None
 
 
 def _kernel_losses(kernel, logits, targets, teacher_logits, kd_ratio, weight, policy_loss, need_grad):

@@ -86,16 +86,14 @@ def importance_weights(logq: Tensor, logp: Tensor, mix: float, product: bool = F
 
 
 def whiten(values: Tensor) -> Tensor:
-    """The values of the valid tokens, shifted and scaled to mean 0 and standard deviation 1 (less where it was below 0.001).
-    [N] -> [N]"""
+    """[N] -> [N]: the valid tokens' values, shifted and scaled to mean 0 and deviation 1 (less where it was below 0.001)"""
     wide = values.double()                              # or equal values would differ from their rounded mean
     return ((wide - wide.mean()) * torch.rsqrt(wide.var(correction=0) + 1e-8)).to(values.dtype)
 
 
 @torch.no_grad()                                    # not inference_mode: the loss saves these for its backward pass
-def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eos_ids, batch_size: int,
-            max_new_tokens: int, mix: float = 0.2, seed: int = 0, dtype: torch.dtype = torch.float32,
-            **options) -> list[Rollout]:
+def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eos_ids, batch_size: int, max_new_tokens: int,
+            mix: float = 0.2, seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> list[Rollout]:
     """Answers to the rows' prompts, sampled from the mixture of student and teacher, with the constants of the gradient.
 
     dtype    of the matrix products, as in training (autocast). A copy of the student in this dtype samples; old_logq, the
@@ -105,27 +103,28 @@ def collect(student: Qwen2, teacher: Qwen2, rows: list[Encoded], pad_id: int, eo
     shared = min(len(student.head), len(teacher.head))          # rows of both heads: every distribution here is over them
     own = respond(cast_copy(student, dtype), rows, batch_size, max_new_tokens, eos_ids, seed=seed, teacher=teacher,
                   mix=mix, vocab=shared)
-    found, device = [None] * len(own), student.head.device      # per row: log q, R_{t+1}, w_t [n] and teacher [n, D']
+    device = student.head.device
+    found = [None] * len(own)                                   # per row: log q, R_{t+1} and w_t [n], the teacher's [n, D']
     for at in by_length(own, batch_size):
-        ids, mask = collate([own[i] for i in at], pad_id, device)
+        ids, mask = collate([own[i] for i in at], pad_id, device)                           # [B, T]
         with mixed_precision(device, dtype):
             states, targets = scored_positions(student.hidden(ids), ids, mask)              # [N, D], [N]
             teacher_states, _ = scored_positions(teacher.hidden(ids), ids, mask)            # [N, D']
             logq = target_log_probs(states, student.head, targets, shared)                  # [N]
             logp = target_log_probs(teacher_states, teacher.head, targets, shared)          # [N]
         lengths = [len(own[i].response) for i in at]
-        for i, q, p, held in zip(at, *(x.split(lengths) for x in (logq, logp, teacher_states))):        # [n], [n], [n, D']
-            found[i] = q, rewards_to_go(q, p, **options), importance_weights(q, p, mix), held
+        for i, q, p, scoring in zip(at, logq.split(lengths), logp.split(lengths), teacher_states.split(lengths)):
+            found[i] = q, rewards_to_go(q, p, **options), importance_weights(q, p, mix), scoring
     # Whitening subtracts the mean, as a baseline: so even a last token, whose R_{t+1} is 0, has an advantage. And as w > 0,
     # w times the clipped objective min(ρ A, clip(ρ) A) is the clipped objective with the advantage w A.
-    white = whiten(torch.cat([to_go for _, to_go, _, _ in found])).split([len(row.response) for row in own])
-    return [Rollout(**vars(row), old_logq=q, advantage=A * w, teacher=states)
-            for row, A, (q, _, w, states) in zip(own, white, found)]
+    logqs, to_gos, weights, held = zip(*found)
+    advantages = whiten(torch.cat(to_gos)).split([len(row.response) for row in own])
+    return [Rollout(**vars(row), old_logq=logq, advantage=A * w, teacher=states)
+            for row, logq, A, w, states in zip(own, logqs, advantages, weights, held)]
 
 
-def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps: int, batch_size: int,
-                  grad_accum: int, seed: int, rollouts: int, inner_epochs: int,
-                  collecting: dict) -> Iterator[tuple[int, list[list[Rollout]]]]:
+def rollout_steps(sampled: list[Rollout], rows: list[Encoded], start: int, steps: int, batch_size: int, grad_accum: int,
+                  seed: int, rollouts: int, inner_epochs: int, collecting: dict) -> Iterator[tuple[int, list[list[Rollout]]]]:
     """(step, its micro-batches) for steps start .. steps-1, as data.optimizer_steps gives them for the data's rows.
 
     When the current rollouts have been used `inner_epochs` times, the student as it is then answers the next `rollouts`

@@ -76,11 +76,11 @@ class Attention(Branch):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
-        self.E, self.K = E, config.num_key_value_heads
-        self.q_proj = Linear(D, config.num_attention_heads * E, bias=True)      # Qwen2 has a bias here, and only here
-        self.k_proj = Linear(D, config.num_key_value_heads * E, bias=True)
-        self.v_proj = Linear(D, config.num_key_value_heads * E, bias=True)
-        self.o_proj = Linear(config.num_attention_heads * E, D, bias=False)
+        self.H, self.K, self.E = config.num_attention_heads, config.num_key_value_heads, E
+        self.q_proj = Linear(D, self.H * E, bias=True)                          # Qwen2 has a bias here, and only here
+        self.k_proj = Linear(D, self.K * E, bias=True)
+        self.v_proj = Linear(D, self.K * E, bias=True)
+        self.o_proj = Linear(self.H * E, D, bias=False)
 
     def first_and_last(self) -> tuple[list[nn.Module], nn.Module]:
         """The layers that x enters, which could be one product, and the layer that their results enter."""
@@ -100,20 +100,20 @@ class Attention(Branch):
         if slots is not None and slots.parts is not None:                       # a GPU's decoding step: one kernel for the rest
             return attend(qkv, cos, sin, slots.keys, slots.values, slots.used, slots.mask, slots.parts)
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
-        qk, v = heads.split((heads.shape[1] - self.K, self.K), dim=1)           # [B, H + K, T, E], [B, K, T, E]
+        qk, v = heads.split((self.H + self.K, self.K), dim=1)                   # [B, H + K, T, E], [B, K, T, E]
         rotated = rotate(qk, cos, sin)                                          # [B, H + K, T, E]
         if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # else --compile fails at the third T: it keeps
             rotated = rotated.contiguous()                                      # the first T's strides (autocast copies anyway)
-        q, k = rotated.split((qk.shape[1] - self.K, self.K), dim=1)             # [B, H, T, E], [B, K, T, E]
+        q, k = rotated.split((self.H, self.K), dim=1)                           # [B, H, T, E], [B, K, T, E]
         if slots is not None:
             k, v = slots.write(k, v)                                            # [B, K, s, E]
         if T == 1 and slots is not None:
             # One query per head: the H/K heads that share a key take the query axis, so keys need no copies.
-            q = q.reshape(B, self.K, -1, self.E)                                # [B, K, H/K, E]
+            q = q.reshape(B, self.K, self.H // self.K, self.E)                  # [B, K, H/K, E]
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=slots.mask)   # [B, K, H/K, E]
         else:                                                                   # right padding: the causal mask suffices
             if v.is_cuda and v.dtype == torch.float32:          # here enable_gqa would hold [B, H, T, T] scores: copy the keys
-                k, v = (each.repeat_interleave(q.shape[1] // self.K, dim=1) for each in (k, v))         # [B, H, T, E] each
+                k, v = (each.repeat_interleave(self.H // self.K, dim=1) for each in (k, v))             # [B, H, T, E] each
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
             y = y.transpose(1, 2)                                               # [B, T, H, E]
         return y.reshape(B, T, -1)                                              # [B, T, H E]
@@ -201,7 +201,7 @@ class Body(nn.Module):
         rope = rope_tables(positions, self.config.rope_theta, self.config.head_dim, x.dtype)
         blocks = tuple(self.layers)
         slots = tuple(None if cache is None else cache.layer(i) for i in range(len(blocks)))
-        run, count = run_blocks, 1
+        run, count = run_blocks, 1                                              # what runs blocks, and how many at a time
         if self.compiled and (cache is None or isinstance(cache, StaticCache)):     # a plain cache grows: each step would compile
             run, count = self.compiled, BLOCKS_PER_GRAPH
         if checkpointing and torch.is_grad_enabled():                           # block by block
@@ -276,8 +276,7 @@ def allocate(model: Qwen2, device) -> Qwen2:
 
 @torch.no_grad()
 def cast_copy(model: Qwen2, dtype: torch.dtype, into: Qwen2 | None = None) -> Qwen2:
-    """A copy of the model in `dtype`, without its hooks, to sample with while the model trains; the model itself if it has that
-    dtype.
+    """A copy of the model in `dtype`, without its hooks, to sample with while it trains; the model itself if that is its dtype.
 
     into  an earlier copy, to be overwritten: no new memory
     """

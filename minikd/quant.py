@@ -74,6 +74,7 @@ def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool
 
 
 def _grid_of(low: Tensor, high: Tensor, top: int, sym: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero [O] of the ranges from low to high [O], for codes 0 to top."""
     scale = ((high - low) / top).clamp(max=65504).half().float()    # rounded as float16 stores it (largest: 65504)
     scale = torch.where(scale > 0, scale, 1.0)                  # a row of zeros, or one whose scale is 0 in float16
     zero = torch.full_like(scale, (top + 1) // 2) if sym else (-low / scale).round().clamp(0, top)
@@ -116,9 +117,7 @@ def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, sym: 
 
 def pack(codes: Tensor, dim: int) -> Tensor:
     """Eight 4-bit codes per word along `dim` (not negative), the first in the lowest bits.
-
-    uint8 [..., n, ...] -> int32 [..., n/8, ...]
-    """
+    uint8 [..., n, ...] -> int32 [..., n/8, ...]"""
     parts = codes.unflatten(dim, (-1, 8)).int().unbind(dim + 1)                                 # 8 x [..., n/8, ...]
     return sum(part << 4 * i for i, part in enumerate(parts)).contiguous()      # the eighth code has the sign bit
 

@@ -125,11 +125,11 @@ def lcs_length(a: list[str], b: list[str]) -> int:
     for word in a:
         masks[word] = masks.get(word, 0) | bit                  # M: the positions of each word in `a`
         bit <<= 1
-    V = bit - 1
+    V = ones = bit - 1                                          # all len(a) bits are 1: a row of zeros grows nowhere
     for M in filter(None, map(masks.get, b)):                   # a word that is not in `a` changes no row
         U = V & M
         V = (V + U) | (V - U)                                   # carries past the last bit are cut off below
-    return len(a) - (V & bit - 1).bit_count()
+    return len(a) - (V & ones).bit_count()
 
 
 # ---- Porter's stemmer ----

@@ -61,7 +61,8 @@ class CachedTeacher:
 
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
         """As Teacher.states, in bfloat16 as stored.  Raises KeyError for a row that fill_cache was not given."""
-        stored = [self.shards[digest].get_tensor(digest) for digest in (row.digest for row in rows)]       # [n, D'] each
+        digests = [row.digest for row in rows]
+        stored = [self.shards[digest].get_tensor(digest) for digest in digests]     # [n, D'] each
         return send(torch.cat(stored), self.head.device)
 
 
@@ -97,9 +98,10 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
 def states_of(teacher: Teacher, rows: dict[str, Encoded], pad_id: int, batch_size: int, dtype: torch.dtype,
               progress) -> dict[str, Tensor]:
     """The teacher's states of rows by their digests: [n, D'] each, in bfloat16 on the CPU."""
-    states, items, device = {}, list(rows.items()), teacher.head.device
-    for start in range(0, len(items), batch_size):
-        digests, part = map(list, zip(*items[start:start + batch_size]))
+    states, order, device = {}, list(rows), teacher.head.device
+    for start in range(0, len(order), batch_size):
+        digests = order[start:start + batch_size]
+        part = [rows[digest] for digest in digests]
         with mixed_precision(device, dtype):
             found = teacher.states(part, *collate(part, pad_id, device)).bfloat16().cpu()               # [N, D']
         states |= zip(digests, found.split([len(row.response) for row in part]))
@@ -129,7 +131,8 @@ def plan_shards(unique: dict[str, Encoded]) -> dict[str, dict[str, Encoded]]:
     shards, tokens = {}, SHARD_TOKENS
     for digest, row in sorted(unique.items(), key=lambda item: (len(item[1]), item[0])):
         if tokens >= SHARD_TOKENS:
-            held, tokens = shards.setdefault(f"states-{len(shards):05d}.safetensors", {}), 0
+            held = shards[f"states-{len(shards):05d}.safetensors"] = {}
+            tokens = 0
         held[digest] = row
         tokens += len(row.response)
     return shards
@@ -170,32 +173,17 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
     hold one JSON object per answer. After a kill, the next call samples what is missing or incomplete, and gets the same tokens.
     Raises InputError if `path` is damaged, or was made from something else.
     """
-    path, step = Path(path), 8 * batch_size                     # step: rows sampled between two writes
+    path, at_once = Path(path), 8 * batch_size                  # at_once: rows sampled between two writes
     made_from = made_from | {"rows": fingerprint(row.digest for row in rows), "seed": seed, "max_new_tokens": max_new_tokens,
                              "batch_size": batch_size}
-    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-    lines = text.split("\n")[:-1] or [json.dumps(made_from)]    # the last is empty, or cut by a kill
-    try:
-        before, *answers = map(parse_json, lines)
-        responses = [answer["ids"] for answer in answers]
-        other = [key for key in before | made_from if before.get(key) != made_from.get(key)]
-        good = len(responses) <= len(rows) and all(
-            set(map(type, ids)) == {int} and 0 <= min(ids) <= max(ids) < len(tokenizer) for ids in responses)
-        if not (good or other):                                 # other settings, below, explain strange ids better
-            raise ValueError("too many answers, or one that is empty or has ids that the tokenizer has not")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: holds a damaged line ({error}); delete the file, and it will be made again") from error
-    if other:
-        what = ("rows differ (because of --data, --limit, --validation, --seed or the tokenizer)" if other[0] == "rows" else
-                f"{other[0]} is {before.get(other[0])}, here {made_from.get(other[0])}")
-        raise InputError(f"{path}: holds answers made with other data or settings: their {what}; choose another --out")
+    lines, responses = kept_answers(path, made_from, len(rows), len(tokenizer))
     if len(responses) < len(rows):
-        del responses[len(responses) // step * step:]           # a write was cut short: one seed draws `step` answers
+        del responses[len(responses) // at_once * at_once:]     # a write was cut short: one seed draws `at_once` answers
     with atomic_path(path) as new:
         new.write_text("\n".join(lines[:1 + len(responses)]) + "\n", encoding="utf-8")
     teacher = load() if len(responses) < len(rows) else None
-    for start in range(len(responses), len(rows), step):
-        own = respond(teacher, rows[start:start + step], batch_size, max_new_tokens, tokenizer.eos_ids,
+    for start in range(len(responses), len(rows), at_once):
+        own = respond(teacher, rows[start:start + at_once], batch_size, max_new_tokens, tokenizer.eos_ids,
                       seed=seed + start, vocab=len(tokenizer))
         with append_to(path) as file:
             file.writelines(json.dumps({"ids": row.response, "text": tokenizer.decode(row.response)}) + "\n"
@@ -204,3 +192,25 @@ def teacher_responses(path, load, rows: list[Encoded], made_from: dict, tokenize
         if progress:
             progress(len(own))
     return [row.answered(ids, tokenizer.eos_ids) for row, ids in zip(rows, responses, strict=True)]
+
+
+def kept_answers(path: Path, made_from: dict, most: int, vocab: int) -> tuple[list[str], list[list[int]]]:
+    """The complete lines of teacher_responses' file, if there is none its first one, and the ids of the answers in them.  Raises
+    InputError for other settings, for more answers than `most`, and for an answer without ids or with one not below `vocab`."""
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    lines = text.split("\n")[:-1] or [json.dumps(made_from)]    # the last is empty, or cut by a kill
+    try:
+        before, *answers = map(parse_json, lines)
+        responses = [answer["ids"] for answer in answers]
+        other = [key for key in before | made_from if before.get(key) != made_from.get(key)]
+        good = len(responses) <= most and all(
+            set(map(type, ids)) == {int} and 0 <= min(ids) <= max(ids) < vocab for ids in responses)
+        if not (good or other):                                 # other settings, below, explain strange ids better
+            raise ValueError("too many answers, or one that is empty or has ids that the tokenizer has not")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: holds a damaged line ({error}); delete the file, and it will be made again") from error
+    if other:
+        what = ("rows differ (because of --data, --limit, --validation, --seed or the tokenizer)" if other[0] == "rows" else
+                f"{other[0]} is {before.get(other[0])}, here {made_from.get(other[0])}")
+        raise InputError(f"{path}: holds answers made with other data or settings: their {what}; choose another --out")
+    return lines, responses

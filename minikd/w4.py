@@ -98,7 +98,8 @@ class W4Linear(nn.Module):
         if way == "dequantise":                                 # any dtype, anywhere; gradients with respect to x
             slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and products.AVX2_ONLY          # products.py says why
             dtype = torch.float32 if slow else x.dtype
-            return F.linear(x.to(dtype), self.weight(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+            bias = None if bias is None else bias.to(dtype)     # rounded to x's dtype before, as in the other ways
+            return F.linear(x.to(dtype), self.weight(dtype), bias).to(x.dtype)
         rows = x.reshape(-1, self.inputs).contiguous()                                          # [M, I]
         if way == "kernel":
             y = torch.ops.minikd.w4_matmul(rows, *self.ready(way), bias, self.outputs, self.group_size)
@@ -167,8 +168,8 @@ def choose(layer: W4Linear, x: Tensor) -> str:
     "int4", torch's operator on a CPU; or "dequantise", then multiply: works anywhere, also where a gradient is needed."""
     if x.dtype != torch.bfloat16 or not layer.in_order or torch.is_grad_enabled() and x.requires_grad:
         return "dequantise"
-    ready = layer.prepared is not None and layer.prepared[0] == "kernel"       # torch.compile cannot trace `available`
-    if x.is_cuda and supports_groups(layer.group_size) and (ready or available(x.device.index)):
+    has_kernel = layer.prepared is not None and layer.prepared[0] == "kernel"   # torch.compile cannot trace `available`
+    if x.is_cuda and supports_groups(layer.group_size) and (has_kernel or available(x.device.index)):
         return "kernel"
     rows = x.numel() // layer.inputs
     if x.device.type == "cpu" and layer.outputs % 16 == 0 and layer.group_size in (32, 64, 128, 256) and rows < MANY_ROWS:
@@ -223,11 +224,9 @@ def linear_layers(model: Qwen2) -> dict[str, Linear]:
 
 
 def swap_linears(model: Qwen2, group_size: int, version: int, words: dict[str, dict] | None = None) -> dict[str, W4Linear]:
-    """Replaces each linear layer by a W4Linear of its shape and device, with its bias and, if given, its words; returns them by
-    name.
+    """Replaces each linear layer by a W4Linear of its shape, device and bias, with its words if given; returns them by name.
 
-    Raises InputError for a group size that does not divide a layer, and as linear_layers does; ValueError for words without those
-    of a layer.
+    Raises InputError for a group size that does not divide a layer, and as linear_layers does; ValueError if words lack a layer.
     """
     found, layers = {}, linear_layers(model)
     if words is not None and (missing := layers.keys() - words.keys()):
