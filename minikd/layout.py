@@ -59,9 +59,10 @@ def undo_layout(model: Qwen2):
     """The end of laid_out: model.lay_back, except for a 4-bit model, whose layers stay joined, as its codes never change."""
     model.decoding = False
     packed = model.layout == "packed"
-    if model.quantization is None and model.layout is not None:
+    if model.quantization is not None:
+        model.packed_head = model.layout = None
+    elif model.layout is not None:
         model.lay_back()
-    model.packed_head = model.layout = None
     if packed:
         give_memory_back()
 
