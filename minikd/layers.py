@@ -68,11 +68,10 @@ class Branch(nn.Module):
 
 
 class TiedLookup(torch.autograd.Function):
-    """The embedding lookup in a tied table, in train mode: F.embedding, but backward adds its gradient to table.grad in place.
+    """F.embedding, but backward adds the table's gradient to table.grad in place.
 
-    For the few hundred rows looked up, autograd would build a gradient as large as the table (544 MB for the 0.5B) beside the
-    head's, and this would set the step's peak memory. torch.autograd.grad misses this part of the gradient: call it in
-    eval mode.
+    For the few hundred rows looked up, autograd would build a gradient as large as the table (544 MB for the 0.5B). If the table is
+    also the head, it would stand beside the head's gradient and set the step's peak memory.
     """
 
     @staticmethod
@@ -92,7 +91,9 @@ class TiedLookup(torch.autograd.Function):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding, but TiedLookup looks up a trained table that is also the head, if nothing watches its gradient."""
+    """nn.Embedding, in whose place TiedLookup looks up a table that is also the head, once `in_place` is set, in train mode, and
+    if nothing watches the table's gradient."""
+    in_place = False                # set by training.make_optimizer: a step reads .grad, but torch.autograd.grad would miss it
 
     def __init__(self, V: int, D: int, tied: bool):
         # Zeros until init_weights or a checkpoint: on the meta device nn.Embedding's own normal_() would import
@@ -103,7 +104,7 @@ class Embedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         table = self.weight
         learned = self.training and torch.is_grad_enabled() and table.requires_grad
-        if self.tied and learned and table.is_leaf and not watched(table):
+        if self.in_place and self.tied and learned and table.is_leaf and not watched(table):
             return TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self)         # [B, T] -> [B, T, D]
         return super().forward(ids)                                                         # the same
 

@@ -24,11 +24,16 @@ def check_student(name, tokenizer):
 
 
 def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> AdamW:
-    """AdamW (arXiv:1711.05101, Algorithm 2); biases and norm weights have no weight decay. fused: in one pass."""
+    """AdamW (arXiv:1711.05101, Algorithm 2); biases and norm weights have no weight decay.
+
+    In train mode the embedding's gradient is from here on added to .grad by the backward pass itself, which saves memory
+    (layers.TiedLookup): torch.autograd.grad, unlike .backward(), then misses it.
+    """
+    model.model.embed_tokens.in_place = True
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)      # betas: as MiniLLM's trainer
+    return AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)      # betas: as MiniLLM's trainer; fused: in one pass
 
 
 def use_graphs(model: Qwen2, dtype: torch.dtype):
