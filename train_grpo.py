@@ -341,16 +341,20 @@ def forward_backward(batch: list[Encoded], old, ref, advantages, weights, log_s=
     A, weight = per_token(advantages), per_token(weights)                       # [N] each
     log_s = None if log_s is None else per_token(log_s)                         # [N]
     old, ref = torch.cat(old).to(device), torch.cat(ref).to(device)             # [N]
-    # token_loss uses the ratio e^(logp - old): with this old, GSPO's tokens have the ratio s (grpo.sequence_log_ratio).
-    old_logp = lambda logp, at: old[at] if log_s is None else logp.detach() - log_s[at]     # [n]
-    terms = dict(clip=clip, clip_high=clip_high)
+
+    def old_logp(logp, at=slice(None)):
+        """log π_old [n] of the tokens `at`; for GSPO what gives each of them its answer's ratio s (grpo.sequence_log_ratio)."""
+        return old[at] if log_s is None else logp.detach() - log_s[at]
+
+    def policy_loss(logp, at):                                                  # [n], paper eq. (6)
+        return grpo.token_loss(logp, old_logp(logp, at), ref[at], A[at], clip, beta, clip_high)
+
     with mixed_precision(device, dtype):
         states, targets = scored_positions(model.hidden(ids, checkpointing=checkpointing), ids, mask)  # [N, D], [N]
-        value, ce, entropies = head_loss(                                       # eq. (6); scaling the states scales the logits
-            states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab,
-            policy_loss=lambda logp, at: grpo.token_loss(logp, old_logp(logp, at), ref[at], A[at], beta=beta, **terms))
+        value, ce, entropies = head_loss(                                       # scaling the states scales the logits
+            states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab, policy_loss=policy_loss)
     value.backward()
-    clipped = grpo.was_clipped(-ce, old_logp(-ce, slice(None)), A, **terms)
+    clipped = grpo.was_clipped(-ce, old_logp(-ce), A, clip, clip_high)
     sums = torch.stack([grpo.k3(-ce, ref).sum(), entropies.sum(), clipped.sum()]).cpu()
     return torch.cat([sums, lengths.sum()[None]])
 
@@ -422,15 +426,20 @@ def signs_of_collapse(lines: list[dict]) -> list[str]:
                              for key in ("truncated", "flat", "length", "kl"))
     first = steps[0]["length"]
     was, right = (line.get("valid_greedy") or 0 for line in (tests[0], tests[-1]))
-    signs = {
-        f"{cut:.0%} of the answers were cut; raise --max-new-tokens": cut > 0.9,
-        f"{flat:.0%} of the groups have equal rewards, which teach nothing; give other problems, or a higher --temperature":
-            flat > 0.9,
-        f"answers have {length:.0f} tokens, at first {first:.0f}; check what is rewarded": 4 * length < first,
-        f"the policy is {kl:.1f} nats a token from the starting model; lower --lr or raise --beta": kl > 1,
-        f"held-out greedy fell from {was:.2f} to {right:.2f}: the form may be all that is learned; give rewards for it less "
-        "weight": was > max(0, 2 * right)}
-    return [sign for sign, seen in signs.items() if seen]
+    signs = []
+    if cut > 0.9:
+        signs.append(f"{cut:.0%} of the answers were cut; raise --max-new-tokens")
+    if flat > 0.9:
+        signs.append(f"{flat:.0%} of the groups have equal rewards, which teach nothing; give other problems, or a higher "
+                     "--temperature")
+    if length < first / 4:
+        signs.append(f"answers have {length:.0f} tokens, at first {first:.0f}; check what is rewarded")
+    if kl > 1:
+        signs.append(f"the policy is {kl:.1f} nats a token from the starting model; lower --lr or raise --beta")
+    if was > max(0, 2 * right):
+        signs.append(f"held-out greedy fell from {was:.2f} to {right:.2f}: the form may be all that is learned; give rewards for "
+                     "it less weight")
+    return signs
 
 
 def show_change(lines: list[dict]):

@@ -151,16 +151,18 @@ def parse_args():
 def note_flags(args):
     """Says which flags do nothing with this loss."""
     loss = args.loss or "sft or forward_kl"
+    if loss in ("sft", "minillm"):
+        note_unused(args, f"with --loss {loss}", "kd_ratio", "temperature")
+    if args.on_policy == 1:
+        note_unused(args, "with --on-policy 1, which has no cross-entropy", "kd_ratio")
     takes = inspect.signature(DIVERGENCES.get(loss, forward_kl)).parameters
-    for unused, reason, *names in (
-            (loss in ("sft", "minillm"), f"with --loss {loss}", "kd_ratio", "temperature"),
-            (args.on_policy == 1, "with --on-policy 1, which has no cross-entropy", "kd_ratio"),
-            (True, f"with --loss {loss}", *(name for name in ("temperature", "beta", "alpha") if name not in takes)),
-            (loss != "minillm", f"with --loss {loss}", "mix", "rollouts", "inner_epochs", "ratio_clip"),
-            (not args.lm_data, "without --lm-data", "lm_coef"),
-            (args.steps, "with --steps", "epochs")):
-        if unused:
-            note_unused(args, reason, *names)
+    note_unused(args, f"with --loss {loss}", *(name for name in ("temperature", "beta", "alpha") if name not in takes))
+    if loss != "minillm":
+        note_unused(args, f"with --loss {loss}", "mix", "rollouts", "inner_epochs", "ratio_clip")
+    if not args.lm_data:
+        note_unused(args, "without --lm-data", "lm_coef")
+    if args.steps:
+        note_unused(args, "with --steps", "epochs")
 
 
 def check_flags(args):
@@ -304,10 +306,13 @@ def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad
     policy_loss = teacher_states = None
     ids, mask = collate(batch, pad_id, device)                                  # [B, T]
     with mixed_precision(device, dtype):
-        if isinstance(batch[0], minillm.Rollout):                               # MiniLLM eq. (7)
-            old, advantage, teacher_states = (torch.cat([getattr(row, name) for row in batch]).to(device)
-                                              for name in minillm.FROZEN)       # [N], [N], [N, D']
-            policy_loss = lambda logq, at: clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
+        if isinstance(batch[0], minillm.Rollout):
+            old = torch.cat([row.old_logq for row in batch]).to(device)                     # [N]
+            advantage = torch.cat([row.advantage for row in batch]).to(device)              # [N]
+            teacher_states = torch.cat([row.teacher for row in batch]).to(device)           # [N, D']
+
+            def policy_loss(logq, at):                                          # [n], MiniLLM eq. (7)
+                return clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
         elif kd_ratio:                                                          # paper eq. (3)
             # The teacher first: without graphs, a GPU runs it while the host launches the student.
             teacher_states = teacher.states(batch, ids, mask)                   # [N, D']

@@ -46,17 +46,15 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     rewards = rewards.double()                                                  # differences may be tiny beside the sums
     if rewards.dim() != 2:
         raise ValueError(f"rewards {list(rewards.shape)}; give a row for each prompt, [P, G]")
-    judged = ~rewards.isnan()
-    count = judged.sum(1, keepdim=True)                                         # [P, 1]
-    mean = rewards.nanmean(1, keepdim=True)                                     # [P, 1]; NaN where none is judged, not used
-    lowest = torch.where(judged, rewards, torch.inf).amin(1, keepdim=True)                  # [P, 1]
-    highest = torch.where(judged, rewards, -torch.inf).amax(1, keepdim=True)                # [P, 1]
-    differ = lowest < highest                                                   # [P, 1]; False where fewer than two are judged
-    centred = torch.where(judged & differ, rewards - mean, 0.0)                 # [P, G]
-    if scale == "std":
-        std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()     # [P, 1]
-        centred = centred / (std + 1e-4)                                        # paper eq. (5)
-    return centred.to(dtype)
+    advantages = torch.zeros_like(rewards)
+    for group, A in zip(rewards, advantages):                                   # [G] each
+        judged = ~group.isnan()
+        r = group[judged]
+        if (r != r[:1]).any():                                                  # else there is nothing to compare
+            A[judged] = r - r.mean()
+            if scale == "std":
+                A[judged] /= r.std() + 1e-4                                     # paper eq. (5)
+    return advantages.to(dtype)
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -125,10 +123,16 @@ def token_weights(lengths: list[int], norm: str = "sequence", max_new_tokens: in
         raise ValueError("norm = 'constant' divides by max_new_tokens; give it")
     counted = counted or [True] * len(lengths)
     answers, tokens = sum(counted), sum(length for length, keep in zip(lengths, counted, strict=True) if keep)
-    divisors = {"sequence": lambda length: answers * length,                    # paper eq. (6)
-                "token": lambda _: tokens,                                      # DAPO
-                "constant": lambda _: answers * max_new_tokens}                 # Dr. GRPO
-    return [1 / max(1, divisors[norm](length)) if keep else 0.0 for length, keep in zip(lengths, counted)]
+    weights = []
+    for length, keep in zip(lengths, counted):
+        if norm == "sequence":
+            divisor = answers * length                                          # paper eq. (6)
+        elif norm == "token":
+            divisor = tokens                                                    # DAPO
+        else:
+            divisor = answers * max_new_tokens                                  # Dr. GRPO
+        weights.append(1 / max(1, divisor) if keep else 0.0)
+    return weights
 
 
 def sequence_log_ratio(logp: Tensor, old_logp: Tensor) -> float:

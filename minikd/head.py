@@ -5,8 +5,8 @@
 Reference
     Knowledge Distillation for Large Language Models, eq. (3) the mixed loss
 """
-import functools
 from contextlib import suppress
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minikd import loss_cuda, products
 from minikd.data import send
-from minikd.losses import entropy, forward_kl, kl, log_probs, no_divergence, reverse_kl
+from minikd.losses import kl, log_probs, no_divergence
 
 PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # bytes of float32 logits in one softmax, at least: less is mostly overhead
 # The most bytes of student logits in memory at once. On an H200, 128 and 160 MB were slower, and with a cached teacher also 480
@@ -47,6 +47,11 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
               policy_loss=None, vocab: int | None = None, chunk_bytes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Paper eq. (3) summed over tokens:  Σ_n weight_n ((1 - kd_ratio) CE_n + kd_ratio KD_n), KD_n = divergence(q_n, p_n).
 
+    In plain lines, which would hold about ten float32 tensors of 152 k times N (2.5 GB each for 8 x 512 tokens):
+        logits, teacher_logits = hidden @ head.T, teacher_hidden @ teacher_head.T           # [N, V] each
+        CE, KD = F.cross_entropy(logits, targets, reduction="none"), divergence(logits, teacher_logits)     # [N] each
+        return (weight * ((1 - kd_ratio) * CE + kd_ratio * KD)).sum(), CE, KD
+
     hidden          [N, D]   the student's states that score a token (scored_positions)
     head            [V, D]   the student's LM head
     targets         [N]      the tokens they score: ids below the rows used
@@ -60,7 +65,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     vocab           use only the head's first `vocab` rows, as sampling did
     returns         the loss (differentiable once), and for logs CE [N] and KD [N] of each token
 
-    Full logits are never held. For each chunk of tokens this computes the logits, the loss and its gradient G [n, V] with
+    Instead, for each chunk of tokens this computes the logits, the loss and its gradient G [n, V] with
     respect to the logits (for CE: softmax - one-hot). While G is in the cache, it yields the gradients of the inputs:
     dL/dhidden = G head, dL/dhead += G^T hidden. That is why `weight` must be known here; recomputing the logits in the
     backward pass would cost a second head product.
@@ -70,12 +75,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     Raises ValueError for a kd_ratio without divergence or teacher, for more or fewer targets or teacher's states than the
     student's states, for a divergence or policy_loss that gives anything but a value per token, and for gradients in float16.
     """
-    if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
-        raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
-    if any(len(x) != len(hidden) for x in (targets, teacher_hidden) if x is not None):
-        raise ValueError(f"head_loss: {len(hidden)} states for {len(targets)} targets"
-                         + ("" if teacher_hidden is None else f" and {len(teacher_hidden)} states of the teacher")
-                         + "; give as many of each")
+    _check_inputs(hidden, targets, teacher_hidden, teacher_head, divergence, kd_ratio)
     divergence = divergence or no_divergence
     V = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))   # rows of both heads, for CE too
     N, kind = len(hidden), hidden.device.type                                   # kind: "cpu", "cuda"
@@ -87,6 +87,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     need_grad = need_hidden or need_head
     if need_hidden and torch.float16 in (dtype, hidden.dtype) or need_head and torch.float16 in (dtype, head.dtype):
         raise ValueError("head_loss: gradients underflow in float16; train in bfloat16 or float32")
+
     budget = chunk_bytes or CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"])
     chunk = tokens_at_once(N, most=budget // (V * dtype.itemsize), tile=TILES.get((kind, dtype), 1))
     with torch.no_grad(), torch.autocast(kind, enabled=False):
@@ -98,8 +99,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
             student_head = student_head.to(dtype)                               # cast once; on a CPU block by block
         logits = aligned(states, chunk, V)                                      # [chunk, V]; their gradient overwrites them
         teacher_logits = None if teacher_hidden is None else aligned(teacher_head, chunk, V)            # [chunk, V]
-        kernel = pick_kernel(divergence, kd_ratio, logits, teacher_logits)
-        losses = functools.partial(_kernel_losses, kernel) if kernel else functools.partial(_torch_losses, divergence)
+        kernel = loss_cuda.pick_kernel(divergence, kd_ratio, logits, teacher_logits)        # None on a CPU
+        losses = partial(loss_cuda.losses, kernel, weigh) if kernel else partial(_torch_losses, divergence)
         # A chunk's logits are in memory at once. The float32 softmax takes one piece of them at a time, a 32nd or PIECE_BYTES if
         # that is more: on a CPU a piece's tensors stay in the cache.
         piece = chunk if kernel else max(1, chunk // 32, PIECE_BYTES.get(kind, PIECE_BYTES["cpu"]) // (4 * V))
@@ -110,13 +111,22 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
             for tokens in slices(at.start, at.stop, piece):
                 rows = slice(tokens.start - at.start, tokens.stop - at.start)   # the same tokens, counted within the chunk
                 teacher_rows = None if teacher_logits is None else teacher_logits[rows]
-                policy = policy_loss and functools.partial(policy_loss, at=tokens)
+                policy = policy_loss and partial(policy_loss, at=tokens)
                 ce[tokens], kd[tokens], total[tokens] = losses(                 # with need_grad, leaves dL/dlogits in logits
                     logits[rows], targets[tokens], teacher_rows, kd_ratio, weight[tokens], policy, need_grad)
             if need_grad:
                 _backward_head(logits[:at.stop - at.start], states[at], student_head,
                                grad_hidden[at] if need_hidden else None, grad_head[:V] if need_head else None)
     return _Sum.apply(hidden, head, total, grad_hidden, grad_head), ce, kd
+
+
+def _check_inputs(hidden, targets, teacher_hidden, teacher_head, divergence, kd_ratio):
+    if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
+        raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
+    if any(len(x) != len(hidden) for x in (targets, teacher_hidden) if x is not None):
+        raise ValueError(f"head_loss: {len(hidden)} states for {len(targets)} targets"
+                         + ("" if teacher_hidden is None else f" and {len(teacher_hidden)} states of the teacher")
+                         + "; give as many of each")
 
 
 class _Sum(torch.autograd.Function):
@@ -195,35 +205,6 @@ def _torch_losses(divergence, logits, targets, teacher_logits, kd_ratio, weight,
         ce, kd, total = costs(leaf, targets, teacher_logits, divergence, kd_ratio, weight, policy_loss)
         if need_grad:
             logits.copy_(torch.autograd.grad(total.sum(), leaf)[0])
-    return ce, kd, total
-
-
-def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Tensor | None) -> tuple[str, float] | None:
-    """This divergence's name in loss.cu, and its temperature; None if torch's operators compute it."""
-    options = {}
-    if isinstance(divergence, functools.partial) and not divergence.args:       # as pick_divergence makes it
-        divergence, options = divergence.func, divergence.keywords
-    name = {no_divergence: "ce", entropy: "entropy", forward_kl: "forward", reverse_kl: "reverse"}.get(divergence)
-    temperature = options.get("temperature", 1.0)
-    if name is None or options.keys() - {"temperature"} or not temperature > 0:
-        return None
-    if name == "entropy" and kd_ratio:                                          # the kernel has no gradient of the entropy
-        return None
-    read = [logits, teacher_logits] if name in ("forward", "reverse") else [logits]
-    return (name, temperature) if loss_cuda.can_run(*read) else None
-
-
-def _kernel_losses(kernel, logits, targets, teacher_logits, kd_ratio, weight, policy_loss, need_grad):
-    """_torch_losses by loss.cu, without the dozens of float32 tensors [n, V] that _costs and its gradient read and write: one
-    kernel for CE and KD, one for the logits' gradient dL/dCE dCE/dlogits + dL/dKD dKD/dlogits. Autograd finds dL/dCE and dL/dKD,
-    one number per token each, from the formula in `weigh`."""
-    ce, kd, rows = loss_cuda.costs(*kernel, logits, targets, teacher_logits)
-    with torch.set_grad_enabled(need_grad):
-        total = weigh(ce.requires_grad_(need_grad), kd.requires_grad_(need_grad), kd_ratio, weight, policy_loss)
-        if need_grad:
-            slopes = torch.autograd.grad(total.sum(), (ce, kd), materialize_grads=True)     # dL/dCE, dL/dKD: [n] each
-            name, temperature = kernel if kd_ratio else ("ce", 1.0)                         # a divergence that is only measured
-            loss_cuda.gradient_(name, temperature, logits, targets, teacher_logits, rows, *slopes)
     return ce, kd, total
 
 

@@ -70,8 +70,8 @@ class Branch(nn.Module):
 class TiedLookup(torch.autograd.Function):
     """F.embedding, but backward adds the table's gradient to table.grad in place.
 
-    For the few hundred rows looked up, autograd would build a gradient as large as the table (544 MB for the 0.5B). If the table is
-    also the head, it would stand beside the head's gradient and set the step's peak memory.
+    For the few hundred rows looked up, autograd would build a gradient as large as the table, 544 MB for the 0.5B. Where the
+    table is also the head, it would stand beside the head's gradient and set the step's peak memory.
     """
 
     @staticmethod

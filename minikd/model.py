@@ -70,6 +70,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v, for each query over the keys up to its own position. Padding is on the right, so no query of a
+    real token sees it.  q [B, H, T, E], k and v [B, K, T, E] -> [B, T, H, E]"""
+    if v.is_cuda and v.dtype == torch.float32:                  # here enable_gqa would hold [B, H, T, T] scores: copy the keys
+        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))             # [B, H, T, E] each
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def single_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same for one query per row, over the cached keys that `mask` allows. The H/K heads that share a key take the place of
+    the query axis, so keys need no copies.  q [B, H, 1, E], k and v [B, K, s, E] -> [B, 1, H, E]"""
+    B, H, _, E = q.shape
+    y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, E), k, v, attn_mask=mask)           # [B, K, H/K, E]
+    return y.reshape(B, 1, H, E)
+
+
 class Attention(Branch):
     """Causal attention in which H / K query heads share a key/value head (GQA).  [B, T, D] -> [B, T, D]"""
 
@@ -107,15 +123,10 @@ class Attention(Branch):
         q, k = rotated.split((self.H, self.K), dim=1)                           # [B, H, T, E], [B, K, T, E]
         if slots is not None:
             k, v = slots.write(k, v)                                            # [B, K, s, E]
-        if T == 1 and slots is not None:
-            # One query per head: the H/K heads that share a key take the query axis, so keys need no copies.
-            q = q.reshape(B, self.K, self.H // self.K, self.E)                  # [B, K, H/K, E]
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=slots.mask)   # [B, K, H/K, E]
-        else:                                                                   # right padding: the causal mask suffices
-            if v.is_cuda and v.dtype == torch.float32:          # here enable_gqa would hold [B, H, T, T] scores: copy the keys
-                k, v = (each.repeat_interleave(self.H // self.K, dim=1) for each in (k, v))             # [B, H, T, E] each
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-            y = y.transpose(1, 2)                                               # [B, T, H, E]
+        if T == 1 and slots is not None:                                        # the newest token
+            y = single_attention(q, k, v, slots.mask)                           # [B, 1, H, E]
+        else:
+            y = causal_attention(q, k, v)                                       # [B, T, H, E]
         return y.reshape(B, T, -1)                                              # [B, T, H E]
 
 

@@ -10,7 +10,8 @@ import fake_gpu
 from benchmarks import gpu as script
 from minikd import loss_cuda
 from minikd.cuda import SOURCES, launch
-from minikd.head import _costs, head_loss, pick_kernel, tokens_at_once
+from minikd.head import _costs, head_loss, tokens_at_once
+from minikd.loss_cuda import pick_kernel
 from minikd.losses import (clipped_surrogate, entropy, forward_kl, jensen_shannon, no_divergence, pick_divergence,
                            reverse_kl)
 from ptx import Fault, kernels_of
