@@ -1,5 +1,7 @@
 """Batched sampling with a KV cache: prompts of different lengths, several stop ids, finished rows are dropped.
 
+generate_plainly is the whole idea; generate_with_log_probs and Decoding are the same, faster and with more options.
+
 References
     nucleus sampling                    arXiv:1904.09751
     MiniLLM, teacher-mixed sampling     arXiv:2306.08543, eq. (4)
@@ -43,6 +45,26 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
     (check_options); InputError (a ValueError) if the model's logits are not finite.
     """
     return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed, **options)[0]
+
+
+@torch.inference_mode()
+def generate_plainly(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+                     top_k: int = 0, eos_ids=(), seed: int = 0) -> list[list[int]]:
+    """What generate computes, to be read first: the same tokens (up to rounding), but finished rows go on costing time, and
+    nothing is packed, recorded or fused."""
+    device = model.head.device
+    u = torch.rand(max_new_tokens, len(prompts), generator=torch.Generator(device).manual_seed(seed), dtype=torch.float64,
+                   device=device)                                               # [max_new_tokens, B]
+    cache, states = prefill(model, prompts, max_new_tokens, samples=1)          # the state after each prompt [B, D]
+    answers = [[] for _ in prompts]
+    for t in range(max_new_tokens):
+        if t:
+            states = model.hidden(tokens[:, None], cache)[:, 0]                 # [B, D]; all earlier tokens are in the cache
+        tokens, _ = sample(F.linear(states, model.head), temperature, top_p, top_k, u[t])               # [B]
+        for answer, token in zip(answers, tokens.tolist()):
+            if not answer or answer[-1] not in eos_ids:
+                answer.append(token)
+    return answers
 
 
 @torch.inference_mode()

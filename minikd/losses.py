@@ -54,8 +54,8 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _mend(total: Tensor, a: Tensor, log_b: Tensor) -> Tensor:
-    """kl's sum [...], as if a and b summed to exactly 1. Rounded they sum to A and B, up to 1 + 1e-5 over 151,936 rows: as large as
-    the KL of two close models.
+    """kl's sum [...], as if a and b summed to exactly 1. Rounded they sum to A and B, up to 1 + 1e-5 over 151,936 rows: as large
+    as the KL of two close models.
 
     Infinite, with a finite gradient (for temperatures of 1e-8 and more), where a gives a token that b excludes, by a logit of
     -inf, more than 1e-20 x temperature.

@@ -12,7 +12,7 @@ from minikd import generate as generation
 from minikd.checkpoint import save_model
 from minikd.data import Encoded
 from minikd.errors import InputError
-from minikd.generate import Decoding, generate, generate_with_log_probs, invert, respond, sample
+from minikd.generate import Decoding, generate, generate_plainly, generate_with_log_probs, invert, respond, sample
 from minikd.layout import join
 from minikd.model import BLOCKS_PER_GRAPH, Qwen2
 from minikd.training import compile_blocks
@@ -61,6 +61,15 @@ def test_greedy_is_the_argmax_of_full_forwards(shape):
     expected = [slow_greedy(model, prompt, 20) for prompt in PROMPTS]
     assert generate(model, PROMPTS, max_new_tokens=20) == expected
     assert len({token for answer in expected for token in answer}) > 10         # not one token over and over
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [(0.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 0.9, 5)])
+def test_the_plain_loop_draws_the_same_tokens(temperature, top_p, top_k):
+    model, options = random_model(seed=3), dict(temperature=temperature, top_p=top_p, top_k=top_k, eos_ids=[60, 7], seed=5)
+    for prompts in PROMPTS, [[1]]:
+        for steps in 0, 1, 8, 40:
+            assert generate_plainly(model, prompts, steps, **options) == generate(model, prompts, steps, **options)
+    assert len({len(answer) for answer in generate(model, PROMPTS, 40, **options)}) > 1 or not temperature  # some rows ended
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
