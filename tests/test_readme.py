@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import tiny
 from minikd import toy
 from minikd.checkpoint import load_model, save_model
 from minikd.data import collate, encode_examples
@@ -66,9 +67,20 @@ def test_every_benchmark_it_names_is_there():
         assert (ROOT / "benchmarks" / f"{name}.py").exists(), name
 
 
-def test_its_python_distils(tmp_path, monkeypatch, capsys):
-    """From random weights; the first line it prints is what whole logits give."""
-    program, = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ASK, DISTIL, LEAN = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_its_python_asks_a_model(tokenizer, tmp_path, capsys):
+    folder = tiny(0, tokenizer, tmp_path / "tiny")
+    exec(ASK.replace("Qwen/Qwen2.5-0.5B-Instruct", str(folder)), {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_its_python_distils(lean, tmp_path, monkeypatch, capsys):
+    """From random weights; the first line it prints is what the formulas give of whole logits."""
+    imports, lines = LEAN.split("\n\n")
+    program = imports + "\n" + re.sub(r"    scored = .*(?=    loss\.backward)", lines, DISTIL, flags=re.DOTALL) if lean else DISTIL
     world = tmp_path / "runs" / "toy"
     tokenizer = toy.make_tokenizer(world / "base" / "best")
     for name, config in ("base", toy.student_config), ("teacher", toy.teacher_config):
