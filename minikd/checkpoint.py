@@ -1,4 +1,8 @@
-"""A Hugging Face folder <-> a model: one file or shards, tied or untied head, any float dtype on disk, or 4 bits."""
+"""A Hugging Face folder <-> a model: one file or shards, tied or untied head, any float dtype on disk, or 4 bits.
+
+load_model, _read_model and save_model are the way there and back. outline and tensor_files find the tensors without reading
+them, and say what is wrong with a folder; Checkpoint notices that a folder has changed since it was first looked at.
+"""
 import hashlib
 import json
 import re
@@ -224,11 +228,11 @@ def read_quantization(folder: Path) -> dict | None:
         raise InputError(f"{path}: quantization_config is not an object; fetch it again")
     raw = {field: value for field, value in raw.items() if value is not None}              # null: the default
     format = raw.setdefault("checkpoint_format", raw.get("format", "gptq"))
-    for field, value, good in (
-            ("quant_method", raw.get("quant_method"), ["gptq"]), ("bits", raw.get("bits"), [4]),
-            ("checkpoint_format", format, ["gptq", "gptq_v2"]), ("format", raw.get("format", format), [format]),
-            ("pack_dtype", raw.get("pack_dtype", "int32"), ["int32"]), ("dynamic", raw.get("dynamic") or {}, [{}]),
-            ("lm_head", raw.get("lm_head", False), [False])):
+    read = {"quant_method": ["gptq"], "bits": [4], "checkpoint_format": ["gptq", "gptq_v2"], "format": [format],
+            "pack_dtype": ["int32"], "dynamic": [{}], "lm_head": [False]}       # what minikd reads
+    usual = {"format": format, "pack_dtype": "int32", "dynamic": {}, "lm_head": False}              # where a field is missing
+    for field, good in read.items():
+        value = raw.get(field, usual.get(field))
         if value not in good:
             raise InputError(f"{path}: quantization_config has {field} = {value!r}; minikd reads "
                              f"{' or '.join(map(repr, good))}: use the unquantised folder")

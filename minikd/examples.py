@@ -70,9 +70,10 @@ class Example:
 
 def recognise(record: dict) -> str | None:
     """The first of FORMATS whose fields the record has, or None. Filled fields count first, then blank ones, then null ones."""
-    for has in (lambda key: filled(record.get(key))), (lambda key: not absent(record.get(key))), record.__contains__:
+    there = [{key for key in record if filled(record[key])}, {key for key in record if not absent(record[key])}, set(record)]
+    for fields in there:
         for name, (_, needs) in FORMATS.items():
-            if all(any(map(has, either)) for either in needs):
+            if all(fields & {*one_of} for one_of in needs):
                 return name
 
 

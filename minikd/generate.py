@@ -309,9 +309,9 @@ def invert(probs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse transform sampling: the token [B, 1] at which the running sum of probs [B, V] passes u [B, 1] x their total; and
     that total [B, 1], which is below 1 after top-p.
 
-    It searches for the block of 128 tokens, and then within it. A single running sum over 151,936 probabilities, in float64 as
-    float32 would lose the tail, takes two to ten times as long as their softmax; on a GPU one block of threads would walk each
-    row.
+    In one line: torch.searchsorted(probs.double().cumsum(-1), u * total, right=True). But a single running sum over 151,936
+    probabilities, in float64 as float32 would lose the tail, takes two to ten times as long as their softmax; on a GPU one block
+    of threads would walk each row. So this searches for the block of 128 tokens, and then within it.
     """
     fill = -probs.shape[1] % BLOCK
     blocks = (F.pad(probs, (0, fill)) if fill else probs).reshape(len(probs), -1, BLOCK)       # [B, V/128, 128]; F.pad copies
