@@ -25,7 +25,8 @@ from minikd.command import (BY_FIELDS, DTYPES, FOUR_BITS, Parser, Progress, chec
 from minikd.data import Encoded, describe_dropped, encode_examples
 from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer, read_predictions, read_references, score_answers
-from minikd.examples import FORMATS, Example, load_examples
+from minikd.examples import load_examples
+from minikd.formats import FORMATS, Example
 from minikd.files import check_writable, write_jsonl
 from minikd.layout import INT8_ROWS, use_int8_head
 from minikd.records import local_files

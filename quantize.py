@@ -31,7 +31,8 @@ from minikd.command import (BY_FIELDS, Parser, Progress, check_positive, fill_de
 from minikd.data import NothingLeft, describe_dropped, encode_examples, encode_text
 from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer_and_score, compare
-from minikd.examples import FORMATS, load_examples, load_texts, recognise
+from minikd.examples import load_examples, load_texts
+from minikd.formats import FORMATS, recognise
 from minikd.files import check_writable, holds_cwd
 from minikd.gptq import quantize_model
 from minikd.model import Qwen2

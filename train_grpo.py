@@ -30,7 +30,8 @@ from minikd.command import (BY_FIELDS, DTYPES, Parser, Progress, check_positive,
                             note_unused, pick_device, pick_dtype, spare_threads)
 from minikd.data import Encoded, begins_thoughts, collate, encode_examples, next_rows
 from minikd.errors import InputError, script_errors
-from minikd.examples import split_examples, to_example
+from minikd.examples import split_examples
+from minikd.formats import to_example
 from minikd.files import fingerprint, remove, sha256
 from minikd.head import head_loss, scored_positions
 from minikd.losses import entropy

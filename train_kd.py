@@ -34,7 +34,8 @@ from minikd.command import (BY_FIELDS, DTYPES, FOUR_BITS, Parser, Progress, chec
 from minikd.data import Encoded, collate, describe_dropped, encode_examples, encode_text, optimizer_steps, steps_per_epoch
 from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer_and_score, compare, show_table
-from minikd.examples import FORMATS, hold_out, load_examples, load_texts, same_prompt, split_examples, write_held_out
+from minikd.examples import hold_out, load_examples, load_texts, same_prompt, split_examples, write_held_out
+from minikd.formats import FORMATS
 from minikd.files import fingerprint, remove, write_jsonl
 from minikd.generate import respond
 from minikd.head import compile_losses, head_loss, scored_positions

@@ -12,7 +12,7 @@ answer, b rows of a block, s slots in use. For the products in w4_matmul.cu, w4_
 the outputs and K the inputs. logq and logp are the student's and the teacher's log-probabilities; in grpo.py and
 train_grpo.py logp is the policy's.
 
-Words: a record is one line of a file, an example (examples.py) what is asked and answered in it, a row (data.Encoded) the same as
+Words: a record is one line of a file, an example (formats.py) what is asked and answered in it, a row (data.Encoded) the same as
 ids. A response (data), an answer (grpo) and, as text, a completion (rewards) are the same thing. The states are the body's hidden
 states, the head the matrix that turns them into logits. A digest is a hash; a judge is a function that measures a model.
 

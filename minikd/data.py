@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minikd.errors import InputError
-from minikd.examples import Example
+from minikd.formats import Example
 
 ENCODED_AT_ONCE = 512                               # examples between two steps of the progress
 

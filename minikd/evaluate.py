@@ -7,7 +7,7 @@ import torch
 
 from minikd.data import Encoded, by_length, collate, without_empty_thoughts
 from minikd.errors import InputError
-from minikd.examples import Example, recognise, text_field, to_example
+from minikd.formats import Example, recognise, text_field, to_example
 from minikd.files import write_jsonl
 from minikd.generate import respond
 from minikd.head import compare_heads, head_loss, scored_positions

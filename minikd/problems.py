@@ -19,7 +19,8 @@ from itertools import islice
 
 from minikd.data import Encoded
 from minikd.errors import InputError
-from minikd.examples import MEDIA, Dropped, check_shown, same_prompt, text_field, with_passage
+from minikd.examples import same_prompt
+from minikd.formats import MEDIA, Dropped, check_shown, text_field, with_passage
 from minikd.files import parse_json
 from minikd.records import absent, check_text, names_of, read_records
 from minikd.toy import held_out

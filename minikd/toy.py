@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from minikd.config import Qwen2Config
-from minikd.examples import to_example
+from minikd.formats import to_example
 from minikd.files import atomic_path
 from minikd.tokenizer import STOPS, Tokenizer
 

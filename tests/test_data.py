@@ -8,7 +8,8 @@ from conftest import BUGNET, DOLLY, PYTORRENT
 from minikd.data import (Encoded, after_prompt, batch_order, by_length, collate, describe_dropped, encode_examples, encode_text,
                          next_rows, optimizer_steps, prompt_text, steps_per_epoch, without_empty_thoughts)
 from minikd.errors import InputError
-from minikd.examples import load_examples, split_examples, to_example
+from minikd.examples import load_examples, split_examples
+from minikd.formats import to_example
 from minikd.tokenizer import Tokenizer
 
 

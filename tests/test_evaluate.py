@@ -11,7 +11,7 @@ from conftest import small
 from minikd import evaluate
 from minikd.data import Encoded
 from minikd.evaluate import answer, answer_and_score, compare, distinct, score_answers, sequence_kl, show_table
-from minikd.examples import Example
+from minikd.formats import Example
 from minikd.losses import reverse_kl
 from minikd.model import Qwen2, cast_copy
 from minikd.rouge import rouge_l

@@ -12,8 +12,8 @@ from conftest import BUGNET, CODEFORCES, DOLLY, PYTORRENT, write_records
 from minikd.data import prompt_text
 from minikd.errors import InputError
 from minikd.evaluate import read_references
-from minikd.examples import (Dropped, hold_out, load_examples, load_texts, recognise, split_examples, to_example,
-                             without_docstring, write_held_out)
+from minikd.examples import hold_out, load_examples, load_texts, split_examples, write_held_out
+from minikd.formats import Dropped, recognise, to_example, without_docstring
 
 
 def message(record, format=None):

@@ -8,7 +8,7 @@ import pytest
 
 from minikd.data import encode_examples
 from minikd.errors import InputError
-from minikd.examples import Dropped, to_example
+from minikd.formats import Dropped, to_example
 from minikd.problems import (ANSWER, TASKS, boxed, encode_problems, load_problems,
                              shows_its_tests, to_problem, toy_problems, toy_records)
 from minikd.rewards import answer_part, extract_code, format_reward, steps_reward

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from minikd.errors import InputError
-from minikd.rouge import (_IRREGULAR, exact_match, lcs_length, mean_by_category, porter_stem, rouge_l,
-                          rouge_l_best, tokens)
+from minikd.rouge import exact_match, lcs_length, mean_by_category, rouge_l, rouge_l_best, tokens
+from minikd.stem import _IRREGULAR, porter_stem
 
 INSTRUCTIONS = Path(__file__).parents[1] / ".." / "shared" / "data" / "instructions-1100.jsonl"
 

@@ -19,8 +19,8 @@ from minikd.head import compare_heads, head_loss
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("errors files hub config cuda attend_cuda cache fused_cuda layers model w4_cuda products quant w4 checkpoint tokenizer "
-         "records examples data toy losses loss_cuda head layout decode_cuda graphs generate teacher minillm grpo problems sandbox "
-         "rewards gptq rouge evaluate command run adamw_cuda training plots").split()
+         "records formats examples data toy losses loss_cuda head layout decode_cuda graphs generate teacher minillm grpo problems sandbox "
+         "rewards gptq stem rouge evaluate command run adamw_cuda training plots").split()
 HEAVY = {"transformers", "trl", "datasets", "accelerate", "triton"}
 
 

@@ -10,7 +10,7 @@ import pytest
 from minikd import toy
 from minikd.checkpoint import save_model
 from minikd.data import encode_examples, prompt_text
-from minikd.examples import recognise, to_example
+from minikd.formats import recognise, to_example
 from minikd.model import Qwen2
 from minikd.tokenizer import Tokenizer
 
