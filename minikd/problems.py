@@ -19,6 +19,7 @@ from itertools import islice
 
 from minikd.data import Encoded
 from minikd.errors import InputError
+from minikd.answers import boxed
 from minikd.examples import same_prompt
 from minikd.formats import MEDIA, Dropped, check_shown, text_field, with_passage
 from minikd.files import parse_json
@@ -241,17 +242,6 @@ def _asked(value) -> str:
         turns = [turn for turn in value if turn.get("role") != "system"]        # SYSTEM takes the place of their own
         value = turns[0].get("content") if [turn.get("role") for turn in turns] == ["user"] else None
     return value if isinstance(value, str) and value.strip() else ""
-
-
-def boxed(text: str) -> str | None:
-    """What the last \\boxed{...} holds, braces balanced; None without one."""
-    *before, inside = re.split(r"\\boxed\s*\{", text)
-    depth = 1
-    for at, letter in enumerate(inside if before else ""):
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if depth == 0:
-            return inside[:at].strip()
-    return None
 
 
 def _codeforces(record: dict, where: str) -> tuple[str, dict]:

@@ -31,33 +31,18 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Set
-from decimal import Decimal
-from fractions import Fraction
 from functools import partial, wraps
 from pathlib import Path
 
 from minikd import sandbox
+from minikd.answers import boxed, same_answer
 from minikd.errors import InputError
-from minikd.problems import boxed
 
 Values = list[float | None]
 LARGEST = 1e9                                   # of a reward, and of a weight: squares of the sums must fit into float32
 
 _MARKERS = re.compile(r"\bStep \d+\b|^\d+\.(?!\d)|^[-*] +\S.*|\b(?:First|Second|Next|Finally),", re.MULTILINE)
-_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?", re.ASCII | re.IGNORECASE)
 _PYTHON = ("", "python", "python3", "py")       # languages of a code fence; without one it is taken for Python
-# What does not change an answer, mostly as in the MATH dataset's own comparison (arXiv:2103.03874): pattern -> what replaces it.
-_LATEX = [(r"^(?:####|(?i:(?:final )?answer(?: is)?\s*:))\s*", ""),                                            # Answer: 5
-          (r"\\[dt]?frac\s*", r"\\frac"),
-          (r"\\frac(\d)", r"\\frac{\1}"), (r"\\frac(\{[^{}]*\})(\d)", r"\\frac\1{\2}"),                     # \frac12, \frac1{12}
-          (r"\{,\}", ","), ("\u2212", "-"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),                                # 1{,}000; \sqrt2
-          (r"([\^_])\{(\w)\}", r"\1\2"),                                                                      # 2^{3}, 11_{8}
-          (r"\\(?:left|right)(?![a-z])|(?<!\\)\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|\\degree|°", ""),   # \\ ends a row
-          (r"^[A-Za-z]\s*=(?!=)", ""),
-          (r"^(-?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}))\s*"                                     # a number's unit: m^2, but not e^3 or n^2
-           r"\\(?:text|mbox|mathrm)\{(?! *[eix] *\}| *[a-ln-z] *\}\^)[^{}]*\}(?:\^\d)?$", r"\1"),
-          (r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1"),
-          (r"(?<![\w.])\\frac\{(-?[\w.]+)\}\{(-?[\w.]+)\}(?!\.?\w)", r"\1/\2")]                             # 1/2, x/2
 
 
 # ---- the parts of a completion
@@ -162,49 +147,15 @@ def repetition_reward(completions: list[str], facts: list[dict], n: int = 3, max
 # ---- right or wrong
 
 def answer_reward(completions: list[str], facts: list[dict]) -> Values:
-    """1 if the answer equals the problem's, as text or as a number (1,000 = 1000.0, 1/2 = \\frac{1}{2} = 0.5), else 0; None
-    without a gold answer.
-
-    If an answer has a LaTeX \\boxed{...}, only what the last one holds counts; in a text without tags, that is the answer. The
-    comparison ignores $ and * around the answer, `Answer:` or #### before it, a full stop after it, percent and degree signs, a
-    letter and = before it, LaTeX's spaces, a space beside a symbol (beside a minus only if both sides have one), and a number's
-    unit in \\text{...}.
-    """
+    """1 if the answer is the problem's (answers.same_answer: \\frac{1}{2} is 0.5), else 0; None without a gold answer. In a text
+    without tags, what the last \\boxed{...} holds is the answer."""
     values = []
     for completion, problem in zip(completions, facts, strict=True):
         answer, gold = answer_part(completion), (problem.get("answer") or "").strip()
         if answer is None and not re.search("</?(?:think|answer)>", completion):
             answer = boxed(completion)
-        values.append(float(answer is not None and _same_answer(answer, gold)) if gold else None)
+        values.append(float(answer is not None and same_answer(answer, gold)) if gold else None)
     return values
-
-
-def _same_answer(a: str, b: str) -> bool:
-    a, b = map(_plain, (a, b))
-    tight = lambda text: re.sub(r" ?([^\w .-]) ?| (-) ", r"\1\2", " ".join(text.split()))   # (1, 2) is (1,2), but 1 2 not 12
-    if tight(a) == tight(b):
-        return True
-    value = _value(a)                                           # only now: long numbers take a while
-    return value is not None and value == _value(b)
-
-
-def _plain(answer: str) -> str:
-    """The answer without what _LATEX takes off it."""
-    text = boxed(answer) or answer
-    for pattern, replacement in _LATEX:
-        text = re.sub(r"(?<!\.)\.$", "", text.strip("$* \n")).rstrip("$* \n")             # the full stop, and marks around it
-        text = re.sub(pattern, replacement, text)
-    return text.strip() or answer.strip()                       # all of it may be marks
-
-
-def _value(text: str) -> Fraction | None:
-    """The number that a text is: a decimal, or a fraction of two; exact, unlike a float. None for more than 10,000 characters, as
-    the time grows with their square."""
-    parts = [part.strip() for part in text.split("/")]
-    if len(text) > 10_000 or len(parts) > 2 or not all(map(_NUMBER.fullmatch, parts)):
-        return None
-    top, bottom = (Fraction(Decimal(part.replace(",", ""))) for part in (*parts, "1")[:2])
-    return top / bottom if bottom else None
 
 
 def _tests_of(completion: str, problem: dict, max_seconds: float, max_memory: int) -> list[tuple] | None:

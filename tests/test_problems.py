@@ -6,11 +6,12 @@ import re
 
 import pytest
 
+from minikd.answers import boxed
 from minikd.data import encode_examples
 from minikd.errors import InputError
 from minikd.formats import Dropped, to_example
-from minikd.problems import (ANSWER, TASKS, boxed, encode_problems, load_problems,
-                             shows_its_tests, to_problem, toy_problems, toy_records)
+from minikd.problems import (ANSWER, TASKS, encode_problems, load_problems, shows_its_tests, to_problem, toy_problems,
+                             toy_records)
 from minikd.rewards import answer_part, extract_code, format_reward, steps_reward
 from minikd.toy import held_out
 
