@@ -12,7 +12,7 @@ _LATEX = [(r"^(?:####|(?i:(?:final )?answer(?: is)?\s*:))\s*", ""),             
           (r"([\^_])\{(\w)\}", r"\1\2"),                                                                      # 2^{3}, 11_{8}
           (r"\\(?:left|right)(?![a-z])|(?<!\\)\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|\\degree|°", ""),   # \\ ends a row
           (r"^[A-Za-z]\s*=(?!=)", ""),
-          (r"^(-?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}))\s*"                                     # a number's unit: m^2, but not e^3 or n^2
+          (r"^(-?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}))\s*"                                  # a number's unit: m^2, but not e^3 or n^2
            r"\\(?:text|mbox|mathrm)\{(?! *[eix] *\}| *[a-ln-z] *\}\^)[^{}]*\}(?:\^\d)?$", r"\1"),
           (r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1"),
           (r"(?<![\w.])\\frac\{(-?[\w.]+)\}\{(-?[\w.]+)\}(?!\.?\w)", r"\1/\2")]                             # 1/2, x/2

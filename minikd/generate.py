@@ -234,8 +234,8 @@ class Decoding:
             end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
             if math.isnan(sum(logps[:end])):
                 whose = "model's" if len(self.models) == 1 else "model's or the teacher's"
-                raise InputError(f"generate: the {whose} logits are not finite, so there is nothing to draw from; the weights are "
-                                 "damaged, training diverged (lower --lr), or float16 overflows")
+                raise InputError(f"generate: the {whose} logits are not finite, so there is nothing to draw from; the weights "
+                                 "are damaged, training diverged (lower --lr), or float16 overflows")
             self.answers[answer] += tokens[:end]
             self.answer_logps[answer] += logps[:end]
             if tokens[end - 1] not in stops:

@@ -7,8 +7,8 @@ processes. None is started with preexec_fn, which would be unsafe in a caller wi
     supervisor     adopts every descendant of the program (as a subreaper) and ends after the last of them
     the program    a fresh interpreter, under kernel limits that nothing inside it can lift
 
-The functions from _supervise to _boot run in the last two processes, passed to `python -c` as source. Important limits
-are set in more than one way, as a kernel or container may lack some of these; isolation() says which are active:
+confine.py runs in the last two. Important limits are set in more than one way, as a kernel or container may lack some of these;
+isolation() says which are active:
 
     rlimits        memory, CPU time, file size, open files, threads, timers (root is exempt: hence the uid)
     uid            root becomes 65534, without access to root's files, processes and environment
@@ -19,13 +19,7 @@ are set in more than one way, as a kernel or container may lack some of these; i
                    scheduling only for itself. On a kernel without seccomp, the program may not start threads either
 
 It does not protect against bugs of the kernel. Without Landlock, a program can read and write whatever its uid can.
-
-References
-    Landlock    docs.kernel.org/userspace-api/landlock.html
-    seccomp     docs.kernel.org/userspace-api/seccomp_filter.html
 """
-import _signal                  # the C part of signal: importing the enums of signal.py takes 4 ms
-import ctypes
 import fcntl
 import functools
 import inspect
@@ -41,6 +35,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from minikd import confine
 from minikd.errors import InputError
 from minikd.files import discard, naming, sweep, temporary_folder
 
@@ -58,42 +53,6 @@ SHARE = Path("/sys/fs/cgroup/cpu.max")          # cgroup v2
 LIMITS = {"RLIMIT_CORE": 1, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPROC": 64, "RLIMIT_SIGPENDING": 256}
 READABLE = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime",
             "/dev/zero", "/dev/random", "/dev/urandom"]
-# System calls that no answer needs, by their numbers on (x86_64, aarch64). -1: that machine lacks it.
-DENIED = {
-    # new processes, sockets, access to other processes, ways around the filter, folders
-    "fork": (57, -1), "vfork": (58, -1), "socket": (41, 198), "socketpair": (53, 199), "tkill": (200, 130),
-    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
-    "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    "process_madvise": (440, 440), "migrate_pages": (256, 238), "move_pages": (279, 239), "setpriority": (141, 140),
-    "ioprio_set": (251, 30), "io_uring_setup": (425, 425), "bpf": (321, 280), "userfaultfd": (323, 282),
-    "perf_event_open": (298, 241), "seccomp": (317, 277), "landlock_create_ruleset": (444, 444), "unshare": (272, 97),
-    "setns": (308, 268), "mount": (165, 40), "mkdir": (83, -1), "mkdirat": (258, 34),
-    # what outlives the process, or takes memory, disk or the machine's own resources that no limit counts
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "vmsplice": (278, 75), "fallocate": (285, 47), "io_setup": (206, 0),
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "semget": (64, 190),
-    "msgget": (68, 186), "mq_open": (240, 180), "close_range": (436, 436), "openat2": (437, 437), "inotify_init": (253, -1),
-    "inotify_init1": (294, 26), "fanotify_init": (300, 262),
-    # what Landlock does not control in a file: its mode, owner, times, attributes, and before ABI 3 its length
-    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1), "fchown": (93, 55),
-    "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1), "futimesat": (261, -1),
-    "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
-    "file_setattr": (469, 469), "truncate": (76, 45)}
-# System calls judged by one argument: (numbers, the argument's place, its bits that count, values, ONLY these values are allowed
-# or NEVER). SELF is the program's pid: on the same user's other processes, such as the caller, these calls would work too.
-ONLY, NEVER, SELF, ALL = True, False, -1, 0xFFFFFFFF
-JUDGED = {
-    **{name: (numbers, 0, ALL, (0, SELF), ONLY) for name, numbers in {
-        "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "sched_setaffinity": (203, 122),
-        "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274)}.items()},
-    "clone": ((56, 220), 0, 0x10400, (0x10400,), ONLY),     # CLONE_THREAD and CLONE_FILES: a thread
-    "prctl": ((157, 167), 0, ALL, (1, 22), NEVER),          # PR_SET_PDEATHSIG, PR_SET_SECCOMP
-    "fcntl": ((72, 25), 1, ALL, (8, 10, 15, 1024), NEVER),  # F_SETOWN, F_SETSIG, F_SETOWN_EX, which signal others; F_SETLEASE
-    # TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX; others change a file's flags, or make folders
-    "ioctl": ((16, 29), 1, ALL, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), ONLY),
-    "mmap": ((9, 222), 3, 0x21, (0x21,), NEVER),            # MAP_SHARED with MAP_ANONYMOUS: AS stops counting it too early
-    "open": ((2, -1), 1, 0x400000, (0x400000,), NEVER),     # O_TMPFILE: a file without a name
-    "openat": ((257, 56), 2, 0x400000, (0x400000,), NEVER)}
 
 
 @dataclass(frozen=True)
@@ -206,7 +165,7 @@ def _try(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
             with suppress(OSError):     # link put in its place
                 os.chmod(folder, 0o700)
         discard(folder, held)
-    limits, code, *_ = said.decode().split("\n") + [""]         # as _supervise writes them; or "busy", or "refused: why"
+    limits, code, *_ = said.decode().split("\n") + [""]         # as confine.supervise writes them; or "busy", or "refused: why"
     if limits == "busy":
         raise BlockingIOError("the supervisor could not start the program")
     if limits.startswith("refused") or not (limits or verdict):
@@ -235,8 +194,8 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
                              "MINIKD_SANDBOX_AS_ROOT=1") from error
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)         # not a venv's link
     seconds = math.ceil(timeout) + 1                            # of CPU time, if the wall clock should fail
-    return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "denied": DENIED, "judged": JUDGED,
-            "boot": f"exec({inspect.getsource(_boot) + '_boot()'!r}, {{}})", "uid": uid,       # {}: not the program's globals
+    boot = f"exec({inspect.getsource(confine.boot) + 'boot()'!r}, {{}})"        # {}: not the program's globals
+    return {"parent": os.getpid(), "python": python, "prefix": sys.base_prefix, "boot": boot, "uid": uid,
             "readable": READABLE + [python, f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)],
             "limits": LIMITS | {"RLIMIT_CPU": seconds, "RLIMIT_AS": int(memory_mb * MB)}}
 
@@ -251,7 +210,7 @@ def _supervisor(folder, options):
         with open(f"{folder}/stdin", "rb") as stdin:
             os.unlink(stdin.name)
             process = subprocess.Popen(
-                [options["python"], "-I", "-S", "-B", "-c", f"{_trampoline()}\n_supervise({write}, {options!r})"],
+                [options["python"], "-I", "-S", "-B", "-c", f"{_trampoline()}\nsupervise({write}, {options!r})"],
                 stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, pass_fds=[write], env={},
                 cwd=folder, start_new_session=True)
     except BaseException:
@@ -338,215 +297,7 @@ def _too_much(folder) -> bool:
     return False
 
 
-# ---- one run, seen from inside: these functions go to a bare interpreter as source
-
-def _supervise(report, options):
-    """Forks the program, waits, kills its descendants; writes "LIMITS\\nEXIT CODE\\n" to `report`, or "refused: why", or "busy"
-    if it cannot fork."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl.argtypes = [ctypes.c_int] + 4 * [ctypes.c_ulong]
-    libc.prctl(36, 1, 0, 0, 0)                                  # PR_SET_CHILD_SUBREAPER: orphans become our children
-
-    def end(number=0, _=None):                                  # also called by SIGTERM and SIGHUP, at any moment
-        _kill_below()
-        # If the caller is dead, remove its folder. SIGHUP tells, too: while its threads end, it is still our parent.
-        if number == _signal.SIGHUP or os.getppid() != options["parent"]:
-            for name in os.listdir("."):
-                os.unlink(name)
-            os.rmdir(os.getcwd())
-        os._exit(0)                                             # 1 ms faster than a normal exit
-
-    _signal.signal(_signal.SIGTERM, end)                        # from _stop
-    _signal.signal(_signal.SIGHUP, end)                         # from the kernel, when the caller dies: see PR_SET_PDEATHSIG
-    _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)            # if the caller ignores it, exit codes are lost
-    libc.prctl(1, _signal.SIGHUP, 0, 0, 0)                      # PR_SET_PDEATHSIG
-    os.set_inheritable(report, False)
-    if os.getppid() != options["parent"]:
-        end()
-    try:
-        child = os.fork()
-    except BlockingIOError:
-        os.write(report, b"busy\n\n")
-        end()
-    if not child:
-        try:
-            _become(libc, report, options)
-        except BaseException as error:
-            os.write(report, f"refused: {error}".encode())
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    _kill_below()
-    os.write(report, f"\n{os.waitstatus_to_exitcode(status)}\n".encode())
-    end()
-
-
-def _kill_below():
-    """Kills children until there are none: the children of a dead child become ours, even after setsid."""
-    while True:
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return
-        try:
-            pids = [name for name in os.listdir("/proc") if name.isdigit()]
-        except OSError:                                         # the machine can open no more files: wait until it can
-            pids = []
-        for pid in pids:
-            try:
-                with open(f"/proc/{pid}/stat", "rb") as file:
-                    parent = int(file.read().rpartition(b")")[2].split()[1])
-                if parent == os.getpid():
-                    os.kill(int(pid), _signal.SIGKILL)
-            except OSError:                                     # gone meanwhile, or another user's
-                pass
-        time.sleep(0.001)
-
-
-def _become(libc, report, options):
-    """Drops all rights that the program does not need, then becomes it (execve). Raises if it must not be run."""
-    import resource                                             # here: it is not among the trampoline's imports
-    os.setsid()
-    root, uid = os.geteuid() == 0, options["uid"]
-    active = ["rlimits", f"uid {os.geteuid() if uid is None else uid}"]
-    spaces = 0x40000000 | 0x08000000 | (0 if root else 0x10000000)      # CLONE_NEWNET, NEWIPC, NEWUSER
-    active.append("no network namespace" if libc.unshare(spaces) else "own network and IPC namespaces")
-    if root and uid is not None:
-        _uncover(libc, options["prefix"])
-    if libc.prctl(38, 1, 0, 0, 0):                              # PR_SET_NO_NEW_PRIVS
-        raise OSError("this kernel lacks no_new_privs")
-    abi = _landlock(libc, options["readable"])
-    active.append(f"Landlock ABI {abi}" if abi else "no Landlock: that user's files can be read and written")
-    if root and uid is None:                                    # by MINIKD_SANDBOX_AS_ROOT
-        for capability in range(64):
-            libc.prctl(24, capability, 0, 0, 0)                 # PR_CAPBSET_DROP: none is left after execve
-    elif root:
-        try:
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
-        except OSError as error:
-            raise OSError(f"root cannot become uid {uid} ({error}); run as an ordinary user, or set "
-                          "MINIKD_SANDBOX_AS_ROOT=1") from error
-        if libc.unshare(0x10000000):                            # CLONE_NEWUSER: NPROC counts within it
-            active.append("no user namespace")
-    for name, value in options["limits"].items():               # after the uid, whose change NPROC could forbid
-        which = getattr(resource, name)
-        hard = resource.getrlimit(which)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(which, (value, value))
-    libc.prctl(1, _signal.SIGKILL, 0, 0, 0)                     # PR_SET_PDEATHSIG: dies with the supervisor
-    filtered = _seccomp(libc, options["denied"], options["judged"])
-    if not filtered:                                            # then only this keeps it from starting processes
-        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    active.append("seccomp" if filtered else "no seccomp")
-    os.write(report, ", ".join(active).encode())
-    python = options["python"]
-    environment = {"PYTHONHASHSEED": "0",                       # the same source, the same output
-                   "MALLOC_ARENA_MAX": "1"}                     # or AS counts 64 MB for each thread
-    os.execve(python, [python, "-s", "-S", "-B", "-X", "utf8", "-c", options["boot"]], environment)
-
-
-def _uncover(libc, prefix):
-    """Makes root's own Python (/root/.pyenv) readable for other users, and nothing beside it: in a mount namespace, an empty
-    tmpfs covers the folder that hides it, and Python's folder is mounted inside."""
-    paths = [prefix[:i] for i, letter in enumerate(prefix + "/") if letter == "/" and i]
-    above = [path for path in paths if not os.stat(path).st_mode & 1]
-    if not above:
-        return
-
-    def mount(source, target, kind, flags, data):
-        source, target, kind, data = (text and text.encode() for text in (source, target, kind, data))
-        return libc.mount(source, target, kind, ctypes.c_ulong(flags), data)
-
-    os.umask(0o022)
-    failed = libc.unshare(0x20000) or mount(None, "/", None, 0x44000, None)         # CLONE_NEWNS; MS_REC, MS_PRIVATE
-    handle = os.open(prefix, os.O_PATH)
-    if not failed and not mount("tmpfs", above[0], "tmpfs", 0, "mode=755,size=64k"):
-        os.makedirs(prefix)
-        failed = mount(f"/proc/self/fd/{handle}", prefix, None, 0x1000, None)       # MS_BIND
-    os.close(handle)
-    if failed or not os.path.exists(f"{prefix}/lib"):
-        raise OSError(f"{above[0]} hides this Python from other users; use a Python that all can run, or chmod o+x that folder")
-
-
-def _landlock(libc, readable) -> int:
-    """Limits file access to `readable` and, for writing, the current folder without subfolders; no TCP; no signals to others.
-
-    Returns the kernel's Landlock ABI, 0 if it has none. The ABI decides what can be forbidden or allowed by rules: moves
-    between folders from 2 on (1 forbids all), truncation 3, TCP 4, devices' ioctl 5, signals and abstract sockets 6.
-    """
-    abi = libc.syscall(444, None, ctypes.c_size_t(0), 1)        # landlock_create_ruleset: the version
-    if abi < 1:
-        return 0
-    every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1        # all access rights to files that this ABI knows
-    handled = (ctypes.c_uint64 * 3)(every, 3, 3)                # struct landlock_ruleset_attr: files, network, scope
-    ruleset = libc.syscall(444, handled, ctypes.c_size_t(8 if abi < 4 else 16 if abi < 6 else 24), 0)
-    execute, write, read, read_dir, make, truncate = 1, 2, 4, 8, 256, 1 << 14
-    rules = [(path, execute | read | read_dir) for path in readable]
-    rules += [("/dev/null", read | write), (".", read | write | read_dir | make | truncate)]      # what is removed is not counted
-    for path, allowed in rules:
-        if os.path.exists(path):
-            handle = os.open(path, os.O_PATH)
-            allowed &= every if os.path.isdir(path) else execute | read | write
-            rule = allowed.to_bytes(8, sys.byteorder) + handle.to_bytes(4, sys.byteorder)
-            if libc.syscall(445, ruleset, 1, rule, 0):          # landlock_add_rule, LANDLOCK_RULE_PATH_BENEATH
-                raise OSError(f"Landlock refused a rule for {path}: {os.strerror(ctypes.get_errno())}")
-            os.close(handle)
-    if ruleset < 0 or libc.syscall(446, ruleset, 0):            # landlock_restrict_self
-        raise OSError(f"Landlock failed: {os.strerror(ctypes.get_errno())}")
-    os.close(ruleset)
-    return abi
-
-
-def _seccomp(libc, denied, judged) -> bool:
-    """Makes these fail with EPERM: the system calls in `denied`, those in `judged` whose arguments are not allowed, and new
-    processes. False if not supported."""
-    machine = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
-    if machine is None:
-        return False
-    # An instruction of BPF: (operation, instructions to skip if it is true, if it is false, value).
-    load, mask, equal, above, end = 0x20, 0x54, 0x15, 0x35, 0x06        # load a word; bitwise and; is it ==; is it >=; return
-    deny, allow = (end, 0, 0, 0x50001), (end, 0, 0, 0x7FFF0000)     # SECCOMP_RET_ERRNO with EPERM, SECCOMP_RET_ALLOW
-    code = [(load, 0, 0, 4), (equal, 1, 0, (0xC000003E, 0xC00000B7)[machine]), deny,    # another ABI's numbers
-            (load, 0, 0, 0), (above, 0, 1, 0x40000000), deny]                           # x32
-    for numbers in denied.values():
-        if numbers[machine] >= 0:
-            code += [(equal, 0, 1, numbers[machine]), deny]
-    for numbers, place, bits, values, only in judged.values():
-        if numbers[machine] >= 0:
-            rule = [(load, 0, 0, 16 + 8 * place), (mask, 0, 0, bits)]       # the first argument is at 16, the next at 24
-            rule += [(equal, len(values) - i, 0, os.getpid() if value < 0 else value) for i, value in enumerate(values)]
-            rule += [deny, allow] if only else [allow, deny]    # the first is for none of the values, the second for any
-            code += [(equal, 0, len(rule), numbers[machine]), *rule]
-    code += [(equal, 0, 1, 435), (end, 0, 0, 0x50026), allow]   # clone3's flags are out of sight: ENOSYS, and libc calls clone
-    word = sys.byteorder
-    raw = b"".join(c.to_bytes(2, word) + bytes([yes, no]) + k.to_bytes(4, word) for c, yes, no, k in code)
-    program = ctypes.create_string_buffer(raw, len(raw))
-    length = int.from_bytes(len(code).to_bytes(2, word) + bytes(6), word)               # struct sock_fprog
-    header = (ctypes.c_uint64 * 2)(length, ctypes.addressof(program))
-    failed = libc.prctl(22, 2, ctypes.addressof(header), 0, 0)          # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-    if failed and ctypes.get_errno() not in (22, 38):                   # EINVAL, ENOSYS: a kernel without it
-        raise OSError(f"seccomp failed: {os.strerror(ctypes.get_errno())}")
-    return not failed
-
-
-def _boot():
-    """In the new interpreter: runs program.py as `python program.py` does, but without installed packages (-S)."""
-    import _sitebuiltins
-    import builtins
-    import sys
-    builtins.exit = builtins.quit = _sitebuiltins.Quitter("exit", "Ctrl-D")     # -S leaves these out too
-    main = sys.modules["__main__"].__dict__
-    main["__file__"] = sys.argv[0] = "program.py"
-    with open("program.py", "rb") as file:
-        code = compile(file.read(), "program.py", "exec", dont_inherit=True)
-    exec(code, main)
-
-
 @functools.cache
 def _trampoline() -> str:
-    """Source of the supervisor's functions, for `python -c`."""
-    parts = (_supervise, _kill_below, _become, _uncover, _landlock, _seccomp)
-    return "import _signal, ctypes, os, sys, time\n\n" + "\n\n".join(map(inspect.getsource, parts))
+    """confine.py's text, for `python -c`."""
+    return inspect.getsource(confine)

@@ -39,8 +39,8 @@ class Teacher:
 
     @torch.inference_mode()
     def states(self, rows: list[Encoded], ids: Tensor, mask: Tensor) -> Tensor:
-        """The hidden states that score the rows' responses, in order: ids and mask [B, T] -> [N, D']. They are inference tensors: a
-        loss of your own that differentiates a product with them needs a clone()."""
+        """The hidden states that score the rows' responses, in order: ids and mask [B, T] -> [N, D']. They are inference tensors:
+        a loss of your own that differentiates a product with them needs a clone()."""
         return scored_positions(self.model.hidden(ids), ids, mask)[0]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from minikd import sandbox
+from minikd import confine, sandbox
 from minikd.errors import InputError
 from minikd.files import temporary_folder
 from minikd.sandbox import isolation, run_program, run_programs, same_output
@@ -30,11 +30,11 @@ def processes(caller: int | None = None) -> list[str]:
         try:
             text = (path / "cmdline").read_text(errors="replace")
             parent = (path / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
-            above = Path(f"/proc/{parent}/cmdline").read_text(errors="replace") if "def _boot(" in text else ""
+            above = Path(f"/proc/{parent}/cmdline").read_text(errors="replace") if "def boot(" in text else ""
         except OSError:                                             # gone meanwhile
             continue
-        supervisor = text if "def _supervise(" in text else above
-        if supervisor and (ours in supervisor or "def _supervise(" not in supervisor):
+        supervisor = text if "def supervise(" in text else above
+        if supervisor and (ours in supervisor or "def supervise(" not in supervisor):
             found.append(f"{path.name}{'' if ours in supervisor else ' orphan'} {text[:60]}")
     return found
 
@@ -262,7 +262,7 @@ def test_what_landlock_does_not_watch_about_a_file_is_refused(act):
 def test_each_call_that_is_denied_is_refused():
     needs("seccomp")
     machine = ("x86_64", "aarch64").index(os.uname().machine)
-    calls = {name: numbers[machine] for name, numbers in sandbox.DENIED.items() if numbers[machine] >= 0}
+    calls = {name: numbers[machine] for name, numbers in confine.DENIED.items() if numbers[machine] >= 0}
     source = (f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nfor name, number in {calls}.items():\n"
               "    if libc.syscall(number, -1, 0, 0, 0, 0, 0) != -1 or ctypes.get_errno() != 1: print(name)\nprint('tried all')")
     assert run_program(source).stdout == "tried all\n"
@@ -635,7 +635,7 @@ def test_the_folder_goes_when_the_starting_thread_dies_before_its_process(nothin
         running = pool.submit(run_program, LOOP, timeout=60)
         deadline = time.monotonic() + 10
         code = lambda line: Path(f"/proc/{line.split()[0]}/cmdline").read_text()
-        supervisors = lambda found: [line for line in found if "def _supervise(" in code(line)]
+        supervisors = lambda found: [line for line in found if "def supervise(" in code(line)]
         while (len(found := processes()) < 2 or len(supervisors(found)) > 1) and time.monotonic() < deadline:
             time.sleep(0.01)                                        # until execve the program's process looks like its parent
         [supervisor] = supervisors(found)
