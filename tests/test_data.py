@@ -34,10 +34,30 @@ def encode(*pairs, **options):
     return encode_examples(examples, Letters(), **options)
 
 
-def test_response_ends_in_the_end_token_and_follows_the_chat_prompt():
+def test_a_response_ends_in_the_end_token_and_follows_the_chat_prompt():
     (row,), counts = encode(("hi", "yo"))
     assert "".join(map(chr, row.prompt)) == "u:hi;a:" and row.response == [ord("y"), ord("o"), 1]
     assert not row.cut and row.index == 0 and counts["encoded"] == 1
+
+
+def test_alpaca_template_is_the_papers_without_chat_markers():
+    with_input = prompt_text(to_example({**DOLLY, "context": "Tope swim."}, "d:1"), Letters(), "alpaca")
+    assert with_input == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nWhich is a fish?\n\n"
+        "### Input:\nTope swim.\n\n### Response:\n")
+    without = prompt_text(to_example(DOLLY, "d:1"), Letters(), "alpaca")
+    assert "### Input" not in without and without.startswith("Below is an instruction that describes a task. Write a")
+    with pytest.raises(InputError, match="template 'alpacca' is not known; choose chatml or alpaca"):
+        prompt_text(to_example(DOLLY, "d:1"), Letters(), "alpacca")
+
+
+def test_alpaca_template_words_bugnet_and_pytorrent_as_the_paper_does():
+    bug = prompt_text(to_example(BUGNET, "d:1"), Letters(), "alpaca")
+    assert "Write a Python program that contains the correction of the code bug" in bug and "TLE" in bug
+    assert "solution code" not in bug.lower()
+    assert "Write a programming script that appropriately completes the request." in \
+        prompt_text(to_example(PYTORRENT, "d:1"), Letters(), "alpaca")
 
 
 def test_a_sampled_response_is_cut_unless_it_ends_in_a_stop_token():
@@ -63,7 +83,7 @@ def test_long_response_is_cut_without_an_invented_end_and_counted():
 def test_long_prompts_are_dropped_and_counted_and_the_index_still_points_at_the_example():
     rows, counts = encode(("h" * 9, "x"), ("h", "x"), max_prompt_length=6)
     assert [row.index for row in rows] == [1] and counts["dropped: prompt too long"] == 1
-    rows, counts = encode(("hhh", "x"), ("h", "x"), max_length=7)               # eight prompt tokens leave no room
+    rows, counts = encode(("hhh", "x"), ("h", "x"), max_length=8)               # eight prompt tokens leave no room
     assert [row.index for row in rows] == [1] and counts["dropped: prompt too long"] == 1
 
 
@@ -112,24 +132,10 @@ def test_nothing_left_is_an_error():
         encode(("hello", "<e>"), ("hello, hello, hello", "x"), ("hello " * 9, "x"), max_prompt_length=12)
 
 
-def test_alpaca_template_is_the_papers_without_chat_markers():
-    with_input = prompt_text(to_example({**DOLLY, "context": "Tope swim."}, "d:1"), Letters(), "alpaca")
-    assert with_input == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nWhich is a fish?\n\n"
-        "### Input:\nTope swim.\n\n### Response:\n")
-    without = prompt_text(to_example(DOLLY, "d:1"), Letters(), "alpaca")
-    assert "### Input" not in without and without.startswith("Below is an instruction that describes a task. Write a")
-    with pytest.raises(InputError, match="template 'alpacca' is not known; choose chatml or alpaca"):
-        prompt_text(to_example(DOLLY, "d:1"), Letters(), "alpacca")
-
-
-def test_alpaca_template_words_bugnet_and_pytorrent_as_the_paper_does():
-    bug = prompt_text(to_example(BUGNET, "d:1"), Letters(), "alpaca")
-    assert "Write a Python program that contains the correction of the code bug" in bug and "TLE" in bug
-    assert "solution code" not in bug.lower()
-    assert "Write a programming script that appropriately completes the request." in \
-        prompt_text(to_example(PYTORRENT, "d:1"), Letters(), "alpaca")
+def test_what_was_dropped_is_told_and_nothing_else():
+    none = {"encoded": 3, "responses cut": 2, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
+    assert describe_dropped(none) == ""
+    assert describe_dropped(none | {"dropped: prompt too long": 1200}) == "1,200 dropped: prompt too long"
 
 
 # ---- batches
@@ -138,11 +144,11 @@ def rows_of(*lengths):
     return [Encoded([5] * p, [7] * r, False, i) for i, (p, r) in enumerate(lengths)]
 
 
-def test_mask_is_true_on_response_tokens_only_even_where_they_equal_the_pad():
+def test_the_mask_is_true_on_response_tokens_only_even_where_they_equal_the_pad():
     rows = [Encoded([0, 5], [0, 1], False, 0), Encoded([5], [7, 8, 9, 1], False, 1)]
     ids, mask = collate(rows, pad_id=0)
     assert ids.tolist() == [[0, 5, 0, 1, 0], [5, 7, 8, 9, 1]] and ids.dtype == torch.int64
-    assert mask.tolist() == [[False, False, True, True, False], [False, True, True, True, True]]
+    assert mask.tolist() == [[False, False, True, True, False], [False, True, True, True, True]] and mask.dtype == torch.bool
 
 
 def test_batches_are_made_on_the_cpu_whatever_the_default_device():
@@ -152,18 +158,6 @@ def test_batches_are_made_on_the_cpu_whatever_the_default_device():
     finally:
         torch.set_default_device(None)
     assert ids.tolist() == [[1, 2, 3]] and mask.tolist() == [[False, False, True]]
-
-
-def test_mask_and_ids_equal_a_slow_loop():
-    rows = rows_of((3, 2), (1, 9), (7, 1), (2, 4))
-    ids, mask = collate(rows, pad_id=99)
-    assert ids.shape == mask.shape == (4, 10) and mask.dtype == torch.bool
-    for b, row in enumerate(rows):
-        whole = row.prompt + row.response
-        for t in range(10):
-            assert ids[b, t] == (whole[t] if t < len(whole) else 99)
-            assert mask[b, t] == (len(row.prompt) <= t < len(whole))
-    assert mask.sum() == sum(len(row.response) for row in rows)
 
 
 @pytest.mark.parametrize("count, size", [(1, 4), (4, 4), (10, 4), (1000, 7), (1000, 1)])
@@ -241,14 +235,3 @@ def test_real_records_through_the_real_tokenizer_come_back_as_text(shared):
         said = qwen.decode(line[own].tolist())
         assert examples[row.index].response.startswith(said) if row.cut else said == examples[row.index].response
         assert qwen.decode(line[~own].tolist()) == prompt_text(examples[row.index], qwen, "alpaca")
-
-
-def test_a_prompt_that_fills_max_length_leaves_no_room_and_is_dropped():
-    rows, counts = encode(("hhh", "x"), ("h", "x"), max_length=8)               # the first prompt has eight tokens
-    assert [row.index for row in rows] == [1] and counts["dropped: prompt too long"] == 1
-
-
-def test_what_was_dropped_is_told_and_nothing_else():
-    none = {"encoded": 3, "responses cut": 2, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
-    assert describe_dropped(none) == ""
-    assert describe_dropped(none | {"dropped: prompt too long": 1200}) == "1,200 dropped: prompt too long"

@@ -15,8 +15,12 @@ from minikd.evaluate import read_references
 from minikd.examples import hold_out, load_examples, load_texts, split_examples, write_held_out
 from minikd.formats import Dropped, recognise, to_example, without_docstring
 
+BRIEF, ASKED, ANSWERED = ({"role": role, "content": content} for role, content in (
+    ("system", "Be brief."), ("user", "1?"), ("assistant", "one")))
+
 
 def message(record, format=None):
+    """The error's."""
     with pytest.raises(InputError) as caught:
         to_example(record, "data.jsonl:812", format)
     assert "\n" not in str(caught.value)
@@ -26,10 +30,12 @@ def message(record, format=None):
 # ---- the schemas
 
 def test_dolly_puts_its_context_under_the_instruction():
-    example = to_example({**DOLLY, "context": "Tope swim."}, "d.jsonl:1")
+    """Other fields are ignored: the Spanish set has the English text beside its own."""
+    example = to_example({**DOLLY, "context": "Tope swim.", "instruction_original_en": "Which?", "id": 3}, "d.jsonl:1")
     assert example.messages == ({"role": "user", "content": "Which is a fish?\n\nTope swim."},)
     assert (example.instruction, example.input, example.response) == ("Which is a fish?", "Tope swim.", "Tope")
     assert (example.references, example.category, example.where) == (("Tope",), "classification", "d.jsonl:1")
+    assert to_example({"instruction": "Add.", "input": "1 2", "response": "3"}, "d:1").input == "1 2"
 
 
 @pytest.mark.parametrize("context", ["", None, float("nan"), "  "])
@@ -37,15 +43,6 @@ def test_an_absent_context_is_empty_however_it_is_written(context):
     assert to_example({**DOLLY, "context": context}, "d:1").input == ""
     assert to_example({key: DOLLY[key] for key in ("instruction", "response")}, "d:1").messages[0]["content"] == \
         "Which is a fish?"
-
-
-def test_spanish_dolly_ignores_the_english_originals():
-    record = {**DOLLY, "instruction": "¿Qué año?", "instruction_original_en": "Which year?", "id": 3}
-    assert to_example(record, "d:1").instruction == "¿Qué año?"
-
-
-def test_instruction_input_response_is_read_as_dolly_without_losing_the_input():
-    assert to_example({"instruction": "Add.", "input": "1 2", "response": "3"}, "d:1").input == "1 2"
 
 
 def test_alpaca_with_several_outputs_trains_on_the_first_and_compares_with_all():
@@ -58,43 +55,33 @@ def test_alpaca_with_several_outputs_trains_on_the_first_and_compares_with_all()
 
 
 def test_chat_trains_on_the_last_assistant_turn_and_keeps_the_system_prompt():
-    turns = [("system", "Be brief."), ("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two"),
-             ("user", "bye")]
-    example = to_example({"messages": [{"role": role, "content": content} for role, content in turns]}, "d:1")
-    assert [m["content"] for m in example.messages] == ["Be brief.", "1?", "one", "2?"]
-    assert (example.response, example.category) == ("two", "chat")
+    more, said, bye = ASKED | {"content": "2?"}, ANSWERED | {"content": "two"}, ASKED | {"content": "bye"}
+    example = to_example({"messages": [BRIEF, ASKED, ANSWERED, more, said, bye]}, "d:1")
+    assert example.messages == (BRIEF, ASKED, ANSWERED, more) and (example.response, example.category) == ("two", "chat")
     assert example.instruction == "Be brief.\n\nUser: 1?\n\nAssistant: one\n\nUser: 2?"
-    greeted = [{"role": role, "content": content} for role, content in (("assistant", "Hello."), *turns[1:3])]
-    assert to_example({"messages": greeted}, "").messages == tuple(greeted[:2])
-    single = to_example({"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "one"}]}, "")
-    assert single.instruction == "1?"
-    brief = to_example({"messages": [{"role": role, "content": content} for role, content in turns[:3]]}, "")
-    assert brief.instruction == "Be brief.\n\n1?"                               # still one turn of the user's, not marked
+    assert to_example({"messages": [said, ASKED, ANSWERED]}, "").messages == (said, ASKED)             # it was greeted
+    assert to_example({"messages": [ASKED, ANSWERED]}, "").instruction == "1?"                          # one turn is not marked
     with pytest.raises(Dropped, match="empty message"):
-        to_example({"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "one"}]}, "")
+        to_example({"messages": [ASKED | {"content": " "}, ANSWERED]}, "")
 
 
 @pytest.mark.parametrize("name, record", [
-    ("chat", {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1?"},
-                           {"role": "assistant", "content": "one"}]}),
+    ("chat", {"messages": [BRIEF, ASKED, ANSWERED]}),
     ("sharegpt", {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "1?"},
                                     {"from": "gpt", "value": "one"}], "source": "x"}),
     ("sharegpt", {"system": "Be brief.",
                   "conversations": [{"from": "user", "value": "1?"}, {"from": "assistant", "value": "one"}]}),
-    ("sharegpt", {"conversations": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1?"},
-                                    {"role": "assistant", "content": "one"}]}),
+    ("sharegpt", {"conversations": [BRIEF, ASKED, ANSWERED]}),
     ("pair", {"system_prompt": "Be brief.", "question": "1?", "response": "one", "id": 3}),
     ("alpaca", {"system": "Be brief.", "instruction": "1?", "input": "", "output": "one", "history": []}),
-    ("chat", {"system": "Be long.", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1?"},
-                                                 {"role": "assistant", "content": "one"}]}),
-    ("pair", {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1?"}],
-              "completion": [{"role": "assistant", "content": "one"}]}),
+    ("chat", {"system": "Be long.", "messages": [BRIEF, ASKED, ANSWERED]}),
+    ("pair", {"prompt": [BRIEF, ASKED], "completion": [ANSWERED]}),
     ("pair", {"system": "Be brief.", "prompt": "1?", "completion": "one"}),
     ("pair", {"system": "Be brief.", "prompt": None, "problem": "1?", "answer": "1", "solution": "one"}),
     ("pair", {"system": "Be brief.", "query": "1?", "solution": None, "answer": "one"})])
-def test_the_same_conversation_under_other_names(name, record):
+def test_a_conversation_is_the_same_under_other_names(name, record):
     example = to_example(record, "d:1")
-    assert [(turn["role"], turn["content"]) for turn in example.messages] == [("system", "Be brief."), ("user", "1?")]
+    assert example.messages == (BRIEF, ASKED)
     assert (example.response, example.references, example.category) == ("one", ("one",), name)
     assert example.instruction == "Be brief.\n\n1?"
 
@@ -120,7 +107,7 @@ def test_a_pair_is_asked_with_what_it_is_about(record, asked):
     ({"prompt": None, "completion": "a"}, "'prompt' is null"), ({"prompt": {}, "completion": "a"}, "'prompt' is a dict"),
     ({"question": "a", "answer": ["b"]}, "field 'answer' is a list; make it text or [{role, content}, ...]"),
     ({"prompt": "a", "completion": [{"role": "assistant"}]}, "messages[1]: field 'content' is missing")])
-def test_a_malformed_one_is_named_too(record, words):
+def test_a_malformed_pair_or_conversation_is_named_too(record, words):
     assert words in message(record) and words in message(record, recognise(record))
 
 
@@ -142,13 +129,6 @@ def test_bugnet_error_0_means_not_reproduced_and_only_the_verdict_is_told(error)
     assert bare.messages[0]["content"] == "Fix the bug in this program. Answer with the whole program.\n\nx"
 
 
-@pytest.mark.parametrize("value", ["+".join(600 * ["1"]), "0x" + 100_000 * "f"])
-def test_code_that_python_cannot_write_anew_is_left_out(value):
-    """The docstring shares its line, so the whole source would be written anew."""
-    with pytest.raises(Dropped, match="code that is not Python 3"):
-        to_example(PYTORRENT | {"original_string": f'def f(): "doc"; return {value}'}, "x")
-
-
 def test_pytorrent_target_has_lost_the_docstring_that_is_its_prompt():
     example = to_example(PYTORRENT, "d:1")
     assert example.response == "def f(x):\n    return x + 1\n" == example.references[0]
@@ -162,10 +142,7 @@ def test_pytorrent_without_a_summary_asks_with_the_docstring(summary):
     if summary == "absent":
         del record["summary"]
     assert to_example(record, "d:1").input == PYTORRENT["docstring"]
-
-
-def test_pytorrent_without_original_string_uses_code():
-    assert to_example({"summary": "Add.", "code": "x = 1"}, "d:1").response == "x = 1"
+    assert to_example({"docstring": "Add.", "summary": summary, "code": "x = 1"}, "d:1").response == "x = 1"
 
 
 def test_codeforces_reads_messages_or_prompt_and_generation_alike():
@@ -173,11 +150,6 @@ def test_codeforces_reads_messages_or_prompt_and_generation_alike():
     by_prompt = to_example({**CODEFORCES, "messages": None}, "d:1")
     assert by_messages == by_prompt == to_example({key: CODEFORCES[key] for key in ("messages", "generation")}, "d:1")
     assert (by_messages.response, by_messages.category) == ("<think>\n</think>", "codeforces")
-
-
-def test_codeforces_trace_that_ran_into_its_limit_teaches_no_end():
-    with pytest.raises(Dropped, match="cut short"):
-        to_example({**CODEFORCES, "finish_reason": "length"}, "d:1")
 
 
 @pytest.mark.parametrize("name, record", [("dolly", DOLLY), ("bugnet", BUGNET), ("pytorrent", PYTORRENT),
@@ -191,14 +163,17 @@ def test_format_is_recognised_from_fields(name, record):
 @pytest.mark.parametrize("template", ["chatml", "alpaca"])
 @pytest.mark.parametrize("record", [
     DOLLY, {**DOLLY, "context": ""}, BUGNET, {**BUGNET, "error": "0"}, PYTORRENT, CODEFORCES,
-    {"instruction": "Add.", "input": "1 2", "output": ["3", "three"]}, {"instruction": "Say a.", "input": "", "output": ["a", "b"]},
+    {"instruction": "Add.", "input": "1 2", "output": ["3", "three"]},
+    {"instruction": "Say a.", "input": "", "output": ["a", "b"]},
     {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"},
-                  {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}])
+                  {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
+                  {"role": "assistant", "content": "d"}]}])
 def test_what_was_held_out_is_read_as_the_same_example(tokenizer, tmp_path, record, template):
     example = to_example(record, "d:1")
     write_held_out([example], tmp_path / "held-out.jsonl")
     (again,), _ = load_examples(tmp_path / "held-out.jsonl")
-    assert replace(again, where="d:1") == example and read_references(tmp_path / "held-out.jsonl")[0].references == example.references
+    assert replace(again, where="d:1") == example
+    assert read_references(tmp_path / "held-out.jsonl")[0].references == example.references
     assert prompt_text(again, tokenizer, template) == prompt_text(example, tokenizer, template)
 
 
@@ -208,6 +183,7 @@ def test_format_can_be_forced_and_the_records_own_category_wins():
     assert to_example(both, "d:1", "alpaca").response == "o"
     assert to_example({**PYTORRENT, "category": "code"}, "d:1").category == "code"
     assert to_example({**DOLLY, "category": None}, "d:1").category == "dolly"
+    assert to_example({**DOLLY, "category": " pets\n"}, "d:1").category == "pets"
 
 
 # ---- the docstring that would leak
@@ -234,9 +210,12 @@ def test_a_docstring_is_removed_where_there_is_one(code, expected):
         assert without_docstring(code) == (code if expected is None else expected)
 
 
-@pytest.mark.parametrize("code", ["def f(a):\n    '''doc'''\n    print a\n", "return x; }", "def f():\n'''doc'''", "x = \0",
-                                  f"def f(): 'doc'; return {' + '.join(['x'] * 5000)}", "(" * 300, "-" * 10_000 + "1"])
-def test_code_that_python_3_does_not_parse_is_dropped_and_counted(code):
+@pytest.mark.parametrize("code", [
+    "def f(a):\n    '''doc'''\n    print a\n", "return x; }", "def f():\n'''doc'''", "x = \0", "(" * 300, "-" * 10_000 + "1",
+    # The docstring shares its line, so ast would write the whole source anew.
+    f"def f(): 'doc'; return {' + '.join(['x'] * 5000)}", f"def f(): 'doc'; return {'+'.join(600 * ['1'])}",
+    f"def f(): 'doc'; return 0x{100_000 * 'f'}"])
+def test_code_that_python_3_cannot_parse_or_write_anew_is_dropped(code):
     with pytest.raises(Dropped, match="code that is not Python 3"):
         to_example({"summary": "s", "code": code}, "d:1")
 
@@ -257,7 +236,8 @@ def test_a_field_of_the_question_that_would_not_be_shown_is_refused():
 
 def test_answers_that_are_labelled_bad_are_dropped_and_preference_pairs_refused():
     pair = {"prompt": "q", "completion": "a"}
-    assert to_example(pair | {"label": True}, "d:1").response == "a" and to_example(pair | {"label": "False"}, "d:1").response == "a"
+    for good in True, "False":
+        assert to_example(pair | {"label": good}, "d:1").response == "a"
     with pytest.raises(Dropped, match="labelled as a bad answer"):
         to_example(pair | {"label": False}, "d:1")
     with pytest.raises(InputError, match="field 'chosen' would not be learned"):
@@ -272,7 +252,8 @@ def test_fields_that_are_null_do_not_decide_the_format():
 
 
 @pytest.mark.parametrize("record, response", [
-    ({"messages": None, "prompt": "q", "completion": ""}, None), ({"instruction": "i", "response": " ", "conversations": None}, None),
+    ({"messages": None, "prompt": "q", "completion": ""}, None),
+    ({"instruction": "i", "response": " ", "conversations": None}, None),
     ({"question": "q", "answer": "", "instruction": None, "response": None}, None),
     ({"instruction": "i", "input": "", "output": "[]", "messages": None}, "[]"),
     ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "instruction": "Be helpful",
@@ -286,7 +267,7 @@ def test_a_blank_answer_does_not_make_a_null_field_decide_nor_references_a_held_
 
 
 def test_a_cut_answer_of_any_format_is_dropped():
-    for record in DOLLY, {"prompt": "q", "completion": "a"}:
+    for record in DOLLY, {"prompt": "q", "completion": "a"}, CODEFORCES:
         assert to_example(record | {"finish_reason": "stop"}, "d:1") == to_example(record, "d:1")
         with pytest.raises(Dropped, match="cut short"):
             to_example(record | {"finish_reason": "length"}, "d:1")
@@ -299,7 +280,7 @@ def test_a_pair_with_two_answers_is_refused():
     with pytest.raises(InputError, match="d:1: field 'solution' holds another answer than `generation`, which would be learned"):
         to_example({"prompt": "q", "solution": "human", "generation": "distilled"}, "d:1")
     for name, value in ("generation", "distilled"), ("generations", ["distilled"]), ("thinking_trajectories", ["long"]):
-        with pytest.raises(InputError, match=f"d:1: field '{name}' holds another answer than the one that would be learned; remove"):
+        with pytest.raises(InputError, match=f"d:1: field '{name}' holds another answer than the one that would be learned; re"):
             to_example(pair | {name: value}, "d:1")
 
 
@@ -319,7 +300,8 @@ def test_thoughts_that_stand_beside_an_answer_are_learned_with_it():
         assert to_example(lists, "d:1").response == thought
         for none in False, True, 1.0, [], ["s1"], None, "False", " on":         # mostly whether a model thought
             assert to_example({"problem": "q", "solution": "a", field: none}, "d:1").response == "a"
-        assert to_example({"problem": "q", "solution": "<think>b</think>a", field: "long"}, "d:1").response == "<think>b</think>a"
+        thought_out = {"problem": "q", "solution": "<think>b</think>a", field: "long"}                  # it has thoughts already
+        assert to_example(thought_out, "d:1").response == "<think>b</think>a"
 
 
 def test_the_whole_conversation_is_read_where_its_first_turn_is_a_dolly_record_too():
@@ -424,10 +406,6 @@ def test_corrupt_lines_are_skipped_and_counted_in_pytorrent_alone(tmp_path):
     assert (report.read, report.kept, report.dropped["malformed"]) == (4, 2, 2)
     (tmp_path / "later.jsonl").write_text(good[:50] + "\n" + good)             # the next shard of the same set
     assert load_examples([shard, tmp_path / "later.jsonl"], "pytorrent")[1].dropped["malformed"] == 3
-    with gzip.open(shard, "wt") as handle:
-        handle.write("\n".join([json.dumps(DOLLY), good[:50]]))
-    with pytest.raises(InputError, match="shard.jsonl.gz:2: not JSON"):
-        load_examples(shard)
 
 
 # ---- files
@@ -512,6 +490,12 @@ def test_where_only_whole_groups_fit_fewer_are_held_out():
     assert len(train) == len(validation) == 2 and train[0].instruction != validation[0].instruction
 
 
+def test_one_prompt_in_several_spellings_is_one_prompt():
+    examples = [SimpleNamespace(messages=[{"role": "user", "content": text}])
+                for text in ("Go  on", "go on", "GO ON", "go\non", "Go on")]
+    assert hold_out(examples, 2, 0) == (examples, examples[:2])
+
+
 # ---- plain text
 
 def test_texts_are_the_field_text_of_any_data_file(tmp_path):
@@ -538,13 +522,3 @@ def test_real_dolly_and_alpaca_records_load_and_split(shared):
     assert {"open_qa", "alpaca"} <= {example.category for example in examples}
     train, validation = split_examples(examples, 100)
     assert {e.messages[0]["content"] for e in train}.isdisjoint(e.messages[0]["content"] for e in validation)
-
-
-def test_blanks_around_a_category_make_no_other_one():
-    assert to_example({"instruction": "a", "response": "b", "category": " pets\n"}, "x").category == "pets"
-
-
-def test_one_prompt_in_several_spellings_is_one_prompt():
-    examples = [SimpleNamespace(messages=[{"role": "user", "content": text}])
-                for text in ("Go  on", "go on", "GO ON", "go\non", "Go on")]
-    assert hold_out(examples, 2, 0) == (examples, examples[:2])

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import random_model, same
+from conftest import random_model, same, small
 from minikd.checkpoint import save_model
-from minikd.config import Qwen2Config
 from minikd.data import Encoded
 from minikd.errors import InputError
 from minikd.gptq import (Hessian, calibrate, full_precision, inverse_factor, output_errors, quantize_matrix, quantize_model)
@@ -60,12 +59,13 @@ def slow_gptq(weight, hessian, bits, group_size, sym, act_order, damp=0.01):
         scale, zero = grids[j // size]
         codes[:, j] = ((W[:, j] / scale).round() + zero).clamp(0, top)
         Q[:, j] = scale * (codes[:, j] - zero)
-        error = (W[:, j] - Q[:, j]) / U[step, step]
+        error = (W[:, j] - Q[:, j]) / U[step, step]                             # eq. (2), by the factor: error U_jk
         W[:, order[step:]] -= error[:, None] * U[step, step:]
     return codes, Q
 
 
 def objective(weight, quantized, hessian):
+    """tr((W - Q) H (W - Q)^T), eq. (1)."""
     D = weight.double() - quantized.double()
     return float(torch.einsum("oi,ij,oj->", D, hessian.double(), D))
 
@@ -93,8 +93,6 @@ def test_the_output_error_is_at_most_half_of_roundings():
         found, rounded = (dequantize_groups(*quantized) for quantized in (quantize_matrix(weight, hessian),
                                                                       round_to_nearest(weight)))
         ours, rtn = output_errors(weight, [found, rounded], hessian)
-        right = objective(weight, found, hessian) / objective(weight, 0 * weight, hessian)
-        assert ours == pytest.approx(right, rel=1e-4)
         assert rtn > 4 * ours > 0                                               # squares: the error itself is halved
 
 
@@ -174,8 +172,17 @@ def test_a_singular_hessian_is_damped_more_and_said_so():
         found = quantize_matrix(weight, x.T @ x, group_size=16, damp=0.0, where="layer 7")
     right = quantize_matrix(weight, x.T @ x, group_size=16, damp=0.001)
     assert torch.equal(found[0], right[0])
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="not positive definite, even with"):
-        quantize_matrix(weight, -torch.eye(64) - 20 * (1 - torch.eye(64)), group_size=16)
+
+
+def test_damping_grows_to_ten_and_no_further():
+    weight = torch.randn(8, 16)
+    hessian = -0.4 * torch.ones(16, 16) + 1.4 * torch.eye(16)                   # the least eigenvalue is 1.4 - 6.4 = -5
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        quantize_matrix(weight, hessian, group_size=16, damp=0.01)
+    assert str(told[-1].message).endswith("trying 10")
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="not positive definite, even with a damping of 1.1;"):
+        quantize_matrix(weight, hessian, group_size=16, damp=0.011)
 
 
 def test_what_cannot_be_quantised_is_one_line():
@@ -193,6 +200,13 @@ def test_what_cannot_be_quantised_is_one_line():
             quantize_matrix(weight, broken, group_size=16)
     with pytest.raises(ValueError, match="a Hessian .* for .* inputs"):
         quantize_matrix(weight, hessian[:16, :16], group_size=16)
+
+
+@pytest.mark.parametrize("options", [dict(bits=9), dict(bits=1), dict(bits=0), dict(damp=math.nan), dict(damp=-1.0),
+                                     dict(damp=math.inf)])
+def test_bits_and_damping_without_sense_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        quantize_matrix(torch.randn(4, 8), torch.eye(8), group_size=8, **options)
 
 
 def test_the_hessian_is_a_sum_over_real_tokens_alone(monkeypatch):
@@ -220,12 +234,26 @@ def test_a_layer_that_no_token_reached_is_refused():
         quantize_model(tiny(), [], 0, group_size=16)
 
 
-def test_products_are_exact_whatever_the_process_allows():
+def test_every_product_is_in_full_precision():
+    """Also where a program has allowed TF32, or a variable that only oneDNN knows has allowed bfloat16."""
+    seen, x, weight, hessian = [], torch.randn(1, 64, 32), torch.randn(8, 32), Hessian(32)
+
+    class Precision(TorchDispatchMode):
+        def __torch_dispatch__(self, op, kinds, args=(), kwargs=None):
+            if "mm" in str(op):
+                seen.append((torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled))
+            return op(*args, **kwargs or {})
+
     torch.set_float32_matmul_precision("medium")
     try:
-        with full_precision():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "medium"
+        for call in (lambda: hessian.add(x, torch.ones(1, 64, dtype=torch.bool)),
+                     lambda: quantize_matrix(weight, hessian.finish(), group_size=16, block=8),
+                     lambda: output_errors(weight, [weight.round()], hessian.finish())):
+            seen.clear()
+            with Precision():
+                call()
+            assert set(seen) == {("highest", False)}
+            assert torch.backends.mkldnn.enabled and torch.get_float32_matmul_precision() == "medium"      # as before
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -252,9 +280,8 @@ OPTIONS = dict(bits=4, group_size=16, sym=True, act_order=True, damp=0.01, clip_
 
 
 def tiny(dtype=torch.float32) -> Qwen2:
-    config = Qwen2Config(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3)
-    return Qwen2(config).init_weights(3).to(dtype).eval()
+    return small(3, vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2).to(dtype).eval()
 
 
 def calibration() -> list[Encoded]:
@@ -316,14 +343,18 @@ def test_errors_are_reported_on_the_inputs_of_the_quantised_model():
             assert error == pytest.approx(float(right), rel=1e-3)
 
 
-def test_a_bfloat16_model_is_calibrated_in_float32_without_a_second_copy_of_it():
-    model, rows, dtypes = tiny().bfloat16(), calibration(), set()
-    right = quantize_model(copy.deepcopy(model).float(), rows, 0, **OPTIONS)
-    found = quantize_model(model, rows, 0, dtype=torch.float32, **OPTIONS, on_layer=lambda name, *_: dtypes.add(
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_bfloat16_model_is_calibrated_in_its_dtype_or_in_float32_without_a_second_copy_of_it(dtype):
+    model, rows, dtypes = tiny(torch.bfloat16), calibration(), set()
+    wide, own = dtype or torch.bfloat16, torch.bfloat16
+    right = quantize_model(copy.deepcopy(model).to(wide), rows, 0, **OPTIONS)
+    found = quantize_model(model, rows, 0, dtype=dtype, **OPTIONS, on_layer=lambda name, *_: dtypes.add(
         tuple(block.mlp.down_proj.weight.dtype for block in model.model.layers)))
-    assert dtypes == {(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)}     # one block at a time
+    assert dtypes == {(wide, own), (own, wide)}                                 # one block at a time
     assert all(torch.equal(*parts) for name in right for parts in zip(found[name], right[name]))
-    assert {weight.dtype for weight in model.state_dict().values()} == {torch.bfloat16}
+    for name, value in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        assert value.dtype == own and (layer not in found or torch.equal(value, dequantize_groups(*found[layer]).to(own))), name
 
 
 def test_norms_and_biases_stay_although_blocks_are_calibrated_in_bfloat16():
@@ -348,14 +379,6 @@ def test_q_k_and_v_share_their_hessian_and_so_do_gate_and_up(monkeypatch):
     assert all(hessian.tokens == sum(8 + i for i in range(12)) for hessian in made)
 
 
-def test_padding_and_batch_size_change_nothing():
-    rows, found = calibration(), []
-    for batch_size, pad_id in (1, 0), (12, 0), (12, 59):
-        found.append(quantize_model(tiny(), rows, pad_id, batch_size=batch_size, **OPTIONS))
-    for other in found[1:]:
-        assert torch.cat([(found[0][name][0] == other[name][0]).flatten() for name in other]).float().mean() > 0.995
-
-
 def test_rounding_needs_no_rows():
     model, seen, grid = tiny(torch.bfloat16), [], dict(bits=3, group_size=16, sym=False, clip_search=True)
     original = copy.deepcopy(model.state_dict())
@@ -366,13 +389,6 @@ def test_rounding_needs_no_rows():
         assert torch.equal(model.state_dict()[name + ".weight"], dequantize_groups(*parts).bfloat16())
 
 
-@pytest.mark.parametrize("options", [dict(bits=9), dict(bits=1), dict(bits=0), dict(damp=math.nan), dict(damp=-1.0),
-                                     dict(damp=math.inf)])
-def test_bits_and_damping_without_sense_are_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        quantize_matrix(torch.randn(4, 8), torch.eye(8), group_size=8, **options)
-
-
 @pytest.mark.filterwarnings("ignore:model.layers")
 def test_a_layer_that_gptq_does_not_improve_is_said_loudly(monkeypatch):
     errors = []
@@ -381,17 +397,6 @@ def test_a_layer_that_gptq_does_not_improve_is_said_loudly(monkeypatch):
     with pytest.warns(UserWarning, match="q_proj: GPTQ's output error .* is not below round-to-nearest's"):
         quantize_model(tiny(), calibration(), 0, on_layer=lambda _, *both: errors.append(both), **OPTIONS)
     assert len(errors) == 14 and all(error == rtn > 0 for error, rtn in errors)
-
-
-def test_a_bfloat16_model_is_calibrated_in_its_dtype_and_results_can_be_packed_at_once():
-    model = tiny(torch.bfloat16)
-    words = quantize_model(model, calibration(), 0, store=to_words, **OPTIONS)
-    assert words["model.layers.1.mlp.down_proj"]["qweight"].shape == (6, 32)
-    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    model = tiny(torch.bfloat16)
-    for name, parts in quantize_model(model, calibration(), 0, **OPTIONS).items():
-        assert torch.equal(model.state_dict()[name + ".weight"], dequantize_groups(*parts).bfloat16())
-        assert torch.equal(words[name]["qweight"], to_words(*parts)["qweight"])
 
 
 def test_blocks_that_are_done_can_be_let_go_on_the_way():
@@ -433,40 +438,6 @@ def test_a_4_bit_model_is_refused_and_left_as_it_is():
         with pytest.raises(InputError, match="holds 4-bit weights already"):
             quantize_model(four, [], 0, method=method, group_size=16)
     assert same(four.state_dict(), before)
-
-
-def test_damping_grows_to_ten_and_no_further():
-    weight = torch.randn(8, 16)
-    hessian = -0.4 * torch.ones(16, 16) + 1.4 * torch.eye(16)                   # the least eigenvalue is 1.4 - 6.4 = -5
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        quantize_matrix(weight, hessian, group_size=16, damp=0.01)
-    assert str(told[-1].message).endswith("trying 10")
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="even with a damping of 1.1;"):
-        quantize_matrix(weight, hessian, group_size=16, damp=0.011)
-
-
-def test_every_product_is_in_full_precision():
-    """Also where a program has allowed TF32, or a variable that only oneDNN knows has allowed bfloat16."""
-    seen, x, weight, hessian = [], torch.randn(1, 64, 32), torch.randn(8, 32), Hessian(32)
-
-    class Precision(TorchDispatchMode):
-        def __torch_dispatch__(self, op, kinds, args=(), kwargs=None):
-            if "mm" in str(op):
-                seen.append((torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled))
-            return op(*args, **kwargs or {})
-
-    torch.set_float32_matmul_precision("medium")
-    try:
-        for call in (lambda: hessian.add(x, torch.ones(1, 64, dtype=torch.bool)),
-                     lambda: quantize_matrix(weight, hessian.finish(), group_size=16, block=8),
-                     lambda: output_errors(weight, [weight.round()], hessian.finish())):
-            seen.clear()
-            with Precision():
-                call()
-            assert set(seen) == {("highest", False)} and torch.backends.mkldnn.enabled
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 def test_a_model_is_quantised_by_default_as_a_matrix_is():

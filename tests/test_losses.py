@@ -29,27 +29,21 @@ def mix(a: list[float], b: list[float], share: float) -> list[float]:
 
 
 SLOW = {                                            # q the student, p the teacher, s the share (beta or alpha)
-    "forward_kl": lambda q, p, s: slow_kl(p, q),
-    "reverse_kl": lambda q, p, s: slow_kl(q, p),
-    "jsd": lambda q, p, s: s * slow_kl(p, mix(p, q, s)) + (1 - s) * slow_kl(q, mix(p, q, s)),
-    "skew_forward_kl": lambda q, p, s: slow_kl(p, mix(p, q, s)),
+    "forward_kl": lambda q, p, s: slow_kl(p, q),                                                        # paper eq. (4)
+    "reverse_kl": lambda q, p, s: slow_kl(q, p),                                                        # MiniLLM, one step
+    "jsd": lambda q, p, s: s * slow_kl(p, mix(p, q, s)) + (1 - s) * slow_kl(q, mix(p, q, s)),           # GKD eq. (1)
+    "skew_forward_kl": lambda q, p, s: slow_kl(p, mix(p, q, s)),                                        # DistiLLM, section 3.1
     "skew_reverse_kl": lambda q, p, s: slow_kl(q, mix(q, p, s)),
 }
 SHARES = {"forward_kl": [None], "reverse_kl": [None], "jsd": [0.5, 0.1, 0.9], "skew_forward_kl": [0.1, 0.7],
           "skew_reverse_kl": [0.1, 0.7]}                                        # the first is the default
 CASES = [(name, share) for name in NAMES for share in SHARES[name]]
-LONG = {"jsd": "beta", "skew_forward_kl": "alpha", "skew_reverse_kl": "alpha"}
+SHARE_NAME = {"jsd": "beta", "skew_forward_kl": "alpha", "skew_reverse_kl": "alpha"}
 
 
 def call(name, share, student, teacher, **more):
-    named = {} if share is None else {LONG[name]: share}
+    named = {} if share is None else {SHARE_NAME[name]: share}
     return DIVERGENCES[name](student, teacher, **named, **more)
-
-
-@pytest.mark.parametrize("name,share", CASES)
-def test_in_float64_a_divergence_has_the_gradient_that_differences_give(name, share):
-    student, teacher = (random_logits(3, 7, seed=seed).double().requires_grad_() for seed in (1, 2))
-    assert torch.autograd.gradcheck(lambda q, p: call(name, share, q, p, temperature=1.5), (student, teacher))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
@@ -65,21 +59,11 @@ def test_a_divergence_is_the_sum_in_the_paper(name, share, temperature):
             assert values[b, t].item() == pytest.approx(SLOW[name](q, p, share), rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
 @pytest.mark.parametrize("name,share", CASES)
-def test_the_gradient_is_the_slope_of_the_slow_formula(name, share, temperature):
-    student, teacher = random_logits(7, seed=3).requires_grad_(), random_logits(7, seed=4)
-    call(name, share, student, teacher, temperature=temperature).backward()
-    p = probabilities(teacher.tolist(), temperature)
-
-    def slow(v, step):
-        moved = student.tolist()
-        moved[v] += step
-        return SLOW[name](probabilities(moved, temperature), p, share)
-
-    for v in range(7):
-        slope = (slow(v, 1e-5) - slow(v, -1e-5)) / 2e-5
-        assert student.grad[v].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
+def test_its_gradient_is_the_slope_that_differences_give_in_float64(name, share, temperature):
+    student, teacher = (random_logits(3, 7, seed=seed).double().requires_grad_() for seed in (3, 4))
+    assert torch.autograd.gradcheck(lambda q, p: call(name, share, q, p, temperature=temperature), (student, teacher))
 
 
 @pytest.mark.parametrize("name,share", CASES)
@@ -93,7 +77,7 @@ def test_a_divergence_is_zero_when_the_two_agree_and_never_negative(name, share)
 
 def test_the_default_shares_are_a_half_for_jsd_and_a_tenth_for_the_skews():
     student, teacher = random_logits(4, 9, seed=7), random_logits(4, 9, seed=8)
-    for name in LONG:
+    for name in SHARE_NAME:
         torch.testing.assert_close(DIVERGENCES[name](student, teacher), call(name, SHARES[name][0], student, teacher))
 
 
@@ -101,28 +85,21 @@ def test_a_divergence_is_picked_with_those_options_that_it_takes():
     student, teacher = random_logits(4, 9, seed=7), random_logits(4, 9, seed=8)
     for name in NAMES:
         picked = pick_divergence(name, temperature=2.0, beta=0.3, alpha=0.3)
-        expected = call(name, 0.3 if name in LONG else None, student, teacher, temperature=2.0)
+        expected = call(name, 0.3 if name in SHARE_NAME else None, student, teacher, temperature=2.0)
         torch.testing.assert_close(picked(student, teacher), expected)
 
 
-def test_jsd_weighs_the_teacher_by_beta_and_is_symmetric_at_a_half():
-    student, teacher = random_logits(4, 9, seed=9), random_logits(4, 9, seed=10)
-    torch.testing.assert_close(jensen_shannon(student, teacher, beta=0.3), jensen_shannon(teacher, student, beta=0.7))
-    assert not torch.allclose(jensen_shannon(student, teacher, beta=0.3), jensen_shannon(teacher, student, beta=0.3))
-    torch.testing.assert_close(jensen_shannon(student, teacher), jensen_shannon(teacher, student))
+def test_jsd_refuses_the_ends_where_its_formula_is_zero_everywhere():
+    for beta in 0.0, 1.0, -0.1, 1.5, math.nan:
+        with pytest.raises(ValueError, match="0 < beta < 1.*forward_kl or reverse_kl"):
+            jensen_shannon(torch.zeros(3), torch.zeros(3), beta=beta)
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, 1.5])
-def test_jsd_refuses_the_ends_where_its_formula_is_zero_everywhere(beta):
-    with pytest.raises(ValueError, match="0 < beta < 1.*forward_kl or reverse_kl"):
-        jensen_shannon(torch.zeros(3), torch.zeros(3), beta=beta)
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_temperature_that_is_not_above_0_is_refused(name, temperature):
-    with pytest.raises(ValueError, match="a number above 0"):
-        DIVERGENCES[name](torch.zeros(3), torch.zeros(3), temperature=temperature)
+def test_a_temperature_that_is_not_above_0_is_refused(name):
+    for temperature in 0.0, -1.0, math.nan:
+        with pytest.raises(ValueError, match="a number above 0"):
+            DIVERGENCES[name](torch.zeros(3), torch.zeros(3), temperature=temperature)
 
 
 def test_jsd_and_the_skews_stay_under_their_bounds_where_kl_has_none():
@@ -130,8 +107,8 @@ def test_jsd_and_the_skews_stay_under_their_bounds_where_kl_has_none():
     student[0], teacher[1] = 200.0, 200.0
     assert forward_kl(student, teacher) > 300 and reverse_kl(student, teacher) > 300
     for share in 0.1, 0.5, 0.9:
-        entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
-        assert jensen_shannon(student, teacher, beta=share).item() == pytest.approx(entropy, rel=1e-6)
+        bound = -share * math.log(share) - (1 - share) * math.log(1 - share)
+        assert jensen_shannon(student, teacher, beta=share).item() == pytest.approx(bound, rel=1e-6)
         assert skew_forward_kl(student, teacher, alpha=share).item() == pytest.approx(-math.log(share), rel=1e-6)
         assert skew_reverse_kl(student, teacher, alpha=share).item() == pytest.approx(-math.log(share), rel=1e-6)
 
@@ -143,9 +120,9 @@ def test_gradients_are_finite_where_probabilities_underflow(name, share):
     assert student.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("noise, error", [(2, 4e-6), (0.3, 2e-6), (0.003, 4e-7)])
-def test_of_qwens_whole_vocabulary_float32_is_enough(name, noise, error):
+def test_over_qwens_whole_vocabulary_float32_is_enough(name, noise, error):
     """Of two models 4.5e-6 nats apart, too: a float32 log_softmax over so many rows is itself off by 1e-5."""
     q = random_logits(4, 151_936, scale=1).bfloat16().float()
     p = q + random_logits(4, 151_936, seed=1, scale=noise)
@@ -154,24 +131,22 @@ def test_of_qwens_whole_vocabulary_float32_is_enough(name, noise, error):
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
-def test_of_qwens_whole_vocabulary_the_normalisers_leave_no_trace_in_the_jsd(beta):
+def test_over_qwens_whole_vocabulary_the_normalisers_leave_no_trace_in_the_jsd(beta):
     q, p = (random_logits(4, 151_936, seed=seed, scale=3) for seed in (0, 1))
     for other, error in (p, 5e-7), (q, 2e-7):
         found, exact = (jensen_shannon(*logits, beta) for logits in ((q, other), (q.double(), other.double())))
         assert (found - exact).abs().max() < error
 
 
-def test_bfloat16_logits_are_widened_before_the_softmax():
+def test_half_precision_logits_are_widened_before_the_softmax():
+    """In bfloat16 the softmax of Qwen's vocabulary would be off by more than the KL itself, where two models are close."""
     student = random_logits(151_936, seed=11, scale=3.0)
-    teacher = (student + random_logits(151_936, seed=12, scale=0.3)).bfloat16()
-    student = student.bfloat16()
-    q, p = probabilities(student.tolist()), probabilities(teacher.tolist())     # the same logits, in float64
+    student, teacher = student.bfloat16(), (student + random_logits(151_936, seed=12, scale=0.1)).bfloat16()
     for name in NAMES:
-        exact = SLOW[name](q, p, SHARES[name][0])
-        assert DIVERGENCES[name](student, teacher).item() == pytest.approx(exact, abs=1e-5)        # float32 sums of 151,936
-    narrow_q, narrow_p = student.log_softmax(-1), teacher.log_softmax(-1)       # softmax in bfloat16, sum in float32
-    narrow = (narrow_p.float().exp() * (narrow_p.float() - narrow_q.float())).sum().item()
-    assert narrow != pytest.approx(slow_kl(p, q), rel=1e-2)                     # KL is 0.045
+        assert torch.equal(DIVERGENCES[name](student, teacher), DIVERGENCES[name](student.float(), teacher.float()))
+    logq, logp = student.log_softmax(-1).float(), teacher.log_softmax(-1).float()       # softmax in bfloat16, sum in float32
+    exact = forward_kl(student, teacher)
+    assert ((logp.exp() * (logp - logq)).sum() - exact).abs() > exact > 0
 
 
 @pytest.mark.parametrize("name,share", CASES)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from conftest import random_ids, random_model
 from minikd.checkpoint import load_model, save_model
 from minikd.config import Qwen2Config
+from minikd.generate import generate
 from minikd.model import MLP, Attention, Qwen2, RMSNorm, cast_copy, mixed_precision, rope_tables, rotate
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -26,7 +27,7 @@ def test_rmsnorm_is_the_formula():
     weight, y = norm.weight.tolist(), norm(x).tolist()
     for b in range(2):
         for t in range(3):
-            size = math.sqrt(sum(float(v) ** 2 for v in x[b, t]) / 8 + 1e-2)
+            size = math.sqrt(sum(float(v) ** 2 for v in x[b, t]) / 8 + 1e-2)    # RMSNorm eq. (4)
             for i in range(8):
                 assert y[b][t][i] == pytest.approx(float(x[b, t, i]) / size * weight[i], abs=1e-6)
 
@@ -45,8 +46,8 @@ def test_rope_turns_complex_numbers(theta):
         for h in range(H):
             for t in range(T):
                 for i in range(E // 2):
-                    z = complex(x[b, h, t, i], x[b, h, t, i + E // 2])      # halves, not neighbours
-                    z *= cmath.exp(1j * float(positions[b, t]) * theta ** (-2 * i / E))
+                    z = complex(x[b, h, t, i], x[b, h, t, i + E // 2])                      # halves, not neighbours
+                    z *= cmath.exp(1j * float(positions[b, t]) * theta ** (-2 * i / E))     # RoPE eq. (15), (34)
                     assert complex(y[b, h, t, i], y[b, h, t, i + E // 2]) == pytest.approx(z, abs=2e-5)
 
 
@@ -54,9 +55,11 @@ def test_rope_turns_complex_numbers(theta):
 def test_rope_is_rounded_as_transformers_rounds_it(theta, E):
     """The weights were trained with one rounding of the frequencies; at position 4,095 another is an angle of 2e-4."""
     qwen = pytest.importorskip("transformers.models.qwen2.modeling_qwen2")
-    config = qwen.Qwen2Config(hidden_size=2 * E, num_attention_heads=2, rope_parameters={"rope_theta": theta, "rope_type": "default"})
+    rope = {"rope_theta": theta, "rope_type": "default"}
+    config = qwen.Qwen2Config(hidden_size=2 * E, num_attention_heads=2, rope_parameters=rope)
     positions = torch.arange(4096)[None]
-    for ours, theirs in zip(rope_tables(positions, theta, E, torch.float32), qwen.Qwen2RotaryEmbedding(config)(torch.zeros(1), positions)):
+    expected = qwen.Qwen2RotaryEmbedding(config)(torch.zeros(1), positions)
+    for ours, theirs in zip(rope_tables(positions, theta, E, torch.float32), expected, strict=True):
         assert torch.equal(ours[:, 0], theirs)
 
 
@@ -106,7 +109,7 @@ def test_swiglu_is_the_formula():
 
     def dot(row):
         return sum(w * float(v) for w, v in zip(row, x))
-    wide = [dot(gate[j]) / (1 + math.exp(-dot(gate[j]))) * dot(up[j]) for j in range(10)]
+    wide = [dot(gate[j]) / (1 + math.exp(-dot(gate[j]))) * dot(up[j]) for j in range(10)]   # SwiGLU eq. (6)
     for i in range(6):
         assert float(y[i]) == pytest.approx(sum(down[i][j] * wide[j] for j in range(10)), abs=1e-6)
 
@@ -171,6 +174,41 @@ def test_random_weights_are_qwens_and_the_seed_decides_them():
             assert weight.unique().tolist() == [0.0 if name.endswith("bias") else 1.0], name
 
 
+# ---- other dtypes
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_multiplies_in_the_dtype_and_leaves_the_weights_in_float32(dtype):
+    model = random_model()
+    with mixed_precision(torch.device("cpu"), dtype):
+        logits = model(random_ids(2, 5))
+    assert logits.dtype == dtype and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_in_bfloat16_angles_are_computed_in_float32_and_norms_equal_transformers():
+    at = torch.arange(3000)[None]
+    for narrow, wide in zip(rope_tables(at, 1e6, 16, torch.bfloat16), rope_tables(at, 1e6, 16, torch.float32)):
+        assert torch.equal(narrow, wide.bfloat16())
+    qwen = pytest.importorskip("transformers.models.qwen2.modeling_qwen2")
+    ours, theirs = RMSNorm(64, 1e-6).bfloat16(), qwen.Qwen2RMSNorm(64, 1e-6).bfloat16()
+    ours.weight.data = theirs.weight.data = torch.randn(64).bfloat16()
+    x = torch.randn(50, 64).bfloat16()
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_a_copy_in_another_dtype_follows_the_model_and_shares_nothing():
+    source = random_model(5).requires_grad_(False).train()
+    copy = cast_copy(source, torch.bfloat16)
+    assert not copy.training and copy.head.dtype == torch.bfloat16 and not copy.head.requires_grad
+    source.head.mul_(2)
+    assert not torch.equal(copy.head, source.head.bfloat16())
+    assert cast_copy(source, torch.bfloat16, copy) is copy and torch.equal(copy.head, source.head.bfloat16())
+    assert cast_copy(source, torch.float32) is source
+    assert all(torch.equal(new, old.double())                   # a wider one rounds nothing
+               for new, old in zip(cast_copy(source, torch.float64).parameters(), source.parameters(), strict=True))
+    source.model.compiled = len                                 # --compile, after the copy was made
+    assert cast_copy(source, torch.bfloat16, copy).model.compiled is len
+
+
 # ---- golden files, made by transformers
 
 @pytest.fixture(scope="module", params=CASES)
@@ -188,23 +226,16 @@ def test_the_golden_folders_hold_what_they_are_there_for():
     assert set(json.loads((GOLDEN / "made_with.json").read_text())["cases"]) == set(CASES)
 
 
-def test_logits_equal_transformers_on_a_full_batch(golden):
+def test_logits_equal_transformers_of_a_full_batch_and_of_right_padded_rows(golden):
     model, reference = golden
     with torch.no_grad():
-        logits = model(reference["ids"])
+        logits, padded = model(reference["ids"]), model(reference["padded"])
     assert (logits - reference["logits"]).abs().max() < 1e-4 and logits.std() > 0.5
-
-
-def test_logits_equal_transformers_on_right_padded_rows_of_unequal_lengths(golden):
-    model, reference = golden
-    with torch.no_grad():
-        logits = model(reference["padded"])
-    for row, want, length in zip(logits, reference["padded_logits"], reference["lengths"]):
+    for row, want, length in zip(padded, reference["padded_logits"], reference["lengths"]):
         assert (row[:length] - want[:length]).abs().max() < 1e-4
 
 
 def test_64_greedy_tokens_equal_transformers_on_a_batch_of_unequal_prompts(golden):
-    from minikd.generate import generate
     model, reference = golden
     prompts = [row[:n].tolist() for row, n in zip(reference["prompts"], reference["prompt_lengths"])]
     want = reference["greedy"].tolist()
@@ -224,7 +255,6 @@ LIVE = [  # query heads, key/value heads, head size, layers, tied, theta, shards
 def test_logits_and_greedy_tokens_equal_a_fresh_transformers_model(tmp_path, seed, case):
     pytest.importorskip("transformers")
     from make_golden import V, greedy, random_model
-    from minikd.generate import generate
     H, K, E, layers, tied, theta, shards = case
     shape = dict(hidden_size=H * E, intermediate_size=11 * H, num_attention_heads=H, num_key_value_heads=K,
                  num_hidden_layers=layers, tie_word_embeddings=tied, rope_theta=theta)
@@ -255,28 +285,3 @@ def test_transformers_opens_what_we_saved_unchanged(tmp_path, tied, dtype, shard
     with torch.no_grad():
         want, got = theirs.float().eval()(ids).logits, model.float()(ids)
     assert (got - want).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mixed_multiplies_in_the_dtype_and_leaves_the_weights_in_float32(dtype):
-    model = random_model()
-    with mixed_precision(torch.device("cpu"), dtype):
-        logits = model(random_ids(2, 5))
-    assert logits.dtype == dtype and {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-def test_in_bfloat16_angles_are_computed_in_float32_and_norms_equal_transformers():
-    at = torch.arange(3000)[None]
-    for narrow, wide in zip(rope_tables(at, 1e6, 16, torch.bfloat16), rope_tables(at, 1e6, 16, torch.float32)):
-        assert torch.equal(narrow, wide.bfloat16())
-    qwen = pytest.importorskip("transformers.models.qwen2.modeling_qwen2")
-    ours, theirs = RMSNorm(64, 1e-6).bfloat16(), qwen.Qwen2RMSNorm(64, 1e-6).bfloat16()
-    ours.weight.data = theirs.weight.data = torch.randn(64).bfloat16()
-    x = torch.randn(50, 64).bfloat16()
-    assert torch.equal(ours(x), theirs(x))
-
-
-def test_a_copy_in_a_wider_dtype_rounds_nothing():
-    model = random_model()
-    for new, old in zip(cast_copy(model, torch.float64).parameters(), model.parameters(), strict=True):
-        assert torch.equal(new, old.double())

@@ -16,6 +16,7 @@ def matrix(O=16, I=64, seed=0):
 
 
 def slow_grid(row: list[float], bits: int, sym: bool) -> tuple[float, float]:
+    """Scale and zero of one group, in float32 and stored in float16."""
     low, high = min(0.0, *row), max(0.0, *row)
     if sym:
         high = max(high, -low)
@@ -31,30 +32,28 @@ def test_round_to_nearest_is_the_papers_grid_weight_by_weight(bits, sym, group):
     weight = matrix()
     weight[3], weight[4] = weight[4].abs(), 0.0                                 # one-sided, and nothing at all
     codes, scales, zeros = round_to_nearest(weight, bits, group, sym)
-    size = 64 if group == -1 else group
+    decoded, size = dequantize_groups(codes, scales, zeros), 64 if group == -1 else group
     assert codes.dtype == torch.uint8 and scales.shape == zeros.shape == (16, 64 // size)
-    off = 0
     for o in range(16):
         for g in range(64 // size):
             row = weight[o, g * size:(g + 1) * size].tolist()
             scale, zero = slow_grid(row, bits, sym)
             assert (float(scales[o, g]), float(zeros[o, g])) == (pytest.approx(scale, rel=1e-6), zero)
-            for i, w in enumerate(row):
-                code = min(max(round(float(np.float32(w) / np.float32(scale))) + zero, 0), 2**bits - 1)
-                off += code != int(codes[o, g * size + i])
-    assert off == 0
-    error = (dequantize_groups(codes, scales, zeros) - weight).abs()
-    if not sym:                                                                 # at most half a step off (and the ends)
-        assert (error <= 0.5 * scales.repeat_interleave(size, 1) * 1.01 + 1e-6).float().mean() > 0.99
-    assert error[4].eq(0).all()
+            for i, w in enumerate(row, g * size):
+                code = min(max(round(float(np.float32(w) / np.float32(scale))) + zero, 0), 2**bits - 1)     # paper eq. (8)
+                assert int(codes[o, i]) == code and float(decoded[o, i]) == pytest.approx(scale * (code - zero))    # eq. (9)
+    assert decoded[4].eq(0).all()
 
 
-def test_more_bits_are_nearer_and_a_searched_clip_is_no_worse():
-    weight = matrix() ** 3                                                      # heavy tails
-    errors = [float((dequantize_groups(*round_to_nearest(weight, bits, 64)) - weight).square().sum()) for bits in (2, 3, 4, 6, 8)]
-    assert errors == sorted(errors, reverse=True)
-    loss = lambda clip: (dequantize_groups(*round_to_nearest(weight, 3, 64, clip_search=clip)) - weight).abs().pow(2.4).sum()
-    assert loss(True) < 0.95 * loss(False)
+def test_a_weight_is_rounded_before_its_zero_is_added():
+    """Paper eq. (8): halves go to the even number of steps."""
+    assert quantize(torch.tensor([[0.5, 1.5, 2.5]]), torch.ones(1, 1), torch.ones(1, 1)).tolist() == [[1, 3, 3]]
+
+
+def test_the_asymmetric_grid_holds_0_and_its_zero_is_a_code():
+    scale, zero = find_grid(torch.tensor([[-15.0, -14.0]]), 4, sym=False)
+    assert (scale.item(), zero.item()) == (1.0, 15.0)
+    assert 0 <= float(find_grid(torch.tensor([[-1e7, 0.0]]), 4, sym=False)[1]) <= 15       # a scale that float16 cannot hold
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -94,10 +93,11 @@ def test_a_scale_is_one_that_float16_stores():
 def test_eight_codes_make_a_word_the_first_lowest(dim):
     codes = torch.randint(0, 16, (24, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     words = pack(codes, dim)
-    table = codes.numpy().astype(np.uint64) if dim == 0 else codes.numpy().T.astype(np.uint64)
-    expected = np.array([[sum(int(table[8 * r + j, c]) << 4 * j for j in range(8)) for c in range(table.shape[1])]
-                         for r in range(table.shape[0] // 8)], dtype=np.uint64).astype(np.uint32).view(np.int32)
-    assert words.dtype == torch.int32 and np.array_equal(words.numpy(), expected if dim == 0 else expected.T)
+    assert words.dtype == torch.int32 and words.shape == ((3, 32) if dim == 0 else (24, 4))
+    lines = zip(codes.T, words.T) if dim == 0 else zip(codes, words)
+    for given, packed in lines:
+        for r, word in enumerate(packed.tolist()):
+            assert word % 2**32 == sum(int(given[8 * r + j]) << 4 * j for j in range(8))
     again = unpack(words, dim)
     assert again.dtype == torch.uint8 and torch.equal(again, codes)
 
@@ -141,15 +141,13 @@ def test_version_1_with_zeros_of_0_is_read_as_gptqmodel_writes_it():
     assert torch.equal(from_words(words["qweight"], written.view_as(words["qzeros"]), words["scales"])[2], zeros)
 
 
-@pytest.mark.parametrize("size, inputs", [(48, 64), (0, 64), (128, 64)])
-def test_a_group_size_that_does_not_divide_is_one_line(size, inputs):
-    with pytest.raises(InputError, match="give a group size that divides"):
-        check_groups(inputs, size)
+def test_a_group_size_that_does_not_divide_is_one_line():
+    for size in 48, 0, 128:
+        with pytest.raises(InputError, match="give a group size that divides 64"):
+            check_groups(64, size)
 
 
 def test_what_cannot_be_packed_or_is_not_finite_is_refused():
-    with pytest.raises(ValueError, match="must be from 0 to 15"):
-        to_words(*round_to_nearest(matrix(), bits=8, group_size=64))
     with pytest.raises(ValueError, match="version = 3"):
         to_words(*round_to_nearest(matrix(), group_size=64), version=3)
     with pytest.raises(InputError, match="multiples of 8"):
@@ -159,17 +157,6 @@ def test_what_cannot_be_packed_or_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         round_to_nearest(weight, group_size=64)
     round_to_nearest(torch.ones(300, 256).half(), group_size=256)               # though their sum is past half's range
-
-
-def test_the_asymmetric_grid_holds_0_and_its_zero_is_a_code():
-    scale, zero = find_grid(torch.tensor([[-15.0, -14.0]]), 4, sym=False)
-    assert (scale.item(), zero.item()) == (1.0, 15.0)
-    assert 0 <= float(find_grid(torch.tensor([[-1e7, 0.0]]), 4, sym=False)[1]) <= 15       # a scale that float16 cannot hold
-
-
-def test_a_weight_is_rounded_before_its_zero_is_added():
-    """Paper eq. (8): halves go to the even number of steps."""
-    assert quantize(torch.tensor([[0.5, 1.5, 2.5]]), torch.ones(1, 1), torch.ones(1, 1)).tolist() == [[1, 3, 3]]
 
 
 def test_16_is_the_first_code_that_is_refused():

@@ -104,8 +104,6 @@ def test_code_is_the_last_fenced_block(text, code):
     ("", "no tags"),
     ("7", "no tags"),
     ("<think>a", "its tags are <think>"),
-    ("<think>a</think>7<think>b</think>", "its tags are <think> </think> <think> </think>"),
-    ("<think>a</think></think>7", "its tags are <think> </think> </think>"),
     ("So <think>a</think>7", "text before <think>"),
     ("\n<think>a</think>7", "text before <think>"),
     ("</think>7<think>", "its tags are </think> <think>"),
@@ -113,15 +111,10 @@ def test_code_is_the_last_fenced_block(text, code):
     ("<think>a</think>\n", "no answer"),
     ("<think>a</think><answer>\n</answer>", "no answer"),
     ("<think>a</think><answer>7", "its tags are <think> </think> <answer>"),
-    ("<think>a</think>7</answer>", "its tags are <think> </think> </answer>"),
-    ("<think>a</think></answer>7<answer>", "its tags are <think> </think> </answer> <answer>"),
     ("<think>a</think><answer>7</answer> done", "text outside the tags"),
     ("<think>a</think>so <answer>7</answer>", "text outside the tags"),
-    ("<think>a</think><answer>6</answer><answer>7</answer>", "its tags are <think> </think> <answer> </answer> <answer> </answer>"),
-    ("<think>a</think><answer><answer>7</answer></answer>", "its tags are <think> </think> <answer> <answer> </answer> </answer>"),
-    ("<think><answer>7</answer></think>7", "its tags are <think> <answer> </answer> </think>"),
-    ("<think>the <answer> tag</think><answer>7</answer>", "its tags are <think> <answer> </think> <answer> </answer>"),
-    ("<answer>7</answer><think>a</think>", "its tags are <answer> </answer> <think> </think>"),
+    ("<think>a</think><answer>6</answer><answer>7</answer>",
+     "its tags are <think> </think> <answer> </answer> <answer> </answer>"),
     ("<Think>a</Think>7", "no tags"),
 ])
 def test_format_is_thoughts_and_then_an_answer(text, fault):
@@ -166,16 +159,10 @@ def test_format_agrees_with_a_second_implementation_on_tag_soup():
         texts.append("".join(parts))
     for text in texts:
         assert one(format_reward, text) == slow_format(text), text
-        right += slow_format(text)
-    assert right > 500
-
-
-def test_what_the_format_accepts_has_both_parts():
-    rng = random.Random(1)
-    for _ in range(20_000):
-        text = "<think>" + "".join(rng.choices([*TAGS[1:], "a", "\n"], k=rng.randint(1, 6)))
-        if one(format_reward, text):
+        if slow_format(text):
             assert think_part(text) and answer_part(text)
+            right += 1
+    assert right > 500
 
 
 @pytest.mark.parametrize("text, value", [
@@ -221,16 +208,12 @@ def test_steps_outside_the_thoughts_do_not_count():
 
 # ---- length and repetition
 
-def test_length_is_eq_13_of_dapo():
+@pytest.mark.parametrize("margin", [20, 0])                             # without a margin it is a wall
+def test_length_is_eq_13_of_dapo(margin):
     def paper(n, longest, cache):
         return 0 if n <= longest - cache else ((longest - cache) - n) / cache if n <= longest else -1
     for n in range(130):
-        assert one(length_reward, "x" * n, max_length=100, margin=20) == paper(n, 100, 20)
-    assert [one(length_reward, "x" * n, max_length=100, margin=20) for n in (80, 85, 100, 101)] == [0, -0.25, -1, -1]
-
-
-def test_length_without_a_margin_is_a_wall():
-    assert [one(length_reward, "x" * n, max_length=9, margin=0) for n in (9, 10)] == [0, -1]
+        assert one(length_reward, "x" * n, max_length=100, margin=margin) == paper(n, 100, margin)
 
 
 @pytest.mark.parametrize("text, value", [
@@ -250,41 +233,56 @@ def test_repetition_takes_other_lengths_and_penalties():
 
 # ---- answers
 
-@pytest.mark.parametrize("said, gold, right", [
-    ("42", "42", True), ("42", " 42\n", True), ("43", "42", False), ("", "42", False), ("Paris", "Paris", True),
-    ("paris", "Paris", False), ("1,000", "1000", True), ("1000.0", "1,000", True), ("1E3", "1000", True), ("١٢", "12", False),
-    ("-7", "-7.0", True), ("+7", "7", True), (".5", "0.50", True), ("5.", "5", True), ("-0", "0", True),
-    ("1,00", "100", False), ("0.1", "0.10000000000000001", False), ("9007199254740993", "9007199254740992", False),
-    ("1e9999", "1", False), ("1e999999999999", "1", False), ("nan", "nan", True), ("sNaN", "1", False),
-    ("42 apples", "42", False), ("6 7", "67", False), ("41, 42, 43", "42", False), ("1/2", "0.5", True), ("1/0", "1/0", True), ("1/0", "2/0", False), ("1/2/3", "1/6", False),
-    (r"so \boxed{42}", "42", True), (r"\boxed{42} or \boxed{43}", "42", False), ("$42$", "42", True), ("$42", "$42.0$", True),
-    (r"$\boxed{\frac{1}{2}}$.", r"\frac{1}{2}", True), (r"\boxed{}", "42", False), ("", "42", False), (r"42 \boxed{", "42", False),
-    ("63/400", r"\frac{63}{400}", True), (r"\dfrac{63}{400}", r"\tfrac{63}{400}", True), (r"-\frac{1}{2}", "-.5", True),
-    (r"\frac{3}{4}.", "0.75", True), ("0.75", r"\(\frac{3}{4}\).", True), (r"\frac{1}{2}.5", "1/2.5", False),
-    (r"\frac12", "0.5", True), (r"\dfrac1{12}", "1/12", True), (r"\frac{3}4", "75%", False), (r"\frac{3}4", ".75", True),
-    (r"\frac12", "1/12", False), (r"\frac123", "1/23", False), ("1 / 2", "1/2", True), ("1 /2", ".5", True), ("1 2", "12", False),
-    (r"\frac{x}{2}", "x/2", True), (r"\frac{x+1}{2}", "x+1/2", False), ("18", r"18 \text{ cm}", True), ("cm", r"18 \text{ cm}", False),
-    ("Tuesday", r"\text{Tuesday}", True), ("25", r"25\%", True), ("25%", "26", False), ("60", r"60^\circ", True), ("12345", "12{,}345", True),
-    ("**42**", "42", True), ("2**3", "23", False), (r"\(42\)", "42", True), (r"\$5.00", "5", True), (r"\left(1,2\right)", "(1,2)", True),
-    (r"\text{A}, \text{C}", r"\text{A}, \text{B}", False), (r"n\text{ is even}", r"n\text{ is odd}", False),
-    (r"\mathrm{H}_2\mathrm{O}", r"\mathrm{H}_2\mathrm{S}", False), (r"\frac{1}{2}\text{ cm}", "0.5", True),
-    ("5.5", r"1\frac{1}{2}", False), (r"1\frac{1}{2}", r"1\frac{1}{2}", True), ("", "*", False), ("%", "*", False), ("*", "*", True),
-    ("(1,2)", "(1, 2)", True), ("1, 2", "12", False), ("1, 234", "1234", False), (r"2\sqrt{3}", r"2 \sqrt 3", True),
-    (r"\sqrt2", r"\sqrt{2}", True), ("x=3", "3", True), ("3", "$x = 3$", True), ("x == 3", "3", False), ("dx=3", "3", False),
-    (r"\begin{pmatrix} 1 & 0 \\ 2 & 1 \end{pmatrix}", r"\begin{pmatrix}1&0\\2&1\end{pmatrix}", True),
-    (r"\begin{pmatrix}1\\ 2\end{pmatrix}", r"\begin{pmatrix}1 2\end{pmatrix}", False), (r"10\,000", "10000", True),
-    ("Paris.", "Paris", True), ("**5**.", "5", True), ("$5$.", "5", True), (".5", "5", False), 
-    ("2^{3}", "2^3", True), ("11_8", "11_{8}", True), ("2^{30}", "2^30", False), (r"5\text{ cm}^2", "5", True),
-    (r"5\text{ cm}^{2}", r"5 \text{ m}", True), (r"120\degree", "120", True), (r"\frac {1}{2}", "1/2", True), (r"\frac 12", ".5", True),
-    (r"\boxed {7}", "7", True), ("Answer: 34", "34", True), ("#### 72", "72", True), ("Final answer is: 3", "3", True),
-    ("Answers: 3", "3", False), ("0.333...", "0.333", False), (r"2\mathrm{e}^3", "2", False),
-    (r"2\mathrm{n}^2", "2", False), (r"2\mathrm{n}^2", "2n^2", True), (r"2\mathrm{m}^2", "2", True), (r"2\text{ s}", "2", True),
-    ("the answer", "answer", False), (r"\(x = 3\)", "3", True), ("1 -2", "1-2", False), ("1 - 2", "1-2", True), ("1 .5", "1.5", False),
-    ("1" + 40_000 * " " + "2", "12", False), ("\u22123", "-3", True), ("a - b", "a-b", True), ("New York", "NewYork", False), (r"\leftarrow", "arrow", False), ("9" * 5000, "9" * 5000 + ".0", True),
-])
-def test_answers_are_equal_as_texts_or_as_numbers(said, gold, right):
-    assert one(answer_reward, f"<think>a</think><answer>{said}</answer>", {"answer": gold}) == right
-    assert one(answer_reward, f"<think>a</think>\n{said}\n", {"answer": gold}) == right
+SAME = [                                                # said, gold
+    # numbers
+    ("42", "42"), ("42", " 42\n"), ("1,000", "1000"), ("1000.0", "1,000"), ("1E3", "1000"), ("-7", "-7.0"), ("+7", "7"),
+    (".5", "0.50"), ("5.", "5"), ("-0", "0"), ("**42**", "42"), ("(1,2)", "(1, 2)"), ("x=3", "3"), ("**5**.", "5"),
+    ("Answer: 34", "34"), ("#### 72", "72"), ("Final answer is: 3", "3"), ("1 - 2", "1-2"), ("\u22123", "-3"),
+    ("9" * 5000, "9" * 5000 + ".0"),
+    # fractions
+    ("1/2", "0.5"), ("1/0", "1/0"), (r"$\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"), ("63/400", r"\frac{63}{400}"),
+    (r"\dfrac{63}{400}", r"\tfrac{63}{400}"), (r"-\frac{1}{2}", "-.5"), (r"\frac{3}{4}.", "0.75"), ("0.75", r"\(\frac{3}{4}\)."),
+    (r"\frac12", "0.5"), (r"\dfrac1{12}", "1/12"), (r"\frac{3}4", ".75"), ("1 / 2", "1/2"), ("1 /2", ".5"),
+    (r"\frac{x}{2}", "x/2"), (r"1\frac{1}{2}", r"1\frac{1}{2}"), (r"\frac {1}{2}", "1/2"), (r"\frac 12", ".5"),
+    # LaTeX
+    (r"so \boxed{42}", "42"), ("$42$", "42"), ("$42", "$42.0$"), ("12345", "12{,}345"), (r"\(42\)", "42"),
+    (r"\$5.00", "5"), (r"\left(1,2\right)", "(1,2)"), (r"2\sqrt{3}", r"2 \sqrt 3"), (r"\sqrt2", r"\sqrt{2}"), ("3", "$x = 3$"),
+    (r"\begin{pmatrix} 1 & 0 \\ 2 & 1 \end{pmatrix}", r"\begin{pmatrix}1&0\\2&1\end{pmatrix}"), (r"10\,000", "10000"),
+    ("$5$.", "5"), ("2^{3}", "2^3"), ("11_8", "11_{8}"), (r"\boxed {7}", "7"), (r"\(x = 3\)", "3"),
+    # units, and text in LaTeX
+    ("18", r"18 \text{ cm}"), ("Tuesday", r"\text{Tuesday}"), ("25", r"25\%"), ("60", r"60^\circ"),
+    (r"\frac{1}{2}\text{ cm}", "0.5"), (r"5\text{ cm}^2", "5"), (r"5\text{ cm}^{2}", r"5 \text{ m}"), (r"120\degree", "120"),
+    (r"2\mathrm{n}^2", "2n^2"), (r"2\mathrm{m}^2", "2"), (r"2\text{ s}", "2"),
+    # words
+    ("Paris", "Paris"), ("nan", "nan"), ("*", "*"), ("Paris.", "Paris"), ("a - b", "a-b"),
+]
+OTHER = [
+    # numbers
+    ("43", "42"), ("", "42"), ("١٢", "12"), ("1,00", "100"), ("0.1", "0.10000000000000001"),
+    ("9007199254740993", "9007199254740992"), ("1e9999", "1"), ("1e999999999999", "1"), ("sNaN", "1"), ("42 apples", "42"),
+    ("6 7", "67"), ("41, 42, 43", "42"), ("1 2", "12"), ("2**3", "23"), ("1, 2", "12"), ("1, 234", "1234"), ("x == 3", "3"),
+    ("dx=3", "3"), (".5", "5"), ("Answers: 3", "3"), ("0.333...", "0.333"), ("1 -2", "1-2"), ("1 .5", "1.5"),
+    ("1" + 40_000 * " " + "2", "12"),
+    # fractions
+    ("1/0", "2/0"), ("1/2/3", "1/6"), (r"\frac{1}{2}.5", "1/2.5"), (r"\frac12", "1/12"), (r"\frac123", "1/23"),
+    (r"\frac{x+1}{2}", "x+1/2"), ("5.5", r"1\frac{1}{2}"),
+    # LaTeX
+    (r"\boxed{42} or \boxed{43}", "42"), (r"\boxed{}", "42"), (r"42 \boxed{", "42"),
+    (r"\begin{pmatrix}1\\ 2\end{pmatrix}", r"\begin{pmatrix}1 2\end{pmatrix}"), ("2^{30}", "2^30"), (r"\leftarrow", "arrow"),
+    # units, and text in LaTeX
+    (r"\frac{3}4", "75%"), ("cm", r"18 \text{ cm}"), ("25%", "26"), (r"\text{A}, \text{C}", r"\text{A}, \text{B}"),
+    (r"n\text{ is even}", r"n\text{ is odd}"), (r"\mathrm{H}_2\mathrm{O}", r"\mathrm{H}_2\mathrm{S}"), ("%", "*"),
+    (r"2\mathrm{e}^3", "2"), (r"2\mathrm{n}^2", "2"),
+    # words
+    ("paris", "Paris"), ("", "*"), ("the answer", "answer"), ("New York", "NewYork"),
+]
+
+
+def test_answers_are_equal_as_texts_or_as_numbers():
+    for pairs, right in (SAME, 1), (OTHER, 0):
+        for said, gold in pairs:
+            for completion in f"<think>a</think><answer>{said}</answer>", f"<think>a</think>\n{said}\n":
+                assert one(answer_reward, completion, {"answer": gold}) == right, (said, gold)
 
 
 def test_an_answer_that_is_not_marked_is_none():
@@ -298,7 +296,8 @@ def test_an_answer_that_is_not_marked_is_none():
 
 
 def test_without_a_right_answer_nobody_is_judged():
-    assert answer_reward([GOOD, GOOD, "x"], [{"answer": "7"}, {}, {"answer": None}]) == [1, None, None]
+    facts = [{"answer": "7"}, {}, {"answer": None}, {"answer": " "}, {"answer": ""}]
+    assert answer_reward([GOOD, GOOD, "x", "<think>a</think>", "<think>a</think>x"], facts) == [1, None, None, None, None]
 
 
 # ---- code, in the sandbox
@@ -319,14 +318,10 @@ RIGHT = "print(2 * int(input()))"
     (says(block("print(6)")), DOUBLE, 0),                               # one test of two
     (says(block("print(' ', 2 * int(input()), ' \\n')")), DOUBLE, 1),   # blanks
     (says(block("print(1)")), LINES, 0),                                # the first line alone
-    (says(block("print('1\\n2\\n3')")), LINES, 0),                      # and something after it
-    (says(block("print('1 2')")), LINES, 0),
     (says(block(RIGHT + "\nexit(1)")), DOUBLE, 0),                      # right, then a failure
     (says(block("import sys; sys.exit(0)")), DOUBLE, 0),
     (says(block("print(2 *")), DOUBLE, 0),
     (says(RIGHT), DOUBLE, 0),                                           # no block
-    (says(""), DOUBLE, 0),
-    (says(block("")), DOUBLE, 0),
     (says(block("int main() {}", "cpp")), DOUBLE, 0),
     (says(block("print()") + "\nNo:\n" + block(RIGHT)), DOUBLE, 1),     # the last counts
     (says(block(RIGHT) + "\nNo:\n" + block("print()")), DOUBLE, 0),
@@ -343,6 +338,12 @@ def test_code_is_right_when_it_passes_every_test(completion, problem, value):
     assert one(code_reward, completion, problem) == value
 
 
+def test_a_test_that_no_program_can_pass_is_left_out():
+    large = {"input": "", "output": "9 " * sandbox.OUTPUT}
+    program = block("print(7)")
+    assert code_reward([program, program], [{"tests": [large]}, {"tests": [large, {"input": "", "output": "7"}]}]) == [None, 1.0]
+
+
 def test_an_endless_loop_fails_its_own_test_only():
     program = "n = int(input())\nwhile n == 3: pass\nprint(2 * n)"
     problem = {**DOUBLE, "time_limit": 0.7}
@@ -351,7 +352,7 @@ def test_an_endless_loop_fails_its_own_test_only():
 
 
 def test_partial_credit_ends_with_the_round_in_which_a_program_has_been_stopped_twice(monkeypatch):
-    """What it did not run counts as failed. An exception stops nothing but its own test."""
+    """What it did not run counts as failed. An exception stops nothing but its own test. All print the right output."""
     statuses, asked = [], []
     monkeypatch.setattr(sandbox, "run_programs", lambda jobs: (asked.extend([len(jobs)] if jobs else []), [
         SimpleNamespace(status=statuses[int(job[1])], stdout="1", stderr="") for job in jobs])[1])
@@ -362,12 +363,6 @@ def test_partial_credit_ends_with_the_round_in_which_a_program_has_been_stopped_
         asked.clear()
         statuses[:] = [stops.get(i, "ok") for i in range(10)]
         assert one(code_reward, says(block("x")), problem, partial=True) == passed / 10 and asked == rounds
-
-
-def test_partial_credit_is_the_fraction_of_tests_passed():
-    answers = [says(block(RIGHT)), says(block("print(6)")), says(block("print(0)")), says("none")]
-    paid = code_reward(answers, [DOUBLE] * 4, partial=True)
-    assert paid == [1, 0.5, 0, 0]
 
 
 # ---- code, the sandbox counted
@@ -439,11 +434,13 @@ def test_a_program_that_prints_much_is_not_remembered(calls, monkeypatch):
     assert [result.stdout for result in rewards._DONE.values()] == ["a\nx"]
 
 
-def test_a_status_that_is_not_ok_fails_whatever_was_printed(monkeypatch):
-    results = [SimpleNamespace(status=status, stdout="1", stderr="") for status in ("ok", "error", "timeout", "memory")]
-    monkeypatch.setattr(sandbox, "run_programs", lambda jobs: [results[int(job[1])] for job in jobs])
-    problem = {"tests": [{"input": str(i), "output": "1"} for i in range(4)]}
-    assert one(code_reward, says(block("x")), problem, partial=True) == 0.25
+def test_a_program_that_ran_into_a_limit_is_run_again(monkeypatch):
+    """On a busy machine it may have been the machine's fault."""
+    for status in "timeout", "memory", "output", "disk":
+        late = [SimpleNamespace(status=status, stdout="", stderr="")]
+        monkeypatch.setattr(sandbox, "run_programs", lambda jobs: late[:len(jobs)])
+        assert one(code_reward, says(block(status)), {"tests": [{"input": "x", "output": "c"}]}) == 0
+    assert not rewards._DONE
 
 
 def test_the_tests_of_one_input_may_want_two_outputs(calls):
@@ -577,31 +574,10 @@ def test_a_file_that_does_not_load_is_told_in_one_line(tmp_path, text, message):
         load_rewards(f"{user_file(tmp_path, text)}:f")
 
 
-def test_one_name_from_two_files_is_refused(tmp_path):
-    a, b = (user_file(tmp_path, "def f(completions, problems): return [0] * len(completions)\n", name)
+def test_one_name_from_two_places_is_refused(tmp_path):
+    """The log would call the values of both by it, and the held-out accuracy is counted by a reward's name."""
+    a, b = (user_file(tmp_path, "def f(completions, problems): return [0] * len(completions)\nanswer = f\n", name)
             for name in ("a.py", "b.py"))
-    with pytest.raises(InputError, match="two rewards 'f'"):
-        load_rewards(f"{a}:f,{b}:f")
-
-
-def test_a_users_function_with_the_name_of_a_reward_is_refused(tmp_path):
-    """The log would call its values by that name, and the held-out accuracy be counted by it."""
-    ours = user_file(tmp_path, "def answer(completions, problems): return [0] * len(completions)\n", "ours.py")
-    with pytest.raises(InputError, match=r"ours.py:answer: there are two rewards 'answer'; leave one out, or rename"):
-        load_rewards(f"code,{ours}:answer")
-
-
-def test_a_blank_gold_answer_pays_nothing_and_a_test_that_no_program_can_pass_is_left_out():
-    assert answer_reward(["<think>a</think>", "<think>a</think>x"], [{"answer": " "}, {"answer": ""}]) == [None, None]
-    large = {"input": "", "output": "9 " * sandbox.OUTPUT}
-    program = "```python\nprint(7)\n```"
-    assert code_reward([program, program], [{"tests": [large]}, {"tests": [large, {"input": "", "output": "7"}]}]) == [None, 1.0]
-
-
-def test_a_program_that_ran_into_a_limit_is_run_again(monkeypatch):
-    """On a busy machine it may have been the machine's fault."""
-    for status in "timeout", "memory", "output", "disk":
-        late = [SimpleNamespace(status=status, stdout="", stderr="")]
-        monkeypatch.setattr(sandbox, "run_programs", lambda jobs: late[:len(jobs)])
-        assert one(code_reward, says(block(status)), {"tests": [{"input": "x", "output": "c"}]}) == 0
-    assert not rewards._DONE
+    for names, name in (f"{a}:f,{b}:f", "f"), (f"code,{b}:answer", "answer"):
+        with pytest.raises(InputError, match=f"b.py:{name}: there are two rewards '{name}'; leave one out, or rename"):
+            load_rewards(names)

@@ -42,10 +42,10 @@ QWEN25 = r"""{%- if tools %}
 {%- endif %}
 """
 QWEN25_MATH = QWEN25.replace(QWEN25_SYSTEM, r"Please reason step by step, and put your final answer within \\boxed{}.")
+ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 QWEN2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
          "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-         "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+         "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}" + ASK)
 QWEN15 = QWEN2.replace("a helpful assistant.", "a helpful assistant")
 NO_SYSTEM = QWEN2.replace("{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}", "")
 # The prompt in a variable, as tools for fine-tuning write it; thoughts begun for the model; a turn that is left open.
@@ -53,18 +53,21 @@ VARIABLE = ("{% set system_message = \"You're a helpful assistant.\" %}{% if mes
             "{% set system_message = messages[0]['content'] %}{% endif %}"
             "{{ '<|im_start|>system\n' + system_message + '<|im_end|>\n' }}{% for message in messages %}"
             "{% if message['role'] == 'system' %}{% continue %}{% endif %}"
-            "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+            "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}" + ASK)
 THINKING = QWEN25.replace(r"{{- '<|im_start|>assistant\n' }}", r"{{- '<|im_start|>assistant\n<think>\n' }}")
 OPEN = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
         "{% if (loop.last and add_generation_prompt) or not loop.last %}{{ '<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 MARKED = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% generation %}\n"
           "{{- message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% endfor %}"
-          "{% if tools is not none %}TOOLS{% endif %}{{ bos_token }}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+          "{% if tools is not none %}TOOLS{% endif %}{{ bos_token }}" + ASK)
 JSON = "{{ ['<é>', {'b': 1, 'a': messages[0]['content']}] | tojson }}{{ messages[0] | tojson(indent=2) }}"
 OTHER = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] | trim }}{{ eos_token }}{% endfor %}"
-INDENTED = "{% for message in messages %}\n    {% if message['role'] == 'user' %}\n{{ message['content'] }}\n    {% endif %}\n{% endfor %}"
+INDENTED = """{% for message in messages %}
+    {% if message['role'] == 'user' %}
+{{ message['content'] }}
+    {% endif %}
+{% endfor %}"""
 
 USER, ASSISTANT = {"role": "user", "content": "Hi {{ there }}\n"}, {"role": "assistant", "content": " Yes?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -93,16 +96,14 @@ def rendered(template: str, messages: list[dict], add_generation_prompt: bool) -
 
 # ---- chat
 
-@pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS.keys())
-@pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize("template", [QWEN25, QWEN25_MATH, QWEN2, QWEN15, NO_SYSTEM, VARIABLE, THINKING, OPEN, INDENTED, OTHER],
                          ids="Qwen2.5 Qwen2.5-Math Qwen2 Qwen1.5 none variable thinking open indented other".split())
-def test_chat_is_character_for_character_what_the_folders_template_renders(tokenizer_folder, tmp_path, template,
-                                                                           messages, asked):
-    tokenizer = Tokenizer.load(with_template(tokenizer_folder, tmp_path, template))
-    before = json.dumps(messages)
-    assert tokenizer.chat(messages, add_generation_prompt=asked) == rendered(template, messages, asked)
-    assert json.dumps(messages) == before                               # the caller's list is the caller's
+def test_chat_is_character_for_character_what_the_folders_template_renders(tokenizer_folder, tmp_path, template):
+    tokenizer, before = Tokenizer.load(with_template(tokenizer_folder, tmp_path, template)), json.dumps(CHATS)
+    for name, messages in CHATS.items():
+        for asked in True, False:
+            assert tokenizer.chat(messages, add_generation_prompt=asked) == rendered(template, messages, asked), name
+    assert json.dumps(CHATS) == before                                  # the caller's list is the caller's
 
 
 def test_chat_without_a_template_is_qwen25s(tokenizer):
@@ -113,9 +114,20 @@ def test_chat_without_a_template_is_qwen25s(tokenizer):
         assert tokenizer.chat(messages) == rendered(QWEN25, messages, False)
 
 
+@pytest.mark.parametrize("template", [QWEN25, VARIABLE, THINKING, OPEN, MARKED, JSON, OTHER],
+                         ids="25 variable thinking open marked json other".split())
+def test_chat_is_transformers_apply_chat_template(tokenizer_folder, tmp_path, template):
+    transformers = pytest.importorskip("transformers")
+    folder = with_template(tokenizer_folder, tmp_path, template)
+    mine, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for messages in CHATS.values():
+        for asked in True, False:
+            assert mine.chat(messages, asked) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
+
+
 @pytest.mark.parametrize("turn", [{"role": "tool", "content": "3"}, {"role": "developer", "content": "x"}, {"content": "x"},
                                   {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, {"role": "user"},
-                                  {"role": "user", "content": None}, {"role": "user", "content": [{"type": "text", "text": "x"}]}])
+                                  {"role": "user", "content": None}, {"role": "user", "content": [{"type": "text"}]}])
 def test_chat_refuses_turns_that_it_has_no_words_for(tokenizer, turn):
     with pytest.raises(InputError, match=f"a turn of role {turn.get('role')!r}"):
         tokenizer.chat([USER, turn])
@@ -181,32 +193,22 @@ def test_special_tokens_are_one_id_each_and_decoding_leaves_them_out(tokenizer):
     assert tokenizer.decode(ids) == "user\nHi\n" and tokenizer.backend.decode(ids, skip_special_tokens=False) == text
 
 
-def test_nothing_is_put_before_or_after_the_text_though_the_folder_asks_for_it(tokenizer_folder, tokenizer, tmp_path):
+def test_nothing_is_added_to_a_text_or_cut_off_though_the_folder_asks_for_it(tokenizer_folder, tokenizer, tmp_path):
     backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.pad_id)])
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
     backend.save(str(tmp_path / "tokenizer.json"))
-    assert backend.encode("a").ids[0] == tokenizer.pad_id
-    assert Tokenizer.load(tmp_path).encode("a") == tokenizer.encode("a") and tokenizer.encode("") == []
+    text = "The student learns from its teacher."
+    as_saved, ours = backend.encode(text).ids, tokenizer.encode(text)
+    assert as_saved[:4] == [tokenizer.pad_id, *ours[:3]] and len(as_saved) == 64 and len(ours) > 4
+    assert Tokenizer.load(tmp_path).encode(text) == ours and tokenizer.encode("") == []
 
 
 def test_every_stop_ends_an_answer_and_pad_is_not_the_one_that_training_appends(tokenizer):
     end, pad = (tokenizer.backend.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>"))
     assert tokenizer.eos_ids == {end, pad} and tokenizer.end_id == end and tokenizer.pad_id == pad != end
-
-
-def test_a_real_endoftext_has_the_pads_id_so_no_mask_can_be_told_from_ids(tokenizer):
-    assert tokenizer.encode("a<|endoftext|>b").count(tokenizer.pad_id) == 1
-
-
-def test_truncation_and_padding_that_a_folder_was_saved_with_are_switched_off(tokenizer_folder, tokenizer, tmp_path):
-    backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    backend.enable_truncation(4)
-    backend.enable_padding(length=64)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    text = "The student learns from its teacher."
-    assert len(backend.encode(text).ids) == 64 and len(tokenizer.encode(text)) > 4
-    assert Tokenizer.load(tmp_path).encode(text) == tokenizer.encode(text)
 
 
 # ---- streaming
@@ -379,56 +381,7 @@ def test_without_chatml_the_folders_own_template_and_end_token_serve(tokenizer_f
         Tokenizer.load(folder)
 
 
-# ---- the real tokenizer, where ../shared/data has it
-
-@pytest.fixture(scope="module")
-def qwen(shared):
-    return Tokenizer.load(shared / "qwen2-tokenizer")
-
-
-def test_the_real_tokenizer_gives_qwens_ids(qwen):
-    assert len(qwen) == 151_665
-    assert qwen.encode("Hello world!") == [9707, 1879, 0]
-    assert (qwen.pad_id, qwen.end_id, qwen.eos_ids) == (151_643, 151_645, {151_643, 151_645})
-    turn = qwen.encode(qwen.chat([USER], add_generation_prompt=True))
-    assert turn[:3] == [151_644, 8948, 198] and turn[-3:] == [151_644, 77_091, 198]        # system, assistant
-
-
-@pytest.mark.parametrize("at_once", [1, 50, 1 << 19])
-def test_a_batch_is_its_texts_one_by_one_and_an_id_one_object(qwen, monkeypatch, at_once):
-    monkeypatch.setattr("minikd.tokenizer.AT_ONCE", at_once)
-    batch, again, none = (list(qwen.encode_batch(texts)) for texts in (TEXTS * 2, TEXTS, []))
-    assert batch == [qwen.backend.encode(text, add_special_tokens=False).ids for text in TEXTS * 2] and none == []
-    assert max(batch[0]) > 1000 and all(a is b for ids, others in zip(batch, again) for a, b in zip(ids, others))
-
-
-def test_the_real_tokenizer_streams_whole_characters(qwen):
-    for text in TEXTS[:-1]:
-        ids = qwen.encode(text)
-        pieces = streamed(qwen, ids)
-        assert "".join(pieces) == qwen.decode(ids) and not any("\ufffd" in piece for piece in pieces)
-    assert len(qwen.encode("𠜎")) > 1
-
-
-def test_the_saved_real_tokenizer_is_transformers_own(qwen, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    qwen.save(tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in [*TEXTS, "<|im_start|>user\n1234<|im_end|>\n", "  three  spaces   "]:
-        assert qwen.encode(text) == theirs.encode(text, add_special_tokens=False), text
-    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [151_643, 151_645]
-
-
-@pytest.mark.parametrize("template", [QWEN25, VARIABLE, THINKING, OPEN, MARKED, JSON, OTHER],
-                         ids="25 variable thinking open marked json other".split())
-def test_chat_is_transformers_apply_chat_template(tokenizer_folder, tmp_path, template):
-    transformers = pytest.importorskip("transformers")
-    folder = with_template(tokenizer_folder, tmp_path, template)
-    mine, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    for messages in CHATS.values():
-        for asked in True, False:
-            assert mine.chat(messages, asked) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked)
-
+# ---- a teacher's tokenizer
 
 def test_a_teacher_with_another_tokenizer_is_refused_and_one_without_is_taken_on_trust(tokenizer_folder, tmp_path):
     mine = Tokenizer.load(tokenizer_folder)
@@ -465,3 +418,35 @@ def test_a_teacher_may_lack_added_tokens_but_have_none_of_its_own(tokenizer_fold
             Tokenizer.load(more).check_same(other)
     with pytest.raises(InputError, match="differs from"):                       # one of ordinary text
         mine.check_same(with_added(newword=len(mine)))
+
+
+# ---- the real tokenizer, where ../shared/data has it
+
+@pytest.fixture(scope="module")
+def qwen(shared):
+    return Tokenizer.load(shared / "qwen2-tokenizer")
+
+
+def test_the_real_tokenizer_gives_qwens_ids(qwen):
+    assert len(qwen) == 151_665
+    assert qwen.encode("Hello world!") == [9707, 1879, 0]
+    assert (qwen.pad_id, qwen.end_id, qwen.eos_ids) == (151_643, 151_645, {151_643, 151_645})
+    turn = qwen.encode(qwen.chat([USER], add_generation_prompt=True))
+    assert turn[:3] == [151_644, 8948, 198] and turn[-3:] == [151_644, 77_091, 198]        # system, assistant
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 1 << 19])
+def test_a_batch_is_its_texts_one_by_one_and_an_id_one_object(qwen, monkeypatch, at_once):
+    monkeypatch.setattr("minikd.tokenizer.AT_ONCE", at_once)
+    batch, again, none = (list(qwen.encode_batch(texts)) for texts in (TEXTS * 2, TEXTS, []))
+    assert batch == [qwen.backend.encode(text, add_special_tokens=False).ids for text in TEXTS * 2] and none == []
+    assert max(batch[0]) > 1000 and all(a is b for ids, others in zip(batch, again) for a, b in zip(ids, others))
+
+
+def test_the_saved_real_tokenizer_is_transformers_own(qwen, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    qwen.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS, "<|im_start|>user\n1234<|im_end|>\n", "  three  spaces   "]:
+        assert qwen.encode(text) == theirs.encode(text, add_special_tokens=False), text
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == [151_643, 151_645]

@@ -65,7 +65,6 @@ def test_the_domains_fall_as_six_to_three_to_two():
     counts = Counter(entry["category"] for entry in toy.records(4000, seed=8))
     for domain, share in {"english": 6 / 11, "spanish": 3 / 11, "code": 2 / 11}.items():
         assert counts[domain] / 4000 == pytest.approx(share, abs=0.04)
-    assert counts["english"] > counts["spanish"] > counts["code"]
 
 
 def test_records_are_in_the_real_datasets_schemas():

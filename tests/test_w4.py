@@ -6,37 +6,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import small
+from conftest import same, small
 from minikd import products
-from minikd.config import Qwen2Config
 from minikd.errors import InputError
 from minikd.gptq import quantize_model
 from minikd.layout import join
-from minikd.model import Qwen2
 from minikd.quant import dequantize_groups, from_words, round_to_nearest, to_words
 from minikd.w4 import PART, W4Linear, can_read_int4, choose, codes_of_int4, pack_int4, show_ways, swap_linears, to_w4
 from test_quant import matrix
 
 
 def layer(O=32, I=128, group=64, sym=True, bias=True, version=1):
+    """A 4-bit layer, and its weight [O, I]."""
     codes, scales, zeros = round_to_nearest(matrix(O, I), group_size=group, sym=sym)
+    zeros = zeros.clamp(min=1)                                  # version 1 has no zero of 0
     made = W4Linear(I, O, group, bias, version)
-    words = to_words(codes, scales, zeros.clamp(min=1), version)
-    made.load_state_dict(words | ({"bias": torch.linspace(-1, 1, O)} if bias else {}))
-    return made, dequantize_groups(codes, scales, zeros.clamp(min=1))
-
-
-def test_on_a_cpu_without_bfloat16_dequantised_weights_are_not_rounded_to_it(monkeypatch):
-    made, weight = layer()
-    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for avx2 in True, False:
-        monkeypatch.setattr(products, "AVX2_ONLY", avx2)
-        dtype = torch.float32 if avx2 else torch.bfloat16
-        expected = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), made.bias.to(torch.bfloat16).to(dtype))
-        assert torch.equal(made.multiply(x, "dequantise"), expected.bfloat16())
-        assert made.multiply(x.clone().requires_grad_(), "dequantise").requires_grad
-        torch.testing.assert_close(made.multiply(x.double(), "dequantise"), x.double() @ weight.double().T + made.bias.double(),
-                                   rtol=1e-12, atol=1e-12)
+    made.load_state_dict(to_words(codes, scales, zeros, version) | ({"bias": torch.linspace(-1, 1, O)} if bias else {}))
+    return made, dequantize_groups(codes, scales, zeros)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -54,6 +40,20 @@ def test_the_layer_multiplies_as_its_weight_does(dtype, sym, version, rows):
     assert float((y.double() - expected).norm() / expected.norm()) < tolerance
 
 
+def test_the_gradient_goes_through_to_the_input():
+    made, weight = layer()
+    x = torch.randn(3, 128, requires_grad=True)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in (made(x), x @ weight.T + made.bias))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_may_be_strided():
+    made, _ = layer()
+    wide = torch.randn(3, 256).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(made(wide[:, ::2]), made(wide[:, ::2].contiguous()))
+
+
 def test_the_int4_operators_results_are_rounded():
     """Not cut off, as torch's are for bfloat16 operands on ARM: then all are nearer to 0."""
     made, weight = layer(O=64, bias=False)
@@ -62,6 +62,19 @@ def test_the_int4_operators_results_are_rounded():
     with torch.no_grad():
         y = made.multiply(x, "int4").double()
     assert float((y * expected).sum() / expected.square().sum()) == pytest.approx(1, abs=1e-3)
+
+
+def test_on_a_cpu_without_bfloat16_dequantised_weights_are_not_rounded_to_it(monkeypatch):
+    made, weight = layer()
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for avx2 in True, False:
+        monkeypatch.setattr(products, "AVX2_ONLY", avx2)
+        dtype = torch.float32 if avx2 else torch.bfloat16
+        expected = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), made.bias.to(torch.bfloat16).to(dtype))
+        assert torch.equal(made.multiply(x, "dequantise"), expected.bfloat16())
+        assert made.multiply(x.clone().requires_grad_(), "dequantise").requires_grad
+        torch.testing.assert_close(made.multiply(x.double(), "dequantise"), x.double() @ weight.double().T + made.bias.double(),
+                                   rtol=1e-12, atol=1e-12)
 
 
 def test_each_way_is_taken_where_it_may_be():
@@ -121,8 +134,7 @@ def test_a_layer_holds_its_codes_once(O):
     for each in made, copy.deepcopy(made), pickle.loads(pickle.dumps(made)):
         assert each is made or each.prepared is None and torch.equal(each.qweight, stored["qweight"])
         assert torch.equal(each.weight(), weight) and torch.equal(each(x), y)
-        again = each.state_dict()
-        assert again.keys() == stored.keys() and all(torch.equal(again[name], stored[name]) for name in stored)
+        assert same(each.state_dict(), stored)
     other = layer(O, sym=False)[0]
     made.load_state_dict(other.state_dict())
     assert torch.equal(made(x), other(x)) and not torch.equal(made(x), y)
@@ -150,14 +162,6 @@ def test_some_rows_codes_are_read_from_wherever_they_are(way):
         assert made.weight(dtype).dtype == dtype and torch.equal(made.weight(dtype), weight.to(dtype))
 
 
-def test_the_gradient_goes_through_to_the_input():
-    made, weight = layer()
-    x = torch.randn(3, 128, requires_grad=True)
-    made(x).square().sum().backward()
-    theirs = torch.autograd.grad((x @ weight.T + made.bias).square().sum(), x)[0]
-    torch.testing.assert_close(x.grad, theirs, rtol=1e-4, atol=1e-4)
-
-
 def test_groups_in_another_order_are_read_by_g_idx():
     """As other tools' act-order writes them."""
     made, weight = layer()
@@ -174,16 +178,8 @@ def test_groups_in_another_order_are_read_by_g_idx():
         assert torch.equal(made(x[:, order]), shuffled(x[:, order]))
 
 
-def test_inputs_may_be_strided():
-    made, _ = layer()
-    wide = torch.randn(3, 256).bfloat16()
-    with torch.no_grad():
-        assert torch.equal(made(wide[:, ::2]), made(wide[:, ::2].contiguous()))
-
-
 def test_layers_are_all_checked_before_the_first_is_swapped():
-    model = Qwen2(Qwen2Config(vocab_size=50, hidden_size=64, intermediate_size=72, num_hidden_layers=1, num_attention_heads=4,
-                              num_key_value_heads=2))
+    model = small(0, hidden_size=64, intermediate_size=72)
     with pytest.raises(InputError, match="mlp.down_proj.* 72 "):
         swap_linears(model, 16, 1)
     assert not any(isinstance(layer, W4Linear) for layer in model.modules())
@@ -202,13 +198,11 @@ def test_a_call_of_to_w4_that_is_interrupted_is_completed_by_the_next(monkeypatc
                 to_w4(model, words, 16, True)
         assert model.quantization is None                       # so save_model refuses it
         found = to_w4(model, words, 16, True).state_dict()
-        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert same(found, wanted)
 
 
 def test_the_ways_are_shown_by_shape_and_rows(capsys, monkeypatch):
-    config = Qwen2Config(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, tie_word_embeddings=True)
-    model = Qwen2(config).init_weights(0).bfloat16()
+    model = small(0, hidden_size=64, intermediate_size=96, num_hidden_layers=2).bfloat16()
     show_ways(model)
     assert capsys.readouterr().out.startswith("0 4-bit layers")
     swap_linears(model, 32, 1)
