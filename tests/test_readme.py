@@ -101,3 +101,17 @@ def test_its_python_distils(lean, tmp_path, monkeypatch, capsys):
     assert found[:2] == pytest.approx([float(ce), float(kl)], abs=6e-4)
     assert found[-2] < 0.8 * found[0]
     assert torch.isfinite(load_model("runs/student")(ids)).all()
+
+
+def rows_of(text: str) -> list[tuple[str, set[str]]]:
+    """(first cell, the cells that hold a mean and its deviation) of every line of the text's tables."""
+    lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|"))
+    return [(name, {cell for cell in cells if "±" in cell}) for name, *cells in lines]
+
+
+@pytest.mark.parametrize("name", ["toy_table", "distill_table", "grpo_table"])
+def test_its_tables_hold_the_results(name):
+    results = (ROOT / "benchmarks" / "results" / f"{name}.txt").read_text(encoding="utf-8")
+    for row, cells in rows_of(results.split("\n\n")[0]):
+        if cells:
+            assert any(there == row and shown and shown <= cells for there, shown in rows_of(README)), row
