@@ -39,7 +39,8 @@ def draw_losses(axes):
     """Every loss from the same start: how near the student's own answers are to the teacher's distribution, and how right."""
     rows = table("distill_table.txt")
     kinds = {name: "SFT" if "SFT" in name else "on-policy" if "on-policy" in name or name == "MiniLLM" else "KD" for name in rows}
-    labels = {"SFT": ("fine-tuning: the start,\nand 400 updates more", (30, 82.5)), "KD": ("five divergences,\non the data's answers", (18, 93)),
+        labels = {"SFT": ("fine-tuning: the start,\nand 400 updates more", (30, 82.5)),
+              "KD": ("five divergences,\non the data's answers", (18, 93)),
               "on-policy": ("MiniLLM and two more,\non the student's own", (11, 96))}
     for kind, (label, place) in labels.items():
         points = [row for name, row in rows.items() if kinds[name] == kind and "sequence KL" in row]

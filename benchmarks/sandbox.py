@@ -49,7 +49,7 @@ def programs() -> list[tuple]:
 def left(folder: str) -> int:
     """How many there are: processes of any sandbox, this process's descriptors, entries of the temporary folder."""
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    running = sum(b"def _boot(" in line or b"def _supervise(" in line for line in lines)
+    running = sum(b"def boot(" in line or b"def supervise(" in line for line in lines)
     return running + len(os.listdir("/proc/self/fd")) + len(os.listdir(folder))
 
 

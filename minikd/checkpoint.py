@@ -233,7 +233,7 @@ def read_quantization(folder: Path) -> dict | None:
     usual = {"format": format, "pack_dtype": "int32", "dynamic": {}, "lm_head": False}              # where a field is missing
     for field, good in read.items():
         value = raw.get(field, usual.get(field))
-        if value not in good:
+        if value not in good and not (field == "dynamic" and not value):
             raise InputError(f"{path}: quantization_config has {field} = {value!r}; minikd reads "
                              f"{' or '.join(map(repr, good))}: use the unquantised folder")
     if type(raw.get("group_size")) is not int:

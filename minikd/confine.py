@@ -65,7 +65,7 @@ def supervise(report, options):
             os.rmdir(os.getcwd())
         os._exit(0)                                             # 1 ms faster than a normal exit
 
-    _signal.signal(_signal.SIGTERM, end)                        # from _stop
+    _signal.signal(_signal.SIGTERM, end)                        # from sandbox._stop
     _signal.signal(_signal.SIGHUP, end)                         # from the kernel, when the caller dies: see PR_SET_PDEATHSIG
     _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)            # if the caller ignores it, exit codes are lost
     libc.prctl(1, _signal.SIGHUP, 0, 0, 0)                      # PR_SET_PDEATHSIG
@@ -115,7 +115,7 @@ def _kill_below():
 
 def _become(libc, report, options):
     """Drops all rights that the program does not need, then becomes it (execve). Raises if it must not be run."""
-    import resource
+    import resource                                             # here: only the child needs it
     os.setsid()
     root, uid = os.geteuid() == 0, options["uid"]
     active = ["rlimits", f"uid {os.geteuid() if uid is None else uid}"]

@@ -37,7 +37,7 @@ class Report:
 def load_examples(paths, format: str | None = None, limit: int | None = None, progress=None) -> tuple[list[Example], Report]:
     """Every usable record of one or more files, folders or hub datasets, in order.
 
-    format    one of FORMATS; None recognises each record
+    format    one of formats.FORMATS; None recognises each record
     limit     stop after that many examples
     progress  called after each example
     Raises InputError for the first malformed record, and where no record is usable. In PyTorrent, whose published shards hold

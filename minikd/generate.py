@@ -51,7 +51,7 @@ def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, t
 def generate_plainly(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
                      top_k: int = 0, eos_ids=(), seed: int = 0) -> list[list[int]]:
     """What generate computes, to be read first: the same tokens (up to rounding), but finished rows go on costing time, and
-    nothing is packed, recorded or fused."""
+    nothing is packed, recorded or fused.  prompts: at least one, none of them empty"""
     device = model.head.device
     u = torch.rand(max_new_tokens, len(prompts), generator=torch.Generator(device).manual_seed(seed), dtype=torch.float64,
                    device=device)                                               # [max_new_tokens, B]

@@ -33,15 +33,15 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
     scale  "std" divides by the unbiased standard deviation, as trl does; "none" does not (Dr. GRPO: dividing gives very
            easy and very hard prompts more weight)
-    All tokens of an answer have its advantage. With G = 2 and "std" it is 0.71 and -0.71 for any two rewards
-    that differ by much more than 1e-4.
+    All tokens of an answer have its advantage, a constant: no gradient flows to the rewards. With G = 2 and "std" it is 0.71 and
+    -0.71 for any two rewards that differ by much more than 1e-4.
     A reward of NaN means that the answer could not be judged: mean and deviation leave it out, and its advantage is 0. In a group
     with fewer than two judged rewards, or with equal ones, all advantages are 0: exactly, although the mean is rounded.
     Raises ValueError for another scale, and for rewards that are not [P, G].
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale = {scale!r}; it must be 'std' or 'none'")
-    rewards = torch.as_tensor(rewards)
+    rewards = torch.as_tensor(rewards).detach()
     dtype = at_least_float32(rewards).dtype                                     # of the result
     rewards = rewards.double()                                                  # differences may be tiny beside the sums
     if rewards.dim() != 2:

@@ -108,6 +108,9 @@ class Embedding(nn.Embedding):
             return TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self)         # [B, T] -> [B, T, D]
         return super().forward(ids)                                                         # the same
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"in_place": False}                              # a copy has no optimizer yet
+
 
 class Attachable(nn.Module):
     """An nn.Module that drops what layout.py attached to it when its dtype, device or weights change; zero_grad also drops the

@@ -35,9 +35,9 @@ def pick_kernel(divergence, kd_ratio: float, logits: Tensor, teacher_logits: Ten
 
 
 def losses(kernel, weigh, logits, targets, teacher_logits, kd_ratio, weight, policy_loss, need_grad):
-    """head._torch_losses, without the dozens of float32 tensors [n, V] that torch's operators read and write: one kernel for CE
-    and KD, one for the logits' gradient dL/dCE dCE/dlogits + dL/dKD dKD/dlogits. Autograd finds dL/dCE and dL/dKD, one number
-    per token each, from the formula in `weigh` (head.weigh)."""
+    """What head._torch_losses computes, without its dozens of float32 tensors [n, V]: one kernel for CE and KD, one for the
+    logits' gradient dL/dCE dCE/dlogits + dL/dKD dKD/dlogits. Autograd finds dL/dCE and dL/dKD, one number per token each, from
+    the formula in `weigh` (head.weigh)."""
     ce, kd, rows = costs(*kernel, logits, targets, teacher_logits)
     with torch.set_grad_enabled(need_grad):
         total = weigh(ce.requires_grad_(need_grad), kd.requires_grad_(need_grad), kd_ratio, weight, policy_loss)

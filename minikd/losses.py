@@ -47,7 +47,8 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats"""
+    """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats, infinite where a
+    gives a token that b excludes."""
     a = log_a.exp()
     total = (a * (log_a - log_b)).sum(-1)                                       # the formula; the rest is its rounding
     return _mend(total, a, log_b)

@@ -150,9 +150,9 @@ def test_what_watches_a_tied_embedding_sees_its_whole_gradient():
     """The table's gradient is otherwise written into .grad by TiedLookup."""
     ids, mask = random_ids(2, 6), torch.ones(2, 6, dtype=torch.bool)
     model = random_model(tie_word_embeddings=True).train()
-    model.model.embed_tokens.in_place = True                    # as make_optimizer sets it
 
     def backward(model):
+        model.model.embed_tokens.in_place = True                # as make_optimizer sets it
         states, targets = scored_positions(model.hidden(ids), ids, mask)
         model.zero_grad()
         F.cross_entropy(F.linear(states, model.head), targets).backward()
