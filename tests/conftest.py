@@ -1,6 +1,7 @@
-"""What several test files share: one thread (two are slower on a busy machine), the CUDA kernels on a CPU, the real data if it
-is there, and a small tokenizer."""
+"""What several test files share: one thread (two are slower on a busy machine), small models and a tokenizer, the scripts as a
+shell sees them, the CUDA kernels on a CPU, and the real data if it is there."""
 import fcntl
+import functools
 import gc
 import json
 import os
@@ -21,10 +22,11 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from minikd import cuda, sandbox
+from minikd import checkpoint, cuda, model, sandbox
 from minikd.checkpoint import load_model, save_model
 from minikd.config import Qwen2Config
 from minikd.cuda import Unavailable
+from minikd.errors import InputError
 from minikd.model import Qwen2
 from minikd.run import Log, lock, read_log
 from minikd.tokenizer import Tokenizer
@@ -58,6 +60,42 @@ CODEFORCES = {"id": "1/A", "note": None, "editorial": None, "prompt": "Solve it.
 def write_records(path: Path, *records: dict) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def records_in(path) -> list:
+    """The values of a .jsonl file."""
+    return [json.loads(line) for line in Path(path).open(encoding="utf-8")]
+
+
+def change_json(path: Path, **fields):
+    """Sets fields of the object in a .json file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Path in the folder -> content, of all files."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def refusal(act, *given, **named) -> str:
+    """The message of the InputError that act(*given, **named) raises; it is one line."""
+    with pytest.raises(InputError) as caught:
+        act(*given, **named)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def refused(ended: tuple, *said: str):
+    """A script, by what `shell` returned, has ended as it does for the user's errors: in one line that says these."""
+    status, _, err = ended
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and all(words in err for words in said), ended
+
+
+def passed(ended: tuple) -> str:
+    """What a script has printed, by what `shell` returned; it ended without an error."""
+    status, out, err = ended
+    assert status == 0, err
+    return out
 
 
 @contextmanager
@@ -168,11 +206,40 @@ def pytest_collection_finish(session):
 
 
 @pytest.fixture
-def recomputed(monkeypatch) -> list:
+def spy(monkeypatch):
+    """spy(module, function's name, note) -> a list that grows by note(*given, **named) with every call of the function."""
+    def watch(where, name: str, note) -> list:
+        notes, function = [], getattr(where, name)
+
+        @functools.wraps(function)
+        def call(*given, **named):
+            notes.append(note(*given, **named))
+            return function(*given, **named)
+
+        monkeypatch.setattr(where, name, call)
+        return notes
+    return watch
+
+
+@pytest.fixture
+def loaded(spy) -> list[str]:
+    """The names of the folders whose models are loaded, in order."""
+    return spy(checkpoint, "_read_model", lambda folder, *more: folder.name)
+
+
+@pytest.fixture
+def native_bfloat16(monkeypatch):
+    """native_bfloat16(avx512, amx=False): whether this CPU has these instructions for bfloat16."""
+    def pretend(avx512: bool, amx: bool = False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    return pretend
+
+
+@pytest.fixture
+def recomputed(spy) -> list:
     """Grows with every group of blocks that gradient checkpointing will recompute."""
-    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr("minikd.model.checkpoint", lambda *given, **named: (calls.append(1), checkpoint(*given, **named))[1])
-    return calls
+    return spy(model, "checkpoint", lambda *given, **named: 1)
 
 
 @pytest.fixture

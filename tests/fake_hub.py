@@ -5,7 +5,6 @@ import re
 import threading
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import huggingface_hub.constants
 import huggingface_hub.utils
@@ -93,7 +92,3 @@ def again():
     """Forgets what this process knows of the hub, as if another one began."""
     hub.KNOWN.clear()
     getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()            # old versions' sessions are offline or not
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

@@ -6,16 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import small
+from conftest import change_json, files_in, random_model, refusal, small
 from minikd import checkpoint
 from minikd.checkpoint import (Checkpoint, load_config, load_head, load_model, open_tensors, read_tensor, save_model, shards_of,
                                split_shards, stored_dtype)
@@ -31,27 +29,28 @@ INDEX = "model.safetensors.index.json"
 NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
 
 
-def tiny(seed: int = 0, tied: bool = False, dtype=torch.float32) -> Qwen2:
-    config = Qwen2Config(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, rope_theta=1e6)
-    model = Qwen2(config).init_weights(seed)
-    with torch.no_grad():                                   # with one value per tensor, swapped tensors would not show
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(seed + 1)))
-    return model.to(dtype).eval()
+def model(seed: int = 0, tied: bool = False, dtype=torch.float32) -> Qwen2:
+    return random_model(seed, vocab_size=37, hidden_size=16, intermediate_size=24, num_attention_heads=4, rope_theta=1e6,
+                        tie_word_embeddings=tied).to(dtype)
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A small untied model in one file."""
-    save_model(tiny(), tmp_path / "m")
+    save_model(model(), tmp_path / "m")
     return tmp_path / "m"
 
 
 @pytest.fixture
 def sharded(tmp_path) -> Path:
-    save_model(tiny(), tmp_path / "s", shard_bytes=6_000)
+    save_model(model(), tmp_path / "s", shard_bytes=6_000)
     return tmp_path / "s"
+
+
+@pytest.fixture
+def opened(spy) -> list[str]:
+    """The names of the weight files that are opened, in order."""
+    return spy(checkpoint, "open_tensors", lambda path: path.name)
 
 
 def same(a: Qwen2, b: Qwen2) -> bool:
@@ -67,63 +66,52 @@ def rewrite(folder: Path, change):
     save_file(tensors, folder / "model.safetensors")
 
 
-def refusal(name) -> str:
-    with pytest.raises(InputError) as caught:
-        load_model(name)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 # ---- what loads
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard_bytes", [10**9, 6_000])
 def test_what_is_saved_is_loaded(tmp_path, tied, shard_bytes):
-    model = tiny(tied=tied)
-    save_model(model, tmp_path / "m", shard_bytes=shard_bytes)
-    loaded = load_model(tmp_path / "m")
-    assert same(model, loaded) and not loaded.training
+    save_model(model(tied=tied), tmp_path / "m", shard_bytes=shard_bytes)
+    loaded, ids = load_model(tmp_path / "m"), torch.arange(10)[None]
+    assert same(model(tied=tied), loaded) and not loaded.training
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert (tmp_path / "m" / INDEX).exists() == (shard_bytes < 10**9)
-    assert load_config(tmp_path / "m") == model.config
-    ids = torch.arange(10)[None]
-    assert torch.equal(model(ids), load_model(str(tmp_path / "m"))(ids))
+    assert load_config(tmp_path / "m") == loaded.config
+    assert torch.equal(model(tied=tied)(ids), load_model(str(tmp_path / "m"))(ids))
 
 
 @pytest.mark.parametrize("part", [1, 150, 1_000])
 @pytest.mark.parametrize("shard_bytes", [10**9, 6_000])
-def test_tensors_larger_than_a_part_are_read_in_parts_and_files_closed_between(tmp_path, monkeypatch, part, shard_bytes):
-    model, opened = tiny(), []                                  # 37 rows of 64 bytes, 24 of 64, 16 of 96
-    save_model(model, tmp_path / "m", shard_bytes=shard_bytes)
+def test_tensors_larger_than_a_part_are_read_in_parts_and_files_closed_between(tmp_path, monkeypatch, opened, part, shard_bytes):
+    save_model(model(), tmp_path / "m", shard_bytes=shard_bytes)                # 37 rows of 64 bytes, 24 of 64, 16 of 96
     monkeypatch.setattr(checkpoint, "PART", part)
-    monkeypatch.setattr(checkpoint, "open_tensors", lambda path: (opened.append(path), open_tensors(path))[1])
-    assert same(model, load_model(tmp_path / "m"))
+    assert same(model(), load_model(tmp_path / "m"))
     opened.clear()
     half = load_model(tmp_path / "m", dtype=torch.bfloat16)
-    assert same(half, model.bfloat16())
+    assert same(half, model(dtype=torch.bfloat16))
     size = sum(p.nbytes for p in half.parameters())
     assert size / (2 * part + 64) < len(opened) < 2 * size / part + 20
+
+
+def test_a_file_is_not_opened_for_each_small_tensor(tmp_path, opened):
+    save_model(model(), tmp_path, shard_bytes=10_000)
+    load_model(tmp_path)
+    assert len(set(opened)) > 2 and len(opened) == 2 * len(set(opened))         # once for its names, once for its tensors
 
 
 @pytest.mark.parametrize("on_disk", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16])
 def test_any_float_dtype_on_disk_becomes_the_one_asked_for(tmp_path, on_disk, asked):
-    model = tiny(dtype=on_disk)
-    save_model(model, tmp_path / "m")
+    save_model(model(dtype=on_disk), tmp_path / "m")
     assert all(t.dtype == on_disk for t in load_file(tmp_path / "m" / "model.safetensors").values())
-    loaded = load_model(tmp_path / "m", dtype=asked)
-    assert same(loaded, model.to(asked))
+    assert same(load_model(tmp_path / "m", dtype=asked), model(dtype=on_disk).to(asked))
 
 
 def test_a_model_is_saved_in_the_dtype_asked_for_and_keeps_its_own(tmp_path):
-    model = tiny()
-    save_model(model, tmp_path / "m", dtype=torch.bfloat16)
+    given = model()
+    save_model(given, tmp_path / "m", dtype=torch.bfloat16)
     assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert same(load_model(tmp_path / "m", dtype=torch.bfloat16), tiny(dtype=torch.bfloat16)) and same(model, tiny())
+    assert same(load_model(tmp_path / "m", dtype=torch.bfloat16), model(dtype=torch.bfloat16)) and same(given, model())
     assert {t.dtype for t in load_file(tmp_path / "m" / "model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -141,23 +129,21 @@ def test_a_file_system_whose_inode_numbers_change_serves(tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.result, name)
 
-    save_model(tiny(), tmp_path / "m")
+    save_model(model(), tmp_path / "m")
     numbers, stat = itertools.count(), Path.stat
     monkeypatch.setattr(Path, "stat", lambda *given, **named: Renumbered(stat(*given, **named)))
-    assert same(load_model(tmp_path / "m"), tiny())
+    assert same(load_model(tmp_path / "m"), model())
 
 
-def test_a_folder_that_never_stays_as_it_is_is_refused(tmp_path, monkeypatch):
-    save_model(tiny(tied=True), tmp_path / "m")
+def test_a_folder_that_never_stays_as_it_is_is_refused(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "versions", lambda folder: object())
-    with pytest.raises(InputError, match="m: is written again and again while it is read"):
-        load_model(tmp_path / "m")
+    assert "m: is written again and again while it is read" in refusal(load_model, folder)
 
 
 @pytest.mark.parametrize("error", [None, InputError, FileNotFoundError])
 def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch, error):
     """Else tensors of two models would stand in one; and an error that is due to the exchange is no error of the folder."""
-    first, second = tiny(tied=True), tiny(tied=True).init_weights(9)
+    first, second = model(0), model(9)
     save_model(first, tmp_path / "m")
     monkeypatch.setattr(checkpoint, "PART", 1)                                  # a file is opened anew for each part
     opened, open_file = [], checkpoint.open_tensors
@@ -175,35 +161,33 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monk
 
 
 def test_a_model_whose_weights_are_packed_is_not_saved(tmp_path):
-    model = tiny(tied=True)
-    save_model(model, tmp_path / "m")
-    model.layout = "packed"
-    model.decoding = True                                       # in another thread
+    packed = model()
+    packed.layout = "packed"
+    packed.decoding = True                                      # in another thread
     with pytest.raises(ValueError, match="m: not saved, as the model generates meanwhile"):
-        save_model(model, tmp_path / "m")
-    assert load_model(tmp_path / "m")
+        save_model(packed, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_tied_head_may_be_stored_all_the_same(tmp_path):
-    model = tiny(tied=True)
-    save_model(model, tmp_path / "m")
+    save_model(model(tied=True), tmp_path / "m")
     assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
     for stored in lambda table: table.clone(), lambda table: table.new_zeros(0):     # a copy, or an empty place
         rewrite(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": stored(tensors[EMBED])}))
-        assert same(model, load_model(tmp_path / "m"))
+        assert same(model(tied=True), load_model(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("shape", [(38, 16), (36, 16), (37, 17), (37,), (0, 16)])
 def test_a_tied_head_of_another_shape_is_refused(tmp_path, shape):
-    save_model(tiny(tied=True), tmp_path / "m")
+    save_model(model(tied=True), tmp_path / "m")
     rewrite(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": torch.zeros(shape)}))
-    said = refusal(tmp_path / "m")
+    said = refusal(load_model, tmp_path / "m")
     assert f"lm_head.weight is {list(shape)}, but config.json ties it to the embedding, [37, 16]" in said
 
 
 def test_a_tied_head_is_compared_to_its_last_row_and_across_dtypes(tmp_path):
-    model = tiny(tied=True)
-    save_model(model, tmp_path / "m", dtype=torch.bfloat16)
+    """Of one that differs transformers 5 would use lm_head.weight, other readers would not."""
+    save_model(model(tied=True), tmp_path / "m", dtype=torch.bfloat16)
     for row in None, 0, 36:
         head = load_model(tmp_path / "m").head.detach().double()
         if row is not None:
@@ -212,45 +196,36 @@ def test_a_tied_head_is_compared_to_its_last_row_and_across_dtypes(tmp_path):
         if row is None:
             assert load_model(tmp_path / "m")
         else:
-            assert "lm_head.weight differs from it" in refusal(tmp_path / "m")
+            for load in load_model, load_head:
+                assert "ties the head to the embedding, but lm_head.weight differs from it" in refusal(load, tmp_path / "m")
         rewrite(tmp_path / "m", lambda tensors: tensors.pop("lm_head.weight"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float32])
 def test_a_tied_head_is_compared_with_an_embedding_in_float8(folder, dtype):
     for more in 0, 1:
-        save_model(tiny(tied=True), folder)
+        save_model(model(tied=True), folder)
         table = load_file(folder / "model.safetensors")[EMBED].sign()           # which float8 holds exactly
         rewrite(folder, lambda tensors: tensors.update({EMBED: table.to(torch.float8_e4m3fn),
                                                         "lm_head.weight": (table + more).to(dtype)}))
         if more:
-            assert "lm_head.weight differs from it" in refusal(folder)
+            assert "lm_head.weight differs from it" in refusal(load_model, folder)
         else:
             assert torch.equal(load_model(folder).head, table)
 
 
-def test_a_head_that_is_tied_by_the_config_and_another_by_its_weights_is_refused(folder):
-    """transformers 5 would use lm_head.weight, other readers would not."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    assert "ties the head to the embedding, but lm_head.weight differs from it" in refusal(folder)
-    with pytest.raises(InputError, match="differs from it"):
-        load_head(folder)
-
-
 def test_the_tables_that_old_checkpoints_store_are_passed_over(folder):
     rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
-    assert same(tiny(), load_model(folder))
+    assert same(model(), load_model(folder))
 
 
 def test_a_bias_of_zeros_that_the_model_has_no_place_for_is_passed_over(folder):
     """As AutoGPTQ writes for every layer; any other bias would change what the model computes."""
     name = "model.layers.0.mlp.up_proj.bias"
     rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(8, dtype=torch.float16)}))
-    assert same(tiny(), load_model(folder))
+    assert same(model(), load_model(folder))
     rewrite(folder, lambda tensors: tensors.update({name: torch.tensor([0.0] * 7 + [1e-3])}))
-    with pytest.raises(InputError, match=f"tensor {name} .8. is not part of the model"):
-        load_model(folder)
+    assert f"tensor {name} [8] is not part of the model" in refusal(load_model, folder)
 
 
 def test_shards_of_another_naming_and_order_load(sharded):
@@ -258,12 +233,20 @@ def test_shards_of_another_naming_and_order_load(sharded):
     assert len(shards) > 3
     index = json.loads((sharded / INDEX).read_text())
     assert set(index["weight_map"].values()) == {path.name for path in shards}
-    assert index["weight_map"].keys() == tiny().state_dict().keys()
-    assert index["metadata"]["total_size"] == sum(p.nbytes for p in tiny().parameters())
+    assert index["weight_map"].keys() == model().state_dict().keys()
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model().parameters())
     shards[0].rename(sharded / "zebra.safetensors")
     moved = {key: "zebra.safetensors" if file == shards[0].name else file for key, file in index["weight_map"].items()}
     (sharded / INDEX).write_text(json.dumps({"weight_map": moved}))
-    assert same(tiny(), load_model(sharded))
+    assert same(model(), load_model(sharded))
+
+
+def test_shards_are_in_the_order_of_their_names(tmp_path):
+    """A run's identity is their hashes in this order."""
+    names = [f"model-{i:05d}-of-00009.safetensors" for i in range(1, 10)]
+    where = {f"t{i}": name for i, name in enumerate(reversed(names))}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": where}))
+    assert shards_of(tmp_path) == names
 
 
 def test_the_dtype_of_the_embeddings_is_told(sharded):
@@ -274,8 +257,8 @@ def test_the_dtype_of_the_embeddings_is_told(sharded):
 
 
 def test_two_files_have_an_index_already(tmp_path):
-    save_model(tiny(), tmp_path, shard_bytes=sum(p.nbytes for p in tiny().parameters()) - 1)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2 and same(tiny(), load_model(tmp_path))
+    save_model(model(), tmp_path, shard_bytes=sum(p.nbytes for p in model().parameters()) - 1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2 and same(model(), load_model(tmp_path))
 
 
 def test_each_shard_holds_what_fits_and_at_least_one_tensor():
@@ -291,28 +274,23 @@ def test_each_shard_holds_what_fits_and_at_least_one_tensor():
 
 def test_a_missing_tensor_is_named_with_the_shape_it_should_have(folder):
     rewrite(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.bias"))
-    assert "model.layers.1.self_attn.k_proj.bias [8] is missing" in refusal(folder)
-
-
-def test_an_untied_model_without_a_head_is_refused(folder):
-    rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
-    assert "lm_head.weight [37, 16] is missing" in refusal(folder)
+    assert "model.layers.1.self_attn.k_proj.bias [8] is missing" in refusal(load_model, folder)
 
 
 def test_a_surplus_tensor_is_named(folder):
     rewrite(folder, lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(24, 16)}))
-    text = refusal(folder)
+    text = refusal(load_model, folder)
     assert "model.layers.2.mlp.up_proj.weight [24, 16] is not part" in text and "model.safetensors" in text
 
 
 def test_a_misshapen_tensor_is_named_with_both_shapes(folder):
     rewrite(folder, lambda tensors: tensors.update({EMBED: torch.zeros(38, 16)}))
-    assert f"{EMBED} is [38, 16], but config.json asks for [37, 16]; use files" in refusal(folder)
+    assert f"{EMBED} is [38, 16], but config.json asks for [37, 16]; use files" in refusal(load_model, folder)
 
 
 def test_an_integer_tensor_is_refused(folder):
     rewrite(folder, lambda tensors: tensors.update({NORM: torch.ones(16, dtype=torch.int8)}))
-    assert f"{NORM} is torch.int8, not a float tensor" in refusal(folder)
+    assert f"{NORM} is torch.int8, not a float tensor" in refusal(load_model, folder)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 0.5, -1], ids=str)
@@ -320,18 +298,13 @@ def test_a_truncated_file_is_named_with_its_size(folder, kept):
     path = folder / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:int(kept * len(data)) if isinstance(kept, float) else kept])
-    text = refusal(folder)
+    text = refusal(load_model, folder)
     assert text.startswith(f"{path}: is damaged or truncated, {path.stat().st_size:,} bytes (")
-
-
-def test_a_file_that_is_no_safetensors_is_named(folder):
-    (folder / "model.safetensors").write_text("<html>404 not found</html>" * 20)
-    assert "is damaged or truncated" in refusal(folder)
 
 
 def test_gits_pointer_to_a_file_is_not_called_damaged(folder):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    assert refusal(folder) == (f"{folder / 'model.safetensors'}: is only a Git LFS pointer, not the file itself; run "
+    assert refusal(load_model, folder) == (f"{folder / 'model.safetensors'}: is only a Git LFS pointer, not the file itself; run "
                                "`git lfs pull` in its folder")
 
 
@@ -346,13 +319,13 @@ def test_a_folder_of_another_kind_is_called_what_it_is(tmp_path, held, said):
     for name in held:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert said in refusal(tmp_path)
+    assert said in refusal(load_model, tmp_path)
 
 
 def test_an_index_that_names_an_absent_file_is_refused(sharded):
     absent = sorted(sharded.glob("*.safetensors"))[1]
     absent.unlink()
-    text = refusal(sharded)
+    text = refusal(load_model, sharded)
     assert text.startswith(f"{sharded / INDEX}: names {absent.name}, which is not in the folder")
 
 
@@ -364,17 +337,17 @@ def test_an_index_that_names_an_absent_file_is_refused(sharded):
     ('{"weight_map": {"a": "."}}', "has no weight_map"), ('{"weight_map": {}}', f"{EMBED} [37, 16] is missing")])
 def test_a_damaged_index_is_named(sharded, content, complaint):
     (sharded / INDEX).write_text(content)
-    assert complaint in refusal(sharded)
+    assert complaint in refusal(load_model, sharded)
 
 
 def test_pickled_weights_are_not_opened(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "only pickled weights (*.bin)" in refusal(folder) and "save_pretrained(...)" in refusal(folder)
+    assert "only pickled weights (*.bin)" in refusal(load_model, folder) and "save_pretrained(...)" in refusal(load_model, folder)
 
 
 def test_a_folder_without_weights_is_named(folder):
     (folder / "model.safetensors").unlink()
-    assert refusal(folder).startswith(f"{folder}: has neither model.safetensors nor {INDEX}")
+    assert refusal(load_model, folder).startswith(f"{folder}: has neither model.safetensors nor {INDEX}")
 
 
 @pytest.mark.parametrize("content, complaint", [(None, "is missing"), ("{", "is not JSON"), ("[]", "holds a list"),
@@ -385,51 +358,94 @@ def test_a_config_that_is_not_there_or_not_ours_is_named(folder, content, compla
     (folder / "config.json").unlink()
     if content is not None:
         (folder / "config.json").write_text(content)
-    text = refusal(folder)
+    text = refusal(load_model, folder)
     assert text.startswith(f"{folder / 'config.json'}: ") and complaint in text
 
 
 def test_weights_of_another_model_are_refused(tmp_path, folder):
-    save_model(tiny(tied=True), tmp_path / "other")
+    save_model(model(tied=True), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "config.json", folder)
     rewrite(folder, lambda tensors: tensors.pop("lm_head.weight"))
     assert load_model(folder).config.tie_word_embeddings
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    assert "model.layers.1." in refusal(folder) and "is not part" in refusal(folder)
+    change_json(folder / "config.json", num_hidden_layers=1)
+    assert "model.layers.1." in refusal(load_model, folder) and "is not part" in refusal(load_model, folder)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.0.mlp.up_proj"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, name, value):
+    spoilt = small(0)
+    spoilt.model.get_submodule(name).weight.data[-1, 2] = value
+    save_model(spoilt.bfloat16(), tmp_path)
+    assert f"model.{name}.weight: has values that are not finite" in refusal(load_model, tmp_path)
+
+
+def test_weights_that_overflow_in_the_dtype_asked_for_are_named(tmp_path):
+    large = small(0)
+    large.head.data[-1, 2] = 1e5
+    save_model(large, tmp_path)
+    assert load_model(tmp_path).head.max() == 1e5
+    for load in load_model, load_head:
+        assert "embed_tokens.weight: has values that are not finite in torch.float16" in refusal(
+            load, tmp_path, dtype=torch.float16)
+
+
+def test_a_link_to_nothing_or_a_folder_in_the_weights_place_is_named(folder):
+    weights = folder / "model.safetensors"
+    for replace in lambda: weights.symlink_to("gone"), weights.mkdir:
+        weights.unlink()
+        replace()
+        assert "model.safetensors: is not a file; fetch the model again" in refusal(load_model, folder)
+
+
+def test_a_file_that_is_missing_or_may_not_be_opened_is_named(tmp_path, monkeypatch):
+    assert "no.safetensors: is missing; fetch the model again" in refusal(open_tensors, tmp_path / "no.safetensors")
+    (tmp_path / "x.safetensors").touch()
+
+    def refuse(*_, **__):
+        raise FileNotFoundError                                                 # what safetensors says then
+
+    monkeypatch.setattr(checkpoint, "safe_open", refuse)
+    assert "x.safetensors: cannot be opened; check its permissions" in refusal(open_tensors, tmp_path / "x.safetensors")
+
+
+def test_a_tensor_of_a_dtype_that_torch_lacks_is_one_line(folder):
+    """Four-bit floats, as in NVFP4 folders."""
+    path = folder / "model.safetensors"
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    header, data = json.loads(path.read_bytes()[8:8 + length]), path.read_bytes()[8 + length:]
+    start, end = header[NORM]["data_offsets"]
+    header[NORM] |= {"dtype": "F4", "shape": [2 * (end - start)]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    assert "norm.weight: cannot be read" in refusal(read_tensor, path, NORM)
+
+
+def test_a_model_that_is_replaced_while_it_is_hashed_is_another(folder, monkeypatch):
+    hashes = Checkpoint.hashes
+
+    def slowly(self):
+        found = hashes(self)
+        monkeypatch.undo()
+        save_model(model(seed=9), folder)
+        return found
+
+    monkeypatch.setattr(Checkpoint, "hashes", slowly)
+    begun = Checkpoint(folder)
+    assert "m: has changed since this run began" in refusal(begun.check)
 
 
 # ---- what a save leaves
 
-def test_a_save_keeps_the_tokenizer_the_log_and_the_subfolders_and_replaces_the_weights(sharded, monkeypatch):
-    link = os.link                                          # by default it follows links on a Mac, and everywhere in Python 3.14
-    monkeypatch.setattr(os, "link", lambda old, new, follow_symlinks=True: link(
-        os.path.realpath(old) if follow_symlinks else old, new, follow_symlinks=False))
-    (sharded / "tokenizer.json").write_text("{}")
+def test_a_save_keeps_the_tokenizer_the_log_and_the_subfolders_and_replaces_the_weights(sharded):
     (sharded / "state").mkdir()
-    (sharded / "state" / "optimizer.pt").write_bytes(b"123")
-    (sharded / "state" / "latest").symlink_to("optimizer.pt")
-    (sharded / "notes").symlink_to("state")
-    log = (sharded / "log.jsonl").open("a")
-    print("step 1", file=log, flush=True)
-    save_model(tiny(seed=1), sharded)
-    print("step 2", file=log, flush=True)                   # a log that is open goes on being the log
-    assert set(contents(sharded)) == {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl",
-                                      "state/optimizer.pt", "state/latest"}
-    assert (sharded / "state" / "latest").is_symlink() and (sharded / "notes").is_symlink()
-    assert (sharded / "log.jsonl").read_text() == "step 1\nstep 2\n"
-    assert same(tiny(seed=1), load_model(sharded))
-    save_model(tiny(), sharded, shard_bytes=6_000)          # and back: no single file is left to be read instead
-    assert not (sharded / "model.safetensors").exists() and same(tiny(), load_model(sharded))
-
-
-def test_a_save_without_hard_links_keeps_the_same_files(folder, monkeypatch):
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "latest").symlink_to("tokenizer.json")
-    monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError("not here")))
-    save_model(tiny(seed=1), folder)
-    assert set(contents(folder)) == {"config.json", "model.safetensors", "tokenizer.json", "latest"}
-    assert (folder / "latest").is_symlink()
+    for name in "tokenizer.json", "log.jsonl", "state/optimizer.pt", "quantize_config.json":
+        (sharded / name).write_text("{}")
+    save_model(model(seed=1), sharded)
+    assert set(files_in(sharded)) == {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl", "state/optimizer.pt"}
+    assert same(model(seed=1), load_model(sharded))
+    save_model(model(), sharded, shard_bytes=6_000)          # and back: no single file is left to be read instead
+    assert not (sharded / "model.safetensors").exists() and same(model(), load_model(sharded))
 
 
 def test_whoever_may_read_the_config_may_read_the_weights(folder):
@@ -438,26 +454,24 @@ def test_whoever_may_read_the_config_may_read_the_weights(folder):
 
 
 def test_a_save_into_the_folder_it_was_loaded_from_is_safe(folder):
-    model = load_model(folder)
-    save_model(model, folder)
-    assert same(model, load_model(folder)) and same(model, tiny())
+    save_model(load_model(folder), folder)
+    assert same(model(), load_model(folder))
 
 
 def test_weights_that_load_model_would_refuse_are_not_saved(folder):
-    before, model = contents(folder), load_model(folder)
-    model.model.norm.weight.data[0] = 7e4
-    with pytest.raises(InputError, match="not saved, as model.norm.weight has values that are not finite in torch.float16"):
-        save_model(model, folder, torch.float16)
-    assert contents(folder) == before
-    model.half().model.norm.float().weight.data[0] = 7e4        # the head has that dtype already
-    with pytest.raises(InputError, match="not saved, as model.norm.weight"):
-        save_model(model, folder, torch.float16)
-    save_model(model, folder, torch.bfloat16)                   # which can hold it
+    before, large = files_in(folder), load_model(folder)
+    said = "not saved, as model.norm.weight has values that are not finite in torch.float16"
+    large.model.norm.weight.data[0] = 7e4
+    assert said in refusal(save_model, large, folder, torch.float16)
+    large.half().model.norm.float().weight.data[0] = 7e4        # the head has that dtype already
+    assert said in refusal(save_model, large, folder, torch.float16)
+    assert files_in(folder) == before
+    save_model(large, folder, torch.bfloat16)                   # which can hold it
 
 
 @pytest.mark.parametrize("shards_written", [0, 2])
 def test_a_save_that_fails_in_the_middle_leaves_the_old_folder_whole(sharded, monkeypatch, shards_written):
-    before, written = contents(sharded), []
+    before, written = files_in(sharded), []
 
     def full_disk(tensors, path, metadata):
         if len(written) == shards_written:
@@ -466,57 +480,27 @@ def test_a_save_that_fails_in_the_middle_leaves_the_old_folder_whole(sharded, mo
         written.append(save_file(tensors, path, metadata=metadata))
     monkeypatch.setattr(checkpoint, "save_tensors", full_disk)
     with pytest.raises(OSError):
-        save_model(tiny(seed=1), sharded, shard_bytes=6_000)
-    assert len(written) == shards_written and contents(sharded) == before
+        save_model(model(seed=1), sharded, shard_bytes=6_000)
+    assert len(written) == shards_written and files_in(sharded) == before
     assert [path.name for path in sharded.parent.iterdir()] == [sharded.name]
-    assert same(tiny(), load_model(sharded))
+    assert same(model(), load_model(sharded))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_save_that_is_killed_in_the_middle_leaves_the_old_folder_whole(folder):
-    before = contents(folder)
+    before = files_in(folder)
     child = os.fork()
     if child == 0:                                          # no finally, no atexit: as kill -9 from outside
         def die(tensors, path, metadata):
             save_file(tensors, path, metadata=metadata)
             os.kill(os.getpid(), 9)
         checkpoint.save_tensors = die
-        save_model(tiny(seed=1), folder)
+        save_model(model(seed=1), folder)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
-    assert contents(folder) == before and same(tiny(), load_model(folder))
-    save_model(tiny(seed=1), folder)                        # and what it left beside is in nobody's way
-    assert same(tiny(seed=1), load_model(folder))
-
-
-# ---- hub names
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """An empty hub cache, and no network."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "hub"
-
-
-def test_a_hub_name_is_read_from_the_hubs_cache(hub, sharded):
-    repo = hub / "models--org--tiny"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text("0" * 40)
-    (repo / "blobs").mkdir()
-    snapshot = repo / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    for i, file in enumerate(sharded.iterdir()):            # as the hub keeps them: links to blobs
-        shutil.copy(file, repo / "blobs" / str(i))
-        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
-    assert same(tiny(), load_model("org/tiny"))
-
-
-def test_an_unknown_hub_name_without_network_is_one_line_and_quick(hub):
-    start = time.monotonic()
-    assert refusal("org/unknown").startswith("org/unknown: no such folder here, and the hub did not return it (")
-    assert time.monotonic() - start < 5
+    assert files_in(folder) == before and same(model(), load_model(folder))
+    save_model(model(seed=1), folder)                        # and what it left beside is in nobody's way
+    assert same(model(seed=1), load_model(folder))
 
 
 # ---- memory
@@ -544,25 +528,17 @@ def test_loading_never_holds_a_second_copy_of_the_model(tmp_path, folder):
     config = Qwen2Config(vocab_size=20_000, hidden_size=512, intermediate_size=2048, num_hidden_layers=7,
                          num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True)
     with torch.device("meta"):
-        model = Qwen2(config)
-    model = model.bfloat16().to_empty(device="cpu")         # 75 MB; the weights' values do not matter
+        big = Qwen2(config)
+    big = big.bfloat16().to_empty(device="cpu")             # 75 MB; the weights' values do not matter
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in big.parameters():
             parameter.zero_()
-    save_model(model, tmp_path / "big")
+    save_model(big, tmp_path / "big")
     save_model(rounded()[1], tmp_path / "four bits")
     done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "big", folder, tmp_path / "four bits"], capture_output=True,
                           text=True, cwd=ROOT, check=True)
     same_dtype, wider = map(float, done.stdout.split())
     assert 0.5 < same_dtype < 1.25 and 0.5 < wider < 1.25   # the bound on a real shape, 1.15, is benchmarks/'
-
-
-def test_a_file_is_not_opened_for_each_small_tensor(tmp_path, monkeypatch):
-    opened, real = [], checkpoint.open_tensors
-    monkeypatch.setattr(checkpoint, "open_tensors", lambda path: (opened.append(path.name), real(path))[1])
-    save_model(tiny(), tmp_path, shard_bytes=10_000)
-    load_model(tmp_path)
-    assert len(set(opened)) > 2 and len(opened) == 2 * len(set(opened))         # once for its names, once for its tensors
 
 
 # ---- 4-bit folders
@@ -603,10 +579,10 @@ def test_a_4_bit_folder_is_the_rounded_model(tmp_path, tied, sym):
             assert torch.equal(layer.weight(), plain.get_submodule(name).weight)
             assert layer.scales.dtype == torch.float16
     for dtype in torch.float32, torch.bfloat16:
-        model = load_model(tmp_path / "w4", dtype=dtype)
-        assert model.model.layers[0].mlp.up_proj.scales.dtype == torch.float16  # not rounded by the model's own dtype
+        loaded = load_model(tmp_path / "w4", dtype=dtype)
+        assert loaded.model.layers[0].mlp.up_proj.scales.dtype == torch.float16 # not rounded by the model's own dtype
         with torch.no_grad():
-            ours, theirs = model(ids).float(), load_model(tmp_path / "w4")(ids)
+            ours, theirs = loaded(ids).float(), load_model(tmp_path / "w4")(ids)
         assert float((ours - theirs).norm() / theirs.norm()) < (1e-6 if dtype == torch.float32 else 0.06)
     config = json.loads((tmp_path / "w4/config.json").read_text())["quantization_config"]
     assert config == json.loads((tmp_path / "w4/quantize_config.json").read_text())
@@ -639,9 +615,8 @@ def test_a_4_bit_model_answers_as_any_other(tmp_path):
 
 @pytest.mark.parametrize("names", [["quantization"], ["quantization", "quantization_config"]])
 def test_mlx_s_quantisation_is_called_so(folder, names):
-    config = json.loads((folder / "config.json").read_text()) | dict.fromkeys(names, {"group_size": 64, "bits": 4})
-    (folder / "config.json").write_text(json.dumps(config))
-    assert "`quantization` is MLX's; minikd reads the gptq format" in refusal(folder)
+    change_json(folder / "config.json", **dict.fromkeys(names, {"group_size": 64, "bits": 4}))
+    assert "`quantization` is MLX's; minikd reads the gptq format" in refusal(load_model, folder)
 
 
 @pytest.mark.parametrize("changed, said", [
@@ -654,20 +629,14 @@ def test_mlx_s_quantisation_is_called_so(folder, names):
 def test_another_quantisation_is_one_line(tmp_path, changed, said):
     _, packed = rounded()
     save_model(packed, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = "gptq" if changed is None else config["quantization_config"] | changed
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError) as error:
-        load_model(tmp_path)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    change_json(tmp_path / "config.json", quantization_config="gptq" if changed is None else packed.quantization | changed)
+    assert said in refusal(load_model, tmp_path)
 
 
 def test_the_format_is_read_under_its_older_name_too(tmp_path):
     plain, packed = rounded(sym=False)
     save_model(packed, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["quantization_config"]["checkpoint_format"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    change_json(tmp_path / "config.json", quantization_config=packed.quantization | {"checkpoint_format": None})
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         torch.testing.assert_close(load_model(tmp_path)(ids), plain(ids), rtol=1e-3, atol=1e-3)
@@ -681,111 +650,27 @@ def test_words_that_are_damaged_are_refused_by_their_layer(tmp_path, name, at, v
     _, packed = rounded()
     getattr(packed.model.layers[1].mlp.down_proj, name)[at] = value
     save_model(packed, tmp_path)
-    with pytest.raises(InputError, match=f"model.layers.1.mlp.down_proj.{name}: .*{said}"):
-        load_model(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["embed_tokens", "layers.0.mlp.up_proj"])
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_that_are_not_finite_are_named(tmp_path, name, value):
-    model = small(0)
-    model.model.get_submodule(name).weight.data[-1, 2] = value
-    save_model(model.bfloat16(), tmp_path)
-    with pytest.raises(InputError, match=f"model.{name}.weight: has values that are not finite"):
-        load_model(tmp_path)
-
-
-def test_weights_that_overflow_in_the_dtype_asked_for_are_named(tmp_path):
-    model = small(0)
-    model.head.data[-1, 2] = 1e5
-    save_model(model, tmp_path)
-    assert load_model(tmp_path).head.max() == 1e5
-    for load in load_model, load_head:
-        with pytest.raises(InputError, match="embed_tokens.weight: has values that are not finite in torch.float16"):
-            load(tmp_path, dtype=torch.float16)
+    found = refusal(load_model, tmp_path)
+    assert f"model.layers.1.mlp.down_proj.{name}: " in found and said in found
 
 
 def test_a_4_bit_folder_without_its_settings_says_where_they_are(tmp_path):
-    save_model(rounded()[1], tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    settings = config.pop("quantization_config")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="holds 4-bit layers.* add one with the content of quantize_config.json"):
-        load_model(tmp_path)
-    assert json.loads((tmp_path / "quantize_config.json").read_text()) == settings
+    _, packed = rounded()
+    save_model(packed, tmp_path)
+    change_json(tmp_path / "config.json", quantization_config=None)
+    assert "add one with the content of quantize_config.json" in refusal(load_model, tmp_path)
+    assert json.loads((tmp_path / "quantize_config.json").read_text()) == packed.quantization
 
 
 def test_settings_that_are_null_are_the_defaults(tmp_path):
     _, packed = rounded()
     save_model(packed, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] |= dict.fromkeys(["checkpoint_format", "format", "pack_dtype", "lm_head", "dynamic", "sym"])
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    nulls = dict.fromkeys(["checkpoint_format", "format", "pack_dtype", "lm_head", "dynamic", "sym"])
+    change_json(tmp_path / "config.json", quantization_config=packed.quantization | nulls)
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path)(ids), packed(ids))
-    words = packed.model.layers[1].mlp.down_proj
-    words.qzeros[:] = -0x77777778                                   # version 2's 8: symmetric unless it says otherwise
-    save_model(packed, tmp_path / "mixed")
-    config["quantization_config"] |= {"group_size": packed.quantization["group_size"]}
-    (tmp_path / "mixed/config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="symmetric zero points are 8, these are 9"):
-        load_model(tmp_path / "mixed")
-
-
-def test_shards_are_in_the_order_of_their_names(tmp_path):
-    """A run's identity is their hashes in this order."""
-    names = [f"model-{i:05d}-of-00009.safetensors" for i in range(1, 10)]
-    where = {f"t{i}": name for i, name in enumerate(reversed(names))}
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": where}))
-    assert shards_of(tmp_path) == names
-
-
-def test_a_model_that_is_replaced_while_it_is_hashed_is_another(folder, monkeypatch):
-    hashes = Checkpoint.hashes
-
-    def slowly(self):
-        found = hashes(self)
-        monkeypatch.undo()
-        save_model(tiny(seed=9), folder)
-        return found
-
-    monkeypatch.setattr(Checkpoint, "hashes", slowly)
-    begun = Checkpoint(folder)
-    with pytest.raises(InputError, match="m: has changed since this run began"):
-        begun.check()
-
-
-def test_a_link_to_nothing_or_a_folder_in_the_weights_place_is_named(folder):
-    weights = folder / "model.safetensors"
-    for replace in lambda: weights.symlink_to("gone"), weights.mkdir:
-        weights.unlink()
-        replace()
-        with pytest.raises(InputError, match="model.safetensors: is not a file; fetch the model again"):
-            load_model(folder)
-
-
-def test_a_file_that_is_missing_or_may_not_be_opened_is_named(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="no.safetensors: is missing; fetch the model again"):
-        open_tensors(tmp_path / "no.safetensors")
-    (tmp_path / "x.safetensors").touch()
-
-    def refuse(*_, **__):
-        raise FileNotFoundError                                                 # what safetensors says then
-
-    monkeypatch.setattr(checkpoint, "safe_open", refuse)
-    with pytest.raises(InputError, match="x.safetensors: cannot be opened; check its permissions"):
-        open_tensors(tmp_path / "x.safetensors")
-
-
-def test_a_tensor_of_a_dtype_that_torch_lacks_is_one_line(folder):
-    """Four-bit floats, as in NVFP4 folders."""
-    path = folder / "model.safetensors"
-    length = int.from_bytes(path.read_bytes()[:8], "little")
-    header, data = json.loads(path.read_bytes()[8:8 + length]), path.read_bytes()[8 + length:]
-    start, end = header[NORM]["data_offsets"]
-    header[NORM] |= {"dtype": "F4", "shape": [2 * (end - start)]}
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    with pytest.raises(InputError, match="norm.weight: cannot be read"):
-        read_tensor(path, NORM)
+    packed.model.layers[1].mlp.down_proj.qzeros[:] = -0x77777778    # version 2's 8: symmetric unless it says otherwise
+    save_model(packed, tmp_path)
+    change_json(tmp_path / "config.json", quantization_config=packed.quantization | nulls)
+    assert "symmetric zero points are 8, these are 9" in refusal(load_model, tmp_path)

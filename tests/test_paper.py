@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import tiny
-from fake_hub import files_in, served, server
+from conftest import files_in, tiny
+from fake_hub import served, server
 from minikd.checkpoint import read_quantization
 
 ROOT = Path(__file__).parents[1]

@@ -35,6 +35,7 @@ def test_curves_are_the_evaluations_of_each_run_and_the_teacher_is_dashed(drawn,
     assert plots.plot_curves({"SFT": one, "KD": two}, tmp_path / "curves.png", teacher=50.0) == tmp_path / "curves.png"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     loss, rouge = drawn
+    assert [axes.get_ylabel() for axes in drawn] == ["held-out cross-entropy (nats per token)", "ROUGE-L"] and rouge.get_legend()
     assert curves(loss) == {"SFT": [(1, 2.0), (2, 1.0)], "KD": [(2, 1.5)]}
     assert {name: curves(rouge)[name] for name in ("SFT", "KD")} == {"SFT": [(1, 30.0), (2, 40.0)], "KD": [(2, 35.0)]}
     assert {y for _, y in curves(rouge)["teacher"]} == {50.0} and rouge.get_lines()[-1].get_linestyle() == "--"
@@ -46,6 +47,7 @@ def test_rewards_are_the_steps_and_one_that_nothing_judged_is_a_gap(drawn, tmp_p
                  {"step": 2} | step | {"reward": None, "kl": 0.02, "length": 30.0})
     assert plots.plot_rewards(folder, tmp_path / "curves.png") == tmp_path / "curves.png"
     reward, kl, length = drawn
+    assert [axes.get_ylabel() for axes in drawn] == ["reward", "KL (nats per token)", "tokens per answer"] and reward.get_legend()
     assert str(curves(reward)) == str({"reward": [(1, 0.5), (2, float("nan"))], "format": [(1, 1.0), (2, 1.0)]})
     assert list(curves(kl).values()) == [[(1, 0.01), (2, 0.02)]]
     assert list(curves(length).values()) == [[(1, 20.0), (2, 30.0)]]

@@ -23,9 +23,10 @@ SYMBOLS = sorted(set(re.findall(r"`(minikd\.\w+)\.(\w+)`", README + DEPARTURES))
 COMMANDS = re.findall(r"python (\w+\.py)([^\n#`&]*)", README)
 
 
-@pytest.mark.parametrize("module, name", SYMBOLS)
-def test_every_symbol_of_the_equation_map_is_there(module, name):
-    assert hasattr(importlib.import_module(module), name)
+def test_every_symbol_of_the_equation_map_is_there():
+    assert len(SYMBOLS) > 20
+    for module, name in SYMBOLS:
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 def test_the_equation_map_names_tests_that_are_there():
@@ -34,11 +35,12 @@ def test_the_equation_map_names_tests_that_are_there():
     assert named <= {path.stem for path in (ROOT / "tests").glob("test_*.py")}
 
 
-@pytest.mark.parametrize("script, flags", COMMANDS)
-def test_every_flag_of_a_command_exists(script, flags):
-    text = (ROOT / script).read_text(encoding="utf-8")
-    for flag in re.findall(r"--[\w-]+", flags):
-        assert f'"{flag}"' in text, f"{script} has no {flag}"
+def test_every_flag_of_a_command_exists():
+    assert len(COMMANDS) > 8
+    for script, flags in COMMANDS:
+        parser = importlib.import_module(script.removesuffix(".py")).make_parser()
+        for flag in re.findall(r"--[\w-]+", flags):
+            assert flag in parser._option_string_actions, f"{script} has no {flag}"
 
 
 @pytest.mark.parametrize("script", ["train_kd", "train_grpo", "quantize", "eval_rouge"])

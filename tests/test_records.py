@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from conftest import CODEFORCES, DOLLY, write_records
+from conftest import CODEFORCES, DOLLY, refusal, write_records
 from minikd import records
 from minikd.errors import InputError
 from minikd.examples import load_examples
@@ -60,8 +60,7 @@ def test_parquet_is_read_through_pyarrow(tmp_path):
     latin = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pyarrow.py_buffer(b"\xf1"))
     pyarrow.parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "latin.parquet")
     for name in "broken", "latin":
-        with pytest.raises(InputError, match="is not a valid parquet file"):
-            list(read_records(tmp_path / f"{name}.parquet"))
+        assert "is not a valid parquet file" in refusal(load_examples, tmp_path / f"{name}.parquet")
 
 
 def test_parquet_without_pyarrow_gives_the_conversion_command(tmp_path, monkeypatch):
@@ -96,40 +95,32 @@ GOOD = json.dumps(DOLLY).encode()
     ("d.csv", b"instruction,response\na,b\ninstruction,response\n", "d.csv:3: repeats the header"),
     ("d.csv", b"instruction;response\na;b\n", "d.csv:1: separates its columns by semicolons; save it with commas"),
     ("d.csv", b"instruction\tresponse\na\tb\n", "d.csv:1: separates its columns by tabs; save it with commas"),
-    ("d.jsonl", b'[\n  {"a": 1}\n]\n', "d.jsonl:1: not a record, but the beginning of a JSON value over many lines; rename the file to end in .json"),
+    ("d.jsonl", b'[\n  {"a": 1}\n]\n', "d.jsonl:1: not a record, but the beginning of a JSON value over many lines; rename"),
     ("d.json", b'{\n"a": 1\n}\n{\n"a": 2\n}\n', "d.json:1: not JSON (Expecting property name"),
     ("d.json", b'[\n{"a": 1},\n{"a": }]\n', "d.json:3: not JSON (Expecting value, column 7): b'{\"a\": }]'; fix"),
     ("d.csv", b"instruction,response\na,b,c\n", "d.csv:2: has 3 cells for 2 columns"),
     ("d.csv", b"instruction,response\na\n", "d.csv:2: has 1 cells for 2 columns"),
     ("d.csv", b'instruction,response\na,b\nc,"d\ne,f\n', "d.csv:3: not CSV in UTF-8 (unexpected end of data)"),
     ("d.csv", b"instruction,response\na,b\nc,\xff\n", "d.csv:3: not CSV in UTF-8 ('utf-8' codec"),
+    ("d.csv", b'"a,b\nc,d\n', "d.csv:1: not CSV in UTF-8"),
     ("d.txt", GOOD, "d.txt: its name does not tell its format; write its texts as records of a .jsonl file"),
     ("d.zip", GOOD, "d.zip: its name does not tell its format; unpack or convert it, or rename it to end in one of .jsonl"),
 ])
-def test_broken_file_is_one_line_that_says_where(tmp_path, name, content, words):
+def test_a_broken_file_is_one_line_that_says_where(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        load_examples(tmp_path / name)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_line_that_breaks_off_is_named_by_its_own_number(tmp_path):
-    (tmp_path / "d.jsonl").write_text(json.dumps(DOLLY) + "\n" + '{"instruction": "a"\n' + json.dumps(DOLLY) + "\n")
-    with pytest.raises(InputError, match="d.jsonl:2: "):
-        load_examples(tmp_path / "d.jsonl")
+    assert words in refusal(load_examples, tmp_path / name)
 
 
 def test_a_record_of_another_type_is_an_error_or_is_told_and_passed_over(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"a": 1}\n[2]\n{"a": 3}\n')
-    with pytest.raises(InputError, match="d.jsonl:2: a record is an object"):
-        list(read_records(tmp_path / "d.jsonl"))
+    assert "d.jsonl:2: a record is an object" in refusal(list, read_records(tmp_path / "d.jsonl"))
     told = []
     assert [record["a"] for _, record in read_records(tmp_path / "d.jsonl", told.append)] == [1, 3] and len(told) == 1
 
 
 # ---- folders and the hub
 
-def test_folder_with_one_data_file_is_that_file(tmp_path):
+def test_a_folder_with_one_data_file_is_that_file(tmp_path):
     file = write_records(tmp_path / "train.jsonl", DOLLY)
     (tmp_path / "README.md").write_text("x")
     for name in "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json":
@@ -145,14 +136,16 @@ def test_several_data_files_are_listed_and_a_choice_picks_file_folder_or_glob(tm
         (tmp_path / name).mkdir()
     shards = [write_records(tmp_path / "solutions_py" / f"train-{i}.jsonl", CODEFORCES) for i in (1, 0)][::-1]
     es = write_records(tmp_path / "es" / "test.jsonl", DOLLY)
-    with pytest.raises(InputError, match="holds several.*from es/test.jsonl, solutions_py/train-0.jsonl, solutions_py/train-1.jsonl$"):
-        data_files(tmp_path)
+    said = refusal(data_files, tmp_path)
+    assert "holds several data files" in said
+    assert said.endswith("from es/test.jsonl, solutions_py/train-0.jsonl, solutions_py/train-1.jsonl")
     assert data_files(f"{tmp_path}:es/test.jsonl") == [es]
     assert data_files(f"{tmp_path}:solutions_py") == shards == data_files(f"{tmp_path}:*train*")
     brackets = write_records(tmp_path / "es" / "test[1].jsonl", DOLLY)                  # as a glob, test1.jsonl
     assert data_files(f"{tmp_path}:es/test[1].jsonl") == [brackets]
-    with pytest.raises(InputError, match="nothing matches 'fr'"):
-        data_files(f"{tmp_path}:fr")
+    assert "nothing matches 'fr'" in refusal(data_files, f"{tmp_path}:fr")
+    (tmp_path / "empty").mkdir()
+    assert "holds no data file" in refusal(data_files, tmp_path / "empty")
 
 
 def test_a_folder_of_several_splits_is_not_read_as_one(tmp_path):
@@ -176,16 +169,14 @@ def test_a_split_is_a_word_at_the_start_of_a_file_or_folder(tmp_path, names, sev
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         write_records(tmp_path / "d" / f"{name}.jsonl", DOLLY)
     if several:
-        with pytest.raises(InputError, match="d holds several splits"):
-            data_files(f"{tmp_path}:d")
+        assert "d holds several splits" in refusal(data_files, f"{tmp_path}:d")
     else:
         assert len(data_files(f"{tmp_path}:d")) == len(names)
 
 
-def test_missing_file_is_not_taken_for_a_hub_name(monkeypatch):
+def test_a_missing_file_is_not_taken_for_a_hub_name(monkeypatch):
     monkeypatch.setattr(records, "local_folder", None)
-    with pytest.raises(InputError, match="runs/none.jsonl: no such file"):
-        load_examples("runs/none.jsonl")
+    assert "runs/none.jsonl: no such file" in refusal(load_examples, "runs/none.jsonl")
 
 
 def test_a_name_may_hold_colons(tmp_path):
@@ -209,34 +200,22 @@ def test_a_name_may_begin_at_home(tmp_path, monkeypatch):
 
 def test_a_file_has_no_parts(tmp_path):
     (tmp_path / "d.jsonl").touch()
-    with pytest.raises(InputError, match="d.jsonl:es: .*d.jsonl is a file, so there is nothing to choose; give .*d.jsonl alone"):
-        load_examples(f"{tmp_path}/d.jsonl:es")
-
-
-def test_folder_without_data_says_what_it_takes(tmp_path):
-    with pytest.raises(InputError, match="holds no data file"):
-        data_files(tmp_path)
+    file = tmp_path / "d.jsonl"
+    assert f"{file} is a file, so there is nothing to choose; give {file} alone" in refusal(load_examples, f"{file}:es")
 
 
 def test_where_nothing_matches_all_files_are_listed_and_of_a_choice_only_its_own(tmp_path):
     for name in "a/train.jsonl", "a/test.jsonl", "b.jsonl":
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}\n")
-    with pytest.raises(InputError, match="nothing matches 'c'; choose .* from a/test.jsonl, a/train.jsonl, b.jsonl$"):
-        data_files(f"{tmp_path}:c")
-    with pytest.raises(InputError, match="a holds several splits; choose .* from a/test.jsonl, a/train.jsonl$"):
-        data_files(f"{tmp_path}:a")
-
-
-def test_a_broken_header_is_in_line_1(tmp_path):
-    (tmp_path / "r.csv").write_text('"a,b\nc,d\n')
-    with pytest.raises(InputError, match="r.csv:1: not CSV in UTF-8"):
-        list(read_records(tmp_path / "r.csv"))
+    for choice, fault, listed in (("c", "nothing matches 'c'", "a/test.jsonl, a/train.jsonl, b.jsonl"),
+                                  ("a", "a holds several splits", "a/test.jsonl, a/train.jsonl")):
+        said = refusal(data_files, f"{tmp_path}:{choice}")
+        assert f"{fault}; choose with" in said and said.endswith(f" from {listed}")
 
 
 def test_a_name_without_a_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.jsonl").write_text("{}\n")
     for name in "", ":r.jsonl":
-        with pytest.raises(InputError, match="names no file or folder to read"):
-            data_files(name)
+        assert "names no file or folder to read" in refusal(data_files, name)

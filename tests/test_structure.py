@@ -19,8 +19,9 @@ from minikd.head import compare_heads, head_loss
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("errors files hub config cuda attend_cuda cache fused_cuda layers model w4_cuda products quant w4 checkpoint tokenizer "
-         "records formats examples data toy losses loss_cuda head layout decode_cuda graphs generate teacher minillm grpo answers problems confine sandbox "
-         "rewards gptq stem rouge evaluate command run adamw_cuda training plots").split()
+         "records formats examples data toy losses loss_cuda head layout decode_cuda graphs generate teacher minillm grpo answers "
+         "problems confine sandbox rewards gptq stem rouge evaluate command run adamw_cuda training plots").split()
+SOURCES = [*ROOT.glob("*.py"), *(ROOT / "minikd").glob("*.py")]
 HEAVY = {"transformers", "trl", "datasets", "accelerate", "triton"}
 
 
@@ -49,18 +50,18 @@ def test_a_module_imports_only_modules_before_it():
 
 def test_no_script_imports_a_script_and_no_module_does():
     scripts = {path.stem for path in ROOT.glob("*.py")}
-    for path in [*ROOT.glob("*.py"), *(ROOT / "minikd").glob("*.py")]:
+    for path in SOURCES:
         assert not {name.split(".")[0] for name in imported(path)} & scripts, path.name
 
 
 def test_minikd_runs_without_the_libraries_it_replaces():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "minikd").glob("*.py")]:
+    for path in SOURCES:
         assert not {name.split(".")[0] for name in imported(path)} & HEAVY, path.name
 
 
 def test_only_what_checks_the_flags_takes_all_of_them():
     """Any other function names what it uses: what it depends on is seen in its first line."""
-    for path in [*ROOT.glob("*.py"), *(ROOT / "minikd").glob("*.py")]:
+    for path in SOURCES:
         if path.stem != "command":
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 takes = isinstance(node, ast.FunctionDef) and "args" in {one.arg for one in node.args.args + node.args.kwonlyargs}

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 import eval_rouge
 import train_kd as kd
-from conftest import killed_at, locked_by_another, same, steps_of, tiny, weights
+from conftest import (change_json, files_in, killed_at, locked_by_another, passed, records_in, refused, same, steps_of, tiny,
+                      weights, write_records)
 from fake_gpu import gpu
-from minikd import checkpoint, evaluate, head, minillm, toy
+from minikd import evaluate, head, minillm, toy
 from minikd.checkpoint import Checkpoint, load_model, save_model
 from minikd.data import Encoded, encode_examples
 from minikd.evaluate import sequence_kl
@@ -46,7 +47,7 @@ def world(tmp_path_factory, tokenizer) -> Path:
     records = [{"instruction": f"What is {i} + {i}?", "context": "", "category": "sum" if i % 2 else "echo",
                 "response": " ".join(["It is", str(2 * i), "and", "no", "more", "than", "that"][:1 + i % 7])}
                for i in range(24)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_records(folder / "data.jsonl", *records)
     return folder
 
 
@@ -71,12 +72,20 @@ def settings(world, tokenizer, tmp_path):
         rouge="plain") | changed
 
 
+@pytest.fixture
+def learned(spy) -> list:
+    """(rows, the loss's terms) of every micro-batch that is learned from."""
+    return spy(kd, "forward_backward", lambda batch, **terms: (batch, terms))
+
+
+def spoil(folder):
+    save_model(load_model(folder).init_weights(9), folder)
+
+
 # ---- one run
 
 def test_one_run_leaves_checkpoints_a_log_its_settings_and_a_table(run, tmp_path, world):
-    status, out, err = run("--loss", "reverse_kl", "--batch-size", 4, "--eval-every", 2)
-    folder = tmp_path / "run"
-    assert status == 0, err
+    out, folder = passed(run("--loss", "reverse_kl", "--batch-size", 4, "--eval-every", 2)), tmp_path / "run"
     for name in "best", "last":
         assert load_model(folder / name).config == load_model(world / "student").config
         assert {"tokenizer.json", "generation_config.json"} <= {path.name for path in (folder / name).iterdir()}
@@ -87,35 +96,29 @@ def test_one_run_leaves_checkpoints_a_log_its_settings_and_a_table(run, tmp_path
     assert lines[-1] == {"step": 5, "done": True} and not (folder / STATE).exists()
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["loss"] == "reverse_kl" and config["settings"]["student"] == str(Checkpoint(world / "student"))
-    table = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
+    table = records_in(folder / "table.jsonl")
     assert [row["model"] for row in table] == ["Base", "reverse_kl", "Teacher"]
-    assert set(table[0]) == {"model", "all", "metrics", *(line.split()[0] for line in out.split("held-out prompts")[1].splitlines()
-                                               if line.startswith(("sum", "echo")))}
+    shown = {line.split()[0] for line in out.split("held-out prompts")[1].splitlines() if line.startswith(("sum", "echo"))}
+    assert shown and set(table[0]) == {"model", "all", "metrics"} | shown
 
 
 def test_sft_needs_no_teacher_and_logs_no_divergence(run, tmp_path, world):
-    status, out, err = run("--loss", "sft", "--steps", 2, models=("--student", world / "student"))
-    assert status == 0 and "Teacher" not in out, err
+    assert "Teacher" not in passed(run("--loss", "sft", "--steps", 2, models=("--student", world / "student")))
     assert not any("kd" in line or "own_answers" in line for line in steps_of(tmp_path / "run"))
 
 
-def test_while_sft_trains_its_teacher_is_not_in_memory(run, tmp_path, world, monkeypatch):
+def test_while_sft_trains_its_teacher_is_not_in_memory(run, tmp_path, world, loaded, spy):
     """It is loaded only for the table, so its files are checked before the training."""
-    events, read, train = [], checkpoint._read_model, kd.train
-    monkeypatch.setattr(checkpoint, "_read_model", lambda folder, *more: (events.append(folder.name), read(folder, *more))[1])
-    monkeypatch.setattr(kd, "train", functools.wraps(train)(lambda **given: (events.append("train"), train(**given))[1]))
     flags = "--loss", "sft", "--steps", 1
-    status, out, err = run(*flags)
-    assert status == 0 and events[:2] == ["student", "train"] and "teacher" in events[2:] and "Teacher" in out, err
+    spy(kd, "train", lambda **_: loaded.append("train"))
+    assert "Teacher" in passed(run(*flags)) and loaded[:2] == ["student", "train"] and "teacher" in loaded[2:]
     assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["teacher"] == str(Checkpoint(world / "teacher"))
-    assert run(*flags, "--resume")[0] == 0
-    (tmp_path / "damaged").mkdir()
-    for file in (world / "teacher").iterdir():
-        content = file.read_bytes()
-        (tmp_path / "damaged" / file.name).write_bytes(content[:-1] if file.suffix == ".safetensors" else content)
-    events.clear()
-    status, _, err = run(*flags, models=("--student", world / "student", "--teacher", tmp_path / "damaged"), out=tmp_path / "new")
-    assert status == 2 and "damaged or truncated" in err and not events
+    shutil.copytree(world / "teacher", tmp_path / "damaged")
+    os.truncate(tmp_path / "damaged/model.safetensors", (world / "teacher/model.safetensors").stat().st_size - 1)
+    loaded.clear()
+    refused(run(*flags, models=("--student", world / "student", "--teacher", tmp_path / "damaged"), out=tmp_path / "new"),
+            "damaged or truncated")
+    assert not loaded
 
 
 @torch.no_grad()
@@ -145,19 +148,6 @@ def test_the_held_out_loss_is_the_same_mean_over_rows_the_student_never_sees(set
     ce, kl, _ = slow_losses(kd.train(**given), given["teacher"].model, given["valid_rows"])
     [line] = [line for line in read_log(tmp_path / "run") if "rouge_l" in line]
     assert (line["valid_ce"], line["valid_kd"]) == (pytest.approx(ce, rel=1e-5), pytest.approx(kl, rel=1e-5))
-
-
-def test_every_epoch_reads_each_row_once_in_an_order_of_its_own_from_any_step_on(settings):
-    rows = settings()["rows"]
-    steps = [[[row.index for row in batch] for batch in batches]
-             for _, batches in kd.optimizer_steps(rows, 0, 9, batch_size=4, grad_accum=2, seed=3)]
-    assert kd.steps_per_epoch(20, 4, 2) == 3 and sorted(len(batches) for batches in steps[:3]) == [1, 2, 2]
-    epochs = [sum(sum(steps[at:at + 3], []), []) for at in (0, 3, 6)]
-    assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and len(set(map(tuple, epochs))) == 3
-    for start in range(9):
-        later = list(kd.optimizer_steps(rows, start, 9, batch_size=4, grad_accum=2, seed=3))
-        assert [step for step, _ in later] == list(range(start, 9))
-        assert [[[row.index for row in batch] for batch in batches] for _, batches in later] == steps[start:]
 
 
 @pytest.mark.parametrize("name, student, teacher, options", [
@@ -291,13 +281,13 @@ def test_a_student_whose_head_is_taller_than_the_teachers_learns_the_shared_rows
 
 
 def test_best_is_the_checkpoint_of_the_highest_rouge_and_last_the_last(settings, tmp_path, monkeypatch):
-    scores = iter([30.0, 50.0, 40.0])
+    scores = iter([30.0, 50.0, 40.0, 45.0])
     monkeypatch.setattr(kd, "mean_by_category", lambda rows: {"all": {"rouge_l": next(scores)}})
     saved = {}
     monkeypatch.setattr(kd, "save_model", lambda model, folder, dtype: saved.setdefault(folder.name, []).append(
         model.head.detach().clone()))
-    kd.train(**settings(steps=3, eval_every=1))
-    assert len(saved["last"]) == 3 and len(saved["best"]) == 2
+    kd.train(**settings(steps=4, eval_every=1))
+    assert len(saved["last"]) == 4 and len(saved["best"]) == 2
     assert torch.equal(saved["best"][1], saved["last"][1]) and not torch.equal(saved["best"][1], saved["last"][2])
     scores, saved["best"] = iter([50.0, 50.0]), []
     kd.train(**settings(steps=2, eval_every=1, out=tmp_path / "tie"))
@@ -318,31 +308,26 @@ def test_a_step_is_saved_before_a_line_about_it_is_printed(settings, tmp_path, m
     assert any(line.get("done") for line in kd.read_log(tmp_path / "run")) == (every == 2)
 
 
-def test_every_step_on_own_answers_draws_others(settings, monkeypatch):
-    seeds, respond = [], kd.respond
-    monkeypatch.setattr(kd, "respond", lambda *given, seed, **named: (seeds.append(seed), respond(*given, seed=seed, **named))[1])
+def test_every_step_on_own_answers_draws_others(settings, spy):
+    seeds = spy(kd, "respond", lambda *_, seed, **named: seed)
     kd.train(**settings(steps=3, on_policy=1.0, loss="reverse_kl"))
     assert len(set(seeds)) == len(seeds) == 3
 
 
 # ---- several runs
 
-def test_without_a_loss_sft_and_kd_read_the_same_batches_in_the_same_order(run, tmp_path, monkeypatch):
-    batches, collate = [], kd.collate
-    monkeypatch.setattr(kd, "collate", lambda rows, *more: (batches.append([row.index for row in rows]),
-                                                            collate(rows, *more))[1])
-    status, out, err = run("--batch-size", 4, "--grad-accum", 2, "--epochs", 2)
-    folder = tmp_path / "run"
-    assert status == 0, err
+def test_without_a_loss_sft_and_kd_read_the_same_batches_in_the_same_order(run, tmp_path, learned):
+    out, folder = passed(run("--batch-size", 4, "--grad-accum", 2, "--epochs", 2)), tmp_path / "run"
+    batches = [[row.index for row in batch] for batch, _ in learned]
     half = len(batches) // 2
     assert batches[:half] == batches[half:] and sorted(sum(batches[:half], [])) == sorted(2 * list(range(20)))
     assert [line["lr"] for line in steps_of(folder / "sft")] == [line["lr"] for line in steps_of(folder / "kd")]
     assert steps_of(folder / "sft")[0]["ce"] == steps_of(folder / "kd")[0]["ce"]     # the same student, not yet moved
     assert not same(weights(folder / "sft/last"), weights(folder / "kd/last"))
-    table = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
+    table = records_in(folder / "table.jsonl")
     assert [row["model"] for row in table] == ["Base", "SFT", "KD", "Teacher"]
     for row in table:
-        answers = [json.loads(line) for line in (folder / f"answers-{row['model'].lower()}.jsonl").open(encoding="utf-8")]
+        answers = records_in(folder / f"answers-{row['model'].lower()}.jsonl")
         assert 100 * sum(answer["f1"] for answer in answers) / len(answers) == pytest.approx(row["all"])
     assert "\nsequence KL " in out and "asked" in out
 
@@ -350,23 +335,21 @@ def test_without_a_loss_sft_and_kd_read_the_same_batches_in_the_same_order(run, 
 def test_a_sweep_is_a_run_for_each_rate_and_a_picture(run, world, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(kd, "plot_curves", lambda *picture: drawn.append(picture))
-    status, out, err = run("--loss", "sft", "--steps", 2, "--lr", "0.001", "0.01")
-    assert status == 0, err
+    passed(run("--loss", "sft", "--steps", 2, "--lr", "0.001", "0.01"))
     for lr in 0.001, 0.01:
         assert steps_of(tmp_path / "run" / f"lr-{lr}")[0]["lr"] == lr
     [(runs, path, teacher)] = drawn
     assert runs == {f"sft lr {lr}": tmp_path / "run" / f"lr-{lr}" for lr in (0.001, 0.01)}
-    table = [json.loads(line) for line in (tmp_path / "run/table.jsonl").open()]
-    assert path == tmp_path / "run/curves.png" and teacher == table[-1]["all"] and table[-1]["model"] == "Teacher"
+    last = records_in(tmp_path / "run/table.jsonl")[-1]
+    assert path == tmp_path / "run/curves.png" and teacher == last["all"] and last["model"] == "Teacher"
     shutil.rmtree(tmp_path / "run/lr-0.001")                                    # the second run's settings count too
-    status, _, err = run("--loss", "sft", "--steps", 3, "--lr", "0.001", "0.01", "--resume")
-    assert status == 2 and "lr-0.01" in err and not (tmp_path / "run/lr-0.001").exists()
+    refused(run("--loss", "sft", "--steps", 3, "--lr", "0.001", "0.01", "--resume"), "lr-0.01")
     (tmp_path / "new/lr-0.01/best/mine").mkdir(parents=True)                    # and its folder
-    status, _, err = run("--loss", "sft", "--steps", 2, "--lr", "0.001", "0.01", out=tmp_path / "new")
-    assert status == 2 and "lr-0.01/best: holds files" in err and not (tmp_path / "new/lr-0.001").exists()
+    refused(run("--loss", "sft", "--steps", 2, "--lr", "0.001", "0.01", out=tmp_path / "new"), "lr-0.01/best: holds files")
+    assert not (tmp_path / "run/lr-0.001").exists() and not (tmp_path / "new/lr-0.001").exists()
     run("--loss", "sft", "--steps", 2, "--eval-data", world / "data.jsonl", out=tmp_path / "other")
     assert drawn[1][2] == teacher                                               # of the held-out records all the same
-    status, out, err = run("--steps", 1, "--lr", "0.001", "0.01", out=tmp_path / "unnamed")
+    status, _, err = run("--steps", 1, "--lr", "0.001", "0.01", out=tmp_path / "unnamed")
     assert status == 0 and "several --lr without --loss: a sweep with --loss forward_kl" in err
     assert list(drawn[2][0]) == ["forward_kl lr 0.001", "forward_kl lr 0.01"]
 
@@ -385,29 +368,27 @@ MODES = {"on-policy": ["--loss", "reverse_kl", "--on-policy", "0.6"],
 @pytest.fixture
 def mode(tmp_path):
     """The flags of a mode of MODES."""
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"Line {i} of a book."}) + "\n" for i in range(9)))
+    write_records(tmp_path / "text.jsonl", *({"text": f"Line {i} of a book."} for i in range(9)))
     return lambda name: [flag.format(cache=tmp_path / "cache", text=tmp_path / "text.jsonl") for flag in MODES[name]]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("bfloat16" in name)) for name in MODES])
-def test_every_mode_goes_on_from_its_last_state_to_the_same_bits(run, mode, tmp_path, monkeypatch, name):
-    kept = [minillm.collect]
-    monkeypatch.setattr(minillm, "collect", lambda **options: (kept.append(options["seed"]), kept[0](**options))[1])
+def test_every_mode_goes_on_from_its_last_state_to_the_same_bits(run, mode, tmp_path, spy, name):
+    seeds = spy(minillm, "collect", lambda **options: options["seed"])
     flags = [*mode(name), "--steps", "10", "--eval-every", "3", "--batch-size", "4", "--grad-accum", "2", "--lr", "0.003"]
     assert run(*flags, out=tmp_path / "whole")[0] == 0
     for step, resume in (5, []), (8, ["--resume"]):                             # the second state is that of a resumed run
         with killed_at(step):
             assert run(*flags, *resume, out=tmp_path / "killed")[0] == 130
-    before = len(kept)
-    status, _, err = run(*flags, "--resume", out=tmp_path / "killed")
-    assert status == 0, err
+    before = len(seeds)
+    passed(run(*flags, "--resume", out=tmp_path / "killed"))
     if "minillm" in name:                                                       # the state of step 6 held the rollouts
-        assert kept[1:3] == [0, 7919] and kept[before:] == [7919]
+        assert seeds[:2] == [0, 7919] and seeds[before:] == [7919]
     assert len(steps_of(tmp_path / "whole")) == 10 and steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole")
     assert same(weights(tmp_path / "killed/last"), weights(tmp_path / "whole/last"))
 
 
-def test_a_state_is_saved_by_the_clock_too_where_no_evaluation_saves_one(run, mode, tmp_path, monkeypatch):
+def test_a_state_is_saved_by_the_clock_too_where_no_evaluation_saves_one(run, mode, tmp_path, monkeypatch, spy):
     """As by default, where a run is evaluated once, at its end."""
     flags = [*mode("minillm"), "--steps", "7", "--eval-every", "7", "--batch-size", "4"]
     assert run(*flags, out=tmp_path / "whole")[0] == 0
@@ -417,44 +398,33 @@ def test_a_state_is_saved_by_the_clock_too_where_no_evaluation_saves_one(run, mo
         with killed_at(step):
             status, out, _ = run(*flags, "--resume", out=tmp_path / "killed")
         assert status == 130 and told in out and (tmp_path / "killed" / STATE).exists() == (every == 0)
-    begun = []
-    monkeypatch.setattr(kd, "learning_rate", lambda step, *rest, of=kd.learning_rate: (begun.append(step), of(step, *rest))[1])
-    status, out, err = run(*flags, "--resume", out=tmp_path / "killed")
-    assert status == 0 and begun == [4, 5, 6] and "begins" not in out, err
+    begun = spy(kd, "learning_rate", lambda step, *_: step)
+    assert "begins" not in passed(run(*flags, "--resume", out=tmp_path / "killed")) and begun == [4, 5, 6]
     assert steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole")
     assert same(weights(tmp_path / "killed/last"), weights(tmp_path / "whole/last"))
 
 
-def test_on_policy_answers_hold_only_ids_that_the_tokenizer_has(settings, tokenizer, tmp_path, monkeypatch):
+def test_on_policy_answers_hold_only_ids_that_the_tokenizer_has(settings, tokenizer, tmp_path, learned):
     tall = load_model(tiny(3, tokenizer, tmp_path / "tall", vocab_size=432, tie_word_embeddings=False))
-    tall.lm_head.weight.data[400:] *= 50                        # rows past the tokenizer's, here the likeliest or the least likely
-    seen, add = set(), kd.forward_backward
-    monkeypatch.setattr(kd, "forward_backward", lambda batch, **terms: (seen.update(id for row in batch for id in row.response),
-                                                                        add(batch, **terms))[1])
+    tall.lm_head.weight.data[400:] *= 50                        # rows past the tokenizer's, here the likeliest or least likely
     kd.train(**settings(student=tall, loss="reverse_kl", on_policy=1.0, steps=2, max_new_tokens=5))
+    seen = {id for batch, _ in learned for row in batch for id in row.response}
     assert len(seen) > 10 and max(seen) < len(tokenizer)
 
 
-def test_all_micro_batches_of_an_on_policy_step_are_learned_from(settings, tmp_path, monkeypatch):
-    sizes, add = [], kd.forward_backward
-    monkeypatch.setattr(kd, "forward_backward", lambda batch, **terms: (sizes.append(len(batch)), add(batch, **terms))[1])
-    kd.train(**settings(loss="reverse_kl", on_policy=1.0, steps=2, batch_size=3, grad_accum=3, max_new_tokens=4))
-    assert sizes == [3] * 6
-
-
-def test_on_policy_steps_learn_from_the_students_own_answers_without_cross_entropy(settings, tmp_path, monkeypatch):
-    seen, add = [], kd.forward_backward
-    monkeypatch.setattr(kd, "forward_backward", lambda batch, **terms: (seen.append((batch, terms["kd_ratio"])),
-                                                                        add(batch, **terms))[1])
+def test_on_policy_steps_learn_from_the_students_own_answers_without_cross_entropy(settings, tmp_path, learned):
     given = settings(loss="jsd", on_policy=0.5, steps=12, max_new_tokens=5)
     kd.train(**given)
     data = {(tuple(row.prompt), tuple(row.response)) for row in given["rows"]}
-    own = [not data & {(tuple(row.prompt), tuple(row.response)) for row in batch} for batch, _ in seen]
-    assert 2 < sum(own) < 10 and [ratio for _, ratio in seen] == [1.0 if mine else 0.5 for mine in own]
+    own = [not data & {(tuple(row.prompt), tuple(row.response)) for row in batch} for batch, _ in learned]
+    assert 2 < sum(own) < 10 and [terms["kd_ratio"] for _, terms in learned] == [1.0 if mine else 0.5 for mine in own]
     assert [line["own_answers"] for line in steps_of(tmp_path / "run")] == own
     prompts = {prompt for prompt, _ in data}
     assert all(tuple(row.prompt) in prompts and len(row.response) <= 5
-               for (batch, _), mine in zip(seen, own) for row in batch if mine)
+               for (batch, _), mine in zip(learned, own) for row in batch if mine)
+    learned.clear()
+    kd.train(**settings(loss="reverse_kl", on_policy=1.0, steps=2, batch_size=3, grad_accum=3))
+    assert [len(batch) for batch, _ in learned] == [3] * 6                      # all micro-batches of a step
 
 
 def test_minillm_draws_the_student_to_its_teacher_in_the_reverse_kl_of_its_own_answers(settings, tokenizer, world):
@@ -501,39 +471,36 @@ def test_a_minillm_step_is_the_formula_on_full_logits(world, settings, tokenizer
 def test_a_student_with_more_rows_than_its_teacher_says_nothing_the_teacher_has_no_row_for(run, tokenizer, tmp_path, world,
                                                                                             flags):
     tiny(3, tokenizer, tmp_path / "tall", vocab_size=999, initializer_range=0.1)
-    status, out, err = run(*flags, "--steps", "2", models=("--student", tmp_path / "tall", "--teacher", world / "teacher"))
-    assert status == 0 and "sequence KL" in out, err
+    models = "--student", tmp_path / "tall", "--teacher", world / "teacher"
+    assert "sequence KL" in passed(run(*flags, "--steps", "2", models=models))
 
 
 def test_a_full_disk_is_one_line_and_what_was_saved_stays(run, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))              # the state is larger than that, a model not
     try:
-        status, _, err = run("--loss", "forward_kl", "--eval-every", "1")
+        refused(run("--loss", "forward_kl", "--eval-every", "1"), "state.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 2 and "state.safetensors" in err and err.count("\n") == 1, err
     assert load_model(tmp_path / "run/last").config.hidden_size == 16
 
 
-def test_with_a_cache_a_run_equals_the_live_teachers_up_to_bfloat16_and_trains_without_its_body(run, mode, tmp_path,
-                                                                                              monkeypatch):
+def test_with_a_cache_a_run_equals_the_live_teachers_up_to_bfloat16_and_trains_without_its_body(run, mode, tmp_path, loaded):
     flags = ["--loss", "forward_kl", "--epochs", "3", "--batch-size", "4"]
     assert run(*flags, out=tmp_path / "live")[0] == 0
-    loads, read = [], checkpoint._read_model
-    monkeypatch.setattr(checkpoint, "_read_model", lambda folder, *more: (loads.append(folder.name), read(folder, *more))[1])
-    status, out, err = run(*flags, *mode("cache")[2:], out=tmp_path / "cached")
-    assert status == 0 and "; 48 bytes each" in out, err                # 2 x 24, the teacher's width
-    assert loads == ["teacher", "student", "teacher", "student", "best"]        # to fill the cache, and for the table
+    loaded.clear()
+    out = passed(run(*flags, *mode("cache")[2:], out=tmp_path / "cached"))
+    assert "; 48 bytes each" in out                                             # 2 x 24, the teacher's width
+    assert loaded == ["teacher", "student", "teacher", "student", "best"]        # to fill the cache, and for the table
     live, cached = (steps_of(tmp_path / name) for name in ("live", "cached"))
     assert len(live) == 15
     for a, b in zip(live, cached, strict=True):
         assert b["kd"] == pytest.approx(a["kd"], rel=1e-2) and b["ce"] == pytest.approx(a["ce"], rel=1e-2)
-    table = [json.loads((tmp_path / name / "table.jsonl").read_text().splitlines()[2]) for name in ("live", "cached")]
-    assert table[0] == table[1]                                                 # the teacher's own column
-    loads.clear()
+    one, other = (records_in(tmp_path / name / "table.jsonl")[2] for name in ("live", "cached"))
+    assert one == other                                                         # the teacher's own column
+    loaded.clear()
     assert run(*flags, *mode("cache")[2:], out=tmp_path / "again")[0] == 0
-    assert loads == ["student", "teacher", "student", "best"]                   # all was in the cache
+    assert loaded == ["student", "teacher", "student", "best"]                   # all was in the cache
 
 
 def test_a_cache_of_other_data_or_another_template_is_refused(run, mode, world, tmp_path):
@@ -543,18 +510,7 @@ def test_a_cache_of_other_data_or_another_template_is_refused(run, mode, world, 
     for changed, said in ((["--template", "alpaca"], "its template is chatml, here alpaca"),
                           (["--max-length", "300"], "its max_length is 512, here 300"),
                           (["--data", tmp_path / "fewer.jsonl"], "its data is ['c0ef53cc07026d77'], here")):
-        status, _, err = run(*mode("cache"), "--steps", "1", *changed, out=tmp_path / "second")
-        assert status == 2 and said in err and "choose another --cache-teacher" in err and err.count("\n") == 1
-
-
-def test_a_teacher_that_was_trained_on_since_is_not_resumed_with(run, world, tmp_path):
-    shutil.copytree(world / "teacher", tmp_path / "teacher")
-    models = ("--student", world / "student", "--teacher", tmp_path / "teacher")
-    assert run("--loss", "forward_kl", "--steps", "1", models=models)[0] == 0
-    assert run("--loss", "forward_kl", "--steps", "1", "--resume", models=models)[0] == 0
-    save_model(load_model(tmp_path / "teacher").init_weights(9), tmp_path / "teacher")
-    status, _, err = run("--loss", "forward_kl", "--steps", "1", "--resume", models=models)
-    assert status == 2 and "the content of --teacher" in err and "teacher has changed since the run began; put it back" in err
+        refused(run(*mode("cache"), "--steps", "1", *changed, out=tmp_path / "second"), said, "choose another --cache-teacher")
 
 
 def test_plain_text_joins_every_step_and_is_logged(run, mode, tmp_path):
@@ -564,28 +520,23 @@ def test_plain_text_joins_every_step_and_is_logged(run, mode, tmp_path):
     assert steps_of(tmp_path / "with")[2]["lm_ce"] < steps_of(tmp_path / "without")[2]["lm_ce"]
 
 
-def test_sequence_level_kd_learns_from_what_the_teacher_says(run, mode, tmp_path):
+def test_sequence_level_kd_learns_from_what_the_teacher_says(run, mode, tmp_path, learned):
     assert run(*mode("seq-kd"), "--steps", "2")[0] == 0
-    first, *answers = (tmp_path / "run/teacher-answers.jsonl").read_text().splitlines()
-    assert len(answers) == 20 and "model.safetensors" in first
-    assert steps_of(tmp_path / "run")[0]["tokens"] <= 8 * 4                     # --max-new-tokens 4
+    first, *answers = records_in(tmp_path / "run/teacher-answers.jsonl")
+    assert len(answers) == 20 and "model.safetensors" in str(first)
+    said = [answer["ids"] for answer in answers]
+    assert all(row.response in said for batch, _ in learned for row in batch) and max(map(len, said)) == 4  # --max-new-tokens 4
 
 
-def test_the_teachers_answers_are_cut_at_the_longest_row_too(run, mode, tmp_path, monkeypatch):
-    rows, add = [], kd.forward_backward
-    monkeypatch.setattr(kd, "forward_backward", lambda batch, **terms: (rows.extend(batch), add(batch, **terms))[1])
-    status, out, err = run(*mode("seq-kd"), "--steps", "3", "--max-length", "150", "--max-new-tokens", "120")
-    assert status == 0, err
+def test_the_teachers_answers_are_cut_at_the_longest_row_too(run, mode, tmp_path, learned):
+    out = passed(run(*mode("seq-kd"), "--steps", "3", "--max-length", "150", "--max-new-tokens", "120"))
+    rows = [row for batch, _ in learned for row in batch]
     cut = [row for row in rows if len(row) == 150 and row.cut]
     assert max(map(len, rows)) == 150 and len({tuple(row.prompt) for row in rows}) == 20
     told = int(re.search(r"(\d+) of the teacher's 20 answers cut at --max-length", out)[1])
     assert told == len({tuple(row.prompt) for row in cut}) > 1
-    answers = [json.loads(line)["ids"] for line in (tmp_path / "run/teacher-answers.jsonl").read_text().splitlines()[1:]]
+    answers = [answer["ids"] for answer in records_in(tmp_path / "run/teacher-answers.jsonl")[1:]]
     assert max(map(len, answers)) == 120 and all(any(ids[:len(row.response)] == row.response for ids in answers) for row in cut)
-
-
-def spoil(folder):
-    save_model(load_model(folder).init_weights(5), folder)
 
 
 def renew(folder):
@@ -650,36 +601,30 @@ def test_after_kill_minus_nine_resume_ends_in_the_same_bits(run, tmp_path, world
     assert process.returncode == -signal.SIGKILL and 7 < len(steps_of(killed)) < 36
     with open(killed / LOG, "a") as log:
         log.write('{"step": 1')                                                 # as if the kill had cut a line
-    status, out, err = run(*flags, "--resume", out=killed)
-    assert status == 0, err
+    passed(run(*flags, "--resume", out=killed))
     assert steps_of(killed) == steps_of(tmp_path / "whole")
     for name in "last", "best":
         assert same(weights(killed / name), weights(tmp_path / "whole" / name))
 
 
 def test_resume_skips_what_is_done_and_runs_what_is_not(run, tmp_path, monkeypatch):
-    status, out, _ = run("--steps", 2, "--resume")                              # a job that is always put back with it
-    assert status == 0 and "run/sft: no run to resume; a new one begins" in out
+    out = passed(run("--steps", 2, "--resume"))                                 # a job that is always put back with it
+    assert "run/sft: no run to resume; a new one begins" in out
     before = (tmp_path / "run/sft/last/model.safetensors").stat().st_mtime_ns
     (tmp_path / "run/kd" / LOG).unlink()                                        # stopped between the two
-    status, out, _ = run("--steps", 2, "--resume")
-    assert status == 0 and "run/sft: done already" in out
+    assert "run/sft: done already" in passed(run("--steps", 2, "--resume"))
     assert (tmp_path / "run/sft/last/model.safetensors").stat().st_mtime_ns == before
     assert read_log(tmp_path / "run/kd")[-1]["done"]
 
 
 def test_a_state_that_an_earlier_run_left_is_not_resumed_from(tmp_path, settings):
     """The toy's runs replace earlier ones: killed before its first state, a run must not find the earlier one's."""
-    given = settings(steps=6, eval_every=2)
-    rest = {key: value for key, value in given.items() if key not in ("student", "out")}
-
     def begin(lr, at, resume=False):
+        given = settings(steps=6, eval_every=2, lr=lr)
+        student, out = given.pop("student"), given.pop("out")
         with killed_at(at):
-            kd.stage(tmp_path / "run", lambda: load_model(given["student_folder"]), resume=resume, recorded={},
-                     **rest | {"lr": lr})
+            kd.stage(out, lambda: student, resume=resume, recorded={}, **given)
 
-    given["student_folder"] = tmp_path / "start"
-    save_model(given["student"], tmp_path / "start")
     for lr, at in (0.01, 5), (0.001, 2):
         with pytest.raises(KeyboardInterrupt):
             begin(lr, at)
@@ -694,28 +639,28 @@ def test_resume_with_the_files_in_another_order_is_refused(run, world, tmp_path)
     flags = "--loss", "sft", "--steps", "2"
     assert run(*flags, data=("--data", *parts))[0] == 0
     for files in parts[::-1], [*parts, parts[1]]:
-        status, _, err = run(*flags, "--resume", data=("--data", *files))
-        assert status == 2 and "--resume with --data" in err and err.count("\n") == 1
+        refused(run(*flags, "--resume", data=("--data", *files)), "--resume with --data")
     assert run(*flags, "--resume", data=("--data", *parts))[0] == 0
 
 
-def test_a_student_that_was_replaced_is_not_resumed_with(run, world, tmp_path):
-    """A comparison's second run would otherwise start from another student than its first."""
-    shutil.copytree(world / "student", tmp_path / "s")
-    models = "--student", tmp_path / "s", "--teacher", world / "teacher"
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_a_model_that_was_replaced_since_is_not_resumed_with(run, world, tmp_path, which):
+    """A comparison's second run would otherwise have another student, or teacher, than its first."""
+    for name in "student", "teacher":
+        shutil.copytree(world / name, tmp_path / name)
+    models = "--student", tmp_path / "student", "--teacher", tmp_path / "teacher"
     assert run("--steps", "1", models=models)[0] == 0
     (tmp_path / "run/kd" / LOG).unlink()
-    save_model(load_model(tmp_path / "s").init_weights(9), tmp_path / "s")
-    status, _, err = run("--steps", "1", "--resume", models=models)
-    assert status == 2 and "the content of --student" in err and err.count("\n") == 1
+    spoil(tmp_path / which)
+    refused(run("--steps", "1", "--resume", models=models), f"the content of --{which}", f"{which} has changed since")
 
 
 def test_a_student_that_is_cut_is_refused_before_the_teacher_is_asked(run, world, tmp_path):
     shutil.copytree(world / "student", tmp_path / "s")
-    (tmp_path / "s/model.safetensors").write_bytes((world / "student/model.safetensors").read_bytes()[:-9])
-    status, _, err = run("--loss", "forward_kl", "--seq-kd", "--cache-teacher", tmp_path / "c",
-                         models=("--student", tmp_path / "s", "--teacher", world / "teacher"))
-    assert status == 2 and "s/model.safetensors: is damaged or truncated" in err
+    os.truncate(tmp_path / "s/model.safetensors", 1000)
+    refused(run("--loss", "forward_kl", "--seq-kd", "--cache-teacher", tmp_path / "c",
+                models=("--student", tmp_path / "s", "--teacher", world / "teacher")),
+            "s/model.safetensors: is damaged or truncated")
     assert not (tmp_path / "c").exists() and not (tmp_path / "run").exists()
 
 
@@ -725,8 +670,7 @@ def test_a_second_toy_in_the_same_folder_is_refused_before_it_changes_the_first_
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train.jsonl").write_text("the first one's")
     with locked_by_another(tmp_path):
-        status, _, err = shell(kd, "--out", tmp_path, "--seed", "1")
-    assert status == 2 and "another process is writing a run there" in err and err.count("\n") == 1
+        refused(shell(kd, "--out", tmp_path, "--seed", "1"), "another process is writing a run there")
     assert (tmp_path / "data/train.jsonl").read_text() == "the first one's"
 
 
@@ -734,8 +678,7 @@ def test_a_second_toy_in_the_same_folder_is_refused_before_it_changes_the_first_
 def test_the_toy_world_does_not_replace_what_lies_in_its_folders(shell, tmp_path, monkeypatch, folder):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "test.jsonl").write_text("mine")
-    status, _, err = shell(kd, "--out", tmp_path)
-    assert status == 2 and f"{folder}: was not made by the toy world" in err and err.count("\n") == 1
+    refused(shell(kd, "--out", tmp_path), f"{folder}: was not made by the toy world")
     monkeypatch.setattr(toy, "make_tokenizer", lambda _: 1 / 0)                 # it goes on to that in a world of its own
     for name in "teacher", "base":                                              # either may have been deleted
         (tmp_path / "world" / folder).mkdir(parents=True, exist_ok=True)
@@ -746,48 +689,27 @@ def test_the_toy_world_does_not_replace_what_lies_in_its_folders(shell, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [folder] and (tmp_path / folder / "test.jsonl").read_text() == "mine"
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--kd-ratio", "0.9"], "--kd-ratio 0.9, but the run began with 0.5"),
-    (["--seed", "3"], "--seed 3, but the run began with 0"),
-    (["--max-length", "300"], "--max-length 300, but the run began with 512"),
-    (["--template", "alpaca"], "--template alpaca, but the run began with chatml"),
-    (["--steps", "3"], "--steps 3, but the run began with 2")])
-def test_resume_with_another_flag_is_refused(run, flags, said):
-    first = ["--loss", "forward_kl", "--steps", "2"]
-    assert run(*first)[0] == 0
-    status, _, err = run(*first, "--resume", *flags)
-    assert status == 2 and said in err and err.count("\n") == 1
+def test_resume_with_another_flag_is_refused(run):
+    first = ["--loss", "forward_kl", "--steps", "2", "--limit", "20"]
+    assert "20 of 20 records kept" in passed(run(*first))
+    for flag, value, before in (("--kd-ratio", "0.9", "0.5"), ("--seed", "3", "0"), ("--max-length", "300", "512"),
+                                ("--template", "alpaca", "chatml"), ("--limit", "19", "20"), ("--steps", "3", "2")):
+        refused(run(*first, "--resume", flag, value), f"--resume with {flag} {value}, but the run began with {before}")
 
 
 def test_a_finished_run_whose_model_was_moved_away_is_named(run, tmp_path):
     flags = "--loss", "sft", "--steps", 1
     assert run(*flags)[0] == 0
     (tmp_path / "run/best").rename(tmp_path / "mine")
-    status, _, err = run(*flags, "--resume")
-    assert status == 2 and err.endswith("run/best: is missing, though the run is done; put it back, or choose another --out\n")
-
-
-def test_a_folder_that_holds_a_run_is_not_overwritten(run, tmp_path):
-    assert run("--loss", "sft", "--steps", 2)[0] == 0
-    before = (tmp_path / "run" / LOG).read_bytes()
-    status, _, err = run("--loss", "sft", "--steps", 2)
-    assert status == 2 and "already holds a run of 2 steps; continue it with --resume" in err and err.count("\n") == 1
-    assert (tmp_path / "run" / LOG).read_bytes() == before
-
-
-def test_the_students_own_folder_is_not_taken_for_out(run, world):
-    before = (world / "student/config.json").read_bytes()
-    status, _, err = run("--loss", "sft", "--steps", 1, out=world / "student")
-    assert status == 2 and "belongs to a model, not to a run; choose another --out" in err
-    assert (world / "student/config.json").read_bytes() == before
+    refused(run(*flags, "--resume"), "run/best: is missing, though the run is done; put it back, or choose another --out\n")
 
 
 @pytest.mark.parametrize("count, times", [(1, 1), (4, 1), (1, 9)])
 def test_where_no_prompt_can_be_held_out_a_run_goes_on_with_a_note(run, world, tmp_path, count, times):
     lines = (world / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "few.jsonl").write_text("".join(lines[:count] * times))
-    status, out, err = run("--loss", "sft", "--steps", 2, "--validation", 3, data=("--data", tmp_path / "few.jsonl"))
-    assert status == 0 and f"note: none of {count * times} records with {count} different prompts can be held out" in out, err
+    out = passed(run("--loss", "sft", "--steps", 2, "--validation", 3, data=("--data", tmp_path / "few.jsonl")))
+    assert f"note: none of {count * times} records with {count} different prompts can be held out" in out
     assert len((tmp_path / "run/held-out.jsonl").read_text().splitlines()) == min(3, count * times)
 
 
@@ -795,7 +717,7 @@ def test_of_prompts_that_repeat_a_whole_one_is_held_out(run, world, tmp_path):
     lines = (world / "data.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "thrice.jsonl").write_text("".join(lines[:4] * 3))
     status, out, err = run("--loss", "sft", "--steps", 2, "--validation", 1, data=("--data", tmp_path / "thrice.jsonl"))
-    held = [json.loads(line)["instruction"] for line in (tmp_path / "run/held-out.jsonl").open()]
+    held = [record["instruction"] for record in records_in(tmp_path / "run/held-out.jsonl")]
     assert status == 0 and "note:" not in out + err and len(held) == 3 and len(set(held)) == 1
 
 
@@ -815,20 +737,13 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
     lines = (world / "data.jsonl").read_text().splitlines(keepends=True)
     (world / "bad.jsonl").write_text("".join([*lines[:6], '{"instruction": "Why?", "response": 3}\n', *lines[6:]]))
     tiny(4, tokenizer, world / "short", vocab_size=100)
-    flags = {name: [value.format(world=world) for value in values] for name, values in flags.items()}
-    status, _, err = run(**flags)
-    assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+    refused(run(**{name: [value.format(world=world) for value in values] for name, values in flags.items()}), said)
     assert not (tmp_path / "run").exists()                                      # and nothing was begun
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--batch-size", "0"], "--batch-size 0: must be above 0"), (["--lr", "nan"], "--lr [nan]: must be above 0"),
-    (["--validation", "0"], "--validation 0"), (["--eval-examples", "-1"], "--eval-examples -1"),
+    (["--lr", "nan"], "--lr [nan]: must be above 0"), (["--batch-size", "many"], "invalid int value: 'many'; see --help"),
     (["--kd-ratio", "1.5"], "--kd-ratio must be from 0 to 1"), (["--loss", "skew_forward_kl", "--alpha", "0"], "--alpha above 0"),
-    (["--epochs", "inf"], "--epochs inf: must be above 0 and at most"), (["--epochs", "1e308"], "--epochs 1e+308: must be"),
-    (["--weight-decay", "-1"], "0 or more"),
-    (["--weight-decay", "nan"], "--weight-decay nan"), (["--warmup", "-1"], "--warmup -1"), (["--step", "3"], "see --help"),
-    (["--batch-size", "many"], "invalid int value: 'many'; see --help"),
     (["--loss", "sft", "--lr", "0.01", "1e-2"], "two rates are the same"),
     (["--eval-data", "no/such.jsonl"], "no/such.jsonl: no such file"),
     (["--on-policy", "1.5"], "--on-policy must be from 0 to 1"), (["--loss", "minillm", "--mix", "1"], "--mix from 0 to below 1"),
@@ -836,38 +751,31 @@ def test_bad_input_is_one_line_that_says_what_and_where(run, world, tokenizer, t
     (["--loss", "minillm", "--cache-teacher", "x"], "own answers are new each time"),
     (["--loss", "minillm", "--seq-kd"], "leave one out"),
     (["--loss", "jsd", "--on-policy", "1", "--seq-kd"], "leave one out"),
-    (["--loss", "minillm", "--rollouts", "0"], "--rollouts 0: must be above 0"),
-    (["--epochs", "0"], "--epochs 0.0: must be above 0"),
     (["--lm-data", "no/such.jsonl"], "no/such.jsonl: no such file"),
-    (["--loss", "sft", "--lr", "1e12", "--steps", "9"], "is not finite; lower --lr (now 1e+12)"), (["--lm-data", ""], "'': is empty"),
+    (["--loss", "sft", "--lr", "1e12", "--steps", "9"], "is not finite; lower --lr (now 1e+12)"),
+    (["--lm-data", ""], "'': is empty"),
     (["--temperature", "1e-30"], "run/kd, step 1: the gradient is not finite; take another model, or raise --temperature"),
     (["--out="], "'--out=': is empty"), (["--loss", "sft", "--data", "/"], "'/': names no file or folder"),
     (["--loss", "sft", "--steps", "1", "--lr", "1e12"], "the held-out loss after step 1 is not finite; lower --lr")])
 def test_a_flag_out_of_range_is_one_line_that_names_it(run, flags, said):
-    status, _, err = run(*flags)
-    assert status == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+    refused(run(*flags), said)
 
 
 def test_a_run_that_is_refused_leaves_everything_as_it_was(run, shell, world, tmp_path):
     """Refused before the split is written anew, and before a teacher is asked for hours."""
     flags = "--loss", "forward_kl", "--steps", "1", "--validation", "4"
     assert run(*flags)[0] == 0
-    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    for more, said in (["--seed", "7"], "holds a run of 1 steps"), (["--seed", "7", "--resume"], "the run began with 0"), (
-            ["--seed", "7", "--cache-teacher", tmp_path / "cache"], "already holds a run"):
-        status, _, err = run(*flags, *more)
-        assert status == 2 and said in err and err.count("\n") == 1
-    for more in [], ["--resume"]:                                               # --data forgotten: no toy in its place
-        status, _, err = shell(kd, "--out", tmp_path / "run", "--steps", "1", *more)
-        assert status == 2 and "run of 1 steps" in err and err.count("\n") == 1
-    assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert not (tmp_path / "cache").exists()
-    status, _, err = run("--steps", "1", "--seed", "7", out=tmp_path / "run")    # a comparison has files of the same names
-    assert status == 2 and "already holds another run" in err
     shutil.copytree(world / "student", tmp_path / "model")
     (tmp_path / "model/held-out.jsonl").write_text("mine")
-    status, _, err = run(*flags, out=tmp_path / "model")
-    assert status == 2 and "belongs to a model" in err and (tmp_path / "model/held-out.jsonl").read_text() == "mine"
+    files = files_in(tmp_path)
+    refused(run(*flags, "--seed", "7"), "already holds a run of 1 steps; continue it with --resume")
+    refused(run(*flags, "--seed", "7", "--resume"), "the run began with 0")
+    refused(run(*flags, "--cache-teacher", tmp_path / "cache"), "already holds a run")
+    refused(run("--steps", "1"), "already holds another run")                   # a comparison has files of the same names
+    for more in [], ["--resume"]:                                               # --data forgotten: no toy in its place
+        refused(shell(kd, "--out", tmp_path / "run", "--steps", "1", *more), "run of 1 steps")
+    refused(run(*flags, out=tmp_path / "model"), "belongs to a model, not to a run; choose another --out")
+    assert files_in(tmp_path) == files and not (tmp_path / "cache").exists()
 
 
 def test_a_run_that_another_process_finished_meanwhile_is_left_alone(run, tmp_path, monkeypatch):
@@ -881,38 +789,39 @@ def test_a_run_that_another_process_finished_meanwhile_is_left_alone(run, tmp_pa
         return read
 
     monkeypatch.setattr(kd, "read_data", slowly)
-    status, _, err = run("--loss", "sft", "--steps", 1)
-    assert status == 2 and "already holds a run of 5 steps" in err and log.read_text() == '{"step": 5, "done": true}\n'
+    refused(run("--loss", "sft", "--steps", 1), "already holds a run of 5 steps")
+    assert log.read_text() == '{"step": 5, "done": true}\n'
 
 
 def test_a_run_does_not_go_on_with_another_chat_template(run, world, tmp_path):
     shutil.copytree(world / "student", tmp_path / "mine")
-    flags = dict(models=("--student", tmp_path / "mine"))
+    go = lambda *more: run("--loss", "sft", "--steps", 3, "--eval-every", 1, *more, models=("--student", tmp_path / "mine"))
     with killed_at(2):
-        assert run("--loss", "sft", "--steps", 3, "--eval-every", 1, **flags)[0] == 130
-    settings = json.loads((tmp_path / "mine/tokenizer_config.json").read_text())
-    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    (tmp_path / "mine/tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
-    status, _, err = run("--loss", "sft", "--steps", 3, "--eval-every", 1, "--resume", **flags)
-    assert status == 2 and "undo the change to the tokenizer, its chat template or minikd" in err
-    (tmp_path / "mine/tokenizer_config.json").write_text(json.dumps(settings))
-    assert run("--loss", "sft", "--steps", 3, "--eval-every", 1, "--resume", **flags)[0] == 0
+        assert go()[0] == 130
+    before = (tmp_path / "mine/tokenizer_config.json").read_text()
+    change_json(tmp_path / "mine/tokenizer_config.json", chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    refused(go("--resume"), "undo the change to the tokenizer, its chat template or minikd")
+    (tmp_path / "mine/tokenizer_config.json").write_text(before)
+    passed(go("--resume"))
 
 
-def test_a_tenth_of_an_epoch_is_its_steps_and_records_for_the_table_are_counted(run, tmp_path):
-    long = [{"instruction": "word " * 300, "response": "x"}, {"instruction": "Why?", "response": "x"}]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in long))
-    status, out, err = run("--loss", "sft", "--epochs", 1.1, "--batch-size", 2, "--eval-data", tmp_path / "test.jsonl")
-    assert status == 0 and len(steps_of(tmp_path / "run")) == 11, err
-    assert "1 of 2 records of --eval-data, 1 dropped: prompt too long" in out
-    (tmp_path / "test.jsonl").write_text(json.dumps(long[0]) + "\n")
-    status, _, err = run("--loss", "sft", "--steps", 1, "--eval-data", tmp_path / "test.jsonl", out=tmp_path / "other")
-    assert status == 2 and "error: --eval-data: none of 1 examples can be used" in err
+@pytest.mark.parametrize("epochs, steps", [(1.1, 28), (1e-9, 1), (0.28, 7)])
+def test_part_of_an_epoch_is_its_steps_rounded_up_but_not_for_a_floats_sake(run, tmp_path, epochs, steps):
+    """50 records, 2 a step; 0.28 x 25 is 7.000000000000001."""
+    data = write_records(tmp_path / "more.jsonl", *({"instruction": f"Say {i}.", "response": str(i)} for i in range(60)))
+    passed(run("--loss", "sft", "--epochs", epochs, "--batch-size", 2, "--validation", 10, data=("--data", data)))
+    assert len(steps_of(tmp_path / "run")) == steps
 
 
-def test_a_tiny_part_of_an_epoch_is_one_step(run, tmp_path):
-    status, _, err = run("--loss", "sft", "--epochs", 1e-9)
-    assert status == 0 and len(steps_of(tmp_path / "run")) == 1, err
+def test_of_eval_data_those_too_long_and_those_trained_on_are_counted(run, world, tmp_path):
+    flags = "--loss", "sft", "--steps", 1, "--eval-data"
+    long = {"instruction": "word " * 300, "response": "x"}
+    data = write_records(tmp_path / "test.jsonl", long, {"instruction": "Why?", "response": "x"})
+    out = passed(run(*flags, data))
+    assert "1 of 2 records of --eval-data, 1 dropped: prompt too long" in out and "also trained on" not in out
+    refused(run(*flags, write_records(data, long), out=tmp_path / "other"), "error: --eval-data: none of 1 examples can be used")
+    out = passed(run(*flags, world / "data.jsonl", out=tmp_path / "all"))
+    assert "note: 20 of 24 records of --eval-data have a prompt that is also trained on" in out
 
 
 def test_a_teacher_may_be_trained_in_a_folder_of_the_comparison(run, tmp_path):
@@ -922,65 +831,29 @@ def test_a_teacher_may_be_trained_in_a_folder_of_the_comparison(run, tmp_path):
                                        tmp_path / "run/teacher/best"))[0] == 0
 
 
-def test_of_much_data_only_the_first_records_can_be_read(run, tmp_path):
-    flags = "--loss", "sft", "--validation", "2", "--steps", "1", "--limit"
-    status, out, err = run(*flags, "12")
-    assert status == 0 and "12 of 12 records kept" in out and "10 encoded" in out, err
-    status, _, err = run(*flags, "13", "--resume")
-    assert status == 2 and "--resume with --limit 13, but the run began with 12" in err
-
-
 def test_what_was_held_out_can_be_asked_for_afterwards(run, shell, world, tmp_path):
     assert run("--loss", "sft", "--validation", "4")[0] == 0
-    lines = [json.loads(line) for line in (tmp_path / "run/held-out.jsonl").read_text().splitlines()]
+    lines = records_in(tmp_path / "run/held-out.jsonl")
     asked = {line["messages"][-2]["content"] for line in lines}
     assert len(lines) == 4 and {line["category"] for line in lines} <= {"sum", "echo"}
-    known = {record["instruction"]: record["response"] for record in map(json.loads, open(world / "data.jsonl"))}
+    known = {record["instruction"]: record["response"] for record in records_in(world / "data.jsonl")}
     assert all(known[line["messages"][-2]["content"]] == line["messages"][-1]["content"] for line in lines) and len(asked) == 4
-    status, out, err = shell(eval_rouge, "--model", tmp_path / "run/best", "--data", tmp_path / "run/held-out.jsonl",
-                             "--device", "cpu", "--max-new-tokens", "4")
-    assert status == 0 and "4" in out, err
+    out = passed(shell(eval_rouge, "--model", tmp_path / "run/best", "--data", tmp_path / "run/held-out.jsonl",
+                       "--device", "cpu", "--max-new-tokens", "4"))
+    assert out.split("\nall")[1].split()[0] == "4"
 
 
-def test_prompts_are_answered_many_at_a_time_whatever_the_micro_batch(run, tmp_path, monkeypatch):
-    at_once, respond = set(), evaluate.respond
-    monkeypatch.setattr(evaluate, "respond", lambda model, rows, size, *rest, **named: (
-        at_once.add(size), respond(model, rows, size, *rest, **named))[1])
+def test_prompts_are_answered_many_at_a_time_whatever_the_micro_batch(run, tmp_path, spy):
+    at_once = spy(evaluate, "respond", lambda model, rows, size, *_, **named: size)
     for size in "1", "20":
         assert run("--loss", "sft", "--steps", "1", "--batch-size", size, out=tmp_path / size)[0] == 0
-    assert at_once == {16, 20}
+    assert set(at_once) == {16, 20}
 
 
-def test_a_steps_seconds_include_the_sampling_of_its_rollouts(run, tmp_path, monkeypatch):
-    collect = minillm.collect
-    monkeypatch.setattr(minillm, "collect", lambda **named: (time.sleep(0.5), collect(**named))[1])
+def test_a_steps_seconds_include_the_sampling_of_its_rollouts(run, tmp_path, spy):
+    spy(minillm, "collect", lambda **_: time.sleep(0.5))
     assert run("--loss", "minillm", "--rollouts", "4", "--batch-size", "4", "--inner-epochs", "2", "--steps", "2")[0] == 0
     assert next(line["seconds"] for line in read_log(tmp_path / "run") if "seconds" in line) > 0.5
-
-
-def test_epochs_count_in_the_toy_world_too(monkeypatch):
-    for flags, steps, epochs in (([], 400, None), (["--epochs", "2"], None, 2), (["--steps", "7"], 7, None)):
-        monkeypatch.setattr(sys, "argv", ["train_kd.py", *flags])
-        args = kd.parse_args()
-        assert (args.steps, args.epochs) == (steps, epochs)
-
-
-def test_the_toys_runs_on_own_answers_learn_more_slowly(monkeypatch):
-    for flags, lr in ([], 3e-3), (["--loss", "minillm"], 1e-3), (["--loss", "jsd", "--on-policy", "1"], 1e-3):
-        monkeypatch.setattr(sys, "argv", ["train_kd.py", *flags])
-        assert kd.parse_args().lr == [lr]
-
-
-def test_a_damaged_log_is_one_line(run, tmp_path):
-    assert run("--loss", "sft", "--steps", "1")[0] == 0
-    for line in "{]", "[1]", '{"loss": 2}', "3":
-        (tmp_path / "run/log.jsonl").write_text(line + "\n")
-        status, _, err = run("--loss", "sft", "--steps", "1", "--resume")
-        assert status == 2 and "log.jsonl: holds a line that is not a step of a run" in err and err.count("\n") == 1
-    (tmp_path / "run/log.jsonl").write_text('{"step": 1}\n')
-    (tmp_path / "run/config.json").write_text('{"settings": [1]}')
-    status, _, err = run("--loss", "sft", "--steps", "1", "--resume")
-    assert status == 2 and "config.json: has no settings of a run" in err and err.count("\n") == 1
 
 
 def test_the_script_itself_ends_with_status_2_and_no_traceback(tmp_path):
@@ -1014,13 +887,22 @@ def shrunk(tmp_path, monkeypatch) -> dict:
     return starts
 
 
+@pytest.mark.parametrize("flags, steps, epochs, lr", [
+    ([], 400, None, 3e-3), (["--epochs", "2"], None, 2, 3e-3), (["--steps", "7"], 7, None, 3e-3),
+    (["--loss", "minillm"], 400, None, 1e-3), (["--loss", "jsd", "--on-policy", "1"], 400, None, 1e-3)])
+def test_the_toy_takes_400_steps_and_a_lower_rate_on_own_answers(monkeypatch, flags, steps, epochs, lr):
+    monkeypatch.setattr(sys, "argv", ["train_kd.py", *flags])
+    args = kd.parse_args()
+    assert (args.steps, args.epochs, args.lr) == (steps, epochs, [lr])
+
+
 def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge_agrees(shrunk, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_kd.py", "--validation", "20", "--max-new-tokens", "4"])
     kd.main()
     out, err = capsys.readouterr()
     assert all(f"\n{name} " in out for name in "code english spanish all asked right Base SFT KD Teacher".split())
     assert {"teacher", "base", "sft", "kd", "data", "table.jsonl"} <= {path.name for path in Path("runs/toy").iterdir()}
-    table = {row["model"]: row["all"] for row in map(json.loads, open("runs/toy/table.jsonl"))}
+    table = {row["model"]: row["all"] for row in records_in("runs/toy/table.jsonl")}
     assert list(table) == ["Base", "SFT", "KD", "Teacher"]
     monkeypatch.setattr(sys, "argv", ["eval_rouge.py", "--max-new-tokens", "4"])
     eval_rouge.main()
@@ -1031,8 +913,7 @@ def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge
 @pytest.mark.slow
 def test_on_a_gpu_the_toy_world_trains_there(shrunk, shell):
     with gpu():
-        status, _, err = shell(kd, "--device", "cuda", "--validation", "20", "--max-new-tokens", "4")
-    assert status == 0, err
+        passed(shell(kd, "--device", "cuda", "--validation", "20", "--max-new-tokens", "4"))
     assert list(shrunk) == ["teacher", "base", "sft", "kd"] and all(head.is_cuda for head in shrunk.values())
 
 
@@ -1043,16 +924,15 @@ def test_in_the_toy_world_own_answers_begin_from_a_student_that_was_fine_tuned(s
     kd.main()
     assert list(shrunk) == ["teacher", "base", "sft", "toy"]
     assert torch.equal(shrunk["toy"], load_model("runs/toy/sft/best").head)
-    assert [json.loads(line)["model"] for line in open("runs/toy/table.jsonl")] == ["SFT", flags[1], "Teacher"]
+    assert [row["model"] for row in records_in("runs/toy/table.jsonl")] == ["SFT", flags[1], "Teacher"]
 
 
 def test_a_toy_that_is_resumed_with_another_seed_is_refused_with_its_data_as_they_were(shrunk, shell):
     flags = "--validation", "20", "--max-new-tokens", "4"
     assert shell(kd, *flags)[0] == 0
-    files = {path: path.read_bytes() for path in Path("runs/toy").rglob("*") if path.is_file()}
-    status, _, err = shell(kd, *flags, "--resume", "--seed", "3")
-    assert status == 2 and "--resume with --seed 3, but the run began with 0" in err and err.count("\n") == 1
-    assert files == {path: path.read_bytes() for path in Path("runs/toy").rglob("*") if path.is_file()}
+    files = files_in(Path("runs/toy"))
+    refused(shell(kd, *flags, "--resume", "--seed", "3"), "--resume with --seed 3, but the run began with 0")
+    assert files_in(Path("runs/toy")) == files
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -1068,44 +948,14 @@ def test_a_flag_that_does_nothing_is_named(run, flags, said):
 
 # ---- what flags reach
 
-def test_best_stays_the_best_after_a_fall(settings, monkeypatch):
-    values, kept = iter([5.0, 3.0, 4.0]), []
-    monkeypatch.setattr(kd, "mean_by_category", lambda _: {"all": {"rouge_l": next(values)}})
-    monkeypatch.setattr(kd, "save_model", lambda model, folder, **_: kept.append(folder.name))
-    kd.train(**settings(steps=3, eval_every=1, loss="sft", teacher=None))
-    assert kept == ["last", "best", "last", "last"]
-
-
-def test_no_more_are_answered_than_eval_examples_says(settings, run, monkeypatch):
-    asked, score = [], kd.answer_and_score
-    monkeypatch.setattr(kd, "answer_and_score", lambda model, tokenizer, rows, *rest: (
-        asked.append(len(rows)), score(model, tokenizer, rows, *rest))[1])
-    kd.train(**settings(steps=1, eval_examples=2, loss="sft", teacher=None))
-    assert asked == [2]
-    status, out, err = run("--loss", "sft", "--steps", 1, "--validation", 4, out=settings()["out"].parent / "table")
-    assert status == 0 and "of 2 held-out prompts" in out, err
-
-
-def test_of_eval_data_only_what_is_trained_on_is_counted(run, world, tmp_path):
-    assert run("--loss", "sft", "--steps", 1)[0] == 0
-    held = tmp_path / "run/held-out.jsonl"
-    status, out, err = run("--loss", "sft", "--steps", 1, "--eval-data", held, out=tmp_path / "other")
-    assert status == 0 and "4 of 4 records of --eval-data" in out and "also trained on" not in out, err
-    status, out, err = run("--loss", "sft", "--steps", 1, "--eval-data", world / "data.jsonl", out=tmp_path / "all")
-    assert status == 0 and "note: 20 of 24 records of --eval-data have a prompt that is also trained on" in out, err
-
-
-def test_steps_are_not_rounded_up_for_a_float(run, tmp_path):
-    """0.28 x 25 is 7.000000000000001."""
-    records = [{"instruction": f"Say {i}.", "response": str(i)} for i in range(60)]
-    (tmp_path / "more.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    flags = "--loss", "sft", "--epochs", 0.28, "--batch-size", 2, "--validation", 10
-    status, _, err = run(*flags, data=("--data", tmp_path / "more.jsonl"))
-    assert status == 0 and len(steps_of(tmp_path / "run")) == 7, err
+def test_no_more_are_answered_than_eval_examples_says(run, spy):
+    asked = spy(kd, "answer_and_score", lambda model, tokenizer, rows, *_: len(rows))
+    out = passed(run("--loss", "sft", "--steps", 1, "--validation", 4))         # and --eval-examples 2
+    assert asked == [2] and "of 2 held-out prompts" in out
 
 
 def test_plain_text_is_cut_into_rows_of_max_length(run, tmp_path, monkeypatch):
-    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "A long line of a book. " * 90}) + "\n")
+    write_records(tmp_path / "text.jsonl", {"text": "A long line of a book. " * 90})
     longest = []
     monkeypatch.setattr(kd, "train", lambda *, lm_rows, **_: longest.append(max(map(len, lm_rows))) or sys.exit(3))
     assert run("--loss", "sft", "--steps", 1, "--max-length", 200, "--lm-data", tmp_path / "text.jsonl")[0] == 3
@@ -1114,7 +964,6 @@ def test_plain_text_is_cut_into_rows_of_max_length(run, tmp_path, monkeypatch):
 
 def test_the_error_says_if_it_is_the_held_out_prompts_that_are_all_too_long(run, tmp_path, monkeypatch):
     monkeypatch.setattr(kd, "hold_out", lambda examples, *_: (examples[:-1], examples[-1:]))
-    records = [{"instruction": f"Say {i}.", "response": "x"} for i in range(5)] + [{"instruction": "word " * 300, "response": "x"}]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    status, _, err = run("--loss", "sft", data=("--data", tmp_path / "r.jsonl"))
-    assert status == 2 and err.startswith("error: held-out records: none of 1 examples can be used") and err.count("\n") == 1
+    data = write_records(tmp_path / "r.jsonl", *({"instruction": "word " * (300 * (i == 5) or 1 + i), "response": "x"}
+                                                 for i in range(6)))
+    refused(run("--loss", "sft", data=("--data", data)), "error: held-out records: none of 1 examples can be used")

@@ -1,5 +1,6 @@
 """What two training loops share: the schedule as a slow formula, weight decay, compilation."""
 import math
+import os
 from copy import deepcopy
 from functools import partial
 
@@ -7,9 +8,8 @@ import pytest
 import torch
 import torch._functorch.config
 
-from conftest import small
+from conftest import refusal, small
 from minikd.checkpoint import save_model
-from minikd.errors import InputError
 from minikd.gptq import quantize_model
 from minikd.layout import join_layers
 from minikd.model import run_blocks
@@ -33,12 +33,8 @@ def test_the_rate_climbs_in_a_line_and_falls_as_a_cosine_to_a_tenth(steps, warmu
 
 def test_the_rate_starts_above_nothing_reaches_its_peak_and_never_falls_under_a_tenth():
     rates = [learning_rate(step, 100, 1.0, 10) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1.0 == learning_rate(0, 100, 1.0)
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0.1 < rates[-1] < 0.101
-
-
-def test_without_warm_up_half_way_is_half_way_between_the_peak_and_a_tenth():
-    assert learning_rate(0, 10, 2.0) == 2.0 and learning_rate(5, 10, 2.0) == pytest.approx(1.1)
 
 
 def test_a_constant_rate_stays_after_its_warm_up():
@@ -101,16 +97,12 @@ def test_a_student_is_whole_has_no_4_bit_weights_and_a_row_for_every_token(tmp_p
     model = small(1, vocab_size=32)
     save_model(model, tmp_path / "s")
     check_student(tmp_path / "s", range(32))
-    with pytest.raises(InputError, match="s: .*33"):
-        check_student(tmp_path / "s", range(33))
-    whole = (tmp_path / "s" / "model.safetensors").read_bytes()
-    (tmp_path / "s" / "model.safetensors").write_bytes(whole[:-9])
-    with pytest.raises(InputError, match="is damaged or truncated"):
-        check_student(tmp_path / "s", range(32))
+    assert "the tokenizer has 33 ids, but the model only 32 rows" in refusal(check_student, tmp_path / "s", range(33))
+    os.truncate(tmp_path / "s/model.safetensors", 1000)
+    assert "is damaged or truncated" in refusal(check_student, tmp_path / "s", range(32))
     model.quantization = {"bits": 4}
     monkeypatch.setattr("minikd.training.outline", lambda folder: (model, {}))
-    with pytest.raises(InputError, match="holds 4-bit weights"):
-        check_student(tmp_path / "s", range(32))
+    assert "holds 4-bit weights" in refusal(check_student, tmp_path / "s", range(32))
 
 
 # ---- compilation
