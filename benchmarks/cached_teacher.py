@@ -9,7 +9,6 @@ the gradients by train_kd.py's own forward_backward. Child processes take turns.
 same step both ways, from the same student.
     float32     everything in float32, in smaller shapes (the 3B's would need 22 GB): only `exact`
 """
-import argparse
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import child, in_turns, machine, peak_resident, report, table
+from benchmarks.measure import child, in_turns, machine, make_parser, peak_resident, report, table
 from benchmarks.shapes import COMMON, SHAPES
 from minikd.checkpoint import load_head, load_model, save_model
 from minikd.config import Qwen2Config
@@ -95,10 +94,7 @@ def main():
         what, folder, dtype, steps = sys.argv[2], Path(sys.argv[3]), getattr(torch, sys.argv[4]), int(sys.argv[5])
         job = {"fill": fill, "exact": exact, "live": partial(train, "live"), "cached": partial(train, "cached")}[what]
         return job(folder, dtype, steps)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=4, help="of each child; the first is not timed")
-    parser.add_argument("--repeats", type=int, default=1, help="children per row")
-    args = parser.parse_args()
+    args = make_parser(__doc__, steps=4, repeats=1).parse_args()
     for shapes, dtype, title in (SMALL, "float32", "smaller"), (LARGE, "bfloat16", "3B -> 0.5B"):
         with tempfile.TemporaryDirectory() as folder:
             for name, config in shapes.items():

@@ -9,7 +9,6 @@ Qwen2.5-0.5B's shape (24 layers, 896, 151,936 tied) with random weights; prompts
 turns, medians are printed. tokens/s is new tokens per second of the whole call: minikd's includes packing the weights, both
 include the prefill.
 """
-import argparse
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import child, in_turns, machine, peak_resident, report, table
+from benchmarks.measure import child, in_turns, machine, make_parser, peak_resident, report, table
 from benchmarks.shapes import SHAPES
 from minikd.checkpoint import load_model, save_model
 from minikd.generate import generate
@@ -75,8 +74,7 @@ def measure(method: str, batch: int, group: int, folder: str, dtype: str = "bflo
 def main():
     if sys.argv[1:2] == ["--child"]:
         return measure(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = make_parser(__doc__, repeats=3)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     args = parser.parse_args()
     rows = []

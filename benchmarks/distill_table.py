@@ -8,12 +8,11 @@ student and makes the same number of updates at the same learning rate on the sa
 300 held-out prompts. `sequence KL` is KL(q || p) over whole answers, MiniLLM's objective, in nats per answer; `reverse KL`
 and `forward KL` are in nats per token, on the reference answers.
 """
-import argparse
 import json
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import machine, run_script, seeds_table
+from benchmarks.measure import machine, make_parser, run_script, seeds_table
 
 METHODS = {"SFT": "--loss sft", "forward KL": "--loss forward_kl", "reverse KL": "--loss reverse_kl",
            "JSD": "--loss jsd", "skew forward KL": "--loss skew_forward_kl", "skew reverse KL": "--loss skew_reverse_kl",
@@ -46,7 +45,7 @@ def one_seed(seed: int, folder: Path, steps: int, lr: float) -> dict[str, dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-3)

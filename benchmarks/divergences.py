@@ -6,12 +6,11 @@
 and teacher are independent (a KL of several nats); `near`: they almost agree (hundredths). The last columns are the
 differences from float64.
 """
-import argparse
 import os
 
 import torch
 
-from benchmarks.measure import QUIET, machine, table
+from benchmarks.measure import QUIET, machine, make_parser, table
 from minikd.losses import forward_kl, jensen_shannon, reverse_kl
 
 os.environ |= QUIET
@@ -45,7 +44,7 @@ def compare(beta, student, teacher, labels) -> list:
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False).parse_args()
+    make_parser(__doc__).parse_args()
     generator = torch.Generator().manual_seed(0)
     student = 3 * torch.randn(B, T, V, generator=generator)
     teachers = {"far": 3 * torch.randn(B, T, V, generator=generator),

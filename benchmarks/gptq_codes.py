@@ -20,7 +20,7 @@ import sys
 
 import torch
 
-from benchmarks.measure import machine, table
+from benchmarks.measure import machine, make_parser, table
 from minikd.gptq import Hessian, quantize_matrix
 from minikd.quant import dequantize_groups, find_grid
 
@@ -76,7 +76,9 @@ def objective(weight, quantized, H) -> float:
 
 @torch.no_grad()
 def main():
-    sys.path.insert(0, sys.argv[1])
+    parser = make_parser(__doc__)
+    parser.add_argument("folder", help="a checkout of the paper's code")
+    sys.path.insert(0, parser.parse_args().folder)
     torch.cuda.synchronize = lambda: None
     rows, worst = [], []
     for setting, options in SETTINGS:

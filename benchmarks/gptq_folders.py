@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.measure import machine, table
+from benchmarks.measure import machine, make_parser, table
 from minikd.checkpoint import load_model, save_model
 from minikd.config import Qwen2Config
 from minikd.model import Qwen2
@@ -103,6 +103,7 @@ def measure(source: Path, folder: Path, options: dict) -> dict:
 
 
 def main():
+    make_parser(__doc__).parse_args()
     os.environ["GPTQMODEL_CPU_WORKERS"] = "4"
     rows = []
     with tempfile.TemporaryDirectory() as folder:

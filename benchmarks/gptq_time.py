@@ -11,7 +11,6 @@ inside groups and of groups, finished layers offloaded to disk. Without GPTQMODE
 "load to end" is the time from loading until the folder is written. Peak is the child's highest resident memory in that time,
 minus what it held before. GPTQModel compiles on its first run: run this twice, and count the second.
 """
-import argparse
 import os
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import child, machine, peak_resident, report, resident, table
+from benchmarks.measure import child, machine, make_parser, peak_resident, report, resident, table
 from benchmarks.shapes import SHAPES
 from minikd.checkpoint import load_model, save_model
 from minikd.command import pick_dtype
@@ -74,7 +73,7 @@ def measure(method: str, folder: Path):
 def main():
     if sys.argv[1:2] == ["--child"]:
         return measure(sys.argv[2], Path(sys.argv[3]))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--peer", metavar="PYTHON", help="an interpreter that has gptqmodel")
     parser.add_argument("--layers", type=int, default=24)
     args = parser.parse_args()

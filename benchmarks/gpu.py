@@ -5,8 +5,8 @@
     python -m benchmarks.gpu --device cpu --tiny        # small shapes: only shows that the script runs
 
 Targets (one H200, random weights in Qwen2.5's shapes, peers in the same run; what was reached: results/gpu.txt):
-    check     sampling from graphs (with attend.cu) and by one kernel, GPTQ's columns, a step's gradients, also from graphs and
-              compiled, agree with the plain path; an optimizer step (adamw.cu) with torch's in float64
+    check     sampling from graphs (with attend.cu, fused.cu) and by one kernel, GPTQ's columns, a step's loss and gradients,
+              also by loss.cu, from graphs and compiled, agree with the plain path; adamw.cu's step with torch's in float64
     kernel    relative error under 1e-2 on every shape and batch; outputs are filled with nan beforehand
     loss      the losses' kernels (loss.cu): at least as exact as torch's float32; 80% of the copy bandwidth
     step      a token by one kernel (decode.cu): as exact as the plain step; how long it takes without weights to read
@@ -22,7 +22,6 @@ Targets (one H200, random weights in Qwen2.5's shapes, peers in the same run; wh
 Every time is a median; spread is (90th - 10th percentile) / median. Each row is printed when it is measured; if one fails, it
 says so, and the next one runs.
 """
-import argparse
 import gc
 import subprocess
 import time
@@ -36,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.head_loss import trl
-from benchmarks.measure import machine
+from benchmarks.measure import machine, make_parser
 from benchmarks.shapes import SHAPES
 from minikd import cuda, loss_cuda, losses, w4_cuda
 from minikd.adamw_cuda import AdamW
@@ -626,12 +625,11 @@ def time_decoding(device, tiny, limits):
 
 
 def time_once(run, count: int, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     run(count)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
@@ -787,7 +785,7 @@ SECTIONS = {"machine": measure_machine, "check": check_results, "kernel": check_
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, only to see that the script runs")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))

@@ -10,7 +10,6 @@ functions. Children take turns; seconds are the median of the steps after the fi
     bf16        autocast; minikd samples with a bfloat16 copy, trl with its float32 weights under autocast
     default     trl with its defaults: gradient checkpointing and, on this CPU, bfloat16 autocast
 """
-import argparse
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import compare_steps, peak_resident, report, trainer_clock, trl_options, word_tokenizer
+from benchmarks.measure import compare_steps, make_parser, peak_resident, report, trainer_clock, trl_options, word_tokenizer
 from benchmarks.shapes import SHAPES
 from minikd import grpo
 from minikd.checkpoint import load_model, save_model
@@ -99,10 +98,7 @@ def measure(method: str, mode: str, steps: int, folder: str):
 def main():
     if sys.argv[1:2] == ["--child"]:
         return measure(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=4, help="of each child; the first is not timed")
-    parser.add_argument("--repeats", type=int, default=1, help="children per row")
-    args = parser.parse_args()
+    args = make_parser(__doc__, steps=4, repeats=1).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_model(Qwen2(SHAPE).init_weights(0), Path(folder) / "model")
         compare_steps("benchmarks.grpo_step", args.steps, args.repeats, folder)

@@ -7,11 +7,10 @@ Each seed: train_kd.py trains a teacher (5 x as large as the student) on right a
 student by SFT and one by KD on answers of mixed quality (30% without their thoughts, a quarter of the others with a wrong step);
 train_grpo.py continues from both with its toy defaults. 200 held-out sums; sampled is at temperature 1.
 """
-import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import machine, run_script, seeds_table
+from benchmarks.measure import machine, make_parser, run_script, seeds_table
 from minikd import problems, toy
 from minikd.checkpoint import save_model
 from minikd.files import write_jsonl
@@ -53,7 +52,7 @@ def one_seed(folder: Path, seed: int) -> dict[str, dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,6 @@ figure comes from a child process of its own; they take turns, medians are print
     autocast    the student's weights in float32, multiplied in bfloat16: naive makes a bfloat16 copy of the head (272 MB),
                 minikd casts it block by block
 """
-import argparse
 import sys
 import time
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import child, in_turns, machine, peak_resident, report, reset_peak, resident, table
+from benchmarks.measure import child, in_turns, machine, make_parser, peak_resident, report, reset_peak, resident, table
 from minikd.head import head_loss
 from minikd.losses import forward_kl
 
@@ -84,9 +83,7 @@ def measure(method: str, mode: str, kd_ratio: float):
 def main():
     if sys.argv[1:2] == ["--child"]:
         return measure(sys.argv[2], sys.argv[3], float(sys.argv[4]))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    args = make_parser(__doc__, repeats=3).parse_args()
     rows = []
     for mode, kd_ratio in ("float32", 1.0), ("float32", 0.5), ("bf16", 1.0), ("autocast", 1.0):
         methods = ("naive", "trl", "minikd") if kd_ratio == 1 else ("naive", "minikd")

@@ -5,9 +5,9 @@
 
 Student 896 x 4 layers, teacher 1536 x 4 layers, tied heads, random weights; 4 x 256 tokens, about 800 of them scored
 (prompts of 48 to 64 tokens, replies fill the rest), the same batch in both; forward KL, AdamW, clipping at 1, no sampling
-(trl: lmbda 0, beta 0). minikd's step repeats train_kd.py's lines. Each row comes from child processes of its own that
-take turns. Seconds are the median of the steps after the first; peak is the child's highest resident memory, `before`
-what it held when the first step began. Both load both models from the same bfloat16 folders.
+(trl: lmbda 0, beta 0). minikd's step repeats train_kd.py's lines, but for AdamW, which is torch's, as the peer's. Each row
+comes from child processes of its own that take turns. Seconds are the median of the steps after the first; peak is the child's
+highest resident memory, `before` what it held when the first step began. Both load both models from the same bfloat16 folders.
     float32     student, teacher and products in float32
     bf16        autocast; the student's weights are float32, the teacher's bfloat16
     naive       minikd's step with full logits: student(ids), teacher(ids), forward_kl, mean
@@ -15,7 +15,6 @@ what it held when the first step began. Both load both models from the same bflo
                 with --cache-teacher); peak is measured from the first step on
     default     trl with its defaults: bf16 as above, and gradient checkpointing (its two rows above have it off)
 """
-import argparse
 import gc
 import sys
 import tempfile
@@ -27,8 +26,8 @@ from statistics import median
 
 import torch
 
-from benchmarks.measure import (compare_steps, peak_resident, report, reset_peak, resident, trainer_clock, trl_options,
-                                word_tokenizer)
+from benchmarks.measure import (compare_steps, make_parser, peak_resident, report, reset_peak, resident, trainer_clock,
+                                trl_options, word_tokenizer)
 from benchmarks.shapes import SHAPES
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
@@ -122,19 +121,18 @@ METHODS = {"minikd": minikd, "trl": trl, "naive": partial(minikd, full_logits=Tr
 
 
 def measure(method, mode: str, steps: int, folder: str):
-    """In the child: `steps` steps by a function such as those in METHODS."""
+    """In the child: `steps` steps by a function such as those in METHODS, which may leave `before` out."""
     torch.set_num_threads(2)
-    seconds, losses, before = method(Path(folder), mode, steps)
+    seconds, losses, *before = method(Path(folder), mode, steps)
     assert len(seconds) == len(losses) == steps
-    report(seconds=median(seconds[1:]), peak=peak_resident() / 1e9, before=before / 1e9, loss=losses[0], last=losses[-1])
+    report(seconds=median(seconds[1:]), peak=peak_resident() / 1e9, loss=losses[0], last=losses[-1],
+           **{"before": held / 1e9 for held in before})
 
 
 def main():
     if sys.argv[1:2] == ["--child"]:
         return measure(METHODS[sys.argv[2]], sys.argv[3], int(sys.argv[4]), sys.argv[5])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=4, help="of each child; the first is not timed")
-    parser.add_argument("--repeats", type=int, default=1, help="children per row")
+    parser = make_parser(__doc__, steps=4, repeats=1)
     parser.add_argument("--peers", nargs="+", default=["trl", "naive"], choices=["trl", "naive"])
     args = parser.parse_args()
     runs = [(method, mode) for mode in ("float32", "bf16") for method in (*args.peers, "lean", "minikd")]

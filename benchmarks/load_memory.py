@@ -6,7 +6,6 @@ Qwen2.5-0.5B's shape with random weights. Each figure is how much a child's high
 then reads every weight once (transformers only maps a file of the right dtype, so that the first use reads it), pages of mapped
 files included; ratio is that divided by the bytes of the parameters in the requested dtype.
 """
-import argparse
 import sys
 import tempfile
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.decoding import make_model
-from benchmarks.measure import child, in_turns, machine, peak_resident, report, reset_peak, resident, table
+from benchmarks.measure import child, in_turns, machine, make_parser, peak_resident, report, reset_peak, resident, table
 from benchmarks.shapes import SHAPES
 from minikd.checkpoint import load_model
 from minikd.model import Qwen2
@@ -44,9 +43,7 @@ def measure(method: str, folder: str, dtype: str):
 def main():
     if sys.argv[1:2] == ["--child"]:
         return measure(*sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    args = make_parser(__doc__, repeats=3).parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for stored in "bfloat16", "float32":

@@ -7,13 +7,12 @@ minikd. Logits are compared on a batch [4, 64] and on right-padded rows of unequ
 which transformers pads on the left and minikd on the right. `margin` is the smallest gap between the best and the second
 logit over all greedy steps: if it were below the difference, rounding could change a token.
 """
-import argparse
 import os
 import tempfile
 
 import torch
 
-from benchmarks.measure import QUIET, machine, table
+from benchmarks.measure import QUIET, machine, make_parser, table
 
 os.environ |= QUIET
 from transformers import Qwen2Config, Qwen2ForCausalLM              # noqa: E402  (after it was told to be quiet)
@@ -76,7 +75,7 @@ def compare(case, seed) -> list:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     table(["", "files", "max |difference|", "unequal rows", "max |logit|", "greedy tokens equal", "margin"],

@@ -1,4 +1,4 @@
-"""What the benchmarks share: child processes that measure themselves, repeats in turns, memory, trl's trainers, tables.
+"""What the benchmarks share: flags, child processes that measure themselves, repeats in turns, memory, trl's trainers, tables.
 
 What is measured runs in a child process (`python -m benchmarks.NAME --child ARGUMENT...`), so that each peer has its own
 memory and threads. A child prints one JSON line, its last, by report(). Peers take turns (in_turns), so that a slow phase of
@@ -6,6 +6,7 @@ the machine affects all of them; medians are compared. A third busy thread slows
 share. So the share of the cores that other processes took is measured, a disturbed child runs again, and the tables show the
 share in the column `others`.
 """
+import argparse
 import json
 import os
 import platform
@@ -22,6 +23,15 @@ ROOT = Path(__file__).parents[1]
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1",
          "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore",
          "DATASETS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+
+
+def make_parser(doc: str, **defaults: int) -> argparse.ArgumentParser:
+    """A script's parser: --help shows its docstring's first paragraph.  defaults: of --steps and --repeats, if it has them"""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False)
+    helps = {"steps": "of each child; the first is not timed", "repeats": "children per row"}
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=helps[name])
+    return parser
 
 
 def cpu_model() -> str:

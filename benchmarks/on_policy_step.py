@@ -11,18 +11,16 @@ losses, differ: each draws its own. Seconds are the median of the steps after th
     bf16        autocast and a bfloat16 teacher; minikd samples with a bfloat16 copy, trl with its float32 weights under autocast
     default     trl with its defaults: bf16 as above, and gradient checkpointing (its two rows above have it off)
 """
-import argparse
 import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 
 import torch
 
 from benchmarks.grpo_step import NEW, WORDS, prompts
-from benchmarks.kd_step import LR, SHALLOW
-from benchmarks.measure import compare_steps, peak_resident, report, trainer_clock, trl_options, word_tokenizer
+from benchmarks.kd_step import LR, SHALLOW, measure
+from benchmarks.measure import compare_steps, make_parser, trainer_clock, trl_options, word_tokenizer
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
 from minikd.generate import respond
@@ -74,20 +72,10 @@ def trl(folder: Path, mode: str, steps: int):
     return clock.seconds, clock.losses
 
 
-def measure(method: str, mode: str, steps: int, folder: str):
-    torch.set_num_threads(2)
-    seconds, losses = {"minikd": minikd, "trl": trl}[method](Path(folder), mode, steps)
-    assert len(seconds) == len(losses) == steps
-    report(seconds=median(seconds[1:]), peak=peak_resident() / 1e9, loss=losses[0], last=losses[-1])
-
-
 def main():
     if sys.argv[1:2] == ["--child"]:
-        return measure(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=3, help="of each child; the first is not timed")
-    parser.add_argument("--repeats", type=int, default=3, help="children per row")
-    args = parser.parse_args()
+        return measure({"minikd": minikd, "trl": trl}[sys.argv[2]], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+    args = make_parser(__doc__, steps=3, repeats=3).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name, config in SHALLOW.items():
             save_model(Qwen2(config).to(torch.bfloat16).init_weights(len(name)), Path(folder) / name)

@@ -5,7 +5,6 @@
 Each program should print the sum of its stdin. A program is misjudged if its status is not its kind's, or if the status is "ok"
 and same_output says otherwise than its kind. `left` counts the processes, descriptors and folders that remain after all runs.
 """
-import argparse
 import os
 import tempfile
 import time
@@ -13,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import median_high
 
-from benchmarks.measure import machine, table
+from benchmarks.measure import machine, make_parser, table
 from minikd.sandbox import isolation, run_programs, same_output
 
 WAIT = 1.0                  # time limit of an endless loop, in seconds
@@ -46,15 +45,19 @@ def programs() -> list[tuple]:
     return [rest for _, *rest in sorted(found, key=lambda entry: entry[0])]
 
 
+def processes() -> int:
+    """How many there are of any sandbox."""
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    return sum(b"def boot(" in line or b"def supervise(" in line for line in lines)
+
+
 def left(folder: str) -> int:
     """How many there are: processes of any sandbox, this process's descriptors, entries of the temporary folder."""
-    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    running = sum(b"def boot(" in line or b"def supervise(" in line for line in lines)
-    return running + len(os.listdir("/proc/self/fd")) + len(os.listdir(folder))
+    return processes() + len(os.listdir("/proc/self/fd")) + len(os.listdir(folder))
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False).parse_args()
+    make_parser(__doc__).parse_args()
     print(isolation())
     entries, rows = programs(), []
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:

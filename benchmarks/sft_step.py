@@ -7,12 +7,11 @@ The student, the rows and the modes of benchmarks/kd_step.py, without a teacher:
 4 x 256, AdamW, clipping at 1, the same batch in both. trl applies its head in chunks as well, and recomputes the logits in the
 backward pass; on a CPU also to the prompts' positions, about 1,020 in all, and it computes every one's entropy and accuracy
 for its log (with only the 796 that count, its step took 0.8 of the time, by a script that is not kept). minikd's step repeats
-train_kd.py's lines. Seconds are the median of the steps after the first.
+train_kd.py's lines, but for AdamW, which is torch's, as the peer's. Seconds are the median of the steps after the first.
     float32     all in float32
     bf16        autocast; the weights are float32
     default     trl with its defaults: bf16 as above, and gradient checkpointing (its two rows above have it off)
 """
-import argparse
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.kd_step import LENGTH, LR, ROWS, SHALLOW, batches, dataset, measure
-from benchmarks.measure import compare_steps, resident, trainer_clock, trl_options, word_tokenizer
+from benchmarks.measure import compare_steps, make_parser, resident, trainer_clock, trl_options, word_tokenizer
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
 from minikd.model import Qwen2, mixed_precision
@@ -64,10 +63,7 @@ def trl(folder: Path, mode: str, steps: int):
 def main():
     if sys.argv[1:2] == ["--child"]:
         return measure({"minikd": minikd, "trl": trl}[sys.argv[2]], sys.argv[3], int(sys.argv[4]), sys.argv[5])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=5, help="of each child; the first is not timed")
-    parser.add_argument("--repeats", type=int, default=3, help="children per row")
-    args = parser.parse_args()
+    args = make_parser(__doc__, steps=5, repeats=3).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_model(Qwen2(SHALLOW["student"]).to(torch.bfloat16).init_weights(7), folder)
         compare_steps("benchmarks.sft_step", args.steps, args.repeats, folder)

@@ -1,17 +1,16 @@
-"""The paper's Table 1 on the toy world: mean and spread (standard deviation) of ROUGE-L over seeds.
+"""Claim: on the toy world KD keeps 88% of its teacher's ROUGE-L, SFT 77%: the paper's Table 1, mean and sd over seeds.
 
     python -m benchmarks.toy_table              # about 8 minutes on a CPU
 
 Each seed is a whole run of `python train_kd.py --seed S`: another teacher, other training records, another base; the world's
 facts and the test prompts are the same for all. One thread, which the toy world takes by itself too.
 """
-import argparse
 import json
 import tempfile
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.measure import machine, run_script, seeds_table
+from benchmarks.measure import machine, make_parser, run_script, seeds_table
 
 
 def one_seed(seed: int, folder: Path) -> tuple[dict, float]:
@@ -26,7 +25,7 @@ def one_seed(seed: int, folder: Path) -> tuple[dict, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

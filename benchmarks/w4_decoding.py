@@ -9,7 +9,6 @@ Qwen2.5's shapes with random weights, rounded to nearest (--method rtn: the spee
 size 128; greedy, a prompt of 28 tokens, always all 64 new tokens. Children take turns; tokens/s is new tokens per second of
 the whole call, peak is the child's highest resident memory.
 """
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import decoding
-from benchmarks.measure import child, in_turns, machine, table
+from benchmarks.measure import child, in_turns, machine, make_parser, table
 from minikd.checkpoint import load_model, save_model
 from minikd.gptq import quantize_model
 from minikd.quant import to_words
@@ -33,8 +32,7 @@ def make(folder: Path, shape: str):
 def main():
     if sys.argv[1:2] == ["--child"]:
         return decoding.measure(sys.argv[2], int(sys.argv[4]), 1, sys.argv[3])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = make_parser(__doc__, repeats=3)
     parser.add_argument("--shape", choices=["0.5B", "1.5B", "3B"], default="0.5B")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

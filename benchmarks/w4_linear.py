@@ -13,7 +13,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import machine, table
+from benchmarks.measure import machine, make_parser, table
 from minikd.layout import multiply_int8, pack_int8, packs_bfloat16
 from minikd.products import multiply
 from minikd.quant import round_to_nearest, to_words
@@ -34,6 +34,7 @@ def milliseconds(function, layers: list) -> float:
 
 @torch.inference_mode()
 def main():
+    make_parser(__doc__).parse_args()
     torch.set_num_threads(2)
     for (inputs, outputs), many in LAYERS.items():
         words = to_words(*round_to_nearest(torch.randn(outputs, inputs)))

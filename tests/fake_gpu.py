@@ -121,6 +121,7 @@ class OnGPU(Tensor):
         others = [x for x in tensors if type(x) is not OnGPU and (x.dim() or not facts.takes_numbers)]
         given = dict(zip(facts.names, args)) | kwargs if facts.writes else {}
         written = [x for name in facts.writes for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
+        # What must be on the GPU: of an indexed tensor all but the indices; of a copy nothing.
         here = [args[0], *(x for x in args[2:3] if x.dim())] if func in INDEXED else [] if func in BOTH else others + written
         if any(not isinstance(x, OnGPU) for x in here):
             raise Wrong(f"{func}: on cuda {[tuple(x.shape) for x in tensors if isinstance(x, OnGPU)]}, on the CPU "
@@ -145,15 +146,11 @@ class OnGPU(Tensor):
 
 
 class Move(torch.autograd.Function):
-    """x on the other device."""
+    """x on the other device.  torch raises if a gradient would have to follow: minikd sends none."""
 
     @staticmethod
     def forward(ctx, x):
         return x.held.clone() if isinstance(x, OnGPU) else OnGPU(x.detach().clone())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return Move.forward(ctx, gradient)
 
 
 def is_gpu(device) -> bool:
@@ -174,7 +171,7 @@ class Places(TorchFunctionMode):
             if isinstance(args[0], OnGPU):
                 raise Wrong("pin_memory of a GPU's tensor")
             return args[0]
-        if name == "__set__" and func.__self__ is Tensor.data and isinstance(args[0], OnGPU):
+        if name == "__set__" and func.__self__ is Tensor.data and isinstance(args[0], OnGPU):       # x.data = y
             args[0].held = args[1].held
         if Played.autocast is not None and "out" not in kwargs:
             plain = name[2:-2] if name.startswith("__") else name           # __matmul__
@@ -290,7 +287,7 @@ class Autocast:
 
     def __enter__(self):
         self.outer, Played.autocast = Played.autocast, self.dtype
-        lost = not torch.overrides._get_current_function_mode_stack()           # in backward, where checkpointing runs blocks again
+        lost = not torch.overrides._get_current_function_mode_stack()           # in backward: checkpointing runs blocks again
         self.places = Places() if lost else nullcontext()
         self.places.__enter__()
 

@@ -1,4 +1,8 @@
-"""Interprets PTX on a CPU, one warp at a time in numpy: the CUDA sources as nvcc compiles them, inline assembly included.
+"""Runs PTX on a CPU in numpy: the CUDA sources as nvcc compiles them, inline assembly included.
+
+Driver takes the place of the CUDA driver below cuda.launch. A register is an array of its values in a warp's 32 lanes. Each
+instruction becomes a line of Python (expression), those between two branches one function of a warp (translate). Grid lets the
+warps run one after the other, each until it reaches a barrier or reads what another one may still write.
 
 Slow, but it finds errors that a GPU hides. Vector clocks check every access to shared memory, and to the global memory that a
 kernel writes, for data races with all earlier accesses: barriers, __syncwarp and atom.inc order accesses; shuffles, tensor-core
@@ -235,15 +239,13 @@ class Warp:
             given[at, type, count] = values if count > 1 else values[0]
         return given[at, type, count]
 
-    def load(self, space: str, addresses, type, count: int, constant: bool, early: bool = False,
-             relaxed: bool = False) -> list[np.ndarray]:
-        """-> `count` registers.  constant: as by ld.global.nc, only from memory that the kernel does not write; early: even if
-        the kernel before has not ended"""
-        out = self.fetch(space, addresses, count * type().itemsize, constant, early, relaxed).view(type)
+    def load(self, space: str, addresses, type, count: int, constant: bool, relaxed: bool) -> list[np.ndarray]:
+        """-> `count` registers.  constant: as by ld.global.nc, only from memory that the kernel does not write"""
+        out = self.fetch(space, addresses, count * type().itemsize, constant, False, relaxed).view(type)
         return [out] if count == 1 else list(out.reshape(32, count).T.copy())
 
     def fetch(self, space: str, addresses, size: int, constant: bool, early: bool, relaxed: bool) -> np.ndarray:
-        """-> [32] units of `size` bytes"""
+        """-> [32] units of `size` bytes.  early: even if the kernel before has not ended, as an asynchronous copy may"""
         lanes, out = self.lanes, np.zeros(32, UNITS[size])
         for memory, inside, at in self.find(space, addresses[lanes], size):
             require(early or self.waited or memory is self.block.shared, "reads before the kernel ahead has ended", self)
@@ -255,7 +257,7 @@ class Warp:
             out[lanes[inside]] = memory.units[size][at // size]
         return out
 
-    def store(self, space: str, addresses, *values, relaxed: bool = False):
+    def store(self, space: str, addresses, relaxed: bool, *values):
         lanes, size = self.lanes, len(values) * values[0].itemsize
         data = (values[0] if len(values) == 1 else np.array(values).T.copy()).view(UNITS[size]).reshape(32)
         for memory, inside, at in self.find(space, addresses[lanes], size):
@@ -266,12 +268,6 @@ class Warp:
             else:
                 memory.mark(self, lanes[inside], memory.check(self, lanes[inside], at, size, True))
             memory.units[size][at // size] = data[lanes[inside]]
-
-    def load_relaxed(self, space: str, addresses, type, count: int, constant: bool) -> list[np.ndarray]:
-        return self.load(space, addresses, type, count, constant, relaxed=True)
-
-    def store_relaxed(self, space: str, addresses, *values):
-        self.store(space, addresses, *values, relaxed=True)
 
     def count_up(self, addresses, last) -> np.ndarray:
         """atom.inc with acquire and release -> the values before"""
@@ -566,13 +562,12 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         begin = kernel.params[name][0] if name in kernel.params else f"int({read(name, 'u8')}[0])"      # or its address
         return parts[0], [type] * count, f"w.parameter({begin} + {plus or 0}, {type}, {count})"
     if base == "ld":
-        type, count, method = type_of(kind), len(parts[0]), "load_relaxed" if opcode.startswith(RELAXED_LOADS) else "load"
-        value = f'w.{method}("{space}", {address(operands[1], space)}, {type}, {count}, {"nc" in mods})'
+        type, count, relaxed = type_of(kind), len(parts[0]), opcode.startswith(RELAXED_LOADS)
+        value = f'w.load("{space}", {address(operands[1], space)}, {type}, {count}, {"nc" in mods}, {relaxed})'
         return parts[0], [type] * count, value + "[0]" * (count == 1)
     if base == "st":
         values = ", ".join(read(name, type_of(kind)) for name in parts[1])
-        method = "store_relaxed" if mods[0] in ("relaxed", "volatile") else "store"
-        return [], [], f'w.{method}("{space}", {address(operands[0], space)}, {values})'
+        return [], [], f'w.store("{space}", {address(operands[0], space)}, {mods[0] in ("relaxed", "volatile")}, {values})'
     if base == "prefetch" or "prefetch" in mods:
         return [], [], "None"
     if base == "atom":
@@ -605,10 +600,7 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         require(mods == ["sync", "max", "u32"], opcode)
         value, members = (read(operand, "u4") for operand in operands[1:])
         return operands[:1], ["u4"], f"w.together(members={members}) and {value}.max().repeat(32)"
-    if base == "mov" and len(parts[0]) == 2:                    # a register's halves
-        value = read(operands[1], "u4")
-        return parts[0], ["u2", "u2"], f"{value}.view(u2)[::2], {value}.view(u2)[1::2]"
-    if base == "mov" and len(parts[1]) == 2:
+    if base == "mov" and len(parts[1]) == 2:                    # a register's halves
         return parts[0], ["u4"], f"{read(parts[1][0], 'u2')} | {read(parts[1][1], 'u2')}.astype(u4) << {read('16', 'u4')}"
     return operands[:1], *lane_by_lane(base, mods, operands, read)
 

@@ -2,15 +2,17 @@
 trl's."""
 import importlib.util
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu as script, grpo_step, kd_step, on_policy_step, sft_step
+from benchmarks import gpu as script, grpo_step, kd_step, on_policy_step, sandbox, sft_step
 from conftest import small
 from fake_gpu import gpu
 from minikd.checkpoint import save_model
+from minikd.sandbox import run_program
 
 
 @pytest.fixture
@@ -86,3 +88,12 @@ def test_flops_are_two_a_parameter_and_token():
     with torch.device("meta"):
         parameters = sum(p.numel() for name, p in script.Qwen2(config).named_parameters() if p.dim() == 2)
     assert script.model_flops(config, 10, 10, 2) == 2 * 10 * parameters
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux only")
+def test_a_process_of_the_sandbox_that_is_left_is_counted():
+    with ThreadPoolExecutor(1) as pool:
+        running, most = pool.submit(run_program, "import time\ntime.sleep(1)", timeout=5), 0
+        while not running.done():
+            most = max(most, sandbox.processes())
+    assert most >= 2 and running.result().status == "ok"        # the supervisor and the program

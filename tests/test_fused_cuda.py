@@ -81,7 +81,6 @@ def test_a_token_is_drawn_as_by_sample(on_cpu, V, wide, temperature):
         assert tokens[3] == V - 1 and tokens[4] >= V // 2 and tokens[5] == 0
 
 
-@pytest.mark.slow
 def test_every_token_is_drawn_as_often_as_it_should(on_cpu):
     """Along u, from 0 to 1: the boundaries between tokens are the running sum of their probabilities."""
     logits = random(1, 24, seed=3).expand(64, -1).contiguous()

@@ -58,16 +58,16 @@ def test_a_frozen_embedding_gets_no_gradient(tied):
     assert not model.requires_grad_(False)(random_ids(2, 5)).requires_grad
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_products_joined_as_in_training_on_a_gpu_give_the_same_gradients(monkeypatch, compiled):
+@pytest.mark.parametrize("torch_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_products_joined_as_in_training_on_a_gpu_give_the_same_gradients(monkeypatch, torch_compile):
     products, linear = [], F.linear
-    if not compiled:
+    if not torch_compile:
         monkeypatch.setattr(F, "linear", lambda *given, **named: (products.append(1), linear(*given, **named))[1])
 
     def gradients(joined):
         monkeypatch.setattr("minikd.layers.trains_on_gpu", lambda x: joined)
         model = random_model(num_hidden_layers=3).train()
-        if compiled:
+        if torch_compile:
             model.model.compiled = torch.compile(run_blocks, backend="eager", fullgraph=True)
         weight = torch.randn(2, 9, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
         (weight * model.hidden(torch.arange(18).view(2, 9))).sum().backward()
@@ -75,4 +75,4 @@ def test_products_joined_as_in_training_on_a_gpu_give_the_same_gradients(monkeyp
 
     found, right = gradients(True), gradients(False)
     assert (found - right).norm() < 1e-5 * right.norm() and right.norm() > 1
-    assert compiled or len(products) == 3 * 4 + 3 * 7
+    assert torch_compile or len(products) == 3 * 4 + 3 * 7

@@ -223,15 +223,23 @@ def world(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture
-def run(shell, world, tmp_path):
-    """run(script, "--flags ...", device) -> (stdout, --out), in float32 unless the flags say otherwise."""
-    def call(script, flags: str, device: str) -> tuple[str, Path]:
-        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+def start(shell, world, tmp_path):
+    """start(script, "--flags ...", device, --out's name) -> (exit status, stdout, stderr), in float32 if no flag says more."""
+    def call(script, flags: str, device: str, name: str) -> tuple[int, str, str]:
+        out = tmp_path / name
         with gpu() if device == "cuda" else nullcontext():
-            status, told, err = shell(script, "--device", device, "--dtype", "float32", "--out", out,
-                                      *flags.format(w=world, out=out).split())
+            return shell(script, "--device", device, "--dtype", "float32", "--out", out, *flags.format(w=world, out=out).split())
+    return call
+
+
+@pytest.fixture
+def run(start, tmp_path):
+    """run(script, "--flags ...", device) -> (stdout, --out) of a run that ends well."""
+    def call(script, flags: str, device: str) -> tuple[str, Path]:
+        name = f"run{len(list(tmp_path.iterdir()))}"
+        status, told, err = start(script, flags, device, name)
         assert status == 0, err
-        return told, out
+        return told, tmp_path / name
     return call
 
 
@@ -258,32 +266,24 @@ def test_a_run_on_a_gpu_learns_what_it_learns_on_a_cpu(run, script, flags):
 @pytest.mark.parametrize("script, flags", [
     (train_kd, KD + "--loss minillm --rollouts 16 --inner-epochs 2"),
     (train_grpo, GRPO + "--eval-every 2 --eval-examples 1 --prompts 1 --max-new-tokens 6")])
-def test_a_run_stopped_twice_on_a_gpu_goes_on_there_to_the_same_steps(shell, world, tmp_path, script, flags):
-    def call(out, *more):
-        with gpu():
-            return shell(script, "--device", "cuda", "--dtype", "float32", "--out", tmp_path / out,
-                         *flags.format(w=world, out=tmp_path / out).split(), "--steps", 6, *more)
-
-    assert call("whole")[0] == 0
-    for step, resume in (3, []), (5, ["--resume"]):
+def test_a_run_stopped_twice_on_a_gpu_goes_on_there_to_the_same_steps(start, tmp_path, script, flags):
+    flags += " --steps 6 "
+    assert start(script, flags, "cuda", "whole")[0] == 0
+    for step, resume in (3, ""), (5, "--resume"):
         with killed_at(step):
-            assert call("stopped", *resume)[0] == 130
-    status, _, err = call("stopped", "--resume")
+            assert start(script, flags + resume, "cuda", "stopped")[0] == 130
+    status, _, err = start(script, flags + "--resume", "cuda", "stopped")
     assert status == 0, err
     assert len(steps_of(tmp_path / "whole")) == 6 and steps_of(tmp_path / "stopped") == steps_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("first, then", [("cuda", "cpu"), pytest.param("cpu", "cuda", marks=pytest.mark.slow)])
-def test_a_run_goes_on_on_another_device(shell, world, tmp_path, first, then):
-    def call(out, device, *more):
-        with gpu() if device == "cuda" else nullcontext():
-            return shell(train_kd, "--device", device, "--dtype", "float32", "--out", tmp_path / out, *KD.format(w=world).split(),
-                         "--loss", "minillm", "--rollouts", 16, "--inner-epochs", 2, "--steps", 5, *more)
-
-    assert call("whole", "cpu")[0] == 0
+def test_a_run_goes_on_on_another_device(start, tmp_path, first, then):
+    flags = KD + "--loss minillm --rollouts 16 --inner-epochs 2 --steps 5 "
+    assert start(train_kd, flags, "cpu", "whole")[0] == 0
     with killed_at(4):                                                          # within its rollouts, which the state holds
-        assert call("moved", first)[0] == 130
-    status, _, err = call("moved", then, "--resume")
+        assert start(train_kd, flags, first, "moved")[0] == 130
+    status, _, err = start(train_kd, flags + "--resume", then, "moved")
     assert status == 0, err
     for line, right in zip(steps_of(tmp_path / "moved"), steps_of(tmp_path / "whole"), strict=True):
         assert line == pytest.approx(right, rel=2e-3, abs=2e-4)

@@ -17,8 +17,7 @@ def layer(N: int, K: int, group: int, sym: bool, seed=0):
     """Random codes over the full range, scales and zeros; and the weight they stand for, in float64."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (N, K), generator=generator).to(torch.uint8)
-    scales = (torch.rand(N, K // group, generator=generator) + 0.5).half().float() * 0.02
-    scales = scales.half().float()                                              # exact in float16, as they are stored
+    scales = ((torch.rand(N, K // group, generator=generator) + 0.5) * 0.02).half().float()     # as they are stored
     zeros = torch.full_like(scales, 8) if sym else torch.randint(0, 16, scales.shape, generator=generator).float()
     return codes, scales, zeros, dequantize_groups(codes, scales, zeros).double()
 
