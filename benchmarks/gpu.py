@@ -59,8 +59,7 @@ from minikd.w4 import W4Linear, to_w4
 LAYERS = [(1152, 896), (896, 896), (9728, 896), (896, 4864), (128, 896), (17920, 1536), (1536, 8960), (2560, 2048),
           (22016, 2048), (2048, 11008), (37888, 3584), (3584, 18944)]         # outputs x inputs; the last of the 7B
 BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33, 64, 257]
-FAST = {"w4_int8_1": 1, "w4_int8_1 alone": 1, "w4_int8_1_long": 1, "w4_int8_1_long alone": 1, "w4_int8_2": 2,
-        "w4_int8_2 alone": 2, "w4_mma_8": 8, "w4_mma_8_few": 8, "w4_mma_8_few alone": 8, "w4_mma_16": 16,
+FAST = {"w4_int8_2": 2, "w4_int8_2 alone": 2, "w4_mma_8": 8, "w4_mma_8_few": 8, "w4_mma_8_few alone": 8, "w4_mma_16": 16,
         "w4_mma_16_few": 16, "w4_mma_32": 32, "w4_mma_64": 64}                                  # the most rows of x
 TEACHER, TOKENS = "3B", 512
 WITHOUT = []                                        # --without

@@ -27,7 +27,6 @@ SOURCES = tuple(Path(__file__).with_name(f"{name}.cu")
 OVERLAP = 6                             # the driver's CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 MAX_SHARED = 8                          # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 LAUNCHING = threading.Lock()            # held from setting MAX_SHARED, one value per kernel, until the launch that needs it
-CLUSTER, POLICY, SPREAD = 4, 5, 1       # ..._CLUSTER_DIMENSION, ..._CLUSTER_SCHEDULING_POLICY_PREFERENCE and one of its values
 
 
 class Unavailable(RuntimeError):
@@ -175,29 +174,8 @@ class Config(ctypes.Structure):
                 ("count", ctypes.c_uint)]
 
 
-def configure(shape: tuple, overlap: bool, cluster: int) -> Config:
-    """A launch of blocks and threads by three axes and so many bytes of shared memory, on the default stream."""
-    attributes = [Attribute(id=OVERLAP, value=1)] * overlap
-    if cluster > 1:
-        attributes += Attribute(id=CLUSTER, value=cluster, rest=(1, 1)), Attribute(id=POLICY, value=SPREAD)
-    return Config(shape, None, (Attribute * len(attributes))(*attributes), len(attributes))
-
-
-@functools.cache
-def clusters(device: int, name: str, threads: int, shared: int, cluster: int) -> int:
-    """How many clusters of a kernel's blocks a GPU runs at the same time, 0 if none. As a cluster's blocks are neighbours, some
-    multiprocessors may have none."""
-    (driver, _), kernel, count = load(device), find(device, name), ctypes.c_int()
-    config = configure((cluster, 1, 1, threads, 1, 1, shared), False, cluster)
-    config.count = 1                                            # only the size: a policy is for a launch
-    with torch.cuda.device(device), LAUNCHING:
-        error = driver.cuFuncSetAttribute(kernel, MAX_SHARED, shared)
-        error = error or driver.cuOccupancyMaxActiveClusters(ctypes.byref(count), kernel, ctypes.byref(config))
-    return 0 if error else count.value
-
-
 def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int, *values, together: bool = False,
-           overlap: bool = False, shared: int = 0, cluster: int = 1):
+           overlap: bool = False, shared: int = 0):
     """Launches a kernel on the current stream.
 
     threads   per block
@@ -207,8 +185,6 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
     overlap   the kernel may start before its predecessor in the stream has ended, if that one allows it; from compute
               capability 9.0 on. Until it calls wait_for_previous, it must read only what no kernel writes, and write nothing
     shared    bytes of dynamic shared memory per block, in addition to what the kernel declares
-    cluster   so many blocks, one after the other, run at the same time and can write to each other's shared memory, each on a
-              multiprocessor of its own if it can be; from compute capability 9.0 on
     Raises RuntimeError if the driver returns an error.
     """
     def argument(value):
@@ -219,15 +195,16 @@ def launch(name: str, device: torch.device, grid: tuple[int, int], threads: int,
     arguments = [argument(value) for value in values]           # `values` keeps temporary tensors alive until the launch
     addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
     (driver, _), kernel = load(device.index), find(device.index, name)
-    config = configure((*grid, 1, threads, 1, 1, shared), overlap, cluster)
+    shape = *grid, 1, threads, 1, 1, shared                     # x, y and z of the grid, and of a block; bytes
     with torch.cuda.device(device), LAUNCHING:
-        config.stream = torch.cuda.current_stream().cuda_stream
-        error = shared and driver.cuFuncSetAttribute(kernel, MAX_SHARED, shared)                # needed above 48 KB
-        if config.count:
-            error = error or driver.cuLaunchKernelEx(ctypes.byref(config), kernel, addresses, None)
-        else:
-            shape, stream = config.shape, ctypes.c_void_p(config.stream)
-            error = error or (driver.cuLaunchCooperativeKernel(kernel, *shape, stream, addresses) if together else
-                              driver.cuLaunchKernel(kernel, *shape, stream, addresses, None))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        error = driver.cuFuncSetAttribute(kernel, MAX_SHARED, shared) if shared else 0          # needed above 48 KB
+        if not error and overlap:
+            config = Config(shape, stream, ctypes.pointer(Attribute(id=OVERLAP, value=1)), 1)
+            error = driver.cuLaunchKernelEx(ctypes.byref(config), kernel, addresses, None)
+        elif not error and together:
+            error = driver.cuLaunchCooperativeKernel(kernel, *shape, stream, addresses)
+        elif not error:
+            error = driver.cuLaunchKernel(kernel, *shape, stream, addresses, None)
     if error:
         raise RuntimeError(f"{name}: launch failed with CUDA error {error}" + ": out of memory" * (error == 2))

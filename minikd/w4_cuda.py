@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minikd.cuda import clusters, launch
+from minikd.cuda import launch
 
-KERNELS = ("w4_naive", "w4_int8_1", "w4_int8_1_long", "w4_int8_2", "w4_mma_8", "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few",
-           "w4_mma_32", "w4_mma_64", "w4_dequantise")
+KERNELS = ("w4_naive", "w4_int8_2", "w4_mma_8", "w4_mma_8_few", "w4_mma_16", "w4_mma_16_few", "w4_mma_32", "w4_mma_64",
+           "w4_dequantise")
 MMA_ROWS = 64                           # the most rows of x that w4_mma_* take; above, cuBLAS multiplies
 INPUTS = [0, 2, 4, 6, 1, 3, 5, 7]       # which of a word's 8 inputs is in its nibble i, from the lowest bits on
 
@@ -51,7 +51,6 @@ class GPU(NamedTuple):
     processors: int = 132
     shared: int = 227 << 10             # bytes of shared memory that a block can have
     overlap: bool = True                # whether a kernel can start before the one ahead has ended (cuda.launch)
-    pairs: int = 66                     # clusters of two blocks that run at the same time, one block a multiprocessor; 0: none
 
 
 @functools.cache
@@ -59,45 +58,35 @@ def gpu_of(device: torch.device) -> GPU:
     if device.type != "cuda":                                   # in tests
         return GPU()
     found = torch.cuda.get_device_properties(device)
-    shared, hopper = found.shared_memory_per_block_optin, found.major >= 9
-    pairs = clusters(device.index, "w4_int8_1_long", 512, shared, 2) if hopper else 0
-    return GPU(found.multi_processor_count, shared, hopper, pairs)
-
-
-def cluster_of(name: str, K: int, gpu: GPU) -> int:
-    """How many blocks halve the inputs: 2 where one block's threads cannot convert them all at once, 16 threads for each 128."""
-    return 2 if name == "w4_int8_1_long" and K > 4096 and gpu.pairs else 1
+    return GPU(found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9)
 
 
 @functools.cache
 def launch_shape(name: str, M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> tuple[tuple[int, int], int, int]:
     """How a kernel is launched for x [M, K] and W [N, K]: grid, threads, bytes of shared memory, which may be more than fit. (Not
     w4_dequantise: see dequantise.)"""
-    strips, blocks, sets = -(-N // 16), -(-K // 128), 1 if group_size % 128 == 0 else 4
-    slot = 1024 + 48 * sets                                     # a tile in shared memory, with its scales and zeros
+    strips, blocks = -(-N // 16), -(-K // 128)                  # of 16 outputs, of 128 inputs: a tile is where the two meet
+    sets = 1 if group_size % 128 == 0 else 4                    # of scales and zeros for a tile
+    slot = 1024 + 48 * sets                                     # bytes of a tile in shared memory, scales and zeros included
     if name == "w4_naive":
         return (-(-N // 128), M), 128, 0
     if name.startswith("w4_mma"):
         warps = 16 if name.endswith("few") else 8
         return (strips, 1), 32 * warps, warps * 4 * slot        # each warp has 4 tiles there
 
-    rows, cluster = int(name.split("_")[2]), cluster_of(name, K, gpu)
-    shares = strips if rows == 2 else -(-N // 8)
-    places = min(shares, gpu.pairs if cluster == 2 else gpu.processors)
-    outputs = -(-shares // places) * (16 if rows == 2 else 8)
-    # As int8_product lays it out: tiles; for every 128 of a block's inputs, three digits each, their unit, and their sums if
-    # there are zeros; the sums of the warps and strips that share tiles, 16 outputs each; what a cluster's second block sends.
-    shared = 16 * (6 if name == "w4_int8_1" else 5) * (slot - 16 * (not zeros))
-    shared += -(-blocks // cluster) * M * (3 * 128 + 4 + 4 * sets * zeros) + (15 + -(-outputs // 16)) * M * 4 * 16
-    return (places * cluster, 1), 512, shared + 4 * outputs * (cluster - 1)
+    grid = min(strips, gpu.processors)
+    tiles = 16 * 5 * slot                                       # 5 for each of 16 warps
+    digits = blocks * M * (3 * 128 + 4 + 4 * sets * zeros)      # of x: for each block 3 digits an input, their unit, maybe sums
+    sums = (16 + -(-strips // grid)) * M * 16 * 4               # one per warp and strip that share tiles, each of 16 outputs
+    return (grid, 1), 512, tiles + digits + sums
 
 
 def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> str:
     """The fastest kernel for x [M, K] and W [N, K], M <= MMA_ROWS.
 
     On an H200 (benchmarks/results/gpu.txt) one row took, in us:       w4_int8_2     w4_mma_8     w4_mma_8_few
-        22016 x 2048                                                         8.0         10.1             13.5
-        37888 x 3584                                                        21.2         24.2             30.0
+        22016 x 2048                                                         8.3         10.1             13.5
+        37888 x 3584                                                        21.8         24.2             30.0
          2560 x 2048                                                         2.4          3.3              2.4
          2048 x 11008                                                        6.4          9.8              7.1
           896 x 4864                                                         3.3            -              2.8
@@ -105,11 +94,8 @@ def plan(M: int, N: int, K: int, group_size: int, zeros: bool, gpu: GPU) -> str:
     strips = -(-N // 16)                                        # of 16 outputs
     few = strips < 2 * gpu.processors                           # 264 on an H200
     long = M == 1 and K >= 8192 and 2 * strips > gpu.processors # 0.5 to 2 long strips per multiprocessor
-    names = ("w4_int8_1", "w4_int8_1_long") if M == 1 else ("w4_int8_2",)           # a row takes 4 of a product's 8 columns
-    half = (gpu.shared - 1024) // 2                             # of what a multiprocessor has; a block takes 1,024 bytes more
-    for name in names if M <= 2 and (long or not few) else ():
-        if launch_shape(name, M, N, K, group_size, zeros, gpu)[2] <= (half if name == "w4_int8_1" else gpu.shared):
-            return name
+    if M <= 2 and (long or not few) and launch_shape("w4_int8_2", M, N, K, group_size, zeros, gpu)[2] <= gpu.shared:
+        return "w4_int8_2"                                      # of 2 rows at most: each takes 4 of a product's 8 columns
     rows = next(rows for rows in (8, 16, 32, 64) if M <= rows)
     return f"w4_mma_{rows}" + "_few" * (few and rows <= 16)
 
@@ -119,8 +105,8 @@ def run(name: str, words: Tensor, scales: Tensor, zeros: Tensor | None, x: Tenso
     """Launches one kernel: y = x W^T + b, as `multiply`."""
     (M, K), N, gpu = x.shape, y.shape[1], gpu_of(x.device)
     grid, threads, shared = launch_shape(name, M, N, K, group_size, zeros is not None, gpu)
-    launch(name, x.device, grid, threads, words, scales, zeros, x, bias, y, M, N, K, group_size, shared=shared,
-           overlap=overlap and gpu.overlap and name != "w4_naive", cluster=cluster_of(name, K, gpu))
+    overlap = overlap and gpu.overlap and name != "w4_naive"
+    launch(name, x.device, grid, threads, words, scales, zeros, x, bias, y, M, N, K, group_size, shared=shared, overlap=overlap)
 
 
 def multiply(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, outputs: int,

@@ -3,9 +3,8 @@
 //   w4_naive        one thread per output, one code at a time: the reference for the others
 //   w4_mma_*        up to 64 rows: codes become operands of tensor-core products in bfloat16, without a shuffle; asynchronous
 //                   copies bring them into shared memory, several tiles ahead
-//   w4_int8_*       up to 2 rows and many outputs, or one row of many inputs: int8 tensor cores take fewer instructions, and are
-//                   as exact with x split into three digits; one block per multiprocessor, whose copies never pause; where one
-//                   row is long, two of them convert half of it each
+//   w4_int8_2       up to 2 rows and many outputs, or one row of many inputs: int8 tensor cores take fewer instructions, and are
+//                   as exact with x split into three digits; one block per multiprocessor, whose copies never pause
 //   w4_dequantise   more rows: writes W in bfloat16, and cuBLAS multiplies
 //
 // The layout, made at first use by w4_cuda.repack. W [N, K] is cut into tiles of 16 outputs x 128 inputs, padded with codes of 8
@@ -62,37 +61,25 @@ extern "C" __global__ void w4_naive(PARAMETERS) {
 __device__ __forceinline__ char* shared_at(int bytes) { return (char*)shared_memory + bytes; }
 
 // Copies tiles to shared memory, by all lanes of a warp: 1,024 bytes of codes, then SETS times 16 scales and 16 zeros.
-// HALVES: a tile may be the second 8 outputs of one strip and the first 8 of the next, or 8 outputs and, copied as 0, nothing.
-template <int SETS, bool HALVES = false> struct Copies {
-    static const int LANES = HALVES ? 4 : 3;            // per set: 2 x 8 outputs' scales, and 16 outputs' zeros or 2 x 8 outputs'
-    const char* quant;
+template <int SETS> struct Copies {
+    const char* quant;                                  // three lanes per set copy 2 x 8 outputs' scales and 16 outputs' zeros
     u32 size, stride, inverse, last;                    // size: bytes per output of what this lane copies, 0: only codes
-    int lane, set, place;                               // place: where in the slot
-    bool with_zeros;
+    int lane, set;
 
     __device__ __forceinline__ Copies(const u16* scales, const u8* zeros, int N, int K, int group) {
-        lane = in_register(threadIdx.x % 32), set = lane / LANES, stride = round_up(N, 16), last = K / group - 1;
-        int which = lane % LANES, per = group / 32;
+        lane = in_register(threadIdx.x % 32), set = lane / 3, stride = round_up(N, 16), last = K / group - 1;
+        int which = lane % 3, per = group / 32;
         inverse = 0xffffffffu / per + 1;                // 2^32 / per rounded up: __umulhi(n, inverse) is n / per; 0 for per = 1
         quant = which < 2 ? (const char*)(scales + which * 8) : (const char*)zeros;
         size = set >= SETS || !quant ? 0 : which < 2 ? 2 : 1;
-        if (which == 3) quant += 8;
-        with_zeros = zeros, place = 1024 + set * 48 + (which < 2 ? which * 16 : 16 + which * 8);
     }
-    // codes: where this lane's first 16 are; block, column: the tile's inputs / 128 and its first output; apart: how far behind
-    // them the second 8 outputs' codes are; both: whether there are any
-    __device__ __forceinline__ void start(char* slot, const Words* codes, u32 block, u32 column, int apart = 32,
-                                          bool both = true) const {
+    // codes: where this lane's first 16 are; block, column: the tile's inputs / 128 and its first output
+    __device__ __forceinline__ void start(char* slot, const Words* codes, u32 block, u32 column) const {
         u32 at = 4 * block + set * (4 / SETS);
         if (inverse) at = __umulhi(at, inverse);        // which group
         if (SETS == 4) at = min(at, last);              // the last tile may reach past the last group
-        for (int h = 0; h < 2; h++) copy_async<16>(both || h == 0, slot + h * 512 + lane * 16, codes + h * apart);
-        if (!HALVES && size) copy_async<16>(true, slot + 1024 + lane * 16, quant + (at * stride + column) * size);
-        if (!HALVES) return;
-        const char* from = quant + (at * stride + column) * size;
-        bool there = both || lane % 2 == 0;
-        if (size == 2) copy_async<16>(there, slot + place, from);
-        if (with_zeros && size == 1) copy_async<8>(there, slot + place, from);
+        for (int h = 0; h < 2; h++) copy_async<16>(true, slot + h * 512 + lane * 16, codes + h * 32);
+        if (size) copy_async<16>(true, slot + 1024 + lane * 16, quant + (at * stride + column) * size);
     }
 };
 
@@ -213,7 +200,7 @@ MMA(w4_mma_64, 8, 8, 1)
 MMA(w4_mma_8_few, 1, 16, 2)                             // few outputs, so few blocks: more warps along K instead
 MMA(w4_mma_16_few, 2, 16, 2)
 
-// ---- int8 tensor cores: grid (multiprocessors, or as many outputs / 8 if these are fewer); one or two rows of x
+// ---- int8 tensor cores: grid (multiprocessors); one or two rows of x
 //
 // Unpacking codes to bfloat16 costs more instructions than all else together. As int8 it takes one and a half per four codes:
 // a nibble in the upper half of a byte, with its top bit flipped, is 16 (code - 8) in two's complement. x becomes int8 as well,
@@ -230,19 +217,9 @@ MMA(w4_mma_16_few, 2, 16, 2)
 // gets a sum for each warp and strip that share tiles, at index warp + strip: from one such pair to the next along the tiles,
 // the warp or the strip goes up, or both, so no two pairs share an index. At the end, the sums of each strip are added.
 //
-// All wait for the block that has most to do. So one row's shares are not whole strips but halves of them, 8 outputs each: a
-// block's strips may begin with a tile's second half and end with the first half of the tile below, and its last strip may have
-// one half only. The busiest block of 22016 x 2048 then has 1% more than the mean, not 6%.
-//
-// A long row (K > 4096, more than 512 threads convert at once) is halved between two blocks that have the same outputs: each
-// converts and multiplies its half of the inputs. They form a cluster: both run at the same time, and each can write to the
-// other's shared memory. So the second sends its sums, each in one word, which is seen whole or not at all, and the first adds
-// each to its own as soon as it is not UNSENT: no fence, no barrier. The busiest blocks of 3584 x 18944, with 18% more than the
-// mean, then have 3%.
-//
-// One row on an H200 (with shares of whole strips, without clusters): 22016 x 2048 takes 8.0 us beside the kernel before it, 10.0
-// alone, 10.1 with w4_mma_8; 37888 x 3584 takes 21.2 us, 77% of a copy's speed. Every block converts its inputs, so w4_mma_8_few
-// is faster if many blocks have only one strip, unless it is long (K of 8192 or more).
+// One row on an H200: 22016 x 2048 takes 8.3 us beside the kernel before it, 10.0 alone, 10.1 with w4_mma_8; 37888 x 3584 takes
+// 21.8 us, 75% of a copy's speed. Every block converts all of x, so w4_mma_8_few is faster if many blocks have only one strip,
+// unless it is long (K of 8192 or more).
 
 // The digits of four inputs, one digit in each of the first three words, and `inverse` = 1 / unit.  Adding 2^23 + 0x408080 to
 // x / unit leaves it, plus 0x408080, in a float's low 23 bits: bytes 0 and 1 are d0 + 128 and d1 + 128, byte 2 is d2 + 64.
@@ -329,7 +306,7 @@ template <int SETS> __device__ __forceinline__ void convert(X to, const u16* x, 
 }
 
 // The sums of a lane. A product's columns are d0, d1, d2 and an unused one of two rows.
-template <int SETS, bool ONE> struct Int8 {
+template <int SETS> struct Int8 {
     float total[2] = {};                                // of outputs g and g + 8
     int lane, g;
     int digits;                                         // where this lane's column of digits begins
@@ -343,7 +320,7 @@ template <int SETS, bool ONE> struct Int8 {
         second = in_register(t % 2 ? 0 : 256);          // a lane with d2 has no digit in its other column
         mask = in_register(0xf0f0f0f0u), top = in_register(0x80808080u);
         digits = in_register(x.digits + min(g / 4, x.M - 1) * 192 + min(g % 4, 2) * 64 + t * 16);
-        row = ONE ? 0 : in_register(min(t / 2, x.M - 1) * 4);
+        row = in_register(min(t / 2, x.M - 1) * 4);
     }
     // Adds the tile in `slot` times block b of x.
     __device__ __forceinline__ void add(const char* slot, const X& x, int b) {
@@ -384,104 +361,39 @@ template <int SETS, bool ONE> struct Int8 {
     }
 };
 
-// Clusters: a launch without them, or before Hopper, has clusters of one block.
-__device__ __forceinline__ u32 cluster_size() {
-    u32 n = 1;
-#if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
-#endif
-    return n;
-}
-__device__ __forceinline__ u32 rank_in_cluster() {
-    u32 n = 0;
-#if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
-#endif
-    return n;
-}
-// A barrier of a cluster's threads, in two steps: after waiting, a thread knows that all blocks have started, and sees what
-// others wrote before they arrived if they RELEASED it, which takes a fence.
-template <bool RELEASED> __device__ __forceinline__ void arrive_in_cluster() {
-#if __CUDA_ARCH__ >= 900
-    if (RELEASED) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    else asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_cluster() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-const u32 UNSENT = ~0u;                                 // a nan, but not the one that arithmetic gives
-// Writes to the shared memory of the cluster's first block, at the place that `to` is in this block's.
-__device__ __forceinline__ void send(u32* to, u32 word) {
-#if __CUDA_ARCH__ >= 900
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(to)));
-    asm volatile("st.relaxed.cluster.shared::cluster.u32 [%0], %1;" :: "r"(there), "r"(word) : "memory");
-#endif
-}
-__device__ __forceinline__ float receive(const u32* from) {     // waits for the word
-    u32 word = 0;
-#if __CUDA_ARCH__ >= 900
-    do asm volatile("ld.relaxed.cluster.shared::cta.u32 %0, [%1];"
-                    : "=r"(word) : "r"((u32)__cvta_generic_to_shared(from)) : "memory");
-    while (word == UNSENT);
-#endif
-    return __uint_as_float(word);
-}
-
-// DEPTH: slots of a warp's ring.  ONE: one row; its shares are halves of strips.  PAIRS: its blocks may form clusters of two
-template <int SETS, int DEPTH, bool ONE, bool PAIRS>
+template <int SETS>
 __device__ __forceinline__ void int8_product(PARAMETERS) {
-    const int WARPS = 16, SHARE = ONE ? 8 : 16;         // a share's outputs are a multiple of SHARE
-    const int SLOT = 1024 + 48 * SETS - (zeros ? 0 : 16), LAST = (DEPTH - 1) * SLOT;        // a slot ends with the last zeros
-    if (ONE) M = 1;
-    Copies<SETS, ONE> copies(scales, zeros, N, K, group);
-    u32 paired = PAIRS && cluster_size() == 2, rank = paired ? rank_in_cluster() : 0;       // paired: 1 if in clusters of two
-    int warp = threadIdx.x / 32, all = ceil_div(K, 128), most = all + paired >> paired;
-    int first = rank * most, blocks = min(most, all - first);           // its inputs / 128; those of the first block are `most`
-    u32 place = blockIdx.x >> paired, places = gridDim.x >> paired;
-    u32 shares = ceil_div(N, SHARE), least = shares / places, more = shares - least * places;       // `more` places have 1 more
-    int begin = (place * least + min(place, more)) * SHARE, outputs = (least + (place < more)) * SHARE;
-    int mine = ceil_div(outputs, 16), run = ceil_div(mine * blocks, WARPS);                 // its strips; a warp's tiles
+    const int SLOT = 1024 + 48 * SETS, WARPS = 16, DEPTH = 5, LAST = (DEPTH - 1) * SLOT;
+    Copies<SETS> copies(scales, zeros, N, K, group);
+    int warp = threadIdx.x / 32, blocks = ceil_div(K, 128);
+    u32 strips = copies.stride / 16, least = strips / gridDim.x, more = strips - least * gridDim.x; // `more` blocks have 1 more
+    int begin = blockIdx.x * least + min(blockIdx.x, more), mine = least + (blockIdx.x < more);
+    int run = ceil_div(mine * blocks, WARPS);
     int tile = min(warp * run, mine * blocks), end = min(tile + run, mine * blocks);        // counted from the block's first one
     char* ring = shared_at(in_register(warp * DEPTH * SLOT));
-    X in;                                               // both of a cluster's blocks have their data at the same places
-    in.M = M, in.digits = WARPS * DEPTH * SLOT, in.units = in.digits + most * M * 384;
-    float* part = (float*)shared_at(in.units + most * M * 4);           // [WARPS + mine - 1][M][16]
-    u32* sent = (u32*)part + (WARPS + mine - 1) * M * 16;               // what the second block sends: [outputs]; then x's sums
-    in.sums = in.units + most * M * 4 + (WARPS + mine - 1) * M * 64 + paired * outputs * 4, in.with_sums = zeros;
+    X in;
+    in.M = M, in.digits = WARPS * DEPTH * SLOT, in.units = in.digits + blocks * M * 384;
+    float* part = (float*)shared_at(in.units + blocks * M * 4);         // [WARPS + mine - 1][M][16], and then the sums
+    in.sums = in.units + blocks * M * 4 + (WARPS + mine) * M * 64, in.with_sums = zeros;
 
     int strip = (u32)tile / (u32)blocks, b = tile - strip * blocks;     // where `tile` is
-    int next = first + b, column = begin + strip * 16;                  // the next copy's block of inputs and first output
-    const Words* codes = words + ((long long)(column / 16) * all + next) * 64 + column % 16 * 4 + copies.lane;
-    int apart = ONE && begin % 16 ? all * 64 - 32 : 32;                 // to the first half of the tile below
-    int pairs = begin + outputs - 8, last = first + blocks;             // strips have two halves up to the output `pairs`
-    int below = (all - blocks + 1) * 64;                                // from the last tile of a strip to the next strip's first
+    int next = b, column = (begin + strip) * 16;                        // the next copy's block of inputs and first output
+    const Words* codes = words + ((long long)begin * blocks + tile) * 64 + copies.lane;
     auto fetch = [&](bool there, char* slot) {
         if (there) {
-            copies.start(slot, codes, next, column, apart, !ONE || column < pairs);
-            bool down = ++next == last;
-            codes += PAIRS && down ? below : 64;
-            if (down) next = first, column += 16;
+            copies.start(slot, codes, next, column);
+            codes += 64;
+            if (++next == blocks) next = 0, column += 16;
         }
         commit_group();
     };
-    if (paired && rank == 0 && warp == WARPS - 1) {     // only one warp needs the fence, and before its copies: it would wait
-#pragma unroll 1                                        // for them
-        for (int i = copies.lane; i < outputs; i += 32) send(sent + i, UNSENT);
-        arrive_in_cluster<true>();
-    } else if (paired) {
-        arrive_in_cluster<false>();
-    }
     let_next_start();
 #pragma unroll 1
     for (int d = 0; d < DEPTH - 1; d++) fetch(tile + d < end, ring + d * SLOT);
     wait_for_previous(x);                               // weights do not depend on the kernel before, but x does
-    convert<SETS>(in, x + first * 128, K - first * 128, blocks);
+    convert<SETS>(in, x, K, blocks);
     __syncthreads();
-    Int8<SETS, ONE> sum(in);
+    Int8<SETS> sum(in);
     int slot = 0, before = LAST;
 #pragma unroll 1
     for (int left = end - tile; left > 0;) {
@@ -496,31 +408,23 @@ __device__ __forceinline__ void int8_product(PARAMETERS) {
         b = 0, strip++;
     }
     wait_for_copies<0>();
-    if (paired) wait_for_cluster();                     // until all words are UNSENT: they have long been
     __syncthreads();
 #pragma unroll 1                                        // code that runs once should be short: it has to be fetched, too
-    for (int i = threadIdx.x; i < outputs * M; i += 32 * WARPS) {
-        int m = i >= outputs, n = i - m * outputs, s = n / 16;
-        if (begin + n >= N) continue;
-        float v = bias && rank == 0 ? bf16(bias[begin + n]) : 0;
+    for (int i = threadIdx.x; i < mine * 16 * M; i += 32 * WARPS) {
+        int m = i >= mine * 16, n = i - m * mine * 16, s = n / 16;
+        if (begin * 16 + n >= N) continue;
+        float v = bias ? bf16(bias[begin * 16 + n]) : 0;
         u32 w = (u32)(s * blocks) / run, to = (u32)(s * blocks + blocks - 1) / run;         // the warps that the strip met
         for (; w <= to; w++) v += part[((w + s) * M + m) * 16 + n % 16];
-        if (rank) send(sent + i, min(__float_as_uint(v), UNSENT - 1));  // and may end: nobody reads this block's memory
-        else y[(long long)m * N + begin + n] = to_bf16(paired ? v + receive(sent + i) : v);
+        y[(long long)m * N + begin * 16 + n] = to_bf16(v);
     }
 }
 
-// 2: the next kernel's block fits beside this one, unless x is very long, and fills its rings meanwhile. Most layers have no
-// zeros, and the code that knows it has fewer instructions.
-#define INT8(NAME, ...) \
-    extern "C" __global__ void __launch_bounds__(512, 2) NAME(PARAMETERS) { \
-        if (group % 128) int8_product<4, __VA_ARGS__>(ARGUMENTS); \
-        else if (zeros) int8_product<1, __VA_ARGS__>(ARGUMENTS); \
-        else int8_product<1, __VA_ARGS__>(words, scales, nullptr, x, bias, y, M, N, K, group); \
-    }
-INT8(w4_int8_1, 6, true, false)
-INT8(w4_int8_1_long, 5, true, true)                     // where two blocks with six slots would not fit
-INT8(w4_int8_2, 5, false, false)
+// 2: the next kernel's block fits beside this one, unless x is long, and fills its rings meanwhile
+extern "C" __global__ void __launch_bounds__(512, 2) w4_int8_2(PARAMETERS) {
+    if (group % 128) int8_product<4>(ARGUMENTS);
+    else int8_product<1>(ARGUMENTS);
+}
 
 // ---- dequantise: grid (N / 16, K / 1024), one tile per warp; y [N, K] is W without the padding
 

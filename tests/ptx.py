@@ -9,10 +9,6 @@ kernel writes, for data races with all earlier accesses: barriers, __syncwarp an
 products and relaxed accesses do not. Relaxed accesses never race, but no ordinary access may touch the same memory. An
 asynchronous copy may complete at any time between its issue and the wait for it, so until that wait no access may touch its
 target. Lanes that diverge at a branch reconverge at its immediate post-dominator. A Fault is an AssertionError.
-
-A cluster's blocks access each other's shared memory by addresses with the block's rank + 1 above bit 24. No such access may come
-before the barrier that tells that the other block has started, or after that block's end; and a relaxed store into another block
-is a Fault if it is not ordered after what stood there, or is not read before that block ends.
 """
 import ctypes
 import re
@@ -25,7 +21,6 @@ STEP, SEVERAL = 64, 32                                  # of a warp's clock, as 
 IN_FLIGHT, RELAXED = 1, 2
 UNITS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"} # numpy's types by size, to copy by; c16 is copied bit by bit, too
 SHARED, SHARED_BYTES = 1 << 56, 227 << 10               # shared memory's first generic address, far above any pointer; its size
-RANK = 24                                               # the bit from which on an address in shared memory has rank + 1, or 0
 
 
 class Fault(AssertionError):
@@ -141,8 +136,6 @@ class Memory:
         if warps:
             cells = length // 2
             self.barred = np.zeros(cells, np.uint8)             # IN_FLIGHT or RELAXED: no ordinary access
-            self.sender, self.sent = np.zeros(cells, int), np.zeros(cells, np.int32)        # the same of relaxed stores
-            self.unread = np.zeros(cells, bool)                 # sent by another block
             self.writer, self.written = np.zeros(cells, int), np.zeros(cells, np.int32)
             self.read = np.zeros((cells, warps), np.int32)
 
@@ -176,19 +169,12 @@ class Memory:
     def cells(at: np.ndarray, size: int) -> np.ndarray:
         return (at[:, None] + BYTES[:size:2]) >> 1
 
-    def touch_relaxed(self, warp, at: np.ndarray, size: int, write: bool):
+    def touch_relaxed(self, warp, at: np.ndarray, size: int):
         require(self.warps, "a relaxed access to what is only read", warp)
         cells = self.cells(at, size)
         require(not (self.written[cells].any() or self.read[cells].any() or (self.barred[cells] == IN_FLIGHT).any()),
                 "relaxed, and by ordinary accesses before", warp)
         self.barred[cells] = RELAXED
-        if self.unwritten and write:                            # shared memory
-            require((warp.clock[self.sender[cells]] >= self.sent[cells]).all(), "race: a word that another thread wrote", warp)
-            self.sender[cells], self.sent[cells] = warp.id, warp.clock[warp.id]
-            self.unread[cells] = self is not warp.block.shared
-        elif self.unwritten:
-            require(self.sent[cells].all(), "reads what no thread wrote", warp)
-            self.unread[cells] = False
 
     def mark(self, warp, lanes, cells):
         """The lanes have written their cells."""
@@ -204,13 +190,10 @@ class Warp:
         self.clock[self.id] = STEP
         self.groups, self.here = [[]], 0                        # of asynchronous copies, the last one still open; instruction
         self.waited = not block.grid.overlap
-        self.phase, self.knows = -1, self.clock                 # the cluster's barrier at which it has arrived last; of each warp
         full = lambda value: np.full(32, value, np.uint32)
         (x, y), (across, down), threads = block.at, block.grid.shape, block.grid.threads
-        cluster = block.grid.cluster
         self.r = {"%tid.x": (number * 32 + LANES).astype(np.uint32), "%ntid.x": full(threads), "%ctaid.x": full(x),
-                  "%ctaid.y": full(y), "%nctaid.x": full(across), "%nctaid.y": full(down),
-                  "%cluster_ctarank": full(x % cluster), "%cluster_nctarank": full(cluster)}
+                  "%ctaid.y": full(y), "%nctaid.x": full(across), "%nctaid.y": full(down)}
 
     def __repr__(self):
         return f"block {self.block.at}, warp {self.number}, {self.block.grid.kernel.code[self.here]}"
@@ -226,12 +209,10 @@ class Warp:
     def find(self, space: str, addresses: np.ndarray, size: int) -> list[tuple]:
         """-> (memory, which of the addresses are in it, their offsets from its base) for each memory that is accessed"""
         require(not np.count_nonzero(addresses & size - 1), "misaligned", self)
-        if space.startswith("shared") or space == "generic" and addresses[0] >= SHARED:
-            at, block = addresses & SHARED - 1, self.block
-            if space != "shared" and at[0] >> RANK:
-                block, at = self.other(at[0] >> RANK), at - (at[0] >> RANK << RANK)
-            require(at.max() + size <= block.used, "past the end of shared memory", self)
-            return [(block.shared, slice(None), at)]
+        if space == "shared" or space == "generic" and addresses[0] >= SHARED:
+            at = addresses & SHARED - 1
+            require(at.max() + size <= self.block.used, "past the end of shared memory", self)
+            return [(self.block.shared, slice(None), at)]
         found, left, memories = [], addresses, self.block.memories
         while len(left):
             memory = memories[max(0, bisect_right(memories, left[0], key=lambda memory: memory.start) - 1)]
@@ -243,13 +224,6 @@ class Warp:
             found.append((memory, inside, addresses[inside] - memory.base))
             left = left[(left < memory.start) | (left > end)]
         return found
-
-    def other(self, number: int):
-        """The block of this cluster whose rank is number - 1."""
-        block = self.block.cluster.blocks[number - 1]
-        require(block is self.block or self.knows[block.first], "another block, which may not have started", self)
-        require(not block.ended, "another block, which has ended", self)
-        return block
 
     def together(self, clamp=(31,), members=(0xffffffff,)) -> bool:
         """True; a Fault unless all 32 lanes take part in a shuffle or tensor-core product."""
@@ -274,10 +248,10 @@ class Warp:
         """-> [32] units of `size` bytes.  early: even if the kernel before has not ended, as an asynchronous copy may"""
         lanes, out = self.lanes, np.zeros(32, UNITS[size])
         for memory, inside, at in self.find(space, addresses[lanes], size):
-            require(early or self.waited or memory.unwritten, "reads before the kernel ahead has ended", self)
+            require(early or self.waited or memory is self.block.shared, "reads before the kernel ahead has ended", self)
             require(not (constant and memory.warps), "reads by the non-coherent path what the kernel writes", self)
             if relaxed:
-                memory.touch_relaxed(self, at, size, False)
+                memory.touch_relaxed(self, at, size)
             elif memory.warps:
                 memory.check(self, lanes[inside], at, size, False)
             out[lanes[inside]] = memory.units[size][at // size]
@@ -287,10 +261,10 @@ class Warp:
         lanes, size = self.lanes, len(values) * values[0].itemsize
         data = (values[0] if len(values) == 1 else np.array(values).T.copy()).view(UNITS[size]).reshape(32)
         for memory, inside, at in self.find(space, addresses[lanes], size):
-            require(self.waited or memory.unwritten, "writes before the kernel ahead has ended", self)
+            require(self.waited or memory is self.block.shared, "writes before the kernel ahead has ended", self)
             require(memory.warps, "writes what it may only read", self)
             if relaxed:
-                memory.touch_relaxed(self, at, size, True)
+                memory.touch_relaxed(self, at, size)
             else:
                 memory.mark(self, lanes[inside], memory.check(self, lanes[inside], at, size, True))
             memory.units[size][at // size] = data[lanes[inside]]
@@ -337,20 +311,6 @@ class Warp:
     def wait_for_previous(self):
         self.waited = True
 
-    def arrive(self, released: bool):
-        """barrier.cluster.arrive: the warps that it lets go know what this one has done, and see it if it is released."""
-        require(self.full, "not the whole warp reaches a cluster's barrier", self)
-        require(self.phase < self.block.cluster.phase, "a warp arrives twice at a cluster's barrier", self)
-        self.phase = self.block.cluster.phase
-        self.block.cluster.arrive(self, self.clock if released else None)
-        self.clock = self.clock.copy()
-        self.clock[self.id] += STEP
-
-    def map(self, addresses, rank) -> np.ndarray:
-        """mapa: the same place in another block's shared memory"""
-        require((addresses[self.lanes] < 1 << RANK).all(), "mapa of another block's address", self)
-        return addresses + (rank + 1 << RANK).astype(addresses.dtype)
-
     def sync(self):
         require(self.full, "not all lanes reach __syncwarp", self)
         self.clock[self.id] += STEP
@@ -391,9 +351,6 @@ class Warp:
                 require(count == 32, "not the whole warp reaches a barrier", self)
                 number, *threads = (int(self.r[operand][0]) if operand in self.r else int(operand) for operand in operands)
                 yield from self.block.barrier(number, threads[0] // 32 if threads else len(self.block.warps), self)
-            elif opcode.startswith("barrier.cluster.wait"):
-                require(count == 32, "not the whole warp waits for its cluster", self)
-                yield from self.block.cluster.wait(self)
             elif count:
                 require(opcode != "trap", "trap", self)
                 self.mask, self.full = taken, count == 32
@@ -402,50 +359,13 @@ class Warp:
                     yield
 
 
-class Cluster:
-    """Blocks that run together, and their barrier.  phase: how often all have arrived"""
-
-    def __init__(self):
-        self.blocks, self.phase, self.arrived, self.passed = [], 0, {}, []
-
-    def arrive(self, warp, seen):
-        self.arrived[warp] = warp.clock, seen
-        self.complete()
-
-    def complete(self):
-        """Lets the waiting warps go if all have arrived that have not ended."""
-        if self.arrived and set().union(*(block.running for block in self.blocks)) <= self.arrived.keys():
-            known = np.max([clock for clock, _ in self.arrived.values()], axis=0)
-            seen = np.max([0 * known, *(seen for _, seen in self.arrived.values() if seen is not None)], axis=0)
-            self.passed.append((known, seen))
-            self.phase += 1
-            self.arrived.clear()                                # which the waiting warps have yielded
-
-    def wait(self, warp):
-        require(warp.phase >= 0, "waits for a cluster's barrier at which it has not arrived", warp)
-        while warp.phase == self.phase:
-            yield self.arrived
-        known, seen = self.passed[warp.phase]
-        warp.knows = np.maximum(warp.knows, known)
-        warp.clock = np.maximum(warp.clock, seen)
-
-
 class Block:
-    def __init__(self, grid, at: tuple[int, int], first: int, memories: list[Memory], cluster: Cluster):
+    def __init__(self, grid, at: tuple[int, int], first: int, memories: list[Memory]):
         self.grid, self.at, self.first, self.memories, self.arrived = grid, at, first, memories, {}
-        self.cluster, self.ended = cluster, False
-        cluster.blocks.append(self)
         self.used = grid.kernel.static + grid.dynamic
         require(self.used <= SHARED_BYTES, "too much shared memory")
         self.shared = Memory(0, self.used, grid.clocks, np.full(self.used + 16, 0xff, np.uint8), unwritten=True)
         self.warps = [Warp(self, number) for number in range(grid.threads // 32)]
-        self.running = set(self.warps)
-
-    def end(self, warp: Warp):
-        self.running.remove(warp)
-        self.ended = not self.running
-        require(not (self.ended and self.shared.unread.any()), "ends before it has read what another block sent", warp)
-        self.cluster.complete()
 
     def barrier(self, number: int, warps: int, warp: Warp):
         arrived = self.arrived.setdefault(number, [])
@@ -468,26 +388,23 @@ class Grid:
     arguments           the kernel's parameters, as bytes
     readable, writable  (address, bytes) of all that the kernel may access
     together            the blocks run at the same time, as in a cooperative launch
-    cluster             so many blocks run at the same time, as a cluster
     overlap             the kernel before may still run: until griddepcontrol.wait, only asynchronous copies access global memory
     order               which warp runs next when one yields: the "first" that can, the "last", or all in "turns"
     asleep              (warp, polls in a row) -> whether it is held up, as by another program's turn, while others can run
     """
 
     def __init__(self, kernel: Kernel, shape: tuple[int, int], threads: int, arguments: bytes, readable, writable,
-                 dynamic: int, together: bool, order: str, overlap: bool, asleep, cluster: int):
+                 dynamic: int, together: bool, order: str, overlap: bool, asleep):
         self.kernel, self.shape, self.threads, self.arguments, self.dynamic = kernel, shape, threads, arguments, dynamic
         self.order, self.overlap, self.released, self.given, warps = order, overlap, {}, {}, threads // 32
-        self.asleep, self.cluster = asleep, cluster
-        require(shape[0] % cluster == 0 and not (together and cluster > 1), "no whole number of clusters", shape)
-        self.clocks = warps * (shape[0] * shape[1] if together else cluster)
+        self.asleep = asleep
+        self.clocks = warps * (shape[0] * shape[1] if together else 1)
         places = [(x, y) for y in range(shape[1]) for x in range(shape[0])]
-        for group in [places] if together else [places[i:i + cluster] for i in range(0, len(places), cluster)]:
+        for group in [places] if together else [[place] for place in places]:
             runs = sorted([(*run, 0) for run in readable] + [(*run, self.clocks) for run in writable])
             memories = [Memory(start, size, clocks) for start, size, clocks in runs]
             with np.errstate(all="ignore"):
-                clusters = [Cluster() for _ in group[::cluster]]
-                self.run([Block(self, at, i * warps, memories, clusters[i // cluster]) for i, at in enumerate(group)])
+                self.run([Block(self, at, i * warps, memories) for i, at in enumerate(group)])
 
     def run(self, blocks: list[Block]):
         running = [(warp, warp.run(self.kernel)) for block in blocks for warp in block.warps]
@@ -507,7 +424,6 @@ class Grid:
             except StopIteration:
                 require(not any(warp.groups), "ends with copies in flight", warp)
                 running.pop(pick)
-                warp.block.end(warp)
                 polls = 0
 
 
@@ -533,7 +449,7 @@ class Driver:
         return 0
 
     def cuLaunchKernel(self, name, across, down, deep, threads, rows, layers, shared, stream, addresses, extra, together=False,
-                       overlap=False, cluster=1):
+                       overlap=False):
         kernel = self.kernels[name]
         require(deep == rows == layers == 1 and threads % 32 == 0 and threads <= kernel.most, "bad launch shape", threads)
         require(shared <= self.shared.get(name, 48 << 10), "more shared memory than was asked for", shared)
@@ -542,17 +458,15 @@ class Driver:
         for (begin, size), address in zip(kernel.params.values(), addresses):
             arguments[begin:begin + size] = ctypes.string_at(address, size)
         Grid(kernel, (across, down), threads, bytes(arguments), self.readable, self.writable, shared, together, self.order,
-             overlap, self.asleep, cluster)
+             overlap, self.asleep)
         self.launched.append(name)
         return 0
 
     def cuLaunchKernelEx(self, config, name, addresses, extra):
         config = config._obj
-        given = {each.id: (each.value, *each.rest[:2]) for each in config.attributes[:config.count]}
-        cluster, one, also = given.pop(4, (1, 1, 1))
-        overlap = given.pop(6, (0, 0, 0)) == (1, 0, 0)
-        require(one == also == 1 and given in ({}, {5: (1, 0, 0)}), "attributes other than overlap, a cluster and its policy")
-        return self.cuLaunchKernel(name, *config.shape, config.stream, addresses, extra, overlap=overlap, cluster=cluster)
+        attribute = config.attributes[0]
+        require((config.count, attribute.id, attribute.value) == (1, 6, 1), "an attribute other than overlap")
+        return self.cuLaunchKernel(name, *config.shape, config.stream, addresses, extra, overlap=True)
 
     def cuLaunchCooperativeKernel(self, *given):
         return self.cuLaunchKernel(*given, None, together=True)
@@ -560,7 +474,7 @@ class Driver:
 
 # ---- instructions, each translated to a line of Python
 
-CONTROL = "bra", "bra.uni", "ret", "trap", "bar.sync", "barrier.cluster.wait.acquire.aligned"
+CONTROL = "bra", "bra.uni", "ret", "trap", "bar.sync"
 RELAXED_LOADS = "ld.relaxed", "ld.volatile"             # volatile is relaxed, for the whole system
 REGISTERS = {"%rs": "u2", "%rd": "u8", "%r": "u4", "%fd": "f8", "%f": "f4", "%p": "b1"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -636,13 +550,11 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
     base, *mods = opcode.split(".")
     kind = mods[-1] if mods else ""
     parts = [re.sub(r"[{}\s]", "", operand).split(",") for operand in operands]
-    mods = [mod.removesuffix("::cta") for mod in mods]
-    space = next((mod for mod in mods if mod in ("shared", "shared::cluster", "global")), "generic")
+    space = next((mod for mod in mods if mod in ("shared", "global")), "generic")
 
     def address(operand: str, space: str) -> str:
         name, plus = re.fullmatch(r"\[([%\w$.]+)(?:\+(-?\d+))?\]", operand).groups()
-        value = read(name, "u4" if space.startswith("shared") else "u8")
-        return f"{value}.astype(i8)" + (f" + {read(plus, 'i8')}" if plus else "")
+        return f"{read(name, 'u4' if space == 'shared' else 'u8')}.astype(i8)" + (f" + {read(plus, 'i8')}" if plus else "")
 
     if base == "ld" and mods[0] == "param":
         name, plus = re.fullmatch(r"\[(%?\w+)(?:\+(-?\d+))?\]", operands[1]).groups()
@@ -667,12 +579,6 @@ def expression(opcode: str, operands: list[str], read, kernel: Kernel) -> tuple[
         require(".".join(mods) == ("async.cg.shared.global.L2::128B" if operands[2] == "16" else "async.ca.shared.global"))
         to, source = address(operands[0], "shared"), address(operands[1], "global")
         return [], [], f"w.copy({to}, {source}, {operands[2]}, {read(operands[3], 'u4')})"
-    if base == "mapa":
-        require(mods == ["shared::cluster", "u32"], opcode)
-        return operands[:1], ["u4"], f"w.map({read(operands[1], 'u4')}, {read(operands[2], 'u4')})"
-    if base == "barrier":
-        require(mods in (["cluster", "arrive", "release", "aligned"], ["cluster", "arrive", "relaxed", "aligned"]), opcode)
-        return [], [], f"w.arrive({mods[2] == 'release'})"
     if base == "griddepcontrol":
         return [], [], {"launch_dependents": "None", "wait": "w.wait_for_previous()"}[mods[0]]
     if base == "bar":

@@ -113,20 +113,3 @@ def test_another_thread_does_not_take_shared_memory_from_a_launch(monkeypatch):
     cuda.launch("any", gpu, (1, 1), 32, shared=200)
     other[0].join()
     assert limits == [200, 100]
-
-
-@pytest.mark.parametrize("error, count", [(0, 66), (801, 0)])
-def test_a_gpu_says_how_many_clusters_it_runs(monkeypatch, error, count):
-    def occupancy(found, kernel, config):
-        config, found._obj.value = config._obj, 66
-        asked.append((kernel, *config.shape, *((each.id, each.value) for each in config.attributes[:config.count])))
-        return error
-
-    asked, driver = [], SimpleNamespace(cuFuncSetAttribute=lambda *_: 0, cuOccupancyMaxActiveClusters=occupancy)
-    monkeypatch.setattr(cuda, "load", lambda device: (driver, None))
-    monkeypatch.setattr(cuda, "find", lambda device, name: name)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    cuda.clusters.cache_clear()
-    assert cuda.clusters(0, "any", 512, 1000, 2) == cuda.clusters(0, "any", 512, 1000, 2) == count
-    assert asked == [("any", 2, 1, 1, 512, 1, 1, 1000, (4, 2))]
-    cuda.clusters.cache_clear()

@@ -1,7 +1,6 @@
 """w4_matmul.cu's kernels, run on a CPU by ptx.py, and their layout bit by bit."""
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,14 +58,9 @@ def guarded(gpu):
 
 
 def run(gpu, name, words, scales, zeros, x, bias, y, group, processors=2):
-    """name: with " paired", by clusters also where x is not long"""
-    name, *paired = name.split()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(w4_cuda, "gpu_of", lambda device: GPU(processors, pairs=-(-processors // 2)))
+        patch.setattr(w4_cuda, "gpu_of", lambda device: GPU(processors))
         patch.setattr(w4_cuda, "launch", guarded(gpu))
-        if paired:
-            patch.setattr(w4_cuda, "cluster_of", lambda name, K, gpu: 2)
-            patch.setattr(w4_cuda, "launch_shape", w4_cuda.launch_shape.__wrapped__)            # which remembers others
         w4_cuda.run(name, words, scales, zeros, x, bias, y, group)
 
 
@@ -109,48 +103,13 @@ def test_every_shape_gives_the_product_by_int8(gpu, N, K, group, sym):
     gpu.order = "first" if sym else "last"
     for rows in 1, 2:
         check(gpu, "w4_int8_2", rows, N, K, group, sym, biased=sym, processors=1 if sym else 3)
-    for name in ["w4_int8_1", "w4_int8_1_long"] + ["w4_int8_1_long paired"] * (K > 128):
-        check(gpu, name, 1, N, K, group, sym, biased=sym, processors=2 if sym else 5)
 
 
-# Shares of 5 and 4 halves of tiles, which begin in either half of one; 40 is not whole tiles; 896 is 4 + 3 blocks of inputs; a
-# group of 640 or 896 inputs lies on both sides of the cut; 4224 is cut without being told to.
-@pytest.mark.parametrize("N, K, group, processors, name", [
-    (72, 256, 128, 4, "paired"), (40, 896, 64, 4, "paired"), (136, 640, 640, 6, "paired"), (104, 896, 896, 4, "paired"),
-    (24, 640, 32, 12, "paired"), (24, 4224, 128, 4, ""), (136, 384, 128, 4, "alone"), (104, 896, 896, 3, "alone")])
-@pytest.mark.parametrize("sym", [True, False])
-def test_shares_are_halves_of_tiles_and_clusters_halve_the_inputs(gpu, N, K, group, processors, name, sym):
-    found, name = [], "w4_int8_1_long" + f" {name}" * (name == "paired") if name != "alone" else "w4_int8_1"
-    for gpu.order in "first", "last", "turns":
-        found.append(check(gpu, name, 1, N, K, group, sym, biased=sym, processors=processors))
-    for late in 0, 1:                                                           # one block of each cluster is far behind
-        gpu.asleep = lambda warp, polls: warp.block.at[0] % 2 == late and polls < 99
-        found.append(check(gpu, name, 1, N, K, group, sym, biased=sym, processors=processors))
-    assert all(torch.equal(found[0], other) for other in found[1:])
-
-
-@pytest.mark.parametrize("name, M", [("w4_int8_1", 1), ("w4_int8_2", 2)])
-def test_the_order_of_warps_does_not_change_a_bit(gpu, name, M):
+def test_the_order_of_warps_does_not_change_a_bit(gpu):
     found = []
     for gpu.order in "first", "last", "turns":
-        found.append(check(gpu, name, M, 88, 640, 128, processors=1))           # warps' runs cut strips
+        found.append(check(gpu, "w4_int8_2", 2, 88, 640, 128, processors=1))    # warps' runs cut strips
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-
-
-@pytest.mark.parametrize("old, new, fault", [
-    (r"barrier\.cluster\.wait\.acquire\.aligned;", "", "may not have started"),
-    (r"cluster\.arrive\.release", "cluster.arrive.relaxed", "race: a word that another thread wrote"),
-    (r"barrier\.cluster\.arrive\.relaxed\.aligned;", "", "has not arrived"),
-    (r"ld\.relaxed\.cluster\.shared::cta\.u32\s+(%r\d+),[^;]*;", r"mov.u32 \1, 0;", "before it has read|which has ended")])
-def test_the_check_detects_what_is_missing_in_a_cluster(compiled, gpu, old, new, fault):
-    body = re.search(r"\.visible \.entry w4_int8_1_long\(.*?\n}\n", compiled.ptx, re.S)[0]
-    changed, count = re.subn(old, new, body)
-    assert count
-    gpu.kernels = kernels_of(changed)
-    with pytest.raises(Fault, match=fault):
-        for late in 0, 1:
-            gpu.asleep = lambda warp, polls: warp.block.at[0] % 2 == late and polls < 99
-            check(gpu, "w4_int8_1_long paired", 1, 40, 512, 128)
 
 
 def digits(block: list[float]) -> tuple[float, list[tuple[int, int, int]]]:
@@ -205,11 +164,6 @@ def test_what_is_not_finite_stays_in_its_row(gpu, sym):
         x[1, 200] = value
         run(gpu, "w4_int8_2", *repack(codes, scales, zeros), x, None, y, 128)
         assert not y[1].isfinite().any() and (y[0] == 0).all()
-    for value, at in (float("inf"), 200), (float("nan"), 200), (float("nan"), 20):          # in a cluster, from either block
-        row = torch.zeros(1, 256).bfloat16()
-        row[0, at] = value
-        run(gpu, "w4_int8_1_long paired", *repack(codes, scales, zeros), row, None, y[1:], 128)
-        assert not y[1].isfinite().any()
     x[1, 200] = 3e38                                                            # the largest are not infinite
     run(gpu, "w4_int8_2", *repack(codes, scales, zeros), x, None, y, 128)
     right = x[1].double() @ weight.T
@@ -232,7 +186,7 @@ def test_the_dequantised_weight_is_the_weight(gpu, N, K, group, sym):
     assert torch.equal(y, weight.bfloat16())
 
 
-@pytest.mark.parametrize("name", ["w4_int8_1", "w4_int8_2", "w4_mma_8"])
+@pytest.mark.parametrize("name", ["w4_int8_2", "w4_mma_8"])
 def test_the_check_detects_a_wrong_nibble(gpu, name):
     codes, scales, zeros, weight = layer(16, 128, 128, True)
     words, *grid = repack(codes, scales, zeros)
@@ -243,25 +197,24 @@ def test_the_check_detects_a_wrong_nibble(gpu, name):
     assert off[8 + 17 // 4] > 4 * scales[12] and off.sort().values[-2] < 0.1 * off.max()
 
 
-@pytest.mark.parametrize("name, K", [("w4_mma_8", 2560), ("w4_int8_2", 4096), ("w4_int8_1", 4096)])
+@pytest.mark.parametrize("name, K", [("w4_mma_8", 2560), ("w4_int8_2", 4096)])
 @pytest.mark.parametrize("old, new, fault", [
     (r"bar\.warp\.sync\s+-1;", "", "race: accesses what another thread wrote"),
     (r"bar\.sync\s+0;", "", "another thread wrote|no thread wrote"),
-    (r"wait_group\s+[234];", "wait_group 5;", "while an asynchronous copy is in flight"),
+    (r"wait_group\s+[23];", "wait_group 4;", "while an asynchronous copy is in flight"),
     (r"griddepcontrol\.wait;", "", "reads before the kernel ahead has ended")])
 def test_the_check_detects_a_missing_barrier_or_wait(compiled, gpu, name, K, old, new, fault):
     body = re.search(r"\.visible \.entry %s\(.*?\n}\n" % name, compiled.ptx, re.S)[0]
-    M = 1 if name == "w4_int8_1" else 2
     gpu.kernels = kernels_of(body)
-    check(gpu, name, M, 16, K, 128)
+    check(gpu, name, 2, 16, K, 128)
     changed, count = re.subn(old, new, body)
     assert count
     gpu.kernels = kernels_of(changed)
     with pytest.raises(Fault, match=fault):
-        check(gpu, name, M, 16, K, 128)
+        check(gpu, name, 2, 16, K, 128)
 
 
-@pytest.mark.parametrize("name", ["w4_int8_1", "w4_int8_2", "w4_mma_8"])
+@pytest.mark.parametrize("name", ["w4_int8_2", "w4_mma_8"])
 def test_the_check_detects_a_read_past_the_end(gpu, name):
     for what in 0, 1, 3:                                                        # words, scales, x
         parts = [*repack(*layer(16, 256, 128, True)[:3]), torch.ones(1, 256).bfloat16(), None, torch.zeros(1, 16).bfloat16()]
@@ -339,20 +292,7 @@ def test_on_a_gpu_the_kernel_is_chosen_where_it_can_be(monkeypatch):
 
 # ---- choosing
 
-SMALL = GPU(108, 99 << 10, False, 0)
-
-
-def test_clusters_are_for_long_rows_on_gpus_that_have_them(monkeypatch):
-    for major, pairs in (9, 60), (8, 0):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(
-            multi_processor_count=132, shared_memory_per_block_optin=227 << 10, major=major))
-        monkeypatch.setattr(w4_cuda, "clusters", lambda *_: 60)
-        gpu = w4_cuda.gpu_of.__wrapped__(torch.device("cuda", 0))
-        assert gpu == GPU(132, 227 << 10, major >= 9, pairs)
-        assert [w4_cuda.cluster_of("w4_int8_1_long", K, gpu) for K in (4096, 4104)] == [1, 1 + (major >= 9)]
-        for name, K in ("w4_int8_1", 8192), ("w4_int8_1_long", 4096), ("w4_int8_1_long", 8192):
-            (blocks, _), _, _ = w4_cuda.launch_shape(name, 1, 4096, K, 128, False, gpu)
-            assert blocks == (120 if w4_cuda.cluster_of(name, K, gpu) == 2 else 132)
+SMALL = GPU(108, 99 << 10, False)
 
 
 def test_a_plan_fits_the_gpu_and_covers_all_outputs_and_rows():
@@ -363,24 +303,22 @@ def test_a_plan_fits_the_gpu_and_covers_all_outputs_and_rows():
                 (blocks, one), threads, shared = w4_cuda.launch_shape(name, M, N, K, 32, True, gpu)
                 assert name in KERNELS and M <= int(name.split("_")[2]) and shared <= gpu.shared
                 assert one == 1 and blocks == (gpu.processors if "int8" in name else -(-N // 16))
-    for N, K in (9728, 896), (22_016, 2048), (37_888, 3584), (3584, 18_944), (2048, 11_008), (1536, 8960):
-        for M in (1, 2) if K < 4096 else (1,):
-            shape = w4_cuda.launch_shape(plan(M, N, K, 128, False, GPU()), M, N, K, 128, False, GPU())
-            assert shape[0] == (132, 1) and shape[2] + 1024 <= 114 << 10        # two fit a multiprocessor
+    for N, K in (9728, 896), (22_016, 2048), (37_888, 3584):
+        for M in 1, 2:
+            assert w4_cuda.launch_shape("w4_int8_2", M, N, K, 128, False, GPU())[2] + 1024 <= 114 << 10        # two fit a multiprocessor
     assert all(map(supports_groups, (32, 64, 128, 256, 896, 4864))) and not any(map(supports_groups, (16, 96, 192)))
 
 
 @pytest.mark.parametrize("M, N, K, gpu, name", [
     *((M, N, K, GPU(), name) for N, K in ((9728, 896), (22_016, 2048), (37_888, 3584)) for M, name in (
-        (1, "int8_1"), (2, "int8_2"), (3, "mma_8"), (8, "mma_8"), (9, "mma_16"), (16, "mma_16"), (17, "mma_32"), (64, "mma_64"))),
+        (1, "int8_2"), (2, "int8_2"), (3, "mma_8"), (8, "mma_8"), (9, "mma_16"), (16, "mma_16"), (17, "mma_32"), (64, "mma_64"))),
     *((M, N, K, GPU(), name) for N, K in ((1152, 896), (2560, 2048), (896, 4864)) for M, name in (
         (1, "mma_8_few"), (8, "mma_8_few"), (16, "mma_16_few"), (17, "mma_32"))),
     *((M, N, K, GPU(), name) for N, K in ((1536, 8960), (2048, 11_008), (3584, 18_944)) for M, name in (
-        (1, "int8_1_long"), (2, "mma_8_few"), (16, "mma_16_few"), (17, "mma_32"))), (1, 66 * 16, 8192, GPU(), "mma_8_few"),
-    (1, 67 * 16, 8192, GPU(), "int8_1_long"), (1, 67 * 16, 8192, GPU(140), "mma_8_few"), (1, 2048, 8064, GPU(), "mma_8_few"),
-    (1, 263 * 16, 2048, GPU(), "mma_8_few"), (1, 264 * 16, 2048, GPU(), "int8_1"), (1, 264 * 16, 2048, GPU(133), "mma_8_few"),
-    (1, 22_016, 8192, SMALL, "mma_8"), (1, 22_016, 32_768, GPU(), "int8_1_long"),
-    (1, 22_016, 2048, SMALL, "int8_1_long"), (2, 22_016, 32_768, GPU(), "mma_8")])
+        (1, "int8_2"), (2, "mma_8_few"), (16, "mma_16_few"), (17, "mma_32"))), (1, 66 * 16, 8192, GPU(), "mma_8_few"),
+    (1, 67 * 16, 8192, GPU(), "int8_2"), (1, 67 * 16, 8192, GPU(140), "mma_8_few"), (1, 2048, 8064, GPU(), "mma_8_few"),
+    (1, 263 * 16, 2048, GPU(), "mma_8_few"), (1, 264 * 16, 2048, GPU(), "int8_2"), (1, 264 * 16, 2048, GPU(133), "mma_8_few"),
+    (1, 22_016, 8192, SMALL, "mma_8"), (1, 22_016, 32_768, GPU(), "int8_2"), (2, 22_016, 32_768, GPU(), "mma_8")])
 def test_the_plan_is_the_kernel_that_was_fastest_and_fits(M, N, K, gpu, name):
     assert plan(M, N, K, 128, False, gpu) == "w4_" + name
 
