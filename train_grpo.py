@@ -355,7 +355,7 @@ def forward_backward(batch: list[Encoded], old, ref, advantages, weights, log_s=
         value, ce, entropies = head_loss(                                       # scaling the states scales the logits
             states / temperature, model.head, targets, divergence=entropy, weight=weight, vocab=vocab, policy_loss=policy_loss)
     value.backward()
-    clipped = grpo.was_clipped(-ce, old_logp(-ce), A, clip, clip_high)
+    clipped = grpo.was_clipped(-ce, old_logp(-ce), A, clip, clip_high)          # -CE is log π of a sampled token
     sums = torch.stack([grpo.k3(-ce, ref).sum(), entropies.sum(), clipped.sum()]).cpu()
     return torch.cat([sums, lengths.sum()[None]])
 

@@ -312,7 +312,7 @@ def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad
             advantage = torch.cat([row.advantage for row in batch]).to(device)              # [N]
             teacher_states = torch.cat([row.teacher for row in batch]).to(device)           # [N, D']
 
-            def policy_loss(logq, at):                                          # [n], MiniLLM eq. (7)
+            def policy_loss(logq, at):                          # [n] of the tokens at `at`, a chunk: MiniLLM eq. (7)
                 return clipped_surrogate(logq, old[at], advantage[at], ratio_clip)
         elif kd_ratio:                                                          # paper eq. (3)
             # The teacher first: without graphs, a GPU runs it while the host launches the student.

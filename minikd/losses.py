@@ -58,8 +58,8 @@ def _mend(total: Tensor, a: Tensor, log_b: Tensor) -> Tensor:
     """kl's sum [...], as if a and b summed to exactly 1. Rounded they sum to A and B, up to 1 + 1e-5 over 151,936 rows: as large
     as the KL of two close models.
 
-    Infinite, with a finite gradient (for temperatures of 1e-8 and more), where a gives a token that b excludes, by a logit of
-    -inf, more than 1e-20 x temperature.
+    Infinite where a gives more than 1e-20 x temperature to a token that b excludes by a logit of -inf; its gradient stays finite
+    (for temperatures of 1e-8 and more).
     """
     # log b = LEAST makes a term of about 1e30: report inf. It is added, as assigning it would lose the gradient.
     total = total + torch.where(total > 1e10, torch.inf, 0.0).to(total.dtype)
