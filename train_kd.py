@@ -218,7 +218,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     log, `ce` is that of the tokens learned from: in MiniLLM and in on-policy steps -log q of the student's own samples.
     Raises InputError for a gradient or a held-out loss that is not finite; the student that it comes from is not saved.
     """
-    out, optimizer = Path(out), make_optimizer(student.train(), lr, weight_decay)
+    out = Path(out)
+    optimizer = make_optimizer(student.train(), lr, weight_decay)
     if not gradient_checkpointing:
         use_graphs(student, dtype)
     if loss == "sft":
@@ -244,7 +245,8 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     backward = functools.partial(                                               # of one micro-batch; gradients add up
         forward_backward, student=student, teacher=teacher, divergence=divergence, ratio_clip=ratio_clip,
         pad_id=tokenizer.pad_id, dtype=dtype, checkpointing=gradient_checkpointing)
-    sampler, log = None, Log(out, upto=state["step"])           # sampler: a copy of the student in `dtype`
+    log = Log(out, upto=state["step"])
+    sampler = None                                              # in on-policy steps a copy of the student in `dtype`
     judge = functools.partial(
         evaluate_and_save, student, tokenizer=tokenizer, rows=valid_rows, examples=valid_examples, teacher=teacher,
         divergence=divergence, dtype=dtype, batch_size=batch_size, eval_examples=eval_examples, max_new_tokens=max_new_tokens,
@@ -318,10 +320,10 @@ def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad
             # The teacher first: without graphs, a GPU runs it while the host launches the student.
             teacher_states = teacher.states(batch, ids, mask)                   # [N, D']
         states, targets = scored_positions(student.hidden(ids, checkpointing=checkpointing), ids, mask)         # [N, D], [N]
-        value, ce, kd = head_loss(                              # the teacher's head also where only CE counts: see there
+        loss, ce, kd = head_loss(                              # the teacher's head also where only CE counts: see there
             states, student.head, targets, teacher_states, teacher.head if teacher else None,
             divergence if kd_ratio else None, kd_ratio, weight, policy_loss)
-    value.backward()
+    loss.backward()
     return torch.stack([ce.sum(), kd.sum()])
 
 

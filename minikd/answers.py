@@ -1,21 +1,7 @@
-"""Whether an answer to a problem of mathematics is the right one: compared as text and as a number, without a parser of LaTeX."""
+"""Whether two answers to a problem of mathematics are the same: compared as text and as a number, without a parser of LaTeX."""
 import re
 from decimal import Decimal
 from fractions import Fraction
-
-_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?", re.ASCII | re.IGNORECASE)
-# What does not change an answer, mostly as in the MATH dataset's own comparison (arXiv:2103.03874): pattern -> what replaces it.
-_LATEX = [(r"^(?:####|(?i:(?:final )?answer(?: is)?\s*:))\s*", ""),                                            # Answer: 5
-          (r"\\[dt]?frac\s*", r"\\frac"),
-          (r"\\frac(\d)", r"\\frac{\1}"), (r"\\frac(\{[^{}]*\})(\d)", r"\\frac\1{\2}"),                     # \frac12, \frac1{12}
-          (r"\{,\}", ","), ("\u2212", "-"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),                                # 1{,}000; \sqrt2
-          (r"([\^_])\{(\w)\}", r"\1\2"),                                                                      # 2^{3}, 11_{8}
-          (r"\\(?:left|right)(?![a-z])|(?<!\\)\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|\\degree|°", ""),   # \\ ends a row
-          (r"^[A-Za-z]\s*=(?!=)", ""),
-          (r"^(-?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}))\s*"                                  # a number's unit: m^2, but not e^3 or n^2
-           r"\\(?:text|mbox|mathrm)\{(?! *[eix] *\}| *[a-ln-z] *\}\^)[^{}]*\}(?:\^\d)?$", r"\1"),
-          (r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1"),
-          (r"(?<![\w.])\\frac\{(-?[\w.]+)\}\{(-?[\w.]+)\}(?!\.?\w)", r"\1/\2")]                             # 1/2, x/2
 
 
 def same_answer(a: str, b: str) -> bool:
@@ -31,6 +17,17 @@ def same_answer(a: str, b: str) -> bool:
         return True
     value = _value(a)                                           # only now: long numbers take a while
     return value is not None and value == _value(b)
+
+
+def boxed(text: str) -> str | None:
+    """What the last \\boxed{...} holds, braces balanced; None without one."""
+    *before, inside = re.split(r"\\boxed\s*\{", text)
+    depth = 1
+    for at, letter in enumerate(inside if before else ""):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if depth == 0:
+            return inside[:at].strip()
+    return None
 
 
 def _plain(answer: str) -> str:
@@ -52,12 +49,16 @@ def _value(text: str) -> Fraction | None:
     return top / bottom if bottom else None
 
 
-def boxed(text: str) -> str | None:
-    """What the last \\boxed{...} holds, braces balanced; None without one."""
-    *before, inside = re.split(r"\\boxed\s*\{", text)
-    depth = 1
-    for at, letter in enumerate(inside if before else ""):
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if depth == 0:
-            return inside[:at].strip()
-    return None
+_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?", re.ASCII | re.IGNORECASE)
+# What does not change an answer, mostly as in the MATH dataset's own comparison (arXiv:2103.03874): pattern -> what replaces it.
+_LATEX = [(r"^(?:####|(?i:(?:final )?answer(?: is)?\s*:))\s*", ""),                                            # Answer: 5
+          (r"\\[dt]?frac\s*", r"\\frac"),
+          (r"\\frac(\d)", r"\\frac{\1}"), (r"\\frac(\{[^{}]*\})(\d)", r"\\frac\1{\2}"),                     # \frac12, \frac1{12}
+          (r"\{,\}", ","), ("\u2212", "-"), (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),                                # 1{,}000; \sqrt2
+          (r"([\^_])\{(\w)\}", r"\1\2"),                                                                      # 2^{3}, 11_{8}
+          (r"\\(?:left|right)(?![a-z])|(?<!\\)\\[!,;: ()$\[\]]|\\?%|\^\\circ|\^\{\\circ\}|\\degree|°", ""),   # \\ ends a row
+          (r"^[A-Za-z]\s*=(?!=)", ""),
+          (r"^(-?(?:[\d.,]+|\\frac\{\d+\}\{\d+\}))\s*"                                  # a number's unit: m^2, but not e^3 or n^2
+           r"\\(?:text|mbox|mathrm)\{(?! *[eix] *\}| *[a-ln-z] *\}\^)[^{}]*\}(?:\^\d)?$", r"\1"),
+          (r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1"),
+          (r"(?<![\w.])\\frac\{(-?[\w.]+)\}\{(-?[\w.]+)\}(?!\.?\w)", r"\1/\2")]                             # 1/2, x/2

@@ -9,7 +9,7 @@ from minikd.config import Qwen2Config
 
 
 class KVCache:
-    """Keys and values of the tokens already read, per layer [B, K, S, E], allocated for the whole answer at the start.
+    """Per layer two tensors [B, K, S, E], allocated for the whole answer at the start; keys are held rotated (model.rotate).
 
     A slot is a column of the cache, the same for all rows; `valid` [B, S] says which slots hold a token of the row, or will.
     Prompts are right-padded, so a short one leaves a gap before the first new token: of the prompts a b and c d e f, with the
@@ -80,12 +80,12 @@ class StaticCache(KVCache):
         """Takes over the tensors of a cache that has read its prompts."""
         self.config, self.keys, self.values, self.used = cache.config, cache.keys, cache.values, cache.used
         for slots in self.keys + self.values:
-            slots[:, :, cache.used:] = 0                                        # a masked slot adds 0 x its value: no NaN
+            slots[:, :, cache.used:] = 0                                        # free memory may be NaN, and so 0 x its value
         self.valid, self.lengths = cache.valid, cache.lengths.clone()           # changed in place from here on
         self.slot = torch.full((1,), cache.used, device=cache.valid.device)     # [1] where the next token goes
-        written = torch.arange(self.valid.shape[1], device=self.valid.device) <= self.slot      # and the next one
+        seen = torch.arange(self.valid.shape[1], device=self.valid.device) <= self.slot     # [S] the next token's slot, too
         # [B, S] added to the scores: -inf where a row may not look. Built once, not from a bool mask in every layer.
-        self.bias = torch.where(self.valid & written, 0.0, -torch.inf).to(self.keys[0].dtype)
+        self.bias = torch.where(self.valid & seen, 0.0, -torch.inf).to(self.keys[0].dtype)
         self.parts = make_parts(self.keys[0], self.config.num_attention_heads)
 
     def layer(self, i: int) -> Slots:

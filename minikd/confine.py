@@ -1,5 +1,6 @@
 """Confines a program, from inside: sandbox.py passes this file's text to a bare interpreter, python -I -S -B -c, and calls
-supervise() there. So it may import little, and nothing of minikd.
+supervise() there. So it may import little, and nothing of minikd. Read supervise and _become first; _landlock, _seccomp and the
+tables below them only to change what is allowed. boot is passed on alone, as text, to the interpreter that runs the program.
 
 References
     Landlock    docs.kernel.org/userspace-api/landlock.html
@@ -10,43 +11,6 @@ import ctypes
 import os
 import sys
 import time
-
-# System calls that no answer needs, by their numbers on (x86_64, aarch64). -1: that machine lacks it.
-DENIED = {
-    # new processes, sockets, access to other processes, ways around the filter, folders
-    "fork": (57, -1), "vfork": (58, -1), "socket": (41, 198), "socketpair": (53, 199), "tkill": (200, 130),
-    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
-    "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    "process_madvise": (440, 440), "migrate_pages": (256, 238), "move_pages": (279, 239), "setpriority": (141, 140),
-    "ioprio_set": (251, 30), "io_uring_setup": (425, 425), "bpf": (321, 280), "userfaultfd": (323, 282),
-    "perf_event_open": (298, 241), "seccomp": (317, 277), "landlock_create_ruleset": (444, 444), "unshare": (272, 97),
-    "setns": (308, 268), "mount": (165, 40), "mkdir": (83, -1), "mkdirat": (258, 34),
-    # what outlives the process, or takes memory, disk or the machine's own resources that no limit counts
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "vmsplice": (278, 75), "fallocate": (285, 47), "io_setup": (206, 0),
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "semget": (64, 190),
-    "msgget": (68, 186), "mq_open": (240, 180), "close_range": (436, 436), "openat2": (437, 437), "inotify_init": (253, -1),
-    "inotify_init1": (294, 26), "fanotify_init": (300, 262),
-    # what Landlock does not control in a file: its mode, owner, times, attributes, and before ABI 3 its length
-    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1), "fchown": (93, 55),
-    "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1), "futimesat": (261, -1),
-    "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
-    "file_setattr": (469, 469), "truncate": (76, 45)}
-# System calls judged by one argument: (numbers, the argument's place, its bits that count, values, ONLY these values are allowed
-# or NEVER). SELF is the program's pid: on the same user's other processes, such as the caller, these calls would work too.
-ONLY, NEVER, SELF, ALL = True, False, -1, 0xFFFFFFFF
-JUDGED = {
-    **{name: (numbers, 0, ALL, (0, SELF), ONLY) for name, numbers in {
-        "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "sched_setaffinity": (203, 122),
-        "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274)}.items()},
-    "clone": ((56, 220), 0, 0x10400, (0x10400,), ONLY),     # CLONE_THREAD and CLONE_FILES: a thread
-    "prctl": ((157, 167), 0, ALL, (1, 22), NEVER),          # PR_SET_PDEATHSIG, PR_SET_SECCOMP
-    "fcntl": ((72, 25), 1, ALL, (8, 10, 15, 1024), NEVER),  # F_SETOWN, F_SETSIG, F_SETOWN_EX, which signal others; F_SETLEASE
-    # TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX; others change a file's flags, or make folders
-    "ioctl": ((16, 29), 1, ALL, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), ONLY),
-    "mmap": ((9, 222), 3, 0x21, (0x21,), NEVER),            # MAP_SHARED with MAP_ANONYMOUS: AS stops counting it too early
-    "open": ((2, -1), 1, 0x400000, (0x400000,), NEVER),     # O_TMPFILE: a file without a name
-    "openat": ((257, 56), 2, 0x400000, (0x400000,), NEVER)}
 
 
 def supervise(report, options):
@@ -239,6 +203,44 @@ def _seccomp(libc) -> bool:
     if failed and ctypes.get_errno() not in (22, 38):                   # EINVAL, ENOSYS: a kernel without it
         raise OSError(f"seccomp failed: {os.strerror(ctypes.get_errno())}")
     return not failed
+
+
+# System calls that no answer needs, by their numbers on (x86_64, aarch64). -1: that machine lacks it.
+DENIED = {
+    # new processes, sockets, access to other processes, ways around the filter, folders
+    "fork": (57, -1), "vfork": (58, -1), "socket": (41, 198), "socketpair": (53, 199), "tkill": (200, 130),
+    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
+    "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440), "migrate_pages": (256, 238), "move_pages": (279, 239), "setpriority": (141, 140),
+    "ioprio_set": (251, 30), "io_uring_setup": (425, 425), "bpf": (321, 280), "userfaultfd": (323, 282),
+    "perf_event_open": (298, 241), "seccomp": (317, 277), "landlock_create_ruleset": (444, 444), "unshare": (272, 97),
+    "setns": (308, 268), "mount": (165, 40), "mkdir": (83, -1), "mkdirat": (258, 34),
+    # what outlives the process, or takes memory, disk or the machine's own resources that no limit counts
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "vmsplice": (278, 75), "fallocate": (285, 47), "io_setup": (206, 0),
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "semget": (64, 190),
+    "msgget": (68, 186), "mq_open": (240, 180), "close_range": (436, 436), "openat2": (437, 437), "inotify_init": (253, -1),
+    "inotify_init1": (294, 26), "fanotify_init": (300, 262),
+    # what Landlock does not control in a file: its mode, owner, times, attributes, and before ABI 3 its length
+    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1), "fchown": (93, 55),
+    "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1), "futimesat": (261, -1),
+    "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
+    "file_setattr": (469, 469), "truncate": (76, 45)}
+# System calls judged by one argument: (numbers, the argument's place, its bits that count, values, ONLY these values are allowed
+# or NEVER). SELF is the program's pid: on the same user's other processes, such as the caller, these calls would work too.
+ONLY, NEVER, SELF, ALL = True, False, -1, 0xFFFFFFFF
+JUDGED = {
+    **{name: (numbers, 0, ALL, (0, SELF), ONLY) for name, numbers in {
+        "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "sched_setaffinity": (203, 122),
+        "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274)}.items()},
+    "clone": ((56, 220), 0, 0x10400, (0x10400,), ONLY),     # CLONE_THREAD and CLONE_FILES: a thread
+    "prctl": ((157, 167), 0, ALL, (1, 22), NEVER),          # PR_SET_PDEATHSIG, PR_SET_SECCOMP
+    "fcntl": ((72, 25), 1, ALL, (8, 10, 15, 1024), NEVER),  # F_SETOWN, F_SETSIG, F_SETOWN_EX, which signal others; F_SETLEASE
+    # TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX; others change a file's flags, or make folders
+    "ioctl": ((16, 29), 1, ALL, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), ONLY),
+    "mmap": ((9, 222), 3, 0x21, (0x21,), NEVER),            # MAP_SHARED with MAP_ANONYMOUS: AS stops counting it too early
+    "open": ((2, -1), 1, 0x400000, (0x400000,), NEVER),     # O_TMPFILE: a file without a name
+    "openat": ((257, 56), 2, 0x400000, (0x400000,), NEVER)}
 
 
 def boot():

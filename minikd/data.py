@@ -79,12 +79,12 @@ class Encoded:
 
     def answered(self, ids: list[int], eos_ids) -> "Encoded":
         """The same prompt with a sampled response; cut unless it ends in a stop token."""
-        return Encoded(self.prompt, ids, not ids or ids[-1] not in eos_ids, self.index)
+        return Encoded(self.prompt, ids, cut=not ids or ids[-1] not in eos_ids, index=self.index)
 
     def cut_to(self, length: int) -> "Encoded":
         """This row with its response cut so that prompt and response have at most `length` tokens; the prompt is not cut."""
         room = max(0, length - len(self.prompt))
-        return self if len(self.response) <= room else Encoded(self.prompt, self.response[:room], True, self.index)
+        return self if len(self.response) <= room else Encoded(self.prompt, self.response[:room], cut=True, index=self.index)
 
 
 def encode_examples(examples: list[Example], tokenizer, template: str = "chatml", max_length: int = 512,
@@ -117,7 +117,8 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
             if not tokenizer.eos_ids.isdisjoint(response):
                 counts["dropped: stop token inside"] += 1
                 continue
-            encoded.append(Encoded(prompts[i], response + [tokenizer.end_id], False, start + i).cut_to(max_length))
+            row = Encoded(prompts[i], response + [tokenizer.end_id], cut=False, index=start + i)
+            encoded.append(row.cut_to(max_length))
         if progress:
             progress(len(part))
     counts |= {"encoded": len(encoded), "responses cut": sum(row.cut for row in encoded)}
@@ -144,7 +145,7 @@ def encode_text(texts: list[str], tokenizer, max_length: int = 512) -> list[Enco
         raise ValueError(f"max_length = {max_length}: a row needs a token to score and one before it; give 2 or more")
     rows = []
     for index, text in enumerate(tokenizer.encode_batch(texts)):
-        ids = [tokenizer.pad_id, *text, tokenizer.pad_id]
+        ids = [tokenizer.pad_id, *text, tokenizer.pad_id]                       # pad_id is <|endoftext|>
         rows += [Encoded(prompt=ids[at:at + 1], response=ids[at + 1:at + max_length], cut=at + max_length < len(ids), index=index)
                  for at in range(0, len(ids) - 1, max_length - 1)]
     return rows

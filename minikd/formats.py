@@ -1,5 +1,7 @@
 """A record of one of the paper's datasets -> an example: what is asked, what is learned, what ROUGE compares with.
 
+Read Example, to_example and FORMATS first; the functions between them, one for a format, when you need that format.
+
 A record's format is recognised from its fields; other fields (`id`, `topic`, `instruction_original_en`, ...) are ignored.
 
     dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
@@ -20,11 +22,11 @@ A record's format is recognised from its fields; other fields (`id`, `topic`, `i
                 category                               "alpaca" template (`input` is the other) and all references
 
 Any record may also have a `category` and, if there is no system turn, a `system` (or `system_prompt`). A pair's question includes
-its `context`, `input` or `passage`. A field that would belong to the question but is not shown (a pair's `choices`, `history`,
-images: check_shown) is refused; where the prompt is a list of messages, it repeats what is in them. `reasoning_content` or
-`thinking`, of the answer's turn or of a pair, dolly or alpaca record, is put before the answer in <think> tags. A pair with a
-model's `generation` beside its answer (s1K, distilabel) is refused, as only one of them can be learned. A record is dropped if
-its `finish_reason` says that it was cut, a pair if its `label` is false (KTO).
+its `context`, `input` or `passage`. A field that would belong to the question but is not shown (`history`, a pair's `choices`,
+images: check_shown) is refused; but in a pair whose prompt is a list of messages, `history` and `choices` only repeat what is in
+them. `reasoning_content` or `thinking`, of the answer's turn or of a pair, dolly or alpaca record, is put before the answer in
+<think> tags. A pair with a model's `generation` beside its answer (s1K, distilabel) is refused, as only one of them can be
+learned. A record is dropped if its `finish_reason` says that it was cut, a pair if its `label` is false (KTO).
 
 A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code the targets of
 BugNet and PyTorrent have a frame around the code (lines 46 of process_data_bugnet.py and 53 of process_data_pytorrent.py in
@@ -206,11 +208,6 @@ def with_passage(record: dict, where: str, asked: str, prompt=None) -> str:
     return asked if contained else f"{asked}\n\n{more}"
 
 
-DISTILLED = ("generation", "generations", "r1_generation", "deepseek_solution", "deepseek_attempt", "thinking_trajectories",
-             "reannotated_messages")
-MEDIA = "image", "images", "video", "videos", "audio", "audios"
-
-
 def check_shown(record: dict, where: str, *names: str,
                 fault: str = "would not be shown to the model; write it into the question, and remove the field"):
     """Raises InputError if one of these fields, which are not read, holds something."""
@@ -261,6 +258,9 @@ def _held_out(record, where):
     return messages, *_alpaca(record, where, field="references")[1:]            # its instruction, input and answers
 
 
+DISTILLED = ("generation", "generations", "r1_generation", "deepseek_solution", "deepseek_attempt", "thinking_trajectories",
+             "reannotated_messages")
+MEDIA = "image", "images", "video", "videos", "audio", "audios"
 THOUGHTS = "reasoning_content", "thinking"                      # fields of a turn, or of a record with one answer
 MODES = "true", "false", "on", "off", "yes", "no", "none", "0", "1"              # some hold there whether a model thought
 TOOLS = "tool", "tool_call", "tool_response", "function", "function_call", "observation"       # roles of turns

@@ -1,6 +1,7 @@
 """Batched sampling with a KV cache: prompts of different lengths, several stop ids, finished rows are dropped.
 
-generate_plainly is the whole idea; generate_with_log_probs and Decoding are the same, faster and with more options.
+generate_plainly, with prefill, sample and invert below it, is the whole idea; all that follows is the same, faster and with more
+options.
 
 References
     nucleus sampling                    arXiv:1904.09751
@@ -28,25 +29,6 @@ LOOK = 16                                                       # on a GPU, step
 BLOCK = 128                                                     # tokens of the vocabulary in one block of `invert`
 
 
-def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, temperature: float = 0.0,
-             top_p: float = 1.0, top_k: int = 0, eos_ids=(), seed: int | None = None, **options) -> list[list[int]]:
-    """Continues every prompt; returns the new tokens only, including the stop token if one ended the row.
-
-    temperature  0 is greedy
-    top_k        keep the k likeliest tokens, and any as likely as the last of them; 0 keeps all
-    top_p        then keep the smallest set of likeliest tokens whose probabilities sum to p or more (nucleus)
-    eos_ids      one id or several: a row ends after any of these, or at max_new_tokens without one
-    seed         for this call only: the same call gives the same tokens, whatever ran before (in a 4-bit model on a CPU sums
-                 may be rounded differently after other calls, as it keeps their layout)
-    options      those of generate_with_log_probs
-    The weights may move in memory (layout.laid_out), so do not use an alias made before, such as p.data. Until it returns, other
-    threads may do nothing with the model but generate; they take turns.
-    Raises ValueError for prompts that are empty or not lists of the model's ids, and for options out of their range
-    (check_options); InputError (a ValueError) if the model's logits are not finite.
-    """
-    return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed, **options)[0]
-
-
 @torch.inference_mode()
 def generate_plainly(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
                      top_k: int = 0, eos_ids=(), seed: int = 0) -> list[list[int]]:
@@ -65,6 +47,85 @@ def generate_plainly(model: Qwen2, prompts: list[list[int]], max_new_tokens: int
             if not answer or answer[-1] not in eos_ids:
                 answer.append(token)
     return answers
+
+
+def prefill(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, samples: int) -> tuple[KVCache, Tensor]:
+    """Reads the prompts once -> a cache with room for the answers, `samples` rows per prompt, and the states [B, D] that
+    the first new tokens are drawn from."""
+    device, width = model.head.device, max(map(len, prompts))
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)              # [P]
+    ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)     # [P, T]
+    capacity = -(-(width + max_new_tokens - 1) // 8) * 8    # the last token is never read; a multiple of 8, for masked attention
+    cache = KVCache(model.config, lengths, capacity, model.head.dtype)
+    states = model.hidden(ids, cache)[torch.arange(len(ids), device=device), lengths - 1]   # [P, D]
+    if samples == 1:
+        return cache, states
+    rows = torch.arange(len(ids), device=device).repeat_interleave(samples)                 # [B]
+    cache.keep(rows)
+    return cache, states[rows]
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [B, V] -> a token per row [B] and its log-probability [B]; temperature, then top-k, then top-p apply.
+
+    u  [B] float64, uniform in [0, 1): one random number per row; torch.multinomial would draw one per vocabulary entry
+    """
+    if temperature < GREEDY:
+        top = logits.max(-1)                                    # argmax takes 4 x as long in bfloat16
+        return top.indices, top.values - top.values             # 0; NaN where the largest logit is NaN or infinite
+    if temperature != 1:                                        # at 1, no copy of [B, V] is needed
+        logits = logits.float() / temperature
+    if top_k > 0:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]                      # [B, 1]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.softmax(-1, dtype=torch.float32)                                         # [B, V]
+    if top_p < 1:
+        ranked, order = probs.sort(descending=True)
+        before = ranked.cumsum(-1) - ranked                     # mass of the likelier tokens; the first stays at any top_p
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill((before >= top_p) & (before > 0), 0.0))
+    tokens, total = invert(probs, u[:, None])                                               # [B, 1] each
+    return tokens[:, 0], (probs.gather(1, tokens) / total).log()[:, 0]
+
+
+def invert(probs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse transform sampling: the token [B, 1] at which the running sum of probs [B, V] passes u [B, 1] x their total; and
+    that total [B, 1], which is below 1 after top-p.
+
+    In one line: torch.searchsorted(probs.double().cumsum(-1), u * total, right=True). But a single running sum over 151,936
+    probabilities, in float64 as float32 would lose the tail, takes two to ten times as long as their softmax; on a GPU one block
+    of threads would walk each row. So this searches for the block of 128 tokens, and then within it.
+    """
+    fill = -probs.shape[1] % BLOCK
+    blocks = (F.pad(probs, (0, fill)) if fill else probs).reshape(len(probs), -1, BLOCK)       # [B, V/128, 128]; F.pad copies
+    upto = blocks.sum(-1, dtype=torch.float64).cumsum(-1)       # [B, V/128] mass of each block and of all before it
+    total = upto[:, -1:]                                                                    # [B, 1]
+    goal = u * total                                                                        # [B, 1]
+    at = torch.searchsorted(upto, goal, right=True).clamp_(max=upto.shape[1] - 1)           # right: skips blocks of mass 0
+    inside = blocks.gather(1, at[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)    # [B, 128]
+    before = F.pad(upto, (1, -1))                               # shifted by one block; upto less each mass would round below 0
+    rest = goal - before.gather(1, at)                          # [B, 1] still to pass, within the block
+    rest = rest.minimum(inside[:, -1:] * (1 - 2**-52))          # rounding must not take it past the block's last token
+    tokens = at * BLOCK + torch.searchsorted(inside, rest, right=True)
+    return tokens.clamp_(max=probs.shape[1] - 1), total         # NaNs, of a model that diverged, run past the end
+
+
+def generate(model: Qwen2, prompts: list[list[int]], max_new_tokens: int = 64, temperature: float = 0.0,
+             top_p: float = 1.0, top_k: int = 0, eos_ids=(), seed: int | None = None, **options) -> list[list[int]]:
+    """Continues every prompt; returns the new tokens only, including the stop token if one ended the row.
+
+    temperature  0 is greedy
+    top_k        keep the k likeliest tokens, and any as likely as the last of them; 0 keeps all
+    top_p        then keep the smallest set of likeliest tokens whose probabilities sum to p or more (nucleus)
+    eos_ids      one id or several: a row ends after any of these, or at max_new_tokens without one
+    seed         for this call only: the same call gives the same tokens, whatever ran before (in a 4-bit model on a CPU sums
+                 may be rounded differently after other calls, as it keeps their layout)
+    options      those of generate_with_log_probs
+    The weights may move in memory (layout.laid_out), so do not use an alias made before, such as p.data. Until it returns, other
+    threads may do nothing with the model but generate; they take turns.
+    Raises ValueError for prompts that are empty or not lists of the model's ids, and for options out of their range
+    (check_options); InputError (a ValueError) if the model's logits are not finite.
+    """
+    return generate_with_log_probs(model, prompts, max_new_tokens, temperature, top_p, top_k, eos_ids, seed, **options)[0]
 
 
 @torch.inference_mode()
@@ -174,22 +235,6 @@ def check_options(temperature, top_p, top_k, samples, teacher, mix, vocab, no_re
         raise ValueError(f"generate: mix = {mix} needs a teacher, 0 < mix < 1 and temperature 1")
 
 
-def prefill(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, samples: int) -> tuple[KVCache, Tensor]:
-    """Reads the prompts once -> a cache with room for the answers, `samples` rows per prompt, and the states [B, D] that
-    the first new tokens are drawn from."""
-    device, width = model.head.device, max(map(len, prompts))
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)              # [P]
-    ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)     # [P, T]
-    capacity = -(-(width + max_new_tokens - 1) // 8) * 8                    # to a multiple of 8, for masked attention
-    cache = KVCache(model.config, lengths, capacity, model.head.dtype)
-    states = model.hidden(ids, cache)[torch.arange(len(ids), device=device), lengths - 1]   # [P, D]
-    if samples == 1:
-        return cache, states
-    rows = torch.arange(len(ids), device=device).repeat_interleave(samples)                 # [B]
-    cache.keep(rows)
-    return cache, states[rows]
-
-
 class Decoding:
     """The answers being written: on the device every row's newest token, the caches, and all that was drawn so far; on the
     host what `read` has copied."""
@@ -252,6 +297,17 @@ class Decoding:
         self.u, self.drawn, self.logps = (x.index_select(1, kept) for x in (self.u, self.drawn, self.logps))    # contiguous
 
 
+def ban_repeats(logits: Tensor, histories, n: int):
+    """Sets to -inf, in place, the logits [B, V] of tokens that would repeat an n-gram of the row's history, unless this would
+    ban all tokens."""
+    for row, history in zip(logits, histories):                                             # row: [V]
+        last = history[len(history) - n + 1:]                   # the newest n - 1 tokens; below, what followed them earlier
+        followed = (history[i + n - 1] for i in range(len(history) - n + 1) if history[i:i + n - 1] == last)
+        banned = {token for token in followed if token < len(row)}
+        if 0 < len(banned) < len(row):
+            row[list(banned)] = -torch.inf
+
+
 def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: int, eos_ids, temperature: float = 1.0,
             seed: int = 0, progress=None, **options) -> list[Encoded]:
     """The rows with their responses replaced by the model's own, in the same order; prompts of similar length are batched.
@@ -264,64 +320,9 @@ def respond(model: Qwen2, rows: list[Encoded], batch_size: int, max_new_tokens: 
     with laid_out(model, rows=min(batch_size, len(rows)), steps=max_new_tokens):            # once for all batches
         for turn, at in enumerate(by_length([row.prompt for row in rows], batch_size)):
             responses = generate(model, [rows[i].prompt for i in at], max_new_tokens, temperature, eos_ids=eos_ids,
-                                 seed=seed * 1_000_003 + turn * batch_size, **options)      # room for a million rows
+                                 seed=seed * 1_000_003 + turn * batch_size, **options)      # seeds differ up to a million rows
             for i, response in zip(at, responses, strict=True):             # one each: no `samples`
                 own[i] = rows[i].answered(response, eos_ids)
             if progress:
                 progress(len(at))
     return own
-
-
-def ban_repeats(logits: Tensor, histories, n: int):
-    """Sets to -inf, in place, the logits [B, V] of tokens that would repeat an n-gram of the row's history, unless this would
-    ban all tokens."""
-    for row, history in zip(logits, histories):                                             # row: [V]
-        last = history[len(history) - n + 1:]                   # the newest n - 1 tokens; below, what followed them earlier
-        followed = (history[i + n - 1] for i in range(len(history) - n + 1) if history[i:i + n - 1] == last)
-        banned = {token for token in followed if token < len(row)}
-        if 0 < len(banned) < len(row):
-            row[list(banned)] = -torch.inf
-
-
-def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, u: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [B, V] -> a token per row [B] and its log-probability [B]; temperature, then top-k, then top-p apply.
-
-    u  [B] float64, uniform in [0, 1): one random number per row; torch.multinomial would draw one per vocabulary entry
-    """
-    if temperature < GREEDY:
-        top = logits.max(-1)                                    # argmax takes 4 x as long in bfloat16
-        return top.indices, top.values - top.values             # 0; NaN where the largest logit is NaN or infinite
-    if temperature != 1:                                        # at 1, no copy of [B, V] is needed
-        logits = logits.float() / temperature
-    if top_k > 0:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]                      # [B, 1]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probs = logits.softmax(-1, dtype=torch.float32)                                         # [B, V]
-    if top_p < 1:
-        ranked, order = probs.sort(descending=True)
-        before = ranked.cumsum(-1) - ranked                     # mass of the likelier tokens; 0 for the first, always kept
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill((before >= top_p) & (before > 0), 0.0))
-    tokens, total = invert(probs, u[:, None])                                               # [B, 1] each
-    return tokens[:, 0], (probs.gather(1, tokens) / total).log()[:, 0]
-
-
-def invert(probs: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse transform sampling: the token [B, 1] at which the running sum of probs [B, V] passes u [B, 1] x their total; and
-    that total [B, 1], which is below 1 after top-p.
-
-    In one line: torch.searchsorted(probs.double().cumsum(-1), u * total, right=True). But a single running sum over 151,936
-    probabilities, in float64 as float32 would lose the tail, takes two to ten times as long as their softmax; on a GPU one block
-    of threads would walk each row. So this searches for the block of 128 tokens, and then within it.
-    """
-    fill = -probs.shape[1] % BLOCK
-    blocks = (F.pad(probs, (0, fill)) if fill else probs).reshape(len(probs), -1, BLOCK)       # [B, V/128, 128]; F.pad copies
-    mass = blocks.sum(-1, dtype=torch.float64)                                              # [B, V/128]
-    upto = mass.cumsum(-1)
-    total = upto[:, -1:]                                                                    # [B, 1]
-    goal = u * total                                                                        # [B, 1]
-    at = torch.searchsorted(upto, goal, right=True).clamp_(max=mass.shape[1] - 1)           # right: skips blocks of mass 0
-    inside = blocks.gather(1, at[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)    # [B, 128]
-    rest = goal - F.pad(upto, (1, -1)).gather(1, at)            # [B, 1] still to pass; upto - mass would round below 0
-    rest = rest.minimum(inside[:, -1:] * (1 - 2**-52))          # rounding must not take it past the block's last token
-    tokens = at * BLOCK + torch.searchsorted(inside, rest, right=True)
-    return tokens.clamp_(max=probs.shape[1] - 1), total         # NaNs, of a model that diverged, run past the end

@@ -75,12 +75,12 @@ class Hessian:
 
         H is symmetric: only blocks on and above the diagonal are computed, as this takes most of a calibration's time.
         """
-        x = inputs[mask.bool()].float()                                         # [n, I]; by 0 and 1 it would take these rows
+        x = inputs[mask.bool()].float()                                         # [n, I]; a mask of ints would be taken as indices
         if not len(x):
             return
         before, self.tokens = self.tokens, self.tokens + len(x)
         for at in range(0, len(self.H), PANEL):             # the running mean: H <- (before H + 2 sum x x^T) / tokens
-            rows = self.H[at:at + PANEL, at:]                                 # [b, I - at]
+            rows = self.H[at:at + PANEL, at:]                                   # [b, I - at]
             rows.addmm_(x[:, at:at + PANEL].T, x[:, at:], beta=before / self.tokens, alpha=2 / self.tokens)
 
     def finish(self, where: str = "layer") -> Tensor:
@@ -177,12 +177,12 @@ def quantize_matrix(weight: Tensor, hessian: Tensor, bits: int = 4, group_size: 
             scales[:, at], zeros[:, at] = find_grid(columns[first:first + size].T, bits, sym, clip_search)
         for start in range(first, first + span, block):
             end = min(start + block, first + span)
-            scale, zero = (part[:, order[start:end] // size].T for part in (scales, zeros))     # [n, O] each
+            scale, zero = (part[:, order[start:end] // size].T for part in (scales, zeros))     # [n, O] each: of their groups
             solve = (replayed_columns(end - start, O, bits, W.device) if can_record(W.device) else
                      functools.partial(quantize_columns, bits=bits))
             codes[start:end], errors = solve(columns[start:end], U[start:end, start:end], scale, zero)
             columns[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)        # [I - end, n] [n, O], the lazy update: eq. (4)
-    return codes[order.argsort()].T.contiguous(), scales, zeros
+    return codes[order.argsort()].T.contiguous(), scales, zeros                 # codes: back in the inputs' own order
 
 
 def quantize_columns(columns: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -193,8 +193,8 @@ def quantize_columns(columns: Tensor, U: Tensor, scale: Tensor, zero: Tensor, bi
     codes, errors = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
     for j, w in enumerate(columns):                                             # [O]
         codes[j] = quantize(w, scale[j], zero[j], bits)
-        errors[j] = (w - dequantize(codes[j], scale[j], zero[j])) / U[j, j]         # GPTQ eq. (2), its fraction
-        columns[j + 1:].addr_(U[j, j + 1:], errors[j], alpha=-1)                # and the rest of it, within the block
+        errors[j] = (w - dequantize(codes[j], scale[j], zero[j])) / U[j, j]     # [O] (w_j - q_j) / U_jj
+        columns[j + 1:].addr_(U[j, j + 1:], errors[j], alpha=-1)                # w_k -= error U_jk: GPTQ eq. (2), in the block
     return codes, errors
 
 
@@ -224,9 +224,9 @@ def output_errors(weight: Tensor, quantized: list[Tensor], hessian: Tensor) -> l
     """GPTQ eq. (1) relative to the output: tr((W - Q) H (W - Q)^T) / tr(W H W^T) of each Q [O, I]"""
     def trace(A: Tensor) -> float:
         total = 0.0
-        for at in range(0, len(hessian), PANEL):                                # of a symmetric H, half suffices
+        for at in range(0, len(hessian), PANEL):                                # H is symmetric: from the diagonal on,
             product = (A[:, at:at + PANEL] @ hessian[at:at + PANEL, at:]).mul_(A[:, at:])           # [O, I - at]
-            total += 2 * float(product.sum()) - float(product[:, :PANEL].sum())
+            total += 2 * float(product.sum()) - float(product[:, :PANEL].sum())     # all but the diagonal block counts twice
         return total
 
     W = weight.float()
@@ -250,8 +250,10 @@ def stages(block: Block, rope: dict) -> list:
     def gated(x):                                               # those of down_proj [B, T, W]
         return block.mlp.gated(block.post_attention_layernorm(x))
 
-    return [(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), block.input_layernorm), (("self_attn.o_proj",), heads),
-            (("mlp.gate_proj", "mlp.up_proj"), block.post_attention_layernorm), (("mlp.down_proj",), gated)]
+    return [(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), block.input_layernorm),
+            (("self_attn.o_proj",), heads),
+            (("mlp.gate_proj", "mlp.up_proj"), block.post_attention_layernorm),
+            (("mlp.down_proj",), gated)]
 
 
 @torch.no_grad()

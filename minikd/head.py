@@ -51,11 +51,14 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
         logits, teacher_logits = hidden @ head.T, teacher_hidden @ teacher_head.T           # [N, V] each
         CE, KD = F.cross_entropy(logits, targets, reduction="none"), divergence(logits, teacher_logits)     # [N] each
         return (weight * ((1 - kd_ratio) * CE + kd_ratio * KD)).sum(), CE, KD
+    Instead, for each chunk of tokens this computes the logits, the loss and its gradient G [n, V] with respect to the logits (for
+    CE: softmax - one-hot). While it holds G, it finds its inputs' gradients: dL/dhidden = G head, dL/dhead += G^T hidden.
+    That is why `weight` must be known here; recomputing the logits in the backward pass would cost a second head product.
 
     hidden          [N, D]   the student's states that score a token (scored_positions)
     head            [V, D]   the student's LM head
     targets         [N]      the tokens they score: ids below the rows used
-    teacher_hidden  [N, D']  the teacher's states for the same tokens; neither they nor the next are differentiated
+    teacher_hidden  [N, D']  the teacher's states for the same tokens; constants, as is teacher_head
     teacher_head    [V', D'] the teacher's LM head. If given, CE and KD use only the rows that both heads have
     divergence      any function (student logits [n, V], teacher logits [n, V], or None without a teacher) -> [n], as in
                     losses.py. With kd_ratio 0 its values are only returned, for GRPO's log of entropy and compare_heads' metrics
@@ -63,12 +66,9 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     policy_loss     (log q of the targets [n], at=slice of the N tokens) -> [n], a loss that takes the place of CE, in full:
                     Σ_n weight_n (policy_n + kd_ratio KD_n). The objective of a policy gradient (clipped_surrogate)
     vocab           use only the head's first `vocab` rows, as sampling did
+    chunk_bytes     in place of CHUNK_BYTES
     returns         the loss (differentiable once), and for logs CE [N] and KD [N] of each token
 
-    Instead, for each chunk of tokens this computes the logits, the loss and its gradient G [n, V] with
-    respect to the logits (for CE: softmax - one-hot). While G is in the cache, it yields the gradients of the inputs:
-    dL/dhidden = G head, dL/dhead += G^T hidden. That is why `weight` must be known here; recomputing the logits in the
-    backward pass would cost a second head product.
     Under autocast the student's head multiplies in autocast's dtype; the teacher's always in its own. Losses are
     float32, of float64 inputs too; gradients have their input's dtype.
 
@@ -77,7 +77,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     """
     _check_inputs(hidden, targets, teacher_hidden, teacher_head, divergence, kd_ratio)
     divergence = divergence or no_divergence
-    V = min(vocab or len(head), *(len(x) for x in (head, teacher_head) if x is not None))   # rows of both heads, for CE too
+    V = len(head) if teacher_head is None else min(len(head), len(teacher_head))            # rows of both heads, for CE too
+    V = min(V, vocab or V)
     N, kind = len(hidden), hidden.device.type                                   # kind: "cpu", "cuda"
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, dtype=torch.float32, device=hidden.device)      # as_tensor would wait for a GPU
@@ -233,7 +234,7 @@ def compare_heads(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden:
 
 def _backward_head(grads: Tensor, states: Tensor, head: Tensor, grad_hidden: Tensor | None, grad_head: Tensor | None):
     """From grads [n, V] of the logits: writes grad_hidden [n, D], and adds to grad_head [V, D] in place."""
-    if grads.is_cuda:                               # in one product each, by rows of V and D elements: rows of n are not aligned
+    if grads.is_cuda:       # one product each, all rows of V or D elements; those below have n, which a GPU would read unaligned
         if grad_hidden is not None:
             grad_hidden.copy_(grads @ head)                                     # [n, V] [V, D]
         if grad_head is not None:

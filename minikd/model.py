@@ -98,10 +98,6 @@ class Attention(Branch):
         self.v_proj = Linear(D, self.K * E, bias=True)
         self.o_proj = Linear(self.H * E, D, bias=False)
 
-    def first_and_last(self) -> tuple[list[nn.Module], nn.Module]:
-        """The layers that x enters, which could be one product, and the layer that their results enter."""
-        return [self.q_proj, self.k_proj, self.v_proj], self.o_proj
-
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, slots: Slots | None) -> Tensor:
         return self.o_proj(self.concat_heads(x, cos, sin, slots))               # [B, T, D]
 
@@ -109,17 +105,18 @@ class Attention(Branch):
         """The outputs of all heads side by side, which o_proj multiplies.  [B, T, D] -> [B, T, H E]"""
         B, T, _ = x.shape
         joined = self.one_product(x)
-        if joined is not None:
-            qkv = joined(x)                                                     # [B, T, (H + 2K) E]
+        if joined is None:
+            qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)   # [B, T, (H + 2K) E]
         else:
-            qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)   # the same shape
+            qkv = joined(x)                                                     # the same in one product
         if slots is not None and slots.parts is not None:                       # a GPU's decoding step: one kernel for the rest
             return attend(qkv, cos, sin, slots.keys, slots.values, slots.used, slots.mask, slots.parts)
         heads = qkv.view(B, T, -1, self.E).transpose(1, 2)                      # [B, H + 2K, T, E]
         qk, v = heads.split((self.H + self.K, self.K), dim=1)                   # [B, H + K, T, E], [B, K, T, E]
         rotated = rotate(qk, cos, sin)                                          # [B, H + K, T, E]
-        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:          # else --compile fails at the third T: it keeps
-            rotated = rotated.contiguous()                                      # the first T's strides (autocast copies anyway)
+        # torch.compile keeps the strides of the first T, and fails at the third T without this copy. (Autocast copies anyway.)
+        if torch.compiler.is_compiling() and rotated.dtype == v.dtype:
+            rotated = rotated.contiguous()
         q, k = rotated.split((self.H, self.K), dim=1)                           # [B, H, T, E], [B, K, T, E]
         if slots is not None:
             k, v = slots.write(k, v)                                            # [B, K, s, E]
@@ -128,6 +125,10 @@ class Attention(Branch):
         else:
             y = causal_attention(q, k, v)                                       # [B, T, H, E]
         return y.reshape(B, T, -1)                                              # [B, T, H E]
+
+    def first_and_last(self) -> tuple[list[nn.Module], nn.Module]:
+        """The layers that x enters, which could be one product, and the layer that their results enter."""
+        return [self.q_proj, self.k_proj, self.v_proj], self.o_proj
 
 
 class MLP(Branch):
@@ -140,24 +141,24 @@ class MLP(Branch):
         self.up_proj = Linear(D, W, bias=False)
         self.down_proj = Linear(W, D, bias=False)
 
-    def first_and_last(self) -> tuple[list[nn.Module], nn.Module]:
-        """The layers that x enters, which could be one product, and the layer that their results enter."""
-        return [self.gate_proj, self.up_proj], self.down_proj
-
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.gated(x))                                    # [B, T, D]
 
     def gated(self, x: Tensor) -> Tensor:
         """silu(gate) * up, which down_proj multiplies.  [B, T, D] -> [B, T, W]"""
         joined = self.one_product(x)
-        if joined is not None:
-            gate_up = joined(x)                                                 # [B, T, 2W]
+        if joined is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)                       # [B, T, W] each
+        else:
+            gate_up = joined(x)                                                 # [B, T, 2W], the same in one product
             if can_fuse(gate_up) and gate_up.shape[-1] % 16 == 0:               # one kernel instead of two
                 return silu_up(gate_up)
             gate, up = gate_up.chunk(2, dim=-1)                                 # [B, T, W] each
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)                       # the same shape
         return F.silu(gate) * up                                                # SwiGLU eq. (6)
+
+    def first_and_last(self) -> tuple[list[nn.Module], nn.Module]:
+        """The layers that x enters, which could be one product, and the layer that their results enter."""
+        return [self.gate_proj, self.up_proj], self.down_proj
 
 
 class Block(nn.Module):
@@ -213,7 +214,7 @@ class Body(nn.Module):
         blocks = tuple(self.layers)
         slots = tuple(None if cache is None else cache.layer(i) for i in range(len(blocks)))
         run, count = run_blocks, 1                                              # what runs blocks, and how many at a time
-        if self.compiled and (cache is None or isinstance(cache, StaticCache)):     # a plain cache grows: each step would compile
+        if self.compiled and (cache is None or isinstance(cache, StaticCache)):     # a KVCache's slices grow: each step compiles
             run, count = self.compiled, BLOCKS_PER_GRAPH
         if checkpointing and torch.is_grad_enabled():                           # block by block
             run, count = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False), 1
@@ -227,8 +228,8 @@ class Body(nn.Module):
         """Whether nothing in the body was replaced or hooked (layers.as_built).  more: classes that its layers may have"""
         return as_built(*self.modules(), kinds=(Body, Block, Attention, MLP, RMSNorm, Linear, Embedding, nn.ModuleList, *more))
 
-    def _apply(self, fn, recurse=True):
-        self.graphs = None                                                      # another dtype or device
+    def _apply(self, fn, recurse=True):                                         # what .to(), .cuda() and .half() call
+        self.graphs = None                                                      # they are for the old dtype and device
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
@@ -298,5 +299,5 @@ def cast_copy(model: Qwen2, dtype: torch.dtype, into: Qwen2 | None = None) -> Qw
             into = Qwen2(model.config).to(dtype)
         into = allocate(into, model.head.device).eval().requires_grad_(False)
     into.model.compiled = model.model.compiled
-    into.load_state_dict(model.state_dict())                                    # by name: a mask or an adapter is an error
+    into.load_state_dict(model.state_dict())                                    # by name: what pruning or LoRA adds is an error
     return into
