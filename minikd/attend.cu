@@ -30,6 +30,18 @@ template <int E> struct alignas(16) Shared {
 };
 static_assert(sizeof(Shared<64>) <= 133648 && sizeof(Shared<128>) == 133648, "attend_cuda.py asks for so many bytes");
 
+__device__ __forceinline__ float load_l2(const float* p) {      // what another block wrote: this L1 may hold older values
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+    return v;
+}
+// Adds 1, or resets to 0 at `last`, so that the counter is ready for the next launch; returns the value before. The block that
+// gets `last` sees all that the others wrote before.
+__device__ __forceinline__ u32 count_up(u32* p, u32 last) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(last) : "memory");
+    return before;
+}
 // Joins `count` partial sums of one output, each relative to its own greatest score.
 struct Joined { float sum, most, mass; };
 template <class Sum, class Most, class Mass>

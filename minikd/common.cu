@@ -58,18 +58,6 @@ template <class T> __device__ __forceinline__ void wait_for_previous(const T*& w
     asm volatile("griddepcontrol.wait;" : "+l"(written) :: "memory");
 #endif
 }
-__device__ __forceinline__ float load_l2(const float* p) {      // what another block wrote: this L1 may hold older values
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
-    return v;
-}
-// Adds 1, or resets to 0 at `last`, so that the counter is ready for the next launch; returns the value before. The block that
-// gets `last` sees all that the others wrote before.
-__device__ __forceinline__ u32 count_up(u32* p, u32 last) {
-    u32 before;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(last) : "memory");
-    return before;
-}
 // Brings memory at p into the L2: one line; or, from Hopper on, a range of a multiple of 16 bytes in one instruction.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 __device__ __forceinline__ void prefetch(const void* p, u32 bytes) {

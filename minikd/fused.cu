@@ -70,8 +70,7 @@ __device__ __forceinline__ void cut(Words& v, int left) {
 }
 
 // ---- greedy: the first of the largest logits; 0 is the log-probability, NaN if that logit is infinite or one is NaN.
-// grid (B, blocks of a row, at most 32), 1024 threads.  logits [B, stride], of which the first V of each row count; found
-// [B, 65]: each block's largest, in two words, and at the end how many blocks are done, 0 at first
+// grid (B), 1024 threads.  logits [B, stride], of which the first V of each row count
 
 struct Largest { float logit; int at; };                        // at: the first of its 8 tokens
 __device__ __forceinline__ Largest larger_of(Largest a, Largest b) {    // NaN is larger than any
@@ -84,23 +83,21 @@ __device__ __forceinline__ Largest largest_of(Largest mine) {   // of a warp's l
     return mine;
 }
 
-extern "C" __global__ void __launch_bounds__(1024) draw_largest(const u16* logits, ANSWERS, u32* found, int V,
-                                                               int stride) {
+extern "C" __global__ void __launch_bounds__(1024) draw_largest(const u16* logits, ANSWERS, int V, int stride) {
     __shared__ alignas(16) Largest shared[32];
     const int STEP = 8 * 1024;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, each = ceil_div(V, 8 * gridDim.y) * 8;
-    int begin = blockIdx.y * each, end = min(V, begin + each);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Largest mine = {-infinity(), 0};
-    logits += (long long)blockIdx.x * stride, found += blockIdx.x * 65;
+    logits += (long long)blockIdx.x * stride;
 #pragma unroll 1
-    for (int first = begin + threadIdx.x * 8; first < end; first += 4 * STEP) {
+    for (int first = threadIdx.x * 8; first < V; first += 4 * STEP) {
         Words word[4];                                          // four loads in flight per lane
 #pragma unroll
-        for (int c = 0; c < 4; c++) word[c] = load_if(first + c * STEP < end, (const Words*)(logits + first + c * STEP));
+        for (int c = 0; c < 4; c++) word[c] = load_if(first + c * STEP < V, (const Words*)(logits + first + c * STEP));
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             int token = first + c * STEP;
-            if (token + 8 > end) cut(word[c], end - token);
+            if (token + 8 > V) cut(word[c], V - token);
             u32 pair = max_pair(max_pair(word[c].w[0], word[c].w[1]), max_pair(word[c].w[2], word[c].w[3]));
             mine = larger_of(mine, Largest{low(max_pair(pair, pair >> 16)), token});
         }
@@ -110,16 +107,6 @@ extern "C" __global__ void __launch_bounds__(1024) draw_largest(const u16* logit
     __syncthreads();
     if (warp) return;
     mine = largest_of(shared[lane]);
-    u32 earlier = 0;                                            // blocks of this row that were done before
-    if (lane == 0) {
-        found[2 * blockIdx.y] = __float_as_uint(mine.logit), found[2 * blockIdx.y + 1] = mine.at;
-        earlier = count_up(found + 64, gridDim.y - 1);
-    }
-    if (__shfl_sync(~0u, earlier, 0) < gridDim.y - 1) return;   // the last one joins what all have found
-    __syncwarp();
-    const float* theirs = (const float*)found + 2 * lane;
-    mine = lane < gridDim.y ? Largest{load_l2(theirs), __float_as_int(load_l2(theirs + 1))} : Largest{-infinity(), 0};
-    mine = largest_of(mine);
     if (lane) return;
     Words word = load((const Words*)(logits + mine.at));
     int token = mine.at;

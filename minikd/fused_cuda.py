@@ -10,7 +10,6 @@ from minikd.cuda import available, launch
 
 GREEDY = 1e-6                           # lower temperatures count as 0: dividing by much lower ones would overflow
 MOST_TOKENS = 1 << 18                   # of a vocabulary: fused.cu's PARTS x CHUNKS x CHUNK
-MOST_BLOCKS, ENOUGH = 32, 128           # of a row where the largest logit is drawn; of all rows
 
 
 def can_fuse(x: Tensor) -> bool:
@@ -35,25 +34,18 @@ def add_and_normalise(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple
     return total, normed
 
 
-def draw_tokens(logits: Tensor, u: Tensor, at: Tensor, tokens: Tensor, drawn: Tensor, logps: Tensor, found: Tensor,
-                temperature: float) -> None:
+def draw_tokens(logits: Tensor, u: Tensor, at: Tensor, tokens: Tensor, drawn: Tensor, logps: Tensor, temperature: float) -> None:
     """The next token of every row as generate.sample draws it without top-k and top-p, written where generate.Decoding needs it.
 
     logits [B, V], u [max_new_tokens, B] float64; in place: at [B], the newest token's index in its answer, tokens [B], that
-    token, drawn [max_new_tokens, B], logps [max_new_tokens, B] float64. All but logits are contiguous.  found  from make_found
+    token, drawn [max_new_tokens, B], logps [max_new_tokens, B] float64. All but logits are contiguous.
     """
     (B, V), answers = logits.shape, (at, tokens, drawn, logps)
     if temperature < GREEDY:
-        blocks = max(1, min(MOST_BLOCKS, ENOUGH // B, V // 4096))                           # of a row
-        launch("draw_largest", logits.device, (B, blocks), 1024, logits, *answers, found, V, logits.stride(0))
+        launch("draw_largest", logits.device, (B, 1), 1024, logits, *answers, V, logits.stride(0))
     else:
         launch("draw", logits.device, (B, 1), 512, logits, u, *answers, V, logits.stride(0),
                ctypes.c_float(math.log2(math.e) / temperature))
-
-
-def make_found(rows: int, device: torch.device) -> Tensor:
-    """Where the blocks that draw a row's token leave what they found: the kernel leaves it ready for the next step."""
-    return torch.zeros(rows, 2 * MOST_BLOCKS + 1, dtype=torch.int32, device=device)
 
 
 def can_draw(logits: Tensor) -> bool:
@@ -65,4 +57,4 @@ def can_draw(logits: Tensor) -> bool:
 operator = functools.partial(torch.library.custom_op, device_types="cuda")
 silu_up = operator("minikd::silu_up", multiply_by_silu, mutates_args=())
 add_norm = operator("minikd::add_norm", add_and_normalise, mutates_args=())
-draw_on_gpu = operator("minikd::draw", draw_tokens, mutates_args=("at", "tokens", "drawn", "logps", "found"))
+draw_on_gpu = operator("minikd::draw", draw_tokens, mutates_args=("at", "tokens", "drawn", "logps"))

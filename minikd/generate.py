@@ -19,7 +19,7 @@ from minikd.cache import KVCache, StaticCache
 from minikd.data import Encoded, by_length
 from minikd.decode_cuda import OneKernel, fits
 from minikd.errors import InputError
-from minikd.fused_cuda import GREEDY, can_draw, draw_on_gpu, make_found
+from minikd.fused_cuda import GREEDY, can_draw, draw_on_gpu
 from minikd.graphs import Replay, can_record
 from minikd.layout import head_logits, laid_out, torch_products
 from minikd.losses import log_mix, log_probs
@@ -146,7 +146,7 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
              LOOK steps, and drops finished rows when half have finished. Default: where can_record. True on a CPU runs such
              steps without a graph (for tests). In bfloat16 their sums are rounded differently: of tokens that are nearly as
              likely, another may be drawn
-    one_kernel  with `graphs`: where decode_cuda.fits, one kernel computes the hidden states, and of bfloat16 layers the logits
+    one_kernel  with `graphs`: where decode_cuda.fits, one kernel computes the hidden states
     """
     check_options(temperature, top_p, top_k, samples, teacher, mix, vocab, no_repeat_ngram_size)
     models = [model, teacher] if mix else [model]
@@ -161,11 +161,11 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
     u = torch.rand(max_new_tokens, count, generator=generator, dtype=torch.float64, device=device)
     graphs = (can_record(device) if graphs is None else graphs) and not no_repeat_ngram_size
 
-    def logits_of(each, decoding):
-        """The models' logits, [B, V] each -> those [B, V] that the next tokens are drawn from."""
-        logits = each[0][:, :vocab]                                                         # [B, V]
+    def logits_of(states, decoding):
+        """The models' states [B, D] -> the logits [B, V] that the next tokens are drawn from."""
+        logits = head_logits(model, states[0])[:, :vocab]                                   # [B, V]
         if mix:
-            logq, logp = log_probs(logits, each[1], temperature=1.0)
+            logq, logp = log_probs(logits, head_logits(teacher, states[1]), temperature=1.0)
             logits = log_mix(logp, logq, mix)                   # MiniLLM eq. (4), over the rows that both heads have
         if no_repeat_ngram_size:
             written = (prompts[i // samples] + decoding.answers[i] for i in decoding.alive)
@@ -178,14 +178,13 @@ def generate_with_log_probs(model: Qwen2, prompts: list[list[int]], max_new_toke
             stack.enter_context(laid_out(each, rows=count, steps=max_new_tokens))
         caches, states = zip(*(prefill(each, prompts, max_new_tokens, samples) for each in models))
         stack.enter_context(torch_products(model.head, count))
-        readers = models
         if graphs:
             caches = [StaticCache(cache) for cache in caches]
         if graphs and one_kernel:
-            readers = [OneKernel(each, cache) if fits(each, count) else each for each, cache in zip(models, caches)]
-        decoding = Decoding(readers, caches, [head_logits(*pair) for pair in zip(models, states)], logits_of,
-                            (temperature, top_p, top_k), u)
-        step, look = Replay(decoding.step, graphs and device.type == "cuda"), LOOK if graphs else 1
+            models = [OneKernel(each, cache) if fits(each, count) else each for each, cache in zip(models, caches)]
+        decoding = Decoding(models, caches, states, logits_of, (temperature, top_p, top_k), u)
+        step = Replay(decoding.step, on=graphs and device.type == "cuda")
+        look = LOOK if graphs else 1                            # steps between two reads
         for done in range(1, max_new_tokens):                   # tokens drawn so far, the first by Decoding()
             if done == 1 or done % look == 0:                   # at 1: all may have stopped at once
                 going = decoding.read(done, stops)              # the rows that are not finished
@@ -240,30 +239,28 @@ class Decoding:
     """The answers being written: on the device every row's newest token, the caches, and all that was drawn so far; on the
     host what `read` has copied."""
 
-    def __init__(self, models, caches, first, logits_of, sampling: tuple[float, float, int], u: Tensor):
-        """first  each model's logits [B, V] after the prompts.   logits_of  (each model's logits, self) -> logits [B, V]
-        sampling  temperature, top_p, top_k.   u  [max_new_tokens, B]"""
+    def __init__(self, models, caches, states, logits_of, sampling: tuple[float, float, int], u: Tensor):
+        """logits_of  (states, self) -> logits [B, V].   sampling  temperature, top_p, top_k.   u [max_new_tokens, B]"""
         self.models, self.caches, self.logits_of, self.sampling, self.u = models, caches, logits_of, sampling, u
         self.answers, self.answer_logps = ([[] for _ in range(u.shape[1])] for _ in range(2))
         self.alive = list(range(u.shape[1]))                                # which answer each row writes
         self.seen = 0                                                       # tokens of each row that `read` has copied
         self.at = torch.full_like(u[0], -1, dtype=torch.long)               # [B] index of the newest token in its answer: equal
                                                                             # in all rows, but the GPU's kernel wants one each
-        self.tokens, self.found = torch.zeros_like(self.at), make_found(len(self.at), u.device)     # [B], see draw_tokens
+        self.tokens = torch.zeros_like(self.at)                                             # [B]
         self.drawn, self.logps = torch.zeros_like(u, dtype=torch.long), torch.zeros_like(u)     # [max_new_tokens, B]
-        self.draw(first)
+        self.draw(states)
 
     def step(self):
         """The next token of every row. It reads and writes only tensors at fixed addresses, so that a graph can replay it."""
-        ids = self.tokens[:, None]                                                          # [B, 1]
-        self.draw([model.next_logits(ids) if isinstance(model, OneKernel) else head_logits(model, model.hidden(ids, cache)[:, 0])
+        self.draw([model.hidden(self.tokens[:, None], cache)[:, 0]                          # [B, D] of each model
                    for model, cache in zip(self.models, self.caches)])
 
-    def draw(self, each):
-        """A token per row from the models' logits, [B, V] each: into `tokens`, and with its log-probability into the answers."""
-        logits, (temperature, top_p, top_k) = self.logits_of(each, self), self.sampling     # [B, V]
+    def draw(self, states):
+        """A token per row from the models' states [B, D]: into `tokens`, and with its log-probability into the answers."""
+        logits, (temperature, top_p, top_k) = self.logits_of(states, self), self.sampling   # [B, V]
         if (temperature < GREEDY or top_k == 0 and top_p == 1) and can_draw(logits):        # the rest by one kernel on a GPU
-            return draw_on_gpu(logits, self.u, self.at, self.tokens, self.drawn, self.logps, self.found, temperature)
+            return draw_on_gpu(logits, self.u, self.at, self.tokens, self.drawn, self.logps, temperature)   # in place, as below
         self.at += 1
         now = self.at[:1]                                           # the same for all rows
         tokens, logps = sample(logits, temperature, top_p, top_k, self.u.index_select(0, now)[0])       # [B], [B]
@@ -296,7 +293,7 @@ class Decoding:
         kept = torch.tensor(rows, device=self.u.device)                                     # [b]
         for cache in self.caches:
             cache.keep(kept)
-        self.at, self.tokens, self.found = self.at[kept], self.tokens[kept], self.found[kept]
+        self.at, self.tokens = self.at[kept], self.tokens[kept]
         self.u, self.drawn, self.logps = (x.index_select(1, kept) for x in (self.u, self.drawn, self.logps))    # contiguous
 
 

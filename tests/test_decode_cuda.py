@@ -1,6 +1,4 @@
 """decode.cu, run on a CPU by ptx.py, against the plain decoder."""
-import random
-import re
 from contextlib import contextmanager
 
 import pytest
@@ -22,7 +20,7 @@ from ptx import Driver, places
 
 def make(bits: int, seed: int = 0, group: int = 128, sym: bool = True, **shape) -> Qwen2:
     """A small model in bfloat16, all weights random, its layers joined as on a GPU."""
-    sizes = dict(vocab_size=304, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    sizes = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, initializer_range=0.15)
     model, generator = Qwen2(Qwen2Config(**sizes | shape)).init_weights(seed).eval(), torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
@@ -51,10 +49,9 @@ def on_cpu(gpu, monkeypatch) -> Driver:
         original(one, *given)
         one.blocks = min(gpu.blocks, one.step.I // 8)
         tables = {name: one.held[name] for name in ("layers", "cos", "sin")}
-        gpu.weights = places(*tables.values(), one.model.model.embed_tokens.weight,
+        gpu.weights = places(*tables.values(), one.body.embed_tokens.weight,
                              *(tensor for *weights, _, _ in one.weights for tensor in weights))
-        gpu.weights = sorted(set(gpu.weights))                                  # a tied head is the embedding
-        gpu.writable = places(one.logits, *(tensor for name, tensor in one.held.items() if name not in tables),
+        gpu.writable = places(*(tensor for name, tensor in one.held.items() if name not in tables),
                               *(tensor for *_, keys, values in one.weights for tensor in (keys, values)))
 
     def launched(name, device, grid, threads, step, **options):
@@ -71,13 +68,10 @@ def error_of(found, exact) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-ONE, slow = dict(num_hidden_layers=1), pytest.mark.slow
-SHAPES = {"one head": ONE | dict(head_dim=128, num_attention_heads=1, num_key_value_heads=1, seed=1),
+ONE = dict(num_hidden_layers=1)
+SHAPES = {"one head": ONE | dict(head_dim=128, num_attention_heads=1, num_key_value_heads=1),
           "wide heads": dict(head_dim=128, num_attention_heads=2, num_key_value_heads=1),
-          "odd sizes": ONE | dict(hidden_size=72, intermediate_size=616, num_attention_heads=3, num_key_value_heads=1,
-                                  tie_word_embeddings=False),
-          "many tasks": ONE | dict(hidden_size=200, intermediate_size=520, vocab_size=1008, num_attention_heads=8, seed=1)}
-SHAPES["odd vocabulary"] = SHAPES["odd sizes"] | dict(vocab_size=300)          # no multiple of 16: the kernel leaves the head out
+          "odd sizes": ONE | dict(hidden_size=72, intermediate_size=616, num_attention_heads=3, num_key_value_heads=1)}
 SHAPES_W4 = {"small": ONE | dict(hidden_size=128, intermediate_size=256),
              "teams": ONE | dict(hidden_size=128, intermediate_size=1152, num_attention_heads=8, num_key_value_heads=1,
                                  head_dim=64),
@@ -85,19 +79,14 @@ SHAPES_W4 = {"small": ONE | dict(hidden_size=128, intermediate_size=256),
                                                 sym=False)}
 
 
-@pytest.mark.parametrize("bits, shape, prompt, order, blocks, team", [
-    pytest.param(16, "one head", 460, "turns", 8, None, marks=slow),
-    pytest.param(16, "wide heads", 84, "last", 2, None, marks=slow), (16, "odd sizes", 1, "last", 2, None),
-    pytest.param(16, "odd vocabulary", 100, "first", 3, None, marks=slow),
-    *(pytest.param(16, "many tasks", 5, order, blocks, team, marks=slow)
-      for team, (order, blocks) in enumerate([("turns", 2), ("last", 2), ("first", 3), ("turns", 5), ("last", 8)])),
-    pytest.param(4, "teams", 40, "turns", 2, None, marks=slow),
-    pytest.param(4, "zeros, groups of 256", 7, "last", 2, None, marks=slow),
-    *(pytest.param(4, "zeros, groups of 256", 7, order, blocks, team, marks=slow)
-      for team, (order, blocks) in enumerate([("last", 4), ("first", 2), ("turns", 3), ("last", 2), ("turns", 2)]))])
-def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, prompt, order, blocks, team):
-    """With 8 blocks the head's keys form 8 parts; with 2, each head's form one, too long to read at once. At 84 tags wrap.
-    team: 2^team warps work on every task, not as many as `plan` chooses"""
+@pytest.mark.parametrize("bits, shape, prompt, order, blocks", [
+    pytest.param(16, "one head", 460, "turns", 8, marks=pytest.mark.slow),
+    pytest.param(16, "wide heads", 127, "last", 2, marks=pytest.mark.slow),
+    (16, "odd sizes", 1, "last", 2), pytest.param(16, "odd sizes", 100, "first", 3, marks=pytest.mark.slow),
+    pytest.param(4, "teams", 40, "turns", 2, marks=pytest.mark.slow),
+    pytest.param(4, "zeros, groups of 256", 7, "last", 2, marks=pytest.mark.slow)])
+def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, prompt, order, blocks):
+    """With 8 blocks the head's keys form 8 parts; with 2, each head's form one, too long to read at once. At 127 tags wrap."""
     model, on_cpu.order, on_cpu.blocks = make(bits, **(SHAPES if bits == 16 else SHAPES_W4)[shape]), order, blocks
     exact = Qwen2(model.config).double().eval()
     exact.load_state_dict(weights_of(model))
@@ -108,15 +97,9 @@ def test_a_step_by_one_kernel_is_as_exact_as_the_plain_one(on_cpu, bits, shape, 
             theirs.copy_(ours)                                                  # the same keys and values for all three
         assert fits(model, 1)
         models = model, OneKernel(model, caches[1]), exact
-        for product in models[1].step.products if team is not None else ():
-            product.bits = team
         plain, one, right = (each.hidden(torch.tensor([[7]]), cache) for each, cache in zip(models, caches))
         assert one.shape == plain.shape == (1, 1, model.config.hidden_size)
         assert error_of(one, right) < 1.3 * error_of(plain, right) < 0.03
-        assert (models[1].logits is None) == (bits == 4 or shape == "odd vocabulary")
-        if models[1].logits is not None:
-            exactly = right[0] @ exact.head.T
-            assert error_of(models[1].logits, exactly) < 1.3 * error_of(plain[0] @ model.head.T, exactly)
         for ours, theirs in zip(caches[1].keys + caches[1].values, caches[2].keys + caches[2].values):
             assert error_of(ours[:, :, prompt], theirs[:, :, prompt]) < 0.02
             assert torch.equal(ours[:, :, :prompt].double(), theirs[:, :, :prompt]) and (ours[:, :, prompt + 1:] == 0).all()
@@ -132,7 +115,7 @@ def test_a_block_may_be_held_up_before_it_reads_what_all_have_sent(on_cpu):
     on_cpu.blocks, prompt, woken = 8, [[3, 1, 4, 1, 5]], []
     caches = [StaticCache(prefill(model, prompt, 8, 1)[0]) for _ in range(2)]
     one = OneKernel(model, caches[1])
-    words, tag = one.held["wide"][48:56].numpy(), len(prompt[0]) * 3 + 2        # of that block, in layer 0
+    words, tag = one.held["wide"][48:56].numpy(), len(prompt[0]) * 2 + 1        # of that block, in layer 0
 
     def asleep(warp, polls) -> bool:
         woken.extend([True] * (polls == 500))                                   # nobody else can go on
@@ -151,30 +134,9 @@ def weights_of(model: Qwen2) -> dict:
     return weights | {f"{name}.weight": layer.weight() for name, layer in model.named_modules() if isinstance(layer, W4Linear)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bits, seed", [(16, 0), (16, 1), (4, 2)])
-def test_blocks_may_be_held_up_at_any_time(on_cpu, bits, seed):
-    """At every time half of the blocks, others after some while, run only when no other can."""
-    model = make(bits, **SHAPES_W4["teams"] | dict(num_hidden_layers=3, hidden_size=128, intermediate_size=256, seed=seed))
-    on_cpu.blocks, prompt, dice, held = 6, [[3, 1, 4, 1, 5]], random.Random(seed), set()
-    caches = [StaticCache(prefill(model, prompt, 8, 1)[0]) for _ in range(2)]
-    one = OneKernel(model, caches[1])
-
-    def asleep(warp, polls) -> bool:
-        if dice.random() < 1e-4:
-            held.clear(), held.update(dice.sample(range(6), 3))
-        return warp.block.at[0] in held and polls < 200
-
-    on_cpu.asleep = asleep
-    with torch.inference_mode():
-        for token in 7, 8:
-            plain, found = (each.hidden(torch.tensor([[token]]), cache) for each, cache in zip((model, one), caches))
-            assert error_of(found, plain.double()) < 0.04
-
-
-@pytest.mark.parametrize("bits", [pytest.param(16, marks=slow), 4])
+@pytest.mark.parametrize("bits", [pytest.param(16, marks=pytest.mark.slow), 4])
 def test_generate_by_one_kernel_gives_the_plain_path_s_tokens(on_cpu, monkeypatch, bits):
-    model = make(bits, seed=23, initializer_range=0.4, **SHAPES_W4["small"])
+    model = make(bits, seed=16, initializer_range=0.4, **SHAPES_W4["small"])
 
     @contextmanager
     def laid_out(model, rows, steps):
@@ -201,7 +163,6 @@ def test_fits_refuses_what_the_kernel_does_not_support(on_cpu):
     model.model.layers[1].mlp.joined = None
     assert not fits(model, 1)
     assert not fits(joined(model).float(), 1)
-    assert not fits(make(16, hidden_size=16, intermediate_size=16, num_hidden_layers=65), 1)
     four = make(4, hidden_size=256, intermediate_size=256)
     assert fits(four, 1)
     watched = four.model.layers[0].mlp.register_forward_hook(lambda *_: None)          # which the kernel would not call
@@ -218,15 +179,13 @@ def test_the_kernel_does_not_fit_a_cpu():
 
 def test_the_sizes_are_those_of_decode_cu():
     source = SOURCES[0].with_name("decode.cu").read_text()
-    for name in "WIDEST SPLITS LAYERS PART".split():
-        assert re.search(rf"\b{name} = {getattr(decode_cuda, name)}[,;]", source)
+    assert f"WIDEST = {decode_cuda.WIDEST}, SPLITS = {decode_cuda.SPLITS}, BIASES = {decode_cuda.BIASES};" in source
     assert f"WARPS = {decode_cuda.THREADS // 32}, THREADS = 32 * WARPS" in source
-    assert "sizeof(Shared<WEIGHTS>) <= 227 << 10," in source and decode_cuda.SHARED == 227 << 10
+    assert f"sizeof(Shared) == {decode_cuda.SHARED}," in source
 
 
 @pytest.mark.parametrize("name, bits, expected", [
-    ("0.5B", 16, (4, 3, 4, 4)), ("1.5B", 16, (4, 3, 3, 3)), ("3B", 16, (3, 3, 4, 3)),
+    ("0.5B", 16, (4, 3, 1, 4)), ("1.5B", 16, (4, 3, 3, 3)), ("3B", 16, (3, 3, 4, 3)),
     ("0.5B", 4, (3, 2, 1, 4)), ("1.5B", 4, (4, 3, 2, 3)), ("3B", 4, (3, 3, 2, 3))])
 def test_the_teams_are_those_that_were_fastest(name, bits, expected):
-    """But for the 0.5B's gate/up: there they were 1, before a ring held weights of several products."""
-    assert tuple(one.bits for one in decode_cuda.plan(shapes.SHAPES[name], bits == 4, 132)[:4]) == expected
+    assert decode_cuda.team_bits(shapes.SHAPES[name], bits == 4, 132) == expected

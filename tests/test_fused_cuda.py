@@ -7,11 +7,11 @@ from conftest import small
 from fake_gpu import gpu as played
 from minikd import attend_cuda, fused_cuda, generate as generating, layout
 from minikd.cuda import launch
-from minikd.fused_cuda import add_and_normalise, can_draw, can_fuse, draw_tokens, make_found, multiply_by_silu
+from minikd.fused_cuda import add_and_normalise, can_draw, can_fuse, draw_tokens, multiply_by_silu
 from minikd.generate import generate_with_log_probs, sample
 from ptx import places
 
-WRITES = {"silu_up": [1], "add_norm": [3, 4], "draw": [2, 3, 4, 5], "draw_largest": [1, 2, 3, 4, 5],
+WRITES = {"silu_up": [1], "add_norm": [3, 4], "draw": [2, 3, 4, 5], "draw_largest": [1, 2, 3, 4],
           "attend_64": [5, 6, 7, 8]}           # which tensors a kernel writes
 
 
@@ -61,9 +61,7 @@ def draw(logits, u, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     B = len(logits)
     at, tokens, drawn = torch.zeros(B).long(), torch.full((B,), -7), torch.full((3, B), -7)
     logps = torch.full((3, B), 7.0, dtype=torch.float64)
-    found = make_found(len(logits), logits.device)
-    draw_tokens(logits, torch.stack([1 - u, u, 1 - u]), at, tokens, drawn, logps, found, temperature)
-    assert (found[:, -1] == 0).all()                                            # ready for the next step
+    draw_tokens(logits, torch.stack([1 - u, u, 1 - u]), at, tokens, drawn, logps, temperature)
     assert (at == 1).all() and torch.equal(drawn[1], tokens) and (drawn[::2] == -7).all() and (logps[::2] == 7).all()
     return tokens, logps[1]
 
