@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from statistics import median_high
 
@@ -47,8 +48,12 @@ def programs() -> list[tuple]:
 
 def processes() -> int:
     """How many there are of any sandbox."""
-    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    return sum(b"def boot(" in line or b"def supervise(" in line for line in lines)
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):                                     # it has ended meanwhile
+            line = path.read_bytes()
+            count += b"def boot(" in line or b"def supervise(" in line
+    return count
 
 
 def left(folder: str) -> int:

@@ -93,7 +93,7 @@ def test_flops_are_two_a_parameter_and_token():
 @pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux only")
 def test_a_process_of_the_sandbox_that_is_left_is_counted():
     with ThreadPoolExecutor(1) as pool:
-        running, most = pool.submit(run_program, "import time\ntime.sleep(1)", timeout=5), 0
+        running, most = pool.submit(run_program, "import time\ntime.sleep(1)", timeout=60), 0
         while not running.done():
             most = max(most, sandbox.processes())
     assert most >= 2 and running.result().status == "ok"        # the supervisor and the program
