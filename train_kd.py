@@ -320,7 +320,7 @@ def forward_backward(batch: list[Encoded], *, student: Qwen2, weight: float, pad
             # The teacher first: without graphs, a GPU runs it while the host launches the student.
             teacher_states = teacher.states(batch, ids, mask)                   # [N, D']
         states, targets = scored_positions(student.hidden(ids, checkpointing=checkpointing), ids, mask)         # [N, D], [N]
-        loss, ce, kd = head_loss(                              # the teacher's head also where only CE counts: see there
+        loss, ce, kd = head_loss(                               # the teacher's head also where only CE counts: see there
             states, student.head, targets, teacher_states, teacher.head if teacher else None,
             divergence if kd_ratio else None, kd_ratio, weight, policy_loss)
     loss.backward()

@@ -4,6 +4,8 @@
 """
 from pathlib import Path
 
+from benchmarks.measure import make_parser
+
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"Base": "#c7c7c7", "SFT": "#7f7f7f", "KD": "#1f77b4", "on-policy": "#d62728"}
 ERROR = dict(capsize=3, error_kw=dict(elinewidth=1))
@@ -39,7 +41,7 @@ def draw_losses(axes):
     """Every loss from the same start: how near the student's own answers are to the teacher's distribution, and how right."""
     rows = table("distill_table.txt")
     kinds = {name: "SFT" if "SFT" in name else "on-policy" if "on-policy" in name or name == "MiniLLM" else "KD" for name in rows}
-        labels = {"SFT": ("fine-tuning: the start,\nand 400 updates more", (30, 82.5)),
+    labels = {"SFT": ("fine-tuning: the start,\nand 400 updates more", (30, 82.5)),
               "KD": ("five divergences,\non the data's answers", (18, 93)),
               "on-policy": ("MiniLLM and two more,\non the student's own", (11, 96))}
     for kind, (label, place) in labels.items():
@@ -69,15 +71,21 @@ def draw_grpo(axes):
     axes.legend(loc="upper center", ncols=2, frameon=False)
 
 
-def main():
+def draw():
+    """The picture, a matplotlib Figure of three panels."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(14, 4), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, 3), (draw_domains, draw_losses, draw_grpo)):
-        draw(axes)
+    for axes, fill in zip(figure.subplots(1, 3), (draw_domains, draw_losses, draw_grpo)):
+        fill(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def main():
+    make_parser(__doc__).parse_args()
     path = RESULTS.parents[1] / "docs" / "results.png"
-    figure.savefig(path, dpi=110)
+    draw().savefig(path, dpi=110)
     print(path)
 
 

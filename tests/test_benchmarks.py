@@ -1,14 +1,16 @@
 """The GPU benchmark runs from end to end, on a CPU, in small shapes; so does minikd's side of the steps that are compared with
 trl's."""
+import importlib
 import importlib.util
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu as script, grpo_step, kd_step, on_policy_step, sandbox, sft_step
+from benchmarks import figures, gpu as script, grpo_step, kd_step, on_policy_step, sandbox, sft_step
 from conftest import small
 from fake_gpu import gpu
 from minikd.checkpoint import save_model
@@ -26,6 +28,30 @@ def run_script(monkeypatch):
         script.main()
 
     return run
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(script.__file__).parent.glob("*.py")))
+def test_every_script_says_what_it_measures(name, monkeypatch, capsys):
+    try:
+        module = importlib.import_module(f"benchmarks.{name}")
+    except ModuleNotFoundError as missing:                      # a peer
+        pytest.skip(str(missing))
+    if hasattr(module, "main"):
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+        assert ended.value.code == 0 and module.__doc__.split()[1] in capsys.readouterr().out
+
+
+def test_the_readmes_picture_shows_the_results():
+    pytest.importorskip("matplotlib")
+    domains, losses, answers = figures.draw().axes
+    heights = lambda axes: sorted(bar.get_height() for bar in axes.patches)
+    toy, distilled, grpo = (figures.table(f"{name}_table.txt") for name in ("toy", "distill", "grpo"))
+    assert heights(domains) == sorted(row[model][0] for row in toy.values() for model in ("Base", "SFT", "KD"))
+    assert heights(answers) == sorted(row[how][0] for row in grpo.values() for how in ("sampled", "greedy"))
+    dots = sorted(tuple(map(float, dot)) for line in losses.lines for dot in line.get_xydata() if line.get_marker() == "o")
+    assert dots == sorted((row["sequence KL"][0], row["ROUGE-L"][0]) for row in distilled.values() if "sequence KL" in row)
 
 
 @pytest.mark.slow
