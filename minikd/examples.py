@@ -57,21 +57,19 @@ def load_examples(paths, format: str | None = None, limit: int | None = None, pr
 def _examples(file: Path, format: str | None, report: Report) -> Iterator[Example]:
     report.files.append((str(file), sha256(file)))
     name = format                                               # the last record's format
-
-    def refuse(error):
-        if name != "pytorrent":                                 # needs --format where a file begins with a corrupt line
-            raise error
-        report.dropped["malformed"] += 1
-        report.first_bad = report.first_bad or str(error)
-
-    for where, record in read_records(file, refuse):
-        name = format or recognise(record) or name              # if a field is missing, the last record's format
+    for where, record in read_records(file, (dict, InputError)):
         try:
+            if isinstance(record, InputError):
+                raise record
+            name = format or recognise(record) or name          # if a field is missing, the last record's format
             yield to_example(record, where, name)
         except Dropped as error:
             report.dropped[error.reason] += 1
         except InputError as error:
-            refuse(error)
+            if name != "pytorrent":                             # needs --format where a file begins with a corrupt line
+                raise
+            report.dropped["malformed"] += 1
+            report.first_bad = report.first_bad or str(error)
 
 
 def load_texts(paths) -> tuple[list[str], list[tuple[str, str]]]:

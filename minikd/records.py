@@ -5,7 +5,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -138,15 +138,14 @@ def check_text(value, where: str, what: str):
         raise InputError(f"{where}: {what} holds half a character (a lone surrogate); fix its escapes")
 
 
-def read_records(path, refuse: Callable[[InputError], None] | None = None,
-                 kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str, dict]]:
+def read_records(path, kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str, dict]]:
     """Streams (where, record) from every file that data_files finds; where is "file.jsonl:812", "file.json:record 3" or
     "file.parquet:row 3".
 
-    refuse  called with the error of a malformed line, which is then skipped. Errors after which nothing more can be
-            read (a broken gzip, an unclosed quote in a csv) are raised all the same.
-    kinds   the types that a record may have: eval_rouge.py also takes strings, and so the lines of a .txt, empty ones included
-    Raises InputError naming file and line.
+    kinds  the types that a record may have. With str: also the lines of a .txt, empty ones included. With InputError: in the
+           place of a malformed record its error, which is raised otherwise.
+    Raises InputError naming file and line. After some errors (a broken gzip, an unclosed quote in a csv) nothing more can be
+    read: these are raised always.
     """
     readers = {".jsonl": _json_lines, ".json": _json_file, ".csv": _csv_rows, ".parquet": _parquet_rows}
     readers |= {".txt": _text_lines} if str in kinds else {}
@@ -159,14 +158,11 @@ def read_records(path, refuse: Callable[[InputError], None] | None = None,
         check_pointer(file)
         read = 0
         for read, (where, record) in enumerate(reader(file), 1):
-            if isinstance(record, kinds):
-                yield where, record
-                continue
-            if not isinstance(record, InputError):              # readers yield an error that they can read past
+            if not isinstance(record, (*kinds, InputError)):    # readers yield an error that they can read past
                 record = InputError(f"{where}: a record is an object with named fields, not {kind_of(record)}; fix it")
-            if refuse is None:
+            if not isinstance(record, kinds):
                 raise record
-            refuse(record)
+            yield where, record
         if not read:
             raise InputError(f"{file}: holds no records; check that it was written or downloaded completely")
 
@@ -208,13 +204,14 @@ def _text_lines(file: Path):
 
 def _json_lines(file: Path):
     for number, line in _lines(file):
-        if line.strip(b"\xef\xbb\xbf \t\r\n"):
+        text = line.strip(b"\xef\xbb\xbf \t\r\n")
+        if number == 1 and text in (b"[", b"{") and ".json" not in file.suffixes:
+            yield f"{file}:1", InputError(f"{file}:1: not a record, but the beginning of a JSON value over many lines; "
+                                          "rename the file to end in .json")
+        elif text:
             try:
                 yield f"{file}:{number}", _parse(line.rstrip(b"\r\n"), file, number)
             except InputError as error:
-                if number == 1 and ".json" not in file.suffixes and line.strip(b"\xef\xbb\xbf \t\r\n") in (b"[", b"{"):
-                    error = InputError(f"{file}:1: not a record, but the beginning of a JSON value over many lines; rename the "
-                                       "file to end in .json")
                 yield f"{file}:{number}", error
 
 

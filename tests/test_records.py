@@ -111,11 +111,11 @@ def test_a_broken_file_is_one_line_that_says_where(tmp_path, name, content, word
     assert words in refusal(load_examples, tmp_path / name)
 
 
-def test_a_record_of_another_type_is_an_error_or_is_told_and_passed_over(tmp_path):
+def test_a_record_of_another_type_is_an_error_that_is_raised_or_yielded(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"a": 1}\n[2]\n{"a": 3}\n')
     assert "d.jsonl:2: a record is an object" in refusal(list, read_records(tmp_path / "d.jsonl"))
-    told = []
-    assert [record["a"] for _, record in read_records(tmp_path / "d.jsonl", told.append)] == [1, 3] and len(told) == 1
+    (_, first), (_, error), (_, last) = read_records(tmp_path / "d.jsonl", (dict, InputError))
+    assert (first, last) == ({"a": 1}, {"a": 3}) and isinstance(error, InputError)
 
 
 # ---- folders and the hub
