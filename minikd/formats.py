@@ -2,31 +2,11 @@
 
 Read Example, to_example and FORMATS first; the functions between them, one for a format, when you need that format.
 
-A record's format is recognised from its fields; other fields (`id`, `topic`, `instruction_original_en`, ...) are ignored.
-
-    dolly       instruction, context, response         databricks-dolly-15k; in Spanish, split es of
-                                                       argilla/databricks-dolly-15k-curated-multilingual
-    alpaca      instruction, input, output             `output`, as dolly's `response`, may be a list of references: so in
-                                                       MiniLLM/dolly (its `prompt` repeats the question, and is not read)
-    chat        messages [{role, content}]             the last assistant turn is the answer
-    sharegpt    conversations [{from, value}]          the same under the names human and gpt; not a `chosen` beside it
-    pair        prompt, question, problem or query;    trl's, OpenOrca's, GSM8K's, MATH's, MetaMathQA's;
-                completion, response, solution         either part is a text or messages
-                or answer
-    bugnet      fail, pass, error, original_status,    alexjercan/bugnet; `change` (replace, insert, delete) belongs to
-                language                               the answer and is not read
-    pytorrent   summary or docstring,                  Zenodo 4546290, *.jsonl.gz shards
-                original_string or code
-    codeforces  messages or prompt; generation         open-r1/codeforces-cots: C++, or Python in the folders *_py
-    held-out    messages, instruction, references,     what train_kd.py held out: chat records that keep the two parts of the
-                category                               "alpaca" template (`input` is the other) and all references
-
-Any record may also have a `category` and, if there is no system turn, a `system` (or `system_prompt`). A pair's question includes
-its `context`, `input` or `passage`. A field that would belong to the question but is not shown (`history`, a pair's `choices`,
-images: check_shown) is refused; but in a pair whose prompt is a list of messages, `history` and `choices` only repeat what is in
-them. `reasoning_content` or `thinking`, of the answer's turn or of a pair, dolly or alpaca record, is put before the answer in
-<think> tags. A pair with a model's `generation` beside its answer (s1K, distilabel) is refused, as only one of them can be
-learned. A record is dropped if its `finish_reason` says that it was cut, a pair if its `label` is false (KTO).
+A record's format is recognised from its fields; those that no function reads (`id`, `topic`, ...) are ignored. But what would
+belong to the question and is not shown (`history`, a pair's `choices`, images), or is another answer than the one that is learned
+(a `generation` beside a pair's), is refused (check_shown). Any record may have a `category` and, if there is no system turn, a
+`system` (or `system_prompt`). `reasoning_content` or `thinking`, of the answer's turn or of a pair, dolly or alpaca record, is put
+before the answer in <think> tags.
 
 A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code the targets of
 BugNet and PyTorrent have a frame around the code (lines 46 of process_data_bugnet.py and 53 of process_data_pytorrent.py in
@@ -187,7 +167,7 @@ def _pair(record, where):
     for role, names in zip(("user", "assistant"), PAIR):
         name = next((name for name in names if not absent(record.get(name))), names[0])
         part = record.get(name)
-        if not isinstance(part, list):
+        if not isinstance(part, list):                          # (messages hold their passage and choices themselves)
             text = text_field(record, where, *names)
             if role == "user":
                 text = with_passage(record, where, text, record.get("prompt"))
@@ -269,15 +249,17 @@ PAIR = [("prompt", "question", "problem", "query"), ("completion", "response", "
 # In the order they are tried: (record, where) -> (messages, instruction, input, answers), as in Example; and the fields
 # that identify the format, one of each tuple.
 FORMATS = {
+    # What train_kd.py held out: the two parts of the "alpaca" template, and all references, beside the conversation.
     "held-out": (_held_out, [("messages",), ("instruction",), ("references",), ("category",)]),
-    "codeforces": (_codeforces, [("messages", "prompt"), ("generation",)]),
-    "chat": (_chat, [("messages",)]),
-    "sharegpt": (_sharegpt, [("conversations",)]),            # before dolly: Magpie has its first turn as a Dolly record too
+    "codeforces": (_codeforces, [("messages", "prompt"), ("generation",)]),         # open-r1/codeforces-cots
+    "chat": (_chat, [("messages",)]),                           # the last assistant turn is the answer
+    "sharegpt": (_sharegpt, [("conversations",)]),              # before dolly: Magpie has its first turn as a Dolly record too
+    # databricks-dolly-15k; in Spanish argilla/databricks-dolly-15k-curated-multilingual
     "dolly": (partial(_alpaca, more=("context", "input"), field="response"), [("instruction",), ("response",)]),
-    "alpaca": (_alpaca, [("instruction",), ("output",)]),
-    "pair": (_pair, PAIR),
-    "bugnet": (_bugnet, [("fail",), ("pass",)]),
-    "pytorrent": (_pytorrent, [("summary", "docstring"), ("original_string", "code")]),
+    "alpaca": (_alpaca, [("instruction",), ("output",)]),       # in MiniLLM/dolly `prompt` repeats the question
+    "pair": (_pair, PAIR),                                      # trl's, OpenOrca's, GSM8K's, MATH's, MetaMathQA's
+    "bugnet": (_bugnet, [("fail",), ("pass",)]),                # alexjercan/bugnet; its `change` belongs to the answer
+    "pytorrent": (_pytorrent, [("summary", "docstring"), ("original_string", "code")]),         # Zenodo 4546290
 }
 
 
