@@ -98,9 +98,8 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
     progress  called after each part of the examples, with the size of the part
     Raises NothingLeft, an InputError, when nothing is left; InputError for a prompt without a token.
     """
-    counts = {"encoded": 0, "responses cut": 0, "dropped: prompt too long": 0, "dropped: stop token inside": 0}
-    encoded, room = [], min(max_prompt_length, max_length - 1)  # room: the most tokens of a prompt
-    shortest = math.inf                                         # of the prompts that are too long, in tokens
+    encoded, too_long, with_stop = [], [], 0                    # too_long: lengths of the dropped prompts
+    room = min(max_prompt_length, max_length - 1)               # the most tokens of a prompt
     for start in range(0, len(examples), ENCODED_AT_ONCE):
         part = examples[start:start + ENCODED_AT_ONCE]
         # Tokenized separately, then joined, because sampling also appends new ids to the prompt's.
@@ -109,23 +108,21 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
         if not all(prompts):
             raise InputError(f"{tokenizer.folder}: a prompt has no tokens; check its chat template")
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-        too_long = [len(prompt) for prompt in prompts if len(prompt) > room]
-        shortest = min([shortest, *too_long])
-        counts["dropped: prompt too long"] += len(too_long)
+        too_long += [len(prompt) for prompt in prompts if len(prompt) > room]
         responses = tokenizer.encode_batch([after_prompt(part[i].response, texts[i]) for i in fitting])
         for i, response in zip(fitting, responses):
-            if not tokenizer.eos_ids.isdisjoint(response):
-                counts["dropped: stop token inside"] += 1
-                continue
-            row = Encoded(prompts[i], response + [tokenizer.end_id], cut=False, index=start + i)
-            encoded.append(row.cut_to(max_length))
+            if tokenizer.eos_ids.isdisjoint(response):
+                row = Encoded(prompts[i], response + [tokenizer.end_id], cut=False, index=start + i)
+                encoded.append(row.cut_to(max_length))
+            else:
+                with_stop += 1
         if progress:
             progress(len(part))
-    counts |= {"encoded": len(encoded), "responses cut": sum(row.cut for row in encoded)}
+    counts = {"encoded": len(encoded), "responses cut": sum(row.cut for row in encoded),
+              "dropped: prompt too long": len(too_long), "dropped: stop token inside": with_stop}
     if examples and not encoded:
-        mend = (f"of the too long, the shortest has {shortest} tokens: raise --max-prompt-length to that, --max-length above it"
-                if counts["dropped: prompt too long"] else
-                "remove the stop tokens from the responses")
+        mend = (f"of the too long, the shortest has {min(too_long)} tokens: raise --max-prompt-length to that, --max-length "
+                "above it" if too_long else "remove the stop tokens from the responses")
         raise NothingLeft(f"none of {len(examples)} examples can be used ({describe_dropped(counts)}); {mend}")
     return encoded, counts
 
