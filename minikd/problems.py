@@ -16,6 +16,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 
 from minikd.data import Encoded
 from minikd.errors import InputError
@@ -24,7 +25,7 @@ from minikd.examples import same_prompt
 from minikd.formats import MEDIA, Dropped, check_shown, text_field, with_passage
 from minikd.files import parse_json
 from minikd.records import absent, check_text, names_of, read_records
-from minikd.toy import held_out
+from minikd.toy import draw
 
 NOISE, UNTAGGED = 0.25, 0.3             # share of the answers with thoughts that have a wrong step; share without thoughts
 
@@ -108,32 +109,18 @@ TASKS = {"sums": sum_problem, "code": program_problem}
 def toy_problems(task: str, count: int, seed: int, test: bool = False) -> list[Problem]:
     """`count` different problems; with `test`, of the test set, which shares no question with the others."""
     return [Problem(({"role": "user", "content": question},), facts)
-            for question, facts, *_ in _draw(task, count, seed, test, once=True)]
+            for question, facts, *_ in draw(TASKS[task], itemgetter(0), count, seed, test, once=True)]
 
 
 def toy_records(task: str, count: int, seed: int, clean: bool = False) -> list[dict]:
     """Records for supervised fine-tuning (train_kd.py reads them), of mixed quality, or with `clean` all right."""
     rng, records = random.Random(seed + 1), []
-    for question, _, right, wrong, bare in _draw(task, count, seed, test=False, once=False):
+    for question, _, right, wrong, bare in draw(TASKS[task], itemgetter(0), count, seed, test=False, once=False):
         answer = wrong if rng.random() < NOISE else right
         if rng.random() < UNTAGGED:
             answer = bare
         records.append({"instruction": question, "context": "", "response": right if clean else answer, "category": task})
     return records
-
-
-def _draw(task: str, count: int, seed: int, test: bool, once: bool) -> list[tuple]:
-    rng, found, seen, tries = random.Random(seed), [], set(), 0
-    while len(found) < count:
-        tries += 1
-        if tries > 20 * len(found) + 1000:
-            raise InputError(f"{task}: there are fewer than {count} different questions; ask for at most {len(found)} "
-                             "(--eval-examples)")
-        drawn = TASKS[task](rng)
-        if held_out(drawn[0]) == test and not (once and drawn[0] in seen):
-            seen.add(drawn[0])
-            found.append(drawn)
-    return found
 
 
 # ---- records

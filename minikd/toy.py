@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from minikd.config import Qwen2Config
+from minikd.errors import InputError
 from minikd.formats import to_example
 from minikd.files import atomic_path
 from minikd.tokenizer import STOPS, Tokenizer
@@ -112,20 +113,28 @@ def held_out(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] < 51       # of 256
 
 
-def records(count: int, seed: int, human: bool = False, test: bool = False) -> list[dict]:
-    """`count` records, domains drawn by SHARES; with `test`, only records of the test set, each prompt once.  Raises ValueError
-    for more prompts than it has, about 510."""
-    rng, world = random.Random(seed), people()
-    found, seen, tries = [], set(), 0
+def draw(make, question, count: int, seed: int, test: bool, once: bool) -> list:
+    """`count` of what make(rng) returns, each with its question(...) in the test set, or with all not in it; with `once`, all
+    questions are different.  Raises InputError where there are fewer."""
+    rng, found, seen, tries = random.Random(seed), [], set(), 0
     while len(found) < count:
         tries += 1
-        if tries > 1000 * (len(found) + 1):
-            raise ValueError(f"toy.records: the test set has only {len(found)} prompts; ask for at most that")
-        entry = record(draw_domain(rng), rng, world, human)
-        if held_out(question(entry)) == test and not (test and question(entry) in seen):
-            seen.add(question(entry))
-            found.append(entry)
+        if tries > 20 * len(found) + 1000:
+            raise InputError(f"there are fewer than {count} different toy questions; ask for at most {len(found)} "
+                             "(--eval-examples)")
+        drawn = make(rng)
+        asked = question(drawn)
+        if held_out(asked) == test and not (once and asked in seen):
+            seen.add(asked)
+            found.append(drawn)
     return found
+
+
+def records(count: int, seed: int, human: bool = False, test: bool = False) -> list[dict]:
+    """`count` records, domains drawn by SHARES; with `test`, only records of the test set (it has about 510 prompts), each
+    prompt once."""
+    world = people()
+    return draw(lambda rng: record(draw_domain(rng), rng, world, human), question, count, seed, test, once=test)
 
 
 def draw_domain(rng: random.Random) -> str:

@@ -66,7 +66,7 @@ def test_questions_of_the_test_are_never_learned_from(task):
 
 
 def test_more_questions_than_there_are_is_one_line():
-    with pytest.raises(InputError, match="sums: there are fewer than 6700 different questions"):
+    with pytest.raises(InputError, match="there are fewer than 6700 different toy questions"):
         toy_problems("sums", 6700, seed=0)
 
 

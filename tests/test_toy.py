@@ -10,6 +10,7 @@ import pytest
 from minikd import toy
 from minikd.checkpoint import save_model
 from minikd.data import encode_examples, prompt_text
+from minikd.errors import InputError
 from minikd.formats import recognise, to_example
 from minikd.model import Qwen2
 from minikd.tokenizer import Tokenizer
@@ -57,7 +58,7 @@ def test_a_test_prompt_is_never_a_training_prompt():
 def test_more_test_prompts_than_the_world_has_are_refused(monkeypatch):
     monkeypatch.setattr(toy, "held_out", lambda text: text == "What does Hugo do?")        # one in the world
     assert len(toy.records(1, seed=3000, test=True)) == 1
-    with pytest.raises(ValueError, match="has only 1 prompts"):
+    with pytest.raises(InputError, match="fewer than 2 different toy questions; ask for at most 1 "):
         toy.records(2, seed=3000, test=True)
 
 
