@@ -21,10 +21,8 @@ def prompt_text(example: Example, tokenizer, template: str = "chatml") -> str:
     """The prompt as text; the response follows it directly.
 
     template  "chatml"  the conversation by the tokenizer's own chat template (Tokenizer.chat), up to where an answer begins
-              "alpaca"  the paper's: preamble, ### Instruction:, ### Input: if there is one, ### Response:
-                        Left out are oddities of its code (tools/process_data_*.py): <|im_start|> without a role before the
-                        preamble, <|im_end|><|im_start|>Assistant: after the last heading (a bare <|im_end|> for
-                        PyTorrent), other headings for each dataset, "C++" in prompts about Python and the reverse.
+              "alpaca"  the paper's, without oddities of its code (tools/process_data_*.py): stray <|im_start|> and <|im_end|>,
+                        headings that differ by dataset, "C++" in prompts about Python and the reverse
     Raises InputError for another template.
     """
     if template == "chatml":
@@ -91,12 +89,11 @@ def encode_examples(examples: list[Example], tokenizer, template: str = "chatml"
                     max_prompt_length: int = 256, progress=None) -> tuple[list[Encoded], dict[str, int]]:
     """Prompt ids and response ids of each example, and counts to print; lengths are in tokens.
 
-    An example is dropped if its prompt exceeds max_prompt_length or leaves no room for a response. A response is cut so
-    that prompt + response <= max_length; a response that is cut has no end token. An example whose response contains a stop token
-    (as code about tokenizers does) is dropped: sampling would stop there, so the tokens after it could never be generated.
+    An example is dropped if its prompt exceeds max_prompt_length or leaves no room for a response, or if its response contains a
+    stop token, where sampling would end. A response is cut so that prompt + response <= max_length; then it has no end token.
 
     progress  called after each part of the examples, with the size of the part
-    Raises NothingLeft, an InputError, when nothing is left; InputError for a prompt without a token.
+    Raises NothingLeft when nothing is left; InputError for a prompt without a token.
     """
     encoded, too_long, with_stop = [], [], 0                    # too_long: lengths of the dropped prompts
     room = min(max_prompt_length, max_length - 1)               # the most tokens of a prompt
@@ -159,11 +156,10 @@ def send(tensor: Tensor, device) -> Tensor:
 
 
 def collate(encoded: list[Encoded], pad_id: int, device="cpu") -> tuple[Tensor, Tensor]:
-    """Rows of prompt + response, as wide as the longest -> ids [B, T] int64 on `device`, and mask [B, T] bool on the CPU.
+    """Rows of prompt + response, padded on the right -> ids [B, T] int64 on `device`, and mask [B, T] bool on the CPU.
 
-    Padded on the right, so that causal attention needs no padding mask. The mask is True on the response's tokens, its
-    end token included; padding is never found by comparing ids with pad_id. The mask stays on the CPU so that scored_positions
-    knows how many tokens are scored without waiting for a GPU.
+    The mask is True on the response's tokens, its end token included; padding is never found by comparing ids with pad_id. It
+    stays on the CPU so that scored_positions knows how many tokens are scored without waiting for a GPU.
     """
     T = max(map(len, encoded))
     ids = torch.full((len(encoded), T), pad_id, device="cpu")                   # [B, T]
@@ -177,10 +173,10 @@ def collate(encoded: list[Encoded], pad_id: int, device="cpu") -> tuple[Tensor, 
 def batch_order(encoded: list[Encoded], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """One epoch's random batches, as positions in `encoded`: each row once, within a batch the shortest rows first.
 
-    It depends on its arguments only, so a resumed run gets batch k without replaying the others. Rows of similar length
-    are not put into one batch, though that would save padding: a step divides by its own scored tokens, so in a batch of
-    only short answers each token would weigh many times more than beside long ones, and the student would learn to be
-    brief. Sorting within a batch keeps the padding of its micro-batches small. The last batch may be smaller.
+    It depends on its arguments only, so a resumed run gets batch k without replaying the others. Rows of similar length are not
+    put into one batch, though that would save padding: a step divides by its own scored tokens, so in a batch of only short
+    answers each token would weigh many times more, and the student would learn to be brief. Sorting within a batch keeps the
+    padding of its micro-batches small.
     """
     rows = list(range(len(encoded)))
     random.Random(f"{seed}:{epoch}").shuffle(rows)              # a str seed gives the same order in every process (sha512)
@@ -188,7 +184,7 @@ def batch_order(encoded: list[Encoded], batch_size: int, seed: int, epoch: int) 
 
 
 def by_length(rows: list, batch_size: int) -> list[list[int]]:
-    """Positions of all rows or prompts, in batches of similar length (little padding), the shortest first: not for training."""
+    """Positions of all rows or prompts, in batches of similar length, the shortest first: not for training."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     return [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
 

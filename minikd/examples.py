@@ -93,8 +93,8 @@ def same_prompt(messages) -> str:
 def split_examples(examples: list, count: int, seed: int = 42) -> tuple[list, list]:
     """(train, validation) of Examples or Problems, each in the given order; the same prompt is never in both.
 
-    The second list has at most `count`: fewer if prompts repeat, as examples with the same prompt stay together. A hash of prompt
-    and seed decides, so that adding or reordering records moves few other records between the lists.
+    The second list has at most `count`: fewer if prompts repeat. A hash of prompt and seed decides, so that adding or reordering
+    records moves few others between the lists.
     Raises InputError when none can be set apart, or none would be left to train on.
     """
     if not 0 <= count < len(examples):

@@ -4,8 +4,7 @@
     code        f(2)=7, f(5)=13: write a program that prints f(x) for the x it reads; tests decide
     codeforces  open-r1/codeforces-cots and open-r1/codeforces: statement, examples, official_tests, limits. -cots has no
                 official_tests: all its tests are in the prompt, so a program that only prints their outputs is rewarded too
-    question    GSM8K, NuminaMath and others: question or problem, or a prompt, also as trl's messages; answer or solution,
-                verl's reward_model {ground_truth}, or tests [{input, output}]
+    question    GSM8K, NuminaMath, verl's and others: one of QUESTIONS; one of ANSWERS, or tests [{input, output}]
 
 The toy students first learn from answers of mixed quality, some wrong and some without thoughts; GRPO then makes the good
 ones more frequent. It strengthens what the student can do already, and teaches no new skill.
@@ -153,8 +152,8 @@ def _shown(test: dict) -> str:
 
 
 def to_problem(record: dict, where: str, format: str | None = None) -> Problem:
-    """One record, of a format or recognised by its fields: a Codeforces statement, or a question with its answer or tests.
-    Raises Dropped where the answer is blank or cannot be compared with others, or the statement is null or blank."""
+    """One record, of a format or recognised by its fields.  Raises Dropped where the answer is blank or cannot be compared with
+    others, or the statement is null or blank."""
     stated = _of_codeforces(record) and not absent(record["description"])
     read = _codeforces if format == "codeforces" or stated and not format else _question
     text, facts = read(record, where)
@@ -232,8 +231,8 @@ def _asked(value) -> str:
 
 
 def _codeforces(record: dict, where: str) -> tuple[str, dict]:
-    """Statement and facts. No tests if comparing outputs cannot decide: several outputs are right, or nearly right ones (as far
-    as the statement says so in usual words), a program of the contest checks or answers, or files are used."""
+    """Statement and facts. No tests if comparing outputs cannot decide: several outputs are right, or nearly right ones (by
+    UNDECIDED), a program of the contest checks or answers, or files are used."""
     title, description, stdin, stdout, interaction, note = (text_field(record, where, name, default="") for name in (
         "title", "description", "input_format", "output_format", "interaction_format", "note"))
     if not description:

@@ -22,9 +22,8 @@ HUB_METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", 
 def data_files(name) -> list[Path]:
     """The files that one --data argument names, or a list of them, in the order they are read.
 
-    It is "data.jsonl", or a folder or hub dataset that holds one data file. If it holds several, "name:choice" names a
-    file, a folder or a glob in it, and all matching files are read: "open-r1/codeforces-cots:solutions_py", or, at a revision,
-    "open-r1/codeforces-cots@main:solutions_py".
+    It is a file, or a folder or hub dataset that holds one; of several, "name:choice" means all that a file's name, a folder or
+    a glob matches: "open-r1/codeforces-cots:solutions_py", or, at a revision, "open-r1/codeforces-cots@main:solutions_py".
     Raises InputError if there is no such file or folder, and as _choose.
     """
     if not isinstance(name, (str, Path)):
@@ -114,7 +113,7 @@ def absent(value) -> bool:
 
 
 def filled(value) -> bool:
-    """Whether a field holds anything: not null, false or 0, no blank text, and no empty list, be it as text in a CSV."""
+    """Whether a field holds more than null, false, 0, a blank text or an empty list (which is text in a CSV)."""
     return value.strip() not in ("", "[]", "{}") if isinstance(value, str) else bool(value) and not absent(value)
 
 

@@ -1,9 +1,8 @@
 """The default data: a small generated world, so that every script runs without a download.
 
-Twelve people have a city, a job, a pet and an age. Records ask about them in English and in Spanish (Dolly's
-fields) and ask for small Python functions (PyTorrent's fields), in the ratio 6 : 3 : 2, after the paper's
-"decreasing context levels". The teacher's records are many and clean. The student's are few and imitate human data:
-some answers are worded differently, and some are wrong. Prompts of the test set are in neither.
+Records ask about twelve people in English and in Spanish (Dolly's fields) and for small Python functions (PyTorrent's), in the
+ratio 6 : 3 : 2, after the paper's "decreasing context levels". The teacher's are many and clean. The student's are few and imitate
+human data: some answers are worded differently, and some are wrong. Prompts of the test set are in neither.
 """
 import hashlib
 import json
@@ -81,11 +80,13 @@ def people(seed: int = 7) -> list[Person]:
     return [Person(name, rng) for name in NAMES]
 
 
-def record(domain: str, rng: random.Random, world: list[Person], human: bool = False) -> dict:
-    """One record, in Dolly's or PyTorrent's fields.
+def record(rng: random.Random, world: list[Person] | None = None, human: bool = False) -> dict:
+    """One record, in Dolly's or PyTorrent's fields, about a world, by default one drawn for it.
 
     human  as people answer: sometimes in other words, sometimes with made-up facts or a wrong line of code
     """
+    domain = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    world = world or people(rng.randrange(10**6))
     other_words, wrong = human and rng.random() < OTHER_WORDS, human and rng.random() < WRONG
     if domain == "code":
         steps = rng.sample(STEPS, 3)
@@ -114,8 +115,8 @@ def held_out(text: str) -> bool:
 
 
 def draw(make, question, count: int, seed: int, test: bool, once: bool) -> list:
-    """`count` of what make(rng) returns, each with its question(...) in the test set, or with all not in it; with `once`, all
-    questions are different.  Raises InputError where there are fewer."""
+    """`count` of what make(rng) returns, whose questions belong to the test set, or do not; with `once`, all are different.
+    Raises InputError where there are fewer."""
     rng, found, seen, tries = random.Random(seed), [], set(), 0
     while len(found) < count:
         tries += 1
@@ -134,20 +135,15 @@ def records(count: int, seed: int, human: bool = False, test: bool = False) -> l
     """`count` records, domains drawn by SHARES; with `test`, only records of the test set (it has about 510 prompts), each
     prompt once."""
     world = people()
-    return draw(lambda rng: record(draw_domain(rng), rng, world, human), question, count, seed, test, once=test)
-
-
-def draw_domain(rng: random.Random) -> str:
-    return rng.choices(list(SHARES), list(SHARES.values()))[0]
+    return draw(lambda rng: record(rng, world, human), question, count, seed, test, once=test)
 
 
 def plain_text(count: int, seed: int) -> list[str]:
     """Text for the student's pretraining, which teaches the language but not the facts: statements about other worlds."""
     rng = random.Random(seed)
-    def statement():
-        entry = record(draw_domain(rng), rng, people(rng.randrange(10**6)), human=True)
-        return entry.get("response") or entry["code"]
-    return [f"{statement()} {statement()}" for _ in range(count)]
+    entries = [record(rng, human=True) for _ in range(2 * count)]
+    said = [entry.get("response") or entry["code"] for entry in entries]
+    return [f"{one} {other}" for one, other in zip(said[::2], said[1::2])]
 
 
 def make_tokenizer(folder, texts: list[str] | None = None) -> Tokenizer:
@@ -176,7 +172,6 @@ def make_tokenizer(folder, texts: list[str] | None = None) -> Tokenizer:
 
 
 def teacher_config(vocab_size: int) -> Qwen2Config:
-    """Three layers of width 128."""
     return Qwen2Config(vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
                        tie_word_embeddings=True, initializer_range=0.08)
