@@ -247,8 +247,7 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
     parts = [("# ", title), ("", description), ("## Input\n", stdin), ("## Output\n", stdout), ("## Interaction\n", interaction),
              *(("## Example\n", _shown(test)) for test in examples), ("## Note\n", note),
              (f"Time limit: {record['time_limit']} seconds. " if not absent(record.get("time_limit")) else "", PYTHON)]
-    shown = {(test["input"], test["output"]) for test in examples}
-    tests = examples + [test for test in tests if (test["input"], test["output"]) not in shown]
+    tests = examples + [test for test in tests if test not in examples]
     facts = {"tests": [] if undecided else tests, "language": "python"} | _limits(record, where)
     return "\n\n".join(heading + text for heading, text in parts if text), facts
 

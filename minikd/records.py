@@ -28,16 +28,15 @@ def data_files(name) -> list[Path]:
     """
     if not isinstance(name, (str, Path)):
         return [file for each in name for file in data_files(each)]
-    path = Path(name).expanduser()
-    if path.exists() and not path.is_dir():
-        return [path]
     base, choice = split_choice(name)
+    path = Path(base).expanduser()
     if not base:                                                # Path("") would be the current folder
         raise InputError(f"{str(name)!r}: names no file or folder to read; give one")
-    path = Path(base).expanduser()
-    if base.endswith((*ENDINGS, ".txt")) and not path.is_dir():                    # runs/data.jsonl is no hub name: do not ask it
-        if path.is_file():
+    if path.exists() and not path.is_dir():
+        if choice:
             raise InputError(f"{name}: {base} is a file, so there is nothing to choose; give {base} alone")
+        return [path]
+    if base.endswith((*ENDINGS, ".txt")) and not path.exists():             # runs/data.jsonl is no hub name: do not ask it
         raise InputError(f"{base}: no such file; check the path (a file of a hub dataset is OWNER/NAME:FILE)")
     on_hub = files_on_hub(base, kind="dataset")
     if on_hub is not None:
@@ -167,21 +166,22 @@ def read_records(path, kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str,
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """(its number, a line) of a file, unpacked, less a BOM."""
     number = 0
     with naming(file):
         try:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as handle:
                 for number, line in enumerate(handle, 1):
-                    yield number, line
+                    yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{file}: is not a valid gzip file ({error}, after line {number}); download it again") from error
 
 
 def _parse(data: bytes, file: Path, first: int = 1):
-    """The JSON value in the lines of a file from `first` on."""
+    """The JSON value in the lines of a file from `first` on, or the InputError that says why there is none."""
     line = first
     try:
-        return parse_json(data)                                 # given bytes, it checks UTF-8 and accepts a BOM
+        return parse_json(data)                                 # given bytes, it checks UTF-8
     except json.JSONDecodeError as error:
         line, reason = line + error.lineno - 1, f"{error.msg}, column {error.colno}"
     except UnicodeDecodeError as error:
@@ -189,13 +189,13 @@ def _parse(data: bytes, file: Path, first: int = 1):
     except ValueError as error:
         reason = str(error)
     near = data.split(b"\n")[line - first][:40]
-    raise InputError(f"{file}:{line}: not JSON ({reason}): {near!r}; fix or remove it")
+    return InputError(f"{file}:{line}: not JSON ({reason}): {near!r}; fix or remove it")
 
 
 def _text_lines(file: Path):
     for number, line in _lines(file):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")         # -sig: less a BOM
+            text = line.decode()
         except UnicodeDecodeError as error:
             raise InputError(f"{file}:{number}: is not UTF-8 ({error}); save it as UTF-8") from error
         yield f"{file}:{number}", text.rstrip("\r\n")
@@ -203,24 +203,19 @@ def _text_lines(file: Path):
 
 def _json_lines(file: Path):
     for number, line in _lines(file):
-        text = line.strip(b"\xef\xbb\xbf \t\r\n")
-        if number == 1 and text in (b"[", b"{") and ".json" not in file.suffixes:
+        if number == 1 and line.strip() in (b"[", b"{") and ".json" not in file.suffixes:
             yield f"{file}:1", InputError(f"{file}:1: not a record, but the beginning of a JSON value over many lines; "
                                           "rename the file to end in .json")
-        elif text:
-            try:
-                yield f"{file}:{number}", _parse(line.rstrip(b"\r\n"), file, number)
-            except InputError as error:
-                yield f"{file}:{number}", error
+        elif line.strip():
+            yield f"{file}:{number}", _parse(line.rstrip(b"\r\n"), file, number)
 
 
 def _json_file(file: Path):
     data = b"".join(line for _, line in _lines(file))
-    try:
-        value = _parse(data, file) if data.strip() else []
-    except InputError as error:
-        if "(Extra data" not in str(error):
-            raise
+    value = _parse(data, file) if data.strip() else []
+    if isinstance(value, InputError):
+        if "(Extra data" not in str(value):
+            raise value
         yield from _json_lines(file)                            # JSON Lines named .json, as the hub often has it
         return
     if isinstance(value, dict):
@@ -232,8 +227,7 @@ def _json_file(file: Path):
 
 def _csv_rows(file: Path):
     csv.field_size_limit(2**31 - 1)                             # the default, 128 KiB, is too little for long texts
-    text = (line.decode("utf-8-sig" if number == 1 else "utf-8") for number, line in _lines(file))    # -sig: less a BOM
-    rows = csv.reader(text, strict=True)                        # strict: an unclosed quote must not swallow the rest
+    rows = csv.reader((line.decode() for _, line in _lines(file)), strict=True)     # an unclosed quote must not swallow the rest
     start = 1                                                   # a record may span lines: name its first
     try:
         header = [name.strip() for name in next(filter(None, rows), [])]    # after blank lines, if any
