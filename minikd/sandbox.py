@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,11 +65,13 @@ class Result:
     stdout   decoded as UTF-8, invalid bytes replaced by U+FFFD; cut at OUTPUT bytes
     stderr   likewise
     seconds  wall-clock time, including the start of both interpreters
+    limits   the active ones, as isolation() returns them
     """
     status: str
     stdout: str
     stderr: str
     seconds: float
+    limits: str = ""
 
 
 # ---- for the caller
@@ -86,7 +88,17 @@ def run_program(source: str, stdin: str = "", timeout: float = 5.0, memory_mb: i
     """
     if not (0 <= timeout <= 1e9 and 0 < memory_mb <= 1e9):
         raise ValueError(f"run_program: timeout = {timeout}, memory_mb = {memory_mb}: give 0 to 1e9, memory_mb above 0")
-    return _run(source, stdin, timeout, memory_mb)[0]
+    if sys.platform != "linux":
+        raise InputError(f"sandbox: programs cannot be confined on {sys.platform}; run them on Linux")
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return _try(source, stdin, timeout, memory_mb)
+        except BlockingIOError as error:                        # before the program began: it could not be given a process
+            if time.monotonic() > end:
+                raise InputError("sandbox: no process can be started, as this machine or container has reached its limit; raise "
+                                 "the limit, or end other processes") from error
+            time.sleep(TICK)
 
 
 def run_programs(jobs, workers: int | None = None) -> list[Result]:
@@ -114,7 +126,7 @@ def isolation() -> str:
     removes private folders that killed processes left."""
     with suppress(PermissionError):                             # a temporary folder that one may not list
         sweep(Path(tempfile.gettempdir()), FOLDER)
-    return _run("", "", 30.0, 512)[1]
+    return run_program("", timeout=30.0).limits
 
 
 def same_output(stdout: str, expected: str) -> bool:
@@ -130,35 +142,19 @@ def same_output(stdout: str, expected: str) -> bool:
 
 # ---- one run, seen from outside
 
-def _run(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
-    """run_program, and the active limits as isolation() returns them."""
-    if sys.platform != "linux":
-        raise InputError(f"sandbox: programs cannot be confined on {sys.platform}; run them on Linux")
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return _try(source, stdin, timeout, memory_mb)
-        except BlockingIOError as error:                        # before the program began: it could not be given a process
-            if time.monotonic() > end:
-                raise InputError("sandbox: no process can be started, as this machine or container has reached its limit; raise "
-                                 "the limit, or end other processes") from error
-            time.sleep(TICK)
-
-
-def _try(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
-    """_run, once.  Raises BlockingIOError if no process can be started now."""
+def _try(source, stdin, timeout, memory_mb) -> Result:
+    """run_program, once.  Raises BlockingIOError if no process can be started now."""
     start = time.monotonic()
     try:
         source, stdin = source.encode(), stdin.encode()
-    except UnicodeEncodeError as error:                         # a lone surrogate
-        return Result("error", "", f"not run: {error}", 0.0), ""
-    if b"\0" in source:                                         # Python 3.10 would run the lines before it
-        return Result("error", "", "not run: a NUL in the source", 0.0), ""
+        if b"\0" in source:                                     # Python 3.10 would run the lines before it
+            raise ValueError("a NUL in the source")
+    except ValueError as error:                                 # or a lone surrogate
+        return Result("error", "", f"not run: {error}", 0.0)
     folder, held = temporary_folder(Path(tempfile.gettempdir(), FOLDER))
     try:
         options = _prepare(folder, source, stdin, timeout, memory_mb)
-        with _supervisor(folder, options) as (process, report):
-            verdict, out, err, said = _watch(process, report, folder, start + timeout)
+        verdict, out, err, said = _supervise(folder, options, start + timeout)
         seconds = time.monotonic() - start
     finally:
         if os.geteuid():                # the program may have locked it. Root can delete it all the same, and might chmod a
@@ -175,7 +171,7 @@ def _try(source, stdin, timeout, memory_mb) -> tuple[Result, str]:
         last = err.rstrip().rpartition("\n")[2]
         memory = code == "1" and last.partition(":")[0] == "MemoryError"
         verdict = "ok" if code == "0" else "memory" if memory else "error"
-    return Result(verdict, out, err, seconds), limits
+    return Result(verdict, out, err, seconds, limits)
 
 
 def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
@@ -200,35 +196,25 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
             "limits": LIMITS | {"RLIMIT_CPU": seconds, "RLIMIT_AS": int(memory_mb * MB)}}
 
 
-@contextmanager
-def _supervisor(folder, options):
-    """The supervisor's process and the pipe it reports on; on exit it and all its descendants are dead."""
+def _supervise(folder, options, deadline) -> tuple[str, bytearray, bytearray, bytearray]:
+    """Runs the supervisor's process -> what _watch returns; then it and all its descendants are dead."""
     report, low = os.pipe()
-    write = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3)          # `low` may be 0, 1 or 2 if the caller closed it; Popen uses these
-    os.close(low)
-    try:
-        with open(f"{folder}/stdin", "rb") as stdin:
-            os.unlink(stdin.name)
+    with open(report, "rb"), open(f"{folder}/stdin", "rb") as stdin:
+        os.unlink(stdin.name)
+        # `low` may be 0, 1 or 2 if the caller closed it; Popen uses these.
+        with open(low, "wb"), open(fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3), "wb") as write:
             process = subprocess.Popen(
-                [options["python"], "-I", "-S", "-B", "-c", f"{_trampoline()}\nsupervise({write}, {options!r})"],
-                stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, pass_fds=[write], env={},
+                [options["python"], "-I", "-S", "-B", "-c", f"{_trampoline()}\nsupervise({write.fileno()}, {options!r})"],
+                stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, pass_fds=[write.fileno()], env={},
                 cwd=folder, start_new_session=True)
-    except BaseException:
-        os.close(report)
-        raise
-    finally:
-        os.close(write)
-    try:
         with process:
             try:
                 if options["uid"] is not None:                  # for a program that opens /dev/stdout by name
                     for stream in process.stdout, process.stderr:
                         os.fchown(stream.fileno(), options["uid"], options["uid"])
-                yield process, report
+                return _watch(process, report, folder, deadline)
             finally:
                 _stop(process)
-    finally:
-        os.close(report)
 
 
 def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray, bytearray]:
@@ -238,7 +224,7 @@ def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray
     """
     out, err, said = bytearray(), bytearray(), bytearray()
     texts = {process.stdout.fileno(): out, process.stderr.fileno(): err, report: said}      # of the streams still open
-    poll, verdict, due = select.poll(), "", 0.0                # due: when to look at the folder next
+    poll, verdict, full, due = select.poll(), "", False, 0.0   # full: the folder, when last looked at; due: when to look next
     for stream in texts:
         poll.register(stream, select.POLLIN)
         os.set_blocking(stream, False)                          # a program may take back what it wrote, between poll and read
@@ -257,15 +243,14 @@ def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray
     def too_long() -> bool:
         return max(len(out), len(err)) > OUTPUT
 
-    while report in texts and said.count(b"\n") < 2 and not verdict:
+    while not verdict:
         read(min(TICK, deadline - time.monotonic()))
+        if report not in texts or said.count(b"\n") == 2:
+            break
         now = time.monotonic()
-        if too_long():
-            verdict = "output"
-        elif now >= due:
-            verdict, due = "disk" if _too_much(folder) else "", now + TICK
-        if now >= deadline and said.count(b"\n") < 2:
-            verdict = verdict or "timeout"
+        if now >= due:
+            full, due = _too_much(folder), now + TICK
+        verdict = "output" if too_long() else "disk" if full else "timeout" if now >= deadline else ""
     _stop(process)
     while not too_long() and read(0):                           # the rest in the pipes; all writers are dead
         pass
