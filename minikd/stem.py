@@ -12,7 +12,6 @@ _IRREGULAR = {"skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "n
               "canning": "canning", "cannings": "canning",
               "proceed": "proceed", "exceed": "exceed", "succeed": "succeed"}       # nltk
 _ENDINGS = frozenset("cdegilmnrstuy")                           # no rule touches a word that ends otherwise
-_SHAPE = bytes(ord("v") if chr(byte) in "aeiou" else byte if byte == ord("y") else ord("c") for byte in range(256))
 
 
 def _rules(table: str) -> dict:
@@ -40,7 +39,7 @@ def porter_stem(word: str) -> str:
     if word in _IRREGULAR:
         return _IRREGULAR[word]
     word = _step1b(_step1a(word))
-    if word[-1] == "y" and len(word) > 2 and _shape(word[:-1]).endswith(b"c"):
+    if word[-1] == "y" and len(word) > 2 and _shape(word[:-1]).endswith("c"):
         word = word[:-1] + "i"                                  # step 1c; nltk: after a consonant, so enjoy stays
     if word.endswith("alli"):
         word = _replace(word, _STEP2["li"], 1)                  # nltk: rationalli -> rational, and step 2 again
@@ -50,24 +49,22 @@ def porter_stem(word: str) -> str:
     return _step5(word) if word[-1] in "el" else word
 
 
-def _shape(word: str) -> bytearray:
-    """'toy' -> b'cvc', 'syzygy' -> b'cvcvcv': a y is a vowel after a consonant. Each 'vc' counts one in Porter's m."""
-    shape = bytearray(word.encode().translate(_SHAPE))
-    y = shape.find(b"y")
-    while y >= 0:                                               # from the left: each y depends on the one before
-        shape[y:y + 1] = b"v" if shape.endswith(b"c", 0, y) else b"c"
-        y = shape.find(b"y", y + 1)
+def _shape(word: str) -> str:
+    """'toy' -> 'cvc', 'syzygy' -> 'cvcvcv': a y is a vowel after a consonant. Each 'vc' counts one in Porter's m."""
+    shape = ""
+    for letter in word:
+        shape += "v" if letter in "aeiou" or letter == "y" and shape[-1:] == "c" else "c"
     return shape
 
 
 def _measure(word: str) -> int:
     """Porter's m, the number of vowel-consonant sequences: tree 0, trouble 1, private 2."""
-    return _shape(word).count(b"vc")
+    return _shape(word).count("vc")
 
 
-def _ends_short(word: str, shape: bytearray) -> bool:
+def _ends_short(word: str, shape: str) -> bool:
     """*o: consonant, vowel, consonant other than w, x, y, as in hop. nltk: also a word that is one vc, as in at."""
-    return shape.endswith(b"cvc") and word[-1] not in "wxy" or shape == b"vc"
+    return shape.endswith("cvc") and word[-1] not in "wxy" or shape == "vc"
 
 
 def _replace(word: str, rules: list, least: int) -> str:
@@ -102,19 +99,19 @@ def _step1b(word: str) -> str:
         return word[:-1] if _measure(word[:-3]) > 0 else word
     stem = word[:-2] if word.endswith("ed") else word[:-3] if word.endswith("ing") else ""
     shape = _shape(stem)
-    if b"v" not in shape:
+    if "v" not in shape:
         return word
     if stem.endswith(("at", "bl", "iz")):
         return stem + "e"
-    if stem[-1] == stem[-2:-1] and shape.endswith(b"c"):        # *d, a double consonant
+    if stem[-1] == stem[-2:-1] and shape.endswith("c"):        # *d, a double consonant
         return stem if stem[-1] in "lsz" else stem[:-1]
-    return stem + "e" if shape.count(b"vc") == 1 and _ends_short(stem, shape) else stem
+    return stem + "e" if shape.count("vc") == 1 and _ends_short(stem, shape) else stem
 
 
 def _step5(word: str) -> str:
     """Drops a final e, and one of two final l's: probate -> probat, cease -> ceas, controll -> control; rate stays."""
     if word.endswith("e"):
         stem, shape = word[:-1], _shape(word[:-1])
-        m = shape.count(b"vc")
+        m = shape.count("vc")
         word = stem if m > 1 or m == 1 and not _ends_short(stem, shape) else word
     return word[:-1] if word.endswith("ll") and _measure(word[:-1]) > 1 else word
