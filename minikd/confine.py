@@ -9,7 +9,7 @@ References
 import _signal                  # the C part of signal: importing the enums of signal.py takes 4 ms
 import ctypes
 import os
-import sys
+import struct
 import time
 
 
@@ -128,17 +128,13 @@ def _uncover(libc, prefix):
     above = [path for path in paths if not os.stat(path).st_mode & 1]
     if not above:
         return
-
-    def mount(source, target, kind, flags, data):
-        source, target, kind, data = (text and text.encode() for text in (source, target, kind, data))
-        return libc.mount(source, target, kind, ctypes.c_ulong(flags), data)
-
+    libc.mount.argtypes = [*3 * [ctypes.c_char_p], ctypes.c_ulong, ctypes.c_char_p]
     os.umask(0o022)
-    failed = libc.unshare(0x20000) or mount(None, "/", None, 0x44000, None)         # CLONE_NEWNS; MS_REC, MS_PRIVATE
+    failed = libc.unshare(0x20000) or libc.mount(None, b"/", None, 0x44000, None)   # CLONE_NEWNS; MS_REC, MS_PRIVATE
     handle = os.open(prefix, os.O_PATH)
-    if not failed and not mount("tmpfs", above[0], "tmpfs", 0, "mode=755,size=64k"):
+    if not failed and not libc.mount(b"tmpfs", above[0].encode(), b"tmpfs", 0, b"mode=755,size=64k"):
         os.makedirs(prefix)
-        failed = mount(f"/proc/self/fd/{handle}", prefix, None, 0x1000, None)       # MS_BIND
+        failed = libc.mount(b"/proc/self/fd/%d" % handle, prefix.encode(), None, 0x1000, None)      # MS_BIND
     os.close(handle)
     if failed or not os.path.exists(f"{prefix}/lib"):
         raise OSError(f"{above[0]} hides this Python from other users; use a Python that all can run, or chmod o+x that folder")
@@ -154,7 +150,7 @@ def _landlock(libc, readable) -> int:
     if abi < 1:
         return 0
     every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1        # all access rights to files that this ABI knows
-    handled = (ctypes.c_uint64 * 3)(every, 3, 3)                # struct landlock_ruleset_attr: files, network, scope
+    handled = struct.pack("QQQ", every, 3, 3)                   # struct landlock_ruleset_attr: files, network, scope
     ruleset = libc.syscall(444, handled, ctypes.c_size_t(8 if abi < 4 else 16 if abi < 6 else 24), 0)
     execute, write, read, read_dir, make, truncate = 1, 2, 4, 8, 256, 1 << 14
     rules = [(path, execute | read | read_dir) for path in readable]
@@ -163,8 +159,8 @@ def _landlock(libc, readable) -> int:
         if os.path.exists(path):
             handle = os.open(path, os.O_PATH)
             allowed &= every if os.path.isdir(path) else execute | read | write
-            rule = allowed.to_bytes(8, sys.byteorder) + handle.to_bytes(4, sys.byteorder)
-            if libc.syscall(445, ruleset, 1, rule, 0):          # landlock_add_rule, LANDLOCK_RULE_PATH_BENEATH
+            # landlock_add_rule, LANDLOCK_RULE_PATH_BENEATH
+            if libc.syscall(445, ruleset, 1, struct.pack("Qi", allowed, handle), 0):
                 raise OSError(f"Landlock refused a rule for {path}: {os.strerror(ctypes.get_errno())}")
             os.close(handle)
     if ruleset < 0 or libc.syscall(446, ruleset, 0):            # landlock_restrict_self
@@ -194,11 +190,8 @@ def _seccomp(libc) -> bool:
             rule += [deny, allow] if only else [allow, deny]    # the first is for none of the values, the second for any
             code += [(equal, 0, len(rule), numbers[machine]), *rule]
     code += [(equal, 0, 1, 435), (end, 0, 0, 0x50026), allow]   # clone3's flags are out of sight: ENOSYS, and libc calls clone
-    word = sys.byteorder
-    raw = b"".join(c.to_bytes(2, word) + bytes([yes, no]) + k.to_bytes(4, word) for c, yes, no, k in code)
-    program = ctypes.create_string_buffer(raw, len(raw))
-    length = int.from_bytes(len(code).to_bytes(2, word) + bytes(6), word)               # struct sock_fprog
-    header = (ctypes.c_uint64 * 2)(length, ctypes.addressof(program))
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in code))    # struct sock_filter
+    header = ctypes.create_string_buffer(struct.pack("HP", len(code), ctypes.addressof(program)))   # struct sock_fprog
     failed = libc.prctl(22, 2, ctypes.addressof(header), 0, 0)          # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
     if failed and ctypes.get_errno() not in (22, 38):                   # EINVAL, ENOSYS: a kernel without it
         raise OSError(f"seccomp failed: {os.strerror(ctypes.get_errno())}")
