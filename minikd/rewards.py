@@ -176,9 +176,8 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
                 max_memory: int = 512) -> Values:
     """1 if the answer's program passes all tests, else 0; with `partial` the fraction it passes.  open-r1 line 511
 
-    The program is the last code block of the answer, or of the whole text if that has no think tags. It can import only the
-    standard library. None if the problem has no tests or wants another language. Tests whose output is more than a program may
-    print (sandbox.OUTPUT bytes or more) are left out.
+    The program is the last code block of the answer, or of the whole text if that has no think tags. None if the problem wants
+    another language or has no tests; those whose output a program cannot print (sandbox.OUTPUT bytes or more) are left out.
     max_seconds and max_memory (MB, but a program has at least 64) cap the problem's own limits.
     The programs of all completions run in parallel, their tests in rounds of 1, 1, 2, 4, .... A program that failed a test runs
     in no later round; with `partial`, one that was stopped in two tests (for its time, its output, ...). Tests that it did not
@@ -209,14 +208,13 @@ def _run_all(runs: set[tuple]) -> dict[tuple, sandbox.Result]:
     itself, but not if it could not start a thread: other programs may have been the reason (sandbox.LIMITS)."""
     if len(_DONE) > 50_000:
         _DONE.clear()
-    known = {run: _DONE[run] for run in runs if run in _DONE}
-    missing = sorted(runs - known.keys())
-    fresh = dict(zip(missing, sandbox.run_programs(missing)))
-    for run, result in fresh.items():
+    missing = sorted(runs - _DONE.keys())
+    results = {run: _DONE[run] for run in runs & _DONE.keys()} | dict(zip(missing, sandbox.run_programs(missing)))
+    for run, result in results.items():
         short = len(result.stdout) + len(result.stderr) <= 10_000
         if short and result.status in ("ok", "error") and "start new thread" not in result.stderr:
             _DONE[run] = result
-    return known | fresh
+    return results
 
 
 REWARDS = {"format": format_reward, "tags": tags_reward, "steps": steps_reward, "length": length_reward,
