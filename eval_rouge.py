@@ -22,11 +22,11 @@ from pathlib import Path
 from minikd.checkpoint import check_vocabulary, has_four_bits, load_model
 from minikd.command import (BY_FIELDS, DTYPES, FOUR_BITS, Parser, Progress, check_positive, fill_defaults, flag_group,
                             flags_of, note_unused, pick_device, pick_dtype, spare_threads)
-from minikd.data import Encoded, describe_dropped, encode_examples
+from minikd.data import describe_dropped, encode_examples
 from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer, read_predictions, read_references, score_answers
 from minikd.examples import load_examples
-from minikd.formats import FORMATS, Example
+from minikd.formats import FORMATS
 from minikd.files import check_writable, write_jsonl
 from minikd.layout import INT8_ROWS, use_int8_head
 from minikd.records import local_files
@@ -38,7 +38,6 @@ SEEDS = [10, 20, 30, 40, 50]                                    # MiniLLM's
 
 
 def make_parser() -> Parser:
-    """Every flag, in groups."""
     parser = Parser(__doc__)
     add = flag_group(parser, "a model's answers", DTYPES + FOUR_BITS)
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
@@ -120,37 +119,18 @@ def check_given(args):
         raise InputError("--seeds with --temperature 0: greedy answers are the same for all seeds; add --temperature 1")
 
 
-def read_prompts(tokenizer, *, data, format, limit, template, max_length,
-                 max_prompt_length) -> tuple[list[Encoded], list[Example]]:
-    """--data -> the rows to ask, and their examples."""
-    examples, report = load_examples(data, format, limit)
-    rows, counts = encode_examples(examples, tokenizer, template, max_length, max_prompt_length)
-    lost = describe_dropped(counts)
-    print(f"{report}{f'; {lost}' if lost else ''}")
-    return rows, [examples[row.index] for row in rows]
-
-
 def model_scores(model, tokenizer, rows, examples, *, seeds, temperature, top_p, top_k, no_repeat_ngram_size, max_new_tokens,
                  batch_size, rouge) -> list[list[dict]]:
-    """score_answers of the model's own answers, one list per seed; a single list if greedy."""
+    """score_answers of the model's own answers to the rows' prompts, one list per seed; a single list if greedy."""
     rounds = []
     seeds = (seeds or SEEDS) if temperature > 0 else [None]
     with Progress("answers", len(seeds) * len(rows)) as progress:
         for seed in seeds:
             texts = answer(model, tokenizer, rows, max_new_tokens, batch_size, temperature, seed=seed or 0, top_p=top_p,
                            top_k=top_k, no_repeat_ngram_size=no_repeat_ngram_size, progress=progress.update)
-            scores = score_answers(texts, examples, rouge)
+            scores = score_answers(texts, [examples[row.index] for row in rows], rouge)
             rounds.append([score if seed is None else {"seed": seed, **score} for score in scores])
     return rounds
-
-
-def file_scores(*, predictions, references, format, rouge) -> list[dict]:
-    """score_answers of --predictions against --references."""
-    texts, examples = read_predictions(predictions), read_references(references, format)
-    if len(texts) != len(examples):
-        raise InputError(f"{predictions}: has {len(texts):,} predictions, but {references} has {len(examples):,} references; "
-                         "give one prediction for each reference")
-    return score_answers(texts, examples, rouge)
 
 
 def show_table(rounds: list[list[dict]], rouge: str):
@@ -173,12 +153,18 @@ def main():
     args = parse_args()
     if args.predictions:
         check_writable(args.out.parent)
-        rounds = [file_scores(**flags_of(file_scores, args))]
+        texts, examples = read_predictions(args.predictions), read_references(args.references, args.format)
+        if len(texts) != len(examples):
+            raise InputError(f"{args.predictions}: has {len(texts):,} predictions, but {args.references} has {len(examples):,} "
+                             "references; give one prediction for each reference")
+        rounds = [score_answers(texts, examples, args.rouge)]
     else:
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device, has_four_bits(args.model))       # first: it says what is no model
         tokenizer = Tokenizer.load(args.model)
-        rows, examples = read_prompts(tokenizer, **flags_of(read_prompts, args))
+        examples, report = load_examples(args.data, args.format, args.limit)
+        rows, counts = encode_examples(examples, tokenizer, args.template, args.max_length, args.max_prompt_length)
+        print("; ".join(filter(None, (str(report), describe_dropped(counts)))))
         model = load_model(args.model, device, dtype)
         check_vocabulary(args.model, model.config, tokenizer)
         spare_threads(model.config)
