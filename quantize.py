@@ -46,7 +46,6 @@ from minikd.w4 import to_w4
 
 
 def make_parser() -> Parser:
-    """Every flag, in groups."""
     parser = Parser(__doc__)
     add = flag_group(parser, "model and data", BY_FIELDS)
     add("--model", toy="runs/toy/kd/best", help="folder or hub name")
@@ -133,11 +132,10 @@ def calibration_rows(paths, tokenizer, samples: int, length: int, template: str,
 
 def describe_calibration(rows: list, samples: int, config) -> str:
     """One line on how much there is to calibrate on, and whether it is little."""
-    tokens, widest, note = sum(map(len, rows)), config.intermediate_size, ""
+    tokens, widest = sum(map(len, rows)), config.intermediate_size
+    note = f" (note: fewer than --samples {samples})" if len(rows) < samples else ""
     if tokens < widest:                                         # then a Hessian of that size has no full rank
         note = f" (note: fewer tokens than the {widest:,} inputs of a layer, so GPTQ can be worse than rounding; give more)"
-    elif len(rows) < samples:
-        note = f" (note: fewer than --samples {samples})"
     return f"calibration: {len(rows):,} rows, {tokens:,} tokens{note}"
 
 
@@ -177,14 +175,12 @@ def check_out(out: Path, tokenizer: Tokenizer):
         raise InputError(f"--out {out}: is or contains the current folder; choose another, or one inside it")
     if out.resolve().is_mount():                                # a container's volume
         raise InputError(f"--out {out}: is a mount point, which cannot be replaced; choose a folder inside it")
-    config, is_file = out / "config.json", out.exists() and not out.is_dir()
-    lost = (file for name in ("*.safetensors", LOG) for file in out.glob(f"**/{name}"))     # perhaps in sft/best/ of a run
-    occupied = is_file or config.exists() or any(lost)
+    lost = any(any(out.glob(name)) for name in ("config.json", "**/*.safetensors", f"**/{LOG}"))    # in a run's sft/best/
     other_tokenizer = any((out / name).is_file() and (out / name).read_bytes() != tokenizer.files.get(name) for name in COPIED)
-    four_bits = False
-    with suppress(InputError):                                  # another method, other bits
-        four_bits = config.exists() and bool(read_quantization(out))
-    if (occupied or other_tokenizer) and not four_bits:
+    four_bits = None
+    with suppress(InputError, NotADirectoryError):              # no config.json; another method, other bits; a file
+        four_bits = read_quantization(out)
+    if (lost or other_tokenizer or out.exists() and not out.is_dir()) and not four_bits:
         raise InputError(f"--out {out}: holds something other than a 4-bit model, which would be replaced; choose a new or empty "
                          "folder")
     if other_tokenizer:                                         # a killed run would leave the new one beside old weights
@@ -200,7 +196,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def measure(model: Qwen2, whole: Teacher, tokenizer: Tokenizer, examples: list, rows: list, answering: torch.dtype, *,
-            batch_size, max_new_tokens, rouge) -> dict:
+            batch_size, max_new_tokens, rouge) -> tuple[float, float, float]:
     """Perplexity (e to the mean CE) and KL(whole || model) in nats, both over the references' tokens, end tokens included; and
     ROUGE-L of its own answers, in the dtype `answering`.
 
@@ -211,8 +207,8 @@ def measure(model: Qwen2, whole: Teacher, tokenizer: Tokenizer, examples: list, 
     if answering != model.head.dtype:                                           # else its codes would be repacked for nothing
         model.to(answering)
     scores = answer_and_score(model, tokenizer, rows, examples, max_new_tokens, 16, rouge)
-    return {"perplexity": math.exp(found["ce"]) if found["ce"] < 700 else math.inf, "KL": found["forward_kl"],
-            "ROUGE-L": mean_by_category(scores)["all"]["rouge_l"]}
+    perplexity = math.exp(found["ce"]) if found["ce"] < 700 else math.inf
+    return perplexity, found["forward_kl"], mean_by_category(scores)["all"]["rouge_l"]
 
 
 def main():
@@ -260,9 +256,9 @@ def main():
         for name, path in {"unquantised": folder, **outs}.items():
             model = whole.model if path == folder else load_model(path, device, dtype)
             answering = pick_dtype(args.dtype, device, model.quantization is not None)      # on a CPU bfloat16 is 20 x as fast
-            found = measure(model, whole, tokenizer, examples, eval_rows, answering, **flags_of(measure, args))
-            print(f"{name:<20}{weight_bytes(path) / 1e6:>10.2f}{found['perplexity']:>12.4f}{found['KL']:>9.4f}"
-                  f"{found['ROUGE-L']:>9.1f}")
+            perplexity, kl, rouge = measure(model, whole, tokenizer, examples, eval_rows, answering,
+                                            **flags_of(measure, args))
+            print(f"{name:<20}{weight_bytes(path) / 1e6:>10.2f}{perplexity:>12.4f}{kl:>9.4f}{rouge:>9.1f}")
             del model                                           # before the next one is loaded
 
 
