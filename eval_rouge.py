@@ -155,8 +155,8 @@ def main():
         check_writable(args.out.parent)
         texts, examples = read_predictions(args.predictions), read_references(args.references, args.format)
         if len(texts) != len(examples):
-            raise InputError(f"{args.predictions}: has {len(texts):,} predictions, but {args.references} has {len(examples):,} "
-                             "references; give one prediction for each reference")
+            raise InputError(f"{args.predictions}: has {len(texts):,} predictions, but {args.references} has "
+                             f"{len(examples):,} references; give one prediction for each reference")
         rounds = [score_answers(texts, examples, args.rouge)]
     else:
         device = pick_device(args.device)
