@@ -176,8 +176,8 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
                 max_memory: int = 512) -> Values:
     """1 if the answer's program passes all tests, else 0; with `partial` the fraction it passes.  open-r1 line 511
 
-    The program is the last code block of the answer, or of the whole text if that has no think tags. None if the problem wants
-    another language or has no tests; those whose output a program cannot print (sandbox.OUTPUT bytes or more) are left out.
+    The program is the last code block of the answer, or of the whole text if that has no think tags. None if the problem
+    wants another language or has no tests; those whose output is sandbox.OUTPUT bytes or more are left out.
     max_seconds and max_memory (MB, but a program has at least 64) cap the problem's own limits.
     The programs of all completions run in parallel, their tests in rounds of 1, 1, 2, 4, .... A program that failed a test runs
     in no later round; with `partial`, one that was stopped in two tests (for its time, its output, ...). Tests that it did not

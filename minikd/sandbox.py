@@ -94,20 +94,17 @@ def run_program(source: str, stdin: str = "", timeout: float = 5.0, memory_mb: i
     while True:
         try:
             return _try(source, stdin, timeout, memory_mb)
-        except BlockingIOError as error:                        # before the program began: it could not be given a process
+        except BlockingIOError as error:                        # before the program began: it was given no process
             if time.monotonic() > end:
-                raise InputError("sandbox: no process can be started, as this machine or container has reached its limit; raise "
-                                 "the limit, or end other processes") from error
+                raise InputError("sandbox: no process can be started, as this machine or container has reached its limit; "
+                                 "raise the limit, or end other processes") from error
             time.sleep(TICK)
 
 
-def run_programs(jobs, workers: int | None = None) -> list[Result]:
-    """Results in the order of the jobs, each a tuple of run_program's arguments.
-
-    workers  programs at a time; by default the cores this process may use, but at least 2, so that an endless loop does
-             not hold up all others
-    """
-    with ThreadPoolExecutor(workers or max(2, cores())) as pool:
+def run_programs(jobs) -> list[Result]:
+    """Results in the order of the jobs, each a tuple of run_program's arguments. As many run at a time as there are cores, but
+    at least 2, so that an endless loop does not hold up all others."""
+    with ThreadPoolExecutor(max(2, cores())) as pool:
         return list(pool.map(lambda job: run_program(*job), jobs))
 
 
@@ -203,10 +200,10 @@ def _supervise(folder, options, deadline) -> tuple[str, bytearray, bytearray, by
         os.unlink(stdin.name)
         # `low` may be 0, 1 or 2 if the caller closed it; Popen uses these.
         with open(low, "wb"), open(fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3), "wb") as write:
-            process = subprocess.Popen(
-                [options["python"], "-I", "-S", "-B", "-c", f"{_trampoline()}\nsupervise({write.fileno()}, {options!r})"],
-                stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, pass_fds=[write.fileno()], env={},
-                cwd=folder, start_new_session=True)
+            source = f"{_trampoline()}\nsupervise({write.fileno()}, {options!r})"
+            process = subprocess.Popen([options["python"], "-I", "-S", "-B", "-c", source], cwd=folder, env={}, stdin=stdin,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+                                       pass_fds=[write.fileno()], start_new_session=True)
         with process:
             try:
                 if options["uid"] is not None:                  # for a program that opens /dev/stdout by name
@@ -224,7 +221,7 @@ def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray
     """
     out, err, said = bytearray(), bytearray(), bytearray()
     texts = {process.stdout.fileno(): out, process.stderr.fileno(): err, report: said}      # of the streams still open
-    poll, verdict, full, due = select.poll(), "", False, 0.0   # full: the folder, when last looked at; due: when to look next
+    poll, verdict, full, due = select.poll(), "", False, 0.0   # due: when to look next whether the folder is too full
     for stream in texts:
         poll.register(stream, select.POLLIN)
         os.set_blocking(stream, False)                          # a program may take back what it wrote, between poll and read
@@ -267,7 +264,7 @@ def _stop(process):
 
 
 def _too_much(folder) -> bool:
-    size = count = 0
+    count = size = 0
     try:
         with os.scandir(folder) as entries:
             for entry in entries:

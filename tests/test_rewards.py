@@ -378,7 +378,7 @@ def nothing_remembered():
 def calls(monkeypatch):
     """What run_programs was asked for; its programs print their own text and the stdin."""
     seen = []
-    def run_programs(jobs, workers=None):
+    def run_programs(jobs):
         seen.append(jobs)
         return [SimpleNamespace(status="ok", stdout=job[0] + job[1], stderr="", seconds=0) for job in jobs]
     monkeypatch.setattr(sandbox, "run_programs", run_programs)
