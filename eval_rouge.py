@@ -14,7 +14,6 @@ if __name__ == "__main__":
     end_at_interrupts()                                         # while torch is imported
 
 import argparse
-import math
 import os
 import statistics
 from pathlib import Path
@@ -78,11 +77,10 @@ def parse_args():
     check_given(args)
     toy = not (args.model or args.predictions)
     fill_defaults(args, parser, toy)
-    if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and min(args.top_k, args.no_repeat_ngram_size) >= 0):
-        raise InputError(f"--temperature {args.temperature}, --top-k {args.top_k}, --no-repeat-ngram-size "
-                         f"{args.no_repeat_ngram_size}, --top-p {args.top_p}: the first three must be at least 0 and finite, "
-                         "--top-p above 0 and at most 1; fix the wrong one")
-    check_positive(args, "limit", "max_length", "max_prompt_length", "max_new_tokens", "batch_size")
+    check_positive(args, "temperature", "top_k", "no_repeat_ngram_size", or_zero=True)
+    check_positive(args, "limit", "max_length", "max_prompt_length", "max_new_tokens", "batch_size", "top_p")
+    if args.top_p > 1:
+        raise InputError(f"--top-p {args.top_p}: is a probability; give one above 0 and at most 1")
     if len(set(args.seeds or ())) < len(args.seeds or ()):
         raise InputError(f"--seeds {args.seeds}: two are the same, so their answers would be too; give each once")
     if toy and not all(Path(path).exists() for path in (args.model, *args.data)):
@@ -91,12 +89,10 @@ def parse_args():
     # A link answers.jsonl, in a folder from elsewhere, may lead to any file of the user's.
     usable = args.model and folder.is_dir() and os.access(folder, os.W_OK) and not (folder / "answers.jsonl").is_symlink()
     args.out = Path(args.out or (folder if usable else Path("runs/eval")) / "answers.jsonl").expanduser()
-    if args.out.is_dir():
-        raise InputError(f"--out {args.out}: is a folder; give a file")
     read = local_files(filter(None, [args.predictions, args.references, *(args.data or [])]))
     if args.out.resolve() in [file.resolve() for file in read]:
         raise InputError(f"--out {args.out}: is one of the files to read; choose another")
-    if args.out.exists() and args.out.suffix != ".jsonl":       # a model's weights, say
+    if args.out.exists() and (args.out.suffix != ".jsonl" or args.out.is_dir()):        # a model's weights, say
         raise InputError(f"--out {args.out}: exists and is not a .jsonl file, so it is not replaced; choose another")
     return args
 

@@ -227,7 +227,7 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
     (["--predictions", "p.txt", "--references", "empty.jsonl"], "empty.jsonl:1: references is an empty list"),
     (["--predictions", "p.txt", "--references", "r.jsonl", "--out", "./p.txt"], "is one of the files to read"),
     (["--predictions", "p.txt", "--references", "r.jsonl", "--out", "r.jsonl"], "is one of the files to read"),
-    (["--predictions", "p.txt", "--references", "r.jsonl", "--out", "d"], "--out d: is a folder; give a file"),
+    (["--predictions", "p.txt", "--references", "r.jsonl", "--out", "d"], "--out d: exists and is not a .jsonl file"),
     (["--model", "m", "--data", "r.jsonl", "--out", "two.txt"], "two.txt: exists and is not a .jsonl file"),
     (["--model", "m", "--data", "n\udcff"], "is not UTF-8; rename"),
     (["--model", "~nobody-here/m", "--data", "~nobody-here/r.jsonl"], "give another path"),
@@ -238,7 +238,8 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
     (["--model", "no/such/model", "--data", "r.jsonl"], "no/such/model: no such folder"),
     (["--model", "m", "--data", "r.jsonl", "--seeds", "1", "2"], "--seeds with --temperature 0"),
     (["--model", "m", "--data", "r.jsonl", "--temperature", "1", "--seeds", "5", "5"], "two are the same"),
-    (["--model", "m", "--data", "r.jsonl", "--temperature", "1", "--top-p", "0"], "--top-p above 0")])
+    (["--model", "m", "--data", "r.jsonl", "--temperature", "1", "--top-p", "0"], "--top-p 0.0: must be above 0"),
+    (["--model", "m", "--data", "r.jsonl", "--temperature", "1", "--top-p", "1.1"], "--top-p 1.1: is a probability")])
 def test_bad_input_is_one_line_that_says_what_and_where(run, tmp_path, flags, said):
     write(tmp_path / "p.txt", PREDICTIONS), write(tmp_path / "two.txt", PREDICTIONS[:2])
     write(tmp_path / "r.jsonl", RECORDS), write(tmp_path / "wrong.jsonl", [RECORDS[0], {"answer": "a"}, RECORDS[2]])
