@@ -11,18 +11,7 @@ Sources
     open-r1         huggingface/open-r1 at 1416fa0, src/open_r1/rewards.py, by line; cf_code: its cf_scoring.py
     DAPO            arXiv:2503.14476, eq. (13)
 
-Departures from the published code, most of which close loopholes
-    format      the whole completion must match, each tag once: open-r1's MULTILINE also accepts text after the end and a
-                second think block. Answer tags are optional, and so are line breaks inside the tags.
-    steps       only inside the thoughts, and each marker once, however often it is repeated. Numbered lines count
-                on every line, as in the paper (open-r1: only on the text's first), and so does "Step 1" without a colon;
-                "3.14", "-5" and "---" do not.
-    length      open-r1's soft_overlong_punishment, in characters, not tokens; open-r1's own `length` is another reward.
-    answer      compared as text or as a number, without math-verify. Without any tag only a \\boxed{} is an answer.
-    code        1 for passing all tests, else 0; the fraction, open-r1's reward, is `code_partial`. stdout is compared completely
-                (open-r1's zip accepts the first line alone), a timeout fails only its own test, and the last code block is the
-                program; if it is marked as another language than Python, the reward is 0 (open-r1: the last ```python). No code,
-                and code that does not compile, also get 0 (cf_code: -1 and -0.1).
+Each function says where it departs from its source; most departures close loopholes.
 """
 import importlib.util
 import math
@@ -100,7 +89,11 @@ def format_fault(completion: str) -> str | None:
 
 
 def format_reward(completions: list[str], facts: list[dict]) -> Values:
-    """1 for thoughts and then an answer, nothing before, between or after; else 0 (format_fault).     open-r1 line 85"""
+    """1 for thoughts and then an answer, nothing before, between or after; else 0 (format_fault).     open-r1 line 85
+
+    All of it must match, each tag once: open-r1's MULTILINE also accepts text after the end and a second think block.
+    Answer tags are optional, and so are line breaks inside the tags.
+    """
     return [float(format_fault(completion) is None) for completion in completions]
 
 
@@ -117,7 +110,8 @@ def tags_reward(completions: list[str], facts: list[dict]) -> Values:
 def steps_reward(completions: list[str], facts: list[dict]) -> Values:
     """min(1, n / 3) for n different markers of steps in the thoughts.                          open-r1 line 115
 
-    Markers: `Step 1`; `1.` at the start of a line; a whole bullet line; `First,` `Second,` `Next,` `Finally,`.
+    Markers: `Step 1`, with a colon or without; `1.`, not 3.14, at the start of a line (open-r1: of the text); a bullet
+    line, not -5 or ---; `First,` `Second,` `Next,` `Finally,`. Each counts once, however often it is repeated.
     """
     return [min(1.0, len(set(_MARKERS.findall(think_part(completion) or ""))) / 3) for completion in completions]
 
@@ -127,7 +121,8 @@ def steps_reward(completions: list[str], facts: list[dict]) -> Values:
 def length_reward(completions: list[str], facts: list[dict], max_length: int = 2000, margin: int = 400) -> Values:
     """0 up to max_length - margin characters, then falling to -1 at max_length.      DAPO eq. (13), open-r1 line 620
 
-    The defaults are for about 512 tokens, with DAPO's margin of a fifth.
+    In characters, not tokens: the defaults are for about 512, with DAPO's margin of a fifth. It is open-r1's
+    soft_overlong_punishment; open-r1's own `length` is another reward.
     """
     over = [len(completion) - (max_length - margin) for completion in completions]
     return [0.0 if n <= 0 else -n / margin if n <= margin else -1.0 for n in over]
@@ -147,8 +142,8 @@ def repetition_reward(completions: list[str], facts: list[dict], n: int = 3, max
 # ---- right or wrong
 
 def answer_reward(completions: list[str], facts: list[dict]) -> Values:
-    """1 if the answer is the problem's (answers.same_answer: \\frac{1}{2} is 0.5), else 0; None without a gold answer. In a text
-    without tags, what the last \\boxed{...} holds is the answer."""
+    """1 if the answer is the problem's as text or as a number (answers.same_answer; open-r1: math-verify), else 0; None
+    without a gold answer. In a text without tags, only what the last \\boxed{...} holds is an answer."""
     values = []
     for completion, problem in zip(completions, facts, strict=True):
         answer, gold = answer_part(completion), (problem.get("answer") or "").strip()
@@ -176,8 +171,11 @@ def code_reward(completions: list[str], facts: list[dict], partial: bool = False
                 max_memory: int = 512) -> Values:
     """1 if the answer's program passes all tests, else 0; with `partial` the fraction it passes.  open-r1 line 511
 
-    The program is the last code block of the answer, or of the whole text if that has no think tags. None if the problem
-    wants another language or has no tests; those whose output is sandbox.OUTPUT bytes or more are left out.
+    The program is the last code block of the answer, or of the whole text if that has no think tags. None if the
+    problem wants another language or has no tests; those with sandbox.OUTPUT bytes of output or more are left out.
+    stdout is compared completely (open-r1's zip accepts the first line alone); a timeout fails only its own test. No
+    code, code that does not compile (cf_code: -1, -0.1), and a last block that is not Python (open-r1 takes the last
+    ```python) get 0.
     max_seconds and max_memory (MB, but a program has at least 64) cap the problem's own limits.
     The programs of all completions run in parallel, their tests in rounds of 1, 1, 2, 4, .... A program that failed a test runs
     in no later round; with `partial`, one that was stopped in two tests (for its time, its output, ...). Tests that it did not
