@@ -175,7 +175,7 @@ def check_out(out: Path, tokenizer: Tokenizer):
         raise InputError(f"--out {out}: is or contains the current folder; choose another, or one inside it")
     if out.resolve().is_mount():                                # a container's volume
         raise InputError(f"--out {out}: is a mount point, which cannot be replaced; choose a folder inside it")
-    lost = any(any(out.glob(name)) for name in ("config.json", "**/*.safetensors", f"**/{LOG}"))    # in a run's sft/best/
+    lost = any(any(out.glob(name)) for name in ("config.json", "**/*.safetensors", f"**/{LOG}"))    # a run's sft/best/
     other_tokenizer = any((out / name).is_file() and (out / name).read_bytes() != tokenizer.files.get(name) for name in COPIED)
     four_bits = None
     with suppress(InputError, NotADirectoryError):              # no config.json; another method, other bits; a file

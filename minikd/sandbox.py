@@ -44,13 +44,14 @@ NOBODY = 65534
 OUTPUT = MB                 # bytes of stdout, and of stderr
 FOLDER = "sandbox"          # in the names of the private folders
 DISK, FILES = 8 * MB, 200   # of such a folder, which is flat
-TICK = 0.05                 # seconds between two checks of that folder
+TICK = 0.05                 # seconds, at most, between two checks of that folder
 PATIENCE = 60.0             # seconds to wait for a process, while other programs' threads use up a container's limit
 SHARE = Path("/sys/fs/cgroup/cpu.max")          # cgroup v2
 # NPROC counts threads; some are allowed, as recursion in a thread with a large stack is common in contests. Without a user
 # namespace it counts those of all the uid's programs together. A CORE of 1 stops the kernel from piping core dumps to a program;
 # 0 does not.
 LIMITS = {"RLIMIT_CORE": 1, "RLIMIT_FSIZE": MB, "RLIMIT_NOFILE": 32, "RLIMIT_NPROC": 64, "RLIMIT_SIGPENDING": 256}
+SUPERVISOR = inspect.getsource(confine)         # for `python -c`
 READABLE = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime",
             "/dev/zero", "/dev/random", "/dev/urandom"]
 
@@ -96,14 +97,14 @@ def run_program(source: str, stdin: str = "", timeout: float = 5.0, memory_mb: i
             return _try(source, stdin, timeout, memory_mb)
         except BlockingIOError as error:                        # before the program began: it was given no process
             if time.monotonic() > end:
-                raise InputError("sandbox: no process can be started, as this machine or container has reached its limit; "
-                                 "raise the limit, or end other processes") from error
+                raise InputError("sandbox: no process can be started, as this machine or container has reached its "
+                                 "limit; raise the limit, or end other processes") from error
             time.sleep(TICK)
 
 
 def run_programs(jobs) -> list[Result]:
-    """Results in the order of the jobs, each a tuple of run_program's arguments. As many run at a time as there are cores, but
-    at least 2, so that an endless loop does not hold up all others."""
+    """Results in the order of the jobs, each a tuple of run_program's arguments. As many run at a time as there are
+    cores, but at least 2, so that an endless loop does not hold up all others."""
     with ThreadPoolExecutor(max(2, cores())) as pool:
         return list(pool.map(lambda job: run_program(*job), jobs))
 
@@ -196,13 +197,13 @@ def _prepare(folder, source, stdin, timeout, memory_mb) -> dict:
 def _supervise(folder, options, deadline) -> tuple[str, bytearray, bytearray, bytearray]:
     """Runs the supervisor's process -> what _watch returns; then it and all its descendants are dead."""
     report, low = os.pipe()
-    with open(report, "rb"), open(f"{folder}/stdin", "rb") as stdin:
+    with open(report, "rb"), open(low, "wb") as low, open(f"{folder}/stdin", "rb") as stdin:
         os.unlink(stdin.name)
         # `low` may be 0, 1 or 2 if the caller closed it; Popen uses these.
-        with open(low, "wb"), open(fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3), "wb") as write:
-            source = f"{_trampoline()}\nsupervise({write.fileno()}, {options!r})"
-            process = subprocess.Popen([options["python"], "-I", "-S", "-B", "-c", source], cwd=folder, env={}, stdin=stdin,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+        with low, open(fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 3), "wb") as write:
+            source = f"{SUPERVISOR}\nsupervise({write.fileno()}, {options!r})"
+            process = subprocess.Popen([options["python"], "-I", "-S", "-B", "-c", source], stdin=stdin,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env={}, cwd=folder,
                                        pass_fds=[write.fileno()], start_new_session=True)
         with process:
             try:
@@ -221,7 +222,7 @@ def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray
     """
     out, err, said = bytearray(), bytearray(), bytearray()
     texts = {process.stdout.fileno(): out, process.stderr.fileno(): err, report: said}      # of the streams still open
-    poll, verdict, full, due = select.poll(), "", False, 0.0   # due: when to look next whether the folder is too full
+    poll, verdict = select.poll(), ""
     for stream in texts:
         poll.register(stream, select.POLLIN)
         os.set_blocking(stream, False)                          # a program may take back what it wrote, between poll and read
@@ -237,21 +238,18 @@ def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray
                     texts.pop(stream)
         return bool(ready)
 
-    def too_long() -> bool:
-        return max(len(out), len(err)) > OUTPUT
+    def exceeded() -> str:
+        return "output" if max(len(out), len(err)) > OUTPUT else "disk" if _too_much(folder) else ""
 
     while not verdict:
         read(min(TICK, deadline - time.monotonic()))
         if report not in texts or said.count(b"\n") == 2:
             break
-        now = time.monotonic()
-        if now >= due:
-            full, due = _too_much(folder), now + TICK
-        verdict = "output" if too_long() else "disk" if full else "timeout" if now >= deadline else ""
+        verdict = exceeded() or ("timeout" if time.monotonic() >= deadline else "")
     _stop(process)
-    while not too_long() and read(0):                           # the rest in the pipes; all writers are dead
+    while max(len(out), len(err)) <= OUTPUT and read(0):        # the rest in the pipes; all writers are dead
         pass
-    return verdict or ("output" if too_long() else "disk" if _too_much(folder) else ""), out, err, said
+    return verdict or exceeded(), out, err, said
 
 
 def _stop(process):
@@ -277,9 +275,3 @@ def _too_much(folder) -> bool:
     except FileNotFoundError:                                   # removed by the supervisor, at somebody else's SIGHUP
         return False
     return False
-
-
-@functools.cache
-def _trampoline() -> str:
-    """confine.py's text, for `python -c`."""
-    return inspect.getsource(confine)

@@ -70,7 +70,7 @@ def nothing_left(monkeypatch, compilation):
 
 def without(monkeypatch, *layers):
     """Takes layers away, as an older kernel or a container does."""
-    source, changes = sandbox._trampoline(), {
+    source, changes = sandbox.SUPERVISOR, {
         "Landlock": ("abi = libc.syscall(444, None, ctypes.c_size_t(0), 1)", "abi = -1"),
         "NPROC": ("resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))", "pass"),
         "seccomp": ("if machine is None", "if True"), "namespaces": ("libc.unshare(spaces)", "1")}
@@ -79,7 +79,7 @@ def without(monkeypatch, *layers):
         source = source.replace(*changes[layer])
         if layer == "NPROC":
             monkeypatch.setattr(sandbox, "LIMITS", {k: v for k, v in sandbox.LIMITS.items() if k != "RLIMIT_NPROC"})
-    monkeypatch.setattr(sandbox, "_trampoline", lambda: source)
+    monkeypatch.setattr(sandbox, "SUPERVISOR", source)
 
 
 def needs(*layers):
@@ -345,17 +345,17 @@ def test_a_thread_bomb_leaves_its_neighbours_their_threads():
 
 def test_a_program_waits_for_a_process_to_run_in(monkeypatch):
     """As in a container whose processes are used up by other programs' threads."""
-    begin, trampoline, tries = subprocess.Popen, sandbox._trampoline(), []
+    begin, source, tries = subprocess.Popen, sandbox.SUPERVISOR, []
+    no_fork = "\ndef fork(): raise BlockingIOError(11, 'Resource temporarily unavailable')\nos.fork = fork"
 
     def busy(*command, **options):
         tries.append(command)
+        monkeypatch.setattr(sandbox, "SUPERVISOR", source + no_fork * (len(tries) == 1))            # for the second try
         if len(tries) == 1:
             raise BlockingIOError(11, "Resource temporarily unavailable")
         return begin(*command, **options)
 
-    no_fork = "\ndef fork(): raise BlockingIOError(11, 'Resource temporarily unavailable')\nos.fork = fork"
     monkeypatch.setattr(subprocess, "Popen", busy)
-    monkeypatch.setattr(sandbox, "_trampoline", lambda: trampoline + no_fork * (len(tries) == 1))        # for the second try
     result = run_program("print(7)")
     assert (result.status, result.stdout, len(tries)) == ("ok", "7\n", 3)
     tries.clear()
@@ -364,7 +364,8 @@ def test_a_program_waits_for_a_process_to_run_in(monkeypatch):
 
 
 def test_descendants_are_killed_also_if_proc_cannot_be_listed_at_once():
-    source = (f"{sandbox._trampoline()}\nlist_of, child, failed = os.listdir, os.fork(), []\nif not child: time.sleep(60)\n"
+    source = (f"{sandbox.SUPERVISOR}\nlist_of, child, failed = os.listdir, os.fork(), []\n"
+              "if not child: time.sleep(60)\n"
               "def listdir(path):\n    if len(failed) < 3: failed.append(path); raise OSError(24, 'Too many open files')\n"
               "    return list_of(path)\nos.listdir = listdir\n_kill_below()\nprint(failed)\nos.kill(child, 0)")
     run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=20)
@@ -669,8 +670,8 @@ def test_an_interrupt_ends_the_run(nothing_left):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root's refusal")
 def test_a_root_that_cannot_become_another_user_refuses_unless_told_otherwise(monkeypatch):
-    source = sandbox._trampoline().replace("os.setgroups([])", "raise OSError('not permitted')")
-    monkeypatch.setattr(sandbox, "_trampoline", lambda: source)
+    source = sandbox.SUPERVISOR.replace("os.setgroups([])", "raise OSError('not permitted')")
+    monkeypatch.setattr(sandbox, "SUPERVISOR", source)
     with pytest.raises(InputError, match="root cannot become uid 65534 .* or set MINIKD_SANDBOX_AS_ROOT=1"):
         run_program("print(1)")
     with monkeypatch.context() as patch, pytest.raises(InputError, match="given to uid 65534 .* or set MINIKD_SANDBOX_AS_ROOT=1"):
