@@ -303,19 +303,13 @@ def _from_file(path: str, name: str) -> Callable[..., Values]:
             raise InputError(f"{path}:{name}: raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}); fix it, "
                              "or return None for what cannot be judged") from error
         try:
-            if isinstance(values, (Mapping, Set)):
-                raise TypeError(values)
-            return [_checked(value) for _, value in zip(completions, values, strict=True)]
+            numbers = [None if value is None or not math.isfinite(value) else float(value)
+                       for _, value in zip(completions, values, strict=True)]
+            if isinstance(values, (Mapping, Set)) or any(abs(number or 0) > LARGEST for number in numbers):
+                raise ValueError(values)
+            return numbers
         except Exception:                                                       # of the wrong type or length, whatever it is
             raise InputError(f"{path}:{name}: returned {values!r:.60} for {len(completions)} completions; "
                              "return for each a number from -10^9 to 10^9, or None") from None
 
     return checked
-
-
-def _checked(value) -> float | None:
-    if value is None or not math.isfinite(value):
-        return None
-    if abs(value) > LARGEST:
-        raise ValueError(value)
-    return float(value)
