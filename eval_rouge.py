@@ -99,12 +99,10 @@ def parse_args():
 
 def check_given(args):
     """Raises InputError for flags that do not go together, and says which have no effect. To be called before fill_defaults."""
-    if (args.model or args.data) and (args.predictions or args.references):
-        raise InputError("--model and --data are for a model's answers, --predictions and --references for answers in a file; "
-                         "give one pair of them")
-    for a, b in ("model", "data"), ("data", "model"), ("predictions", "references"), ("references", "predictions"):
-        if getattr(args, a) is not None and getattr(args, b) is None:
-            raise InputError(f"--{a} without --{b}; give both")
+    given = [name for name in ("model", "data", "predictions", "references") if getattr(args, name) is not None]
+    if given not in ([], ["model", "data"], ["predictions", "references"]):
+        raise InputError(f"--{' --'.join(given)}: give --model and --data, for a model's answers, or --predictions and "
+                         "--references, for answers in a file")
     if args.predictions:
         note_unused(args, "with answers in a file", "limit", "template", "max_length", "max_prompt_length", "max_new_tokens",
                     "batch_size", "temperature", "top_p", "top_k", "no_repeat_ngram_size", "seeds", "device", "dtype",

@@ -213,10 +213,11 @@ def test_the_script_prints_the_table_and_where_every_example_is(tmp_path):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--predictions", "p.txt"], "--predictions without --references; give both"),
-    (["--data", "r.jsonl"], "--data without --model; give both"),
-    (["--model", "m", "--data", "r.jsonl", "--predictions", "p.txt", "--references", "r.jsonl"], "give one pair of them"),
-    (["--model", "m", "--references", "r.jsonl"], "give one pair of them"),
+    (["--predictions", "p.txt"], "error: --predictions: give --model and --data, for"),
+    (["--data", "r.jsonl"], "error: --data: give --model and --data, for"),
+    (["--model", "m", "--data", "r.jsonl", "--predictions", "p.txt", "--references", "r.jsonl"],
+     "--model --data --predictions --references: give"),
+    (["--model", "m", "--references", "r.jsonl"], "--model --references: give"),
     (["--predictions", "p.txt", "--references", "two.txt"], "p.txt: has 3 predictions, but two.txt has 2 references"),
     (["--predictions", "none.txt", "--references", "r.jsonl"], "none.txt: no such file"),
     (["--predictions", "p.txt", "--references", "wrong.jsonl"], "wrong.jsonl:2: has none of the fields references"),
