@@ -243,7 +243,7 @@ def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray
 
     while not verdict:
         read(min(TICK, deadline - time.monotonic()))
-        if report not in texts or said.count(b"\n") == 2:
+        if report not in texts or said.count(b"\n") >= 2:
             break
         verdict = exceeded() or ("timeout" if time.monotonic() >= deadline else "")
     _stop(process)
