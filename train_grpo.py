@@ -54,8 +54,7 @@ def make_parser() -> Parser:
     add = flag_group(parser, "model and problems (none of them: a toy task)",
                      f"with --model but without --data the toy's defaults apply, so give --lr;\n{BY_FIELDS}")
     add("--model", help="folder or hub name, preferably a distilled student; default: a toy student")
-    add("--data", nargs="+", metavar="FILE",
-        help="records with a question and an answer, or with tests; without it a toy task")
+    add("--data", nargs="+", metavar="FILE", help="records with a question and an answer, or with tests")
     add("--format", choices=problems.FORMATS, help="record schema")
     add("--task", choices=list(problems.TASKS), default="sums", help="toy task")
     add("--limit", type=int, help="read only the first N records")
@@ -75,11 +74,9 @@ def make_parser() -> Parser:
     add("--clip-high", type=float, help="the same for ratios above 1, if different; DAPO: 0.28")
     add("--beta", type=float, default=0.04, help="weight of the KL to the starting model; 0 needs no copy of it")
     add("--scale", choices=("std", "none"), default="std", help="divide advantages by their group's standard deviation, or not")
-    add("--norm", choices=grpo.NORMS, default="sequence",
-        help="a token's weight, see above")
+    add("--norm", choices=grpo.NORMS, default="sequence", help="a token's weight, see above")
     add("--ratio", choices=("token", "sequence"), default="token", help="one ratio per token, or per sequence (GSPO)")
-    add("--inner-epochs", type=int, default=1,
-        help="updates on the answers of one step; only from 2 on do --clip and --ratio matter")
+    add("--inner-epochs", type=int, default=1, help="updates on a step's answers; --clip and --ratio matter from 2 on")
     add("--mask-truncated", action="store_true", help="answers cut at --max-new-tokens do not count")
     add("--drop-flat", action="store_true", help="groups whose answers all have the same reward do not count")
     add = flag_group(parser, "optimisation")
@@ -87,14 +84,12 @@ def make_parser() -> Parser:
     add("--batch-size", type=int, default=8, toy=256, help="answers in a micro-batch")
     add("--lr", type=float, default=1e-6, toy=3e-4, help="peak learning rate")
     add("--warmup", type=int, default=0, help="steps of linear warm-up")
-    add("--schedule", choices=("cosine", "constant"), default="constant",
-        help="learning rate after the warm-up (cosine falls to --lr / 10)")
+    add("--schedule", choices=("cosine", "constant"), default="constant", help="rate after warm-up; cosine: to a tenth")
     add("--weight-decay", type=float, default=0.0, help="of weight matrices")
     add("--max-grad-norm", type=float, default=1.0, help="largest gradient norm")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time (and no CUDA graphs)")
     add("--compile", action="store_true", help="torch.compile the blocks for training: for long runs on a GPU")
-    add("--patience", type=int, default=50,
-        help="end with an error after so many steps with rewards that sum to 0, or none judged")
+    add("--patience", type=int, default=50, help="end with an error after so many steps in a row without a reward")
     add = flag_group(parser, "run", DTYPES)
     add("--eval-every", type=int, default=50, help="steps between evaluations on held-out problems")
     add("--eval-examples", type=int, default=64, toy=200, help="held-out problems, at most a fifth of --data")
@@ -175,12 +170,13 @@ def parse_weights(text: str | None, names: list[str]) -> dict[str, float]:
     """'1,0.05' and the rewards' names -> a weight each; without a text, 1 each."""
     try:
         weights = [float(part) for part in text.split(",")] if text else [1.0] * len(names)
+        if not all(abs(weight) <= LARGEST for weight in weights):
+            raise ValueError
     except ValueError:
-        raise InputError(f"--reward-weights {text}: is not a list of numbers; give {len(names)}, separated by commas") from None
+        raise InputError(f"--reward-weights {text}: is not a list of numbers, each a number from -10^9 to 10^9; give "
+                         f"{len(names)}, separated by commas") from None
     if not any(weights):
         raise InputError(f"--reward-weights {text}: are all 0, so there is nothing to learn from; give one that is not")
-    if not all(abs(weight) <= LARGEST for weight in weights):
-        raise InputError(f"--reward-weights {text}: a weight is not a number from -10^9 to 10^9; give another")
     if len(weights) != len(names):
         raise InputError(f"--reward-weights {text}: {len(weights)} weights for {len(names)} rewards; "
                          f"give one for each: {', '.join(names)}")
@@ -189,18 +185,17 @@ def parse_weights(text: str | None, names: list[str]) -> dict[str, float]:
 
 # ---- the loop
 
-def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: list[Encoded], facts: list[dict],
-          judge, out, rewards: dict, weights: dict, prompts, group_size, max_new_tokens, temperature=1.0, clip=0.2,
-          clip_high=None, beta=0.04, scale="std", norm="sequence", ratio="token", inner_epochs=1, mask_truncated=False,
-          drop_flat=False, steps, batch_size, lr, warmup=0, schedule="constant", weight_decay=0.0, max_grad_norm=1.0,
-          gradient_checkpointing=False, compile=False, patience=50, eval_every, seed=0,
-          dtype=torch.float32) -> Qwen2:
+def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: list[Encoded], reward, judge, out,
+          prompts, group_size, max_new_tokens, temperature=1.0, clip=0.2, clip_high=None, beta=0.04, scale="std",
+          norm="sequence", ratio="token", inner_epochs=1, mask_truncated=False, drop_flat=False, steps, batch_size, lr,
+          warmup=0, schedule="constant", weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=False,
+          compile=False, patience=50, eval_every, seed=0, dtype=torch.float32) -> Qwen2:
     """Trains `model` in place; returns it, and saves it as last/ under `out`.
 
     reference  the frozen starting model; None with beta 0
-    rows       prompts (encode_problems); row.index points into facts, what the rewards know about each problem
+    rows       prompts (encode_problems)
+    reward     answers -> what compute_rewards gives for them
     judge      model -> the dict of accuracy(), on held-out problems
-    rewards    name -> function, as load_rewards gives them; weights  name -> weight in the sum
     The other arguments are the flags of the same names. A saved state in `out` is continued.
     Raises InputError for a gradient that is not finite, and when every answer's rewards summed to 0, or none could be judged,
     for `patience` steps in a row.
@@ -231,7 +226,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             clock.append(time.perf_counter())
 
             # Reward: each reward's values, their weighted sum [P G], and the advantages [P, G], paper eq. (5).
-            texts, values, total = compute_rewards(answers, tokenizer, facts, rewards, weights)
+            texts, values, total = reward(answers)
             advantages = grpo.group_advantages(total.view(-1, group_size), scale)
             clock.append(time.perf_counter())
 
@@ -263,7 +258,11 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             log.write(step=step + 1, **line)
             completions.write(*lines_of(step + 1, answers, texts, values, total, advantages, tokenizer))
             progress.update(note=f"reward {line['reward'] or 0:.3f} kl {line['kl'] or 0:.3f} length {line['length']:.0f}")
-            unpaid = count_unpaid(state["unpaid"], total, patience, out)        # may end the run with an error
+            unpaid = 0 if total.nan_to_num().any() else state["unpaid"] + 1
+            if unpaid >= patience:
+                what = "no answer could be judged" if total.isnan().all() else "every answer's rewards summed to 0"
+                raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; choose other "
+                                 "--rewards, or start from a model that sometimes succeeds")
             state, news = {"step": step + 1, "unpaid": unpaid}, None            # news: a line to print once all is saved
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 sampler = cast_copy(model, dtype, sampler)
@@ -279,19 +278,6 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             if news:
                 progress.say(news)                                              # last: if stdout is closed, this ends the run
     return model
-
-
-def count_unpaid(unpaid: int, total: torch.Tensor, patience: int, out) -> int:
-    """Steps in a row in which every answer's rewards summed to 0 or none was judged: `unpaid` before this step, whose sums are
-    `total` [P G]. Raises InputError when they are `patience`."""
-    if total.nan_to_num().any():
-        return 0
-    if unpaid + 1 < patience:
-        return unpaid + 1
-    what, mend = "every answer's rewards summed to 0", "start from a model that sometimes succeeds, or choose other --rewards"
-    if total.isnan().all():
-        what, mend = "no answer could be judged", "choose --rewards that can judge these problems"
-    raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; {mend}")
 
 
 def lines_of(step: int, answers: list[Encoded], texts: list[str], values: dict[str, list], total, advantages,
@@ -311,7 +297,11 @@ def text_of(tokenizer: Tokenizer, answer: Encoded) -> str:
 
 def compute_rewards(answers: list[Encoded], tokenizer, facts: list[dict], rewards: dict,
                     weights: dict) -> tuple[list[str], dict[str, list], torch.Tensor]:
-    """The answers' texts, each reward's values for them (None: not judged), and weighted sums, NaN where none judged one."""
+    """The answers' texts, each reward's values for them (None: not judged), and weighted sums, NaN where none did.
+
+    facts             what the rewards know about each problem; answer.index points into them
+    rewards, weights  name -> function, as load_rewards gives them; name -> weight in the sum
+    """
     texts = [text_of(tokenizer, answer) for answer in answers]
     known = [facts[answer.index] for answer in answers]
     values = {name: reward(texts, known) for name, reward in rewards.items()}
@@ -375,12 +365,14 @@ def number(value) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: list[dict], rewards: dict,
-             weights: dict, max_new_tokens: int, at_once: int, seed: int) -> dict:
+def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], reward, max_new_tokens: int, at_once: int,
+             seed: int) -> dict:
     """Accuracy on held-out problems, `greedy` and `sampled` at temperature 1, and each reward's mean over the sampled.
 
     The first of `answer`, `code` and `code_partial` that judged a problem says whether it is solved (the last: in part);
     without those, the mean weighted sum of all rewards is used instead.
+
+    reward   answers -> what compute_rewards gives for them
     at_once  answers in a batch: as many as a step samples, so that evaluation needs no more memory
     """
     found = {}
@@ -389,12 +381,10 @@ def accuracy(model: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], facts: lis
         for start in range(0, len(rows), at_once):
             answers += grpo.sample_groups(model, rows[start:start + at_once], 1, max_new_tokens, tokenizer, temperature,
                                           seed=seed + start)[0]
-        texts, values, total = compute_rewards(answers, tokenizer, facts, rewards, weights)
-        checks = [values[key] for key in problems.CHECKS if key in values]
-        if checks:                                              # an answer is judged by the first that can
-            solved = [next((value for value in row if value is not None), None) for row in zip(*checks)]
-        else:
-            solved = [number(value) for value in total]
+        texts, values, total = reward(answers)
+        checks = [values[key] for key in problems.CHECKS if key in values] or [[number(value) for value in total]]
+        # Each is judged by the first that can.
+        solved = [next((value for value in row if value is not None), None) for row in zip(*checks)]
         found[name] = number(torch.tensor([value for value in solved if value is not None]).float().mean())
     means = summary(values)                                     # of the last answers, the sampled
     found |= {f"reward/{name}": means[f"reward/{name}"] for name in values}
@@ -410,13 +400,12 @@ def report(found: dict, step: int, log: Log) -> str:
     log.write(step=step, **{f"valid_{key}": value for key, value in found.items()})
     numbers = ", ".join(f"{key.removeprefix('reward/')} {value:.2f}" for key, value in found.items()
                         if isinstance(value, float))
-    news = f"step {step}: held-out {numbers}; says {found['sample'][:120]!r}"
+    notes = signs_of_collapse(read_log(log.path.parent)) if step else []
     checked = any(f"reward/{name}" in found for name in problems.CHECKS) and found["sampled"] is not None
     if step == 0 and checked and found["sampled"] < ENOUGH:
-        news += (f"\nnote: fewer than {ENOUGH:.0%} of the sampled answers are right, so GRPO may teach only the form; fine-tune "
-                 "or distil the student first, or use easier problems")
-    signs = signs_of_collapse(read_log(log.path.parent)) if step else []
-    return "\n".join([news, *(f"note: {sign}" for sign in signs)])
+        notes = [f"fewer than {ENOUGH:.0%} of the sampled answers are right, so GRPO may teach only the form; "
+                 "fine-tune or distil the student first, or use easier problems"]
+    return "\nnote: ".join([f"step {step}: held-out {numbers}; says {found['sample'][:120]!r}", *notes])
 
 
 def signs_of_collapse(lines: list[dict]) -> list[str]:
@@ -427,20 +416,14 @@ def signs_of_collapse(lines: list[dict]) -> list[str]:
                              for key in ("truncated", "flat", "length", "kl"))
     first = steps[0]["length"]
     was, right = (line.get("valid_greedy") or 0 for line in (tests[0], tests[-1]))
-    signs = []
-    if cut > 0.9:
-        signs.append(f"{cut:.0%} of the answers were cut; raise --max-new-tokens")
-    if flat > 0.9:
-        signs.append(f"{flat:.0%} of the groups have equal rewards, which teach nothing; give other problems, or a higher "
-                     "--temperature")
-    if length < first / 4:
-        signs.append(f"answers have {length:.0f} tokens, at first {first:.0f}; check what is rewarded")
-    if kl > 1:
-        signs.append(f"the policy is {kl:.1f} nats a token from the starting model; lower --lr or raise --beta")
-    if was > max(0, 2 * right):
-        signs.append(f"held-out greedy fell from {was:.2f} to {right:.2f}: the form may be all that is learned; give rewards for "
-                     "it less weight")
-    return signs
+    return [sign for shown, sign in (
+        (cut > 0.9, f"{cut:.0%} of the answers were cut; raise --max-new-tokens"),
+        (flat > 0.9, f"{flat:.0%} of the groups have equal rewards, which teach nothing; give other problems, or a "
+                     "higher --temperature"),
+        (length < first / 4, f"answers have {length:.0f} tokens, at first {first:.0f}; check what is rewarded"),
+        (kl > 1, f"the policy is {kl:.1f} nats a token from the starting model; lower --lr or raise --beta"),
+        (was > max(0, 2 * right), f"held-out greedy fell from {was:.2f} to {right:.2f}: the form may be all that is "
+                                  "learned; give rewards for it less weight")) if shown]
 
 
 def show_change(lines: list[dict]):
@@ -511,7 +494,7 @@ def main():
     dropped = len(asked) + len(tests) - len(rows) - len(valid_rows)
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
     begun = Checkpoint(args.model)
-    settings = flags_of(train, args, but=("model", "rewards", "out", "dtype"))
+    settings = flags_of(train, args, but=("model", "out", "dtype"))
     recorded = settings | {"toy": anew, "model": str(begun), "data": files or None, "task": args.task,
                            "rewards": names, "reward_weights": weights,
                            "reward_files": {path: sha256(path) for path in reward_files(names)},
@@ -523,11 +506,12 @@ def main():
     if begin_run(out, recorded, args.resume):
         model = begun.load(device)
         reference = begun.load(device, dtype).requires_grad_(False) if args.beta else None
-        judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, rewards=rewards, weights=weights,
-                                  facts=[problem.known for problem in tests], max_new_tokens=args.max_new_tokens,
-                                  at_once=args.prompts * args.group_size, seed=args.seed)
-        train(model=model, reference=reference, tokenizer=tokenizer, rows=rows, judge=judge, out=out, rewards=rewards,
-              facts=[problem.known for problem in asked], weights=weights, dtype=dtype, **settings)
+        reward, test_reward = (functools.partial(compute_rewards, tokenizer=tokenizer, rewards=rewards, weights=weights,
+                                                 facts=[problem.known for problem in part]) for part in (asked, tests))
+        judge = functools.partial(accuracy, tokenizer=tokenizer, rows=valid_rows, reward=test_reward, seed=args.seed,
+                                  max_new_tokens=args.max_new_tokens, at_once=args.prompts * args.group_size)
+        train(model=model, reference=reference, tokenizer=tokenizer, rows=rows, reward=reward, judge=judge, out=out,
+              dtype=dtype, **settings)
     show_change(read_log(out))
     picture = plot_rewards(out, out / "curves.png")
     print(f"\n{f'curves in {picture}; ' if picture else ''}{out}/last is the model; {time.time() - started:.0f} s")

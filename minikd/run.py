@@ -88,7 +88,8 @@ def settings_of(folder) -> dict:
     """The settings that the run in `folder` was started with.  Raises InputError if its config.json has none."""
     settings = read_json(Path(folder) / CONFIG, ANOTHER).get("settings")
     if not isinstance(settings, dict):
-        raise InputError(f"{Path(folder) / CONFIG}: has no settings of a run; choose another --out")
+        raise InputError(f"{Path(folder) / CONFIG}: has no settings of a run, so it belongs to a model, not to a run; "
+                         "choose another --out")
     return settings
 
 
@@ -98,34 +99,29 @@ def check_settings(folder, settings: dict):
     of --rewards is only reported."""
     before = settings_of(folder)
     settings = json.loads(json.dumps(settings, default=str))
-    rows, files = settings.pop("rows", None), settings.pop("reward_files", None)
-    derived = [key for key in ("steps", "eval_every") if key in settings]       # last: other flags and the data can change them
+    for key in "rows", "steps", "eval_every", "reward_files":   # last: other flags and the data can change them
+        if key in settings:
+            settings[key] = settings.pop(key)
     for key in settings:
-        if key not in derived:
-            _check_setting(folder, key, settings[key], before)
-    if rows and rows != before.get("rows", rows):
-        raise InputError(f"{folder}: --resume, but the data's tokens differ from those that the run began with; undo the change "
-                         "to the tokenizer, its chat template or minikd, or choose another --out")
-    for key in derived:
-        _check_setting(folder, key, settings[key], before)
-    if files is not None and files != before.get("reward_files"):               # a bug in one may be fixed
-        print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)
-
-
-def _check_setting(folder, key: str, value, before: dict):
-    began, flag = before.get(key), f"--{key.replace('_', '-')}"
-    name, now = _name_and_content(key, value)
-    name_then, then = _name_and_content(key, began)
-    if now == then:
-        return
-    if key not in before:
-        raise InputError(f"{folder}: holds a run of another script, or of a minikd without {flag}; choose another --out")
-    if name and name == name_then:
-        raise InputError(f"{folder}: --resume, but the content of {flag} {name} has changed since the run began; put it "
-                         "back, or choose another --out")
-    value, began = (re.sub(r"\btorch\.(?=b?float)", "", str(each)) for each in (value, began))         # as --dtype takes it
-    raise InputError(f"{folder}: --resume with {flag} {value}, but the run began with {began}; give the same flags, or "
-                     "another --out")
+        flag, value, began = f"--{key.replace('_', '-')}", settings[key], before.get(key)
+        name, now = _name_and_content(key, value)
+        name_then, then = _name_and_content(key, began)
+        if now == then or key == "rows" and None in (value, began):             # an older minikd recorded none
+            continue
+        if key == "reward_files":                                               # a bug in one may be fixed
+            print(f"{folder}: a file of --rewards has changed since this run was last started", file=sys.stderr)
+        elif key == "rows":
+            raise InputError(f"{folder}: --resume, but the data's tokens differ from those that the run began with; "
+                             "undo the change to the tokenizer, its chat template or minikd, or choose another --out")
+        elif key not in before:
+            raise InputError(f"{folder}: holds a run of another script, or of a minikd without {flag}; choose another --out")
+        elif name and name == name_then:
+            raise InputError(f"{folder}: --resume, but the content of {flag} {name} has changed since the run began; put it "
+                             "back, or choose another --out")
+        else:
+            as_typed = [re.sub(r"\btorch\.(?=b?float)", "", str(each)) for each in (value, began)]
+            raise InputError(f"{folder}: --resume with {flag} {as_typed[0]}, but the run began with {as_typed[1]}; "
+                             "give the same flags, or another --out")
 
 
 def _name_and_content(key: str, value) -> tuple:
@@ -173,19 +169,18 @@ def load_state(folder, model: Qwen2, optimizer: torch.optim.Optimizer, begun: di
                                      f"here {wanted.get(key)}); start again without --resume, in another --out")
             try:
                 facts = parse_json(file.metadata()["facts"])
-                good = all(type(facts[name]) is type(value) for name, value in begun.items())
-            except (ValueError, TypeError, KeyError):
-                good = False
-            if not good:
-                raise SafetensorError(f"it does not hold {' and '.join(begun)}")
+                if any(type(facts[name]) is not type(value) for name, value in begun.items()):
+                    raise TypeError
+            except (ValueError, TypeError, KeyError) as error:
+                raise SafetensorError(f"it does not hold {' and '.join(begun)}") from error
             for key, value in model.state_dict().items():
                 value.copy_(file.get_tensor(f"model.{key}"))
             state = optimizer.state_dict()
             for _, i, name in (key.split(".") for key in wanted if key.startswith("optimizer.")):
                 state["state"].setdefault(int(i), {})[name] = file.get_tensor(f"optimizer.{i}.{name}")
             optimizer.load_state_dict(state)
-            more = {key.removeprefix("more."): file.get_tensor(key) for key in file.keys() if key.startswith("more.")}
-            return facts, more
+            more = [key for key in file.keys() if key.startswith("more.")]
+            return facts, {key.removeprefix("more."): file.get_tensor(key) for key in more}
     except SafetensorError as error:
         raise InputError(f"{path}: is damaged ({error}); start again without --resume, in another --out") from error
 
@@ -203,10 +198,8 @@ def check_free(out: Path, runs: list[Path], *, resume: bool, toy: bool, own=(), 
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; choose a folder with --out")
     for folder in dict.fromkeys([out, *runs, out / "sft", out / "kd", *sorted(out.glob("lr-*"))]):
-        if (folder / CONFIG).exists() and "settings" not in read_json(folder / CONFIG, ANOTHER):
-            raise InputError(f"{folder / CONFIG}: belongs to a model, not to a run; choose another --out")
-        lines = read_log(folder)
-        same_kind = bool(lines) and bool(settings_of(folder).get("toy")) == toy             # a toy never touches a real run
+        before, lines = settings_of(folder) if (folder / CONFIG).exists() else {}, read_log(folder)
+        same_kind = bool(before.get("toy")) == toy              # a toy never touches a real run
         ours = same_kind and folder in runs
         if lines and not (same_kind and toy or resume and ours):
             raise InputError(f"{folder}: already holds {'a' if ours else 'another'} run of {lines[-1]['step']} steps; "
@@ -241,9 +234,8 @@ def begin_run(folder, settings: dict, resume: bool) -> bool:
             remove(state)                                       # left if the run was killed just before
             return False
         began = read_json(folder / CONFIG, ANOTHER).get("versions")
-        began = began if isinstance(began, dict) else {}
         for what, now in ("torch", torch.__version__), ("threads", torch.get_num_threads()):
-            if began.get(what, now) != now:
+            if isinstance(began, dict) and began.get(what, now) != now:
                 print(f"{folder}: began with {what} {began[what]}, continues with {now}; the weights may differ in the last "
                       "digits")
         if not state.exists():

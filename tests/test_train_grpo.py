@@ -117,13 +117,14 @@ def test_three_steps_are_those_of_transformers_on_full_logits(tmp_path, monkeypa
         return tuple(map(list, zip(*answers)))
 
     monkeypatch.setattr(rl.grpo, "sample_groups", sample_groups)
+    rewards = {"paid": lambda *_: [None if math.isnan(value) else value for value in next(paid)]}
     policy = load_model(folder)
     before = policy(golden["ids"][0]).detach()
     after = rl.train(model=policy, reference=load_model(folder) if options["beta"] else None, tokenizer=NoText(),
-                     rows=[Encoded([1], [], False, 0)] * 2, facts=[{}], judge=lambda _: {"sampled": 0.0, "sample": ""},
-                     rewards={"paid": lambda *_: [None if math.isnan(value) else value for value in next(paid)]},
-                     weights={"paid": 1.0}, out=tmp_path, prompts=2, group_size=3, max_new_tokens=8, steps=3, batch_size=2,
-                     lr=1e-4, weight_decay=0.1, eval_every=3, **options)(golden["ids"][0]).detach()
+                     rows=[Encoded([1], [], False, 0)] * 2, judge=lambda _: {"sampled": 0.0, "sample": ""},
+                     reward=lambda answers: rl.compute_rewards(answers, NoText(), [{}], rewards, {"paid": 1.0}),
+                     out=tmp_path, prompts=2, group_size=3, max_new_tokens=8, steps=3, batch_size=2, lr=1e-4,
+                     weight_decay=0.1, eval_every=3, **options)(golden["ids"][0]).detach()
     for row, length in enumerate(golden["lengths"][0]):
         torch.testing.assert_close(after[row, :length], golden["after"][row, :length], atol=2e-3, rtol=0)
     assert (after - before).std() > 0.05
@@ -289,13 +290,12 @@ def test_what_nobody_can_judge_moves_nothing(run, world, tmp_path):
 
 # ---- evaluation, and its notes
 
-def test_each_held_out_answer_is_judged_by_the_check_that_it_has(monkeypatch, tokenizer, world):
+def test_each_held_out_answer_is_judged_by_the_check_that_it_has(tokenizer, world):
     """`answer` for a question, `code` for a program: neither alone is the accuracy of both."""
     verdicts = {"answer": [1.0, None, None, 0.0], "code": [None, 1.0, None, None]}
-    monkeypatch.setattr(rl, "compute_rewards", lambda *_: ([""] * 4, {**verdicts, "form": [0.0] * 4}, torch.zeros(4)))
     rows = [Encoded([5, 6, 7], [], False, i) for i in range(4)]
-    found = rl.accuracy(load_model(world / "model"), tokenizer, rows, [{}] * 4, dict.fromkeys([*verdicts, "form"]), {},
-                        max_new_tokens=2, at_once=4, seed=0)
+    found = rl.accuracy(load_model(world / "model"), tokenizer, rows, lambda _: (
+        [""] * 4, {**verdicts, "form": [0.0] * 4}, torch.zeros(4)), max_new_tokens=2, at_once=4, seed=0)
     assert found["greedy"] == found["sampled"] == pytest.approx(2 / 3)          # one answer could not be judged
 
 
@@ -303,7 +303,8 @@ def test_without_a_check_the_mean_weighted_sum_of_the_rewards_stands_in_for_accu
     monkeypatch.setattr(rl.grpo, "sample_groups", lambda model, part, *_, **__: (part, None))
     rows, rewards = [Encoded([5], [6], False, i) for i in range(3)], {"a": lambda *_: [1.0, 0.0, None],
                                                                       "b": lambda *_: [0.5, None, None]}
-    found = rl.accuracy(None, tokenizer, rows, [{}] * 3, rewards, {"a": 1.0, "b": 3.0}, 4, 3, 0)
+    reward = lambda answers: rl.compute_rewards(answers, tokenizer, [{}] * 3, rewards, {"a": 1.0, "b": 3.0})
+    found = rl.accuracy(None, tokenizer, rows, reward, 4, 3, 0)
     assert found["greedy"] == found["sampled"] == (2.5 + 0) / 2 and found["reward/a"] == found["reward/b"] == 0.5
 
 
@@ -317,8 +318,9 @@ def test_every_batch_of_an_evaluation_is_sampled_with_another_seed(tokenizer, mo
     seeds = []
     monkeypatch.setattr(rl.grpo, "sample_groups", lambda model, part, *_, seed: (seeds.append(seed), (part, None))[1])
     rows = [Encoded([5], [6], False, 0)] * 3
-    rl.accuracy(None, tokenizer, rows, [{}], {"a": lambda texts, _: [1.0] * len(texts)}, {"a": 1.0}, 4, 1,
-                seed=7)
+    rewards = {"a": lambda texts, _: [1.0] * len(texts)}
+    reward = lambda answers: rl.compute_rewards(answers, tokenizer, [{}], rewards, {"a": 1.0})
+    rl.accuracy(None, tokenizer, rows, reward, 4, 1, seed=7)
     assert len(set(seeds[:3])) == 3
 
 
