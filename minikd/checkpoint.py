@@ -1,9 +1,4 @@
-"""A Hugging Face folder <-> a model: one file or shards, tied or untied head, any float dtype on disk, or 4 bits.
-
-load_model, _read_model and save_model are the way there and back. outline and tensor_files find the tensors without reading
-them, and say what is wrong with a folder; Checkpoint notices that a folder has changed since it was first looked at.
-"""
-import hashlib
+"""A Hugging Face folder <-> a model: one file or shards, tied or untied head, any float dtype on disk, or 4 bits."""
 import json
 import re
 from contextlib import suppress
@@ -14,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from minikd.config import Qwen2Config
 from minikd.errors import InputError
-from minikd.files import atomic_path, check_pointer, read_json, save_tensors, sha256
+from minikd.files import atomic_path, check_pointer, fingerprint, read_json, save_tensors, sha256
 from minikd.hub import TOKENIZER, files_on_hub, local_folder
 from minikd.model import Qwen2, allocate
 from minikd.quant import is_finite, read_zeros
@@ -91,7 +86,7 @@ class Checkpoint:
 
     def __str__(self):
         """Its folder and one hash, to recognise it in a resumed run: 'runs/teacher (sha256 0123456789ab)'"""
-        return f"{self.folder} (sha256 {hashlib.sha256(''.join(self.files.values()).encode()).hexdigest()[:12]})"
+        return f"{self.folder} (sha256 {fingerprint(self.files.values())[:12]})"
 
     def hashes(self) -> dict[str, str]:
         """The hash of each of those files as it is now."""
@@ -125,7 +120,7 @@ def _read_model(folder: Path, device, dtype: torch.dtype) -> Qwen2:
         for part in places[key].split(max(1, PART // places[key][0].nbytes)):
             if path not in opened:
                 opened[path] = open_tensors(path)
-            part.copy_(tensor_of(opened[path], path, key, part.is_floating_point(), slice(at, at + len(part))))
+            part.copy_(read_tensor(path, key, opened[path], slice(at, at + len(part)), part.is_floating_point()))
             at, read = at + len(part), read + part.nbytes
             if read >= PART:
                 opened, read = {}, 0                            # dropped, they are closed
@@ -206,7 +201,7 @@ def outline(folder: Path) -> tuple[Qwen2, dict[str, Path]]:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype in which a folder holds its model's embeddings."""
-    return read_tensor(outline(folder)[1][TABLE], TABLE, slice(1)).dtype
+    return read_tensor(outline(folder)[1][TABLE], TABLE, rows=slice(1)).dtype
 
 
 def has_four_bits(name) -> bool:
@@ -228,12 +223,11 @@ def read_quantization(folder: Path) -> dict | None:
         raise InputError(f"{path}: quantization_config is not an object; fetch it again")
     raw = {field: value for field, value in raw.items() if value is not None}              # null: the default
     format = raw.setdefault("checkpoint_format", raw.get("format", "gptq"))
-    read = {"quant_method": ["gptq"], "bits": [4], "checkpoint_format": ["gptq", "gptq_v2"], "format": [format],
-            "pack_dtype": ["int32"], "dynamic": [{}], "lm_head": [False]}       # what minikd reads
-    usual = {"format": format, "pack_dtype": "int32", "dynamic": {}, "lm_head": False}              # where a field is missing
-    for field, good in read.items():
+    usual = {"format": format, "pack_dtype": "int32", "dynamic": {}, "lm_head": False}     # where a field is missing
+    read = {"quant_method": ["gptq"], "bits": [4], "checkpoint_format": ["gptq", "gptq_v2"]}
+    for field, good in (read | {field: [value] for field, value in usual.items()}).items():
         value = raw.get(field, usual.get(field))
-        if value not in good and not (field == "dynamic" and not value):
+        if value not in good:
             raise InputError(f"{path}: quantization_config has {field} = {value!r}; minikd reads "
                              f"{' or '.join(map(repr, good))}: use the unquantised folder")
     if type(raw.get("group_size")) is not int:
@@ -241,15 +235,10 @@ def read_quantization(folder: Path) -> dict | None:
     return raw
 
 
-def read_tensor(path: Path, key: str, rows: slice = slice(None)) -> torch.Tensor:
-    """One float tensor of a safetensors file, or some of its rows.  Raises InputError where it holds integers."""
-    with open_tensors(path) as file:
-        return tensor_of(file, path, key, floating=True, rows=rows)
-
-
-def tensor_of(file, path: Path, key: str, floating: bool, rows: slice) -> torch.Tensor:
-    """Some rows of a tensor of a file that open_tensors gave.  Raises InputError where it holds integers for floats, or the
-    reverse."""
+def read_tensor(path: Path, key: str, file=None, rows: slice = slice(None), floating: bool = True) -> torch.Tensor:
+    """A tensor of a safetensors file, which may be open already (open_tensors), or some of its rows.  Raises InputError where it
+    holds integers for floats, or the reverse."""
+    file = open_tensors(path) if file is None else file
     try:
         tensor = file.get_slice(key)[rows]
     except (SafetensorError, RuntimeError) as error:            # of a dtype that torch lacks, such as FP4
@@ -324,15 +313,14 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
         if shapes[key] != shape:
             raise InputError(f"{files[key]}: tensor {key} is {list(shapes[key])}, but config.json asks for {list(shape)}; use "
                              "files of the same model")
-    stores_tied_head = HEAD in files and HEAD not in wanted     # some folders store a tied head too, or an empty one
-    if stores_tied_head and shapes[HEAD] not in (wanted[TABLE], (0,)):
-        raise InputError(f"{files[HEAD]}: tensor {HEAD} is {list(shapes[HEAD])}, but config.json ties it to the embedding, "
-                         f"{list(wanted[TABLE])}; use files of the same model")
     for key in files:
         if key not in wanted and key != HEAD and not changes_nothing(files[key], key):
             raise InputError(f"{files[key]}: tensor {key} {list(shapes[key])} is not part of the model that "
                              "config.json describes; use files of the same model")
-    if stores_tied_head and shapes[HEAD] == wanted[TABLE]:
+    if HEAD in files and HEAD not in wanted and shapes[HEAD] != (0,):           # some folders store a tied head, too
+        if shapes[HEAD] != wanted[TABLE]:
+            raise InputError(f"{files[HEAD]}: tensor {HEAD} is {list(shapes[HEAD])}, but config.json ties it to the "
+                             f"embedding, {list(wanted[TABLE])}; use files of the same model")
         a, b = (read_tensor(files[key], key) for key in (HEAD, TABLE))
         if a.dtype != b.dtype:                                  # torch compares float8 with no other dtype
             a, b = a.float(), b.float()
