@@ -314,7 +314,9 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
             raise InputError(f"{files[key]}: tensor {key} is {list(shapes[key])}, but config.json asks for {list(shape)}; use "
                              "files of the same model")
     for key in files:
-        if key not in wanted and key != HEAD and not changes_nothing(files[key], key):
+        if key in wanted or key == HEAD or COMPUTED.search(key):
+            continue
+        if not key.endswith("_proj.bias") or read_tensor(files[key], key).any():    # zeros: AutoGPTQ's, where there is no bias
             raise InputError(f"{files[key]}: tensor {key} {list(shapes[key])} is not part of the model that "
                              "config.json describes; use files of the same model")
     if HEAD in files and HEAD not in wanted and shapes[HEAD] != (0,):           # some folders store a tied head, too
@@ -328,11 +330,6 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
             raise InputError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs from it; set "
                              "tie_word_embeddings to false, or remove that tensor")
     return {key: files[key] for key in wanted}
-
-
-def changes_nothing(path: Path, key: str) -> bool:
-    """Whether a tensor that the model has no place for can be left out: AutoGPTQ stores a bias of zeros where there is none."""
-    return bool(COMPUTED.search(key)) or key.endswith("_proj.bias") and not read_tensor(path, key).any()
 
 
 @torch.no_grad()                                    # as for load_model
@@ -365,20 +362,18 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
         if value.dtype != held[key].dtype and not is_finite(value) and is_finite(held[key]):
             raise InputError(f"{folder}: not saved, as {key} has values that are not finite in {dtype}; save in another dtype")
     keep = lambda name: not name.endswith(".safetensors") and name not in (INDEX, "config.json", QUANTIZE)
+    settings = {"config.json": model.config.to_dict(dtype=dtype or model.head.dtype)}
+    if model.quantization:
+        settings["config.json"]["quantization_config"] = settings[QUANTIZE] = model.quantization
+    shards = split_shards(tensors, shard_bytes)
+    if len(shards) > 1:
+        settings[INDEX] = {"metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
+                           "weight_map": {key: file for file, keys in shards.items() for key in keys}}
     with atomic_path(folder, folder=True, keep=keep) as new:
-        config = model.config.to_dict(dtype=dtype or model.head.dtype)
-        if model.quantization:
-            config["quantization_config"] = model.quantization
-            (new / QUANTIZE).write_text(json.dumps(model.quantization, indent=2) + "\n")
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shards = split_shards(tensors, shard_bytes)
+        for name, value in settings.items():
+            (new / name).write_text(json.dumps(value, indent=2) + "\n")
         for file, keys in shards.items():
             save_tensors({key: tensors[key] for key in keys}, new / file, {"format": "pt"})
-        if len(shards) > 1:
-            total = sum(value.nbytes for value in tensors.values())
-            index = {"metadata": {"total_size": total},
-                     "weight_map": {key: file for file, keys in shards.items() for key in keys}}
-            (new / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def split_shards(tensors: dict, shard_bytes: int) -> dict[str, list[str]]:
