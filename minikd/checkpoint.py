@@ -236,8 +236,8 @@ def read_quantization(folder: Path) -> dict | None:
 
 
 def read_tensor(path: Path, key: str, file=None, rows: slice = slice(None), floating: bool = True) -> torch.Tensor:
-    """A tensor of a safetensors file, which may be open already (open_tensors), or some of its rows.  Raises InputError where it
-    holds integers for floats, or the reverse."""
+    """A tensor of a safetensors file, which may be open already (open_tensors), or some of its rows.  Raises InputError
+    where it holds integers for floats, or the reverse."""
     file = open_tensors(path) if file is None else file
     try:
         tensor = file.get_slice(key)[rows]
@@ -316,7 +316,7 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
     for key in files:
         if key in wanted or key == HEAD or COMPUTED.search(key):
             continue
-        if not key.endswith("_proj.bias") or read_tensor(files[key], key).any():    # zeros: AutoGPTQ's, where there is no bias
+        if not key.endswith("_proj.bias") or read_tensor(files[key], key).any():    # AutoGPTQ stores zeros for no bias
             raise InputError(f"{files[key]}: tensor {key} {list(shapes[key])} is not part of the model that "
                              "config.json describes; use files of the same model")
     if HEAD in files and HEAD not in wanted and shapes[HEAD] != (0,):           # some folders store a tied head, too

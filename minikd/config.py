@@ -74,10 +74,8 @@ class Qwen2Config:
             kind = cls.__dataclass_fields__[name].type
             if kind is bool:
                 good, wanted = isinstance(value, bool), "true or false"
-            elif name == "rope_theta":
-                good, wanted = type(value) in (int, float) and 0 < value < 1e30, "a number above 0"
             elif kind is float:
-                good, wanted = type(value) in (int, float) and 0 <= value < 1e30, "a number of at least 0"
+                good, wanted = type(value) in (int, float) and 0 < value < 1e30, "a number above 0"
             elif name == "num_hidden_layers":
                 good, wanted = type(value) is int and 0 < value <= 1000, "a whole number from 1 to 1,000"
             else:

@@ -112,10 +112,8 @@ def holds_cwd(path: Path) -> bool:
 
 
 def hold(path: Path, wait: bool = False) -> io.FileIO:
-    """Locks a file, which is made if there is none, until the file object that it returns is closed, or this process has ended.
-
-    Raises BlockingIOError if it is locked already and `wait` is false. On a file system without locks it does nothing.
-    """
+    """Locks a file, made if there is none, until the file object that it returns is closed, or this process has ended.
+    Raises BlockingIOError if it is locked already and `wait` is false. Where there are no locks it does nothing."""
     file = open(path, "ab", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -221,19 +219,16 @@ def parse_json(text: str | bytes):
 
 
 def read_json(path: Path, mend: str | None = None) -> dict:
-    """One JSON object from a file.  Raises InputError, with file and position, if it is missing or not one.
-
-    mend  what the user can do then; by default that of a file in a Hugging Face folder
-    """
-    again = mend or "fetch it again"
+    """One JSON object from a file.  Raises InputError, with file and position, if it is missing or not one; `mend` says
+    what the user can do then, by default about a file in a Hugging Face folder."""
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: is missing; {mend or 'give the folder of a Hugging Face model, which has one'}") from None
     except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error}); {again}") from error
+        raise InputError(f"{path}: is not JSON ({error}); {mend or 'fetch it again'}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, not an object; {again}")
+        raise InputError(f"{path}: holds a {type(value).__name__}, not an object; {mend or 'fetch it again'}")
     return value
 
 

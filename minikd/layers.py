@@ -37,7 +37,8 @@ def trains_on_gpu(x: Tensor) -> bool:
 
 
 class Branch(nn.Module):
-    """Branch of a block, Attention or MLP. Its first layers all read x, so layout.py and graphs.py may join them into one."""
+    """Branch of a block, Attention or MLP. Its first layers all read x, so layout.py and graphs.py may join them into
+    one; `first_and_last` gives those layers, and the one that their results enter."""
     joined = None                                           # once joined: x -> the outputs of its first layers side by side
 
     def _apply(self, fn, recurse=True):                                         # what .to(), .cuda() and .half() call
@@ -115,12 +116,9 @@ class Embedding(nn.Embedding):
 class Attachable(nn.Module):
     """An nn.Module that drops what layout.py attached to it when its dtype, device or weights change; zero_grad also drops the
     gradients that graphs.py lent."""
-
-    def __init__(self):
-        super().__init__()
-        self.packed_head = self.int8_head = self.layout = None  # set by layout.py
-        self.decoding = False                                   # inside layout.laid_out
-        self.partly_quantized = False                           # gptq.quantize_model was interrupted, or has freed the weights
+    packed_head = int8_head = layout = None         # set by layout.py
+    decoding = False                                # inside layout.laid_out
+    partly_quantized = False                        # gptq.quantize_model was interrupted, or has freed the weights
 
     def lay_back(self):
         """Undoes layout.join_layers and layout.use_multiply: every layer multiplies by its own weight again."""

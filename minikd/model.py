@@ -127,7 +127,6 @@ class Attention(Branch):
         return y.reshape(B, T, -1)                                              # [B, T, H E]
 
     def first_and_last(self) -> tuple[list[nn.Module], nn.Module]:
-        """The layers that x enters, which could be one product, and the layer that their results enter."""
         return [self.q_proj, self.k_proj, self.v_proj], self.o_proj
 
 
@@ -157,7 +156,6 @@ class MLP(Branch):
         return F.silu(gate) * up                                                # SwiGLU eq. (6)
 
     def first_and_last(self) -> tuple[list[nn.Module], nn.Module]:
-        """The layers that x enters, which could be one product, and the layer that their results enter."""
         return [self.gate_proj, self.up_proj], self.down_proj
 
 
