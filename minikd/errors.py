@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import unicodedata
 from contextlib import contextmanager, suppress
@@ -77,9 +76,9 @@ def _interrupts():
         pressed = time.monotonic()
         raise KeyboardInterrupt
 
-    usual = before in (signal.SIG_DFL, signal.default_int_handler)              # the first is end_at_interrupts'
-    if usual and threading.current_thread() is threading.main_thread():         # others may set no handler
-        signal.signal(signal.SIGINT, interrupt)
+    if before in (signal.SIG_DFL, signal.default_int_handler):                  # the first is end_at_interrupts'
+        with suppress(ValueError):                              # only the main thread may set a handler
+            signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except Exception as error:
