@@ -23,6 +23,12 @@ PART = 16 << 20                                     # bytes that are read before
 SHARD_BYTES = 5 * 10**9                             # transformers 4's own limit; 5's is ten times that
 # Old checkpoints store these; minikd computes both (rope_tables, causal attention), so they are ignored.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.masked_bias$")
+# File names in a folder that has no config.json -> what it is instead.
+OTHER_KINDS = {
+    r"adapter_config\.json$": "is a LoRA adapter; merge it into its base model first: peft's merge_and_unload(), then "
+                              "save_pretrained()",
+    r"checkpoint-\d+(/|$)": "holds a training run; give one of its models, the folders checkpoint-*",
+    r".*\.gguf$": "holds GGUF files; give the folder with safetensors, often the same name without -GGUF"}
 
 
 def load_config(folder) -> Qwen2Config:
@@ -51,7 +57,7 @@ def load_model(name, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
         begun = versions(folder)
         try:
             model = _read_model(folder, device, dtype)
-        except (InputError, OSError):                           # of the files, or between two steps of their writer
+        except (InputError, OSError, RuntimeError):             # of the files, or between two steps of their writer
             if versions(folder) == begun:
                 raise
             continue
@@ -89,7 +95,6 @@ class Checkpoint:
         return f"{self.folder} (sha256 {fingerprint(self.files.values())[:12]})"
 
     def hashes(self) -> dict[str, str]:
-        """The hash of each of those files as it is now."""
         files = [self.folder / name for name in ("config.json", *shards_of(self.folder))]
         return {file.name: sha256(file) for file in files if file.exists()}
 
@@ -156,7 +161,10 @@ def model_folder(name, weights: bool = True) -> Path:
     then, with `weights`, those that hold the tensors."""
     folder = local_folder(name, ["config.json", INDEX, *TOKENIZER])
     if not (folder / "config.json").exists():
-        check_kind(name, files_on_hub(name) or [path.name for path in folder.glob("*")])
+        held = files_on_hub(name) or [path.name for path in folder.glob("*")]
+        for pattern, said in OTHER_KINDS.items():
+            if any(re.match(pattern, file) for file in held):
+                raise InputError(f"{name}: {said}")
     if weights and not Path(name).expanduser().is_dir():
         load_config(folder)                                     # both raise for what minikd cannot compute, before
         read_quantization(folder)                               # gigabytes are fetched in vain
@@ -165,18 +173,6 @@ def model_folder(name, weights: bool = True) -> Path:
             check_weights(name, names)
         local_folder(name, [SINGLE] if SINGLE in (names or ()) else shards_of(folder))
     return folder
-
-
-def check_kind(name, files: list[str]):
-    """Raises InputError if the file names of a folder without a config.json show that it is something other than a model."""
-    if "adapter_config.json" in files:
-        raise InputError(f"{name}: is a LoRA adapter; merge it into its base model first: peft's merge_and_unload(), then "
-                         "save_pretrained()")
-    if runs := [file.partition("/")[0] for file in files if re.match(r"checkpoint-\d+(/|$)", file)]:
-        last = max(runs, key=lambda run: int(run.removeprefix("checkpoint-")))
-        raise InputError(f"{name}: holds a training run; give one of its models, such as the folder {last} in it")
-    if any(file.endswith(".gguf") for file in files):
-        raise InputError(f"{name}: holds GGUF files; give the folder with safetensors, often the same name without -GGUF")
 
 
 def outline(folder: Path) -> tuple[Qwen2, dict[str, Path]]:
@@ -260,12 +256,8 @@ def open_tensors(path: Path):
     """safe_open, with a file that cannot be read, or is damaged, reported as an InputError."""
     try:
         return safe_open(path, framework="pt")
-    except (FileNotFoundError, RuntimeError) as error:          # whatever the reason; the second if it vanishes meanwhile
-        if isinstance(error, RuntimeError) and "unable to open" not in str(error):
-            raise
-        if path.exists():
-            raise InputError(f"{path}: cannot be opened; check its permissions") from None
-        raise InputError(f"{path}: is missing; fetch the model again") from None
+    except FileNotFoundError:                                   # whatever the reason
+        raise InputError(f"{path}: is missing, or cannot be opened; check its permissions, or fetch it again") from None
     except SafetensorError as error:
         check_pointer(path)
         raise InputError(f"{path}: is damaged or truncated, {path.stat().st_size:,} bytes ({error}); fetch it again") from error
