@@ -20,7 +20,6 @@ QUANTIZE = "quantize_config.json"
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 FOUR_BIT = (".qweight", ".qzeros", ".scales", ".g_idx")
 PART = 16 << 20                                     # bytes that are read before a file is closed
-SHARD_BYTES = 5 * 10**9                             # transformers 4's own limit; 5's is ten times that
 # Old checkpoints store these; minikd computes both (rope_tables, causal attention), so they are ignored.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|attn\.masked_bias$")
 # File names in a folder that has no config.json -> what it is instead.
@@ -325,17 +324,18 @@ def tensor_files(folder: Path, wanted: dict[str, tuple]) -> dict[str, Path]:
 
 
 @torch.no_grad()                                    # as for load_model
-def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES):
+def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9):
     """Writes config.json and the weights, in `dtype` or the model's own, completely or not at all.
 
-    One model.safetensors or, above `shard_bytes`, shards with an index. A tied head is left out, as in Qwen's own folders. A
-    4-bit model's codes and scales are written as they are, its quantization_config goes into config.json and, for tools that
-    look there, quantize_config.json. What else is in `folder` is kept (the tokenizer's files, a log, subfolders), except other
-    *.safetensors.
-    Before anything is written, raises InputError for weights that `dtype` cannot hold, and ValueError for a model that load_model
-    would refuse: partly quantised, with tensors that model.config does not describe (an adapter's), or packed for another
-    thread's generate.
+    One model.safetensors or, above `shard_bytes` (transformers 4's limit), shards with an index. A tied head is left
+    out, as in Qwen's own folders. A 4-bit model's codes and scales are written as they are, its quantization_config
+    goes into config.json and, for tools that look there, quantize_config.json. What else is in `folder` is kept (the
+    tokenizer's files, a log, subfolders), except other *.safetensors.
+    Before anything is written, raises InputError for weights that `dtype` cannot hold, and ValueError for a model that
+    load_model would refuse: partly quantised, with tensors that model.config does not describe (an adapter's), or
+    packed for another thread's generate.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory as split   # comes with tokenizers
     folder = Path(folder)
     if model.decoding and model.layout == "packed" and not model.quantization:
         raise ValueError(f"{folder}: not saved, as the model generates meanwhile, and its weights are packed; wait for it")
@@ -357,26 +357,12 @@ def save_model(model: Qwen2, folder, dtype: torch.dtype | None = None, shard_byt
     settings = {"config.json": model.config.to_dict(dtype=dtype or model.head.dtype)}
     if model.quantization:
         settings["config.json"]["quantization_config"] = settings[QUANTIZE] = model.quantization
-    shards = split_shards(tensors, shard_bytes)
-    if len(shards) > 1:
-        settings[INDEX] = {"metadata": {"total_size": sum(value.nbytes for value in tensors.values())},
-                           "weight_map": {key: file for file, keys in shards.items() for key in keys}}
+    shards = split(tensors, get_storage_size=lambda tensor: tensor.nbytes, max_shard_size=shard_bytes,
+                   filename_pattern="model{suffix}.safetensors")
+    if shards.is_sharded:
+        settings[INDEX] = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
     with atomic_path(folder, folder=True, keep=keep) as new:
         for name, value in settings.items():
             (new / name).write_text(json.dumps(value, indent=2) + "\n")
-        for file, keys in shards.items():
+        for file, keys in shards.filename_to_tensors.items():
             save_tensors({key: tensors[key] for key in keys}, new / file, {"format": "pt"})
-
-
-def split_shards(tensors: dict, shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> names of its tensors, in order; a file exceeds `shard_bytes` only if a single tensor does."""
-    groups, size = [[]], 0
-    for key, value in tensors.items():
-        if groups[-1] and size + value.nbytes > shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(key)
-        size += value.nbytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, 1)}

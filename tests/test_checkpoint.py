@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import change_json, files_in, random_model, refusal, small
 from minikd import checkpoint
-from minikd.checkpoint import (Checkpoint, load_config, load_head, load_model, open_tensors, read_tensor, save_model, shards_of,
-                               split_shards, stored_dtype)
+from minikd.checkpoint import (Checkpoint, load_config, load_head, load_model, open_tensors, read_tensor, save_model,
+                               shards_of, stored_dtype)
 from minikd.config import Qwen2Config
 from minikd.errors import InputError
 from minikd.generate import generate
@@ -261,13 +261,14 @@ def test_two_files_have_an_index_already(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 2 and same(model(), load_model(tmp_path))
 
 
-def test_each_shard_holds_what_fits_and_at_least_one_tensor():
-    tensors = {name: torch.zeros(size) for name, size in zip("abcde", (10, 10, 50, 5, 5))}       # 4 bytes each
-    assert split_shards(tensors, 10**6) == {"model.safetensors": list("abcde")}
-    assert list(split_shards(tensors, 80).values()) == [["a", "b"], ["c"], ["d", "e"]]
-    assert list(split_shards(tensors, 40).values()) == [["a"], ["b"], ["c"], ["d", "e"]]         # filled to the byte
-    assert list(split_shards(tensors, 39).values()) == list(map(list, "abcde"))                  # no empty one before a
-    assert list(split_shards(tensors, 80)) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+def test_each_shard_holds_what_fits_and_at_least_one_tensor(tmp_path):
+    for most in 2_400, 1_000:                                                   # the embeddings are 37 x 16 x 4 bytes
+        save_model(model(), tmp_path, shard_bytes=most)
+        held = [list(load_file(file).values()) for file in sorted(tmp_path.glob("*.safetensors"))]
+        assert same(model(), load_model(tmp_path))
+        assert all(len(shard) == 1 or 0 < sum(t.nbytes for t in shard) <= most for shard in held)
+        assert [file.name[:14] for file in sorted(tmp_path.glob("*.safetensors"))] == [
+            f"model-{i:05d}-of" for i in range(1, len(held) + 1)]
 
 
 # ---- what is refused, by name
