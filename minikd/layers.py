@@ -92,20 +92,19 @@ class TiedLookup(torch.autograd.Function):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding, in whose place TiedLookup looks up a table that is also the head, once `in_place` is set, in train mode, and
-    if nothing watches the table's gradient."""
-    in_place = False                # set by training.make_optimizer: a step reads .grad, but torch.autograd.grad would miss it
+    """nn.Embedding, in whose place TiedLookup looks up a table that is also the head, once `in_place` is set, in train
+    mode, and if nothing watches the table's gradient."""
+    in_place = False    # set by training.make_optimizer: a step reads .grad, but torch.autograd.grad would miss it
 
-    def __init__(self, V: int, D: int, tied: bool):
+    def __init__(self, V: int, D: int):
         # Zeros until init_weights or a checkpoint: on the meta device nn.Embedding's own normal_() would import
         # torch._dynamo, 1.5 s and 75 MB.
         super().__init__(V, D, _weight=torch.zeros(V, D))
-        self.tied = tied
 
     def forward(self, ids: Tensor) -> Tensor:
         table = self.weight
         learned = self.training and torch.is_grad_enabled() and table.requires_grad
-        if self.in_place and self.tied and learned and table.is_leaf and not watched(table):
+        if self.in_place and learned and table.is_leaf and not watched(table):
             return TiedLookup.apply(torch.zeros((), requires_grad=True), ids, self)         # [B, T] -> [B, T, D]
         return super().forward(ids)                                                         # the same
 

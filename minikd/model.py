@@ -190,7 +190,7 @@ class Body(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.tie_word_embeddings)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.compiled = self.graphs = None                                      # set by training.compile_blocks, use_graphs

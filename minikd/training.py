@@ -26,10 +26,10 @@ def check_student(name, tokenizer):
 def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> AdamW:
     """AdamW (arXiv:1711.05101, Algorithm 2); biases and norm weights have no weight decay.
 
-    In train mode the embedding's gradient is from here on added to .grad by the backward pass itself, which saves memory
-    (layers.TiedLookup): torch.autograd.grad, unlike .backward(), then misses it.
+    In train mode a tied embedding's gradient is from here on added to .grad by the backward pass itself, which saves
+    memory (layers.TiedLookup): torch.autograd.grad, unlike .backward(), then misses it.
     """
-    model.model.embed_tokens.in_place = True
+    model.model.embed_tokens.in_place = model.config.tie_word_embeddings
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
