@@ -16,7 +16,7 @@ setup(
         "torch>=2.9",           # the oldest that passes all tests; brings jinja2, for chat templates
         "numpy",
         "safetensors>=0.4.3",
-        "tokenizers>=0.20",     # brings huggingface_hub, which downloads hub names, and tqdm, the progress bar
+        "tokenizers>=0.20",     # brings huggingface_hub (hub names, cutting into shards) and tqdm (the progress bar)
         "pytest",
     ],
     extras_require={

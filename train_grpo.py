@@ -200,7 +200,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     Raises InputError for a gradient that is not finite, and when every answer's rewards summed to 0, or none could be judged,
     for `patience` steps in a row.
     """
-    out, optimizer = Path(out), make_optimizer(model.train(), lr, weight_decay)
+    out, optimizer = Path(out), make_optimizer(model.train(), lr, weight_decay, in_place=True)
     if not gradient_checkpointing:
         use_graphs(model, dtype)
     if compile:
@@ -452,7 +452,7 @@ def toy_student(task: str, out: Path, seed: int, resume: bool, device) -> Path:
     rows, _ = encode_examples([to_example(record, f"{task}:{i}") for i, record in enumerate(records)], tokenizer)
     student = Qwen2(toy.student_config(len(tokenizer))).init_weights(seed).to(device).train()
     steps, batch_size = TOY_LESSONS[task], 64
-    optimizer = make_optimizer(student, 4e-3)
+    optimizer = make_optimizer(student, 4e-3, in_place=True)
     with Progress("teaching the student", steps) as progress:
         for step in range(steps):
             batch = next_rows(rows, step, batch_size, seed)

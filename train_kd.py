@@ -219,7 +219,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
     Raises InputError for a gradient or a held-out loss that is not finite; the student that it comes from is not saved.
     """
     out = Path(out)
-    optimizer = make_optimizer(student.train(), lr, weight_decay)
+    optimizer = make_optimizer(student.train(), lr, weight_decay, in_place=True)
     if not gradient_checkpointing:
         use_graphs(student, dtype)
     if loss == "sft":

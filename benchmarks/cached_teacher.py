@@ -60,7 +60,7 @@ def fill(folder: Path, dtype: torch.dtype, steps: int):
 
 def train(method: str, folder: Path, dtype: torch.dtype, steps: int):
     student = load_model(folder / "student").train()
-    teacher, optimizer, seconds = teacher_of(method, folder, dtype), make_optimizer(student, 1e-5), []
+    teacher, optimizer, seconds = teacher_of(method, folder, dtype), make_optimizer(student, 1e-5, in_place=True), []
     for batch in rows_of(steps):
         start = time.perf_counter()
         step(student, teacher, batch, dtype)

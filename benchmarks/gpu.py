@@ -688,7 +688,8 @@ def time_kd(device, tiny, limits):
         student = make(student_shape, device, torch.float32) if ours else theirs(student_shape, device, torch.float32)
         teacher = (Teacher(make(teacher_shape, device, seed=1).requires_grad_(False)) if ours
                    else theirs(teacher_shape, device))
-        optimizer = make_optimizer(student, 1e-5) if ours else torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
+        optimizer = (make_optimizer(student, 1e-5, in_place=True) if ours else
+                     torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True))
         student.train()
         if ours:
             use_graphs(student, torch.bfloat16)

@@ -51,7 +51,7 @@ class NoStops:
 def minikd(folder: Path, mode: str, steps: int):
     dtype = torch.float32 if mode == "float32" else torch.bfloat16
     model, copy = load_model(folder / "model").train(), None
-    optimizer = make_optimizer(model, 1e-6, weight_decay=0.0)
+    optimizer = make_optimizer(model, 1e-6, weight_decay=0.0, in_place=True)
     seconds, parts = [], []
     for step, prompt in enumerate(prompts(steps)):
         clock = [time.perf_counter()]

@@ -62,7 +62,7 @@ def minikd(folder: Path, mode: str, steps: int, full_logits: bool = False, lean:
     student = load_model(folder / "student").train()
     teacher = load_model(folder / "teacher", dtype=dtype).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    student.model.embed_tokens.in_place = True                  # as make_optimizer sets it
+    student.model.embed_tokens.in_place = True                  # as train_kd.py asks of make_optimizer
     seconds, losses, head = [], [], teacher.head.detach()
     if lean:
         head, kept = head.clone(), [states_of(teacher, *batch) for batch in batches(steps)]

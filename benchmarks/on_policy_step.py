@@ -37,7 +37,7 @@ def minikd(folder: Path, mode: str, steps: int):
     dtype = torch.float32 if mode == "float32" else torch.bfloat16
     student, sampler = load_model(folder / "student").train(), None
     teacher = Teacher(load_model(folder / "teacher", dtype=dtype).requires_grad_(False))
-    optimizer = make_optimizer(student, LR, weight_decay=0.0)
+    optimizer = make_optimizer(student, LR, weight_decay=0.0, in_place=True)
     asked, seconds, losses = prompts(ROWS * steps), [], []
     for step in range(steps):
         start = time.perf_counter()

@@ -30,7 +30,7 @@ from minikd.training import apply_gradient
 def minikd(folder: Path, mode: str, steps: int):
     student = load_model(folder).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    student.model.embed_tokens.in_place = True                  # as make_optimizer sets it
+    student.model.embed_tokens.in_place = True                  # as train_kd.py asks of make_optimizer
     seconds, losses, before = [], [], resident()
     for ids, mask in batches(steps):
         start = time.perf_counter()

@@ -94,7 +94,7 @@ class TiedLookup(torch.autograd.Function):
 class Embedding(nn.Embedding):
     """nn.Embedding, in whose place TiedLookup looks up a table that is also the head, once `in_place` is set, in train
     mode, and if nothing watches the table's gradient."""
-    in_place = False    # set by training.make_optimizer: a step reads .grad, but torch.autograd.grad would miss it
+    in_place = False    # training.make_optimizer(in_place=True): a step reads .grad, but torch.autograd.grad would miss it
 
     def __init__(self, V: int, D: int):
         # Zeros until init_weights or a checkpoint: on the meta device nn.Embedding's own normal_() would import

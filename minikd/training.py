@@ -23,13 +23,14 @@ def check_student(name, tokenizer):
     check_vocabulary(name, model.config, tokenizer)
 
 
-def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01) -> AdamW:
-    """AdamW (arXiv:1711.05101, Algorithm 2); biases and norm weights have no weight decay.
+def make_optimizer(model: Qwen2, lr: float, weight_decay: float = 0.01, in_place: bool = False) -> AdamW:
+    """AdamW (arXiv:1711.05101, Algorithm 2, as torch has it: the decay is lr x weight_decay, so a change of lr changes both);
+    biases and norm weights have no weight decay.
 
-    In train mode a tied embedding's gradient is from here on added to .grad by the backward pass itself, which saves
-    memory (layers.TiedLookup): torch.autograd.grad, unlike .backward(), then misses it.
+    in_place  in train mode the backward pass itself adds a tied embedding's gradient to .grad, which saves as much memory as the
+              table has (layers.TiedLookup). torch.autograd.grad, unlike .backward(), then misses it
     """
-    model.model.embed_tokens.in_place = model.config.tie_word_embeddings
+    model.model.embed_tokens.in_place = in_place and model.config.tie_word_embeddings
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -174,7 +174,7 @@ def test_steps_after_replayed_passes_are_the_plain_paths(played, monkeypatch, ow
     plain, model, norms = student(False), student(), []
     begun = weights(plain)
     for each in plain, model:
-        optimizer = make_optimizer(each, 1e-2)
+        optimizer = make_optimizer(each, 1e-2, in_place=True)
         for batches in ([ids(2, 5)], [ids(2, 5), ids(2, 70)], [ids(2, 70)]):
             for batch in batches:
                 learn(each, batch)

@@ -94,7 +94,7 @@ def test_a_distillation_step_is_launched_without_waiting_for_the_gpu(monkeypatch
     rows = [Encoded([5, 6, 7], [8, 9], False, 0), Encoded([5], [8, 9, 10, 11], True, 1)]
     with gpu():
         student, teacher = small(0).to("cuda").train(), Teacher(small(1).to("cuda").requires_grad_(False))
-        optimizer = make_optimizer(student, 1e-3)
+        optimizer = make_optimizer(student, 1e-3, in_place=True)
         if graphs:
             use_graphs(student, torch.bfloat16)
         for _ in range(2):                                                      # recorded, and replayed

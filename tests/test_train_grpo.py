@@ -508,7 +508,7 @@ def test_with_no_flags_a_toy_student_is_taught_and_goes_through_a_step(monkeypat
 
 @pytest.mark.slow
 def test_on_a_gpu_the_toy_student_is_taught_there(shell, monkeypatch, spy, tmp_path):
-    devices = spy(rl, "make_optimizer", lambda model, *_: model.head.device.type)
+    devices = spy(rl, "make_optimizer", lambda model, *_, **options: model.head.device.type)
     monkeypatch.setattr(rl, "TOY_LESSONS", {"sums": 3})
     with gpu():
         passed(shell(rl, "--device", "cuda", "--steps", 1, "--eval-examples", 2, "--prompts", 2, "--group-size", 2,
