@@ -1,6 +1,6 @@
 """What the student is compared with: the teacher model, or its hidden states on disk, computed once."""
 import json
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from minikd.checkpoint import check_vocabulary, load_config, model_folder
 from minikd.data import Encoded, collate, send
 from minikd.errors import InputError
-from minikd.files import append_to, atomic_path, fingerprint, hold, parse_json, read_json, save_tensors, sweep
+from minikd.files import append_to, atomic_path, fingerprint, hold, parse_json, read_json, save_tensors, sweep, write_jsonl
 from minikd.generate import respond
 from minikd.head import scored_positions
 from minikd.layout import join_layers
@@ -83,8 +83,7 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
     with alone(folder):
         check_made_from(folder, made_from)                      # again: another process may have been first
         if not (folder / FACTS).exists():
-            with atomic_path(folder / FACTS) as new:
-                new.write_text(json.dumps({"made_from": made_from}) + "\n")
+            write_jsonl([{"made_from": made_from}], folder / FACTS)
         sweep(folder)                                           # also leftovers beside files that are not written again
         missing = {name: held for name, held in plan_shards(unique).items() if not whole(folder / name, held, width)}
         teacher = Teacher(load()) if missing else None
@@ -95,35 +94,31 @@ def fill_cache(folder, rows: list[Encoded], made_from: dict, load, width: int, p
         return sum(len(row.response) for held in missing.values() for row in held.values())
 
 
-def states_of(teacher: Teacher, rows: dict[str, Encoded], pad_id: int, batch_size: int, dtype: torch.dtype,
+def states_of(teacher: Teacher, held: dict[str, Encoded], pad_id: int, batch_size: int, dtype: torch.dtype,
               progress) -> dict[str, Tensor]:
-    """The teacher's states of rows by their digests: [n, D'] each, in bfloat16 on the CPU."""
-    states, order, device = {}, list(rows), teacher.head.device
-    for start in range(0, len(order), batch_size):
-        digests = order[start:start + batch_size]
-        part = [rows[digest] for digest in digests]
+    """The teacher's states of a shard's rows by their digests: [n, D'] each, in bfloat16 on the CPU."""
+    states, rows, device = [], list(held.values()), teacher.head.device
+    for start in range(0, len(rows), batch_size):
+        part = rows[start:start + batch_size]
         with mixed_precision(device, dtype):
             found = teacher.states(part, *collate(part, pad_id, device)).bfloat16().cpu()               # [N, D']
-        states |= zip(digests, found.split([len(row.response) for row in part]))
+        states += found.split([len(row.response) for row in part])
         if progress:
             progress(len(part))
-    return states
+    return dict(zip(held, states, strict=True))
 
 
-@contextmanager
 def alone(folder: Path):
-    """Inside the `with` block no other process fills the cache in `folder`: it waits. Where files cannot be locked, all may."""
+    """A `with` block in which no other process fills the cache in `folder`: it waits. Where files cannot be locked, all may."""
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / ".filling"                                 # not run.LOCK: a run in the same folder holds that
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(hold(place))
-        except BlockingIOError:
-            print(f"{folder}: another process is filling this cache; waiting for it", flush=True)
-            stack.enter_context(hold(place, wait=True))
-        except OSError:                                         # no permission to write there: a complete cache needs none
-            pass
-        yield
+    try:
+        return hold(place)
+    except BlockingIOError:
+        print(f"{folder}: another process is filling this cache; waiting for it", flush=True)
+        return hold(place, wait=True)
+    except OSError:                                             # no permission to write there: a complete cache needs none
+        return nullcontext()
 
 
 def plan_shards(unique: dict[str, Encoded]) -> dict[str, dict[str, Encoded]]:

@@ -235,11 +235,11 @@ def swap_linears(model: Qwen2, group_size: int, version: int, words: dict[str, d
         check_groups(layer.in_features, group_size, name)
     for name, layer in layers.items():
         with torch.device(layer.weight.device):
-            new = W4Linear(layer.in_features, layer.out_features, group_size, layer.bias is not None, version)
+            new = W4Linear(layer.in_features, layer.out_features, group_size, False, version)
+        if words is not None:
+            new.load_state_dict(words[name])
         if layer.bias is not None:
             new.bias = layer.bias.detach()
-        if words is not None:
-            new.load_state_dict(words[name] | ({} if layer.bias is None else {"bias": layer.bias}))      # its own, as it is
         model.set_submodule(name, new)                          # once it is complete: this may be interrupted
         found[name] = new
     return found
