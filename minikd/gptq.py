@@ -335,11 +335,9 @@ def quantize_model(model: Qwen2, rows: list[Encoded], pad_id: int, *, bits: int 
     layers = linear_layers(model)
     for name, layer in layers.items():                                          # all, before the first is changed
         check_weight(layer.weight, group_size, name)
-    home, results = model.head.device, {}
+    home, results, hessians = model.head.device, {}, dict.fromkeys(layers).items()          # None each: only rounded
     if method == "gptq":
         hessians = calibrate(model, rows, pad_id, batch_size, torch.device(device or home), dtype or model.head.dtype)
-    else:
-        hessians = ((name, None) for name in layers)
     grid = dict(bits=bits, group_size=group_size, sym=sym, clip_search=clip_search)
     for name, hessian in hessians:
         if store and name.endswith("q_proj"):                                   # a block begins: free the weights before it

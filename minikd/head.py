@@ -124,10 +124,9 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
 def _check_inputs(hidden, targets, teacher_hidden, teacher_head, divergence, kd_ratio):
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
-    if any(len(x) != len(hidden) for x in (targets, teacher_hidden) if x is not None):
-        raise ValueError(f"head_loss: {len(hidden)} states for {len(targets)} targets"
-                         + ("" if teacher_hidden is None else f" and {len(teacher_hidden)} states of the teacher")
-                         + "; give as many of each")
+    for x, what in (targets, "targets"), (teacher_hidden, "states of the teacher"):
+        if x is not None and len(x) != len(hidden):
+            raise ValueError(f"head_loss: {len(hidden)} states for {len(x)} {what}; give as many of each")
 
 
 class _Sum(torch.autograd.Function):

@@ -209,9 +209,8 @@ def join(parts: list[nn.Module]):
         joined.qweight = torch.cat([part.words() for part in parts], 1)
         at = 0
         for part in parts:
-            part.whole = joined, slice(at, at + part.outputs)
+            part.whole, part.prepared = (joined, at), None
             part.qweight = joined.qweight.new_empty(0)
-            part.prepared = None
             at += part.outputs
         give_memory_back()
         dims = {"qzeros": 1, "scales": 1, "bias": 0}    # in which of its dimensions a tensor is joined

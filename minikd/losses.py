@@ -47,24 +47,17 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats, infinite where a
-    gives a token that b excludes."""
-    a = log_a.exp()
-    total = (a * (log_a - log_b)).sum(-1)                                       # the formula; the rest is its rounding
-    return _mend(total, a, log_b)
-
-
-def _mend(total: Tensor, a: Tensor, log_b: Tensor) -> Tensor:
-    """kl's sum [...], as if a and b summed to exactly 1. Rounded they sum to A and B, up to 1 + 1e-5 over 151,936 rows: as large
-    as the KL of two close models.
+    """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats
 
     Infinite where a gives more than 1e-20 x temperature to a token that b excludes by a logit of -inf; its gradient stays finite
     (for temperatures of 1e-8 and more).
     """
+    a = log_a.exp()
+    total = (a * (log_a - log_b)).sum(-1)                                       # the formula; the rest is its rounding
     # log b = LEAST makes a term of about 1e30: report inf. It is added, as assigning it would lose the gradient.
     total = total + torch.where(total > 1e10, torch.inf, 0.0).to(total.dtype)
-    with torch.no_grad():
-        A, B = a.sum(-1), log_b.exp().sum(-1)
+    with torch.no_grad():                                       # the sums should be 1: over 151,936 rows rounding makes them up
+        A, B = a.sum(-1), log_b.exp().sum(-1)                   # to 1 + 1e-5, which is as large as the KL of two close models
     return total / A + (B / A).log()                                            # KL(a / A || b / B)
 
 

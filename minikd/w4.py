@@ -41,7 +41,7 @@ class W4Linear(nn.Module):
             self.g_idx.copy_(torch.arange(inputs) // size)
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
         self.prepared = None                                    # (way, prepare(way)); not saved
-        self.whole = None                                       # of a part of a joined layer: (that layer, the slice of its rows)
+        self.whole = None                                       # of a part of a joined layer: (that layer, the first row in it)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantised [O, I], computed in float32: what every other way is tested against.
@@ -64,8 +64,8 @@ class W4Linear(nn.Module):
             return unpack(words[:, rows].T, 1)
         first, last, _ = rows.indices(self.outputs)
         if whole is not None:
-            layer, these = whole
-            return layer.codes(slice(these.start + first, these.start + last))
+            layer, at = whole
+            return layer.codes(slice(at + first, at + last))
         start, stop = first // 64 * 64, min(-(-last // 64) * 64, self.outputs)     # whole blocks of either layout
         way, (prepared, *_) = self.prepared
         if way == "kernel":
@@ -223,12 +223,12 @@ def linear_layers(model: Qwen2) -> dict[str, Linear]:
     return layers
 
 
-def swap_linears(model: Qwen2, group_size: int, version: int, words: dict[str, dict] | None = None) -> dict[str, W4Linear]:
-    """Replaces each linear layer by a W4Linear of its shape, device and bias, with its words if given; returns them by name.
+def swap_linears(model: Qwen2, group_size: int, version: int, words: dict[str, dict] | None = None):
+    """Replaces each linear layer by a W4Linear of its shape, device and bias, with its words if given.
 
     Raises InputError for a group size that does not divide a layer, and as linear_layers does; ValueError if words lack a layer.
     """
-    found, layers = {}, linear_layers(model)
+    layers = linear_layers(model)
     if words is not None and (missing := layers.keys() - words.keys()):
         raise ValueError(f"to_w4: {min(missing)} is left out; quantise all layers of the blocks")
     for name, layer in layers.items():                          # all, before the first is replaced
@@ -241,8 +241,6 @@ def swap_linears(model: Qwen2, group_size: int, version: int, words: dict[str, d
         if layer.bias is not None:
             new.bias = layer.bias.detach()
         model.set_submodule(name, new)                          # once it is complete: this may be interrupted
-        found[name] = new
-    return found
 
 
 def to_w4(model: Qwen2, layers: dict[str, dict], group_size: int, sym: bool, **meta) -> Qwen2:
