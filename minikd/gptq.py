@@ -38,7 +38,7 @@ from minikd.data import Encoded, by_length, collate
 from minikd.errors import InputError
 from minikd.graphs import Replay, can_record
 from minikd.layout import without_onednn
-from minikd.model import Block, Qwen2, rope_tables
+from minikd.model import Qwen2, rope_tables
 from minikd.quant import check_weight, dequantize, dequantize_groups, find_grid, quantize, round_to_nearest
 from minikd.w4 import give_memory_back, linear_layers
 
@@ -236,55 +236,43 @@ def output_errors(weight: Tensor, quantized: list[Tensor], hessian: Tensor) -> l
 
 # ---- a model, layer by layer
 
-def stages(block: Block, rope: dict) -> list:
-    """The order in which a block's layers are quantised: [(names of layers that share their inputs, x -> those inputs [B, T, I])]
-
-        q, k, v  <- input_layernorm(x);           o    <- heads(x);  x += o(heads(x))
-        gate, up <- post_attention_layernorm(x);  down <- gated(x);  x += down(gated(x))
-    x [B, T, D] is the block's input, and after o_proj the input of its MLP.  rope: T -> the tables of rope_tables
-    Inputs are computed through the layers before, which are quantised by then.
-    """
-    def heads(x):                                               # the inputs of o_proj [B, T, H E]
-        return block.self_attn.concat_heads(block.input_layernorm(x), *rope[x.shape[1]], None)
-
-    def gated(x):                                               # those of down_proj [B, T, W]
-        return block.mlp.gated(block.post_attention_layernorm(x))
-
-    return [(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), block.input_layernorm),
-            (("self_attn.o_proj",), heads),
-            (("mlp.gate_proj", "mlp.up_proj"), block.post_attention_layernorm),
-            (("mlp.down_proj",), gated)]
-
-
 @torch.no_grad()
 def calibrate(model: Qwen2, rows: list[Encoded], pad_id: int, batch_size: int, device, dtype) -> Iterator[tuple[str, Tensor]]:
     """Yields each layer's name and Hessian, in the order to quantise them. All tokens of the rows count, prompt and response.
 
+        h = input_layernorm(x):           q, k, v  <- h;  o    <- heads(h);  x += o(heads(h))
+        h = post_attention_layernorm(x):  gate, up <- h;  down <- gated(h);  x += down(gated(h))
     The caller must put the layer's quantised weight in place before asking for the next one: later inputs are computed
     through it. `device` holds one Hessian and, in `dtype`, the batches' hidden states and one block; the model may be elsewhere
     and in another dtype.
     """
     head, config = model.head, model.config                     # the head has the model's device and dtype
+    names = {layer: name for name, layer in linear_layers(model).items()}
     rows = [Encoded([], row.prompt + row.response, row.cut, row.index) for row in rows]     # a mask over every token
     batches = [collate([rows[i] for i in at], pad_id) for at in by_length(rows, batch_size)]        # [B, T] ids and mask
     states = [model.model.embed_tokens(ids.to(head.device)).to(device, dtype) for ids, _ in batches]      # [B, T, D] each
     rope = {T: rope_tables(torch.arange(T, device=device)[None], config.rope_theta, config.head_dim, states[0].dtype)
             for T in {x.shape[1] for x in states}}
-    for i, block in enumerate(model.model.layers):
+    for block in model.model.layers:
         kept = [(vector, vector.data) for vector in block.parameters() if vector.dim() == 1]    # norms, biases: they stay
         model.partly_quantized |= dtype != head.dtype           # the next line rounds weights: no second call may follow
         block.to(device, dtype)
-        for names, inputs_of in stages(block, rope):
-            layer = block.get_submodule(names[0])
-            hessian = Hessian(layer.in_features, device)
-            for x, (_, mask) in zip(states, batches, strict=True):
-                hessian.add(inputs_of(x), mask.to(device))
-            H = hessian.finish(f"model.layers.{i}.{names[0]}")                  # of all that share these inputs
-            for name in names:
-                yield f"model.layers.{i}.{name}", H
-            if len(names) == 1:                                                 # o_proj or down_proj, quantised by now
-                for x in states:
-                    x += layer(inputs_of(x))
+
+        def heads(h):                                                           # [B, T, D] -> [B, T, H E]
+            return block.self_attn.concat_heads(h, *rope[h.shape[1]], None)
+
+        for branch, norm, inner in ((block.self_attn, block.input_layernorm, heads),
+                                    (block.mlp, block.post_attention_layernorm, block.mlp.gated)):
+            first, last = branch.first_and_last()
+            for layers, inputs_of in (first, norm), ([last], lambda x: inner(norm(x))):
+                hessian = Hessian(layers[0].in_features, device)
+                for x, (_, mask) in zip(states, batches, strict=True):
+                    hessian.add(inputs_of(x), mask.to(device))
+                H = hessian.finish(names[layers[0]])                            # of all that share these inputs
+                for layer in layers:
+                    yield names[layer], H
+            for x in states:
+                x += last(inputs_of(x))                                         # by its weight quantised by now
         block.to(head.device, head.dtype)
         for vector, exact in kept:
             vector.data = exact

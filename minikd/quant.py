@@ -60,24 +60,22 @@ def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool
     if sym:
         high = torch.maximum(high, -low)
         low = -high
-    scale, zero = _grid_of(low, high, top, sym)
-    if not clip_search:
+
+    def grid(share: float) -> tuple[Tensor, Tensor]:
+        """Of that share of the range.  -> [O], [O]"""
+        scale = ((share * high - share * low) / top).clamp(max=65504).half().float()    # as float16 stores it (largest: 65504)
+        scale = torch.where(scale > 0, scale, 1.0)              # a row of zeros, or one whose scale is 0 in float16
+        zero = torch.full_like(scale, (top + 1) // 2) if sym else (-share * low / scale).round().clamp(0, top)
         return scale, zero
-    best = torch.full_like(scale, torch.inf)
-    for share in torch.linspace(1, 0.5, 41, dtype=torch.float32).tolist():
-        s, z = _grid_of(share * low, share * high, top, sym)                                       # [O] each
-        grid = s[:, None], z[:, None]
-        error = (dequantize(quantize(weight, *grid, bits), *grid) - weight).abs().pow(POWER).sum(1)        # [O]
-        scale, zero = torch.where(error < best, s, scale), torch.where(error < best, z, zero)
-        best = torch.minimum(best, error)
-    return scale, zero
 
-
-def _grid_of(low: Tensor, high: Tensor, top: int, sym: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero [O] of the ranges from low to high [O], for codes 0 to top."""
-    scale = ((high - low) / top).clamp(max=65504).half().float()    # rounded as float16 stores it (largest: 65504)
-    scale = torch.where(scale > 0, scale, 1.0)                  # a row of zeros, or one whose scale is 0 in float16
-    zero = torch.full_like(scale, (top + 1) // 2) if sym else (-low / scale).round().clamp(0, top)
+    scale, zero = grid(1.0)
+    if clip_search:
+        best = torch.full_like(scale, torch.inf)
+        for share in torch.linspace(1, 0.5, 41, dtype=torch.float32).tolist():
+            s, z = (x[:, None] for x in grid(share))                                               # [O, 1] each
+            error = (dequantize(quantize(weight, s, z, bits), s, z) - weight).abs().pow(POWER).sum(1)      # [O]
+            scale, zero = torch.where(error < best, s[:, 0], scale), torch.where(error < best, z[:, 0], zero)
+            best = torch.minimum(best, error)
     return scale, zero
 
 
