@@ -75,7 +75,11 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     Raises ValueError for a kd_ratio without divergence or teacher, for more or fewer targets or teacher's states than the
     student's states, for a divergence or policy_loss that gives anything but a value per token, and for gradients in float16.
     """
-    _check_inputs(hidden, targets, teacher_hidden, teacher_head, divergence, kd_ratio)
+    if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
+        raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
+    for x, what in (targets, "targets"), (teacher_hidden, "states of the teacher"):
+        if x is not None and len(x) != len(hidden):
+            raise ValueError(f"head_loss: {len(hidden)} states for {len(x)} {what}; give as many of each")
     divergence = divergence or no_divergence
     V = len(head) if teacher_head is None else min(len(head), len(teacher_head))            # rows of both heads, for CE too
     V = min(V, vocab or V)
@@ -119,14 +123,6 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
                 _backward_head(logits[:at.stop - at.start], states[at], student_head,
                                grad_hidden[at] if need_hidden else None, grad_head[:V] if need_head else None)
     return _Sum.apply(hidden, head, total, grad_hidden, grad_head), ce, kd
-
-
-def _check_inputs(hidden, targets, teacher_hidden, teacher_head, divergence, kd_ratio):
-    if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
-        raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
-    for x, what in (targets, "targets"), (teacher_hidden, "states of the teacher"):
-        if x is not None and len(x) != len(hidden):
-            raise ValueError(f"head_loss: {len(hidden)} states for {len(x)} {what}; give as many of each")
 
 
 class _Sum(torch.autograd.Function):
