@@ -56,8 +56,9 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     total = (a * (log_a - log_b)).sum(-1)                                       # the formula; the rest is its rounding
     # log b = LEAST makes a term of about 1e30: report inf. It is added, as assigning it would lose the gradient.
     total = total + torch.where(total > 1e10, torch.inf, 0.0).to(total.dtype)
-    with torch.no_grad():                                       # the sums should be 1: over 151,936 rows rounding makes them up
-        A, B = a.sum(-1), log_b.exp().sum(-1)                   # to 1 + 1e-5, which is as large as the KL of two close models
+    # Rounded, a and b sum to A and B, up to 1 + 1e-5 over 151,936 rows: as large as the KL of two close models.
+    with torch.no_grad():
+        A, B = a.sum(-1), log_b.exp().sum(-1)
     return total / A + (B / A).log()                                            # KL(a / A || b / B)
 
 

@@ -63,7 +63,7 @@ def find_grid(weight: Tensor, bits: int = 4, sym: bool = True, clip_search: bool
 
     def grid(share: float) -> tuple[Tensor, Tensor]:
         """Of that share of the range.  -> [O], [O]"""
-        scale = ((share * high - share * low) / top).clamp(max=65504).half().float()    # as float16 stores it (largest: 65504)
+        scale = ((share * high - share * low) / top).clamp(max=65504).half().float()    # as stored: at most 65504
         scale = torch.where(scale > 0, scale, 1.0)              # a row of zeros, or one whose scale is 0 in float16
         zero = torch.full_like(scale, (top + 1) // 2) if sym else (-share * low / scale).round().clamp(0, top)
         return scale, zero

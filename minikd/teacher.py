@@ -10,7 +10,8 @@ from torch import Tensor
 from minikd.checkpoint import check_vocabulary, load_config, model_folder
 from minikd.data import Encoded, collate, send
 from minikd.errors import InputError
-from minikd.files import append_to, atomic_path, fingerprint, hold, parse_json, read_json, save_tensors, sweep, write_jsonl
+from minikd.files import (append_to, atomic_path, fingerprint, hold, parse_json, read_json, save_tensors, sweep,
+                          write_jsonl)
 from minikd.generate import respond
 from minikd.head import scored_positions
 from minikd.layout import join_layers
@@ -109,7 +110,7 @@ def states_of(teacher: Teacher, held: dict[str, Encoded], pad_id: int, batch_siz
 
 
 def alone(folder: Path):
-    """A `with` block in which no other process fills the cache in `folder`: it waits. Where files cannot be locked, all may."""
+    """A `with` block in which no other process fills this cache: it waits. Where files cannot be locked, all may."""
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / ".filling"                                 # not run.LOCK: a run in the same folder holds that
     try:
@@ -117,7 +118,7 @@ def alone(folder: Path):
     except BlockingIOError:
         print(f"{folder}: another process is filling this cache; waiting for it", flush=True)
         return hold(place, wait=True)
-    except OSError:                                             # no permission to write there: a complete cache needs none
+    except OSError:                                     # no permission to write there: a complete cache needs none
         return nullcontext()
 
 

@@ -41,7 +41,7 @@ class W4Linear(nn.Module):
             self.g_idx.copy_(torch.arange(inputs) // size)
         self.register_buffer("bias", torch.zeros(outputs) if bias else None)
         self.prepared = None                                    # (way, prepare(way)); not saved
-        self.whole = None                                       # of a part of a joined layer: (that layer, the first row in it)
+        self.whole = None                                       # of a part of a joined layer: (that layer, first row)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantised [O, I], computed in float32: what every other way is tested against.
