@@ -18,7 +18,7 @@ from minikd.grpo import group_advantages, policy_loss
 from minikd.head import compare_heads, head_loss
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("errors files hub config cuda attend_cuda cache fused_cuda layers model w4_cuda products quant w4 checkpoint tokenizer "
+ORDER = ("plain errors files hub config cuda attend_cuda cache fused_cuda layers model w4_cuda products quant w4 checkpoint tokenizer "
          "records formats examples data toy losses loss_cuda head layout decode_cuda graphs generate teacher minillm grpo answers "
          "problems confine sandbox rewards gptq stem rouge evaluate command run adamw_cuda training plots").split()
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "minikd").glob("*.py")]
