@@ -16,7 +16,8 @@ setup(
         "torch>=2.9",           # the oldest that passes all tests; brings jinja2, for chat templates
         "numpy",
         "safetensors>=0.4.3",
-        "tokenizers>=0.20",     # brings huggingface_hub (hub names, cutting into shards) and tqdm (the progress bar)
+        "tokenizers>=0.20",     # brings tqdm, the progress bar
+        "huggingface_hub>=0.24",    # hub names; cutting into shards: tokenizers would also take one that cannot
         "pytest",
     ],
     extras_require={

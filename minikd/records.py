@@ -151,7 +151,8 @@ def read_records(path, kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str,
         reader = readers.get(Path(file.stem).suffix if file.suffix == ".gz" else file.suffix)
         if reader is None:
             mend = ("write its texts as records of a .jsonl file, plain text in a field `text`" if file.suffix == ".txt" else
-                    f"unpack or convert it, or rename it to end in one of {' '.join(ENDINGS)}")
+                    f"unpack or convert it, or rename it to end in one of "
+                    f"{' '.join((*ENDINGS, '.txt') if str in kinds else ENDINGS)}")
             raise InputError(f"{file}: its name does not tell its format; {mend}")
         check_pointer(file)
         read = 0

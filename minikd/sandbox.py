@@ -44,7 +44,7 @@ NOBODY = 65534
 OUTPUT = MB                 # bytes of stdout, and of stderr
 FOLDER = "sandbox"          # in the names of the private folders
 DISK, FILES = 8 * MB, 200   # of such a folder, which is flat
-TICK = 0.05                 # seconds, at most, between two checks of that folder
+TICK = 0.05                 # seconds between two checks of that folder
 PATIENCE = 60.0             # seconds to wait for a process, while other programs' threads use up a container's limit
 SHARE = Path("/sys/fs/cgroup/cpu.max")          # cgroup v2
 # NPROC counts threads; some are allowed, as recursion in a thread with a large stack is common in contests. Without a user
@@ -222,7 +222,7 @@ def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray
     """
     out, err, said = bytearray(), bytearray(), bytearray()
     texts = {process.stdout.fileno(): out, process.stderr.fileno(): err, report: said}      # of the streams still open
-    poll, verdict = select.poll(), ""
+    poll, verdict, due = select.poll(), "", 0.0                # due: when to look at the folder next
     for stream in texts:
         poll.register(stream, select.POLLIN)
         os.set_blocking(stream, False)                          # a program may take back what it wrote, between poll and read
@@ -238,18 +238,24 @@ def _watch(process, report, folder, deadline) -> tuple[str, bytearray, bytearray
                     texts.pop(stream)
         return bool(ready)
 
-    def exceeded() -> str:
-        return "output" if max(len(out), len(err)) > OUTPUT else "disk" if _too_much(folder) else ""
+    def too_long() -> bool:
+        return max(len(out), len(err)) > OUTPUT
 
     while not verdict:
         read(min(TICK, deadline - time.monotonic()))
         if report not in texts or said.count(b"\n") >= 2:
             break
-        verdict = exceeded() or ("timeout" if time.monotonic() >= deadline else "")
+        now = time.monotonic()
+        if too_long():
+            verdict = "output"
+        elif now >= due:
+            verdict, due = "disk" if _too_much(folder) else "", now + TICK
+        if now >= deadline:
+            verdict = verdict or "timeout"
     _stop(process)
-    while max(len(out), len(err)) <= OUTPUT and read(0):        # the rest in the pipes; all writers are dead
+    while not too_long() and read(0):                           # the rest in the pipes; all writers are dead
         pass
-    return verdict or exceeded(), out, err, said
+    return verdict or ("output" if too_long() else "disk" if _too_much(folder) else ""), out, err, said
 
 
 def _stop(process):

@@ -308,3 +308,8 @@ def test_ways_and_the_int8_heads_limit_are_said(run, world, monkeypatch, int8):
              "--dtype", "float32", "--int8-head", "--batch-size")
     assert "note: --int8-head is used for fewer than" in passed(run(*flags, rows, "--show-ways")) and len(seen) == 1
     assert "--int8-head" not in passed(run(*flags, rows - 1)) and len(seen) == 1
+
+
+def test_of_a_file_without_a_known_ending_it_says_that_txt_is_one(shell, tmp_path):
+    (tmp_path / "a.md").write_text("yes\n")
+    refused(shell(eval_rouge, "--predictions", tmp_path / "a.md", "--references", tmp_path / "a.md"), "a.md", ".parquet", ".txt")
