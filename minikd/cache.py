@@ -10,6 +10,7 @@ from minikd.config import Qwen2Config
 
 class KVCache:
     """Per layer two tensors [B, K, S, E], allocated for the whole answer at the start; keys are held rotated (model.rotate).
+    The first call of model.hidden with it reads the prompts, every later one a token per row.
 
     A slot is a column of the cache, the same for all rows; `valid` [B, S] says which slots hold a token of the row, or will.
     Prompts are right-padded, so a short one leaves a gap before the first new token: of the prompts a b and c d e f, with the
@@ -26,11 +27,21 @@ class KVCache:
         shape = (B, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.used = 0                                                           # slots filled so far
+        self.used, self.widest = 0, prompt                                      # slots filled so far; columns of the prompts
         self.lengths = lengths                                                  # [B] the next token's position
         self.valid = torch.arange(capacity, device=device) < lengths[:, None]   # [B, S]
         self.valid[:, prompt:] = True                                           # new tokens follow the longest prompt
         self.gapless = bool((lengths == prompt).all())                          # then decoding needs no mask at all
+
+    def check(self, T: int):
+        """Raises ValueError where the next T tokens of every row cannot be read."""
+        capacity = self.valid.shape[1]
+        if self.used and T != 1:
+            raise ValueError(f"{T} tokens at once after the prompts; read one token of each row at a time")
+        if not self.used and T != self.widest:
+            raise ValueError(f"prompts of {T} columns for a cache of {self.widest}; make it with the lengths of these prompts")
+        if self.used + T > capacity:
+            raise ValueError(f"the cache has {capacity} slots, and {self.used} are used; make it with a larger capacity")
 
     def layer(self, i: int) -> "Slots":
         """Layer i's slots, for the tokens about to be read; call `advance` after the last layer."""
@@ -40,7 +51,6 @@ class KVCache:
     def advance(self, T: int):
         """Call it after the last layer: once for the prompts' T slots, then for each new token (T = 1)."""
         if self.used:                                                           # not for the prompts: `lengths` began with them
-            assert T == 1, f"{T} tokens at once after the prompts"
             self.lengths = self.lengths + 1
         self.used += T
 
@@ -90,6 +100,9 @@ class StaticCache(KVCache):
 
     def layer(self, i: int) -> Slots:
         return Slots(self.keys[i], self.values[i], used=self.slot, mask=self.bias[:, None, None], parts=self.parts)
+
+    def check(self, T: int):
+        """Nothing: a graph replays what generate has made room for."""
 
     def advance(self, T: int):
         self.lengths += 1

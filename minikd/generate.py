@@ -55,7 +55,7 @@ def prefill(model: Qwen2, prompts: list[list[int]], max_new_tokens: int, samples
     device, width = model.head.device, max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)              # [P]
     ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)     # [P, T]
-    capacity = -(-(width + max_new_tokens - 1) // 8) * 8    # the last token is never read; a multiple of 8, for masked attention
+    capacity = -(-(width + max(0, max_new_tokens - 1)) // 8) * 8    # the last token is never read; x 8, for masked attention
     cache = KVCache(model.config, lengths, capacity, model.head.dtype)
     states = model.hidden(ids, cache)[torch.arange(len(ids), device=device), lengths - 1]   # [P, D]
     if samples == 1:

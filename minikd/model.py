@@ -196,6 +196,8 @@ class Body(nn.Module):
         self.compiled = self.graphs = None                                      # set by training.compile_blocks, use_graphs
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
+        if cache is not None:
+            cache.check(ids.shape[1])
         if cache is None or cache.used == 0:                                    # a whole sequence, from its start
             positions = torch.arange(ids.shape[1], device=ids.device)[None]     # [1, T]
         else:                                                                   # one more token per row
@@ -253,7 +255,8 @@ class Qwen2(Attachable):
     def hidden(self, ids: Tensor, cache: KVCache | None = None, checkpointing: bool = False) -> Tensor:
         """Hidden states after the last norm.  ids [B, T] int64 -> [B, T, D]
 
-        checkpointing recomputes each block in the backward pass: less memory, about a third more time.
+        cache          ids are first the prompts, then one more token of each row (KVCache)
+        checkpointing  recomputes each block in the backward pass: less memory, about a third more time
         """
         return self.model(ids, cache, checkpointing)
 

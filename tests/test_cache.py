@@ -54,3 +54,20 @@ def test_what_memory_held_before_does_not_reach_a_static_cache():
             slots.fill_(math.nan)
         model.hidden(torch.tensor([[5, 6], [7, 0]]), cache)
         assert model.hidden(torch.tensor([[1], [2]]), StaticCache(cache)).isfinite().all()
+
+
+def test_what_a_cache_cannot_hold_is_refused():
+    """Written past its end, keys would be lost without a word."""
+    model = random_model()
+    cache = KVCache(model.config, torch.tensor([3, 2]), 4, torch.float32)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="prompts of 5 columns for a cache of 3"):
+            model.hidden(random_ids(2, 5), cache)
+        model.hidden(random_ids(2, 3), cache)
+        with pytest.raises(ValueError, match="2 tokens at once after the prompts"):
+            model.hidden(random_ids(2, 2), cache)
+        model.hidden(random_ids(2, 1), cache)
+        with pytest.raises(ValueError, match="has 4 slots, and 4 are used; make it with a larger capacity"):
+            model.hidden(random_ids(2, 1), cache)
+        with pytest.raises(ValueError, match="has 2 slots, and 0 are used"):
+            model.hidden(random_ids(2, 3), KVCache(model.config, torch.tensor([3, 2]), 2, torch.float32))
