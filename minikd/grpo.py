@@ -37,7 +37,7 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     -0.71 for any two rewards that differ by much more than 1e-4.
     A reward of NaN means that the answer could not be judged: mean and deviation leave it out, and its advantage is 0. In a group
     with fewer than two judged rewards, or with equal ones, all advantages are 0: exactly, although the mean is rounded.
-    Raises ValueError for another scale, and for rewards that are not [P, G].
+    Raises ValueError for another scale, for rewards that are not [P, G], and for infinite ones.
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale = {scale!r}; it must be 'std' or 'none'")
@@ -46,6 +46,8 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     rewards = rewards.double()                                                  # differences may be tiny beside the sums
     if rewards.dim() != 2:
         raise ValueError(f"rewards {list(rewards.shape)}; give a row for each prompt, [P, G]")
+    if rewards.isinf().any():
+        raise ValueError("a reward is infinite; give finite ones, and NaN for an answer that cannot be judged")
     advantages = torch.zeros_like(rewards)
     for group, A in zip(rewards, advantages):                                   # [G] each
         judged = ~group.isnan()

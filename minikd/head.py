@@ -2,8 +2,10 @@
 
 `scored_positions` picks those states, `head_loss` computes a loss of them with its gradients, and `compare_heads` metrics.
 
-Reference
+References
     Knowledge Distillation for Large Language Models, eq. (3) the mixed loss
+    the head's gradient found chunk by chunk in the forward pass: Liger Kernel (arXiv:2410.10989), fused linear cross-entropy
+    no full logits at all, the chunks inside one kernel: Cut Cross-Entropy (arXiv:2411.09009)
 """
 from contextlib import suppress
 from functools import partial
@@ -57,7 +59,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
 
     hidden          [N, D]   the student's states that score a token (scored_positions)
     head            [V, D]   the student's LM head
-    targets         [N]      the tokens they score: ids below the rows used
+    targets         [N]      the tokens they score: ids below the rows used (on a GPU not checked: another gives NaN)
     teacher_hidden  [N, D']  the teacher's states for the same tokens; constants, as is teacher_head
     teacher_head    [V', D'] the teacher's LM head. If given, CE and KD use only the rows that both heads have
     divergence      any function (student logits [n, V], teacher logits [n, V], or None without a teacher) -> [n], as in
@@ -73,7 +75,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     float32, of float64 inputs too; gradients have their input's dtype.
 
     Raises ValueError for a kd_ratio without divergence or teacher, for more or fewer targets or teacher's states than the
-    student's states, for a divergence or policy_loss that gives anything but a value per token, and for gradients in float16.
+    student's states, for targets that are no ids, for a divergence or policy_loss that gives anything but a value per token, and
+    for gradients in float16.
     """
     if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
         raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
@@ -83,6 +86,9 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     divergence = divergence or no_divergence
     V = len(head) if teacher_head is None else min(len(head), len(teacher_head))            # rows of both heads, for CE too
     V = min(V, vocab or V)
+    if targets.device.type == "cpu" and not (targets.ge(0) & targets.lt(V)).all():          # a GPU would have to be waited for
+        raise ValueError(f"head_loss: targets must be ids from 0 to {V - 1}, these are from {targets.min()} to {targets.max()}; "
+                         "give only the tokens to score (elsewhere -100 marks the others)")
     N, kind = len(hidden), hidden.device.type                                   # kind: "cpu", "cuda"
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, dtype=torch.float32, device=hidden.device)      # as_tensor would wait for a GPU

@@ -50,7 +50,8 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) = sum_v a_v (log a_v - log b_v), of two log_softmax results.  [..., V], [..., V] -> [...] nats
 
     Infinite where a gives more than 1e-20 x temperature to a token that b excludes by a logit of -inf; its gradient stays finite
-    (for temperatures of 1e-8 and more).
+    (for temperatures of 1e-8 and more). For a smaller probability, but above 1e-38, it should be infinite too: there it is about
+    1e30 x that probability, which means nothing, as does the gradient. So exclude a token in both models, or in neither.
     """
     a = log_a.exp()
     total = (a * (log_a - log_b)).sum(-1)                                       # the formula; the rest is its rounding

@@ -320,3 +320,10 @@ def test_the_step_is_the_formula_on_full_logits():
         torch.testing.assert_close(ours, grad, rtol=1e-4, atol=1e-6)
     logits = (states / 0.8 @ policy.head.T).detach()
     torch.testing.assert_close(spread, torch.distributions.Categorical(logits=logits).entropy(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_infinite_reward_is_refused():
+    """It would make its whole group's advantages NaN."""
+    for value in math.inf, -math.inf:
+        with pytest.raises(ValueError, match="a reward is infinite"):
+            group_advantages(torch.tensor([[1.0, value], [0.0, 1.0]]))

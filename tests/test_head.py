@@ -363,3 +363,12 @@ def test_the_metrics_are_those_of_full_logits():
     empty = {name: value if "head" in name else value[:0] for name, value in inputs.items()}
     none = compare_heads(**empty, divergence=jensen_shannon)
     assert none.keys() == ours.keys() and all(value.shape == (0,) for value in none.values())
+
+
+@pytest.mark.parametrize("wrong", [-100, -1, 8])
+def test_a_target_that_is_no_id_is_refused(wrong):
+    """Cross-entropy would leave out a -100, which marks other tokens elsewhere, and still count it in the weight."""
+    hidden, head = torch.randn(3, 4), torch.randn(9, 4)
+    with pytest.raises(ValueError, match=f"ids from 0 to 7, these are from {min(wrong, 1)} to {max(wrong, 2)}; give only"):
+        head_loss(hidden, head, torch.tensor([1, wrong, 2]), vocab=8)
+    assert head_loss(hidden[:0], head, torch.tensor([], dtype=torch.int64))[0] == 0
