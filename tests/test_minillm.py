@@ -1,6 +1,7 @@
 """MiniLLM against what can be enumerated: a vocabulary of 3, sequences of 3, every one of them with its probability."""
 import itertools
 import math
+from statistics import median
 
 import pytest
 import torch
@@ -46,21 +47,33 @@ def exact_gradient(student, teacher):
     return torch.autograd.grad((log_q.exp() * (log_q - log_p)).sum(), student)[0]
 
 
-def estimated_gradient(student, teacher, mix=0.0, product=False, **options):
-    """The expectation of MiniLLM's estimator, as training computes it, over every answer that may be sampled: [7, V]"""
-    total = torch.zeros(7, V, dtype=torch.float64)
+def estimated_gradient(student, teacher, mix=0.0, product=False, whitened=False, **options):
+    """The expectation of MiniLLM's estimator, by the functions that training calls, over every answer that may be sampled: [7, V]
+
+    whitened  as in training: the advantages of all tokens, each as often as it is sampled, get mean 0 and deviation 1"""
+    answers = []
     for y in sequences():
         states, ids = [PREFIXES.index(y[:t]) for t in range(len(y))], torch.tensor(y)
         logq, logp = (logits.log_softmax(-1)[states, ids] for logits in (student, teacher))
-        advantage, weight = rewards_to_go(logq, logp, **options), importance_weights(logq, logp, mix, product)
+        share = float(((1 - mix) * logq.exp() + mix * logp.exp()).prod())       # of this answer among those sampled
+        to_go, weight = rewards_to_go(logq, logp, **options), importance_weights(logq, logp, mix, product)
+        answers.append((states, ids, logq, to_go, weight, share))
+    mean, deviation = 0.0, 1.0
+    if whitened:
+        values = torch.cat([to_go for *_, to_go, _, _ in answers]).double()
+        often = torch.cat([torch.full((len(ids),), share, dtype=torch.float64) for _, ids, *_, share in answers])
+        mean = (often * values).sum() / often.sum()
+        deviation = ((often * (values - mean) ** 2).sum() / often.sum()).sqrt()
+    total = torch.zeros(7, V, dtype=torch.float64)
+    for states, ids, logq, to_go, weight, share in answers:
+        advantage = ((to_go - mean) / deviation).float()
         step = weight if product else torch.ones_like(weight)                   # of the exact step
-        q, p = (logits.double().softmax(-1)[states, ids] for logits in (student, teacher))
         hidden = torch.eye(7)[states]                                           # the state is the prefix, one-hot
         head = student.T.clone().requires_grad_()                               # [V, 7]: the logits are hidden @ headᵀ
         value, *_ = head_loss(hidden, head, ids, hidden, teacher.T, reverse_kl, kd_ratio=1.0, weight=step,
                               policy_loss=lambda now, at: clipped_surrogate(now, logq[at], (advantage * weight / step)[at],
                                                                             clip=1e9))
-        total += ((1 - mix) * q + mix * p).prod() * torch.autograd.grad(value, head)[0].T.double()
+        total += share * torch.autograd.grad(value, head)[0].T.double()
     return total
 
 
@@ -78,13 +91,32 @@ def test_so_it_is_for_answers_of_the_mixture_under_the_whole_product_of_weights(
     torch.testing.assert_close(ours, exact_gradient(student, teacher), rtol=0, atol=1e-6)
 
 
-def test_one_weight_per_token_is_off_by_a_sixth_of_the_gradient():
-    """Eq. (7), what MiniLLM uses, at its mix of 0.2: the expectation is biased. It points almost the same way, cosine 0.987."""
-    student, teacher = tables()
-    exact, ours = exact_gradient(student, teacher), estimated_gradient(student, teacher, 0.2, length_norm=False)
-    off = float((ours - exact).norm() / exact.norm())
-    cosine = float((ours * exact).sum() / ours.norm() / exact.norm())
-    assert off == pytest.approx(0.166, abs=0.01) and cosine == pytest.approx(0.987, abs=0.003)
+def cosine(a, b) -> float:
+    return float((a * b).sum() / a.norm() / b.norm())
+
+
+def test_one_weight_per_token_is_off_by_a_quarter_of_the_gradient():
+    """Eq. (7), what MiniLLM uses, at its mix of 0.2: the expectation is biased. Mostly it points almost the same way."""
+    off, cosines = [], []
+    for seed in range(40):
+        student, teacher = tables(seed)
+        exact, ours = exact_gradient(student, teacher), estimated_gradient(student, teacher, 0.2, length_norm=False)
+        off.append(float((ours - exact).norm() / exact.norm()))
+        cosines.append(cosine(ours, exact))
+    assert 0.2 < median(off) < 0.3 and median(cosines) > 0.95 and min(cosines) > 0.4
+
+
+def test_near_the_teacher_whitening_turns_the_gradient_away():
+    """As in training: whitened and length-normalised. Whitening divides R by a deviation that goes to 0 there, so the sampled
+    part outgrows the exact step."""
+    whitened, plain = [], []
+    for seed in range(40):
+        far, teacher = tables(seed)
+        near = teacher + 0.05 * (far - teacher)
+        exact = exact_gradient(near, teacher)
+        plain.append(cosine(estimated_gradient(near, teacher), exact))
+        whitened.append(cosine(estimated_gradient(near, teacher, whitened=True), exact))
+    assert median(plain) > 0.98 and median(whitened) < 0.9
 
 
 def test_length_normalisation_or_R_t_in_place_of_the_next_is_another_estimator():
