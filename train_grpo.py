@@ -45,7 +45,7 @@ from minikd.training import (apply_gradient, check_gradient, check_student, comp
                              use_graphs)
 
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
-FORM = {"format": 0.05, "steps": 0.05}                          # rewards for form; with larger weights accuracy collapses
+FORM = {"format": 0.05, "steps": 0.05}                          # for form: a student that is rarely right learns little else
 
 
 def make_parser() -> Parser:
@@ -56,6 +56,7 @@ def make_parser() -> Parser:
     add("--model", help="folder or hub name, preferably a distilled student; default: a toy student")
     add("--data", nargs="+", metavar="FILE", help="records with a question and an answer, or with tests")
     add("--format", choices=problems.FORMATS, help="record schema")
+    add("--plain-prompts", action="store_true", help="ask as the records do, not for thoughts and tags (for other rewards)")
     add("--task", choices=list(problems.TASKS), default="sums", help="toy task")
     add("--limit", type=int, help="read only the first N records")
     add("--max-prompt-length", type=int, default=1024, help="tokens; longer prompts are dropped and counted")
@@ -114,7 +115,7 @@ def parse_args():
     if args.data:
         note_unused(args, "with --data", "task")
     else:
-        note_unused(args, "without --data", "format")
+        note_unused(args, "without --data", "format", "plain_prompts")
     fill_defaults(args, parser, args.toy)
     args.out = args.out or (f"runs/grpo-{args.task}" if args.toy else "runs/grpo")
     check_positive(args, "limit", "max_prompt_length", "prompts", "group_size", "max_new_tokens", "temperature", "clip",
@@ -126,13 +127,13 @@ def parse_args():
     return args
 
 
-def read_problems(*, data, limit, format, task, rewards, eval_examples,
+def read_problems(*, data, limit, format, plain_prompts, task, rewards, eval_examples,
                   seed) -> tuple[list[problems.Problem], list[problems.Problem]]:
     """The problems to train on, and those held out: of --data, every question once; without it, the toy's."""
     if not data:
         return (problems.toy_problems(task, 3000 if task == "sums" else 1000, seed=seed),
                 problems.toy_problems(task, eval_examples, seed=99, test=True))
-    found, left = problems.load_problems(data, limit, format)
+    found, left = problems.load_problems(data, limit, format, plain_prompts)
     if len(found) < 2:
         raise InputError(f"{', '.join(data)}: different questions with tests, or an answer that others can be compared with: "
                          f"{len(found)} of {len(found) + left:,} records; give 2 or more, as one is held out")
@@ -260,7 +261,8 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             progress.update(note=f"reward {line['reward'] or 0:.3f} kl {line['kl'] or 0:.3f} length {line['length']:.0f}")
             unpaid = 0 if total.nan_to_num().any() else state["unpaid"] + 1
             if unpaid >= patience:
-                what = "no answer could be judged" if total.isnan().all() else "every answer's rewards summed to 0"
+                what = ("no answer could be judged (all rewards None or NaN)" if total.isnan().all() else
+                        "every answer's rewards summed to 0")
                 raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; choose other "
                                  "--rewards, or start from a model that sometimes succeeds")
             state, news = {"step": step + 1, "unpaid": unpaid}, None            # news: a line to print once all is saved
@@ -498,7 +500,7 @@ def main():
     recorded = settings | {"toy": anew, "model": str(begun), "data": files or None, "task": args.task,
                            "rewards": names, "reward_weights": weights,
                            "reward_files": {path: sha256(path) for path in reward_files(names)},
-                           "dtype": str(dtype), "limit": args.limit, "format": args.format,
+                           "dtype": str(dtype), "limit": args.limit, "format": args.format, "plain_prompts": args.plain_prompts or None,
                            "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
                            "rows": fingerprint(row.digest for row in rows + valid_rows)}
     lock(out)

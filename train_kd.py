@@ -35,13 +35,14 @@ from minikd.data import Encoded, collate, describe_dropped, encode_examples, enc
 from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer_and_score, compare, show_table
 from minikd.examples import hold_out, load_examples, load_texts, same_prompt, split_examples, write_held_out
-from minikd.formats import FORMATS
-from minikd.files import fingerprint, remove, write_jsonl
+from minikd.formats import FORMATS, to_example
+from minikd.files import fingerprint, remove, sha256, write_jsonl
 from minikd.generate import respond
 from minikd.head import compile_losses, head_loss, scored_positions
 from minikd.losses import DIVERGENCES, clipped_surrogate, forward_kl, pick_divergence, reverse_kl
 from minikd.model import Qwen2, cast_copy, mixed_precision
 from minikd.plots import plot_curves
+from minikd.records import data_files
 from minikd.rouge import mean_by_category
 from minikd.run import (CONFIG, SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, load_state, lock, read_log,
                         save_state, write_config)
@@ -63,7 +64,8 @@ def make_parser() -> Parser:
     add("--teacher", help="folder or hub name; with --loss sft used only for the table and --seq-kd")
     add("--data", nargs="+", metavar="FILE",
         help="records to train on: .jsonl .json .csv .parquet, a folder or a hub dataset")
-    add("--eval-data", nargs="+", metavar="FILE", help="records for the table; the held-out ones still choose best/")
+    add("--valid-data", nargs="+", metavar="FILE", help="records for the curves and to choose best/; without it some of --data")
+    add("--eval-data", nargs="+", metavar="FILE", help="records for the table; without it those that choose best/")
     add("--lm-data", nargs="+", metavar="FILE",
         help="plain text (records with `text`): its cross-entropy is added to every step")
     add("--format", choices=FORMATS, help="record schema")
@@ -72,7 +74,7 @@ def make_parser() -> Parser:
         help="tokens of prompt and response; longer responses are cut, but not the student's own")
     add("--max-prompt-length", type=int, default=256, help="tokens; longer prompts are dropped")
     add("--limit", type=int, help="read only the first N usable records of --data")
-    add("--validation", type=int, default=500, toy=100, help="examples held out of --data, at most a fifth")
+    add("--validation", type=int, default=500, help="without --valid-data: examples held out of --data, at most a fifth")
     add = flag_group(parser, "loss", "without --loss two runs, sft and forward_kl")
     add("--loss", choices=["sft", *DIVERGENCES, "minillm"], help="one run with")
     add("--kd-ratio", type=float, default=0.5, help="share of the divergence, the rest being cross-entropy; not for MiniLLM")
@@ -135,6 +137,9 @@ def parse_args():
         args.loss = "forward_kl"
         print("note: several --lr without --loss: a sweep with --loss forward_kl", file=sys.stderr)
     note_flags(args)
+    takes = inspect.signature(DIVERGENCES.get(args.loss, forward_kl)).parameters
+    own = {name: takes[name].default for name in takes.keys() & {"temperature", "beta", "alpha"}
+           if getattr(args, name) is None and takes[name].default is not takes[name].empty}
     args.toy = args.student is None
     args.from_sft = args.toy and (args.loss == "minillm" or args.on_policy)     # both need a student that can answer
     if args.from_sft:
@@ -143,6 +148,7 @@ def parse_args():
         args.epochs, args.steps = (None, 400) if args.toy else (1, None)
     fill_defaults(args, parser, args.toy)
     check_flags(args)
+    vars(args).update(own)                                      # a divergence's own defaults go before the flags', unchecked
     if args.cache_teacher:
         args.cache_teacher = str(Path(args.cache_teacher).expanduser())
     args.plan = planned(args.loss, args.lr)
@@ -162,6 +168,8 @@ def note_flags(args):
         note_unused(args, f"with --loss {loss}", "mix", "rollouts", "inner_epochs", "ratio_clip")
     if not args.lm_data:
         note_unused(args, "without --lm-data", "lm_coef")
+    if args.valid_data or args.student is None:
+        note_unused(args, "with --valid-data" if args.valid_data else "in the toy world", "validation")
     if args.steps:
         note_unused(args, "with --steps", "epochs")
 
@@ -169,9 +177,9 @@ def note_flags(args):
 def check_flags(args):
     """Raises InputError for flags that do not go together."""
     asks = args.on_policy or args.seq_kd or args.cache_teacher
-    if args.student is None and (args.teacher or args.data or args.eval_data or args.limit or args.format):
-        raise InputError("--teacher, --data, --eval-data, --limit or --format without --student; add --student NAME, or leave "
-                         "them all out for the toy world")
+    if args.student is None and any((args.teacher, args.data, args.valid_data, args.eval_data, args.limit, args.format)):
+        raise InputError("--teacher, --data, --valid-data, --eval-data, --limit or --format without --student; add --student "
+                         "NAME, or leave them all out for the toy world")
     if args.student and not args.data:
         raise InputError("--student without --data; add --data FILE")
     if args.student and not args.teacher and (args.loss != "sft" or asks):
@@ -378,8 +386,11 @@ def toy_world(out: Path, seed: int, resume: bool, device):
         write_config(out / "teacher", {"toy": True})            # marks both folders as the toy world's
     lock(out)
     tokenizer = toy.make_tokenizer(out / "tokenizer")
-    files = {"teacher": toy.records(12_000, seed=1000 + seed), "train": toy.records(600, 2000 + seed, human=True),
-             "test": toy.records(300, seed=3000, test=True)}
+    human = toy.records(600, seed=2000 + seed, human=True)
+    train_at, valid_at = ([int(example.where) for example in part] for part in
+                          split_examples([to_example(entry, str(i)) for i, entry in enumerate(human)], 100, seed))
+    files = {"teacher": toy.records(12_000, seed=1000 + seed), "train": [human[i] for i in train_at],
+             "valid": [toy.corrected(human[i]) for i in valid_at], "test": toy.records(300, seed=3000, test=True)}
     for name, entries in files.items():
         write_jsonl(entries, out / "data" / f"{name}.jsonl")
     clean, report = load_examples(out / "data" / "teacher.jsonl")
@@ -436,8 +447,9 @@ def open_teacher(teacher: Checkpoint, tokenizer, rows, device, dtype, made_from:
     return CachedTeacher(cache_teacher, head)
 
 
-def read_data(tokenizer, lengths: dict, *, data, format, limit, validation, seed, eval_data, eval_examples) -> tuple:
-    """--data and --eval-data -> a Report, the training rows, (rows, examples) held out, (rows, examples) of the table."""
+def read_data(tokenizer, lengths: dict, *, data, valid_data, eval_data, format, limit, validation, seed, eval_examples) -> tuple:
+    """--data, --valid-data and --eval-data -> a Report, the training rows, (rows, examples) held out, (rows, examples) of the
+    table."""
     def encode(part, what):
         try:
             return encode_examples(part, tokenizer, **lengths)
@@ -447,23 +459,32 @@ def read_data(tokenizer, lengths: dict, *, data, format, limit, validation, seed
     with Progress("reading", limit) as progress:
         examples, report = load_examples(data, format, limit, progress.update)
     print(report)
-    train_part, valid_part = hold_out(examples, validation, seed)
+    if valid_data:
+        train_part, valid_part = examples, load_apart(valid_data, format, examples, "--valid-data")
+    else:
+        train_part, valid_part = hold_out(examples, validation, seed)
     with Progress("encoding", len(train_part)) as progress:
         rows, counts = encode_examples(train_part, tokenizer, **lengths, progress=progress.update)
-    valid_rows, valid_counts = encode(valid_part, "held-out records")
+    valid_rows, valid_counts = encode(valid_part, "--valid-data" if valid_data else "held-out records")
     told = lambda counts: ", ".join(f"{count:,} {what}" for what, count in counts.items())
     print(f"{told(counts)}; for validation {told(valid_counts)}")
     asked = valid_rows[:eval_examples], valid_part              # what the table's models are asked
     if eval_data:
-        test, _ = load_examples(eval_data, format)
-        learned = {same_prompt(example.messages) for example in train_part}
-        if both := sum(same_prompt(example.messages) in learned for example in test):
-            print(f"note: {both:,} of {len(test):,} records of --eval-data have a prompt that is also trained on")
+        test = load_apart(eval_data, format, train_part, "--eval-data")
         asked_rows, counts = encode(test, "--eval-data")
         lost = describe_dropped(counts)
         print(f"{len(asked_rows):,} of {len(test):,} records of --eval-data{f', {lost}' if lost else ''}")
         asked = asked_rows, test
     return report, rows, (valid_rows, valid_part), asked
+
+
+def load_apart(paths, format, learned: list, flag: str) -> list:
+    """The examples of files that are not trained on; says how many of their prompts are in `learned` too."""
+    apart, _ = load_examples(paths, format)
+    prompts = {same_prompt(example.messages) for example in learned}
+    if both := sum(same_prompt(example.messages) in prompts for example in apart):
+        print(f"note: {both:,} of {len(apart):,} records of {flag} have a prompt that is also trained on")
+    return apart
 
 
 def conclude(models: dict, teacher: Teacher | None, runs: dict[str, Path], tokenizer, asked: tuple, held_out: tuple, out: Path,
@@ -493,7 +514,7 @@ def main():
         spare_threads(toy.teacher_config(1))
         toy_world(out, args.seed, args.resume, device)
         args.student, args.teacher = str(out / "base" / "best"), str(out / "teacher" / "best")
-        args.data, args.eval_data = [str(out / "data" / "train.jsonl")], [str(out / "data" / "test.jsonl")]
+        args.data, args.valid_data, args.eval_data = ([str(out / "data" / f"{name}.jsonl")] for name in ("train", "valid", "test"))
 
     # ---- read and check all; only the toy world has written yet
     tokenizer = Tokenizer.load(args.student)
@@ -517,7 +538,9 @@ def main():
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
                 "cache_teacher": args.cache_teacher, "limit": args.limit,
                 "dtype": str(dtype) if teacher_dtype == dtype else f"{dtype}, of the teacher {teacher_dtype}",
-                "validation": args.validation, "rows": fingerprint(row.digest for row in rows + held_out[0]), **lengths}
+                "valid_data": args.valid_data and [(str(file), sha256(file)) for file in data_files(args.valid_data)],
+                "validation": None if args.valid_data else args.validation,
+                "rows": fingerprint(row.digest for row in rows + held_out[0]), **lengths}
     for label, loss, lr, _ in args.plan:                                                    # before anything is written
         if args.resume and not args.toy and read_log(runs[label]):
             check_settings(runs[label], recordable(settings | dict(loss=loss, lr=lr)) | recorded)

@@ -200,6 +200,14 @@ def seeds_table(seeds: list[dict], columns: dict[str, str]):
         print(f"| {row} | " + " | ".join(cells) + " |")
 
 
+def each_seed(seeds: list[dict], column: str, digits: str, names):
+    """Prints a column of seeds_table with one value a seed, for comparisons in pairs: all rows of a seed share its start."""
+    print(f"\n{column} of each seed\n| | " + " | ".join(map(str, names)) + " |\n|---|" + "---|" * len(seeds))
+    for row in seeds[0]:
+        if column in seeds[0][row]:
+            print(f"| {row} | " + " | ".join(f"{seed[row][column]:{digits}}" for seed in seeds) + " |")
+
+
 FIGURES = {"seconds": ("s a step", 2), "sampling": ("of it sampling", 2), "peak": ("peak GB", 2), "before": ("before", 2),
            "loss": ("first loss", 4), "last": ("last loss", 4)}                 # what children report -> heading, decimals
 STEPS = [("trl", "float32"), ("minikd", "float32"), ("trl", "bf16"), ("minikd", "bf16"), ("trl", "default")]

@@ -1,4 +1,4 @@
-"""Claims: at batch 1 on a CPU, minikd decodes a 4-bit folder 1.5 x as fast as the bfloat16 one, in 0.59 x the memory, and 2.8 x
+"""Claims: at batch 1 on a CPU, minikd decodes a 4-bit folder 1.4 x as fast as the bfloat16 one, in 0.59 x the memory, and 2.8 x
 as fast as transformers does the bfloat16 one (3.2 x with the head in int8); the folder is 0.47 x as large. With AVX2 only: 1.2 x
 and 1.4 x.
 

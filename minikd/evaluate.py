@@ -18,6 +18,7 @@ from minikd.teacher import Teacher
 from minikd.tokenizer import Tokenizer
 
 METRICS = {                                         # what show_table prints below ROUGE-L: explanation, decimals
+    "exact match": ("% of answers that are a reference, word for word", 1),
     "retention": ("share of the teacher's ROUGE-L", 2), "mean length": ("tokens of an answer's text", 1),
     "distinct-4": ("share of different 4-grams", 2), "ce": ("nats per token, on the references", 3),
     "forward_kl": ("nats per token, on the references", 3), "reverse_kl": ("nats per token, on the references", 3),
@@ -118,10 +119,12 @@ def show_table(models: dict[str, Callable[[], Qwen2]], teacher: Teacher | None, 
         model = load()
         scores = answer_and_score(model, tokenizer, rows, examples, max_new_tokens, batch_size, rouge)
         write_jsonl(scores, Path(out) / f"answers-{name.lower().replace(' ', '-')}.jsonl")
-        columns[name] = {key: value["rouge_l"] for key, value in mean_by_category(scores).items()}
+        means = mean_by_category(scores)
+        columns[name] = {category: mean["rouge_l"] for category, mean in means.items()}
         texts = [row["prediction"] for row in scores]
         first[name] = texts[0]
-        metrics[name] = {"mean length": sum(len(tokenizer.encode(text)) for text in texts) / len(texts),
+        metrics[name] = {"exact match": means["all"]["exact_match"],
+                         "mean length": sum(len(tokenizer.encode(text)) for text in texts) / len(texts),
                          "distinct-4": distinct(texts)}
         if teacher and name != "Teacher":
             metrics[name] |= compare(model, rows, tokenizer.pad_id, batch_size, teacher)

@@ -3,10 +3,18 @@
 Read Example, to_example and FORMATS first; the functions between them, one for a format, when you need that format.
 
 A record's format is recognised from its fields; those that no function reads (`id`, `topic`, ...) are ignored. But what would
-belong to the question and is not shown (`history`, a pair's `choices`, images), or is another answer than the one that is learned
-(a `generation` beside a pair's), is refused (check_shown). Any record may have a `category` and, if there is no system turn, a
-`system` (or `system_prompt`). `reasoning_content` or `thinking`, of the answer's turn or of a pair, dolly or alpaca record, is put
-before the answer in <think> tags.
+belong to the question and is not shown (`history`, a pair's `choices`, images), or is another answer than the one that is
+learned (a `generation` beside a pair's), is refused (check_shown). Any record may have a `category` and, if there is no system
+turn, a `system` (or `system_prompt`). `reasoning_content` or `thinking`, of the answer's turn or of a pair, dolly or alpaca
+record, is put before the answer in <think> tags.
+
+A format of your own, for records {"pregunta": ..., "respuesta": ...}, is a function and an entry of FORMATS; --format mine then
+works, and such records are recognised:
+
+    def _mine(record, where):
+        return _ask(text_field(record, where, "pregunta"), "", (text_field(record, where, "respuesta"),))
+
+    FORMATS = {..., "mine": (_mine, [("pregunta",), ("respuesta",)])}
 
 A training target is the answer and nothing else, so that it is also the reference for ROUGE. In the paper's code the targets of
 BugNet and PyTorrent have a frame around the code (lines 46 of process_data_bugnet.py and 53 of process_data_pytorrent.py in
@@ -84,9 +92,9 @@ def text_field(record: dict, where: str, *names: str, default: str | None = None
         return default
     if held:
         raise Dropped(where, f"empty {next(iter(held))}")
-    name = next((name for name in names if name in record), names[-1])
-    raise InputError(f"{where}: field {name!r} is {_state(record, name)}; fill it or remove the record (its fields: "
-                     f"{names_of(record)})")
+    there = [name for name in names if name in record][:1] or names
+    raise InputError(f"{where}: field {' or '.join(map(repr, there))} is {_state(record, there[0])}; fill it or remove the "
+                     f"record (its fields: {names_of(record)})")
 
 
 def _state(record: dict, name: str) -> str:

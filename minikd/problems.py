@@ -108,13 +108,13 @@ TASKS = {"sums": sum_problem, "code": program_problem}
 def toy_problems(task: str, count: int, seed: int, test: bool = False) -> list[Problem]:
     """`count` different problems; with `test`, of the test set, which shares no question with the others."""
     return [Problem(({"role": "user", "content": question},), facts)
-            for question, facts, *_ in draw(TASKS[task], itemgetter(0), count, seed, test, once=True)]
+            for question, facts, *_ in draw(TASKS[task], itemgetter(0), itemgetter(0), count, seed, test, once=True)]
 
 
 def toy_records(task: str, count: int, seed: int, clean: bool = False) -> list[dict]:
     """Records for supervised fine-tuning (train_kd.py reads them), of mixed quality, or with `clean` all right."""
     rng, records = random.Random(seed + 1), []
-    for question, _, right, wrong, bare in draw(TASKS[task], itemgetter(0), count, seed, test=False, once=False):
+    for question, _, right, wrong, bare in draw(TASKS[task], itemgetter(0), itemgetter(0), count, seed, test=False, once=False):
         answer = wrong if rng.random() < NOISE else right
         if rng.random() < UNTAGGED:
             answer = bare
@@ -124,19 +124,21 @@ def toy_records(task: str, count: int, seed: int, clean: bool = False) -> list[d
 
 # ---- records
 
-def load_problems(paths, limit: int | None = None, format: str | None = None) -> tuple[list[Problem], int]:
+def load_problems(paths, limit: int | None = None, format: str | None = None,
+                  plain: bool = False) -> tuple[list[Problem], int]:
     """The problems in files, folders or hub datasets, every question once; and how many records were left out: those with an
     earlier question, with a blank or null one, or with an answer that cannot be compared with others (blank, a proof, several).
 
     limit   read only so many records
     format  one of FORMATS; without it each record is recognised
+    plain   ask as the records do: SYSTEM is not put before the question, nor ANSWER or PYTHON after it
     Raises InputError for a record that is no problem, or whose tests, limits or passage have the wrong type, naming the place.
     """
     found, read = {}, 0
     for read, (where, record) in enumerate(islice(read_records(paths), limit), 1):
         with suppress(Dropped):
-            problem = to_problem(record, where, format)
-            found.setdefault(same_prompt(problem.messages), problem)
+            problem = to_problem(record, where, format, plain)
+            found.setdefault(same_prompt(problem.messages[-1:]), problem)      # whatever the system turn
     return list(found.values()), read - len(found)
 
 
@@ -151,14 +153,24 @@ def _shown(test: dict) -> str:
     return f"Input:\n{test['input']}\nOutput:\n{test['output']}"
 
 
-def to_problem(record: dict, where: str, format: str | None = None) -> Problem:
-    """One record, of a format or recognised by its fields.  Raises Dropped where the answer is blank or cannot be compared with
-    others, or the statement is null or blank."""
+def to_problem(record: dict, where: str, format: str | None = None, plain: bool = False) -> Problem:
+    """One record, of a format or recognised by its fields; plain as in load_problems.  Raises Dropped where the answer is blank
+    or cannot be compared with others, or the statement is null or blank."""
     stated = _of_codeforces(record) and not absent(record["description"])
     read = _codeforces if format == "codeforces" or stated and not format else _question
-    text, facts = read(record, where)
+    text, form, facts = read(record, where)
     check_text(text + json.dumps(facts, ensure_ascii=False), where, "the record")
-    return Problem(({"role": "system", "content": SYSTEM}, {"role": "user", "content": text}), facts)
+    system = _system(record, where) if plain else SYSTEM
+    asked = {"role": "user", "content": text if plain else f"{text}\n\n{form}"}
+    return Problem(({"role": "system", "content": system}, asked) if system else (asked,), facts)
+
+
+def _system(record: dict, where: str) -> str:
+    """A record's own system turn: the first beside the question, or a field."""
+    asked = next((record[name] for name in QUESTIONS if _asked(record.get(name))), "")
+    turns = [turn for turn in asked if turn.get("role") == "system"] if isinstance(asked, list) else []
+    return (text_field((turns or [{}])[0], where, "content", default="")
+            or text_field(record, where, "system", "system_prompt", default=""))
 
 
 def _of_codeforces(record: dict) -> bool:
@@ -166,8 +178,8 @@ def _of_codeforces(record: dict) -> bool:
     return "description" in record and ("input_format" in record or "examples" in record)
 
 
-def _question(record: dict, where: str) -> tuple[str, dict]:
-    """What is asked, and its answer, or the tests that a program must pass."""
+def _question(record: dict, where: str) -> tuple[str, str, dict]:
+    """What is asked, in which form the answer shall be, and the answer, or the tests that a program must pass."""
     asked = next(filter(None, (_asked(record.get(name)) for name in QUESTIONS)), "")
     check_shown(record, where, *MEDIA, fault="would not be shown to the model; leave the record out")
     if isinstance(record.get("reward_model"), dict) and absent(record.get("answer")):      # verl's
@@ -180,8 +192,7 @@ def _question(record: dict, where: str) -> tuple[str, dict]:
         answer = _answer(record)
         facts = {"answer": answer} if answer else {}
     if asked and facts:
-        question = with_passage(record, where, asked, _asked(record.get("prompt")))
-        return f"{question}\n\n{PYTHON if tests else ANSWER}", facts
+        return with_passage(record, where, asked, _asked(record.get("prompt"))), PYTHON if tests else ANSWER, facts
     # With fields for a question and an answer it is a problem, left out if one is blank or of no use; else an error.
     blank = any(name in record and (absent(record[name]) or isinstance(record[name], str)) for name in QUESTIONS[:2])
     unstated = _of_codeforces(record) and absent(record["description"])
@@ -225,14 +236,14 @@ def _answer(record: dict) -> str:
 def _asked(value) -> str:
     """The text of a question; or of the one user turn in a list of messages, as trl's datasets have it; "" for anything else."""
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        turns = [turn for turn in value if turn.get("role") != "system"]        # SYSTEM takes the place of their own
+        turns = [turn for turn in value if turn.get("role") != "system"]        # _system reads them, or SYSTEM takes their place
         value = turns[0].get("content") if [turn.get("role") for turn in turns] == ["user"] else None
     return value if isinstance(value, str) and value.strip() else ""
 
 
-def _codeforces(record: dict, where: str) -> tuple[str, dict]:
-    """Statement and facts. No tests if comparing outputs cannot decide: several outputs are right, or nearly right ones (by
-    UNDECIDED), a program of the contest checks or answers, or files are used."""
+def _codeforces(record: dict, where: str) -> tuple[str, str, dict]:
+    """Statement, form of the answer, and facts. No tests if comparing outputs cannot decide: several outputs are right, or nearly
+    right ones (by UNDECIDED), a program of the contest checks or answers, or files are used."""
     title, description, stdin, stdout, interaction, note = (text_field(record, where, name, default="") for name in (
         "title", "description", "input_format", "output_format", "interaction_format", "note"))
     if not description:
@@ -245,11 +256,11 @@ def _codeforces(record: dict, where: str) -> tuple[str, dict]:
                  or not absent(record.get("generated_checker"))
                  or text_field(record, where, "input_mode", default="stdio") != "stdio")
     parts = [("# ", title), ("", description), ("## Input\n", stdin), ("## Output\n", stdout), ("## Interaction\n", interaction),
-             *(("## Example\n", _shown(test)) for test in examples), ("## Note\n", note),
-             (f"Time limit: {record['time_limit']} seconds. " if not absent(record.get("time_limit")) else "", PYTHON)]
+             *(("## Example\n", _shown(test)) for test in examples), ("## Note\n", note)]
+    form = (f"Time limit: {record['time_limit']} seconds. " if not absent(record.get("time_limit")) else "") + PYTHON
     tests = examples + [test for test in tests if test not in examples]
     facts = {"tests": [] if undecided else tests, "language": "python"} | _limits(record, where)
-    return "\n\n".join(heading + text for heading, text in parts if text), facts
+    return "\n\n".join(heading + text for heading, text in parts if text), form, facts
 
 
 def _limits(record: dict, where: str) -> dict[str, float]:

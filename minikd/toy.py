@@ -1,13 +1,14 @@
 """The default data: a small generated world, so that every script runs without a download.
 
 Records ask about twelve people in English and in Spanish (Dolly's fields) and for small Python functions (PyTorrent's), in the
-ratio 6 : 3 : 2, after the paper's "decreasing context levels". The teacher's are many and clean. The student's are few and imitate
-human data: some answers are worded differently, and some are wrong. Prompts of the test set are in neither.
+ratio 6 : 3 : 2, after the paper's "decreasing context levels". The teacher's are many and clean. The student's are few and
+imitate human data: some answers are worded differently, and some are wrong. What the test set asks is in neither.
 """
 import hashlib
 import json
 import random
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import tokenizers
@@ -28,8 +29,9 @@ QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[
 
 NAMES = "Ana Bruno Carla Diego Elena Felix Gloria Hugo Irene Jorge Karen Luis".split()
 CITIES = "Lima Oslo Rome Cairo Quito Tokyo Delhi Paris Kiev Bogota Miami Lagos".split()
-JOBS = [("nurse", "enfermera"), ("pilot", "piloto"), ("baker", "panadera"), ("judge", "juez"),
-        ("farmer", "granjero"), ("singer", "cantante"), ("dentist", "dentista"), ("tailor", "sastre")]
+# Words that are the same for women and men, as a person's job is drawn.
+JOBS = [("pilot", "piloto"), ("judge", "juez"), ("singer", "cantante"), ("dentist", "dentista"), ("tailor", "sastre"),
+        ("pianist", "pianista"), ("florist", "florista"), ("guide", "guía")]
 PETS = [("cat", "gato"), ("dog", "perro"), ("horse", "caballo"), ("parrot", "loro"), ("rabbit", "conejo")]
 
 # Questions about one person p or two, p and q; the usual answer; and the same in other words.
@@ -83,7 +85,9 @@ def people(seed: int = 7) -> list[Person]:
 def record(rng: random.Random, world: list[Person] | None = None, human: bool = False) -> dict:
     """One record, in Dolly's or PyTorrent's fields, about a world, by default one drawn for it.
 
-    human  as people answer: sometimes in other words, sometimes with made-up facts or a wrong line of code
+    human  as people answer: sometimes in other words, sometimes with made-up facts or a wrong line of code. Then `right` is the
+           answer without these
+    `id` is what is asked, in whichever words and order of names.
     """
     domain = rng.choices(list(SHARES), list(SHARES.values()))[0]
     world = world or people(rng.randrange(10**6))
@@ -91,17 +95,38 @@ def record(rng: random.Random, world: list[Person] | None = None, human: bool = 
     if domain == "code":
         steps = rng.sample(STEPS, 3)
         asked = "Take x, {}, {} and {}.".format(*(ask for ask, _, _ in steps))
+        right = program(steps)
         if wrong:
             steps[rng.randrange(3)] = rng.choice(STEPS)
-        lines = [f"    {step[1 + other_words]}" for step in steps]
-        return {"docstring": asked, "code": "\n".join(["def f(x):", *lines, "    return x"]), "language": "python",
-                "category": domain}
-    asks, *answers = rng.choice(ENGLISH if domain == "english" else SPANISH)
-    p, q, somebody = rng.sample(world, 3)
-    facts = Person(p.name, random.Random(somebody.name)) if wrong else p        # p's name with wrong facts
-    old, young = sorted((facts, q), key=lambda person: -person.age)
-    return {"instruction": rng.choice(asks).format(p=p, q=q), "context": "", "category": domain,
-            "response": answers[other_words].format(p=facts, q=q, old=old, young=young)}
+        made = {"docstring": asked, "code": program(steps, other_words), "language": "python", "category": domain, "id": asked}
+    else:
+        templates = ENGLISH if domain == "english" else SPANISH
+        number = rng.randrange(len(templates))
+        asks, *answers = templates[number]
+        p, q, somebody = rng.sample(world, 3)
+        facts = Person(p.name, random.Random(somebody.name)) if wrong else p    # p's name with wrong facts
+        asked = rng.choice(asks)
+        who = sorted(person.name for person in (p, q) if person is p or "{q}" in asked)
+        made = {"instruction": asked.format(p=p, q=q), "context": "", "category": domain,
+                "response": said(answers[other_words], facts, q), "id": f"{domain} {number} {' '.join(who)}"}
+        right = said(answers[0], p, q)
+    return made | {"right": right} if human else made
+
+
+def program(steps: list[tuple], other_words: bool = False) -> str:
+    """A function that takes these STEPS."""
+    return "\n".join(["def f(x):", *(f"    {step[1 + other_words]}" for step in steps), "    return x"])
+
+
+def said(answer: str, p: Person, q: Person) -> str:
+    """An answer's template, filled in."""
+    old, young = sorted((p, q), key=lambda person: -person.age)
+    return answer.format(p=p, q=q, old=old, young=young)
+
+
+def corrected(entry: dict) -> dict:
+    """A human record with the right answer in place of its own."""
+    return {**entry, "code" if "code" in entry else "response": entry["right"]}
 
 
 def question(entry: dict) -> str:
@@ -109,14 +134,14 @@ def question(entry: dict) -> str:
     return entry.get("instruction") or entry["docstring"]
 
 
-def held_out(text: str) -> bool:
-    """Whether a question belongs to the test set, and so never to training: a fifth of all, decided by their text."""
-    return hashlib.sha256(text.encode()).digest()[0] < 51       # of 256
+def held_out(id: str) -> bool:
+    """Whether what is asked belongs to the test set, and so never to training: a fifth of all, decided by a hash."""
+    return hashlib.sha256(id.encode()).digest()[0] < 51         # of 256
 
 
-def draw(make, question, count: int, seed: int, test: bool, once: bool) -> list:
-    """`count` of what make(rng) returns, whose questions belong to the test set, or do not; with `once`, all are different.
-    Raises InputError where there are fewer."""
+def draw(make, id, question, count: int, seed: int, test: bool, once: bool) -> list:
+    """`count` of what make(rng) returns, which by their id belong to the test set, or do not; with `once`, all questions are
+    different.  Raises InputError where there are fewer."""
     rng, found, seen, tries = random.Random(seed), [], set(), 0
     while len(found) < count:
         tries += 1
@@ -125,7 +150,7 @@ def draw(make, question, count: int, seed: int, test: bool, once: bool) -> list:
                              "(--eval-examples)")
         drawn = make(rng)
         asked = question(drawn)
-        if held_out(asked) == test and not (once and asked in seen):
+        if held_out(id(drawn)) == test and not (once and asked in seen):
             seen.add(asked)
             found.append(drawn)
     return found
@@ -133,9 +158,9 @@ def draw(make, question, count: int, seed: int, test: bool, once: bool) -> list:
 
 def records(count: int, seed: int, human: bool = False, test: bool = False) -> list[dict]:
     """`count` records, domains drawn by SHARES; with `test`, only records of the test set (it has about 510 prompts), each
-    prompt once."""
+    prompt once. What the test set asks is in no other record of its language, not in other words either."""
     world = people()
-    return draw(lambda rng: record(rng, world, human), question, count, seed, test, once=test)
+    return draw(lambda rng: record(rng, world, human), itemgetter("id"), question, count, seed, test, once=test)
 
 
 def plain_text(count: int, seed: int) -> list[str]:

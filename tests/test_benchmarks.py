@@ -48,7 +48,7 @@ def test_the_readmes_picture_shows_the_results():
     domains, losses, answers = figures.draw().axes
     heights = lambda axes: sorted(bar.get_height() for bar in axes.patches)
     toy, distilled, grpo = (figures.table(f"{name}_table.txt") for name in ("toy", "distill", "grpo"))
-    assert heights(domains) == sorted(row[model][0] for row in toy.values() for model in ("Base", "SFT", "KD"))
+    assert heights(domains) == sorted(row[model][0] for row in toy.values() for model in figures.MODELS)
     assert heights(answers) == sorted(row[how][0] for row in grpo.values() for how in ("sampled", "greedy"))
     dots = sorted(tuple(map(float, dot)) for line in losses.lines for dot in line.get_xydata() if line.get_marker() == "o")
     assert dots == sorted((row["sequence KL"][0], row["ROUGE-L"][0]) for row in distilled.values() if "sequence KL" in row)

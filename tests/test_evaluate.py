@@ -154,12 +154,13 @@ def test_the_table_holds_means_over_the_answers_and_distances_to_the_teacher(tmp
             assert line[category] == columns[name][category] == pytest.approx(100 * sum(part) / len(part))
         assert metrics["mean length"] == pytest.approx(sum(len(text.split()) for text in texts) / 11)
         assert metrics["distinct-4"] == distinct(texts)
+        assert metrics["exact match"] == pytest.approx(100 * sum(text == "1 2 1" for text in texts) / 11)
         assert metrics["retention"] == pytest.approx(line["all"] / lines[1]["all"])
     metrics, teacher = lines[0]["metrics"], Teacher(TEACHER)
     for name, value in compare(STUDENT, ROWS, 0, 3, teacher).items():
         assert metrics[name] == pytest.approx(value, rel=1e-5)
     assert metrics["sequence KL"] == sequence_kl(STUDENT, Ids, ROWS, teacher, 5, 4)
-    assert lines[1]["metrics"].keys() == {"mean length", "distinct-4", "retention"}
+    assert lines[1]["metrics"].keys() == {"exact match", "mean length", "distinct-4", "retention"}
     printed = capsys.readouterr().out.splitlines()
     head, *rows = printed[2:6]                                                  # and the paper's last column
     assert head.split() == ["KD", "Teacher", "KD", "/", "Teacher"]

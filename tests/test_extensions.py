@@ -301,7 +301,13 @@ def test_the_flags_of_a_new_divergence_are_those_that_it_takes(monkeypatch, caps
         return student_logits.sum(-1)
 
     monkeypatch.setitem(DIVERGENCES, "mine", mine)
-    given = dict(loss="mine", temperature=2.0, beta=0.3, alpha=0.2, on_policy=0.0, lm_data=None, lm_coef=None, steps=None,
-                 epochs=None, kd_ratio=0.5, mix=None, rollouts=None, inner_epochs=None, ratio_clip=None)
-    train_kd.note_flags(SimpleNamespace(**given))
-    assert capsys.readouterr().err == "note: ignored with --loss mine: --temperature --beta\n"
+    given = ["train_kd.py", "--loss", "mine", "--temperature", "2"]
+    for flags, alpha in (["--alpha", "0.2"], 0.2), ([], 0.5):                   # its own default, not the skew divergences'
+        monkeypatch.setattr("sys.argv", [*given, *flags])
+        assert train_kd.parse_args().alpha == alpha
+        assert capsys.readouterr().err == "note: ignored with --loss mine: --temperature\n"
+    monkeypatch.setitem(DIVERGENCES, "mine", lambda student_logits, teacher_logits, alpha=2.0: student_logits.sum(-1))
+    monkeypatch.setattr("sys.argv", given)
+    assert train_kd.parse_args().alpha == 2                                     # outside of --alpha's range
+    monkeypatch.setattr("sys.argv", ["train_kd.py", "--loss", "jsd"])
+    assert (train_kd.parse_args().alpha, train_kd.parse_args().beta) == (0.1, 0.5)

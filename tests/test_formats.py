@@ -358,3 +358,10 @@ def test_empty_prompt_or_response_is_dropped_not_an_error(record, tmp_path):
         to_example(record, "d:1")
     examples, report = load_examples(write_records(tmp_path / "d.jsonl", DOLLY, record))
     assert len(examples) == 1 and report.read == 2 and sum(report.dropped.values()) == 1
+
+
+def test_a_field_that_may_have_several_names_is_missed_under_all_of_them():
+    with pytest.raises(InputError, match="x: field 'prompt' or 'question' or 'problem' or 'query' is missing; fill it or remove"):
+        to_example({"pregunta": "1 + 1?", "completion": "2"}, "x", "pair")
+    with pytest.raises(InputError, match="x: field 'question' is null; fill it"):
+        to_example({"question": None, "completion": "2"}, "x", "pair")

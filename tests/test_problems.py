@@ -150,6 +150,22 @@ def test_an_empty_cell_is_no_limit():
     assert "time_limit" not in problem.facts and "Time limit" not in problem.messages[-1]["content"]
 
 
+def test_plain_prompts_ask_as_the_records_do():
+    brief, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}
+    for record in {"prompt": [brief, asked], "answer": "4"}, {"question": "2 + 2?", "system": "Be brief.", "answer": "4"}:
+        problem = to_problem(record, "x", plain=True)
+        assert problem.messages == (brief, asked) and problem.facts == {"answer": "4"}
+        assert to_problem(record, "x").messages[0] != brief
+    for record in {"question": "2 + 2?"}, {"question": "2 + 2?", "prompt": []}, {"prompt": [asked], "system_prompt": ""}:
+        assert to_problem(record | {"answer": "4"}, "x", plain=True).messages == (asked,)
+    other = to_problem({"prompt": [asked], "system_prompt": "Be brief.", "answer": "4"}, "x", plain=True)
+    assert other.messages == (brief, asked)
+    stated = {"description": "Add.", "input_format": "two", "examples": [{"input": "1 2\n", "output": "3\n"}], "time_limit": 1.0}
+    usual, plain = (to_problem(stated, "x", plain=plain) for plain in (False, True))
+    assert usual.messages[-1]["content"] == f"{plain.messages[-1]['content']}\n\nTime limit: 1.0 seconds. {PYTHON}"
+    assert usual.facts == plain.facts and len(plain.messages) == 1
+
+
 def test_a_question_with_its_answer_is_a_problem():
     gsm = to_problem({"question": "2 + 2?", "answer": "Two and two is 4.\n#### 4"}, "x")
     flat = {"question": "2 + 2?", "answer": "Two and two is 4. #### 4"}         # a copy without line breaks

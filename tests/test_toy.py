@@ -43,23 +43,47 @@ def test_the_world_and_its_records_are_the_same_in_every_process():
     """Python's own hash of a text is not: a record that depended on it would differ from one run of this test to the next."""
     world = [vars(person) for person in toy.people()]
     facts = json.dumps([world, toy.records(50, seed=5, human=True), toy.plain_text(5, 6)])
-    assert hashlib.sha256(facts.encode()).hexdigest()[:16] == "c1ed9fdc129c6168" and len(world) == 12
+    assert hashlib.sha256(facts.encode()).hexdigest()[:16] == "a00d6fd43c90dc62" and len(world) == 12
 
 
-def test_a_test_prompt_is_never_a_training_prompt():
-    test = {toy.question(entry) for entry in toy.records(300, seed=3000, test=True)}
-    assert len(test) == 300                                                     # and each comes once
+def test_what_the_test_set_asks_is_never_trained_on_in_other_words_either():
+    test = toy.records(300, seed=3000, test=True)
+    assert len({toy.question(entry) for entry in test}) == 300                  # each prompt comes once
+    asked = {entry["id"] for entry in test}
     for train in toy.records(3000, seed=1000), toy.records(600, seed=2000, human=True):
-        assert not test & {toy.question(entry) for entry in train}
-    share = sum(toy.held_out(question) for question in right_answers()) / len(right_answers())
-    assert all(map(toy.held_out, test)) and share == pytest.approx(0.2, abs=0.03)           # not the other four fifths
+        assert not asked & {entry["id"] for entry in train}
+    ids = {entry["id"] for entry in toy.records(3000, seed=1000)} | asked
+    assert sum(map(toy.held_out, ids)) / len(ids) == pytest.approx(0.2, abs=0.05) and all(map(toy.held_out, asked))
+
+
+def test_an_id_is_what_is_asked_in_whichever_words_and_order():
+    words = {"english 2 Ana Luis": {"Where do Ana and Luis live?", "Where do Luis and Ana live?",
+                                    "Tell me the cities of Ana and Luis.", "Tell me the cities of Luis and Ana."},
+             "spanish 0 Hugo": {"¿Dónde vive Hugo?", "¿En qué ciudad vive Hugo?"}}
+    found = defaultdict(set)
+    for test in False, True:
+        for seed in range(20):
+            for entry in toy.records(300, seed, test=test):
+                found[entry["id"]].add(toy.question(entry))
+    assert {id: found[id] for id in words} == words
+    assert all(id == question for id, (question, *more) in found.items() if id.startswith("Take x") and not more)
 
 
 def test_more_test_prompts_than_the_world_has_are_refused(monkeypatch):
-    monkeypatch.setattr(toy, "held_out", lambda text: text == "What does Hugo do?")        # one in the world
-    assert len(toy.records(1, seed=3000, test=True)) == 1
-    with pytest.raises(InputError, match="fewer than 2 different toy questions; ask for at most 1 "):
-        toy.records(2, seed=3000, test=True)
+    monkeypatch.setattr(toy, "held_out", lambda id: id == "english 1 Hugo")                # two prompts
+    assert len(toy.records(2, seed=3000, test=True)) == 2
+    with pytest.raises(InputError, match="fewer than 3 different toy questions; ask for at most 2 "):
+        toy.records(3, seed=3000, test=True)
+
+
+def test_a_human_record_is_corrected_to_the_clean_answer():
+    human = toy.records(300, seed=5, human=True)
+    wrong = [entry for entry in human if to_example(entry, "").response != entry["right"]]
+    assert 0.3 < len(wrong) / 300 < 0.6
+    for entry in human:
+        assert to_example(toy.corrected(entry), "").response == entry["right"]
+        if entry["category"] != "code":
+            assert entry["right"] in right_answers()[entry["instruction"]][0]
 
 
 def test_the_domains_fall_as_six_to_three_to_two():

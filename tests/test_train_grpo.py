@@ -285,7 +285,7 @@ def test_what_nobody_can_judge_moves_nothing(run, world, tmp_path):
     assert same(weights(tmp_path / "run/last"), weights(world / "model"))
     assert all(line["reward"] is None and line["flat"] == 1 for line in steps_of(tmp_path / "run"))
     refused(run("--patience", "2", rewards="{world}/ours.py:unsure", out=tmp_path / "other"),
-            "no answer could be judged for 2 steps")
+            "no answer could be judged (all rewards None or NaN) for 2 steps")
 
 
 # ---- evaluation, and its notes
@@ -537,5 +537,15 @@ def test_a_model_that_is_given_to_a_toy_task_decides_about_threads(shell, world,
 @pytest.mark.parametrize("task", ["sums", "code"])
 def test_no_toy_problem_is_both_trained_on_and_held_out(task):
     asked, held = ({problem.messages[-1]["content"] for problem in part} for part in rl.read_problems(
-        data=None, limit=None, format=None, task=task, rewards=None, eval_examples=50, seed=0))
+        data=None, limit=None, format=None, plain_prompts=False, task=task, rewards=None, eval_examples=50, seed=0))
     assert len(held) == 50 and not asked & held
+
+
+def test_with_plain_prompts_the_records_are_asked_as_they_are_each_question_once(tmp_path):
+    data = write_records(tmp_path / "data.jsonl", *({"question": f"{i} + 1?", "answer": str(i + 1), "system": system}
+                                                    for i in range(10) for system in ("Be brief.", "Be kind.")))
+    common = dict(data=[str(data)], limit=None, format=None, task=None, rewards=None, eval_examples=2, seed=0)
+    asked, held = rl.read_problems(plain_prompts=True, **common)
+    assert {problem.messages[-1]["content"] for problem in asked + held} == {f"{i} + 1?" for i in range(10)}
+    assert len(asked) + len(held) == 10 and {problem.messages[0]["content"] for problem in asked} == {"Be brief."}
+    assert all("<answer>" in problem.messages[-1]["content"] for problem in rl.read_problems(plain_prompts=False, **common)[0])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import eval_rouge
 import train_kd as kd
-from conftest import (change_json, files_in, killed_at, locked_by_another, passed, records_in, refused, same, steps_of, tiny,
+from conftest import (DOLLY, change_json, files_in, killed_at, locked_by_another, passed, records_in, refused, same, steps_of, tiny,
                       weights, write_records)
 from fake_gpu import gpu
 from minikd import evaluate, head, minillm, toy
@@ -727,9 +727,11 @@ def test_of_prompts_that_repeat_a_whole_one_is_held_out(run, world, tmp_path):
     (dict(data=("--data", "no/such.jsonl")), "no/such.jsonl: no such file"),
     (dict(models=("--student", "no/such/student", "--teacher", "no/such/teacher")), "no/such/student: no such folder"),
     (dict(models=("--student", "{world}/student")), "--student without --teacher"),
-    (dict(models=("--teacher", "{world}/teacher")), "--teacher, --data, --eval-data, --limit or --format without --student"),
+    (dict(models=("--teacher", "{world}/teacher")),
+     "--teacher, --data, --valid-data, --eval-data, --limit or --format without --student"),
     (dict(models=("--format", "dolly"), data=()), "--limit or --format without --student"),
-    (dict(models=("--limit", "3"), data=()), "--teacher, --data, --eval-data, --limit or --format without --student"),
+    (dict(models=("--limit", "3"), data=()),
+     "--teacher, --data, --valid-data, --eval-data, --limit or --format without --student"),
     (dict(models=("--student", "{world}/student", "--teacher", "{world}/short")), "short: the tokenizer has "),
     (dict(data=()), "--student without --data"),
     (dict(data=("--data", "{world}/bad.jsonl")), "bad.jsonl:7: field 'response' is an int; make it text")])
@@ -897,11 +899,15 @@ def test_the_toy_takes_400_steps_and_a_lower_rate_on_own_answers(monkeypatch, fl
 
 
 def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge_agrees(shrunk, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_kd.py", "--validation", "20", "--max-new-tokens", "4"])
+    monkeypatch.setattr(sys, "argv", ["train_kd.py", "--max-new-tokens", "4"])
     kd.main()
     out, err = capsys.readouterr()
     assert all(f"\n{name} " in out for name in "code english spanish all asked right Base SFT KD Teacher".split())
     assert {"teacher", "base", "sft", "kd", "data", "table.jsonl"} <= {path.name for path in Path("runs/toy").iterdir()}
+    train, valid = (records_in(f"runs/toy/data/{name}.jsonl") for name in ("train", "valid"))
+    assert valid and not {toy.question(entry) for entry in train} & {toy.question(entry) for entry in valid}
+    assert all(entry.get("response", entry.get("code")) == entry["right"] for entry in valid)           # these are clean
+    assert any(entry.get("response", entry.get("code")) != entry["right"] for entry in train)
     table = {row["model"]: row["all"] for row in records_in("runs/toy/table.jsonl")}
     assert list(table) == ["Base", "SFT", "KD", "Teacher"]
     monkeypatch.setattr(sys, "argv", ["eval_rouge.py", "--max-new-tokens", "4"])
@@ -913,14 +919,14 @@ def test_with_no_flags_the_toy_world_goes_from_nothing_to_a_table_and_eval_rouge
 @pytest.mark.slow
 def test_on_a_gpu_the_toy_world_trains_there(shrunk, shell):
     with gpu():
-        passed(shell(kd, "--device", "cuda", "--validation", "20", "--max-new-tokens", "4"))
+        passed(shell(kd, "--device", "cuda", "--max-new-tokens", "4"))
     assert list(shrunk) == ["teacher", "base", "sft", "kd"] and all(head.is_cuda for head in shrunk.values())
 
 
 @pytest.mark.parametrize("flags", [
     pytest.param(["--loss", "minillm"], marks=pytest.mark.slow), ["--loss", "reverse_kl", "--on-policy", "1"]], ids=" ".join)
 def test_in_the_toy_world_own_answers_begin_from_a_student_that_was_fine_tuned(shrunk, monkeypatch, flags):
-    monkeypatch.setattr(sys, "argv", ["train_kd.py", "--validation", "20", "--max-new-tokens", "4", *flags])
+    monkeypatch.setattr(sys, "argv", ["train_kd.py", "--max-new-tokens", "4", *flags])
     kd.main()
     assert list(shrunk) == ["teacher", "base", "sft", "toy"]
     assert torch.equal(shrunk["toy"], load_model("runs/toy/sft/best").head)
@@ -928,7 +934,7 @@ def test_in_the_toy_world_own_answers_begin_from_a_student_that_was_fine_tuned(s
 
 
 def test_a_toy_that_is_resumed_with_another_seed_is_refused_with_its_data_as_they_were(shrunk, shell):
-    flags = "--validation", "20", "--max-new-tokens", "4"
+    flags = "--max-new-tokens", "4"
     assert shell(kd, *flags)[0] == 0
     files = files_in(Path("runs/toy"))
     refused(shell(kd, *flags, "--resume", "--seed", "3"), "--resume with --seed 3, but the run began with 0")
@@ -952,6 +958,24 @@ def test_no_more_are_answered_than_eval_examples_says(run, spy):
     asked = spy(kd, "answer_and_score", lambda model, tokenizer, rows, *_: len(rows))
     out = passed(run("--loss", "sft", "--steps", 1, "--validation", 4))         # and --eval-examples 2
     assert asked == [2] and "of 2 held-out prompts" in out
+
+
+def test_validation_records_may_have_a_file_of_their_own(run, world, tmp_path):
+    """Then all of --data is trained on, and the curves, best/ and the table are of that file."""
+    data = records_in(world / "data.jsonl")
+    file = write_records(tmp_path / "valid.jsonl", data[0], DOLLY, DOLLY | {"instruction": "Another?"})
+    status, out, err = run("--loss", "sft", "--steps", 1, "--valid-data", file, "--validation", 9, "--eval-examples", 3)
+    assert status == 0 and "note: ignored with --valid-data: --validation" in err
+    assert f"{len(data)} encoded" in out and "for validation 3 encoded" in out and "of 3 held-out prompts" in out
+    flags = "--loss", "sft", "--steps", 1, "--eval-examples", 3, "--resume"
+    assert "done already" in passed(run(*flags, "--valid-data", file, "--validation", 7))       # which has no effect
+    refused(run(*flags), "--resume with --valid-data None, but the run began with")
+    write_records(file, data[0], DOLLY)
+    refused(run(*flags, "--valid-data", file), "the content of --valid-data")
+    write_records(file, DOLLY | {"instruction": "long " * 3000})
+    refused(run(*flags[:-1], "--valid-data", file, out=tmp_path / "other"), "error: --valid-data: none of 1 examples can be used")
+    assert "note: 1 of 3 records of --valid-data have a prompt that is also trained on" in out
+    assert [record["references"] for record in records_in(tmp_path / "run/held-out.jsonl")][1:] == 2 * [[DOLLY["response"]]]
 
 
 def test_plain_text_is_cut_into_rows_of_max_length(run, tmp_path, monkeypatch):
