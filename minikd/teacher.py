@@ -206,7 +206,7 @@ def kept_answers(path: Path, made_from: dict, most: int, vocab: int) -> tuple[li
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: holds a damaged line ({error}); delete the file, and it will be made again") from error
     if other:
-        what = ("rows differ (because of --data, --limit, --validation, --seed or the tokenizer)" if other[0] == "rows" else
+        what = ("rows differ (--data, --valid-data, --limit, --validation, --seed or the tokenizer)" if other[0] == "rows" else
                 f"{other[0]} is {before.get(other[0])}, here {made_from.get(other[0])}")
         raise InputError(f"{path}: holds answers made with other data or settings: their {what}; choose another --out")
     return lines, responses

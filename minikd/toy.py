@@ -1,8 +1,9 @@
 """The default data: a small generated world, so that every script runs without a download.
 
-Records ask about twelve people in English and in Spanish (Dolly's fields) and for small Python functions (PyTorrent's), in the
-ratio 6 : 3 : 2, after the paper's "decreasing context levels". The teacher's are many and clean. The student's are few and
-imitate human data: some answers are worded differently, and some are wrong. What the test set asks is in neither.
+Twelve people have a city, a job, a pet and an age. Records ask about them in English and in Spanish (Dolly's fields), and for
+small Python functions (PyTorrent's), in the ratio 6 : 3 : 2, after the paper's "decreasing context levels". The teacher's are
+many and clean. The student's are few and imitate human data: some answers are worded differently, and some are wrong. What the
+test set asks in a language is in neither, not in other words either.
 """
 import hashlib
 import json
@@ -167,8 +168,8 @@ def plain_text(count: int, seed: int) -> list[str]:
     """Text for the student's pretraining, which teaches the language but not the facts: statements about other worlds."""
     rng = random.Random(seed)
     entries = [record(rng, human=True) for _ in range(2 * count)]
-    said = [entry.get("response") or entry["code"] for entry in entries]
-    return [f"{one} {other}" for one, other in zip(said[::2], said[1::2])]
+    texts = [entry.get("response") or entry["code"] for entry in entries]
+    return [f"{one} {other}" for one, other in zip(texts[::2], texts[1::2])]
 
 
 def make_tokenizer(folder, texts: list[str] | None = None) -> Tokenizer:
