@@ -7,8 +7,8 @@ noise explains. Toy world, mean and sd over seeds.
 Each seed: `python train_kd.py --seed S` makes teacher and data and trains a student by SFT; every method starts from that
 student and makes the same number of updates at the same learning rate on the same prompts (kd_ratio 1: only the divergence).
 300 held-out prompts. `sequence KL` is KL(q || p) over whole answers, MiniLLM's objective, in nats per answer; `reverse KL`
-and `forward KL` are in nats per token, on the reference answers. All methods of a seed share its start, so compare them seed by
-seed: the deviation is mostly the start's.
+and `forward KL` are in nats per token, on the reference answers. All methods of a seed share its teacher, records and start, so
+compare them seed by seed.
 """
 import json
 import re
