@@ -1,6 +1,6 @@
 """Claims: MiniLLM ends nearer to its teacher than SFT and forward-KL distillation, by the reverse KL on held-out prompts; and
-distillation on the student's own answers ends nearer than on the data's noisy ones. The rows with --seq-kd say how much of that the
-noise explains. Toy world, mean and sd over seeds.
+distillation on the student's own answers ends nearer than on the data's noisy ones. The rows with --seq-kd say how much of that
+the noise explains. Toy world, mean and sd over seeds.
 
     python -m benchmarks.distill_table          # 40 minutes on one CPU core
 
