@@ -259,12 +259,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             log.write(step=step + 1, **line)
             completions.write(*lines_of(step + 1, answers, texts, values, total, advantages, tokenizer))
             progress.update(note=f"reward {line['reward'] or 0:.3f} kl {line['kl'] or 0:.3f} length {line['length']:.0f}")
-            unpaid = 0 if total.nan_to_num().any() else state["unpaid"] + 1
-            if unpaid >= patience:
-                what = ("no answer could be judged (all rewards None or NaN)" if total.isnan().all() else
-                        "every answer's rewards summed to 0")
-                raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; choose other "
-                                 "--rewards, or start from a model that sometimes succeeds")
+            unpaid = count_unpaid(state["unpaid"], total, patience, out)        # may end the run with an error
             state, news = {"step": step + 1, "unpaid": unpaid}, None            # news: a line to print once all is saved
             if (step + 1) % eval_every == 0 or step + 1 == steps:
                 sampler = cast_copy(model, dtype, sampler)
@@ -280,6 +275,19 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
             if news:
                 progress.say(news)                                              # last: if stdout is closed, this ends the run
     return model
+
+
+def count_unpaid(unpaid: int, total: torch.Tensor, patience: int, out) -> int:
+    """Steps in a row in which every answer's rewards summed to 0 or none was judged: `unpaid` before this step, whose sums are
+    `total` [P G].  Raises InputError when they are `patience`."""
+    if total.nan_to_num().any():
+        return 0
+    if unpaid + 1 < patience:
+        return unpaid + 1
+    what = ("no answer could be judged (all rewards None or NaN)" if total.isnan().all() else
+            "every answer's rewards summed to 0")
+    raise InputError(f"{out}: {what} for {patience} steps, so there is nothing to learn from; choose other --rewards, or start "
+                     "from a model that sometimes succeeds")
 
 
 def lines_of(step: int, answers: list[Encoded], texts: list[str], values: dict[str, list], total, advantages,
@@ -500,8 +508,9 @@ def main():
     recorded = settings | {"toy": anew, "model": str(begun), "data": files or None, "task": args.task,
                            "rewards": names, "reward_weights": weights,
                            "reward_files": {path: sha256(path) for path in reward_files(names)},
-                           "dtype": str(dtype), "limit": args.limit, "format": args.format, "plain_prompts": args.plain_prompts or None,
-                           "max_prompt_length": args.max_prompt_length, "eval_examples": args.eval_examples,
+                           "dtype": str(dtype), "limit": args.limit, "format": args.format,
+                           "plain_prompts": args.plain_prompts or None, "max_prompt_length": args.max_prompt_length,
+                           "eval_examples": args.eval_examples,
                            "rows": fingerprint(row.digest for row in rows + valid_rows)}
     lock(out)
     check()                                                     # another process may have run here meanwhile

@@ -36,13 +36,12 @@ from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer_and_score, compare, show_table
 from minikd.examples import hold_out, load_examples, load_texts, same_prompt, split_examples, write_held_out
 from minikd.formats import FORMATS, to_example
-from minikd.files import fingerprint, remove, sha256, write_jsonl
+from minikd.files import fingerprint, remove, write_jsonl
 from minikd.generate import respond
 from minikd.head import compile_losses, head_loss, scored_positions
 from minikd.losses import DIVERGENCES, clipped_surrogate, forward_kl, pick_divergence, reverse_kl
 from minikd.model import Qwen2, cast_copy, mixed_precision
 from minikd.plots import plot_curves
-from minikd.records import data_files
 from minikd.rouge import mean_by_category
 from minikd.run import (CONFIG, SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, load_state, lock, read_log,
                         save_state, write_config)
@@ -448,8 +447,8 @@ def open_teacher(teacher: Checkpoint, tokenizer, rows, device, dtype, made_from:
 
 
 def read_data(tokenizer, lengths: dict, *, data, valid_data, eval_data, format, limit, validation, seed, eval_examples) -> tuple:
-    """--data, --valid-data and --eval-data -> a Report, the training rows, (rows, examples) held out, (rows, examples) of the
-    table."""
+    """--data, --valid-data and --eval-data -> the Reports of the first two, the training rows, (rows, examples) held out, (rows,
+    examples) of the table."""
     def encode(part, what):
         try:
             return encode_examples(part, tokenizer, **lengths)
@@ -460,9 +459,9 @@ def read_data(tokenizer, lengths: dict, *, data, valid_data, eval_data, format, 
         examples, report = load_examples(data, format, limit, progress.update)
     print(report)
     if valid_data:
-        train_part, valid_part = examples, load_apart(valid_data, format, examples, "--valid-data")
+        train_part, (valid_part, valid_report) = examples, load_apart(valid_data, format, examples, "--valid-data")
     else:
-        train_part, valid_part = hold_out(examples, validation, seed)
+        (train_part, valid_part), valid_report = hold_out(examples, validation, seed), None
     with Progress("encoding", len(train_part)) as progress:
         rows, counts = encode_examples(train_part, tokenizer, **lengths, progress=progress.update)
     valid_rows, valid_counts = encode(valid_part, "--valid-data" if valid_data else "held-out records")
@@ -470,21 +469,21 @@ def read_data(tokenizer, lengths: dict, *, data, valid_data, eval_data, format, 
     print(f"{told(counts)}; for validation {told(valid_counts)}")
     asked = valid_rows[:eval_examples], valid_part              # what the table's models are asked
     if eval_data:
-        test = load_apart(eval_data, format, train_part, "--eval-data")
+        test, _ = load_apart(eval_data, format, train_part, "--eval-data")
         asked_rows, counts = encode(test, "--eval-data")
         lost = describe_dropped(counts)
         print(f"{len(asked_rows):,} of {len(test):,} records of --eval-data{f', {lost}' if lost else ''}")
         asked = asked_rows, test
-    return report, rows, (valid_rows, valid_part), asked
+    return report, valid_report, rows, (valid_rows, valid_part), asked
 
 
-def load_apart(paths, format, learned: list, flag: str) -> list:
-    """The examples of files that are not trained on; says how many of their prompts are in `learned` too."""
-    apart, _ = load_examples(paths, format)
+def load_apart(paths, format, learned: list, flag: str) -> tuple:
+    """load_examples of files that are not trained on; says how many of their prompts are in `learned` too."""
+    apart, report = load_examples(paths, format)
     prompts = {same_prompt(example.messages) for example in learned}
     if both := sum(same_prompt(example.messages) in prompts for example in apart):
         print(f"note: {both:,} of {len(apart):,} records of {flag} have a prompt that is also trained on")
-    return apart
+    return apart, report
 
 
 def conclude(models: dict, teacher: Teacher | None, runs: dict[str, Path], tokenizer, asked: tuple, held_out: tuple, out: Path,
@@ -514,7 +513,8 @@ def main():
         spare_threads(toy.teacher_config(1))
         toy_world(out, args.seed, args.resume, device)
         args.student, args.teacher = str(out / "base" / "best"), str(out / "teacher" / "best")
-        args.data, args.valid_data, args.eval_data = ([str(out / "data" / f"{name}.jsonl")] for name in ("train", "valid", "test"))
+        args.data, args.valid_data, args.eval_data = (
+            [str(out / "data" / f"{name}.jsonl")] for name in ("train", "valid", "test"))
 
     # ---- read and check all; only the toy world has written yet
     tokenizer = Tokenizer.load(args.student)
@@ -522,7 +522,7 @@ def main():
     if args.teacher:
         check_teacher(args.teacher, tokenizer)                  # before a hub's student is fetched
     teacher_dtype = pick_dtype(args.dtype, device, bool(args.teacher) and has_four_bits(args.teacher))
-    report, rows, held_out, asked = read_data(tokenizer, lengths, **flags_of(read_data, args))
+    report, valid_report, rows, held_out, asked = read_data(tokenizer, lengths, **flags_of(read_data, args))
     texts, text_files = load_texts(args.lm_data) if args.lm_data else ([], None)
     per_epoch = steps_per_epoch(len(rows), args.batch_size, args.grad_accum)
     steps = args.steps or max(1, math.ceil(round(args.epochs * per_epoch, 6)))  # 0.07 x 100 is 7.000000000000001
@@ -538,8 +538,7 @@ def main():
                 "data": report.files, "format": args.format, "lm_data": text_files, "seq_kd": args.seq_kd,
                 "cache_teacher": args.cache_teacher, "limit": args.limit,
                 "dtype": str(dtype) if teacher_dtype == dtype else f"{dtype}, of the teacher {teacher_dtype}",
-                "valid_data": args.valid_data and [(str(file), sha256(file)) for file in data_files(args.valid_data)],
-                "validation": None if args.valid_data else args.validation,
+                "valid_data": valid_report and valid_report.files, "validation": None if valid_report else args.validation,
                 "rows": fingerprint(row.digest for row in rows + held_out[0]), **lengths}
     for label, loss, lr, _ in args.plan:                                                    # before anything is written
         if args.resume and not args.toy and read_log(runs[label]):

@@ -10,12 +10,11 @@ student and makes the same number of updates at the same learning rate on the sa
 and `forward KL` are in nats per token, on the reference answers. All methods of a seed share its teacher, records and start, so
 compare them seed by seed.
 """
-import json
 import re
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import each_seed, machine, make_parser, run_script, seeds_table
+from benchmarks.measure import each_seed, machine, make_parser, run_script, seeds_table, toy_run
 
 METHODS = {"SFT": "--loss sft", "forward KL": "--loss forward_kl", "reverse KL": "--loss reverse_kl",
            "JSD": "--loss jsd", "skew forward KL": "--loss skew_forward_kl", "skew reverse KL": "--loss skew_reverse_kl",
@@ -26,24 +25,14 @@ COLUMNS = {"ROUGE-L": ".1f", "exact match": ".1f", "sequence KL": ".2f", "revers
            "agreement": ".3f", "mean length": ".1f", "distinct-4": ".3f", "seconds": ".0f"}
 
 
-def last_rows(folder: Path) -> dict[str, dict]:
-    """A run's table: {model: its columns}."""
-    rows = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
-    return {row["model"]: {"ROUGE-L": row["all"], **row["metrics"]} for row in rows}
-
-
 def one_seed(seed: int, folder: Path, steps: int, lr: float) -> dict[str, dict]:
     run_script("train_kd.py", "--seed", seed, "--out", folder)
     rows = {}
     for name, flags in METHODS.items():
         out = folder / "losses" / re.sub("[^a-z]+", "-", name.lower())
-        seconds = run_script(
-            "train_kd.py", "--student", folder / "sft/best", "--teacher", folder / "teacher/best", "--data",
-            folder / "data/train.jsonl", "--eval-data", folder / "data/test.jsonl", "--rouge", "unicode", "--dtype", "float32",
-            "--kd-ratio", 1, "--batch-size", 16, "--grad-accum", 2, "--steps", steps, "--lr", lr, "--warmup", 30,
-            "--valid-data", folder / "data/valid.jsonl", "--eval-every", steps, "--eval-examples", 100, "--max-new-tokens", 48,
-            "--seed", seed, "--out", out, *flags.split())
-        start, trained, teacher = last_rows(out).values()
+        seconds, table = toy_run(folder, "sft", out, "--kd-ratio", 1, "--steps", steps, "--lr", lr, "--eval-every", steps,
+                                 "--seed", seed, *flags.split())
+        start, trained, teacher = ({"ROUGE-L": row["all"], **row["metrics"]} for row in table)
         rows[name] = trained | {"seconds": seconds}
     return {"start (SFT)": start, **rows, "teacher": teacher}
 

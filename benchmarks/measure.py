@@ -103,6 +103,23 @@ def run_script(script: str, *flags) -> float:
     return time.perf_counter() - start
 
 
+def toy_run(world: Path, start: str, out: Path, *flags) -> tuple[float, list[dict]]:
+    """train_kd.py on the records of a toy world that it has made in `world`, from its student `start`, with the flags of the toy
+    world that are not given -> its seconds, and the rows of its table"""
+    data = world / "data"
+    seconds = run_script(
+        "train_kd.py", "--student", world / start / "best", "--teacher", world / "teacher/best", "--data", data / "train.jsonl",
+        "--valid-data", data / "valid.jsonl", "--eval-data", data / "test.jsonl", "--rouge", "unicode", "--dtype", "float32",
+        "--batch-size", 16, "--grad-accum", 2, "--warmup", 30, "--eval-examples", 100, "--max-new-tokens", 48, "--out", out,
+        *flags)
+    return seconds, rows_of_table(out)
+
+
+def rows_of_table(out: Path) -> list[dict]:
+    """What train_kd.py left in table.jsonl: a row for each model."""
+    return [json.loads(line) for line in (out / "table.jsonl").read_text().splitlines()]
+
+
 def child(module: str, *arguments, python: str = sys.executable) -> dict:
     """Runs `python -m module --child arguments...` -> what its report() printed, and 'others': the share of the cores that other
     processes took meanwhile.  python  the interpreter, for a peer that needs another one"""

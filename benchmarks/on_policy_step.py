@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.grpo_step import NEW, WORDS, prompts
-from benchmarks.kd_step import LR, SHALLOW, measure
+from benchmarks.kd_step import LR, SHALLOW, measure, trl_models
 from benchmarks.measure import compare_steps, make_parser, trainer_clock, trl_options, word_tokenizer
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
@@ -56,18 +56,14 @@ def minikd(folder: Path, mode: str, steps: int):
 
 def trl(folder: Path, mode: str, steps: int):
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
     from trl import DistillationConfig, DistillationTrainer
     config = DistillationConfig(output_dir=str(folder / "out"), beta=1.0, learning_rate=LR, max_completion_length=NEW,
                                 generation_kwargs={"min_new_tokens": NEW}, shuffle_dataset=False,
                                 **trl_options(mode, steps, ROWS))
-    model = lambda name, dtype: AutoModelForCausalLM.from_pretrained(folder / name, dtype=dtype)
     clock = trainer_clock()
     text = [{"prompt": " ".join(f"w{i}" for i in prompt)} for prompt in prompts(ROWS * steps)]
-    trainer = DistillationTrainer(
-        model=model("student", torch.float32), args=config, train_dataset=Dataset.from_list(text),
-        teacher_model=model("teacher", torch.float32 if mode == "float32" else torch.bfloat16),
-        processing_class=word_tokenizer(WORDS), callbacks=[clock])
+    trainer = DistillationTrainer(args=config, train_dataset=Dataset.from_list(text), processing_class=word_tokenizer(WORDS),
+                                  callbacks=[clock], **trl_models(folder, mode))
     trainer.train()                                             # it samples after on_step_begin: the clock includes that
     return clock.seconds, clock.losses
 

@@ -1,5 +1,5 @@
-"""Claim: on the toy world the paper's order holds, Base < SFT < KD < Teacher; and fine-tuning on the teacher's answers, not on the
-data's noisy ones, gains as much as KD or more. The paper's Table 1 with two controls, mean and sd over seeds.
+"""Claim: on the toy world the paper's order holds, Base < SFT < KD < Teacher; and fine-tuning on the teacher's answers, not on
+the data's noisy ones, gains as much as KD or more. The paper's Table 1 with two controls, mean and sd over seeds.
 
     python -m benchmarks.toy_table              # about 12 minutes on a CPU
 
@@ -7,34 +7,28 @@ Each seed is a whole run of `python train_kd.py --seed S`: another teacher, othe
 facts and the test prompts are the same for all. Then the two controls, from the same base, with the same flags and --seq-kd: the
 teacher's answers to the same prompts, sampled once. One thread, which the toy world takes by itself too.
 """
-import json
 import tempfile
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.measure import each_seed, machine, make_parser, run_script, seeds_table
+from benchmarks.measure import each_seed, machine, make_parser, rows_of_table, run_script, seeds_table, toy_run
 
 CONTROLS = {"SFT, teacher's answers": "sft", "KD, teacher's answers": "forward_kl"}
-TOY = ("--rouge unicode --dtype float32 --batch-size 16 --grad-accum 2 --steps 400 --lr 3e-3 --warmup 30 --eval-every 50 "
-       "--eval-examples 100 --max-new-tokens 48").split()                       # train_kd.py's own, of its toy world
 
 
-def models_of(folder: Path) -> dict[str, dict[str, float]]:
+def models_of(rows: list[dict]) -> dict[str, dict[str, float]]:
     """A run's table: {model: {category: ROUGE-L, ..., "exact match": per cent}}."""
-    rows = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
     return {row.pop("model"): row | {"exact match": row.pop("metrics")["exact match"]} for row in rows}
 
 
 def one_seed(seed: int, folder: Path) -> tuple[dict, float]:
     """-> {category: {model: ROUGE-L}}, and the seconds that train_kd.py took."""
     seconds = run_script("train_kd.py", "--seed", seed, "--out", folder)
-    models = models_of(folder)
+    models = models_of(rows_of_table(folder))
     for name, loss in CONTROLS.items():
-        out, data = folder / f"control-{loss}", folder / "data"
-        run_script("train_kd.py", "--student", folder / "base/best", "--teacher", folder / "teacher/best", "--data",
-                   data / "train.jsonl", "--valid-data", data / "valid.jsonl", "--eval-data", data / "test.jsonl", "--loss", loss,
-                   "--seq-kd", "--seed", seed, "--out", out, *TOY)
-        models[name] = models_of(out)[loss]
+        _, rows = toy_run(folder, "base", folder / f"control-{loss}", "--loss", loss, "--seq-kd", "--seed", seed, "--steps", 400,
+                          "--lr", 3e-3, "--eval-every", 50)
+        models[name] = models_of(rows)[loss]
     found = {category: {name: row[category] for name, row in models.items()} for category in models["Base"]}
     for row in found.values():
         row["KD / Teacher"] = row["KD"] / row["Teacher"]

@@ -101,9 +101,6 @@ class StaticCache(KVCache):
     def layer(self, i: int) -> Slots:
         return Slots(self.keys[i], self.values[i], used=self.slot, mask=self.bias[:, None, None], parts=self.parts)
 
-    def check(self, T: int):
-        """Nothing: a graph replays what generate has made room for."""
-
     def advance(self, T: int):
         self.lengths += 1
         self.slot += 1

@@ -78,17 +78,10 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     student's states, for targets that are no ids, for a divergence or policy_loss that gives anything but a value per token, and
     for gradients in float16.
     """
-    if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
-        raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
-    for x, what in (targets, "targets"), (teacher_hidden, "states of the teacher"):
-        if x is not None and len(x) != len(hidden):
-            raise ValueError(f"head_loss: {len(hidden)} states for {len(x)} {what}; give as many of each")
-    divergence = divergence or no_divergence
     V = len(head) if teacher_head is None else min(len(head), len(teacher_head))            # rows of both heads, for CE too
     V = min(V, vocab or V)
-    if targets.device.type == "cpu" and not (targets.ge(0) & targets.lt(V)).all():          # a GPU would have to be waited for
-        raise ValueError(f"head_loss: targets must be ids from 0 to {V - 1}, these are from {targets.min()} to {targets.max()}; "
-                         "give only the tokens to score (elsewhere -100 marks the others)")
+    _check_inputs(hidden, targets, V, teacher_hidden, teacher_head, divergence, kd_ratio)
+    divergence = divergence or no_divergence
     N, kind = len(hidden), hidden.device.type                                   # kind: "cpu", "cuda"
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, dtype=torch.float32, device=hidden.device)      # as_tensor would wait for a GPU
@@ -129,6 +122,18 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
                 _backward_head(logits[:at.stop - at.start], states[at], student_head,
                                grad_hidden[at] if need_hidden else None, grad_head[:V] if need_head else None)
     return _Sum.apply(hidden, head, total, grad_hidden, grad_head), ce, kd
+
+
+def _check_inputs(hidden, targets, V, teacher_hidden, teacher_head, divergence, kd_ratio):
+    """head_loss's errors about what it was given, V being the rows that it uses."""
+    if kd_ratio and (divergence is None or teacher_hidden is None or teacher_head is None):
+        raise ValueError(f"kd_ratio = {kd_ratio} needs a divergence, teacher_hidden and teacher_head")
+    for x, what in (targets, "targets"), (teacher_hidden, "states of the teacher"):
+        if x is not None and len(x) != len(hidden):
+            raise ValueError(f"head_loss: {len(hidden)} states for {len(x)} {what}; give as many of each")
+    if targets.device.type == "cpu" and not (targets.ge(0) & targets.lt(V)).all():          # a GPU would have to be waited for
+        raise ValueError(f"head_loss: targets must be ids from 0 to {V - 1}, these are from {targets.min()} to {targets.max()}; "
+                         "give only the tokens to score (elsewhere -100 marks the others)")
 
 
 class _Sum(torch.autograd.Function):
