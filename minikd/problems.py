@@ -105,16 +105,21 @@ def program_problem(rng: random.Random) -> tuple[str, dict, str, str, str]:
 TASKS = {"sums": sum_problem, "code": program_problem}
 
 
+def terms(drawn) -> str:
+    """What decides whether a drawn problem belongs to the test set: its question, in which 4+3 counts as 3+4."""
+    return "+".join(sorted(drawn[0].split("+")))
+
+
 def toy_problems(task: str, count: int, seed: int, test: bool = False) -> list[Problem]:
     """`count` different problems; with `test`, of the test set, which shares no question with the others."""
     return [Problem(({"role": "user", "content": question},), facts)
-            for question, facts, *_ in draw(TASKS[task], itemgetter(0), count, seed, test, once=True)]
+            for question, facts, *_ in draw(TASKS[task], itemgetter(0), count, seed, test, once=True, id=terms)]
 
 
 def toy_records(task: str, count: int, seed: int, clean: bool = False) -> list[dict]:
     """Records for supervised fine-tuning (train_kd.py reads them), of mixed quality, or with `clean` all right."""
     rng, records = random.Random(seed + 1), []
-    for question, _, right, wrong, bare in draw(TASKS[task], itemgetter(0), count, seed, test=False, once=False):
+    for question, _, right, wrong, bare in draw(TASKS[task], itemgetter(0), count, seed, test=False, once=False, id=terms):
         answer = wrong if rng.random() < NOISE else right
         if rng.random() < UNTAGGED:
             answer = bare
