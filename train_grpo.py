@@ -30,7 +30,7 @@ from minikd.command import (BY_FIELDS, DTYPES, Parser, Progress, check_positive,
                             note_unused, pick_device, pick_dtype, spare_threads)
 from minikd.data import Encoded, begins_thoughts, collate, encode_examples, next_rows
 from minikd.errors import InputError, script_errors
-from minikd.examples import split_examples
+from minikd.examples import same_prompt, split_examples
 from minikd.formats import to_example
 from minikd.files import fingerprint, remove, sha256
 from minikd.head import head_loss, scored_positions
@@ -55,6 +55,7 @@ def make_parser() -> Parser:
                      f"with --model but without --data the toy's defaults apply, so give --lr;\n{BY_FIELDS}")
     add("--model", help="folder or hub name, preferably a distilled student; default: a toy student")
     add("--data", nargs="+", metavar="FILE", help="records with a question and an answer, or with tests")
+    add("--eval-data", nargs="+", metavar="FILE", help="problems to judge the model by; without it some of --data")
     add("--format", choices=problems.FORMATS, help="record schema")
     add("--plain-prompts", action="store_true", help="ask as the records do, not for thoughts and tags (for other rewards)")
     add("--task", choices=list(problems.TASKS), default="sums", help="toy task")
@@ -93,7 +94,7 @@ def make_parser() -> Parser:
     add("--patience", type=int, default=50, help="end with an error after so many steps in a row without a reward")
     add = flag_group(parser, "run", DTYPES)
     add("--eval-every", type=int, default=50, help="steps between evaluations on held-out problems")
-    add("--eval-examples", type=int, default=64, toy=200, help="held-out problems, at most a fifth of --data")
+    add("--eval-examples", type=int, default=64, toy=200, help="the first of --eval-data, or problems held out: at most a fifth")
     add("--out", help="folder for checkpoints, log, completions and picture (runs/grpo; toy runs/grpo-TASK)")
     add("--resume", action="store_true", help="continue a stopped run; give it the same flags")
     add("--seed", type=int, default=0, help="of the split of --data, sampling, order and the toy")
@@ -115,7 +116,7 @@ def parse_args():
     if args.data:
         note_unused(args, "with --data", "task")
     else:
-        note_unused(args, "without --data", "format", "plain_prompts")
+        note_unused(args, "without --data", "format", "plain_prompts", "eval_data")
     fill_defaults(args, parser, args.toy)
     args.out = args.out or (f"runs/grpo-{args.task}" if args.toy else "runs/grpo")
     check_positive(args, "limit", "max_prompt_length", "prompts", "group_size", "max_new_tokens", "temperature", "clip",
@@ -127,16 +128,32 @@ def parse_args():
     return args
 
 
-def read_problems(*, data, limit, format, plain_prompts, task, rewards, eval_examples,
+def read_problems(*, data, eval_data, limit, format, plain_prompts, task, rewards, eval_examples,
                   seed) -> tuple[list[problems.Problem], list[problems.Problem]]:
-    """The problems to train on, and those held out: of --data, every question once; without it, the toy's."""
+    """The problems to train on, and those to judge the model by: of --data and --eval-data, every question once; without
+    --eval-data some held out of --data; without either, the toy's."""
     if not data:
         return (problems.toy_problems(task, 3000 if task == "sums" else 1000, seed=seed),
                 problems.toy_problems(task, eval_examples, seed=99, test=True))
-    found, left = problems.load_problems(data, limit, format, plain_prompts)
-    if len(found) < 2:
-        raise InputError(f"{', '.join(data)}: different questions with tests, or an answer that others can be compared with: "
-                         f"{len(found)} of {len(found) + left:,} records; give 2 or more, as one is held out")
+    read = functools.partial(judged_problems, format=format, plain_prompts=plain_prompts, rewards=rewards)
+    found = read(data, limit=limit, fewest=1 if eval_data else 2)
+    if not eval_data:
+        return split_examples(found, min(eval_examples, max(1, len(found) // 5)), seed)
+    tests = read(eval_data, fewest=1)[:eval_examples]
+    learned = {same_prompt(problem.messages) for problem in found}
+    if both := sum(same_prompt(problem.messages) in learned for problem in tests):
+        print(f"note: {both:,} of {len(tests):,} problems of --eval-data are also trained on")
+    return found, tests
+
+
+def judged_problems(files: list[str], *, format, plain_prompts, rewards, limit=None, fewest: int) -> list[problems.Problem]:
+    """The files' problems, every question once, but for those that no reward can judge by more than form; says how many were left
+    out.  Raises InputError for fewer than `fewest`."""
+    found, left = problems.load_problems(files, limit, format, plain_prompts)
+    if len(found) < fewest:
+        raise InputError(f"{', '.join(files)}: different questions with tests, or an answer that others can be compared with: "
+                         f"{len(found)} of {len(found) + left:,} records; give {fewest} or more"
+                         f"{', as one is held out' if fewest > 1 else ''}")
     if left:
         print(f"{left:,} records left out: they repeat an earlier question, or have no statement or no comparable answer")
     names = {name.strip() for name in (rewards or ",".join(problems.CHECKS)).split(",")}
@@ -145,8 +162,8 @@ def read_problems(*, data, limit, format, plain_prompts, task, rewards, eval_exa
     if 1 < len(judged) < len(found) and not reward_files(rewards or ""):   # (a reward of the user's own may judge all)
         print(f"{len(found) - len(judged):,} problems left out: no reward tells a right answer to them from a wrong one, so "
               "only form would be rewarded")
-        found = judged
-    return split_examples(found, min(eval_examples, max(1, len(found) // 5)), seed)
+        return judged
+    return found
 
 
 def choose_rewards(asked: list[problems.Problem], *, rewards, reward_weights, data) -> tuple[str, dict, dict[str, float]]:
@@ -485,7 +502,8 @@ def main():
     anew = args.toy and not args.model                          # the student is the toy's too: all of it can be made again
     check = functools.partial(check_free, out, [out], resume=args.resume, toy=anew, own=["completions.jsonl", "curves.png"])
     check()
-    files = [[str(file), sha256(file)] for file in data_files(args.data or ())]      # first: it refuses a pipe
+    files, eval_files = ([[str(file), sha256(file)] for file in data_files(paths or ())]     # first: it refuses a pipe
+                         for paths in (args.data, args.eval_data))
     asked, tests = read_problems(**flags_of(read_problems, args))
     names, rewards, weights = choose_rewards(asked + tests, **flags_of(choose_rewards, args))
     if rewards.keys() & {"code", "code_partial"}:               # it may not work here: check before a student is taught
@@ -505,7 +523,8 @@ def main():
     print(f"{len(rows):,} problems, {len(valid_rows)} held out; {dropped} dropped: prompt too long")
     begun = Checkpoint(args.model)
     settings = flags_of(train, args, but=("model", "out", "dtype"))
-    recorded = settings | {"toy": anew, "model": str(begun), "data": files or None, "task": args.task,
+    recorded = settings | {"toy": anew, "model": str(begun), "data": files or None,
+                           "eval_data": eval_files or None, "task": args.task,
                            "rewards": names, "reward_weights": weights,
                            "reward_files": {path: sha256(path) for path in reward_files(names)},
                            "dtype": str(dtype), "limit": args.limit, "format": args.format,

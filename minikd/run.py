@@ -128,7 +128,7 @@ def _name_and_content(key: str, value) -> tuple:
     """The name of a model or of data files, None for other settings; and what must not change."""
     if isinstance(value, str) and (named := re.fullmatch(r"(.*) (\(sha256 \w+\))", value)):
         return named[1], named[2]
-    if key in ("data", "lm_data", "valid_data") and value:
+    if key in ("data", "lm_data", "valid_data", "eval_data") and value:
         return " ".join(file[0] for file in value), [file[-1] for file in value]
     return None, value is not None if key == "cache_teacher" else value
 

@@ -537,15 +537,33 @@ def test_a_model_that_is_given_to_a_toy_task_decides_about_threads(shell, world,
 @pytest.mark.parametrize("task", ["sums", "code"])
 def test_no_toy_problem_is_both_trained_on_and_held_out(task):
     asked, held = ({problem.messages[-1]["content"] for problem in part} for part in rl.read_problems(
-        data=None, limit=None, format=None, plain_prompts=False, task=task, rewards=None, eval_examples=50, seed=0))
+        data=None, eval_data=None, limit=None, format=None, plain_prompts=False, task=task, rewards=None, eval_examples=50, seed=0))
     assert len(held) == 50 and not asked & held
 
 
 def test_with_plain_prompts_the_records_are_asked_as_they_are_each_question_once(tmp_path):
     data = write_records(tmp_path / "data.jsonl", *({"question": f"{i} + 1?", "answer": str(i + 1), "system": system}
                                                     for i in range(10) for system in ("Be brief.", "Be kind.")))
-    common = dict(data=[str(data)], limit=None, format=None, task=None, rewards=None, eval_examples=2, seed=0)
+    common = dict(data=[str(data)], eval_data=None, limit=None, format=None, task=None, rewards=None, eval_examples=2, seed=0)
     asked, held = rl.read_problems(plain_prompts=True, **common)
     assert {problem.messages[-1]["content"] for problem in asked + held} == {f"{i} + 1?" for i in range(10)}
     assert len(asked) + len(held) == 10 and {problem.messages[0]["content"] for problem in asked} == {"Be brief."}
     assert all("<answer>" in problem.messages[-1]["content"] for problem in rl.read_problems(plain_prompts=False, **common)[0])
+
+
+def test_a_file_of_its_own_judges_the_model_in_the_place_of_held_out_problems(run, world, tmp_path):
+    tests = write_records(tmp_path / "tests.jsonl", {"question": "3+1", "answer": "4"},
+                          *({"question": f"{i}+2", "answer": str(i + 2)} for i in range(9)))
+    flags = "--eval-data", tests, "--eval-examples", 5
+    said = passed(run(*flags))
+    assert "20 problems, 5 held out" in said and "note: 1 of 5 problems of --eval-data are also trained on" in said
+    asked = {line["prompt"] for line in read_log(tmp_path / "run", "completions.jsonl")}
+    assert not any("+2" in prompt for prompt in asked)
+    tests.write_text(tests.read_text().replace('"6"', '"7"'))                   # the same question, another answer
+    refused(run(*flags, "--resume"), "--resume, but the content of --eval-data", "has changed")
+    refused(run("--resume"), "--resume with --eval-data None")
+    one = write_records(tmp_path / "one.jsonl", {"question": "9+9", "answer": "18"})
+    assert "1 problems, 5 held out" in passed(run(*flags, data=("--data", one), out=tmp_path / "one"))
+    refused(run("--eval-data", write_records(tmp_path / "none.jsonl", {"question": "Why?", "answer": ""}),
+                out=tmp_path / "none"), "none.jsonl", "0 of 1 records; give 1 or more\n")
+    assert "ignored without --data: --eval-data" in run(*flags, data=(), out=tmp_path / "toy")[2]
