@@ -38,6 +38,7 @@ CODEFORCES = [{"id": f"{i}/A", "time_limit": 2.0, "memory_limit": 256.0, "title"
                             {"role": "assistant", "content": "<think>\n</think>\nx"}]} for i in range(12)]
 NUMINA = [{"problem": f"What is {i} + {i}?", "solution": f"It is $\\boxed{{{2 * i}}}$.",
            "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]} for i in range(12)]
+GSM8K = [{"question": f"What is {i} + {i}?", "answer": f"{i}+{i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"} for i in range(12)]
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -64,7 +65,7 @@ def parquet(records: list[dict]) -> bytes:
 
 
 def test_every_command_runs_as_it_stands(served, tokenizer, tmp_path, shell):
-    pytest.importorskip("pyarrow")                              # three of the datasets are parquet files
+    pytest.importorskip("pyarrow")                              # some of the datasets are parquet files
     model = files_in(tiny(0, tokenizer, tmp_path / "tiny", hidden_size=128, intermediate_size=128))
     for name in "0.5B", "0.5B-Instruct", "1.5B-Instruct", "3B-Instruct":
         served.repositories["models", f"Qwen/Qwen2.5-{name}"] = {"a" * 40: model}
@@ -80,6 +81,7 @@ def test_every_command_runs_as_it_stands(served, tokenizer, tmp_path, shell):
             "open-r1/codeforces-cots": {f"{part}/train-0000{i}-of-00002.parquet": parquet(CODEFORCES)
                                         for part in ("solutions", "solutions_py") for i in (0, 1)},
             "AI-MO/NuminaMath-TIR": {f"data/{part}-00000-of-00001.parquet": parquet(NUMINA) for part in ("train", "test")},
+            "openai/gsm8k": {f"main/{part}-00000-of-00001.parquet": parquet(GSM8K) for part in ("train", "test")},
     }.items():
         served.repositories["datasets", name] = {"b" * 40: {"README.md": b"", ".gitattributes": b""} | files}
     for part in "test", "train", "valid":
