@@ -155,13 +155,14 @@ def judged_problems(files: list[str], *, format, plain_prompts, rewards, limit=N
                          f"{len(found)} of {len(found) + left:,} records; give {fewest} or more"
                          f"{', as one is held out' if fewest > 1 else ''}")
     if left:
-        print(f"{left:,} records left out: they repeat an earlier question, or have no statement or no comparable answer")
+        print(f"{', '.join(files)}: {left:,} records left out: they repeat an earlier question, or have no statement or no "
+              "comparable answer")
     names = {name.strip() for name in (rewards or ",".join(problems.CHECKS)).split(",")}
     facts = [fact for name, fact in problems.CHECKS.items() if name in names]
     judged = [problem for problem in found if any(problem.facts.get(fact) for fact in facts)]
     if 1 < len(judged) < len(found) and not reward_files(rewards or ""):   # (a reward of the user's own may judge all)
-        print(f"{len(found) - len(judged):,} problems left out: no reward tells a right answer to them from a wrong one, so "
-              "only form would be rewarded")
+        print(f"{', '.join(files)}: {len(found) - len(judged):,} problems left out: no reward tells a right answer to them from "
+              "a wrong one, so only form would be rewarded")
         return judged
     return found
 

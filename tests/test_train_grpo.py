@@ -537,7 +537,8 @@ def test_a_model_that_is_given_to_a_toy_task_decides_about_threads(shell, world,
 @pytest.mark.parametrize("task", ["sums", "code"])
 def test_no_toy_problem_is_both_trained_on_and_held_out(task):
     asked, held = ({problem.messages[-1]["content"] for problem in part} for part in rl.read_problems(
-        data=None, eval_data=None, limit=None, format=None, plain_prompts=False, task=task, rewards=None, eval_examples=50, seed=0))
+        data=None, eval_data=None, limit=None, format=None, plain_prompts=False, task=task, rewards=None, eval_examples=50,
+        seed=0))
     assert len(held) == 50 and not asked & held
 
 
