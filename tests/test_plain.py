@@ -50,7 +50,7 @@ def test_a_sampled_token_has_the_probability_of_its_temperature(student, monkeyp
 
     def draw(probabilities, count, generator):
         drawn_from.append(probabilities)
-        return torch.tensor([5 + len(drawn_from)])                              # 6, then 7
+        return torch.tensor(count * [5 + len(drawn_from)])                      # 6, then 7
 
     monkeypatch.setattr(torch, "multinomial", draw)
     assert plain.generate(weights, config, [5, 6], 2, temperature=0.5) == [6, 7]
