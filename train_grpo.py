@@ -30,7 +30,7 @@ from minikd.command import (BY_FIELDS, DTYPES, Parser, Progress, check_positive,
                             note_unused, pick_device, pick_dtype, spare_threads)
 from minikd.data import Encoded, begins_thoughts, collate, encode_examples, next_rows
 from minikd.errors import InputError, script_errors
-from minikd.examples import same_prompt, split_examples
+from minikd.examples import count_shared, split_examples
 from minikd.formats import to_example
 from minikd.files import fingerprint, remove, sha256
 from minikd.head import head_loss, scored_positions
@@ -133,15 +133,13 @@ def read_problems(*, data, eval_data, limit, format, plain_prompts, task, reward
     """The problems to train on, and those to judge the model by: of --data and --eval-data, every question once; without
     --eval-data some held out of --data; without either, the toy's."""
     if not data:
-        return (problems.toy_problems(task, 3000 if task == "sums" else 1000, seed=seed),
-                problems.toy_problems(task, eval_examples, seed=99, test=True))
+        return problems.toy_split(task, eval_examples, seed)
     read = functools.partial(judged_problems, format=format, plain_prompts=plain_prompts, rewards=rewards)
     found = read(data, limit=limit, fewest=1 if eval_data else 2)
     if not eval_data:
         return split_examples(found, min(eval_examples, max(1, len(found) // 5)), seed)
     tests = read(eval_data, fewest=1)[:eval_examples]
-    learned = {same_prompt(problem.messages) for problem in found}
-    if both := sum(same_prompt(problem.messages) in learned for problem in tests):
+    if both := count_shared(tests, found):
         print(f"note: {both:,} of {len(tests):,} problems of --eval-data are also trained on")
     return found, tests
 

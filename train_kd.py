@@ -34,7 +34,7 @@ from minikd.command import (BY_FIELDS, DTYPES, FOUR_BITS, Parser, Progress, chec
 from minikd.data import Encoded, collate, describe_dropped, encode_examples, encode_text, optimizer_steps, steps_per_epoch
 from minikd.errors import InputError, script_errors
 from minikd.evaluate import answer_and_score, compare, show_table
-from minikd.examples import hold_out, load_examples, load_texts, same_prompt, split_examples, write_held_out
+from minikd.examples import count_shared, hold_out, load_examples, load_texts, split_examples, write_held_out
 from minikd.formats import FORMATS, to_example
 from minikd.files import fingerprint, remove, write_jsonl
 from minikd.generate import respond
@@ -480,8 +480,7 @@ def read_data(tokenizer, lengths: dict, *, data, valid_data, eval_data, format, 
 def load_apart(paths, format, learned: list, flag: str) -> tuple:
     """load_examples of files that are not trained on; says how many of their prompts are in `learned` too."""
     apart, report = load_examples(paths, format)
-    prompts = {same_prompt(example.messages) for example in learned}
-    if both := sum(same_prompt(example.messages) in prompts for example in apart):
+    if both := count_shared(apart, learned):
         print(f"note: {both:,} of {len(apart):,} records of {flag} have a prompt that is also trained on")
     return apart, report
 

@@ -24,6 +24,7 @@ from minikd.run import read_log
 from minikd.tokenizer import Tokenizer
 
 SAMPLES = 64                            # answers to each sum, for pass@k
+NEW = 72                                # tokens of the longest answer, train_grpo.py's toy default
 
 LOGGED = {"sampled": "valid_sampled", "greedy": "valid_greedy", "format": "valid_reward/format", "steps": "valid_reward/steps",
           "tokens": "valid_length"}             # the table's columns -> their names in log.jsonl
@@ -44,10 +45,10 @@ def start(folder: Path, seed: int):
 def pass_at(folder: Path, seed: int) -> dict[str, float]:
     """pass@8 and pass@64 on the held-out sums, estimated without bias: Chen et al., arXiv:2107.03374, eq. (1)."""
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
-    tests = problems.toy_problems("sums", 200, seed=99, test=True)
+    _, tests = problems.toy_split("sums", 200, seed)            # those that train_grpo.py judges by
     right = []                                                  # of each sum, how many of its answers
     for row in problems.encode_problems(tests, tokenizer):
-        answers, _ = sample_groups(model, [row], SAMPLES, 72, tokenizer, seed=1000 * seed + row.index)
+        answers, _ = sample_groups(model, [row], SAMPLES, NEW, tokenizer, seed=1000 * seed + row.index)
         texts = [tokenizer.decode(answer.response) for answer in answers]
         right.append(int(sum(answer_reward(texts, SAMPLES * [tests[row.index].known]))))
     return {f"pass@{k}": sum(1 - comb(SAMPLES - c, k) / comb(SAMPLES, k) for c in right) / len(right) for k in (8, 64)}
@@ -55,7 +56,7 @@ def pass_at(folder: Path, seed: int) -> dict[str, float]:
 
 def one_seed(folder: Path, seed: int) -> dict[str, dict]:
     start(folder, seed)
-    common = ["--batch-size", 64, "--warmup", 50, "--validation", 100, "--eval-examples", 20, "--max-new-tokens", 72,
+    common = ["--batch-size", 64, "--warmup", 50, "--validation", 100, "--eval-examples", 20, "--max-new-tokens", NEW,
               "--rouge", "unicode", "--dtype", "float32", "--seed", seed]
     run_script("train_kd.py", "--student", folder / "start-teacher", "--data", folder / "clean.jsonl", "--loss", "sft", "--steps",
                500, "--eval-every", 500, "--lr", 2e-3, "--out", folder / "teacher", *common)

@@ -90,6 +90,12 @@ def same_prompt(messages) -> str:
     return " ".join(" ".join(f"{turn['role']}: {turn['content']}" for turn in messages).split()).casefold()
 
 
+def count_shared(apart: list, learned: list) -> int:
+    """How many of `apart`, Examples or Problems that are not trained on, have the prompt of one that is."""
+    prompts = {same_prompt(example.messages) for example in learned}
+    return sum(same_prompt(example.messages) in prompts for example in apart)
+
+
 def split_examples(examples: list, count: int, seed: int = 42) -> tuple[list, list]:
     """(train, validation) of Examples or Problems, each in the given order; the same prompt is never in both.
 

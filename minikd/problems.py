@@ -113,13 +113,18 @@ def terms(drawn) -> str:
 def toy_problems(task: str, count: int, seed: int, test: bool = False) -> list[Problem]:
     """`count` different problems; with `test`, of the test set, which shares no question with the others."""
     return [Problem(({"role": "user", "content": question},), facts)
-            for question, facts, *_ in draw(TASKS[task], itemgetter(0), count, seed, test, once=True, id=terms)]
+            for question, facts, *_ in draw(TASKS[task], itemgetter(0), terms, count, seed, test, once=True)]
+
+
+def toy_split(task: str, tests: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """The problems to train on, and so many of the test set, the same for every seed."""
+    return toy_problems(task, 3000 if task == "sums" else 1000, seed), toy_problems(task, tests, seed=99, test=True)
 
 
 def toy_records(task: str, count: int, seed: int, clean: bool = False) -> list[dict]:
     """Records for supervised fine-tuning (train_kd.py reads them), of mixed quality, or with `clean` all right."""
     rng, records = random.Random(seed + 1), []
-    for question, _, right, wrong, bare in draw(TASKS[task], itemgetter(0), count, seed, test=False, once=False, id=terms):
+    for question, _, right, wrong, bare in draw(TASKS[task], itemgetter(0), terms, count, seed, test=False, once=False):
         answer = wrong if rng.random() < NOISE else right
         if rng.random() < UNTAGGED:
             answer = bare

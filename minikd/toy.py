@@ -140,9 +140,9 @@ def held_out(id: str) -> bool:
     return hashlib.sha256(id.encode()).digest()[0] < 51         # of 256
 
 
-def draw(make, question, count: int, seed: int, test: bool, once: bool, id=None) -> list:
-    """`count` of what make(rng) returns, which by their id (without `id`, by their question) belong to the test set, or do not;
-    with `once`, all questions are different.  Raises InputError where there are fewer."""
+def draw(make, question, id, count: int, seed: int, test: bool, once: bool) -> list:
+    """`count` of what make(rng) returns, which by their id belong to the test set, or do not; with `once`, all questions are
+    different.  question, id: functions of one of them.  Raises InputError where there are fewer."""
     rng, found, seen, tries = random.Random(seed), [], set(), 0
     while len(found) < count:
         tries += 1
@@ -151,7 +151,7 @@ def draw(make, question, count: int, seed: int, test: bool, once: bool, id=None)
                              "(--eval-examples)")
         drawn = make(rng)
         asked = question(drawn)
-        if held_out((id or question)(drawn)) == test and not (once and asked in seen):
+        if held_out(id(drawn)) == test and not (once and asked in seen):
             seen.add(asked)
             found.append(drawn)
     return found
@@ -161,7 +161,7 @@ def records(count: int, seed: int, human: bool = False, test: bool = False) -> l
     """`count` records, domains drawn by SHARES; with `test`, only records of the test set (it has about 510 prompts), each
     prompt once. What the test set asks is in no other record of its language, not in other words either."""
     world = people()
-    return draw(lambda rng: record(rng, world, human), question, count, seed, test, once=test, id=itemgetter("id"))
+    return draw(lambda rng: record(rng, world, human), question, itemgetter("id"), count, seed, test, once=test)
 
 
 def plain_text(count: int, seed: int) -> list[str]:
