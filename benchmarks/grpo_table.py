@@ -12,6 +12,7 @@ sums for which one of k sampled answers is right.
 import tempfile
 from math import comb
 from pathlib import Path
+from statistics import mean
 
 from benchmarks.measure import machine, make_parser, run_script, seeds_table
 from minikd import problems, toy
@@ -42,8 +43,14 @@ def start(folder: Path, seed: int):
         save_model(Qwen2(config(len(tokenizer))).init_weights(seed), folder / f"start-{name}")
 
 
-def pass_at(folder: Path, seed: int) -> dict[str, float]:
-    """pass@8 and pass@64 on the held-out sums, estimated without bias: Chen et al., arXiv:2107.03374, eq. (1)."""
+def pass_at(k: int, samples: int, right: int) -> float:
+    """The chance that one of k answers is right, drawn from samples of which so many are: an unbiased estimate of pass@k.
+    Chen et al., arXiv:2107.03374, eq. (1)."""
+    return 1 - comb(samples - right, k) / comb(samples, k)
+
+
+def pass_rates(folder: Path, seed: int) -> dict[str, float]:
+    """pass@8 and pass@64 of a model on the held-out sums."""
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
     _, tests = problems.toy_split("sums", 200, seed)            # those that train_grpo.py judges by
     right = []                                                  # of each sum, how many of its answers
@@ -51,7 +58,7 @@ def pass_at(folder: Path, seed: int) -> dict[str, float]:
         answers, _ = sample_groups(model, [row], SAMPLES, NEW, tokenizer, seed=1000 * seed + row.index)
         texts = [tokenizer.decode(answer.response) for answer in answers]
         right.append(int(sum(answer_reward(texts, SAMPLES * [tests[row.index].known]))))
-    return {f"pass@{k}": sum(1 - comb(SAMPLES - c, k) / comb(SAMPLES, k) for c in right) / len(right) for k in (8, 64)}
+    return {f"pass@{k}": mean(pass_at(k, SAMPLES, c) for c in right) for k in (8, 64)}
 
 
 def one_seed(folder: Path, seed: int) -> dict[str, dict]:
@@ -68,7 +75,7 @@ def one_seed(folder: Path, seed: int) -> dict[str, dict]:
         seconds = run_script("train_grpo.py", "--model", folder / name / "last", "--seed", seed, "--out", out)
         judged = [line for line in read_log(out) if "valid_sampled" in line]
         before, after = ({column: line[key] for column, key in LOGGED.items()} for line in (judged[0], judged[-1]))
-        before, after = before | pass_at(folder / name / "last", seed), after | pass_at(out / "last", seed)
+        before, after = before | pass_rates(folder / name / "last", seed), after | pass_rates(out / "last", seed)
         rows |= {name.upper(): before, f"{name.upper()}, then GRPO": after | {"seconds": seconds}}
     return rows
 

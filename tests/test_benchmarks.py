@@ -2,6 +2,7 @@
 trl's."""
 import importlib
 import importlib.util
+import itertools
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import figures, gpu as script, grpo_step, kd_step, on_policy_step, sandbox, sft_step
+from benchmarks import figures, gpu as script, grpo_step, grpo_table, kd_step, on_policy_step, sandbox, sft_step
 from conftest import small
 from fake_gpu import gpu
 from minikd.checkpoint import save_model
@@ -52,6 +53,14 @@ def test_the_readmes_picture_shows_the_results():
     assert heights(answers) == sorted(row[how][0] for row in grpo.values() for how in ("sampled", "greedy"))
     dots = sorted(tuple(map(float, dot)) for line in losses.lines for dot in line.get_xydata() if line.get_marker() == "o")
     assert dots == sorted((row["sequence KL"][0], row["ROUGE-L"][0]) for row in distilled.values() if "sequence KL" in row)
+
+
+@pytest.mark.parametrize("right", [0, 1, 3, 6])
+def test_pass_at_k_is_what_all_choices_of_k_answers_give(right):
+    answers = [i < right for i in range(6)]
+    for k in 1, 2, 5, 6:
+        chosen = list(itertools.combinations(answers, k))
+        assert grpo_table.pass_at(k, 6, right) == pytest.approx(sum(map(any, chosen)) / len(chosen))
 
 
 @pytest.mark.slow
