@@ -71,13 +71,13 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
     """How the layers are best read. In the order in which it is decided:
 
     None      layers that are joined for good (teacher.Teacher)
-    "plain"   on a CPU: one row in float32, by products.gemv; in bfloat16 with AVX2 only, by products.padded_columns
+    "plain"   on a CPU: one row in float32, or in bfloat16 with AMX, by products.gemv; bfloat16 with AVX2 only, by padded_columns
     None      fewer than FEWEST_STEPS
     "packed"  on a CPU, several rows: from oneDNN's layout, q/k/v as one product and gate/up as another. Plain weights are read at
               60% of the memory's bandwidth in bfloat16, and take two to five times as long in float32. In a 4-bit model only the
               head is packed; the layers are joined
     "joined"  on a GPU, or in a 4-bit model: q/k/v as one product and gate/up as another
-    None      the rest: one bfloat16 row (torch_products), a float32 toy
+    None      the rest: one bfloat16 row without AMX (torch_products), a toy
     """
     weight, mlp = model.head, model.model.layers[0].mlp
     cpu, four_bits = weight.device.type == "cpu", model.quantization is not None
@@ -86,7 +86,8 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
     if not four_bits and mlp.joined is not None:
         return None
     if cpu and large and not four_bits and (
-            bfloat16 and products.AVX2_ONLY or float32 and rows == 1 and torch.get_num_threads() > 1):
+            bfloat16 and products.AVX2_ONLY
+            or rows == 1 and products.has_gemv(weight.dtype) and (bfloat16 or torch.get_num_threads() > 1)):
         return "plain"
     if steps < FEWEST_STEPS:
         return None
@@ -97,8 +98,9 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
 
 def torch_products(weight: Tensor, rows: int):
     """A `with` block in which, for one row and a bfloat16 weight on a CPU, torch multiplies by its own kernels: for one row they
-    read a plain weight at the memory's full speed, as oneDNN reads a packed one. For two rows they take twice as long."""
-    needed = rows == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    read a plain weight at the memory's full speed, as oneDNN reads a packed one. For two rows they take twice as long. With AMX
+    products.gemv, which is oneDNN's, is faster."""
+    needed = rows == 1 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not products.AMX
     return without_onednn() if needed else nullcontext()
 
 
@@ -153,9 +155,10 @@ def use_multiply(model: Qwen2):
 
 
 def multiply_plain(layer: Linear, x: Tensor) -> Tensor:
-    """The layer's output for x [..., I]: by products.multiply for one row in float32, or many in bfloat16, else by torch."""
+    """The layer's output for x [..., I]: by products.multiply for one row, or for many in bfloat16 with AVX2 only, else by
+    torch."""
     rows = x.flatten(0, -2)                                                                 # [n, I]
-    faster = len(rows) <= 1 if x.dtype == torch.float32 else len(rows) >= products.MANY
+    faster = len(rows) >= products.MANY if x.dtype == torch.bfloat16 and products.AVX2_ONLY else len(rows) <= 1
     if faster:
         return products.multiply(rows, layer.weight, layer.bias).unflatten(0, x.shape[:-1])          # [..., O]
     return F.linear(x, layer.weight, layer.bias)

@@ -138,7 +138,8 @@ class OnGPU(Tensor):
         args, kwargs = held
         if "device" in kwargs:
             kwargs["device"] = "cpu"
-        out = func(*args, **kwargs)
+        # With AMX, oneDNN also reads what lies between rows, and NaNs there spread (its issue 5717).
+        out = func(*(x.contiguous() for x in args) if facts.is_product else args, **kwargs)
         if Played.recording is not None:
             Played.recording.append((func, args, kwargs, tree_leaves(out)))
         same = {id(raw(x)): x for x in written}                 # an operator that writes in place returns its argument

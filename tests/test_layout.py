@@ -58,6 +58,9 @@ def bits_of(model) -> dict[str, torch.Tensor]:
     ("cpu", torch.float32, 1, dict(toy=True), None), ("cpu", torch.float32, 3, dict(toy=True), None),
     ("cpu", torch.float32, 3, dict(onednn=False), None), ("cpu", torch.float64, 3, {}, None),
     ("cpu", torch.bfloat16, 1, {}, None), ("cpu", torch.bfloat16, 3, {}, "packed"),
+    ("cpu", torch.bfloat16, 1, dict(amx=True), "plain"), ("cpu", torch.bfloat16, 1, dict(amx=True, threads=1), "plain"),
+    ("cpu", torch.bfloat16, 1, dict(amx=True, toy=True), None), ("cpu", torch.bfloat16, 3, dict(amx=True), "packed"),
+    ("cpu", torch.bfloat16, 1, dict(amx=True, four_bits=True), "joined"), ("cpu", torch.float64, 1, dict(amx=True), None),
     ("cpu", torch.bfloat16, 3, dict(toy=True), "packed"), ("cpu", torch.bfloat16, 3, dict(four_bits=True), "packed"),
     ("cpu", torch.bfloat16, 3, dict(capability="AVX2"), "plain"), ("cpu", torch.bfloat16, 1, dict(capability="AVX2"), "plain"),
     ("cpu", torch.bfloat16, 3, dict(capability="AVX2", toy=True), None),
@@ -68,9 +71,10 @@ def bits_of(model) -> dict[str, torch.Tensor]:
     ("cuda", torch.bfloat16, 1, dict(capability="AVX2"), "joined"), ("cuda", torch.bfloat16, 3, dict(four_bits=True), "joined")])
 def test_a_layout_is_picked_by_device_dtype_and_rows(monkeypatch, device, dtype, rows, there, layout):
     """For decoding many steps; for few steps only a layout that costs nothing is picked."""
-    there = dict(threads=2, capability="AVX512", onednn=True, toy=False, four_bits=False) | there
+    there = dict(threads=2, capability="AVX512", amx=False, onednn=True, toy=False, four_bits=False) | there
     monkeypatch.setattr(torch, "get_num_threads", lambda: there["threads"])
     monkeypatch.setattr(products, "AVX2_ONLY", there["capability"] == "AVX2")
+    monkeypatch.setattr(products, "AMX", there["amx"])
     monkeypatch.setattr("minikd.layout.can_pack", lambda: there["onednn"])
     for name, where in ("bf16", ("AVX512", "ARM")), ("acl", ("ARM",)):
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda where=where: there["capability"] in where,
@@ -224,10 +228,11 @@ def test_threads_that_generate_with_one_model_leave_its_weights_alone(large):
 
 # ---- plain weights on a CPU, multiplied in another way ----
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_one_row_in_bfloat16_is_decoded_without_onednn(monkeypatch, dtype):
-    """The prompt is read with oneDNN, which is on again after an error too."""
+@pytest.mark.parametrize("dtype, amx", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
+def test_one_row_in_bfloat16_is_decoded_without_onednn(monkeypatch, dtype, amx):
+    """The prompt is read with oneDNN, which is on again after an error too. Not with AMX, where oneDNN is faster."""
     model, hidden, used = random_model(dtype=dtype), Qwen2.hidden, []
+    monkeypatch.setattr(products, "AMX", amx)
 
     def watched(self, ids, cache=None, **options):
         used.append((ids.shape[1], torch.backends.mkldnn.enabled))
@@ -236,7 +241,7 @@ def test_one_row_in_bfloat16_is_decoded_without_onednn(monkeypatch, dtype):
         return hidden(self, ids, cache, **options)
 
     monkeypatch.setattr(Qwen2, "hidden", watched)
-    narrow = dtype == torch.bfloat16
+    narrow = dtype == torch.bfloat16 and not amx
     for prompts, fails in ([[1, 2, 3]], 9), ([[1, 2, 3]], 3), ([[1, 2, 3]] * 2, 9):
         used.clear()
         with suppress(KeyboardInterrupt):
@@ -245,9 +250,10 @@ def test_one_row_in_bfloat16_is_decoded_without_onednn(monkeypatch, dtype):
         assert torch.backends.mkldnn.enabled
 
 
-def test_another_thread_waits_with_exact_products_until_a_row_is_decoded(large):
+def test_another_thread_waits_with_exact_products_until_a_row_is_decoded(large, monkeypatch):
     """oneDNN's switch belongs to the process: it would be on inside, or stay off."""
     inside, weight = [], torch.zeros(1, dtype=torch.bfloat16)
+    monkeypatch.setattr(products, "AMX", False)
 
     def exact():
         with full_precision():
@@ -263,17 +269,24 @@ def test_another_thread_waits_with_exact_products_until_a_row_is_decoded(large):
 
 
 @torch.inference_mode()
-def test_one_row_in_float32_is_read_from_the_plain_weights(large, monkeypatch):
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_one_row_is_read_from_the_plain_weights(large, monkeypatch, dtype, near):
+    """In bfloat16 with AMX."""
     read, ids, prompt = [], torch.tensor([[7]]), torch.tensor([[7, 8]])
+    large.to(dtype)
+    monkeypatch.setattr(products, "AVX2_ONLY", False)
+    monkeypatch.setattr(products, "AMX", False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     with laid_out(large, rows=1, steps=16):
         assert packed_parts(large) == 0                                         # there is nothing to share for one thread
+    monkeypatch.setattr(products, "AMX", True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(products, "gemv", lambda x, weight: (read.append(weight), gemv(x, weight))[1])
+    monkeypatch.setattr(products, "gemv", lambda x, weight, bias: (read.append(weight), gemv(x, weight, bias))[1])
     plain, whole = large.hidden(ids), large.hidden(prompt)
     with laid_out(large, rows=1, steps=1):
         with laid_out(large, rows=1, steps=1):
             assert torch.equal(large.hidden(prompt), whole) and read == []
-        torch.testing.assert_close(large.hidden(ids), plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(large.hidden(ids), plain, rtol=near, atol=near)
         assert [id(weight) for weight in read] == [id(m.weight) for m in large.modules() if isinstance(m, Linear)]
     assert torch.equal(large.hidden(ids), plain) and len(read) == 7 * 2
 

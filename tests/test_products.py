@@ -16,11 +16,27 @@ from minikd.products import gemv, multiply
 MOST = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11, torch.float32: 1e-6, torch.float64: 1e-14}    # relative error
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("O", [1, 7, 24, 4096])
-def test_one_row_times_parts_of_the_weight_is_the_product(O):
-    x, weight = random_logits(1, 40), random_logits(40, O, seed=1).T            # not contiguous
+def test_one_row_times_parts_of_the_weight_is_the_product(O, dtype):
+    x, weight, bias = (random_logits(*shape, seed=O).to(dtype) for shape in ((1, 40), (40, O), (O,)))
+    weight = weight.T                                                           # not contiguous
     for given in weight, weight.contiguous(), weight.repeat(2, 1)[O // 2:O // 2 + O]:
-        torch.testing.assert_close(gemv(x, given), (x.double() @ given.double().T).float(), rtol=1e-5, atol=1e-5)
+        for b in None, bias:
+            exact = x.double() @ given.double().T + (0 if b is None else b.double())
+            y = gemv(x, given, b)
+            most = 2 * MOST[dtype]                              # without AMX torch may round once more before it adds the bias
+            assert y.dtype == dtype and (y - exact).abs().max() <= most * exact.abs().max()
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_gemv_multiplies_a_row_in_bfloat16_only_with_amx(monkeypatch, spy, amx):
+    monkeypatch.setattr(products, "AMX", amx)
+    taken = spy(products, "gemv", lambda x, *_: (len(x), x.dtype))
+    for dtype in MOST:
+        for n in 1, 2:
+            multiply(random_logits(n, 40).to(dtype), random_logits(50, 40).to(dtype))
+    assert taken == [(1, torch.bfloat16)] * amx + [(1, torch.float32)]
 
 
 @pytest.mark.parametrize("avx2", [True, False])
