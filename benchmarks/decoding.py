@@ -1,5 +1,6 @@
 """Claim: decoding in bfloat16 on a CPU with AVX512-BF16 is 1.7 x (batch 1, in less memory) and 1.6 x (batch 8) as fast as
-transformers' generate, and sampling 8 answers to one prompt, as GRPO does, 2.1 x. With AVX2 only: 1.2, 1.6 and 1.5 x.
+transformers' generate, and sampling 8 answers to one prompt, as GRPO does, 2.1 x. With AVX2 only: 1.2, 1.6 and 1.5 x. On an Intel
+CPU with AMX: 1.35, 1.3 and 1.65 x.
 
     python -m benchmarks.decoding               # 4 minutes on two cores, 2 GB of memory and 1 of disk (float32: 4 and 2)
     python -m benchmarks.decoding --dtype float32       # for a CPU without instructions for bfloat16
