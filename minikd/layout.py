@@ -87,7 +87,7 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
         return None
     if cpu and large and not four_bits and (
             bfloat16 and products.AVX2_ONLY
-            or rows == 1 and products.has_gemv(weight.dtype) and (bfloat16 or torch.get_num_threads() > 1)):
+            or rows == 1 and (bfloat16 and products.AMX or float32 and torch.get_num_threads() > 1)):
         return "plain"
     if steps < FEWEST_STEPS:
         return None
