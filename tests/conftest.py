@@ -273,7 +273,8 @@ def compilation(request, tmp_path_factory):
             if not (folder / "kernels.cubin").exists():
                 (folder / "kernels.cu").write_bytes(source)
                 subprocess.run(["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "--keep", "--keep-dir", folder,
-                                folder / "kernels.cu", "-o", folder / "kernels.cubin"], check=True)
+                                folder / "kernels.cu", "-o", folder / "kernels.cubin"],
+                               check=True, stderr=subprocess.PIPE, text=True)
 
     # In a thread, which waits for nvcc: a test that looks for child processes must not find an ended one.
     return folder, ThreadPoolExecutor(1).submit(compile)
@@ -326,9 +327,9 @@ def compiled(compilation, request) -> SimpleNamespace:
     folder, built = compilation
     try:
         built.result()
-    except subprocess.CalledProcessError:
+    except subprocess.CalledProcessError as error:
         request.getfixturevalue("nvcc")                             # which skips if these sources are not what is wrong
-        raise
+        pytest.fail(f"{error}\n{error.stderr}")
     return SimpleNamespace(ptx=(folder / "kernels.ptx").read_text())
 
 
