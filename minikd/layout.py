@@ -71,13 +71,14 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
     """How the layers are best read. In the order in which it is decided:
 
     None      layers that are joined for good (teacher.Teacher)
-    "plain"   on a CPU: one row in float32, or in bfloat16 with AMX, by products.gemv; bfloat16 with AVX2 only, by padded_columns
+    "plain"   on a CPU: one row in float32 without AMX, or in bfloat16 with it, by products.gemv; bfloat16 with AVX2 only, by
+              padded_columns
     None      fewer than FEWEST_STEPS
     "packed"  on a CPU, several rows: from oneDNN's layout, q/k/v as one product and gate/up as another. Plain weights are read at
               60% of the memory's bandwidth in bfloat16, and take two to five times as long in float32. In a 4-bit model only the
               head is packed; the layers are joined
     "joined"  on a GPU, or in a 4-bit model: q/k/v as one product and gate/up as another
-    None      the rest: one bfloat16 row without AMX (torch_products), a toy
+    None      the rest: one bfloat16 row without AMX (torch_products), one float32 row with it, a toy
     """
     weight, mlp = model.head, model.model.layers[0].mlp
     cpu, four_bits = weight.device.type == "cpu", model.quantization is not None
@@ -87,7 +88,7 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
         return None
     if cpu and large and not four_bits and (
             bfloat16 and products.AVX2_ONLY
-            or rows == 1 and (bfloat16 and products.AMX or float32 and torch.get_num_threads() > 1)):
+            or rows == 1 and (bfloat16 if products.AMX else float32 and torch.get_num_threads() > 1)):
         return "plain"
     if steps < FEWEST_STEPS:
         return None

@@ -56,11 +56,12 @@ def has_gemv(dtype: torch.dtype) -> bool:
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [1, I], weight [O, I], bias [O] -> x Wᵀ + b [1, O] on a CPU, of a dtype that has_gemv.
 
-    float32: as a batch of 16 products (gcd(O, 16)), which all threads share. MKL gives a single product for one row to one
-    thread only: with two threads, the batch is 1.5 to 1.8 x as fast. bfloat16: as W times a vector. With AMX oneDNN reads W for
-    that at 15 to 25 GB/s; as x Wᵀ at 10 to 20, packed at 13 to 24, and torch's own kernel at 10 to 22 (results/decoding.txt).
+    With AMX: as W times a vector. In bfloat16 oneDNN reads W for that at 15 to 25 GB/s; as x Wᵀ at 10 to 20, packed at 13 to 24,
+    and torch's own kernel at 10 to 22; in float32 MKL reads it at the memory's full speed (results/decoding.txt).
+    Else, in float32: as a batch of 16 products (gcd(O, 16)), which all threads share. On AMD MKL gives a single product for one
+    row to one thread only: with two threads, the batch is 1.5 to 1.8 x as fast.
     """
-    if x.dtype == torch.bfloat16:
+    if AMX:
         y = torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0])
         return y[None]
     parts = math.gcd(len(weight), 16)

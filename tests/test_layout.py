@@ -55,6 +55,7 @@ def bits_of(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("device, dtype, rows, there, layout", [
     ("cpu", torch.float32, 1, {}, "plain"), ("cpu", torch.float32, 1, dict(threads=1), None),
     ("cpu", torch.float32, 3, {}, "packed"), ("cpu", torch.float32, 1, dict(four_bits=True), "joined"),
+    ("cpu", torch.float32, 1, dict(amx=True), None), ("cpu", torch.float32, 3, dict(amx=True), "packed"),
     ("cpu", torch.float32, 1, dict(toy=True), None), ("cpu", torch.float32, 3, dict(toy=True), None),
     ("cpu", torch.float32, 3, dict(onednn=False), None), ("cpu", torch.float64, 3, {}, None),
     ("cpu", torch.bfloat16, 1, {}, None), ("cpu", torch.bfloat16, 3, {}, "packed"),
@@ -271,7 +272,7 @@ def test_another_thread_waits_with_exact_products_until_a_row_is_decoded(large, 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_one_row_is_read_from_the_plain_weights(large, monkeypatch, dtype, near):
-    """In bfloat16 with AMX."""
+    """In float32 without AMX, in bfloat16 with it."""
     read, ids, prompt = [], torch.tensor([[7]]), torch.tensor([[7, 8]])
     large.to(dtype)
     monkeypatch.setattr(products, "AVX2_ONLY", False)
@@ -279,7 +280,7 @@ def test_one_row_is_read_from_the_plain_weights(large, monkeypatch, dtype, near)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     with laid_out(large, rows=1, steps=16):
         assert packed_parts(large) == 0                                         # there is nothing to share for one thread
-    monkeypatch.setattr(products, "AMX", True)
+    monkeypatch.setattr(products, "AMX", dtype == torch.bfloat16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(products, "gemv", lambda x, weight, bias: (read.append(weight), gemv(x, weight, bias))[1])
     plain, whole = large.hidden(ids), large.hidden(prompt)
@@ -294,6 +295,7 @@ def test_one_row_is_read_from_the_plain_weights(large, monkeypatch, dtype, near)
 def test_one_row_leaves_layers_as_they_are_that_an_interrupt_left_packed(large, monkeypatch):
     """They hold their weights nowhere else."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(products, "AMX", False)
     before, last = bits_of(large), large.model.layers[-1].mlp.down_proj
     last.packed = Packed([last], 3)
     last.packed.free_parts()

@@ -16,9 +16,10 @@ from minikd.products import gemv, multiply
 MOST = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11, torch.float32: 1e-6, torch.float64: 1e-14}    # relative error
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, amx", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
 @pytest.mark.parametrize("O", [1, 7, 24, 4096])
-def test_one_row_times_parts_of_the_weight_is_the_product(O, dtype):
+def test_one_row_times_parts_of_the_weight_is_the_product(monkeypatch, O, dtype, amx):
+    monkeypatch.setattr(products, "AMX", amx)
     shapes = (1, 40), (40, O), (O,)
     x, weight, bias = (random_logits(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes))
     weight = weight.T                                                           # not contiguous
