@@ -21,8 +21,9 @@ from minikd.w4 import W4Linear, give_memory_back
 
 # Fewer steps do not pay for joining or packing: to pack and unpack takes as long as ten, for two rows in float32 15 to 20.
 FEWEST_STEPS = 16
-# Fewer rows than this use the int8 head: 1.5 to 1.7 x as fast at 1, 1.3 x at 4, 0.9 to 1.0 x at 8 (results/w4_linear.txt).
-INT8_ROWS = 8
+# Fewer rows than this use the int8 head: 1.5 to 1.7 x as fast at 1, 1.3 x at 4, 0.9 to 1.0 x at 8 (results/w4_linear.txt). With
+# AMX, which multiplies bfloat16 faster, 1.6 x at 1, 1.1 x at 3, 0.97 x at 4.
+INT8_ROWS = 4 if products.AMX else 8
 LAYING = threading.RLock()                              # held while any model decodes or oneDNN is off: threads take turns
 
 

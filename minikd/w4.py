@@ -160,7 +160,7 @@ class W4Linear(nn.Module):
 
 
 MANY_ROWS = 192         # from here on dequantise: as fast near 200 rows at 896 -> 4864, near 150 at 2048 -> 11008 (w4_linear.txt;
-                        # without AVX-512 near 300 and 270)
+                        # without AVX-512 near 300 and 270, with AMX near 120 and 165)
 
 
 def choose(layer: W4Linear, x: Tensor) -> str:
