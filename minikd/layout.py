@@ -76,10 +76,10 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
               padded_columns
     None      fewer than FEWEST_STEPS
     "packed"  on a CPU, several rows: from oneDNN's layout, q/k/v as one product and gate/up as another. Plain weights are read at
-              60% of the memory's bandwidth in bfloat16, and take two to five times as long in float32. In a 4-bit model only the
-              head is packed; the layers are joined
+              60% of the memory's bandwidth in bfloat16, and take two to five times as long in float32 (two rows with AMX: 0.8
+              times). In a 4-bit model only the head is packed; the layers are joined
     "joined"  on a GPU, or in a 4-bit model: q/k/v as one product and gate/up as another
-    None      the rest: one bfloat16 row without AMX (torch_products), one float32 row with it, a toy
+    None      the rest: one bfloat16 row without AMX (torch_products), one or two float32 rows with it, a toy
     """
     weight, mlp = model.head, model.model.layers[0].mlp
     cpu, four_bits = weight.device.type == "cpu", model.quantization is not None
@@ -93,7 +93,8 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
         return "plain"
     if steps < FEWEST_STEPS:
         return None
-    if cpu and rows > 1 and can_pack() and (float32 and large or bfloat16 and packs_bfloat16()):
+    few = 2 if float32 and products.AMX else 1              # rows for which plain weights are read at the memory's full speed
+    if cpu and rows > few and can_pack() and (float32 and large or bfloat16 and packs_bfloat16()):
         return "packed"
     return "joined" if weight.is_cuda or four_bits else None
 

@@ -20,13 +20,13 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor 
     """x [n, I], weight [O, I], bias [O] -> x Wᵀ + b [n, O] in x's dtype, written to the first rows of `out` if given.
 
     On a CPU this is (weight_block @ xᵀ)ᵀ, block by block: in float32, for 8 to 220 rows on two cores, up to 1.9 x as fast as one
-    product. A single row is gemv's where has_gemv. A weight in another dtype is cast block by block, so that no second copy of it
-    is held; with AVX2 only, a 16-bit weight is cast to float32 for MANY rows or more: see padded_columns.
+    product. One row or two are gemv's where has_gemv. A weight in another dtype is cast block by block, so that no second copy of
+    it is held; with AVX2 only, a 16-bit weight is cast to float32 for MANY rows or more: see padded_columns.
     """
     n = len(x)
-    if n == 1 and x.device.type == "cpu" and x.dtype == weight.dtype and has_gemv(x.dtype):
+    if x.device.type == "cpu" and x.dtype == weight.dtype and has_gemv(n, x.dtype):
         y = gemv(x, weight, bias)
-        return y if out is None else out[:1].copy_(y)
+        return y if out is None else out[:n].copy_(y)
     out = x.new_empty(n, len(weight)) if out is None else out[:n]
     if x.is_cuda:
         transposed = weight.to(x.dtype).T                                       # [I, O]
@@ -48,20 +48,25 @@ def padded_columns(x: Tensor) -> Tensor:
     return F.pad(x.float(), (0, 0, 0, -len(x) % 16)).T
 
 
-def has_gemv(dtype: torch.dtype) -> bool:
-    """Whether gemv is the fastest product of one row with a plain weight in this dtype."""
-    return dtype == torch.float32 or dtype == torch.bfloat16 and AMX
+def has_gemv(n: int, dtype: torch.dtype) -> bool:
+    """Whether gemv is the fastest product of n rows with a plain weight in this dtype."""
+    if dtype == torch.float32:
+        return n == 1 or n == 2 and AMX
+    return n == 1 and dtype == torch.bfloat16 and AMX
 
 
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [1, I], weight [O, I], bias [O] -> x Wᵀ + b [1, O] on a CPU, of a dtype that has_gemv.
+    """x [n, I], weight [O, I], bias [O] -> x Wᵀ + b [n, O] on a CPU, for n rows of a dtype that has_gemv.
 
-    With AMX: as W times a vector. In bfloat16 oneDNN reads W for that at 15 to 25 GB/s; as x Wᵀ at 10 to 20, packed at 13 to 24,
-    and torch's own kernel at 10 to 22; in float32 MKL reads it at the memory's full speed (results/decoding.txt).
-    Else, in float32: as a batch of 16 products (gcd(O, 16)), which all threads share. On AMD MKL gives a single product for one
-    row to one thread only: with two threads, the batch is 1.5 to 1.8 x as fast.
+    bfloat16 (with AMX): as W times a vector. oneDNN reads W for that at 15 to 25 GB/s; as x Wᵀ at 10 to 20, packed at 13 to 24,
+    and torch's own kernel at 10 to 22 (results/decoding.txt).
+    float32: as a batch of 16 products (gcd(O, 16)), which all threads share. On AMD MKL gives a single product for one row to one
+    thread only: with two threads, the batch is 1.5 to 1.8 x as fast. On Intel (where there is AMX) MKL reads W by all threads for
+    one row or two, at the memory's full speed.
     """
-    if AMX:
+    if AMX and x.dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    if x.dtype == torch.bfloat16:
         y = torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0])
         return y[None]
     parts = math.gcd(len(weight), 16)

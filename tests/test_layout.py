@@ -56,6 +56,8 @@ def bits_of(model) -> dict[str, torch.Tensor]:
     ("cpu", torch.float32, 1, {}, "plain"), ("cpu", torch.float32, 1, dict(threads=1), None),
     ("cpu", torch.float32, 3, {}, "packed"), ("cpu", torch.float32, 1, dict(four_bits=True), "joined"),
     ("cpu", torch.float32, 1, dict(amx=True), None), ("cpu", torch.float32, 3, dict(amx=True), "packed"),
+    ("cpu", torch.float32, 2, dict(amx=True), None), ("cpu", torch.float32, 2, {}, "packed"),
+    ("cpu", torch.bfloat16, 2, dict(amx=True), "packed"),
     ("cpu", torch.float32, 1, dict(toy=True), None), ("cpu", torch.float32, 3, dict(toy=True), None),
     ("cpu", torch.float32, 3, dict(onednn=False), None), ("cpu", torch.float64, 3, {}, None),
     ("cpu", torch.bfloat16, 1, {}, None), ("cpu", torch.bfloat16, 3, {}, "packed"),
@@ -129,8 +131,9 @@ def test_generation_with_packed_weights_takes_the_plain_models_likeliest_token(n
         assert (taken >= logits.max(-1).values - 0.03 * logits.abs().max()).all()   # but for bfloat16's near ties
 
 
-def test_in_float32_a_large_model_is_packed_for_several_rows(large):
+def test_in_float32_a_large_model_is_packed_for_several_rows(large, monkeypatch):
     """For two rows the head is as fast without."""
+    monkeypatch.setattr(products, "AMX", False)
     with torch.inference_mode():
         ids, states = torch.tensor(PROMPTS[2:3]), torch.randn(6, 56)
         plain = large.hidden(ids), head_logits(large, states), head_logits(large, states[:1])

@@ -20,7 +20,7 @@ MOST = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11, torch.float32: 1e-6, t
 @pytest.mark.parametrize("O", [1, 7, 24, 4096])
 def test_one_row_times_parts_of_the_weight_is_the_product(monkeypatch, O, dtype, amx):
     monkeypatch.setattr(products, "AMX", amx)
-    shapes = (1, 40), (40, O), (O,)
+    shapes = (2 if amx and dtype == torch.float32 else 1, 40), (40, O), (O,)
     x, weight, bias = (random_logits(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes))
     weight = weight.T                                                           # not contiguous
     for given in weight, weight.contiguous(), weight.repeat(2, 1)[O // 2:O // 2 + O]:
@@ -33,13 +33,13 @@ def test_one_row_times_parts_of_the_weight_is_the_product(monkeypatch, O, dtype,
 
 
 @pytest.mark.parametrize("amx", [True, False])
-def test_gemv_multiplies_a_row_in_bfloat16_only_with_amx(monkeypatch, spy, amx):
+def test_gemv_multiplies_a_row_in_bfloat16_and_two_in_float32_only_with_amx(monkeypatch, spy, amx):
     monkeypatch.setattr(products, "AMX", amx)
     taken = spy(products, "gemv", lambda x, *_: (len(x), x.dtype))
     for dtype in MOST:
         for n in 1, 2:
             multiply(random_logits(n, 40).to(dtype), random_logits(50, 40).to(dtype))
-    assert taken == [(1, torch.bfloat16)] * amx + [(1, torch.float32)]
+    assert taken == [(1, torch.bfloat16)] * amx + [(1, torch.float32)] + [(2, torch.float32)] * amx
 
 
 @pytest.mark.parametrize("avx2", [True, False])
