@@ -93,8 +93,8 @@ def pick_layout(model: Qwen2, rows: int, steps: int) -> str | None:
         return "plain"
     if steps < FEWEST_STEPS:
         return None
-    few = 2 if float32 and products.AMX else 1              # rows for which plain weights are read at the memory's full speed
-    if cpu and rows > few and can_pack() and (float32 and large or bfloat16 and packs_bfloat16()):
+    several = rows > 1 and not products.has_gemv(rows, weight.dtype)
+    if cpu and several and can_pack() and (float32 and large or bfloat16 and packs_bfloat16()):
         return "packed"
     return "joined" if weight.is_cuda or four_bits else None
 

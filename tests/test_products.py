@@ -16,11 +16,12 @@ from minikd.products import gemv, multiply
 MOST = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11, torch.float32: 1e-6, torch.float64: 1e-14}    # relative error
 
 
-@pytest.mark.parametrize("dtype, amx", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
+@pytest.mark.parametrize("n, dtype, amx", [(1, torch.float32, False), (1, torch.float32, True), (2, torch.float32, True),
+                                           (1, torch.bfloat16, True)])
 @pytest.mark.parametrize("O", [1, 7, 24, 4096])
-def test_one_row_times_parts_of_the_weight_is_the_product(monkeypatch, O, dtype, amx):
+def test_one_row_or_two_times_parts_of_the_weight_is_the_product(monkeypatch, O, n, dtype, amx):
     monkeypatch.setattr(products, "AMX", amx)
-    shapes = (2 if amx and dtype == torch.float32 else 1, 40), (40, O), (O,)
+    shapes = (n, 40), (40, O), (O,)
     x, weight, bias = (random_logits(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes))
     weight = weight.T                                                           # not contiguous
     for given in weight, weight.contiguous(), weight.repeat(2, 1)[O // 2:O // 2 + O]:
