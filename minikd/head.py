@@ -19,9 +19,10 @@ from minikd.data import send
 from minikd.losses import kl, log_probs, no_divergence
 
 PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # bytes of float32 logits in one softmax, at least: less is mostly overhead
-# The most bytes of student logits in memory at once. On an H200, 128 and 160 MB were slower, and with a cached teacher also 480
-# (benchmarks/results/gpu.txt); on a CPU every chunk reads both heads, and casts the student's under autocast (head_loss.txt).
-CHUNK_BYTES = {"cpu": 60 << 20, "cuda": 240 << 20}
+# Bytes of student logits in memory at once, least and most; in between a tenth of all logits in float32 (full logits take about
+# six such tensors). On an H200, 128 and 160 MB were slower, and with a cached teacher also 480 (benchmarks/results/gpu.txt). On a
+# CPU each chunk reads both heads, casts the student's under autocast and adds to its gradient: few are fast (head_loss.txt).
+CHUNK_BYTES = {"cpu": (78 << 20, 240 << 20), "cuda": (240 << 20, 240 << 20)}
 # A chunk is a multiple of this many tokens, as matrices are multiplied in tiles: 48 suits MKL with AVX-512 (chunks of 48 take 0.8
 # of the time per token of chunks of 55, benchmarks/results/head_loss.txt; in bfloat16 there is no such step), 128 suits cuBLAS.
 TILES = {("cpu", torch.float32): 48, ("cuda", torch.float32): 128, ("cuda", torch.bfloat16): 128}
@@ -68,7 +69,7 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     policy_loss     (log q of the targets [n], at=slice of the N tokens) -> [n], a loss that takes the place of CE, in full:
                     Σ_n weight_n (policy_n + kd_ratio KD_n). The objective of a policy gradient (clipped_surrogate)
     vocab           use only the head's first `vocab` rows, as sampling did
-    chunk_bytes     in place of CHUNK_BYTES
+    chunk_bytes     of student logits in memory at once, in place of CHUNK_BYTES
     returns         the loss (differentiable once), and for logs CE [N] and KD [N] of each token
 
     Under autocast the student's head multiplies in autocast's dtype; the teacher's always in its own. Losses are
@@ -92,7 +93,8 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
     if need_hidden and torch.float16 in (dtype, hidden.dtype) or need_head and torch.float16 in (dtype, head.dtype):
         raise ValueError("head_loss: gradients underflow in float16; train in bfloat16 or float32")
 
-    budget = chunk_bytes or CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"])
+    least, most = CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"])
+    budget = chunk_bytes or min(max(least, 4 * N * V // 10), most)
     chunk = tokens_at_once(N, most=budget // (V * dtype.itemsize), tile=TILES.get((kind, dtype), 1))
     with torch.no_grad(), torch.autocast(kind, enabled=False):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None         # [N, D]
@@ -105,9 +107,9 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, teacher_hidden: Ten
         teacher_logits = None if teacher_hidden is None else aligned(teacher_head, chunk, V)            # [chunk, V]
         kernel = loss_cuda.pick_kernel(divergence, kd_ratio, logits, teacher_logits)        # None on a CPU
         losses = partial(loss_cuda.losses, kernel, weigh) if kernel else partial(_torch_losses, divergence)
-        # A chunk's logits are in memory at once. The float32 softmax takes one piece of them at a time, a 32nd or PIECE_BYTES if
-        # that is more: on a CPU a piece's tensors stay in the cache.
-        piece = chunk if kernel else max(1, chunk // 32, PIECE_BYTES.get(kind, PIECE_BYTES["cpu"]) // (4 * V))
+        # A chunk's logits are in memory at once. The float32 softmax takes one piece of them at a time, on a CPU a row for each
+        # thread, so that a piece's tensors stay in the cache, or PIECE_BYTES if that is more.
+        piece = chunk if kernel else max(torch.get_num_threads(), PIECE_BYTES.get(kind, PIECE_BYTES["cpu"]) // (4 * V))
         for at in slices(0, N, chunk):
             products.multiply(states[at], student_head, out=logits)             # [n, D] -> [n, V]
             if teacher_logits is not None:
