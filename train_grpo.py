@@ -41,8 +41,8 @@ from minikd.records import data_files
 from minikd.rewards import LARGEST, REWARDS, combine, format_fault, load_rewards, reward_files, summary
 from minikd.run import SAVE_EVERY, STATE, Log, begin_run, check_free, check_settings, load_state, lock, read_log, save_state
 from minikd.tokenizer import Tokenizer
-from minikd.training import (apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer,
-                             use_graphs)
+from minikd.training import (apply_gradient, check_gradient, check_student, compile_blocks, keep_freed_memory, learning_rate,
+                             make_optimizer, use_graphs)
 
 TOY_LESSONS = {"sums": 400, "code": 800}                        # steps of supervised fine-tuning before GRPO
 FORM = {"format": 0.05, "steps": 0.05}                          # for form: a student that is rarely right learns little else
@@ -228,7 +228,7 @@ def train(*, model: Qwen2, reference: Qwen2 | None, tokenizer: Tokenizer, rows: 
     log_probs = functools.partial(grpo.token_log_probs, batch_size=batch_size, **scoring)   # (model, answers) -> [n] of each
     backward = functools.partial(forward_backward, model=model, clip=clip, clip_high=clip_high, beta=beta,
                                  checkpointing=gradient_checkpointing, **scoring)           # of one micro-batch; gradients add up
-    with Progress("grpo", steps, start=state["step"]) as progress:
+    with keep_freed_memory(), Progress("grpo", steps, start=state["step"]) as progress:
         sampler = cast_copy(model, dtype)                       # a copy of the policy in `dtype`
         if state["step"] == 0:
             progress.say(report(judge(sampler), 0, log))

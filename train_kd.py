@@ -47,8 +47,8 @@ from minikd.run import (CONFIG, SAVE_EVERY, STATE, Log, begin_run, check_free, c
                         save_state, write_config)
 from minikd.teacher import CachedTeacher, Teacher, check_teacher, fill_cache, teacher_responses
 from minikd.tokenizer import Tokenizer
-from minikd.training import (apply_gradient, check_gradient, check_student, compile_blocks, learning_rate, make_optimizer,
-                             use_graphs)
+from minikd.training import (apply_gradient, check_gradient, check_student, compile_blocks, keep_freed_memory, learning_rate,
+                             make_optimizer, use_graphs)
 
 # What it writes in --out beside the runs' own files.
 OWN = "held-out.jsonl", "table.jsonl", "teacher-answers.jsonl", "answers-*.jsonl", "curves.png"
@@ -258,7 +258,7 @@ def train(*, student: Qwen2, tokenizer: Tokenizer, rows: list[Encoded], valid_ro
         evaluate_and_save, student, tokenizer=tokenizer, rows=valid_rows, examples=valid_examples, teacher=teacher,
         divergence=divergence, dtype=dtype, batch_size=batch_size, eval_examples=eval_examples, max_new_tokens=max_new_tokens,
         rouge=rouge, out=out, log=log)
-    with Progress(out.name, steps, start=state["step"]) as progress:
+    with keep_freed_memory(), Progress(out.name, steps, start=state["step"]) as progress:
         started = kept = time.perf_counter()                                    # kept: when the state was last saved
         for step, batches in train_steps:                                       # MiniLLM's rollouts are sampled in here
             lm_batches = next(lm_steps)[1] if lm_rows else []

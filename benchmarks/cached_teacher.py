@@ -26,7 +26,7 @@ from minikd.data import Encoded
 from minikd.losses import forward_kl
 from minikd.model import Qwen2
 from minikd.teacher import CachedTeacher, Teacher, fill_cache
-from minikd.training import apply_gradient, make_optimizer
+from minikd.training import apply_gradient, keep_freed_memory, make_optimizer
 from train_kd import forward_backward
 
 LARGE = {"student": SHAPES["0.5B"], "teacher": SHAPES["3B"]}
@@ -58,6 +58,7 @@ def fill(folder: Path, dtype: torch.dtype, steps: int):
     report(seconds=time.perf_counter() - start, tokens=tokens, bytes_a_token=size / tokens)
 
 
+@keep_freed_memory()                                            # as the scripts' loops
 def train(method: str, folder: Path, dtype: torch.dtype, steps: int):
     student = load_model(folder / "student").train()
     teacher, optimizer, seconds = teacher_of(method, folder, dtype), make_optimizer(student, 1e-5, in_place=True), []

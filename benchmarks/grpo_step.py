@@ -25,7 +25,7 @@ from minikd import grpo
 from minikd.checkpoint import load_model, save_model
 from minikd.data import Encoded
 from minikd.model import Qwen2, cast_copy
-from minikd.training import apply_gradient, make_optimizer
+from minikd.training import apply_gradient, keep_freed_memory, make_optimizer
 from train_grpo import forward_backward
 
 SHAPE = replace(SHAPES["0.5B"], num_hidden_layers=4)
@@ -48,6 +48,7 @@ class NoStops:
         return SHAPE.vocab_size
 
 
+@keep_freed_memory()                                            # as the scripts' loops
 def minikd(folder: Path, mode: str, steps: int):
     dtype = torch.float32 if mode == "float32" else torch.bfloat16
     model, copy = load_model(folder / "model").train(), None

@@ -35,7 +35,7 @@ from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
 from minikd.losses import forward_kl
 from minikd.model import Qwen2, mixed_precision
-from minikd.training import apply_gradient
+from minikd.training import apply_gradient, keep_freed_memory
 
 SHALLOW = {"student": replace(SHAPES["0.5B"], num_hidden_layers=4), "teacher": replace(SHAPES["1.5B"], num_hidden_layers=4)}
 ROWS, LENGTH, WORDS, LR = 4, 256, 151_643, 1e-5
@@ -59,6 +59,7 @@ def batches(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [tensors(rows[at:at + ROWS]) for at in range(0, len(rows), ROWS)]
 
 
+@keep_freed_memory()                                            # as the scripts' loops
 def minikd(folder: Path, mode: str, steps: int, full_logits: bool = False, lean: bool = False):
     dtype = torch.float32 if mode == "float32" else torch.bfloat16
     student = load_model(folder / "student").train()

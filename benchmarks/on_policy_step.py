@@ -27,12 +27,13 @@ from minikd.generate import respond
 from minikd.losses import reverse_kl
 from minikd.model import Qwen2, cast_copy
 from minikd.teacher import Teacher
-from minikd.training import apply_gradient, make_optimizer
+from minikd.training import apply_gradient, keep_freed_memory, make_optimizer
 from train_kd import forward_backward, response_tokens
 
 ROWS = 8
 
 
+@keep_freed_memory()                                            # as the scripts' loops
 def minikd(folder: Path, mode: str, steps: int):
     dtype = torch.float32 if mode == "float32" else torch.bfloat16
     student, sampler = load_model(folder / "student").train(), None

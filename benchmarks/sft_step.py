@@ -24,9 +24,10 @@ from benchmarks.measure import compare_steps, make_parser, resident, trainer_clo
 from minikd.checkpoint import load_model, save_model
 from minikd.head import head_loss, scored_positions
 from minikd.model import Qwen2, mixed_precision
-from minikd.training import apply_gradient
+from minikd.training import apply_gradient, keep_freed_memory
 
 
+@keep_freed_memory()                                            # as the scripts' loops
 def minikd(folder: Path, mode: str, steps: int):
     student = load_model(folder).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.0, fused=True)

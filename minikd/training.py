@@ -1,5 +1,9 @@
-"""What the training loops share: the optimizer, its schedule and step, CUDA graphs, compilation. The loops are in the scripts."""
+"""What the training loops share: the optimizer, its schedule and step, CUDA graphs, compilation, the C library's memory. The
+loops are in the scripts."""
+import ctypes
 import math
+import sys
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -61,6 +65,26 @@ def compile_blocks(*models: Qwen2):
             if isinstance(layer, W4Linear) and layer.whole is None:             # no part of a joined one
                 layer.choose_ways(model.head.dtype)
         model.model.compiled = torch.compile(run_blocks)
+
+
+@contextmanager
+def keep_freed_memory():
+    """Meanwhile the C library keeps the memory that tensors on a CPU leave, for the next ones. By default glibc returns much of it
+    to the system, which clears every page that it hands out again: a seventh of a KD step of Qwen2.5-0.5B in bfloat16 with 4 x
+    256 tokens (benchmarks/results/kd_step.txt). Blocks of 32 MB and more are returned at once, as ever; what was kept is returned
+    at the end. Does nothing with another C library."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "malloc_trim"):                        # musl's, or a Mac's
+        yield
+        return
+    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1                 # glibc adapts both by itself, until one of them is set
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)                    # bytes: as far as glibc goes
+    libc.mallopt(M_TRIM_THRESHOLD, -1)                          # never
+    try:
+        yield
+    finally:
+        libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)                # twice the other, as glibc has it
+        libc.malloc_trim(0)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine") -> float:

@@ -1,8 +1,12 @@
 """What two training loops share: the schedule as a slow formula, weight decay, compilation."""
+import ctypes
 import math
 import os
+import platform
+import sys
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +18,44 @@ from minikd.gptq import quantize_model
 from minikd.layout import join_layers
 from minikd.model import run_blocks
 from minikd.quant import to_words
-from minikd.training import apply_gradient, check_student, compile_blocks, learning_rate, make_optimizer
+from minikd.training import (apply_gradient, check_student, compile_blocks, keep_freed_memory, learning_rate,
+                             make_optimizer)
 from minikd.w4 import W4Linear, to_w4
 
 
-# ---- the schedule and the optimizer
+# ---- memory, the schedule and the optimizer
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_while_training_and_returned_in_the_end():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20        # MB
+
+    def use_and_free():
+        tensors = [torch.ones(2 << 20) for _ in range(40)]      # 8 MB each
+        held = resident()
+        del tensors
+        return held - resident()
+
+    with pytest.raises(KeyboardInterrupt), keep_freed_memory():
+        assert use_and_free() < 20                              # of 320 MB
+        before = resident()
+        raise KeyboardInterrupt
+    assert before - resident() > 280
+    with keep_freed_memory():
+        large = torch.ones(16 << 20)                            # 64 MB
+        before = resident()
+        del large
+        assert before - resident() > 60
+
+
+def test_without_glibc_nothing_is_asked_of_the_c_library(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    with keep_freed_memory():
+        pass
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", None)
+    with keep_freed_memory():
+        pass
 
 @pytest.mark.parametrize("steps, warmup", [(10, 0), (10, 3), (7, 6), (1, 0)])
 def test_the_rate_climbs_in_a_line_and_falls_as_a_cosine_to_a_tenth(steps, warmup):
