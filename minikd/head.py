@@ -22,10 +22,10 @@ PIECE_BYTES = {"cpu": 256 << 10, "cuda": 64 << 20}  # bytes of float32 logits in
 # Bytes of student logits in memory at once, least and most; in between a tenth of all logits in float32 (full logits take about
 # six such tensors). On an H200, 128 and 160 MB were slower, and with a cached teacher also 480 (benchmarks/results/gpu.txt). On a
 # CPU each chunk reads both heads, casts the student's under autocast and adds to its gradient: few are fast (head_loss.txt).
-CHUNK_BYTES = {"cpu": (78 << 20, 240 << 20), "cuda": (240 << 20, 240 << 20)}
-# A chunk is a multiple of this many tokens, as matrices are multiplied in tiles: 48 suits MKL with AVX-512 (chunks of 48 take 0.8
+CHUNK_BYTES = {"cpu": (84 << 20, 240 << 20), "cuda": (240 << 20, 240 << 20)}
+# A chunk is a multiple of this many tokens, as matrices are multiplied in tiles: 16 suits MKL with AVX-512 (chunks of 48 take 0.8
 # of the time per token of chunks of 55, benchmarks/results/head_loss.txt; in bfloat16 there is no such step), 128 suits cuBLAS.
-TILES = {("cpu", torch.float32): 48, ("cuda", torch.float32): 128, ("cuda", torch.bfloat16): 128}
+TILES = {("cpu", torch.float32): 16, ("cuda", torch.float32): 128, ("cuda", torch.bfloat16): 128}
 
 
 def scored_positions(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
