@@ -1,4 +1,4 @@
-"""Claim: a KD step at a vocabulary of 151,936 is 1.45 x (float32) and 2 x (bfloat16) as fast as trl's GKDTrainer, in 0.55 and
+"""Claim: a KD step at a vocabulary of 151,936 is 1.5 x (float32) and 2 x (bfloat16) as fast as trl's GKDTrainer, in 0.55 and
 0.5 of the memory (the target was 2.5 x and half), and faster and leaner than trl's chunked DistillationTrainer.
 
     python -m benchmarks.kd_step                # 10 minutes on two cores, 11 GB of memory, 2 GB of disk
