@@ -3,10 +3,10 @@ import ctypes
 import math
 import os
 import platform
+import subprocess
 import sys
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,27 +25,38 @@ from minikd.w4 import W4Linear, to_w4
 
 # ---- memory, the schedule and the optimizer
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_freed_memory_is_kept_while_training_and_returned_in_the_end():
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20        # MB
+KEPT = """
+import os
+from pathlib import Path
 
-    def use_and_free():
-        tensors = [torch.ones(2 << 20) for _ in range(40)]      # 8 MB each
-        held = resident()
-        del tensors
-        return held - resident()
+import torch
+from minikd.training import keep_freed_memory
 
-    with pytest.raises(KeyboardInterrupt), keep_freed_memory():
-        assert use_and_free() < 20                              # of 320 MB
+def resident():                                                                 # MB
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+def freed(megabytes, tensors):
+    held = [torch.ones(megabytes << 18) for _ in range(tensors)]
+    before = resident()
+    del held
+    return before - resident()
+
+try:
+    with keep_freed_memory():
+        print(freed(8, 40), freed(64, 1))
         before = resident()
         raise KeyboardInterrupt
-    assert before - resident() > 280
-    with keep_freed_memory():
-        large = torch.ones(16 << 20)                            # 64 MB
-        before = resident()
-        del large
-        assert before - resident() > 60
+except KeyboardInterrupt:
+    print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_while_training_and_returned_in_the_end():
+    """In a process of its own: in an old one a large tensor may fill a hole in the heap."""
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    small, large, end = map(float, done.stdout.split())
+    assert small < 20 and large > 60 and end > 280                              # of 320, 64, 320 MB
 
 
 def test_without_glibc_nothing_is_asked_of_the_c_library(monkeypatch):
