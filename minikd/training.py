@@ -69,10 +69,10 @@ def compile_blocks(*models: Qwen2):
 
 @contextmanager
 def keep_freed_memory():
-    """Meanwhile the C library keeps the memory that tensors on a CPU leave, for the next ones. By default glibc returns much of it
-    to the system, which clears every page that it hands out again: a seventh of a KD step of Qwen2.5-0.5B in bfloat16 with 4 x
-    256 tokens (benchmarks/results/kd_step.txt). Blocks of 32 MB and more are returned at once, as ever; what was kept is returned
-    at the end. Does nothing with another C library."""
+    """Meanwhile the C library keeps the memory that tensors on a CPU leave, for the next ones. By default glibc returns much of
+    it to the system, which clears every page that it hands out again: a seventh of a KD step of Qwen2.5-0.5B in bfloat16 with
+    4 x 256 tokens (benchmarks/results/kd_step.txt). Blocks of 32 MB and more are returned at once, as ever, unless they fitted
+    into what was kept; all is returned at the end. Does nothing with another C library."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "malloc_trim"):                        # musl's, or a Mac's
         yield
