@@ -15,7 +15,7 @@ from minikd.errors import InputError
 from minikd.graphs import GraphedBlocks, can_record
 from minikd.layers import watched
 from minikd.model import Qwen2, run_blocks
-from minikd.w4 import W4Linear
+from minikd.w4 import W4Linear, give_memory_back
 
 
 def check_student(name, tokenizer):
@@ -84,7 +84,7 @@ def keep_freed_memory():
         yield
     finally:
         libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)                # twice the other, as glibc has it
-        libc.malloc_trim(0)
+        give_memory_back()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine") -> float:

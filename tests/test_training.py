@@ -1,4 +1,4 @@
-"""What two training loops share: the schedule as a slow formula, weight decay, compilation."""
+"""What two training loops share: memory, the schedule as a slow formula, weight decay, compilation."""
 import ctypes
 import math
 import os
@@ -36,7 +36,7 @@ def resident():                                                                 
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 def freed(megabytes, tensors):
-    before = resident()                             # before the tensors, too: what it leaves must not lie above them in the heap
+    resident()                                      # before the tensors, too: what it leaves must not lie above them in the heap
     held = [torch.ones(megabytes << 18) for _ in range(tensors)]
     before = resident()
     del held
@@ -68,6 +68,7 @@ def test_without_glibc_nothing_is_asked_of_the_c_library(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", None)
     with keep_freed_memory():
         pass
+
 
 @pytest.mark.parametrize("steps, warmup", [(10, 0), (10, 3), (7, 6), (1, 0)])
 def test_the_rate_climbs_in_a_line_and_falls_as_a_cosine_to_a_tenth(steps, warmup):
